@@ -1,0 +1,28 @@
+"""What an attack may ask of a model: answers (Predictor) or answers and gradients (Differentiable)."""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any  # a numpy array or a torch tensor: whatever goes in comes out
+
+
+class Predictor(Protocol):
+    """Images float32 [B, C, H, W] in [0, 1] to freshly allocated float32 logits [B, K]."""
+
+    def __call__(self, x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+
+
+class Gradient(NamedTuple):
+    """At a batch of images: logits [B, K], the loss of each sample [B], and d loss / d x [B, C, H, W]."""
+
+    logits: Array
+    loss: Array
+    gradient: Array
+
+
+class Differentiable(Protocol):
+    """Images x [B, C, H, W] and classes y [B] to a `Gradient`; each sample's gradient is of its own loss."""
+
+    def __call__(self, x: Array, y: Array, /) -> Gradient: ...

@@ -1,0 +1,109 @@
+"""Checkpoints: what training hands to export. safetensors weights and a JSON that says everything else.
+
+The JSON names its weights file and that file's hash, and is written last: replacing it is the moment the new
+checkpoint exists, so a crash at any time leaves the previous one whole.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import sha256, write_atomic
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.recipe import Recipe, parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mpdsgr_deploy.models import SpikingNet
+
+SCHEMA_VERSION = 1
+FILE = "checkpoint.json"
+
+
+class Checkpoint(BaseModel):
+    """`shape` is (C, H, W) of the input; `history` has one entry an epoch; `weights` the file beside the JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    recipe: Recipe
+    shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    epoch: int
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    provenance: dict[str, Any]
+    weights: str = ""
+    weights_sha256: str = ""
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str, Tensor]") -> None:
+    """Write a checkpoint directory, replacing an older one atomically. Raises InputError if the disk is full."""
+    import hashlib
+
+    from safetensors.torch import save
+
+    directory.mkdir(parents=True, exist_ok=True)
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"weights-{digest[:12]}.safetensors"
+    write_atomic(directory / name, data)
+    complete = checkpoint.model_copy(update={"weights": name, "weights_sha256": digest})
+    write_atomic(directory / FILE, complete.model_dump_json(indent=1).encode())
+    for old in directory.glob("weights-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """The checkpoint directory meant: `directory` itself, or a training run's `best` below it."""
+    for candidate in (directory, directory / "best"):
+        if (candidate / FILE).is_file():
+            return candidate
+    raise InputError(f"no checkpoint in {directory} (no {FILE} there or in best/); give the directory `mpdsgr train` wrote")
+
+
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Read and verify the checkpoint in `directory`. Raises InputError if anything is missing, damaged or newer."""
+    import json
+
+    path = directory / FILE
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged (not JSON); train again or take another checkpoint") from None
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(f"{path} has schema version {version}, this mpdsgr-deploy reads {SCHEMA_VERSION}; upgrade it")
+    checkpoint: Checkpoint = parse(Checkpoint, values, str(path))
+    weights = directory / checkpoint.weights
+    if Path(checkpoint.weights).name != checkpoint.weights or not weights.is_file():
+        raise InputError(f"{path} names weights {checkpoint.weights!r}, which are not beside it")
+    if sha256(weights) != checkpoint.weights_sha256:
+        raise InputError(f"{weights} is damaged: its content does not match the hash in {FILE}")
+    return checkpoint
+
+
+def load_model(weights: Path, recipe: Recipe, shape: tuple[int, int, int], classes: int) -> "SpikingNet":
+    """Rebuild the network of a recipe and fill it with safetensors weights; in eval mode, on the CPU.
+
+    Raises InputError if torch is missing or the weights do not belong to that network.
+    """
+    need("torch", "train")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from mpdsgr_deploy.models import build_model
+
+    model = build_model(recipe, shape, classes)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{weights} does not hold the weights of model {recipe.model.name!r}: {reason}") from None
+    return model.eval()

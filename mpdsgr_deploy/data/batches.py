@@ -1,0 +1,65 @@
+"""Batches of images that live on the device as uint8: shuffled, augmented, scaled to [0, 1] there.
+
+All randomness comes from generators derived from (seed, purpose, counters), so epoch 7 is the same whether the run
+reached it in one go or was resumed, and on whichever device.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpdsgr_deploy.data.images import Images
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator that depends on the seed and the purpose (names, epoch, step, rank) alone."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def to_device(images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pixels uint8 [N, C, H, W] and classes [N] on the device; pixels stay in host memory where they do not fit.
+
+    They fit if they take less than half of the GPU's free memory.
+    """
+    pixels, classes = torch.from_numpy(images.pixels), torch.from_numpy(images.classes)
+    if device.type == "cuda" and pixels.numel() > torch.cuda.mem_get_info(device)[0] / 2:
+        return pixels.pin_memory(), classes.pin_memory()
+    return pixels.to(device), classes.to(device)
+
+
+def shuffled_batches(count: int, batch_size: int, shuffle: torch.Generator) -> Iterator[Tensor]:
+    """Index tensors of one epoch in random order; the last incomplete batch is dropped."""
+    yield from torch.randperm(count, generator=shuffle)[: count // batch_size * batch_size].split(batch_size)
+
+
+def take(data: tuple[Tensor, Tensor], index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pixels uint8 [B, C, H, W] and classes [B] at `index`, on the device."""
+    pixels, classes = data
+    index = index.to(pixels.device)
+    return pixels[index].to(device, non_blocking=True), classes[index].to(device, non_blocking=True)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 to float32 in [0, 1]."""
+    return pixels.float() / 255
+
+
+def augment(pixels: Tensor, *, padding: int, flip: bool, draw: torch.Generator) -> Tensor:
+    """A random crop of each image [B, C, H, W] padded by `padding` zeros a side, and a random left-right flip."""
+    count, channels, height, width = pixels.shape
+    device = pixels.device
+    padded = F.pad(pixels, [padding] * 4)
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=draw).to(device)
+    columns = torch.arange(width).expand(count, -1)
+    if flip:
+        mirrored = torch.rand(count, generator=draw) < 0.5
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    rows = top[:, None] + torch.arange(height, device=device)
+    columns = left[:, None] + columns.to(device)
+    image = torch.arange(count, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,0 +1,107 @@
+"""The data sets. A loader is `load(config, train) -> Images`; add one by adding it to DATASETS."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpdsgr_deploy.data.images import Images
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose, need
+from mpdsgr_deploy.recipe import Data
+
+SPLIT_SEED = 0  # splits and subsets are the same for every training seed, so that runs can be compared
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+def digits(config: Data, train: bool) -> Images:
+    """scikit-learn's 1,797 real handwritten digits, 8x8 grey; 1,300 to train, 497 to test."""
+    raw = need("sklearn.datasets", "train").load_digits()
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(raw.target))
+    chosen = order[:1300] if train else order[1300:]
+    pixels = np.rint(raw.images[chosen] * (255 / 16)).astype(np.uint8)[:, None]
+    return Images(pixels, raw.target[chosen].astype(np.int64), tuple("0123456789"))
+
+
+def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
+    """A loader for a data set that torchvision reads from `data.root`."""
+
+    def load(config: Data, train: bool) -> Images:
+        dataset_class = getattr(need("torchvision.datasets", "train"), class_name)
+        try:
+            found = dataset_class(config.root, train=train)
+        except RuntimeError:
+            raise InputError(
+                f"{config.name} is not under {config.root!r}; point data.root (or --root) to it, or fetch it with: "
+                f"python -c \"import torchvision; torchvision.datasets.{class_name}({config.root!r}, download=True)\""
+            ) from None
+        pixels = np.asarray(found.data)
+        # MNIST's are [N, H, W], CIFAR's [N, H, W, C]
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+        return Images(np.ascontiguousarray(pixels), np.asarray(found.targets, np.int64), tuple(found.classes))
+
+    return load
+
+
+def imagefolder(config: Data, train: bool) -> Images:
+    """`root/train/CLASS/*.png` and `root/test/CLASS/*.png`, decoded to RGB once and kept in memory."""
+    if config.image_size is None:
+        raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels the images are brought to")
+    folder = Path(config.root) / ("train" if train else "test")
+    labels = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    files = [(p, k) for k, label in enumerate(labels) for p in sorted((folder / label).rglob("*")) if is_image(p)]
+    if not files:
+        raise InputError(f"no images under {folder}; expected {folder}/CLASS/NAME.png, one folder a class")
+    pixels = np.stack([read_image(path, config.image_size) for path, _ in files])
+    return Images(pixels, np.array([k for _, k in files], np.int64), tuple(labels))
+
+
+def is_image(path: Path) -> bool:
+    """Whether the file's suffix is one we decode."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def read_image(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Decode to RGB, resize the shorter side to `size`, crop the centre: uint8 [3, size, size]."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"cannot decode image {path}: {error}") from None
+    return np.asarray(fitted).transpose(2, 0, 1)
+
+
+DATASETS: dict[str, Callable[[Data, bool], Images]] = {
+    "digits": digits,
+    "cifar10": torchvision_set("CIFAR10"),
+    "cifar100": torchvision_set("CIFAR100"),
+    "mnist": torchvision_set("MNIST"),
+    "fashion-mnist": torchvision_set("FashionMNIST"),
+    "imagefolder": imagefolder,
+}
+
+
+def load_test(config: Data) -> Images:
+    """The test images, never seen in training or model selection. Raises InputError where they are missing."""
+    return choose("data set", DATASETS, config.name)(config, False)
+
+
+def load_training(config: Data) -> tuple[Images, Images]:
+    """Training images and the validation images held out of them. Raises InputError where they are missing."""
+    images = choose("data set", DATASETS, config.name)(config, True)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+    held_out = round(config.validation_share * len(images))
+    rest = order[held_out:]
+    if config.train_images is not None:
+        if config.train_images > len(rest):
+            raise InputError(
+                f"data.train_images is {config.train_images}, but {config.name} leaves {len(rest)} training images "
+                f"after the validation split"
+            )
+        rest = rest[: config.train_images]
+    if not held_out or not len(rest):
+        raise InputError(f"{config.name} has {len(images)} training images, too few to split; see data.validation_share")
+    return images[rest], images[order[:held_out]]

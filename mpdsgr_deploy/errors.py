@@ -1,0 +1,23 @@
+"""The errors a user can cause or must act on; each carries the exit code of the `mpdsgr` command."""
+
+
+class MpdsgrError(Exception):
+    """Base of every error whose message is written for the user: one line that says what to do next."""
+
+    exit_code = 2
+
+
+class InputError(MpdsgrError):
+    """A wrong option, recipe, file or environment (exit code 2)."""
+
+
+class GateError(MpdsgrError):
+    """The model regressed: the gate refused the artefact (exit code 1)."""
+
+    exit_code = 1
+
+
+class EvaluationError(MpdsgrError):
+    """The evaluation itself is not valid, so it proves nothing (exit code 3)."""
+
+    exit_code = 3

@@ -1,0 +1,81 @@
+"""Spiking VGGs: 3x3 convolution + tdBN + LIF, average pooling, a fully connected head."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.models.network import Shape, SpikingNet, make_encoding, make_neuron, register
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.snn import SpikingLayer, TdBN
+
+P = "P"  # AvgPool2d(2)
+VGG11_PLAN = (64, P, 128, 256, P, 512, 512, 512, P, 512, 512)
+
+
+def vgg(
+    recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str], hidden: Sequence[int]
+) -> SpikingNet:
+    """Convolutions of `plan` channels (P halves the map), then `hidden` fully connected spiking layers.
+
+    The fully connected layers have a bias and no tdBN, as in the SNN-RAT family of code bases. `model.width` of the
+    recipe multiplies every width. Raises InputError where the image is too small to be halved so often.
+    """
+    channels, height, width = shape
+    pools = sum(item == P for item in plan)
+    if height % 2**pools or width % 2**pools:
+        raise InputError(
+            f"model {recipe.model.name!r} halves its input {pools} times, so height and width must be multiples "
+            f"of {2**pools}; the images are {height}x{width}"
+        )
+    body: list[nn.Module] = []
+    fan_in = channels
+    for item in plan:
+        if isinstance(item, str):
+            body.append(nn.AvgPool2d(2))
+            continue
+        fan_out = scaled(item, recipe)
+        body.append(
+            SpikingLayer(
+                f"conv{sum(isinstance(m, SpikingLayer) for m in body) + 1}",
+                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
+                TdBN(fan_out, v_threshold=recipe.neuron.v_threshold),
+                make_neuron(recipe),
+            )
+        )
+        fan_in = fan_out
+    body.append(nn.Flatten())
+    fan_in *= (height >> pools) * (width >> pools)
+    for number, item in enumerate(hidden, 1):
+        fan_out = scaled(item, recipe)
+        body.append(SpikingLayer(f"fc{number}", nn.Linear(fan_in, fan_out), None, make_neuron(recipe)))
+        fan_in = fan_out
+    return SpikingNet(
+        channels=channels,
+        encode=make_encoding(recipe),
+        T=recipe.encoding.T,
+        body=body,
+        readout=nn.Linear(fan_in, classes),
+    )
+
+
+def scaled(channels: int, recipe: Recipe) -> int:
+    """A layer's width at the recipe's width factor, at least 1."""
+    return max(1, round(channels * recipe.model.width))
+
+
+@register("vgg11")
+def vgg11(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
+    """VGG11 of the SNN-RAT family: 8 convolutions and 2 hidden layers of 4096; 61.4 M parameters at 32x32, K = 10."""
+    return vgg(recipe, shape, classes, plan=VGG11_PLAN, hidden=(4096, 4096))
+
+
+@register("vgg-small")
+def vgg_small(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
+    """32 channels, doubled up to 128 while pooling down to a 4x4 map, then a linear readout; for 8x8 to 64x64 input."""
+    plan: list[int | str] = [32]
+    channels, size = 32, min(shape[1:])
+    while size > 4:
+        channels, size = min(2 * channels, 128), size // 2
+        plan += [P, channels]
+    return vgg(recipe, shape, classes, plan=[*plan, channels], hidden=())

@@ -1,0 +1,71 @@
+"""Where a result comes from: software versions, hardware, source revision, time."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("numpy", "torch", "torchvision", "lightning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+
+
+def provenance() -> dict[str, Any]:
+    """A JSON-ready record of this process; nothing heavy is imported for it."""
+    from mpdsgr_deploy import __version__
+
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mpdsgr_deploy": __version__,
+        "revision": source_revision(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
+        "platform": platform.platform(terse=True),
+        "hardware": hardware(),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def source_revision() -> str | None:
+    """The git commit this package runs from, '+dirty' if its files differ from it; None outside a checkout."""
+    source = Path(__file__).parent
+    if not (source.parent / ".git").exists():
+        return None
+    try:
+        head = _git(source, "rev-parse", "HEAD")
+        return head + ("+dirty" if _git(source, "status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model and usable cores; GPU names where torch is already loaded and sees any."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,49 @@
+"""A layer of spiking neurons, and how its membrane potentials are observed.
+
+An observer is an argument of `forward`, called once a layer with a `Trace`: the regulariser and the diagnostics
+see the membrane without hooks and without state left behind in the modules.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mpdsgr_deploy.snn.neuron import LIF, LIFState
+from mpdsgr_deploy.snn.tdbn import TdBN
+
+
+class Trace(NamedTuple):
+    """What one layer did in one forward pass: its T states, each u and spikes [B, C, ...]."""
+
+    layer: str
+    norm: TdBN | None
+    neuron: LIF
+    states: list[LIFState]
+
+
+Observer = Callable[[Trace], None]
+
+
+def fold_time(stateless: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function without state to [T, B, ...] as one batch [T*B, ...]."""
+    return stateless(x.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
+
+
+class SpikingLayer(nn.Module):
+    """synapse (convolution or linear) -> tdBN if there is one -> LIF."""
+
+    def __init__(self, name: str, synapse: nn.Module, norm: TdBN | None, neuron: LIF) -> None:
+        super().__init__()
+        self.name, self.synapse, self.norm, self.neuron = name, synapse, norm, neuron
+
+    def _current(self, x: Tensor) -> Tensor:
+        current = self.synapse(x)
+        return current if self.norm is None else self.norm(current)
+
+    def forward(self, x: Tensor, observe: Observer | None = None) -> Tensor:
+        """Spikes or encoded input [T, B, ...] to spikes [T, B, C, ...]."""
+        spikes, states = self.neuron(fold_time(self._current, x))
+        if observe is not None:
+            observe(Trace(self.name, self.norm, self.neuron, states))
+        return spikes

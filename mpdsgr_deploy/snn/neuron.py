@@ -1,0 +1,82 @@
+"""The leaky integrate-and-fire (LIF) neuron. State goes in and comes out; nothing is hidden in a module.
+
+    hard reset   U_t = tau U_{t-1} (1 - O_{t-1}) + I_t
+    soft reset   U_t = tau (U_{t-1} - V_th O_{t-1}) + I_t
+    spike        O_t = [U_t >= V_th]
+
+with U_0 = O_0 = 0: the reset comes before the leak (METHOD of the SNN-RAT family of papers).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpdsgr_deploy.snn.surrogate import Surrogate, spike
+
+Reset = Literal["hard", "soft"]
+
+
+class LIFState(NamedTuple):
+    """Membrane potential u and spikes [B, ...] after a time step."""
+
+    u: Tensor
+    spikes: Tensor
+
+
+def lif_step(
+    current: Tensor, state: LIFState | None, *, tau: float, v_threshold: float, reset: Reset, surrogate: Surrogate
+) -> LIFState:
+    """One time step: current I_t [B, ...] and the state before it (None: at rest) to the state after it."""
+    if state is None:
+        u = current  # no zeros_like: keeps Shape/Expand nodes out of the exported graph
+    elif reset == "hard":
+        u = tau * state.u * (1 - state.spikes) + current
+    else:
+        u = tau * (state.u - v_threshold * state.spikes) + current
+    return LIFState(u, spike(u, v_threshold, surrogate))
+
+
+def lif(
+    current: Tensor,
+    state: LIFState | None = None,
+    *,
+    tau: float,
+    v_threshold: float,
+    reset: Reset,
+    surrogate: Surrogate,
+) -> list[LIFState]:
+    """T time steps on current [T, B, ...]; returns the T states, the last of which continues the sequence."""
+    states = []
+    for step in current.unbind(0):
+        state = lif_step(step, state, tau=tau, v_threshold=v_threshold, reset=reset, surrogate=surrogate)
+        states.append(state)
+    return states
+
+
+class LIF(nn.Module):
+    """Holds the constants of `lif`; has no parameters and no state.
+
+    tau in (0, 1] is the leak kept per step, v_threshold > 0 the firing threshold V_th.
+    """
+
+    def __init__(
+        self, *, tau: float = 0.5, v_threshold: float = 1.0, reset: Reset = "hard", surrogate: Surrogate
+    ) -> None:
+        super().__init__()
+        self.tau, self.v_threshold, self.reset, self.surrogate = tau, v_threshold, reset, surrogate
+
+    def forward(self, current: Tensor, state: LIFState | None = None) -> tuple[Tensor, list[LIFState]]:
+        """Current [T, B, ...] to spikes [T, B, ...] and the T states."""
+        states = lif(
+            current,
+            state,
+            tau=self.tau,
+            v_threshold=self.v_threshold,
+            reset=self.reset,
+            surrogate=self.surrogate,
+        )
+        return torch.stack([s.spikes for s in states]), states
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, v_threshold={self.v_threshold}, reset={self.reset}, surrogate={self.surrogate.name}"

@@ -1,0 +1,47 @@
+"""Threshold-dependent batch normalisation (tdBN, Zheng et al., arXiv 2011.05280)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TdBN(nn.Module):
+    """y = lambda alpha V_th (x - mean) / sqrt(var + eps) + beta, per channel.
+
+    Input [T*B, C, ...]: folding time into the batch makes the statistics joint over (T, B, H, W), as tdBN asks.
+    `weight` is lambda [C] (starts at 1) and `bias` beta [C] (starts at 0), so the current that reaches a neuron is
+    N(beta, (lambda alpha V_th)^2). alpha is 1, or 1/sqrt(n) where n branches meet before one neuron.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, channels: int, *, v_threshold: float, alpha: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.alpha, self.v_threshold, self.eps, self.momentum = alpha, v_threshold, eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    @property
+    def scale(self) -> Tensor:
+        """lambda alpha V_th [C]: the signed standard deviation of the current."""
+        return self.weight * (self.alpha * self.v_threshold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.scale,
+            self.bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, alpha={self.alpha}, v_threshold={self.v_threshold}"
