@@ -125,6 +125,10 @@ class Recipe(Section):
     attack: Attack = Attack()
     validation: Validation = Validation()
 
+    def portable(self) -> "Recipe":
+        """The same without what belongs to one machine: data.root back to its default."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"root": Data().root})})
+
 
 def parse(model: type[BaseModel], values: Any, source: str) -> Any:
     """Validate `values` as `model`; raise InputError with one line that names source, key and allowed values."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from array_api_compat import array_namespace
 
-from mpdsgr_deploy.attacks.protocols import Array, Differentiable
+from mpdsgr_deploy.protocols import Array, Differentiable
 
 Draw = Callable[[tuple[int, ...]], Array]  # a shape to values uniform in [-1, 1], of the same kind as the images
 

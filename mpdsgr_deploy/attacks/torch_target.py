@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpdsgr_deploy.attacks.protocols import Gradient
+from mpdsgr_deploy.protocols import Gradient
 
 
 def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Gradient:

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from mpdsgr_deploy.data.files import images_below, read_image
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.recipe import Data
 
 SPLIT_SEED = 0  # splits and subsets are the same for every training seed, so that runs can be compared
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 def digits(config: Data, train: bool) -> Images:
@@ -50,28 +49,11 @@ def imagefolder(config: Data, train: bool) -> Images:
         raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels the images are brought to")
     folder = Path(config.root) / ("train" if train else "test")
     labels = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    files = [(p, k) for k, label in enumerate(labels) for p in sorted((folder / label).rglob("*")) if is_image(p)]
+    files = [(path, k) for k, label in enumerate(labels) for path in images_below(folder / label)]
     if not files:
         raise InputError(f"no images under {folder}; expected {folder}/CLASS/NAME.png, one folder a class")
-    pixels = np.stack([read_image(path, config.image_size) for path, _ in files])
+    pixels = np.stack([read_image(path, (3, config.image_size, config.image_size)) for path, _ in files])
     return Images(pixels, np.array([k for _, k in files], np.int64), tuple(labels))
-
-
-def is_image(path: Path) -> bool:
-    """Whether the file's suffix is one we decode."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def read_image(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Decode to RGB, resize the shorter side to `size`, crop the centre: uint8 [3, size, size]."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"cannot decode image {path}: {error}") from None
-    return np.asarray(fitted).transpose(2, 0, 1)
 
 
 DATASETS: dict[str, Callable[[Data, bool], Images]] = {

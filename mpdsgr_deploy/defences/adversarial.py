@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from mpdsgr_deploy.attacks import Gradient, pgd
+from mpdsgr_deploy.attacks import pgd
 from mpdsgr_deploy.attacks.torch_target import input_gradient
+from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import Defence
 
 

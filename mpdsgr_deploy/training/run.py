@@ -44,8 +44,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
     if (out / RECIPE).exists():
         if not resume:
             raise InputError(f"{out} already holds a training run; continue it with --resume or choose another --out")
-        _refuse_changes(json.loads((out / RECIPE).read_bytes()), recipe.model_dump(mode="json"), out)
-    write_atomic(out / RECIPE, recipe.model_dump_json(indent=1).encode())
+        _refuse_changes(json.loads((out / RECIPE).read_bytes()), recipe.portable().model_dump(mode="json"), out)
+    write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
     config = recipe.training
     try:
         fabric = Fabric(
@@ -117,7 +117,7 @@ def _run(fabric: Fabric, recipe: Recipe, out: Path, verbose: bool) -> None:
         if board is not None:
             _log_epoch(board, entry)
             checkpoint = Checkpoint(
-                recipe=recipe,
+                recipe=recipe.portable(),
                 shape=training.shape,
                 labels=training.labels,
                 epoch=epoch + 1,

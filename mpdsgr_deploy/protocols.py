@@ -1,4 +1,4 @@
-"""What an attack may ask of a model: answers (Predictor) or answers and gradients (Differentiable)."""
+"""What a model can be asked, whatever runs it: answers (Predictor), or answers and gradients (Differentiable)."""
 
 from typing import Any, NamedTuple, Protocol
 

@@ -1,0 +1,151 @@
+"""The deployment bundle: the only thing that passes from export to everything after it.
+
+    manifest.json         what this is, and the sha256 of every other file
+    model.fp32.onnx       one network per precision
+    weights.safetensors   the torch weights, the reference the artefact is held against
+    golden.npz            a few inputs and the reference's logits, checked whenever a predictor is opened
+
+Opening a bundle verifies every hash and refuses paths that leave it. Hashes protect against damage and mix-ups; a
+bundle from a stranger needs a signature on manifest.json as well.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import claim_directory, sha256, write_atomic
+from mpdsgr_deploy.recipe import Recipe, parse
+
+SCHEMA_VERSION = 1
+MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.safetensors", "golden.npz"
+
+
+class Accuracy(BaseModel):
+    """Correctly classified images out of n of a data set's test images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    correct: int
+    n: int
+
+
+class Variant(BaseModel):
+    """One precision of the network and how accurate it was on clean images when it was exported."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    accuracy: Accuracy | None = None  # None: the data set was not at hand
+
+
+class Manifest(BaseModel):
+    """input_shape is (C, H, W); input is float32 [B, C, H, W] in [0, 1], output float32 logits [B, K]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    input_name: str
+    output_name: str
+    input_shape: tuple[int, int, int]
+    input_range: tuple[float, float] = (0.0, 1.0)
+    labels: tuple[str, ...]
+    recipe: Recipe  # T, encoding and neuron among the rest
+    variants: dict[str, Variant]
+    provenance: dict[str, Any]
+    files: dict[str, str]  # relative path -> sha256
+
+
+class Bundle:
+    """A verified bundle on disk; make one with `open_bundle`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    def file(self, name: str) -> Path:
+        """The path of a verified file. Raises InputError if the manifest does not list it."""
+        if name not in self.manifest.files:
+            raise InputError(f"{self.path / MANIFEST} lists no hash for {name!r}, so it cannot be trusted; export again")
+        return self.path / name
+
+    def variant(self, precision: str) -> Path:
+        """The ONNX file of a precision. Raises InputError naming the precisions there are."""
+        if precision not in self.manifest.variants:
+            raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
+        return self.file(self.manifest.variants[precision].file)
+
+    def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Golden inputs [G, C, H, W] and the reference's logits [G, K]."""
+        with np.load(self.file(GOLDEN), allow_pickle=False) as arrays:
+            return arrays["inputs"], arrays["logits"]
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read and verify a bundle directory.
+
+    Raises InputError if it is no bundle, a newer schema, damaged, incomplete, or names files outside itself.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        values = json.loads(manifest_path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} is not a bundle ({MANIFEST}: {error.strerror}); make one with `mpdsgr export`") from None
+    except ValueError:
+        raise InputError(f"{manifest_path} is damaged (not JSON); export again") from None
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(f"{path} has schema version {version}, this mpdsgr-deploy reads {SCHEMA_VERSION}; upgrade it")
+    manifest: Manifest = parse(Manifest, values, str(manifest_path))
+    bundle = Bundle(path, manifest)
+    for name, digest in manifest.files.items():
+        file = _inside(path, name)
+        if not file.is_file():
+            raise InputError(f"{path} is incomplete: {name} is missing; copy the bundle again")
+        if sha256(file) != digest:
+            raise InputError(f"{file} does not match its hash in {MANIFEST}: it was changed or damaged; copy it again")
+    for needed in (WEIGHTS, GOLDEN, *(variant.file for variant in manifest.variants.values())):
+        bundle.file(needed)
+    return bundle
+
+
+def _inside(root: Path, name: str) -> Path:
+    """root/name, or InputError if that is, or links to, anything outside root."""
+    relative = PurePosixPath(name)
+    file = root / relative
+    leaves = relative.is_absolute() or ".." in relative.parts or "\\" in name
+    if leaves or not file.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{root / MANIFEST} names {name!r}, which leaves the bundle; do not use this bundle")
+    return file
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A scratch directory beside `out` to build a bundle in; `seal` puts it in place, an exception removes it."""
+    claim_directory(out, MANIFEST, "bundle")
+    scratch = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        yield scratch
+    except OSError as error:
+        raise InputError(f"cannot write bundle {out}: {error.strerror}; what was there before is untouched") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
+    """Hash every file in `scratch`, write the manifest with `fields`, and move it all to `out`."""
+    files = {p.relative_to(scratch).as_posix(): sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
+    manifest = Manifest(files=files, **fields)
+    write_atomic(scratch / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    shutil.rmtree(out)
+    scratch.rename(out)
+    return Bundle(out, manifest)

@@ -1,0 +1,48 @@
+"""The `mpdsgr` command: one module a subcommand, loaded when it is called, so that --help stays quick."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from mpdsgr_deploy import __version__
+from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.progress import show_progress
+
+COMMANDS = ("demo", "train", "export", "validate", "predict", "inspect", "doctor", "recipes")
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand's module when it is asked for; turns our errors into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"mpdsgr_deploy.cli.{name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MpdsgrError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mpdsgr")
+def main() -> None:
+    """Train robust spiking networks, export them, and prove the exported artefact is still robust.
+
+    \b
+    Exit codes: 0 pass, 1 the gate failed (the model regressed), 2 usage or input error,
+    3 the evaluation itself is not valid.
+
+    \b
+    Start here:  mpdsgr demo
+    """
+    show_progress()

@@ -1,0 +1,41 @@
+"""mpdsgr train"""
+
+from pathlib import Path
+
+import click
+
+from mpdsgr_deploy.cli.output import json_option, print_json
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.recipe import load_recipe
+from mpdsgr_deploy.recipes import find_recipe
+
+
+@click.command("train")
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a recipe field.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run from its last finished epoch.")
+@json_option
+def command(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, as_json: bool) -> None:
+    """Train RECIPE: a built-in name (see `mpdsgr recipes`) or a .toml file.
+
+    Writes checkpoints (best, last), TensorBoard curves and what --resume needs.
+
+    \b
+    Example:
+      mpdsgr train digits-mpdsgr --set training.epochs=5 --out runs/first
+    """
+    path = find_recipe(recipe)
+    resolved = load_recipe(path, overrides)
+    out = out or Path("runs") / path.stem
+    need("lightning.fabric", "train")
+    from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+    from mpdsgr_deploy.training import train
+
+    train(resolved, out, resume=resume)
+    best = load_checkpoint(find_checkpoint(out))
+    if as_json:
+        print_json({"out": str(out), "best_epoch": best.epoch, **best.metrics})
+    else:
+        click.echo(f"best epoch {best.epoch}, validation {best.metrics['validation_accuracy']:.1%}; checkpoints in {out}")
+        click.echo(f"next: mpdsgr export {out} --out {out}/bundle")

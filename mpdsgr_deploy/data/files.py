@@ -1,0 +1,71 @@
+"""Images and arrays from files."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mpdsgr_deploy.errors import InputError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+ARRAY_SUFFIXES = {".npy", ".npz"}
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Every image file in a folder and its subfolders, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Decode to uint8 [C, H, W] = shape: resized to fill it, centre cropped; grey if C is 1, else RGB.
+
+    Raises InputError for a file that is no image.
+    """
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            converted = image.convert("L" if channels == 1 else "RGB")
+            fitted = ImageOps.fit(converted, (width, height), Image.Resampling.BILINEAR)
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"cannot decode image {path}: {error}") from None
+    return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def read_array(path: Path) -> NDArray[np.float32]:
+    """Images [N, C, H, W] of a .npy file or a .npz's array `images` (or its only one): uint8, or float32 in [0, 1].
+
+    uint8 is scaled to [0, 1]. Raises InputError for another dtype or a damaged file.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.lib.npyio.NpzFile):
+            with found:
+                name = "images" if "images" in found.files else found.files[0]
+                found = found[name]
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise InputError(f"cannot read array {path}: {error}") from None
+    if found.dtype == np.uint8:
+        return found.astype(np.float32) / np.float32(255)  # type: ignore[no-any-return]
+    if found.dtype != np.float32:
+        raise InputError(f"{path}: images must be uint8, or float32 in [0, 1]; these are {found.dtype}")
+    return found  # type: ignore[no-any-return]
+
+
+def read_inputs(
+    inputs: Sequence[Path], shape: tuple[int, int, int]
+) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    """Names and images [N, *shape] of each input in turn: an image, a folder of images, or an array file."""
+    for path in inputs:
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        if path.suffix.lower() in ARRAY_SUFFIXES:
+            images = read_array(path)
+            yield [f"{path}[{i}]" for i in range(len(images))], images
+            continue
+        files = images_below(path) if path.is_dir() else [path]
+        if not files:
+            raise InputError(f"no images in folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+        pixels = np.stack([read_image(file, shape) for file in files])
+        yield [str(file) for file in files], pixels.astype(np.float32) / np.float32(255)

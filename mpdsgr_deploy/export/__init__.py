@@ -1,0 +1,5 @@
+"""From a checkpoint to a deployment bundle."""
+
+from mpdsgr_deploy.export.bundle_writer import export
+
+__all__ = ["export"]

@@ -1,0 +1,46 @@
+"""Do two sets of logits say the same? One definition for export, the golden check and validation."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOLERANCE = 1e-5  # what float32 rounding alone may do to a logit
+MINIMUM_SHARE = 0.95
+
+
+class Parity(NamedTuple):
+    """Comparison of logits row by row.
+
+    A spiking network is discontinuous: where a membrane potential lies within rounding of the threshold, one spike
+    differs and that image's logits move visibly. So two faithful float32 implementations agree within TOLERANCE on
+    nearly all images, not on all; `max_abs` alone would measure luck.
+    """
+
+    rows: int
+    max_abs: float
+    within_tolerance: int
+    labels_differ: int
+
+    @property
+    def holds(self) -> bool:
+        """All labels equal and at least 95 % of the rows within TOLERANCE."""
+        return self.rows > 0 and not self.labels_differ and self.within_tolerance >= MINIMUM_SHARE * self.rows
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows - self.labels_differ} of {self.rows} labels equal, {self.within_tolerance} rows within "
+            f"{TOLERANCE:g}, largest difference {self.max_abs:.2g}"
+        )
+
+
+def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Parity:
+    """Compare logits [N, K] with reference [N, K]; a non-finite difference counts as infinite."""
+    difference = np.abs(reference.astype(np.float64) - logits).max(axis=1, initial=0)
+    difference = np.where(np.isfinite(difference), difference, np.inf)
+    return Parity(
+        rows=len(reference),
+        max_abs=float(difference.max(initial=0)),
+        within_tolerance=int((difference <= TOLERANCE).sum()),
+        labels_differ=int((reference.argmax(1) != logits.argmax(1)).sum()),
+    )

@@ -1,0 +1,28 @@
+"""What goes into a predictor: the check every backend makes, and many images in bounded batches."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import track
+from mpdsgr_deploy.protocols import Predictor
+
+
+def check_images(x: NDArray[np.float32], shape: tuple[int, int, int]) -> None:
+    """Raise InputError unless x is float32 [B >= 1, *shape], finite, in [0, 1]."""
+    if x.dtype != np.float32:
+        raise InputError(f"images must be float32 in [0, 1], these are {x.dtype}")
+    if x.ndim != 4 or x.shape[1:] != shape or not len(x):
+        wanted = ", ".join(map(str, shape))
+        raise InputError(f"images must have shape [batch >= 1, {wanted}], these have {list(x.shape)}")
+    low, high = x.min(), x.max()
+    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+        raise InputError(f"pixels must be finite and in [0, 1], these range from {low} to {high}")
+
+
+def predict(
+    predictor: Predictor, x: NDArray[np.float32], batch_size: int = 128, what: str = "predicting"
+) -> NDArray[np.float32]:
+    """Logits [N, K] of images [N, C, H, W], `batch_size` at a time, with a progress bar called `what`."""
+    starts = range(0, len(x), batch_size)
+    return np.concatenate([predictor(x[start : start + batch_size]) for start in track(starts, what)])

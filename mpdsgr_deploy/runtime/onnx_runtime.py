@@ -1,0 +1,54 @@
+"""onnxruntime, with its silent fallback refused: asked for CUDA it uses CUDA or raises."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.runtime.images import check_images
+
+CPU = "CPUExecutionProvider"
+EXTRAS = {CPU: "cpu", "CUDAExecutionProvider": "gpu"}
+
+
+class OnnxRuntime:
+    """A Predictor on an ONNX file. A context manager: the session ends with the block.
+
+    provider: an onnxruntime execution provider; InputError if this machine cannot run it.
+    """
+
+    def __init__(self, model: Path, provider: str = CPU) -> None:
+        ort = need("onnxruntime", EXTRAS[provider])
+        if provider not in ort.get_available_providers():
+            raise InputError(
+                f"this onnxruntime has no {provider}; install it with: pip install 'mpdsgr-deploy[{EXTRAS[provider]}]' "
+                f"(uninstall the other onnxruntime package first, they overwrite each other)"
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if provider != CPU:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            self._session: Any = ort.InferenceSession(str(model), options, providers=[provider])
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise InputError(f"onnxruntime cannot load {model} on {provider}: {error}") from error
+        used = self._session.get_providers()[0]
+        if used != provider:
+            raise InputError(f"asked for {provider}, onnxruntime fell back to {used}; see `mpdsgr doctor`")
+        (spec,) = self._session.get_inputs()
+        self._input, self._shape = spec.name, tuple(spec.shape[1:])
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        check_images(x, self._shape)
+        (logits,) = self._session.run(None, {self._input: x})
+        return logits  # type: ignore[no-any-return]  # onnxruntime allocates a fresh array per run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._session = None

@@ -1,0 +1,46 @@
+"""Open a bundle on a named backend, and prove on its golden batch that it answers as it should."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.errors import EvaluationError
+from mpdsgr_deploy.lookup import choose, need
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
+
+
+def _onnxruntime(bundle: Bundle, precision: str, *, provider: str) -> OnnxRuntime:
+    return OnnxRuntime(bundle.variant(precision), provider)
+
+
+def _torch(bundle: Bundle, precision: str) -> Predictor:
+    need("torch", "train")
+    from mpdsgr_deploy.runtime.torch_model import TorchModel
+
+    return TorchModel.from_bundle(bundle)
+
+
+BACKENDS: dict[str, Callable[[Bundle, str], Predictor]] = {
+    "onnxruntime-cpu": partial(_onnxruntime, provider="CPUExecutionProvider"),
+    "onnxruntime-cuda": partial(_onnxruntime, provider="CUDAExecutionProvider"),
+    "torch": _torch,
+}
+DEFAULT_BACKEND = "onnxruntime-cpu"
+
+
+@contextmanager
+def open_predictor(bundle: Bundle, backend: str = DEFAULT_BACKEND, precision: str = "fp32") -> Iterator[Predictor]:
+    """A Predictor for the length of a with block.
+
+    Raises InputError for an unknown backend or precision or a backend that cannot run here, EvaluationError if the
+    golden batch is not answered with the reference's labels and logits.
+    """
+    with choose("backend", BACKENDS, backend)(bundle, precision) as predictor:
+        inputs, logits = bundle.golden()
+        parity = compare(logits, predictor(inputs))
+        if parity.labels_differ or not parity.holds and precision == "fp32":
+            raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")
+        yield predictor

@@ -1,0 +1,5 @@
+"""Prove on the artefact that clean and attacked accuracy survived."""
+
+from mpdsgr_deploy.validation.validate import validate
+
+__all__ = ["validate"]

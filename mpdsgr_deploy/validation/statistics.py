@@ -1,0 +1,34 @@
+"""The statistics of paired verdicts: intervals for a share, a test for two classifiers on the same images."""
+
+import math
+from typing import NamedTuple
+
+Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share correct/n; (0, 1) where nothing was counted."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = correct / n, Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def binomial_tail(k: int, n: int) -> float:
+    """P(X >= k) for X ~ Binomial(n, 1/2), exactly."""
+    return sum(math.comb(n, i) for i in range(k, n + 1)) / 2**n
+
+
+def mcnemar(worse: int, better: int) -> float:
+    """Exact two-sided McNemar p-value: could `worse` against `better` discordant images be chance?"""
+    return min(1.0, 2 * binomial_tail(max(worse, better), worse + better))
+
+
+class Flips(NamedTuple):
+    """Images whose verdict differs between reference and artefact, and how surprising that is."""
+
+    newly_wrong: int
+    newly_right: int
+    p_value: float

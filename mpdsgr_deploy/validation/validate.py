@@ -1,0 +1,103 @@
+"""The validation stage: bundle in, report out."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.recipe import Data
+from mpdsgr_deploy.runtime import open_predictor, predict
+from mpdsgr_deploy.validation import health
+from mpdsgr_deploy.validation.conditions import conditions
+from mpdsgr_deploy.validation.gate import Gate
+from mpdsgr_deploy.validation.report import Report, Row, Verdict
+
+def validate(
+    bundle: Bundle,
+    *,
+    backend: str,
+    precision: str = "fp32",
+    data: str | None = None,
+    root: str | None = None,
+    limit: int | None = None,
+    gate: Gate | None = None,
+) -> Report:
+    """Attack the bundle's torch model, hand the attacked images to the artefact too, compare image by image.
+
+    data, root, limit override the recipe's test images. The verdict is `invalid` if a health check failed, else
+    `fail` if the gate refuses, else `pass`. Raises InputError for missing data, an unknown or unusable backend.
+    """
+    need("torch", "train")
+    from mpdsgr_deploy.runtime.torch_model import TorchModel
+
+    gate = gate or Gate()
+    recipe = bundle.manifest.recipe
+    config = recipe.validation
+    images = _images(bundle, recipe.data, data, root, limit or config.limit)
+    x, y = images.float(), images.classes
+    rule = f"the first {len(images)} test images of {data or recipe.data.name}"
+    reference = TorchModel.from_bundle(bundle)
+    monitor = health.GradientMonitor(reference.gradient)
+    rows: list[Row] = []
+    faults: list[str] = []
+    verdicts: dict[str, list[NDArray[np.bool_]]] = {}  # condition -> correct [N] of torch and of the artefact
+    with open_predictor(bundle, backend, precision) as artefact:
+        for condition in conditions(monitor, x, y, recipe.attack, batch_size=config.batch_size, seed=config.seed):
+            logits = [predict(p, condition.images, config.batch_size) for p in (reference, artefact)]
+            correct = [answer.argmax(1) == y for answer in logits]
+            if condition.name == "clean":
+                parity = compare(*logits)
+            if condition.eps is not None:
+                verdicts[condition.name] = correct
+            faults += health.budget_faults(x, condition)
+            rows.append(Row.of(condition.name, condition.settings, *correct))
+            log.info("%-10s  torch %5.1f %%  artefact %5.1f %%", condition.name, *(100 * c.mean() for c in correct))
+        worst = [np.logical_and.reduce(columns) for columns in zip(*verdicts.values(), strict=True)]
+        rows.append(Row.of("worst", "right under every condition within eps", *worst))
+        checks = [
+            health.check_budget(faults, rule),
+            health.check_order({name: correct[0] for name, correct in verdicts.items()}),
+            health.check_gradients(monitor),
+            health.check_function(artefact, health.fresh_process(bundle.path, backend, precision), x),
+            health.check_compared(min(row.n for row in rows)),
+        ]
+    invalid = [f"check {c.number} ({c.name}) failed: {c.saw}; {c.advice}" for c in checks if not c.passed]
+    failures = gate.failures(rows)
+    verdict: Verdict = "invalid" if invalid else "fail" if failures else "pass"
+    file = bundle.manifest.variants[precision].file
+    return Report(
+        verdict=verdict,
+        reasons=[*invalid, *failures],
+        bundle=bundle.path.name,
+        artefact_file=file,
+        artefact_sha256=bundle.manifest.files[file],
+        backend=backend,
+        precision=precision,
+        images=rule,
+        seed=config.seed,
+        rows=rows,
+        parity=parity,
+        health=checks,
+        gate=gate,
+        provenance=provenance(),
+    )
+
+
+def _images(bundle: Bundle, config: Data, data: str | None, root: str | None, limit: int | None) -> Images:
+    """The test images asked for, which must be of the kind the network was made for."""
+    changes = {key: value for key, value in (("name", data), ("root", root)) if value is not None}
+    images = load_test(config.model_copy(update=changes))
+    manifest = bundle.manifest
+    if images.shape != manifest.input_shape or len(images.labels) != len(manifest.labels):
+        raise InputError(
+            f"the network takes {manifest.input_shape} images of {len(manifest.labels)} classes, "
+            f"{data or config.name} has {images.shape} images of {len(images.labels)} classes"
+        )
+    return images[: limit or len(images)]
