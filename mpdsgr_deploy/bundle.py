@@ -73,7 +73,9 @@ class Bundle:
     def file(self, name: str) -> Path:
         """The path of a verified file. Raises InputError if the manifest does not list it."""
         if name not in self.manifest.files:
-            raise InputError(f"{self.path / MANIFEST} lists no hash for {name!r}, so it cannot be trusted; export again")
+            raise InputError(
+                f"{self.path / MANIFEST} lists no hash for {name!r}, so it cannot be trusted; export again"
+            )
         return self.path / name
 
     def variant(self, precision: str) -> Path:
@@ -97,7 +99,8 @@ def open_bundle(path: Path) -> Bundle:
     try:
         values = json.loads(manifest_path.read_bytes())
     except OSError as error:
-        raise InputError(f"{path} is not a bundle ({MANIFEST}: {error.strerror}); make one with `mpdsgr export`") from None
+        reason = f"{MANIFEST}: {error.strerror}"
+        raise InputError(f"{path} is not a bundle ({reason}); make one with `mpdsgr export`") from None
     except ValueError:
         raise InputError(f"{manifest_path} is damaged (not JSON); export again") from None
     version = values.get("schema_version") if isinstance(values, dict) else None

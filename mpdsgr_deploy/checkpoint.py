@@ -63,7 +63,7 @@ def find_checkpoint(directory: Path) -> Path:
     for candidate in (directory, directory / "best"):
         if (candidate / FILE).is_file():
             return candidate
-    raise InputError(f"no checkpoint in {directory} (no {FILE} there or in best/); give the directory `mpdsgr train` wrote")
+    raise InputError(f"no {FILE} in {directory} or its best/; give the directory that `mpdsgr train` wrote")
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:

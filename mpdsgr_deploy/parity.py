@@ -1,15 +1,14 @@
 """Do two sets of logits say the same? One definition for export, the golden check and validation."""
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 TOLERANCE = 1e-5  # what float32 rounding alone may do to a logit
 MINIMUM_SHARE = 0.95
 
 
-class Parity(NamedTuple):
+class Parity(BaseModel):
     """Comparison of logits row by row.
 
     A spiking network is discontinuous: where a membrane potential lies within rounding of the threshold, one spike

@@ -38,6 +38,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
+    """Which images, and how they are varied in training."""
+
     name: str = "cifar10"
     root: str = "data"  # where the data set's files lie
     train_images: Count | None = None  # use only so many training images (a fixed random choice)
@@ -48,11 +50,15 @@ class Data(Section):
 
 
 class Model(Section):
+    """Which architecture; `mpdsgr_deploy.models.MODELS` holds the names."""
+
     name: str = "vgg11"
     width: Positive = 1.0  # multiplies every layer's width
 
 
 class Neuron(Section):
+    """The LIF neuron and its surrogate gradient; see `mpdsgr_deploy.snn.neuron`."""
+
     tau: Annotated[Number, Field(gt=0, le=1)] = 0.5
     v_threshold: Positive = 1.0
     reset: Literal["hard", "soft"] = "hard"
@@ -61,11 +67,15 @@ class Neuron(Section):
 
 
 class Encoding(Section):
+    """How an image becomes T time steps."""
+
     name: str = "direct"
     T: Count = 8
 
 
 class Training(Section):
+    """SGD with a cosine schedule to zero, and where it runs."""
+
     epochs: Count = 300
     batch_size: Count = 64  # images per optimiser step, over all devices and accumulation steps
     accumulate: Count = 1  # forward passes per optimiser step
@@ -86,12 +96,16 @@ class Training(Section):
 
 
 class Regularizer(Section):
+    """MPD-SGR: loss = cross-entropy + eta * Omega; see `mpdsgr_deploy.mpd`."""
+
     name: Literal["none", "mpd-sgr"] = "none"
     estimator: str = "theorem"
     eta: NonNegative = 0.5  # unknown in print; sweep 0.1 .. 10
 
 
 class Defence(Section):
+    """`at`: adversarial training with PGD of these settings, random start."""
+
     name: Literal["none", "at"] = "none"
     eps: UnitInterval = 2 / 255
     steps: Count = 2
@@ -109,12 +123,16 @@ class Attack(Section):
 
 
 class Validation(Section):
+    """Which test images `mpdsgr validate` uses, and the seed of its noise and random starts."""
+
     limit: Count | None = None  # only the first so many test images
     batch_size: Count = 128
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Recipe(Section):
+    """All sections; every one and every field has a default."""
+
     data: Data = Data()
     model: Model = Model()
     neuron: Neuron = Neuron()
@@ -158,7 +176,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read recipe {path}: {error.strerror}; `mpdsgr recipes` lists the built-in ones") from None
+        raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from None
     source = path.name
@@ -171,7 +189,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raise InputError(f"{source}: {section!r} must be a section")
         values[section][field] = _toml_value(text.strip())
         source = f"{path.name} with --set"
-    return parse(Recipe, values, source)  # type: ignore[no-any-return]
+    return parse(Recipe, values, source)
 
 
 def _toml_value(text: str) -> Any:

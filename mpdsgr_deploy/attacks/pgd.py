@@ -32,23 +32,22 @@ def pgd(
     Source: Madry et al., arXiv 1706.06083.
     """
     xp = array_namespace(x)
-    low, high = xp.clip(x - eps, 0.0, 1.0), xp.clip(x + eps, 0.0, 1.0)
-    adversarial = x if draw is None else _project(xp, x + eps * draw(x.shape), low, high)
+
+    def project(moved: Array) -> Array:
+        return xp.clip(x + xp.clip(moved - x, -eps, eps), 0.0, 1.0)
+
+    adversarial = x if draw is None else project(x + eps * draw(x.shape))
     broken = xp.zeros(y.shape, dtype=xp.bool)
     found = x
     for _ in range(steps):
         logits, _, gradient = target(adversarial, y)
         if keep_broken:
             found, broken = _remember(xp, found, broken, adversarial, logits, y)
-        adversarial = _project(xp, adversarial + step * xp.sign(gradient), low, high)
+        adversarial = project(adversarial + step * xp.sign(gradient))
     if not keep_broken:
         return adversarial
     found, broken = _remember(xp, found, broken, adversarial, target(adversarial, y).logits, y)
     return xp.where(broken[:, None, None, None], found, adversarial)
-
-
-def _project(xp: Array, x: Array, low: Array, high: Array) -> Array:
-    return xp.minimum(xp.maximum(x, low), high)
 
 
 def _remember(xp: Array, found: Array, broken: Array, x: Array, logits: Array, y: Array) -> tuple[Array, Array]:

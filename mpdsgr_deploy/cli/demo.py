@@ -48,7 +48,8 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
     else:
         print_demo(reports)
         for method, name in RECIPES.items():
-            click.echo(f"{method}: {reports[method].verdict.upper()}, report in {out / name / 'report' / 'report.html'}")
+            page = out / name / "report" / "report.html"
+            click.echo(f"{method}: {reports[method].verdict.upper()}, report in {page}")
     ctx.exit(max(EXIT_CODES[report.verdict] for report in reports.values()))
 
 
@@ -58,7 +59,9 @@ def print_demo(reports: dict[str, Report]) -> None:
     table = []
     for method, report in reports.items():
         rows = {row.name: row for row in report.rows}
-        for kind in ("reference", "artefact"):
-            scores = [getattr(rows[name], kind) for name in SHOWN]
-            table.append((method, "torch" if kind == "reference" else "ONNX", *(f"{100 * s.accuracy:.1f}" for s in scores)))
+        for network, scores in (
+            ("torch", [rows[name].reference for name in SHOWN]),
+            ("ONNX", [rows[name].artefact for name in SHOWN]),
+        ):
+            table.append((method, network, *(f"{100 * score.accuracy:.1f}" for score in scores)))
     print_table(("training", "network", *SHOWN), table, f"accuracy in %, {first.images}, seed {first.seed}")

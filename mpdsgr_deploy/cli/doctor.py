@@ -43,7 +43,8 @@ def command(as_json: bool) -> None:
     rows = [(f"[{e}]", ", ".join(f"{n} {v or 'missing'}" for n, v in found.items())) for e, found in packages.items()]
     print_table(("extra", "packages"), rows, "Packages")
     machine = provenance()
-    click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {machine['hardware']}")
+    hardware = ", ".join(f"{name} {value}" for name, value in machine["hardware"].items())
+    click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")
 
 
 def try_onnxruntime(provider: str) -> str:
@@ -51,9 +52,8 @@ def try_onnxruntime(provider: str) -> str:
     shape = ("batch", 1, 1, 1)
     add = onnx.helper.make_node("Add", ["x", "x"], ["y"])
     x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n in "xy")
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([add], "doctor", [x], [y]), opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
-    )
+    graph = onnx.helper.make_graph([add], "doctor", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "doctor.onnx"
         onnx.save(model, path)

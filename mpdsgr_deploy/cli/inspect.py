@@ -10,6 +10,7 @@ import click
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.recipe import Recipe
 
 
 @click.command("inspect")
@@ -29,7 +30,7 @@ def command(path: Path, as_json: bool) -> None:
     print_table(("", str(path)), [(name, value) for name, value in facts.items()])
     if layers:
         columns = list(layers[0])
-        rows = [[f"{v:.3f}" if isinstance(v, float) else "" if v is None else v for v in layer.values()] for layer in layers]
+        rows = [[f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer.values()] for layer in layers]
         print_table(columns, rows, "membrane statistics on the last epoch's first validation batch")
 
 
@@ -52,7 +53,8 @@ def bundle_facts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         facts[f"{precision} bytes"] = bundle.variant(precision).stat().st_size
         facts[f"{precision} nodes"] = ", ".join(f"{count} {op}" for op, count in nodes.most_common())
         if variant.accuracy:
-            facts[f"{precision} at export"] = f"{variant.accuracy.correct} of {variant.accuracy.n} {variant.accuracy.data}"
+            found = variant.accuracy
+            facts[f"{precision} at export"] = f"{found.correct} of {found.n} {found.data} test images correct"
     return facts, []
 
 
@@ -71,12 +73,14 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return facts, layers
 
 
-def describe(recipe: Any) -> dict[str, Any]:
+def describe(recipe: Recipe) -> dict[str, Any]:
     """The network and its training in a few lines."""
-    neuron, regularizer = recipe.neuron, recipe.regularizer
+    model, neuron, encoding, regularizer = recipe.model, recipe.neuron, recipe.encoding, recipe.regularizer
+    pressure = f"{regularizer.name}, {regularizer.estimator} estimator, eta {regularizer.eta:g}"
     return {
-        "model": f"{recipe.model.name}, width {recipe.model.width:g}, T = {recipe.encoding.T}, {recipe.encoding.name} encoding",
-        "neuron": f"LIF, tau {neuron.tau:g}, threshold {neuron.v_threshold:g}, {neuron.reset} reset, {neuron.surrogate} surrogate",
-        "regularizer": "none" if regularizer.name == "none" else f"{regularizer.name}, {regularizer.estimator}, eta {regularizer.eta:g}",
+        "model": f"{model.name}, width {model.width:g}, T = {encoding.T}, {encoding.name} encoding",
+        "neuron": f"LIF, tau {neuron.tau:g}, threshold {neuron.v_threshold:g}, {neuron.reset} reset",
+        "surrogate": neuron.surrogate,
+        "regularizer": "none" if regularizer.name == "none" else pressure,
         "defence": recipe.defence.name,
     }

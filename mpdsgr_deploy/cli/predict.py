@@ -25,10 +25,10 @@ SUFFIXES = (".csv", ".jsonl", ".npz")
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the network.")
 @click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images per inference.")
-@click.option("--out", type=click.Path(path_type=Path), help=f"File to write, {', '.join(SUFFIXES)}.  [default: CSV on stdout]")
-def command(
-    bundle: Path, inputs: tuple[Path, ...], backend: str, precision: str, batch: int, out: Path | None
-) -> None:
+@click.option(
+    "--out", type=click.Path(path_type=Path), help=f"{', '.join(SUFFIXES)} file to write.  [default: CSV on stdout]"
+)
+def command(bundle: Path, inputs: tuple[Path, ...], backend: str, precision: str, batch: int, out: Path | None) -> None:
     """Classify INPUTS with BUNDLE: images, folders of images, .npy or .npz arrays.
 
     Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]; images are resized and centre cropped. CSV and JSON

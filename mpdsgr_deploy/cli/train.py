@@ -37,5 +37,6 @@ def command(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: b
     if as_json:
         print_json({"out": str(out), "best_epoch": best.epoch, **best.metrics})
     else:
-        click.echo(f"best epoch {best.epoch}, validation {best.metrics['validation_accuracy']:.1%}; checkpoints in {out}")
+        accuracy = best.metrics["validation_accuracy"]
+        click.echo(f"best epoch {best.epoch}, validation accuracy {accuracy:.1%}; checkpoints in {out}")
         click.echo(f"next: mpdsgr export {out} --out {out}/bundle")

@@ -48,9 +48,7 @@ def command(
     rules = load_gate(gate)
     claim_report(report_dir)
     opened = open_bundle(bundle)
-    report = validate(
-        opened, backend=backend, precision=precision, data=data, root=root, limit=limit, gate=rules
-    )
+    report = validate(opened, backend=backend, precision=precision, data=data, root=root, limit=limit, gate=rules)
     write_report(report, report_dir)
     if as_json:
         print_json(report.model_dump())

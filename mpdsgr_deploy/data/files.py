@@ -47,15 +47,13 @@ def read_array(path: Path) -> NDArray[np.float32]:
     except (OSError, ValueError, EOFError, IndexError) as error:
         raise InputError(f"cannot read array {path}: {error}") from None
     if found.dtype == np.uint8:
-        return found.astype(np.float32) / np.float32(255)  # type: ignore[no-any-return]
+        return found.astype(np.float32) / np.float32(255)
     if found.dtype != np.float32:
         raise InputError(f"{path}: images must be uint8, or float32 in [0, 1]; these are {found.dtype}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-def read_inputs(
-    inputs: Sequence[Path], shape: tuple[int, int, int]
-) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+def read_inputs(inputs: Sequence[Path], shape: tuple[int, int, int]) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
     """Names and images [N, *shape] of each input in turn: an image, a folder of images, or an array file."""
     for path in inputs:
         if not path.exists():

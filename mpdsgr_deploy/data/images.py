@@ -26,7 +26,7 @@ class Images:
         _, channels, height, width = self.pixels.shape
         return channels, height, width
 
-    def float(self) -> NDArray[np.float32]:
+    def unit(self) -> NDArray[np.float32]:
         """What a model sees: float32 in [0, 1]."""
         return self.pixels.astype(np.float32) / np.float32(255)
 

@@ -33,7 +33,7 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
         except RuntimeError:
             raise InputError(
                 f"{config.name} is not under {config.root!r}; point data.root (or --root) to it, or fetch it with: "
-                f"python -c \"import torchvision; torchvision.datasets.{class_name}({config.root!r}, download=True)\""
+                f'python -c "import torchvision; torchvision.datasets.{class_name}({config.root!r}, download=True)"'
             ) from None
         pixels = np.asarray(found.data)
         # MNIST's are [N, H, W], CIFAR's [N, H, W, C]
@@ -85,5 +85,5 @@ def load_training(config: Data) -> tuple[Images, Images]:
             )
         rest = rest[: config.train_images]
     if not held_out or not len(rest):
-        raise InputError(f"{config.name} has {len(images)} training images, too few to split; see data.validation_share")
+        raise InputError(f"{config.name} has {len(images)} training images, too few for data.validation_share")
     return images[rest], images[order[:held_out]]

@@ -1,6 +1,7 @@
 """The export stage: checkpoint directory in, bundle out, parity and accuracy measured on the way."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +79,14 @@ def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
     """Enough float32 images for the parity check: test images, or noise where there are none."""
     count = sum(PARITY_BATCHES)
     if images is not None:
-        return images[: min(count, len(images))].float()
+        return images[: min(count, len(images))].unit()
     return np.random.default_rng(0).random((count, *shape), np.float32)
 
 
 def _parity(reference: Predictor, artefact: Predictor, inputs: np.ndarray) -> Parity:
     """Compare on consecutive batches of several sizes, which also proves the batch dimension dynamic."""
     bounds = np.cumsum((0, *PARITY_BATCHES))
-    batches = [inputs[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < len(inputs)]
+    batches = [inputs[a:b] for a, b in pairwise(bounds) if a < len(inputs)]
     return compare(
         np.concatenate([reference(batch) for batch in batches]), np.concatenate([artefact(batch) for batch in batches])
     )
@@ -94,5 +95,5 @@ def _parity(reference: Predictor, artefact: Predictor, inputs: np.ndarray) -> Pa
 def _accuracy(artefact: Predictor, images: Images | None, data: str, batch_size: int) -> Accuracy | None:
     if images is None:
         return None
-    logits = predict(artefact, images.float(), batch_size, "measuring accuracy")
+    logits = predict(artefact, images.unit(), batch_size, "measuring accuracy")
     return Accuracy(data=data, correct=int((logits.argmax(1) == images.classes).sum()), n=len(images))

@@ -13,9 +13,7 @@ P = "P"  # AvgPool2d(2)
 VGG11_PLAN = (64, P, 128, 256, P, 512, 512, 512, P, 512, 512)
 
 
-def vgg(
-    recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str], hidden: Sequence[int]
-) -> SpikingNet:
+def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str], hidden: Sequence[int]) -> SpikingNet:
     """Convolutions of `plan` channels (P halves the map), then `hidden` fully connected spiking layers.
 
     The fully connected layers have a bias and no tdBN, as in the SNN-RAT family of code bases. `model.width` of the
@@ -23,10 +21,10 @@ def vgg(
     """
     channels, height, width = shape
     pools = sum(item == P for item in plan)
-    if height % 2**pools or width % 2**pools:
+    if min(height, width) < 2**pools:
         raise InputError(
-            f"model {recipe.model.name!r} halves its input {pools} times, so height and width must be multiples "
-            f"of {2**pools}; the images are {height}x{width}"
+            f"model {recipe.model.name!r} halves its input {pools} times and so needs at least {2**pools}x{2**pools} "
+            f"pixels; the images are {height}x{width}"
         )
     body: list[nn.Module] = []
     fan_in = channels

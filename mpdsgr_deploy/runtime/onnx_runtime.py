@@ -1,7 +1,6 @@
 """onnxruntime, with its silent fallback refused: asked for CUDA it uses CUDA or raises."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -45,10 +44,10 @@ class OnnxRuntime:
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
         (logits,) = self._session.run(None, {self._input: x})
-        return logits  # type: ignore[no-any-return]  # onnxruntime allocates a fresh array per run
+        return logits  # onnxruntime allocates a fresh array per run
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._session = None

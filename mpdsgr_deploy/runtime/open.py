@@ -1,7 +1,7 @@
 """Open a bundle on a named backend, and prove on its golden batch that it answers as it should."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from mpdsgr_deploy.bundle import Bundle
@@ -16,14 +16,14 @@ def _onnxruntime(bundle: Bundle, precision: str, *, provider: str) -> OnnxRuntim
     return OnnxRuntime(bundle.variant(precision), provider)
 
 
-def _torch(bundle: Bundle, precision: str) -> Predictor:
+def _torch(bundle: Bundle, precision: str) -> AbstractContextManager[Predictor]:
     need("torch", "train")
     from mpdsgr_deploy.runtime.torch_model import TorchModel
 
     return TorchModel.from_bundle(bundle)
 
 
-BACKENDS: dict[str, Callable[[Bundle, str], Predictor]] = {
+BACKENDS: dict[str, Callable[[Bundle, str], AbstractContextManager[Predictor]]] = {
     "onnxruntime-cpu": partial(_onnxruntime, provider="CPUExecutionProvider"),
     "onnxruntime-cuda": partial(_onnxruntime, provider="CUDAExecutionProvider"),
     "torch": _torch,
@@ -41,6 +41,6 @@ def open_predictor(bundle: Bundle, backend: str = DEFAULT_BACKEND, precision: st
     with choose("backend", BACKENDS, backend)(bundle, precision) as predictor:
         inputs, logits = bundle.golden()
         parity = compare(logits, predictor(inputs))
-        if parity.labels_differ or not parity.holds and precision == "fp32":
+        if parity.labels_differ or (precision == "fp32" and not parity.holds):
             raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")
         yield predictor

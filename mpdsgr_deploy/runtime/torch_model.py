@@ -1,6 +1,5 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -47,5 +46,5 @@ class TorchModel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
+    def __exit__(self, *exception: object) -> None:
+        self._model.cpu()  # frees GPU memory

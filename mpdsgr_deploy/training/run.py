@@ -56,7 +56,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
         )
     except Exception as error:  # Fabric has no common error type for hardware that is not there
         raise InputError(f"training.accelerator={config.accelerator}, devices={config.devices}: {error}") from error
-    fabric.launch(_run, recipe, out, log.isEnabledFor(logging.INFO))
+    # a module-level function, because devices > 1 pickles it to new processes; Fabric's hint knows one argument only
+    fabric.launch(_run, recipe, out, log.isEnabledFor(logging.INFO))  # type: ignore[arg-type]
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:

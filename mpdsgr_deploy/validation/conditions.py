@@ -57,15 +57,16 @@ def conditions(
             start,
         )
 
+    def iterative(x: Floats, y: Classes, _: Floats) -> Floats:
+        return bim(target, x, y, eps=eps, step=attack.step, steps=attack.steps)
+
     yield Condition("clean", "test images as they are", 0.0, x)
     std = attack.gaussian_std
     yield Condition("gaussian", f"N(0, {std:.4g}^2)", None, gaussian(x, std=std, rng=rng(1)))
     yield Condition("uniform", f"U(-{eps:.4g}, {eps:.4g})", eps, uniform(x, eps=eps, rng=rng(2)))
     yield Condition("fgsm", f"eps {eps:.4g}", eps, batched("FGSM", lambda x, y, _: fgsm(target, x, y, eps=eps)))
     paper = f"eps {eps:.4g}, {attack.steps} steps of {attack.step:.4g}"
-    yield Condition(
-        "bim", paper, eps, batched("BIM", lambda x, y, _: bim(target, x, y, eps=eps, step=attack.step, steps=attack.steps))
-    )
+    yield Condition("bim", paper, eps, batched("BIM", iterative))
     yield Condition(
         "pgd",
         f"{paper}, random start, last iterate",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def check_budget(faults: list[str], rule: str) -> Check:
 def check_order(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
     """Check 2: on the attacked network, accuracy under noise >= FGSM >= PGD >= strong PGD, up to chance."""
     faults = []
-    for weaker, stronger in zip(BY_STRENGTH[:-1], BY_STRENGTH[1:], strict=True):
+    for weaker, stronger in pairwise(BY_STRENGTH):
         only_weaker_breaks = int((~correct[weaker] & correct[stronger]).sum())
         only_stronger_breaks = int((correct[weaker] & ~correct[stronger]).sum())
         p = binomial_tail(only_weaker_breaks, only_weaker_breaks + only_stronger_breaks)
@@ -149,6 +150,6 @@ def fresh_process(bundle: Path, backend: str, precision: str) -> Predictor:
             options = ["--backend", backend, "--precision", precision]
             subprocess.run([*command, *options], check=True, capture_output=True, stdin=subprocess.DEVNULL)
             with np.load(out) as arrays:
-                return arrays["logits"]  # type: ignore[no-any-return]
+                return arrays["logits"]
 
     return answer

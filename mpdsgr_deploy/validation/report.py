@@ -35,7 +35,8 @@ class Score(BaseModel):
         """Summarise verdicts [N]."""
         count, n = int(correct.sum()), len(correct)
         accuracy = count / n if n else 0.0
-        return cls(correct=count, accuracy=accuracy, interval=wilson(count, n), bitmap=np.packbits(correct).tobytes().hex())
+        bitmap = np.packbits(correct).tobytes().hex()
+        return cls(correct=count, accuracy=accuracy, interval=wilson(count, n), bitmap=bitmap)
 
 
 class Row(BaseModel):
@@ -58,7 +59,7 @@ class Row(BaseModel):
             n=len(reference),
             reference=Score.of(reference),
             artefact=Score.of(artefact),
-            flips=Flips(worse, better, mcnemar(worse, better)),
+            flips=Flips(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better)),
         )
 
 
@@ -116,9 +117,9 @@ def summary(report: Report) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in report.rows:
-        flips = row.flips
-        cells = (percent(row.reference), percent(row.artefact), flips.newly_wrong, flips.newly_right, f"{flips.p_value:.2g}")
-        lines.append(f"| {row.name} | {' | '.join(map(str, cells))} |")
+        worse, better, p = row.flips.newly_wrong, row.flips.newly_right, row.flips.p_value
+        scores = f"{percent(row.reference)} | {percent(row.artefact)}"
+        lines.append(f"| {row.name} | {scores} | {worse} | {better} | {p:.2g} |")
     lines += ["", f"Clean logits, torch against artefact: {report.parity}.", ""]
     lines += [f"- check {c.number}, {c.name}: {'ok' if c.passed else 'FAILED'}, {c.saw}" for c in report.health]
     return "\n".join(lines) + "\n"
@@ -144,7 +145,8 @@ def page(report: Report) -> str:
     """A self-contained HTML page: no script, no external asset."""
     from jinja2 import Environment, PackageLoader
 
-    template = Environment(loader=PackageLoader("mpdsgr_deploy.validation"), autoescape=True).get_template("report.html")
+    templates = Environment(loader=PackageLoader("mpdsgr_deploy.validation"), autoescape=True)
+    template = templates.get_template("report.html")
     return template.render(report=report, percent=percent, chart=base64.b64encode(chart(report)).decode())
 
 

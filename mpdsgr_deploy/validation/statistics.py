@@ -1,7 +1,8 @@
 """The statistics of paired verdicts: intervals for a share, a test for two classifiers on the same images."""
 
 import math
-from typing import NamedTuple
+
+from pydantic import BaseModel
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -18,7 +19,8 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 def binomial_tail(k: int, n: int) -> float:
     """P(X >= k) for X ~ Binomial(n, 1/2), exactly."""
-    return sum(math.comb(n, i) for i in range(k, n + 1)) / 2**n
+    ways: int = sum(math.comb(n, i) for i in range(k, n + 1))
+    return ways / (1 << n)
 
 
 def mcnemar(worse: int, better: int) -> float:
@@ -26,7 +28,7 @@ def mcnemar(worse: int, better: int) -> float:
     return min(1.0, 2 * binomial_tail(max(worse, better), worse + better))
 
 
-class Flips(NamedTuple):
+class Flips(BaseModel):
     """Images whose verdict differs between reference and artefact, and how surprising that is."""
 
     newly_wrong: int

@@ -1,7 +1,5 @@
 """The validation stage: bundle in, report out."""
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +16,7 @@ from mpdsgr_deploy.validation import health
 from mpdsgr_deploy.validation.conditions import conditions
 from mpdsgr_deploy.validation.gate import Gate
 from mpdsgr_deploy.validation.report import Report, Row, Verdict
+
 
 def validate(
     bundle: Bundle,
@@ -41,7 +40,7 @@ def validate(
     recipe = bundle.manifest.recipe
     config = recipe.validation
     images = _images(bundle, recipe.data, data, root, limit or config.limit)
-    x, y = images.float(), images.classes
+    x, y = images.unit(), images.classes
     rule = f"the first {len(images)} test images of {data or recipe.data.name}"
     reference = TorchModel.from_bundle(bundle)
     monitor = health.GradientMonitor(reference.gradient)

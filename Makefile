@@ -1,0 +1,27 @@
+# The two commands of the README. Each makes .venv on first use; PYTHON chooses the interpreter (3.11 or 3.12).
+PYTHON ?= python3
+STAMP := .venv/.installed
+
+.PHONY: demo test install clean
+
+demo: install
+	.venv/bin/mpdsgr demo
+
+test: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/pytest
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; say which with: make PYTHON=python3.12"; exit 1; }
+	@echo "installing into .venv (torch and its CUDA libraries are about 5 GB; some minutes) ..."
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs/demo

@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.export import export
+from mpdsgr_deploy.export.fold import fold_tdbn
+from mpdsgr_deploy.export.onnx_writer import write_onnx
+from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.snn import SpikingLayer
+
+
+def warmed_up(name: str, shape: tuple[int, int, int], reset: str) -> SpikingNet:
+    """A random network whose tdBN has seen data and has a lambda and beta worth folding."""
+    torch.manual_seed(0)
+    values = {
+        "model": {"name": name, "width": 0.1},
+        "encoding": {"T": 3},
+        "neuron": {"reset": reset, "v_threshold": 0.8},
+    }
+    model = build_model(Recipe.model_validate(values), shape, 10)
+    model.normalize.set([0.4] * shape[0], [0.3] * shape[0])
+    for _ in range(3):
+        model(torch.rand(32, *shape))
+    for layer in model.body:
+        if isinstance(layer, SpikingLayer) and layer.norm is not None:
+            torch.nn.init.uniform_(layer.norm.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(layer.norm.bias, -0.2, 0.4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_exports_exactly_with_a_dynamic_batch(name: str, reset: str, tmp_path: Path) -> None:
+    shape = (3, 16, 16)
+    model = warmed_up(name, shape, reset)
+    write_onnx(fold_tdbn(model), shape, tmp_path / "model.onnx")
+    reference = TorchModel(model, shape)
+    draw = np.random.default_rng(0)
+    with OnnxRuntime(tmp_path / "model.onnx") as artefact:
+        for batch in (1, 2, 5, 33):
+            x = draw.random((batch, *shape), np.float32)
+            parity = compare(reference(x), artefact(x))
+            assert parity.labels_differ == 0
+            assert parity.max_abs <= 1e-5, parity
+    assert reference(x).std(0).max() > 0.01  # the network does answer its input
+
+
+def test_folding_is_the_same_function_and_leaves_no_tdbn() -> None:
+    model = warmed_up("vgg11", (3, 16, 16), "hard")
+    folded = fold_tdbn(model)
+    assert all(layer.norm is None for layer in folded.body if isinstance(layer, SpikingLayer))
+    assert any(layer.norm is not None for layer in model.body if isinstance(layer, SpikingLayer))
+    layer, plain = folded.body[0], model.body[0]
+    x = torch.rand(4, 3, 16, 16)
+    expected = plain.norm(plain.synapse(x))
+    torch.testing.assert_close(layer.synapse(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parity_on_a_trained_network_over_the_whole_test_set(bundle: Bundle) -> None:
+    x = load_test(bundle.manifest.recipe.data).unit()
+    with OnnxRuntime(bundle.variant("fp32")) as artefact:
+        parity = compare(TorchModel.from_bundle(bundle)(x), artefact(x))
+    assert parity.labels_differ == 0
+    assert parity.max_abs <= 1e-5, parity
+
+
+def test_the_file_is_clean(bundle: Bundle) -> None:
+    network = onnx.load(bundle.variant("fp32"))
+    onnx.checker.check_model(network, full_check=True)
+    (x,), (y,) = network.graph.input, network.graph.output
+    assert [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim] == ["batch", 1, 8, 8]
+    assert (x.name, y.name) == (bundle.manifest.input_name, bundle.manifest.output_name)
+    assert not any(node.metadata_props or node.doc_string for node in network.graph.node)
+    assert b".py" not in network.SerializeToString()  # no path of the exporting machine
+    assert {n.op_type for n in network.graph.node}.isdisjoint({"BatchNormalization", "If", "Loop", "RandomUniform"})
+
+
+def test_the_manifest_records_what_was_measured(bundle: Bundle, run_dir: Path) -> None:
+    images = load_test(bundle.manifest.recipe.data)[:100]
+    with OnnxRuntime(bundle.variant("fp32")) as artefact:
+        correct = int((artefact(images.unit()).argmax(1) == images.classes).sum())
+    accuracy = bundle.manifest.variants["fp32"].accuracy
+    assert (accuracy.data, accuracy.correct, accuracy.n) == ("digits", correct, 100)
+    assert correct > 60
+    assert bundle.manifest.provenance["export"]["packages"]["torch"]
+    assert str(run_dir) not in (bundle.path / "manifest.json").read_text()
+
+
+def test_without_the_data_set_there_is_a_bundle_but_no_accuracy(run_dir: Path, tmp_path: Path) -> None:
+    text = (run_dir / "best" / "checkpoint.json").read_text()
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in (run_dir / "best").iterdir():
+        (run / file.name).write_bytes(file.read_bytes())
+    (run / "checkpoint.json").write_text(text.replace('"name": "digits"', '"name": "mnist"'))
+    written = export(run, tmp_path / "bundle", root=str(tmp_path / "nowhere"))
+    assert written.manifest.variants["fp32"].accuracy is None
+    assert written.golden()[0].shape == (8, 1, 8, 8)

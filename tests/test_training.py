@@ -1,0 +1,242 @@
+"""Training: resumable bit for bit, on one process or two, and never at the cost of the last checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_input_error, mpdsgr, small_recipe
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.data import load_training
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.snn import TdBN
+from mpdsgr_deploy.training import train
+from mpdsgr_deploy.training.epoch import cosine
+
+TINY = ["digits-mpdsgr", "--set", "model.width=0.25", "--set", "encoding.T=2", "--set", "training.epochs=4"]
+
+
+def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    checkpoint = load_checkpoint(run / which)
+    return load_file(run / which / checkpoint.weights)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for which in ("last", "best"):
+        first, second = weights(one, which), weights(other, which)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def curve(run: Path) -> list[dict[str, object]]:
+        return [{**entry, "seconds": None} for entry in load_checkpoint(run / "last").history]
+
+    assert curve(one) == curve(other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("training") / "whole"
+    assert mpdsgr("train", *TINY, "--out", out).returncode == 0
+    return out
+
+
+def test_killed_mid_epoch_and_resumed_is_bit_identical(uninterrupted: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mpdsgr_deploy", "train", *TINY, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(load_checkpoint(tmp_path / "run" / "last").history) < 4
+    assert mpdsgr("train", *TINY, "--out", tmp_path / "run", "--resume").returncode == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+# Each atomic write of an epoch ends in one os.replace; the process dies before the n-th of them. The first is
+# recipe.json, then weights and JSON of best and of last, then state.pt, epoch after epoch.
+@pytest.mark.parametrize("dies_before", [1, 3, 6, 7, 10])
+def test_killed_mid_write_and_resumed_is_bit_identical(uninterrupted: Path, tmp_path: Path, dies_before: int) -> None:
+    script = f"""
+import os, sys
+count, replace = 0, os.replace
+def dying(source, target):
+    global count
+    count += 1
+    if count == {dies_before}:
+        os._exit(9)
+    replace(source, target)
+os.replace = dying
+sys.argv[0] = "mpdsgr"
+from mpdsgr_deploy.cli import main
+main()
+"""
+    command = [sys.executable, "-c", script, "train", *TINY, "--out", str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 9
+    assert mpdsgr("train", *TINY, "--out", tmp_path / "run", "--resume").returncode == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_a_full_disk_is_one_line_and_the_previous_checkpoint_survives(run_dir: Path, tmp_path: Path) -> None:
+    """A file-size limit makes every larger write fail as a full disk does; state.pt is the first to exceed it."""
+    arguments = [*TINY, "--out", str(tmp_path / "run")]
+    assert mpdsgr("train", *arguments, "--set", "training.epochs=1").returncode == 0
+    before = load_checkpoint(tmp_path / "run" / "last")
+    (tmp_path / "run" / "recipe.json").write_text(
+        (tmp_path / "run" / "recipe.json").read_text().replace('"epochs": 1', '"epochs": 4')
+    )
+    limited = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+from mpdsgr_deploy.cli import main
+main()
+"""
+    command = [sys.executable, "-c", limited, "train", *arguments, "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert_input_error(done, "cannot write", "untouched")
+    assert load_checkpoint(tmp_path / "run" / "last") == before
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    arguments = ["--set", "training.devices=2", "--set", "training.accelerator=cpu", "--json"]
+    done = mpdsgr("train", *TINY, *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["validation_accuracy"] > 0.5
+    assert done.stderr.count("epoch 4 ") == 1  # one process reports
+
+
+def test_accumulation_adds_up_to_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tdBN's batch statistics differ between one batch and two halves, so it is kept in eval mode here."""
+    monkeypatch.setattr(TdBN, "training", property(lambda self: False, lambda self, mode: None), raising=False)
+    from lightning.fabric import Fabric
+
+    from mpdsgr_deploy.models import build_model
+    from mpdsgr_deploy.training.epoch import Learner, train_epoch
+
+    def stepped(accumulate: int) -> torch.Tensor:
+        recipe = small_recipe(training={"accumulate": accumulate, "batch_size": 64, "epochs": 1})
+        torch.manual_seed(0)
+        model = build_model(recipe, (1, 8, 8), 10)
+        fabric = Fabric(accelerator="cpu", devices=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapped, optimizer = fabric.setup(model, optimizer)
+        draw = torch.Generator().manual_seed(0)
+        data = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8, generator=draw), torch.arange(64) % 10
+        train_epoch(Learner(fabric, recipe, wrapped, model, optimizer), data, 0)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(stepped(1), stepped(2), rtol=1e-5, atol=1e-6)
+
+
+def test_regularised_training_lowers_omega_and_adversarial_training_scores_attacked(
+    tmp_path: Path, run_dir: Path
+) -> None:
+    train(small_recipe(regularizer={"name": "mpd-sgr", "estimator": "empirical", "eta": 5.0}), tmp_path / "mpd")
+    train(small_recipe(defence={"name": "at", "eps": 0.1, "step": 0.05}), tmp_path / "at")
+    plain, mpd, at = (
+        load_checkpoint(path / "last").history[-1] for path in (run_dir, tmp_path / "mpd", tmp_path / "at")
+    )
+
+    def omega(entry: dict[str, object]) -> float:
+        return sum(layer["omega_empirical"] for layer in entry["layers"]) / len(entry["layers"])
+
+    assert omega(mpd) < 0.8 * omega(plain)
+    assert mpd["loss"] == pytest.approx(mpd["cross_entropy"] + 5 * mpd["omega"], rel=1e-4)
+    assert plain["score"] == plain["validation_accuracy"]
+    assert at["score"] < at["validation_accuracy"]
+
+
+def test_the_best_checkpoint_is_the_best_validation_score_and_never_saw_the_test_set(run_dir: Path) -> None:
+    last, best = load_checkpoint(run_dir / "last"), load_checkpoint(find_checkpoint(run_dir))
+    assert best.metrics["score"] == max(entry["score"] for entry in last.history)
+    _, validation = load_training(best.recipe.data)
+    model = load_model(run_dir / "best" / best.weights, best.recipe, best.shape, 10)
+    with torch.no_grad():
+        found = model(torch.from_numpy(validation.unit())).argmax(1).numpy()
+    assert (found == validation.classes).mean() == pytest.approx(best.metrics["validation_accuracy"], abs=0.01)
+    assert "/" not in best.recipe.data.root
+
+
+def test_tensorboard_has_the_curves(run_dir: Path) -> None:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {
+        "loss",
+        "train_accuracy",
+        "validation_accuracy",
+        "firing_rate/conv1",
+        "omega_theorem/conv2",
+        "scale/conv3",
+    }
+    assert wanted <= tags
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_cosine_schedule() -> None:
+    assert [cosine(0.1, s, 4) for s in (0, 2, 4)] == pytest.approx([0.1, 0.05, 0.0])
+
+
+def test_runs_are_not_overwritten_nor_resumed_with_another_recipe(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--resume"):
+        train(small_recipe(), run_dir)
+    with pytest.raises(InputError, match=r"neuron\.tau, training\.epochs"):
+        train(small_recipe(neuron={"tau": 0.9}, training={"epochs": 9}), run_dir, resume=True)
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="not a training run of ours"):
+        train(small_recipe(), tmp_path)
+    with pytest.raises(InputError, match="cannot use"):
+        train(small_recipe(), tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_unusable_hardware_and_batch_size_are_input_errors(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match=r"training\.accelerator=cuda"):
+            train(small_recipe(training={"accelerator": "cuda"}), tmp_path / "gpu")
+    with pytest.raises(InputError, match="only 1170 training images"):
+        train(small_recipe(training={"batch_size": 5000}), tmp_path / "large")
+
+
+@pytest.mark.parametrize("damage", ["truncate weights", "truncate json", "newer", "weights elsewhere", "missing"])
+def test_damaged_checkpoints_are_refused(run_dir: Path, tmp_path: Path, damage: str) -> None:
+    checkpoint = load_checkpoint(run_dir / "last")
+    path, file = tmp_path / "checkpoint.json", tmp_path / checkpoint.weights
+    text = (run_dir / "last" / "checkpoint.json").read_text()
+    content = (run_dir / "last" / checkpoint.weights).read_bytes()
+    path.write_text(text)
+    file.write_bytes(content)
+    assert load_checkpoint(tmp_path) == checkpoint
+    if damage == "truncate weights":
+        file.write_bytes(content[:-100])
+        expected = "damaged"
+    elif damage == "truncate json":
+        path.write_text(text[:200])
+        expected = "damaged"
+    elif damage == "newer":
+        path.write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
+        expected = "schema version 99"
+    elif damage == "weights elsewhere":
+        path.write_text(text.replace(checkpoint.weights, "../" + checkpoint.weights))
+        expected = "not beside it"
+    else:
+        path.unlink()
+        expected = "mpdsgr train"
+    with pytest.raises(InputError, match=expected):
+        load_checkpoint(find_checkpoint(tmp_path))
+
+
+def test_weights_of_another_network_are_refused(run_dir: Path) -> None:
+    checkpoint: Checkpoint = load_checkpoint(run_dir / "last")
+    other = small_recipe(model={"width": 0.5})
+    with pytest.raises(InputError, match="does not hold the weights"):
+        load_model(run_dir / "last" / checkpoint.weights, other, checkpoint.shape, 10)
