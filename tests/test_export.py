@@ -28,12 +28,16 @@ def warmed_up(name: str, shape: tuple[int, int, int], reset: str) -> SpikingNet:
     }
     model = build_model(Recipe.model_validate(values), shape, 10)
     model.normalize.set([0.4] * shape[0], [0.3] * shape[0])
-    for _ in range(3):
-        model(torch.rand(32, *shape))
     for layer in model.body:
-        if isinstance(layer, SpikingLayer) and layer.norm is not None:
-            torch.nn.init.uniform_(layer.norm.weight, 0.5, 1.5)
-            torch.nn.init.uniform_(layer.norm.bias, -0.2, 0.4)
+        if not isinstance(layer, SpikingLayer):
+            continue
+        if layer.norm is None:
+            layer.synapse.weight.data *= 8  # at its initial scale a fully connected layer never fires
+        else:
+            torch.nn.init.uniform_(layer.norm.weight, 0.8, 1.5)
+            torch.nn.init.uniform_(layer.norm.bias, 0.0, 0.5)
+            layer.norm.momentum = 1.0  # one pass settles the running statistics
+    model(torch.rand(32, *shape))
     return model.eval()
 
 

@@ -1,0 +1,134 @@
+"""The command as a user meets it: help with examples, errors in one line, files where it says they are."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import assert_input_error, mpdsgr
+from PIL import Image
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.cli import COMMANDS, main
+from mpdsgr_deploy.data import load_test
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    done = CliRunner().invoke(main, [name, "--help"])
+    assert done.exit_code == 0
+    assert "Example:" in done.output
+    assert f"mpdsgr {name}" in done.output
+
+
+def test_usage_errors_are_exit_code_2() -> None:
+    for arguments in (["tarin"], ["train"], ["predict", "x"], ["validate", "b", "--report", "r", "--limit", "0"]):
+        assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_predict_images_folders_and_arrays(bundle: Bundle, tmp_path: Path) -> None:
+    images = load_test(bundle.manifest.recipe.data)[:6]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, pixels in enumerate(images.pixels):
+        Image.fromarray(pixels[0]).save(folder / f"{i}.png")
+    np.save(tmp_path / "all.npy", images.pixels)
+    csv_out, npz_out, lines_out = (tmp_path / f"out.{suffix}" for suffix in ("csv", "npz", "jsonl"))
+    for out in (csv_out, npz_out, lines_out):
+        done = mpdsgr("predict", bundle.path, folder, tmp_path / "all.npy", "--batch", 4, "--out", out)
+        assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(csv_out.read_text().splitlines()))
+    arrays = np.load(npz_out)
+    lines = [json.loads(line) for line in lines_out.read_text().splitlines()]
+    assert [row["input"] for row in rows] == arrays["inputs"].tolist() == [line["input"] for line in lines]
+    assert [row["label"] for row in rows] == [images.labels[k] for k in arrays["classes"]]
+    assert arrays["logits"].shape == (12, 10)
+    np.testing.assert_allclose(arrays["logits"][:6], arrays["logits"][6:], atol=1e-5)  # PNG and array: same pixels
+    assert all(0.1 <= line["probability"] <= 1 for line in lines)
+    done = mpdsgr("predict", bundle.path, folder / "0.png")
+    assert done.stdout.splitlines()[0] == "input,label,probability"
+
+
+def test_predict_refuses_bad_input(bundle: Bundle, tmp_path: Path) -> None:
+    np.save(tmp_path / "nan.npy", np.full((1, 1, 8, 8), np.nan, np.float32))
+    np.save(tmp_path / "large.npy", np.zeros((1, 3, 32, 32), np.float32))
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    for name, expected in (
+        ("nan.npy", "finite"),
+        ("large.npy", "shape"),
+        ("text.png", "cannot decode"),
+        ("empty", "no images"),
+        ("gone.png", "does not exist"),
+    ):
+        assert_input_error(mpdsgr("predict", bundle.path, tmp_path / name, "--out", tmp_path / "o.csv"), expected)
+    assert not (tmp_path / "o.csv").exists()
+    assert_input_error(mpdsgr("predict", bundle.path, tmp_path / "nan.npy", "--out", tmp_path / "o.pickle"), ".jsonl")
+
+
+def test_errors_of_other_commands_are_one_line(bundle: Bundle, run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    root = ["--set", f"data.root={tmp_path}"]
+    assert_input_error(mpdsgr("train", "digits-reg", "--set", "neuron.tua=1"), "unknown key 'neuron.tua'")
+    assert_input_error(mpdsgr("train", "cifar10-vgg11-quarter-reg", *root, "--out", tmp_path / "a"), "download=True")
+    assert_input_error(mpdsgr("train", "digits-reg", "--out", tmp_path / "mine"), "not a training run")
+    assert_input_error(mpdsgr("export", tmp_path / "mine", "--out", tmp_path / "b"), "mpdsgr train")
+    assert_input_error(mpdsgr("export", run_dir, "--out", tmp_path / "b", "--precision", "int4"), "fp32")
+    assert_input_error(mpdsgr("validate", tmp_path / "mine", "--report", tmp_path / "r"), "not a bundle")
+    assert_input_error(mpdsgr("validate", bundle.path, "--report", tmp_path / "mine"), "not a report")
+    assert_input_error(mpdsgr("inspect", tmp_path / "mine"), "checkpoint.json")
+
+
+def test_a_missing_extra_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    """A process that cannot import torch, onnxruntime or matplotlib, as where the extra was not installed."""
+    for module, extra, arguments in (
+        ("lightning", "train", ["train", "digits-reg", "--out", str(tmp_path / "run")]),
+        ("onnxruntime", "cpu", ["predict", str(bundle.path), str(tmp_path / "x.npy")]),
+        ("jinja2", "report", ["validate", str(bundle.path), "--report", str(tmp_path / "report")]),
+    ):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text("raise ImportError('not installed')")
+        done = mpdsgr(*arguments, PYTHONPATH=str(tmp_path))
+        assert_input_error(done, module, f"mpdsgr-deploy[{extra}]")
+        (tmp_path / module / "__init__.py").unlink()
+        (tmp_path / module).rmdir()
+
+
+def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Path) -> None:
+    facts = json.loads(mpdsgr("inspect", bundle.path, "--json").stdout)
+    assert facts["fp32 parameters"] > 1000
+    assert "Conv" in facts["fp32 nodes"]
+    layers = json.loads(mpdsgr("inspect", run_dir, "--json").stdout)["layers"]
+    assert [layer["layer"] for layer in layers] == ["conv1", "conv2", "conv3"]
+    assert "firing_rate" in mpdsgr("inspect", run_dir, COLUMNS="200").stdout
+    doctor = json.loads(mpdsgr("doctor", "--json").stdout)
+    assert doctor["backends"]["onnxruntime-cpu"] == "works"
+    assert doctor["backends"]["torch"].startswith("works")
+    assert "mpdsgr-deploy[gpu]" in doctor["backends"]["onnxruntime-cuda"]
+    assert "[train]" in mpdsgr("doctor").stdout
+    listed = json.loads(mpdsgr("recipes", "--json").stdout)
+    assert listed["digits-mpdsgr"].startswith("MPD-SGR")
+    assert mpdsgr("recipes", "--copy", "digits-reg", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "digits-reg.toml").read_text().startswith("#")
+    assert_input_error(mpdsgr("recipes", "--copy", "digits-reg", cwd=tmp_path), "already exists")
+
+
+def test_demo_measures_both_methods_and_writes_both_reports(tmp_path: Path) -> None:
+    done = mpdsgr("demo", "--out", tmp_path / "demo", COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    shown = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row[:2]] for row in shown] == [
+        ["REG", "torch"],
+        ["REG", "ONNX"],
+        ["MPD-SGR", "torch"],
+        ["MPD-SGR", "ONNX"],
+    ]
+    for row, name in ((shown[1], "digits-reg"), (shown[3], "digits-mpdsgr")):
+        report = json.loads((tmp_path / "demo" / name / "report" / "report.json").read_text())
+        accuracy = {r["name"]: r["artefact"]["accuracy"] for r in report["rows"]}
+        assert float(row[2]) == pytest.approx(100 * accuracy["clean"], abs=0.06)
+        assert float(row[7]) == pytest.approx(100 * accuracy["worst"], abs=0.06)
+        assert str(tmp_path / "demo" / name / "report" / "report.html") in done.stdout
