@@ -143,6 +143,14 @@ class Recipe(Section):
     attack: Attack = Attack()
     validation: Validation = Validation()
 
+    @property
+    def method(self) -> str:
+        """How the network is trained, as tables name it: REG, MPD-SGR, AT, AT + MPD-SGR."""
+        adversarial = "AT" if self.defence.name == "at" else ""
+        config = self.regularizer
+        pressure = f"MPD-SGR ({config.estimator}, eta {config.eta:g})" if config.name == "mpd-sgr" else ""
+        return " + ".join(part for part in (adversarial, pressure) if part) or "REG"
+
     def portable(self) -> "Recipe":
         """The same without what belongs to one machine: data.root back to its default."""
         return self.model_copy(update={"data": self.data.model_copy(update={"root": Data().root})})

@@ -28,6 +28,17 @@ def test_usage_errors_are_exit_code_2() -> None:
         assert CliRunner().invoke(main, arguments).exit_code == 2
 
 
+@pytest.mark.parametrize(("raised", "code"), [(RuntimeError("boom"), 3), (KeyboardInterrupt(), 130)])
+def test_a_crash_or_an_interrupt_is_never_mistaken_for_a_failed_gate(
+    raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise raised
+
+    monkeypatch.setattr("mpdsgr_deploy.cli.inspect.checkpoint_facts", fail)
+    assert CliRunner().invoke(main, ["inspect", "anything"]).exit_code == code
+
+
 def test_predict_images_folders_and_arrays(bundle: Bundle, tmp_path: Path) -> None:
     images = load_test(bundle.manifest.recipe.data)[:6]
     folder = tmp_path / "photos"

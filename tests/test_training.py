@@ -93,7 +93,7 @@ def test_a_full_disk_is_one_line_and_the_previous_checkpoint_survives(run_dir: P
     (tmp_path / "run" / "recipe.json").write_text(
         (tmp_path / "run" / "recipe.json").read_text().replace('"epochs": 1', '"epochs": 4')
     )
-    limited = f"""
+    limited = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
 from mpdsgr_deploy.cli import main
@@ -180,6 +180,13 @@ def test_tensorboard_has_the_curves(run_dir: Path) -> None:
     }
     assert wanted <= tags
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
+    regularizer = {"name": "mpd-sgr", "estimator": "empirical"}
+    train(small_recipe(training={"precision": "bf16-mixed"}, regularizer=regularizer), tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "last").history[-1]["validation_accuracy"] > 0.5
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
 
 
 def test_cosine_schedule() -> None:

@@ -2,19 +2,20 @@
 
 import importlib
 import sys
+import traceback
 from typing import Any
 
 import click
 
 from mpdsgr_deploy import __version__
-from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.errors import EvaluationError, MpdsgrError
 from mpdsgr_deploy.progress import show_progress
 
 COMMANDS = ("demo", "train", "export", "validate", "predict", "inspect", "doctor", "recipes")
 
 
 class LazyGroup(click.Group):
-    """Imports a subcommand's module when it is asked for; turns our errors into one line and an exit code."""
+    """Imports a subcommand's module when it is asked for; turns errors into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -31,6 +32,15 @@ class LazyGroup(click.Group):
         except MpdsgrError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what was finished is on disk", err=True)
+            sys.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:  # a bug of ours: Python's own exit code 1 would read as "the model regressed"
+            traceback.print_exc()
+            click.echo("error: this is a bug in mpdsgr-deploy; nothing was proved either way", err=True)
+            sys.exit(EvaluationError.exit_code)
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -75,12 +75,10 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The network and its training in a few lines."""
-    model, neuron, encoding, regularizer = recipe.model, recipe.neuron, recipe.encoding, recipe.regularizer
-    pressure = f"{regularizer.name}, {regularizer.estimator} estimator, eta {regularizer.eta:g}"
+    model, neuron, encoding = recipe.model, recipe.neuron, recipe.encoding
     return {
         "model": f"{model.name}, width {model.width:g}, T = {encoding.T}, {encoding.name} encoding",
         "neuron": f"LIF, tau {neuron.tau:g}, threshold {neuron.v_threshold:g}, {neuron.reset} reset",
         "surrogate": neuron.surrogate,
-        "regularizer": "none" if regularizer.name == "none" else pressure,
-        "defence": recipe.defence.name,
+        "training": recipe.method,
     }

@@ -70,6 +70,7 @@ class Report(BaseModel):
     verdict: Verdict
     reasons: list[str]
     bundle: str
+    network: str
     artefact_file: str
     artefact_sha256: str
     backend: str
@@ -111,7 +112,7 @@ def summary(report: Report) -> str:
         "",
         *(f"- {reason}" for reason in report.reasons),
         *([""] if report.reasons else []),
-        f"Accuracy % with 95 % interval; {report.images}; seed {report.seed}.",
+        f"{report.network}. Accuracy % with 95 % interval; {report.images}; seed {report.seed}.",
         "",
         "| condition | torch | artefact | newly wrong | newly right | McNemar p |",
         "|---|---|---|---|---|---|",

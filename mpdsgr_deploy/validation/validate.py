@@ -75,6 +75,7 @@ def validate(
         verdict=verdict,
         reasons=[*invalid, *failures],
         bundle=bundle.path.name,
+        network=f"{recipe.model.name} for {recipe.data.name}, trained with {recipe.method}, T = {recipe.encoding.T}",
         artefact_file=file,
         artefact_sha256=bundle.manifest.files[file],
         backend=backend,

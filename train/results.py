@@ -1,0 +1,90 @@
+"""Results files: what a training run and its validation report measured, in one JSON each, and their table.
+
+    python train/results.py add RUN_DIR REPORT_DIR       writes train/results/NAME.json, NAME being the run's
+    python train/results.py table                        renders train/results/README.md's table from the files
+
+Nothing is typed in by hand: a row exists because a run wrote its file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import write_atomic
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = RESULTS / "README.md"
+BEGIN, END = "<!-- table: python train/results.py table -->\n", "<!-- end of table -->\n"
+SHOWN = ("clean", "gaussian", "fgsm", "pgd", "bim", "pgd-strong", "worst")
+
+
+@click.group()
+def main() -> None:
+    """Collect and render results."""
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.argument("report", type=click.Path(exists=True, path_type=Path))
+def add(run: Path, report: Path) -> None:
+    """Write the results file of RUN (a training run) and REPORT (of its bundle)."""
+    checkpoint = load_checkpoint(find_checkpoint(run))
+    last = load_checkpoint(run / "last")
+    verdict = json.loads((report / "report.json").read_bytes())
+    if verdict["verdict"] == "invalid":
+        raise InputError(f"{report} is not a valid evaluation; its figures must not be quoted")
+    result = {
+        "recipe": checkpoint.recipe.portable().model_dump(mode="json"),
+        "epoch": checkpoint.epoch,
+        "validation": checkpoint.metrics,
+        "layers": checkpoint.history[-1]["layers"],
+        "curve": [{k: v for k, v in entry.items() if k != "layers"} for entry in last.history],
+        "training_provenance": checkpoint.provenance,
+        "report": verdict,
+    }
+    path = RESULTS / f"{run.name}.json"
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    click.echo(f"wrote {path}")
+
+
+@main.command()
+def table() -> None:
+    """Put the table of all results files into the results page."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_atomic(PAGE, f"{before}{BEGIN}{render(load())}{END}{after}".encode())
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """Every results file by name."""
+    return {path.stem: json.loads(path.read_bytes()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def render(results: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown: accuracy of the exported network in % with its 95 % interval."""
+    lines = [
+        f"| run | n | {' | '.join(SHOWN)} | Omega | firing rate, first / last layer |",
+        "|---" * (len(SHOWN) + 4) + "|",
+    ]
+    for name, result in results.items():
+        rows = {row["name"]: row for row in result["report"]["rows"]}
+        cells = [percent(rows[shown]["artefact"]) for shown in SHOWN]
+        layers = result["layers"]
+        omega = sum(layer["omega_empirical"] for layer in layers) / len(layers)
+        firing = f"{layers[0]['firing_rate']:.3f} / {layers[-1]['firing_rate']:.3f}"
+        lines.append(f"| {name} | {rows['clean']['n']} | {' | '.join(cells)} | {omega:.3f} | {firing} |")
+    return "\n".join(lines) + "\n"
+
+
+def percent(score: dict[str, Any]) -> str:
+    """Accuracy and interval."""
+    low, high = score["interval"]
+    return f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()
