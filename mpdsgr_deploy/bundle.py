@@ -9,7 +9,6 @@ Opening a bundle verifies every hash and refuses paths that leave it. Hashes pro
 bundle from a stranger needs a signature on manifest.json as well.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from pydantic import BaseModel, ConfigDict
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, sha256, write_atomic
-from mpdsgr_deploy.recipe import Recipe, parse
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import read_document
 
 SCHEMA_VERSION = 1
 MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.safetensors", "golden.npz"
@@ -95,18 +95,8 @@ def open_bundle(path: Path) -> Bundle:
 
     Raises InputError if it is no bundle, a newer schema, damaged, incomplete, or names files outside itself.
     """
-    manifest_path = path / MANIFEST
-    try:
-        values = json.loads(manifest_path.read_bytes())
-    except OSError as error:
-        reason = f"{MANIFEST}: {error.strerror}"
-        raise InputError(f"{path} is not a bundle ({reason}); make one with `mpdsgr export`") from None
-    except ValueError:
-        raise InputError(f"{manifest_path} is damaged (not JSON); export again") from None
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise InputError(f"{path} has schema version {version}, this mpdsgr-deploy reads {SCHEMA_VERSION}; upgrade it")
-    manifest: Manifest = parse(Manifest, values, str(manifest_path))
+    advice = "make a bundle with `mpdsgr export`"
+    manifest: Manifest = read_document(path / MANIFEST, Manifest, SCHEMA_VERSION, otherwise=advice)
     bundle = Bundle(path, manifest)
     for name, digest in manifest.files.items():
         file = _inside(path, name)

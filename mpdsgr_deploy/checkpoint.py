@@ -4,6 +4,7 @@ The JSON names its weights file and that file's hash, and is written last: repla
 checkpoint exists, so a crash at any time leaves the previous one whole.
 """
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import sha256, write_atomic
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.recipe import Recipe, parse
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import read_document
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +44,6 @@ class Checkpoint(BaseModel):
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str, Tensor]") -> None:
     """Write a checkpoint directory, replacing an older one atomically. Raises InputError if the disk is full."""
-    import hashlib
-
     from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,19 +68,9 @@ def find_checkpoint(directory: Path) -> Path:
 
 def load_checkpoint(directory: Path) -> Checkpoint:
     """Read and verify the checkpoint in `directory`. Raises InputError if anything is missing, damaged or newer."""
-    import json
-
     path = directory / FILE
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{path} is damaged (not JSON); train again or take another checkpoint") from None
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise InputError(f"{path} has schema version {version}, this mpdsgr-deploy reads {SCHEMA_VERSION}; upgrade it")
-    checkpoint: Checkpoint = parse(Checkpoint, values, str(path))
+    advice = "take another checkpoint or train again"
+    checkpoint: Checkpoint = read_document(path, Checkpoint, SCHEMA_VERSION, otherwise=advice)
     weights = directory / checkpoint.weights
     if Path(checkpoint.weights).name != checkpoint.weights or not weights.is_file():
         raise InputError(f"{path} names weights {checkpoint.weights!r}, which are not beside it")

@@ -1,40 +1,17 @@
 """Recipes: TOML files that say everything about a training run. Typed, closed, with errors that help.
 
-Every field's default is the value METHOD of the SNN-RAT family uses unless its comment says otherwise.
-Numbers such as eps may be written as fractions: "8/255".
+Defaults are those of the SNN-RAT family of papers. Numbers such as eps may be written as fractions: "8/255".
 """
 
 import tomllib
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mpdsgr_deploy.errors import InputError
-
-
-def _fraction(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError):
-            return value  # pydantic then says what a number looks like
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_fraction), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
-UnitInterval = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys and wrong types are errors, values cannot change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from mpdsgr_deploy.schema import Count, NonNegative, Number, Positive, Section, UnitInterval, parse, read_toml
 
 
 class Data(Section):
@@ -156,37 +133,12 @@ class Recipe(Section):
         return self.model_copy(update={"data": self.data.model_copy(update={"root": Data().root})})
 
 
-def parse(model: type[BaseModel], values: Any, source: str) -> Any:
-    """Validate `values` as `model`; raise InputError with one line that names source, key and allowed values."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{source}: {'; '.join(_explain(model, e) for e in error.errors())}") from None
-
-
-def _explain(model: type[BaseModel], error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path) or "recipe"
-    if error["type"] == "extra_forbidden":
-        section: Any = model
-        for part in path[:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown key {key!r}; allowed here: {', '.join(section.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if path[1:] else f"{key}: {message}"
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides, whose values are TOML (a bare word is a string).
 
     Raises InputError for a missing or malformed file, an unknown key or a value out of range.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from None
+    values = read_toml(path)
     source = path.name
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -20,7 +20,8 @@ from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import health, validate
 from mpdsgr_deploy.validation.conditions import Condition, conditions
 from mpdsgr_deploy.validation.gate import Gate, load_gate
-from mpdsgr_deploy.validation.report import Row, write_report
+from mpdsgr_deploy.validation.report import write_report
+from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import mcnemar, wilson
 
 
@@ -216,7 +217,7 @@ def test_gate_files(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(InputError, match=expected):
             load_gate(file)
-    with pytest.raises(InputError, match="cannot read gate"):
+    with pytest.raises(InputError, match="cannot read"):
         load_gate(tmp_path / "no.toml")
 
 

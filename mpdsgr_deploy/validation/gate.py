@@ -1,14 +1,9 @@
 """The gate: how much worse than its reference an artefact may be. A TOML file, all keys optional."""
 
-import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.recipe import Section, UnitInterval, parse
-
-if TYPE_CHECKING:
-    from mpdsgr_deploy.validation.report import Row
+from mpdsgr_deploy.schema import Section, UnitInterval, parse, read_toml
+from mpdsgr_deploy.validation.rows import Row
 
 
 class Gate(Section):
@@ -23,7 +18,7 @@ class Gate(Section):
     min_clean: UnitInterval | None = None
     min_attacked: UnitInterval | None = None
 
-    def failures(self, rows: "list[Row]") -> list[str]:
+    def failures(self, rows: list[Row]) -> list[str]:
         """One line for each rule the artefact breaks."""
         found = [
             f"{row.name}: {row.flips.newly_wrong} of {row.n} images newly wrong, {self.max_newly_wrong:.2%} allowed"
@@ -41,11 +36,5 @@ def load_gate(path: Path | None) -> Gate:
     """Read a gate file; the defaults without one. Raises InputError for a missing file or an unknown key."""
     if path is None:
         return Gate()
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read gate {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from None
-    gate: Gate = parse(Gate, values, str(path))
+    gate: Gate = parse(Gate, read_toml(path), str(path))
     return gate

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from mpdsgr_deploy.files import claim_directory, write_atomic
@@ -15,52 +14,11 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.validation.gate import Gate
 from mpdsgr_deploy.validation.health import Check
-from mpdsgr_deploy.validation.statistics import Flips, mcnemar, wilson
+from mpdsgr_deploy.validation.rows import Row, Score
 
 REPORT = "report.json"
 Verdict = Literal["pass", "fail", "invalid"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "invalid": 3}
-
-
-class Score(BaseModel):
-    """Correct images of n with a 95 % Wilson interval; `bitmap` holds each image's verdict, packed, as hex."""
-
-    correct: int
-    accuracy: float
-    interval: tuple[float, float]
-    bitmap: str
-
-    @classmethod
-    def of(cls, correct: NDArray[np.bool_]) -> "Score":
-        """Summarise verdicts [N]."""
-        count, n = int(correct.sum()), len(correct)
-        accuracy = count / n if n else 0.0
-        bitmap = np.packbits(correct).tobytes().hex()
-        return cls(correct=count, accuracy=accuracy, interval=wilson(count, n), bitmap=bitmap)
-
-
-class Row(BaseModel):
-    """One condition: the torch reference and the artefact on the same images."""
-
-    name: str
-    settings: str
-    n: int
-    reference: Score
-    artefact: Score
-    flips: Flips
-
-    @classmethod
-    def of(cls, name: str, settings: str, reference: NDArray[np.bool_], artefact: NDArray[np.bool_]) -> "Row":
-        """Pair the verdicts [N] of both networks."""
-        worse, better = int((reference & ~artefact).sum()), int((~reference & artefact).sum())
-        return cls(
-            name=name,
-            settings=settings,
-            n=len(reference),
-            reference=Score.of(reference),
-            artefact=Score.of(artefact),
-            flips=Flips(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better)),
-        )
 
 
 class Report(BaseModel):

@@ -2,8 +2,6 @@
 
 import math
 
-from pydantic import BaseModel
-
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -26,11 +24,3 @@ def binomial_tail(k: int, n: int) -> float:
 def mcnemar(worse: int, better: int) -> float:
     """Exact two-sided McNemar p-value: could `worse` against `better` discordant images be chance?"""
     return min(1.0, 2 * binomial_tail(max(worse, better), worse + better))
-
-
-class Flips(BaseModel):
-    """Images whose verdict differs between reference and artefact, and how surprising that is."""
-
-    newly_wrong: int
-    newly_right: int
-    p_value: float

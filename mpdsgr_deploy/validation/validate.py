@@ -15,7 +15,8 @@ from mpdsgr_deploy.runtime import open_predictor, predict
 from mpdsgr_deploy.validation import health
 from mpdsgr_deploy.validation.conditions import conditions
 from mpdsgr_deploy.validation.gate import Gate
-from mpdsgr_deploy.validation.report import Report, Row, Verdict
+from mpdsgr_deploy.validation.report import Report, Verdict
+from mpdsgr_deploy.validation.rows import Row
 
 
 def validate(

@@ -1,0 +1,82 @@
+"""Typed documents: TOML and JSON files checked against pydantic models, with errors that say what to write instead."""
+
+import json
+import tomllib
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from mpdsgr_deploy.errors import InputError
+
+
+def _fraction(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value))
+        except (ValueError, ZeroDivisionError):
+            return value  # pydantic then says what a number looks like
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_fraction), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+UnitInterval = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises InputError if it cannot be read or is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from None
+
+
+def read_document(path: Path, model: type[BaseModel], version: int, *, otherwise: str) -> Any:
+    """A JSON file of ours as `model`. `otherwise` tells the user how to get a good one.
+
+    Raises InputError if it is missing, damaged, of a schema version above `version`, or does not fit the model.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; {otherwise}") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged (not JSON); {otherwise}") from None
+    found = values.get("schema_version") if isinstance(values, dict) else None
+    if isinstance(found, int) and found > version:
+        raise InputError(f"{path} has schema version {found}, this mpdsgr-deploy reads {version}; upgrade it")
+    return parse(model, values, str(path))
+
+
+def parse(model: type[BaseModel], values: Any, source: str) -> Any:
+    """Validate `values` as `model`; raise InputError with one line that names source, key and allowed values."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {'; '.join(_explain(model, e) for e in error.errors())}") from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path) or "the document"
+    if error["type"] == "extra_forbidden":
+        section: Any = model
+        for part in path[:-1]:
+            fields = getattr(section, "model_fields", {})
+            section = fields[part].annotation if part in fields else None
+        allowed = getattr(section, "model_fields", None)  # None below a list or a table with free keys
+        return f"unknown key {key!r}" + (f"; allowed here: {', '.join(allowed)}" if allowed else "")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if path[1:] else f"{key}: {message}"
