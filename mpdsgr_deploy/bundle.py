@@ -11,7 +11,7 @@ bundle from a stranger needs a signature on manifest.json as well.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -132,6 +132,8 @@ def staged(out: Path) -> Iterator[Path]:
         raise InputError(f"cannot write bundle {out}: {error.strerror}; what was there before is untouched") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # only an empty directory, the one claimed for nothing, can be removed so
+            out.rmdir()
 
 
 def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
@@ -139,6 +141,9 @@ def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
     files = {p.relative_to(scratch).as_posix(): sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
     manifest = Manifest(files=files, **fields)
     write_atomic(scratch / MANIFEST, manifest.model_dump_json(indent=1).encode())
-    shutil.rmtree(out)
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
     scratch.rename(out)
+    shutil.rmtree(old)
     return Bundle(out, manifest)

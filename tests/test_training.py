@@ -206,6 +206,23 @@ def test_runs_are_not_overwritten_nor_resumed_with_another_recipe(run_dir: Path,
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
+def test_mistakes_surface_before_processes_start_and_leave_the_directory_free(tmp_path: Path) -> None:
+    two = {"devices": 2, "accelerator": "cpu", "batch_size": 64}
+    for sections, expected in (
+        ({"model": {"name": "vgg12"}}, "did you mean 'vgg11'"),
+        ({"regularizer": {"name": "mpd-sgr", "estimator": "exact"}}, "unknown estimator 'exact'"),
+        ({"data": {"name": "mnist", "root": str(tmp_path)}}, "download=True"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            train(small_recipe(training=two, **sections), tmp_path / "run")
+    train(small_recipe(training={"epochs": 1}), tmp_path / "run")
+
+
+def test_a_diverging_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lower training\.lr"):
+        train(small_recipe(training={"lr": 1e30}), tmp_path / "run")
+
+
 def test_unusable_hardware_and_batch_size_are_input_errors(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match=r"training\.accelerator=cuda"):

@@ -39,4 +39,5 @@ def command(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: b
     else:
         accuracy = best.metrics["validation_accuracy"]
         click.echo(f"best epoch {best.epoch}, validation accuracy {accuracy:.1%}; checkpoints in {out}")
-        click.echo(f"next: mpdsgr export {out} --out {out}/bundle")
+        root = "" if resolved.data.root == resolved.portable().data.root else f" --root {resolved.data.root}"
+        click.echo(f"next: mpdsgr export {out} --out {out}/bundle{root}")

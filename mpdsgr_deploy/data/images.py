@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Fabric copies it field by field into the processes it starts
 class Images:
     """pixels uint8 [N, C, H, W], classes int64 [N] in [0, K), labels: the K class names."""
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, take, to_unit
 from mpdsgr_deploy.defences import adversarial_examples
-from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import ESTIMATORS, LayerStatistics, Overlap, observe_layers
@@ -36,8 +36,6 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
     config = recipe.training
     count = len(data[1])
     steps = count // config.batch_size
-    if not steps:
-        raise InputError(f"training.batch_size is {config.batch_size}, but there are only {count} training images")
     shuffle = generator(config.seed, "shuffle", epoch)
     share = config.batch_size // (config.devices * config.accumulate)
     totals = torch.zeros(4, device=fabric.device)
@@ -56,10 +54,11 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
             totals += measured / len(parts)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-        if not math.isfinite(totals[0].item()):
-            raise EvaluationError(f"the loss is not finite at epoch {epoch + 1}, step {step + 1}; lower training.lr")
     totals = torch.as_tensor(fabric.all_reduce(totals / steps, reduce_op="mean"))
-    return dict(zip(("loss", "cross_entropy", "omega", "train_accuracy"), totals.tolist(), strict=True))
+    loss, cross_entropy, omega, accuracy = totals.tolist()
+    if not math.isfinite(loss):
+        raise InputError(f"the loss is not finite after epoch {epoch + 1}; lower training.lr and --resume")
+    return {"loss": loss, "cross_entropy": cross_entropy, "omega": omega, "train_accuracy": accuracy}
 
 
 def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:

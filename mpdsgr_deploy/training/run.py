@@ -20,11 +20,13 @@ from lightning.fabric import Fabric
 from torch.utils.tensorboard import SummaryWriter
 
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
-from mpdsgr_deploy.data import load_training
+from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.batches import to_device
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
+from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import build_model
+from mpdsgr_deploy.mpd import ESTIMATORS
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
@@ -41,11 +43,13 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
     hardware, a full disk.
     """
     claim_directory(out, RECIPE, "training run")
-    if (out / RECIPE).exists():
+    if (out / STATE).exists():
         if not resume:
             raise InputError(f"{out} already holds a training run; continue it with --resume or choose another --out")
         _refuse_changes(json.loads((out / RECIPE).read_bytes()), recipe.portable().model_dump(mode="json"), out)
     write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
+    training, validation = load_training(recipe.data)
+    _check(recipe, training)
     config = recipe.training
     try:
         fabric = Fabric(
@@ -57,7 +61,17 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
     except Exception as error:  # Fabric has no common error type for hardware that is not there
         raise InputError(f"training.accelerator={config.accelerator}, devices={config.devices}: {error}") from error
     # a module-level function, because devices > 1 pickles it to new processes; Fabric's hint knows one argument only
-    fabric.launch(_run, recipe, out, log.isEnabledFor(logging.INFO))  # type: ignore[arg-type]
+    fabric.launch(_run, recipe, training, validation, out, log.isEnabledFor(logging.INFO))  # type: ignore[arg-type]
+
+
+def _check(recipe: Recipe, training: Images) -> None:
+    """Mistakes that would otherwise surface inside the processes of a run."""
+    with torch.device("meta"):
+        build_model(recipe, training.shape, len(training.labels))
+    choose("estimator", ESTIMATORS, recipe.regularizer.estimator)
+    batch_size = recipe.training.batch_size
+    if batch_size > len(training):
+        raise InputError(f"training.batch_size is {batch_size}, but there are only {len(training)} training images")
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
@@ -66,13 +80,12 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
         raise InputError(f"{out} was trained with other values of {', '.join(changed)}; resume with the same recipe")
 
 
-def _run(fabric: Fabric, recipe: Recipe, out: Path, verbose: bool) -> None:
+def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, out: Path, verbose: bool) -> None:
     """What every process of the run does."""
     if not fabric.is_global_zero:
         log.setLevel(logging.WARNING)
     elif verbose:
         show_progress()  # a spawned process starts without the caller's logging
-    training, validation = load_training(recipe.data)
     torch.manual_seed(recipe.training.seed)
     model = build_model(recipe, training.shape, len(training.labels))
     model.normalize.set(*training.statistics())

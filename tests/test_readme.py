@@ -1,0 +1,45 @@
+"""What the README shows works as written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mpdsgr_deploy.bundle import Bundle
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^ {4}(mpdsgr .*?)(?: {2,}#.*)?$", README, re.MULTILINE)
+
+
+def test_the_path_of_commands(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (20, 30), 128).save(tmp_path / "photos" / "grey.png")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    assert [line.split()[1] for line in COMMANDS] == [
+        "recipes",
+        "train",
+        "inspect",
+        "export",
+        "validate",
+        "predict",
+        "doctor",
+    ]
+    for line in COMMANDS:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "reports" / "digits" / "report.html").exists()
+    assert "grey.png" in (tmp_path / "labels.csv").read_text()
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks(block: str, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "digits").symlink_to(bundle.path)
+    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
