@@ -28,32 +28,40 @@ def pgd(
 
     draw: where the random start comes from, eps times its values; None starts at x.
     keep_broken: return the first iterate that fools the target, for images where any does, instead of the last
-    iterate: the strong setting (a later step may undo what an earlier one achieved). Costs one more evaluation.
+    iterate: the strong setting (a later step may undo what an earlier one achieved). Broken images leave the batch, so
+    it costs one evaluation more at most and far fewer on a network that breaks.
     Source: Madry et al., arXiv 1706.06083.
     """
     xp = array_namespace(x)
-
-    def project(moved: Array) -> Array:
-        return xp.clip(x + xp.clip(moved - x, -eps, eps), 0.0, 1.0)
-
-    adversarial = x if draw is None else project(x + eps * draw(x.shape))
-    broken = xp.zeros(y.shape, dtype=xp.bool)
-    found = x
+    adversarial = x if draw is None else _project(xp, x + eps * draw(x.shape), x, eps)
+    if keep_broken:
+        return _until_broken(xp, target, adversarial, x, y, eps, step, steps)
     for _ in range(steps):
-        logits, _, gradient = target(adversarial, y)
-        if keep_broken:
-            found, broken = _remember(xp, found, broken, adversarial, logits, y)
-        adversarial = project(adversarial + step * xp.sign(gradient))
-    if not keep_broken:
-        return adversarial
-    found, broken = _remember(xp, found, broken, adversarial, target(adversarial, y).logits, y)
-    return xp.where(broken[:, None, None, None], found, adversarial)
+        adversarial = _project(xp, adversarial + step * xp.sign(target(adversarial, y).gradient), x, eps)
+    return adversarial
 
 
-def _remember(xp: Array, found: Array, broken: Array, x: Array, logits: Array, y: Array) -> tuple[Array, Array]:
-    fooled = xp.argmax(logits, axis=1) != y
-    new = fooled & ~broken
-    return xp.where(new[:, None, None, None], x, found), broken | fooled
+def _project(xp: Array, moved: Array, x: Array, eps: float) -> Array:
+    """The nearest point to `moved` that is in [0, 1] and within eps of x."""
+    return xp.clip(x + xp.clip(moved - x, -eps, eps), 0.0, 1.0)
+
+
+def _until_broken(
+    xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
+) -> Array:
+    """PGD from `start` in which each image stops at its first iterate that fools the target."""
+    found = xp.asarray(start, copy=True)
+    active = xp.arange(x.shape[0])  # images not broken yet
+    adversarial = start
+    for number in range(steps + 1):
+        logits, _, gradient = target(adversarial, y[active])
+        found[active] = adversarial
+        standing = xp.argmax(logits, axis=1) == y[active]
+        active = active[standing]
+        if number == steps or not active.shape[0]:
+            break
+        adversarial = _project(xp, adversarial[standing] + step * xp.sign(gradient[standing]), x[active], eps)
+    return found
 
 
 def bim(target: Differentiable, x: Array, y: Array, *, eps: float, step: float, steps: int) -> Array:

@@ -86,50 +86,29 @@ def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, o
         log.setLevel(logging.WARNING)
     elif verbose:
         show_progress()  # a spawned process starts without the caller's logging
-    torch.manual_seed(recipe.training.seed)
-    model = build_model(recipe, training.shape, len(training.labels))
-    model.normalize.set(*training.statistics())
-    model = model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.training.lr,
-        momentum=recipe.training.momentum,
-        weight_decay=recipe.training.weight_decay,
-    )
-    state = _load_state(out / STATE)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    first = len(state["history"]) if state else 0
-    history: list[dict[str, Any]] = state["history"] if state else []
-    wrapped, optimizer = fabric.setup(model, optimizer)
-    learner = Learner(fabric, recipe, wrapped, model, optimizer)
+    learner = _learner(fabric, recipe, training)
+    history = _restore(learner, out / STATE)
     train_data, validation_data = to_device(training, fabric.device), to_device(validation, fabric.device)
-    board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1) if fabric.is_global_zero else None
+    board = SummaryWriter(str(out / "tensorboard"), purge_step=len(history) + 1) if fabric.is_global_zero else None
     log.info(
         "training %s (%d parameters) on %d %s images, validating on %d; epochs %d to %d",
         recipe.model.name,
-        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in learner.model.parameters()),
         len(training),
         recipe.data.name,
         len(validation),
-        first + 1,
+        len(history) + 1,
         recipe.training.epochs,
     )
-    for epoch in range(first, recipe.training.epochs):
+    for epoch in range(len(history), recipe.training.epochs):
         started = time.perf_counter()
         learned = train_epoch(learner, train_data, epoch)
         validated, layers = validate_epoch(learner, validation_data, epoch)
-        entry = {
-            "epoch": epoch + 1,
-            "seconds": round(time.perf_counter() - started, 2),
-            **learned,
-            **validated,
-            "layers": [layer._asdict() for layer in layers],
-        }
-        history.append(entry)
+        seconds = round(time.perf_counter() - started, 2)
+        statistics = [layer._asdict() for layer in layers]
+        history.append({"epoch": epoch + 1, "seconds": seconds, **learned, **validated, "layers": statistics})
         if board is not None:
-            _log_epoch(board, entry)
+            _log_epoch(board, history[-1])
             checkpoint = Checkpoint(
                 recipe=recipe.portable(),
                 shape=training.shape,
@@ -139,30 +118,53 @@ def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, o
                 history=history,
                 provenance=provenance(),
             )
-            # the state goes last: whatever of this epoch was not written yet, a resumed run writes again
-            if entry["score"] >= max(e["score"] for e in history):
-                save_checkpoint(out / "best", checkpoint, model.state_dict())
-            save_checkpoint(out / "last", checkpoint, model.state_dict())
-            _save_state(out / STATE, model, optimizer, history)
+            _save(learner, checkpoint, out)
         fabric.barrier()
     if board is not None:
         board.close()
 
 
-def _save_state(path: Path, model: torch.nn.Module, optimizer: Any, history: list[dict[str, Any]]) -> None:
-    buffer = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}, buffer)
-    write_atomic(path, buffer.getvalue())
+def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
+    """The untrained network and its optimiser, on this process's device."""
+    config = recipe.training
+    torch.manual_seed(config.seed)
+    model = build_model(recipe, training.shape, len(training.labels))
+    model.normalize.set(*training.statistics())
+    model = model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    plain = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    wrapped, optimizer = fabric.setup(model, plain)
+    return Learner(fabric, recipe, wrapped, model, optimizer)
 
 
-def _load_state(path: Path) -> dict[str, Any] | None:
+def _restore(learner: Learner, path: Path) -> list[dict[str, Any]]:
+    """Fill the learner from a state file, if there is one; returns the history of the epochs it has behind it.
+
+    After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to.
+    """
     if not path.exists():
-        return None
+        return []
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
         raise InputError(f"{path} is damaged ({error}); start again in another --out") from error
-    return state
+    learner.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    history: list[dict[str, Any]] = state["history"]
+    return history
+
+
+def _save(learner: Learner, checkpoint: Checkpoint, out: Path) -> None:
+    """Checkpoints first, state last: whatever of this epoch was not written when a run dies, a resumed run repeats."""
+    weights = learner.model.state_dict()
+    if checkpoint.metrics["score"] >= max(entry["score"] for entry in checkpoint.history):
+        save_checkpoint(out / "best", checkpoint, weights)
+    save_checkpoint(out / "last", checkpoint, weights)
+    state = {"model": weights, "optimizer": learner.optimizer.state_dict(), "history": checkpoint.history}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(out / STATE, buffer.getvalue())
 
 
 def _log_epoch(board: SummaryWriter, entry: dict[str, Any]) -> None:
