@@ -179,3 +179,16 @@ def test_adversarial_training_examples_are_made_in_eval_mode_and_leave_the_model
     assert 0 < (made[0] - x).abs().max() <= 0.05 + 1e-6
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keep_broken", [False, True])
+def test_tensors_and_arrays_take_the_same_path(linear, keep_broken: bool) -> None:
+    target, x, y = linear
+
+    def on_tensors(x: torch.Tensor, y: torch.Tensor) -> Gradient:
+        return Gradient(*(torch.as_tensor(part) for part in target(x.numpy(), y.numpy())))
+
+    settings = {"eps": EPS, "step": EPS / 4, "steps": 5, "keep_broken": keep_broken}
+    found = pgd(on_tensors, torch.from_numpy(x), torch.from_numpy(y), **settings)
+    assert isinstance(found, torch.Tensor)
+    np.testing.assert_allclose(found.numpy(), pgd(target, x, y, **settings), atol=1e-6)

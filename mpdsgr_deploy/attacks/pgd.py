@@ -6,7 +6,7 @@ pixels) and every image stays in [0, 1].
 
 from collections.abc import Callable
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from mpdsgr_deploy.protocols import Array, Differentiable
 
@@ -51,7 +51,7 @@ def _until_broken(
 ) -> Array:
     """PGD from `start` in which each image stops at its first iterate that fools the target."""
     found = xp.asarray(start, copy=True)
-    active = xp.arange(x.shape[0])  # images not broken yet
+    active = xp.arange(x.shape[0], device=device(x))  # images not broken yet
     adversarial = start
     for number in range(steps + 1):
         logits, _, gradient = target(adversarial, y[active])
