@@ -9,11 +9,14 @@ Opening a bundle verifies every hash and refuses paths that leave it. Hashes pro
 bundle from a stranger needs a signature on manifest.json as well.
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +65,12 @@ class Manifest(BaseModel):
     variants: dict[str, Variant]
     provenance: dict[str, Any]
     files: dict[str, str]  # relative path -> sha256
+    digest: str = ""  # of this document without its digest
+
+    def computed_digest(self) -> str:
+        """sha256 of the canonical JSON of everything but `digest`."""
+        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Bundle:
@@ -85,9 +94,18 @@ class Bundle:
         return self.file(self.manifest.variants[precision].file)
 
     def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Golden inputs [G, C, H, W] and the reference's logits [G, K]."""
-        with np.load(self.file(GOLDEN), allow_pickle=False) as arrays:
-            return arrays["inputs"], arrays["logits"]
+        """Golden inputs [G, C, H, W] and the reference's logits [G, K], K the number of labels.
+
+        Raises InputError if the file does not hold them.
+        """
+        try:
+            with np.load(self.file(GOLDEN), allow_pickle=False) as arrays:
+                inputs, logits = arrays["inputs"], arrays["logits"]
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise InputError(f"{self.path / GOLDEN} does not hold golden inputs and logits ({error})") from None
+        if logits.shape != (len(inputs), len(self.manifest.labels)):
+            raise InputError(f"{self.path / GOLDEN} and the {len(self.manifest.labels)} labels do not belong together")
+        return inputs, logits
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -97,6 +115,8 @@ def open_bundle(path: Path) -> Bundle:
     """
     advice = "make a bundle with `mpdsgr export`"
     manifest: Manifest = read_document(path / MANIFEST, Manifest, SCHEMA_VERSION, otherwise=advice)
+    if manifest.digest != manifest.computed_digest():
+        raise InputError(f"{path / MANIFEST} does not match its own digest: it was changed or damaged; copy it again")
     bundle = Bundle(path, manifest)
     for name, digest in manifest.files.items():
         file = _inside(path, name)
@@ -113,37 +133,61 @@ def _inside(root: Path, name: str) -> Path:
     """root/name, or InputError if that is, or links to, anything outside root."""
     relative = PurePosixPath(name)
     file = root / relative
-    leaves = relative.is_absolute() or ".." in relative.parts or "\\" in name
-    if leaves or not file.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a symlink loop, a NUL in the name
+        inside = False
+    if not inside or relative.is_absolute() or ".." in relative.parts or "\\" in name:
         raise InputError(f"{root / MANIFEST} names {name!r}, which leaves the bundle; do not use this bundle")
     return file
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A scratch directory beside `out` to build a bundle in; `seal` puts it in place, an exception removes it."""
+    """A scratch directory beside `out` to build a bundle in; `seal` puts it in place, an exception removes it.
+
+    Raises InputError if `out` holds anything that is not part of a bundle of ours.
+    """
+    old = _old(out)
+    if old.exists() and not out.exists():
+        old.rename(out)  # an earlier export died between the two renames of `seal`
     claim_directory(out, MANIFEST, "bundle")
+    if (out / MANIFEST).exists():
+        manifest: Manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
+        known = {*manifest.files, MANIFEST}
+        strangers = [p for p in out.rglob("*") if not p.is_dir() and p.relative_to(out).as_posix() not in known]
+        if strangers:
+            raise InputError(f"{out} holds {strangers[0].name}, which is not part of the bundle; choose another --out")
     scratch = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
         yield scratch
     except OSError as error:
-        raise InputError(f"cannot write bundle {out}: {error.strerror}; what was there before is untouched") from error
+        raise InputError(f"cannot write bundle {out}: {error.strerror or error}; an older one is untouched") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):  # only an empty directory, the one claimed for nothing, can be removed so
             out.rmdir()
 
 
+def _old(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")
+
+
 def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
-    """Hash every file in `scratch`, write the manifest with `fields`, and move it all to `out`."""
+    """Hash every file in `scratch`, write the manifest with `fields`, and put it all where `out` is."""
     files = {p.relative_to(scratch).as_posix(): sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
-    manifest = Manifest(files=files, **fields)
+    draft = Manifest(files=files, **fields)
+    manifest = draft.model_copy(update={"digest": draft.computed_digest()})
     write_atomic(scratch / MANIFEST, manifest.model_dump_json(indent=1).encode())
-    old = out.with_name(f".{out.name}.old")
+    old = _old(out)
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
-    scratch.rename(out)
+    try:
+        scratch.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
     shutil.rmtree(old)
     return Bundle(out, manifest)

@@ -11,12 +11,6 @@ class InputError(MpdsgrError):
     """A wrong option, recipe, file or environment (exit code 2)."""
 
 
-class GateError(MpdsgrError):
-    """The model regressed: the gate refused the artefact (exit code 1)."""
-
-    exit_code = 1
-
-
 class EvaluationError(MpdsgrError):
     """The evaluation itself is not valid, so it proves nothing (exit code 3)."""
 

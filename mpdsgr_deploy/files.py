@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from mpdsgr_deploy.errors import InputError
@@ -19,15 +20,21 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises InputError if the disk is full or the path cannot be written; the old file is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed run leaves at most one behind
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the renaming itself survives a power cut
+        finally:
+            os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free some space and run again; what was there before is untouched" if full else "choose another place"
         raise InputError(f"cannot write {path}: {error.strerror}; {advice}") from error
@@ -40,7 +47,8 @@ def claim_directory(path: Path, marker: str, what: str) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        foreign = not (path / marker).exists() and any(not p.name.startswith(".") for p in path.iterdir())
+        leftover = f".{marker}.tmp"  # of a run killed while it wrote its first file
+        foreign = not (path / marker).exists() and any(p.name != leftover for p in path.iterdir())
     except OSError as error:
         raise InputError(f"cannot use {path} as a directory: {error.strerror}; choose another place") from None
     if foreign:

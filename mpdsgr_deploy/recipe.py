@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.schema import Count, NonNegative, Number, Positive, Section, UnitInterval, parse, read_toml
+from mpdsgr_deploy.schema import Count, NonNegative, Number, Positive, Section, Seed, UnitInterval, parse, read_toml
 
 
 class Data(Section):
@@ -30,7 +30,7 @@ class Model(Section):
     """Which architecture; `mpdsgr_deploy.models.MODELS` holds the names."""
 
     name: str = "vgg11"
-    width: Positive = 1.0  # multiplies every layer's width
+    width: Annotated[Number, Field(gt=0, le=16)] = 1.0  # multiplies every layer's width
 
 
 class Neuron(Section):
@@ -59,10 +59,10 @@ class Training(Section):
     lr: Positive = 0.1
     momentum: UnitInterval = 0.9
     weight_decay: NonNegative = 5e-4
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: Count = 1
-    seed: Annotated[int, Field(ge=0)] = 0
+    devices: Count = 1  # each normalises its own share of the batch: tdBN's statistics are per device
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _divides(self) -> "Training":
@@ -92,11 +92,17 @@ class Defence(Section):
 class Attack(Section):
     """The attacks of `mpdsgr validate`, all in the L-infinity ball of radius eps around pixels in [0, 1]."""
 
-    eps: UnitInterval = 8 / 255
+    eps: Annotated[Number, Field(gt=0, le=1)] = 8 / 255
     steps: Count = 7  # BIM and PGD in the paper's setting
     step: Positive = 0.01
     strong_steps: Count = 40  # PGD with step eps/4; an image is broken once any iterate fools the model
     gaussian_std: NonNegative = 0.1
+
+    @model_validator(mode="after")
+    def _reaches(self) -> "Attack":
+        if self.steps * self.step < self.eps:
+            raise ValueError(f"steps * step = {self.steps * self.step:.4g} cannot reach eps {self.eps:.4g}; raise step")
+        return self
 
 
 class Validation(Section):
@@ -104,7 +110,7 @@ class Validation(Section):
 
     limit: Count | None = None  # only the first so many test images
     batch_size: Count = 128
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Recipe(Section):

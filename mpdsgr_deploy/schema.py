@@ -25,6 +25,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 UnitInterval = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
@@ -46,16 +47,18 @@ def read_toml(path: Path) -> dict[str, Any]:
 def read_document(path: Path, model: type[BaseModel], version: int, *, otherwise: str) -> Any:
     """A JSON file of ours as `model`. `otherwise` tells the user how to get a good one.
 
-    Raises InputError if it is missing, damaged, of a schema version above `version`, or does not fit the model.
+    Raises InputError if it is missing, damaged, of no schema version or one above `version`, or does not fit the model.
     """
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; {otherwise}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is damaged (not JSON); {otherwise}") from None
     found = values.get("schema_version") if isinstance(values, dict) else None
-    if isinstance(found, int) and found > version:
+    if type(found) is not int or found < 1:
+        raise InputError(f"{path} has no valid schema_version; {otherwise}")
+    if found > version:
         raise InputError(f"{path} has schema version {found}, this mpdsgr-deploy reads {version}; upgrade it")
     return parse(model, values, str(path))
 

@@ -99,7 +99,7 @@ def spiking(bundle: Bundle) -> tuple[TorchModel, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("name", ["fgsm", "bim"])
 def test_equal_to_foolbox_sample_by_sample(spiking, name: str) -> None:
     model, x, y = spiking
-    oracle = foolbox.PyTorchModel(model._model, bounds=(0, 1), device="cpu")
+    oracle = foolbox.PyTorchModel(model._model, bounds=(0, 1))
     if name == "fgsm":
         attack = foolbox.attacks.LinfFastGradientAttack()
         ours = fgsm(model.gradient, x, y, eps=EPS)
@@ -118,7 +118,7 @@ def test_pgd_within_a_few_points_of_foolbox(spiking) -> None:
     x, y = images.unit(), images.classes
     torch.manual_seed(0)
     attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS, random_start=True)
-    oracle = foolbox.PyTorchModel(model._model, bounds=(0, 1), device="cpu")
+    oracle = foolbox.PyTorchModel(model._model, bounds=(0, 1))
     _, _, success = attack(oracle, torch.from_numpy(x), torch.from_numpy(y), epsilons=EPS)
     ours = pgd(model.gradient, x, y, eps=EPS, step=STEP, steps=STEPS, draw=draw)
     assert (model(ours).argmax(1) != y).mean() == pytest.approx(success.float().mean().item(), abs=0.05)

@@ -76,6 +76,9 @@ def test_predict_refuses_bad_input(bundle: Bundle, tmp_path: Path) -> None:
     ):
         assert_input_error(mpdsgr("predict", bundle.path, tmp_path / name, "--out", tmp_path / "o.csv"), expected)
     assert not (tmp_path / "o.csv").exists()
+    for out in (tmp_path / "text.png" / "o.csv", tmp_path / f"{'n' * 250}.csv"):
+        np.save(tmp_path / "good.npy", np.zeros((1, 1, 8, 8), np.uint8))
+        assert_input_error(mpdsgr("predict", bundle.path, tmp_path / "good.npy", "--out", out), "cannot write")
     assert_input_error(mpdsgr("predict", bundle.path, tmp_path / "nan.npy", "--out", tmp_path / "o.pickle"), ".jsonl")
 
 

@@ -76,6 +76,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_constant_channel_does_not_divide_by_zero(folder: Path) -> None:
+    _, std = load_test(Data(name="imagefolder", root=str(folder), image_size=8)).statistics()
+    assert std[2] == 1 / 255
+
+
 def test_imagefolder(folder: Path) -> None:
     config = Data(name="imagefolder", root=str(folder), image_size=8)
     test = load_test(config)
@@ -136,5 +141,15 @@ def test_arrays_and_images_as_inputs(tmp_path: Path) -> None:
     assert read_image(tmp_path / "e.png", (3, 4, 6)).shape == (3, 4, 6)
     names = [n for found, _ in read_inputs([tmp_path / "e.png", tmp_path / "a.npy"], (1, 8, 8)) for n in found]
     assert names == [str(tmp_path / "e.png"), *(f"{tmp_path / 'a.npy'}[{i}]" for i in range(3))]
+    np.savez(tmp_path / "empty.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:-60])
+    for name, array in (("zero.npy", np.float32(0)), ("flat.npy", pixels[0]), ("none.npy", pixels[:0])):
+        np.save(tmp_path / name, array)
+    for name in ("empty.npz", "cut.npz", "zero.npy", "flat.npy", "none.npy"):
+        with pytest.raises(InputError, match=name):
+            read_array(tmp_path / name)
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="more than 8 bits"):
+        read_image(tmp_path / "deep.png", (1, 8, 8))
     with pytest.raises(InputError, match="does not exist"):
         list(read_inputs([tmp_path / "nothing"], (1, 8, 8)))

@@ -43,7 +43,7 @@ def test_small_vgg_takes_8x8_and_its_width_is_a_field() -> None:
     assert 3 < sizes[1] / sizes[0] < 4
 
 
-def test_logits_are_the_mean_of_the_readout_and_one_step_equals_a_constant_net() -> None:
+def test_logits_are_the_time_mean_of_the_readout() -> None:
     model = build_model(recipe(model={"name": "vgg-small", "width": 0.1}), (1, 8, 8), 3).eval()
     seen: list[torch.Tensor] = []
     model.readout.register_forward_hook(lambda module, inputs, output: seen.append(output))

@@ -42,7 +42,7 @@ def test_leak_sum_is_the_geometric_series() -> None:
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize(("lam", "beta"), [(1.0, 0.0), (0.7, 0.3), (1.2, -0.5)])
 def test_theorem_against_monte_carlo(reset: str, lam: float, beta: float) -> None:
-    """tau 0.5: mean within 2 % of the spread or of itself, standard deviation within 10 % on average over time.
+    """tau 0.5: mean within 2 % of the spread or of itself, standard deviation within 10 % at every step.
 
     The mean is exact by construction of S; the deviation is not, since a reset removes variance that Theorem 1 keeps.
     """
@@ -50,7 +50,7 @@ def test_theorem_against_monte_carlo(reset: str, lam: float, beta: float) -> Non
     predicted, measured = theorem(trace), empirical(trace)
     scale = torch.maximum(measured.mu.abs(), measured.sigma)
     assert ((predicted.mu - measured.mu).abs() / scale).max() < 0.02
-    assert ((predicted.sigma - measured.sigma).abs() / measured.sigma).mean() < 0.10
+    assert ((predicted.sigma - measured.sigma).abs() / measured.sigma).max() < 0.10
 
 
 def test_reset_shift_by_hand() -> None:

@@ -85,30 +85,42 @@ main()
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_a_full_disk_is_one_line_and_the_previous_checkpoint_survives(run_dir: Path, tmp_path: Path) -> None:
-    """A file-size limit makes every larger write fail as a full disk does; state.pt is the first to exceed it."""
+@pytest.mark.parametrize("which", ["weights", "state"])
+def test_a_full_disk_is_one_line_and_what_was_there_survives(which: str, tmp_path: Path) -> None:
+    """A file-size limit makes every larger write fail as a full disk does."""
     arguments = [*TINY, "--out", str(tmp_path / "run")]
     assert mpdsgr("train", *arguments, "--set", "training.epochs=1").returncode == 0
     before = load_checkpoint(tmp_path / "run" / "last")
+    largest = (tmp_path / "run" / "state.pt").stat().st_size
+    limit = largest - 1 if which == "state" else largest // 4
     (tmp_path / "run" / "recipe.json").write_text(
         (tmp_path / "run" / "recipe.json").read_text().replace('"epochs": 1', '"epochs": 4')
     )
-    limited = """
+    limited = f"""
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 from mpdsgr_deploy.cli import main
 main()
 """
     command = [sys.executable, "-c", limited, "train", *arguments, "--resume"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert_input_error(done, "cannot write", "untouched")
-    assert load_checkpoint(tmp_path / "run" / "last") == before
+    assert len(load_checkpoint(tmp_path / "run" / "last").history) == len(before.history) + (which == "state")
+    assert len(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["history"]) == 1
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    arguments = ["--set", "training.devices=2", "--set", "training.accelerator=cpu", "--json"]
-    done = mpdsgr("train", *TINY, *arguments, "--out", tmp_path / "run")
+    """One validation batch for two ranks: the rank without one must not keep the other waiting."""
+    arguments = [
+        "--set",
+        "training.devices=2",
+        "--set",
+        "training.accelerator=cpu",
+        "--set",
+        "validation.batch_size=130",
+    ]
+    done = mpdsgr("train", *TINY, *arguments, "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["validation_accuracy"] > 0.5
     assert done.stderr.count("epoch 4 ") == 1  # one process reports
@@ -218,9 +230,12 @@ def test_mistakes_surface_before_processes_start_and_leave_the_directory_free(tm
     train(small_recipe(training={"epochs": 1}), tmp_path / "run")
 
 
-def test_a_diverging_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"lower training\.lr"):
-        train(small_recipe(training={"lr": 1e30}), tmp_path / "run")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_diverging_run_says_so(devices: int, tmp_path: Path) -> None:
+    settings = {"lr": 1e30, "devices": devices, "accelerator": "cpu", "batch_size": 64}
+    with pytest.raises(InputError, match=r"lower training\.lr") as error:
+        train(small_recipe(training=settings), tmp_path / "run")
+    assert "\n" not in str(error.value)
 
 
 def test_unusable_hardware_and_batch_size_are_input_errors(tmp_path: Path) -> None:

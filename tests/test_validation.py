@@ -10,7 +10,7 @@ import pytest
 from conftest import mpdsgr
 from scipy.stats import binomtest
 
-from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import sha256
@@ -170,6 +170,19 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
     stranger = health.check_function(model, lambda x: model(x) * 2, x)
     assert not stranger.passed
     assert "in a fresh process" in stranger.saw
+
+    class Counting:
+        """One row of 32 drifts from call to call."""
+
+        calls = 0
+
+        def __call__(self, x: np.ndarray) -> np.ndarray:
+            self.calls += 1
+            return model(x) + np.eye(len(x), 10, dtype=np.float32)[:, :1] * np.float32(self.calls * 1e-3)
+
+    assert "asked again" in health.check_function(Counting(), model, x).saw
+    gone = health.fresh_process(bundle.path / "nowhere", "onnxruntime-cpu", "fp32")
+    assert "it failed: error:" in health.check_function(model, gone, x).saw
     fresh = health.fresh_process(bundle.path, "onnxruntime-cpu", "fp32")
     assert compare(model(x[:5]), fresh(x[:5])).holds
 
@@ -255,6 +268,7 @@ def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, 
         np.savez(path / "golden.npz", inputs=inputs, logits=broken(inputs))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"] |= {name: sha256(path / name) for name in ("model.fp32.onnx", "golden.npz")}
+    manifest["digest"] = Manifest.model_validate(manifest).computed_digest()
     (path / "manifest.json").write_text(json.dumps(manifest))
     found = validate(open_bundle(path), backend="onnxruntime-cpu")
     assert found.verdict == "fail"
@@ -276,5 +290,8 @@ def test_a_masked_gradient_is_an_invalid_evaluation(bundle: Bundle, monkeypatch:
 
 
 def test_data_of_another_kind_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    shuffled = Bundle(bundle.path, bundle.manifest.model_copy(update={"labels": bundle.manifest.labels[::-1]}))
+    with pytest.raises(InputError, match="not what the network was made for"):
+        validate(shuffled, backend="onnxruntime-cpu")
     with pytest.raises(InputError, match="download=True"):
         validate(bundle, backend="onnxruntime-cpu", data="cifar10", root=str(tmp_path))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mpdsgr_deploy import __version__
-from mpdsgr_deploy.errors import EvaluationError, MpdsgrError
+from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.progress import show_progress
 
 COMMANDS = ("demo", "train", "export", "validate", "predict", "inspect", "doctor", "recipes")
@@ -35,6 +35,9 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; what was finished is on disk", err=True)
             sys.exit(130)
+        except OSError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(InputError.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception:  # a bug of ours: Python's own exit code 1 would read as "the model regressed"

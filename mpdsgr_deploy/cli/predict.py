@@ -49,7 +49,7 @@ def command(bundle: Path, inputs: tuple[Path, ...], backend: str, precision: str
             logits.append(predict(predictor, images, batch))
     data = render(names, np.concatenate(logits), opened.manifest.labels, out.suffix if out else ".csv")
     if out is None:
-        click.echo(data.decode(), nl=False)
+        click.echo(data, nl=False)
     else:
         write_atomic(out, data)
         click.echo(f"{len(names)} predictions in {out}")
@@ -72,4 +72,4 @@ def render(names: list[str], logits: NDArray[np.float32], labels: tuple[str, ...
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("input", "label", "probability"))
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")  # file names need not be UTF-8

@@ -26,7 +26,10 @@ def command(name: str | None, as_json: bool) -> None:
         if target.exists():
             raise InputError(f"{target} already exists here; rename it first")
         write_atomic(target, source.read_bytes())
-        click.echo(f"copied to {target}; next: mpdsgr train {target}")
+        if as_json:
+            print_json({"copied": str(target)})
+        else:
+            click.echo(f"copied to {target}; next: mpdsgr train {target}")
         return
     found = {name: title(path) for name, path in built_in_recipes().items()}
     if as_json:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,11 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     channels, height, width = shape
     try:
         with Image.open(path) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
-            fitted = ImageOps.fit(converted, (width, height), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError) as error:
+            if image.mode[0] in "IF":
+                raise InputError(f"{path} has more than 8 bits a channel, which would be clipped; convert it first")
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot decode image {path}: {error}") from None
     return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
 
@@ -42,10 +45,12 @@ def read_array(path: Path) -> NDArray[np.float32]:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
             with found:
-                name = "images" if "images" in found.files else found.files[0]
+                name = "images" if "images" in found.files else next(iter(found.files), "images")
                 found = found[name]
-    except (OSError, ValueError, EOFError, IndexError) as error:
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, MemoryError) as error:
         raise InputError(f"cannot read array {path}: {error}") from None
+    if found.ndim != 4 or not len(found):
+        raise InputError(f"{path}: images must have shape [N >= 1, C, H, W], these have {list(found.shape)}")
     if found.dtype == np.uint8:
         return found.astype(np.float32) / np.float32(255)
     if found.dtype != np.float32:

@@ -33,5 +33,6 @@ class Images:
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel, in [0, 1] units."""
         mean = [float(self.pixels[:, c].mean() / 255) for c in range(self.shape[0])]
-        std = [float(self.pixels[:, c].std() / 255) for c in range(self.shape[0])]
+        # at least one grey level, so that a constant channel can be divided by its own
+        std = [max(1.0, float(self.pixels[:, c].std())) / 255 for c in range(self.shape[0])]
         return mean, std

@@ -12,6 +12,7 @@ from mpdsgr_deploy.runtime.images import check_images
 
 CPU = "CPUExecutionProvider"
 EXTRAS = {CPU: "cpu", "CUDAExecutionProvider": "gpu"}
+OPTIONS = {CPU: {}, "CUDAExecutionProvider": {"use_tf32": "0"}}  # TF32 would flip spikes
 
 
 class OnnxRuntime:
@@ -32,7 +33,7 @@ class OnnxRuntime:
         if provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session: Any = ort.InferenceSession(str(model), options, providers=[provider])
+            self._session: Any = ort.InferenceSession(str(model), options, providers=[(provider, OPTIONS[provider])])
         except Exception as error:  # onnxruntime's errors share no public base class
             raise InputError(f"onnxruntime cannot load {model} on {provider}: {error}") from error
         used = self._session.get_providers()[0]

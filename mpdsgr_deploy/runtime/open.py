@@ -38,9 +38,11 @@ def open_predictor(bundle: Bundle, backend: str = DEFAULT_BACKEND, precision: st
     Raises InputError for an unknown backend or precision or a backend that cannot run here, EvaluationError if the
     golden batch is not answered with the reference's labels and logits.
     """
+    bundle.variant(precision)  # also where the backend has one precision only
     with choose("backend", BACKENDS, backend)(bundle, precision) as predictor:
         inputs, logits = bundle.golden()
         parity = compare(logits, predictor(inputs))
-        if parity.labels_differ or (precision == "fp32" and not parity.holds):
+        # another CPU rounds differently and may flip a spike on an image or two; another network differs on all
+        if parity.labels_differ or (precision == "fp32" and parity.within_tolerance < parity.rows / 2):
             raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")
         yield predictor

@@ -1,5 +1,6 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
+from contextlib import AbstractContextManager
 from typing import Self
 
 import numpy as np
@@ -12,6 +13,14 @@ from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.runtime.images import check_images
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """cuDNN without TF32, whose ten bits of mantissa would flip spikes, and without nondeterministic algorithms."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    return flags
 
 
 class TorchModel:
@@ -30,14 +39,15 @@ class TorchModel:
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
-        with torch.no_grad():
+        with torch.no_grad(), exact_convolutions():
             logits: NDArray[np.float32] = self._model(self._tensor(x)).cpu().numpy()
         return logits
 
     def gradient(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
         """The Differentiable: cross-entropy through the training surrogate."""
         check_images(x, self._shape)
-        found = input_gradient(self._model, self._tensor(x), self._tensor(y))
+        with exact_convolutions():
+            found = input_gradient(self._model, self._tensor(x), self._tensor(y))
         return Gradient(*(tensor.cpu().numpy() for tensor in found))
 
     def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:

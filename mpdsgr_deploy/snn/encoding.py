@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
 def direct(x: Tensor, T: int) -> Tensor:
-    """The image itself at every step (a view: no copy is made)."""
-    return x.unsqueeze(0).expand(T, *x.shape)
+    """The image itself at every step. Stacked, not expanded: exported, that is free of shape arithmetic."""
+    return torch.stack([x] * T)
 
 
 ENCODINGS: dict[str, Callable[[Tensor, int], Tensor]] = {"direct": direct}

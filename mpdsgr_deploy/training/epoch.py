@@ -56,8 +56,9 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
         learner.optimizer.zero_grad()
     totals = torch.as_tensor(fabric.all_reduce(totals / steps, reduce_op="mean"))
     loss, cross_entropy, omega, accuracy = totals.tolist()
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is not finite after epoch {epoch + 1}; lower training.lr and --resume")
+    if not all(torch.isfinite(p).all() for p in learner.model.parameters()) or not math.isfinite(loss):
+        advice = "start again with a lower training.lr in another --out"
+        raise InputError(f"loss or weights are not finite after epoch {epoch + 1}; {advice}")
     return {"loss": loss, "cross_entropy": cross_entropy, "omega": omega, "train_accuracy": accuracy}
 
 
@@ -105,11 +106,12 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
         pixels, y = take(data, index, fabric.device)
         x = to_unit(pixels)
         observer = observe_layers(layers) if number == 0 else None
-        correct[0] += (learner.wrapped(x, observer).argmax(1) == y).sum()
-        if recipe.defence.name == "at":
-            draw = generator(recipe.training.seed, "validation", epoch, number)
-            with fabric.autocast():
+        # the bare network: DDP's would wait in every forward pass for ranks that have fewer batches
+        with fabric.autocast():
+            correct[0] += (learner.model(x, observer).argmax(1) == y).sum()
+            if recipe.defence.name == "at":
+                draw = generator(recipe.training.seed, "validation", epoch, number)
                 x = adversarial_examples(learner.model, x, y, recipe.defence, draw)
-            correct[1] += (learner.wrapped(x).argmax(1) == y).sum()
+                correct[1] += (learner.model(x).argmax(1) == y).sum()
     clean, attacked = (torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum")) / len(data[1])).tolist()
     return {"validation_accuracy": clean, "score": attacked if recipe.defence.name == "at" else clean}, layers

@@ -5,18 +5,21 @@
     OUT/best  OUT/last    checkpoints, by validation score and by age
     OUT/tensorboard       curves
 
-Randomness is a function of (seed, purpose, epoch, step), so a resumed run repeats the interrupted epoch bit for bit.
+Randomness is a function of (seed, purpose, epoch, step), so a resumed run repeats the interrupted epoch: on a CPU bit
+for bit, on a GPU up to the order in which cuDNN adds.
 """
 
 import io
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.tensorboard import SummaryWriter
 
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
@@ -30,6 +33,7 @@ from mpdsgr_deploy.mpd import ESTIMATORS
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import parse
 from mpdsgr_deploy.training.epoch import Learner, train_epoch, validate_epoch
 
 RECIPE, STATE = "recipe.json", "state.pt"
@@ -46,7 +50,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
     if (out / STATE).exists():
         if not resume:
             raise InputError(f"{out} already holds a training run; continue it with --resume or choose another --out")
-        _refuse_changes(json.loads((out / RECIPE).read_bytes()), recipe.portable().model_dump(mode="json"), out)
+        before = parse(Recipe, json.loads((out / RECIPE).read_bytes()), str(out / RECIPE))
+        _refuse_changes(before, recipe.portable(), out)
     write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
     training, validation = load_training(recipe.data)
     _check(recipe, training)
@@ -60,8 +65,15 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
         )
     except Exception as error:  # Fabric has no common error type for hardware that is not there
         raise InputError(f"training.accelerator={config.accelerator}, devices={config.devices}: {error}") from error
-    # a module-level function, because devices > 1 pickles it to new processes; Fabric's hint knows one argument only
-    fabric.launch(_run, recipe, training, validation, out, log.isEnabledFor(logging.INFO))  # type: ignore[arg-type]
+    arguments = (recipe, training, validation, out, log.isEnabledFor(logging.INFO))
+    try:
+        # a module-level function, because devices > 1 pickles it to new processes; Fabric's hint knows no arguments
+        fabric.launch(_run, *arguments)  # type: ignore[arg-type]
+    except ProcessRaisedException as error:  # its text ends in the traceback of the process
+        ours = re.search(rf"{InputError.__module__}\.InputError: (.*)", str(error))
+        if ours is None:
+            raise
+        raise InputError(ours[1]) from None
 
 
 def _check(recipe: Recipe, training: Images) -> None:
@@ -74,8 +86,10 @@ def _check(recipe: Recipe, training: Images) -> None:
         raise InputError(f"training.batch_size is {batch_size}, but there are only {len(training)} training images")
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    changed = [f"{s}.{k}" for s in now for k in now[s] if before.get(s, {}).get(k) != now[s][k]]
+def _refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
+    """Only what training depends on has to stay; `attack` and `validation` come later."""
+    old, new = (recipe.model_dump(exclude={"attack", "validation"}) for recipe in (before, now))
+    changed = [f"{section}.{key}" for section in new for key in new[section] if old[section][key] != new[section][key]]
     if changed:
         raise InputError(f"{out} was trained with other values of {', '.join(changed)}; resume with the same recipe")
 
@@ -146,12 +160,12 @@ def _restore(learner: Learner, path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        learner.model.load_state_dict(state["model"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        history: list[dict[str, Any]] = state["history"]
     except Exception as error:  # torch raises many types for a damaged file
-        raise InputError(f"{path} is damaged ({error}); start again in another --out") from error
-    learner.model.load_state_dict(state["model"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    history: list[dict[str, Any]] = state["history"]
+        raise InputError(f"{path} is damaged ({type(error).__name__}); start again in another --out") from error
     return history
 
 

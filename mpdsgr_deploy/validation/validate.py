@@ -96,9 +96,10 @@ def _images(bundle: Bundle, config: Data, data: str | None, root: str | None, li
     changes = {key: value for key, value in (("name", data), ("root", root)) if value is not None}
     images = load_test(config.model_copy(update=changes))
     manifest = bundle.manifest
-    if images.shape != manifest.input_shape or len(images.labels) != len(manifest.labels):
+    if images.shape != manifest.input_shape or images.labels != manifest.labels:
         raise InputError(
-            f"the network takes {manifest.input_shape} images of {len(manifest.labels)} classes, "
-            f"{data or config.name} has {images.shape} images of {len(images.labels)} classes"
+            f"{data or config.name} is not what the network was made for: its images have shape {images.shape}, "
+            f"{len(images.labels)} classes from {images.labels[0]!r}; the network takes {manifest.input_shape}, "
+            f"{len(manifest.labels)} classes from {manifest.labels[0]!r}"
         )
     return images[: limit or len(images)]
