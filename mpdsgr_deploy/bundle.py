@@ -114,6 +114,8 @@ def open_bundle(path: Path) -> Bundle:
     Raises InputError if it is no bundle, a newer schema, damaged, incomplete, or names files outside itself.
     """
     advice = "make a bundle with `mpdsgr export`"
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"{path} is not a bundle (it has no {MANIFEST}); {advice}")
     manifest: Manifest = read_document(path / MANIFEST, Manifest, SCHEMA_VERSION, otherwise=advice)
     if manifest.digest != manifest.computed_digest():
         raise InputError(f"{path / MANIFEST} does not match its own digest: it was changed or damaged; copy it again")

@@ -1,6 +1,6 @@
 """Robust, or only hard to differentiate? What a perturbation does to a network beside what its gradient promises.
 
-margin        logit of the true class minus the best other, mean over the images (the net is right where it is > 0)
+margin        logit of the true class minus the best other, mean over the images the network gets right
 promised      eps * |d margin / d x|_1: the drop an attacker expects who trusts the surrogate gradient
 noise, pgd    the drop that really follows from U(-eps, eps) noise and from PGD in the recipe's setting
 flipped       share of a layer's spikes that differ from those of the clean image, first to last layer
@@ -25,11 +25,13 @@ from mpdsgr_deploy.snn import Trace
 
 
 def measure(bundle: Bundle, images: Images) -> dict[str, Any]:
-    """All of the above on `images`, as JSON-ready numbers."""
+    """All of the above on those of `images` that the network gets right, as JSON-ready numbers."""
     manifest = bundle.manifest
     attack, seed = manifest.recipe.attack, manifest.recipe.validation.seed
     model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels))
     x, y = torch.from_numpy(images.unit()), torch.from_numpy(images.classes)
+    right = observe(model, x, y)[0] > 0
+    x, y = x[right], y[right]
     noisy = torch.from_numpy(uniform(x.numpy(), eps=attack.eps, rng=np.random.default_rng(seed)))
     start = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) - 1
     attacked = pgd(

@@ -42,9 +42,9 @@ def read_array(path: Path) -> NDArray[np.float32]:
     uint8 is scaled to [0, 1]. Raises InputError for another dtype or a damaged file.
     """
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.lib.npyio.NpzFile):
-            with found:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.lib.npyio.NpzFile):
                 name = "images" if "images" in found.files else next(iter(found.files), "images")
                 found = found[name]
     except (OSError, ValueError, EOFError, KeyError, BadZipFile, MemoryError) as error:
