@@ -85,7 +85,7 @@ def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
     """Enough float32 images for the parity check: test images, or noise where there are none."""
     count = sum(PARITY_BATCHES)
     if images is not None:
-        return images[: min(count, len(images))].unit()
+        return images[:count].unit()
     return np.random.default_rng(0).random((count, *shape), np.float32)
 
 
