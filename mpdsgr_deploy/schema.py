@@ -44,17 +44,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a TOML file: {error}") from None
 
 
+def read_json(path: Path, *, otherwise: str) -> Any:
+    """The content of a JSON file of ours. Raises InputError, ending in `otherwise`, if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; {otherwise}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is damaged (not JSON); {otherwise}") from None
+
+
 def read_document(path: Path, model: type[BaseModel], version: int, *, otherwise: str) -> Any:
     """A JSON file of ours as `model`. `otherwise` tells the user how to get a good one.
 
     Raises InputError if it is missing, damaged, of no schema version or one above `version`, or does not fit the model.
     """
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; {otherwise}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is damaged (not JSON); {otherwise}") from None
+    values = read_json(path, otherwise=otherwise)
     found = values.get("schema_version") if isinstance(values, dict) else None
     if type(found) is not int or found < 1:
         raise InputError(f"{path} has no valid schema_version; {otherwise}")

@@ -238,6 +238,16 @@ def test_a_diverging_run_says_so(devices: int, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "content"), [("recipe.json", b"{"), ("state.pt", b""), ("state.pt", b"PK")])
+def test_a_damaged_run_is_one_line(name: str, content: bytes, run_dir: Path, tmp_path: Path) -> None:
+    for file in ("recipe.json", "state.pt"):
+        (tmp_path / file).write_bytes((run_dir / file).read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="is damaged") as error:
+        train(small_recipe(), tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+
+
 def test_unusable_hardware_and_batch_size_are_input_errors(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match=r"training\.accelerator=cuda"):

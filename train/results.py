@@ -18,6 +18,7 @@ from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.validation.report import Report, percent
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "README.md"
@@ -85,12 +86,12 @@ def accuracies(results: dict[str, dict[str, Any]]) -> str:
         "|---" * (len(SHOWN) + 4) + "|",
     ]
     for name, result in results.items():
-        rows = {row["name"]: row for row in result["report"]["rows"]}
-        cells = [percent(rows[shown]["artefact"]) for shown in SHOWN]
+        rows = {row.name: row for row in Report.model_validate(result["report"]).rows}
+        cells = [percent(rows[shown].artefact) for shown in SHOWN]
         layers = result["layers"]
         omega = sum(layer["omega_empirical"] for layer in layers) / len(layers)
         firing = f"{layers[0]['firing_rate']:.3f} / {layers[-1]['firing_rate']:.3f}"
-        lines.append(f"| {name} | {rows['clean']['n']} | {' | '.join(cells)} | {omega:.3f} | {firing} |")
+        lines.append(f"| {name} | {rows['clean'].n} | {' | '.join(cells)} | {omega:.3f} | {firing} |")
     return "\n".join(lines) + "\n"
 
 
@@ -107,12 +108,6 @@ def sensitivities(results: dict[str, dict[str, Any]]) -> str:
         cells = [name, str(found["n"]), f"{found['margin']:.2f}", *drops, f"{flipped[0]:.3f} / {flipped[-1]:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def percent(score: dict[str, Any]) -> str:
-    """Accuracy and interval."""
-    low, high = score["interval"]
-    return f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -52,7 +53,7 @@ def read_array(path: Path) -> NDArray[np.float32]:
     if found.ndim != 4 or not len(found):
         raise InputError(f"{path}: images must have shape [N >= 1, C, H, W], these have {list(found.shape)}")
     if found.dtype == np.uint8:
-        return found.astype(np.float32) / np.float32(255)
+        return to_unit(found)
     if found.dtype != np.float32:
         raise InputError(f"{path}: images must be uint8, or float32 in [0, 1]; these are {found.dtype}")
     return found
@@ -71,4 +72,4 @@ def read_inputs(inputs: Sequence[Path], shape: tuple[int, int, int]) -> Iterator
         if not files:
             raise InputError(f"no images in folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
         pixels = np.stack([read_image(file, shape) for file in files])
-        yield [str(file) for file in files], pixels.astype(np.float32) / np.float32(255)
+        yield [str(file) for file in files], to_unit(pixels)

@@ -5,6 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.errors import InputError
+
+
+def to_unit(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 to float32 in [0, 1], any shape: what a model sees."""
+    return pixels.astype(np.float32) / np.float32(255)
+
 
 @dataclass  # not frozen: Fabric copies it field by field into the processes it starts
 class Images:
@@ -27,8 +34,16 @@ class Images:
         return channels, height, width
 
     def unit(self) -> NDArray[np.float32]:
-        """What a model sees: float32 in [0, 1]."""
-        return self.pixels.astype(np.float32) / np.float32(255)
+        """All pixels as float32 in [0, 1]."""
+        return to_unit(self.pixels)
+
+    def require_kind(self, name: str, shape: tuple[int, int, int], labels: tuple[str, ...]) -> None:
+        """Raise InputError unless these images, of data set `name`, have a network's input shape and class names."""
+        if self.shape != shape or self.labels != labels:
+            raise InputError(
+                f"{name} is not what the network was made for: its images have shape {self.shape} and classes "
+                f"{', '.join(self.labels[:5])}; the network takes {shape} and {', '.join(labels[:5])}"
+            )
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel, in [0, 1] units."""

@@ -73,11 +73,7 @@ def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) ->
     except InputError as error:
         log.warning("accuracy is not measured and noise serves as golden input: %s", error)
         return None
-    if images.shape != checkpoint.shape or images.labels != checkpoint.labels:
-        raise InputError(
-            f"the test images of {config.name} are not of the kind trained on: shape {images.shape} and classes "
-            f"{', '.join(images.labels[:5])} against {checkpoint.shape} and {', '.join(checkpoint.labels[:5])}"
-        )
+    images.require_kind(config.name, checkpoint.shape, checkpoint.labels)
     return images[: limit or checkpoint.recipe.validation.limit or len(images)]
 
 

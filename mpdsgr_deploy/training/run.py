@@ -10,7 +10,6 @@ for bit, on a GPU up to the order in which cuDNN adds.
 """
 
 import io
-import json
 import logging
 import re
 import time
@@ -33,7 +32,7 @@ from mpdsgr_deploy.mpd import ESTIMATORS
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.schema import parse
+from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.training.epoch import Learner, train_epoch, validate_epoch
 
 RECIPE, STATE = "recipe.json", "state.pt"
@@ -50,7 +49,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
     if (out / STATE).exists():
         if not resume:
             raise InputError(f"{out} already holds a training run; continue it with --resume or choose another --out")
-        before = parse(Recipe, json.loads((out / RECIPE).read_bytes()), str(out / RECIPE))
+        before = parse(Recipe, read_json(out / RECIPE, otherwise="start again in another --out"), str(out / RECIPE))
         _refuse_changes(before, recipe.portable(), out)
     write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
     training, validation = load_training(recipe.data)

@@ -5,7 +5,6 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.progress import log
@@ -95,11 +94,5 @@ def _images(bundle: Bundle, config: Data, data: str | None, root: str | None, li
     """The test images asked for, which must be of the kind the network was made for."""
     changes = {key: value for key, value in (("name", data), ("root", root)) if value is not None}
     images = load_test(config.model_copy(update=changes))
-    manifest = bundle.manifest
-    if images.shape != manifest.input_shape or images.labels != manifest.labels:
-        raise InputError(
-            f"{data or config.name} is not what the network was made for: its images have shape {images.shape}, "
-            f"{len(images.labels)} classes from {images.labels[0]!r}; the network takes {manifest.input_shape}, "
-            f"{len(manifest.labels)} classes from {manifest.labels[0]!r}"
-        )
+    images.require_kind(data or config.name, bundle.manifest.input_shape, bundle.manifest.labels)
     return images[: limit or len(images)]
