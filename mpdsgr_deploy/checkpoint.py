@@ -88,9 +88,9 @@ def load_model(weights: Path, recipe: Recipe, shape: tuple[int, int, int], class
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from mpdsgr_deploy.models import build_model
+    from mpdsgr_deploy.defences import build_defended
 
-    model = build_model(recipe, shape, classes)
+    model, _ = build_defended(recipe, shape, classes)
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:

@@ -14,14 +14,14 @@ Moments are tensors [T, C]; everything is float32 also under mixed precision.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.snn import Observer, Trace
+from mpdsgr_deploy.snn import Observer, TdBN, Trace
 
 SIGMA_FLOOR = 1e-6
 
@@ -56,8 +56,10 @@ def reset_shift(trace: Trace) -> Tensor:
 
 
 def theorem(trace: Trace) -> Moments | None:
-    """Theorem 1: the gradient reaches lambda and beta only. None for a layer without tdBN."""
-    if trace.norm is None:
+    """Theorem 1: the gradient reaches lambda and beta only. None for a layer it does not speak of: one without tdBN,
+    or whose neurons change over time.
+    """
+    if not isinstance(trace.norm, TdBN) or not trace.neuron.time_invariant:
         return None
     tau, T = trace.neuron.tau, len(trace.states)
     scale, beta = trace.norm.scale.float(), trace.norm.bias.float()
@@ -106,38 +108,32 @@ def overlap(moments: Moments, half_width: float) -> Tensor:
     return normal_cdf((mu + half_width) / sigma) - normal_cdf((mu - half_width) / sigma)
 
 
-class Overlap:
-    """An observer that collects Omega of every layer of a forward pass: `loss()` is their mean.
+def mean_overlap(traces: Sequence[Trace], estimator: Callable[[Trace], Moments | None]) -> Tensor:
+    """Mean Omega over the layers of a forward pass, a differentiable float32 scalar.
 
-    Each layer weighs the same, whatever its number of channels; the readout has no neurons and is not seen.
+    Each layer weighs the same, whatever its number of channels; the readout has no neurons and is not seen. Raises
+    InputError if the estimator speaks of none of the layers.
     """
-
-    def __init__(self, estimator: Callable[[Trace], Moments | None]) -> None:
-        self._estimator = estimator
-        self._layers: list[Tensor] = []
-
-    def __call__(self, trace: Trace) -> None:
-        device = trace.states[0].u.device.type
-        with torch.autocast(device, enabled=False):
-            moments = self._estimator(trace)
+    layers = []
+    for trace in traces:
+        with torch.autocast(trace.states[0].u.device.type, enabled=False):
+            moments = estimator(trace)
             if moments is not None:
-                self._layers.append(overlap(moments, trace.neuron.surrogate.half_width).mean())
-
-    def loss(self) -> Tensor:
-        """Mean Omega, a differentiable scalar. Raises InputError if no layer could be estimated."""
-        if not self._layers:
-            raise InputError(
-                "the theorem estimator needs layers with tdBN and this model has none; "
-                "set regularizer.estimator = 'empirical'"
-            )
-        return torch.stack(self._layers).mean()
+                layers.append(overlap(moments, trace.neuron.surrogate.half_width).mean())
+    if not layers:
+        raise InputError(
+            "the theorem estimator needs layers with tdBN whose neurons do not change over time and this model has "
+            "none; set defence.mpd-sgr.estimator = 'empirical'"
+        )
+    return torch.stack(layers).mean()
 
 
 class LayerStatistics(NamedTuple):
     """How one layer's membrane stands to the surrogate's window, over all its neurons, steps and images.
 
     `firing_rate` and `in_window` (|U - V_th| < half-width) are counted; the two Omegas are what the estimators
-    believe `in_window` to be; `scale` is the mean |lambda|. Those that need tdBN are None without it.
+    believe `in_window` to be; `scale` is the mean |lambda|. Those that need tdBN are None
+    without it.
     """
 
     layer: str
@@ -159,7 +155,7 @@ def layer_statistics(trace: Trace) -> LayerStatistics:
         in_window=torch.stack(counted).mean().item(),
         omega_theorem=None if predicted is None else overlap(predicted, half_width).mean().item(),
         omega_empirical=overlap(empirical(trace), half_width).mean().item(),
-        scale=None if trace.norm is None else trace.norm.weight.abs().mean().item(),
+        scale=trace.norm.weight.abs().mean().item() if isinstance(trace.norm, TdBN) else None,
     )
 
 

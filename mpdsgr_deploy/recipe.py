@@ -31,6 +31,8 @@ class Model(Section):
 
     name: str = "vgg11"
     width: Annotated[Number, Field(gt=0, le=16)] = 1.0  # multiplies every layer's width
+    norm: Literal["tdbn", "bn", "none"] = "tdbn"
+    readout: Literal["mean", "membrane"] = "mean"  # of the last linear layer over time; see models.network
 
 
 class Neuron(Section):
@@ -44,10 +46,13 @@ class Neuron(Section):
 
 
 class Encoding(Section):
-    """How an image becomes T time steps."""
+    """How an image becomes T time steps; see `mpdsgr_deploy.snn.encoding`."""
 
     name: str = "direct"
     T: Count = 8
+    std: NonNegative = 0.25  # rsc: of the noise added to pixels in [0, 1]
+    # frequency: the radius of each step's low-pass; None: evenly from half the image's side down
+    radii: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
 
 
 class Training(Section):
@@ -70,23 +75,6 @@ class Training(Section):
         if self.batch_size % parts:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of devices * accumulate = {parts}")
         return self
-
-
-class Regularizer(Section):
-    """MPD-SGR: loss = cross-entropy + eta * Omega; see `mpdsgr_deploy.mpd`."""
-
-    name: Literal["none", "mpd-sgr"] = "none"
-    estimator: str = "theorem"
-    eta: NonNegative = 0.5  # unknown in print; sweep 0.1 .. 10
-
-
-class Defence(Section):
-    """`at`: adversarial training with PGD of these settings, random start."""
-
-    name: Literal["none", "at"] = "none"
-    eps: UnitInterval = 2 / 255
-    steps: Count = 2
-    step: Positive = 1 / 255
 
 
 class Attack(Section):
@@ -121,18 +109,14 @@ class Recipe(Section):
     neuron: Neuron = Neuron()
     encoding: Encoding = Encoding()
     training: Training = Training()
-    regularizer: Regularizer = Regularizer()
-    defence: Defence = Defence()
+    defence: dict[str, dict[str, Any]] = Field(default_factory=dict)  # name -> settings, which the defence checks
     attack: Attack = Attack()
     validation: Validation = Validation()
 
     @property
     def method(self) -> str:
-        """How the network is trained, as tables name it: REG, MPD-SGR, AT, AT + MPD-SGR."""
-        adversarial = "AT" if self.defence.name == "at" else ""
-        config = self.regularizer
-        pressure = f"MPD-SGR ({config.estimator}, eta {config.eta:g})" if config.name == "mpd-sgr" else ""
-        return " + ".join(part for part in (adversarial, pressure) if part) or "REG"
+        """How the network is trained, as tables name it: REG, AT, MPD-SGR, AT + RAT."""
+        return " + ".join({"stog": "StoG"}.get(name, name.upper()) for name in self.defence) or "REG"
 
     def portable(self) -> "Recipe":
         """The same without what belongs to one machine: data.root back to its default."""
@@ -142,20 +126,49 @@ class Recipe(Section):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides, whose values are TOML (a bare word is a string).
 
-    Raises InputError for a missing or malformed file, an unknown key or a value out of range.
+    A recipe may build on another: `extends = "NAME"` is that recipe, in the same folder, with this one's keys laid over
+    it. Raises InputError for a missing or malformed file, an unknown key or a value out of range.
     """
-    values = read_toml(path)
+    values = read_extended(path)
+    values.pop("published", None)  # figures of a paper, for tables; see mpdsgr_deploy.recipes
     source = path.name
     for override in overrides:
         key, equals, text = override.partition("=")
-        section, dot, field = key.strip().partition(".")
-        if not (equals and dot and section and field):
+        parts = key.strip().split(".")
+        if not (equals and len(parts) > 1 and all(parts)):
             raise InputError(f"--set {override!r}: write it as section.key=value, for example training.epochs=10")
-        if not isinstance(values.setdefault(section, {}), dict):
-            raise InputError(f"{source}: {section!r} must be a section")
-        values[section][field] = _toml_value(text.strip())
+        section = values
+        for part in parts[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise InputError(f"{source}: {part!r} must be a section")
+        section[parts[-1]] = _toml_value(text.strip())
         source = f"{path.name} with --set"
     return parse(Recipe, values, source)
+
+
+def read_extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe file laid over those of the recipe it extends, without checking them."""
+    if path in above:
+        raise InputError(f"{path} extends itself through {', '.join(p.name for p in above)}")
+    values = read_toml(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or Path(base).name != base:
+        raise InputError(f"{path}: extends must name a recipe in the same folder, got {base!r}")
+    below = read_extended(path.with_name(f"{base}.toml"), (*above, path))
+    below.pop("published", None)
+    return _merge(below, values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` wins, table by table."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def _toml_value(text: str) -> Any:

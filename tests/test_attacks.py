@@ -10,9 +10,8 @@ from mpdsgr_deploy.attacks import bim, fgsm, gaussian, pgd, uniform
 from mpdsgr_deploy.attacks.torch_target import input_gradient
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.defences import adversarial_examples
 from mpdsgr_deploy.protocols import Array, Gradient
-from mpdsgr_deploy.recipe import Data, Defence
+from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 
 EPS, STEP, STEPS = 0.1, 0.03, 7
@@ -167,18 +166,6 @@ def test_input_gradient_is_of_each_samples_own_loss_and_leaves_weights_alone() -
         numeric = (input_gradient(model, bumped, y).loss - found.loss) / step
         assert numeric[i].item() == pytest.approx(found.gradient[i, 0, 1, 1].item(), abs=1e-3)
         assert all(numeric[j].item() == 0 for j in range(4) if j != i)
-
-
-def test_adversarial_training_examples_are_made_in_eval_mode_and_leave_the_model_as_it_was() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3)).train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    x, y = torch.rand(8, 3, 2, 2), torch.arange(8) % 3
-    config = Defence(name="at", eps=0.05, steps=2, step=0.03)
-    made = [adversarial_examples(model, x, y, config, torch.Generator().manual_seed(5)) for _ in range(2)]
-    assert torch.equal(*made)
-    assert 0 < (made[0] - x).abs().max() <= 0.05 + 1e-6
-    assert model.training
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("keep_broken", [False, True])

@@ -7,10 +7,10 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.mpd import (
     ESTIMATORS,
     Moments,
-    Overlap,
     empirical,
     layer_statistics,
     leak_sum,
+    mean_overlap,
     overlap,
     reset_shift,
     theorem,
@@ -138,14 +138,10 @@ def test_a_silent_constant_channel_has_finite_gradients() -> None:
 def test_overlap_is_computed_in_float32_under_autocast() -> None:
     trace = simulate(tau=0.5, reset="hard", T=2, samples=64)
     with torch.autocast("cpu", torch.bfloat16):
-        regularizer = Overlap(ESTIMATORS["empirical"])
-        regularizer(trace)
-        assert regularizer.loss().dtype == torch.float32
+        assert mean_overlap([trace], ESTIMATORS["empirical"]).dtype == torch.float32
 
 
 def test_theorem_without_tdbn_says_what_to_do() -> None:
     trace = simulate(tau=0.5, reset="hard", T=2, samples=64)._replace(norm=None)
-    regularizer = Overlap(ESTIMATORS["theorem"])
-    regularizer(trace)
-    with pytest.raises(InputError, match=r"regularizer.estimator = 'empirical'"):
-        regularizer.loss()
+    with pytest.raises(InputError, match=r"defence.mpd-sgr.estimator = 'empirical'"):
+        mean_overlap([trace], ESTIMATORS["theorem"])

@@ -14,10 +14,12 @@ def write(path: Path, text: str) -> Path:
 
 def test_defaults_fractions_and_overrides(tmp_path: Path) -> None:
     file = write(tmp_path / "r.toml", '[attack]\neps = "8/255"\n[neuron]\ntau = 1\n')
-    recipe = load_recipe(file, ["neuron.reset=soft", "training.epochs=3", "defence.eps='1/8'", "data.root=/some where"])
+    recipe = load_recipe(
+        file, ["neuron.reset=soft", "training.epochs=3", "defence.at.eps='1/8'", "data.root=/some where"]
+    )
     assert recipe.attack.eps == 8 / 255
     assert recipe.neuron.tau == 1.0
-    assert (recipe.neuron.reset, recipe.training.epochs, recipe.defence.eps) == ("soft", 3, 0.125)
+    assert (recipe.neuron.reset, recipe.training.epochs, recipe.defence) == ("soft", 3, {"at": {"eps": "1/8"}})
     assert recipe.data.root == "/some where"
     assert recipe.portable().data.root == "data"
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
@@ -75,7 +77,7 @@ def test_every_built_in_recipe_loads_and_says_what_it_is() -> None:
         assert len(title(path)) > 20
 
 
-def test_compared_recipes_differ_in_the_regularizer_alone() -> None:
+def test_compared_recipes_differ_in_the_defence_alone() -> None:
     for baseline, others in {
         "digits-reg": ["digits-mpdsgr"],
         "cifar10-vgg11-quarter-reg": ["cifar10-vgg11-quarter-mpdsgr-theorem", "cifar10-vgg11-quarter-mpdsgr-empirical"],
@@ -83,8 +85,8 @@ def test_compared_recipes_differ_in_the_regularizer_alone() -> None:
         reference = load_recipe(find_recipe(baseline))
         for other in others:
             recipe = load_recipe(find_recipe(other))
-            assert recipe.regularizer.name == "mpd-sgr"
-            assert recipe.model_copy(update={"regularizer": reference.regularizer}) == reference
+            assert recipe.method == "MPD-SGR"
+            assert recipe.model_copy(update={"defence": reference.defence}) == reference
 
 
 def test_unknown_recipe_suggests_the_nearest(tmp_path: Path) -> None:

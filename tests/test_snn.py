@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from mpdsgr_deploy.snn import LIF, LIFState, SpikingLayer, TdBN, Trace, fold_time, lif
-from mpdsgr_deploy.snn.encoding import direct
+from mpdsgr_deploy.snn.encoding import Direct
 from mpdsgr_deploy.snn.surrogate import triangle
 
 CURRENT = torch.tensor([0.6, 0.8, 1.5, -0.2, 0.9])[:, None]  # [T, B=1]
@@ -95,7 +95,7 @@ def test_tdbn_against_a_direct_computation() -> None:
 
 def test_direct_encoding_repeats_the_image() -> None:
     x = torch.rand(2, 3, 4, 4)
-    encoded = direct(x, 5)
+    encoded = Direct(5, x.shape[1])(x, lambda x: x)
     assert encoded.shape == (5, 2, 3, 4, 4)
     assert all(torch.equal(step, x) for step in encoded)
 

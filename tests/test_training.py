@@ -143,7 +143,7 @@ def test_accumulation_adds_up_to_the_same_gradient(monkeypatch: pytest.MonkeyPat
         wrapped, optimizer = fabric.setup(model, optimizer)
         draw = torch.Generator().manual_seed(0)
         data = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8, generator=draw), torch.arange(64) % 10
-        train_epoch(Learner(fabric, recipe, wrapped, model, optimizer), data, 0)
+        train_epoch(Learner(fabric, recipe, wrapped, model, [], optimizer), data, 0)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     torch.testing.assert_close(stepped(1), stepped(2), rtol=1e-5, atol=1e-6)
@@ -152,8 +152,8 @@ def test_accumulation_adds_up_to_the_same_gradient(monkeypatch: pytest.MonkeyPat
 def test_regularised_training_lowers_omega_and_adversarial_training_scores_attacked(
     tmp_path: Path, run_dir: Path
 ) -> None:
-    train(small_recipe(regularizer={"name": "mpd-sgr", "estimator": "empirical", "eta": 5.0}), tmp_path / "mpd")
-    train(small_recipe(defence={"name": "at", "eps": 0.1, "step": 0.05}), tmp_path / "at")
+    train(small_recipe(defence={"mpd-sgr": {"estimator": "empirical", "eta": 5.0}}), tmp_path / "mpd")
+    train(small_recipe(defence={"at": {"eps": 0.1, "step": 0.05}}), tmp_path / "at")
     plain, mpd, at = (
         load_checkpoint(path / "last").history[-1] for path in (run_dir, tmp_path / "mpd", tmp_path / "at")
     )
@@ -195,8 +195,8 @@ def test_tensorboard_has_the_curves(run_dir: Path) -> None:
 
 
 def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
-    regularizer = {"name": "mpd-sgr", "estimator": "empirical"}
-    train(small_recipe(training={"precision": "bf16-mixed"}, regularizer=regularizer), tmp_path / "run")
+    defence = {"mpd-sgr": {"estimator": "empirical"}}
+    train(small_recipe(training={"precision": "bf16-mixed"}, defence=defence), tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "last").history[-1]["validation_accuracy"] > 0.5
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
 
@@ -222,7 +222,7 @@ def test_mistakes_surface_before_processes_start_and_leave_the_directory_free(tm
     two = {"devices": 2, "accelerator": "cpu", "batch_size": 64}
     for sections, expected in (
         ({"model": {"name": "vgg12"}}, "did you mean 'vgg11'"),
-        ({"regularizer": {"name": "mpd-sgr", "estimator": "exact"}}, "unknown estimator 'exact'"),
+        ({"defence": {"mpd-sgr": {"estimator": "exact"}}}, "unknown estimator 'exact'"),
         ({"data": {"name": "mnist", "root": str(tmp_path)}}, "download=True"),
     ):
         with pytest.raises(InputError, match=expected):

@@ -1,5 +1,20 @@
-"""Training-time defences."""
+"""Training-time defences, one a file; every file of this package registers itself."""
 
-from mpdsgr_deploy.defences.adversarial import adversarial_examples
+import importlib
+import pkgutil
 
-__all__ = ["adversarial_examples"]
+from mpdsgr_deploy.defences.base import (
+    DEFENCES,
+    AnyDefence,
+    Defence,
+    Step,
+    Term,
+    build_defended,
+    make_defences,
+    resolved,
+)
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+__all__ = ["DEFENCES", "AnyDefence", "Defence", "Step", "Term", "build_defended", "make_defences", "resolved"]

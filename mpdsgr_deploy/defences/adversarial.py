@@ -1,28 +1,45 @@
-"""Adversarial training (AT): the images of a training step are PGD examples of the current model."""
+"""Adversarial training (AT): the images of a training step are PGD examples of the current model.
+
+Madry et al., arXiv 1706.06083, in the setting of the SNN-RAT family: cross-entropy on the attacked images only.
+"""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpdsgr_deploy.attacks import pgd
 from mpdsgr_deploy.attacks.torch_target import input_gradient
+from mpdsgr_deploy.defences.base import Defence, register
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Gradient
-from mpdsgr_deploy.recipe import Defence
+from mpdsgr_deploy.schema import Count, Positive, Section, UnitInterval
 
 
-def adversarial_examples(model: nn.Module, x: Tensor, y: Tensor, config: Defence, start: torch.Generator) -> Tensor:
-    """PGD with random start on x [B, C, H, W] in [0, 1]; the model is in eval mode meanwhile.
+class Settings(Section):
+    """PGD with a random start in the L-infinity ball of radius eps, pixels in [0, 1]."""
+
+    eps: UnitInterval = 2 / 255
+    steps: Count = 2
+    step: Positive = 1 / 255
+
+
+@register("at", Settings)
+class AdversarialTraining(Defence[Settings]):
+    """Trains on PGD examples, made for the model in eval mode.
 
     Eval mode: the examples are made for the network that will be deployed, and tdBN's statistics see no attack step.
     """
 
-    def target(x: Tensor, y: Tensor) -> Gradient:
-        return input_gradient(model, x, y)
+    def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
+        config = self.settings
 
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        return (2 * torch.rand(shape, generator=start) - 1).to(x.device)
+        def target(x: Tensor, y: Tensor) -> Gradient:
+            return input_gradient(lambda x: model(x, None, draw), x, y)
 
-    was_training = model.training
-    model.eval()
-    adversarial = pgd(target, x, y, eps=config.eps, step=config.step, steps=config.steps, draw=draw)
-    model.train(was_training)
-    return adversarial
+        def start(shape: tuple[int, ...]) -> Tensor:
+            return (2 * torch.rand(shape, generator=draw) - 1).to(x.device)
+
+        was_training = model.training
+        model.eval()
+        adversarial = pgd(target, x, y, eps=config.eps, step=config.step, steps=config.steps, draw=start)
+        model.train(was_training)
+        return adversarial

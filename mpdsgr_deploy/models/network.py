@@ -1,13 +1,15 @@
-"""The frame every architecture shares: normalise, encode over time, spiking layers, mean of a linear readout."""
+"""The frame every architecture shares: normalise, encode over time, spiking layers, a linear readout over time."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import ENCODINGS, LIF, SURROGATES, Observer, SpikingLayer, fold_time
+from mpdsgr_deploy.snn import LIF, SURROGATES, Encoding, Noise, Observer, SpikingLayer, TdBN, Temporal, fold_time
+from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
 
@@ -33,29 +35,50 @@ class Normalize(nn.Module):
 
 
 class SpikingNet(nn.Module):
-    """Images [B, C, H, W] in [0, 1] to logits [B, K]: the mean over T steps of the linear `readout`.
+    """Images [B, C, H, W] in [0, 1] to logits [B, K]: a linear `readout`, combined over T steps by `weights` [T].
 
-    `body` holds spiking layers, which can be observed, and stateless modules, which see time folded into the batch.
+    `body` holds temporal modules, whose neurons can be observed, and stateless ones, which see time folded into the
+    batch.
     """
 
+    weights: Tensor
+
     def __init__(
-        self,
-        *,
-        channels: int,
-        encode: Callable[[Tensor, int], Tensor],
-        T: int,
-        body: Iterable[nn.Module],
-        readout: nn.Module,
+        self, recipe: Recipe, shape: Shape, *, encode: Encoding, body: Iterable[nn.Module], readout: nn.Module
     ) -> None:
         super().__init__()
-        self.normalize, self.encode, self.T = Normalize(channels), encode, T
+        self.normalize, self.encode, self.T = Normalize(shape[0]), encode, encode.T
         self.body, self.readout = nn.ModuleList(body), readout
+        self.register_buffer("weights", readout_weights(recipe), persistent=False)
 
-    def forward(self, x: Tensor, observe: Observer | None = None) -> Tensor:
-        spikes = self.encode(self.normalize(x), self.T)  # [T, B, C, H, W]
+    def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
+        """noise: what stochastic encodings and neurons draw from; deterministic networks ignore it."""
+        steps = self.encode(x, self.normalize, noise)  # [T, B, C, H, W]
         for layer in self.body:
-            spikes = layer(spikes, observe) if isinstance(layer, SpikingLayer) else fold_time(layer, spikes)
-        return fold_time(self.readout, spikes).mean(0)  # [B, K]
+            steps = layer(steps, observe, noise) if isinstance(layer, Temporal) else fold_time(layer, steps)
+        outputs = fold_time(self.readout, steps)  # [T, B, K]
+        return (self.weights.to(outputs.dtype) @ outputs.flatten(1)).unflatten(0, outputs.shape[1:])
+
+    def layers(self) -> list[SpikingLayer]:
+        """Every layer of neurons, in the order of the forward pass."""
+        return [module for module in self.modules() if isinstance(module, SpikingLayer)]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two forward passes of the same image differ."""
+        return self.encode.stochastic or any(layer.neuron.stochastic for layer in self.layers())
+
+
+def readout_weights(recipe: Recipe) -> Tensor:
+    """How the T outputs of the last linear layer add up to the logits: [T].
+
+    mean       their mean
+    membrane   the potential of a leaky integrator without threshold after T steps: sum of tau^(T-t) y_t
+    """
+    T, tau = recipe.encoding.T, recipe.neuron.tau
+    if recipe.model.readout == "mean":
+        return torch.full((T,), 1 / T)
+    return torch.tensor([tau ** (T - t) for t in range(1, T + 1)])
 
 
 Builder = Callable[[Recipe, Shape, int], SpikingNet]
@@ -88,6 +111,43 @@ def make_neuron(recipe: Recipe) -> LIF:
     return LIF(tau=config.tau, v_threshold=config.v_threshold, reset=config.reset, surrogate=surrogate(*shape))
 
 
-def make_encoding(recipe: Recipe) -> Callable[[Tensor, int], Tensor]:
-    """The encoding a recipe names."""
-    return choose("encoding", ENCODINGS, recipe.encoding.name)
+def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:
+    """The normalisation of a convolution's output that a recipe names."""
+    match recipe.model.norm:
+        case "tdbn":
+            return TdBN(channels, v_threshold=recipe.neuron.v_threshold)
+        case "bn":
+            return nn.BatchNorm2d(channels)
+        case "none":
+            return None
+
+
+def make_encoding(recipe: Recipe, shape: Shape) -> Encoding:
+    """The encoding a recipe names, for images of `shape`. Raises InputError for one that does not fit them."""
+    channels, height, width = shape
+    config = recipe.encoding
+    T = config.T
+
+    def frequency() -> Encoding:
+        half = max(height, width) // 2
+        radii = config.radii or [max(1, round(half * (T - t) / T)) for t in range(T)]
+        if len(radii) != T:
+            raise InputError(f"encoding.radii has {len(radii)} values and encoding.T is {T}; give one radius a step")
+        return Frequency(channels, (height, width), radii)
+
+    def frames() -> Encoding:
+        if channels % T:
+            raise InputError(
+                f"encoding 'frames' splits the {channels} channels of an image into T frames; set encoding.T to a "
+                f"divisor of {channels}, not {T}"
+            )
+        return Frames(T, channels // T)
+
+    encodings: dict[str, Callable[[], Encoding]] = {
+        "direct": lambda: Direct(T, channels),
+        "poisson": lambda: Poisson(T, channels),
+        "rsc": lambda: RandomizedSmoothing(T, channels, config.std),
+        "frequency": frequency,
+        "frames": frames,
+    }
+    return choose("encoding", encodings, config.name)()

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.models.network import Shape, SpikingNet, make_encoding, make_neuron, register
+from mpdsgr_deploy.models.network import Shape, SpikingNet, make_encoding, make_neuron, make_norm, register
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import SpikingLayer, TdBN
+from mpdsgr_deploy.snn import SpikingLayer
 
 P = "P"  # AvgPool2d(2)
 VGG11_PLAN = (64, P, 128, 256, P, 512, 512, 512, P, 512, 512)
@@ -19,7 +19,8 @@ def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str]
     The fully connected layers have a bias and no tdBN, as in the SNN-RAT family of code bases. `model.width` of the
     recipe multiplies every width. Raises InputError where the image is too small to be halved so often.
     """
-    channels, height, width = shape
+    _, height, width = shape
+    encode = make_encoding(recipe, shape)
     pools = sum(item == P for item in plan)
     if min(height, width) < 2**pools:
         raise InputError(
@@ -27,17 +28,18 @@ def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str]
             f"pixels; the images are {height}x{width}"
         )
     body: list[nn.Module] = []
-    fan_in = channels
+    fan_in = encode.channels
     for item in plan:
         if isinstance(item, str):
             body.append(nn.AvgPool2d(2))
             continue
         fan_out = scaled(item, recipe)
+        norm = make_norm(recipe, fan_out)
         body.append(
             SpikingLayer(
                 f"conv{sum(isinstance(m, SpikingLayer) for m in body) + 1}",
-                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
-                TdBN(fan_out, v_threshold=recipe.neuron.v_threshold),
+                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=norm is None),
+                norm,
                 make_neuron(recipe),
             )
         )
@@ -48,13 +50,7 @@ def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str]
         fan_out = scaled(item, recipe)
         body.append(SpikingLayer(f"fc{number}", nn.Linear(fan_in, fan_out), None, make_neuron(recipe)))
         fan_in = fan_out
-    return SpikingNet(
-        channels=channels,
-        encode=make_encoding(recipe),
-        T=recipe.encoding.T,
-        body=body,
-        readout=nn.Linear(fan_in, classes),
-    )
+    return SpikingNet(recipe, shape, encode=encode, body=body, readout=nn.Linear(fan_in, classes))
 
 
 def scaled(channels: int, recipe: Recipe) -> int:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from mpdsgr_deploy.snn.neuron import LIF, LIFState
-from mpdsgr_deploy.snn.tdbn import TdBN
+from mpdsgr_deploy.snn.noise import Noise
 
 
 class Trace(NamedTuple):
     """What one layer did in one forward pass: its T states, each u and spikes [B, C, ...]."""
 
     layer: str
-    norm: TdBN | None
+    norm: nn.Module | None
     neuron: LIF
     states: list[LIFState]
 
@@ -30,10 +30,21 @@ def fold_time(stateless: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return stateless(x.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
 
 
-class SpikingLayer(nn.Module):
-    """synapse (convolution or linear) -> tdBN if there is one -> LIF."""
+class Temporal(nn.Module):
+    """A module that sees all T steps at once, because it has a state over time or contains something that has."""
 
-    def __init__(self, name: str, synapse: nn.Module, norm: TdBN | None, neuron: LIF) -> None:
+    def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
+        """[T, B, ...] to [T, B, ...]. Observers and noise are handed to every neuron inside."""
+        raise NotImplementedError
+
+
+class SpikingLayer(Temporal):
+    """synapse (convolution or linear) -> normalisation if there is one -> LIF.
+
+    A pre-activation layer, which normalises what reaches it, has nn.Identity as its synapse.
+    """
+
+    def __init__(self, name: str, synapse: nn.Module, norm: nn.Module | None, neuron: LIF) -> None:
         super().__init__()
         self.name, self.synapse, self.norm, self.neuron = name, synapse, norm, neuron
 
@@ -41,9 +52,9 @@ class SpikingLayer(nn.Module):
         current = self.synapse(x)
         return current if self.norm is None else self.norm(current)
 
-    def forward(self, x: Tensor, observe: Observer | None = None) -> Tensor:
+    def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
         """Spikes or encoded input [T, B, ...] to spikes [T, B, C, ...]."""
-        spikes, states = self.neuron(fold_time(self._current, x))
+        spikes, states = self.neuron(fold_time(self._current, x), noise=noise)
         if observe is not None:
             observe(Trace(self.name, self.norm, self.neuron, states))
         return spikes

@@ -7,11 +7,12 @@
 with U_0 = O_0 = 0: the reset comes before the leak (METHOD of the SNN-RAT family of papers).
 """
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mpdsgr_deploy.snn.noise import Noise
 from mpdsgr_deploy.snn.surrogate import Surrogate, spike
 
 Reset = Literal["hard", "soft"]
@@ -25,7 +26,13 @@ class LIFState(NamedTuple):
 
 
 def lif_step(
-    current: Tensor, state: LIFState | None, *, tau: float, v_threshold: float, reset: Reset, surrogate: Surrogate
+    current: Tensor,
+    state: LIFState | None,
+    *,
+    tau: float | Tensor,
+    v_threshold: float,
+    reset: Reset,
+    surrogate: Surrogate,
 ) -> LIFState:
     """One time step: current I_t [B, ...] and the state before it (None: at rest) to the state after it."""
     if state is None:
@@ -41,24 +48,31 @@ def lif(
     current: Tensor,
     state: LIFState | None = None,
     *,
-    tau: float,
+    tau: float | Tensor,
     v_threshold: float,
     reset: Reset,
     surrogate: Surrogate,
 ) -> list[LIFState]:
-    """T time steps on current [T, B, ...]; returns the T states, the last of which continues the sequence."""
+    """T time steps on current [T, B, ...]; returns the T states, the last of which continues the sequence.
+
+    tau: one leak for all, or a tensor [T, ...] that gives step t the leak tau[t], broadcast over the batch.
+    """
     states = []
-    for step in current.unbind(0):
-        state = lif_step(step, state, tau=tau, v_threshold=v_threshold, reset=reset, surrogate=surrogate)
+    for t, step in enumerate(current.unbind(0)):
+        leak = tau[t] if isinstance(tau, Tensor) else tau
+        state = lif_step(step, state, tau=leak, v_threshold=v_threshold, reset=reset, surrogate=surrogate)
         states.append(state)
     return states
 
 
 class LIF(nn.Module):
-    """Holds the constants of `lif`; has no parameters and no state.
+    """Holds the constants of `lif`; has no parameters and no state. Defences derive their own neurons from it.
 
     tau in (0, 1] is the leak kept per step, v_threshold > 0 the firing threshold V_th.
     """
+
+    time_invariant: ClassVar[bool] = True  # every step has the same leak and input gain, as Theorem 1 assumes
+    stochastic: ClassVar[bool] = False  # draws from `noise`
 
     def __init__(
         self, *, tau: float = 0.5, v_threshold: float = 1.0, reset: Reset = "hard", surrogate: Surrogate
@@ -66,12 +80,19 @@ class LIF(nn.Module):
         super().__init__()
         self.tau, self.v_threshold, self.reset, self.surrogate = tau, v_threshold, reset, surrogate
 
-    def forward(self, current: Tensor, state: LIFState | None = None) -> tuple[Tensor, list[LIFState]]:
+    @property
+    def leak(self) -> float | Tensor:
+        """What `lif` takes as tau: one number, or a tensor [T, ...] in neurons that learn it."""
+        return self.tau
+
+    def forward(
+        self, current: Tensor, state: LIFState | None = None, noise: Noise = None
+    ) -> tuple[Tensor, list[LIFState]]:
         """Current [T, B, ...] to spikes [T, B, ...] and the T states."""
         states = lif(
             current,
             state,
-            tau=self.tau,
+            tau=self.leak,
             v_threshold=self.v_threshold,
             reset=self.reset,
             surrogate=self.surrogate,

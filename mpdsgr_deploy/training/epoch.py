@@ -1,6 +1,7 @@
 """One epoch of learning and one of validation."""
 
 import math
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, take, to_unit
-from mpdsgr_deploy.defences import adversarial_examples
+from mpdsgr_deploy.defences import AnyDefence, Step
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.mpd import ESTIMATORS, LayerStatistics, Overlap, observe_layers
+from mpdsgr_deploy.mpd import LayerStatistics, observe_layers
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.snn import Observer, Trace
 
 Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
@@ -27,18 +28,26 @@ class Learner(NamedTuple):
     recipe: Recipe
     wrapped: Any
     model: SpikingNet
+    defences: list[AnyDefence]
     optimizer: Any
+
+    def attacked(self, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
+        """The images the run trains on in place of x; x itself where no defence attacks."""
+        with self.fabric.autocast():
+            for defence in self.defences:
+                x = defence.examples(self.model, x, y, draw)
+        return x
 
 
 def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
-    """One pass over the training images; returns the means of loss, cross_entropy, omega and train_accuracy."""
+    """One pass over the training images; returns the means of loss, cross_entropy, train_accuracy and each term."""
     fabric, recipe = learner.fabric, learner.recipe
     config = recipe.training
     count = len(data[1])
     steps = count // config.batch_size
     shuffle = generator(config.seed, "shuffle", epoch)
     share = config.batch_size // (config.devices * config.accumulate)
-    totals = torch.zeros(4, device=fabric.device)
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=fabric.device))
     learner.wrapped.train()
     batches = shuffled_batches(count, config.batch_size, shuffle)
     for step, index in enumerate(track(batches, f"epoch {epoch + 1}/{config.epochs}", steps)):
@@ -49,39 +58,44 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
             draw = generator(config.seed, "draw", epoch, step, number, fabric.global_rank)
             x, y = take(data, part, fabric.device)
             with fabric.no_backward_sync(learner.wrapped, enabled=number + 1 < len(parts)):
-                loss, measured = batch_loss(learner, x, y, draw)
-                fabric.backward(loss / len(parts))
-            totals += measured / len(parts)
+                measured = batch_loss(learner, x, y, epoch, draw)
+                fabric.backward(measured["loss"] / len(parts))
+            for name, value in measured.items():
+                totals[name] += value.detach() / (len(parts) * steps)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-    totals = torch.as_tensor(fabric.all_reduce(totals / steps, reduce_op="mean"))
-    loss, cross_entropy, omega, accuracy = totals.tolist()
-    if not all(torch.isfinite(p).all() for p in learner.model.parameters()) or not math.isfinite(loss):
+        for defence in learner.defences:
+            defence.after_step(learner.model, generator(config.seed, "after step", epoch, step))
+    means = torch.as_tensor(fabric.all_reduce(torch.stack(list(totals.values())), reduce_op="mean")).tolist()
+    learned = dict(zip(totals, means, strict=True))
+    if not all(torch.isfinite(p).all() for p in learner.model.parameters()) or not math.isfinite(learned["loss"]):
         advice = "start again with a lower training.lr in another --out"
         raise InputError(f"loss or weights are not finite after epoch {epoch + 1}; {advice}")
-    return {"loss": loss, "cross_entropy": cross_entropy, "omega": omega, "train_accuracy": accuracy}
+    return learned
 
 
-def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """CE + eta * Omega on one (adversarial) batch, and [loss, cross entropy, omega, accuracy] detached.
+def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """`loss` of one batch as the defences make it, and what it is made of: cross_entropy, train_accuracy, each term."""
+    config = learner.recipe.data
+    if config.augment != "none":
+        pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
+    clean = to_unit(pixels)
+    x = learner.attacked(clean, y, draw)
 
-    Where the recipe has no regulariser, Omega is not computed and reads 0.
-    """
-    data, regularizer, defence = learner.recipe.data, learner.recipe.regularizer, learner.recipe.defence
-    if data.augment != "none":
-        pixels = augment(pixels, padding=data.crop_padding, flip=data.augment == "crop-flip", draw=draw)
-    x = to_unit(pixels)
-    if defence.name == "at":
-        with learner.fabric.autocast():
-            x = adversarial_examples(learner.model, x, y, defence, draw)
-    regularized = regularizer.name == "mpd-sgr"
-    observer = Overlap(choose("estimator", ESTIMATORS, regularizer.estimator)) if regularized else None
-    logits = learner.wrapped(x, observer).float()
-    cross_entropy = F.cross_entropy(logits, y)
-    omega = observer.loss() if observer else torch.zeros((), device=logits.device)
-    loss = cross_entropy + regularizer.eta * omega
-    accuracy = (logits.argmax(1) == y).float().mean()
-    return loss, torch.stack([loss, cross_entropy, omega, accuracy]).detach()
+    def forward(x: Tensor, observe: Observer | None = None) -> Tensor:
+        return learner.wrapped(x, observe, draw).float()
+
+    traces: list[Trace] = []
+    logits = forward(x, traces.append)
+    step = Step(forward, x, y, clean, logits, traces, epoch, draw)
+    loss = cross_entropy = F.cross_entropy(logits, y)
+    measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
+    for defence in learner.defences:
+        term = defence.term(step)
+        if term is not None:
+            measured[term.name] = term.value
+            loss = loss + term.weight * term.value
+    return {"loss": loss, **measured}
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
@@ -104,14 +118,14 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
         if number % recipe.training.devices != fabric.global_rank:
             continue
         pixels, y = take(data, index, fabric.device)
-        x = to_unit(pixels)
-        observer = observe_layers(layers) if number == 0 else None
+        clean = to_unit(pixels)
+        draw = generator(recipe.training.seed, "validation", epoch, number)
+        observe = observe_layers(layers) if number == 0 else None
+        attacked = learner.attacked(clean, y, draw)
         # the bare network: DDP's would wait in every forward pass for ranks that have fewer batches
         with fabric.autocast():
-            correct[0] += (learner.model(x, observer).argmax(1) == y).sum()
-            if recipe.defence.name == "at":
-                draw = generator(recipe.training.seed, "validation", epoch, number)
-                x = adversarial_examples(learner.model, x, y, recipe.defence, draw)
-                correct[1] += (learner.model(x).argmax(1) == y).sum()
-    clean, attacked = (torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum")) / len(data[1])).tolist()
-    return {"validation_accuracy": clean, "score": attacked if recipe.defence.name == "at" else clean}, layers
+            right = (learner.model(clean, observe, draw).argmax(1) == y).sum()
+            correct[0] += right
+            correct[1] += right if attacked is clean else (learner.model(attacked, None, draw).argmax(1) == y).sum()
+    accuracies = torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum")) / len(data[1])
+    return dict(zip(("validation_accuracy", "score"), accuracies.tolist(), strict=True)), layers

@@ -24,11 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.batches import to_device
+from mpdsgr_deploy.defences import build_defended, resolved
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
-from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.models import build_model
-from mpdsgr_deploy.mpd import ESTIMATORS
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
@@ -45,6 +43,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
     Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
     hardware, a full disk.
     """
+    recipe = resolved(recipe)
     claim_directory(out, RECIPE, "training run")
     if (out / STATE).exists():
         if not resume:
@@ -78,8 +77,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
 def _check(recipe: Recipe, training: Images) -> None:
     """Mistakes that would otherwise surface inside the processes of a run."""
     with torch.device("meta"):
-        build_model(recipe, training.shape, len(training.labels))
-    choose("estimator", ESTIMATORS, recipe.regularizer.estimator)
+        build_defended(recipe, training.shape, len(training.labels))
     batch_size = recipe.training.batch_size
     if batch_size > len(training):
         raise InputError(f"training.batch_size is {batch_size}, but there are only {len(training)} training images")
@@ -88,7 +86,12 @@ def _check(recipe: Recipe, training: Images) -> None:
 def _refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
     """Only what training depends on has to stay; `attack` and `validation` come later."""
     old, new = (recipe.model_dump(exclude={"attack", "validation"}) for recipe in (before, now))
-    changed = [f"{section}.{key}" for section in new for key in new[section] if old[section][key] != new[section][key]]
+    changed = [
+        f"{section}.{key}"
+        for section in new
+        for key in sorted({*old[section], *new[section]})
+        if old[section].get(key) != new[section].get(key)
+    ]
     if changed:
         raise InputError(f"{out} was trained with other values of {', '.join(changed)}; resume with the same recipe")
 
@@ -115,6 +118,8 @@ def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, o
     )
     for epoch in range(len(history), recipe.training.epochs):
         started = time.perf_counter()
+        for defence in learner.defences:
+            defence.begin_epoch(history)
         learned = train_epoch(learner, train_data, epoch)
         validated, layers = validate_epoch(learner, validation_data, epoch)
         seconds = round(time.perf_counter() - started, 2)
@@ -141,14 +146,14 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
     """The untrained network and its optimiser, on this process's device."""
     config = recipe.training
     torch.manual_seed(config.seed)
-    model = build_model(recipe, training.shape, len(training.labels))
+    model, defences = build_defended(recipe, training.shape, len(training.labels))
     model.normalize.set(*training.statistics())
     model = model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     plain = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
     wrapped, optimizer = fabric.setup(model, plain)
-    return Learner(fabric, recipe, wrapped, model, optimizer)
+    return Learner(fabric, recipe, wrapped, model, defences, optimizer)
 
 
 def _restore(learner: Learner, path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,139 @@
+"""What a defence may add to training: to the model, to the batch, to the loss, after the step, between epochs.
+
+A defence is one file in this package: a class derived from `Defence`, registered under its name. A recipe switches it
+on with a table `[defence.NAME]` of its settings; several tables combine.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import Section, parse
+from mpdsgr_deploy.snn import Observer, Trace
+
+Shape = tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """One training step as a defence's loss sees it.
+
+    `forward` is the network as it trains (precision, devices, noise), images [B, C, H, W] to float32 logits [B, K];
+    `x` the images the step trains on, `clean` the same before any attack, `logits` and `traces` what `forward`
+    answered on x and what its layers did meanwhile.
+    """
+
+    forward: Callable[[Tensor, Observer | None], Tensor]
+    x: Tensor
+    y: Tensor
+    clean: Tensor
+    logits: Tensor
+    traces: list[Trace]
+    epoch: int
+    draw: torch.Generator
+
+
+class Term(NamedTuple):
+    """A summand of the loss, weight * value; `value` (a scalar) is logged under `name`."""
+
+    name: str
+    weight: float
+    value: Tensor
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Defence(Generic[S]):
+    """Does nothing: the base of all defences. S is the schema of its table in a recipe."""
+
+    Settings: ClassVar[type[Section]]  # S again, for parsing; `register` sets it
+
+    def __init__(self, settings: S) -> None:
+        self.settings = settings
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise InputError if this recipe combines what cannot be combined."""
+
+    def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
+        """Change a freshly built model. `shapes` has each spiking layer's neurons [C, ...] by the layer's name."""
+
+    def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
+        """The images a step trains on in place of x [B, C, H, W] in [0, 1]; x itself unless the defence attacks."""
+        return x
+
+    def term(self, step: Step) -> Term | None:
+        """What is added to the cross-entropy."""
+        return None
+
+    def after_step(self, model: SpikingNet, draw: torch.Generator) -> None:
+        """Change the weights after the optimiser has."""
+
+    def begin_epoch(self, history: list[dict[str, Any]]) -> None:
+        """Take in the entries of the epochs so far: the only memory that a resumed run keeps."""
+
+
+AnyDefence = Defence[Any]
+DEFENCES: dict[str, type[AnyDefence]] = {}
+D = TypeVar("D", bound=type[AnyDefence])
+
+
+def register(name: str, settings: type[Section]) -> Callable[[D], D]:
+    """Class decorator: make a defence available to recipes as the table [defence.NAME] of that schema."""
+
+    def add(defence: D) -> D:
+        defence.Settings = settings
+        DEFENCES[name] = defence
+        return defence
+
+    return add
+
+
+def make_defences(recipe: Recipe) -> list[AnyDefence]:
+    """The defences a recipe switches on. Raises InputError for an unknown one, a wrong setting or combination."""
+    defences = []
+    for name, values in recipe.defence.items():
+        kind = choose("defence", DEFENCES, name)
+        defence = kind(parse(kind.Settings, values, f"[defence.{name}]"))
+        defence.check(recipe)
+        defences.append(defence)
+    return defences
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with the defaults of its defences' settings written out. Raises InputError as `make_defences`."""
+    defences = zip(recipe.defence, make_defences(recipe), strict=True)
+    return recipe.model_copy(update={"defence": {name: d.settings.model_dump(mode="json") for name, d in defences}})
+
+
+def build_defended(recipe: Recipe, shape: tuple[int, int, int], classes: int) -> tuple[SpikingNet, list[AnyDefence]]:
+    """The untrained model of a recipe as its defences change it, and these. Raises InputError as its parts do."""
+    defences = make_defences(recipe)
+    model = build_model(recipe, shape, classes)
+    shapes = neuron_shapes(model, shape)
+    for defence in defences:
+        defence.adapt(model, shapes)
+    return model, defences
+
+
+def neuron_shapes(model: SpikingNet, shape: tuple[int, int, int]) -> dict[str, Shape]:
+    """How many neurons each spiking layer has, [C, ...] by its name, seen in one forward pass of a blank image."""
+    shapes: dict[str, Shape] = {}
+
+    def observe(trace: Trace) -> None:
+        if trace.layer in shapes:
+            raise InputError(f"two layers of the model are called {trace.layer!r}; names must differ")
+        shapes[trace.layer] = tuple(trace.states[0].u.shape[1:])
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        device = next(model.parameters()).device
+        model(torch.zeros(1, *shape, device=device), observe, torch.Generator())
+    model.train(was_training)
+    return shapes
