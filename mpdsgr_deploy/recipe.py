@@ -13,6 +13,19 @@ from pydantic import Field, model_validator
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.schema import Count, NonNegative, Number, Positive, Section, Seed, UnitInterval, parse, read_toml
 
+# What an attacker may put in place of the training surrogate; see mpdsgr_deploy.attacks.attacker_surrogate
+SWEEP = (
+    "triangle:0.25",
+    "triangle:0.5",
+    "triangle:1",
+    "triangle:2",
+    "triangle:3",
+    "rectangular",
+    "exponential",
+    "straight-through",
+    "rate",
+)
+
 
 class Data(Section):
     """Which images, and how they are varied in training."""
@@ -84,6 +97,9 @@ class Attack(Section):
     steps: Count = 7  # BIM and PGD in the paper's setting
     step: Positive = 0.01
     strong_steps: Count = 40  # PGD with step eps/4; an image is broken once any iterate fools the model
+    surrogates: Annotated[tuple[str, ...], Field(strict=False)] = SWEEP  # strong PGD through each of these too
+    draws: Count = 8  # over which a stochastic network's gradient is averaged
+    l2: Positive | None = None  # also CW-L2: an image is broken if it is fooled within this L2 distance
     gaussian_std: NonNegative = 0.1
 
     @model_validator(mode="after")

@@ -101,10 +101,10 @@ def test_equal_to_foolbox_sample_by_sample(spiking, name: str) -> None:
     oracle = foolbox.PyTorchModel(model._model, bounds=(0, 1))
     if name == "fgsm":
         attack = foolbox.attacks.LinfFastGradientAttack()
-        ours = fgsm(model.gradient, x, y, eps=EPS)
+        ours = fgsm(model.attacker(), x, y, eps=EPS)
     else:
         attack = foolbox.attacks.LinfBasicIterativeAttack(abs_stepsize=STEP, steps=STEPS, random_start=False)
-        ours = bim(model.gradient, x, y, eps=EPS, step=STEP, steps=STEPS)
+        ours = bim(model.attacker(), x, y, eps=EPS, step=STEP, steps=STEPS)
     _, theirs, success = attack(oracle, torch.from_numpy(x), torch.from_numpy(y), epsilons=EPS)
     assert np.array_equal(ours, theirs.numpy())
     assert np.array_equal(model(ours).argmax(1) != y, success.numpy())
@@ -119,22 +119,22 @@ def test_pgd_within_a_few_points_of_foolbox(spiking) -> None:
     attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS, random_start=True)
     oracle = foolbox.PyTorchModel(model._model, bounds=(0, 1))
     _, _, success = attack(oracle, torch.from_numpy(x), torch.from_numpy(y), epsilons=EPS)
-    ours = pgd(model.gradient, x, y, eps=EPS, step=STEP, steps=STEPS, draw=draw)
+    ours = pgd(model.attacker(), x, y, eps=EPS, step=STEP, steps=STEPS, draw=draw)
     assert (model(ours).argmax(1) != y).mean() == pytest.approx(success.float().mean().item(), abs=0.05)
 
 
 def test_strong_pgd_breaks_at_least_what_its_last_iterate_breaks(spiking) -> None:
     model, x, y = spiking
     settings = {"eps": EPS, "step": EPS / 4, "steps": 10, "draw": draw}
-    last = model(pgd(model.gradient, x, y, **settings)).argmax(1) != y
-    ever = model(pgd(model.gradient, x, y, **settings, keep_broken=True)).argmax(1) != y
+    last = model(pgd(model.attacker(), x, y, **settings)).argmax(1) != y
+    ever = model(pgd(model.attacker(), x, y, **settings, keep_broken=True)).argmax(1) != y
     assert (ever >= last).all()
 
 
 @pytest.mark.parametrize("keep_broken", [False, True])
 def test_images_stay_in_the_ball_and_in_range(spiking, keep_broken: bool) -> None:
     model, x, y = spiking
-    found = pgd(model.gradient, x, y, eps=EPS, step=0.07, steps=3, draw=draw, keep_broken=keep_broken)
+    found = pgd(model.attacker(), x, y, eps=EPS, step=0.07, steps=3, draw=draw, keep_broken=keep_broken)
     assert np.abs(found - x).max() <= EPS + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1

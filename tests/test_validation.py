@@ -15,10 +15,10 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.parity import compare
-from mpdsgr_deploy.protocols import Array, Gradient
+from mpdsgr_deploy.protocols import Array, Differentiable, Gradient
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import health, validate
-from mpdsgr_deploy.validation.conditions import Condition, conditions
+from mpdsgr_deploy.validation.conditions import Condition, conditions, torch_attackers
 from mpdsgr_deploy.validation.gate import Gate, load_gate
 from mpdsgr_deploy.validation.report import write_report
 from mpdsgr_deploy.validation.rows import Row
@@ -45,7 +45,8 @@ def test_mcnemar_against_scipy(worse: int, better: int) -> None:
 def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) -> None:
     assert report.verdict == "pass", report.reasons
     rows = {row.name: row for row in report.rows}
-    assert list(rows) == ["clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "pgd-strong", "worst"]
+    attacks = ["fgsm", "bim", "pgd", "pgd-strong", "strong triangle:0.5", "strong rate"]
+    assert list(rows) == ["clean", "gaussian", "uniform", *attacks, "worst"]
     assert all(row.n == 100 for row in report.rows)
     assert rows["clean"].reference.accuracy > rows["fgsm"].reference.accuracy >= rows["worst"].reference.accuracy
     accuracy = bundle.manifest.variants["fp32"].accuracy
@@ -69,7 +70,8 @@ def test_the_same_seed_gives_the_same_report(report, bundle: Bundle) -> None:
 
 def test_conditions_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:
     images = load_test(bundle.manifest.recipe.data)[:30]
-    target, attack = TorchModel.from_bundle(bundle).gradient, bundle.manifest.recipe.attack
+    attack = bundle.manifest.recipe.attack
+    target = torch_attackers(TorchModel.from_bundle(bundle), attack)
     one, other = (
         list(conditions(target, images.unit(), images.classes, attack, batch_size=size, seed=1)) for size in (30, 7)
     )
@@ -89,7 +91,7 @@ def test_reports_are_complete_and_self_contained(report, tmp_path: Path) -> None
     assert report.artefact_sha256 in page
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith("## PASS")
-    assert summary.count("\n| ") == 9
+    assert summary.count("\n| ") == 11
 
 
 # Health checks: each is shown the fault it exists for, and what is sound beside it.
@@ -277,13 +279,18 @@ def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, 
 
 def test_a_masked_gradient_is_an_invalid_evaluation(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 3: a reference whose gradient is zero for most images must not be certified as robust."""
-    real = TorchModel.gradient
+    real = TorchModel.attacker
 
-    def masked(self: TorchModel, x: np.ndarray, y: np.ndarray) -> Gradient:
-        found = real(self, x, y)
-        return found._replace(gradient=np.where(np.arange(len(x))[:, None, None, None] % 3 == 0, found.gradient, 0))
+    def masked(self: TorchModel, *arguments: object, **options: object) -> Differentiable:
+        attacker = real(self, *arguments, **options)
 
-    monkeypatch.setattr(TorchModel, "gradient", masked)
+        def gradient(x: np.ndarray, y: np.ndarray) -> Gradient:
+            found = attacker(x, y)
+            return found._replace(gradient=np.where(np.arange(len(x))[:, None, None, None] % 3 == 0, found.gradient, 0))
+
+        return gradient
+
+    monkeypatch.setattr(TorchModel, "attacker", masked)
     found = validate(bundle, backend="onnxruntime-cpu", limit=30)
     assert found.verdict == "invalid"
     assert found.reasons[0].startswith("check 7")

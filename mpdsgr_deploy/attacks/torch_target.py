@@ -1,4 +1,4 @@
-"""Input gradients of a torch model: backpropagation through all T steps with the training surrogate."""
+"""Input gradients of a torch model: backpropagation through all T steps."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,25 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.protocols import Gradient
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, K] and classes [B] to a loss per sample [B]
 
-def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Gradient:
-    """Cross-entropy of each sample on the time-mean logits, and its gradient in x; no weight gradient is computed."""
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """-log softmax of the true class [B]."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Best wrong logit minus the true one [B]: positive once the network is fooled."""
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - true
+
+
+def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Gradient:
+    """The loss of each sample on the network's logits, and its gradient in x; no weight gradient is computed."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x).float()
-        loss = F.cross_entropy(logits, y, reduction="none")
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
-    return Gradient(logits.detach(), loss.detach(), gradient)
+        per_sample = loss(logits, y)
+        (gradient,) = torch.autograd.grad(per_sample.sum(), x)
+    return Gradient(logits.detach(), per_sample.detach(), gradient)

@@ -19,6 +19,7 @@ from mpdsgr_deploy.validation.report import EXIT_CODES, Report, claim_report, pe
 @click.option("--root", help="Where the data set lies.  [default: the recipe's]")
 @click.option("--limit", type=click.IntRange(1), help="Use the first so many test images only.")
 @click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the allowed losses.")
+@click.option("--transfer", type=click.Path(path_type=Path), help="Checkpoint of another network to attack from too.")
 @click.option("--report", "report_dir", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @json_option
 @click.pass_context
@@ -31,6 +32,7 @@ def command(
     root: str | None,
     limit: int | None,
     gate: Path | None,
+    transfer: Path | None,
     report_dir: Path,
     as_json: bool,
 ) -> None:
@@ -48,7 +50,16 @@ def command(
     rules = load_gate(gate)
     claim_report(report_dir)
     opened = open_bundle(bundle)
-    report = validate(opened, backend=backend, precision=precision, data=data, root=root, limit=limit, gate=rules)
+    report = validate(
+        opened,
+        backend=backend,
+        precision=precision,
+        data=data,
+        root=root,
+        limit=limit,
+        gate=rules,
+        transfer=transfer,
+    )
     write_report(report, report_dir)
     if as_json:
         print_json(report.model_dump())

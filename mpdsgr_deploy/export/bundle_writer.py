@@ -35,6 +35,8 @@ def export(checkpoint_dir: Path, out: Path, *, root: str | None = None, limit: i
     source = find_checkpoint(checkpoint_dir)
     checkpoint = load_checkpoint(source)
     model = load_model(source / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
+    if model.stochastic:
+        raise InputError("the network draws noise (encoding or gates) and export writes deterministic ones only so far")
     images = _test_images(checkpoint, root, limit)
     inputs = _probe(images, checkpoint.shape)
     with staged(out) as scratch:

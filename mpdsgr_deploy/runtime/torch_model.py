@@ -1,17 +1,20 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.torch_target import input_gradient
+from mpdsgr_deploy.attacks import expectation
+from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
+from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
-from mpdsgr_deploy.checkpoint import load_model
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.protocols import Gradient
+from mpdsgr_deploy.protocols import Differentiable, Gradient
 from mpdsgr_deploy.runtime.images import check_images
 
 
@@ -24,11 +27,15 @@ def exact_convolutions() -> AbstractContextManager[None]:
 
 
 class TorchModel:
-    """Runs on the GPU if there is one. `shape` is (C, H, W) of the input; numpy in, fresh numpy out."""
+    """Runs on the GPU if there is one. `shape` is (C, H, W) of the input; numpy in, fresh numpy out.
 
-    def __init__(self, model: SpikingNet, shape: tuple[int, int, int]) -> None:
+    A stochastic network answers with the noise of `seed`, the same in every call; its attackers draw other noise, fresh
+    for every gradient, so that none is fitted to the noise the answers will have.
+    """
+
+    def __init__(self, model: SpikingNet, shape: tuple[int, int, int], seed: int = 0) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model, self._shape = model.to(self._device).eval(), shape
+        self._model, self._shape, self._seed = model.to(self._device).eval(), shape, seed
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Self:
@@ -37,18 +44,42 @@ class TorchModel:
         shape = manifest.input_shape
         return cls(load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels)), shape)
 
+    @classmethod
+    def from_checkpoint(cls, directory: Path) -> Self:
+        """The network of a checkpoint, or of a training run's best one. Raises InputError as loading does."""
+        source = find_checkpoint(directory)
+        found = load_checkpoint(source)
+        model = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
+        return cls(model, found.shape)
+
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
+        noise = torch.Generator().manual_seed(self._seed)
         with torch.no_grad(), exact_convolutions():
-            logits: NDArray[np.float32] = self._model(self._tensor(x)).cpu().numpy()
+            logits: NDArray[np.float32] = self._model(self._tensor(x), None, noise).cpu().numpy()
         return logits
 
-    def gradient(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
-        """The Differentiable: cross-entropy through the training surrogate."""
-        check_images(x, self._shape)
-        with exact_convolutions():
-            found = input_gradient(self._model, self._tensor(x), self._tensor(y))
-        return Gradient(*(tensor.cpu().numpy() for tensor in found))
+    def attacker(self, surrogate: str | None = None, *, loss: Loss = cross_entropy, draws: int = 1) -> Differentiable:
+        """The network as an attacker differentiates it, through the training surrogate or the one named.
+
+        draws: over how many draws of its noise a stochastic network's gradient is averaged. Raises InputError for an
+        unknown surrogate.
+        """
+        model = self._model if surrogate is None else with_surrogate(self._model, surrogate)
+        noise = torch.Generator().manual_seed(self._seed + 1)
+
+        def gradient(x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
+            check_images(x, self._shape)
+            with exact_convolutions():
+                found = input_gradient(lambda x: model(x, None, noise), self._tensor(x), self._tensor(y), loss)
+            return Gradient(*(tensor.cpu().numpy() for tensor in found))
+
+        return expectation(gradient, draws) if model.stochastic else gradient
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the network draws noise."""
+        return self._model.stochastic
 
     def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -7,7 +7,7 @@
 with U_0 = O_0 = 0: the reset comes before the leak (METHOD of the SNN-RAT family of papers).
 """
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,8 @@ class LIF(nn.Module):
     tau in (0, 1] is the leak kept per step, v_threshold > 0 the firing threshold V_th.
     """
 
-    time_invariant: ClassVar[bool] = True  # every step has the same leak and input gain, as Theorem 1 assumes
-    stochastic: ClassVar[bool] = False  # draws from `noise`
+    time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
+    stochastic: bool = False  # draws from `noise`
 
     def __init__(
         self, *, tau: float = 0.5, v_threshold: float = 1.0, reset: Reset = "hard", surrogate: Surrogate

@@ -45,11 +45,17 @@ def superspike(k: float = 10.0) -> Surrogate:
     return Surrogate("superspike", lambda v: (1 + k * v.abs()) ** -2, 19 / k)
 
 
+def exponential(a: float = 0.5) -> Surrogate:
+    """exp(-|v| / a) / (2 a) (SLAYER, Shrestha & Orchard, arXiv 1810.08646); mass within h is 1 - exp(-h / a)."""
+    return Surrogate("exponential", lambda v: torch.exp(-v.abs() / a) / (2 * a), a * math.log(20))
+
+
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
     "triangle": triangle,
     "rectangular": rectangular,
     "sigmoid": sigmoid,
     "superspike": superspike,
+    "exponential": exponential,
 }
 
 

@@ -1,15 +1,19 @@
 """What the images are put through: each condition turns clean images into attacked ones, once, for every network."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks import bim, fgsm, gaussian, pgd, uniform
+from mpdsgr_deploy.attacks import bim, cw_l2, fgsm, gaussian, pgd, uniform
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.runtime.torch_model import TorchModel
 
 Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
@@ -28,18 +32,44 @@ class Condition(NamedTuple):
 BY_STRENGTH = ("uniform", "fgsm", "pgd", "pgd-strong")
 
 
+class Attackers(NamedTuple):
+    """The attacked network as its attackers differentiate it.
+
+    `trained` through the surrogate it was trained with, `surrogates` through others, `margin` the margin in place of
+    the cross-entropy, `transfer` another network whose adversarial images are tried on this one; None: not attempted.
+    """
+
+    trained: Differentiable
+    surrogates: Mapping[str, Differentiable] = MappingProxyType({})
+    margin: Differentiable | None = None
+    transfer: Differentiable | None = None
+
+
+def torch_attackers(model: "TorchModel", attack: Attack, transfer: "TorchModel | None" = None) -> Attackers:
+    """Every attacker that `attack` asks for. Raises InputError for an unknown surrogate."""
+    from mpdsgr_deploy.attacks.torch_target import margin
+
+    draws = attack.draws
+    return Attackers(
+        trained=model.attacker(draws=draws),
+        surrogates={name: model.attacker(name, draws=draws) for name in attack.surrogates},
+        margin=model.attacker(loss=margin, draws=draws) if attack.l2 else None,
+        transfer=transfer.attacker(draws=draws) if transfer else None,
+    )
+
+
 def conditions(
-    target: Differentiable, x: Floats, y: Classes, attack: Attack, *, batch_size: int, seed: int
+    attackers: Attackers, x: Floats, y: Classes, attack: Attack, *, batch_size: int, seed: int
 ) -> Iterator[Condition]:
-    """Clean, noise and the gradient attacks on `target`, one after the other.
+    """Clean, noise and the attacks, one after the other.
 
     Noise and random starts are drawn for all images at once from (seed, attack), so they depend neither on the batch
     size nor on which attacks ran before.
     """
     eps = attack.eps
 
-    def rng(number: int) -> np.random.Generator:
-        return np.random.default_rng((seed, number))
+    def rng(*number: int) -> np.random.Generator:
+        return np.random.default_rng((seed, *number))
 
     def batched(name: str, run: Callable[[Floats, Classes, Floats], Floats], start: Floats | None = None) -> Floats:
         """`run` on consecutive batches of images, classes and random starts."""
@@ -47,35 +77,36 @@ def conditions(
         cuts = [slice(i, i + batch_size) for i in range(0, len(x), batch_size)]
         return np.concatenate([run(x[cut], y[cut], starts[cut]) for cut in track(cuts, name)])
 
-    def random_pgd(name: str, number: int, step: float, steps: int, keep_broken: bool) -> Floats:
-        start = rng(number).uniform(-1, 1, x.shape).astype(np.float32)
-        return batched(
+    def random_pgd(name: str, target: Differentiable, draw: np.random.Generator, *, strong: bool = False) -> Condition:
+        step, steps = (eps / 4, attack.strong_steps) if strong else (attack.step, attack.steps)
+        images = batched(
             name,
-            lambda x, y, s: pgd(
-                target, x, y, eps=eps, step=step, steps=steps, draw=lambda _: s, keep_broken=keep_broken
-            ),
-            start,
+            lambda x, y, s: pgd(target, x, y, eps=eps, step=step, steps=steps, draw=lambda _: s, keep_broken=strong),
+            draw.uniform(-1, 1, x.shape).astype(np.float32),
         )
-
-    def iterative(x: Floats, y: Classes, _: Floats) -> Floats:
-        return bim(target, x, y, eps=eps, step=attack.step, steps=attack.steps)
+        how = f"{steps} steps of eps/4, random start, broken by any iterate" if strong else f"{paper}, random start"
+        return Condition(name, f"eps {eps:.4g}, {how}", eps, images)
 
     yield Condition("clean", "test images as they are", 0.0, x)
     std = attack.gaussian_std
     yield Condition("gaussian", f"N(0, {std:.4g}^2)", None, gaussian(x, std=std, rng=rng(1)))
     yield Condition("uniform", f"U(-{eps:.4g}, {eps:.4g})", eps, uniform(x, eps=eps, rng=rng(2)))
-    yield Condition("fgsm", f"eps {eps:.4g}", eps, batched("FGSM", lambda x, y, _: fgsm(target, x, y, eps=eps)))
-    paper = f"eps {eps:.4g}, {attack.steps} steps of {attack.step:.4g}"
-    yield Condition("bim", paper, eps, batched("BIM", iterative))
-    yield Condition(
-        "pgd",
-        f"{paper}, random start, last iterate",
-        eps,
-        random_pgd("PGD", 3, attack.step, attack.steps, keep_broken=False),
-    )
-    yield Condition(
-        "pgd-strong",
-        f"eps {eps:.4g}, {attack.strong_steps} steps of eps/4, random start, broken by any iterate",
-        eps,
-        random_pgd("PGD strong", 4, eps / 4, attack.strong_steps, keep_broken=True),
-    )
+    trained = attackers.trained
+    yield Condition("fgsm", f"eps {eps:.4g}", eps, batched("FGSM", lambda x, y, _: fgsm(trained, x, y, eps=eps)))
+    paper = f"{attack.steps} steps of {attack.step:.4g}, last iterate"
+
+    def iterative(x: Floats, y: Classes, _: Floats) -> Floats:
+        return bim(trained, x, y, eps=eps, step=attack.step, steps=attack.steps)
+
+    yield Condition("bim", f"eps {eps:.4g}, {paper}", eps, batched("BIM", iterative))
+    yield random_pgd("pgd", trained, rng(3))
+    if attackers.transfer is not None:
+        yield random_pgd("transfer", attackers.transfer, rng(5))
+    yield random_pgd("pgd-strong", trained, rng(4), strong=True)
+    for number, (surrogate, target) in enumerate(attackers.surrogates.items()):
+        yield random_pgd(f"strong {surrogate}", target, rng(6, number), strong=True)
+    if attackers.margin is not None and attack.l2 is not None:
+        margin, radius = attackers.margin, attack.l2
+        found = batched("CW-L2", lambda x, y, _: cw_l2(margin, x, y))
+        within = np.sqrt(((found - x) ** 2).sum((1, 2, 3), keepdims=True)) <= radius
+        yield Condition("cw-l2", f"CW-L2 within an L2 distance of {radius:.4g}", None, np.where(within, found, x))

@@ -1,13 +1,14 @@
 """Health checks: is the evaluation itself believable? One that failed makes the verdict invalid, never a pass.
 
 The numbers are those of the project's evaluation rules: 1 the images obey the attack's rules, 2 stronger attacks do not
-leave more accuracy, 7 gradients exist, 8 the artefact is a function, 9 something was compared.
+leave more accuracy, 3 another network's gradient serves an attacker no better, 7 gradients exist, 8 the artefact is a
+function, 9 something was compared.
 """
 
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,15 +76,21 @@ def check_budget(faults: list[str], rule: str) -> Check:
     )
 
 
-def check_order(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
-    """Check 2: on the attacked network, accuracy under noise >= FGSM >= PGD >= strong PGD, up to chance."""
+def order_faults(correct: Mapping[str, NDArray[np.bool_]], pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Pairs (weaker, stronger) of which the weaker attack breaks more images, beyond chance."""
     faults = []
-    for weaker, stronger in pairwise(BY_STRENGTH):
+    for weaker, stronger in pairs:
         only_weaker_breaks = int((~correct[weaker] & correct[stronger]).sum())
         only_stronger_breaks = int((correct[weaker] & ~correct[stronger]).sum())
         p = binomial_tail(only_weaker_breaks, only_weaker_breaks + only_stronger_breaks)
         if only_weaker_breaks > only_stronger_breaks and p < ORDER_P:
             faults.append(f"{weaker} breaks {only_weaker_breaks} images that {stronger} does not (p = {p:.2g})")
+    return faults
+
+
+def check_order(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
+    """Check 2: on the attacked network, accuracy under noise >= FGSM >= PGD >= strong PGD, up to chance."""
+    faults = order_faults(correct, pairwise(BY_STRENGTH))
     shares = [f"{name} {100 * correct[name].mean():.1f} %" for name in BY_STRENGTH]
     return Check(
         number=2,
@@ -91,6 +98,19 @@ def check_order(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
         passed=not faults,
         saw="; ".join(faults) or " >= ".join(shares),
         advice="the gradient misleads the attack (masked gradients): attack with other surrogates before believing it",
+    )
+
+
+def check_transfer(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
+    """Check 3: images made on another network do not break more than those made on this one."""
+    faults = order_faults(correct, [("transfer", "pgd-strong")])
+    shares = [f"{name} {100 * correct[name].mean():.1f} %" for name in ("transfer", "pgd-strong")]
+    return Check(
+        number=3,
+        name="black-box does not beat white-box",
+        passed=not faults,
+        saw="; ".join(faults) or " >= ".join(shares),
+        advice="the network's own gradient is worse than another network's: it is masked; attack with other surrogates",
     )
 
 

@@ -1,5 +1,7 @@
 """The validation stage: bundle in, report out."""
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.runtime import open_predictor, predict
 from mpdsgr_deploy.validation import health
-from mpdsgr_deploy.validation.conditions import conditions
+from mpdsgr_deploy.validation.conditions import conditions, torch_attackers
 from mpdsgr_deploy.validation.gate import Gate
 from mpdsgr_deploy.validation.report import Report, Verdict
 from mpdsgr_deploy.validation.rows import Row
@@ -27,14 +29,17 @@ def validate(
     root: str | None = None,
     limit: int | None = None,
     gate: Gate | None = None,
+    transfer: Path | None = None,
 ) -> Report:
     """Attack the bundle's torch model, hand the attacked images to the artefact too, compare image by image.
 
-    data, root, limit override the recipe's test images. The verdict is `invalid` if a health check failed, else
+    data, root, limit override the recipe's test images; transfer is the checkpoint of another network whose attacked
+    images are tried as well. The verdict is `invalid` if a health check failed, else
     `fail` if the gate refuses, else `pass`. Raises InputError for missing data, an unknown or unusable backend.
     """
     need("torch", "train")
     from mpdsgr_deploy.runtime.torch_model import TorchModel
+    from mpdsgr_deploy.validation.evaluate import other_network
 
     gate = gate or Gate()
     recipe = bundle.manifest.recipe
@@ -43,12 +48,14 @@ def validate(
     x, y = images.unit(), images.classes
     rule = f"the first {len(images)} test images of {data or recipe.data.name}"
     reference = TorchModel.from_bundle(bundle)
-    monitor = health.GradientMonitor(reference.gradient)
+    attackers = torch_attackers(reference, recipe.attack, other_network(transfer, images))
+    monitor = health.GradientMonitor(attackers.trained)
+    attackers = attackers._replace(trained=monitor)
     rows: list[Row] = []
     faults: list[str] = []
     verdicts: dict[str, list[NDArray[np.bool_]]] = {}  # condition -> correct [N] of torch and of the artefact
     with open_predictor(bundle, backend, precision) as artefact:
-        for condition in conditions(monitor, x, y, recipe.attack, batch_size=config.batch_size, seed=config.seed):
+        for condition in conditions(attackers, x, y, recipe.attack, batch_size=config.batch_size, seed=config.seed):
             logits = [predict(p, condition.images, config.batch_size) for p in (reference, artefact)]
             correct = [answer.argmax(1) == y for answer in logits]
             if condition.name == "clean":
@@ -57,12 +64,14 @@ def validate(
                 verdicts[condition.name] = correct
             faults += health.budget_faults(x, condition)
             rows.append(Row.of(condition.name, condition.settings, *correct))
-            log.info("%-10s  torch %5.1f %%  artefact %5.1f %%", condition.name, *(100 * c.mean() for c in correct))
+            log.info("%-22s  torch %5.1f %%  artefact %5.1f %%", condition.name, *(100 * c.mean() for c in correct))
         worst = [np.logical_and.reduce(columns) for columns in zip(*verdicts.values(), strict=True)]
         rows.append(Row.of("worst", "right under every condition within eps", *worst))
+        attacked = {name: correct[0] for name, correct in verdicts.items()}
         checks = [
             health.check_budget(faults, rule),
-            health.check_order({name: correct[0] for name, correct in verdicts.items()}),
+            health.check_order(attacked),
+            *([health.check_transfer(attacked)] if transfer else []),
             health.check_gradients(monitor),
             health.check_function(artefact, health.fresh_process(bundle.path, backend, precision), x),
             health.check_compared(min(row.n for row in rows)),

@@ -1,0 +1,82 @@
+"""The attacker chooses the surrogate: a network with the same forward pass and another backward pass.
+
+Named "KIND" or "KIND:PARAMETER": the surrogates of training, `straight-through` (gradient 1 everywhere) and `rate`.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.snn import LIF, SURROGATES, LIFState, Noise, Surrogate
+
+
+def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
+    """A copy of `model` that answers the same and whose input gradient passes through the surrogate `name`.
+
+    Raises InputError for an unknown name or parameter.
+    """
+    attacked = copy.deepcopy(model)
+    if name == "rate":
+        for layer in attacked.layers():
+            layer.neuron = RateBackward(layer.neuron)
+        return attacked
+    surrogate = parse_surrogate(name)
+    for layer in attacked.layers():
+        layer.neuron.surrogate = surrogate
+    return attacked
+
+
+def parse_surrogate(name: str) -> Surrogate:
+    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default."""
+    kind, colon, parameter = name.partition(":")
+    if name == "straight-through":
+        return Surrogate(name, torch.ones_like, float("inf"))
+    make = choose("attacker's surrogate", {**SURROGATES, "straight-through": None, "rate": None}, kind)
+    try:
+        if make is None or (colon and float(parameter) <= 0):
+            raise ValueError
+        return make(float(parameter)) if colon else make()
+    except ValueError:
+        raise InputError(
+            f"attacker's surrogate {name!r}: write KIND or KIND:NUMBER above 0, for example triangle:0.5"
+        ) from None
+
+
+class RateBackward(LIF):
+    """A neuron whose backward pass sees rates only: d rate / d mean current = [0 < mean current < V_th] / V_th.
+
+    The gradient of the mean spike over time is handed to the current of every step alike, as if the neuron were the
+    static activation clip(mean current / V_th, 0, 1) that an integrate-and-fire neuron approaches (rate gradient
+    approximation attack, Bu et al., CVPR 2023). No gradient passes through membrane, leak or reset.
+    """
+
+    def __init__(self, neuron: LIF) -> None:
+        super().__init__(tau=neuron.tau, v_threshold=neuron.v_threshold, reset=neuron.reset, surrogate=neuron.surrogate)
+        self.inner, self.stochastic = neuron, neuron.stochastic
+
+    def forward(
+        self, current: Tensor, state: LIFState | None = None, noise: Noise = None
+    ) -> tuple[Tensor, list[LIFState]]:
+        with torch.no_grad():
+            spikes, states = self.inner(current, state, noise)
+        return _Rate.apply(current, spikes, self.v_threshold), states
+
+
+class _Rate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, spikes: Tensor, v_threshold: float) -> Tensor:
+        mean = current.mean(0)
+        ctx.save_for_backward((mean > 0) & (mean < v_threshold))
+        ctx.v_threshold = v_threshold
+        return spikes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (responsive,) = ctx.saved_tensors
+        gradient = grads[0].mean(0) * responsive / ctx.v_threshold
+        return gradient.expand_as(grads[0]), None, None

@@ -1,0 +1,13 @@
+"""Expectation over transformation (EOT, Athalye et al., arXiv 1707.07397): attack the mean of a stochastic network."""
+
+from mpdsgr_deploy.protocols import Array, Differentiable, Gradient
+
+
+def expectation(target: Differentiable, draws: int) -> Differentiable:
+    """Averages logits, loss and gradient over `draws` >= 1 evaluations of `target`, each with noise of its own."""
+
+    def average(x: Array, y: Array) -> Gradient:
+        found = [target(x, y) for _ in range(draws)]
+        return Gradient(*(sum(parts) / draws for parts in zip(*found, strict=True)))
+
+    return average

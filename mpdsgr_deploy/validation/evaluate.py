@@ -1,0 +1,88 @@
+"""Robustness of a checkpoint's torch network, without exporting it: what tables of trained networks are made of."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.runtime import predict
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.validation.conditions import conditions, torch_attackers
+from mpdsgr_deploy.validation.rows import Score
+
+
+class EvaluatedRow(BaseModel):
+    """One condition and the network's verdicts under it."""
+
+    name: str
+    settings: str
+    n: int
+    score: Score
+
+
+class Evaluation(BaseModel):
+    """Every condition in turn, and `worst`: right under all of those within eps."""
+
+    images: str
+    seed: int
+    rows: list[EvaluatedRow]
+    provenance: dict[str, Any]
+
+
+def evaluate(
+    checkpoint_dir: Path, *, root: str | None = None, limit: int | None = None, transfer: Path | None = None
+) -> Evaluation:
+    """Attack the network of a checkpoint (or of a training run: its best one) as its recipe says.
+
+    root and limit override the recipe's test images; transfer is the checkpoint of another network whose attacked
+    images are tried as well. Raises InputError for missing data or a damaged checkpoint.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(checkpoint_dir))
+    recipe = checkpoint.recipe
+    data = recipe.data if root is None else recipe.data.model_copy(update={"root": root})
+    images = load_test(data)[: limit or recipe.validation.limit]
+    images.require_kind(data.name, checkpoint.shape, checkpoint.labels)
+    x, y = images.unit(), images.classes
+    model = TorchModel.from_checkpoint(checkpoint_dir)
+    other = other_network(transfer, images)
+    rows, survivors = [], np.ones(len(y), np.bool_)
+    for condition in conditions(
+        torch_attackers(model, recipe.attack, other),
+        x,
+        y,
+        recipe.attack,
+        batch_size=recipe.validation.batch_size,
+        seed=recipe.validation.seed,
+    ):
+        right = predict(model, condition.images, recipe.validation.batch_size).argmax(1) == y
+        if condition.eps is not None:
+            survivors &= right
+        rows.append(EvaluatedRow(name=condition.name, settings=condition.settings, n=len(y), score=Score.of(right)))
+        log.info("%-22s  %5.1f %%", condition.name, 100 * right.mean())
+    rows.append(
+        EvaluatedRow(
+            name="worst", settings="right under every condition within eps", n=len(y), score=Score.of(survivors)
+        )
+    )
+    return Evaluation(
+        images=f"the first {len(y)} test images of {data.name}",
+        seed=recipe.validation.seed,
+        rows=rows,
+        provenance=provenance(),
+    )
+
+
+def other_network(checkpoint_dir: Path | None, images: Images) -> TorchModel | None:
+    """The network to transfer attacks from, if any. Raises InputError if it was not made for such images."""
+    if checkpoint_dir is None:
+        return None
+    found = load_checkpoint(find_checkpoint(checkpoint_dir))
+    if (found.shape, found.labels) != (images.shape, images.labels):
+        raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
+    return TorchModel.from_checkpoint(checkpoint_dir)

@@ -1,0 +1,179 @@
+"""Attackers beyond plain PGD: expectation over noise, the attacker's surrogate, CW-L2, transfer, evaluation."""
+
+from pathlib import Path
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from conftest import assert_input_error, mpdsgr, small_recipe
+
+from mpdsgr_deploy.attacks import cw_l2, expectation
+from mpdsgr_deploy.attacks.attacker_surrogate import RateBackward, parse_surrogate, with_surrogate
+from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.export import export
+from mpdsgr_deploy.models import build_model
+from mpdsgr_deploy.protocols import Array, Gradient
+from mpdsgr_deploy.recipe import SWEEP, Data
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.snn import LIF
+from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.training import train
+from mpdsgr_deploy.validation import validate
+from mpdsgr_deploy.validation.evaluate import evaluate
+
+
+def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
+    images = load_test(Data(name="digits"))[:count]
+    return images.unit(), images.classes
+
+
+def test_expectation_averages_what_fresh_draws_give() -> None:
+    values = iter(range(4))
+
+    def noisy(x: Array, y: Array) -> Gradient:
+        value = next(values)
+        return Gradient(np.full((2, 3), value), np.full(2, 2 * value), np.full_like(x, 3 * value))
+
+    found = expectation(noisy, 4)(np.zeros((2, 1, 1, 1)), np.zeros(2))
+    assert [np.unique(part).tolist() for part in found] == [[1.5], [3.0], [4.5]]
+
+
+class Plane:
+    """Two classes, logits (0, w.x + b): the nearest image that fools it is the foot of the perpendicular."""
+
+    def __init__(self, w: np.ndarray, b: float) -> None:
+        self.w, self.b = w, b
+
+    def value(self, x: np.ndarray) -> np.ndarray:
+        return (x * self.w).sum((1, 2, 3)) + self.b
+
+    def __call__(self, x: Array, y: Array) -> Gradient:
+        value = self.value(x)
+        sign = np.where(y == 1, -1.0, 1.0)  # margin: best wrong logit minus the true one
+        gradient = sign[:, None, None, None] * np.broadcast_to(self.w, x.shape)
+        return Gradient(np.stack([np.zeros_like(value), value], 1), sign * value, gradient)
+
+
+def test_cw_finds_the_nearest_point_of_a_plane() -> None:
+    rng = np.random.default_rng(0)
+    plane = Plane(rng.normal(size=(1, 4, 4)), 0.0)
+    x = rng.uniform(0.35, 0.65, (12, 1, 4, 4))
+    plane.b = -float(np.median(plane.value(x)))
+    y = (plane.value(x) > 0).astype(np.int64)
+    found = cw_l2(plane, x, y, steps=200, searches=9, constant=0.01)
+    distance = np.sqrt(((found - x) ** 2).sum((1, 2, 3)))
+    nearest = np.abs(plane.value(x)) / np.linalg.norm(plane.w)
+    assert ((plane.value(found) > 0) != y).all()
+    assert (distance >= nearest - 1e-6).all()
+    assert np.median(distance / nearest) < 1.05
+
+
+def test_cw_is_as_near_as_foolboxs(bundle: Bundle) -> None:
+    model, (x, y) = TorchModel.from_bundle(bundle), digits(16)
+    found = cw_l2(model.attacker(loss=margin), x, y, steps=40, searches=4, constant=1.0)
+    attack = foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=4, steps=40, stepsize=0.01, initial_const=1.0, abort_early=False
+    )
+    oracle = foolbox.PyTorchModel(model._model, bounds=(0, 1))
+    _, theirs, success = attack(oracle, torch.from_numpy(x), torch.from_numpy(y), epsilons=None)
+    ours = np.sqrt(((found - x) ** 2).sum((1, 2, 3)))
+    fooled = model(found).argmax(1) != y
+    assert np.array_equal(fooled, success.numpy())
+    reference = np.sqrt(((theirs.numpy() - x) ** 2).sum((1, 2, 3)))
+    assert fooled.mean() > 0.8
+    assert np.mean(ours[fooled]) <= 1.02 * np.mean(reference[fooled])
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_the_attackers_surrogate_changes_the_backward_pass_alone(name: str) -> None:
+    model = build_model(small_recipe(neuron={"surrogate": "sigmoid"}), (1, 8, 8), 10).eval()
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
+    attacked = with_surrogate(model, name)
+    own, other = input_gradient(model, x, y), input_gradient(attacked, x, y)
+    assert torch.equal(own.logits, other.logits)
+    assert not torch.allclose(own.gradient, other.gradient)
+    assert other.gradient.abs().sum() > 0
+    assert model.layers()[0].neuron.surrogate.name == "sigmoid"
+
+
+def test_the_same_surrogate_gives_the_same_gradient() -> None:
+    model = build_model(small_recipe(), (1, 8, 8), 10).eval()
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
+    torch.testing.assert_close(
+        input_gradient(model, x, y).gradient, input_gradient(with_surrogate(model, "triangle:1"), x, y).gradient
+    )
+
+
+def test_rate_backward_by_hand() -> None:
+    """Two neurons with mean currents 0.5 and 2: the first passes mean(g) / V_th to every step, the second nothing."""
+    neuron = RateBackward(LIF(tau=0.5, v_threshold=1.0, surrogate=triangle()))
+    current = torch.tensor([[[0.2, 2.0]], [[0.8, 2.0]]], requires_grad=True)  # [T=2, B=1, 2]
+    spikes, _ = neuron(current)
+    assert spikes.tolist() == [[[0, 1]], [[0, 1]]]
+    spikes.backward(torch.tensor([[[1.0, 1.0]], [[3.0, 3.0]]]))
+    assert current.grad is not None
+    assert current.grad.tolist() == [[[2.0, 0.0]], [[2.0, 0.0]]]
+
+
+def test_surrogates_are_named_with_their_parameter() -> None:
+    assert parse_surrogate("triangle:0.25").half_width == 0.25
+    assert parse_surrogate("straight-through").derivative(torch.tensor([-7.0, 0.0])).tolist() == [1, 1]
+    for name, expected in (("triangel", "did you mean 'triangle'"), ("triangle:0", "above 0"), ("rate:2", "KIND:NUM")):
+        with pytest.raises(InputError, match=expected):
+            parse_surrogate(name)
+
+
+@pytest.fixture(scope="module")
+def noisy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("noisy") / "run"
+    attack = {"surrogates": ["rate"], "draws": 2, "strong_steps": 2, "l2": 1.0}
+    train(small_recipe(encoding={"name": "poisson"}, training={"epochs": 1}, attack=attack), out)
+    return out
+
+
+def test_a_stochastic_network_is_repeatable_and_its_attacker_draws_other_noise(noisy_run: Path) -> None:
+    model, (x, y) = TorchModel.from_checkpoint(noisy_run), digits(8)
+    assert model.stochastic
+    assert np.array_equal(model(x), model(x))
+    attacker = model.attacker()
+    first, second = attacker(x, y), attacker(x, y)
+    assert not np.array_equal(first.gradient, second.gradient)
+    assert not np.array_equal(first.logits, model(x))
+    again = model.attacker()(x, y)
+    assert np.array_equal(again.gradient, first.gradient)
+
+
+def test_evaluation_of_a_checkpoint_adds_up(noisy_run: Path, run_dir: Path) -> None:
+    found = evaluate(noisy_run, limit=40, transfer=run_dir)
+    names = [row.name for row in found.rows]
+    strong = ["pgd-strong", "strong rate", "cw-l2", "worst"]
+    assert names == ["clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "transfer", *strong]
+    rows = {row.name: row for row in found.rows}
+    assert all(row.n == 40 for row in found.rows)
+    assert rows["worst"].score.correct <= min(
+        row.score.correct for row in found.rows if row.name not in ("gaussian", "cw-l2")
+    )
+    assert rows["cw-l2"].score.correct < rows["clean"].score.correct
+
+
+def test_a_stochastic_network_is_not_exported_yet(noisy_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="draws noise"):
+        export(noisy_run, tmp_path / "bundle")
+
+
+def test_a_bundle_evaluates_as_its_checkpoint_and_transfer_is_checked(bundle: Bundle, run_dir: Path) -> None:
+    report = validate(bundle, backend="onnxruntime-cpu", limit=50, transfer=run_dir)
+    rows = {row.name: row.reference for row in report.rows}
+    assert rows["transfer"] == next(
+        row.score for row in evaluate(run_dir, limit=50, transfer=run_dir).rows if row.name == "transfer"
+    )
+    assert [check.number for check in report.health] == [1, 2, 3, 7, 8, 9]
+
+
+def test_transfer_from_another_kind_of_network_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    done = mpdsgr("validate", bundle.path, "--transfer", tmp_path, "--report", tmp_path / "report")
+    assert_input_error(done, "checkpoint.json")
