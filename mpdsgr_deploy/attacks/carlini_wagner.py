@@ -14,7 +14,7 @@ def cw_l2(
     *,
     steps: int = 100,
     searches: int = 5,
-    lr: float = 0.01,
+    lr: float = 0.05,
     constant: float = 1.0,
 ) -> Array:
     """Adversarial images near x [B, C, H, W] in [0, 1] with classes y [B]; x itself where none was found.
