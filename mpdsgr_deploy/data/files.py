@@ -94,6 +94,6 @@ def read_inputs(inputs: Sequence[Path], shape: Shape) -> Iterator[tuple[list[str
         suffixes = IMAGE_SUFFIXES if images_wanted else {RECORDINGS}
         files = files_below(path, suffixes) if path.is_dir() else [path]
         if not files:
-            raise InputError(f"nothing to read in folder {path}; looked for {', '.join(sorted(suffixes))}")
+            raise InputError(f"no images in folder {path}; looked for {', '.join(sorted(suffixes))}")
         pixels = np.stack([read(file, shape) for file in files])
         yield [str(file) for file in files], to_unit(pixels)
