@@ -37,6 +37,7 @@ class Data(Section):
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
     crop_padding: Count = 4
     image_size: Count | None = None  # imagefolder only: shorter side resized to this, centre cropped
+    frames: Count | None = None  # n-mnist only: frames a recording is cut into; with encoding "frames" T equals it
 
 
 class Model(Section):
@@ -128,6 +129,13 @@ class Recipe(Section):
     defence: dict[str, dict[str, Any]] = Field(default_factory=dict)  # name -> settings, which the defence checks
     attack: Attack = Attack()
     validation: Validation = Validation()
+
+    @model_validator(mode="after")
+    def _one_frame_a_step(self) -> "Recipe":
+        T, frames = self.encoding.T, self.data.frames
+        if self.encoding.name == "frames" and frames not in (None, T):
+            raise ValueError(f"encoding 'frames' shows a frame a step, but encoding.T is {T} and data.frames {frames}")
+        return self
 
     @property
     def method(self) -> str:

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from mpdsgr_deploy.data import load_test, load_training
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, to_unit
 from mpdsgr_deploy.data.files import read_array, read_image, read_inputs
+from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Data
 
@@ -50,19 +52,132 @@ def test_unknown_data_set_names_the_known() -> None:
         load_test(Data(name="cifar-10"))
 
 
-def test_mnist_files_are_read(tmp_path: Path) -> None:
+def test_statistics_are_those_of_all_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2500, 2, 4, 4), np.uint8)
+    pixels[:, 1] //= 3
+    mean, std = Images(pixels, np.zeros(2500, np.int64), ("only",)).statistics()
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)) / 255, rel=1e-12)
+    assert std == pytest.approx(pixels.std((0, 2, 3)) / 255, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "first", "last"),
+    [("mnist", "MNIST", "0 - zero", "9 - nine"), ("fashion-mnist", "FashionMNIST", "T-shirt/top", "Ankle boot")],
+)
+def test_idx_files_are_read(name: str, place: str, first: str, last: str, tmp_path: Path) -> None:
     """Real IDX files, written here, through torchvision's own reader."""
-    folder = tmp_path / "MNIST" / "raw"
+    folder = tmp_path / place / "raw"
     folder.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8)
-    for prefix in ("train", "t10k"):
-        images = bytes([0, 0, 8, 3]) + np.array([5, 28, 28], ">i4").tobytes() + pixels.tobytes()
+    splits = {}
+    for seed, (prefix, count) in enumerate([("train", 20), ("t10k", 5)]):
+        draw = np.random.default_rng(seed)
+        pixels, classes = draw.integers(0, 256, (count, 28, 28), np.uint8), draw.integers(0, 10, count, np.uint8)
+        images = bytes([0, 0, 8, 3]) + np.array([count, 28, 28], ">i4").tobytes() + pixels.tobytes()
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(images)
-        labels = bytes([0, 0, 8, 1]) + np.array([5], ">i4").tobytes() + bytes([3, 1, 4, 1, 5])
+        labels = bytes([0, 0, 8, 1]) + np.array([count], ">i4").tobytes() + classes.tobytes()
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
-    found = load_test(Data(name="mnist", root=str(tmp_path)))
-    assert np.array_equal(found.pixels[:, 0], pixels)
-    assert found.classes.tolist() == [3, 1, 4, 1, 5]
+        splits[prefix] = pixels, classes
+    config = Data(name=name, root=str(tmp_path))
+    test = load_test(config)
+    assert np.array_equal(test.pixels[:, 0], splits["t10k"][0])
+    assert np.array_equal(test.classes, splits["t10k"][1])
+    assert (len(test.labels), test.labels[0], test.labels[-1]) == (10, first, last)
+    training, validation = load_training(config)
+    assert (len(training), len(validation)) == (18, 2)
+    assert keys(training.pixels) | keys(validation.pixels) == keys(splits["train"][0])
+
+
+def test_cifar100_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files in the format of the real ones; torchvision would compare them with the real ones' checksums."""
+    monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    names = [f"class{k}" for k in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), np.uint8)
+    for split in ("train", "test"):
+        content = {"data": pixels.reshape(20, -1), "fine_labels": list(range(80, 100))}
+        (folder / split).write_bytes(pickle.dumps(content))
+    found = load_test(Data(name="cifar100", root=str(tmp_path)))
+    assert np.array_equal(found.pixels, pixels)
+    assert found.classes.tolist() == list(range(80, 100))
+    assert found.labels == tuple(names)
+
+
+WORDS = {"n03": "crane", "n01": "goldfish, Carassius auratus", "n02": "crane"}  # in an order that is not the sorted one
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path: Path) -> Path:
+    """Three classes of ten training and two test images in the layout of the real data set; some images are grey."""
+    root = tmp_path / "tiny-imagenet-200"
+    draw = np.random.default_rng(0)
+
+    def picture(path: Path, grey: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (64, 64) if grey else (64, 64, 3), np.uint8)).save(path)
+
+    annotations = []
+    for wnid in WORDS:
+        for i in range(10):
+            picture(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", grey=i == 3)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t9\t9\n")
+    for i, wnid in enumerate(("n02", "n03", "n01", "n01", "n02", "n03")):
+        picture(root / "val" / "images" / f"val_{i}.JPEG", grey=i == 4)
+        annotations.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(annotations))
+    (root / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in WORDS))
+    (root / "words.txt").write_text("".join(f"{wnid}\t{words}\n" for wnid, words in {"n00": "entity", **WORDS}.items()))
+    return root
+
+
+def test_tiny_imagenet(tiny_imagenet: Path) -> None:
+    config = Data(name="tiny-imagenet", root=str(tiny_imagenet.parent))
+    test = load_test(config)
+    assert test.labels == ("goldfish, Carassius auratus", "crane (n02)", "crane (n03)")
+    assert test.classes.tolist() == [1, 2, 0, 0, 1, 2]
+    for i, pixels in enumerate(test.pixels):
+        decoded = Image.open(tiny_imagenet / "val" / "images" / f"val_{i}.JPEG").convert("RGB")
+        assert np.array_equal(pixels, np.asarray(decoded).transpose(2, 0, 1))
+    assert np.array_equal(test.pixels[4, 0], test.pixels[4, 2])
+    training, validation = load_training(config)
+    assert (len(training), len(validation), training.shape) == (27, 3, (3, 64, 64))
+    assert len(keys(np.concatenate([training.pixels, validation.pixels]))) == 30
+    assert np.bincount([*training.classes, *validation.classes]).tolist() == [10, 10, 10]
+    itself = load_test(Data(name="tiny-imagenet", root=str(tiny_imagenet)))
+    assert np.array_equal(itself.pixels, test.pixels)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "train", "expected"),
+    [
+        ("wnids.txt", None, False, "tiny-imagenet is not under"),
+        ("wnids.txt", b"", False, "wnids.txt is empty"),
+        ("wnids.txt", b"n01\nn02\nn03\nn09\n", False, "words.txt has no words for class 'n09'"),
+        ("words.txt", None, False, "cannot read .*words.txt"),
+        ("val/val_annotations.txt", None, False, "cannot read .*val_annotations.txt"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn01\nval_1.JPEG\tn09\t0\n", False, "line 2: 'n09' is none"),
+        ("val/val_annotations.txt", b"val_0.JPEG", False, "line 1: '' is none"),
+        ("val/images/val_3.JPEG", None, False, r"val_3\.JPEG: .*No such file"),
+        ("val/images/val_3.JPEG", 500, False, r"cannot decode image .*val_3\.JPEG"),
+        ("train/n02/images/n02_7.JPEG", 500, True, r"cannot decode image .*n02_7\.JPEG"),
+        ("train/n02/images", None, True, "no images under .*n02"),
+    ],
+)
+def test_a_damaged_tiny_imagenet_is_one_line(
+    tiny_imagenet: Path, file: str, content: bytes | int | None, train: bool, expected: str
+) -> None:
+    """content: what the file holds; how many bytes are left of it; None if it is missing."""
+    path = tiny_imagenet / file
+    if content is None:
+        path.rename(tiny_imagenet.parent / "elsewhere")
+    else:
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    config = Data(name="tiny-imagenet", root=str(tiny_imagenet.parent))
+    with pytest.raises(InputError, match=expected) as error:
+        (load_training if train else load_test)(config)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture

@@ -221,7 +221,7 @@ def test_runs_are_not_overwritten_nor_resumed_with_another_recipe(run_dir: Path,
 def test_mistakes_surface_before_processes_start_and_leave_the_directory_free(tmp_path: Path) -> None:
     two = {"devices": 2, "accelerator": "cpu", "batch_size": 64}
     for sections, expected in (
-        ({"model": {"name": "vgg12"}}, "did you mean 'vgg11'"),
+        ({"model": {"name": "vgg-11"}}, "did you mean 'vgg11'"),
         ({"defence": {"mpd-sgr": {"estimator": "exact"}}}, "unknown estimator 'exact'"),
         ({"data": {"name": "mnist", "root": str(tmp_path)}}, "download=True"),
     ):

@@ -31,8 +31,9 @@ SUFFIXES = (".csv", ".jsonl", ".npz")
 def command(bundle: Path, inputs: tuple[Path, ...], backend: str, precision: str, batch: int, out: Path | None) -> None:
     """Classify INPUTS with BUNDLE: images, folders of images, .npy or .npz arrays.
 
-    Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]; images are resized and centre cropped. CSV and JSON
-    lines hold the label and its probability, .npz the names, logits and class numbers.
+    Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]; images are resized and centre cropped. A network of
+    event frames takes .bin recordings in place of images. CSV and JSON lines hold the label and its probability, .npz
+    the names, logits and class numbers.
 
     \b
     Example:

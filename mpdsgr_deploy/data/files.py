@@ -1,6 +1,6 @@
 """Images and arrays from files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -8,19 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mpdsgr_deploy.data.images import to_unit
+from mpdsgr_deploy.data.events import RECORDINGS, read_frames
+from mpdsgr_deploy.data.images import Images, to_unit
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import track
 
+Shape = tuple[int, int, int]  # channels, height, width
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Every image file in a folder and its subfolders, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+def files_below(folder: Path, suffixes: set[str]) -> list[Path]:
+    """Every file with one of the suffixes in a folder and its subfolders, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
     """Decode to uint8 [C, H, W] = shape: resized to fill it, centre cropped; grey if C is 1, else RGB.
 
     Raises InputError for a file that is no image.
@@ -35,6 +38,21 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot decode image {path}: {error}") from None
     return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def read_labelled(
+    files: Sequence[tuple[Path, int]],
+    read: Callable[[Path, Shape], NDArray[np.uint8]],
+    *,
+    shape: Shape,
+    labels: tuple[str, ...],
+    name: str,
+) -> Images:
+    """Data set `name` from its files and their classes: `read(path, shape)` of each, in one array allocated once."""
+    pixels = np.empty((len(files), *shape), np.uint8)
+    for i, (path, _) in enumerate(track(files, f"reading {name}")):
+        pixels[i] = read(path, shape)
+    return Images(pixels, np.array([k for _, k in files], np.int64), labels)
 
 
 def read_array(path: Path) -> NDArray[np.float32]:
@@ -59,8 +77,13 @@ def read_array(path: Path) -> NDArray[np.float32]:
     return found
 
 
-def read_inputs(inputs: Sequence[Path], shape: tuple[int, int, int]) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-    """Names and images [N, *shape] of each input in turn: an image, a folder of images, or an array file."""
+def read_inputs(inputs: Sequence[Path], shape: Shape) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    """Names and images [N, *shape] of each input in turn: an image, a folder of images, or an array file.
+
+    A network whose input has other than 1 or 3 channels takes event recordings in place of images.
+    """
+    images_wanted = shape[0] in (1, 3)
+    read = read_image if images_wanted else read_frames
     for path in inputs:
         if not path.exists():
             raise InputError(f"{path} does not exist")
@@ -68,8 +91,9 @@ def read_inputs(inputs: Sequence[Path], shape: tuple[int, int, int]) -> Iterator
             images = read_array(path)
             yield [f"{path}[{i}]" for i in range(len(images))], images
             continue
-        files = images_below(path) if path.is_dir() else [path]
+        suffixes = IMAGE_SUFFIXES if images_wanted else {RECORDINGS}
+        files = files_below(path, suffixes) if path.is_dir() else [path]
         if not files:
-            raise InputError(f"no images in folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-        pixels = np.stack([read_image(file, shape) for file in files])
+            raise InputError(f"no images in folder {path}; looked for {', '.join(sorted(suffixes))}")
+        pixels = np.stack([read(file, shape) for file in files])
         yield [str(file) for file in files], to_unit(pixels)

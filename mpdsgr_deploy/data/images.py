@@ -47,7 +47,16 @@ class Images:
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel, in [0, 1] units."""
-        mean = [float(self.pixels[:, c].mean() / 255) for c in range(self.shape[0])]
-        # at least one grey level, so that a constant channel can be divided by its own
-        std = [max(1.0, float(self.pixels[:, c].std())) / 255 for c in range(self.shape[0])]
+        levels = np.arange(256)
+        mean, std = [], []
+        for c in range(self.shape[0]):
+            # by histograms of some images at a time: a float copy of a large data set would not fit into memory
+            counts = np.zeros(256, np.int64)
+            for start in range(0, len(self), 1000):
+                counts += np.bincount(self.pixels[start : start + 1000, c].ravel(), minlength=256)
+            average = counts @ levels / counts.sum()
+            deviation = np.sqrt(counts @ (levels - average) ** 2 / counts.sum())
+            mean.append(float(average) / 255)
+            # at least one grey level, so that a constant channel can be divided by its own
+            std.append(max(1.0, float(deviation)) / 255)
         return mean, std

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mpdsgr_deploy.data.files import images_below, read_image
+from mpdsgr_deploy.data.events import RECORDINGS, SIDE, read_frames
+from mpdsgr_deploy.data.files import IMAGE_SUFFIXES, files_below, read_image, read_labelled
 from mpdsgr_deploy.data.images import Images
+from mpdsgr_deploy.data.tiny_imagenet import tiny_imagenet
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.recipe import Data
@@ -49,11 +51,30 @@ def imagefolder(config: Data, train: bool) -> Images:
         raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels the images are brought to")
     folder = Path(config.root) / ("train" if train else "test")
     labels = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    files = [(path, k) for k, label in enumerate(labels) for path in images_below(folder / label)]
+    files = [(path, k) for k, label in enumerate(labels) for path in files_below(folder / label, IMAGE_SUFFIXES)]
     if not files:
         raise InputError(f"no images under {folder}; expected {folder}/CLASS/NAME.png, one folder a class")
-    pixels = np.stack([read_image(path, (3, config.image_size, config.image_size)) for path, _ in files])
-    return Images(pixels, np.array([k for _, k in files], np.int64), tuple(labels))
+    shape = (3, config.image_size, config.image_size)
+    return read_labelled(files, read_image, shape=shape, labels=tuple(labels), name=config.name)
+
+
+def n_mnist(config: Data, train: bool) -> Images:
+    """`root/Train/DIGIT/*.bin` and `root/Test/DIGIT/*.bin`: event recordings, each binned to data.frames frames."""
+    if config.frames is None:
+        raise InputError(f"data set {config.name!r} needs data.frames, how many frames a recording is cut into")
+    labels = tuple("0123456789")
+    files = []
+    for k, label in enumerate(labels):
+        folder = Path(config.root) / ("Train" if train else "Test") / label
+        found = files_below(folder, {RECORDINGS})
+        if not found:
+            raise InputError(
+                f"no recordings in {folder}; point data.root (or --root) to where Train.zip and Test.zip of "
+                f"{config.name} are unpacked (https://www.garrickorchard.com/datasets/n-mnist)"
+            )
+        files += [(path, k) for path in found]
+    shape = (2 * config.frames, SIDE, SIDE)
+    return read_labelled(files, read_frames, shape=shape, labels=labels, name=config.name)
 
 
 DATASETS: dict[str, Callable[[Data, bool], Images]] = {
@@ -63,6 +84,8 @@ DATASETS: dict[str, Callable[[Data, bool], Images]] = {
     "mnist": torchvision_set("MNIST"),
     "fashion-mnist": torchvision_set("FashionMNIST"),
     "imagefolder": imagefolder,
+    "tiny-imagenet": tiny_imagenet,
+    "n-mnist": n_mnist,
 }
 
 

@@ -103,6 +103,11 @@ def build_model(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
     return choose("model", MODELS, recipe.model.name)(recipe, shape, classes)
 
 
+def scaled(channels: int, recipe: Recipe) -> int:
+    """A layer's width at the recipe's width factor, at least 1."""
+    return max(1, round(channels * recipe.model.width))
+
+
 def make_neuron(recipe: Recipe) -> LIF:
     """The neuron a recipe describes."""
     config = recipe.neuron

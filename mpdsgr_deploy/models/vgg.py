@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.models.network import Shape, SpikingNet, make_encoding, make_neuron, make_norm, register
+from mpdsgr_deploy.models.network import Shape, SpikingNet, make_encoding, make_neuron, make_norm, register, scaled
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import SpikingLayer
 
 P = "P"  # AvgPool2d(2)
 VGG11_PLAN = (64, P, 128, 256, P, 512, 512, 512, P, 512, 512)
+VGG16_PLAN = (64, 64, P, 128, 128, P, 256, 256, 256, P, 512, 512, 512, P, 512, 512, 512, P)
 
 
 def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str], hidden: Sequence[int]) -> SpikingNet:
@@ -53,15 +54,16 @@ def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str]
     return SpikingNet(recipe, shape, encode=encode, body=body, readout=nn.Linear(fan_in, classes))
 
 
-def scaled(channels: int, recipe: Recipe) -> int:
-    """A layer's width at the recipe's width factor, at least 1."""
-    return max(1, round(channels * recipe.model.width))
-
-
 @register("vgg11")
 def vgg11(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
     """VGG11 of the SNN-RAT family: 8 convolutions and 2 hidden layers of 4096; 61.4 M parameters at 32x32, K = 10."""
     return vgg(recipe, shape, classes, plan=VGG11_PLAN, hidden=(4096, 4096))
+
+
+@register("vgg16")
+def vgg16(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
+    """VGG16 of the SNN-RAT family: 13 convolutions and 2 hidden layers of 4096, for 64x64 (at least 32x32) images."""
+    return vgg(recipe, shape, classes, plan=VGG16_PLAN, hidden=(4096, 4096))
 
 
 @register("vgg-small")

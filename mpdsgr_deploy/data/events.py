@@ -1,0 +1,83 @@
+"""Event cameras: recordings in the file format of N-MNIST (Orchard et al., arXiv 1507.07629), binned to frames.
+
+A file is a sequence of records of 40 bits, big-endian, and nothing else:
+
+    x 8 bits | y 8 bits | polarity 1 bit (0 off, 1 on) | time 23 bits, in microseconds
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError
+
+RECORDINGS = ".bin"
+SIDE = 34  # pixels
+RECORD = 5  # bytes
+# A record of this y is no event: the camera's clock has wrapped, what follows is later by this much, as in the readers
+# the data set's authors give out. The 23 bits alone last 8.4 s and so do not wrap within a recording of 0.3 s.
+WRAPPED, CLOCK = 240, 2**13
+# Counts above this are cut: few pixels fire more often within a frame, and one that flickers must not set the scale.
+# A divisor of 255, so that every count is a whole number of grey levels.
+COUNT_CAP = 5
+
+
+class Events(NamedTuple):
+    """x and y in [0, 34), polarity in {0, 1}, t >= 0 in microseconds: int64 [E >= 1] each."""
+
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    polarity: NDArray[np.int64]
+    t: NDArray[np.int64]
+
+
+def read_events(path: Path) -> Events:
+    """The events of a recording, in the order of the file.
+
+    Raises InputError for a file that cannot be read, is cut off, has no events, or has some outside the 34x34 pixels.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) % RECORD:
+        raise InputError(f"{path} is cut off: its {len(data)} bytes are no multiple of {RECORD}; copy it again")
+    x, y, high, middle, low = np.frombuffer(data, np.uint8).reshape(-1, RECORD).T.astype(np.int64)
+    t = (high & 0x7F) << 16 | middle << 8 | low
+    wraps = y == WRAPPED
+    t += CLOCK * np.cumsum(wraps)
+    events = Events(*(values[~wraps] for values in (x, y, high >> 7, t)))
+    if not len(events.t):
+        raise InputError(f"{path} holds no events; copy it again or remove it")
+    if max(events.x.max(), events.y.max()) >= SIDE:
+        raise InputError(
+            f"{path} has an event at x = {events.x.max()} or y = {events.y.max()}, outside {SIDE}x{SIDE} pixels; "
+            f"it is no N-MNIST recording"
+        )
+    return events
+
+
+def to_frames(events: Events, T: int) -> NDArray[np.uint8]:
+    """Count the events of each pixel and polarity in T frames of equal duration, first event to last.
+
+    Returns [T * 2, 34, 34], channel 2 t + polarity: counts up to COUNT_CAP, scaled to 0..255.
+    """
+    since = events.t - events.t.min()
+    frame = since * T // (since.max() + 1)
+    shape = (T * 2, SIDE, SIDE)
+    cells = np.ravel_multi_index((2 * frame + events.polarity, events.y, events.x), shape)
+    counts = np.bincount(cells, minlength=T * 2 * SIDE * SIDE).reshape(shape)
+    return (np.minimum(counts, COUNT_CAP) * (255 // COUNT_CAP)).astype(np.uint8)
+
+
+def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """A recording as the frames uint8 [2 T, 34, 34] = shape. Raises InputError for another shape or a damaged file."""
+    channels, *size = shape
+    if path.suffix != RECORDINGS or channels % 2 or size != [SIDE, SIDE]:
+        raise InputError(
+            f"{path}: a network of input {list(shape)} takes arrays, or {RECORDINGS} recordings where that is "
+            f"[2 T, {SIDE}, {SIDE}]"
+        )
+    return to_frames(read_events(path), channels // 2)
