@@ -23,9 +23,10 @@ Shape = tuple[int, ...]
 class Step(NamedTuple):
     """One training step as a defence's loss sees it.
 
-    `forward` is the network as it trains (precision, devices, noise), images [B, C, H, W] to float32 logits [B, K];
-    `x` the images the step trains on, `clean` the same before any attack, `logits` and `traces` what `forward`
-    answered on x and what its layers did meanwhile.
+    `x` are the images the step trains on [B, C, H, W], `clean` the same before any attack (x itself if there is none),
+    `logits` [B, K] and `traces` what the network answered on x and what its layers did meanwhile. `forward` asks it
+    about other images: in the same mode, precision and noise, so that answers differ by the images alone, and without
+    a trace in the running statistics.
     """
 
     forward: Callable[[Tensor, Observer | None], Tensor]

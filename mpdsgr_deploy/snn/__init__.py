@@ -5,7 +5,7 @@ from mpdsgr_deploy.snn.layer import Observer, SpikingLayer, Temporal, Trace, fol
 from mpdsgr_deploy.snn.neuron import LIF, LIFState, lif, lif_step
 from mpdsgr_deploy.snn.noise import Noise
 from mpdsgr_deploy.snn.surrogate import SURROGATES, Surrogate
-from mpdsgr_deploy.snn.tdbn import TdBN
+from mpdsgr_deploy.snn.tdbn import TdBN, frozen_statistics
 
 __all__ = [
     "LIF",
@@ -20,6 +20,7 @@ __all__ = [
     "Temporal",
     "Trace",
     "fold_time",
+    "frozen_statistics",
     "lif",
     "lif_step",
 ]
