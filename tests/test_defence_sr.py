@@ -94,7 +94,7 @@ def test_a_stochastic_network_is_compared_under_the_same_noise() -> None:
 
 
 def test_two_processes_exchange_the_gradients_of_every_pass(tmp_path: Path) -> None:
-    """Several passes before one backward pass, which DDP's own forward would not survive."""
+    """Several passes through DDP before one backward pass."""
     overrides = {"training.epochs": 1, "training.devices": 2, "training.accelerator": "cpu", "encoding.T": 2}
     overrides |= {"model.width": 0.25, "defence.sr.lam": 0.01, "defence.at.eps": 0.05, "data.train_images": 260}
     arguments = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]

@@ -15,7 +15,7 @@ from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import Section, parse
-from mpdsgr_deploy.snn import Observer, Trace
+from mpdsgr_deploy.snn import LIF, Observer, SpikingLayer, Trace
 
 Shape = tuple[int, ...]
 
@@ -120,6 +120,17 @@ def build_defended(recipe: Recipe, shape: tuple[int, int, int], classes: int) ->
     for defence in defences:
         defence.adapt(model, shapes)
     return model, defences
+
+
+def replace_neurons(model: SpikingNet, derive: Callable[[SpikingLayer], LIF]) -> None:
+    """Give every spiking layer the neuron that `derive` makes for it.
+
+    Raises InputError if another defence has replaced them already: of two that change the neurons one would be lost.
+    """
+    for layer in model.layers():
+        if type(layer.neuron) is not LIF:
+            raise InputError("two defences change the neurons, and the second would undo the first; keep one of them")
+        layer.neuron = derive(layer)
 
 
 def neuron_shapes(model: SpikingNet, shape: tuple[int, int, int]) -> dict[str, Shape]:

@@ -24,9 +24,10 @@ class Settings(Section):
 class SparseGradients(Defence[Settings]):
     """Two forward passes more a step: one for v, of which only the input gradient is computed, and one at x + h v.
 
-    Both run as the network trains, normalised by their own batch: f(x) is taken from the step's logits, and in another
-    mode the difference of the modes, divided by h, would drown the derivative. `Step.forward` keeps them out of the
-    running statistics.
+    Both run in train mode, normalised by their own batch, as in the authors' code: f(x) is taken from the step's
+    logits, and next to a pass in eval mode the difference of the modes, divided by h, would drown the derivative.
+    (Besides, DDP overwrites the running statistics at every pass, on which only the graph of one in eval mode depends.)
+    `Step.forward` keeps both out of the running statistics.
     """
 
     def term(self, step: Step) -> Term:

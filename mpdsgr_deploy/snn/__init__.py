@@ -2,7 +2,7 @@
 
 from mpdsgr_deploy.snn.encoding import Encoding
 from mpdsgr_deploy.snn.layer import Observer, SpikingLayer, Temporal, Trace, fold_time
-from mpdsgr_deploy.snn.neuron import LIF, LIFState, lif, lif_step
+from mpdsgr_deploy.snn.neuron import LIF, DerivedLIF, LIFState, lif, lif_step
 from mpdsgr_deploy.snn.noise import Noise
 from mpdsgr_deploy.snn.surrogate import SURROGATES, Surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN, frozen_statistics
@@ -10,6 +10,7 @@ from mpdsgr_deploy.snn.tdbn import TdBN, frozen_statistics
 __all__ = [
     "LIF",
     "SURROGATES",
+    "DerivedLIF",
     "Encoding",
     "LIFState",
     "Noise",

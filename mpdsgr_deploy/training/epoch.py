@@ -84,18 +84,16 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
 
     seed = int(torch.randint(2**62, (), generator=draw))
 
-    def run(model: Any, x: Tensor, observe: Observer | None) -> Tensor:
-        return model(x, observe, torch.Generator().manual_seed(seed)).float()
-
     def forward(x: Tensor, observe: Observer | None = None) -> Tensor:
-        # the bare network: DDP's would broadcast the running statistics, which the graph of `logits` has saved.
-        # Gradients are exchanged all the same, for DDP waits at the parameters.
-        with learner.fabric.autocast(), frozen_statistics(learner.model):
-            return run(learner.model, x, observe)
+        return learner.wrapped(x, observe, torch.Generator().manual_seed(seed)).float()
+
+    def forward_again(x: Tensor, observe: Observer | None = None) -> Tensor:
+        with frozen_statistics(learner.model):
+            return forward(x, observe)
 
     traces: list[Trace] = []
-    logits = run(learner.wrapped, x, traces.append)
-    step = Step(forward, x, y, clean, logits, traces, epoch, draw)
+    logits = forward(x, traces.append)
+    step = Step(forward_again, x, y, clean, logits, traces, epoch, draw)
     loss = cross_entropy = F.cross_entropy(logits, y)
     measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
     for defence in learner.defences:
