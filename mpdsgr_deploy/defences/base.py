@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
@@ -63,6 +63,10 @@ class Defence(Generic[S]):
 
     def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
         """Change a freshly built model. `shapes` has each spiking layer's neurons [C, ...] by the layer's name."""
+
+    def undecayed(self, model: SpikingNet) -> list[nn.Parameter]:
+        """The parameters that the optimiser's weight decay leaves alone."""
+        return []
 
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         """The images a step trains on in place of x [B, C, H, W] in [0, 1]; x itself unless the defence attacks."""
