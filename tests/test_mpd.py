@@ -31,7 +31,7 @@ def simulate(
     torch.nn.init.constant_(norm.bias, beta)
     with torch.no_grad():
         _, states = neuron(current)
-    return Trace("layer", norm, neuron, states)
+    return Trace("layer", norm, neuron, states, current)
 
 
 def test_leak_sum_is_the_geometric_series() -> None:
@@ -89,8 +89,9 @@ def layer_with_gradients() -> tuple[Trace, TdBN, torch.Tensor]:
     torch.manual_seed(0)
     norm, neuron = TdBN(3, v_threshold=1.0), LIF(tau=0.5, surrogate=triangle())
     weights = torch.randn(4, 16, 3, 5, 5, requires_grad=True)
-    _, states = neuron(norm(weights.flatten(0, 1)).unflatten(0, (4, 16)))
-    return Trace("layer", norm, neuron, states), norm, weights
+    current = norm(weights.flatten(0, 1)).unflatten(0, (4, 16))
+    _, states = neuron(current)
+    return Trace("layer", norm, neuron, states, current), norm, weights
 
 
 def test_theorem_reaches_lambda_and_beta_only() -> None:
@@ -112,7 +113,7 @@ def test_empirical_moments_and_gradient_against_autograd() -> None:
     neuron = LIF(v_threshold=1.0, surrogate=triangle())
     from mpdsgr_deploy.snn import LIFState
 
-    found = empirical(Trace("layer", None, neuron, [LIFState(x, x) for x in u]))
+    found = empirical(Trace("layer", None, neuron, [LIFState(x, x) for x in u], torch.stack(u)))
     coefficients = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(1))
     (coefficients[0] * found.mu + coefficients[1] * found.sigma).sum().backward()
     for t, x in enumerate(u):
@@ -129,7 +130,7 @@ def test_a_silent_constant_channel_has_finite_gradients() -> None:
     neuron = LIF(surrogate=triangle())
     from mpdsgr_deploy.snn import LIFState
 
-    omega = overlap(empirical(Trace("layer", None, neuron, [LIFState(u, u)])), 0.5).mean()
+    omega = overlap(empirical(Trace("layer", None, neuron, [LIFState(u, u)], u[None])), 0.5).mean()
     omega.backward()
     assert omega.item() == 0
     assert torch.isfinite(u.grad).all()

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import Section, parse
-from mpdsgr_deploy.snn import Observer, Trace
+from mpdsgr_deploy.snn import LIF, Observer, SpikingLayer, Trace
 
 Shape = tuple[int, ...]
 
@@ -23,9 +23,10 @@ Shape = tuple[int, ...]
 class Step(NamedTuple):
     """One training step as a defence's loss sees it.
 
-    `forward` is the network as it trains (precision, devices, noise), images [B, C, H, W] to float32 logits [B, K];
-    `x` the images the step trains on, `clean` the same before any attack, `logits` and `traces` what `forward`
-    answered on x and what its layers did meanwhile.
+    `x` are the images the step trains on [B, C, H, W], `clean` the same before any attack (x itself if there is none),
+    `logits` [B, K] and `traces` what the network answered on x and what its layers did meanwhile. `forward` asks it
+    about other images: in the same mode, precision and noise, so that answers differ by the images alone, and without
+    a trace in the running statistics.
     """
 
     forward: Callable[[Tensor, Observer | None], Tensor]
@@ -62,6 +63,10 @@ class Defence(Generic[S]):
 
     def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
         """Change a freshly built model. `shapes` has each spiking layer's neurons [C, ...] by the layer's name."""
+
+    def undecayed(self, model: SpikingNet) -> list[nn.Parameter]:
+        """The parameters that the optimiser's weight decay leaves alone."""
+        return []
 
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         """The images a step trains on in place of x [B, C, H, W] in [0, 1]; x itself unless the defence attacks."""
@@ -119,6 +124,17 @@ def build_defended(recipe: Recipe, shape: tuple[int, int, int], classes: int) ->
     for defence in defences:
         defence.adapt(model, shapes)
     return model, defences
+
+
+def replace_neurons(model: SpikingNet, derive: Callable[[SpikingLayer], LIF]) -> None:
+    """Give every spiking layer the neuron that `derive` makes for it.
+
+    Raises InputError if another defence has replaced them already: of two that change the neurons one would be lost.
+    """
+    for layer in model.layers():
+        if type(layer.neuron) is not LIF:
+            raise InputError("two defences change the neurons, and the second would undo the first; keep one of them")
+        layer.neuron = derive(layer)
 
 
 def neuron_shapes(model: SpikingNet, shape: tuple[int, int, int]) -> dict[str, Shape]:

@@ -2,14 +2,15 @@
 
 from mpdsgr_deploy.snn.encoding import Encoding
 from mpdsgr_deploy.snn.layer import Observer, SpikingLayer, Temporal, Trace, fold_time
-from mpdsgr_deploy.snn.neuron import LIF, LIFState, lif, lif_step
+from mpdsgr_deploy.snn.neuron import LIF, DerivedLIF, LIFState, lif, lif_step
 from mpdsgr_deploy.snn.noise import Noise
 from mpdsgr_deploy.snn.surrogate import SURROGATES, Surrogate
-from mpdsgr_deploy.snn.tdbn import TdBN
+from mpdsgr_deploy.snn.tdbn import TdBN, frozen_statistics
 
 __all__ = [
     "LIF",
     "SURROGATES",
+    "DerivedLIF",
     "Encoding",
     "LIFState",
     "Noise",
@@ -20,6 +21,7 @@ __all__ = [
     "Temporal",
     "Trace",
     "fold_time",
+    "frozen_statistics",
     "lif",
     "lif_step",
 ]

@@ -14,12 +14,15 @@ from mpdsgr_deploy.snn.noise import Noise
 
 
 class Trace(NamedTuple):
-    """What one layer did in one forward pass: its T states, each u and spikes [B, C, ...]."""
+    """What one layer did in one forward pass: its T states, each u and spikes [B, C, ...], and the current
+    [T, B, C, ...] that drove them (kept anyway: at rest the first u is a view of it).
+    """
 
     layer: str
     norm: nn.Module | None
     neuron: LIF
     states: list[LIFState]
+    current: Tensor
 
 
 Observer = Callable[[Trace], None]
@@ -54,7 +57,8 @@ class SpikingLayer(Temporal):
 
     def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
         """Spikes or encoded input [T, B, ...] to spikes [T, B, C, ...]."""
-        spikes, states = self.neuron(fold_time(self._current, x), noise=noise)
+        current = fold_time(self._current, x)
+        spikes, states = self.neuron(current, noise=noise)
         if observe is not None:
-            observe(Trace(self.name, self.norm, self.neuron, states))
+            observe(Trace(self.name, self.norm, self.neuron, states, current))
         return spikes

@@ -59,7 +59,7 @@ def lif(
     """
     states = []
     for t, step in enumerate(current.unbind(0)):
-        leak = tau[t] if isinstance(tau, Tensor) else tau
+        leak = tau[t].to(step) if isinstance(tau, Tensor) else tau  # to: its dtype under mixed precision
         state = lif_step(step, state, tau=leak, v_threshold=v_threshold, reset=reset, surrogate=surrogate)
         states.append(state)
     return states
@@ -101,3 +101,10 @@ class LIF(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}, v_threshold={self.v_threshold}, reset={self.reset}, surrogate={self.surrogate.name}"
+
+
+class DerivedLIF(LIF):
+    """What a defence makes of a neuron: the constants are those of `lif`, the subclass adds what is learned."""
+
+    def __init__(self, lif: LIF) -> None:
+        super().__init__(tau=lif.tau, v_threshold=lif.v_threshold, reset=lif.reset, surrogate=lif.surrogate)

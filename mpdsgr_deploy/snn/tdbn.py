@@ -1,5 +1,8 @@
 """Threshold-dependent batch normalisation (tdBN, Zheng et al., arXiv 2011.05280)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,3 +48,21 @@ class TdBN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, alpha={self.alpha}, v_threshold={self.v_threshold}"
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Forward passes in here leave the running statistics of tdBN and batch normalisation as they are.
+
+    In train mode a batch is still normalised by its own statistics: they merely enter with momentum 0. (Restoring the
+    buffers afterwards would invalidate every graph that saved them.)
+    """
+    norms = [module for module in model.modules() if isinstance(module, TdBN | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -16,7 +16,7 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import LayerStatistics, observe_layers
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import Observer, Trace
+from mpdsgr_deploy.snn import Observer, Trace, frozen_statistics
 
 Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
@@ -82,12 +82,18 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
     clean = to_unit(pixels)
     x = learner.attacked(clean, y, draw)
 
+    seed = int(torch.randint(2**62, (), generator=draw))
+
     def forward(x: Tensor, observe: Observer | None = None) -> Tensor:
-        return learner.wrapped(x, observe, draw).float()
+        return learner.wrapped(x, observe, torch.Generator().manual_seed(seed)).float()
+
+    def forward_again(x: Tensor, observe: Observer | None = None) -> Tensor:
+        with frozen_statistics(learner.model):
+            return forward(x, observe)
 
     traces: list[Trace] = []
     logits = forward(x, traces.append)
-    step = Step(forward, x, y, clean, logits, traces, epoch, draw)
+    step = Step(forward_again, x, y, clean, logits, traces, epoch, draw)
     loss = cross_entropy = F.cross_entropy(logits, y)
     measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
     for defence in learner.defences:

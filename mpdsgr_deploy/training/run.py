@@ -149,9 +149,12 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
     model, defences = build_defended(recipe, training.shape, len(training.labels))
     model.normalize.set(*training.statistics())
     model = model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-    plain = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    undecayed = [p for defence in defences for p in defence.undecayed(model)]
+    spared = {id(p) for p in undecayed}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in spared]}]
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
+    plain = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     wrapped, optimizer = fabric.setup(model, plain)
     return Learner(fabric, recipe, wrapped, model, defences, optimizer)
 

@@ -1,0 +1,68 @@
+"""Dynamic LIF neurons and a stable response to perturbation (DLIF; Ding et al., arXiv 2405.20694, ICML 2024).
+
+Every layer learns an input gain a_t for each step, U_t = tau U_{t-1} (1 - O_{t-1}) + a_t I_t, and the loss gains
+
+    rho * mean(Y^2),   Y_t = tau_y Y_{t-1} + (I_clean,t - I_perturbed,t),   Y_0 = 0
+
+with the currents I of the last spiking layer, before their gain. The mean is over steps, images and neurons.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from mpdsgr_deploy.defences.base import Defence, Shape, Step, Term, register, replace_neurons
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.schema import NonNegative, Section, UnitInterval
+from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise, Trace
+
+
+class Settings(Section):
+    """The weight rho of the loss, which needs images under attack ([defence.at]), and its leak tau_y."""
+
+    rho: NonNegative = 1.0
+    tau: UnitInterval = 0.99
+
+
+class DynamicLIF(DerivedLIF):
+    """LIF with a learned input gain per step, `gain` [T], 1 at the start."""
+
+    time_invariant = False
+
+    def __init__(self, lif: LIF, T: int) -> None:
+        super().__init__(lif)
+        self.gain = nn.Parameter(torch.ones(T))
+
+    def forward(
+        self, current: Tensor, state: LIFState | None = None, noise: Noise = None
+    ) -> tuple[Tensor, list[LIFState]]:
+        """As LIF; the current must have T steps, for the gains count from the first."""
+        gain = self.gain.to(current).view(-1, *[1] * (current.dim() - 1))
+        return super().forward(gain * current, state, noise)
+
+
+@register("dlif", Settings)
+class DynamicNeurons(Defence[Settings]):
+    """Learned input gains, and the loss where an attack perturbs the images: one pass more, without a graph."""
+
+    def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
+        replace_neurons(model, lambda layer: DynamicLIF(layer.neuron, model.T))
+
+    def term(self, step: Step) -> Term | None:
+        if step.x is step.clean or not self.settings.rho:
+            return None
+        last: deque[Trace] = deque(maxlen=1)
+        with torch.no_grad():  # the clean response is what the perturbed one is drawn to
+            step.forward(step.clean, last.append)
+        perturbation = last[0].current - step.traces[-1].current
+        return Term("perturbation", self.settings.rho, leaky_integral(perturbation, self.settings.tau).square().mean())
+
+
+def leaky_integral(x: Tensor, tau: float) -> Tensor:
+    """Y_t = tau Y_{t-1} + x_t for x [T, ...], from Y_0 = 0; float32 [T, ...]."""
+    total, totals = torch.zeros_like(x[0], dtype=torch.float32), []
+    for step in x.float():
+        total = tau * total + step
+        totals.append(total)
+    return torch.stack(totals)

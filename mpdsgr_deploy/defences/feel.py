@@ -1,0 +1,53 @@
+"""FEEL-SNN (Xu et al., NeurIPS 2024): frequency encoding and an evolutionary leak.
+
+The encoding is `encoding.name = "frequency"`, which shows ever lower frequencies of the image from step to step; this
+file holds the leak: every neuron learns one of its own for every step, U_t = leak_t U_{t-1} (1 - O_{t-1}) + I_t.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mpdsgr_deploy.defences.base import Defence, Shape, register, replace_neurons
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import NonNegative, Section
+from mpdsgr_deploy.snn import LIF, DerivedLIF
+
+
+class Settings(Section):
+    """What every leak starts at, whatever neuron.tau; 1 is the authors'."""
+
+    init: NonNegative = 1.0
+
+
+class LeakyLIF(DerivedLIF):
+    """LIF with a learned leak per step and neuron, `leaks` [T, C, ...].
+
+    Nothing keeps a leak in [0, 1], as nothing does in the authors' code; weight decay pulls it down like any other
+    parameter. The first step starts at rest, so that leaks[0] meets only a state that was handed in.
+    """
+
+    time_invariant = False
+
+    def __init__(self, lif: LIF, T: int, shape: Shape, init: float) -> None:
+        super().__init__(lif)
+        self.leaks = nn.Parameter(torch.full((T, *shape), init))
+
+    @property
+    def leak(self) -> Tensor:
+        """The learned leaks [T, C, ...]."""
+        return self.leaks
+
+
+@register("feel", Settings)
+class FEEL(Defence[Settings]):
+    """Learned leaks, on images encoded by frequency."""
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.encoding.name != "frequency":
+            raise InputError(f"feel encodes by frequency, not {recipe.encoding.name}; set encoding.name = 'frequency'")
+
+    def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
+        init = self.settings.init
+        replace_neurons(model, lambda layer: LeakyLIF(layer.neuron, model.T, shapes[layer.name], init))

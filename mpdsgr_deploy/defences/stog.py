@@ -1,0 +1,96 @@
+"""Stochastic gating (StoG; Ding et al., AAAI 2024): each spike passes a gate that is open with a learned probability.
+
+A layer hands on O_t * G_t with G_t ~ Bernoulli(p), drawn anew for every step, image and neuron, in training and at
+test time; p in [0.1, 1] is learned per neuron. The membrane does not see its gate: reset follows the ungated spikes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpdsgr_deploy.defences.base import Defence, Shape, Step, Term, register, replace_neurons
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section
+from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise
+from mpdsgr_deploy.snn.noise import uniform
+
+LOWEST = 0.1  # p stays in [LOWEST, 1]
+EDGE = 1e-3  # the relaxation sees p in [EDGE, 1 - EDGE], where its log-odds are finite
+
+
+class Settings(Section):
+    """The temperature of the relaxed gate; the weight of the prior, and for how many epochs it acts and p learns."""
+
+    temperature: Positive = 0.5
+    prior: NonNegative = 5e-6
+    epochs: Count = 100
+
+
+class GatedLIF(DerivedLIF):
+    """LIF with a gate behind each neuron; `p` [C, ...] is the probability that it is open.
+
+    p is a plain parameter that the defence moves back into [0.1, 1] after every step; the authors clamp it in the
+    forward pass. It starts at 1 as theirs does, a network without gates; up there the gate has no gradient, and it is
+    the prior that first moves p.
+    """
+
+    stochastic = True
+
+    def __init__(self, lif: LIF, shape: Shape, temperature: float) -> None:
+        super().__init__(lif)
+        self.p = nn.Parameter(torch.ones(shape))
+        self.temperature = temperature
+
+    def forward(
+        self, current: Tensor, state: LIFState | None = None, noise: Noise = None
+    ) -> tuple[Tensor, list[LIFState]]:
+        """Gated spikes [T, B, ...], and the T states of the ungated membrane."""
+        spikes, states = super().forward(current, state, noise)
+        u = uniform(len(spikes), spikes[0].float(), noise)
+        gates = relaxed_gate(self.p, u, self.temperature) if self.training else (u < self.p).float()
+        return spikes * gates.to(spikes), states
+
+
+def relaxed_gate(p: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """Binary concrete gates in [0, 1] (Maddison et al., arXiv 1611.00712), differentiable in p.
+
+    u ~ U(0, 1), any shape that p broadcasts to. As the temperature falls to 0 they become [u > 1 - p] ~ Bernoulli(p).
+    """
+    return torch.sigmoid((torch.logit(p, EDGE) + torch.logit(u)) / temperature)
+
+
+@register("stog", Settings)
+class StochasticGating(Defence[Settings]):
+    """Gates behind every neuron, relaxed in training and 0 or 1 at test time, and a prior that closes them.
+
+    An attack's gradient passes where the gates it drew are open: the gate is a factor that does not depend on the
+    image. To average over draws is the attack's part (EOT).
+    """
+
+    learning = True  # False once the prior has acted for its epochs: then p stays, as in the authors' code
+
+    def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
+        temperature = self.settings.temperature
+        replace_neurons(model, lambda layer: GatedLIF(layer.neuron, shapes[layer.name], temperature))
+        for p in self.undecayed(model):
+            # not requires_grad = False: DDP waits for the gradient of every parameter that had one at the start
+            p.register_hook(lambda gradient: gradient if self.learning else torch.zeros_like(gradient))
+
+    def undecayed(self, model: SpikingNet) -> list[nn.Parameter]:
+        """Every p: weight decay would be a second prior, a hundred times as strong."""
+        return [layer.neuron.p for layer in model.layers() if isinstance(layer.neuron, GatedLIF)]
+
+    def term(self, step: Step) -> Term | None:
+        if not self.learning:
+            return None
+        squares = [trace.neuron.p.square().sum() for trace in step.traces if isinstance(trace.neuron, GatedLIF)]
+        return Term("gate_prior", self.settings.prior, 0.5 * torch.stack(squares).sum())
+
+    @torch.no_grad()
+    def after_step(self, model: SpikingNet, draw: torch.Generator) -> None:
+        for p in self.undecayed(model):
+            p.clamp_(LOWEST, 1)
+
+    def begin_epoch(self, history: list[dict[str, Any]]) -> None:
+        self.learning = len(history) < self.settings.epochs
