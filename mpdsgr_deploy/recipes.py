@@ -34,7 +34,7 @@ def shipped(stage: str) -> Path:
 
 def built_in_recipes() -> dict[str, Path]:
     """Name to file of every recipe that ships."""
-    return {path.stem: path for path in sorted(shipped("train").glob("recipes/*.toml"))}
+    return {path.stem: path for path in sorted(shipped("train").glob("recipes/*.toml"), key=lambda p: p.stem)}
 
 
 def find_recipe(name: str) -> Path:
