@@ -1,11 +1,29 @@
 """The recipes and build profiles that ship with the package: the folders `train/`, `export/` and `serve/`."""
 
+from itertools import takewhile
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.recipe import read_extended
+from mpdsgr_deploy.schema import Number, Section, parse, read_toml, to_toml
 
 PACKAGE = Path(__file__).parent
+Percent = Annotated[Number, Field(ge=0, le=100)]
+
+
+class Published(Section):
+    """Accuracies in % that a paper states for a recipe, and where it states them."""
+
+    table: str
+    clean: Percent | None = None
+    gaussian: Percent | None = None
+    fgsm: Percent | None = None
+    pgd: Percent | None = None
+    bim: Percent | None = None
 
 
 def shipped(stage: str) -> Path:
@@ -16,7 +34,7 @@ def shipped(stage: str) -> Path:
 
 def built_in_recipes() -> dict[str, Path]:
     """Name to file of every recipe that ships."""
-    return {path.stem: path for path in sorted(shipped("train").glob("recipes/*.toml"))}
+    return {path.stem: path for path in sorted(shipped("train").glob("recipes/*.toml"), key=lambda p: p.stem)}
 
 
 def find_recipe(name: str) -> Path:
@@ -33,3 +51,21 @@ def title(path: Path) -> str:
     """What a recipe is, in its own words: the comment on its first line."""
     with path.open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
+
+
+def published(path: Path) -> Published | None:
+    """The figures in a recipe's own table [published], if it has one. Raises InputError for wrong keys or ranges."""
+    values = read_toml(path).get("published")
+    return None if values is None else parse(Published, values, f"{path}: [published]")
+
+
+def flattened(path: Path) -> str:
+    """A recipe as one file that needs no other: its opening comment, then what it and those it extends set.
+
+    Published figures stay behind: they are those of the recipe as it ships, not of an edited copy.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = "\n".join(takewhile(lambda line: line.startswith("#"), lines))
+    values = read_extended(path)
+    values.pop("published", None)
+    return f"{comment}\n\n{to_toml(values)}"

@@ -44,6 +44,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a TOML file: {error}") from None
 
 
+def to_toml(values: dict[str, Any], table: str = "") -> str:
+    """Nested tables of strings, numbers, booleans and lists of these as TOML; `table` is the name of the outermost."""
+    own = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    blocks = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in own.items()]
+    head = f"[{table}]\n" if table and (own or not values) else ""
+    parts = [head + "".join(blocks)] if head or own else []
+    inner = {key: value for key, value in values.items() if key not in own}
+    return "\n".join(parts + [to_toml(value, f"{table}.{key}" if table else key) for key, value in inner.items()])
+
+
 def read_json(path: Path, *, otherwise: str) -> Any:
     """The content of a JSON file of ours. Raises InputError, ending in `otherwise`, if it is missing or damaged."""
     try:

@@ -124,7 +124,8 @@ def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Pat
     assert "mpdsgr-deploy[gpu]" in doctor["backends"]["onnxruntime-cuda"]
     assert "[train]" in mpdsgr("doctor").stdout
     listed = json.loads(mpdsgr("recipes", "--json").stdout)
-    assert listed["digits-mpdsgr"].startswith("MPD-SGR")
+    assert listed["digits-mpdsgr"] == {"title": "MPD-SGR on the digits.", "published": None}
+    assert listed["cifar10-vgg11-mpdsgr"]["published"]["fgsm"] == 47.59
     assert mpdsgr("recipes", "--copy", "digits-reg", cwd=tmp_path).returncode == 0
     assert (tmp_path / "digits-reg.toml").read_text().startswith("#")
     assert_input_error(mpdsgr("recipes", "--copy", "digits-reg", cwd=tmp_path), "already exists")

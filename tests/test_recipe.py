@@ -4,7 +4,8 @@ import pytest
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe, load_recipe
-from mpdsgr_deploy.recipes import built_in_recipes, find_recipe, title
+from mpdsgr_deploy.recipes import built_in_recipes, find_recipe, flattened, published, title
+from mpdsgr_deploy.schema import read_toml, to_toml
 
 
 def write(path: Path, text: str) -> Path:
@@ -69,24 +70,129 @@ def test_wrong_override_names_the_switch(tmp_path: Path) -> None:
         load_recipe(write(tmp_path / "r.toml", ""), ["training.epochs=many"])
 
 
-def test_every_built_in_recipe_loads_and_says_what_it_is() -> None:
-    found = built_in_recipes()
-    assert {"digits-reg", "digits-mpdsgr"} <= found.keys()
-    for path in found.values():
-        load_recipe(path)
-        assert len(title(path)) > 20
+BUILT_IN = built_in_recipes()
 
 
-def test_compared_recipes_differ_in_the_defence_alone() -> None:
-    for baseline, others in {
-        "digits-reg": ["digits-mpdsgr"],
-        "cifar10-vgg11-quarter-reg": ["cifar10-vgg11-quarter-mpdsgr-theorem", "cifar10-vgg11-quarter-mpdsgr-empirical"],
-    }.items():
-        reference = load_recipe(find_recipe(baseline))
-        for other in others:
-            recipe = load_recipe(find_recipe(other))
-            assert recipe.method == "MPD-SGR"
-            assert recipe.model_copy(update={"defence": reference.defence}) == reference
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_recipe_loads_says_what_it_is_and_can_be_copied(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(BUILT_IN[name])
+    assert len(title(BUILT_IN[name])) > 20
+    copy = write(tmp_path / "copy.toml", flattened(BUILT_IN[name]))
+    assert load_recipe(copy) == recipe
+    assert title(copy) == title(BUILT_IN[name])
+    assert not {"extends", "published"} & read_toml(copy).keys()
+
+
+def test_a_copy_keeps_every_kind_of_value(tmp_path: Path) -> None:
+    values = {
+        "text": 'a "b"\n\\ ü',
+        "on": True,
+        "n": 3,
+        "small": 1e-05,
+        "list": [1, 2],
+        "t": {"x": {}, "y": {"z-z": 1.0}},
+    }
+    assert read_toml(write(tmp_path / "all.toml", to_toml(values))) == values
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_published_figures_are_percentages_with_their_source_and_fall_with_the_attack(name: str) -> None:
+    found = published(BUILT_IN[name])
+    if found is None:
+        return
+    figures = [v for v in (found.clean, found.fgsm, found.pgd, found.bim) if v is not None]
+    assert figures == sorted(figures, reverse=True)
+    assert any(data in found.table for data in ("CIFAR-10,", "CIFAR-100,", "Tiny-ImageNet,"))
+
+
+def test_wrong_published_figures_are_refused(tmp_path: Path) -> None:
+    for text, expected in (("table = 'T'\nclean = 101", "clean"), ("clean = 1", "table"), ("table='T'\npdg=1", "pdg")):
+        with pytest.raises(InputError, match=expected):
+            published(write(tmp_path / "r.toml", f"[published]\n{text}\n"))
+
+
+def test_extends_merges_table_by_table_and_inherits_no_published_figures(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.toml",
+        "[published]\ntable = 'T'\n[training]\nlr = 0.2\nepochs = 9\n[defence.at]\neps = 0.1\nsteps = 3\n",
+    )
+    write(tmp_path / "b.toml", "extends = 'a'\n[training]\nepochs = 5\n[defence.at]\nsteps = 1\n")
+    last = write(tmp_path / "c.toml", "extends = 'b'\n[defence.rat]\n")
+    recipe = load_recipe(last)
+    assert (recipe.training.lr, recipe.training.epochs) == (0.2, 5)
+    assert recipe.defence == {"at": {"eps": 0.1, "steps": 1}, "rat": {}}
+    assert published(last) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("extends = 'gone'", "cannot read .*gone.toml"),
+        ("extends = 'r'", "extends itself"),
+        ("extends = '../r'", "in the same folder"),
+        ("extends = 3", "in the same folder"),
+    ],
+)
+def test_unsound_extends(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        load_recipe(write(tmp_path / "r.toml", text))
+
+
+ADDED_BY = {  # the last word of a recipe's name -> the sections in which it differs from its neighbour
+    "mpdsgr": {"defence"},
+    "sr": {"defence"},
+    "stog": {"defence"},
+    "dlif": {"defence"},
+    "at": {"defence"},
+    "rat": {"defence", "training"},
+    "feel": {"defence", "encoding"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name.rpartition("-")[2] in ADDED_BY])
+def test_compared_recipes_differ_in_what_the_paper_changes_alone(name: str) -> None:
+    family, _, method = name.rpartition("-")
+    recipe = load_recipe(BUILT_IN[name])
+    neighbour = load_recipe(BUILT_IN[family if family in BUILT_IN else f"{family}-reg"])
+    assert {section for section in Recipe.model_fields if getattr(recipe, section) != getattr(neighbour, section)} == (
+        ADDED_BY[method]
+    )
+    (added,) = recipe.defence.keys() - neighbour.defence.keys()
+    assert added.replace("-", "") == method
+    assert {key: recipe.defence[key] for key in neighbour.defence} == neighbour.defence
+    if method == "rat":
+        assert recipe.training == neighbour.training.model_copy(update={"weight_decay": 0.0})
+    if method == "feel":
+        assert recipe.encoding == neighbour.encoding.model_copy(update={"name": "frequency"})
+
+
+def test_compared_settings_differ_in_what_their_names_say_alone() -> None:
+    base = load_recipe(BUILT_IN["cifar10-vgg11-reg"])
+    for name in ("rectangular", "sigmoid", "superspike"):
+        neuron = base.neuron.model_copy(update={"surrogate": name})
+        assert load_recipe(BUILT_IN[f"cifar10-vgg11-{name}-reg"]) == base.model_copy(update={"neuron": neuron})
+    tiny = load_recipe(BUILT_IN["tiny-imagenet-vgg16-direct-reg"])
+    for name in ("poisson", "rsc"):
+        encoding = tiny.encoding.model_copy(update={"name": name})
+        assert load_recipe(BUILT_IN[f"tiny-imagenet-vgg16-{name}-reg"]) == tiny.model_copy(
+            update={"encoding": encoding}
+        )
+    for name in ("cifar100-vgg11-reg", "cifar10-wrn16-4-reg", "cifar100-wrn16-4-reg", "tiny-imagenet-vgg16-direct-reg"):
+        recipe = load_recipe(BUILT_IN[name])
+        assert (recipe.training, recipe.attack, recipe.encoding) == (base.training, base.attack, base.encoding)
+    quarter = load_recipe(BUILT_IN["cifar10-vgg11-quarter-reg"])
+    for estimator in ("theorem", "empirical"):
+        recipe = load_recipe(BUILT_IN[f"cifar10-vgg11-quarter-mpdsgr-{estimator}"])
+        assert recipe.defence["mpd-sgr"]["estimator"] == estimator
+        assert recipe.model_copy(update={"defence": {}}) == quarter
+
+
+def test_the_base_is_the_setting_of_the_published_figures() -> None:
+    base = load_recipe(BUILT_IN["cifar10-vgg11-reg"])
+    training, attack = base.training, base.attack
+    assert (training.lr, training.momentum, training.weight_decay) == (0.1, 0.9, 5e-4)
+    assert (training.epochs, training.batch_size, base.encoding.T, base.data.augment) == (300, 64, 8, "crop-flip")
+    assert (attack.eps, attack.steps, attack.step) == (8 / 255, 7, 0.01)
 
 
 def test_unknown_recipe_suggests_the_nearest(tmp_path: Path) -> None:

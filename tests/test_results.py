@@ -1,27 +1,207 @@
-"""The results page shows what the results files hold, and nothing else."""
+"""Tables, the script that reproduces them, and the committed results: a page shows what was measured, nothing else."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import load_recipe
+from mpdsgr_deploy.recipes import find_recipe
+from mpdsgr_deploy.validation.statistics import mcnemar, wilson
 
 TRAIN = Path(__file__).parent.parent / "train"
 sys.path.insert(0, str(TRAIN))
 
-import results  # noqa: E402
+import page  # noqa: E402
+import reproduce  # noqa: E402
+import result  # noqa: E402
+import sensitivity  # noqa: E402
+import table  # noqa: E402
+
+TABLES = sorted(path.stem for path in table.TABLES.glob("*.toml"))
+MEASURED = sorted(path.name for path in reproduce.RESULTS.iterdir() if path.is_dir())
+
+SMALL = """
+title = "A table of the tests"
+seeds = [0, 1]
+limit = 40
+set = ["model.width=0.125", "encoding.T=2", "training.epochs=1", "attack.strong_steps=2", "defence.mpd-sgr.eta=0.25"]
+
+[[rows]]
+recipe = "digits-reg"
+
+[[rows]]
+recipe = "digits-mpdsgr"
+name = "empirical"
+set = ["defence.mpd-sgr.estimator=empirical"]
+"""
 
 
-def test_the_page_quotes_the_files() -> None:
-    found = results.load()
-    assert found
-    page = results.PAGE.read_text()
-    shown = page.partition(results.BEGIN)[2].partition(results.END)[0]
-    assert shown == results.render(found)
+def arguments(file: Path, *options: object) -> list[str]:
+    """For the script, on a table file; everything it writes lies beside that file."""
+    return [str(a) for a in (file, *options, "--runs", file.parent / "runs", "--out", file.parent / "results")]
 
 
-def test_every_file_says_where_it_comes_from() -> None:
-    for name, result in results.load().items():
-        report = result["report"]
-        assert report["verdict"] in ("pass", "fail"), name
-        assert report["provenance"]["hardware"]["cpu"], name
-        assert result["training_provenance"]["packages"]["torch"], name
-        assert result["recipe"]["data"]["root"] == "data", name
-        assert all(row["n"] == report["rows"][0]["n"] > 0 for row in report["rows"]), name
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(reproduce, "show_progress", lambda: None)  # pytest has the log
+    (tmp_path / "small.toml").write_text(SMALL)
+    return tmp_path / "small.toml"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_rows_of_a_table_exist_and_are_what_they_say(name: str) -> None:
+    found = table.load_table(name)[1]
+    for row in found.rows:
+        recipe = load_recipe(find_recipe(row.recipe), found.overrides(row))
+        assert recipe.defence.keys() == load_recipe(find_recipe(row.recipe)).defence.keys()  # none added, none lost
+    defended = [tuple(sorted(load_recipe(find_recipe(row.recipe)).defence)) for row in found.rows]
+    if name in ("digits", "cifar10-small"):
+        vanilla = [(), ("rat",), ("sr",), ("stog",), ("dlif",), ("feel",), ("mpd-sgr",)]
+        assert defended == [*vanilla, *(tuple(sorted(("at", *names))) for names in vanilla)]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_committed_page_is_what_its_files_give(name: str) -> None:
+    found = table.load_table(name)[1]
+    folder = reproduce.RESULTS / name
+    measured = page.load_results(found, folder)
+    assert sum(map(len, measured.values())) == len(list(folder.glob("*.json"))) > 0  # no file is left out
+    assert (folder / page.PAGE).read_text() == page.render(name, found, measured)
+    assert page.plot(found, measured) == page.plot(found, measured)
+    assert (folder / page.PLOT).read_bytes()[:4] == b"\x89PNG"
+    for results in measured.values():
+        for got in results:
+            assert result.result_path(folder, got.row, got.seed).exists()
+            assert got.table == name
+            assert got.recipe.data.root == "data"
+            for origin in (got.provenance, got.evaluation.provenance):
+                assert origin["hardware"]["cpu"]
+                assert origin["packages"]["torch"]
+            assert all(row.n == got.evaluation.rows[0].n > 0 for row in got.evaluation.rows)
+            assert got.seconds == pytest.approx(sum(entry["seconds"] for entry in got.curve), abs=0.06)
+
+
+def test_the_findings_quote_the_paired_verdicts() -> None:
+    measured = page.load_results(table.load_table("cifar10-quarter")[1], reproduce.RESULTS / "cifar10-quarter")
+
+    def verdicts(row: str) -> np.ndarray:
+        (got,) = measured[f"cifar10-vgg11-quarter-{row}"]
+        (fgsm,) = (r for r in got.evaluation.rows if r.name == "fgsm")
+        return np.unpackbits(np.frombuffer(bytes.fromhex(fgsm.score.bitmap), np.uint8))[: fgsm.n].astype(bool)
+
+    reg, theorem = verdicts("reg"), verdicts("mpdsgr-theorem")
+    worse, better = int((reg & ~theorem).sum()), int((~reg & theorem).sum())
+    text = " ".join((reproduce.RESULTS / "cifar10-quarter" / "FINDINGS.md").read_text().split())
+    assert f"theorem breaks {worse} images that REG survives and survives {better} that REG loses" in text
+    assert f"(p = {mcnemar(worse, better):.3f})" in text
+
+
+def test_reproduce_measures_resumes_and_renders(small: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = [sys.executable, str(TRAIN / "reproduce.py"), *arguments(small, "--jobs", 2)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4" in done.stderr
+    folder = small.parent / "results" / "small"
+    files = sorted(folder.glob("*.json"))
+    assert [f.stem for f in files] == [f"{row}-seed{seed}" for row in ("digits-reg", "empirical") for seed in (0, 1)]
+    written = {f: f.read_bytes() for f in files}
+    got = json.loads(written[folder / "empirical-seed1.json"])
+    settings = got["recipe"]["defence"]["mpd-sgr"]
+    assert (settings["estimator"], settings["eta"], got["recipe"]["training"]["seed"]) == ("empirical", 0.25, 1)
+    assert {row["n"] for row in got["evaluation"]["rows"]} == {40}
+
+    # the page's figures are the means of the files'
+    clean = []
+    for seed in (0, 1):
+        rows = json.loads(written[folder / f"digits-reg-seed{seed}.json"])["evaluation"]["rows"]
+        clean += [row["score"]["accuracy"] for row in rows if row["name"] == "clean"]
+    mean, deviation = sum(clean) / 2, abs(clean[0] - clean[1]) / 2**0.5
+    low, high = wilson(40 * mean, 40)
+    expected = f"{100 * mean:.1f} ± {100 * deviation:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    assert f"| digits-reg | 0, 1 | 40 | {expected} |" in (folder / page.PAGE).read_text()
+
+    # another attack: measured again, not trained again; what is still right is kept
+    small.write_text(SMALL.replace('["defence.mpd-sgr.est', '["attack.eps=0.05", "defence.mpd-sgr.est'))
+    assert CliRunner().invoke(reproduce.main, arguments(small)).exit_code == 0
+    assert "empirical-seed0.json was measured with another recipe (other values in attack)" in caplog.text
+    assert len(list((small.parent / "runs" / "small").iterdir())) == 4
+    for file, before in written.items():
+        assert (file.read_bytes() == before) == file.name.startswith("digits-reg")
+    assert "eps 0.05" in (folder / "empirical-seed0.json").read_text()
+
+    # a row whose results are of another recipe is not shown
+    small.write_text(SMALL.replace("limit = 40", "limit = 30"))
+    assert CliRunner().invoke(reproduce.main, arguments(small, "--render-only")).exit_code == 0
+    text = (folder / page.PAGE).read_text()
+    assert "Not measured: digits-reg, empirical." in text
+    assert "±" not in text
+
+
+def test_mistakes_are_one_line(small: Path) -> None:
+    for options, expected in (
+        ([small, "digits-rag"], "unknown row 'digits-rag'; allowed: digits-reg, empirical; did you mean 'digits-reg'?"),
+        ([small, "--seeds", "0;1"], "--seeds '0;1'"),
+        (["cifar11"], f"unknown table 'cifar11'; allowed: {', '.join(TABLES)}"),
+    ):
+        done = CliRunner().invoke(reproduce.main, [str(option) for option in options])
+        assert done.exit_code == 2
+        assert expected in done.output
+        assert done.output.count("\n") == 1
+    for broken, expected in (
+        (SMALL.replace("defence.mpd-sgr.eta", "defence.rat.b"), "no row has the defence"),
+        (SMALL + '[[rows]]\nrecipe = "digits-reg"\n', "digits-reg appear twice"),
+        (SMALL.replace('"empirical"', '"../empirical"'), "name"),
+        (SMALL.replace("limit", "limits"), "unknown key 'limits'"),
+        (SMALL.replace("[0, 1]", "[]"), "seeds"),
+        (SMALL.replace('"digits-reg"', '"digits-rag"'), "unknown recipe 'digits-rag'"),
+    ):
+        small.write_text(broken)
+        with pytest.raises(InputError, match=expected):
+            table.load_table(str(small))
+
+
+def test_one_failed_run_does_not_stop_the_others(small: Path) -> None:
+    large = 'recipe = "digits-reg"\nname = "too-large"\nset = ["training.batch_size=5000"]'
+    small.write_text(SMALL.replace('recipe = "digits-reg"', large))
+    done = CliRunner().invoke(reproduce.main, arguments(small, "--seeds", "0"))
+    assert done.exit_code == 2
+    assert "error: too-large, seed 0: training.batch_size is 5000" in done.output
+    text = (small.parent / "results" / "small" / page.PAGE).read_text()
+    assert "| empirical | 0 | 40 |" in text
+    assert "Not measured: too-large." in text
+
+
+def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:
+    best = find_checkpoint(run_dir)
+    checkpoint = load_checkpoint(best)
+    model = load_model(best / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
+    images = load_test(checkpoint.recipe.data)[:50]
+    validation = checkpoint.recipe.validation
+    whole, split = (
+        sensitivity.sensitivity(
+            model,
+            images,
+            checkpoint.recipe.model_copy(update={"validation": validation.model_copy(update={"batch_size": size})}),
+        )
+        for size in (50, 7)
+    )
+    x, y = torch.from_numpy(images.unit()), torch.from_numpy(images.classes)
+    with torch.no_grad():
+        logits = model(x)
+    right = logits.argmax(1) == y
+    best_two = logits[right].topk(2).values  # of an image it gets right, the first is the true class
+    assert whole["n"] == split["n"] == int(right.sum()) > 0
+    assert whole["margin"] == pytest.approx((best_two[:, 0] - best_two[:, 1]).mean().item(), rel=1e-5)
+    assert whole["pgd"] > whole["noise"]
+    for key in ("margin", "promised", "noise", "pgd"):
+        assert split[key] == pytest.approx(whole[key], rel=1e-3)
+    assert split["flipped_pgd"] == pytest.approx(whole["flipped_pgd"], rel=1e-2, abs=1e-4)

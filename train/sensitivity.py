@@ -6,9 +6,11 @@ noise, pgd    the drop that really follows from U(-eps, eps) noise and from PGD 
 flipped       share of a layer's spikes that differ from those of the clean image, first to last layer
 
 A defence that masks lowers `promised` alone; one that protects lowers `pgd / margin` and `flipped` too. Drops are given
-in units of the network's own margin, since logit scales differ.
+in units of the network's own margin, since logit scales differ. A stochastic network draws the same noise for the clean
+and the perturbed image, so that what differs is the perturbation.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -17,62 +19,81 @@ from torch import Tensor
 
 from mpdsgr_deploy.attacks import pgd, uniform
 from mpdsgr_deploy.attacks.torch_target import input_gradient
-from mpdsgr_deploy.bundle import WEIGHTS, Bundle
-from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.snn import Trace
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.snn import Observer, Trace
 
 
-def measure(bundle: Bundle, images: Images) -> dict[str, Any]:
-    """All of the above on those of `images` that the network gets right, as JSON-ready numbers."""
-    manifest = bundle.manifest
-    attack, seed = manifest.recipe.attack, manifest.recipe.validation.seed
-    model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels))
-    x, y = torch.from_numpy(images.unit()), torch.from_numpy(images.classes)
-    right = observe(model, x, y)[0] > 0
-    x, y = x[right], y[right]
-    noisy = torch.from_numpy(uniform(x.numpy(), eps=attack.eps, rng=np.random.default_rng(seed)))
-    start = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) - 1
-    attacked = pgd(
-        lambda x, y: input_gradient(model, x, y),
-        x,
-        y,
-        eps=attack.eps,
-        step=attack.step,
-        steps=attack.steps,
-        draw=lambda _: start,
-    )
-    clean_margin, clean_spikes = observe(model, x, y)
-    found = {"n": len(y), "eps": attack.eps, "margin": clean_margin.mean().item()}
-    found["promised"] = attack.eps * margin_gradient(model, x, y).abs().sum((1, 2, 3)).mean().item()
-    for name, perturbed in (("noise", noisy), ("pgd", attacked)):
-        margin, spikes = observe(model, perturbed, y)
-        found[name] = (clean_margin - margin).mean().item()
-        found[f"flipped_{name}"] = {
-            layer: (spikes[layer] != clean).float().mean().item() for layer, clean in clean_spikes.items()
-        }
+class Probe:
+    """A network in eval mode that draws the same noise in every forward pass."""
+
+    def __init__(self, model: SpikingNet, seed: int) -> None:
+        self.model, self.seed = model, seed
+
+    def __call__(self, x: Tensor, observe: Observer | None = None) -> Tensor:
+        return self.model(x, observe, torch.Generator().manual_seed(self.seed))
+
+    def observe(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Margin [N] and each layer's spikes [T, N, ...] as booleans."""
+        spikes: dict[str, Tensor] = {}
+
+        def keep(trace: Trace) -> None:
+            spikes[trace.layer] = torch.stack([state.spikes > 0 for state in trace.states])
+
+        with torch.no_grad():
+            return margin(self(x, keep), y), spikes
+
+    def margin_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """d margin / d x through the training surrogate [N, C, H, W]."""
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(margin(self(x), y).sum(), x)[0]
+
+
+def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, Any]:
+    """All of the above on those of `images` that the model, in eval mode, gets right, as JSON-ready numbers."""
+    attack, seed = recipe.attack, recipe.validation.seed
+    device = next(model.parameters()).device
+    probe = Probe(model, seed)
+    clean = images.unit()
+    noisy = uniform(clean, eps=attack.eps, rng=np.random.default_rng(seed))
+    start = 2 * torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed)) - 1
+    sums: dict[str, float] = defaultdict(float)
+    for index in torch.arange(len(images)).split(recipe.validation.batch_size):
+        x, noise = (torch.from_numpy(array)[index].to(device) for array in (clean, noisy))
+        y, first = torch.from_numpy(images.classes)[index].to(device), start[index].to(device)
+        right = probe.observe(x, y)[0] > 0
+        if right.any():
+            for name, value in batch_sums(probe, x[right], y[right], noise[right], first[right], recipe).items():
+                sums[name] += value
+    n = int(sums.pop("n", 0))
+    found: dict[str, Any] = {"n": n, "eps": attack.eps, "flipped_noise": {}, "flipped_pgd": {}}
+    for name, total in sums.items():
+        kind, _, layer = name.partition("/")
+        (found[kind] if layer else found)[layer or kind] = total / n
     return found
 
 
-def observe(model: SpikingNet, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Margin [N] and each layer's spikes [T, N, ...] as booleans."""
-    spikes: dict[str, Tensor] = {}
+def batch_sums(probe: Probe, x: Tensor, y: Tensor, noisy: Tensor, start: Tensor, recipe: Recipe) -> dict[str, float]:
+    """What `sensitivity` averages, summed over a batch that the network gets right; flips as flipped_KIND/LAYER."""
+    attack = recipe.attack
 
-    def keep(trace: Trace) -> None:
-        spikes[trace.layer] = torch.stack([state.spikes > 0 for state in trace.states])
+    def target(x: Tensor, y: Tensor) -> Any:
+        return input_gradient(probe, x, y)
 
-    with torch.no_grad():
-        return margin(model(x, keep), y), spikes
+    attacked = pgd(target, x, y, eps=attack.eps, step=attack.step, steps=attack.steps, draw=lambda _: start)
+    clean_margin, clean_spikes = probe.observe(x, y)
+    promised = attack.eps * probe.margin_gradient(x, y).abs().sum()
+    found = {"n": float(len(y)), "margin": clean_margin.sum().item(), "promised": promised.item()}
+    for name, perturbed in (("noise", noisy), ("pgd", attacked)):
+        after, spikes = probe.observe(perturbed, y)
+        found[name] = (clean_margin - after).sum().item()
+        for layer, clean in clean_spikes.items():
+            found[f"flipped_{name}/{layer}"] = (spikes[layer] != clean).float().mean().item() * len(y)
+    return found
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Logit of the true class minus the best other [N]."""
     true = logits.gather(1, y[:, None]).squeeze(1)
     return true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
-
-
-def margin_gradient(model: SpikingNet, x: Tensor, y: Tensor) -> Tensor:
-    """d margin / d x through the training surrogate [N, C, H, W]."""
-    x = x.clone().requires_grad_()
-    return torch.autograd.grad(margin(model(x), y).sum(), x)[0]

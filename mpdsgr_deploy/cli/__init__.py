@@ -14,17 +14,8 @@ from mpdsgr_deploy.progress import show_progress
 COMMANDS = ("demo", "train", "export", "validate", "predict", "inspect", "doctor", "recipes")
 
 
-class LazyGroup(click.Group):
-    """Imports a subcommand's module when it is asked for; turns errors into one line and an exit code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"mpdsgr_deploy.cli.{name}").command
-        return command
+class OneLineErrors(click.Command):
+    """Turns errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -44,6 +35,19 @@ class LazyGroup(click.Group):
             traceback.print_exc()
             click.echo("error: this is a bug in mpdsgr-deploy; nothing was proved either way", err=True)
             sys.exit(EvaluationError.exit_code)
+
+
+class LazyGroup(OneLineErrors, click.Group):
+    """Imports a subcommand's module when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"mpdsgr_deploy.cli.{name}").command
+        return command
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

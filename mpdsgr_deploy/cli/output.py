@@ -18,10 +18,10 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """A table for people on stdout; long cells fold instead of being cut."""
+    """A table for people on stdout; long cells fold instead of being cut, except the first column's names."""
     table = Table(title=title and Text(title), title_justify="left")
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: square brackets are ours, not rich's markup
     Console().print(table)

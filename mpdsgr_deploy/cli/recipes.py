@@ -7,14 +7,16 @@ import click
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
-from mpdsgr_deploy.recipes import built_in_recipes, find_recipe, title
+from mpdsgr_deploy.recipes import Published, built_in_recipes, find_recipe, flattened, published, title
 
 
 @click.command("recipes")
-@click.option("--copy", "name", metavar="NAME", help="Copy a recipe here, to edit it.")
+@click.option("--copy", "name", metavar="NAME", help="Copy a recipe here as one file, to edit it.")
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the built-in recipes, or copy one into the current directory.
+    """List the built-in recipes with the accuracies a paper published for them, or copy one here.
+
+    A copy holds everything that the recipe and those it extends set.
 
     \b
     Example:
@@ -25,14 +27,21 @@ def command(name: str | None, as_json: bool) -> None:
         target = Path(source.name)
         if target.exists():
             raise InputError(f"{target} already exists here; rename it first")
-        write_atomic(target, source.read_bytes())
+        write_atomic(target, flattened(source).encode())
         if as_json:
             print_json({"copied": str(target)})
         else:
             click.echo(f"copied to {target}; next: mpdsgr train {target}")
         return
-    found = {name: title(path) for name, path in built_in_recipes().items()}
+    found = {name: (title(path), published(path)) for name, path in built_in_recipes().items()}
     if as_json:
-        print_json(found)
+        print_json({name: {"title": what, "published": p and p.model_dump()} for name, (what, p) in found.items()})
     else:
-        print_table(("recipe", "what it is"), list(found.items()))
+        rows = [(name, what, *figures(p)) for name, (what, p) in found.items()]
+        print_table(("recipe", "what it is", "clean", "FGSM", "PGD", "BIM"), rows, "published accuracies in %")
+
+
+def figures(found: Published | None) -> list[str]:
+    """The published accuracies clean, under FGSM, PGD and BIM; empty where none is stated."""
+    values = (found.clean, found.fgsm, found.pgd, found.bim) if found else [None] * 4
+    return ["" if value is None else f"{value:.2f}" for value in values]

@@ -5,8 +5,8 @@ import math
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share correct/n; (0, 1) where nothing was counted."""
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share correct/n; (0, 1) where nothing was counted. A mean count may be broken."""
     if n == 0:
         return 0.0, 1.0
     share, z2 = correct / n, Z95**2

@@ -1,0 +1,205 @@
+"""The page of a table: what its results files hold, as Markdown and as a plot."""
+
+import io
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from result import Result, read_result
+from table import Table
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipes import Published, find_recipe, published
+from mpdsgr_deploy.validation.statistics import wilson
+
+PAGE, PLOT = "README.md", "plot.png"
+SHOWN = {"clean": "clean", "gaussian": "gaussian", "FGSM": "fgsm", "PGD": "pgd", "BIM": "bim"}  # heading -> condition
+STRONG = {"strong": "pgd-strong", "union": "worst"}
+COLOURS = {"clean": "#8a94a6", "FGSM": "#2563eb", "PGD": "#d97706", "union": "#b91c1c"}
+Measured = dict[str, list[Result]]  # row -> its results, one a seed; a row that was not measured is not in it
+
+
+def write_page(name: str, table: Table, folder: Path) -> Path:
+    """Render the page and the plot of the results in `folder` into it."""
+    measured = load_results(table, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if measured:
+        write_atomic(folder / PLOT, plot(table, measured))
+    write_atomic(folder / PAGE, render(name, table, measured).encode())
+    return folder / PAGE
+
+
+def load_results(table: Table, folder: Path) -> Measured:
+    """The results of every row with all seeds there are. One measured with another recipe is left out, and logged."""
+    measured: Measured = {}
+    for row in table.rows:
+        for path in sorted(folder.glob(f"{row.title}-seed*.json")):
+            try:
+                result = read_result(path, table)
+            except InputError as error:
+                log.warning("left out: %s", error)
+                continue
+            measured.setdefault(row.title, []).append(result)
+    return measured
+
+
+class Cell(NamedTuple):
+    """Accuracy of one row under one condition in %: mean over seeds, deviation between them, interval over images."""
+
+    mean: float
+    deviation: float | None
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+        return f"{self.mean:.1f}{spread} [{self.interval[0]:.1f}, {self.interval[1]:.1f}]"
+
+
+def cell(results: list[Result], condition: str) -> Cell | None:
+    """What a row's seeds measured under a condition; None if one of them did not."""
+    rows = [row for result in results for row in result.evaluation.rows if row.name == condition]
+    if len(rows) != len(results):
+        return None
+    n = rows[0].n
+    mean = fmean(row.score.accuracy for row in rows)
+    deviation = 100 * stdev(row.score.accuracy for row in rows) if len(rows) > 1 else None
+    low, high = wilson(mean * n, n)
+    return Cell(100 * mean, deviation, (100 * low, 100 * high))
+
+
+def render(name: str, table: Table, measured: Measured) -> str:
+    """The whole page."""
+    parts = [f"# {table.title}", f"Rendered from the JSON files beside it: `python train/reproduce.py {name}`."]
+    if table.set:
+        parts.append(f"All rows: {', '.join(f'`{override}`' for override in table.set)}.")
+    changed = [row for row in table.rows if row.set]
+    parts += [f"`{row.title}` is `{row.recipe}` with {', '.join(f'`{o}`' for o in row.set)}." for row in changed]
+    if measured:
+        parts += [accuracies(measured), f"![accuracy of every row]({PLOT})", beside_published(table, measured)]
+        parts += ["## Behind the accuracies", behaviour(measured), "## Where it was measured", sources(measured)]
+    missing = [row.title for row in table.rows if row.title not in measured]
+    if missing:
+        parts.append(f"Not measured: {', '.join(missing)}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
+
+
+def accuracies(measured: Measured) -> str:
+    """Every condition with its uncertainty, and the wall time of training."""
+    columns = {**SHOWN, **STRONG}
+    rows = []
+    for title, results in measured.items():
+        n = results[0].evaluation.rows[0].n
+        cells = [str(found) if (found := cell(results, condition)) else "-" for condition in columns.values()]
+        minutes = fmean(result.seconds for result in results) / 60
+        rows.append([title, seeds(results), str(n), *cells, f"{minutes:.1f} min"])
+    note = (
+        "Accuracy in %: the mean over the seeds, ± the standard deviation between them, [95 % Wilson interval for the "
+        "choice of the n test images, which are the same for every seed and row]. `strong`: broken by any iterate of "
+        "the strong PGD; `union`: right under every condition within eps. `training`: wall time of one run."
+    )
+    return markdown(["row", "seeds", "n", *columns, "training"], rows) + f"\n\n{note}"
+
+
+def seeds(results: list[Result]) -> str:
+    """The seeds of a row's results."""
+    return ", ".join(map(str, sorted(result.seed for result in results)))
+
+
+def figures(table: Table, title: str) -> Published | None:
+    """What was published for a row's recipe."""
+    return published(find_recipe(table.row(title).recipe))
+
+
+def beside_published(table: Table, measured: Measured) -> str:
+    """Measured against published means, for the rows and conditions that have both."""
+    stated = {title: found for title in measured if (found := figures(table, title))}
+    shown = {h: c for h, c in SHOWN.items() if any(getattr(found, c) is not None for found in stated.values())}
+    if not shown:
+        return ""
+    rows = []
+    for title, found in stated.items():
+        cells = []
+        for condition in shown.values():
+            value, own = getattr(found, condition), cell(measured[title], condition)
+            cells += [f"{own.mean:.1f}" if own else "-", "-" if value is None else f"{value:.2f}"]
+        rows.append([title, *cells, found.table])
+    columns = [heading for h in shown for heading in (h, f"{h}, published")]
+    changed = " This table changes what is listed above, so the two differ in more than chance." if table.set else ""
+    note = f"Published figures are those of the unchanged recipes.{changed}"
+    return f"## Beside the published figures\n\n{markdown(['row', *columns, 'published in'], rows)}\n\n{note}"
+
+
+def behaviour(measured: Measured) -> str:
+    """Membrane statistics, and what perturbations do in units of the network's own margin; means over seeds."""
+    rows = []
+    for title, results in measured.items():
+        found = [result.sensitivity for result in results if result.sensitivity["n"]]
+        layers = [result.layers for result in results]
+
+        def mean(values: list[float]) -> str:
+            return f"{fmean(values):.2f}" if values else "-"
+
+        omega = fmean(fmean(layer["omega_empirical"] for layer in own) for own in layers)
+        firing = [fmean(own[end]["firing_rate"] for own in layers) for end in (0, -1)]
+        drops = [mean([f[kind] / f["margin"] for f in found]) for kind in ("promised", "noise", "pgd")]
+        flipped = [list(f["flipped_pgd"].values()) for f in found]
+        flips = " / ".join(f"{fmean(own[end] for own in flipped):.3f}" for end in (0, -1)) if flipped else "-"
+        cells = [f"{omega:.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}", mean([f["margin"] for f in found])]
+        rows.append([title, *cells, *drops, flips])
+    columns = ["row", "Omega", "firing rate, first / last layer", "margin", "promised / margin", "noise / margin"]
+    note = (
+        "`promised` is the drop of the margin (true logit minus the best other) that the surrogate gradient announces "
+        "for a step of eps, `noise` and `pgd` the drop that really follows, on images the network gets right; see "
+        "`train/sensitivity.py`."
+    )
+    return markdown([*columns, "pgd / margin", "flipped by pgd, first / last layer"], rows) + f"\n\n{note}"
+
+
+def sources(measured: Measured) -> str:
+    """Images, hardware, versions and revisions, each distinct one once."""
+    lines = set()
+    for result in (result for results in measured.values() for result in results):
+        for what, origin in (("training", result.provenance), ("evaluation", result.evaluation.provenance)):
+            machine = origin["hardware"]
+            devices = ", ".join([f"{machine['cpu']}, {machine['cores']} cores", *machine.get("gpus", [])])
+            subject = f" of {origin.get('network', 'the trained network')} on {result.evaluation.images}"
+            versions = f"torch {origin['packages']['torch']}, revision {origin['revision']}"
+            lines.add(f"- {what}{subject if what == 'evaluation' else ''}: {devices}; {versions}")
+    return "\n".join(sorted(lines))
+
+
+def plot(table: Table, measured: Measured) -> bytes:
+    """A PNG: each row's accuracy by condition with its interval; hollow where a figure is published."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(measured)), layout="constrained")
+    axes = figure.subplots()
+    for offset, (heading, colour) in enumerate(COLOURS.items()):
+        for position, (title, results) in enumerate(measured.items()):
+            height = position + 0.16 * (offset - 1.5)
+            label = heading if position == 0 else None
+            if own := cell(results, {**SHOWN, **STRONG}[heading]):
+                low, high = own.interval
+                axes.plot([low, high], [height, height], color=colour, linewidth=1)
+                axes.plot([own.mean], [height], "o", color=colour, markersize=4, label=label)
+            stated = figures(table, title)
+            value = getattr(stated, SHOWN.get(heading, ""), None)
+            if value is not None:
+                axes.plot([value], [height], "o", color=colour, markersize=4, markerfacecolor="white")
+    axes.set_yticks(range(len(measured)), list(measured))
+    axes.invert_yaxis()
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel("accuracy (%); filled: measured, hollow: published")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
+    return out.getvalue()

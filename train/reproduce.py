@@ -1,0 +1,165 @@
+"""Reproduce a table: train and evaluate its rows, write one results file each, render the page.
+
+    python train/reproduce.py digits --jobs 2                     every row and seed of train/tables/digits.toml
+    python train/reproduce.py cifar10 cifar10-vgg11-sr --seeds 0  one row, one seed
+    python train/reproduce.py digits --render-only                the page from the results there are
+
+What is finished is kept, what was interrupted continues, what was measured with another recipe is measured again.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+from table import Row, Table, load_table
+
+from mpdsgr_deploy.cli import OneLineErrors
+from mpdsgr_deploy.errors import InputError, MpdsgrError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.progress import log, show_progress
+from mpdsgr_deploy.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed, and where its things lie."""
+
+    table: str
+    row: str
+    recipe: Recipe
+    runs: Path
+    root: str
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.recipe.training.seed}"
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("table")
+@click.argument("rows", nargs=-1)
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs.")
+@click.option("--root", default="data", show_default=True, help="Where the data set lies.")
+@click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: the table's]")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results.  [default: train/results]")
+@click.option("--render-only", is_flag=True, help="Measure nothing, render the page from the results there are.")
+@click.pass_context
+def main(
+    ctx: click.Context,
+    table: str,
+    rows: tuple[str, ...],
+    runs: Path,
+    root: str,
+    seeds: str | None,
+    jobs: int,
+    out: Path,
+    render_only: bool,
+) -> None:
+    """Train and evaluate the ROWS (all without any) of TABLE, a name in train/tables or a .toml file."""
+    show_progress()
+    name, found = load_table(table)
+    chosen = [found.row(title) for title in rows] or found.rows
+    numbers = found.seeds if seeds is None else parse_seeds(seeds)
+    need("torch", "train")
+    need("matplotlib", "report")
+    from page import write_page
+
+    folder = out / name
+    todo = [] if render_only else outdated(name, found, chosen, numbers, runs=runs, root=root, folder=folder)
+    failures = work(todo, jobs)
+    click.echo(f"page in {write_page(name, found, folder)}")
+    for run, error in failures:
+        click.echo(f"error: {run}: {error}", err=True)
+    ctx.exit(max((error.exit_code for _, error in failures), default=0))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` as numbers."""
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise InputError(f"--seeds {text!r}: write whole numbers with commas, for example 0,1,2") from None
+
+
+def outdated(
+    name: str, table: Table, rows: Sequence[Row], seeds: Sequence[int], *, runs: Path, root: str, folder: Path
+) -> list[Run]:
+    """The runs whose results are not there yet, or were measured with another recipe; seed by seed."""
+    from result import read_result, result_path
+
+    todo = []
+    for seed in seeds:
+        for row in rows:
+            run = Run(name, row.title, table.recipe(row, seed), runs, root, folder)
+            path = result_path(folder, row.title, seed)
+            if path.exists():
+                try:
+                    read_result(path, table)
+                    continue
+                except InputError as error:
+                    log.warning("again: %s", error)
+            todo.append(run)
+    return todo
+
+
+def work(todo: list[Run], jobs: int) -> list[tuple[Run, MpdsgrError]]:
+    """Measure all; says after each how many are done and how long the rest may take. Returns what failed, and why."""
+    failures = []
+    started = time.monotonic()
+    log.info("%d runs to do, %d at a time", len(todo), jobs)
+    for number, (run, error) in enumerate(finished(todo, jobs), 1):
+        if error is not None:
+            failures.append((run, error))
+        left = (time.monotonic() - started) / number * (len(todo) - number)
+        log.info(
+            "%d of %d: %s %s; about %.0f min left", number, len(todo), run, "FAILED" if error else "done", left / 60
+        )
+    return failures
+
+
+def finished(todo: list[Run], jobs: int) -> Iterator[tuple[Run, MpdsgrError | None]]:
+    """The runs as they finish, each with what went wrong."""
+    if jobs == 1:
+        yield from ((run, attempt(run)) for run in todo)
+        return
+    # read by torch and BLAS when a new process loads them: together the processes use each core once
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=die_on_interrupt) as pool:
+        pending = {pool.submit(attempt, run): run for run in todo}
+        try:
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        except BrokenProcessPool:
+            raise InputError("a run's process was killed, perhaps for memory; start again with fewer --jobs") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def die_on_interrupt() -> None:
+    """A worker leaves what to say and do on Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def attempt(run: Run) -> MpdsgrError | None:
+    """Measure one run; returns the error that others need not suffer from."""
+    from result import measure
+
+    try:
+        measure(run.table, run.row, run.recipe, runs=run.runs, root=run.root, folder=run.folder)
+    except MpdsgrError as error:
+        return error
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Tables of results: TOML files in train/tables that name recipes as rows, what all rows change, and the seeds."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.recipe import Recipe, load_recipe
+from mpdsgr_deploy.recipes import find_recipe
+from mpdsgr_deploy.schema import Count, Section, Seed, parse, read_toml
+
+TABLES = Path(__file__).parent / "tables"
+FileName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+Overrides = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists only
+
+
+class Row(Section):
+    """A recipe. `set` changes it for this row alone, which then goes by a `name` of its own."""
+
+    recipe: FileName
+    name: FileName | None = None
+    set: Overrides = ()
+
+    @property
+    def title(self) -> str:
+        """What the row is called on the page and in file names."""
+        return self.name or self.recipe
+
+
+class Table(Section):
+    """Rows that are compared with one another.
+
+    `set` changes the recipes of all rows, as `section.key=value`; where it says `defence.NAME.key=value`, those of the
+    rows that have this defence, since an override must not give one to the others. `limit` is the number of test
+    images; None: all.
+    """
+
+    title: str
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
+    set: Overrides = ()
+    limit: Count | None = None
+    rows: Annotated[tuple[Row, ...], Field(strict=False, min_length=1)]
+
+    def row(self, title: str) -> Row:
+        """The row of that title. Raises InputError that lists all."""
+        return choose("row", {row.title: row for row in self.rows}, title)
+
+    def overrides(self, row: Row) -> list[str]:
+        """What the table and the row change in the row's recipe."""
+        defences = load_recipe(find_recipe(row.recipe)).defence
+        limit = [] if self.limit is None else [f"validation.limit={self.limit}"]
+        return [*(o for o in self.set if defence_of(o) in (None, *defences)), *limit, *row.set]
+
+    def recipe(self, row: Row, seed: int) -> Recipe:
+        """What a row trains and how it is attacked, with all defaults written out. Raises InputError as its parts."""
+        from mpdsgr_deploy.defences import resolved
+
+        overrides = [*self.overrides(row), f"training.seed={seed}"]
+        return resolved(load_recipe(find_recipe(row.recipe), overrides)).portable()
+
+
+def defence_of(override: str) -> str | None:
+    """NAME of `defence.NAME.key=value`; None for an override of another section."""
+    section, *rest = override.partition("=")[0].strip().split(".")
+    return rest[0] if section == "defence" and rest else None
+
+
+def load_table(name: str) -> tuple[str, Table]:
+    """A table and its name: a file if `name` ends in .toml, else one of train/tables.
+
+    Raises InputError for an unknown table, row titles that are not unique, or an override that concerns no row.
+    """
+    known = {path.stem: path for path in TABLES.glob("*.toml")}
+    path = Path(name) if name.endswith(".toml") else choose("table", known, name)
+    table: Table = parse(Table, read_toml(path), str(path))
+    titles = [row.title for row in table.rows]
+    if repeated := {title for title in titles if titles.count(title) > 1}:
+        raise InputError(f"{path}: rows {', '.join(sorted(repeated))} appear twice; give each a name of its own")
+    used = {override for row in table.rows for override in table.overrides(row)}
+    if unused := [override for override in table.set if override not in used]:
+        raise InputError(f"{path}: no row has the defence that {', '.join(unused)} speaks of")
+    return path.stem, table
