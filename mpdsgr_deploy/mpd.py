@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpdsgr_deploy.diagnostics.statistics import LayerStatistics as LayerStatistics
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.snn import Observer, TdBN, Trace
 
@@ -128,34 +129,20 @@ def mean_overlap(traces: Sequence[Trace], estimator: Callable[[Trace], Moments |
     return torch.stack(layers).mean()
 
 
-class LayerStatistics(NamedTuple):
-    """How one layer's membrane stands to the surrogate's window, over all its neurons, steps and images.
-
-    `firing_rate` and `in_window` (|U - V_th| < half-width) are counted; the two Omegas are what the estimators
-    believe `in_window` to be; `scale` is the mean |lambda|. Those that need tdBN are None
-    without it.
-    """
-
-    layer: str
-    firing_rate: float
-    in_window: float
-    omega_theorem: float | None
-    omega_empirical: float
-    scale: float | None
-
-
 def layer_statistics(trace: Trace) -> LayerStatistics:
     """Count and estimate on one forward pass."""
     half_width, v_threshold = trace.neuron.surrogate.half_width, trace.neuron.v_threshold
     predicted = theorem(trace)
     counted = [((u - v_threshold).abs() < half_width).float().mean() for u, _ in trace.states]
+    rates = torch.stack([per_channel(spikes) for _, spikes in trace.states])
     return LayerStatistics(
         layer=trace.layer,
-        firing_rate=torch.stack([s.spikes.float().mean() for s in trace.states]).mean().item(),
+        firing_rate=rates.mean().item(),
         in_window=torch.stack(counted).mean().item(),
         omega_theorem=None if predicted is None else overlap(predicted, half_width).mean().item(),
         omega_empirical=overlap(empirical(trace), half_width).mean().item(),
         scale=trace.norm.weight.abs().mean().item() if isinstance(trace.norm, TdBN) else None,
+        silent_channels=(rates.sum(0) == 0).float().mean().item(),
     )
 
 

@@ -117,7 +117,7 @@ def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Pat
     assert "Conv" in facts["fp32 nodes"]
     layers = json.loads(mpdsgr("inspect", run_dir, "--json").stdout)["layers"]
     assert [layer["layer"] for layer in layers] == ["conv1", "conv2", "conv3"]
-    assert "firing_rate" in mpdsgr("inspect", run_dir, COLUMNS="200").stdout
+    assert "firing rate" in mpdsgr("inspect", run_dir, COLUMNS="200").stdout
     doctor = json.loads(mpdsgr("doctor", "--json").stdout)
     assert doctor["backends"]["onnxruntime-cpu"] == "works"
     assert doctor["backends"]["torch"].startswith("works")

@@ -10,31 +10,63 @@ import click
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.diagnostics.statistics import LayerStatistics, warnings_of
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import Recipe
+
+LAST_EPOCH = "the last epoch's first validation batch"
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw the membrane's distributions into.")
+@click.option("--root", help="With --plots: where the data set lies.  [default: the recipe's]")
+@click.option("--layer", "chosen", multiple=True, metavar="NAME", help="With --plots: draw this layer, not all.")
+@click.option("--images", type=click.IntRange(1), help="With --plots: how many test images.  [default: 128]")
 @json_option
-def command(path: Path, as_json: bool) -> None:
+def command(
+    path: Path, plots: Path | None, root: str | None, chosen: tuple[str, ...], images: int | None, as_json: bool
+) -> None:
     """Show what PATH holds: a bundle, a training run or a checkpoint. Verifies every hash on the way.
+
+    --plots measures a training run's or a checkpoint's network anew, on test images, and draws the potentials of every
+    layer, step and channel beside the Gaussians of Theorem 1 and the surrogate's window.
 
     \b
     Example:
       mpdsgr inspect bundles/digits
+      mpdsgr inspect runs/digits --plots plots/digits
     """
-    facts, layers = bundle_facts(path) if (path / MANIFEST).exists() else checkpoint_facts(path)
+    is_bundle = (path / MANIFEST).exists()
+    if plots is None and (root or chosen or images):
+        raise InputError("--root, --layer and --images say what to draw; add --plots DIRECTORY")
+    if plots is not None and is_bundle:
+        raise InputError(f"--plots draws a training run or a checkpoint; {path} is a bundle")
+    facts, layers = bundle_facts(path) if is_bundle else checkpoint_facts(path)
+    measured_on = LAST_EPOCH
+    if plots is not None:
+        need("matplotlib", "report")
+        need("torch", "train")
+        from mpdsgr_deploy.diagnostics.checkpoint import plot_checkpoint
+
+        measured_on, layers = plot_checkpoint(path, plots, root=root, layers=chosen, images=images or 128)
+    warnings = warnings_of(layers)
     if as_json:
-        print_json({**facts, "layers": layers})
+        print_json({**facts, "layers": [layer._asdict() for layer in layers], "warnings": warnings})
         return
     print_table(("", str(path)), [(name, value) for name, value in facts.items()])
     if layers:
-        columns = list(layers[0])
-        rows = [[f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer.values()] for layer in layers]
-        print_table(columns, rows, "membrane statistics on the last epoch's first validation batch")
+        headings = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
+        rows = [[f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in layers]
+        print_table(headings, rows, f"membrane statistics on {measured_on}")
+    for line in warnings:
+        click.echo(f"warning: {line}")
+    if plots is not None:
+        click.echo(f"plots in {plots}")
 
 
-def bundle_facts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def bundle_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """What a verified bundle's manifest and ONNX files say."""
     import onnx
 
@@ -58,8 +90,8 @@ def bundle_facts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return facts, []
 
 
-def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a verified checkpoint says of itself."""
+def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """What a verified checkpoint says of itself and of its layers in its last epoch."""
     checkpoint = load_checkpoint(find_checkpoint(path))
     facts = {
         "kind": "checkpoint, hash verified",
@@ -69,8 +101,8 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         **{name: f"{value:.4f}" for name, value in checkpoint.metrics.items()},
         "created": checkpoint.provenance.get("created", "unknown"),
     }
-    layers: list[dict[str, Any]] = checkpoint.history[-1]["layers"] if checkpoint.history else []
-    return facts, layers
+    layers = checkpoint.history[-1]["layers"] if checkpoint.history else []
+    return facts, [LayerStatistics(**layer) for layer in layers]
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     OUT/recipe.json       the resolved recipe; marks the directory as ours
     OUT/state.pt          everything a resumed run needs, replaced atomically after every epoch
     OUT/best  OUT/last    checkpoints, by validation score and by age
-    OUT/tensorboard       curves
+    OUT/tensorboard       curves, warnings, pictures of the membrane
 
 Randomness is a function of (seed, purpose, epoch, step), so a resumed run repeats the interrupted epoch: on a CPU bit
 for bit, on a GPU up to the order in which cuDNN adds.
@@ -27,10 +27,12 @@ from mpdsgr_deploy.data.batches import to_device
 from mpdsgr_deploy.defences import build_defended, resolved
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
+from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import parse, read_json
+from mpdsgr_deploy.training.board import log_epoch, log_pictures
 from mpdsgr_deploy.training.epoch import Learner, train_epoch, validate_epoch
 
 RECIPE, STATE = "recipe.json", "state.pt"
@@ -43,6 +45,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
     Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
     hardware, a full disk.
     """
+    need("matplotlib", "train")  # draws after the first epoch, too late to find it missing
     recipe = resolved(recipe)
     claim_directory(out, RECIPE, "training run")
     if (out / STATE).exists():
@@ -126,7 +129,8 @@ def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, o
         statistics = [layer._asdict() for layer in layers]
         history.append({"epoch": epoch + 1, "seconds": seconds, **learned, **validated, "layers": statistics})
         if board is not None:
-            _log_epoch(board, history[-1])
+            log_epoch(board, history)
+            log_pictures(board, learner, validation_data, epoch + 1)
             checkpoint = Checkpoint(
                 recipe=recipe.portable(),
                 shape=training.shape,
@@ -186,26 +190,3 @@ def _save(learner: Learner, checkpoint: Checkpoint, out: Path) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomic(out / STATE, buffer.getvalue())
-
-
-def _log_epoch(board: SummaryWriter, entry: dict[str, Any]) -> None:
-    epoch = entry["epoch"]
-    for name, value in entry.items():
-        if isinstance(value, float):
-            board.add_scalar(name, value, epoch)
-    for layer in entry["layers"]:
-        for name, value in layer.items():
-            if isinstance(value, float):
-                board.add_scalar(f"{name}/{layer['layer']}", value, epoch)
-    board.flush()
-    log.info(
-        "epoch %d  %.0f s  loss %.3f  train %.1f %%  validation %.1f %%%s  omega %.3f  firing rate %.3f",
-        epoch,
-        entry["seconds"],
-        entry["loss"],
-        100 * entry["train_accuracy"],
-        100 * entry["validation_accuracy"],
-        f" ({100 * entry['score']:.1f} % attacked)" if entry["score"] != entry["validation_accuracy"] else "",
-        sum(layer["omega_empirical"] for layer in entry["layers"]) / len(entry["layers"]),
-        sum(layer["firing_rate"] for layer in entry["layers"]) / len(entry["layers"]),
-    )

@@ -1,0 +1,49 @@
+"""From a checkpoint to pictures of its network's membrane."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.data.batches import generator
+from mpdsgr_deploy.diagnostics.measure import measure
+from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, overview, png
+from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+from mpdsgr_deploy.files import claim_directory, write_atomic
+from mpdsgr_deploy.lookup import choose
+
+OVERVIEW = "overview.png"
+
+
+def plot_checkpoint(
+    directory: Path, out: Path, *, root: str | None = None, layers: Sequence[str] = (), images: int = 128
+) -> tuple[str, list[LayerStatistics]]:
+    """Measure a checkpoint's network (or a training run's best) on its first test images and write the pictures.
+
+    root overrides where the data set lies; layers are drawn (all, if none is named), each into LAYER.png and
+    LAYER-channels.png. Returns which images they were, and the statistics of all layers. Raises InputError for a
+    damaged checkpoint, missing data, an unknown layer, or an `out` that is not ours.
+    """
+    source = find_checkpoint(directory)
+    checkpoint = load_checkpoint(source)
+    recipe = checkpoint.recipe
+    model = load_model(source / checkpoint.weights, recipe, checkpoint.shape, len(checkpoint.labels))
+    known = {layer.name: layer for layer in model.layers()}
+    chosen = {choose("layer", known, name).name for name in layers} or set(known)
+    config = recipe.data if root is None else recipe.data.model_copy(update={"root": root})
+    found = load_test(config)
+    found.require_kind(config.name, checkpoint.shape, checkpoint.labels)
+    claim_directory(out, OVERVIEW, "set of plots")
+    pixels = torch.from_numpy(found[:images].unit())
+    noise = generator(recipe.validation.seed, "inspect")
+    measured = measure(model, pixels, batch_size=recipe.validation.batch_size, noise=noise)
+    statistics = [layer.statistics() for layer in measured]
+    write_atomic(out / OVERVIEW, png(overview(statistics)))
+    for layer in measured:
+        if layer.layer in chosen:
+            name = layer.layer.replace("/", "-")
+            write_atomic(out / f"{name}.png", png(layer_steps(layer)))
+            write_atomic(out / f"{name}-channels.png", png(layer_channels(layer)))
+    return f"the first {len(pixels)} test images of {config.name}", statistics

@@ -1,0 +1,156 @@
+"""The distribution of membrane potentials of every layer, step and channel, measured over any number of batches.
+
+Potentials are counted into bins as they pass, never kept.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.mpd import SIGMA_FLOOR, Moments, empirical, normal_cdf, overlap, per_channel, theorem
+from mpdsgr_deploy.snn import Noise, TdBN, Trace
+
+BINS = 240  # at most, a layer
+REACH = 5  # standard deviations around every channel's mean that the bins cover
+
+
+class Distribution(NamedTuple):
+    """One layer's membrane potentials U in T steps and C channels. Tensors on the CPU.
+
+    `counts` [T, C, bins] are potentials in [edges[i], edges[i + 1]), of `size` in each (step, channel); `firing_rate`
+    and `in_window` (|U - V_th| < half-width) [T, C] are counted over all of them. `theorem` is None for a layer
+    Theorem 1 does not speak of, `scale` (mean |lambda|) without tdBN.
+    """
+
+    layer: str
+    v_threshold: float
+    half_width: float
+    edges: Tensor
+    counts: Tensor
+    size: int
+    firing_rate: Tensor
+    in_window: Tensor
+    empirical: Moments
+    theorem: Moments | None
+    scale: float | None
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Where the surrogate passes a gradient."""
+        return self.v_threshold - self.half_width, self.v_threshold + self.half_width
+
+    def omega(self, moments: Moments) -> Tensor:
+        """Omega [T, C] of one of the two estimates."""
+        return overlap(moments, self.half_width)
+
+    def gaussian(self, moments: Moments) -> Tensor:
+        """Share [T, C, bins] of each bin under an estimate: what the histogram would be if it were exact."""
+        v = (self.edges - self.v_threshold).double()
+        mu, sigma = (moment.double()[..., None] for moment in moments)
+        return normal_cdf((v - mu) / sigma).diff()
+
+    def statistics(self) -> LayerStatistics:
+        """The layer in one line."""
+        return LayerStatistics(
+            layer=self.layer,
+            firing_rate=self.firing_rate.mean().item(),
+            in_window=self.in_window.mean().item(),
+            omega_theorem=None if self.theorem is None else self.omega(self.theorem).mean().item(),
+            omega_empirical=self.omega(self.empirical).mean().item(),
+            scale=self.scale,
+            silent_channels=(self.firing_rate.sum(0) == 0).float().mean().item(),
+        )
+
+
+class LayerCounter:
+    """Adds up one layer's traces, of the same network but any images.
+
+    All it keeps are counts and sums over images; Theorem 1's moments too, whose reset term is a mean over images.
+    """
+
+    def __init__(self, first: Trace) -> None:
+        self.layer, self.norm, self.neuron, states = first
+        self.edges = bin_edges(empirical(first), self.neuron.v_threshold, self.neuron.surrogate.half_width)
+        shape = len(states), states[0].u.shape[1], len(self.edges) - 1
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=self.edges.device)
+        self.totals: list[Tensor] = []
+        self.images = self.size = 0
+
+    def add(self, trace: Trace) -> None:
+        """Count one batch."""
+        u, _ = trace.states[0]
+        half_width = self.neuron.surrogate.half_width
+        near = [(state.u.float() - self.neuron.v_threshold).abs() < half_width for state in trace.states]
+        mu, sigma = empirical(trace)
+        means = [
+            torch.stack([per_channel(state.spikes) for state in trace.states]),
+            torch.stack([per_channel(inside) for inside in near]),
+            mu,
+            mu.double() ** 2 + sigma.double() ** 2,
+            *(theorem(trace) or ()),
+        ]
+        sums = [len(u) * mean.double() for mean in means]
+        self.totals = [a + b for a, b in zip(self.totals, sums, strict=True)] if self.totals else sums
+        self.counts += torch.stack([histogram(state.u, self.edges) for state in trace.states])
+        self.images += len(u)
+        self.size += u.numel() // u.shape[1]
+
+    def distribution(self) -> Distribution:
+        """What was counted so far."""
+        firing_rate, in_window, mu, square, *predicted = (total.cpu() / self.images for total in self.totals)
+        sigma = (square - mu**2).clamp(min=SIGMA_FLOOR**2).sqrt()
+        return Distribution(
+            layer=self.layer,
+            v_threshold=self.neuron.v_threshold,
+            half_width=self.neuron.surrogate.half_width,
+            edges=self.edges.cpu(),
+            counts=self.counts.cpu(),
+            size=self.size,
+            firing_rate=firing_rate,
+            in_window=in_window,
+            empirical=Moments(mu, sigma),
+            theorem=Moments(*predicted) if predicted else None,
+            scale=self.norm.weight.abs().mean().item() if isinstance(self.norm, TdBN) else None,
+        )
+
+
+def bin_edges(moments: Moments, v_threshold: float, half_width: float) -> Tensor:
+    """Edges [bins + 1] of equal bins around the threshold, among them the two borders of the window.
+
+    They reach REACH standard deviations beyond every mean of `moments`, as far as bins no wider than half_width allow.
+    """
+    mu, sigma = moments
+    reach = min(max(1, math.ceil((mu.abs() + REACH * sigma).max().item() / half_width)), BINS // 2)  # in half-widths
+    fineness = BINS // (2 * reach)
+    steps = torch.arange(-reach * fineness, reach * fineness + 1, device=mu.device)
+    return v_threshold + half_width * steps / fineness
+
+
+def histogram(u: Tensor, edges: Tensor) -> Tensor:
+    """How many potentials of u [B, C, ...] lie in [edges[i], edges[i + 1]): int64 [C, bins]. Others are dropped."""
+    channels, places = u.shape[1], len(edges) + 1  # with one place below all bins and one above
+    place = torch.bucketize(u.float().transpose(0, 1).flatten(1).contiguous(), edges, right=True)
+    place += places * torch.arange(channels, device=u.device)[:, None]
+    return torch.bincount(place.flatten(), minlength=channels * places).view(channels, places)[:, 1:-1]
+
+
+@torch.no_grad()
+def measure(model: SpikingNet, images: Tensor, *, batch_size: int, noise: Noise = None) -> list[Distribution]:
+    """Every layer's distribution over images [N, C, H, W] in [0, 1], in the order of the forward pass.
+
+    The model is taken as it is: put it in eval mode for the network that will be deployed.
+    """
+    counters: dict[str, LayerCounter] = {}
+
+    def observe(trace: Trace) -> None:
+        if trace.layer not in counters:
+            counters[trace.layer] = LayerCounter(trace)
+        counters[trace.layer].add(trace)
+
+    for batch in images.split(batch_size):
+        model(batch, observe, noise)
+    return [counter.distribution() for counter in counters.values()]
