@@ -152,7 +152,7 @@ def die_on_interrupt() -> None:
 
 def attempt(run: Run) -> MpdsgrError | None:
     """Measure one run; returns the error that others need not suffer from."""
-    from result import measure
+    from measure import measure
 
     try:
         measure(run.table, run.row, run.recipe, runs=run.runs, root=run.root, folder=run.folder)

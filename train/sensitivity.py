@@ -22,6 +22,7 @@ from mpdsgr_deploy.attacks.torch_target import input_gradient
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime.torch_model import exact_convolutions
 from mpdsgr_deploy.snn import Observer, Trace
 
 
@@ -32,7 +33,8 @@ class Probe:
         self.model, self.seed = model, seed
 
     def __call__(self, x: Tensor, observe: Observer | None = None) -> Tensor:
-        return self.model(x, observe, torch.Generator().manual_seed(self.seed))
+        with exact_convolutions():  # a rounded product flips spikes that no perturbation has flipped
+            return self.model(x, observe, torch.Generator().manual_seed(self.seed))
 
     def observe(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Margin [N] and each layer's spikes [T, N, ...] as booleans."""
@@ -64,7 +66,8 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
         y, first = torch.from_numpy(images.classes)[index].to(device), start[index].to(device)
         right = probe.observe(x, y)[0] > 0
         if right.any():
-            for name, value in batch_sums(probe, x[right], y[right], noise[right], first[right], recipe).items():
+            batch = batch_sums(probe, x[right], y[right], noise[right], first[right], recipe)
+            for name, value in batch.items():
                 sums[name] += value
     n = int(sums.pop("n", 0))
     found: dict[str, Any] = {"n": n, "eps": attack.eps, "flipped_noise": {}, "flipped_pgd": {}}
