@@ -73,7 +73,7 @@ class LayerCounter:
     """
 
     def __init__(self, first: Trace) -> None:
-        self.layer, self.norm, self.neuron, states = first
+        self.layer, self.norm, self.neuron, states = first[:4]
         self.edges = bin_edges(empirical(first), self.neuron.v_threshold, self.neuron.surrogate.half_width)
         shape = len(states), states[0].u.shape[1], len(self.edges) - 1
         self.counts = torch.zeros(shape, dtype=torch.int64, device=self.edges.device)
