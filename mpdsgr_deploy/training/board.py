@@ -44,8 +44,8 @@ def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
 
 
 def log_pictures(board: SummaryWriter, learner: Learner, data: Data, epoch: int) -> None:
-    """In the first, every tenth and the last epoch (counted from 1): the membrane on the first validation batch."""
-    if epoch not in (1, learner.recipe.training.epochs) and epoch % PICTURES_EVERY:
+    """In every tenth and the last epoch (counted from 1): the membrane on the first validation batch."""
+    if epoch != learner.recipe.training.epochs and epoch % PICTURES_EVERY:
         return
     from mpdsgr_deploy.diagnostics.plots import layer_steps, overview, pixels
 
