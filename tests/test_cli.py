@@ -101,6 +101,7 @@ def test_a_missing_extra_is_named(bundle: Bundle, tmp_path: Path) -> None:
     for module, extra, arguments in (
         ("lightning", "train", ["train", "digits-reg", "--out", str(tmp_path / "run")]),
         ("onnxruntime", "cpu", ["predict", str(bundle.path), str(tmp_path / "x.npy")]),
+        ("matplotlib", "report", ["inspect", str(bundle.path.parent / "run"), "--plots", str(tmp_path / "plots")]),
         ("jinja2", "report", ["validate", str(bundle.path), "--report", str(tmp_path / "report")]),
     ):
         (tmp_path / module).mkdir()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.mpd import SIGMA_FLOOR, Moments, empirical, normal_cdf, overlap, per_channel, theorem
+from mpdsgr_deploy.mpd import SIGMA_FLOOR, Moments, empirical, per_channel, theorem
 from mpdsgr_deploy.snn import Noise, TdBN, Trace
 
 BINS = 240  # at most, a layer
@@ -45,13 +45,16 @@ class Distribution(NamedTuple):
 
     def omega(self, moments: Moments) -> Tensor:
         """Omega [T, C] of one of the two estimates."""
-        return overlap(moments, self.half_width)
+        return self.mass(moments, torch.tensor(self.window, dtype=torch.float64))[..., 0]
 
     def gaussian(self, moments: Moments) -> Tensor:
         """Share [T, C, bins] of each bin under an estimate: what the histogram would be if it were exact."""
-        v = (self.edges - self.v_threshold).double()
+        return self.mass(moments, self.edges)
+
+    def mass(self, moments: Moments, edges: Tensor) -> Tensor:
+        """What an estimate gives each interval between potentials `edges` [n + 1]: [T, C, n]."""
         mu, sigma = (moment.double()[..., None] for moment in moments)
-        return normal_cdf((v - mu) / sigma).diff()
+        return torch.special.ndtr((edges.double() - self.v_threshold - mu) / sigma).diff()
 
     def statistics(self) -> LayerStatistics:
         """The layer in one line."""

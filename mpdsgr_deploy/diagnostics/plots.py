@@ -34,7 +34,7 @@ def overview(layers: list[LayerStatistics]) -> Figure:
         return np.array([getattr(layer, name) for layer in layers], float)  # None becomes NaN: not drawn
 
     rate.bar(places, values("firing_rate"), 0.6, color=COUNTED, label="firing rate")
-    rate.plot(places, values("silent_channels"), "kv", label="channels that never fire")
+    rate.plot(places, values("silent_channels"), "kv", label="channels that never fire", clip_on=False)
     rate.axhline(SILENT_RATE, color="black", linewidth=0.8, linestyle=":", label="silent, saturated")
     rate.axhline(SATURATED_RATE, color="black", linewidth=0.8, linestyle=":")
     rate.set(ylabel="spikes per step; share", ylim=(0, 1))
