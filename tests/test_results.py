@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
 from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
@@ -29,6 +30,12 @@ import table  # noqa: E402
 TABLES = sorted(path.stem for path in table.TABLES.glob("*.toml"))
 MEASURED = sorted(path.name for path in reproduce.RESULTS.iterdir() if path.is_dir())
 
+IMAGES = {  # shape and number of classes
+    "digits": ((1, 8, 8), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+    "tiny-imagenet": ((3, 64, 64), 200),
+}
 SMALL = """
 title = "A table of the tests"
 seeds = [0, 1]
@@ -63,6 +70,12 @@ def test_the_rows_of_a_table_exist_and_are_what_they_say(name: str) -> None:
     for row in found.rows:
         recipe = load_recipe(find_recipe(row.recipe), found.overrides(row))
         assert recipe.defence.keys() == load_recipe(find_recipe(row.recipe)).defence.keys()  # none added, none lost
+        resolved = found.recipe(row, seed=7)
+        assert resolved.training.seed == 7
+        with torch.device("meta"):
+            model, defences = build_defended(resolved, *IMAGES[resolved.data.name])
+        assert len(model.layers()) > 0
+        assert len(defences) == len(resolved.defence)
     defended = [tuple(sorted(load_recipe(find_recipe(row.recipe)).defence)) for row in found.rows]
     if name in ("digits", "cifar10-small"):
         vanilla = [(), ("rat",), ("sr",), ("stog",), ("dlif",), ("feel",), ("mpd-sgr",)]
