@@ -39,7 +39,7 @@ def recipe_with(defence: dict[str, dict[str, object]]) -> Recipe:
 def learner_of(recipe: Recipe) -> Learner:
     torch.manual_seed(0)
     model, defences = build_defended(recipe, SHAPE, 10)
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=recipe.training.precision)
     wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
     return Learner(fabric, recipe, wrapped, model, defences, optimizer)
 
@@ -77,6 +77,15 @@ def test_a_step_with_several_defences_has_finite_gradients_for_every_parameter(
     terms = {"mpd-sgr": "omega", "sr": "sparsity", "dlif": "perturbation", "stog": "gate_prior"}
     expected = {terms[name] for name in defence if name in terms and (name != "dlif" or "at" in defence)}
     assert set(measured) == {"loss", "cross_entropy", "train_accuracy", *expected}
+
+
+@pytest.mark.parametrize("name", ["feel", "dlif", "stog"])
+def test_mixed_precision_trains_them_as_well(name: str) -> None:
+    plain = recipe_with({**AT, "sr": {}, **MPDSGR, name: {}})
+    mixed = plain.model_copy(update={"training": plain.training.model_copy(update={"precision": "bf16-mixed"})})
+    expected, measured = step_once(learner_of(plain)), step_once(learner_of(mixed))
+    assert measured["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=0.1)
+    assert measured["omega"] == pytest.approx(expected["omega"], rel=0.1)
 
 
 @pytest.mark.parametrize("name", EACH)

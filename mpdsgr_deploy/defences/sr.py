@@ -26,7 +26,6 @@ class SparseGradients(Defence[Settings]):
 
     Both run in train mode, normalised by their own batch, as in the authors' code: f(x) is taken from the step's
     logits, and next to a pass in eval mode the difference of the modes, divided by h, would drown the derivative.
-    (Besides, DDP overwrites the running statistics at every pass, on which only the graph of one in eval mode depends.)
     `Step.forward` keeps both out of the running statistics.
     """
 

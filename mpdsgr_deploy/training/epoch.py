@@ -84,16 +84,18 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
 
     seed = int(torch.randint(2**62, (), generator=draw))
 
-    def forward(x: Tensor, observe: Observer | None = None) -> Tensor:
-        return learner.wrapped(x, observe, torch.Generator().manual_seed(seed)).float()
+    def run(model: Any, x: Tensor, observe: Observer | None) -> Tensor:
+        return model(x, observe, torch.Generator().manual_seed(seed)).float()
 
-    def forward_again(x: Tensor, observe: Observer | None = None) -> Tensor:
-        with frozen_statistics(learner.model):
-            return forward(x, observe)
+    def forward(x: Tensor, observe: Observer | None) -> Tensor:
+        # the bare network: Fabric's refuses input gradients under mixed precision. DDP waits at the parameters, so that
+        # the gradients of these passes are exchanged as well
+        with learner.fabric.autocast(), frozen_statistics(learner.model):
+            return run(learner.model, x, observe)
 
     traces: list[Trace] = []
-    logits = forward(x, traces.append)
-    step = Step(forward_again, x, y, clean, logits, traces, epoch, draw)
+    logits = run(learner.wrapped, x, traces.append)
+    step = Step(forward, x, y, clean, logits, traces, epoch, draw)
     loss = cross_entropy = F.cross_entropy(logits, y)
     measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
     for defence in learner.defences:
