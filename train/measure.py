@@ -8,7 +8,7 @@ import torch
 from result import Result, result_path
 from sensitivity import sensitivity
 
-from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import FILE, load_checkpoint, load_model
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.recipe import Recipe
@@ -28,20 +28,21 @@ def run_directory(runs: Path, table: str, row: str, recipe: Recipe) -> Path:
 def measure(table: str, row: str, recipe: Recipe, *, runs: Path, root: str, folder: Path) -> Result:
     """Train (or continue, or find trained) a row's network, evaluate it, and write its results file.
 
-    Raises InputError and EvaluationError as training and evaluation do.
+    Evaluated is the last epoch's network, at the end of the schedule: which epoch scores best on few validation images
+    is chance, and rows that stopped at different ages would differ in more than their method. Raises InputError and EvaluationError as training and evaluation do.
     """
     run = run_directory(runs, table, row, recipe)
     train(recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})}), run, resume=True)
-    best = find_checkpoint(run)
-    checkpoint = load_checkpoint(best)
+    last = run / "last"
+    checkpoint = load_checkpoint(last)
     if checkpoint.recipe != recipe:  # trained when the table asked for another attack: take this one
         checkpoint = checkpoint.model_copy(update={"recipe": recipe})
-        write_atomic(best / FILE, checkpoint.model_dump_json(indent=1).encode())
-    evaluation = evaluate(best, root=root, limit=recipe.validation.limit)
+        write_atomic(last / FILE, checkpoint.model_dump_json(indent=1).encode())
+    evaluation = evaluate(last, root=root, limit=recipe.validation.limit)
     images = load_test(recipe.data.model_copy(update={"root": root}))
-    model = load_model(best / checkpoint.weights, recipe, checkpoint.shape, len(checkpoint.labels))
+    model = load_model(last / checkpoint.weights, recipe, checkpoint.shape, len(checkpoint.labels))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    history = load_checkpoint(run / "last").history
+    history = checkpoint.history
     result = Result(
         table=table,
         row=row,
@@ -50,7 +51,7 @@ def measure(table: str, row: str, recipe: Recipe, *, runs: Path, root: str, fold
         epoch=checkpoint.epoch,
         seconds=round(sum(entry["seconds"] for entry in history), 1),
         curve=[{key: value for key, value in entry.items() if key != "layers"} for entry in history],
-        layers=checkpoint.history[-1]["layers"],
+        layers=history[-1]["layers"],
         evaluation=evaluation,
         sensitivity=sensitivity(model, images[: min(evaluation.rows[0].n, SENSITIVITY_IMAGES)], recipe),
         provenance=checkpoint.provenance,

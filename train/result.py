@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 
 
 class Result(BaseModel):
-    """`epoch`: whose checkpoint was evaluated, the best by validation; `layers`: its membrane statistics then.
+    """`epoch`: whose checkpoint was evaluated; `layers`: its membrane statistics then.
 
     `curve` has all epochs, `seconds` is the wall time of their training; `provenance` that of the training, the
     evaluation has its own.
