@@ -89,6 +89,8 @@ def test_a_committed_page_is_what_its_files_give(name: str) -> None:
     measured = page.load_results(found, folder)
     assert sum(map(len, measured.values())) == len(list(folder.glob("*.json"))) > 0  # no file is left out
     assert (folder / page.PAGE).read_text() == page.render(name, found, measured)
+    readme = (TRAIN.parent / "README.md").read_text()
+    assert page.quote(name, measured, readme) == readme
     assert page.plot(found, measured) == page.plot(found, measured)
     assert (folder / page.PLOT).read_bytes()[:4] == b"\x89PNG"
     for results in measured.values():

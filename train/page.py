@@ -85,6 +85,26 @@ def render(name: str, table: Table, measured: Measured) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def quote(name: str, measured: Measured, text: str) -> str:
+    """`text` with the short form of a table between its markers, `<!-- table: NAME -->` and `<!-- end of table -->`."""
+    begin, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+    if begin not in text:
+        return text
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{short(measured)}\n{end}{after}"
+
+
+def short(measured: Measured) -> str:
+    """Mean accuracies of every row, with the deviation between seeds, under the conditions that decide."""
+    columns = {"clean": "clean", "FGSM": "fgsm", "PGD": "pgd", **STRONG}
+    rows = []
+    for title, results in measured.items():
+        cells = [str(found).partition(" [")[0] if (found := cell(results, c)) else "-" for c in columns.values()]
+        rows.append([results[0].recipe.method, title, *cells])
+    return markdown(["training", "row", *columns], rows)
+
+
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))

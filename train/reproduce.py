@@ -4,7 +4,8 @@
     python train/reproduce.py cifar10 cifar10-vgg11-sr --seeds 0  one row, one seed
     python train/reproduce.py digits --render-only                the page from the results there are
 
-What is finished is kept, what was interrupted continues, what was measured with another recipe is measured again.
+What is finished is kept, what was interrupted continues, what was measured with another recipe is measured again. Where
+the project's README quotes a table, its short form there is rendered too.
 """
 
 import os
@@ -22,6 +23,7 @@ from table import Row, Table, load_table
 
 from mpdsgr_deploy.cli import OneLineErrors
 from mpdsgr_deploy.errors import InputError, MpdsgrError
+from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.recipe import Recipe
@@ -72,12 +74,16 @@ def main(
     numbers = found.seeds if seeds is None else parse_seeds(seeds)
     need("torch", "train")
     need("matplotlib", "report")
-    from page import write_page
+    from page import load_results, quote, write_page
 
     folder = out / name
     todo = [] if render_only else outdated(name, found, chosen, numbers, runs=runs, root=root, folder=folder)
     failures = work(todo, jobs)
     click.echo(f"page in {write_page(name, found, folder)}")
+    if out == RESULTS:
+        readme = RESULTS.parent.parent / "README.md"
+        quoted = quote(name, load_results(found, folder), readme.read_text(encoding="utf-8"))
+        write_atomic(readme, quoted.encode())
     for run, error in failures:
         click.echo(f"error: {run}: {error}", err=True)
     ctx.exit(max((error.exit_code for _, error in failures), default=0))
