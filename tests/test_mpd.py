@@ -5,12 +5,11 @@ from scipy.stats import norm as normal
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.mpd import (
-    ESTIMATORS,
     Moments,
     empirical,
+    layer_mean,
     layer_statistics,
     leak_sum,
-    mean_overlap,
     overlap,
     reset_shift,
     theorem,
@@ -66,7 +65,7 @@ def test_share_in_the_window_at_initialisation() -> None:
     """lambda 1, beta 0, first step: Phi(0) - Phi(-2) = 0.477, and that is what one counts."""
     trace = simulate(tau=0.5, reset="hard", T=1)
     expected = normal.cdf(0) - normal.cdf(-2)
-    assert overlap(theorem(trace), 1.0).item() == pytest.approx(expected, abs=1e-4)
+    assert overlap(theorem(trace), triangle()).item() == pytest.approx(expected, abs=1e-4)
     assert layer_statistics(trace).in_window == pytest.approx(expected, abs=2e-3)
 
 
@@ -75,7 +74,7 @@ def test_overlap_and_its_gradient_against_scipy() -> None:
     mu, sigma = draw.normal(0, 1, (4, 6)), draw.uniform(0.2, 2, (4, 6))
     for half_width in (0.5, 1.0, 1.9):
         moments = Moments(torch.tensor(mu, requires_grad=True), torch.tensor(sigma, requires_grad=True))
-        found = overlap(moments, half_width)
+        found = overlap(moments, triangle(half_width))
         high, low = (mu + half_width) / sigma, (mu - half_width) / sigma
         assert found.detach().numpy() == pytest.approx(normal.cdf(high) - normal.cdf(low), abs=1e-12)
         found.sum().backward()
@@ -95,7 +94,7 @@ def layer_with_gradients() -> tuple[Trace, TdBN, torch.Tensor]:
 
 def test_theorem_reaches_lambda_and_beta_only() -> None:
     trace, norm, weights = layer_with_gradients()
-    overlap(theorem(trace), 1.0).mean().backward()
+    overlap(theorem(trace), triangle()).mean().backward()
     assert norm.weight.grad.abs().min() > 0
     assert norm.bias.grad.abs().min() > 0
     assert weights.grad is None
@@ -103,7 +102,7 @@ def test_theorem_reaches_lambda_and_beta_only() -> None:
 
 def test_empirical_reaches_the_weights() -> None:
     trace, _, weights = layer_with_gradients()
-    overlap(empirical(trace), 1.0).mean().backward()
+    overlap(empirical(trace), triangle()).mean().backward()
     assert weights.grad.abs().sum() > 0
 
 
@@ -129,7 +128,7 @@ def test_a_silent_constant_channel_has_finite_gradients() -> None:
     neuron = LIF(surrogate=triangle())
     from mpdsgr_deploy.snn import LIFState
 
-    omega = overlap(empirical(Trace("layer", None, neuron, [LIFState(u, u)])), 0.5).mean()
+    omega = overlap(empirical(Trace("layer", None, neuron, [LIFState(u, u)])), triangle(0.5)).mean()
     omega.backward()
     assert omega.item() == 0
     assert torch.isfinite(u.grad).all()
@@ -138,10 +137,10 @@ def test_a_silent_constant_channel_has_finite_gradients() -> None:
 def test_overlap_is_computed_in_float32_under_autocast() -> None:
     trace = simulate(tau=0.5, reset="hard", T=2, samples=64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert mean_overlap([trace], ESTIMATORS["empirical"]).dtype == torch.float32
+        assert layer_mean([trace], empirical, overlap).dtype == torch.float32
 
 
 def test_theorem_without_tdbn_says_what_to_do() -> None:
     trace = simulate(tau=0.5, reset="hard", T=2, samples=64)._replace(norm=None)
     with pytest.raises(InputError, match=r"defence.mpd-sgr.estimator = 'empirical'"):
-        mean_overlap([trace], ESTIMATORS["theorem"])
+        layer_mean([trace], theorem, overlap)

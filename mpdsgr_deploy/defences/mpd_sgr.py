@@ -3,7 +3,7 @@
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.mpd import ESTIMATORS, mean_overlap
+from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_mean
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative, Section
 
@@ -12,6 +12,7 @@ class Settings(Section):
     """Which estimator of the potentials' moments (see `mpdsgr_deploy.mpd`), and the weight eta."""
 
     estimator: str = "theorem"
+    measure: str = "overlap"
     eta: NonNegative = 0.5  # unknown in print; sweep 0.1 .. 10
 
 
@@ -21,6 +22,7 @@ class MPDSGR(Defence[Settings]):
 
     def check(self, recipe: Recipe) -> None:
         choose("estimator", ESTIMATORS, self.settings.estimator)
+        choose("measure", MEASURES, self.settings.measure)
         if self.settings.estimator == "theorem" and recipe.model.norm != "tdbn":
             raise InputError(
                 f"the theorem estimator needs tdBN and model.norm is {recipe.model.norm!r}; "
@@ -28,4 +30,6 @@ class MPDSGR(Defence[Settings]):
             )
 
     def term(self, step: Step) -> Term:
-        return Term("omega", self.settings.eta, mean_overlap(step.traces, ESTIMATORS[self.settings.estimator]))
+        config = self.settings
+        value = layer_mean(step.traces, ESTIMATORS[config.estimator], MEASURES[config.measure])
+        return Term("omega", config.eta, value)
