@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 
-.PHONY: demo test install clean
+.PHONY: demo test bench install clean
 
 demo: install
 	.venv/bin/mpdsgr demo
@@ -12,6 +12,10 @@ test: install
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/pytest
+
+bench: install
+	.venv/bin/python benchmarks/step.py
+	.venv/bin/python benchmarks/memory.py
 
 install: $(STAMP)
 

@@ -13,7 +13,6 @@ is the share of the neuron's potentials inside the window. The training loss is 
 Moments are tensors [T, C]; everything is float32 also under mixed precision.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from mpdsgr_deploy.diagnostics.statistics import LayerStatistics as LayerStatistics
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.snn import Observer, TdBN, Trace
+from mpdsgr_deploy.snn import Observer, Surrogate, TdBN, Trace
+from mpdsgr_deploy.snn.expectation import interval_mass
 
 SIGMA_FLOOR = 1e-6
 
@@ -69,48 +69,71 @@ def theorem(trace: Trace) -> Moments | None:
     return Moments(mean - trace.neuron.v_threshold, deviation + SIGMA_FLOOR)
 
 
-class _MeanAndSquare(torch.autograd.Function):
-    """E[u], E[u^2] per channel. By hand, because its gradient is one pass over u; autograd's own takes five."""
+class _BatchMoments(torch.autograd.Function):
+    """Mean and variance [T, C] of T tensors [B, C, ...].
+
+    By the statistics kernel of batch normalisation, which reads u once and copies nothing, and with a gradient by hand,
+    which is one pass over u; autograd's own takes five.
+    """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(u)
-        return per_channel(u), per_channel(u.float().square())
+    def forward(ctx: Any, *steps: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(steps[0].dtype, torch.float32)
+        # running statistics that nobody reads: their type is that in which the kernel adds up and answers
+        unread = steps[0].new_zeros(steps[0].shape[1], dtype=dtype)
+        moments = [torch.batch_norm_update_stats(u, unread, unread, 0.0) for u in steps]
+        mean, variance = (torch.stack(moment) for moment in zip(*moments, strict=True))
+        ctx.save_for_backward(mean, *steps)
+        return mean, variance
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (u,) = ctx.saved_tensors
-        shape = (1, -1, *[1] * (u.dim() - 2))
-        count = u.numel() // u.shape[1]
-        constant, slope = (g.div(count).to(u.dtype).view(shape) for g in (grads[0], 2 * grads[1]))
-        return torch.addcmul(constant, u, slope)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        mean, *steps = ctx.saved_tensors
+        count = steps[0].numel() // steps[0].shape[1]
+        slope = grads[1] * (2 / count)
+        constant = grads[0] / count - slope * mean
+        shape = (len(steps), 1, -1, *[1] * (steps[0].dim() - 2))
+        slopes, constants = (g.to(steps[0].dtype).view(shape) for g in (slope, constant))
+        return tuple(torch.addcmul(c, u, s) for c, u, s in zip(constants, steps, slopes, strict=True))
 
 
 def empirical(trace: Trace) -> Moments:
     """Batch moments per channel and step: the gradient reaches every weight."""
-    steps = [_MeanAndSquare.apply(u) for u, _ in trace.states]
-    mean, square = (torch.stack(moment) for moment in zip(*steps, strict=True))
+    mean, variance = _BatchMoments.apply(*[u for u, _ in trace.states])
     # clamped: a channel that never varies has no direction for its standard deviation
-    sigma = (square - mean**2).clamp(min=SIGMA_FLOOR**2).sqrt()
-    return Moments(mean - trace.neuron.v_threshold, sigma)
+    return Moments(mean - trace.neuron.v_threshold, variance.clamp(min=SIGMA_FLOOR**2).sqrt())
 
 
-ESTIMATORS: dict[str, Callable[[Trace], Moments | None]] = {"theorem": theorem, "empirical": empirical}
+Estimator = Callable[[Trace], Moments | None]
+ESTIMATORS: dict[str, Estimator] = {"theorem": theorem, "empirical": empirical}
 
 
-def normal_cdf(z: Tensor) -> Tensor:
-    """Phi(z), elementwise."""
-    return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+def overlap(moments: Moments, surrogate: Surrogate) -> Tensor:
+    """Omega [T, C] in [0, 1]: the probability mass within the surrogate's half-width of the threshold."""
+    return interval_mass(*moments, surrogate.half_width)
 
 
-def overlap(moments: Moments, half_width: float) -> Tensor:
-    """Omega [T, C] in [0, 1]: the probability mass within half_width of the threshold."""
+def expected_gradient(moments: Moments, surrogate: Surrogate) -> Tensor:
+    """E[surrogate'(V)] / surrogate'(0) [T, C] in [0, 1]: the mean surrogate gradient as a share of its peak.
+
+    What the overlap approximates by a window of height one, for a surrogate of any shape. Divided by the peak so that
+    eta weighs the same kind of number in both: for the rectangular surrogate the two are equal (E[surrogate'] is
+    Omega / a, its peak 1 / a). Where the Gaussian is much wider than the window, the ratio to Omega is 1/2 for the
+    triangle, 0.55 for the sigmoid and 0.05 for superspike, whose window of 95 % mass is mostly tail. Raises InputError
+    for a surrogate without `expected`.
+    """
+    if surrogate.expected is None:
+        raise InputError(f"the mean gradient of surrogate {surrogate.name!r} is not known; set measure = 'overlap'")
     mu, sigma = moments
-    return normal_cdf((mu + half_width) / sigma) - normal_cdf((mu - half_width) / sigma)
+    return surrogate.expected(mu, sigma) / surrogate.derivative(mu.new_zeros(()))
 
 
-def mean_overlap(traces: Sequence[Trace], estimator: Callable[[Trace], Moments | None]) -> Tensor:
-    """Mean Omega over the layers of a forward pass, a differentiable float32 scalar.
+Measure = Callable[[Moments, Surrogate], Tensor]
+MEASURES: dict[str, Measure] = {"overlap": overlap, "expected-gradient": expected_gradient}
+
+
+def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) -> Tensor:
+    """Mean of a measure over the layers of a forward pass, a differentiable float32 scalar.
 
     Each layer weighs the same, whatever its number of channels; the readout has no neurons and is not seen. Raises
     InputError if the estimator speaks of none of the layers.
@@ -120,7 +143,7 @@ def mean_overlap(traces: Sequence[Trace], estimator: Callable[[Trace], Moments |
         with torch.autocast(trace.states[0].u.device.type, enabled=False):
             moments = estimator(trace)
             if moments is not None:
-                layers.append(overlap(moments, trace.neuron.surrogate.half_width).mean())
+                layers.append(measure(moments, trace.neuron.surrogate).mean())
     if not layers:
         raise InputError(
             "the theorem estimator needs layers with tdBN whose neurons do not change over time and this model has "
@@ -131,16 +154,16 @@ def mean_overlap(traces: Sequence[Trace], estimator: Callable[[Trace], Moments |
 
 def layer_statistics(trace: Trace) -> LayerStatistics:
     """Count and estimate on one forward pass."""
-    half_width, v_threshold = trace.neuron.surrogate.half_width, trace.neuron.v_threshold
+    surrogate, v_threshold = trace.neuron.surrogate, trace.neuron.v_threshold
     predicted = theorem(trace)
-    counted = [((u - v_threshold).abs() < half_width).float().mean() for u, _ in trace.states]
+    counted = [((u - v_threshold).abs() < surrogate.half_width).float().mean() for u, _ in trace.states]
     rates = torch.stack([per_channel(spikes) for _, spikes in trace.states])
     return LayerStatistics(
         layer=trace.layer,
         firing_rate=rates.mean().item(),
         in_window=torch.stack(counted).mean().item(),
-        omega_theorem=None if predicted is None else overlap(predicted, half_width).mean().item(),
-        omega_empirical=overlap(empirical(trace), half_width).mean().item(),
+        omega_theorem=None if predicted is None else overlap(predicted, surrogate).mean().item(),
+        omega_empirical=overlap(empirical(trace), surrogate).mean().item(),
         scale=trace.norm.weight.abs().mean().item() if isinstance(trace.norm, TdBN) else None,
         silent_channels=(rates.sum(0) == 0).float().mean().item(),
     )

@@ -1,14 +1,18 @@
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.export.fold import fold_tdbn
+from mpdsgr_deploy.export.onnx_writer import write_onnx
 from mpdsgr_deploy.models import MODELS, build_model
 from mpdsgr_deploy.models.network import make_neuron
 from mpdsgr_deploy.models.wrn import ConvexCombination, WideBlock
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.snn import LIF, TdBN, Trace, fold_time
 
 
@@ -145,6 +149,26 @@ def test_logits_are_the_time_mean_of_the_readout() -> None:
     model.readout.register_forward_hook(lambda module, inputs, output: seen.append(output))
     logits = model(torch.rand(4, 1, 8, 8))
     torch.testing.assert_close(logits, seen[0].unflatten(0, (2, 4)).mean(0))
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+def test_membrane_readout_is_a_leaky_integrator_also_exported(tau: float, tmp_path: Path) -> None:
+    """m_t = tau m_{t-1} + y_t without threshold; the logits are m_T."""
+    torch.manual_seed(0)
+    sections = {"model": {"name": "vgg-small", "width": 0.25, "readout": "membrane"}, "neuron": {"tau": tau}}
+    model = build_model(recipe(**sections, encoding={"T": 5}), (1, 8, 8), 3).eval()
+    seen: list[torch.Tensor] = []
+    hook = model.readout.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.rand(4, 1, 8, 8)
+    logits = model(x).detach()
+    hook.remove()
+    potential = torch.zeros(4, 3)
+    for y in seen[0].detach().unflatten(0, (5, 4)):
+        potential = tau * potential + y
+    torch.testing.assert_close(logits, potential, rtol=1e-5, atol=1e-6)
+    write_onnx(fold_tdbn(model), (1, 8, 8), tmp_path / "model.onnx")
+    with OnnxRuntime(tmp_path / "model.onnx") as artefact:
+        assert artefact(x.numpy()) == pytest.approx(potential.numpy(), abs=1e-5)
 
 
 def test_normalisation_is_inside() -> None:

@@ -17,6 +17,8 @@ def primitive(name: str, v: float) -> float:
         return min(max(v + 0.5, 0), 1)
     if name == "sigmoid":
         return 1 / (1 + math.exp(-4 * v))
+    if name == "exponential":  # a = 0.5
+        return math.exp(2 * v) / 2 if v < 0 else 1 - math.exp(-2 * v) / 2
     half = 1 / (10 * (1 + 10 * abs(v)))  # superspike, k = 10: total mass 2 / k
     return half if v < 0 else 2 / 10 - half
 

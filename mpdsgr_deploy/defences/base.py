@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A summand of the loss, weight * value; `value` (a scalar) is logged under `name`."""
+    """A summand of the loss, weight * value; `value` (a scalar) is logged under `name`, `weight` under NAME_weight."""
 
     name: str
     weight: float

@@ -1,31 +1,80 @@
 """MPD-SGR (arXiv 2511.12199): loss + eta * Omega, the overlap of membrane potentials and surrogate window."""
 
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.eta import accuracies, moved, reference_accuracies, step_to_omega, step_within_drop
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.mpd import ESTIMATORS, mean_overlap
+from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_mean
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.schema import NonNegative, Section
+from mpdsgr_deploy.schema import NonNegative, Number, Section
+
+Share = Annotated[Number, Field(gt=0, lt=1)]
 
 
 class Settings(Section):
-    """Which estimator of the potentials' moments (see `mpdsgr_deploy.mpd`), and the weight eta."""
+    """Estimator of the potentials' moments, measure of them (see `mpdsgr_deploy.mpd`), and the weight eta.
+
+    With a budget, `target_omega` or `max_drop`, eta is where the first epoch starts; see `mpdsgr_deploy.eta`.
+    """
 
     estimator: str = "theorem"
-    eta: NonNegative = 0.5  # unknown in print; sweep 0.1 .. 10
+    measure: str = "overlap"
+    eta: NonNegative = 0.5  # unknown in print; sweep 0.1 .. 10, or set a budget
+    target_omega: Share | None = None  # of the measure chosen, mean over an epoch's training images
+    max_drop: Share | None = None  # of clean validation accuracy, below the reference at the same epoch
+    reference: str | None = None  # directory of a run trained without the regulariser
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Settings":
+        if (self.max_drop is None) != (self.reference is None):
+            raise ValueError("max_drop and reference belong together; give both or neither")
+        if self.target_omega is not None and self.max_drop is not None:
+            raise ValueError("target_omega and max_drop are two budgets for one eta; give one of them")
+        if self.eta == 0 and (self.target_omega or self.max_drop):
+            raise ValueError("a budget multiplies eta epoch by epoch; start from an eta above 0")
+        return self
 
 
 @register("mpd-sgr", Settings)
 class MPDSGR(Defence[Settings]):
     """eta * Omega, taken on the images the step trains on."""
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.eta = settings.eta
+        self.reference: list[float] = []  # validation accuracy an epoch
+
     def check(self, recipe: Recipe) -> None:
         choose("estimator", ESTIMATORS, self.settings.estimator)
+        choose("measure", MEASURES, self.settings.measure)
         if self.settings.estimator == "theorem" and recipe.model.norm != "tdbn":
             raise InputError(
                 f"the theorem estimator needs tdBN and model.norm is {recipe.model.norm!r}; "
                 f"set defence.mpd-sgr.estimator = 'empirical'"
             )
+        self.recipe = recipe
+
+    def begin_epoch(self, history: list[dict[str, Any]]) -> None:
+        config = self.settings
+        if config.reference is not None and not self.reference:
+            # read here, not in `check`: a trained network is rebuilt where its reference no longer is
+            self.reference = reference_accuracies(config.reference, self.recipe)
+        if not history:
+            return
+        if config.target_omega is not None:
+            step = step_to_omega([entry["omega"] for entry in history], config.target_omega)
+        elif config.max_drop is not None:
+            drops = [theirs - ours for theirs, ours in zip(self.reference, accuracies(history), strict=False)]
+            step = step_within_drop(drops, config.max_drop)
+        else:
+            return
+        self.eta = moved(history[-1]["omega_weight"], step)
 
     def term(self, step: Step) -> Term:
-        return Term("omega", self.settings.eta, mean_overlap(step.traces, ESTIMATORS[self.settings.estimator]))
+        config = self.settings
+        value = layer_mean(step.traces, ESTIMATORS[config.estimator], MEASURES[config.measure])
+        return Term("omega", self.eta, value)

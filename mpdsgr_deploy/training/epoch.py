@@ -40,7 +40,7 @@ class Learner(NamedTuple):
 
 
 def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
-    """One pass over the training images; returns the means of loss, cross_entropy, train_accuracy and each term."""
+    """One pass over the training images; returns the means of all that `batch_loss` measures."""
     fabric, recipe = learner.fabric, learner.recipe
     config = recipe.training
     count = len(data[1])
@@ -75,7 +75,8 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
 
 
 def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """`loss` of one batch as the defences make it, and what it is made of: cross_entropy, train_accuracy, each term."""
+    """`loss` of one batch as the defences make it, and what it is made of: cross_entropy, train_accuracy, each term and
+    its weight."""
     config = learner.recipe.data
     if config.augment != "none":
         pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
@@ -102,6 +103,7 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
         term = defence.term(step)
         if term is not None:
             measured[term.name] = term.value
+            measured[f"{term.name}_weight"] = torch.full_like(term.value, term.weight)
             loss = loss + term.weight * term.value
     return {"loss": loss, **measured}
 
