@@ -113,7 +113,7 @@ def chart(report: Report) -> bytes:
     """Accuracy of torch and artefact under each condition, with intervals: an SVG file."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 1 + 0.34 * len(report.rows)), layout="constrained")
     axes = figure.subplots()
     positions = np.arange(len(report.rows))
     for offset, label, colour in ((-0.2, "torch", "#8a94a6"), (0.2, "artefact", "#2563eb")):
@@ -121,11 +121,12 @@ def chart(report: Report) -> bytes:
         accuracy = np.array([100 * s.accuracy for s in scores])
         bounds = np.array([[100 * b for b in s.interval] for s in scores]).reshape(-1, 2).T
         errors = np.abs(bounds - accuracy)
-        axes.bar(positions + offset, accuracy, 0.38, yerr=errors, capsize=2, label=label, color=colour)
-    axes.set_xticks(positions, [row.name for row in report.rows])
-    axes.set_ylabel("accuracy (%)")
-    axes.set_ylim(0, 105)
-    axes.legend(frameon=False)
+        axes.barh(positions + offset, accuracy, 0.38, xerr=errors, capsize=2, label=label, color=colour)
+    axes.set_yticks(positions, [row.name for row in report.rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy (%)")
+    axes.set_xlim(0, 105)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     out = io.BytesIO()
     figure.savefig(out, format="svg")
