@@ -76,7 +76,8 @@ def test_a_step_with_several_defences_has_finite_gradients_for_every_parameter(
         assert not torch.equal(p, before[name]), name
     terms = {"mpd-sgr": "omega", "sr": "sparsity", "dlif": "perturbation", "stog": "gate_prior"}
     expected = {terms[name] for name in defence if name in terms and (name != "dlif" or "at" in defence)}
-    assert set(measured) == {"loss", "cross_entropy", "train_accuracy", *expected}
+    weights = {f"{name}_weight" for name in expected}
+    assert set(measured) == {"loss", "cross_entropy", "train_accuracy", *expected, *weights}
 
 
 @pytest.mark.parametrize("name", ["feel", "dlif", "stog"])

@@ -142,7 +142,7 @@ def test_reproduce_measures_resumes_and_renders(small: Path, caplog: pytest.LogC
     mean, deviation = sum(clean) / 2, abs(clean[0] - clean[1]) / 2**0.5
     low, high = wilson(40 * mean, 40)
     expected = f"{100 * mean:.1f} ± {100 * deviation:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    assert f"| digits-reg | 0, 1 | 40 | {expected} |" in (folder / page.PAGE).read_text()
+    assert f"| digits-reg | REG | 0, 1 | 40 | {expected} |" in (folder / page.PAGE).read_text()
 
     # another attack: measured again, not trained again; what is still right is kept
     small.write_text(SMALL.replace('["defence.mpd-sgr.est', '["attack.eps=0.05", "defence.mpd-sgr.est'))
@@ -191,7 +191,7 @@ def test_one_failed_run_does_not_stop_the_others(small: Path) -> None:
     assert done.exit_code == 2
     assert "error: too-large, seed 0: training.batch_size is 5000" in done.output
     text = (small.parent / "results" / "small" / page.PAGE).read_text()
-    assert "| empirical | 0 | 40 |" in text
+    assert "| empirical | MPD-SGR | 0 | 40 |" in text
     assert "Not measured: too-large." in text
 
 

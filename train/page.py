@@ -11,6 +11,7 @@ from table import Table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import Published, find_recipe, published
 from mpdsgr_deploy.validation.statistics import wilson
 
@@ -99,10 +100,10 @@ def short(measured: Measured) -> str:
     """Mean accuracies of every row, with the deviation between seeds, under the conditions that decide."""
     columns = {"clean": "clean", "FGSM": "fgsm", "PGD": "pgd", **STRONG}
     rows = []
-    for title, results in measured.items():
+    for results in measured.values():
         cells = [str(found).partition(" [")[0] if (found := cell(results, c)) else "-" for c in columns.values()]
-        rows.append([results[0].recipe.method, title, *cells])
-    return markdown(["training", "row", *columns], rows)
+        rows.append([results[0].recipe.method, *cells])
+    return markdown(["method", *columns], rows)
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
@@ -118,13 +119,13 @@ def accuracies(measured: Measured) -> str:
         n = results[0].evaluation.rows[0].n
         cells = [str(found) if (found := cell(results, condition)) else "-" for condition in columns.values()]
         minutes = fmean(result.seconds for result in results) / 60
-        rows.append([title, seeds(results), str(n), *cells, f"{minutes:.1f} min"])
+        rows.append([title, results[0].recipe.method, seeds(results), str(n), *cells, f"{minutes:.1f} min"])
     note = (
         "Accuracy in %: the mean over the seeds, ± the standard deviation between them, [95 % Wilson interval for the "
         "choice of the n test images, which are the same for every seed and row]. `strong`: broken by any iterate of "
         "the strong PGD; `union`: right under every condition within eps. `training`: wall time of one run."
     )
-    return markdown(["row", "seeds", "n", *columns, "training"], rows) + f"\n\n{note}"
+    return markdown(["row", "method", "seeds", "n", *columns, "training"], rows) + f"\n\n{note}"
 
 
 def seeds(results: list[Result]) -> str:
@@ -133,8 +134,11 @@ def seeds(results: list[Result]) -> str:
 
 
 def figures(table: Table, title: str) -> Published | None:
-    """What was published for a row's recipe."""
-    return published(find_recipe(table.row(title).recipe))
+    """What was published for a row's recipe; None if this table gives it other data or another model."""
+    path = find_recipe(table.row(title).recipe)
+    own, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
+    same = (own.data.name, own.model.name) == (used.data.name, used.model.name)
+    return published(path) if same else None
 
 
 def beside_published(table: Table, measured: Measured) -> str:
