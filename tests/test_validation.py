@@ -128,6 +128,14 @@ def test_check_2_flags_a_stronger_attack_that_does_less() -> None:
     assert "fgsm breaks 20" in masked.saw
 
 
+def test_check_3_flags_a_network_that_another_ones_gradient_breaks_better() -> None:
+    sound = verdicts(pgd_strong=list(range(100))) | {"transfer": np.arange(200) >= 40}
+    masked = verdicts(pgd_strong=list(range(10))) | {"transfer": np.arange(200) < 150}
+    assert health.check_transfer(sound).passed
+    assert not health.check_transfer(masked).passed
+    assert "transfer breaks 50" in health.check_transfer(masked).saw
+
+
 class Planted:
     """A Differentiable whose gradient is zero for some samples and not finite for others."""
 

@@ -8,7 +8,7 @@ function, 9 something was compared.
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -76,42 +76,32 @@ def check_budget(faults: list[str], rule: str) -> Check:
     )
 
 
-def order_faults(correct: Mapping[str, NDArray[np.bool_]], pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Pairs (weaker, stronger) of which the weaker attack breaks more images, beyond chance."""
+def check_order(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
+    """Check 2: on the attacked network, accuracy under noise >= FGSM >= PGD >= strong PGD, up to chance."""
+    advice = "the gradient misleads the attack (masked gradients): attack with other surrogates before believing it"
+    return _ordered(2, "stronger attacks break more", correct, BY_STRENGTH, advice)
+
+
+def check_transfer(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
+    """Check 3: images made on another network do not break more than those made on this one, up to chance."""
+    advice = "the network's own gradient is worse than another network's: it is masked; attack with other surrogates"
+    return _ordered(3, "black-box does not beat white-box", correct, ("transfer", "pgd-strong"), advice)
+
+
+def _ordered(
+    number: int, name: str, correct: Mapping[str, NDArray[np.bool_]], attacks: Sequence[str], advice: str
+) -> Check:
+    """Passes unless one of `attacks`, weakest first, breaks more images than its successor, beyond chance."""
     faults = []
-    for weaker, stronger in pairs:
+    for weaker, stronger in pairwise(attacks):
         only_weaker_breaks = int((~correct[weaker] & correct[stronger]).sum())
         only_stronger_breaks = int((correct[weaker] & ~correct[stronger]).sum())
         p = binomial_tail(only_weaker_breaks, only_weaker_breaks + only_stronger_breaks)
         if only_weaker_breaks > only_stronger_breaks and p < ORDER_P:
             faults.append(f"{weaker} breaks {only_weaker_breaks} images that {stronger} does not (p = {p:.2g})")
-    return faults
-
-
-def check_order(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
-    """Check 2: on the attacked network, accuracy under noise >= FGSM >= PGD >= strong PGD, up to chance."""
-    faults = order_faults(correct, pairwise(BY_STRENGTH))
-    shares = [f"{name} {100 * correct[name].mean():.1f} %" for name in BY_STRENGTH]
-    return Check(
-        number=2,
-        name="stronger attacks break more",
-        passed=not faults,
-        saw="; ".join(faults) or " >= ".join(shares),
-        advice="the gradient misleads the attack (masked gradients): attack with other surrogates before believing it",
-    )
-
-
-def check_transfer(correct: Mapping[str, NDArray[np.bool_]]) -> Check:
-    """Check 3: images made on another network do not break more than those made on this one."""
-    faults = order_faults(correct, [("transfer", "pgd-strong")])
-    shares = [f"{name} {100 * correct[name].mean():.1f} %" for name in ("transfer", "pgd-strong")]
-    return Check(
-        number=3,
-        name="black-box does not beat white-box",
-        passed=not faults,
-        saw="; ".join(faults) or " >= ".join(shares),
-        advice="the network's own gradient is worse than another network's: it is masked; attack with other surrogates",
-    )
+    shares = [f"{attack} {100 * correct[attack].mean():.1f} %" for attack in attacks]
+    saw = "; ".join(faults) or " >= ".join(shares)
+    return Check(number=number, name=name, passed=not faults, saw=saw, advice=advice)
 
 
 def check_gradients(monitor: GradientMonitor) -> Check:
