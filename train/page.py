@@ -75,8 +75,11 @@ def render(name: str, table: Table, measured: Measured) -> str:
     parts = [f"# {table.title}", f"Rendered from the JSON files beside it: `python train/reproduce.py {name}`."]
     if table.set:
         parts.append(f"All rows: {', '.join(f'`{override}`' for override in table.set)}.")
-    changed = [row for row in table.rows if row.set]
-    parts += [f"`{row.title}` is `{row.recipe}` with {', '.join(f'`{o}`' for o in row.set)}." for row in changed]
+    named = [row for row in table.rows if row.name]
+    meanings = [
+        f"`{r.title}` is `{r.recipe}`{' with ' if r.set else ''}{', '.join(f'`{o}`' for o in r.set)}" for r in named
+    ]
+    parts += [f"Rows: {'; '.join(meanings)}."] if named else []
     if measured:
         parts += [accuracies(measured), f"![accuracy of every row]({PLOT})", beside_published(table, measured)]
         parts += ["## Behind the accuracies", behaviour(measured), "## Where it was measured", sources(measured)]
@@ -220,7 +223,8 @@ def plot(table: Table, measured: Measured) -> bytes:
     axes.set_yticks(range(len(measured)), list(measured))
     axes.invert_yaxis()
     axes.set_xlim(-2, 102)
-    axes.set_xlabel("accuracy (%); filled: measured, hollow: published")
+    hollow = "; filled: measured, hollow: published" if any(figures(table, title) for title in measured) else ""
+    axes.set_xlabel(f"accuracy (%){hollow}")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False)
