@@ -22,6 +22,13 @@ from mpdsgr_deploy.recipe import Recipe
 LARGEST_STEP = math.log(2)
 RANGE = (1e-3, 1e3)  # where eta stays if the budget cannot be met
 AHEAD = 4  # epochs; see step_to_omega
+# What a reference must share with the run held against it: the images it validates on, and the network.
+COMPARED: Any = {
+    "data": {"name", "train_images", "validation_share", "image_size", "frames"},
+    "model": True,
+    "neuron": True,
+    "encoding": True,
+}
 RECENT = 3  # epochs whose validation accuracy is averaged: one alone, of 1,000 images, is uncertain by a point
 
 
@@ -69,8 +76,10 @@ def reference_accuracies(run: str, recipe: Recipe) -> list[float]:
     if not (last / FILE).is_file():
         raise InputError(f"defence.mpd-sgr.reference: {run} is no training run; train one there first, without defence")
     checkpoint = load_checkpoint(last)
-    theirs, ours = (r.data.model_dump(exclude={"root", "augment", "crop_padding"}) for r in (checkpoint.recipe, recipe))
-    changed = [f"data.{key}" for key in ours if theirs[key] != ours[key]]
+    if "mpd-sgr" in checkpoint.recipe.defence:
+        raise InputError(f"defence.mpd-sgr.reference: {run} has mpd-sgr itself; train one without")
+    theirs, ours = (r.model_dump(include=COMPARED) for r in (checkpoint.recipe, recipe))
+    changed = [f"{part}.{key}" for part in ours for key in ours[part] if theirs[part][key] != ours[part][key]]
     if changed:
         raise InputError(f"defence.mpd-sgr.reference: {run} differs in {', '.join(changed)}; train one with the same")
     if len(checkpoint.history) < recipe.training.epochs:

@@ -92,7 +92,7 @@ class Training(Section):
 
 
 class Attack(Section):
-    """The attacks of `mpdsgr validate`, all in the L-infinity ball of radius eps around pixels in [0, 1]."""
+    """The attacks of `mpdsgr validate`; all but Gaussian noise and CW-L2 in the L-infinity ball of radius eps."""
 
     eps: Annotated[Number, Field(gt=0, le=1)] = 8 / 255
     steps: Count = 7  # BIM and PGD in the paper's setting

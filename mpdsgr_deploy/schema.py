@@ -96,5 +96,5 @@ def _explain(model: type[BaseModel], error: Any) -> str:
             section = fields[part].annotation if part in fields else None
         allowed = getattr(section, "model_fields", None)  # None below a list or a table with free keys
         return f"unknown key {key!r}" + (f"; allowed here: {', '.join(allowed)}" if allowed else "")
-    message = error["msg"].removeprefix("Value error, ")
+    message = "must be a list" if error["type"] == "tuple_type" else error["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if path[1:] else f"{key}: {message}"

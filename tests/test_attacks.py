@@ -54,15 +54,15 @@ def worst_linear_point(target: Linear, x: np.ndarray, y: np.ndarray) -> np.ndarr
     return np.clip(x + EPS * sign * np.sign(target.w), 0, 1).astype(np.float32)
 
 
-@pytest.mark.parametrize("keep_broken", [False, True])
-def test_pgd_finds_the_closed_form_optimum_of_a_linear_model(linear, keep_broken: bool) -> None:
+@pytest.mark.parametrize("keep", ["last", "broken", "worst"])
+def test_pgd_finds_the_closed_form_optimum_of_a_linear_model(linear, keep: str) -> None:
     target, x, y = linear
-    found = pgd(target, x, y, eps=EPS, step=EPS / 4, steps=20, draw=draw, keep_broken=keep_broken)
+    found = pgd(target, x, y, eps=EPS, step=EPS / 4, steps=20, draw=draw, keep=keep)
     best = worst_linear_point(target, x, y)
     breakable = (target.margin(best) > 0) != y
     assert np.array_equal((target.margin(found) > 0) != y, breakable)
     assert 0.2 < breakable.mean() < 0.95
-    if not keep_broken:
+    if keep == "last":
         np.testing.assert_allclose(found, best, atol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_fgsm_and_bim_reach_it_too(linear) -> None:
     np.testing.assert_allclose(bim(target, x, y, eps=EPS, step=STEP, steps=STEPS), best, atol=1e-6)
 
 
-def test_keep_broken_returns_an_iterate_that_a_later_step_would_undo() -> None:
+def test_keeping_the_broken_returns_an_iterate_that_a_later_step_would_undo() -> None:
     """The loss climbs past a narrow gap where the label flips: the last iterate is harmless, one before it is not."""
 
     class Gap:
@@ -86,7 +86,20 @@ def test_keep_broken_returns_an_iterate_that_a_later_step_would_undo() -> None:
     x, y = np.full((3, 1, 1, 1), 0.5, np.float32), np.zeros(3, np.int64)
     settings = {"eps": 0.1, "step": 0.05, "steps": 2}
     assert Gap()(pgd(Gap(), x, y, **settings), y).logits.argmax(1).tolist() == [0, 0, 0]
-    assert Gap()(pgd(Gap(), x, y, **settings, keep_broken=True), y).logits.argmax(1).tolist() == [1, 1, 1]
+    assert Gap()(pgd(Gap(), x, y, **settings, keep="broken"), y).logits.argmax(1).tolist() == [1, 1, 1]
+
+
+def test_keeping_the_worst_returns_the_iterate_of_the_largest_loss() -> None:
+    """The loss peaks at 0.55, which the third of four steps leaves behind."""
+
+    def peak(x: Array, y: Array) -> Gradient:
+        value = x[:, 0, 0, 0]
+        return Gradient(np.zeros((len(x), 2)), -np.abs(value - 0.55), np.ones_like(x))
+
+    x, y = np.array([0.5, 0.53], np.float32).reshape(2, 1, 1, 1), np.zeros(2, np.int64)
+    settings = {"eps": 0.2, "step": 0.025, "steps": 4}
+    assert pgd(peak, x, y, **settings).ravel() == pytest.approx([0.6, 0.63])
+    assert pgd(peak, x, y, **settings, keep="worst").ravel() == pytest.approx([0.55, 0.555])
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +140,14 @@ def test_strong_pgd_breaks_at_least_what_its_last_iterate_breaks(spiking) -> Non
     model, x, y = spiking
     settings = {"eps": EPS, "step": EPS / 4, "steps": 10, "draw": draw}
     last = model(pgd(model.attacker(), x, y, **settings)).argmax(1) != y
-    ever = model(pgd(model.attacker(), x, y, **settings, keep_broken=True)).argmax(1) != y
+    ever = model(pgd(model.attacker(), x, y, **settings, keep="broken")).argmax(1) != y
     assert (ever >= last).all()
 
 
-@pytest.mark.parametrize("keep_broken", [False, True])
-def test_images_stay_in_the_ball_and_in_range(spiking, keep_broken: bool) -> None:
+@pytest.mark.parametrize("keep", ["last", "broken", "worst"])
+def test_images_stay_in_the_ball_and_in_range(spiking, keep: str) -> None:
     model, x, y = spiking
-    found = pgd(model.attacker(), x, y, eps=EPS, step=0.07, steps=3, draw=draw, keep_broken=keep_broken)
+    found = pgd(model.attacker(), x, y, eps=EPS, step=0.07, steps=3, draw=draw, keep=keep)
     assert np.abs(found - x).max() <= EPS + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1
@@ -168,14 +181,14 @@ def test_input_gradient_is_of_each_samples_own_loss_and_leaves_weights_alone() -
         assert all(numeric[j].item() == 0 for j in range(4) if j != i)
 
 
-@pytest.mark.parametrize("keep_broken", [False, True])
-def test_tensors_and_arrays_take_the_same_path(linear, keep_broken: bool) -> None:
+@pytest.mark.parametrize("keep", ["last", "broken", "worst"])
+def test_tensors_and_arrays_take_the_same_path(linear, keep: str) -> None:
     target, x, y = linear
 
     def on_tensors(x: torch.Tensor, y: torch.Tensor) -> Gradient:
         return Gradient(*(torch.as_tensor(part) for part in target(x.numpy(), y.numpy())))
 
-    settings = {"eps": EPS, "step": EPS / 4, "steps": 5, "keep_broken": keep_broken}
+    settings = {"eps": EPS, "step": EPS / 4, "steps": 5, "keep": keep}
     found = pgd(on_tensors, torch.from_numpy(x), torch.from_numpy(y), **settings)
     assert isinstance(found, torch.Tensor)
     np.testing.assert_allclose(found.numpy(), pgd(target, x, y, **settings), atol=1e-6)

@@ -15,6 +15,7 @@ def test_a_defence_is_known_by_name_and_its_settings_are_checked() -> None:
         ({"at": {"epss": 0.1}}, r"\[defence.at\]: unknown key 'epss'; allowed here: eps, steps, step"),
         ({"at": {"eps": "2"}}, r"\[defence.at\]: eps: .*less than or equal to 1"),
         ({"mpd-sgr": {"estimator": "exact"}}, "unknown estimator 'exact'"),
+        ({"mpd-sgr": {}, "dlif": {}}, r"dlif changes them; set defence.mpd-sgr.estimator = 'empirical'"),
     ):
         with pytest.raises(InputError, match=expected):
             make_defences(small_recipe(defence=defence))

@@ -220,8 +220,11 @@ def test_inspect_plots_writes_every_picture(run_dir: Path, tmp_path: Path) -> No
 
 
 def test_inspect_draws_one_layer_and_refuses_what_it_cannot_draw(run_dir: Path, tmp_path: Path) -> None:
-    measured_on, statistics = plot_checkpoint(run_dir, tmp_path / "one", layers=["conv2"], images=10_000)
-    assert {path.name for path in (tmp_path / "one").iterdir()} == {"overview.png", "conv2.png", "conv2-channels.png"}
+    measured_on, statistics = plot_checkpoint(
+        run_dir, tmp_path / "one", layers=["conv2"], channels=[3, 999], images=10_000
+    )
+    names = {"overview.png", "conv2.png", "conv2-channels.png", "conv2-channel-3.png"}
+    assert {path.name for path in out.iterdir()} == names
     assert measured_on == "the first 497 test images of digits"
     assert len(statistics) == 3
     with pytest.raises(InputError, match=r"unknown layer 'conv9'; allowed: conv1, conv2, conv3"):

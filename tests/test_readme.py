@@ -31,6 +31,15 @@ def test_the_path_of_commands(tmp_path: Path) -> None:
     assert "grey.png" in (tmp_path / "labels.csv").read_text()
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(r"@[A-Z]+@", README)
+    assert not re.findall(r"<!-- table: .* -->\n<!-- end of table -->", README)
+    root = Path(__file__).parent.parent
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (root / link).exists()] == []
+
+
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
 def test_python_blocks(block: str, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "bundles").mkdir()

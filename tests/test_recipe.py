@@ -40,6 +40,7 @@ def test_defaults_fractions_and_overrides(tmp_path: Path) -> None:
         ("[training]\nepochs = true", ["training.epochs", "integer"]),
         ("[training]\nbatch_size = 10\naccumulate = 3", ["batch_size 10 must be a multiple"]),
         ("[attack]\neps = '8/0'", ["attack.eps", "'8/0'"]),
+        ("[attack]\nsurrogates = 3", ["attack.surrogates", "must be a list", "3"]),
         ("[attack]\neps = 0", ["attack.eps", "greater than 0"]),
         ("[attack]\neps = 0.3", ["attack", "cannot reach eps 0.3"]),
         ("[training]\nseed = 99999999999999999999", ["training.seed", "less than"]),

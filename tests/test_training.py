@@ -223,6 +223,7 @@ def test_mistakes_surface_before_processes_start_and_leave_the_directory_free(tm
     for sections, expected in (
         ({"model": {"name": "vgg-11"}}, "did you mean 'vgg11'"),
         ({"defence": {"mpd-sgr": {"estimator": "exact"}}}, "unknown estimator 'exact'"),
+        ({"attack": {"surrogates": ["triangel"]}}, "did you mean 'triangle'"),
         ({"data": {"name": "mnist", "root": str(tmp_path)}}, "download=True"),
     ):
         with pytest.raises(InputError, match=expected):

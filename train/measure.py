@@ -30,7 +30,7 @@ def measure(table: str, row: str, recipe: Recipe, *, runs: Path, root: str, fold
 
     Evaluated is the last epoch's network, at the end of the schedule: which epoch scores best on few validation images
     is chance, and rows that stopped at different ages would differ in more than their method. Raises
-    InputError and EvaluationError as training and evaluation do.
+    InputError as training and evaluation do.
     """
     run = run_directory(runs, table, row, recipe)
     train(recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})}), run, resume=True)

@@ -81,7 +81,13 @@ def render(name: str, table: Table, measured: Measured) -> str:
     ]
     parts += [f"Rows: {'; '.join(meanings)}."] if named else []
     if measured:
-        parts += [accuracies(measured), f"![accuracy of every row]({PLOT})", beside_published(table, measured)]
+        parts += [
+            accuracies(measured),
+            by_attack(measured),
+            unhealthy(measured),
+            f"![accuracy of every row]({PLOT})",
+            beside_published(table, measured),
+        ]
         parts += ["## Behind the accuracies", behaviour(measured), "## Where it was measured", sources(measured)]
     missing = [row.title for row in table.rows if row.title not in measured]
     if missing:
@@ -131,16 +137,38 @@ def accuracies(measured: Measured) -> str:
     return markdown(["row", "method", "seeds", "n", *columns, "training"], rows) + f"\n\n{note}"
 
 
+def by_attack(measured: Measured) -> str:
+    """The strong PGD through each of the attacker's surrogates, and other attacks that not every table has."""
+    names = dict.fromkeys(row.name for results in measured.values() for row in results[0].evaluation.rows)
+    extra = [name for name in names if name.startswith("strong ") or name in ("transfer", "cw-l2")]
+    if not extra:
+        return ""
+    rows = [[t, *(str(cell(r, name) or "-").partition(" [")[0] for name in extra)] for t, r in measured.items()]
+    return f"What the attacker's choice of surrogate does to the strong PGD:\n\n{markdown(['row', *extra], rows)}"
+
+
+def unhealthy(measured: Measured) -> str:
+    """The evaluations that are not to be believed, and why."""
+    results = [result for found in measured.values() for result in found]
+    checked = [result for result in results if result.evaluation.health]
+    lines = [f"Health checks were made in {len(checked)} of {len(results)} evaluations."]
+    for result in checked:
+        failed = [check for check in result.evaluation.health if not check.passed]
+        lines += [f"- {result.row}, seed {result.seed}: check {c.number} ({c.name}) failed: {c.saw}" for c in failed]
+    return "\n".join([lines[0], "", *lines[1:]] if lines[1:] else lines)
+
+
 def seeds(results: list[Result]) -> str:
     """The seeds of a row's results."""
     return ", ".join(map(str, sorted(result.seed for result in results)))
 
 
 def figures(table: Table, title: str) -> Published | None:
-    """What was published for a row's recipe; None if this table gives it other data or another model."""
+    """What was published for a row's recipe; None if this table gives it other data or another network."""
     path = find_recipe(table.row(title).recipe)
     own, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
-    same = (own.data.name, own.model.name) == (used.data.name, used.model.name)
+    network = {"model", "neuron", "encoding"}
+    same = own.data.name == used.data.name and own.model_dump(include=network) == used.model_dump(include=network)
     return published(path) if same else None
 
 

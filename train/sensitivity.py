@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpdsgr_deploy.attacks import pgd, uniform
-from mpdsgr_deploy.attacks.torch_target import input_gradient
+from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.recipe import Recipe
@@ -44,12 +44,12 @@ class Probe:
             spikes[trace.layer] = torch.stack([state.spikes > 0 for state in trace.states])
 
         with torch.no_grad():
-            return margin(self(x, keep), y), spikes
+            return -margin(self(x, keep), y), spikes
 
     def margin_gradient(self, x: Tensor, y: Tensor) -> Tensor:
         """d margin / d x through the training surrogate [N, C, H, W]."""
         x = x.clone().requires_grad_()
-        return torch.autograd.grad(margin(self(x), y).sum(), x)[0]
+        return torch.autograd.grad(-margin(self(x), y).sum(), x)[0]
 
 
 def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, Any]:
@@ -64,11 +64,8 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
     for index in torch.arange(len(images)).split(recipe.validation.batch_size):
         x, noise = (torch.from_numpy(array)[index].to(device) for array in (clean, noisy))
         y, first = torch.from_numpy(images.classes)[index].to(device), start[index].to(device)
-        right = probe.observe(x, y)[0] > 0
-        if right.any():
-            batch = batch_sums(probe, x[right], y[right], noise[right], first[right], recipe)
-            for name, value in batch.items():
-                sums[name] += value
+        for name, value in batch_sums(probe, x, y, noise, first, recipe).items():
+            sums[name] += value
     n = int(sums.pop("n", 0))
     found: dict[str, Any] = {"n": n, "eps": attack.eps, "flipped_noise": {}, "flipped_pgd": {}}
     for name, total in sums.items():
@@ -78,25 +75,27 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
 
 
 def batch_sums(probe: Probe, x: Tensor, y: Tensor, noisy: Tensor, start: Tensor, recipe: Recipe) -> dict[str, float]:
-    """What `sensitivity` averages, summed over a batch that the network gets right; flips as flipped_KIND/LAYER."""
+    """What `sensitivity` averages, summed over what the network gets right of a batch; flips as flipped_KIND/LAYER.
+
+    The whole batch passes through the network each time, since the noise of an image depends on its place in it. The
+    attack draws noise of its own.
+    """
     attack = recipe.attack
+    noise = torch.Generator().manual_seed(probe.seed + 1)
 
     def target(x: Tensor, y: Tensor) -> Any:
-        return input_gradient(probe, x, y)
+        with exact_convolutions():
+            return input_gradient(lambda x: probe.model(x, None, noise), x, y)
 
     attacked = pgd(target, x, y, eps=attack.eps, step=attack.step, steps=attack.steps, draw=lambda _: start)
     clean_margin, clean_spikes = probe.observe(x, y)
-    promised = attack.eps * probe.margin_gradient(x, y).abs().sum()
-    found = {"n": float(len(y)), "margin": clean_margin.sum().item(), "promised": promised.item()}
+    right = clean_margin > 0
+    promised = attack.eps * probe.margin_gradient(x, y).abs().sum((1, 2, 3))
+    n = int(right.sum())
+    found = {"n": float(n), "margin": clean_margin[right].sum().item(), "promised": promised[right].sum().item()}
     for name, perturbed in (("noise", noisy), ("pgd", attacked)):
         after, spikes = probe.observe(perturbed, y)
-        found[name] = (clean_margin - after).sum().item()
-        for layer, clean in clean_spikes.items():
-            found[f"flipped_{name}/{layer}"] = (spikes[layer] != clean).float().mean().item() * len(y)
+        found[name] = (clean_margin - after)[right].sum().item()
+        for layer, clean in clean_spikes.items() if n else ():
+            found[f"flipped_{name}/{layer}"] = (spikes[layer] != clean)[:, right].float().mean().item() * n
     return found
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Logit of the true class minus the best other [N]."""
-    true = logits.gather(1, y[:, None]).squeeze(1)
-    return true - logits.scatter(1, y[:, None], -torch.inf).amax(1)

@@ -14,6 +14,14 @@ from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.snn import LIF, SURROGATES, LIFState, Noise, Surrogate
 
+RATE = "rate"
+
+
+def check_surrogate(name: str) -> None:
+    """Raise InputError unless `name` is an attacker's surrogate."""
+    if name != RATE:
+        parse_surrogate(name)
+
 
 def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     """A copy of `model` that answers the same and whose input gradient passes through the surrogate `name`.
@@ -21,7 +29,7 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     Raises InputError for an unknown name or parameter.
     """
     attacked = copy.deepcopy(model)
-    if name == "rate":
+    if name == RATE:
         for layer in attacked.layers():
             layer.neuron = RateBackward(layer.neuron)
         return attacked
@@ -36,7 +44,7 @@ def parse_surrogate(name: str) -> Surrogate:
     kind, colon, parameter = name.partition(":")
     if name == "straight-through":
         return Surrogate(name, torch.ones_like, float("inf"))
-    make = choose("attacker's surrogate", {**SURROGATES, "straight-through": None, "rate": None}, kind)
+    make = choose("attacker's surrogate", {**SURROGATES, "straight-through": None, RATE: None}, kind)
     try:
         if make is None or (colon and float(parameter) <= 0):
             raise ValueError

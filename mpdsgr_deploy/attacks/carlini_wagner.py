@@ -21,7 +21,8 @@ def cw_l2(
 
     `margin` is a Differentiable whose loss is the best wrong logit minus the true one: positive once fooled. Minimises
     |x' - x|^2 + c max(-margin, 0) by Adam in x' = (1 + tanh w) / 2, which keeps x' in [0, 1]; the weight c is searched
-    per image over `searches` runs of `steps`: multiplied by 10 until it fools the network, then halved in between.
+    per image over `searches` runs of `steps`: multiplied by 10 until it fools the network, then halved in between. What
+    it finds lies at the boundary, so a stochastic network may answer it rightly again under other noise.
     """
     xp = array_namespace(x)
     start = xp.atanh((2 * x - 1) * BOX)

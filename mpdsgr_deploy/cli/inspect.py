@@ -23,10 +23,17 @@ LAST_EPOCH = "the last epoch's first validation batch"
 @click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw the membrane's distributions into.")
 @click.option("--root", help="With --plots: where the data set lies.  [default: the recipe's]")
 @click.option("--layer", "chosen", multiple=True, metavar="NAME", help="With --plots: draw this layer, not all.")
+@click.option("--channel", "channels", multiple=True, type=click.IntRange(0), help="With --plots: draw this one too.")
 @click.option("--images", type=click.IntRange(1), help="With --plots: how many test images.  [default: 128]")
 @json_option
 def command(
-    path: Path, plots: Path | None, root: str | None, chosen: tuple[str, ...], images: int | None, as_json: bool
+    path: Path,
+    plots: Path | None,
+    root: str | None,
+    chosen: tuple[str, ...],
+    channels: tuple[int, ...],
+    images: int | None,
+    as_json: bool,
 ) -> None:
     """Show what PATH holds: a bundle, a training run or a checkpoint. Verifies every hash on the way.
 
@@ -39,8 +46,8 @@ def command(
       mpdsgr inspect runs/digits --plots plots/digits
     """
     is_bundle = (path / MANIFEST).exists()
-    if plots is None and (root or chosen or images):
-        raise InputError("--root, --layer and --images say what to draw; add --plots DIRECTORY")
+    if plots is None and (root or chosen or channels or images):
+        raise InputError("--root, --layer, --channel and --images say what to draw; add --plots DIRECTORY")
     if plots is not None and is_bundle:
         raise InputError(f"--plots draws a training run or a checkpoint; {path} is a bundle")
     facts, layers = bundle_facts(path) if is_bundle else checkpoint_facts(path)
@@ -50,7 +57,9 @@ def command(
         need("torch", "train")
         from mpdsgr_deploy.diagnostics.checkpoint import plot_checkpoint
 
-        measured_on, layers = plot_checkpoint(path, plots, root=root, layers=chosen, images=images or 128)
+        measured_on, layers = plot_checkpoint(
+            path, plots, root=root, layers=chosen, channels=channels, images=images or 128
+        )
     warnings = warnings_of(layers)
     if as_json:
         print_json({**facts, "layers": [layer._asdict() for layer in layers], "warnings": warnings})

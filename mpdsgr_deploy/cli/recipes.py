@@ -38,10 +38,10 @@ def command(name: str | None, as_json: bool) -> None:
         print_json({name: {"title": what, "published": p and p.model_dump()} for name, (what, p) in found.items()})
     else:
         rows = [(name, what, *figures(p)) for name, (what, p) in found.items()]
-        print_table(("recipe", "what it is", "clean", "FGSM", "PGD", "BIM"), rows, "published accuracies in %")
+        print_table(("recipe", "what it is", "clean", "noise", "FGSM", "PGD", "BIM"), rows, "published accuracies in %")
 
 
 def figures(found: Published | None) -> list[str]:
-    """The published accuracies clean, under FGSM, PGD and BIM; empty where none is stated."""
-    values = (found.clean, found.fgsm, found.pgd, found.bim) if found else [None] * 4
+    """The published accuracies clean, under Gaussian noise, FGSM, PGD and BIM; empty where none is stated."""
+    values = (found.clean, found.gaussian, found.fgsm, found.pgd, found.bim) if found else [None] * 5
     return ["" if value is None else f"{value:.2f}" for value in values]

@@ -75,7 +75,7 @@ def to_frames(events: Events, T: int) -> NDArray[np.uint8]:
 def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """A recording as the frames uint8 [2 T, 34, 34] = shape. Raises InputError for another shape or a damaged file."""
     channels, *size = shape
-    if path.suffix != RECORDINGS or channels % 2 or size != [SIDE, SIDE]:
+    if path.suffix.lower() != RECORDINGS or channels % 2 or size != [SIDE, SIDE]:
         raise InputError(
             f"{path}: a network of input {list(shape)} takes arrays, or {RECORDINGS} recordings where that is "
             f"[2 T, {SIDE}, {SIDE}]"

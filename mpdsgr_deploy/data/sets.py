@@ -32,9 +32,10 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
         dataset_class = getattr(need("torchvision.datasets", "train"), class_name)
         try:
             found = dataset_class(config.root, train=train)
-        except RuntimeError:
+        except (RuntimeError, ValueError, AssertionError, EOFError, OSError):  # torchvision's for missing or damaged
             raise InputError(
-                f"{config.name} is not under {config.root!r}; point data.root (or --root) to it, or fetch it with: "
+                f"{config.name} is not under {config.root!r}, or damaged there; point data.root (or --root) to it, or "
+                f"fetch it with: "
                 f'python -c "import torchvision; torchvision.datasets.{class_name}({config.root!r}, download=True)"'
             ) from None
         pixels = np.asarray(found.data)

@@ -54,6 +54,7 @@ class Defence(Generic[S]):
     """Does nothing: the base of all defences. S is the schema of its table in a recipe."""
 
     Settings: ClassVar[type[Section]]  # S again, for parsing; `register` sets it
+    time_invariant: ClassVar[bool] = True  # leaves every step the same leak and input gain, as Theorem 1 assumes
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
@@ -102,8 +103,9 @@ def register(name: str, settings: type[Section]) -> Callable[[D], D]:
 def make_defences(recipe: Recipe) -> list[AnyDefence]:
     """The defences a recipe switches on. Raises InputError for an unknown one, a wrong setting or combination."""
     defences = []
+    kinds = {name: choose("defence", DEFENCES, name) for name in recipe.defence}
     for name, values in recipe.defence.items():
-        kind = choose("defence", DEFENCES, name)
+        kind = kinds[name]
         defence = kind(parse(kind.Settings, values, f"[defence.{name}]"))
         defence.check(recipe)
         defences.append(defence)

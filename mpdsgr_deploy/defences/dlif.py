@@ -46,6 +46,8 @@ class DynamicLIF(DerivedLIF):
 class DynamicNeurons(Defence[Settings]):
     """Learned input gains, and the loss where an attack perturbs the images: one pass more, without a graph."""
 
+    time_invariant = False
+
     def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
         replace_neurons(model, lambda layer: DynamicLIF(layer.neuron, model.T))
 

@@ -44,6 +44,8 @@ class LeakyLIF(DerivedLIF):
 class FEEL(Defence[Settings]):
     """Learned leaks, on images encoded by frequency."""
 
+    time_invariant = False
+
     def check(self, recipe: Recipe) -> None:
         if recipe.encoding.name != "frequency":
             raise InputError(f"feel encodes by frequency, not {recipe.encoding.name}; set encoding.name = 'frequency'")

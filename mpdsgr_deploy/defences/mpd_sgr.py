@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from mpdsgr_deploy.defences.base import Defence, Step, Term, register
+from mpdsgr_deploy.defences.base import DEFENCES, Defence, Step, Term, register
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.eta import accuracies, moved, reference_accuracies, step_to_omega, step_within_drop
 from mpdsgr_deploy.lookup import choose
@@ -55,6 +55,12 @@ class MPDSGR(Defence[Settings]):
             raise InputError(
                 f"the theorem estimator needs tdBN and model.norm is {recipe.model.norm!r}; "
                 f"set defence.mpd-sgr.estimator = 'empirical'"
+            )
+        changing = [name for name in recipe.defence if not DEFENCES[name].time_invariant]
+        if self.settings.estimator == "theorem" and changing:
+            raise InputError(
+                f"the theorem needs neurons that are the same at every step, and {', '.join(changing)} changes "
+                f"them; set defence.mpd-sgr.estimator = 'empirical'"
             )
         self.recipe = recipe
 

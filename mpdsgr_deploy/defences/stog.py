@@ -68,7 +68,9 @@ class StochasticGating(Defence[Settings]):
     image. To average over draws is the attack's part (EOT).
     """
 
-    learning = True  # False once the prior has acted for its epochs: then p stays, as in the authors' code
+    learning = (
+        True  # False once the prior has acted for its epochs: then p coasts on its momentum, as the authors' does
+    )
 
     def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
         temperature = self.settings.temperature

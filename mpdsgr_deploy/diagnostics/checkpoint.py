@@ -9,7 +9,7 @@ from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_mode
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.diagnostics.measure import measure
-from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, overview, png
+from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, one_channel, overview, png
 from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import choose
@@ -18,13 +18,20 @@ OVERVIEW = "overview.png"
 
 
 def plot_checkpoint(
-    directory: Path, out: Path, *, root: str | None = None, layers: Sequence[str] = (), images: int = 128
+    directory: Path,
+    out: Path,
+    *,
+    root: str | None = None,
+    layers: Sequence[str] = (),
+    channels: Sequence[int] = (),
+    images: int = 128,
 ) -> tuple[str, list[LayerStatistics]]:
     """Measure a checkpoint's network (or a training run's best) on its first test images and write the pictures.
 
     root overrides where the data set lies; layers are drawn (all, if none is named), each into LAYER.png and
-    LAYER-channels.png. Returns which images they were, and the statistics of all layers. Raises InputError for a
-    damaged checkpoint, missing data, an unknown layer, or an `out` that is not ours.
+    LAYER-channels.png, and each of `channels` that it has into LAYER-channel-N.png. Returns which images they were, and
+    the statistics of all layers. Raises InputError for a damaged checkpoint, missing data, an unknown layer, or an
+    `out` that is not ours.
     """
     source = find_checkpoint(directory)
     checkpoint = load_checkpoint(source)
@@ -46,4 +53,7 @@ def plot_checkpoint(
             name = layer.layer.replace("/", "-")
             write_atomic(out / f"{name}.png", png(layer_steps(layer)))
             write_atomic(out / f"{name}-channels.png", png(layer_channels(layer)))
+            for channel in channels:
+                if channel < layer.counts.shape[1]:
+                    write_atomic(out / f"{name}-channel-{channel}.png", png(one_channel(layer, channel)))
     return f"the first {len(pixels)} test images of {config.name}", statistics

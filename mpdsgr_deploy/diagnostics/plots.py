@@ -80,6 +80,14 @@ def layer_channels(layer: Distribution) -> Figure:
     return figure
 
 
+def one_channel(layer: Distribution, channel: int) -> Figure:
+    """One channel's potentials at every step."""
+    figure = Figure(figsize=(WIDTH, height(layer)))
+    draw_steps(figure, layer, channel)
+    figure.suptitle(f"{layer.layer}: membrane potentials, channel {channel}")
+    return figure
+
+
 def rows(layer: Distribution) -> int:
     """How many rows of panels a layer's steps take."""
     return math.ceil(len(layer.counts) / COLUMNS)

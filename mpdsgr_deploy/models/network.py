@@ -57,7 +57,7 @@ class SpikingNet(nn.Module):
         for layer in self.body:
             steps = layer(steps, observe, noise) if isinstance(layer, Temporal) else fold_time(layer, steps)
         outputs = fold_time(self.readout, steps)  # [T, B, K]
-        return (self.weights.to(outputs.dtype) @ outputs.flatten(1)).unflatten(0, outputs.shape[1:])
+        return (self.weights[:, None, None] * outputs).sum(0)  # a product that autocast leaves in float32
 
     def layers(self) -> list[SpikingLayer]:
         """Every layer of neurons, in the order of the forward pass."""

@@ -42,7 +42,8 @@ class TorchModel:
         """The network of the bundle's recipe with the bundle's weights."""
         manifest = bundle.manifest
         shape = manifest.input_shape
-        return cls(load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels)), shape)
+        model = load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels))
+        return cls(model, shape, manifest.recipe.validation.seed)
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> Self:
@@ -50,7 +51,7 @@ class TorchModel:
         source = find_checkpoint(directory)
         found = load_checkpoint(source)
         model = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
-        return cls(model, found.shape)
+        return cls(model, found.shape, found.recipe.validation.seed)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)

@@ -76,7 +76,8 @@ class Frequency(Encoding):
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         image = normalize(x)
-        return torch.stack([self.rows[t] @ image @ self.columns[t] for t in range(self.T)])
+        with torch.autocast(x.device.type, enabled=False):  # rounded projections would let other frequencies through
+            return torch.stack([self.rows[t] @ image @ self.columns[t] for t in range(self.T)])
 
 
 def low_pass(size: int, radius: int) -> Tensor:

@@ -32,13 +32,18 @@ def interval_mass(mu: Tensor, sigma: Tensor, half_width: float) -> Tensor:
 
 
 def triangle_mean(mu: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """E[max(0, g - |V|)] / g^2: the triangle is a second difference of ramps max(0, v - knot)."""
+    """E[max(0, g - |V|)] / g^2: the triangle is a second difference of ramps max(0, v - knot).
+
+    In float64, since the ramps nearly cancel where sigma is much wider than g.
+    """
+    dtype = mu.dtype
+    mu, sigma = mu.double(), sigma.double()
 
     def ramp(knot: float) -> Tensor:  # E[max(0, V - knot)]
         z = (mu - knot) / sigma
         return (mu - knot) * normal_cdf(z) + sigma * torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
 
-    return (ramp(-g) - 2 * ramp(0.0) + ramp(g)) / g**2
+    return ((ramp(-g) - 2 * ramp(0.0) + ramp(g)) / g**2).to(dtype)
 
 
 def mixture_mean(mu: Tensor, sigma: Tensor, mixture: Mixture, *, scale: float, height: float = 1.0) -> Tensor:

@@ -4,7 +4,7 @@
     soft reset   U_t = tau (U_{t-1} - V_th O_{t-1}) + I_t
     spike        O_t = [U_t >= V_th]
 
-with U_0 = O_0 = 0: the reset comes before the leak (METHOD of the SNN-RAT family of papers).
+with U_0 = O_0 = 0: the reset comes before the leak (as in the SNN-RAT family of papers).
 """
 
 from typing import Literal, NamedTuple

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks import bim, cw_l2, fgsm, gaussian, pgd, uniform
+from mpdsgr_deploy.attacks.pgd import Keep
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
@@ -28,6 +29,7 @@ class Condition(NamedTuple):
     images: Floats
 
 
+KEPT: dict[Keep, str] = {"broken": "broken by any iterate", "worst": "the iterate of the largest loss"}
 # The order in which accuracy must not rise, weakest attack first (health check 2).
 BY_STRENGTH = ("uniform", "fgsm", "pgd", "pgd-strong")
 
@@ -37,12 +39,14 @@ class Attackers(NamedTuple):
 
     `trained` through the surrogate it was trained with, `surrogates` through others, `margin` the margin in place of
     the cross-entropy, `transfer` another network whose adversarial images are tried on this one; None: not attempted.
+    `stochastic`: the network draws noise.
     """
 
     trained: Differentiable
     surrogates: Mapping[str, Differentiable] = MappingProxyType({})
     margin: Differentiable | None = None
     transfer: Differentiable | None = None
+    stochastic: bool = False
 
 
 def torch_attackers(model: "TorchModel", attack: Attack, transfer: "TorchModel | None" = None) -> Attackers:
@@ -55,6 +59,7 @@ def torch_attackers(model: "TorchModel", attack: Attack, transfer: "TorchModel |
         surrogates={name: model.attacker(name, draws=draws) for name in attack.surrogates},
         margin=model.attacker(loss=margin, draws=draws) if attack.l2 else None,
         transfer=transfer.attacker(draws=draws) if transfer else None,
+        stochastic=model.stochastic,
     )
 
 
@@ -67,6 +72,7 @@ def conditions(
     size nor on which attacks ran before.
     """
     eps = attack.eps
+    strongest: Keep = "worst" if attackers.stochastic else "broken"
 
     def rng(*number: int) -> np.random.Generator:
         return np.random.default_rng((seed, *number))
@@ -79,12 +85,13 @@ def conditions(
 
     def random_pgd(name: str, target: Differentiable, draw: np.random.Generator, *, strong: bool = False) -> Condition:
         step, steps = (eps / 4, attack.strong_steps) if strong else (attack.step, attack.steps)
+        keep: Keep = strongest if strong else "last"
         images = batched(
             name,
-            lambda x, y, s: pgd(target, x, y, eps=eps, step=step, steps=steps, draw=lambda _: s, keep_broken=strong),
+            lambda x, y, s: pgd(target, x, y, eps=eps, step=step, steps=steps, draw=lambda _: s, keep=keep),
             draw.uniform(-1, 1, x.shape).astype(np.float32),
         )
-        how = f"{steps} steps of eps/4, random start, broken by any iterate" if strong else f"{paper}, random start"
+        how = f"{steps} steps of eps/4, random start, {KEPT[keep]}" if strong else f"{paper}, random start"
         return Condition(name, f"eps {eps:.4g}, {how}", eps, images)
 
     yield Condition("clean", "test images as they are", 0.0, x)

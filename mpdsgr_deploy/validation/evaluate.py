@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
@@ -13,7 +14,9 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.validation import health
 from mpdsgr_deploy.validation.conditions import conditions, torch_attackers
+from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.rows import Score
 
 
@@ -27,11 +30,15 @@ class EvaluatedRow(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """Every condition in turn, and `worst`: right under all of those within eps."""
+    """Every condition in turn, and `worst`: right under all of those within eps.
+
+    `health` has the checks that need no artefact; where one failed the accuracies prove nothing.
+    """
 
     images: str
     seed: int
     rows: list[EvaluatedRow]
+    health: list[Check] = []
     provenance: dict[str, Any]
 
 
@@ -51,9 +58,13 @@ def evaluate(
     x, y = images.unit(), images.classes
     model = TorchModel.from_checkpoint(checkpoint_dir)
     other = other_network(transfer, images)
-    rows, survivors = [], np.ones(len(y), np.bool_)
+    attackers = torch_attackers(model, recipe.attack, other)
+    monitor = health.GradientMonitor(attackers.trained)
+    rows: list[EvaluatedRow] = []
+    faults: list[str] = []
+    verdicts: dict[str, NDArray[np.bool_]] = {}  # of the conditions within eps
     for condition in conditions(
-        torch_attackers(model, recipe.attack, other),
+        attackers._replace(trained=monitor),
         x,
         y,
         recipe.attack,
@@ -62,18 +73,24 @@ def evaluate(
     ):
         right = predict(model, condition.images, recipe.validation.batch_size).argmax(1) == y
         if condition.eps is not None:
-            survivors &= right
+            verdicts[condition.name] = right
+        faults += health.budget_faults(x, condition)
         rows.append(EvaluatedRow(name=condition.name, settings=condition.settings, n=len(y), score=Score.of(right)))
         log.info("%-22s  %5.1f %%", condition.name, 100 * right.mean())
-    rows.append(
-        EvaluatedRow(
-            name="worst", settings="right under every condition within eps", n=len(y), score=Score.of(survivors)
-        )
-    )
+    worst, everything = np.logical_and.reduce(list(verdicts.values())), "right under every condition within eps"
+    rows.append(EvaluatedRow(name="worst", settings=everything, n=len(y), score=Score.of(worst)))
+    rule = f"the first {len(y)} test images of {data.name}"
     return Evaluation(
-        images=f"the first {len(y)} test images of {data.name}",
+        images=rule,
         seed=recipe.validation.seed,
         rows=rows,
+        health=[
+            health.check_budget(faults, rule),
+            health.check_order(verdicts),
+            *([health.check_transfer(verdicts)] if other else []),
+            health.check_gradients(monitor),
+            health.check_compared(len(y)),
+        ],
         provenance=provenance(),
     )
 
