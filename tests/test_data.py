@@ -85,6 +85,10 @@ def test_idx_files_are_read(name: str, place: str, first: str, last: str, tmp_pa
     training, validation = load_training(config)
     assert (len(training), len(validation)) == (18, 2)
     assert keys(training.pixels) | keys(validation.pixels) == keys(splits["train"][0])
+    cut = folder / "t10k-images-idx3-ubyte"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(InputError, match="or damaged there; point data.root"):
+        load_test(config)
 
 
 def test_cifar100_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ def test_inspect_draws_one_layer_and_refuses_what_it_cannot_draw(run_dir: Path, 
         run_dir, tmp_path / "one", layers=["conv2"], channels=[3, 999], images=10_000
     )
     names = {"overview.png", "conv2.png", "conv2-channels.png", "conv2-channel-3.png"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in (tmp_path / "one").iterdir()} == names
     assert measured_on == "the first 497 test images of digits"
     assert len(statistics) == 3
     with pytest.raises(InputError, match=r"unknown layer 'conv9'; allowed: conv1, conv2, conv3"):

@@ -23,7 +23,7 @@ SAMPLED_FROM, SHARE = 200, 0.3  # a linear layer of so many rows or more moves o
 
 
 class Settings(Section):
-    """The step size b; the paper's are 5e-4 to 4e-3."""
+    """The step size b; the family's are 5e-4 to 1e-3."""
 
     b: Positive = 1e-3
 
