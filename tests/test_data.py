@@ -87,7 +87,7 @@ def test_idx_files_are_read(name: str, place: str, first: str, last: str, tmp_pa
     assert keys(training.pixels) | keys(validation.pixels) == keys(splits["train"][0])
     cut = folder / "t10k-images-idx3-ubyte"
     cut.write_bytes(cut.read_bytes()[:-100])
-    with pytest.raises(InputError, match="or damaged there; point data.root"):
+    with pytest.raises(InputError, match=r"or damaged there; point data\.root"):
         load_test(config)
 
 
