@@ -4,9 +4,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import small_recipe
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.export import export
 from mpdsgr_deploy.export.fold import fold_tdbn
 from mpdsgr_deploy.export.onnx_writer import write_onnx
@@ -53,6 +55,22 @@ def test_every_model_exports_exactly_with_a_dynamic_batch(name: str, reset: str,
             assert parity.labels_differ == 0
             assert parity.max_abs <= 1e-5, parity
     assert reference(x).std(0).max() > 0.01  # the network does answer its input
+
+
+@pytest.mark.parametrize(("defence", "encoding"), [("feel", "frequency"), ("dlif", "direct")])
+def test_learned_neurons_and_frequencies_are_exported(defence: str, encoding: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    recipe = small_recipe(defence={defence: {}}, encoding={"name": encoding})
+    model, _ = build_defended(recipe, (1, 8, 8), 10)
+    for layer in model.layers():
+        for parameter in layer.neuron.parameters():
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        layer.norm.momentum = 1.0
+    model(torch.rand(32, 1, 8, 8))
+    write_onnx(fold_tdbn(model.eval()), (1, 8, 8), tmp_path / "model.onnx")
+    x = np.random.default_rng(0).random((33, 1, 8, 8), np.float32)
+    with OnnxRuntime(tmp_path / "model.onnx") as artefact:
+        assert compare(TorchModel(model, (1, 8, 8))(x), artefact(x)).holds
 
 
 def test_folding_is_the_same_function_and_leaves_no_tdbn() -> None:
