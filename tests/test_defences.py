@@ -41,3 +41,12 @@ def test_adversarial_examples_are_made_in_eval_mode_and_leave_the_model_as_it_wa
     assert 0 < (made[0] - x).abs().max() <= 0.05 + 1e-6
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("encoding", ["direct", "poisson", "rsc", "frequency"])
+@pytest.mark.parametrize("defence", ["feel", "dlif", "stog"])
+def test_recipes_are_checked_without_memory_for_their_weights(defence: str, encoding: str) -> None:
+    recipe = small_recipe(defence={defence: {}}, encoding={"name": "frequency" if defence == "feel" else encoding})
+    with torch.device("meta"):
+        model, _ = build_defended(recipe, SHAPE, 10)
+    assert all(p.is_meta for p in model.parameters())

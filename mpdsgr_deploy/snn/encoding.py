@@ -76,7 +76,8 @@ class Frequency(Encoding):
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         image = normalize(x)
-        with torch.autocast(x.device.type, enabled=False):  # rounded projections would let other frequencies through
+        device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
+        with torch.autocast(device, enabled=False):  # rounded projections would let other frequencies through
             return torch.stack([self.rows[t] @ image @ self.columns[t] for t in range(self.T)])
 
 
