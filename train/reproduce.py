@@ -144,6 +144,8 @@ def finished(todo: list[Run], jobs: int) -> Iterator[tuple[Run, MpdsgrError | No
         pending = {pool.submit(attempt, run): run for run in todo}
         try:
             for future in as_completed(pending):
+                if crash := future.exception():  # what it is follows once the pool has shut down
+                    log.error("%s: %s; waiting for what is under way", pending[future], type(crash).__name__)
                 yield pending[future], future.result()
         except BrokenProcessPool:
             raise InputError("a run's process was killed, perhaps for memory; start again with fewer --jobs") from None
