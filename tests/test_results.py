@@ -1,6 +1,7 @@
 """Tables, the script that reproduces them, and the committed results: a page shows what was measured, nothing else."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_a_committed_page_is_what_its_files_give(name: str) -> None:
                 assert origin["packages"]["torch"]
             assert all(row.n == got.evaluation.rows[0].n > 0 for row in got.evaluation.rows)
             assert got.seconds == pytest.approx(sum(entry["seconds"] for entry in got.curve), abs=0.06)
+
+
+def test_the_findings_of_the_small_tables_quote_their_pages() -> None:
+    pages = "".join((folder / page.PAGE).read_text() for folder in reproduce.RESULTS.iterdir() if folder.is_dir())
+    figures = re.findall(r"(?<![\w:.])\d+\.\d+(?![\w.])", (reproduce.RESULTS / "FINDINGS.md").read_text())
+    assert len(figures) > 40
+    settings = {"0.1", "0.5", "0.35"}  # of eta and of the target, which the pages write into names
+    assert [figure for figure in figures if figure not in pages and figure not in settings] == []
 
 
 def test_the_findings_quote_the_paired_verdicts() -> None:
