@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-import page
+import figures
 import torch
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def main() -> None:
         for name, network in NETWORKS.items()
     }
     result = {"batch": BATCH, "bytes_per_image": saved, "provenance": provenance()}
-    page.publish("memory", result, render(result))
+    figures.publish("memory", result, render(result))
     click.echo(render(result))
 
 
@@ -85,7 +85,7 @@ def render(result: dict[str, Any]) -> str:
             slope = (saved[str(STEPS[-1])] - saved[str(STEPS[0])]) / (STEPS[-1] - STEPS[0])
             cells = [name, training, f"{slope / 2**10:.1f}", *(f"{saved[str(T)] / 2**20:.2f}" for T in STEPS)]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"float32, batch {result['batch']}. {page.source(result)}", ""])
+    return "\n".join([*lines, "", f"float32, batch {result['batch']}. {figures.source(result)}", ""])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import click
-import page
+import figures
 import torch
 from lightning.fabric import Fabric
 
@@ -43,7 +43,7 @@ def main(width: float, T: int, batch: int, repetitions: int, accelerator: str) -
     setting = {"width": width, "T": T, "batch": batch, "accelerator": accelerator, "threads": torch.get_num_threads()}
     seconds = {precision: measure(setting, precision, repetitions) for precision in PRECISIONS}
     result = {"setting": setting, "seconds": seconds, "provenance": provenance()}
-    page.publish("step", result, render(result))
+    figures.publish("step", result, render(result))
     click.echo(render(result))
 
 
@@ -111,7 +111,7 @@ def render(result: dict[str, Any]) -> str:
             "",
             f"VGG11 at width {setting['width']}, 32x32 images, T = {setting['T']}, batch {setting['batch']}, "
             f"{setting['threads']} threads; median [quartiles] of n = {n} paired steps.",
-            page.source(result),
+            figures.source(result),
             "",
         ]
     )

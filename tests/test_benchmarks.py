@@ -9,21 +9,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import figures
 import memory
-import page
 import step
 
 
 @pytest.mark.parametrize("benchmark", [memory, step])
 def test_the_page_quotes_the_files(benchmark: object) -> None:
-    result = page.load(benchmark.__name__)
-    assert page.shown(benchmark.__name__) == benchmark.render(result)
+    result = figures.load(benchmark.__name__)
+    assert figures.shown(benchmark.__name__) == benchmark.render(result)
     assert result["provenance"]["hardware"]["cpu"]
     assert result["provenance"]["revision"]
 
 
 def test_every_sample_of_every_variant_is_there() -> None:
-    for seconds in page.load("step")["seconds"].values():
+    for seconds in figures.load("step")["seconds"].values():
         assert seconds.keys() == step.VARIANTS.keys()
         assert len({len(samples) for samples in seconds.values()}) == 1
         assert min(map(min, seconds.values())) > 0
@@ -38,7 +38,7 @@ def test_a_small_benchmark_runs() -> None:
 @pytest.mark.parametrize("training", memory.ESTIMATORS)
 def test_the_bytes_quoted_are_the_bytes_saved(training: str) -> None:
     name = "vgg-small on 8x8 digits"
-    quoted = page.load("memory")["bytes_per_image"][name][training]["4"]
+    quoted = figures.load("memory")["bytes_per_image"][name][training]["4"]
     assert memory.measure(*memory.NETWORKS[name], training, 4) == pytest.approx(quoted, rel=0.02)
 
 
