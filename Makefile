@@ -11,7 +11,7 @@ test: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal
 
 bench: install
 	.venv/bin/python benchmarks/step.py

@@ -4,6 +4,7 @@
     model.fp32.onnx       one network per precision
     weights.safetensors   the torch weights, the reference the artefact is held against
     golden.npz            a few inputs and the reference's logits, checked whenever a predictor is opened
+    engines/              what `mpdsgr build` adds: engines of one kind of machine
 
 Opening a bundle verifies every hash and refuses paths that leave it. Hashes protect against damage and mix-ups; a
 bundle from a stranger needs a signature on manifest.json as well.
@@ -42,12 +43,36 @@ class Accuracy(BaseModel):
 
 
 class Variant(BaseModel):
-    """One precision of the network and how accurate it was on clean images when it was exported."""
+    """One precision of the network, and how accurate it was on clean and on attacked images when it was exported.
+
+    layers: the precision each layer multiplies in, by name, `readout` the last; neurons: that of the membranes.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
+    layers: dict[str, str] = {}
+    neurons: str = "fp32"
     accuracy: Accuracy | None = None  # None: the data set was not at hand
+    attacked: Accuracy | None = None  # None: not measured
+
+
+class Prepared(BaseModel):
+    """What `mpdsgr build` made of one variant for one backend on one kind of machine.
+
+    machine: what must be the same where it is used (names of devices, versions); batch: the smallest, best and largest
+    batch it takes; None: any. file: an engine; settings: what was measured to be fastest, for a backend without engines.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: str
+    precision: str
+    model_sha256: str  # of the ONNX file it was made from
+    machine: dict[str, str]
+    batch: tuple[int, int, int] | None = None
+    file: str | None = None
+    settings: dict[str, Any] = {}
 
 
 class Manifest(BaseModel):
@@ -63,6 +88,7 @@ class Manifest(BaseModel):
     labels: tuple[str, ...]
     recipe: Recipe  # T, encoding and neuron among the rest
     variants: dict[str, Variant]
+    prepared: tuple[Prepared, ...] = ()
     provenance: dict[str, Any]
     files: dict[str, str]  # relative path -> sha256
     digest: str = ""  # of this document without its digest
@@ -92,6 +118,25 @@ class Bundle:
         if precision not in self.manifest.variants:
             raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
         return self.file(self.manifest.variants[precision].file)
+
+    def prepared(self, backend: str, precision: str) -> list[Prepared]:
+        """What was built of a variant for a backend, on whatever machine."""
+        return [p for p in self.manifest.prepared if (p.backend, p.precision) == (backend, precision)]
+
+    def add(self, prepared: Prepared, engine: bytes | None = None) -> "Bundle":
+        """The bundle with `prepared`, and the file it names, in place of what the same kind of machine had before.
+
+        The manifest is replaced last, so that a crash leaves the older bundle whole.
+        """
+        same = ("backend", "precision", "machine", "batch")
+        others = [p for p in self.manifest.prepared if any(getattr(p, k) != getattr(prepared, k) for k in same)]
+        files = dict(self.manifest.files)
+        if prepared.file is not None and engine is not None:
+            (self.path / prepared.file).parent.mkdir(exist_ok=True)
+            write_atomic(self.path / prepared.file, engine)
+            files[prepared.file] = hashlib.sha256(engine).hexdigest()
+        draft = self.manifest.model_copy(update={"prepared": (*others, prepared), "files": files})
+        return Bundle(self.path, _write_manifest(self.path, draft))
 
     def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Golden inputs [G, C, H, W] and the reference's logits [G, K], K the number of labels.
@@ -180,9 +225,7 @@ def _old(out: Path) -> Path:
 def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
     """Hash every file in `scratch`, write the manifest with `fields`, and put it all where `out` is."""
     files = {p.relative_to(scratch).as_posix(): sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
-    draft = Manifest(files=files, **fields)
-    manifest = draft.model_copy(update={"digest": draft.computed_digest()})
-    write_atomic(scratch / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    manifest = _write_manifest(scratch, Manifest(files=files, **fields))
     old = _old(out)
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
@@ -193,3 +236,9 @@ def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
         raise
     shutil.rmtree(old)
     return Bundle(out, manifest)
+
+
+def _write_manifest(directory: Path, draft: Manifest) -> Manifest:
+    manifest = draft.model_copy(update={"digest": draft.computed_digest()})
+    write_atomic(directory / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    return manifest

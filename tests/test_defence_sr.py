@@ -112,4 +112,5 @@ def test_two_processes_exchange_the_gradients_of_every_pass(tmp_path: Path) -> N
     for rank in (0, 1):
         exchanged = torch.load(tmp_path / f"{rank}.pt")
         for found, first, second in zip(exchanged, *alone, strict=True):
-            torch.testing.assert_close(found, (first + second) / 2)
+            # the finite difference divides float32's rounding by h, so another number of threads moves the fourth digit
+            torch.testing.assert_close(found, (first + second) / 2, rtol=1e-3, atol=1e-3)
