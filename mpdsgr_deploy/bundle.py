@@ -61,7 +61,7 @@ class Prepared(BaseModel):
     """What `mpdsgr build` made of one variant for one backend on one kind of machine.
 
     machine: what must be the same where it is used (names of devices, versions); batch: the smallest, best and largest
-    batch it takes; None: any. file: an engine; settings: what was measured to be fastest, for a backend without engines.
+    batch it takes; None: any. file: an engine; settings: what was measured fastest, for a backend without engines.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
