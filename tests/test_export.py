@@ -10,8 +10,8 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.export import export
-from mpdsgr_deploy.export.fold import fold_tdbn
-from mpdsgr_deploy.export.onnx_writer import write_onnx
+from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.simplify import fold_norm, simplify
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Recipe
@@ -45,7 +45,7 @@ def warmed_up(name: str, shape: tuple[int, int, int], reset: str) -> SpikingNet:
 def test_every_model_exports_exactly_with_a_dynamic_batch(name: str, reset: str, tmp_path: Path) -> None:
     shape = (3, 32, 32) if name == "vgg16" else (3, 16, 16)  # it halves its input five times
     model = warmed_up(name, shape, reset)
-    write_onnx(fold_tdbn(model), shape, tmp_path / "model.onnx")
+    save(to_graph(simplify(model), shape), tmp_path / "model.onnx")
     reference = TorchModel(model, shape)
     draw = np.random.default_rng(0)
     with OnnxRuntime(tmp_path / "model.onnx") as artefact:
@@ -67,7 +67,7 @@ def test_learned_neurons_and_frequencies_are_exported(defence: str, encoding: st
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         layer.norm.momentum = 1.0
     model(torch.rand(32, 1, 8, 8))
-    write_onnx(fold_tdbn(model.eval()), (1, 8, 8), tmp_path / "model.onnx")
+    save(to_graph(simplify(model.eval()), (1, 8, 8)), tmp_path / "model.onnx")
     x = np.random.default_rng(0).random((33, 1, 8, 8), np.float32)
     with OnnxRuntime(tmp_path / "model.onnx") as artefact:
         assert compare(TorchModel(model, (1, 8, 8))(x), artefact(x)).holds
@@ -75,7 +75,7 @@ def test_learned_neurons_and_frequencies_are_exported(defence: str, encoding: st
 
 def test_folding_is_the_same_function_and_leaves_no_tdbn() -> None:
     model = warmed_up("vgg11", (3, 16, 16), "hard")
-    folded = fold_tdbn(model)
+    folded = simplify(model, [fold_norm])
     assert all(layer.norm is None for layer in folded.body if isinstance(layer, SpikingLayer))
     assert any(layer.norm is not None for layer in model.body if isinstance(layer, SpikingLayer))
     layer, plain = folded.body[0], model.body[0]
@@ -86,7 +86,7 @@ def test_folding_is_the_same_function_and_leaves_no_tdbn() -> None:
 
 def test_in_a_residual_block_only_the_norm_behind_a_convolution_is_folded() -> None:
     model = warmed_up("wrn16-4", (3, 16, 16), "hard")
-    folded = fold_tdbn(model)
+    folded = simplify(model, [fold_norm])
     for block, plain in zip(folded.body[1:7], model.body[1:7], strict=True):
         assert block.second.norm is None
         assert block.first.norm is not None

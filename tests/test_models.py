@@ -6,8 +6,8 @@ import torch
 import torchvision
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export.fold import fold_tdbn
-from mpdsgr_deploy.export.onnx_writer import write_onnx
+from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import MODELS, build_model
 from mpdsgr_deploy.models.network import make_neuron
 from mpdsgr_deploy.models.wrn import ConvexCombination, WideBlock
@@ -166,7 +166,7 @@ def test_membrane_readout_is_a_leaky_integrator_also_exported(tau: float, tmp_pa
     for y in seen[0].detach().unflatten(0, (5, 4)):
         potential = tau * potential + y
     torch.testing.assert_close(logits, potential, rtol=1e-5, atol=1e-6)
-    write_onnx(fold_tdbn(model), (1, 8, 8), tmp_path / "model.onnx")
+    save(to_graph(simplify(model), (1, 8, 8)), tmp_path / "model.onnx")
     with OnnxRuntime(tmp_path / "model.onnx") as artefact:
         assert artefact(x.numpy()) == pytest.approx(potential.numpy(), abs=1e-5)
 

@@ -10,8 +10,8 @@ from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Accuracy, Bundle, Variant, sea
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.export.fold import fold_tdbn
-from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, write_onnx
+from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, save, to_graph
+from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.parity import TOLERANCE, compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
@@ -40,7 +40,7 @@ def export(checkpoint_dir: Path, out: Path, *, root: str | None = None, limit: i
     images = _test_images(checkpoint, root, limit)
     inputs = _probe(images, checkpoint.shape)
     with staged(out) as scratch:
-        write_onnx(fold_tdbn(model), checkpoint.shape, scratch / "model.fp32.onnx")
+        save(to_graph(simplify(model), checkpoint.shape), scratch / "model.fp32.onnx")
         reference = TorchModel(model, checkpoint.shape)
         with OnnxRuntime(scratch / "model.fp32.onnx") as artefact:
             expected, found = (_in_batches(network, inputs) for network in (reference, artefact))

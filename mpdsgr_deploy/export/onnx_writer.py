@@ -1,21 +1,31 @@
-"""One ONNX file: the network unrolled over its T steps, batch dynamic, normalisation inside."""
+"""One network as an ONNX graph: unrolled over its T steps, batch dynamic, normalisation inside, values with names."""
 
+import ast
 import contextlib
 import io
 import warnings
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 
+from mpdsgr_deploy.export.graph import data
+from mpdsgr_deploy.export.tidy import tidy
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.snn import SpikingLayer
 
 INPUT, OUTPUT = "images", "logits"
-OPSET = 20
+OPSET = 21  # the first with float8 in every operator of Q/DQ pairs
 
 
-def write_onnx(model: SpikingNet, shape: tuple[int, int, int], path: Path) -> None:
-    """Write `model` (eval mode) for input float32 [B, *shape] in [0, 1] and output float32 logits [B, K]."""
+def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
+    """`model` (eval mode) for input float32 [B, *shape] in [0, 1] and output float32 logits [B, K].
+
+    Membrane potentials and spikes are called `potential/LAYER/t` and `spikes/LAYER/t`, t counted from 0, and each
+    product with weights, a node, is called by its layer.
+    """
     example = torch.full((2, *shape), 0.5)  # two: the exporter would take a batch of one for a constant
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's notes about its own internals
@@ -30,15 +40,39 @@ def write_onnx(model: SpikingNet, shape: tuple[int, int, int], path: Path) -> No
             verbose=False,
         )
         assert program is not None  # None only where a path is given
-    network = program.model_proto
-    _strip_metadata(network)
-    onnx.checker.check_model(network, full_check=True)
-    onnx.save(network, path)
+    network = program.model
+    tidy(network)
+    _name(network, model)
+    # its notes hold stack traces that name the exporting machine's paths, larger than a small net
+    common.ClearMetadataAndDocStringPass()(network)
+    return network
 
 
-def _strip_metadata(network: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: stack traces that name the exporting machine's paths, larger than a small net."""
-    graph = network.graph
-    for part in (network, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
+def save(network: ir.Model, path: Path) -> None:
+    """Check a graph in full and write it."""
+    proto = ir.to_proto(network)
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, path)
+
+
+def _name(network: ir.Model, model: SpikingNet) -> None:
+    """Give nodes and values the names that `to_graph` promises, from the modules the exporter says they come from."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, SpikingLayer)}
+    neurons = {f"{path}.neuron": layer.name for path, layer in layers.items()}
+    synapses = {f"{path}.synapse": layer.name for path, layer in layers.items()}
+    steps = dict.fromkeys(neurons, 0)
+    for node in network.graph:
+        module = _module(node)
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            node.name = synapses.get(module, module)
+        elif node.op_type == "GreaterOrEqual" and module in neurons:
+            step = f"{neurons[module]}/{steps[module]}"
+            steps[module] += 1
+            (cast,) = (user for user in node.outputs[0].consumers() if user.op_type == "Cast")
+            data(node).name, cast.outputs[0].name = f"potential/{step}", f"spikes/{step}"
+
+
+def _module(node: ir.Node) -> str:
+    """The path of the innermost torch module that a node comes from."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))  # modules, then the node
+    return scopes[-2] if len(scopes) > 1 else ""

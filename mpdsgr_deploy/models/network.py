@@ -34,30 +34,42 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class Readout(nn.Linear):
+    """The last linear layer y_t = W s_t + b, whose outputs over T steps add up with `over_time` [T].
+
+    Spikes [T, B, F] to logits [B, K].
+    """
+
+    over_time: Tensor
+
+    def __init__(self, over_time: Tensor, fan_in: int, classes: int) -> None:
+        super().__init__(fan_in, classes)
+        self.register_buffer("over_time", over_time, persistent=False)
+
+    def forward(self, steps: Tensor) -> Tensor:
+        outputs = fold_time(super().forward, steps)
+        return (self.over_time[:, None, None] * outputs).sum(0)  # a product that autocast leaves in float32
+
+
 class SpikingNet(nn.Module):
-    """Images [B, C, H, W] in [0, 1] to logits [B, K]: a linear `readout`, combined over T steps by `weights` [T].
+    """Images [B, C, H, W] in [0, 1] to logits [B, K].
 
     `body` holds temporal modules, whose neurons can be observed, and stateless ones, which see time folded into the
     batch.
     """
 
-    weights: Tensor
-
-    def __init__(
-        self, recipe: Recipe, shape: Shape, *, encode: Encoding, body: Iterable[nn.Module], readout: nn.Module
-    ) -> None:
+    def __init__(self, shape: Shape, *, encode: Encoding, body: Iterable[nn.Module], readout: Readout) -> None:
         super().__init__()
         self.normalize, self.encode, self.T = Normalize(shape[0]), encode, encode.T
         self.body, self.readout = nn.ModuleList(body), readout
-        self.register_buffer("weights", readout_weights(recipe), persistent=False)
 
     def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
         """noise: what stochastic encodings and neurons draw from; deterministic networks ignore it."""
         steps = self.encode(x, self.normalize, noise)  # [T, B, C, H, W]
         for layer in self.body:
             steps = layer(steps, observe, noise) if isinstance(layer, Temporal) else fold_time(layer, steps)
-        outputs = fold_time(self.readout, steps)  # [T, B, K]
-        return (self.weights[:, None, None] * outputs).sum(0)  # a product that autocast leaves in float32
+        logits: Tensor = self.readout(steps)
+        return logits
 
     def layers(self) -> list[SpikingLayer]:
         """Every layer of neurons, in the order of the forward pass."""
@@ -67,18 +79,6 @@ class SpikingNet(nn.Module):
     def stochastic(self) -> bool:
         """Whether two forward passes of the same image differ."""
         return self.encode.stochastic or any(layer.neuron.stochastic for layer in self.layers())
-
-
-def readout_weights(recipe: Recipe) -> Tensor:
-    """How the T outputs of the last linear layer add up to the logits: [T].
-
-    mean       their mean
-    membrane   the potential of a leaky integrator without threshold after T steps: sum of tau^(T-t) y_t
-    """
-    T, tau = recipe.encoding.T, recipe.neuron.tau
-    if recipe.model.readout == "mean":
-        return torch.full((T,), 1 / T)
-    return torch.tensor([tau ** (T - t) for t in range(1, T + 1)])
 
 
 Builder = Callable[[Recipe, Shape, int], SpikingNet]
@@ -106,6 +106,17 @@ def build_model(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
 def scaled(channels: int, recipe: Recipe) -> int:
     """A layer's width at the recipe's width factor, at least 1."""
     return max(1, round(channels * recipe.model.width))
+
+
+def make_readout(recipe: Recipe, fan_in: int, classes: int) -> Readout:
+    """The readout a recipe names.
+
+    mean       the outputs' mean
+    membrane   the potential of a leaky integrator without threshold after T steps: sum of tau^(T-t) y_t
+    """
+    T, tau = recipe.encoding.T, recipe.neuron.tau
+    mean = recipe.model.readout == "mean"
+    return Readout(torch.tensor([1 / T if mean else tau ** (T - t) for t in range(1, T + 1)]), fan_in, classes)
 
 
 def make_neuron(recipe: Recipe) -> LIF:

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from torch import nn
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.models.network import Shape, SpikingNet, make_encoding, make_neuron, make_norm, register, scaled
+from mpdsgr_deploy.models.network import (
+    Shape,
+    SpikingNet,
+    make_encoding,
+    make_neuron,
+    make_norm,
+    make_readout,
+    register,
+    scaled,
+)
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import SpikingLayer
 
@@ -51,7 +60,7 @@ def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str]
         fan_out = scaled(item, recipe)
         body.append(SpikingLayer(f"fc{number}", nn.Linear(fan_in, fan_out), None, make_neuron(recipe)))
         fan_in = fan_out
-    return SpikingNet(recipe, shape, encode=encode, body=body, readout=nn.Linear(fan_in, classes))
+    return SpikingNet(shape, encode=encode, body=body, readout=make_readout(recipe, fan_in, classes))
 
 
 @register("vgg11")

@@ -5,7 +5,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mpdsgr_deploy.models.network import Shape, SpikingNet, make_encoding, make_neuron, make_norm, register, scaled
+from mpdsgr_deploy.models.network import (
+    Shape,
+    SpikingNet,
+    make_encoding,
+    make_neuron,
+    make_norm,
+    make_readout,
+    register,
+    scaled,
+)
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import Noise, Observer, SpikingLayer, Temporal, fold_time
 
@@ -77,4 +86,4 @@ def wrn16_4(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
             fan_in = fan_out
     body.append(SpikingLayer("last", nn.Identity(), make_norm(recipe, fan_in), make_neuron(recipe)))
     body += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return SpikingNet(recipe, shape, encode=encode, body=body, readout=nn.Linear(fan_in, classes))
+    return SpikingNet(shape, encode=encode, body=body, readout=make_readout(recipe, fan_in, classes))

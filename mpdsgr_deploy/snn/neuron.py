@@ -7,6 +7,7 @@
 with U_0 = O_0 = 0: the reset comes before the leak (as in the SNN-RAT family of papers).
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def lif_step(
 
 
 def lif(
-    current: Tensor,
+    current: Sequence[Tensor],
     state: LIFState | None = None,
     *,
     tau: float | Tensor,
@@ -53,12 +54,12 @@ def lif(
     reset: Reset,
     surrogate: Surrogate,
 ) -> list[LIFState]:
-    """T time steps on current [T, B, ...]; returns the T states, the last of which continues the sequence.
+    """T time steps on T currents [B, ...]; returns the T states, the last of which continues the sequence.
 
     tau: one leak for all, or a tensor [T, ...] that gives step t the leak tau[t], broadcast over the batch.
     """
     states = []
-    for t, step in enumerate(current.unbind(0)):
+    for t, step in enumerate(current):
         leak = tau[t].to(step) if isinstance(tau, Tensor) else tau  # to: its dtype under mixed precision
         state = lif_step(step, state, tau=leak, v_threshold=v_threshold, reset=reset, surrogate=surrogate)
         states.append(state)
@@ -73,6 +74,7 @@ class LIF(nn.Module):
 
     time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
     stochastic: bool = False  # draws from `noise`
+    hold: int = 1  # for how many steps a current of one step lasts
 
     def __init__(
         self, *, tau: float = 0.5, v_threshold: float = 1.0, reset: Reset = "hard", surrogate: Surrogate
@@ -89,8 +91,9 @@ class LIF(nn.Module):
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
     ) -> tuple[Tensor, list[LIFState]]:
         """Current [T, B, ...] to spikes [T, B, ...] and the T states."""
+        steps = current.unbind(0)
         states = lif(
-            current,
+            steps * self.hold if len(steps) == 1 else steps,
             state,
             tau=self.leak,
             v_threshold=self.v_threshold,

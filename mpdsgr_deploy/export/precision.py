@@ -1,0 +1,149 @@
+"""Precision variants of an exported graph: float16 products, and int8 or float8 products with exact activations.
+
+A product with weights (a convolution, a linear layer) is quantised only where its input lies on a known grid, so that
+every activation is represented exactly and only the weights are rounded: symmetric, one scale per output channel, the
+bias in float (an int32 bias would have a step of a whole weight step, since spikes have the scale 1).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from mpdsgr_deploy.export.graph import constant, data, initializer, insert
+from mpdsgr_deploy.export.grid import Grid, grids
+
+PRODUCTS = {"Conv", "Gemm"}
+
+
+class Format(NamedTuple):
+    """A number format of Q/DQ pairs: its largest number, and up to which integer it holds every integer."""
+
+    dtype: ir.DataType
+    numpy: np.dtype[Any]
+    largest: float
+    exact: int
+
+
+FORMATS = {
+    "int8": Format(ir.DataType.INT8, np.dtype(np.int8), 127, 127),
+    "fp8": Format(ir.DataType.FLOAT8E4M3FN, np.dtype(ml_dtypes.float8_e4m3fn), 448, 16),
+}
+FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+PRECISIONS = (*FLOATS, *FORMATS)
+
+
+def products(model: ir.Model) -> dict[str, ir.Node]:
+    """The products with weights by the names of their layers, in the order of computation."""
+    return {str(node.name): node for node in model.graph if node.op_type in PRODUCTS}
+
+
+def plan(model: ir.Model, precision: str) -> dict[str, str]:
+    """Which precision each product of a variant has, by the name of its layer.
+
+    int8 and fp8 hold for products of spikes, whose grid the format represents exactly. The first product (of a directly
+    coded image) and the last stay in float32: see `train/results/` for what their rounding costs; they run once for all
+    steps, so their share of the work is small.
+    """
+    nodes = products(model)
+    if precision in FLOATS:
+        return dict.fromkeys(nodes, precision)
+    known, last, exact = grids(model), list(nodes)[-1], FORMATS[precision].exact
+    levels = {name: known[data(node)].levels for name, node in nodes.items() if data(node) in known}
+    return {name: precision if name != last and levels.get(name, exact + 1) <= exact else "fp32" for name in nodes}
+
+
+def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -> ir.Model:
+    """A copy of a float32 graph whose products have the precisions `layers` and whose neurons compute in `neurons`.
+
+    Input and output stay float32, and so does what comes before the first product (normalisation, encoding). Raises
+    KeyError for a quantised layer whose input has no grid.
+    """
+    converted = model.clone()
+    names = {node: name for name, node in products(converted).items()}
+    known, computed, casts = grids(converted), set[ir.Value](), _Casts()
+    for node in list(converted.graph):
+        precision = layers[names[node]] if node in names else neurons
+        after_a_product = node in names or any(value in computed for value in node.inputs)
+        dtype = FLOATS.get(precision, FLOATS[neurons]) if after_a_product else FLOATS["fp32"]
+        if after_a_product:
+            computed.update(node.outputs)
+        source = data(node)
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in FLOATS.values():
+                node.replace_input_with(index, casts.to(dtype, value, node))
+        if precision in FORMATS and node in names:
+            _quantize(node, FORMATS[precision], known[source], dtype)
+        if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS.values():
+            node.attributes["to"] = ir.AttrInt64("to", dtype)
+        for value in node.outputs:
+            if value.dtype in FLOATS.values():
+                value.dtype = dtype
+    _restore(converted.graph)
+    common.RemoveUnusedNodesPass()(converted)
+    return converted
+
+
+class _Casts:
+    """Values in another float type, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def to(self, dtype: ir.DataType, value: ir.Value, user: ir.Node) -> ir.Value:
+        """`value` in `dtype`, cast in front of its first `user` or, a constant, converted now."""
+        if value.dtype == dtype:
+            return value
+        if (value, dtype) not in self._made:
+            array = constant(value)
+            if array is None:
+                (made,) = insert(user, "Cast", [value], {"to": dtype})
+                made.shape, made.dtype = value.shape, dtype
+            else:
+                made = initializer(user, f"{value.name}/{dtype.name}", array.astype(dtype.numpy()))
+            self._made[value, dtype] = made
+        return self._made[value, dtype]
+
+
+def _quantize(node: ir.Node, form: Format, grid: Grid, dtype: ir.DataType) -> None:
+    """Put Q/DQ pairs on a product's input, with its grid's step as scale, and on its weights."""
+    weights = constant(node.inputs[1])
+    assert weights is not None  # a product with weights
+    zero = initializer(node, f"{node.name}/zero", np.zeros((), form.numpy))
+    step = initializer(node, f"{node.name}/step", np.asarray(grid.step, dtype.numpy()))
+    (rounded,) = insert(node, "QuantizeLinear", [data(node), step, zero])
+    node.replace_input_with(0, insert(node, "DequantizeLinear", [rounded, step, zero])[0])
+    values, scales = rounded_weights(weights, form, dtype.numpy())
+    quantised = [
+        initializer(node, f"{node.name}/weights", values),
+        initializer(node, f"{node.name}/scales", scales),
+        initializer(node, f"{node.name}/zeros", np.zeros(len(scales), form.numpy)),
+    ]
+    node.replace_input_with(1, insert(node, "DequantizeLinear", quantised, {"axis": 0})[0])
+
+
+def rounded_weights(weights: NDArray[Any], form: Format, scale: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Weights [O, ...] as numbers of a format, and the scale [O] of each output channel that gives them their size."""
+    largest = np.abs(weights).reshape(len(weights), -1).max(1)
+    scales = (np.where(largest > 0, largest, 1) / form.largest).astype(scale)
+    scaled = weights / scales.astype(np.float32).reshape(-1, *[1] * (weights.ndim - 1))
+    if form.numpy.kind == "i":
+        scaled = np.rint(scaled)
+    return scaled.clip(-form.largest, form.largest).astype(form.numpy), scales
+
+
+def _restore(graph: ir.Graph) -> None:
+    """The output in float32 under its own name again."""
+    (found,) = graph.outputs
+    if found.dtype == FLOATS["fp32"]:
+        return
+    name, found.name = found.name, f"{found.name}/{found.dtype}"
+    cast = ir.node("Cast", [found], {"to": FLOATS["fp32"]})
+    graph.append(cast)
+    (logits,) = cast.outputs
+    logits.name, logits.shape, logits.dtype = name, found.shape, FLOATS["fp32"]
+    graph.outputs[0] = logits

@@ -1,0 +1,73 @@
+"""Exact simplifications of a trained network before it is written to ONNX: the same function up to float rounding.
+
+Each pass changes a network in eval mode in place; `simplify` applies them to a copy. That time is folded into the batch
+for layers without state needs no pass: `SpikingNet` computes that way.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from mpdsgr_deploy.models import Readout, SpikingNet
+from mpdsgr_deploy.snn import Encoding, Noise, TdBN
+from mpdsgr_deploy.snn.encoding import Direct, Normalize
+
+Pass = Callable[[SpikingNet], None]
+
+
+def fold_norm(model: SpikingNet) -> None:
+    """Each convolution absorbs the (td)BN behind it: running statistics, scale and shift."""
+    for layer in model.layers():
+        conv, norm = layer.synapse, layer.norm
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, TdBN | nn.BatchNorm2d):
+            assert norm.running_mean is not None  # for the type checker: both kinds keep running statistics
+            assert norm.running_var is not None
+            scale = norm.scale if isinstance(norm, TdBN) else norm.weight
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, scale, norm.bias
+            )
+            conv.weight, conv.bias, layer.norm = weight, bias, None
+
+
+class Once(Encoding):
+    """The normalised image, for the first of the T steps only: [1, B, C, H, W]."""
+
+    def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
+        return normalize(x).unsqueeze(0)
+
+
+def encode_once(model: SpikingNet) -> None:
+    """With direct coding, all that lies before the first neurons is computed for one step, not for T equal ones."""
+    if isinstance(model.encode, Direct):
+        model.encode = Once(model.T, model.encode.channels)
+        model.layers()[0].neuron.hold = model.T
+
+
+class SumFirst(Readout):
+    """The same logits from one product: W (sum_t a_t s_t) + b sum_t a_t instead of sum_t a_t (W s_t + b)."""
+
+    def __init__(self, readout: Readout) -> None:
+        super().__init__(readout.over_time, readout.in_features, readout.out_features)
+        self.weight, self.bias = readout.weight, nn.Parameter(readout.bias * readout.over_time.sum())
+
+    def forward(self, steps: Tensor) -> Tensor:
+        return F.linear((self.over_time[:, None, None] * steps).sum(0), self.weight, self.bias)
+
+
+def sum_before_readout(model: SpikingNet) -> None:
+    """The last linear layer sees the weighted sum of the T steps (with the readout `mean`: their mean)."""
+    model.readout = SumFirst(model.readout)
+
+
+PASSES: tuple[Pass, ...] = (fold_norm, encode_once, sum_before_readout)
+
+
+def simplify(model: SpikingNet, passes: Sequence[Pass] = PASSES) -> SpikingNet:
+    """A copy of `model`, which must be in eval mode, after `passes`."""
+    simplified = copy.deepcopy(model)
+    for simplification in passes:
+        simplification(simplified)
+    return simplified

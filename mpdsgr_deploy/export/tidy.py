@@ -1,0 +1,73 @@
+"""Exact rewrites of the exported graph: how time is taken apart and put together, without shape arithmetic.
+
+The exporter writes a step as a slice of [T, B, ...] and a sequence as a stack that is reshaped. The same values come
+from one Split of [T*B, ...] and one Concat, which every backend runs faster.
+"""
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from mpdsgr_deploy.export.graph import constant, data, insert, made_by
+
+
+def tidy(model: ir.Model) -> None:
+    """Apply every rewrite to `model` in place, and drop what nothing uses any more."""
+    for rewrite in (split_steps, join_steps, cancel_views):
+        for node in model.graph:
+            rewrite(node)
+        common.RemoveUnusedNodesPass()(model)
+
+
+def split_steps(node: ir.Node) -> None:
+    """Reshape to [T, B, ...], then a Slice and a Squeeze a step: one Split along the folded axis."""
+    if node.op_type != "Reshape":
+        return
+    steps: dict[int, ir.Value] = {}
+    for user in node.outputs[0].consumers():
+        views = user.outputs[0].consumers()
+        start = constant(user.inputs[1]) if user.op_type == "Slice" else None
+        if start is None or [view.op_type for view in views] != ["Squeeze"]:
+            return
+        steps[int(start[0])] = views[0].outputs[0]
+    if len(steps) > 1 and sorted(steps) == list(range(len(steps))):
+        split = insert(node, "Split", [data(node)], {"axis": 0, "num_outputs": len(steps)}, len(steps))
+        for t, step in steps.items():
+            _replace(step, split[t])
+
+
+def join_steps(node: ir.Node) -> None:
+    """An Unsqueeze a step, their Concat to [T, B, ...] and its Reshape to [T*B, ...]: one Concat of the steps."""
+    stacked = [made_by(value, "Unsqueeze") for value in node.inputs]
+    steps = [data(unsqueeze) for unsqueeze in stacked if unsqueeze is not None]
+    if node.op_type != "Concat" or len(steps) < len(stacked):
+        return
+    for user in node.outputs[0].consumers():
+        if user.op_type == "Reshape" and _rank(user.outputs[0]) == _rank(steps[0]):
+            _replace(user.outputs[0], insert(user, "Concat", steps, {"axis": 0})[0])
+
+
+def cancel_views(node: ir.Node) -> None:
+    """A chain of views that ends in the shape it began with: nothing."""
+    end, source = node.outputs[0], _viewed(node)
+    while source is not None and not end.is_graph_output():
+        if source.shape == end.shape:
+            end.replace_all_uses_with(source)
+            return
+        source = _viewed(source.producer())
+
+
+def _viewed(node: ir.Node | None) -> ir.Value | None:
+    """What a node shows in another shape; None if it computes something."""
+    if node is None or not node.inputs:
+        return None
+    whole = node.op_type == "Slice" and data(node).shape == node.outputs[0].shape
+    return data(node) if whole or node.op_type in ("Reshape", "Squeeze", "Unsqueeze") else None
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    new.shape, new.type = old.shape, old.type
+    old.replace_all_uses_with(new)
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else value.shape.rank()
