@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
-from mpdsgr_deploy.export.graph import data
+from mpdsgr_deploy.export.graph import PRODUCTS, data
 from mpdsgr_deploy.export.tidy import tidy
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.snn import SpikingLayer
@@ -63,7 +63,7 @@ def _name(network: ir.Model, model: SpikingNet) -> None:
     steps = dict.fromkeys(neurons, 0)
     for node in network.graph:
         module = _module(node)
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
+        if node.op_type in PRODUCTS:
             node.name = synapses.get(module, module)
         elif node.op_type == "GreaterOrEqual" and module in neurons:
             step = f"{neurons[module]}/{steps[module]}"

@@ -14,10 +14,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from mpdsgr_deploy.export.graph import constant, data, initializer, insert
+from mpdsgr_deploy.export.graph import PRODUCTS, constant, data, initializer, insert
 from mpdsgr_deploy.export.grid import Grid, grids
 
-PRODUCTS = {"Conv", "Gemm"}
 
 
 class Format(NamedTuple):
