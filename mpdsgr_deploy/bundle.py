@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, sha256, write_atomic
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.schema import read_document
+from mpdsgr_deploy.schema import Count, read_document
 
 SCHEMA_VERSION = 1
 MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.safetensors", "golden.npz"
@@ -75,6 +75,19 @@ class Prepared(BaseModel):
     settings: dict[str, Any] = {}
 
 
+class NoiseInput(BaseModel):
+    """A further input of a stochastic network, float32 [B, *shape]: what one of its parts draws in a pass.
+
+    shape: (T, ...), a draw for every step; kind: of U[0, 1) or of N(0, 1). `runtime.noise` makes the values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Literal["uniform", "normal"]
+    shape: tuple[Count, ...]
+
+
 class Manifest(BaseModel):
     """input_shape is (C, H, W); input is float32 [B, C, H, W] in [0, 1], output float32 logits [B, K]."""
 
@@ -85,6 +98,7 @@ class Manifest(BaseModel):
     output_name: str
     input_shape: tuple[int, int, int]
     input_range: tuple[float, float] = (0.0, 1.0)
+    noise: tuple[NoiseInput, ...] = ()
     labels: tuple[str, ...]
     recipe: Recipe  # T, encoding and neuron among the rest
     variants: dict[str, Variant]

@@ -84,6 +84,7 @@ def bundle_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
     facts: dict[str, Any] = {
         "kind": "bundle, every hash verified",
         "input": f"{manifest.input_name}: float32 [B, {', '.join(map(str, manifest.input_shape))}] in [0, 1]",
+        **{f"noise {x.name}": f"{x.kind}, float32 [B, {', '.join(map(str, x.shape))}]" for x in manifest.noise},
         "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
         **describe(recipe),
     }

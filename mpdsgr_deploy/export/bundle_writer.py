@@ -17,7 +17,7 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
-from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
 
 PARITY_BATCHES = (1, 2, 5, 33)
 GOLDEN_ROWS = 8
@@ -35,14 +35,12 @@ def export(checkpoint_dir: Path, out: Path, *, root: str | None = None, limit: i
     source = find_checkpoint(checkpoint_dir)
     checkpoint = load_checkpoint(source)
     model = load_model(source / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
-    if model.stochastic:
-        raise InputError("the network draws noise (encoding or gates) and export writes deterministic ones only so far")
     images = _test_images(checkpoint, root, limit)
     inputs = _probe(images, checkpoint.shape)
     with staged(out) as scratch:
         save(to_graph(simplify(model), checkpoint.shape), scratch / "model.fp32.onnx")
-        reference = TorchModel(model, checkpoint.shape)
-        with OnnxRuntime(scratch / "model.fp32.onnx") as artefact:
+        reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
+        with OnnxRuntime(scratch / "model.fp32.onnx", noise=reference.noise) as artefact:
             expected, found = (_in_batches(network, inputs) for network in (reference, artefact))
             parity = compare(expected, found)
             if not parity.holds:
@@ -59,6 +57,7 @@ def export(checkpoint_dir: Path, out: Path, *, root: str | None = None, limit: i
             input_name=INPUT,
             output_name=OUTPUT,
             input_shape=checkpoint.shape,
+            noise=noise_inputs(model, checkpoint.shape),
             labels=checkpoint.labels,
             recipe=checkpoint.recipe,
             variants={"fp32": Variant(file="model.fp32.onnx", accuracy=accuracy)},

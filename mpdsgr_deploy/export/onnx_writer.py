@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 from mpdsgr_deploy.export.graph import PRODUCTS, data
 from mpdsgr_deploy.export.tidy import tidy
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import SpikingLayer
 
 INPUT, OUTPUT = "images", "logits"
@@ -23,18 +24,24 @@ OPSET = 21  # the first with float8 in every operator of Q/DQ pairs
 def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
     """`model` (eval mode) for input float32 [B, *shape] in [0, 1] and output float32 logits [B, K].
 
-    Membrane potentials and spikes are called `potential/LAYER/t` and `spikes/LAYER/t`, t counted from 0, and each
-    product with weights, a node, is called by its layer.
+    A stochastic network has its `noise_inputs` as further inputs, behind the images. Membrane potentials and spikes are
+    called `potential/LAYER/t` and `spikes/LAYER/t`, t counted from 0, and each product with weights, a node, is called
+    by its layer.
     """
+    noise = noise_inputs(model, shape)
     example = torch.full((2, *shape), 0.5)  # two: the exporter would take a batch of one for a constant
+    # absent, not empty: the exporter names the batch dimension only where each input has its dynamic shape
+    further = {"noise": [torch.full((2, *entry.shape), 0.5) for entry in noise]} if noise else {}
+    batch = {0: torch.export.Dim("batch")}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's notes about its own internals
         program = torch.onnx.export(
             model,
             (example,),
+            kwargs=further,
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[INPUT],
+            dynamic_shapes={"x": batch} | {name: [batch for _ in draws] for name, draws in further.items()},
+            input_names=[INPUT, *(entry.name for entry in noise)],
             output_names=[OUTPUT],
             opset_version=OPSET,
             verbose=False,

@@ -18,7 +18,6 @@ from mpdsgr_deploy.export.graph import PRODUCTS, constant, data, initializer, in
 from mpdsgr_deploy.export.grid import Grid, grids
 
 
-
 class Format(NamedTuple):
     """A number format of Q/DQ pairs: its largest number, and up to which integer it holds every integer."""
 

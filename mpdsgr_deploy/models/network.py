@@ -10,6 +10,7 @@ from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import LIF, SURROGATES, Encoding, Noise, Observer, SpikingLayer, TdBN, Temporal, fold_time
 from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing
+from mpdsgr_deploy.snn.noise import in_turn
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
 
@@ -63,8 +64,11 @@ class SpikingNet(nn.Module):
         self.normalize, self.encode, self.T = Normalize(shape[0]), encode, encode.T
         self.body, self.readout = nn.ModuleList(body), readout
 
-    def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
-        """noise: what stochastic encodings and neurons draw from; deterministic networks ignore it."""
+    def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise | list[Tensor] = None) -> Tensor:
+        """noise: what stochastic encodings and neurons draw from, or this pass's draws [B, steps, ...] themselves, in
+        the order they are asked for; deterministic networks ignore it.
+        """
+        noise = in_turn(noise) if isinstance(noise, list) else noise
         steps = self.encode(x, self.normalize, noise)  # [T, B, C, H, W]
         for layer in self.body:
             steps = layer(steps, observe, noise) if isinstance(layer, Temporal) else fold_time(layer, steps)

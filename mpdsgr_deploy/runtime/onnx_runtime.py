@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.noise import NoiseSource
 
 CPU = "CPUExecutionProvider"
 EXTRAS = {CPU: "cpu", "CUDAExecutionProvider": "gpu"}
@@ -18,10 +19,11 @@ OPTIONS = {CPU: {}, "CUDAExecutionProvider": {"use_tf32": "0"}}  # TF32 would fl
 class OnnxRuntime:
     """A Predictor on an ONNX file. A context manager: the session ends with the block.
 
-    provider: an onnxruntime execution provider; InputError if this machine cannot run it.
+    provider: an onnxruntime execution provider; InputError if this machine cannot run it. noise: for a stochastic
+    network the source of its noise inputs; InputError if it does not fit them.
     """
 
-    def __init__(self, model: Path, provider: str = CPU) -> None:
+    def __init__(self, model: Path, provider: str = CPU, noise: NoiseSource | None = None) -> None:
         ort = need("onnxruntime", EXTRAS[provider])
         if provider not in ort.get_available_providers():
             raise InputError(
@@ -39,12 +41,14 @@ class OnnxRuntime:
         used = self._session.get_providers()[0]
         if used != provider:
             raise InputError(f"asked for {provider}, onnxruntime fell back to {used}; see `mpdsgr doctor`")
-        (spec,) = self._session.get_inputs()
-        self._input, self._shape = spec.name, tuple(spec.shape[1:])
+        images, *others = self._session.get_inputs()
+        self._input, self._shape = images.name, tuple(images.shape[1:])
+        self._noise = NoiseSource() if noise is None else noise
+        self._noise.require({entry.name: entry.shape[1:] for entry in others}, model)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
-        (logits,) = self._session.run(None, {self._input: x})
+        (logits,) = self._session.run(None, {self._input: x, **self._noise(x)})
         return logits  # onnxruntime allocates a fresh array per run
 
     def __enter__(self) -> Self:

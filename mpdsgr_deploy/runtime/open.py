@@ -9,21 +9,22 @@ from mpdsgr_deploy.errors import EvaluationError
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 
 
-def _onnxruntime(bundle: Bundle, precision: str, *, provider: str) -> OnnxRuntime:
-    return OnnxRuntime(bundle.variant(precision), provider)
+def _onnxruntime(bundle: Bundle, precision: str, noise: NoiseSource, *, provider: str) -> OnnxRuntime:
+    return OnnxRuntime(bundle.variant(precision), provider, noise)
 
 
-def _torch(bundle: Bundle, precision: str) -> AbstractContextManager[Predictor]:
+def _torch(bundle: Bundle, precision: str, noise: NoiseSource) -> AbstractContextManager[Predictor]:
     need("torch", "train")
     from mpdsgr_deploy.runtime.torch_model import TorchModel
 
-    return TorchModel.from_bundle(bundle)
+    return TorchModel.from_bundle(bundle, noise)
 
 
-BACKENDS: dict[str, Callable[[Bundle, str], AbstractContextManager[Predictor]]] = {
+BACKENDS: dict[str, Callable[[Bundle, str, NoiseSource], AbstractContextManager[Predictor]]] = {
     "onnxruntime-cpu": partial(_onnxruntime, provider="CPUExecutionProvider"),
     "onnxruntime-cuda": partial(_onnxruntime, provider="CUDAExecutionProvider"),
     "torch": _torch,
@@ -32,17 +33,23 @@ DEFAULT_BACKEND = "onnxruntime-cpu"
 
 
 @contextmanager
-def open_predictor(bundle: Bundle, backend: str = DEFAULT_BACKEND, precision: str = "fp32") -> Iterator[Predictor]:
+def open_predictor(
+    bundle: Bundle, backend: str = DEFAULT_BACKEND, precision: str = "fp32", *, seed: int | None = None
+) -> Iterator[Predictor]:
     """A Predictor for the length of a with block.
 
+    seed: of a stochastic network's noise; None: the recipe's `validation.seed`, which everybody with the bundle knows.
     Raises InputError for an unknown backend or precision or a backend that cannot run here, EvaluationError if the
     golden batch is not answered with the reference's labels and logits.
     """
     bundle.variant(precision)  # also where the backend has one precision only
-    with choose("backend", BACKENDS, backend)(bundle, precision) as predictor:
+    noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
+    with choose("backend", BACKENDS, backend)(bundle, precision, noise) as predictor:
         inputs, logits = bundle.golden()
         parity = compare(logits, predictor(inputs))
         # another CPU rounds differently and may flip a spike on an image or two; another network differs on all
         if parity.labels_differ or (precision == "fp32" and parity.within_tolerance < parity.rows / 2):
             raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")
+        if seed is not None:
+            noise.reseed(seed)  # only now: the golden logits are those of the recipe's seed
         yield predictor

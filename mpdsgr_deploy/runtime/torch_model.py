@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks import expectation
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
-from mpdsgr_deploy.bundle import WEIGHTS, Bundle
+from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Differentiable, Gradient
 from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.snn.noise import Kind
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -26,24 +28,44 @@ def exact_convolutions() -> AbstractContextManager[None]:
     return flags
 
 
+@torch.no_grad()
+def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseInput, ...]:
+    """What `model` (eval mode) draws in a pass over images [B, *shape], in its order; nothing if deterministic."""
+    found: list[NoiseInput] = []
+
+    def draw(kind: Kind, steps: int, x: torch.Tensor) -> torch.Tensor:
+        found.append(NoiseInput(name=f"{kind}_{len(found)}", kind=kind, shape=(steps, *x.shape[1:])))
+        return x.new_zeros(steps, *x.shape)
+
+    if model.stochastic:
+        model(torch.zeros(1, *shape, device=model.normalize.mean.device), None, draw)
+    return tuple(found)
+
+
 class TorchModel:
     """Runs on the GPU if there is one. `shape` is (C, H, W) of the input; numpy in, fresh numpy out.
 
-    A stochastic network answers with the noise of `seed`, the same in every call; its attackers draw other noise, fresh
-    for every gradient, so that none is fitted to the noise the answers will have.
+    A stochastic network answers with the noise that `noise` makes of each image (None: the source of `seed`), as its
+    exported form does; its attackers draw other noise, fresh for every gradient, so that none is fitted to the noise
+    the answers will have. InputError if `noise` is not what the network draws.
     """
 
-    def __init__(self, model: SpikingNet, shape: tuple[int, int, int], seed: int = 0) -> None:
+    def __init__(
+        self, model: SpikingNet, shape: tuple[int, int, int], seed: int = 0, noise: NoiseSource | None = None
+    ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model, self._shape, self._seed = model.to(self._device).eval(), shape, seed
+        self._draws = noise_inputs(self._model, shape)
+        self.noise = NoiseSource(self._draws, seed) if noise is None else noise
+        self.noise.require({entry.name: entry.shape for entry in self._draws}, "the torch model")
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle) -> Self:
+    def from_bundle(cls, bundle: Bundle, noise: NoiseSource | None = None) -> Self:
         """The network of the bundle's recipe with the bundle's weights."""
         manifest = bundle.manifest
         shape = manifest.input_shape
         model = load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels))
-        return cls(model, shape, manifest.recipe.validation.seed)
+        return cls(model, shape, manifest.recipe.validation.seed, noise)
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> Self:
@@ -55,9 +77,10 @@ class TorchModel:
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
-        noise = torch.Generator().manual_seed(self._seed)
+        noise = self.noise(x)
+        draws = [self._tensor(noise[entry.name]) for entry in self._draws]
         with torch.no_grad(), exact_convolutions():
-            logits: NDArray[np.float32] = self._model(self._tensor(x), None, noise).cpu().numpy()
+            logits: NDArray[np.float32] = self._model(self._tensor(x), None, draws).cpu().numpy()
         return logits
 
     def attacker(self, surrogate: str | None = None, *, loss: Loss = cross_entropy, draws: int = 1) -> Differentiable:

@@ -1,7 +1,7 @@
 """Input encodings: images [B, C, H, W] in [0, 1] to what T time steps see, [T, B, C', H, W].
 
 An encoding is a module without parameters, `encode(x, normalize, noise)`; it decides where the network's own
-normalisation enters. `stochastic` ones draw from the generator `noise`, fresh for every step.
+normalisation enters. `stochastic` ones draw from `noise`, fresh for every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,6 +42,8 @@ class Poisson(Encoding):
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         spikes = (x >= uniform(self.T, x, noise)).to(x.dtype)
+        if not torch.is_grad_enabled():  # also what the ONNX exporter sees
+            return spikes
         return spikes + (x - x.detach())  # the second term is zero forward, the identity backward
 
 

@@ -1,20 +1,48 @@
-"""Random numbers for stochastic networks, from an explicit generator.
+"""Random numbers for stochastic networks, from an explicit source.
 
-They are drawn on the CPU and then moved, so that a seed gives the same spikes on every device. None stands for torch's
-global generator, as in torch itself.
+A generator draws them on the CPU and they are then moved, so that a seed gives the same spikes on every device. None
+stands for torch's global generator, as in torch itself. A function in its place answers every request itself: with
+draws made elsewhere, which is how an exported network gets its noise.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Noise = torch.Generator | None
+from mpdsgr_deploy.errors import InputError
+
+Kind = Literal["uniform", "normal"]
+Draw = Callable[[Kind, int, Tensor], Tensor]  # the request (kind, steps, x) to a draw [steps, *x.shape]
+Noise = torch.Generator | Draw | None
 
 
 def uniform(steps: int, x: Tensor, noise: Noise) -> Tensor:
     """U[0, 1) of shape [steps, *x.shape], on x's device and in its dtype; fresh for every step."""
+    if callable(noise):
+        return noise("uniform", steps, x)
     return torch.rand((steps, *x.shape), generator=noise, device="cpu").to(x)
 
 
 def normal(steps: int, x: Tensor, noise: Noise) -> Tensor:
     """N(0, 1) of shape [steps, *x.shape], on x's device and in its dtype; fresh for every step."""
+    if callable(noise):
+        return noise("normal", steps, x)
     return torch.randn((steps, *x.shape), generator=noise, device="cpu").to(x)
+
+
+def in_turn(draws: Sequence[Tensor]) -> Draw:
+    """Hands out `draws`, each [B, steps, ...], in the order in which one forward pass asks for them.
+
+    Batch first, as inputs of an exported network are. Asked for more, it raises InputError.
+    """
+    left = iter(draws)
+
+    def draw(kind: Kind, steps: int, x: Tensor) -> Tensor:
+        found = next(left, None)
+        if found is None:
+            raise InputError(f"the network draws noise more often than {len(draws)} times; give it one tensor a draw")
+        return found.transpose(0, 1).to(x)
+
+    return draw

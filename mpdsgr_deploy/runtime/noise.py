@@ -1,0 +1,97 @@
+"""The noise of a stochastic network as a function of the image, so that its predictor stays a function.
+
+    k = blake2b(image's float32 bytes; key: seed)      w = Philox(key: blake2b(input's name; key: k)), 32-bit words
+    uniform  u = floor(w / 2^8) / 2^24
+    normal   Box-Muller of the words w, w' of a pair: sqrt(-2 ln a) (cos b, sin b),
+             a = (w + 1/2) / 2^32, b = 2 pi w' / 2^32
+
+An image so meets the same noise in every batch, at every position, on every backend and machine; any change of a pixel
+draws fresh noise. Of numpy only Philox's raw words are used, whose stream it never changes (NEP 19; a Generator's
+distributions may change with its version). Uniform draws are exact; normal ones are computed in float64, without
+rejections, so that another machine's logarithm moves one by a rounding at most, never the ones behind it. A CPU core
+makes a uniform draw in some 6 ns and a normal one in 40 ns: 0.15 and 1 ms for T = 8 steps of a 3x32x32 image.
+
+The seed is the defender's secret. Who knows it knows the noise of every image, and attacks a deterministic network;
+what is evaluated is an attacker without it, who averages over other draws (EOT). The price of being a function: an
+image that once came through always does, and who may ask about many near copies of it may find one.
+"""
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import NoiseInput
+from mpdsgr_deploy.errors import InputError
+
+
+class NoiseSource:
+    """Images float32 [B, C, H, W] to what a network needs beside them: {input name: float32 [B, *shape]}.
+
+    Nothing for a deterministic network. seed: 0 to 2^64 - 1, else InputError.
+    """
+
+    def __init__(self, inputs: Sequence[NoiseInput] = (), seed: int = 0) -> None:
+        self._inputs = tuple(inputs)
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Draw the noise of another seed from now on."""
+        if not 0 <= seed < 2**64:
+            raise InputError(f"a seed of noise must be between 0 and 2^64 - 1, got {seed}")
+        self._key = seed.to_bytes(8, "little")
+
+    def require(self, wanted: Mapping[str, Sequence[object]], network: object) -> None:
+        """Raise InputError unless `wanted`, names and shapes without the batch, is what this source supplies.
+
+        network: what the message calls the one that takes these inputs beside its images.
+        """
+        found = {entry.name: entry.shape for entry in self._inputs}
+        if {name: tuple(shape) for name, shape in wanted.items()} != found:
+            raise InputError(f"{network} takes the noise {_listed(wanted)}, but gets {_listed(found)}; export again")
+
+    def __call__(self, x: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        draws = {entry.name: np.empty((len(x), *entry.shape), np.float32) for entry in self._inputs}
+        if not draws:
+            return draws
+        for i, image in enumerate(x):
+            content = (image + 0).astype("<f4").tobytes()  # + 0: -0 is the same pixel as 0
+            key = blake2b(content, key=self._key, digest_size=32).digest()
+            for entry in self._inputs:
+                own = blake2b(entry.name.encode(), key=key, digest_size=16).digest()
+                draws[entry.name][i] = DISTRIBUTIONS[entry.kind](own, entry.shape)
+        return draws
+
+
+def uniform(key: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """U[0, 1) in multiples of 2^-24; key: 16 bytes."""
+    high = _pairs(key, shape) >> 8
+    return _shaped(high.astype(np.float32) * np.float32(2**-24), shape)
+
+
+def normal(key: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """N(0, 1), at most 6.8 in size, as any draw from 2^32 possible radii; key: 16 bytes."""
+    radius, angle = _pairs(key, shape).astype(np.float64).T / 2**32
+    radius = np.sqrt(-2 * np.log(radius + 2**-33))
+    angle *= 2 * np.pi
+    return _shaped(np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).astype(np.float32), shape)
+
+
+DISTRIBUTIONS = {"uniform": uniform, "normal": normal}
+
+
+def _pairs(key: bytes, shape: tuple[int, ...]) -> NDArray[np.uint32]:
+    """Pairs of random words [n, 2], just enough to fill `shape`."""
+    count = (prod(shape) + 1) // 2
+    raw = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(count)
+    return raw.astype("<u8").view("<u4").reshape(count, 2)
+
+
+def _shaped(pairs: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return pairs.ravel()[: prod(shape)].reshape(shape)
+
+
+def _listed(inputs: Mapping[str, Sequence[object]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items()) or "none"
