@@ -13,9 +13,12 @@ from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.errors import OutOfMemory
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Differentiable, Gradient
 from mpdsgr_deploy.runtime.images import check_images
+
+NO_MEMORY = "can't allocate memory"  # of the CPU, which has no error class of its own
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -56,8 +59,13 @@ class TorchModel:
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
         noise = torch.Generator().manual_seed(self._seed)
-        with torch.no_grad(), exact_convolutions():
-            logits: NDArray[np.float32] = self._model(self._tensor(x), None, noise).cpu().numpy()
+        try:
+            with torch.no_grad(), exact_convolutions():
+                logits: NDArray[np.float32] = self._model(self._tensor(x), None, noise).cpu().numpy()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
+                raise OutOfMemory(f"torch has too little memory for a batch of {len(x)}") from error
+            raise
         return logits
 
     def attacker(self, surrogate: str | None = None, *, loss: Loss = cross_entropy, draws: int = 1) -> Differentiable:
