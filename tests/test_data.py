@@ -252,3 +252,15 @@ def test_images_are_read(tmp_path: Path) -> None:
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="more than 8 bits"):
         read_image(tmp_path / "deep.png", (1, 8, 8))
+
+
+def test_a_damaged_image_is_one_line(tmp_path: Path) -> None:
+    """A PNG whose data are said to be shorter than they are: for that pillow has a SyntaxError."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[content.index(b"IDAT") - 1] -= 6
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot decode image .*a\.png: broken PNG") as error:
+        read_image(tmp_path / "a.png", (1, 8, 8))
+    assert "\n" not in str(error.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mpdsgr_deploy.data.events import RECORDINGS, read_frames
 from mpdsgr_deploy.data.images import Images
@@ -34,7 +34,9 @@ def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
                 raise InputError(f"{path} has more than 8 bits a channel, which would be clipped; convert it first")
             upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # pillow raises OSError, SyntaxError and more for a damaged file
         raise InputError(f"cannot decode image {path}: {error}") from None
     return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
 

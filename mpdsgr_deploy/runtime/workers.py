@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +97,11 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
             turns.put(gpus[i % len(gpus)] if gpus else None)
         workers = stack.enter_context(ProcessPoolExecutor(processes, context, _begin, (worker, turns)))
         stack.callback(workers.shutdown, cancel_futures=True)
+        # all begin now, with interrupts blocked: the parent gets one too, and ends them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for _ in range(processes):
+            workers.submit(_open)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield lambda images: workers.submit(_answer, images)
         except BrokenProcessPool as error:
@@ -113,9 +119,8 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(GPUS.iterdir())] if GPUS.is_dir() else []
 
 
-_state: list[Halving] = []  # of a worker process: opened with its first batch, so that errors reach the parent
+_worker: Worker  # of a process
 _stack = ExitStack()
-_worker: Worker
 
 
 def _begin(worker: Worker, turns: "SimpleQueue[str | None]") -> None:
@@ -124,7 +129,6 @@ def _begin(worker: Worker, turns: "SimpleQueue[str | None]") -> None:
     gpu = turns.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -136,7 +140,14 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
+@cache
+def _halving() -> Halving:
+    return _stack.enter_context(_worker.open())
+
+
+def _open() -> None:
+    _halving()
+
+
 def _answer(images: Pixels) -> Answer:
-    if not _state:
-        _state.append(_stack.enter_context(_worker.open()))
-    return _state[0](images)
+    return _halving()(images)  # opened here, if it could not be before: this error is the one that reaches the parent
