@@ -11,7 +11,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,7 @@ def logits(bundle: Bundle) -> np.ndarray:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Start the slow command; whatever still runs at the end is killed."""
+    """Start the slow command, a process group of its own; what still runs of it at the end is killed."""
     (tmp_path / "slow.py").write_text(SLOW_COMMAND)
     running = []
 
@@ -86,7 +86,8 @@ def slow(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
     yield start
     for process in running:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
