@@ -11,6 +11,10 @@ class InputError(MpdsgrError):
     """A wrong option, recipe, file or environment (exit code 2)."""
 
 
+class OutOfMemory(InputError):  # noqa: N818, it is what the user reads
+    """A backend has too little memory for a batch of this size; a smaller one may fit."""
+
+
 class EvaluationError(MpdsgrError):
     """The evaluation itself is not valid, so it proves nothing (exit code 3)."""
 

@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from mpdsgr_deploy.errors import InputError
 
@@ -15,29 +17,47 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new, whenever the process dies.
+@contextmanager
+def writing(path: Path, kept: str) -> Iterator[None]:
+    """Turn what the system says of writing `path` into an InputError with advice; `kept` says what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = f"free some space and run again; {kept}" if full else "choose another place"
+        raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
-    Raises InputError if the disk is full or the path cannot be written; the old file is then untouched.
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, so that `path` holds either its old content or all of the new, whenever the process dies.
+
+    Raises InputError if the disk is full or the path cannot be written; the old file is then untouched, as it is when
+    the block raises.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed run leaves at most one behind
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with writing(path, "what was there before is untouched"):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # the renaming itself survives a power cut
         finally:
             os.close(directory)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "free some space and run again; what was there before is untouched" if full else "choose another place"
-        raise InputError(f"cannot write {path}: {error.strerror}; {advice}") from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def claim_directory(path: Path, marker: str, what: str) -> None:

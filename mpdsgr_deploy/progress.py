@@ -2,15 +2,18 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 log = logging.getLogger("mpdsgr_deploy")
+LINE_EVERY = 10.0  # seconds
 
 
 def show_progress() -> None:
@@ -34,3 +37,36 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
         total = len(items)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         yield from bar.track(items, total=total, description=what)
+
+
+@contextmanager
+def meter(what: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Count `unit`s up to `total`, `done` of them from before: call what this yields with how many more there are.
+
+    Shows count and speed: a bar on a terminal, else a log line now and then; nothing unless `show_progress` was called.
+    """
+    start, last, first = time.monotonic(), time.monotonic(), done
+
+    def speed() -> str:
+        return f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} {unit}/s"
+
+    def line(more: int) -> None:
+        nonlocal done, last
+        done += more
+        if done == total or time.monotonic() - last >= LINE_EVERY:
+            last = time.monotonic()
+            log.info("%s: %d of %d %s, %s", what, done, total, unit, speed())
+
+    if not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, speed="")
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(task, completed=done, speed=speed())
+
+        yield advance

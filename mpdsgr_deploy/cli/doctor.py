@@ -18,6 +18,7 @@ EXTRAS = {
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
     "report": ("matplotlib", "jinja2"),
+    "parquet": ("pyarrow",),
 }
 
 

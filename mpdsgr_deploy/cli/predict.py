@@ -1,22 +1,15 @@
 """mpdsgr predict"""
 
-import csv
-import io
-import json
+import os
+import sys
 from pathlib import Path
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import open_bundle
-from mpdsgr_deploy.data.files import read_inputs
-from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
-from mpdsgr_deploy.runtime import open_predictor, predict
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-
-SUFFIXES = (".csv", ".jsonl", ".npz")
+from mpdsgr_deploy.runtime.stream import Job
+from mpdsgr_deploy.runtime.writers import FORMATS
 
 
 @click.command("predict")
@@ -26,51 +19,49 @@ SUFFIXES = (".csv", ".jsonl", ".npz")
 @click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images per inference.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help=f"{', '.join(SUFFIXES)} file to write.  [default: CSV on stdout]"
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that infer, each on a GPU of its own where there are some.",
 )
-def command(bundle: Path, inputs: tuple[Path, ...], backend: str, precision: str, batch: int, out: Path | None) -> None:
-    """Classify INPUTS with BUNDLE: images, folders of images, .npy or .npz arrays.
+@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="How many labels an image gets.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help=f"{', '.join(FORMATS)} file to write.  [default: CSV on stdout]"
+)
+def command(
+    bundle: Path,
+    inputs: tuple[Path, ...],
+    backend: str,
+    precision: str,
+    batch: int,
+    processes: int,
+    top: int,
+    out: Path | None,
+) -> None:
+    """Classify INPUTS with BUNDLE: images, folders of images, .npy or .npz arrays, of any size.
 
     Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]; images are resized and centre cropped. A network of
-    event frames takes .bin recordings in place of images. CSV and JSON lines hold the label and its probability, .npz
-    the names, logits and class numbers.
+    event frames takes .bin recordings in place of images.
+
+    CSV, JSON lines and Parquet hold an image's labels and their probabilities, best first: label and probability; with
+    --top 2 the columns label_1, probability_1, label_2, probability_2, in JSON the lists labels and probabilities. .npz
+    holds the names, logits and class numbers.
+
+    With --out, what is finished lies in OUT.partial until all is. After a kill, a crash or a full disk the same command
+    goes on there. An image that cannot be read ends the run in the same way: mend or remove it and run again. A
+    batch too large for the memory is halved.
 
     \b
     Example:
       mpdsgr predict bundles/digits photos/ --out labels.csv
     """
-    if out is not None and out.suffix not in SUFFIXES:
-        raise InputError(f"--out {out}: the file name must end in one of {', '.join(SUFFIXES)}")
-    opened = open_bundle(bundle)
-    names: list[str] = []
-    logits = []
-    with open_predictor(opened, backend, precision) as predictor:
-        for found, images in read_inputs(inputs, opened.manifest.input_shape):
-            names += found
-            logits.append(predict(predictor, images, batch))
-    data = render(names, np.concatenate(logits), opened.manifest.labels, out.suffix if out else ".csv")
-    if out is None:
-        click.echo(data, nl=False)
-    else:
-        write_atomic(out, data)
-        click.echo(f"{len(names)} predictions in {out}")
-
-
-def render(names: list[str], logits: NDArray[np.float32], labels: tuple[str, ...], suffix: str) -> bytes:
-    """The predictions in the format a suffix stands for."""
-    classes = logits.argmax(1)
-    if suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez(buffer, inputs=np.array(names), logits=logits, classes=classes)
-        return buffer.getvalue()
-    probabilities = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities /= probabilities.sum(1, keepdims=True)
-    rows = [(name, labels[k], f"{p[k]:.6f}") for name, k, p in zip(names, classes, probabilities, strict=True)]
-    if suffix == ".jsonl":
-        lines = [json.dumps({"input": n, "label": label, "probability": float(p)}) for n, label, p in rows]
-        return "".join(f"{line}\n" for line in lines).encode()
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("input", "label", "probability"))
-    writer.writerows(rows)
-    return text.getvalue().encode(errors="surrogateescape")  # file names need not be UTF-8
+    job = Job(open_bundle(bundle), inputs, backend, precision, batch, processes, top)
+    if out is not None:
+        click.echo(f"{job.to_file(out)} predictions in {out}")
+        return
+    try:
+        job.to_csv(sys.stdout.buffer)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `| head` does; Python would flush once more at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,15 +1,14 @@
-"""Images and arrays from files."""
+"""Images from files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mpdsgr_deploy.data.events import RECORDINGS, read_frames
-from mpdsgr_deploy.data.images import Images, to_unit
+from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import track
 
@@ -35,7 +34,9 @@ def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
                 raise InputError(f"{path} has more than 8 bits a channel, which would be clipped; convert it first")
             upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # pillow raises OSError, SyntaxError and more for a damaged file
         raise InputError(f"cannot decode image {path}: {error}") from None
     return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
 
@@ -53,47 +54,3 @@ def read_labelled(
     for i, (path, _) in enumerate(track(files, f"reading {name}")):
         pixels[i] = read(path, shape)
     return Images(pixels, np.array([k for _, k in files], np.int64), labels)
-
-
-def read_array(path: Path) -> NDArray[np.float32]:
-    """Images [N, C, H, W] of a .npy file or a .npz's array `images` (or its only one): uint8, or float32 in [0, 1].
-
-    uint8 is scaled to [0, 1]. Raises InputError for another dtype or a damaged file.
-    """
-    try:
-        with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.lib.npyio.NpzFile):
-                name = "images" if "images" in found.files else next(iter(found.files), "images")
-                found = found[name]
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile, MemoryError) as error:
-        raise InputError(f"cannot read array {path}: {error}") from None
-    if found.ndim != 4 or not len(found):
-        raise InputError(f"{path}: images must have shape [N >= 1, C, H, W], these have {list(found.shape)}")
-    if found.dtype == np.uint8:
-        return to_unit(found)
-    if found.dtype != np.float32:
-        raise InputError(f"{path}: images must be uint8, or float32 in [0, 1]; these are {found.dtype}")
-    return found
-
-
-def read_inputs(inputs: Sequence[Path], shape: Shape) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-    """Names and images [N, *shape] of each input in turn: an image, a folder of images, or an array file.
-
-    A network whose input has other than 1 or 3 channels takes event recordings in place of images.
-    """
-    images_wanted = shape[0] in (1, 3)
-    read = read_image if images_wanted else read_frames
-    for path in inputs:
-        if not path.exists():
-            raise InputError(f"{path} does not exist")
-        if path.suffix.lower() in ARRAY_SUFFIXES:
-            images = read_array(path)
-            yield [f"{path}[{i}]" for i in range(len(images))], images
-            continue
-        suffixes = IMAGE_SUFFIXES if images_wanted else {RECORDINGS}
-        files = files_below(path, suffixes) if path.is_dir() else [path]
-        if not files:
-            raise InputError(f"no images in folder {path}; looked for {', '.join(sorted(suffixes))}")
-        pixels = np.stack([read(file, shape) for file in files])
-        yield [str(file) for file in files], to_unit(pixels)

@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
@@ -14,6 +14,7 @@ from mpdsgr_deploy.runtime.noise import NoiseSource
 CPU = "CPUExecutionProvider"
 EXTRAS = {CPU: "cpu", "CUDAExecutionProvider": "gpu"}
 OPTIONS = {CPU: {}, "CUDAExecutionProvider": {"use_tf32": "0"}}  # TF32 would flip spikes
+NO_MEMORY = "Failed to allocate memory"  # of its arena, on every device
 
 
 class OnnxRuntime:
@@ -31,7 +32,7 @@ class OnnxRuntime:
                 f"(uninstall the other onnxruntime package first, they overwrite each other)"
             )
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is an error is also raised; on stderr it would be said twice
         if provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
@@ -48,7 +49,12 @@ class OnnxRuntime:
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
-        (logits,) = self._session.run(None, {self._input: x, **self._noise(x)})
+        try:
+            (logits,) = self._session.run(None, {self._input: x, **self._noise(x)})
+        except Exception as error:  # onnxruntime's errors share no public base class
+            if NO_MEMORY in str(error):
+                raise OutOfMemory(f"onnxruntime has too little memory for a batch of {len(x)}") from error
+            raise
         return logits  # onnxruntime allocates a fresh array per run
 
     def __enter__(self) -> Self:

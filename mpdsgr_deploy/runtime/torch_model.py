@@ -13,11 +13,14 @@ from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.errors import OutOfMemory
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Differentiable, Gradient
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.snn.noise import Kind
+
+NO_MEMORY = "can't allocate memory"  # of the CPU, which has no error class of its own
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -78,9 +81,14 @@ class TorchModel:
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
         noise = self.noise(x)
-        draws = [self._tensor(noise[entry.name]) for entry in self._draws]
-        with torch.no_grad(), exact_convolutions():
-            logits: NDArray[np.float32] = self._model(self._tensor(x), None, draws).cpu().numpy()
+        try:
+            with torch.no_grad(), exact_convolutions():
+                draws = [self._tensor(noise[entry.name]) for entry in self._draws]
+                logits: NDArray[np.float32] = self._model(self._tensor(x), None, draws).cpu().numpy()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
+                raise OutOfMemory(f"torch has too little memory for a batch of {len(x)}") from error
+            raise
         return logits
 
     def attacker(self, surrogate: str | None = None, *, loss: Loss = cross_entropy, draws: int = 1) -> Differentiable:

@@ -1,0 +1,117 @@
+"""Finished logits on disk, so that a run that was killed goes on where it stopped."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import writing
+from mpdsgr_deploy.runtime.inputs import Batch
+
+MAGIC = b"mpdsgr predictions 1\n"
+KEPT = "what was finished is kept"
+
+
+class Chunk(NamedTuple):
+    """Names [B] and logits float32 [B, K] of some images."""
+
+    names: list[str]
+    logits: NDArray[np.float32]
+
+
+class Partial:
+    """A file of logits, a record a batch. A context manager; a file without a record is removed at its end.
+
+        MAGIC, sha256 of the settings
+        logits float32 [B, K], sha256 of (the digest before, the stamp of the batch, the logits)     for every batch
+
+    The chain of digests tells how far the file is whole and still belongs to inputs and settings: a record that is
+    torn or damaged, or whose image was changed since, is dropped with all that follow it.
+
+    Raises InputError if the file cannot be written, is not ours, or is being written by another process.
+    """
+
+    def __init__(self, path: Path, settings: str, classes: int) -> None:
+        self.path, self._classes, self._finished = path, classes, False
+        self._head = self._digest = MAGIC + hashlib.sha256(settings.encode()).digest()
+        with writing(path, KEPT):
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            self._lock()
+            start = self._file.read(len(MAGIC))
+            if not MAGIC.startswith(start):
+                raise InputError(f"{path} is not a partial output of ours; rename it or choose another --out")
+            self.was_empty = not start
+        except InputError:
+            self._file.close()
+            raise
+
+    def resume(self, batches: Sequence[Batch]) -> int:
+        """How many of the batches are finished; what follows them in the file is cut off."""
+        done, end = 0, 0
+        self._file.seek(0)
+        if self._file.read(len(self._head)) == self._head:
+            end = len(self._head)
+            for batch in batches:
+                size = 4 * len(batch) * self._classes
+                record = self._file.read(size + hashlib.sha256().digest_size)
+                digest = self._next(batch, record[:size])
+                if record[size:] != digest:
+                    break
+                self._digest = digest
+                done, end = done + 1, end + len(record)
+        with writing(self.path, KEPT):
+            self._file.seek(end)
+            self._file.truncate()
+            if not end:
+                self._file.write(self._head)
+                self._file.flush()
+        return done
+
+    def append(self, batch: Batch, logits: NDArray[np.float32]) -> None:
+        """Add the next batch. It outlives the process from here on."""
+        data = np.ascontiguousarray(logits, "<f4").tobytes()
+        self._digest = self._next(batch, data)
+        with writing(self.path, KEPT):
+            self._file.write(data + self._digest)
+            self._file.flush()
+
+    def chunks(self, batches: Sequence[Batch]) -> Iterator[Chunk]:
+        """The finished batches, all of them, read back one by one."""
+        self._file.seek(len(self._head))
+        for batch in batches:
+            data = self._file.read(4 * len(batch) * self._classes)
+            self._file.seek(hashlib.sha256().digest_size, os.SEEK_CUR)
+            yield Chunk(batch.names(), np.frombuffer(data, "<f4").reshape(len(batch), self._classes))
+
+    def finish(self) -> None:
+        """The output is in its place: the file goes at the end of the block."""
+        self._finished = True
+
+    def _next(self, batch: Batch, data: bytes) -> bytes:
+        return hashlib.sha256(self._digest + os.fsencode(batch.stamp()) + data).digest()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.path} is being written by another mpdsgr predict; choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):
+            if self._finished or os.fstat(self._file.fileno()).st_size <= len(self._head):
+                self.path.unlink()  # before the lock goes, so that it is never another process's file
+        with suppress(OSError):  # a disk that is full is so again when the last bytes are flushed
+            self._file.close()

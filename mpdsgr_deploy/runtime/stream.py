@@ -1,0 +1,132 @@
+"""Predictions of inputs of any size: reading, inference and writing overlap, and few batches are alive at a time."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import atomic_file
+from mpdsgr_deploy.progress import log, meter
+from mpdsgr_deploy.runtime.inputs import Batch, Inputs
+from mpdsgr_deploy.runtime.partial import Chunk, Partial
+from mpdsgr_deploy.runtime.workers import Worker, started
+from mpdsgr_deploy.runtime.writers import find_writer
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+READ_AHEAD = 2  # batches
+DECODERS = min(8, os.cpu_count() or 1)  # threads
+
+
+@dataclass(frozen=True)
+class Job:
+    """Paths of images, folders and arrays to classify: by which network, on what, how.
+
+    batch: images per inference; processes: how many infer; top: how many labels an image gets.
+    """
+
+    bundle: Bundle
+    paths: Sequence[Path]
+    backend: str
+    precision: str
+    batch: int
+    processes: int = 1
+    top: int = 1
+
+    def to_csv(self, file: BinaryIO) -> int:
+        """Write CSV as the answers come; returns the number of images. Raises InputError as `to_file` does."""
+        write = find_writer(".csv", self.bundle.manifest.labels, self.top)
+        with self._inputs() as inputs:
+            batches = inputs.batches(self.batch)
+            write(file, lambda: (Chunk(batch.names(), logits) for batch, logits in self._answers(batches)))
+            return len(inputs)
+
+    def to_file(self, out: Path) -> int:
+        """Write `out` in the format of its suffix; returns the number of images.
+
+        `out` is replaced once everything is finished. Until then the finished logits are in `out`.partial, and the same
+        job goes on from there, as does one whose other images were changed. Raises InputError for inputs, options or
+        an output that cannot be used, EvaluationError for a network that does not answer as it should.
+        """
+        if out.is_dir():
+            raise InputError(f"--out {out} is a directory; give the name of a file")
+        labels = self.bundle.manifest.labels
+        write = find_writer(out.suffix, labels, self.top)
+        place = out.with_name(f"{out.name}.partial")
+        with self._inputs() as inputs, Partial(place, self._settings(), len(labels)) as partial:
+            batches = inputs.batches(self.batch)
+            done = partial.resume(batches)
+            if done:
+                log.info("going on after the %d images in %s", sum(map(len, batches[:done])), place)
+            elif not partial.was_empty:
+                log.info("%s is of another bundle, other inputs or settings; starting anew", place)
+            for batch, logits in self._answers(batches, done):
+                partial.append(batch, logits)
+            with atomic_file(out) as file:
+                write(file, lambda: partial.chunks(batches))
+            partial.finish()
+            return len(inputs)
+
+    def _inputs(self) -> Inputs:
+        return Inputs(self.paths, self.bundle.manifest.input_shape)
+
+    def _settings(self) -> str:
+        """What the logits depend on beside the inputs: the last bits on the batch, too."""
+        return json.dumps([self.bundle.manifest.digest, self.backend, self.precision, self.batch])
+
+    def _answers(self, batches: Sequence[Batch], done: int = 0) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
+        """Batches and their logits [B, K] in order, from batch `done` on."""
+        if done == len(batches):
+            return
+        sizes = [len(batch) for batch in batches]
+        worker = Worker(self.bundle, self.backend, self.precision, self.batch)
+        fitted = self.batch
+        with (
+            started(worker, self.processes) as submit,
+            ThreadPoolExecutor(DECODERS) as decoders,
+            ThreadPoolExecutor(1) as reader,
+            meter("predicting", "images", total=sum(sizes), done=sum(sizes[:done])) as advance,
+        ):
+            read = ahead(batches[done:], lambda batch: reader.submit(batch.read, decoders), READ_AHEAD)
+            for (batch, _), answer in ahead(read, lambda pair: submit(pair[1]), 2 * self.processes):
+                if answer.batch < fitted:
+                    fitted = answer.batch
+                    log.info("out of memory: going on with batches of %d", fitted)
+                yield batch, answer.logits
+                advance(len(batch))
+
+
+def ahead(
+    items: Iterable[Item], submit: Callable[[Item], "Future[Result]"], limit: int
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with the result of its future, in order; at most `limit` futures wait beside the one asked for.
+
+    Where the items or submitting fail, the results of the items before come first, then the error.
+    """
+    source = iter(items)
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    failure: Exception | None = None
+    more = True
+    while more or waiting:
+        try:
+            while more and len(waiting) <= limit:
+                item = next(source)
+                waiting.append((item, submit(item)))
+        except StopIteration:
+            more = False
+        except Exception as error:
+            more, failure = False, error
+        if waiting:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    if failure is not None:
+        raise failure

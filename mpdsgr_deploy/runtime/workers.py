@@ -1,0 +1,153 @@
+"""Who answers batches: a thread of this process, or several processes with a GPU each. Both hand out futures."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data.images import to_unit
+from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.runtime.inputs import Pixels
+from mpdsgr_deploy.runtime.open import open_predictor
+
+GPUS = Path("/proc/driver/nvidia/gpus")  # a folder each; in a container those it may use
+
+
+class Answer(NamedTuple):
+    """Logits float32 [B, K], and the largest batch that fitted into memory so far."""
+
+    logits: NDArray[np.float32]
+    batch: int
+
+
+class Halving:
+    """Answers batches; one that is too large for memory by halves, and none as large again.
+
+    Raises OutOfMemory where a single image is too much.
+    """
+
+    def __init__(self, predictor: Predictor, batch: int) -> None:
+        self._predictor, self._batch = predictor, batch
+
+    def __call__(self, images: Pixels) -> Answer:
+        x = to_unit(images) if images.dtype == np.uint8 else images
+        while True:
+            size = min(self._batch, len(x))
+            try:
+                parts = [self._predictor(x[start : start + size]) for start in range(0, len(x), size)]
+            except OutOfMemory as error:
+                if size == 1:
+                    raise OutOfMemory(
+                        "out of memory with a single image; free memory or use another backend"
+                    ) from error
+                self._batch = size // 2
+            else:
+                return Answer(np.concatenate(parts), self._batch)
+
+
+Submit = Callable[[Pixels], "Future[Answer]"]
+
+
+class Worker(NamedTuple):
+    """What a worker opens, and the largest batch it is given. Raises as `open_predictor` does."""
+
+    bundle: Bundle
+    backend: str
+    precision: str
+    batch: int
+
+    @contextmanager
+    def open(self) -> Iterator[Halving]:
+        """Answers batches for the length of a with block."""
+        with open_predictor(self.bundle, self.backend, self.precision) as predictor:
+            yield Halving(predictor, self.batch)
+
+
+@contextmanager
+def started(worker: Worker, processes: int) -> Iterator[Submit]:
+    """Hand batches to the worker in this process (1) or to so many processes. What is not begun at the end is dropped.
+
+    Of several processes each sees one GPU, in turn, of those in CUDA_VISIBLE_DEVICES or of all there are. Raises
+    InputError if a process dies.
+    """
+    with ExitStack() as stack:
+        if processes == 1:
+            answer = stack.enter_context(worker.open())
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            yield lambda images: pool.submit(answer, images)
+            return
+        context = multiprocessing.get_context("spawn")  # forking a process that has threads is not safe
+        turns: SimpleQueue[str | None] = context.SimpleQueue()
+        gpus = visible_gpus()
+        for i in range(processes):
+            turns.put(gpus[i % len(gpus)] if gpus else None)
+        workers = stack.enter_context(ProcessPoolExecutor(processes, context, _begin, (worker, turns)))
+        stack.callback(workers.shutdown, cancel_futures=True)
+        # all begin now, with interrupts blocked: the parent gets one too, and ends them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for _ in range(processes):
+            workers.submit(_open)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            yield lambda images: workers.submit(_answer, images)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process died, perhaps killed because memory was short; run again with fewer --processes or a "
+                "smaller --batch"
+            ) from error
+
+
+def visible_gpus() -> list[str]:
+    """Values of CUDA_VISIBLE_DEVICES that show one GPU each."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [gpu for gpu in allowed.split(",") if gpu]
+    return [str(i) for i, _ in enumerate(GPUS.iterdir())] if GPUS.is_dir() else []
+
+
+_worker: Worker  # of a process
+_stack = ExitStack()
+
+
+def _begin(worker: Worker, turns: "SimpleQueue[str | None]") -> None:
+    global _worker
+    _worker = worker
+    gpu = turns.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Else a parent that is killed leaves its processes, and what they hold of the GPU, behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@cache
+def _halving() -> Halving:
+    return _stack.enter_context(_worker.open())
+
+
+def _open() -> None:
+    _halving()
+
+
+def _answer(images: Pixels) -> Answer:
+    return _halving()(images)  # opened here, if it could not be before: this error is the one that reaches the parent
