@@ -11,6 +11,10 @@ class InputError(MpdsgrError):
     """A wrong option, recipe, file or environment (exit code 2)."""
 
 
+class OutOfMemory(InputError):  # noqa: N818 - the name says what happened
+    """The device's memory does not hold a batch; a smaller one may fit (exit code 2)."""
+
+
 class EvaluationError(MpdsgrError):
     """The evaluation itself is not valid, so it proves nothing (exit code 3)."""
 

@@ -10,6 +10,7 @@ from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.tensorrt import TensorRT
 
 
 def _onnxruntime(bundle: Bundle, precision: str, *, provider: str) -> OnnxRuntime:
@@ -26,6 +27,8 @@ def _torch(bundle: Bundle, precision: str) -> AbstractContextManager[Predictor]:
 BACKENDS: dict[str, Callable[[Bundle, str], AbstractContextManager[Predictor]]] = {
     "onnxruntime-cpu": partial(_onnxruntime, provider="CPUExecutionProvider"),
     "onnxruntime-cuda": partial(_onnxruntime, provider="CUDAExecutionProvider"),
+    "tensorrt": partial(TensorRT.from_bundle, "tensorrt"),
+    "tensorrt-rtx": partial(TensorRT.from_bundle, "tensorrt-rtx"),
     "torch": _torch,
 }
 DEFAULT_BACKEND = "onnxruntime-cpu"
