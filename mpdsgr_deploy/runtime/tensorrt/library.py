@@ -53,7 +53,7 @@ def failure(listener: Any, what: str, advice: str) -> InputError:
         message for message in listener.errors if "catchCudaError" not in message
     ]  # follows any error, adds nothing
     text = one_line((told or listener.errors or ["it does not say why"])[0])
-    kind = OutOfMemory if re.search(r"out of ?memory|cudaError 2\b", " ".join(told), re.IGNORECASE) else InputError
+    kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(told), re.IGNORECASE) else InputError
     return kind(f"{what}: {text}; {advice}")
 
 
