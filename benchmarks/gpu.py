@@ -4,10 +4,10 @@
 
 VGG11 as torch runs it, eagerly and compiled, as onnxruntime runs its ONNX file with the CUDA and the TensorRT provider,
 as TensorRT and TensorRT-RTX run it themselves, and, where it is installed, the same architecture in SpikingJelly. Every
-one takes host memory and gives host memory, copies included. They take turns in an order that rotates; the table shows the
-median of the paired ratios to eager torch, the share of the GPU's measured float32 matrix product that the network's
-multiplications reach, and the rows and labels that differ from eager torch. Weights are random, of a fixed seed, with
-tdBN settled on the images. What this machine cannot run stands in the results with its reason.
+one takes host memory and gives host memory, copies included. They take turns in an order that rotates; the table shows
+the median of the paired ratios to eager torch, the share that the network's multiplications reach of the GPU's measured
+float32 matrix product, and the rows and labels that differ from eager torch. Weights are random, of a fixed seed, with
+tdBN settled on random images. What this machine cannot run stands in the results with its reason.
 """
 
 import statistics
