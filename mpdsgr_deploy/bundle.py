@@ -12,6 +12,7 @@ bundle from a stranger needs a signature on manifest.json as well.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from mpdsgr_deploy.schema import Count, read_document
 
 SCHEMA_VERSION = 1
 MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.safetensors", "golden.npz"
+ENGINES = "engines"
 
 
 class Accuracy(BaseModel):
@@ -73,6 +75,13 @@ class Prepared(BaseModel):
     batch: tuple[int, int, int] | None = None
     file: str | None = None
     settings: dict[str, Any] = {}
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others of a bundle, as the beginning of a file name."""
+        profile = "-".join(map(str, self.batch or ("any",)))
+        words = (self.backend, *self.machine.values(), self.precision, f"batch-{profile}", self.model_sha256[:8])
+        return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower())
 
 
 class NoiseInput(BaseModel):
@@ -138,19 +147,30 @@ class Bundle:
         return [p for p in self.manifest.prepared if (p.backend, p.precision) == (backend, precision)]
 
     def add(self, prepared: Prepared, engine: bytes | None = None) -> "Bundle":
-        """The bundle with `prepared`, and the file it names, in place of what the same kind of machine had before.
+        """The bundle with `prepared`, and its engine if it has one, in place of what this kind of machine had before.
 
-        The manifest is replaced last, so that a crash leaves the older bundle whole.
+        The engine's file is new, the manifest is replaced last and what nothing names any more is deleted after that,
+        so that a crash leaves a whole bundle. What others added since this one was opened stays.
         """
+        current: Manifest = read_document(self.path / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="export again")
+        files = dict(current.files)
+        if engine is not None:
+            digest = hashlib.sha256(engine).hexdigest()
+            prepared = prepared.model_copy(update={"file": f"{ENGINES}/{prepared.key}-{digest[:8]}.plan"})
+            file = self.path / str(prepared.file)
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, engine)
+            files[str(prepared.file)] = digest
         same = ("backend", "precision", "machine", "batch")
-        others = [p for p in self.manifest.prepared if any(getattr(p, k) != getattr(prepared, k) for k in same)]
-        files = dict(self.manifest.files)
-        if prepared.file is not None and engine is not None:
-            (self.path / prepared.file).parent.mkdir(exist_ok=True)
-            write_atomic(self.path / prepared.file, engine)
-            files[prepared.file] = hashlib.sha256(engine).hexdigest()
-        draft = self.manifest.model_copy(update={"prepared": (*others, prepared), "files": files})
-        return Bundle(self.path, _write_manifest(self.path, draft))
+        replaced = [p for p in current.prepared if all(getattr(p, k) == getattr(prepared, k) for k in same)]
+        kept = [p for p in current.prepared if p not in replaced]
+        stale = {str(p.file) for p in replaced if p.file not in (None, prepared.file)}
+        files = {name: digest for name, digest in files.items() if name not in stale}
+        draft = current.model_copy(update={"prepared": (*kept, prepared), "files": files})
+        bundle = Bundle(self.path, _write_manifest(self.path, draft))
+        for name in stale:
+            (self.path / name).unlink(missing_ok=True)
+        return bundle
 
     def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Golden inputs [G, C, H, W] and the reference's logits [G, K], K the number of labels.

@@ -11,8 +11,8 @@ class InputError(MpdsgrError):
     """A wrong option, recipe, file or environment (exit code 2)."""
 
 
-class OutOfMemory(InputError):  # noqa: N818, it is what the user reads
-    """A backend has too little memory for a batch of this size; a smaller one may fit."""
+class OutOfMemory(InputError):  # noqa: N818 - the name says what happened
+    """The device's memory does not hold a batch; a smaller one may fit (exit code 2)."""
 
 
 class EvaluationError(MpdsgrError):

@@ -4,12 +4,17 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+
+from mpdsgr_deploy.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import figures
+import gpu
 import memory
 import step
 
@@ -58,3 +63,64 @@ def test_a_storage_is_counted_once_and_weights_are_not() -> None:
         y = net(x)
         (y * y[:, :1] + x.sum()).sum()
     assert sum(storages.values()) == 2 * (2 * 64 * 4)
+
+
+def recipe(name: str, width: float) -> Recipe:
+    return Recipe.model_validate({"model": {"name": name, "width": width}, "encoding": {"T": 2}})
+
+
+def test_the_gpu_benchmark_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = CliRunner().invoke(gpu.main, ["--batch", "1"])
+    assert done.exit_code == 2
+    assert done.stderr == "error: no GPU here; run this on a machine with an NVIDIA GPU and a CUDA build of torch\n"
+
+
+def test_the_gpu_benchmark_rehearsed_on_a_cpu() -> None:
+    class Wrong:
+        def __call__(self, x: np.ndarray) -> np.ndarray:
+            if len(x) == 3:
+                raise MemoryError("too\nlarge")
+            return np.zeros((len(x), gpu.CLASSES), np.float32)
+
+    backends = {
+        "torch": gpu.eager,
+        "onnxruntime-cpu": gpu.onnxruntime("CPUExecutionProvider"),
+        "tensorrt": gpu.tensorrt("tensorrt"),
+        "wrong": lambda *arguments: Wrong(),
+    }
+    result = gpu.measure(recipe("vgg-small", 0.1), [1, 3], 3, backends)
+    assert "tensorrt is needed" in result["refused"]["tensorrt"]
+    for n, found in result["batches"].items():
+        assert found["onnxruntime-cpu"]["parity"]["max_abs"] <= 1e-5
+        assert len(found["onnxruntime-cpu"]["seconds"]) == len(found["torch"]["seconds"]) == 3
+        assert min(found["torch"]["seconds"]) > 0
+        if n == "1":
+            assert found["wrong"]["parity"]["within_tolerance"] == 0
+        else:
+            assert found["wrong"] == {"refused": "too large"}
+    table = gpu.render(result)
+    assert "| 1 | torch |" in table
+    assert "| 3 | wrong | too large |" in table
+    assert "- tensorrt did not run: tensorrt is needed" in table
+    assert result["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_multiplications_are_those_of_the_formula() -> None:
+    """T steps of 3x3 convolutions at halving sizes, two hidden layers and the readout."""
+    model = gpu.settled(recipe("vgg11", 0.125))
+    convolutions = [
+        (3, 8, 32),
+        (8, 16, 16),
+        (16, 32, 16),
+        (32, 64, 8),
+        (64, 64, 8),
+        (64, 64, 8),
+        (64, 64, 4),
+        (64, 64, 4),
+    ]
+    linear = 64 * 4 * 4 * 512 + 512 * 512 + 512 * 10
+    expected = 2 * (sum(9 * c * d * size**2 for c, d, size in convolutions) + linear)
+    assert gpu.multiplications(model) == expected
+    assert gpu.gemm_flops(64, 2) > 0

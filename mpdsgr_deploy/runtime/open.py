@@ -11,6 +11,7 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.tensorrt import TensorRT
 
 
 def _onnxruntime(bundle: Bundle, precision: str, noise: NoiseSource, *, provider: str) -> OnnxRuntime:
@@ -27,6 +28,8 @@ def _torch(bundle: Bundle, precision: str, noise: NoiseSource) -> AbstractContex
 BACKENDS: dict[str, Callable[[Bundle, str, NoiseSource], AbstractContextManager[Predictor]]] = {
     "onnxruntime-cpu": partial(_onnxruntime, provider="CPUExecutionProvider"),
     "onnxruntime-cuda": partial(_onnxruntime, provider="CUDAExecutionProvider"),
+    "tensorrt": partial(TensorRT.from_bundle, "tensorrt"),
+    "tensorrt-rtx": partial(TensorRT.from_bundle, "tensorrt-rtx"),
     "torch": _torch,
 }
 DEFAULT_BACKEND = "onnxruntime-cpu"

@@ -1,0 +1,309 @@
+"""What runs a network fastest on a GPU, and whether it still answers as torch does.
+
+    python benchmarks/gpu.py      writes benchmarks/results/gpu.json and the table of benchmarks/README.md
+
+VGG11 as torch runs it, eagerly and compiled, as onnxruntime runs its ONNX file with the CUDA and the TensorRT provider,
+as TensorRT and TensorRT-RTX run it themselves, and, where it is installed, the same architecture in SpikingJelly. Every
+one takes host memory and gives host memory, copies included. They take turns in an order that rotates; the table shows
+the median of the paired ratios to eager torch, the share that the network's multiplications reach of the GPU's measured
+float32 matrix product, and the rows and labels that differ from eager torch. Weights are random, of a fixed seed, with
+tdBN settled on random images. What this machine cannot run stands in the results with its reason.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import numpy as np
+import torch
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.export.fold import fold_tdbn
+from mpdsgr_deploy.export.onnx_writer import INPUT, write_onnx
+from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.onnx_runtime import EXTRAS, OPTIONS
+from mpdsgr_deploy.runtime.tensorrt import TensorRT, build_engine, cuda
+from mpdsgr_deploy.runtime.torch_model import TorchModel, exact_convolutions
+
+SHAPE, CLASSES = (3, 32, 32), 10
+REFERENCE = "torch"
+PACKAGES = ("cuda-bindings", "onnxruntime", "onnxruntime-gpu", "spikingjelly", "tensorrt", "tensorrt-rtx", "torch")
+Opener = Callable[[SpikingNet, Path, Sequence[int], ExitStack], Predictor]
+
+
+@click.command()
+@click.option("--width", default=1.0, show_default=True, help="Of VGG11.")
+@click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
+@click.option(
+    "--batch", "batches", multiple=True, default=(1, 32, 256, 1024), show_default=True, type=click.IntRange(1)
+)
+@click.option("--repetitions", default=30, show_default=True, type=click.IntRange(2), help="Timed runs of each.")
+def main(width: float, T: int, batches: tuple[int, ...], repetitions: int) -> None:
+    """Measure and publish. Needs a GPU."""
+    if not torch.cuda.is_available():
+        click.echo("error: no GPU here; run this on a machine with an NVIDIA GPU and a CUDA build of torch", err=True)
+        sys.exit(2)
+    recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
+    result = measure(recipe, sorted(batches), repetitions, BACKENDS)
+    figures.publish("gpu", result, render(result))
+    click.echo(render(result))
+
+
+def measure(recipe: Recipe, batches: Sequence[int], repetitions: int, backends: dict[str, Opener]) -> dict[str, Any]:
+    """Seconds, parity and, where a backend cannot run, the reason, for every backend and batch."""
+    model = settled(recipe)
+    draw = np.random.default_rng(0)
+    images = {n: draw.random((n, *SHAPE), np.float32) for n in batches}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        path = Path(folder) / "model.onnx"
+        write_onnx(fold_tdbn(model.cpu()), SHAPE, path)
+        running, refused = opened(backends, model, path, batches, stack)
+        result = {
+            "setting": {**recipe.model.model_dump(), "T": recipe.encoding.T, "batches": list(batches)},
+            "multiplications": multiplications(model),
+            "gemm_flops": gemm_flops(),
+            "refused": refused,
+            "batches": {str(n): compared(running, x, repetitions) for n, x in images.items()},
+        }
+    versions = {name: version for name in PACKAGES if (version := package_version(name))}
+    return {**result, "versions": versions, "provenance": provenance()}
+
+
+def settled(recipe: Recipe) -> SpikingNet:
+    """An untrained network whose tdBN has seen images, so that its neurons fire."""
+    torch.manual_seed(0)
+    model = build_model(recipe, SHAPE, CLASSES)
+    for layer in model.layers():
+        if layer.norm is not None:
+            layer.norm.momentum = 1.0  # one pass settles the running statistics
+    with torch.no_grad():
+        model(torch.rand(16, *SHAPE))
+    return model.eval()
+
+
+def opened(
+    backends: dict[str, Opener], model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack
+) -> tuple[dict[str, Predictor], dict[str, str]]:
+    """The predictors that work here, each shown by its answer to one image, and why the others do not."""
+    running, refused = {}, {}
+    for name, opener in backends.items():
+        try:
+            predictor = opener(model, path, batches, stack)
+            predictor(np.full((1, *SHAPE), 0.5, np.float32))
+        except Exception as error:  # whatever another library raises is the finding
+            refused[name] = reason(error)
+        else:
+            running[name] = predictor
+    return running, refused
+
+
+def compared(running: dict[str, Predictor], x: np.ndarray, repetitions: int) -> dict[str, Any]:
+    """Of each predictor: seconds [repetitions], taken in turns, and how its answers differ from the reference's.
+
+    Of one that fails at this batch, its memory too small perhaps: the reason.
+    """
+    answers, found = {}, {}
+    for name, predictor in running.items():
+        try:
+            answers[name] = predictor(x)
+        except Exception as error:  # whatever another library raises is the finding
+            found[name] = {"refused": reason(error)}
+    if REFERENCE not in answers:
+        raise InputError(f"torch cannot run a batch of {len(x)}: {found[REFERENCE]['refused']}; use a smaller --batch")
+    names, seconds = list(answers), {name: [] for name in answers}
+    for repetition in range(-3, repetitions):  # three to warm up: compiled kernels, captured graphs
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.perf_counter()
+            running[name](x)
+            if repetition >= 0:
+                seconds[name].append(round(time.perf_counter() - started, 7))
+    for name in names:
+        found[name] = {"seconds": seconds[name], "parity": compare(answers[REFERENCE], answers[name]).model_dump()}
+    return found
+
+
+def reason(error: Exception) -> str:
+    """Why something did not run, in one line."""
+    return " ".join(f"{error or type(error).__name__}".split())[:300]
+
+
+def multiplications(model: SpikingNet) -> int:
+    """Multiply-adds of convolutions and linear layers for one image, counted by running it."""
+    total = 0
+
+    def count(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        rows = output.numel() // weight.shape[0]  # images of all steps times pixels
+        total += rows * weight.numel()
+
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
+    with torch.no_grad():
+        model(torch.zeros(1, *SHAPE, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def gemm_flops(size: int | None = None, repetitions: int = 10) -> float:
+    """Operations a second of the device's float32 matrix product, TF32 off: the best of several."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = size or (8192 if device == "cuda" else 256)
+    a = torch.rand(size, size, device=device)
+    best = 0.0
+    with exact_products():
+        for _ in range(repetitions):
+            synchronise()
+            started = time.perf_counter()
+            a @ a
+            synchronise()
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 matrix products without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def eager(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
+    """Torch, operation by operation."""
+    return TorchModel(model, SHAPE)
+
+
+def compiled(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
+    """torch.compile with CUDA graphs, one compilation a batch size."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = torch.compile(model.to(device), mode="reduce-overhead", dynamic=False)
+
+    def predict(x: np.ndarray, /) -> np.ndarray:
+        with torch.no_grad(), exact_convolutions():
+            return run(torch.from_numpy(x).to(device)).cpu().numpy()
+
+    return predict
+
+
+def onnxruntime(provider: str) -> Opener:
+    """The ONNX file on a provider, which must be the one that is used."""
+
+    def opener(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
+        EXTRAS.setdefault(provider, "gpu")
+        OPTIONS.setdefault(provider, {})
+        return stack.enter_context(OnnxRuntime(path, provider))
+
+    return opener
+
+
+def tensorrt(backend: str) -> Opener:
+    """An engine of the ONNX file, built here."""
+
+    def opener(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
+        profile = (1, batches[len(batches) // 2], batches[-1])
+        engine = cuda.Engine(backend, build_engine(backend, path, profile), "run the benchmark again")
+        stream = lambda: cuda.CudaStream(engine, profile[2])  # noqa: E731
+        return stack.enter_context(TensorRT(stream, profile, SHAPE, INPUT))
+
+    return opener
+
+
+def spikingjelly(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
+    """The same layers with SpikingJelly's LIF nodes and our weights, normalisation folded into them."""
+    try:
+        from spikingjelly.activation_based import functional, layer, neuron
+    except ImportError as error:
+        raise InputError(f"spikingjelly is not installed ({error})") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = fold_tdbn(model).to(device)
+    settings = net.layers()[0].neuron
+    modules: list[torch.nn.Module] = []
+    for part in net.body:
+        synapse = getattr(part, "synapse", None)
+        if synapse is None:
+            modules.append(layer.SeqToANNContainer(part))
+            continue
+        modules.append(layer.SeqToANNContainer(synapse))
+        node = neuron.LIFNode(  # u = (1 - 1/tau) u + x, its decay_input=False
+            tau=1 / (1 - float(settings.tau)), decay_input=False, v_threshold=settings.v_threshold, v_reset=0.0
+        )
+        modules.append(node)
+    body = torch.nn.Sequential(*modules)
+    functional.set_step_mode(body, "m")
+
+    def predict(x: np.ndarray, /) -> np.ndarray:
+        functional.reset_net(body)
+        with torch.no_grad(), exact_convolutions():
+            steps = net.encode(torch.from_numpy(x).to(device), net.normalize, None)
+            outputs = torch.stack([net.readout(step) for step in body(steps)])
+            return (net.weights[:, None, None] * outputs).sum(0).cpu().numpy()
+
+    return predict
+
+
+BACKENDS: dict[str, Opener] = {
+    REFERENCE: eager,
+    "torch.compile": compiled,
+    "spikingjelly": spikingjelly,
+    "onnxruntime-cuda": onnxruntime("CUDAExecutionProvider"),
+    "onnxruntime-tensorrt": onnxruntime("TensorrtExecutionProvider"),
+    "tensorrt": tensorrt("tensorrt"),
+    "tensorrt-rtx": tensorrt("tensorrt-rtx"),
+}
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a Markdown table with its setting, and what did not run."""
+    lines = [
+        "| batch | backend | ms | times torch | % of GEMM | rows that differ | labels that differ |",
+        "|---" * 7 + "|",
+    ]
+    for n, found in result["batches"].items():
+        for name, one in found.items():
+            if "refused" in one:
+                lines.append(f"| {n} | {name} | {one['refused']} | | | | |")
+                continue
+            median = statistics.median(one["seconds"])
+            ratios = [theirs / ours for ours, theirs in zip(one["seconds"], found[REFERENCE]["seconds"], strict=True)]
+            share = 2 * result["multiplications"] * int(n) / median / result["gemm_flops"]
+            rows, parity = int(n), one["parity"]
+            cells = [n, name, f"{1000 * median:.3f}", f"{statistics.median(ratios):.2f}", f"{100 * share:.1f}"]
+            cells += [f"{rows - parity['within_tolerance']} of {rows}", str(parity["labels_differ"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    setting = result["setting"]
+    lines += [
+        "",
+        f"{setting['name']} at width {setting['width']}, T = {setting['T']}; higher is faster in `times torch`.",
+        "",
+    ]
+    lines += [f"- {name} did not run: {why}" for name, why in result["refused"].items()]
+    return "\n".join([*lines, "", figures.source(result), ""])
+
+
+if __name__ == "__main__":
+    main()

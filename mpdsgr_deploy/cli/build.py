@@ -1,0 +1,65 @@
+"""mpdsgr build"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import click
+
+from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
+from mpdsgr_deploy.cli.output import json_option, print_json
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.runtime.tensorrt import Batch, prepare
+
+# bundle, precision and the batches wanted (None: the builder's own choice) to what was added to the bundle
+Builder = Callable[[Bundle, str, Batch | None], tuple[Bundle, Prepared]]
+BUILDERS: dict[str, Builder] = {
+    "tensorrt": partial(prepare, "tensorrt"),
+    "tensorrt-rtx": partial(prepare, "tensorrt-rtx"),
+}
+
+
+@click.command("build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", required=True, help=f"What will run the network: {', '.join(BUILDERS)}.")
+@click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
+@click.option("--batch", metavar="MIN,OPT,MAX", help="Smallest, best and largest batch.  [default: 1,32,128]")
+@json_option
+def command(bundle: Path, backend: str, precision: str, batch: str | None, as_json: bool) -> None:
+    """Prepare BUNDLE for a backend and keep the result in it. Run this on the machine that will serve it.
+
+    A TensorRT engine works on this model of GPU with this version of TensorRT. A TensorRT-RTX engine is built without
+    a GPU and works on any from compute capability 8.0 on, with this version of TensorRT-RTX.
+
+    \b
+    Example:
+      mpdsgr build bundles/digits --backend tensorrt-rtx --batch 1,8,64
+    """
+    builder = choose("backend", BUILDERS, backend)
+    wanted = None if batch is None else parse_batch(batch)
+    opened = open_bundle(bundle)
+    opened.variant(precision)
+    log.info("building %s of %s for %s ...", precision, bundle, backend)
+    started = time.perf_counter()
+    _, prepared = builder(opened, precision, wanted)
+    seconds = time.perf_counter() - started
+    if as_json:
+        print_json({"bundle": str(bundle), "seconds": round(seconds, 3), **prepared.model_dump()})
+        return
+    made = f"engine {prepared.file}" if prepared.file else f"settings {prepared.settings}"
+    click.echo(f"{made} in {bundle}, after {seconds:.1f} s")
+    click.echo(
+        f"next: mpdsgr validate {bundle} --backend {backend} --precision {precision} --report {bundle}-{backend}"
+    )
+
+
+def parse_batch(text: str) -> Batch:
+    """MIN,OPT,MAX as three numbers. Raises InputError for anything else."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise InputError(f"--batch {text}: write three whole numbers MIN,OPT,MAX, for example 1,32,128")
+    smallest, best, largest = map(int, parts)
+    return smallest, best, largest

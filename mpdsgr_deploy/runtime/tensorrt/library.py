@@ -1,0 +1,62 @@
+"""TensorRT and TensorRT-RTX: two modules with one Python API, and what they say when something fails."""
+
+import re
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.lookup import choose, need
+from mpdsgr_deploy.progress import log
+
+
+class Library(NamedTuple):
+    """One of the two: the extra of ours that brings it, and the name of its Python module."""
+
+    extra: str
+    module: str
+
+
+LIBRARIES = {"tensorrt": Library("tensorrt", "tensorrt"), "tensorrt-rtx": Library("rtx", "tensorrt_rtx")}
+
+
+def load(backend: str) -> ModuleType:
+    """The module of a backend. Raises InputError naming the extra if it cannot be imported."""
+    library = choose("backend", LIBRARIES, backend)
+    return need(library.module, library.extra)
+
+
+def listener(trt: ModuleType) -> Any:
+    """An ILogger of `trt` that keeps error messages in its list `errors` and passes warnings on to our log.
+
+    Calls that fail answer None or False; why is told to the logger alone.
+    """
+
+    base: Any = trt.ILogger
+
+    class Listener(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                log.debug("%s: %s", trt.__name__, one_line(message))
+
+    return Listener()
+
+
+def failure(listener: Any, what: str, advice: str) -> InputError:
+    """The error to raise where a call failed: `what`, the first thing the library said about it, `advice`."""
+    told = [
+        message for message in listener.errors if "catchCudaError" not in message
+    ]  # follows any error, adds nothing
+    text = one_line((told or listener.errors or ["it does not say why"])[0])
+    kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(told), re.IGNORECASE) else InputError
+    return kind(f"{what}: {text}; {advice}")
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks and without the places in the library's source it came from."""
+    return " ".join(re.sub(r"\bIn \S+ at /\S+:\d+", "", message).split())

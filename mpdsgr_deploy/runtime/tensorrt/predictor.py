@@ -1,0 +1,176 @@
+"""The Predictor on an engine: batches cut and padded to what it takes, streams shared by threads, graphs kept by size.
+
+Whatever touches a device stands behind `Stream` and `Execution`, which `cuda.py` implements.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from queue import Empty, LifoQueue
+from threading import Lock
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.tensorrt import cuda
+from mpdsgr_deploy.runtime.tensorrt.engine import Batch
+from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine
+
+Array = NDArray[np.float32]
+Noise = Callable[[Array], Mapping[str, Array]]
+STREAMS = 4  # at most so many threads run at the same time; each has its own activations
+SIZES = 16  # of batches whose contexts and graphs a stream keeps
+
+
+class Execution(Protocol):
+    """One batch size on a stream."""
+
+    def run(self) -> None:
+        """From the stream's inputs to its output."""
+
+    def capture(self) -> None:
+        """The same as one CUDA graph from now on."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Stream(Protocol):
+    """An engine with buffers for the largest batch, for one thread at a time: inputs and output are [largest, ...]."""
+
+    inputs: dict[str, Array]
+    output: Array
+
+    def execution(self, batch: int) -> Execution:
+        """What runs the first `batch` rows."""
+
+    def close(self) -> None:
+        """Free stream and buffers."""
+
+
+class Lane:
+    """A stream and its executions by batch size, the least recently used of them dropped beyond SIZES.
+
+    A size's first batch runs plainly, which is the warm-up that a capture needs; its second is captured. So a size that
+    comes once pays for no graph.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._executions: OrderedDict[int, Execution] = OrderedDict()
+        self._captured: set[int] = set()
+
+    def __call__(self, feeds: Mapping[str, Array], smallest: int) -> Array:
+        """Fresh output rows for n rows of every input; fewer than `smallest` are filled up with zeros."""
+        n = len(next(iter(feeds.values())))
+        size = max(n, smallest)
+        for name, rows in feeds.items():
+            self._stream.inputs[name][:n] = rows
+            self._stream.inputs[name][n:size] = 0
+        execution = self._executions.pop(size, None)
+        if execution is None:
+            while len(self._executions) >= SIZES:
+                oldest, dropped = self._executions.popitem(last=False)
+                self._captured.discard(oldest)
+                dropped.close()
+            execution = self._stream.execution(size)
+        elif size not in self._captured:
+            execution.capture()
+            self._captured.add(size)
+        self._executions[size] = execution
+        execution.run()
+        return self._stream.output[:n].copy()
+
+    def close(self) -> None:
+        """Free executions and stream."""
+        for execution in self._executions.values():
+            execution.close()
+        self._executions.clear()
+        self._stream.close()
+
+
+class TensorRT:
+    """A Predictor on an engine, for several threads. A context manager: device memory is freed with the block.
+
+    stream makes one more `Stream`; batch is the engine's; shape that of an image; name of the input that takes images;
+    noise gives what a stochastic network takes beside them.
+    """
+
+    def __init__(
+        self,
+        stream: Callable[[], Stream],
+        batch: Batch,
+        shape: tuple[int, int, int],
+        name: str,
+        noise: Noise = lambda x: {},
+    ) -> None:
+        self._stream, self._batch, self._shape, self._name, self._noise = stream, batch, shape, name, noise
+        self._lanes: list[Lane] = []
+        self._free: LifoQueue[Lane] = LifoQueue()
+        self._lock, self._most = Lock(), STREAMS
+
+    @classmethod
+    def from_bundle(cls, backend: str, bundle: Bundle, precision: str, noise: Noise = lambda x: {}) -> Self:
+        """The bundle's engine for this machine. Raises InputError with the command that builds it, where none fits."""
+        prepared = find(backend, bundle, precision, machine(backend))
+        assert prepared.file is not None  # for the type checker: `find` asks for both
+        assert prepared.batch is not None
+        manifest, batch = bundle.manifest, prepared.batch
+        profile = ",".join(map(str, batch))
+        command = f"mpdsgr build {bundle.path} --backend {backend} --precision {precision} --batch {profile}"
+        advice = f"build it again with: {command}"
+        engine = cuda.Engine(backend, bundle.file(prepared.file).read_bytes(), advice)
+        if engine.shapes.get(manifest.input_name) != manifest.input_shape:
+            raise InputError(f"{prepared.file} does not take this bundle's images; {advice}")
+        return cls(lambda: cuda.CudaStream(engine, batch[2]), batch, manifest.input_shape, manifest.input_name, noise)
+
+    def __call__(self, x: Array) -> Array:
+        check_images(x, self._shape)
+        smallest, _, largest = self._batch
+        feeds = {self._name: x, **self._noise(x)}
+        with self._lane() as lane:
+            parts = [
+                lane({name: rows[start : start + largest] for name, rows in feeds.items()}, smallest)
+                for start in range(0, len(x), largest)
+            ]
+        return np.concatenate(parts)
+
+    @contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        """A lane for this thread alone: a free one, a new one, or the next to be given back."""
+        try:
+            lane = self._free.get_nowait()
+        except Empty:
+            lane = self._new_lane() or self._free.get()
+        try:
+            yield lane
+        finally:
+            self._free.put(lane)
+
+    def _new_lane(self) -> Lane | None:
+        """One more lane; None if there are enough, or if the memory holds no more than there are."""
+        with self._lock:
+            if len(self._lanes) >= self._most:
+                return None
+            try:
+                lane = Lane(self._stream())
+            except OutOfMemory:
+                if not self._lanes:
+                    raise
+                self._most = len(self._lanes)
+                return None
+            self._lanes.append(lane)
+            return lane
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
+        self._free = LifoQueue()
