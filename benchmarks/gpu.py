@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export.fold import fold_tdbn
-from mpdsgr_deploy.export.onnx_writer import INPUT, write_onnx
+from mpdsgr_deploy.export.onnx_writer import INPUT, save, to_graph
+from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
@@ -68,7 +68,7 @@ def measure(recipe: Recipe, batches: Sequence[int], repetitions: int, backends: 
     images = {n: draw.random((n, *SHAPE), np.float32) for n in batches}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = Path(folder) / "model.onnx"
-        write_onnx(fold_tdbn(model.cpu()), SHAPE, path)
+        save(to_graph(simplify(model.cpu()), SHAPE), path)
         running, refused = opened(backends, model, path, batches, stack)
         result = {
             "setting": {**recipe.model.model_dump(), "T": recipe.encoding.T, "batches": list(batches)},
@@ -240,7 +240,7 @@ def spikingjelly(model: SpikingNet, path: Path, batches: Sequence[int], stack: E
     except ImportError as error:
         raise InputError(f"spikingjelly is not installed ({error})") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = fold_tdbn(model).to(device)
+    net = simplify(model).to(device)
     settings = net.layers()[0].neuron
     modules: list[torch.nn.Module] = []
     for part in net.body:

@@ -3,7 +3,7 @@
     manifest.json         what this is, and the sha256 of every other file
     model.fp32.onnx       one network per precision
     weights.safetensors   the torch weights, the reference the artefact is held against
-    golden.npz            a few inputs and the reference's logits, checked whenever a predictor is opened
+    golden.npz            a few inputs and each precision's logits, checked whenever a predictor is opened
     engines/              what `mpdsgr build` adds: engines of one kind of machine
 
 Opening a bundle verifies every hash and refuses paths that leave it. Hashes protect against damage and mix-ups; a
@@ -43,20 +43,29 @@ class Accuracy(BaseModel):
     correct: int
     n: int
 
+    @property
+    def share(self) -> float:
+        """In [0, 1]."""
+        return self.correct / self.n
+
 
 class Variant(BaseModel):
     """One precision of the network, and how accurate it was on clean and on attacked images when it was exported.
 
-    layers: the precision each layer multiplies in, by name, `readout` the last; neurons: that of the membranes.
+    layers: the precision each layer multiplies in, by name, `readout` the last.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
     layers: dict[str, str] = {}
-    neurons: str = "fp32"
     accuracy: Accuracy | None = None  # None: the data set was not at hand
     attacked: Accuracy | None = None  # None: not measured
+
+    @property
+    def exact(self) -> bool:
+        """Whether every backend computes the same but for float32 rounding: int8 sums are exact, others round."""
+        return set(self.layers.values()) <= {"fp32", "int8"}
 
 
 class Prepared(BaseModel):
@@ -172,16 +181,16 @@ class Bundle:
             (self.path / name).unlink(missing_ok=True)
         return bundle
 
-    def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Golden inputs [G, C, H, W] and the reference's logits [G, K], K the number of labels.
+    def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Golden inputs [G, C, H, W], and the logits [G, K] a precision must answer them with, K the number of labels.
 
-        Raises InputError if the file does not hold them.
+        Those of fp32 are the torch reference's. Raises InputError if the file does not hold them.
         """
         try:
             with np.load(self.file(GOLDEN), allow_pickle=False) as arrays:
-                inputs, logits = arrays["inputs"], arrays["logits"]
+                inputs, logits = arrays["inputs"], arrays[precision]
         except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise InputError(f"{self.path / GOLDEN} does not hold golden inputs and logits ({error})") from None
+            raise InputError(f"{self.path / GOLDEN} does not hold inputs and logits of {precision} ({error})") from None
         if logits.shape != (len(inputs), len(self.manifest.labels)):
             raise InputError(f"{self.path / GOLDEN} and the {len(self.manifest.labels)} labels do not belong together")
         return inputs, logits

@@ -151,7 +151,7 @@ def test_export_follows_a_link_and_recovers_a_swap_that_died(run_dir: Path, copy
 def test_the_golden_batch_catches_a_network_that_answers_otherwise(copy: Path, bundle: Bundle) -> None:
     """Consistent hashes, wrong content: golden logits that are not this network's."""
     inputs, logits = bundle.golden()
-    np.savez(copy / "golden.npz", inputs=inputs, logits=np.roll(logits, 1, axis=1))
+    np.savez(copy / "golden.npz", inputs=inputs, fp32=np.roll(logits, 1, axis=1))
     manifest = json.loads((copy / "manifest.json").read_text())
     edit(copy, files={**manifest["files"], "golden.npz": sha256(copy / "golden.npz")})
     with pytest.raises(EvaluationError, match="golden batch wrongly"), open_predictor(open_bundle(copy)):

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
 from mpdsgr_deploy.errors import InputError, OutOfMemory
-from mpdsgr_deploy.export.fold import fold_tdbn
-from mpdsgr_deploy.export.onnx_writer import write_onnx
+from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import MODELS, build_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
@@ -91,7 +91,7 @@ SYNAPSES = {
 def test_every_model_becomes_an_engine(name: str, tmp_path: Path) -> None:
     shape = (3, 32, 32) if name == "vgg16" else (3, 16, 16)
     recipe = Recipe.model_validate({"model": {"name": name, "width": 0.1}, "encoding": {"T": 2}})
-    write_onnx(fold_tdbn(build_model(recipe, shape, 10).eval()), shape, tmp_path / "model.onnx")
+    save(to_graph(simplify(build_model(recipe, shape, 10).eval()), shape), tmp_path / "model.onnx")
     plan = build_engine(RTX, tmp_path / "model.onnx", (1, 8, 64))
     weights = sum(tensor.ByteSize() for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer)
     assert len(plan) > weights  # the network is in it

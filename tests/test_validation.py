@@ -275,7 +275,7 @@ def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, 
     onnx.save(network, path / "model.fp32.onnx")
     inputs, _ = bundle.golden()
     with OnnxRuntime(path / "model.fp32.onnx") as broken:
-        np.savez(path / "golden.npz", inputs=inputs, logits=broken(inputs))
+        np.savez(path / "golden.npz", inputs=inputs, fp32=broken(inputs))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"] |= {name: sha256(path / name) for name in ("model.fp32.onnx", "golden.npz")}
     manifest["digest"] = Manifest.model_validate(manifest).computed_digest()

@@ -1,55 +1,86 @@
 """The export stage: checkpoint directory in, bundle out, parity and accuracy measured on the way."""
 
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
 
-from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Accuracy, Bundle, Variant, seal, staged
+from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, save, to_graph
+from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.export.simplify import simplify
+from mpdsgr_deploy.export.trial import Trial
+from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.parity import TOLERANCE, compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import provenance
-from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
 
 PARITY_BATCHES = (1, 2, 5, 33)
 GOLDEN_ROWS = 8
 
 
-def export(checkpoint_dir: Path, out: Path, *, root: str | None = None, limit: int | None = None) -> Bundle:
-    """Write the fp32 bundle of a checkpoint (or of a training run: its best one) to directory `out`.
+def export(
+    checkpoint_dir: Path,
+    out: Path,
+    *,
+    precisions: Sequence[str] = (),
+    max_drop: float | None = None,
+    root: str | None = None,
+    limit: int | None = None,
+) -> Bundle:
+    """Write the bundle of a checkpoint (or of a training run: its best one) to directory `out`.
 
-    root overrides where the data set lies, limit the number of test images accuracy is measured on (default: the
-    recipe's). Without the data set the bundle is written all the same, with noise as golden inputs and no accuracy.
-    Raises InputError for a damaged checkpoint or an `out` that is not ours, EvaluationError if the ONNX file and
-    the torch model disagree.
+    It has float32 and `precisions`. max_drop bounds what each of those may lose of float32's accuracy on clean and on
+    attacked images, as a share of them; layers go back to a finer precision until it holds. root overrides where the
+    data set lies, limit the number of test images accuracy is measured on (default: the recipe's). Without the data set
+    the bundle is written all the same, with noise as golden inputs and no accuracy.
+
+    Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without a
+    data set, EvaluationError if the ONNX file and the torch model disagree or max_drop cannot be met.
     """
+    variants = ["fp32", *(choose("precision", dict.fromkeys(PRECISIONS, p), p) for p in precisions if p != "fp32")]
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir)
     checkpoint = load_checkpoint(source)
     model = load_model(source / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
     images = _test_images(checkpoint, root, limit)
+    if images is None and max_drop is not None:
+        raise InputError("--max-drop needs the data set's test images; say with --root where they are")
     inputs = _probe(images, checkpoint.shape)
+    reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
+    graph = to_graph(simplify(model), checkpoint.shape)
     with staged(out) as scratch:
-        save(to_graph(simplify(model), checkpoint.shape), scratch / "model.fp32.onnx")
-        reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
+        save(graph, scratch / "model.fp32.onnx")
+        expected = _in_batches(reference, inputs)
         with OnnxRuntime(scratch / "model.fp32.onnx", noise=reference.noise) as artefact:
-            expected, found = (_in_batches(network, inputs) for network in (reference, artefact))
-            parity = compare(expected, found)
-            if not parity.holds:
-                raise EvaluationError(f"the exported network differs from the torch model: {parity}; no bundle written")
-            log.info("onnxruntime against torch: %s", parity)
-            accuracy = _accuracy(artefact, images, checkpoint.recipe.data.name, checkpoint.recipe.validation.batch_size)
-        # rows on which no potential sits within rounding of the threshold: those that agree here
-        golden = np.flatnonzero(np.abs(expected - found).max(1) <= TOLERANCE)[:GOLDEN_ROWS]
-        np.savez(scratch / GOLDEN, inputs=inputs[golden], logits=expected[golden])
+            found = _in_batches(artefact, inputs)
+        parity = compare(expected, found)
+        if not parity.holds:
+            raise EvaluationError(f"the exported network differs from the torch model: {parity}; no bundle written")
+        log.info("onnxruntime against torch: %s", parity)
+        if images is None:
+            written = {name: _untried(graph, name, scratch) for name in variants}
+        else:
+            trial = Trial(graph, reference, checkpoint.recipe, images, scratch, attacked=len(variants) > 1)
+            written = {name: trial.variant(name, max_drop) for name in variants}
+        logits = {"fp32": expected}
+        for name in variants[1:]:
+            with OnnxRuntime(scratch / written[name].file, noise=reference.noise) as artefact:
+                logits[name] = artefact(inputs)
+        rows = _golden_rows(expected, found, [*logits.values()])
+        arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
+        np.savez(scratch / GOLDEN, **arrays)
         shutil.copyfile(source / checkpoint.weights, scratch / WEIGHTS)
         return seal(
             scratch,
@@ -60,7 +91,7 @@ def export(checkpoint_dir: Path, out: Path, *, root: str | None = None, limit: i
             noise=noise_inputs(model, checkpoint.shape),
             labels=checkpoint.labels,
             recipe=checkpoint.recipe,
-            variants={"fp32": Variant(file="model.fp32.onnx", accuracy=accuracy)},
+            variants=written,
             provenance={"export": provenance(), "training": checkpoint.provenance, "epoch": checkpoint.epoch},
         )
 
@@ -92,8 +123,18 @@ def _in_batches(network: Predictor, inputs: np.ndarray) -> np.ndarray:
     return np.concatenate([network(inputs[a:b]) for a, b in pairwise(bounds) if a < len(inputs)])
 
 
-def _accuracy(artefact: Predictor, images: Images | None, data: str, batch_size: int) -> Accuracy | None:
-    if images is None:
-        return None
-    logits = predict(artefact, images.unit(), batch_size, "measuring accuracy")
-    return Accuracy(data=data, correct=int((logits.argmax(1) == images.classes).sum()), n=len(images))
+def _untried(graph: ir.Model, precision: str, folder: Path) -> Variant:
+    """Write a variant that there are no images to try on."""
+    layers, file = plan(graph, precision), f"model.{precision}.onnx"
+    save(convert(graph, layers), folder / file)
+    return Variant(file=file, layers=layers)
+
+
+def _golden_rows(torch: np.ndarray, onnx: np.ndarray, logits: Sequence[np.ndarray]) -> NDArray[np.intp]:
+    """The images another machine should answer alike: no potential within rounding of the threshold (torch and ONNX
+    agree) and, among those, the widest margins between the two best logits in every precision.
+    """
+    agreeing = np.flatnonzero(np.abs(torch - onnx).max(1) <= TOLERANCE)
+    best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
+    margins = (best[..., 1] - best[..., 0]).min(0)
+    return np.sort(agreeing[np.argsort(-margins[agreeing], kind="stable")][:GOLDEN_ROWS])

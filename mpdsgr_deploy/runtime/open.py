@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.errors import EvaluationError
+from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
@@ -20,6 +20,8 @@ def _onnxruntime(bundle: Bundle, precision: str, noise: NoiseSource, *, provider
 
 def _torch(bundle: Bundle, precision: str, noise: NoiseSource) -> AbstractContextManager[Predictor]:
     need("torch", "train")
+    if precision != "fp32":
+        raise InputError(f"torch runs the float32 reference only, not {precision}; use onnxruntime-cpu for it")
     from mpdsgr_deploy.runtime.torch_model import TorchModel
 
     return TorchModel.from_bundle(bundle, noise)
@@ -45,13 +47,14 @@ def open_predictor(
     Raises InputError for an unknown backend or precision or a backend that cannot run here, EvaluationError if the
     golden batch is not answered with the reference's labels and logits.
     """
-    bundle.variant(precision)  # also where the backend has one precision only
+    bundle.variant(precision)
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     with choose("backend", BACKENDS, backend)(bundle, precision, noise) as predictor:
-        inputs, logits = bundle.golden()
+        inputs, logits = bundle.golden(precision)
         parity = compare(logits, predictor(inputs))
         # another CPU rounds differently and may flip a spike on an image or two; another network differs on all
-        if parity.labels_differ or (precision == "fp32" and parity.within_tolerance < parity.rows / 2):
+        exact = bundle.manifest.variants[precision].exact
+        if parity.labels_differ or (exact and parity.within_tolerance < parity.rows / 2):
             raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")
         if seed is not None:
             noise.reseed(seed)  # only now: the golden logits are those of the recipe's seed

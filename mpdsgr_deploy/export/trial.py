@@ -1,0 +1,116 @@
+"""Precision variants tried out on clean and on attacked images: what they cost in accuracy, and how to pay less."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks import pgd
+from mpdsgr_deploy.bundle import Accuracy, Variant
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import EvaluationError
+from mpdsgr_deploy.export.onnx_writer import save
+from mpdsgr_deploy.export.precision import convert, plan
+from mpdsgr_deploy.progress import log, track
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+
+FINER = {"fp16": "fp32", "int8": "fp16", "fp8": "fp16"}  # where a layer goes back to
+Answers = dict[str, NDArray[np.float32]]  # logits [N, K] of the clean and of the attacked images
+
+
+class Trial:
+    """A float32 graph, and the test images that its variants answer; written to `folder` on the way.
+
+    attacked: whether they also answer those images under attack: of the torch network, by the recipe's PGD, so that all
+    variants meet the same pixels.
+    """
+
+    def __init__(
+        self, graph: ir.Model, network: TorchModel, recipe: Recipe, images: Images, folder: Path, *, attacked: bool
+    ) -> None:
+        self._graph, self._recipe, self._folder, self._noise = graph, recipe, folder, network.noise
+        self._classes = images.classes
+        self._images = {"clean": images.unit()}
+        if attacked:
+            self._images["attacked"] = attack(network, recipe, images)
+        self._exact = self._answers("fp32", plan(graph, "fp32"))
+
+    def variant(self, precision: str, max_drop: float | None) -> Variant:
+        """Write the variant, with layers in a finer precision where max_drop asks for it, and say what it is.
+
+        Raises EvaluationError if no choice of layers keeps the loss of accuracy within max_drop.
+        """
+        layers = plan(self._graph, precision)
+        answers = self._answers(precision, layers)
+        if max_drop is not None and self._drop(answers) > max_drop:
+            layers, answers = self._within(max_drop, precision, layers)
+        found = {name: self._accuracy(logits) for name, logits in answers.items()}
+        file = f"model.{precision}.onnx"
+        return Variant(file=file, layers=layers, accuracy=found["clean"], attacked=found.get("attacked"))
+
+    def _within(self, max_drop: float, precision: str, layers: dict[str, str]) -> tuple[dict[str, str], Answers]:
+        """Layers go back to a finer precision, that which alone moves the logits most first, until max_drop holds."""
+        coarse = [name for name, chosen in layers.items() if chosen == precision]
+        log.info("%s loses more than %.2f %% of accuracy: trying its %d layers", precision, 100 * max_drop, len(coarse))
+        moved = {name: self._moved(precision, name) for name in track(coarse, "each layer alone")}
+        for name in sorted(coarse, key=lambda name: -moved[name]):
+            layers = {**layers, name: FINER[precision]}
+            answers = self._answers(precision, layers)
+            drop = self._drop(answers)
+            log.info("with %s in %s it loses %.2f %%", name, FINER[precision], 100 * drop)
+            if drop <= max_drop:
+                return layers, answers
+        raise EvaluationError(
+            f"{precision} loses {drop:.2%} of accuracy even with every layer in {FINER[precision]}; no bundle written: "
+            f"leave {precision} out, or allow more with --max-drop"
+        )
+
+    def _answers(self, precision: str, layers: Mapping[str, str]) -> Answers:
+        """Write the variant, replacing an earlier choice of layers, and let it answer."""
+        file = self._folder / f"model.{precision}.onnx"
+        save(convert(self._graph, layers), file)
+        with OnnxRuntime(file, noise=self._noise) as network:
+            size = self._recipe.validation.batch_size
+            return {name: predict(network, x, size, f"{precision}, {name}") for name, x in self._images.items()}
+
+    def _accuracy(self, logits: NDArray[np.float32]) -> Accuracy:
+        right = int((logits.argmax(1) == self._classes).sum())
+        return Accuracy(data=self._recipe.data.name, correct=right, n=len(self._classes))
+
+    def _drop(self, answers: Answers) -> float:
+        """The largest loss of accuracy against float32, on clean or on attacked images."""
+        lost = [
+            self._accuracy(self._exact[name]).share - self._accuracy(found).share for name, found in answers.items()
+        ]
+        return max(lost)
+
+    def _moved(self, precision: str, layer: str) -> float:
+        """How far the logits lie from float32's, on average, if only this layer has the precision."""
+        answers = self._answers(precision, {**plan(self._graph, "fp32"), layer: precision})
+        return float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
+
+
+def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.float32]:
+    """The images under the recipe's PGD with a random start, last iterate: float32 [N, C, H, W] in [0, 1]."""
+    config, size = recipe.attack, recipe.validation.batch_size
+    target = network.attacker(draws=config.draws)
+    draw = np.random.default_rng(recipe.validation.seed)
+
+    def batch(start: int) -> NDArray[np.float32]:
+        part = images[start : start + size]
+        found: NDArray[np.float32] = pgd(
+            target,
+            part.unit(),
+            part.classes,
+            eps=config.eps,
+            step=config.step,
+            steps=config.steps,
+            draw=lambda shape: draw.uniform(-1, 1, shape).astype(np.float32),
+        )
+        return found
+
+    return np.concatenate([batch(start) for start in track(range(0, len(images), size), "attacking")])
