@@ -57,3 +57,15 @@ def bundle(run_dir: Path) -> Bundle:
     out = run_dir.parent / "bundle"
     export(run_dir, out)
     return open_bundle(out)
+
+
+@pytest.fixture
+def run_without_data(run_dir: Path, tmp_path: Path) -> Path:
+    """The same checkpoint, of a data set that is not at hand."""
+    copy = tmp_path / "run-without-data"
+    copy.mkdir()
+    for file in (run_dir / "best").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    text = (copy / "checkpoint.json").read_text()
+    (copy / "checkpoint.json").write_text(text.replace('"name": "digits"', '"name": "mnist"'))
+    return copy

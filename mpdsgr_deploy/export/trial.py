@@ -45,8 +45,8 @@ class Trial:
         Raises EvaluationError if no choice of layers keeps the loss of accuracy within max_drop.
         """
         layers = plan(self._graph, precision)
-        answers = self._answers(precision, layers)
-        if max_drop is not None and self._drop(answers) > max_drop:
+        answers = self._exact if precision == "fp32" else self._answers(precision, layers)
+        if precision != "fp32" and max_drop is not None and self._drop(answers) > max_drop:
             layers, answers = self._within(max_drop, precision, layers)
         found = {name: self._accuracy(logits) for name, logits in answers.items()}
         file = f"model.{precision}.onnx"

@@ -1,0 +1,240 @@
+"""Precision variants: exact activations, rounded weights, and the accuracy they are allowed to cost."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import small_recipe
+from test_export import warmed_up
+
+from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.export import export
+from mpdsgr_deploy.export.grid import Grid, grids
+from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
+from mpdsgr_deploy.export.simplify import simplify
+from mpdsgr_deploy.models import MODELS
+from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
+
+SHAPE = (3, 16, 16)
+DRAW = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, ir.Model]:
+    """One float32 graph of each kind of network, small."""
+    shapes = {name: (3, 32, 32) if name == "vgg16" else SHAPE for name in MODELS}
+    return {name: to_graph(simplify(warmed_up(name, shape, "hard")), shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def precise(run_dir: Path) -> Bundle:
+    """The shared network in all precisions."""
+    out = run_dir.parent / "precise"
+    export(run_dir, out, precisions=PRECISIONS)
+    return open_bundle(out)
+
+
+def answer(model: ir.Model, x: np.ndarray, folder: Path) -> np.ndarray:
+    save(model, folder / "model.onnx")
+    with OnnxRuntime(folder / "model.onnx") as network:
+        return network(x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_spikes_and_pooled_spikes_have_grids_and_keep_to_them(
+    name: str, graphs: dict[str, ir.Model], tmp_path: Path
+) -> None:
+    graph = graphs[name]
+    known = {value.name: grid for value, grid in grids(graph).items()}
+    inputs = {layer: known.get(node.inputs[0].name) for layer, node in products(graph).items()}
+    first, last = next(iter(inputs)), next(reversed(inputs))
+    assert inputs.pop(first) is None  # the image
+    inputs.pop(last)  # the mean over time
+    assert set(inputs.values()) <= {Grid(1, 1), Grid(0.25, 4)}
+    save(graph, tmp_path / "model.onnx")
+    network = onnx.load(tmp_path / "model.onnx")
+    names = [value for value in known if not value.startswith("ge")]
+    network.graph.output.extend(onnx.helper.make_empty_tensor_value_info(value) for value in names)
+    onnx.save(network, tmp_path / "watched.onnx")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "watched.onnx"), providers=["CPUExecutionProvider"])
+    x = DRAW.random((4, *(d for d in graph.graph.inputs[0].shape[1:])), np.float32)
+    for value, array in zip(names, session.run(names, {"images": x}), strict=True):
+        whole = array / known[value].step
+        assert (whole == np.rint(whole)).all()
+        assert whole.min() >= 0
+        assert whole.max() <= known[value].levels
+
+
+def test_gated_spikes_have_a_grid_and_noisy_ones_have_none() -> None:
+    model, _ = build_defended(small_recipe(defence={"stog": {}}, encoding={"name": "rsc"}), (1, 8, 8), 10)
+    graph = to_graph(simplify(model.eval()), (1, 8, 8))
+    known = grids(graph)
+    found = [known.get(node.inputs[0]) for node in products(graph).values()]
+    assert found[0] is None  # pixels with noise
+    assert set(found[1:-1]) == {Grid(1, 1), Grid(0.25, 4)}
+    assert set(plan(graph, "int8").values()) == {"fp32", "int8"}
+
+
+def test_a_poisson_encoding_is_quantised_from_the_first_layer_on() -> None:
+    model, _ = build_defended(small_recipe(encoding={"name": "poisson"}), (1, 8, 8), 10)
+    layers = plan(to_graph(simplify(model.eval()), (1, 8, 8)), "int8")
+    assert list(layers.values()) == ["int8"] * (len(layers) - 1) + ["fp32"]
+
+
+@pytest.mark.parametrize("precision", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_quantised_products_differ_from_float32_by_their_rounded_weights_alone(
+    name: str, precision: str, graphs: dict[str, ir.Model], tmp_path: Path
+) -> None:
+    graph = graphs[name]
+    layers = plan(graph, precision)
+    assert list(layers.values()).count("fp32") == 2  # the first and the last
+    rounded = graph.clone()
+    for layer, node in products(rounded).items():
+        if layers[layer] == precision:
+            weights = node.inputs[1].const_value.numpy()
+            values, scales = rounded_weights(weights, FORMATS[precision], np.dtype(np.float32))
+            back = values.astype(np.float32) * scales.reshape(-1, *[1] * (weights.ndim - 1))
+            assert not np.array_equal(back, weights)
+            node.inputs[1].const_value = ir.tensor(back, name=node.inputs[1].name)
+    x = DRAW.random((33, *graph.graph.inputs[0].shape[1:]), np.float32)
+    expected, found = answer(rounded, x, tmp_path), answer(convert(graph, layers), x, tmp_path)
+    for node, layer in zip(products(graph).values(), layers, strict=True):  # the source is as it was
+        assert node.name == layer
+        assert node.inputs[1].dtype == ir.DataType.FLOAT
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_weights_are_rounded_to_the_nearest_step_of_their_channel() -> None:
+    weights = DRAW.normal(size=(4, 3, 3, 3)).astype(np.float32) * np.float32([[[[1]]], [[[10]]], [[[0.1]]], [[[0]]]])
+    values, scales = rounded_weights(weights, FORMATS["int8"], np.dtype(np.float32))
+    assert values.dtype == np.int8
+    np.testing.assert_allclose(scales[:3], np.abs(weights).max((1, 2, 3))[:3] / 127, rtol=1e-6)
+    wide = scales[:, None, None, None]
+    assert (np.abs(values * wide - weights) <= wide * 0.5001).all()
+    assert np.abs(values).reshape(4, -1).max(1).tolist() == [127, 127, 127, 0]
+
+
+@pytest.mark.parametrize("neurons", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_tensor_has_the_type_its_place_asks_for(
+    precision: str, neurons: str, graphs: dict[str, ir.Model], tmp_path: Path
+) -> None:
+    graph = graphs["wrn16-4"]
+    converted = convert(graph, plan(graph, precision), neurons)
+    save(converted, tmp_path / "model.onnx")  # the full check of types and shapes
+    types = {value.name: value.dtype for node in converted.graph for value in node.outputs}
+    wanted = ir.DataType.FLOAT if neurons == "fp32" else ir.DataType.FLOAT16
+    assert {kind for name, kind in types.items() if name.startswith(("potential/", "spikes/"))} == {wanted}
+    assert types["logits"] == converted.graph.inputs[0].dtype == ir.DataType.FLOAT
+    if precision in ("fp32", "fp16"):
+        dtype = ir.DataType.FLOAT if precision == "fp32" else ir.DataType.FLOAT16
+        assert {node.inputs[1].dtype for node in products(converted).values()} == {dtype}
+    assert {node.inputs[1].dtype for node in products(graph).values()} == {ir.DataType.FLOAT}  # the source is as it was
+    assert {value.dtype for node in graph.graph for value in node.outputs} >= {ir.DataType.FLOAT, ir.DataType.BOOL}
+    assert ir.DataType.FLOAT16 not in {value.dtype for node in graph.graph for value in node.outputs}
+    x = DRAW.random((2, *SHAPE), np.float32)
+    assert np.isfinite(answer(converted, x, tmp_path)).all()
+
+
+def test_float16_is_within_float16s_rounding_before_the_first_spike_flips(
+    graphs: dict[str, ir.Model], tmp_path: Path
+) -> None:
+    """The first layer's current, which no spike has touched, moves by at most float16's rounding of a sum."""
+    potentials = []
+    for precision in ("fp32", "fp16"):
+        save(convert(graphs["vgg11"], plan(graphs["vgg11"], precision)), tmp_path / "model.onnx")
+        network = onnx.load(tmp_path / "model.onnx")
+        network.graph.output.append(onnx.helper.make_empty_tensor_value_info("potential/conv1/0"))
+        onnx.save(network, tmp_path / "watched.onnx")
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(tmp_path / "watched.onnx"), providers=["CPUExecutionProvider"])
+        x = np.full((1, *SHAPE), 0.5, np.float32)
+        potentials.append(session.run(["potential/conv1/0"], {"images": x})[0])
+    moved = np.abs(potentials[0] - potentials[1]).max()
+    assert 0 < moved < 2**-10 * np.abs(potentials[0]).max() * 27
+
+
+def test_a_bundle_holds_every_precision_and_what_it_costs(precise: Bundle) -> None:
+    variants = precise.manifest.variants
+    assert list(variants) == list(PRECISIONS)
+    assert set(variants["int8"].layers.values()) == {"fp32", "int8"}
+    for precision, variant in variants.items():
+        inputs, logits = precise.golden(precision)
+        with OnnxRuntime(precise.variant(precision)) as network:
+            np.testing.assert_allclose(network(inputs), logits, atol=1e-5)
+        with open_predictor(precise, precision=precision) as predictor:
+            assert (predictor(inputs).argmax(1) == precise.golden()[1].argmax(1)).all()
+        assert variant.accuracy.n == variant.attacked.n == 100
+        assert abs(variant.accuracy.share - variants["fp32"].accuracy.share) <= 0.05
+    assert variants["fp32"].attacked.share < variants["fp32"].accuracy.share
+    assert len({precise.variant(p).stat().st_size for p in PRECISIONS}) >= 3
+
+
+def test_a_wrong_quantised_network_does_not_answer_its_golden_batch(precise: Bundle, tmp_path: Path) -> None:
+    network = onnx.load(precise.variant("int8"))
+    (scales,) = (i for i in network.graph.initializer if i.name == "conv3/scales")
+    scales.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scales) * 1.3, scales.name))
+    inputs, logits = precise.golden("int8")
+    onnx.save(network, tmp_path / "model.onnx")
+    with OnnxRuntime(tmp_path / "model.onnx") as broken:
+        within = np.abs(broken(inputs) - logits).max(1) <= 1e-5
+    assert within.mean() < 0.5  # what open_predictor refuses
+
+
+def test_layers_go_back_to_float16_until_the_budget_holds(precise: Bundle, run_dir: Path, tmp_path: Path) -> None:
+    """The budget is set between what fp8 costs as planned and what it costs with every layer in float16."""
+    exact = precise.manifest.variants["fp32"]
+
+    def drop(bundle: Bundle, precision: str) -> float:
+        found = bundle.manifest.variants[precision]
+        return max(exact.accuracy.share - found.accuracy.share, exact.attacked.share - found.attacked.share)
+
+    coarse = {p: drop(precise, p) for p in ("fp8", "int8") if drop(precise, p) > 0}
+    assert coarse, "this network loses nothing: take another seed"
+    precision = max(coarse, key=lambda p: coarse[p])
+    budget = coarse[precision] - 0.005  # one image of the 100 less
+    bundle = export(run_dir, tmp_path / "bundle", precisions=[precision], max_drop=budget)
+    layers = bundle.manifest.variants[precision].layers
+    assert "fp16" in layers.values()
+    assert drop(bundle, precision) <= budget
+    with open_predictor(bundle, precision=precision):
+        pass
+
+
+def test_a_budget_that_nothing_meets_writes_nothing(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpdsgr_deploy.export.trial.Trial._drop", lambda self, answers: 0.5)
+    with pytest.raises(EvaluationError, match=r"int8 loses 50.00% of accuracy even with every layer in fp16"):
+        export(run_dir, tmp_path / "bundle", precisions=["int8"], max_drop=0.01)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_bad_precisions_are_refused(
+    run_dir: Path, run_without_data: Path, bundle: Bundle, precise: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="unknown precision 'int4'"):
+        export(run_dir, tmp_path / "bundle", precisions=["int4"])
+    with pytest.raises(InputError, match="no precision 'int8'; it has fp32"), open_predictor(bundle, precision="int8"):
+        pass
+    with pytest.raises(InputError, match="float32 reference only"), open_predictor(precise, "torch", "int8"):
+        pass
+    with pytest.raises(InputError, match="--max-drop needs the data set"):
+        export(run_without_data, tmp_path / "bundle", precisions=["int8"], max_drop=0.01, root=str(tmp_path))
+
+
+def test_rounding_is_symmetric_and_a_silent_channel_stays_silent() -> None:
+    weights = torch.tensor([[-1.0, 1.0, 0.5], [0.0, 0.0, 0.0]]).numpy()
+    values, scales = rounded_weights(weights, FORMATS["fp8"], np.dtype(np.float16))
+    np.testing.assert_allclose(values.astype(np.float32)[0] * scales[0].astype(np.float32), weights[0], rtol=2e-3)
+    assert not values[1].astype(np.float32).any()
