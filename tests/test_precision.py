@@ -36,7 +36,7 @@ def graphs() -> dict[str, ir.Model]:
 def precise(run_dir: Path) -> Bundle:
     """The shared network in all precisions."""
     out = run_dir.parent / "precise"
-    export(run_dir, out, precisions=PRECISIONS)
+    export(run_dir, out, precisions=PRECISIONS, limit=400)
     return open_bundle(out)
 
 
@@ -174,7 +174,7 @@ def test_a_bundle_holds_every_precision_and_what_it_costs(precise: Bundle) -> No
             np.testing.assert_allclose(network(inputs), logits, atol=1e-5)
         with open_predictor(precise, precision=precision) as predictor:
             assert (predictor(inputs).argmax(1) == precise.golden()[1].argmax(1)).all()
-        assert variant.accuracy.n == variant.attacked.n == 100
+        assert variant.accuracy.n == variant.attacked.n == 400
         assert abs(variant.accuracy.share - variants["fp32"].accuracy.share) <= 0.05
     assert variants["fp32"].attacked.share < variants["fp32"].accuracy.share
     assert len({precise.variant(p).stat().st_size for p in PRECISIONS}) >= 3
@@ -202,8 +202,8 @@ def test_layers_go_back_to_float16_until_the_budget_holds(precise: Bundle, run_d
     coarse = {p: drop(precise, p) for p in ("fp8", "int8") if drop(precise, p) > 0}
     assert coarse, "this network loses nothing: take another seed"
     precision = max(coarse, key=lambda p: coarse[p])
-    budget = coarse[precision] - 0.005  # one image of the 100 less
-    bundle = export(run_dir, tmp_path / "bundle", precisions=[precision], max_drop=budget)
+    budget = coarse[precision] - 0.001  # less than one image of the 400
+    bundle = export(run_dir, tmp_path / "bundle", precisions=[precision], max_drop=budget, limit=400)
     layers = bundle.manifest.variants[precision].layers
     assert "fp16" in layers.values()
     assert drop(bundle, precision) <= budget

@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
 
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.export import precision
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.validation.statistics import mcnemar, wilson
@@ -22,6 +26,8 @@ from mpdsgr_deploy.validation.statistics import mcnemar, wilson
 TRAIN = Path(__file__).parent.parent / "train"
 sys.path.insert(0, str(TRAIN))
 
+import flips  # noqa: E402
+import flips_page  # noqa: E402
 import page  # noqa: E402
 import reproduce  # noqa: E402
 import result  # noqa: E402
@@ -29,7 +35,7 @@ import sensitivity  # noqa: E402
 import table  # noqa: E402
 
 TABLES = sorted(path.stem for path in table.TABLES.glob("*.toml"))
-MEASURED = sorted(path.name for path in reproduce.RESULTS.iterdir() if path.is_dir())
+MEASURED = sorted(path.name for path in reproduce.RESULTS.iterdir() if path.is_dir() and path != flips_page.RESULTS)
 
 IMAGES = {  # shape and number of classes
     "digits": ((1, 8, 8), 10),
@@ -229,3 +235,81 @@ def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:
     for key in ("margin", "promised", "noise", "pgd"):
         assert split[key] == pytest.approx(whole[key], rel=1e-3)
     assert split["flipped_pgd"] == pytest.approx(whole["flipped_pgd"], rel=1e-2, abs=1e-4)
+
+
+def test_the_page_of_flips_is_what_its_files_give() -> None:
+    rows = flips_page.load(flips_page.RESULTS)
+    assert sum(map(len, rows.values())) == len(list(flips_page.RESULTS.glob("*.json"))) > 20
+    text = (flips_page.RESULTS / page.PAGE).read_text()
+    assert text == flips_page.render(rows)
+    assert (flips_page.RESULTS / page.PLOT).read_bytes()[:4] == b"\x89PNG"
+    figures = re.findall(r"(?<![\w:.])\d+\.\d+(?![\w.])", (flips_page.RESULTS / "FINDINGS.md").read_text())
+    assert len(figures) > 20
+    assert [figure for figure in figures if figure not in text] == []
+    for found in flips_page.every(rows):
+        assert found.n >= 490
+        assert found.provenance["packages"]["onnxruntime"]
+        assert "dirty" not in found.provenance["revision"]
+
+
+def test_pairs_are_of_one_seed_and_ratios_of_it() -> None:
+    def result(row: str, seed: int, scale: float) -> flips_page.FlipResult:
+        layer = dict.fromkeys(flips_page.LayerFlips.model_fields, scale)
+        variant = {"labels_changed": round(10 * scale), "unflipped": 0, "logits_moved": scale, "layers": {"a": layer}}
+        names = [f"{precision}, neurons {n}" for precision in flips_page.PRECISIONS for n in ("fp32", "fp16")]
+        return flips_page.FlipResult(
+            table="t",
+            row=row,
+            seed=seed,
+            method=row,
+            network="net",
+            weights_sha256="",
+            data="digits",
+            n=50,
+            variants=dict.fromkeys([*names, *flips_page.PLACES], variant),
+            provenance={},
+        )
+
+    rows = {
+        ("t", "reg"): [result("reg", 0, 0.1), result("reg", 1, 0.8), result("reg", 7, 0.9)],
+        ("t", "mpdsgr"): [result("mpdsgr", 0, 0.2), result("mpdsgr", 1, 0.4)],
+    }
+    text = flips_page.pairs(rows)
+    ratio = "1.00 [0.50, 2.00]"  # 2 and 1/2
+    assert f"| t | mpdsgr | int8 | {ratio} | {ratio} | {ratio} | {ratio} | 1 of 2 seeds | 9 of 100 | 6 of 100 |" in text
+    assert "reg, " not in text
+
+
+def test_the_script_measures_a_run_in_every_variant(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flips, "show_progress", lambda: None)  # pytest has the log
+    (tmp_path / "small").mkdir()
+    run = tmp_path / "small" / "reg-seed3-01234567"
+    run.symlink_to(run_dir)
+    arguments = [str(run), "--images", "20", "--out", str(tmp_path / "results")]
+    done = CliRunner().invoke(flips.main, arguments)
+    assert done.exit_code == 0, done.output
+    (result,) = flips_page.every(flips_page.load(tmp_path / "results"))
+    assert (result.table, result.row, result.seed, result.n) == ("small", "reg", 3, 20)
+    assert len(result.variants) == 6 + 4
+    first = {name: variant.layers["conv1"].rate for name, variant in result.variants.items()}
+    assert first["int8, neurons fp32"] == 0 < first["first product int8"]  # its default leaves the first layer alone
+    assert result.variants["last product int8"].layers == result.variants["int8, neurons fp32"].layers
+    assert result.variants["last product int8"].logits_moved != result.variants["int8, neurons fp32"].logits_moved
+    assert "| small | reg | REG | 3 | 20 |" in (tmp_path / "results" / page.PAGE).read_text()
+    assert "is not called ROW-seedN-HASH" in CliRunner().invoke(flips.main, [str(run_dir)]).output
+
+
+def test_a_product_in_int8_is_rounded_as_numpy_rounds_it(bundle: Bundle) -> None:
+    network = ir.load(bundle.variant("fp32"))
+    product = precision.products(network)["conv1"]
+    weight, bias = (torch.from_numpy(value.const_value.numpy().copy()) for value in product.inputs[1:])
+    x = load_test(bundle.manifest.recipe.data)[:5].unit()
+    model = load_model(bundle.file("weights.safetensors"), bundle.manifest.recipe, (1, 8, 8), 10)
+    step = 0.05
+    image = torch.round(model.normalize(torch.from_numpy(x)) / step).clip(-128, 127) * step
+    scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    expected = torch.nn.functional.conv2d(image, torch.round(weight / scale) * scale, bias, padding=1)
+    recorded = Recorder(ir.to_proto(flips.in_int8(network, "conv1", step)))(x)
+    np.testing.assert_allclose(recorded.potentials["conv1/0"], expected.detach().numpy(), atol=1e-5)

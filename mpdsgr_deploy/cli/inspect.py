@@ -1,38 +1,50 @@
 """mpdsgr inspect"""
 
-from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mpdsgr_deploy.bundle import MANIFEST, open_bundle
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.diagnostics.facts import bundle_facts, checkpoint_facts
+from mpdsgr_deploy.diagnostics.flips import Flips, flips_of
 from mpdsgr_deploy.diagnostics.statistics import LayerStatistics, warnings_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.recipe import Recipe
 
 LAST_EPOCH = "the last epoch's first validation batch"
+IMAGES = 128
+LAYER_COLUMNS = (
+    "layer",
+    "computes in",
+    "flips %",
+    "at the first step",
+    "at the last",
+    "by its own rounding",
+    "mean |moved|",
+    "density",
+    "images it begins in",
+)
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw the membrane's distributions into.")
-@click.option("--root", help="With --plots: where the data set lies.  [default: the recipe's]")
-@click.option("--layer", "chosen", multiple=True, metavar="NAME", help="With --plots: draw this layer, not all.")
-@click.option("--channel", "channels", multiple=True, type=click.IntRange(0), help="With --plots: draw this one too.")
-@click.option("--images", type=click.IntRange(1), help="With --plots: how many test images.  [default: 128]")
+@click.option("--flips", is_flag=True, help="Compare a bundle's precisions with fp32, spike by spike.")
+@click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw the flips or the membrane into.")
+@click.option("--root", help="Where the data set lies.  [default: the recipe's]")
+@click.option("--images", type=click.IntRange(1), help=f"How many test images are measured.  [default: {IMAGES}]")
+@click.option("--layer", "layers", multiple=True, metavar="NAME", help="Draw a checkpoint's layer, not all.")
+@click.option("--channel", "channels", multiple=True, type=click.IntRange(0), help="Draw a channel of it too.")
 @json_option
 def command(
     path: Path,
+    flips: bool,
     plots: Path | None,
     root: str | None,
-    chosen: tuple[str, ...],
-    channels: tuple[int, ...],
     images: int | None,
+    layers: tuple[str, ...],
+    channels: tuple[int, ...],
     as_json: bool,
 ) -> None:
     """Show what PATH holds: a bundle, a training run or a checkpoint. Verifies every hash on the way.
@@ -40,87 +52,103 @@ def command(
     --plots measures a training run's or a checkpoint's network anew, on test images, and draws the potentials of every
     layer, step and channel beside the Gaussians of Theorem 1 and the surrogate's window.
 
+    --flips says for every layer of a bundle's other precisions: which share of the spikes differs from fp32 (flips),
+    how far potentials moved, and how densely they lie at the threshold. A flip upstream causes flips downstream; `by
+    its own rounding` are those of a layer that is given the spikes of fp32. An image's drift begins in the first layer
+    with a flip. With --plots it is drawn too.
+
     \b
     Example:
-      mpdsgr inspect bundles/digits
+      mpdsgr inspect bundles/digits --flips
       mpdsgr inspect runs/digits --plots plots/digits
     """
     is_bundle = (path / MANIFEST).exists()
-    if plots is None and (root or chosen or channels or images):
-        raise InputError("--root, --layer, --channel and --images say what to draw; add --plots DIRECTORY")
-    if plots is not None and is_bundle:
-        raise InputError(f"--plots draws a training run or a checkpoint; {path} is a bundle")
-    facts, layers = bundle_facts(path) if is_bundle else checkpoint_facts(path)
-    measured_on = LAST_EPOCH
+    if flips and not is_bundle:
+        raise InputError(f"--flips compares the precisions of a bundle; {path} is none")
+    if is_bundle and ((plots and not flips) or layers or channels):
+        raise InputError(f"{path} is a bundle; add --flips to draw it, without --layer and --channel")
+    if not (flips or plots) and (root or images or layers or channels):
+        raise InputError(
+            "--root, --images, --layer and --channel say what to measure; add --plots DIRECTORY or --flips"
+        )
     if plots is not None:
         need("matplotlib", "report")
-        need("torch", "train")
-        from mpdsgr_deploy.diagnostics.checkpoint import plot_checkpoint
-
-        measured_on, layers = plot_checkpoint(
-            path, plots, root=root, layers=chosen, channels=channels, images=images or 128
-        )
-    warnings = warnings_of(layers)
-    if as_json:
-        print_json({**facts, "layers": [layer._asdict() for layer in layers], "warnings": warnings})
-        return
-    print_table(("", str(path)), [(name, value) for name, value in facts.items()])
-    if layers:
-        headings = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
-        rows = [[f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in layers]
-        print_table(headings, rows, f"membrane statistics on {measured_on}")
-    for line in warnings:
-        click.echo(f"warning: {line}")
-    if plots is not None:
+    if is_bundle:
+        inspect_bundle(open_bundle(path), flips, plots, root, images or IMAGES, as_json)
+    else:
+        inspect_checkpoint(path, plots, root, images or IMAGES, layers, channels, as_json)
+    if plots is not None and not as_json:
         click.echo(f"plots in {plots}")
 
 
-def bundle_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
-    """What a verified bundle's manifest and ONNX files say."""
-    import onnx
+def inspect_bundle(
+    bundle: Bundle, flips: bool, plots: Path | None, root: str | None, images: int, as_json: bool
+) -> None:
+    """Facts of a bundle and, with `flips`, where its precisions drift apart."""
+    shown: dict[str, Any] = bundle_facts(bundle)
+    found: list[Flips] = []
+    if flips:
+        where, found = flips_of(bundle, root=root, images=images)
+    if plots is not None:
+        from mpdsgr_deploy.diagnostics.flip_plots import plot_flips
 
-    bundle = open_bundle(path)
-    manifest, recipe = bundle.manifest, bundle.manifest.recipe
-    facts: dict[str, Any] = {
-        "kind": "bundle, every hash verified",
-        "input": f"{manifest.input_name}: float32 [B, {', '.join(map(str, manifest.input_shape))}] in [0, 1]",
-        **{f"noise {x.name}": f"{x.kind}, float32 [B, {', '.join(map(str, x.shape))}]" for x in manifest.noise},
-        "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
-        **describe(recipe),
-    }
-    for precision, variant in manifest.variants.items():
-        graph = onnx.load(bundle.variant(precision)).graph
-        nodes = Counter(node.op_type for node in graph.node)
-        facts[f"{precision} parameters"] = sum(prod(i.dims) for i in graph.initializer if len(i.dims) > 0)
-        facts[f"{precision} bytes"] = bundle.variant(precision).stat().st_size
-        facts[f"{precision} nodes"] = ", ".join(f"{count} {op}" for op, count in nodes.most_common())
-        if variant.accuracy:
-            found = variant.accuracy
-            facts[f"{precision} at export"] = f"{found.correct} of {found.n} {found.data} test images correct"
-    return facts, []
+        plot_flips(found, plots)
+    if as_json:
+        records = [{**f._asdict(), "steps": [step._asdict() for step in f.steps]} for f in found]
+        print_json({**shown, **({"flips": records, "measured on": where} if flips else {})})
+        return
+    print_facts(bundle.path, shown)
+    for variant in found:
+        changed = f"{variant.labels_changed} of {variant.n} labels changed ({variant.labels_changed / variant.n:.1%})"
+        title = f"{variant.precision} against fp32 on {where}: {changed}, {variant.unflipped} images without a flip"
+        print_table(LAYER_COLUMNS, flip_rows(variant, bundle.manifest.variants[variant.precision].layers), title)
 
 
-def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
-    """What a verified checkpoint says of itself and of its layers in its last epoch."""
-    checkpoint = load_checkpoint(find_checkpoint(path))
-    facts = {
-        "kind": "checkpoint, hash verified",
-        "data": checkpoint.recipe.data.name,
-        **describe(checkpoint.recipe),
-        "epoch": f"{checkpoint.epoch} of {checkpoint.recipe.training.epochs}",
-        **{name: f"{value:.4f}" for name, value in checkpoint.metrics.items()},
-        "created": checkpoint.provenance.get("created", "unknown"),
-    }
-    layers = checkpoint.history[-1]["layers"] if checkpoint.history else []
-    return facts, [LayerStatistics(**layer) for layer in layers]
+def flip_rows(flips: Flips, precisions: dict[str, str]) -> list[list[object]]:
+    """One row a layer, its steps averaged."""
+    rows: list[list[object]] = []
+    for layer in flips.layers():
+        steps = [step for step in flips.steps if step.layer == layer]
+        rates = (flips.mean("rate", layer), steps[0].rate, steps[-1].rate, flips.mean("fresh", layer))
+        moved, density = flips.mean("moved", layer), flips.mean("density", layer)
+        rates_shown = [f"{100 * rate:.3f}" for rate in rates]
+        first = sum(step.first for step in steps)
+        rows.append([layer, precisions.get(layer, ""), *rates_shown, f"{moved:.2g}", f"{density:.3f}", first])
+    return rows
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """The network and its training in a few lines."""
-    model, neuron, encoding = recipe.model, recipe.neuron, recipe.encoding
-    return {
-        "model": f"{model.name}, width {model.width:g}, T = {encoding.T}, {encoding.name} encoding",
-        "neuron": f"LIF, tau {neuron.tau:g}, threshold {neuron.v_threshold:g}, {neuron.reset} reset",
-        "surrogate": neuron.surrogate,
-        "training": recipe.method,
-    }
+def inspect_checkpoint(
+    path: Path,
+    plots: Path | None,
+    root: str | None,
+    images: int,
+    layers: tuple[str, ...],
+    channels: tuple[int, ...],
+    as_json: bool,
+) -> None:
+    """Facts of a checkpoint and the statistics of its layers, measured anew where they are drawn."""
+    facts, statistics = checkpoint_facts(path)
+    measured_on = LAST_EPOCH
+    if plots is not None:
+        need("torch", "train")
+        from mpdsgr_deploy.diagnostics.checkpoint import plot_checkpoint
+
+        measured_on, statistics = plot_checkpoint(
+            path, plots, root=root, layers=layers, channels=channels, images=images
+        )
+    warnings = warnings_of(statistics)
+    if as_json:
+        print_json({**facts, "layers": [layer._asdict() for layer in statistics], "warnings": warnings})
+        return
+    print_facts(path, facts)
+    if statistics:
+        headings = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
+        rows = [[f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in statistics]
+        print_table(headings, rows, f"membrane statistics on {measured_on}")
+    for line in warnings:
+        click.echo(f"warning: {line}")
+
+
+def print_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Names and values in two columns."""
+    print_table(("", str(path)), list(facts.items()))

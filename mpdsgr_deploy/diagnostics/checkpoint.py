@@ -9,7 +9,8 @@ from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_mode
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.diagnostics.measure import measure
-from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, one_channel, overview, png
+from mpdsgr_deploy.diagnostics.picture import png
+from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, one_channel, overview
 from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import choose

@@ -3,14 +3,12 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in their dashes too.
 """
 
-import io
 import math
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from mpdsgr_deploy.diagnostics.measure import Distribution
@@ -164,15 +162,3 @@ def visible(layer: Distribution, chosen: slice) -> tuple[float, float]:
     margin = 0.2 * layer.half_width
     low, high = layer.window
     return min(edges[first], low) - margin, max(edges[last + 1], high) + margin
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
-
-
-def pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The figure as an image [H, W, 3]."""
-    return np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))

@@ -80,7 +80,7 @@ def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -
             node.attributes["to"] = ir.AttrInt64("to", dtype)
         for value in node.outputs:
             if value.dtype in FLOATS.values():
-                value.dtype = dtype
+                value.type = ir.TensorType(dtype)  # not its dtype: a clone shares types with the original
     _restore(converted.graph)
     common.RemoveUnusedNodesPass()(converted)
     return converted

@@ -47,7 +47,8 @@ def log_pictures(board: SummaryWriter, learner: Learner, data: Data, epoch: int)
     """In every tenth and the last epoch (counted from 1): the membrane on the first validation batch."""
     if epoch != learner.recipe.training.epochs and epoch % PICTURES_EVERY:
         return
-    from mpdsgr_deploy.diagnostics.plots import layer_steps, overview, pixels
+    from mpdsgr_deploy.diagnostics.picture import pixels
+    from mpdsgr_deploy.diagnostics.plots import layer_steps, overview
 
     batch_size, seed = learner.recipe.validation.batch_size, learner.recipe.training.seed
     first, _ = take(data, torch.arange(min(batch_size, len(data[1]))), learner.fabric.device)

@@ -1,0 +1,66 @@
+"""What an ONNX network holds and computes, from the file's own shapes."""
+
+from math import prod
+from typing import NamedTuple
+
+import onnx
+from onnx import TensorProto
+
+QUANTISING = ("QuantizeLinear", "DequantizeLinear")
+NUMBERS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.FLOAT8E4M3FN}
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates an image takes in products with weights (convolutions, linear layers).
+
+    naive: were every product computed at all T steps, as the network is written in torch.
+    """
+
+    exported: int
+    naive: int
+
+
+def parameters(network: onnx.ModelProto) -> int:
+    """How many numbers the tensors hold, each counted once in whatever precision: weights, biases, constants.
+
+    Scales and zero points of quantised weights are no numbers of the network, shapes and single constants neither.
+    """
+    quantising = [node for node in network.graph.node if node.op_type in QUANTISING]
+    scales = {name for node in quantising for name in node.input[1:]}
+    held = [tensor for tensor in network.graph.initializer if tensor.dims and tensor.name not in scales]
+    return sum(prod(tensor.dims) for tensor in held if tensor.data_type in NUMBERS)
+
+
+def macs(network: onnx.ModelProto, T: int) -> Macs:
+    """Multiply-accumulates of a network of T steps."""
+    shapes = _shapes(network)
+    exported = naive = 0
+    for node in network.graph.node:
+        if node.op_type not in ("Conv", "Gemm"):
+            continue
+        weight, output = shapes[node.input[1]], shapes[node.output[0]]
+        transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+        # what one output sums over: [O, I, kh, kw] and Gemm's transposed [O, I] have the outputs first
+        summed = prod(weight[1:]) if node.op_type == "Conv" or transposed else weight[0]
+        per_step = prod(output[1:]) * summed
+        exported += output[0] * per_step  # a batch of one has the steps that are computed along its first axis
+        naive += T * per_step
+    return Macs(exported, naive)
+
+
+def _shapes(network: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """The shape of every value for a batch of one image."""
+    one = onnx.ModelProto()
+    one.CopyFrom(network)
+    (images,) = one.graph.input
+    images.type.tensor_type.shape.dim[0].dim_value = 1
+    for value in one.graph.output:
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del one.graph.value_info[:]  # they speak of any batch
+    graph = onnx.shape_inference.infer_shapes(one, strict_mode=True, data_prop=True).graph
+    found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for value in graph.value_info:
+        found[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    for value in graph.output:
+        found[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    return found

@@ -1,0 +1,93 @@
+"""What a bundle, a training run or a checkpoint says of itself, every hash verified; torch is not needed."""
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.diagnostics.cost import macs, parameters
+from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+from mpdsgr_deploy.diagnostics.trace import firing_rates
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Recipe
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """What a bundle's manifest and ONNX files say, and how often neurons fire on the golden inputs."""
+    manifest = bundle.manifest
+    facts: dict[str, Any] = {
+        "kind": "bundle, every hash verified",
+        "input": f"{manifest.input_name}: float32 [B, {', '.join(map(str, manifest.input_shape))}] in [0, 1]",
+        "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
+        **describe(manifest.recipe),
+    }
+    for precision in manifest.variants:
+        found = variant_facts(bundle, precision)
+        facts.update({f"{precision} {name}": value for name, value in found.items()})
+    return facts
+
+
+def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
+    """What there is to say of one precision."""
+    variant, file = bundle.manifest.variants[precision], bundle.variant(precision)
+    network = onnx.load(file)
+    products = macs(network, bundle.manifest.recipe.encoding.T)
+    nodes = Counter(node.op_type for node in network.graph.node)
+    facts: dict[str, Any] = {
+        "parameters": parameters(network),
+        "MACs an image": products.exported,
+        "MACs an image, every product at every step": products.naive,
+        "bytes": file.stat().st_size,
+        "nodes": ", ".join(f"{count} {op}" for op, count in nodes.most_common()),
+    }
+    if variant.layers:
+        facts["layers"] = f"{spans(variant.layers)}; neurons {variant.neurons}"
+    try:
+        rates = firing_rates(network, bundle.golden()[0])
+        facts["firing rates, golden inputs"] = ", ".join(f"{layer} {rate:.3f}" for layer, rate in rates.items())
+    except InputError as error:
+        facts["firing rates, golden inputs"] = f"not measured: {error}"
+    if variant.accuracy:
+        accuracy = variant.accuracy
+        facts["at export"] = f"{accuracy.correct} of {accuracy.n} {accuracy.data} test images correct"
+    return facts
+
+
+def spans(layers: Mapping[str, str]) -> str:
+    """Precisions of layers, neighbours of the same precision together: `conv1 fp32, conv2 to conv5 int8`."""
+    parts = []
+    for precision, group in groupby(layers, layers.__getitem__):
+        first, *others = group
+        parts.append(f"{first} to {others[-1]} {precision}" if others else f"{first} {precision}")
+    return ", ".join(parts)
+
+
+def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """What a verified checkpoint says of itself and of its layers in its last epoch."""
+    checkpoint = load_checkpoint(find_checkpoint(path))
+    facts = {
+        "kind": "checkpoint, hash verified",
+        "data": checkpoint.recipe.data.name,
+        **describe(checkpoint.recipe),
+        "epoch": f"{checkpoint.epoch} of {checkpoint.recipe.training.epochs}",
+        **{name: f"{value:.4f}" for name, value in checkpoint.metrics.items()},
+        "created": checkpoint.provenance.get("created", "unknown"),
+    }
+    layers = checkpoint.history[-1]["layers"] if checkpoint.history else []
+    return facts, [LayerStatistics(**layer) for layer in layers]
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The network and its training in a few lines."""
+    model, neuron, encoding = recipe.model, recipe.neuron, recipe.encoding
+    return {
+        "model": f"{model.name}, width {model.width:g}, T = {encoding.T}, {encoding.name} encoding",
+        "neuron": f"LIF, tau {neuron.tau:g}, threshold {neuron.v_threshold:g}, {neuron.reset} reset",
+        "surrogate": neuron.surrogate,
+        "training": recipe.method,
+    }

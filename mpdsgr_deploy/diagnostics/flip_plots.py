@@ -1,0 +1,84 @@
+"""Pictures of where precisions drift from float32; torch is not needed.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; markers and dashes differ too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from mpdsgr_deploy.diagnostics.flips import Flips
+from mpdsgr_deploy.diagnostics.picture import png
+from mpdsgr_deploy.files import claim_directory, write_atomic
+
+BY_LAYER, BY_DENSITY = "flips.png", "density.png"
+COLOURS, MARKERS, FRESH = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^", "black"
+SMALLEST = 0.6  # of the smallest rate drawn: where a logarithmic axis begins
+
+
+def plot_flips(found: Sequence[Flips], out: Path) -> None:
+    """Write flips.png and density.png. Raises InputError for a directory `out` that is not ours."""
+    claim_directory(out, BY_LAYER, "set of plots of flips")
+    write_atomic(out / BY_DENSITY, png(by_density(found)))
+    write_atomic(out / BY_LAYER, png(by_layer(found)))
+
+
+def by_layer(found: Sequence[Flips]) -> Figure:
+    """Flip rate against layer, one panel a precision and one line a step; dashed: each layer's own rounding."""
+    layers = found[0].layers()
+    T = len(found[0].steps) // len(layers)
+    size = (1.5 + len(found) * max(3.2, 0.55 * len(layers)), 4.2)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    places, shades = np.arange(len(layers)), colormaps["viridis_r"](np.linspace(0.15, 1, T))
+    for axes, flips in zip(panels, found, strict=True):
+        rates = 100 * np.array([step.rate for step in flips.steps]).reshape(len(layers), T)
+        for t in range(T):
+            axes.plot(places, rates[:, t], "o-", color=shades[t], markersize=3, label=f"all flips, t = {t + 1}")
+        own = [100 * flips.mean("fresh", layer) for layer in layers]
+        axes.plot(places, own, "x--", color=FRESH, label="by the layer's own rounding, all steps")
+        axes.set_title(f"{flips.precision}: {flips.labels_changed} of {flips.n} labels changed")
+        axes.set_xticks(places, layers, rotation=45 if len(layers) > 6 else 0)
+        axes.set(xlabel="layer", yscale="symlog")
+        axes.spines[["top", "right"]].set_visible(False)
+    positive = [100 * rate for flips in found for s in flips.steps for rate in (s.rate, s.fresh) if rate > 0]
+    for axes in panels:  # linear, so that zero has a place, up to the smallest rate there is
+        axes.set_yscale("symlog", linthresh=min(positive, default=1))
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("spikes that differ from fp32 (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def by_density(found: Sequence[Flips]) -> Figure:
+    """Flips by the layers' own rounding against the density at the threshold, and against density times movement.
+
+    On the right the points lie on the line where a flip is a potential that rounding carries across the threshold.
+    """
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rates = []
+    for flips, colour, marker in zip(found, COLOURS, MARKERS, strict=False):
+        steps = [step for step in flips.steps if step.fresh > 0]  # a logarithmic axis has no zero
+        rates += [step.fresh for step in steps]
+        density, moved, fresh = (
+            np.array([getattr(step, name) for step in steps]) for name in ("density", "fresh_moved", "fresh")
+        )
+        for axes, x in ((left, density), (right, density * moved)):
+            axes.plot(x, fresh, marker, color=colour, markersize=5, alpha=0.7, label=flips.precision)
+    if rates:
+        ends = SMALLEST * min(rates), max(rates) / SMALLEST
+        right.plot(ends, ends, color="black", linewidth=0.8, label="equal")
+        right.set(xscale="log", yscale="log")
+    left.set(xlabel="density of fp32 potentials at the threshold", ylabel="flips by a layer's own rounding (share)")
+    right.set(xlabel="density × mean |difference| of potentials")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    return figure

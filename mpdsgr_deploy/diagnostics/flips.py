@@ -1,0 +1,164 @@
+"""Where a precision variant drifts from float32: which spikes differ, layer by layer and step by step.
+
+A spike flips where rounding carries a membrane potential across the threshold. For a difference d that does not depend
+on where the potential lies, P(flip) = f(V_th) E|d| to first order, f the density of the potentials: so beside each rate
+stand the density at the threshold and the mean |d|.
+
+A flip upstream moves everything downstream, so there are two rates. `rate` counts all flips. `fresh` counts those a
+layer makes by its own rounding: it is computed once more with the float32 network's spikes as its input and in its
+resets. Where `fresh` is large drift starts; where `rate` is far above `fresh` it is passed on.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, Steps, batches
+from mpdsgr_deploy.errors import InputError
+
+REFERENCE = "fp32"
+NEAR = 0.05  # the density at the threshold is that of potentials within this share of the threshold around it
+
+
+class StepFlips(NamedTuple):
+    """One layer at one step t, counted from 0. Rates are shares of all its neurons over all images.
+
+    firing_rate, density (per unit of potential, at the threshold): of the float32 network. rate, moved: share of spikes
+    that differ, mean |difference| of the potentials; fresh, fresh_moved: the same from this layer's own rounding alone.
+    first: images whose first flip, in the order of computation (layer by layer), is here.
+    """
+
+    layer: str
+    t: int
+    firing_rate: float
+    density: float
+    rate: float
+    moved: float
+    fresh: float
+    fresh_moved: float
+    first: int
+
+
+class Flips(NamedTuple):
+    """A variant against float32 on the same n images; logits_moved: mean |difference| of the logits."""
+
+    precision: str
+    n: int
+    labels_changed: int
+    unflipped: int  # images without any flip
+    logits_moved: float
+    steps: list[StepFlips]
+
+    def mean(self, field: str, layer: str | None = None) -> float:
+        """The mean of a field over the steps of one layer, or of all, each layer with the same weight."""
+        return float(np.mean([getattr(step, field) for step in self.steps if layer in (None, step.layer)]))
+
+    def layers(self) -> list[str]:
+        """Every layer once, in the order of computation."""
+        return list(dict.fromkeys(step.layer for step in self.steps))
+
+
+def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> tuple[str, list[Flips]]:
+    """Every other precision of a bundle against its fp32, on the first test images, and which images these are.
+
+    Without `root` and without the data set where the recipe has it the golden inputs serve. Raises InputError if there
+    is no other precision, for a `root` without the data, without onnxruntime.
+    """
+    variants = {name: bundle.variant(name) for name in bundle.manifest.variants if name != REFERENCE}
+    reference = onnx.load(bundle.variant(REFERENCE))
+    if not variants:
+        raise InputError(
+            f"{bundle.path} has one precision only, so there is nothing to compare; export it with "
+            f"--precision {REFERENCE},int8"
+        )
+    where, x = _images(bundle, root, images)
+    recipe = bundle.manifest.recipe
+    found = compare_spikes(
+        reference, {name: onnx.load(file) for name, file in variants.items()}, x, recipe.neuron.v_threshold
+    )
+    return where, found
+
+
+def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[np.float32]]:
+    """What the images are, and the images [N, C, H, W]."""
+    manifest = bundle.manifest
+    data = manifest.recipe.data
+    try:
+        found = load_test(data if root is None else data.model_copy(update={"root": root}))
+    except InputError as error:
+        if root is not None:
+            raise
+        golden, _ = bundle.golden()
+        return f"{len(golden)} golden inputs ({error})", golden
+    found.require_kind(data.name, manifest.input_shape, manifest.labels)
+    return f"the first {len(found[:count])} test images of {data.name}", found[:count].unit()
+
+
+def compare_spikes(
+    reference: onnx.ModelProto,
+    variants: Mapping[str, onnx.ModelProto],
+    images: NDArray[np.float32],
+    v_threshold: float,
+) -> list[Flips]:
+    """Each of `variants` against `reference`, float32, on images [N, C, H, W]. Raises InputError as `Recorder` does."""
+    of_reference = Recorder(reference)
+    recorders = {name: (Recorder(v), Recorder(v, given_spikes=True)) for name, v in variants.items()}
+    counters = {name: _Counter(of_reference.steps, v_threshold) for name in variants}
+    for batch in batches(images, "comparing spikes"):
+        expected = of_reference(batch)
+        for name, (free, given) in recorders.items():
+            counters[name].add(expected, free(batch), given(batch, expected.spikes))
+    return [counter.flips(name) for name, counter in counters.items()]
+
+
+class _Counter:
+    """Adds up, over batches, what one variant does otherwise than float32."""
+
+    def __init__(self, steps: list[str], v_threshold: float) -> None:
+        self.steps, self.v_threshold, self.n = steps, v_threshold, 0
+        self.sums = {step: np.zeros(6) for step in steps}  # the six rates and means of StepFlips
+        self.first = np.zeros(len(steps) + 1, np.int64)  # the last: images without a flip
+        self.labels_changed, self.logits_moved = 0, 0.0
+
+    def add(self, expected: Recording, found: Recording, fresh: Recording) -> None:
+        """Count one batch: of float32, of the variant, of the variant's layers on float32's spikes."""
+        size = len(expected.logits)
+        width = NEAR * self.v_threshold
+        flipped_images = []
+        for step in self.steps:
+            flipped = expected.spikes[step] != found.spikes[step]
+            near = np.abs(expected.potentials[step] - self.v_threshold) < width
+            self.sums[step] += size * np.array(
+                [
+                    expected.spikes[step].mean(dtype=np.float64),
+                    near.mean() / (2 * width),
+                    flipped.mean(),
+                    _moved(expected.potentials, found.potentials, step),
+                    (expected.spikes[step] != fresh.spikes[step]).mean(),
+                    _moved(expected.potentials, fresh.potentials, step),
+                ]
+            )
+            flipped_images.append(flipped.reshape(size, -1).any(1))
+        first = np.stack([*flipped_images, np.ones(size, bool)]).argmax(0)  # [B]
+        self.first += np.bincount(first, minlength=len(self.first))
+        self.labels_changed += int((expected.logits.argmax(1) != found.logits.argmax(1)).sum())
+        self.logits_moved += float(np.abs(expected.logits - found.logits).mean(1).sum())
+        self.n += size
+
+    def flips(self, precision: str) -> Flips:
+        """What was counted so far."""
+        steps = []
+        for step, first in zip(self.steps, self.first[:-1].tolist(), strict=True):
+            layer, _, t = step.rpartition("/")
+            firing_rate, density, rate, moved, fresh, fresh_moved = (self.sums[step] / self.n).tolist()
+            steps.append(StepFlips(layer, int(t), firing_rate, density, rate, moved, fresh, fresh_moved, first))
+        return Flips(precision, self.n, self.labels_changed, int(self.first[-1]), self.logits_moved / self.n, steps)
+
+
+def _moved(expected: Steps, found: Steps, step: str) -> float:
+    return float(np.abs(expected[step] - found[step]).mean(dtype=np.float64))

@@ -1,0 +1,20 @@
+"""A matplotlib figure as a file and as an array."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """The figure as an image [H, W, 3]."""
+    return np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))

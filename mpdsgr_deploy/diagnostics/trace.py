@@ -1,0 +1,101 @@
+"""What happens inside an exported network: its ONNX file names potentials and spikes, here they become outputs.
+
+torch is not needed. onnxruntime computes on the CPU, float16 rounded as the file says and Q/DQ pairs in float32; so
+what differs between precisions is what the files round. Another machine adds up in another order on top of that.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.progress import track
+from mpdsgr_deploy.runtime.half import rounded_as_written
+
+POTENTIAL, SPIKES, GIVEN = "potential/", "spikes/", "given/"
+BATCH = 8  # every potential of every layer and step is kept for so many images at a time
+
+Steps = dict[str, NDArray[np.float32]]
+
+
+class Recording(NamedTuple):
+    """Logits [B, K]; potentials and spikes [B, ...] by `LAYER/t` in the order of computation, t counted from 0."""
+
+    logits: NDArray[np.float32]
+    potentials: Steps
+    spikes: Steps
+
+
+class Recorder:
+    """An ONNX network that shows its potentials and spikes.
+
+    given_spikes: what spikes lead to (the next layer, the neuron's own reset) is computed from spikes that the caller
+    passes in, so that what differs in a layer comes from this layer. Raises InputError without onnxruntime, and for a
+    file without such names.
+    """
+
+    def __init__(self, network: onnx.ModelProto, *, given_spikes: bool = False) -> None:
+        made = [name for node in network.graph.node for name in node.output]
+        self.steps = [name.removeprefix(SPIKES) for name in made if name.startswith(SPIKES)]
+        if not self.steps or not {POTENTIAL + step for step in self.steps} <= set(made):
+            raise InputError("the ONNX file does not name its potentials and spikes; export the network again")
+        shown = rounded_as_written(network)
+        names = [prefix + step for prefix in (POTENTIAL, SPIKES) for step in self.steps]
+        shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)  # onnxruntime infers their types
+        if given_spikes:
+            _read_given_spikes(shown, self.steps)
+        ort = need("onnxruntime", "cpu")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._session: Any = ort.InferenceSession(
+            shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._image = network.graph.input[0].name
+
+    def __call__(
+        self, images: NDArray[np.float32], spikes: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> Recording:
+        """Images [B, C, H, W] in [0, 1] and, for a recorder of `given_spikes`, the spikes of every step."""
+        given = {GIVEN + step: array for step, array in (spikes or {}).items()}
+        logits, *values = self._session.run(None, {self._image: images, **given})
+        potentials, spiked = values[: len(self.steps)], values[len(self.steps) :]
+        return Recording(
+            logits, dict(zip(self.steps, potentials, strict=True)), dict(zip(self.steps, spiked, strict=True))
+        )
+
+
+def _read_given_spikes(network: onnx.ModelProto, steps: list[str]) -> None:
+    """Let every use of spikes read a new input of the graph, `given/LAYER/t`, in their place."""
+    given = {SPIKES + step: GIVEN + step for step in steps}
+    for node in network.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = given.get(name, name)
+    new = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in given.values()]
+    network.graph.input.extend(new)
+
+
+def batches(images: NDArray[np.float32], what: str) -> Iterator[NDArray[np.float32]]:
+    """Images [N, C, H, W], a few at a time, with a progress bar called `what`."""
+    for start in track(range(0, len(images), BATCH), what):
+        yield images[start : start + BATCH]
+
+
+def layer_of(step: str) -> str:
+    """LAYER of `LAYER/t`; a layer's name may have slashes of its own."""
+    return step.rpartition("/")[0]
+
+
+def firing_rates(network: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, float]:
+    """Spikes per neuron and step of every layer, over images [N, C, H, W]. Raises InputError as `Recorder` does."""
+    recorder = Recorder(network)
+    layers = [layer_of(step) for step in recorder.steps]
+    total: dict[str, float] = dict.fromkeys(layers, 0.0)
+    for batch in batches(images, "counting spikes"):
+        for step, spikes in recorder(batch).spikes.items():
+            total[layer_of(step)] += len(batch) * float(spikes.mean(dtype=np.float64))
+    return {layer: found / (layers.count(layer) * len(images)) for layer, found in total.items()}

@@ -1,0 +1,48 @@
+"""float16 on a CPU as the ONNX file says it.
+
+onnxruntime has no float16 arithmetic on a CPU. It computes such nodes in float32 and takes the roundings between them
+for superfluous: of a float16 network only the weights are rounded. Rounding written down as casts it respects.
+"""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that computes in float32 and rounds to float16 every value the file has in float16.
+
+    Every value keeps its name and gets the type float32. A machine with float16 arithmetic rounds a product once, after
+    adding up in float32; so does this.
+    """
+    types = _types(network)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(network)
+    del copy.graph.node[:], copy.graph.value_info[:]
+    for tensor in copy.graph.initializer:
+        if tensor.data_type == FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for node in network.graph.node:
+        exact = copy.graph.node.add()
+        exact.CopyFrom(node)
+        for attribute in exact.attribute:
+            if node.op_type == "Cast" and attribute.i == FLOAT16:
+                attribute.i = FLOAT
+        for index, name in enumerate(node.output):
+            if types.get(name) == FLOAT16:
+                exact.output[index] = f"{name}/exact"
+                copy.graph.node.extend(
+                    [
+                        helper.make_node("Cast", [f"{name}/exact"], [f"{name}/half"], to=FLOAT16),
+                        helper.make_node("Cast", [f"{name}/half"], [name], to=FLOAT),
+                    ]
+                )
+    return copy
+
+
+def _types(network: onnx.ModelProto) -> dict[str, int]:
+    """The element type of every value that nodes compute."""
+    graph = onnx.shape_inference.infer_shapes(network, strict_mode=True).graph
+    return {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
