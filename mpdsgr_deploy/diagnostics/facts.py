@@ -23,6 +23,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "bundle, every hash verified",
         "input": f"{manifest.input_name}: float32 [B, {', '.join(map(str, manifest.input_shape))}] in [0, 1]",
+        **{f"noise {x.name}": f"{x.kind}, float32 [B, {', '.join(map(str, x.shape))}]" for x in manifest.noise},
         "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
         **describe(manifest.recipe),
     }
@@ -46,7 +47,7 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
         "nodes": ", ".join(f"{count} {op}" for op, count in nodes.most_common()),
     }
     if variant.layers:
-        facts["layers"] = f"{spans(variant.layers)}; neurons {variant.neurons}"
+        facts["layers"] = spans(variant.layers)
     try:
         rates = firing_rates(network, bundle.golden()[0])
         facts["firing rates, golden inputs"] = ", ".join(f"{layer} {rate:.3f}" for layer, rate in rates.items())
@@ -55,6 +56,8 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
     if variant.accuracy:
         accuracy = variant.accuracy
         facts["at export"] = f"{accuracy.correct} of {accuracy.n} {accuracy.data} test images correct"
+    if variant.attacked:
+        facts["attacked, at export"] = f"{variant.attacked.correct} of {variant.attacked.n} correct under PGD"
     return facts
 
 
