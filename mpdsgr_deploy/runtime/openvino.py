@@ -93,7 +93,7 @@ def unsigned(network: onnx.ModelProto) -> onnx.ModelProto:
     """The same network with uint8 in place of int8 activations; weights stay int8. `network` itself is changed.
 
     Only spikes and their means are ever quantised, 0 to 127 steps, the same numbers in both types. x86 multiplies
-    unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it: a fifth of the time.
+    unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it: a fifth is saved.
     """
     zeros = {node.input[2] for node in network.graph.node if node.op_type == "QuantizeLinear" and len(node.input) == 3}
     for tensor in network.graph.initializer:
