@@ -3,10 +3,10 @@
     python benchmarks/inference.py      writes benchmarks/results/inference.json and the table of benchmarks/README.md
 
 The whole network of the paper (T = 8, 32x32 images, two hidden layers of 4096) with random weights. `int8 limit` is
-OpenVINO on nothing but the network's int8 products, on T * B rows, each followed by a rounding to 8 bits: what a network
-without neurons would take. The variants take turns, in an order that rotates, so that a busy machine disturbs them alike;
-the table shows medians, and medians of the paired ratios. SpikingJelly lives in an environment of its own under runs/,
-which the first call makes; it shares this one's torch.
+OpenVINO on nothing but the network's int8 products, on T * B rows, each followed by a rounding to 8 bits: what a
+network without neurons would take. The variants take turns, in an order that rotates, so that a busy machine disturbs
+them alike; the table shows medians, and medians of the paired ratios. SpikingJelly lives in an environment of its own
+under runs/, which the first call makes; it shares this one's torch.
 """
 
 import os
@@ -50,7 +50,7 @@ Inference = Callable[[int], float]  # batch to seconds
 
 
 @click.command()
-@click.option("--width", default=1.0, show_default=True, help="Of VGG11; SpikingJelly's always has 1.")
+@click.option("--width", default=1.0, show_default=True, help="Of VGG11.")
 @click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
 @click.option("--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=60.0, show_default=True, help="Of taking turns at each batch.")
@@ -59,7 +59,7 @@ def main(width: float, T: int, batches: tuple[int, ...], seconds: float) -> None
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        variants = {REFERENCE: stack.enter_context(spikingjelly(T, threads))}
+        variants = {REFERENCE: stack.enter_context(spikingjelly(width, T, threads))}
         variants |= ours(settled(width, T), T, threads, Path(folder), stack)
         taken = {str(batch): take_turns(variants, batch, seconds) for batch in batches}
     setting = {"width": width, "T": T, "threads": threads}
@@ -182,7 +182,7 @@ def limit(path: Path, T: int, threads: int, row: tuple[int, ...]) -> Inference:
 
 
 @contextmanager
-def spikingjelly(T: int, threads: int) -> Iterator[Inference]:
+def spikingjelly(width: float, T: int, threads: int) -> Iterator[Inference]:
     """SpikingJelly's VGG11 in a process of its own."""
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
@@ -191,7 +191,7 @@ def spikingjelly(T: int, threads: int) -> Iterator[Inference]:
         inside = ENVIRONMENT / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
         (inside / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
-    command = [python, figures.FOLDER / "spikingjelly_vgg11.py", str(T), str(threads)]
+    command = [python, figures.FOLDER / "spikingjelly_vgg11.py", *map(str, (width, T, threads))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
