@@ -126,8 +126,11 @@ class Manifest(BaseModel):
     digest: str = ""  # of this document without its digest
 
     def computed_digest(self) -> str:
-        """sha256 of the canonical JSON of everything but `digest`."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        """sha256 of the canonical JSON of everything but `digest` and defaults.
+
+        Without the defaults, so that a field which a later version adds leaves older bundles' digests as they are.
+        """
+        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}, exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

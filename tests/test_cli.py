@@ -122,9 +122,9 @@ def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Pat
     assert [layer["layer"] for layer in layers] == ["conv1", "conv2", "conv3"]
     assert "firing rate" in mpdsgr("inspect", run_dir, COLUMNS="200").stdout
     doctor = json.loads(mpdsgr("doctor", "--json").stdout)
-    assert doctor["backends"]["onnxruntime-cpu"] == "works"
-    assert doctor["backends"]["torch"].startswith("works")
-    assert "mpdsgr-deploy[gpu]" in doctor["backends"]["onnxruntime-cuda"]
+    assert doctor["backends"]["onnxruntime-cpu"]["fp32"].startswith("works")
+    assert doctor["backends"]["torch"]["fp32"].startswith("works")
+    assert "mpdsgr-deploy[gpu]" in doctor["backends"]["onnxruntime-cuda"]["fp32"]
     assert "[train]" in mpdsgr("doctor").stdout
     listed = json.loads(mpdsgr("recipes", "--json").stdout)
     assert listed["digits-mpdsgr"] == {"title": "MPD-SGR on the digits.", "published": None}

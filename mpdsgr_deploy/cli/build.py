@@ -13,12 +13,14 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.tensorrt import Batch, prepare
+from mpdsgr_deploy.runtime.tuning import OPENERS, tune
 
 # bundle, precision and the batches wanted (None: the builder's own choice) to what was added to the bundle
 Builder = Callable[[Bundle, str, Batch | None], tuple[Bundle, Prepared]]
 BUILDERS: dict[str, Builder] = {
     "tensorrt": partial(prepare, "tensorrt"),
     "tensorrt-rtx": partial(prepare, "tensorrt-rtx"),
+    **{backend: partial(tune, backend) for backend in OPENERS},
 }
 
 
@@ -26,17 +28,20 @@ BUILDERS: dict[str, Builder] = {
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", required=True, help=f"What will run the network: {', '.join(BUILDERS)}.")
 @click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
-@click.option("--batch", metavar="MIN,OPT,MAX", help="Smallest, best and largest batch.  [default: 1,32,128]")
+@click.option("--batch", metavar="MIN,OPT,MAX", help="TensorRT: smallest, best, largest batch.  [default: 1,32,128]")
 @json_option
 def command(bundle: Path, backend: str, precision: str, batch: str | None, as_json: bool) -> None:
     """Prepare BUNDLE for a backend and keep the result in it. Run this on the machine that will serve it.
 
     A TensorRT engine works on this model of GPU with this version of TensorRT. A TensorRT-RTX engine is built without
-    a GPU and works on any from compute capability 8.0 on, with this version of TensorRT-RTX.
+    a GPU and works on any from compute capability 8.0 on, with this version of TensorRT-RTX. For openvino and
+    onnxruntime-cpu it is measured, for some seconds, which number of threads and of images at once is fastest: settings
+    for machines with this CPU, as many cores and this version of the backend.
 
     \b
     Example:
       mpdsgr build bundles/digits --backend tensorrt-rtx --batch 1,8,64
+      mpdsgr build bundles/digits --backend openvino --precision int8
     """
     builder = choose("backend", BUILDERS, backend)
     wanted = None if batch is None else parse_batch(batch)

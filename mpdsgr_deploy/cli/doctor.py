@@ -1,77 +1,67 @@
 """mpdsgr doctor"""
 
-import tempfile
+import time
 from pathlib import Path
 
 import click
-import numpy as np
-import onnx
 
+from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
-from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.provenance import package_version, provenance
-from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.recipes import shipped
+from mpdsgr_deploy.runtime import BACKENDS, open_predictor
 
 EXTRAS = {
     "train": ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onnxscript", "scikit-learn"),
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
+    "openvino": ("openvino",),
     "report": ("matplotlib", "jinja2"),
     "parquet": ("pyarrow",),
 }
 
 
 @click.command("doctor")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @json_option
-def command(as_json: bool) -> None:
-    """Show what is installed, and which backends really work here: each runs a small network.
+def command(bundle: Path | None, as_json: bool) -> None:
+    """Show what is installed, and which backends really work here: each answers a golden batch.
+
+    The batch is BUNDLE's, or that of a small spiking network that comes with the package. torch-compile builds it
+    first, which takes a while.
 
     \b
     Example:
       mpdsgr doctor
+      mpdsgr doctor bundles/digits
     """
+    opened = open_bundle(bundle or shipped("export") / "doctor" / "bundle")
+    pairs = [(backend, precision) for backend in BACKENDS for precision in opened.manifest.variants]
+    states = {pair: state(opened, *pair) for pair in track(pairs, "trying backends")}
     packages = {extra: {name: package_version(name) for name in names} for extra, names in EXTRAS.items()}
-    backends = {
-        "onnxruntime-cpu": try_onnxruntime("CPUExecutionProvider"),
-        "onnxruntime-cuda": try_onnxruntime("CUDAExecutionProvider"),
-        "torch": try_torch(),
-    }
+    machine = provenance()
     if as_json:
-        print_json({"backends": backends, "packages": packages, **provenance()})
+        backends = {name: {p: states[name, p] for p in opened.manifest.variants} for name in BACKENDS}
+        print_json({"backends": backends, "packages": packages, **machine})
         return
-    print_table(("backend", "state"), list(backends.items()), "Backends")
+    print_table(("backend", "precision", "state"), [(*pair, found) for pair, found in states.items()], "Backends")
     rows = [(f"[{e}]", ", ".join(f"{n} {v or 'missing'}" for n, v in found.items())) for e, found in packages.items()]
     print_table(("extra", "packages"), rows, "Packages")
-    machine = provenance()
     hardware = ", ".join(f"{name} {value}" for name, value in machine["hardware"].items())
     click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")
 
 
-def try_onnxruntime(provider: str) -> str:
-    """Run x + x on a provider: 'works', or why it does not."""
-    shape = ("batch", 1, 1, 1)
-    add = onnx.helper.make_node("Add", ["x", "x"], ["y"])
-    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n in "xy")
-    graph = onnx.helper.make_graph([add], "doctor", [x], [y])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "doctor.onnx"
-        onnx.save(model, path)
-        try:
-            with OnnxRuntime(path, provider) as session:
-                answer = session(np.full((2, 1, 1, 1), 0.25, np.float32))
-        except InputError as error:
-            return f"no: {error}"
-    return "works" if (answer == 0.5).all() else f"no: computed {answer.ravel().tolist()} instead of 0.5"
-
-
-def try_torch() -> str:
-    """Run x + x in torch, on the GPU if there is one."""
+def state(bundle: Bundle, backend: str, precision: str) -> str:
+    """'works' and how fast on the golden batch, or in one line why it does not."""
     try:
-        torch = need("torch", "train")
-    except InputError as error:
+        with open_predictor(bundle, backend, precision) as predictor:  # answers the golden batch rightly, or raises
+            inputs, _ = bundle.golden()
+            started = time.perf_counter()
+            predictor(inputs)
+            return f"works, {len(inputs) / (time.perf_counter() - started):.0f} images/s in batches of {len(inputs)}"
+    except MpdsgrError as error:
         return f"no: {error}"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    answer = torch.full((2,), 0.25, device=device) * 2
-    return f"works on {device}" if (answer == 0.5).all().item() else f"no: computed {answer.tolist()} instead of 0.5"
+    except Exception as error:  # what a half-installed library raises is what one asks the doctor about
+        return f"no: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

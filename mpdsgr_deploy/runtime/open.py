@@ -10,29 +10,46 @@ from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.noise import NoiseSource
-from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.onnx_runtime import CPU, CUDA, TENSORRT, OnnxRuntime
+from mpdsgr_deploy.runtime.openvino import OpenVino
+from mpdsgr_deploy.runtime.settings import prepared_settings
 from mpdsgr_deploy.runtime.tensorrt import TensorRT
 
 
-def _onnxruntime(bundle: Bundle, precision: str, noise: NoiseSource, *, provider: str) -> OnnxRuntime:
+def _onnxruntime_cpu(bundle: Bundle, precision: str, noise: NoiseSource) -> OnnxRuntime:
+    settings = prepared_settings(bundle, "onnxruntime-cpu", precision)
+    return OnnxRuntime(bundle.variant(precision), CPU, noise, settings=settings)
+
+
+def _onnxruntime_gpu(bundle: Bundle, precision: str, noise: NoiseSource, *, provider: str) -> OnnxRuntime:
+    if provider == TENSORRT and precision != "fp32":  # it chooses types itself once any but float32 is allowed
+        raise InputError(f"onnxruntime-tensorrt would compute neurons in {precision} too; use --backend tensorrt")
     return OnnxRuntime(bundle.variant(precision), provider, noise)
 
 
-def _torch(bundle: Bundle, precision: str, noise: NoiseSource) -> AbstractContextManager[Predictor]:
+def _openvino(bundle: Bundle, precision: str, noise: NoiseSource) -> OpenVino:
+    return OpenVino(bundle.variant(precision), noise, settings=prepared_settings(bundle, "openvino", precision))
+
+
+def _torch(bundle: Bundle, precision: str, noise: NoiseSource, *, compiled: bool) -> AbstractContextManager[Predictor]:
     need("torch", "train")
     if precision != "fp32":
         raise InputError(f"torch runs the float32 reference only, not {precision}; use onnxruntime-cpu for it")
     from mpdsgr_deploy.runtime.torch_model import TorchModel
 
-    return TorchModel.from_bundle(bundle, noise)
+    model = TorchModel.from_bundle(bundle, noise)
+    return model.compiled() if compiled else model
 
 
 BACKENDS: dict[str, Callable[[Bundle, str, NoiseSource], AbstractContextManager[Predictor]]] = {
-    "onnxruntime-cpu": partial(_onnxruntime, provider="CPUExecutionProvider"),
-    "onnxruntime-cuda": partial(_onnxruntime, provider="CUDAExecutionProvider"),
+    "onnxruntime-cpu": _onnxruntime_cpu,
+    "onnxruntime-cuda": partial(_onnxruntime_gpu, provider=CUDA),
+    "onnxruntime-tensorrt": partial(_onnxruntime_gpu, provider=TENSORRT),
+    "openvino": _openvino,
     "tensorrt": partial(TensorRT.from_bundle, "tensorrt"),
     "tensorrt-rtx": partial(TensorRT.from_bundle, "tensorrt-rtx"),
-    "torch": _torch,
+    "torch": partial(_torch, compiled=False),
+    "torch-compile": partial(_torch, compiled=True),
 }
 DEFAULT_BACKEND = "onnxruntime-cpu"
 

@@ -1,8 +1,9 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
-from mpdsgr_deploy.errors import OutOfMemory
+from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Differentiable, Gradient
 from mpdsgr_deploy.runtime.images import check_images
@@ -58,6 +59,7 @@ class TorchModel:
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model, self._shape, self._seed = model.to(self._device).eval(), shape, seed
+        self._forward: Callable[..., torch.Tensor] = self._model
         self._draws = noise_inputs(self._model, shape)
         self.noise = NoiseSource(self._draws, seed) if noise is None else noise
         self.noise.require({entry.name: entry.shape for entry in self._draws}, "the torch model")
@@ -84,12 +86,36 @@ class TorchModel:
         try:
             with torch.no_grad(), exact_convolutions():
                 draws = [self._tensor(noise[entry.name]) for entry in self._draws]
-                logits: NDArray[np.float32] = self._model(self._tensor(x), None, draws).cpu().numpy()
+                logits: NDArray[np.float32] = self._forward(self._tensor(x), None, draws).cpu().numpy()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
                 raise OutOfMemory(f"torch has too little memory for a batch of {len(x)}") from error
             raise
         return logits
+
+    def compiled(self) -> Self:
+        """The same model, whose answers (not its gradients) from now on come from torch.compile.
+
+        A dynamic batch is compiled at most for 1, 2 to 7, and 8 or more images, tens of seconds each the first time;
+        fixed sizes would be no faster and more of them. Raises InputError where there is no compiler.
+        """
+        from torch._inductor.exc import InductorError  # here: it loads the whole compiler
+
+        forward = torch.compile(self._model, dynamic=True)
+
+        def answer(*arguments: Any) -> torch.Tensor:
+            try:
+                logits: torch.Tensor = forward(*arguments)
+            except InductorError as error:
+                told = str(error).splitlines()[0]
+                raise InputError(
+                    f"torch.compile cannot build the network here ({told}); install a C++ compiler and Python's "
+                    f"headers, or use the backend torch"
+                ) from error
+            return logits
+
+        self._forward = answer
+        return self
 
     def attacker(self, surrogate: str | None = None, *, loss: Loss = cross_entropy, draws: int = 1) -> Differentiable:
         """The network as an attacker differentiates it, through the training surrogate or the one named.

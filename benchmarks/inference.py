@@ -1,0 +1,256 @@
+"""How fast a CPU runs VGG11: SpikingJelly, torch, onnxruntime and OpenVINO in turns, and what its int8 units allow.
+
+    python benchmarks/inference.py      writes benchmarks/results/inference.json and the table of benchmarks/README.md
+
+The whole network of the paper (T = 8, 32x32 images, two hidden layers of 4096) with random weights. `int8 limit` is
+OpenVINO on nothing but the network's int8 products, on T * B rows, each followed by a rounding to 8 bits: what a
+network without neurons would take. The variants take turns, in an order that rotates, so that a busy machine disturbs
+them alike; the table shows medians, and medians of the paired ratios. SpikingJelly lives in an environment of its own
+under runs/, which the first call makes; it shares this one's torch.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+
+from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.precision import FORMATS, convert, plan, rounded_weights
+from mpdsgr_deploy.export.simplify import simplify
+from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.openvino import EXACT, OpenVino
+from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.snn import SpikingLayer
+
+SHAPE, CLASSES = (3, 32, 32), 10
+REFERENCE, INT8, LIMIT = "SpikingJelly, eager", "OpenVINO, int8", "int8 limit"
+ENVIRONMENT = figures.FOLDER.parent / "runs" / "spikingjelly"
+# what SpikingJelly 2.0 imports beside what this environment has; its own list would bring another torch
+PACKAGES = ("spikingjelly==2.0.0", "loguru<1,>=0.7", "h5py", "requests", "SciencePlots")
+Inference = Callable[[int], float]  # batch to seconds
+
+
+@click.command()
+@click.option("--width", default=1.0, show_default=True, help="Of VGG11.")
+@click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
+@click.option("--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=click.IntRange(1))
+@click.option("--seconds", default=60.0, show_default=True, help="Of taking turns at each batch.")
+def main(width: float, T: int, batches: tuple[int, ...], seconds: float) -> None:
+    """Measure and publish."""
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        variants = {REFERENCE: stack.enter_context(spikingjelly(width, T, threads))}
+        variants |= ours(settled(width, T), T, threads, Path(folder), stack)
+        taken = {str(batch): take_turns(variants, batch, seconds) for batch in batches}
+    setting = {"width": width, "T": T, "threads": threads}
+    versions = {name: package_version(name) for name in ("torch", "onnxruntime", "openvino")}
+    result = {"setting": setting, "seconds": taken, "versions": versions, "provenance": provenance()}
+    figures.publish("inference", result, render(result))
+    click.echo(render(result))
+
+
+def settled(width: float, T: int) -> SpikingNet:
+    """An untrained network whose tdBN has seen images, so that its neurons fire."""
+    torch.manual_seed(0)
+    recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
+    model = build_model(recipe, SHAPE, CLASSES)
+    for layer in model.layers():
+        if layer.norm is not None:
+            layer.norm.momentum = 1.0  # one pass settles the running statistics
+    with torch.no_grad():
+        model(torch.rand(16, *SHAPE))
+    return model.eval()
+
+
+def ours(model: SpikingNet, T: int, threads: int, folder: Path, stack: ExitStack) -> dict[str, Inference]:
+    """Every variant that runs this network, and the limit."""
+    paths = {name: folder / f"{name}.onnx" for name in ("fp32", "int8", "limit")}
+    graph = to_graph(simplify(model), SHAPE)
+    save(graph, paths["fp32"])
+    save(convert(graph, plan(graph, "int8")), paths["int8"])
+    rows = write_limit(model, paths["limit"])
+    settings = Settings(threads=threads)
+    predictors = {
+        "torch, eager": TorchModel(model, SHAPE),
+        "onnxruntime, fp32": OnnxRuntime(paths["fp32"], settings=settings),
+        "OpenVINO, fp32": OpenVino(paths["fp32"], settings=settings),
+        INT8: OpenVino(paths["int8"], settings=settings),
+    }
+
+    def inference(predictor: Any) -> Inference:
+        images = np.random.default_rng(0).random((64, *SHAPE), np.float32)
+        return lambda batch: timed(lambda: predictor(images[:batch]))
+
+    return {
+        **{name: inference(stack.enter_context(p)) for name, p in predictors.items()},
+        LIMIT: limit(paths["limit"], T, threads, rows),
+    }
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def write_limit(model: SpikingNet, path: Path) -> tuple[int, ...]:
+    """The network's int8 products alone, each followed by a rounding to uint8; returns the shape of a row of its input.
+
+    Without the first layer, whose input is an image, and the last, as in the int8 network itself.
+    """
+    first, *body = model.body
+    assert isinstance(first, SpikingLayer)
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, np.ndarray] = {"scale": np.float32(1 / 8), "zero": np.uint8(0)}
+    value, row = "rows", (first.synapse.out_channels, *SHAPE[1:])
+
+    def add(op: str, inputs: list[str], **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, inputs, [f"{op}{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    def constant(array: np.ndarray) -> str:
+        name = f"constant{len(constants)}"
+        constants[name] = array
+        return name
+
+    value = add("DequantizeLinear", [value, "scale", "zero"])
+    for module in body:
+        if isinstance(module, torch.nn.AvgPool2d):
+            value = add("MaxPool", [value], kernel_shape=[2, 2], strides=[2, 2])  # which stays in 8 bits
+        elif isinstance(module, torch.nn.Flatten):
+            value = add("Flatten", [value])
+        else:
+            synapse = module.synapse
+            values, scales = rounded_weights(synapse.weight.detach().numpy(), FORMATS["int8"], np.dtype(np.float32))
+            inputs = [constant(values), constant(scales), constant(np.zeros(len(scales), np.int8))]
+            weights = add("DequantizeLinear", inputs, axis=0)
+            if isinstance(synapse, torch.nn.Conv2d):
+                value = add("Conv", [value, weights], pads=[1, 1, 1, 1], kernel_shape=[3, 3])
+            else:
+                value = add("MatMul", [value, add("Transpose", [weights], perm=[1, 0])])
+            value = add("QuantizeLinear", [value, "scale", "zero"])
+            value = add("DequantizeLinear", [value, "scale", "zero"])
+    nodes[-1].output[0] = "answers"
+    graph = helper.make_graph(
+        nodes,
+        "limit",
+        [helper.make_tensor_value_info("rows", onnx.TensorProto.UINT8, ["batch", *row])],
+        [helper.make_tensor_value_info("answers", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return row
+
+
+def limit(path: Path, T: int, threads: int, row: tuple[int, ...]) -> Inference:
+    """OpenVINO on the products, on T rows an image."""
+    import openvino
+
+    core, requests = openvino.Core(), {}
+
+    def infer(batch: int) -> float:
+        rows = np.random.default_rng(0).integers(0, 2, (T * batch, *row), np.uint8)
+        if batch not in requests:
+            network = core.read_model(path)
+            network.reshape([T * batch, *row])
+            options = {**EXACT, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+            requests[batch] = core.compile_model(network, "CPU", options).create_infer_request()
+        return timed(lambda: requests[batch].infer([rows], share_inputs=True))
+
+    return infer
+
+
+@contextmanager
+def spikingjelly(width: float, T: int, threads: int) -> Iterator[Inference]:
+    """SpikingJelly's VGG11 in a process of its own."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not python.exists():
+        click.echo(f"making {ENVIRONMENT} ...")
+        venv.create(ENVIRONMENT, with_pip=True)
+        inside = ENVIRONMENT / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+        (inside / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
+    command = [python, figures.FOLDER / "spikingjelly_vgg11.py", *map(str, (width, T, threads))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def infer(batch: int) -> float:
+            print(batch, file=process.stdin, flush=True)
+            return float(process.stdout.readline())
+
+        if process.stdout.readline() != "ready\n":
+            sys.exit(f"error: SpikingJelly does not run; remove {ENVIRONMENT} and try again")
+        yield infer
+        process.stdin.close()
+
+
+def take_turns(variants: dict[str, Inference], batch: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each variant's inferences in the order they were taken, equally many of each, two at least."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for inference in variants.values():
+        inference(batch)  # compiles, allocates
+    names, started, turn = list(variants), time.monotonic(), 0
+    while turn < 2 or time.monotonic() - started < seconds:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(round(variants[name](batch), 7))
+        turn += 1
+    return taken
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a Markdown table with its setting."""
+    lines = ["| batch | variant | ms | images/s | times SpikingJelly | share of the int8 limit |", "|---" * 6 + "|"]
+    for batch, taken in result["seconds"].items():
+        for name, seconds in taken.items():
+            middle = statistics.median(seconds)
+            cells = [batch, name, f"{1000 * middle:.1f}", f"{int(batch) / middle:.0f}"]
+            cells.append("" if name == LIMIT else ratio(taken[REFERENCE], seconds, "{:.1f}"))
+            cells.append(ratio(taken[LIMIT], seconds, "{:.0%}") if name == INT8 else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    counts = ", ".join(f"{len(taken[REFERENCE])} at batch {batch}" for batch, taken in result["seconds"].items())
+    setting, versions = result["setting"], result["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"VGG11 at width {setting['width']:g}, 32x32 images, T = {setting['T']}, {setting['threads']} threads; "
+            f"medians [quartiles] of paired turns: {counts}. onnxruntime {versions['onnxruntime']}, "
+            f"OpenVINO {versions['openvino']}, {PACKAGES[0].replace('==', ' ')}.",
+            figures.source(result),
+            "",
+        ]
+    )
+
+
+def ratio(above: list[float], below: list[float], form: str) -> str:
+    """Median and quartiles of the paired ratios."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    low, middle, high = (form.format(value) for value in statistics.quantiles(ratios, n=4))
+    return f"{middle} [{low}, {high}]"
+
+
+if __name__ == "__main__":
+    main()

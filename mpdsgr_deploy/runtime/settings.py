@@ -1,0 +1,58 @@
+"""How a backend runs a network on one machine: measured by `mpdsgr build`, kept in the bundle, used where it fits."""
+
+from typing import Any
+
+from pydantic import Field
+
+from mpdsgr_deploy.bundle import Bundle, Prepared
+from mpdsgr_deploy.provenance import hardware, package_version
+from mpdsgr_deploy.schema import Count, Section, parse
+
+PACKAGES = {"openvino": "openvino", "onnxruntime-cpu": "onnxruntime"}  # the backends that have settings
+
+
+class Settings(Section):
+    """threads: of one inference; None: one a core. chunk: images computed at once, of a batch; None: the backend's own.
+
+    milliseconds: what a batch of so many images took when these were chosen; for people.
+    """
+
+    threads: Count | None = None
+    chunk: Count | None = None
+    milliseconds: dict[str, float] = Field(default_factory=dict)
+
+
+def machine(backend: str) -> dict[str, str]:
+    """What settings of a backend depend on: the CPU, how many cores this process may use, the library's version."""
+    found, package = hardware(), PACKAGES[backend]
+    return {"cpu": found["cpu"], "cores": str(found["cores"]), package: package_version(package) or "unknown"}
+
+
+def prepared_settings(bundle: Bundle, backend: str, precision: str) -> Settings:
+    """What was measured for this network on a machine like this one, or the defaults.
+
+    Raises InputError if the bundle holds something else in their place.
+    """
+    here, network = machine(backend), model_sha256(bundle, precision)
+    for prepared in bundle.prepared(backend, precision):
+        if prepared.machine == here and prepared.model_sha256 == network:
+            found: Settings = parse(Settings, prepared.settings, f"{bundle.path}: settings of {backend}, {precision}")
+            return found
+    return Settings()
+
+
+def prepared(bundle: Bundle, backend: str, precision: str, settings: Settings) -> Prepared:
+    """The settings as the bundle keeps them."""
+    values: dict[str, Any] = settings.model_dump(exclude_none=True)
+    return Prepared(
+        backend=backend,
+        precision=precision,
+        model_sha256=model_sha256(bundle, precision),
+        machine=machine(backend),
+        settings=values,
+    )
+
+
+def model_sha256(bundle: Bundle, precision: str) -> str:
+    """The hash of a precision's ONNX file. Raises InputError naming the precisions there are."""
+    return bundle.manifest.files[bundle.variant(precision).relative_to(bundle.path).as_posix()]

@@ -1,0 +1,92 @@
+"""Which settings run a network fastest here: measured by `mpdsgr build`, kept in the bundle."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle, Prepared
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.provenance import hardware
+from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.openvino import OpenVino
+from mpdsgr_deploy.runtime.settings import Settings, prepared
+
+BATCHES = (1, 8, 32)
+CHUNKS = (8, 4, 16, 32)  # the likely best first, in case time runs out
+REPETITIONS = 3
+SECONDS = 20.0  # after which no further candidate is begun
+
+
+class Opener(Protocol):
+    """What makes a predictor of an ONNX file with given settings."""
+
+    def __call__(self, model: Path, *, settings: Settings) -> AbstractContextManager[Predictor]: ...
+
+
+OPENERS: dict[str, Opener] = {"openvino": OpenVino, "onnxruntime-cpu": OnnxRuntime}
+
+
+def tune(
+    backend: str, bundle: Bundle, precision: str, batch: tuple[int, int, int] | None = None
+) -> tuple[Bundle, Prepared]:
+    """The bundle with the fastest settings of a backend for this machine, and these.
+
+    First the chunk, with a thread a core, then fewer threads; the fastest is the one with the smallest geometric mean
+    of its times over batches of 1, 8 and 32. Raises InputError for a `batch`: settings serve all of them.
+    """
+    if batch is not None:
+        raise InputError(f"{backend} needs no --batch: its settings are measured for all; leave it out")
+    model = bundle.variant(precision)
+    images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
+    deadline = time.monotonic() + SECONDS
+    cores = int(hardware()["cores"])
+    best = _fastest(backend, model, images, deadline, [Settings(threads=cores, chunk=chunk) for chunk in CHUNKS])
+    fewer = [Settings(threads=threads, chunk=best.chunk) for threads in halvings(cores)]
+    best = _fastest(backend, model, images, deadline, [best, *fewer])
+    found = prepared(bundle, backend, precision, best)
+    return bundle.add(found), found
+
+
+def halvings(cores: int) -> Iterator[int]:
+    """cores/2, cores/4, ... down to 1."""
+    while cores > 1:
+        cores //= 2
+        yield cores
+
+
+def _fastest(
+    backend: str, model: Path, images: NDArray[np.float32], deadline: float, candidates: list[Settings]
+) -> Settings:
+    """The fastest of the candidates that there is time for, the first in any case, with its milliseconds."""
+    measured: list[Settings] = []
+    for candidate in candidates:
+        if measured and time.monotonic() > deadline:
+            log.info("%s: %.0f s are over, the rest is not measured", backend, SECONDS)
+            break
+        if candidate.milliseconds:
+            measured.append(candidate)
+            continue
+        with OPENERS[backend](model, settings=candidate) as predictor:
+            found = {str(batch): milliseconds(predictor, images[:batch]) for batch in BATCHES}
+        log.info("%s: %d threads, chunks of %d: %s ms", backend, candidate.threads, candidate.chunk, found)
+        measured.append(candidate.model_copy(update={"milliseconds": found}))
+    return min(measured, key=lambda settings: math.prod(settings.milliseconds.values()))
+
+
+def milliseconds(predictor: Predictor, images: NDArray[np.float32]) -> float:
+    """The shortest of a few inferences, which other work on the machine disturbed least."""
+    predictor(images)  # compiles, allocates
+    taken = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        predictor(images)
+        taken.append(time.perf_counter() - started)
+    return round(1000 * min(taken), 3)

@@ -1,0 +1,293 @@
+"""Every backend answers as the torch model does, with settings measured on this machine where there are any."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import assert_input_error, mpdsgr, small_recipe
+from onnx import helper, numpy_helper
+
+from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
+from mpdsgr_deploy.cli.doctor import state
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.models import build_model
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.recipe import load_recipe
+from mpdsgr_deploy.recipes import shipped
+from mpdsgr_deploy.runtime import BACKENDS, OnnxRuntime, open_predictor, tuning
+from mpdsgr_deploy.runtime.openvino import OpenVino, chunks, unsigned
+from mpdsgr_deploy.runtime.settings import Settings, machine, prepared, prepared_settings
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.runtime.tuning import tune
+
+DOCTOR = shipped("export") / "doctor"
+TUNED = ("openvino", "onnxruntime-cpu")
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
+    return open_bundle(Path(shutil.copytree(bundle.path, tmp_path / "bundle")))
+
+
+@pytest.fixture(scope="module")
+def images(bundle: Bundle) -> np.ndarray:
+    return load_test(bundle.manifest.recipe.data)[:40].unit()
+
+
+@pytest.mark.parametrize("backend", TUNED)
+@pytest.mark.parametrize("settings", [Settings(), Settings(threads=1, chunk=3)])
+def test_parity_with_torch_in_batches_of_every_kind(
+    copy: Bundle, images: np.ndarray, backend: str, settings: Settings
+) -> None:
+    expected = TorchModel.from_bundle(copy)(images)
+    tuned = copy.add(prepared(copy, backend, "fp32", settings))
+    with open_predictor(tuned, backend) as predictor:
+        for batch in (1, 2, 3, 7, 8, 9, 13, 40):
+            parity = compare(expected[:batch], predictor(images[:batch]))
+            assert parity.labels_differ == 0
+            assert parity.max_abs <= 1e-5, parity
+        assert compare(expected[::2], predictor(images[::2])).holds  # not contiguous in memory
+
+
+def test_torch_compile_answers_as_torch_does() -> None:
+    bundle = open_bundle(DOCTOR / "bundle")
+    inputs, logits = bundle.golden()
+    with open_predictor(bundle, "torch-compile") as predictor:
+        first = predictor(inputs)
+        kept = first.copy()
+        np.testing.assert_allclose(predictor(inputs[::-1].copy()), logits[::-1], atol=1e-5)
+        assert np.array_equal(first, kept)
+
+
+def test_torch_compile_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
+    torch._dynamo.reset()
+    model = TorchModel(build_model(small_recipe(encoding={"T": 1}), (1, 8, 8), 10), (1, 8, 8)).compiled()
+    with pytest.raises(InputError, match=r"install a C\+\+ compiler") as error:
+        model(np.zeros((2, 1, 8, 8), np.float32))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", TUNED)
+def test_outputs_are_fresh_and_threads_may_share_a_predictor(bundle: Bundle, images: np.ndarray, backend: str) -> None:
+    with open_predictor(bundle, backend) as predictor:
+        first = predictor(images)
+        kept = first.copy()
+        predictor(images[::-1].copy())
+        assert np.array_equal(first, kept)
+        first[:] = 0
+        batches = [images[i : i + 7] for i in range(20)]
+        alone = [predictor(batch) for batch in batches]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(predictor, batches))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 32])
+def test_a_batch_is_cut_into_few_sizes(largest: int) -> None:
+    allowed = {largest, *(2**k for k in range(6) if 2**k <= largest)}
+    for batch in range(1, 71):
+        parts = list(chunks(batch, largest))
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(batch))
+        assert {part.stop - part.start for part in parts} <= allowed
+
+
+def quantised(path: Path) -> np.ndarray:
+    """Spikes [x >= 1/2] through an int8 convolution with a float bias, summed. Returns its weights [2, 1, 2, 2].
+
+    Every number is a multiple of a power of two, so that any order of summation gives the same float32.
+    """
+    weights = np.random.default_rng(0).integers(-127, 128, (2, 1, 2, 2)).astype(np.int8)
+    constants = {
+        "half": np.float32(0.5),
+        "one": np.float32(1),
+        "zero": np.int8(0),
+        "weights": weights,
+        "scales": np.array([0.25, 2], np.float32),
+        "zeros": np.zeros(2, np.int8),
+        "bias": np.array([0.5, -3], np.float32),
+        "axes": np.array([2, 3]),
+    }
+    nodes = [
+        helper.make_node("GreaterOrEqual", ["images", "half"], ["fires"]),
+        helper.make_node("Cast", ["fires"], ["spikes"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("QuantizeLinear", ["spikes", "one", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["x"]),
+        helper.make_node("DequantizeLinear", ["weights", "scales", "zeros"], ["w"], axis=0),
+        helper.make_node("Conv", ["x", "w", "bias"], ["y"]),
+        helper.make_node("ReduceSum", ["y", "axes"], ["logits"], keepdims=0),
+    ]
+    write(path, nodes, constants)
+    return weights * constants["scales"].reshape(2, 1, 1, 1)
+
+
+def write(
+    path: Path, nodes: list[onnx.NodeProto], constants: dict[str, np.generic | np.ndarray], opset: int = 21
+) -> None:
+    """A network of images [B, 1, 8, 8]."""
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def test_int8_is_exact(tmp_path: Path, images: np.ndarray) -> None:
+    weights = quantised(tmp_path / "model.onnx")
+    x = (images >= 0.5).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (2, 2), axis=(2, 3))
+    sums = np.einsum("bihwkl,oikl->bohw", windows, weights) + np.array([0.5, -3]).reshape(2, 1, 1)
+    with OpenVino(tmp_path / "model.onnx") as predictor:
+        assert np.array_equal(predictor(images), sums.sum((2, 3)).astype(np.float32))
+
+
+def test_activations_become_unsigned_and_weights_do_not(tmp_path: Path, images: np.ndarray) -> None:
+    quantised(tmp_path / "int8.onnx")
+    changed = unsigned(onnx.load(tmp_path / "int8.onnx"))
+    onnx.save(changed, tmp_path / "uint8.onnx")
+    types = {tensor.name: tensor.data_type for tensor in changed.graph.initializer}
+    signed = onnx.TensorProto.INT8
+    assert (types["zero"], types["weights"], types["zeros"]) == (onnx.TensorProto.UINT8, signed, signed)
+    with OnnxRuntime(tmp_path / "int8.onnx") as before, OnnxRuntime(tmp_path / "uint8.onnx") as after:
+        assert np.array_equal(before(images), after(images))
+
+
+def test_openvino_rounds_nothing_and_uses_the_threads_it_is_given(bundle: Bundle, images: np.ndarray) -> None:
+    with OpenVino(bundle.variant("fp32"), settings=Settings(threads=1, chunk=4)) as predictor:
+        predictor(images[:7])
+        assert set(predictor._requests) == {4, 2, 1}
+        compiled = predictor._requests[4].get_compiled_model()
+        assert "float32" in str(compiled.get_property("INFERENCE_PRECISION_HINT"))
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+        assert compiled.get_property("NUM_STREAMS") == 1
+
+
+def test_what_openvino_refuses_is_named_in_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "own.onnx", [helper.make_node("Frobnicate", ["images"], ["logits"], domain="own")], {})
+    (tmp_path / "noise.onnx").write_bytes(b"not onnx")
+    for name, expected in (("own.onnx", r"own\.Frobnicate"), ("noise.onnx", "cannot load")):
+        with pytest.raises(InputError, match=expected) as error:
+            OpenVino(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", TUNED)
+def test_tuned_settings_are_used_on_this_machine_only(copy: Bundle, backend: str) -> None:
+    tuned, record = tune(backend, copy, "fp32")
+    assert record.machine == machine(backend)
+    found = prepared_settings(open_bundle(tuned.path), backend, "fp32")
+    assert found.threads is not None
+    assert found.chunk in tuning.CHUNKS
+    assert set(found.milliseconds) == {"1", "8", "32"}
+    assert min(found.milliseconds.values()) > 0
+    with open_predictor(tuned, backend) as predictor:
+        assert predictor._chunk == found.chunk
+
+    for other in ({"machine": {**record.machine, "cores": "1024"}}, {"model_sha256": "0" * 64}):
+        moved = Bundle(copy.path, copy.manifest.model_copy(update={"prepared": (record.model_copy(update=other),)}))
+        assert prepared_settings(moved, backend, "fp32") == Settings()
+    damaged = record.model_copy(update={"settings": {"threads": 0}})
+    broken = Bundle(copy.path, copy.manifest.model_copy(update={"prepared": (damaged,)}))
+    with pytest.raises(InputError, match=f"settings of {backend}, fp32.*threads"):
+        prepared_settings(broken, backend, "fp32")
+
+
+def test_tuning_keeps_the_fastest_and_stops_in_time(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in whose times are known: chunks of 16 are fastest, then one thread beats two."""
+
+    @contextmanager
+    def opened(model: Path, *, settings: Settings) -> Iterator[Settings]:
+        yield settings
+
+    def known(settings: Settings, images: np.ndarray) -> float:
+        return abs(settings.chunk - 16) + settings.threads + len(images)
+
+    monkeypatch.setitem(tuning.OPENERS, "openvino", opened)
+    monkeypatch.setattr(tuning, "milliseconds", known)
+    monkeypatch.setattr(tuning, "hardware", lambda: {"cpu": "one", "cores": 4})
+    _, record = tune("openvino", copy, "fp32")
+    assert record.settings == {"threads": 1, "chunk": 16, "milliseconds": {"1": 2, "8": 9, "32": 33}}
+    monkeypatch.setattr(tuning, "SECONDS", -1.0)
+    _, record = tune("openvino", copy, "fp32")
+    assert (record.settings["threads"], record.settings["chunk"]) == (4, tuning.CHUNKS[0])
+    with pytest.raises(InputError, match="leave it out"):
+        tune("openvino", copy, "fp32", (1, 8, 32))
+
+
+def test_the_build_command(copy: Bundle) -> None:
+    done = mpdsgr("build", copy.path, "--backend", "openvino", "--json")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(done.stdout)["settings"]
+    assert prepared_settings(open_bundle(copy.path), "openvino", "fp32").model_dump() == settings
+    assert_input_error(mpdsgr("build", copy.path, "--backend", "openvin"), "did you mean 'openvino'")
+    assert_input_error(mpdsgr("build", copy.path, "--backend", "openvino", "--precision", "int4"), "it has fp32")
+
+
+def test_the_doctor_says_of_every_backend_whether_it_works(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("onnxruntime-cpu", "openvino", "torch"):
+        assert state(bundle, backend, "fp32").startswith("works, ")
+    assert "it has fp32" in state(bundle, "openvino", "int4")
+    if not torch.cuda.is_available():
+        for backend in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+            assert state(bundle, backend, "fp32").startswith("no: ")
+
+    def half_installed(bundle: Bundle, precision: str) -> None:
+        raise RuntimeError("libsomething.so is missing\nand so on")
+
+    monkeypatch.setitem(BACKENDS, "broken", half_installed)
+    assert state(bundle, "broken", "fp32") == "no: RuntimeError: libsomething.so is missing"
+
+
+def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from mpdsgr_deploy.cli import main; main(['doctor', '--json'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    backends = json.loads(done.stdout)["backends"]
+    assert backends.keys() == BACKENDS.keys()
+    assert backends["openvino"]["fp32"].startswith("works, ")
+    for backend in ("torch", "torch-compile"):
+        assert "mpdsgr-deploy[train]" in backends[backend]["fp32"]
+
+
+def test_the_doctors_network_is_the_one_of_its_recipe_and_small() -> None:
+    bundle = open_bundle(DOCTOR / "bundle")
+    assert bundle.manifest.recipe == load_recipe(DOCTOR / "recipe.toml").portable()
+    assert sum(file.stat().st_size for file in bundle.path.iterdir()) < 100_000
+    accuracy = bundle.manifest.variants["fp32"].accuracy
+    assert accuracy.correct > 0.9 * accuracy.n
+
+
+def test_a_manifest_keeps_its_digest_when_a_later_version_adds_a_field(bundle: Bundle) -> None:
+    class Later(Manifest):
+        more: tuple[str, ...] = ()
+
+    later = Later.model_validate(bundle.manifest.model_dump())
+    assert later.computed_digest() == bundle.manifest.digest
+    assert later.model_copy(update={"more": ("x",)}).computed_digest() != bundle.manifest.digest
+
+
+def test_onnxruntime_on_tensorrt_says_what_it_needs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    with pytest.raises(InputError, match="--backend tensorrt"):
+        BACKENDS["onnxruntime-tensorrt"](bundle, "int8")
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")  # put back afterwards
+    with pytest.raises(InputError, match=r"fell back to CPUExecutionProvider.*TensorRT 10, not 11"):
+        OnnxRuntime(bundle.variant("fp32"), "TensorrtExecutionProvider")
