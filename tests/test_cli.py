@@ -126,6 +126,7 @@ def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Pat
     assert doctor["backends"]["torch"]["fp32"].startswith("works")
     assert "mpdsgr-deploy[gpu]" in doctor["backends"]["onnxruntime-cuda"]["fp32"]
     assert "[train]" in mpdsgr("doctor").stdout
+    assert_input_error(mpdsgr("doctor", tmp_path), "not a bundle")
     listed = json.loads(mpdsgr("recipes", "--json").stdout)
     assert listed["digits-mpdsgr"] == {"title": "MPD-SGR on the digits.", "published": None}
     assert listed["cifar10-vgg11-mpdsgr"]["published"]["fgsm"] == 47.59
