@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import hardware
+from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.settings import Settings, prepared
@@ -25,12 +25,7 @@ REPETITIONS = 3
 SECONDS = 20.0  # after which no further candidate is begun
 
 
-class Opener(Protocol):
-    """What makes a predictor of an ONNX file with given settings."""
-
-    def __call__(self, model: Path, *, settings: Settings) -> AbstractContextManager[Predictor]: ...
-
-
+Opener = Callable[..., AbstractContextManager[Predictor]]
 OPENERS: dict[str, Opener] = {"openvino": OpenVino, "onnxruntime-cpu": OnnxRuntime}
 
 
@@ -44,13 +39,14 @@ def tune(
     """
     if batch is not None:
         raise InputError(f"{backend} needs no --batch: its settings are measured for all; leave it out")
-    model = bundle.variant(precision)
+    noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
+    opener = partial(OPENERS[backend], bundle.variant(precision), noise=noise)
     images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
     deadline = time.monotonic() + SECONDS
     cores = int(hardware()["cores"])
-    best = _fastest(backend, model, images, deadline, [Settings(threads=cores, chunk=chunk) for chunk in CHUNKS])
+    best = _fastest(opener, images, deadline, [Settings(threads=cores, chunk=chunk) for chunk in CHUNKS])
     fewer = [Settings(threads=threads, chunk=best.chunk) for threads in halvings(cores)]
-    best = _fastest(backend, model, images, deadline, [best, *fewer])
+    best = _fastest(opener, images, deadline, [best, *fewer])
     found = prepared(bundle, backend, precision, best)
     return bundle.add(found), found
 
@@ -63,20 +59,23 @@ def halvings(cores: int) -> Iterator[int]:
 
 
 def _fastest(
-    backend: str, model: Path, images: NDArray[np.float32], deadline: float, candidates: list[Settings]
+    opener: Opener,
+    images: NDArray[np.float32],
+    deadline: float,
+    candidates: list[Settings],
 ) -> Settings:
     """The fastest of the candidates that there is time for, the first in any case, with its milliseconds."""
     measured: list[Settings] = []
     for candidate in candidates:
         if measured and time.monotonic() > deadline:
-            log.info("%s: %.0f s are over, the rest is not measured", backend, SECONDS)
+            log.info("%.0f s are over, the rest is not measured", SECONDS)
             break
         if candidate.milliseconds:
             measured.append(candidate)
             continue
-        with OPENERS[backend](model, settings=candidate) as predictor:
+        with opener(settings=candidate) as predictor:
             found = {str(batch): milliseconds(predictor, images[:batch]) for batch in BATCHES}
-        log.info("%s: %d threads, chunks of %d: %s ms", backend, candidate.threads, candidate.chunk, found)
+        log.info("%d threads, chunks of %d: %s ms", candidate.threads, candidate.chunk, found)
         measured.append(candidate.model_copy(update={"milliseconds": found}))
     return min(measured, key=lambda settings: math.prod(settings.milliseconds.values()))
 
