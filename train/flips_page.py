@@ -200,7 +200,7 @@ def law(rows: Rows) -> str:
         "Median over the layers of all networks [tenth, nine tenths]; layers that round nothing are left out. 1 is "
         "what a difference that does not depend on the potential predicts."
     )
-    return f"{markdown([*columns, 'passed on from layers before, %'], lines)}\n\n{note}"
+    return f"{markdown([*columns, 'passed on, %'], lines)}\n\n{note}"
 
 
 def neurons(rows: Rows) -> str:
@@ -252,7 +252,7 @@ def sources(rows: Rows) -> str:
         machine = found["hardware"]
         lines.add(
             f"- {result.table}: {result.network}, the first {result.n} test images of {result.data}; {machine['cpu']}, "
-            f"{machine['cores']} core; {versions}; revision {found['revision']}"
+            f"cores: {machine['cores']}; {versions}; revision {found['revision']}"
         )
     return "\n".join(sorted(lines))
 
