@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -5,26 +6,28 @@ import onnx
 import pytest
 import torch
 from conftest import small_recipe
+from sklearn.datasets import load_digits
 
-from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import WEIGHTS, Bundle
+from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.export import export
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.simplify import fold_norm, simplify
+from mpdsgr_deploy.export.simplify import PASSES, Pass, fold_norm, simplify, sum_before_readout
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.torch_model import TorchModel
-from mpdsgr_deploy.snn import SpikingLayer
+from mpdsgr_deploy.snn import LIFState, SpikingLayer, lif
 
 
-def warmed_up(name: str, shape: tuple[int, int, int], reset: str) -> SpikingNet:
+def warmed_up(name: str, shape: tuple[int, int, int], reset: str, readout: str = "mean") -> SpikingNet:
     """A random network whose tdBN has seen data and has a lambda and beta worth folding."""
     torch.manual_seed(0)
     values = {
-        "model": {"name": name, "width": 0.1},
+        "model": {"name": name, "width": 0.1, "readout": readout},
         "encoding": {"T": 3},
         "neuron": {"reset": reset, "v_threshold": 0.8},
     }
@@ -96,12 +99,81 @@ def test_in_a_residual_block_only_the_norm_behind_a_convolution_is_folded() -> N
     assert folded.layers()[-1].norm is not None
 
 
-def test_parity_on_a_trained_network_over_the_whole_test_set(bundle: Bundle) -> None:
-    x = load_test(bundle.manifest.recipe.data).unit()
+def step_by_step(model: SpikingNet, x: torch.Tensor) -> torch.Tensor:
+    """A plain VGG, unrolled in the most literal way: every layer at every step, nothing folded, nothing shared."""
+    states: dict[int, LIFState] = {}
+    outputs = []
+    for _ in range(model.T):
+        value = model.normalize(x)
+        for number, module in enumerate(model.body):
+            if not isinstance(module, SpikingLayer):
+                value = module(value)
+                continue
+            current = module.synapse(value)
+            current = current if module.norm is None else module.norm(current)
+            (states[number],) = lif([current], states.get(number), **constants(module))
+            value = states[number].spikes
+        outputs.append(torch.nn.functional.linear(value, model.readout.weight, model.readout.bias))
+    return sum(w * y for w, y in zip(model.readout.over_time, outputs, strict=True))
+
+
+def constants(layer: SpikingLayer) -> dict[str, object]:
+    neuron = layer.neuron
+    return {name: getattr(neuron, name) for name in ("tau", "v_threshold", "reset", "surrogate")}
+
+
+@pytest.mark.parametrize("passes", [(), *((single,) for single in PASSES), PASSES])
+def test_every_pass_leaves_the_plain_unrolled_network_as_it_is(passes: tuple[Pass, ...], bundle: Bundle) -> None:
+    """On a trained network and 1,000 images; no pass at all is time folded into the batch, which is the model's own."""
+    manifest = bundle.manifest
+    model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, 10)
+    x = torch.from_numpy(thousand_digits())
+    with torch.no_grad():
+        expected, found = step_by_step(model, x), simplify(model, passes)(x)
+    parity = compare(expected.numpy(), found.numpy())
+    assert parity.labels_differ == 0
+    assert parity.within_tolerance == 1000, parity
+
+
+def thousand_digits() -> np.ndarray:
+    """1,000 of the digits as float32 [1000, 1, 8, 8], trained on or not."""
+    return (load_digits().images[:1000, None] / 16).astype(np.float32)
+
+
+def test_parity_of_the_exported_network_on_a_thousand_images(bundle: Bundle) -> None:
+    x = thousand_digits()
     with OnnxRuntime(bundle.variant("fp32")) as artefact:
         parity = compare(TorchModel.from_bundle(bundle)(x), artefact(x))
     assert parity.labels_differ == 0
     assert parity.max_abs <= 1e-5, parity
+
+
+def test_membrane_readout_is_summed_before_the_last_layer() -> None:
+    model = warmed_up("vgg-small", (3, 16, 16), "soft", readout="membrane")
+    model.readout.bias.data.uniform_(-1, 1)
+    x = torch.rand(8, 3, 16, 16)
+    torch.testing.assert_close(simplify(model, [sum_before_readout])(x), step_by_step(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vgg-small", "wrn16-4"])
+def test_each_rewrite_of_the_graph_does_what_it_says(name: str) -> None:
+    """A product runs once a layer, the first one on B images and the others on T * B; time is one Split, one Concat."""
+    model = warmed_up(name, (3, 16, 16), "hard")
+    graph = to_graph(simplify(model), (3, 16, 16)).graph
+    nodes = Counter(node.op_type for node in graph)
+    products = [node for node in graph if node.op_type in ("Conv", "Gemm")]
+    first, *others, last = (str(node.outputs[0].shape[0]) for node in products)
+    assert (first, last, set(others)) == ("batch", "batch", {"3*batch"})
+    assert len(products) == sum(isinstance(m, torch.nn.Conv2d | torch.nn.Linear) for m in model.modules())
+    layers = len(model.layers())
+    assert nodes["Concat"] == layers
+    assert nodes["Split"] == layers - 1  # the first layer's current is the same at every step
+    assert nodes.keys().isdisjoint(
+        {"Slice", "Squeeze", "Unsqueeze", "Shape", "Expand", "Gather", "Constant", "Identity"}
+    )
+    assert {n.name for n in products} >= {layer.name for layer in model.layers() if layer.norm is None}
+    spikes = [v.name for node in graph for v in node.outputs if v.name.startswith("spikes/")]
+    assert spikes == [f"spikes/{layer.name}/{t}" for layer in model.layers() for t in range(3)]
 
 
 def test_the_file_is_clean(bundle: Bundle) -> None:

@@ -16,6 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
 from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.precision import PRECISIONS, convert
+from mpdsgr_deploy.export.precision import plan as precisions_of_layers
 from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import MODELS, build_model
 from mpdsgr_deploy.recipe import Recipe
@@ -88,14 +90,16 @@ SYNAPSES = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_becomes_an_engine(name: str, tmp_path: Path) -> None:
+def test_every_model_becomes_an_engine_in_every_precision(name: str, tmp_path: Path) -> None:
     shape = (3, 32, 32) if name == "vgg16" else (3, 16, 16)
     recipe = Recipe.model_validate({"model": {"name": name, "width": 0.1}, "encoding": {"T": 2}})
-    save(to_graph(simplify(build_model(recipe, shape, 10).eval()), shape), tmp_path / "model.onnx")
-    plan = build_engine(RTX, tmp_path / "model.onnx", (1, 8, 64))
-    weights = sum(tensor.ByteSize() for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer)
-    assert len(plan) > weights  # the network is in it
-    check_header(plan)
+    graph = to_graph(simplify(build_model(recipe, shape, 10).eval()), shape)
+    for precision in PRECISIONS:
+        save(convert(graph, precisions_of_layers(graph, precision)), tmp_path / "model.onnx")
+        plan = build_engine(RTX, tmp_path / "model.onnx", (1, 8, 64))
+        weights = sum(tensor.ByteSize() for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer)
+        assert len(plan) > weights  # the network is in it
+        check_header(plan)
 
 
 def check_header(plan: bytes) -> None:

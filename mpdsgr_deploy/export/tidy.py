@@ -36,14 +36,21 @@ def split_steps(node: ir.Node) -> None:
 
 
 def join_steps(node: ir.Node) -> None:
-    """An Unsqueeze a step, their Concat to [T, B, ...] and its Reshape to [T*B, ...]: one Concat of the steps."""
+    """An Unsqueeze a step, their Concat to [T, B, ...] and its Reshape: one Concat of the steps to [T*B, ...]."""
     stacked = [made_by(value, "Unsqueeze") for value in node.inputs]
     steps = [data(unsqueeze) for unsqueeze in stacked if unsqueeze is not None]
     if node.op_type != "Concat" or len(steps) < len(stacked):
         return
     for user in node.outputs[0].consumers():
-        if user.op_type == "Reshape" and _rank(user.outputs[0]) == _rank(steps[0]):
-            _replace(user.outputs[0], insert(user, "Concat", steps, {"axis": 0})[0])
+        target = constant(user.inputs[1]) if user.op_type == "Reshape" else None
+        if target is None or not target.all():  # a 0 would copy a dimension that is no longer there
+            continue
+        (joined,) = insert(user, "Concat", steps, {"axis": 0})
+        joined.type = steps[0].type
+        if _rank(user.outputs[0]) == _rank(steps[0]):
+            _replace(user.outputs[0], joined)
+        else:
+            user.replace_input_with(0, joined)
 
 
 def cancel_views(node: ir.Node) -> None:

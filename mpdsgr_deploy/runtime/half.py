@@ -4,11 +4,21 @@ onnxruntime has no float16 arithmetic on a CPU. It computes such nodes in float3
 for superfluous: of a float16 network only the weights are rounded. Rounding written down as casts it respects.
 """
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def for_cpu(model: Path) -> str | bytes:
+    """What onnxruntime should load on a CPU: the file itself, or its `rounded_as_written` if it holds float16."""
+    network = onnx.load(model)
+    if not any(tensor.data_type == FLOAT16 for tensor in network.graph.initializer):
+        return str(model)
+    return rounded_as_written(network).SerializeToString()
 
 
 def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:

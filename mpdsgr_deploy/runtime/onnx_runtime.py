@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.runtime.half import for_cpu
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.settings import Settings
@@ -52,7 +53,8 @@ class OnnxRuntime:
         if provider == TENSORRT:
             os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option against TF32; read by its libraries
         try:
-            self._session: Any = ort.InferenceSession(str(model), options, providers=[(provider, OPTIONS[provider])])
+            network = for_cpu(model) if provider == CPU else str(model)
+            self._session: Any = ort.InferenceSession(network, options, providers=[(provider, OPTIONS[provider])])
         except Exception as error:  # onnxruntime's errors share no public base class
             raise InputError(f"onnxruntime cannot load {model} on {provider}: {error}") from error
         used = self._session.get_providers()[0]
