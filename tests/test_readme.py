@@ -20,7 +20,7 @@ def test_the_path_of_commands(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("L", (20, 30), 128).save(tmp_path / "photos" / "grey.png")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    names = ["recipes", "train", "inspect", "export", "validate", "predict", "build", "doctor"]
+    names = ["recipes", "train", "inspect", "export", "inspect", "validate", "predict", "build", "doctor"]
     assert [line.split()[1] for line in COMMANDS] == names
     for line in COMMANDS:
         done = subprocess.run(
