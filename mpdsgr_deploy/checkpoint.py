@@ -79,6 +79,12 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     return checkpoint
 
 
+def load_network(directory: Path) -> tuple[Checkpoint, "SpikingNet"]:
+    """The checkpoint in `directory` and its network, as `load_checkpoint` and `load_model` give them."""
+    found = load_checkpoint(directory)
+    return found, load_model(directory / found.weights, found.recipe, found.shape, len(found.labels))
+
+
 def load_model(weights: Path, recipe: Recipe, shape: tuple[int, int, int], classes: int) -> "SpikingNet":
     """Rebuild the network of a recipe and fill it with safetensors weights; in eval mode, on the CPU.
 

@@ -39,6 +39,10 @@ class Data(Section):
     image_size: Count | None = None  # imagefolder only: shorter side resized to this, centre cropped
     frames: Count | None = None  # n-mnist only: frames a recording is cut into; with encoding "frames" T equals it
 
+    def at(self, root: str | None) -> "Data":
+        """The same data set where its files lie in `root`; None: where this says."""
+        return self if root is None else self.model_copy(update={"root": root})
+
 
 class Model(Section):
     """Which architecture; `mpdsgr_deploy.models.MODELS` holds the names."""
@@ -144,7 +148,7 @@ class Recipe(Section):
 
     def portable(self) -> "Recipe":
         """The same without what belongs to one machine: data.root back to its default."""
-        return self.model_copy(update={"data": self.data.model_copy(update={"root": Data().root})})
+        return self.model_copy(update={"data": self.data.at(Data().root)})
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

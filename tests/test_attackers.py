@@ -13,6 +13,7 @@ from mpdsgr_deploy.attacks import cw_l2, expectation, pgd
 from mpdsgr_deploy.attacks.attacker_surrogate import RateBackward, parse_surrogate, with_surrogate
 from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
@@ -128,6 +129,11 @@ def test_surrogates_are_named_with_their_parameter() -> None:
             parse_surrogate(name)
 
 
+def noisy_network(run: Path) -> TorchModel:
+    found, model = load_network(run / "best")
+    return TorchModel(model, found.shape, found.recipe.validation.seed)
+
+
 @pytest.fixture(scope="module")
 def noisy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("noisy") / "run"
@@ -137,7 +143,7 @@ def noisy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stochastic_network_is_repeatable_and_its_attacker_draws_other_noise(noisy_run: Path) -> None:
-    model, (x, y) = TorchModel.from_checkpoint(noisy_run), digits(8)
+    model, (x, y) = noisy_network(noisy_run), digits(8)
     assert model.stochastic
     assert np.array_equal(model(x), model(x))
     attacker = model.attacker()
@@ -175,7 +181,7 @@ def test_a_bundle_evaluates_as_its_checkpoint_and_transfer_is_checked(bundle: Bu
 
 def test_strong_pgd_on_a_stochastic_network_is_no_weaker_than_its_last_iterate(noisy_run: Path) -> None:
     """An image that fooled one draw of the noise is not dropped: under other noise the network may be right again."""
-    model, (x, y) = TorchModel.from_checkpoint(noisy_run), digits(120)
+    model, (x, y) = noisy_network(noisy_run), digits(120)
     settings = {"eps": 0.1, "step": 0.025, "steps": 8}
     attacked = {keep: pgd(model.attacker(draws=2), x, y, **settings, keep=keep) for keep in ("last", "broken", "worst")}
     right = {keep: (model(images).argmax(1) == y).sum() for keep, images in attacked.items()}

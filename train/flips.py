@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from flips_page import RESULTS, FlipResult, LayerFlips, VariantFlips, write_page
 
-from mpdsgr_deploy.checkpoint import load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.flips import Flips, compare_spikes
 from mpdsgr_deploy.errors import InputError, MpdsgrError
@@ -71,11 +71,9 @@ def measure(run: Path, *, root: str, images: int) -> FlipResult:
     name = RUN.fullmatch(run.name)
     if name is None:
         raise InputError(f"{run} is not called ROW-seedN-HASH, as `train/reproduce.py` calls its runs")
-    last = run / "last"
-    checkpoint = load_checkpoint(last)
+    checkpoint, model = load_network(run / "last")
     recipe = checkpoint.recipe
-    model = load_model(last / checkpoint.weights, recipe, checkpoint.shape, len(checkpoint.labels))
-    test = load_test(recipe.data.model_copy(update={"root": root}))[:images]
+    test = load_test(recipe.data.at(root))[:images]
     network = to_graph(simplify(model), checkpoint.shape)
     found = compare_spikes(
         ir.to_proto(network), variants(network, model), test.unit(), v_threshold=recipe.neuron.v_threshold

@@ -8,7 +8,7 @@ import torch
 from result import Result, result_path
 from sensitivity import sensitivity
 
-from mpdsgr_deploy.checkpoint import FILE, load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.recipe import Recipe
@@ -33,15 +33,11 @@ def measure(table: str, row: str, recipe: Recipe, *, runs: Path, root: str, fold
     InputError as training and evaluation do.
     """
     run = run_directory(runs, table, row, recipe)
-    train(recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})}), run, resume=True)
+    train(recipe.model_copy(update={"data": recipe.data.at(root)}), run, resume=True)
     last = run / "last"
-    checkpoint = load_checkpoint(last)
-    if checkpoint.recipe != recipe:  # trained when the table asked for another attack: take this one
-        checkpoint = checkpoint.model_copy(update={"recipe": recipe})
-        write_atomic(last / FILE, checkpoint.model_dump_json(indent=1).encode())
-    evaluation = evaluate(last, root=root, limit=recipe.validation.limit)
-    images = load_test(recipe.data.model_copy(update={"root": root}))
-    model = load_model(last / checkpoint.weights, recipe, checkpoint.shape, len(checkpoint.labels))
+    evaluation = evaluate(last, recipe=recipe, root=root)  # the table's attack, whatever it asked for when this trained
+    images = load_test(recipe.data.at(root))
+    checkpoint, model = load_network(last)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     history = checkpoint.history
     result = Result(

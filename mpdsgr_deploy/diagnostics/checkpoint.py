@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.diagnostics.measure import measure
@@ -34,13 +34,11 @@ def plot_checkpoint(
     the statistics of all layers. Raises InputError for a damaged checkpoint, missing data, an unknown layer, or an
     `out` that is not ours.
     """
-    source = find_checkpoint(directory)
-    checkpoint = load_checkpoint(source)
+    checkpoint, model = load_network(find_checkpoint(directory))
     recipe = checkpoint.recipe
-    model = load_model(source / checkpoint.weights, recipe, checkpoint.shape, len(checkpoint.labels))
     known = {layer.name: layer for layer in model.layers()}
     chosen = {choose("layer", known, name).name for name in layers} or set(known)
-    config = recipe.data if root is None else recipe.data.model_copy(update={"root": root})
+    config = recipe.data.at(root)
     found = load_test(config)
     found.require_kind(config.name, checkpoint.shape, checkpoint.labels)
     claim_directory(out, OVERVIEW, "set of plots")

@@ -89,7 +89,7 @@ def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[
     manifest = bundle.manifest
     data = manifest.recipe.data
     try:
-        found = load_test(data if root is None else data.model_copy(update={"root": root}))
+        found = load_test(data.at(root))
     except InputError as error:
         if root is not None:
             raise

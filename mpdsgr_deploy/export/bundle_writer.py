@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
-from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, save, to_graph
@@ -52,8 +52,7 @@ def export(
     variants = ["fp32", *(choose("precision", dict.fromkeys(PRECISIONS, p), p) for p in precisions if p != "fp32")]
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir)
-    checkpoint = load_checkpoint(source)
-    model = load_model(source / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
+    checkpoint, model = load_network(source)
     images = _test_images(checkpoint, root, limit)
     if images is None and max_drop is not None:
         raise InputError("--max-drop needs the data set's test images; say with --root where they are")
@@ -97,9 +96,7 @@ def export(
 
 
 def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) -> Images | None:
-    config = checkpoint.recipe.data
-    if root is not None:
-        config = config.model_copy(update={"root": root})
+    config = checkpoint.recipe.data.at(root)
     try:
         images = load_test(config)
     except InputError as error:

@@ -45,8 +45,8 @@ def plan(model: ir.Model, precision: str) -> dict[str, str]:
 
     int8 and fp8 hold for products of spikes, whose grid the format represents exactly. The first product, of an image,
     stays in float32, for the flips it makes are passed on by all others: in int8 it would make 2.5 times as many, in
-    float16 1.15 times (train/results/flips). So does the last, which costs neither accuracy nor time: with direct coding
-    both run once for all steps.
+    float16 1.15 times (train/results/flips). So does the last, at no cost: with direct coding both run once for all
+    steps.
     """
     nodes = products(model)
     if precision in FLOATS:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +12,7 @@ from mpdsgr_deploy.attacks import expectation
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Differentiable, Gradient
@@ -71,14 +70,6 @@ class TorchModel:
         shape = manifest.input_shape
         model = load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels))
         return cls(model, shape, manifest.recipe.validation.seed, noise)
-
-    @classmethod
-    def from_checkpoint(cls, directory: Path) -> Self:
-        """The network of a checkpoint, or of a training run's best one. Raises InputError as loading does."""
-        source = find_checkpoint(directory)
-        found = load_checkpoint(source)
-        model = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
-        return cls(model, found.shape, found.recipe.validation.seed)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)

@@ -7,11 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import health
@@ -43,20 +44,26 @@ class Evaluation(BaseModel):
 
 
 def evaluate(
-    checkpoint_dir: Path, *, root: str | None = None, limit: int | None = None, transfer: Path | None = None
+    checkpoint_dir: Path,
+    *,
+    recipe: Recipe | None = None,
+    root: str | None = None,
+    limit: int | None = None,
+    transfer: Path | None = None,
 ) -> Evaluation:
     """Attack the network of a checkpoint (or of a training run: its best one) as its recipe says.
 
-    root and limit override the recipe's test images; transfer is the checkpoint of another network whose attacked
-    images are tried as well. Raises InputError for missing data or a damaged checkpoint.
+    recipe: attacks and test images of another one instead. root and limit override the recipe's test images; transfer
+    is the checkpoint of another network whose attacked images are tried as well. Raises InputError for missing data or
+    a damaged checkpoint.
     """
-    checkpoint = load_checkpoint(find_checkpoint(checkpoint_dir))
-    recipe = checkpoint.recipe
-    data = recipe.data if root is None else recipe.data.model_copy(update={"root": root})
+    checkpoint, network = load_network(find_checkpoint(checkpoint_dir))
+    recipe = recipe or checkpoint.recipe
+    data = recipe.data.at(root)
     images = load_test(data)[: limit or recipe.validation.limit]
     images.require_kind(data.name, checkpoint.shape, checkpoint.labels)
     x, y = images.unit(), images.classes
-    model = TorchModel.from_checkpoint(checkpoint_dir)
+    model = TorchModel(network, checkpoint.shape, recipe.validation.seed)
     other = other_network(transfer, images)
     attackers = torch_attackers(model, recipe.attack, other)
     monitor = health.GradientMonitor(attackers.trained)
@@ -84,13 +91,7 @@ def evaluate(
         images=rule,
         seed=recipe.validation.seed,
         rows=rows,
-        health=[
-            health.check_budget(faults, rule),
-            health.check_order(verdicts),
-            *([health.check_transfer(verdicts)] if other else []),
-            health.check_gradients(monitor),
-            health.check_compared(len(y)),
-        ],
+        health=health.attack_checks(faults, rule, verdicts, monitor, len(y)),
         provenance=provenance(),
     )
 
@@ -99,7 +100,7 @@ def other_network(checkpoint_dir: Path | None, images: Images) -> TorchModel | N
     """The network to transfer attacks from, if any. Raises InputError if it was not made for such images."""
     if checkpoint_dir is None:
         return None
-    found = load_checkpoint(find_checkpoint(checkpoint_dir))
+    found, network = load_network(find_checkpoint(checkpoint_dir))
     if (found.shape, found.labels) != (images.shape, images.labels):
         raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
-    return TorchModel.from_checkpoint(checkpoint_dir)
+    return TorchModel(network, found.shape, found.recipe.validation.seed)

@@ -65,6 +65,22 @@ def budget_faults(clean: NDArray[np.float32], attacked: Condition) -> list[str]:
     return []
 
 
+def attack_checks(
+    faults: list[str], rule: str, correct: Mapping[str, NDArray[np.bool_]], monitor: GradientMonitor, n: int
+) -> list[Check]:
+    """The checks that need no artefact: 1, 2, 3 where images of another network were tried, 7 and 9.
+
+    correct: the attacked network's verdicts [N] under each condition within eps.
+    """
+    return [
+        check_budget(faults, rule),
+        check_order(correct),
+        *([check_transfer(correct)] if "transfer" in correct else []),
+        check_gradients(monitor),
+        check_compared(n),
+    ]
+
+
 def check_budget(faults: list[str], rule: str) -> Check:
     """Check 1: the attacked images obey the attack's rules, and it is stated which images they are."""
     return Check(

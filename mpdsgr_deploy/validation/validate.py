@@ -68,14 +68,9 @@ def validate(
         worst = [np.logical_and.reduce(columns) for columns in zip(*verdicts.values(), strict=True)]
         rows.append(Row.of("worst", "right under every condition within eps", *worst))
         attacked = {name: correct[0] for name, correct in verdicts.items()}
-        checks = [
-            health.check_budget(faults, rule),
-            health.check_order(attacked),
-            *([health.check_transfer(attacked)] if transfer else []),
-            health.check_gradients(monitor),
-            health.check_function(artefact, health.fresh_process(bundle.path, backend, precision), x),
-            health.check_compared(min(row.n for row in rows)),
-        ]
+        function = health.check_function(artefact, health.fresh_process(bundle.path, backend, precision), x)
+        found = health.attack_checks(faults, rule, attacked, monitor, min(row.n for row in rows))
+        checks = sorted([*found, function], key=lambda check: check.number)
     invalid = [f"check {c.number} ({c.name}) failed: {c.saw}; {c.advice}" for c in checks if not c.passed]
     failures = gate.failures(rows)
     verdict: Verdict = "invalid" if invalid else "fail" if failures else "pass"
