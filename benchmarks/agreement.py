@@ -1,0 +1,110 @@
+"""How often precisions agree with float32 on a trained network, on clean test images and on attacked ones.
+
+    mpdsgr train benchmarks/agreement.toml --out runs/agreement
+    python benchmarks/agreement.py runs/agreement --root data
+
+The attack is the recipe's PGD on the torch network, so that every precision meets the same pixels; attacked are as many
+of the first test images as `--attacked` says. OpenVINO runs int8 in int8 arithmetic; onnxruntime rounds float16 as the
+file says.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.export.simplify import simplify
+from mpdsgr_deploy.export.trial import attack
+from mpdsgr_deploy.progress import show_progress
+from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.runtime.openvino import OpenVino
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.validation.rows import Row
+
+NAME = "agreement"
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--root", default="data", show_default=True, help="Where the data set lies.")
+@click.option("--images", type=click.IntRange(1), default=10_000, show_default=True, help="Clean test images.")
+@click.option("--attacked", type=click.IntRange(1), default=1000, show_default=True, help="Attacked test images.")
+def main(run: Path, root: str, images: int, attacked: int) -> None:
+    """Compare the precisions of RUN's best network, write the result and the table."""
+    show_progress()
+    result = {**measure(run, root, images, attacked), "provenance": provenance()}
+    figures.publish(NAME, result, render(result))
+    click.echo(render(result))
+
+
+def measure(run: Path, root: str, images: int, attacked: int) -> dict[str, Any]:
+    """Labels equal to float32's and paired verdicts, for each precision, on clean and on attacked images."""
+    checkpoint, model = load_network(find_checkpoint(run))
+    recipe = checkpoint.recipe
+    test = load_test(recipe.data.at(root))[:images]
+    network = TorchModel(model, checkpoint.shape, recipe.validation.seed)
+    x = {"clean": test.unit(), "attacked": attack(network, recipe, test[:attacked])}
+    graph = to_graph(simplify(model), checkpoint.shape)
+    labels: dict[str, dict[str, NDArray[np.int64]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in PRECISIONS:
+            path = Path(folder) / f"model.{precision}.onnx"
+            save(convert(graph, plan(graph, precision)), path)
+            backend = OnnxRuntime if precision == "fp16" else OpenVino
+            with backend(path, noise=network.noise) as predictor:
+                labels[precision] = {
+                    kind: predict(predictor, pixels, what=f"{precision}, {kind}").argmax(1)
+                    for kind, pixels in x.items()
+                }
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "epoch": checkpoint.epoch,
+        "attack": f"PGD, eps {recipe.attack.eps:.4g}, {recipe.attack.steps} steps of {recipe.attack.step:.4g}",
+        "rows": [
+            {"precision": precision, "images": name, **compare(labels["fp32"][name], found[name], test.classes)}
+            for name in x
+            for precision, found in labels.items()
+        ],
+    }
+
+
+def compare(exact: NDArray[np.int64], found: NDArray[np.int64], classes: NDArray[np.int64]) -> dict[str, Any]:
+    """Labels [N] of a precision beside those of float32, and the verdicts of both paired."""
+    y = classes[: len(exact)]
+    row = Row.of("", "", exact == y, found == y)
+    return {
+        "n": row.n,
+        "equal": int((exact == found).sum()),
+        "correct": row.artefact.correct,
+        **row.flips.model_dump(),
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """The Markdown table."""
+    lines = [
+        "| images | precision | n | labels equal to fp32's | correct | newly wrong | newly right | McNemar's p |",
+        "|---" * 8 + "|",
+    ]
+    for row in result["rows"]:
+        n = row["n"]
+        cells = [row["images"], row["precision"], n, f"{row['equal']} ({row['equal'] / n:.2%})"]
+        cells += [f"{row['correct']} ({row['correct'] / n:.2%})", row["newly_wrong"], row["newly_right"]]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['p_value']:.2g} |")
+    recipe = result["recipe"]
+    network = f"{recipe['model']['name']}, width {recipe['model']['width']:g}, T = {recipe['encoding']['T']}"
+    told = f"{network}, on {recipe['data']['name']}, epoch {result['epoch']}. {result['attack']}."
+    return "\n".join([*lines, "", f"{told} {figures.source(result)}", ""])
+
+
+if __name__ == "__main__":
+    main()
