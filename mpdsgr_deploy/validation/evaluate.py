@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
@@ -100,7 +100,9 @@ def other_network(checkpoint_dir: Path | None, images: Images) -> TorchModel | N
     """The network to transfer attacks from, if any. Raises InputError if it was not made for such images."""
     if checkpoint_dir is None:
         return None
-    found, network = load_network(find_checkpoint(checkpoint_dir))
+    source = find_checkpoint(checkpoint_dir)
+    found = load_checkpoint(source)
     if (found.shape, found.labels) != (images.shape, images.labels):
         raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
+    network = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
     return TorchModel(network, found.shape, found.recipe.validation.seed)
