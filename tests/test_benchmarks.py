@@ -9,22 +9,36 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from mpdsgr_deploy.export.precision import PRECISIONS
 from mpdsgr_deploy.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import agreement
 import figures
 import gpu
 import memory
 import step
 
 
-@pytest.mark.parametrize("benchmark", [memory, step])
+@pytest.mark.parametrize("benchmark", [agreement, memory, step])
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = figures.load(benchmark.__name__)
     assert figures.shown(benchmark.__name__) == benchmark.render(result)
     assert result["provenance"]["hardware"]["cpu"]
     assert result["provenance"]["revision"]
+
+
+def test_precisions_of_a_small_network_are_compared_with_float32(run_dir: Path) -> None:
+    found = agreement.measure(run_dir, "data", images=60, attacked=20)
+    rows = {(row["images"], row["precision"]): row for row in found["rows"]}
+    assert list(rows) == [(images, p) for images in ("clean", "attacked") for p in PRECISIONS]
+    for (images, precision), row in rows.items():
+        exact = rows[images, "fp32"]
+        assert row["n"] == {"clean": 60, "attacked": 20}[images]
+        assert row["correct"] - exact["correct"] == row["newly_right"] - row["newly_wrong"]
+        assert row["n"] - row["equal"] >= row["newly_right"] + row["newly_wrong"]
+        assert precision != "fp32" or row["equal"] == row["n"]
 
 
 def test_every_sample_of_every_variant_is_there() -> None:
