@@ -229,10 +229,9 @@ def test_one_image_of_a_hundred_is_a_drop_of_exactly_one_hundredth() -> None:
     exact = np.eye(10, dtype=np.float32)[classes]
     wrong = exact.copy()
     wrong[7] = exact[8]
-    for kind in ("clean", "attacked"):
-        assert (
-            drop({"clean": exact, "attacked": exact}, {"clean": exact, "attacked": exact, kind: wrong}, classes) == 0.01
-        )
+    both = {"clean": exact, "attacked": exact}
+    for kind in both:
+        assert drop(both, {**both, kind: wrong}, classes) == 0.01
     assert drop({"clean": wrong}, {"clean": exact}, classes) == -0.01
 
 

@@ -82,7 +82,7 @@ class Trial:
         return Accuracy(data=self._recipe.data.name, correct=right(logits, self._classes), n=len(self._classes))
 
     def _moved(self, precision: str, layer: str) -> float:
-        """How far the logits lie from float32's, on average, if only this layer has the precision; inf: it overflows."""
+        """How far the logits lie from float32's, on average, if only this layer has the precision (inf: overflow)."""
         answers = self._answers(precision, {**plan(self._graph, "fp32"), layer: precision})
         moved = float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
         return inf if isnan(moved) else moved
