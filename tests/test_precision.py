@@ -215,7 +215,7 @@ def test_float16_that_overflows_is_refused_or_goes_back_to_float32(run_dir: Path
     """Weights beyond float16 for features that are always 0: 0 in float32, 0 times infinity in float16."""
     found = load_checkpoint(run_dir / "best")
     weights = load_file(run_dir / "best" / found.weights)
-    weights["body.4.norm.bias"][0] = -100.0
+    weights["body.3.norm.bias"][0] = -100.0
     weights["readout.weight"][:, 0] = 1e6
     save_checkpoint(tmp_path / "run", found, weights)
     with pytest.raises(EvaluationError, match="fp16 overflows"):

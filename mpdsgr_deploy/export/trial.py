@@ -47,6 +47,8 @@ class Trial:
         """
         layers = plan(self._graph, precision)
         answers = self._exact if precision == "fp32" else self._answers(precision, layers)
+        if precision == "fp32":
+            max_drop = None
         if max_drop is not None and drop(self._exact, answers, self._classes) > max_drop:
             layers, answers = self._within(max_drop, precision, layers)
         found = {name: self._accuracy(logits) for name, logits in answers.items()}
