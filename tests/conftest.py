@@ -9,6 +9,7 @@ import pytest
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.export import export
+from mpdsgr_deploy.export.precision import PRECISIONS
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.training import train
 
@@ -56,6 +57,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(run_dir: Path) -> Bundle:
     out = run_dir.parent / "bundle"
     export(run_dir, out)
+    return open_bundle(out)
+
+
+@pytest.fixture(scope="session")
+def precise(run_dir: Path) -> Bundle:
+    """The same network in every precision."""
+    out = run_dir.parent / "precise"
+    export(run_dir, out, precisions=PRECISIONS)
     return open_bundle(out)
 
 

@@ -1,8 +1,11 @@
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.reference
+import onnx_ir as ir
 import pytest
 import torch
 from conftest import small_recipe
@@ -14,7 +17,8 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.export import export
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.simplify import PASSES, Pass, fold_norm, simplify, sum_before_readout
+from mpdsgr_deploy.export.simplify import PASSES, Pass, encode_once, fold_norm, simplify, sum_before_readout
+from mpdsgr_deploy.export.tidy import tidy
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Recipe
@@ -44,11 +48,18 @@ def warmed_up(name: str, shape: tuple[int, int, int], reset: str, readout: str =
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "reset"), [("vgg-small", "soft"), *((name, "hard") for name in MODELS)])
-def test_every_model_exports_exactly_with_a_dynamic_batch(name: str, reset: str, tmp_path: Path) -> None:
+@cache
+def exported(name: str, reset: str = "hard") -> tuple[SpikingNet, ir.Model, tuple[int, int, int]]:
+    """A network, its graph and the shape of its images, for tests to read: the exporter takes its time."""
     shape = (3, 32, 32) if name == "vgg16" else (3, 16, 16)  # it halves its input five times
     model = warmed_up(name, shape, reset)
-    save(to_graph(simplify(model), shape), tmp_path / "model.onnx")
+    return model, to_graph(simplify(model), shape), shape
+
+
+@pytest.mark.parametrize(("name", "reset"), [("vgg-small", "soft"), *((name, "hard") for name in MODELS)])
+def test_every_model_exports_exactly_with_a_dynamic_batch(name: str, reset: str, tmp_path: Path) -> None:
+    model, graph, shape = exported(name, reset)
+    save(graph, tmp_path / "model.onnx")
     reference = TorchModel(model, shape)
     draw = np.random.default_rng(0)
     with OnnxRuntime(tmp_path / "model.onnx") as artefact:
@@ -158,8 +169,8 @@ def test_membrane_readout_is_summed_before_the_last_layer() -> None:
 @pytest.mark.parametrize("name", ["vgg-small", "wrn16-4"])
 def test_each_rewrite_of_the_graph_does_what_it_says(name: str) -> None:
     """A product runs once a layer, the first one on B images and the others on T * B; time is one Split, one Concat."""
-    model = warmed_up(name, (3, 16, 16), "hard")
-    graph = to_graph(simplify(model), (3, 16, 16)).graph
+    model, network, _ = exported(name)
+    graph = network.graph
     nodes = Counter(node.op_type for node in graph)
     products = [node for node in graph if node.op_type in ("Conv", "Gemm")]
     first, *others, last = (str(node.outputs[0].shape[0]) for node in products)
@@ -174,6 +185,53 @@ def test_each_rewrite_of_the_graph_does_what_it_says(name: str) -> None:
     assert {n.name for n in products} >= {layer.name for layer in model.layers() if layer.norm is None}
     spikes = [v.name for node in graph for v in node.outputs if v.name.startswith("spikes/")]
     assert spikes == [f"spikes/{layer.name}/{t}" for layer in model.layers() for t in range(3)]
+
+
+def test_an_identity_shortcut_carries_the_image_to_every_step() -> None:
+    """At this width a first block does not change the shape, so that its shortcut meets the image, encoded once."""
+    recipe = Recipe.model_validate({"model": {"name": "wrn16-4", "width": 0.02}, "encoding": {"T": 3}})
+    torch.manual_seed(0)
+    model = build_model(recipe, (3, 8, 8), 10)
+    model(torch.rand(8, 3, 8, 8))
+    assert model.eval().body[1].shortcut is None
+    x = torch.rand(5, 3, 8, 8)
+    torch.testing.assert_close(simplify(model, [encode_once])(x), model(x))
+
+
+def test_a_single_step_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(small_recipe(encoding={"T": 1}), (1, 8, 8), 10)
+    model(torch.rand(32, 1, 8, 8))
+    graph = to_graph(simplify(model.eval()), (1, 8, 8))
+    save(graph, tmp_path / "model.onnx")
+    spikes = [v.name for node in graph.graph for v in node.outputs if v.name.startswith("spikes/")]
+    assert spikes == [f"spikes/{layer.name}/0" for layer in model.layers()]
+    x = np.random.default_rng(0).random((5, 1, 8, 8), np.float32)
+    with OnnxRuntime(tmp_path / "model.onnx") as artefact:
+        assert compare(TorchModel(model, (1, 8, 8))(x), artefact(x)).holds
+
+
+@pytest.mark.parametrize(("T", "last"), [(2, 1), (3, 1), (3, 2)])
+def test_steps_are_split_only_where_all_of_them_are_taken(T: int, last: int, tmp_path: Path) -> None:
+    """y = x_0 - x_last of x [T * n, 2]: with a step left out, equal parts would be other steps."""
+    text = f"""<ir_version: 10, opset_import: ["": 21]> steps (float[rows, 2] images) => (float[batch, 2] logits)
+        <int64[3] shape = {{{T}, -1, 2}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] from = {{{last}}},
+         int64[1] to = {{{last + 1}}}> {{
+            steps = Reshape (images, shape)
+            first = Slice (steps, zero, one, zero)
+            a = Squeeze (first, zero)
+            other = Slice (steps, from, to, zero)
+            b = Squeeze (other, zero)
+            logits = Sub (a, b)
+        }}"""
+    network = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+    tidy(network)
+    save(network, tmp_path / "model.onnx")
+    assert ("Split" in {node.op_type for node in network.graph}) == (T == 2)
+    x = np.random.default_rng(0).random((6, 2), np.float32)
+    steps = x.reshape(T, -1, 2)
+    (found,) = onnx.reference.ReferenceEvaluator(onnx.load(tmp_path / "model.onnx")).run(None, {"images": x})
+    np.testing.assert_array_equal(found, steps[0] - steps[last])
 
 
 def test_the_file_is_clean(bundle: Bundle) -> None:

@@ -1,7 +1,6 @@
 """Spikes that differ between precisions, against hand-made networks and torch's own traces."""
 
 import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from mpdsgr_deploy.bundle import Bundle, Variant, seal, staged
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import load_test
@@ -24,7 +23,6 @@ from mpdsgr_deploy.diagnostics.flip_plots import by_density, by_layer
 from mpdsgr_deploy.diagnostics.flips import Flips, StepFlips, compare_spikes, flips_of
 from mpdsgr_deploy.diagnostics.trace import Recorder, firing_rates
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export.onnx_writer import save
 from mpdsgr_deploy.export.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.export.simplify import fold_norm, simplify
 from mpdsgr_deploy.models import SpikingNet
@@ -35,26 +33,8 @@ PRECISIONS = ("fp16", "int8", "fp8")
 
 
 @pytest.fixture(scope="module")
-def variants(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The shared bundle with all precisions."""
-    out = tmp_path_factory.mktemp("variants") / "bundle"
-    network = ir.load(bundle.variant("fp32"))
-    found = dict(bundle.manifest.variants)
-    with staged(out) as scratch:
-        for name in bundle.manifest.files:
-            shutil.copyfile(bundle.path / name, scratch / name)
-        for precision in PRECISIONS:
-            layers = plan(network, precision)
-            neurons = "fp16" if precision == "fp16" else "fp32"
-            save(convert(network, layers, neurons), scratch / f"model.{precision}.onnx")
-            found[precision] = Variant(file=f"model.{precision}.onnx", layers=layers, neurons=neurons)
-        fields = bundle.manifest.model_dump(exclude={"schema_version", "files", "digest", "variants"})
-        return seal(scratch, out, variants=found, **fields)
-
-
-@pytest.fixture(scope="module")
-def measured(variants: Bundle) -> dict[str, Flips]:
-    return {flips.precision: flips for flips in flips_of(variants, images=100)[1]}
+def measured(precise: Bundle) -> dict[str, Flips]:
+    return {flips.precision: flips for flips in flips_of(precise, images=100)[1]}
 
 
 def network(bundle: Bundle) -> SpikingNet:
@@ -69,16 +49,16 @@ def traced(model: SpikingNet, x: np.ndarray) -> dict[str, Trace]:
     return traces
 
 
-def test_recorded_potentials_and_spikes_are_those_that_torch_observes(variants: Bundle) -> None:
-    x = load_test(variants.manifest.recipe.data)[:8].unit()
-    recorded = Recorder(onnx.load(variants.variant("fp32")))(x)
-    traces = traced(network(variants), x)
+def test_recorded_potentials_and_spikes_are_those_that_torch_observes(precise: Bundle) -> None:
+    x = load_test(precise.manifest.recipe.data)[:8].unit()
+    recorded = Recorder(onnx.load(precise.variant("fp32")))(x)
+    traces = traced(network(precise), x)
     assert list(recorded.spikes) == [f"{layer}/{t}" for layer in traces for t in range(3)]
     for layer, trace in traces.items():
         for t, (u, spikes) in enumerate(trace.states):
             np.testing.assert_allclose(recorded.potentials[f"{layer}/{t}"], u.numpy(), rtol=0, atol=1e-5)
             np.testing.assert_array_equal(recorded.spikes[f"{layer}/{t}"], spikes.numpy())
-    rates = firing_rates(onnx.load(variants.variant("fp32")), x)
+    rates = firing_rates(onnx.load(precise.variant("fp32")), x)
     expected = {layer: np.mean([state.spikes.mean() for state in trace.states]) for layer, trace in traces.items()}
     assert rates == pytest.approx(expected, abs=1e-6)
 
@@ -146,9 +126,9 @@ def test_one_flip_is_found_where_it_happens_and_where_it_is_passed_on() -> None:
     assert flips.logits_moved == pytest.approx(1 / 8)
 
 
-def test_the_same_network_has_no_flips_and_batches_do_not_matter(variants: Bundle) -> None:
-    x = load_test(variants.manifest.recipe.data)[:11].unit()
-    fp32, int8 = (onnx.load(variants.variant(p)) for p in ("fp32", "int8"))
+def test_the_same_network_has_no_flips_and_batches_do_not_matter(precise: Bundle) -> None:
+    x = load_test(precise.manifest.recipe.data)[:11].unit()
+    fp32, int8 = (onnx.load(precise.variant(p)) for p in ("fp32", "int8"))
     same, whole = compare_spikes(fp32, {"same": fp32, "int8": int8}, x, 1.0)
     assert {(step.rate, step.moved, step.fresh, step.fresh_moved, step.first) for step in same.steps} == {(0,) * 5}
     assert (same.labels_changed, same.unflipped, same.logits_moved) == (0, 11, 0)
@@ -161,10 +141,10 @@ def test_the_same_network_has_no_flips_and_batches_do_not_matter(variants: Bundl
 
 
 def test_int8_flips_the_spikes_that_torch_flips_with_rounded_weights(
-    variants: Bundle, measured: dict[str, Flips]
+    precise: Bundle, measured: dict[str, Flips]
 ) -> None:
-    x = load_test(variants.manifest.recipe.data)[:100].unit()
-    model = network(variants)
+    x = load_test(precise.manifest.recipe.data)[:100].unit()
+    model = network(precise)
     rounded = simplify(model, [fold_norm])
     for layer in rounded.layers()[1:]:
         weights, scales = rounded_weights(layer.synapse.weight.detach().numpy(), FORMATS["int8"], np.dtype(np.float32))
@@ -227,8 +207,8 @@ def test_float16_is_rounded_as_numpy_rounds_it() -> None:
     assert (expected != (x * np.float32(np.float16(0.1)) + x).astype(np.float16)).mean() > 0.1  # the roundings matter
 
 
-def test_the_costs_are_those_counted_from_the_torch_modules(variants: Bundle) -> None:
-    model = network(variants)
+def test_the_costs_are_those_counted_from_the_torch_modules(precise: Bundle) -> None:
+    model = network(precise)
     folded = simplify(model, [fold_norm])
     # beside the parameters the image's mean and deviation, and the weights of the T = 3 outputs
     numbers = sum(parameter.numel() for parameter in folded.parameters()) + 2 + 3
@@ -244,29 +224,29 @@ def test_the_costs_are_those_counted_from_the_torch_modules(variants: Bundle) ->
     model(torch.rand(1, 1, 8, 8))
     products = list(counted.values())
     assert products[0] == 3 * 8 * 8 * model.layers()[0].synapse.out_channels * 9  # T = 3, 3x3 on one channel
-    for precision in variants.manifest.variants:
-        file = onnx.load(variants.variant(precision))
+    for precision in precise.manifest.variants:
+        file = onnx.load(precise.variant(precision))
         assert parameters(file) == numbers
         assert macs(file, 3).naive == sum(products)
         assert macs(file, 3).exported == sum(products[1:-1]) + (products[0] + products[-1]) // 3
 
 
-def test_inspect_shows_the_variants_and_their_flips(variants: Bundle, tmp_path: Path) -> None:
-    arguments = ["inspect", str(variants.path), "--flips", "--images", "30", "--plots", str(tmp_path / "plots")]
+def test_inspect_shows_the_variants_and_their_flips(precise: Bundle, tmp_path: Path) -> None:
+    arguments = ["inspect", str(precise.path), "--flips", "--images", "30", "--plots", str(tmp_path / "plots")]
     done = CliRunner().invoke(main, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     shown = json.loads(done.stdout)
     assert shown["measured on"] == "the first 30 test images of digits"
     assert [record["precision"] for record in shown["flips"]] == list(PRECISIONS)
-    expected = flips_of(variants, images=30)[1]
+    expected = flips_of(precise, images=30)[1]
     for record, flips in zip(shown["flips"], expected, strict=True):
         steps = [StepFlips(**step) for step in record.pop("steps")]
         assert Flips(**record, steps=steps) == flips
-    assert shown["int8 layers"] == "conv1 fp32, conv2 to conv3 int8, readout fp32; neurons fp32"
-    assert shown["fp16 layers"] == "conv1 to readout fp16; neurons fp16"
+    assert shown["int8 layers"] == "conv1 fp32, conv2 to conv3 int8, readout fp32"
+    assert shown["fp16 layers"] == "conv1 to readout fp16"
     assert shown["int8 parameters"] == shown["fp32 parameters"]
     assert shown["fp32 MACs an image"] < shown["fp32 MACs an image, every product at every step"]
-    rates = firing_rates(onnx.load(variants.variant("fp32")), variants.golden()[0])
+    rates = firing_rates(onnx.load(precise.variant("fp32")), precise.golden()[0])
     assert f"conv1 {rates['conv1']:.3f}, conv2" in shown["fp32 firing rates, golden inputs"]
     for name in ("flips.png", "density.png"):
         with Image.open(tmp_path / "plots" / name) as picture:
@@ -298,7 +278,7 @@ def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str
 
 
 def test_what_cannot_be_compared_is_one_line(
-    variants: Bundle, bundle: Bundle, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precise: Bundle, bundle: Bundle, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def error(*arguments: object) -> str:
         done = CliRunner().invoke(main, ["inspect", *map(str, arguments)])
@@ -307,9 +287,9 @@ def test_what_cannot_be_compared_is_one_line(
 
     assert "has one precision only" in error(bundle.path, "--flips")
     assert "is none" in error(run_dir, "--flips")
-    assert "add --flips" in error(variants.path, "--plots", tmp_path / "plots")
-    assert "without --layer" in error(variants.path, "--flips", "--layer", "conv1")
-    assert "add --plots" in error(variants.path, "--images", "5")
+    assert "add --flips" in error(precise.path, "--plots", tmp_path / "plots")
+    assert "without --layer" in error(precise.path, "--flips", "--layer", "conv1")
+    assert "add --plots" in error(precise.path, "--images", "5")
     unnamed = onnx.load(bundle.variant("fp32"))
     for node in unnamed.graph.node:
         for names in (node.input, node.output):
@@ -321,10 +301,10 @@ def test_what_cannot_be_compared_is_one_line(
         raise InputError("digits are not here")
 
     monkeypatch.setattr("mpdsgr_deploy.diagnostics.flips.load_test", no_data)
-    where, found = flips_of(variants)
+    where, found = flips_of(precise)
     assert where == f"{found[0].n} golden inputs (digits are not here)"
-    assert found[0].n == len(variants.golden()[0])
-    assert "digits are not here" in error(variants.path, "--flips", "--root", tmp_path)
+    assert found[0].n == len(precise.golden()[0])
+    assert "digits are not here" in error(precise.path, "--flips", "--root", tmp_path)
 
 
 def test_spans_of_layers_read_like_a_sentence() -> None:

@@ -7,19 +7,19 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import small_recipe
 from safetensors.torch import load_file
-from test_export import warmed_up
+from test_export import exported
+from test_stochastic_export import exported as exported_stochastic
 
-from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import load_checkpoint, save_checkpoint
-from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.export import export
+from mpdsgr_deploy.export.bundle_writer import _golden_rows
 from mpdsgr_deploy.export.grid import Grid, grids
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.onnx_writer import save
 from mpdsgr_deploy.export.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
-from mpdsgr_deploy.export.simplify import simplify
+from mpdsgr_deploy.export.trial import drop
 from mpdsgr_deploy.models import MODELS
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 
@@ -30,16 +30,7 @@ DRAW = np.random.default_rng(0)
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, ir.Model]:
     """One float32 graph of each kind of network, small."""
-    shapes = {name: (3, 32, 32) if name == "vgg16" else SHAPE for name in MODELS}
-    return {name: to_graph(simplify(warmed_up(name, shape, "hard")), shape) for name, shape in shapes.items()}
-
-
-@pytest.fixture(scope="module")
-def precise(run_dir: Path) -> Bundle:
-    """The shared network in all precisions."""
-    out = run_dir.parent / "precise"
-    export(run_dir, out, precisions=PRECISIONS)
-    return open_bundle(out)
+    return {name: exported(name)[1] for name in MODELS}
 
 
 def answer(model: ir.Model, x: np.ndarray, folder: Path) -> np.ndarray:
@@ -76,8 +67,7 @@ def test_spikes_and_pooled_spikes_have_grids_and_keep_to_them(
 
 
 def test_gated_spikes_have_a_grid_and_noisy_ones_have_none() -> None:
-    model, _ = build_defended(small_recipe(defence={"stog": {}}, encoding={"name": "rsc"}), (1, 8, 8), 10)
-    graph = to_graph(simplify(model.eval()), (1, 8, 8))
+    _, graph = exported_stochastic("rsc and stog")
     known = grids(graph)
     found = [known.get(node.inputs[0]) for node in products(graph).values()]
     assert found[0] is None  # pixels with noise
@@ -86,8 +76,7 @@ def test_gated_spikes_have_a_grid_and_noisy_ones_have_none() -> None:
 
 
 def test_a_poisson_encoding_is_quantised_from_the_first_layer_on() -> None:
-    model, _ = build_defended(small_recipe(encoding={"name": "poisson"}), (1, 8, 8), 10)
-    layers = plan(to_graph(simplify(model.eval()), (1, 8, 8)), "int8")
+    layers = plan(exported_stochastic("poisson")[1], "int8")
     assert list(layers.values()) == ["int8"] * (len(layers) - 1) + ["fp32"]
 
 
@@ -202,8 +191,9 @@ def test_a_layer_that_int8_ruins_goes_back_to_float16(run_dir: Path, tmp_path: P
     save_checkpoint(tmp_path / "run", found, weights)
     plain = export(tmp_path / "run", tmp_path / "plain", precisions=["int8"]).manifest.variants
     assert plain["fp32"].accuracy.share - plain["int8"].accuracy.share > 0.2
-    bundle = export(tmp_path / "run", tmp_path / "bundle", precisions=["int8"], max_drop=0.02)
+    bundle = export(tmp_path / "run", tmp_path / "bundle", precisions=["int8", "fp32", "int8"], max_drop=0.02)
     variants = bundle.manifest.variants
+    assert list(variants) == ["fp32", "int8"]
     assert variants["int8"].layers == {**plain["int8"].layers, "conv2": "fp16"}
     assert set(plain["int8"].layers.values()) == {"fp32", "int8"}
     for kind in ("accuracy", "attacked"):
@@ -215,10 +205,44 @@ def test_a_layer_that_int8_ruins_goes_back_to_float16(run_dir: Path, tmp_path: P
 def test_a_budget_that_nothing_meets_writes_nothing(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpdsgr_deploy.export.trial.Trial._drop", lambda self, answers: 0.5)
+    monkeypatch.setattr("mpdsgr_deploy.export.trial.drop", lambda exact, found, classes: 0.5)
     with pytest.raises(EvaluationError, match=r"int8 loses 50.00% of accuracy even with every layer in fp16"):
         export(run_dir, tmp_path / "bundle", precisions=["int8"], max_drop=0.01)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_float16_that_overflows_is_refused_or_goes_back_to_float32(run_dir: Path, tmp_path: Path) -> None:
+    """Weights beyond float16 for features that are always 0: 0 in float32, 0 times infinity in float16."""
+    found = load_checkpoint(run_dir / "best")
+    weights = load_file(run_dir / "best" / found.weights)
+    weights["body.3.norm.bias"][0] = -100.0
+    weights["readout.weight"][:, 0] = 1e6
+    save_checkpoint(tmp_path / "run", found, weights)
+    with pytest.raises(EvaluationError, match="fp16 overflows"):
+        export(tmp_path / "run", tmp_path / "bundle", precisions=["fp16"])
+    variants = export(tmp_path / "run", tmp_path / "bundle", precisions=["fp16"], max_drop=0.1).manifest.variants
+    assert {layer for layer, precision in variants["fp16"].layers.items() if precision == "fp32"} == {"readout"}
+
+
+def test_one_image_of_a_hundred_is_a_drop_of_exactly_one_hundredth() -> None:
+    classes = np.arange(100) % 10
+    exact = np.eye(10, dtype=np.float32)[classes]
+    wrong = exact.copy()
+    wrong[7] = exact[8]
+    both = {"clean": exact, "attacked": exact}
+    for kind in both:
+        assert drop(both, {**both, kind: wrong}, classes) == 0.01
+    assert drop({"clean": wrong}, {"clean": exact}, classes) == -0.01
+
+
+def test_golden_rows_agree_and_have_the_widest_margins() -> None:
+    torch_logits = np.array([[3, 0], [9, 0], [1, 0], [2, 0]], np.float32)
+    onnx_logits = torch_logits + np.float32([[0], [1], [0], [0]])  # a spike flipped on the second image
+    rounded = np.array([[3, 0], [9, 0], [1, 0], [2, 1.5]], np.float32)
+    assert _golden_rows(torch_logits, onnx_logits, [torch_logits, rounded]).tolist() == [0, 2, 3]
+    many = np.stack([np.arange(12), np.zeros(12)], 1).astype(np.float32)
+    assert _golden_rows(many, many, [many]).tolist() == list(range(4, 12))
+    assert _golden_rows(many[:3, :1], many[:3, :1], [many[:3, :1]]).tolist() == [0, 1, 2]  # a single label
 
 
 def test_bad_precisions_are_refused(
@@ -226,6 +250,8 @@ def test_bad_precisions_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="unknown precision 'int4'"):
         export(run_dir, tmp_path / "bundle", precisions=["int4"])
+    with pytest.raises(InputError, match="name them with --precision"):
+        export(run_dir, tmp_path / "bundle", precisions=["fp32"], max_drop=0.01)
     with pytest.raises(InputError, match="no precision 'int8'; it has fp32"), open_predictor(bundle, precision="int8"):
         pass
     with pytest.raises(InputError, match="float32 reference only"), open_predictor(precise, "torch", "int8"):

@@ -3,20 +3,23 @@
 import math
 import subprocess
 import sys
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from conftest import small_recipe
 from scipy.stats import binom, kstest
 
 from mpdsgr_deploy.bundle import Bundle, NoiseInput
-from mpdsgr_deploy.cli.inspect import bundle_facts
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.diagnostics.facts import bundle_facts
+from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.export import export
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
@@ -36,8 +39,6 @@ SHAPE = (1, 8, 8)
 GATES = [(3, 8, 8, 8), (3, 16, 4, 4), (3, 16, 4, 4)]  # of the small network's neurons, a draw a step
 NETWORKS = {
     "poisson": (small_recipe(encoding={"name": "poisson"}), {"uniform_0": (3, *SHAPE)}),
-    "rsc": (small_recipe(encoding={"name": "rsc"}), {"normal_0": (3, *SHAPE)}),
-    "stog": (small_recipe(defence={"stog": {}}), {f"uniform_{i}": shape for i, shape in enumerate(GATES)}),
     "rsc and stog": (
         small_recipe(encoding={"name": "rsc"}, defence={"stog": {}}),
         {"normal_0": (3, *SHAPE), **{f"uniform_{i + 1}": shape for i, shape in enumerate(GATES)}},
@@ -58,6 +59,13 @@ def warmed_up(recipe: Recipe) -> SpikingNet:
     return model.eval()
 
 
+@cache
+def exported(name: str) -> tuple[SpikingNet, ir.Model]:
+    """One of the networks and its graph, for tests to read: the exporter takes its time."""
+    model = warmed_up(NETWORKS[name][0])
+    return model, to_graph(simplify(model), SHAPE)
+
+
 def images(count: int) -> np.ndarray:
     return np.random.default_rng(0).random((count, *SHAPE), np.float32)
 
@@ -73,17 +81,16 @@ def stochastic(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
     out = tmp_path_factory.mktemp("stochastic")
     train(recipe, out / "run")
-    return export(out / "run", out / "bundle")
+    return export(out / "run", out / "bundle", precisions=["fp16"])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_draw_is_an_input_and_the_answers_are_those_of_torch(name: str, tmp_path: Path) -> None:
-    recipe, expected = NETWORKS[name]
-    model = warmed_up(recipe)
-    save(to_graph(simplify(model), SHAPE), tmp_path / "model.onnx")
+    model, network = exported(name)
+    save(network, tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     found = {x.name: tuple(d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim) for x in graph.input}
-    assert found == {"images": ("batch", *SHAPE), **{k: ("batch", *shape) for k, shape in expected.items()}}
+    assert found == {"images": ("batch", *SHAPE), **{k: ("batch", *shape) for k, shape in NETWORKS[name][1].items()}}
     assert not any(node.op_type.startswith(("Random", "Bernoulli")) for node in graph.node)
     reference = TorchModel(model, SHAPE, seed=3)
     with OnnxRuntime(tmp_path / "model.onnx", noise=reference.noise) as artefact:
@@ -208,9 +215,29 @@ def test_the_bundle_lists_its_noise(stochastic: Bundle) -> None:
         "uniform_0": ("uniform", (3, *SHAPE)),
         **{f"uniform_{i + 1}": ("uniform", shape) for i, shape in enumerate(GATES)},
     }
-    assert bundle_facts(stochastic.path)[0]["noise uniform_1"] == "uniform, float32 [B, 3, 8, 8, 8]"
     accuracy = stochastic.manifest.variants["fp32"].accuracy
     assert accuracy.correct > 20, accuracy  # of 40: the network has learned something behind its noise
+
+
+def test_it_is_inspected_with_the_noise_it_answers_with(stochastic: Bundle) -> None:
+    facts = bundle_facts(stochastic)
+    assert facts["noise uniform_1"] == "uniform, float32 [B, 3, 8, 8, 8]"
+    convolutions = 8 * 8 * 8 * 9 + 16 * 4 * 4 * 9 * (8 + 16)
+    assert facts["fp32 MACs an image"] == 3 * convolutions + 10 * 16 * 4 * 4
+    with open_predictor(stochastic, "torch") as reference:
+        x, _ = stochastic.golden()
+        draws = [torch.from_numpy(draw) for draw in reference.noise(x).values()]
+        rates: dict[str, list[float]] = {}
+        with torch.no_grad():
+            reference._model(
+                torch.from_numpy(x),
+                lambda trace: rates.update({trace.layer: [s.spikes.mean().item() for s in trace.states]}),
+                draws,
+            )
+    shown = ", ".join(f"{layer} {np.mean(steps):.3f}" for layer, steps in rates.items())
+    assert facts["fp32 firing rates, golden inputs"] == shown
+    (flips,) = flips_of(stochastic, images=20)[1]
+    assert 0 < flips.mean("rate") < 0.02  # with other noise a spike in five would differ
 
 
 def test_poisson_spikes_are_one_comparison(stochastic: Bundle) -> None:

@@ -1,31 +1,20 @@
 """mpdsgr inspect"""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.diagnostics.facts import bundle_facts, checkpoint_facts
-from mpdsgr_deploy.diagnostics.flips import Flips, flips_of
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics, warnings_of
+from mpdsgr_deploy.diagnostics.flips import flips_of
+from mpdsgr_deploy.diagnostics.statistics import warnings_of
+from mpdsgr_deploy.diagnostics.tables import flip_table, membrane_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 
 LAST_EPOCH = "the last epoch's first validation batch"
 IMAGES = 128
-LAYER_COLUMNS = (
-    "layer",
-    "computes in",
-    "flips %",
-    "at the first step",
-    "at the last",
-    "by its own rounding",
-    "mean |moved|",
-    "density",
-    "images it begins in",
-)
 
 
 @click.command("inspect")
@@ -85,36 +74,19 @@ def inspect_bundle(
     bundle: Bundle, flips: bool, plots: Path | None, root: str | None, images: int, as_json: bool
 ) -> None:
     """Facts of a bundle and, with `flips`, where its precisions drift apart."""
-    shown: dict[str, Any] = bundle_facts(bundle)
-    found: list[Flips] = []
-    if flips:
-        where, found = flips_of(bundle, root=root, images=images)
+    facts = bundle_facts(bundle)
+    where, found = flips_of(bundle, root=root, images=images) if flips else ("", [])
     if plots is not None:
         from mpdsgr_deploy.diagnostics.flip_plots import plot_flips
 
         plot_flips(found, plots)
     if as_json:
-        records = [{**f._asdict(), "steps": [step._asdict() for step in f.steps]} for f in found]
-        print_json({**shown, **({"flips": records, "measured on": where} if flips else {})})
+        records = [{**variant._asdict(), "steps": [step._asdict() for step in variant.steps]} for variant in found]
+        print_json(facts | ({"flips": records, "measured on": where} if flips else {}))
         return
-    print_facts(bundle.path, shown)
+    print_table(("", str(bundle.path)), list(facts.items()))
     for variant in found:
-        changed = f"{variant.labels_changed} of {variant.n} labels changed ({variant.labels_changed / variant.n:.1%})"
-        title = f"{variant.precision} against fp32 on {where}: {changed}, {variant.unflipped} images without a flip"
-        print_table(LAYER_COLUMNS, flip_rows(variant, bundle.manifest.variants[variant.precision].layers), title)
-
-
-def flip_rows(flips: Flips, precisions: dict[str, str]) -> list[list[object]]:
-    """One row a layer, its steps averaged."""
-    rows: list[list[object]] = []
-    for layer in flips.layers():
-        steps = [step for step in flips.steps if step.layer == layer]
-        rates = (flips.mean("rate", layer), steps[0].rate, steps[-1].rate, flips.mean("fresh", layer))
-        moved, density = flips.mean("moved", layer), flips.mean("density", layer)
-        rates_shown = [f"{100 * rate:.3f}" for rate in rates]
-        first = sum(step.first for step in steps)
-        rows.append([layer, precisions.get(layer, ""), *rates_shown, f"{moved:.2g}", f"{density:.3f}", first])
-    return rows
+        print_table(*flip_table(variant, bundle.manifest.variants[variant.precision].layers, where))
 
 
 def inspect_checkpoint(
@@ -128,27 +100,18 @@ def inspect_checkpoint(
 ) -> None:
     """Facts of a checkpoint and the statistics of its layers, measured anew where they are drawn."""
     facts, statistics = checkpoint_facts(path)
-    measured_on = LAST_EPOCH
+    where = LAST_EPOCH
     if plots is not None:
         need("torch", "train")
         from mpdsgr_deploy.diagnostics.checkpoint import plot_checkpoint
 
-        measured_on, statistics = plot_checkpoint(
-            path, plots, root=root, layers=layers, channels=channels, images=images
-        )
+        where, statistics = plot_checkpoint(path, plots, root=root, layers=layers, channels=channels, images=images)
     warnings = warnings_of(statistics)
     if as_json:
         print_json({**facts, "layers": [layer._asdict() for layer in statistics], "warnings": warnings})
         return
-    print_facts(path, facts)
+    print_table(("", str(path)), list(facts.items()))
     if statistics:
-        headings = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
-        rows = [[f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in statistics]
-        print_table(headings, rows, f"membrane statistics on {measured_on}")
+        print_table(*membrane_table(statistics, where))
     for line in warnings:
         click.echo(f"warning: {line}")
-
-
-def print_facts(path: Path, facts: dict[str, Any]) -> None:
-    """Names and values in two columns."""
-    print_table(("", str(path)), list(facts.items()))

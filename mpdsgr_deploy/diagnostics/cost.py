@@ -52,15 +52,11 @@ def _shapes(network: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """The shape of every value for a batch of one image."""
     one = onnx.ModelProto()
     one.CopyFrom(network)
-    (images,) = one.graph.input
-    images.type.tensor_type.shape.dim[0].dim_value = 1
-    for value in one.graph.output:
+    for value in (*one.graph.input, *one.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del one.graph.value_info[:]  # they speak of any batch
     graph = onnx.shape_inference.infer_shapes(one, strict_mode=True, data_prop=True).graph
     found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in graph.value_info:
-        found[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-    for value in graph.output:
+    for value in (*graph.value_info, *graph.output):
         found[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
     return found

@@ -15,6 +15,7 @@ from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.trace import firing_rates
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import NoiseSource
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
@@ -48,8 +49,9 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
     }
     if variant.layers:
         facts["layers"] = spans(variant.layers)
+    noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     try:
-        rates = firing_rates(network, bundle.golden()[0])
+        rates = firing_rates(network, bundle.golden()[0], noise)
         facts["firing rates, golden inputs"] = ", ".join(f"{layer} {rate:.3f}" for layer, rate in rates.items())
     except InputError as error:
         facts["firing rates, golden inputs"] = f"not measured: {error}"

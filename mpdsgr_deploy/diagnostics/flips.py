@@ -20,6 +20,7 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, Steps, batches
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.runtime import NoiseSource
 
 REFERENCE = "fp32"
 NEAR = 0.05  # the density at the threshold is that of potentials within this share of the threshold around it
@@ -78,10 +79,9 @@ def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> t
         )
     where, x = _images(bundle, root, images)
     recipe = bundle.manifest.recipe
-    found = compare_spikes(
-        reference, {name: onnx.load(file) for name, file in variants.items()}, x, recipe.neuron.v_threshold
-    )
-    return where, found
+    networks = {name: onnx.load(file) for name, file in variants.items()}
+    noise = NoiseSource(bundle.manifest.noise, recipe.validation.seed)
+    return where, compare_spikes(reference, networks, x, recipe.neuron.v_threshold, noise)
 
 
 def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[np.float32]]:
@@ -104,10 +104,17 @@ def compare_spikes(
     variants: Mapping[str, onnx.ModelProto],
     images: NDArray[np.float32],
     v_threshold: float,
+    noise: NoiseSource | None = None,
 ) -> list[Flips]:
-    """Each of `variants` against `reference`, float32, on images [N, C, H, W]. Raises InputError as `Recorder` does."""
-    of_reference = Recorder(reference)
-    recorders = {name: (Recorder(v), Recorder(v, given_spikes=True)) for name, v in variants.items()}
+    """Each of `variants` against `reference`, float32, on images [N, C, H, W], stochastic networks on the same noise.
+
+    Raises InputError as `Recorder` does.
+    """
+    of_reference = Recorder(reference, noise)
+    recorders = {
+        name: (Recorder(variant, noise), Recorder(variant, noise, given_spikes=True))
+        for name, variant in variants.items()
+    }
     counters = {name: _Counter(of_reference.steps, v_threshold) for name in variants}
     for batch in batches(images, "comparing spikes"):
         expected = of_reference(batch)

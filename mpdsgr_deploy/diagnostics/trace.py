@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import track
+from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.half import rounded_as_written
 
 POTENTIAL, SPIKES, GIVEN = "potential/", "spikes/", "given/"
@@ -35,11 +36,13 @@ class Recorder:
     """An ONNX network that shows its potentials and spikes.
 
     given_spikes: what spikes lead to (the next layer, the neuron's own reset) is computed from spikes that the caller
-    passes in, so that what differs in a layer comes from this layer. Raises InputError without onnxruntime, and for a
-    file without such names.
+    passes in, so that what differs in a layer comes from this layer. noise: of a stochastic network. Raises InputError
+    without onnxruntime, and for a file without such names.
     """
 
-    def __init__(self, network: onnx.ModelProto, *, given_spikes: bool = False) -> None:
+    def __init__(
+        self, network: onnx.ModelProto, noise: NoiseSource | None = None, *, given_spikes: bool = False
+    ) -> None:
         made = [name for node in network.graph.node for name in node.output]
         self.steps = [name.removeprefix(SPIKES) for name in made if name.startswith(SPIKES)]
         if not self.steps or not {POTENTIAL + step for step in self.steps} <= set(made):
@@ -55,14 +58,14 @@ class Recorder:
         self._session: Any = ort.InferenceSession(
             shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        self._image = network.graph.input[0].name
+        self._image, self._noise = network.graph.input[0].name, NoiseSource() if noise is None else noise
 
     def __call__(
         self, images: NDArray[np.float32], spikes: Mapping[str, NDArray[np.float32]] | None = None
     ) -> Recording:
         """Images [B, C, H, W] in [0, 1] and, for a recorder of `given_spikes`, the spikes of every step."""
         given = {GIVEN + step: array for step, array in (spikes or {}).items()}
-        logits, *values = self._session.run(None, {self._image: images, **given})
+        logits, *values = self._session.run(None, {self._image: images, **self._noise(images), **given})
         potentials, spiked = values[: len(self.steps)], values[len(self.steps) :]
         return Recording(
             logits, dict(zip(self.steps, potentials, strict=True)), dict(zip(self.steps, spiked, strict=True))
@@ -90,9 +93,11 @@ def layer_of(step: str) -> str:
     return step.rpartition("/")[0]
 
 
-def firing_rates(network: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, float]:
+def firing_rates(
+    network: onnx.ModelProto, images: NDArray[np.float32], noise: NoiseSource | None = None
+) -> dict[str, float]:
     """Spikes per neuron and step of every layer, over images [N, C, H, W]. Raises InputError as `Recorder` does."""
-    recorder = Recorder(network)
+    recorder = Recorder(network, noise)
     layers = [layer_of(step) for step in recorder.steps]
     total: dict[str, float] = dict.fromkeys(layers, 0.0)
     for batch in batches(images, "counting spikes"):

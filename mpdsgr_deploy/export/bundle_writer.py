@@ -46,10 +46,15 @@ def export(
     data set lies, limit the number of test images accuracy is measured on (default: the recipe's). Without the data set
     the bundle is written all the same, with noise as golden inputs and no accuracy.
 
-    Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without a
-    data set, EvaluationError if the ONNX file and the torch model disagree or max_drop cannot be met.
+    Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
+    other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
+    finite answer or max_drop cannot be met.
     """
-    variants = ["fp32", *(choose("precision", dict.fromkeys(PRECISIONS, p), p) for p in precisions if p != "fp32")]
+    variants = list(dict.fromkeys(["fp32", *precisions]))
+    for name in variants:
+        choose("precision", dict.fromkeys(PRECISIONS), name)
+    if max_drop is not None and len(variants) == 1:
+        raise InputError("--max-drop bounds what other precisions than fp32 lose; name them with --precision")
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir)
     checkpoint, model = load_network(source)
@@ -77,6 +82,8 @@ def export(
         for name in variants[1:]:
             with OnnxRuntime(scratch / written[name].file, noise=reference.noise) as artefact:
                 logits[name] = artefact(inputs)
+            if not np.isfinite(logits[name]).all():
+                raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave it out")
         rows = _golden_rows(expected, found, [*logits.values()])
         arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
         np.savez(scratch / GOLDEN, **arrays)
@@ -133,5 +140,5 @@ def _golden_rows(torch: np.ndarray, onnx: np.ndarray, logits: Sequence[np.ndarra
     """
     agreeing = np.flatnonzero(np.abs(torch - onnx).max(1) <= TOLERANCE)
     best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
-    margins = (best[..., 1] - best[..., 0]).min(0)
+    margins = (best[..., -1] - best[..., 0]).min(0)  # 0 where there is one label only
     return np.sort(agreeing[np.argsort(-margins[agreeing], kind="stable")][:GOLDEN_ROWS])

@@ -34,28 +34,25 @@ def grids(model: ir.Model) -> dict[ir.Value, Grid]:
 def _grid(node: ir.Node, known: dict[ir.Value, Grid]) -> Grid | None:
     if node.op_type == "Cast" and data(node).dtype == ir.DataType.BOOL:
         return Grid(1.0, 1)
-    of_inputs = [known.get(value) for value in node.inputs if value is not None and value.const_value is None]
-    inputs = [grid for grid in of_inputs if grid is not None]
-    if len(inputs) < len(of_inputs) or not inputs:
+    values = node.inputs if node.op_type in ("Concat", "Mul") else node.inputs[:1]  # the others only shape or choose
+    inputs = [known[value] for value in values if value in known]
+    if len(inputs) < len(values) or not inputs:
         return None
     if node.op_type in SAME_VALUES and len({grid.step for grid in inputs}) == 1:
         return max(inputs)
-    if node.op_type == "Mul" and len(inputs) == len(node.inputs) == 2:  # gated spikes
+    if node.op_type == "Mul":  # gated spikes
         return Grid(inputs[0].step * inputs[1].step, inputs[0].levels * inputs[1].levels)
     averaged = _averaged(node)
     return Grid(inputs[0].step / averaged, inputs[0].levels * averaged) if averaged else None
 
 
 def _averaged(node: ir.Node) -> int:
-    """How many values of its input each value of an average pooling is the mean of; 0 for another node."""
-    if node.op_type == "AveragePool":
-        ceil = node.attributes.get("ceil_mode")
-        padded = any(node.attributes.get_ints("pads", [])) or (ceil is not None and ceil.as_int())
-        return 0 if padded else prod(node.attributes.get_ints("kernel_shape"))
-    if node.op_type in ("GlobalAveragePool", "ReduceMean"):
-        before, after = data(node).shape, node.outputs[0].shape
-        sizes = [
-            prod(d for d in shape.dims[1:] if isinstance(d, int)) for shape in (before, after) if shape is not None
-        ]
-        return sizes[0] // sizes[1] if len(sizes) == 2 else 0
-    return 0
+    """How many values of its input each value of an average pooling is the mean of; 0 for another node.
+
+    Not of a global average, whose grid no format would hold.
+    """
+    if node.op_type != "AveragePool":
+        return 0
+    ceil = node.attributes.get("ceil_mode")
+    padded = any(node.attributes.get_ints("pads", [])) or (ceil is not None and ceil.as_int())
+    return 0 if padded else prod(node.attributes.get_ints("kernel_shape"))

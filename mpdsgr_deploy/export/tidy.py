@@ -20,7 +20,7 @@ def tidy(model: ir.Model) -> None:
 
 def split_steps(node: ir.Node) -> None:
     """Reshape to [T, B, ...], then a Slice and a Squeeze a step: one Split along the folded axis."""
-    if node.op_type != "Reshape":
+    if node.op_type != "Reshape" or not _is_step_of(data(node), node.outputs[0]):
         return
     steps: dict[int, ir.Value] = {}
     for user in node.outputs[0].consumers():
@@ -28,8 +28,11 @@ def split_steps(node: ir.Node) -> None:
         start = constant(user.inputs[1]) if user.op_type == "Slice" else None
         if start is None or [view.op_type for view in views] != ["Squeeze"]:
             return
-        steps[int(start[0])] = views[0].outputs[0]
-    if len(steps) > 1 and sorted(steps) == list(range(len(steps))):
+        step = views[0].outputs[0]
+        if not _is_step_of(step, node.outputs[0]):
+            return
+        steps[int(start[0])] = step
+    if len(steps) > 1 and len(steps) == _dims(node.outputs[0])[0]:
         split = insert(node, "Split", [data(node)], {"axis": 0, "num_outputs": len(steps)}, len(steps))
         for t, step in steps.items():
             _replace(step, split[t])
@@ -39,7 +42,7 @@ def join_steps(node: ir.Node) -> None:
     """An Unsqueeze a step, their Concat to [T, B, ...] and its Reshape: one Concat of the steps to [T*B, ...]."""
     stacked = [made_by(value, "Unsqueeze") for value in node.inputs]
     steps = [data(unsqueeze) for unsqueeze in stacked if unsqueeze is not None]
-    if node.op_type != "Concat" or len(steps) < len(stacked):
+    if node.op_type != "Concat" or len(steps) < len(stacked) or not _is_step_of(steps[0], node.outputs[0]):
         return
     for user in node.outputs[0].consumers():
         target = constant(user.inputs[1]) if user.op_type == "Reshape" else None
@@ -47,7 +50,7 @@ def join_steps(node: ir.Node) -> None:
             continue
         (joined,) = insert(user, "Concat", steps, {"axis": 0})
         joined.type = steps[0].type
-        if _rank(user.outputs[0]) == _rank(steps[0]):
+        if _dims(user.outputs[0])[1:] == _dims(steps[0])[1:]:
             _replace(user.outputs[0], joined)
         else:
             user.replace_input_with(0, joined)
@@ -76,5 +79,10 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new)
 
 
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else value.shape.rank()
+def _is_step_of(part: ir.Value, whole: ir.Value) -> bool:
+    """Whether a value [n, ...] has the shape of [T, B, ...] without T, but for its first dimension."""
+    return len(_dims(part)) > 0 and _dims(part)[1:] == _dims(whole)[2:] and len(_dims(part)) + 1 == len(_dims(whole))
+
+
+def _dims(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
+    return () if value.shape is None else tuple(value.shape.dims)

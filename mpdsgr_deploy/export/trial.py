@@ -1,6 +1,7 @@
 """Precision variants tried out on clean and on attacked images: what they cost in accuracy, and how to pay less."""
 
 from collections.abc import Mapping
+from math import inf, isnan
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,9 @@ class Trial:
         """
         layers = plan(self._graph, precision)
         answers = self._exact if precision == "fp32" else self._answers(precision, layers)
-        if precision != "fp32" and max_drop is not None and self._drop(answers) > max_drop:
+        if precision == "fp32":
+            max_drop = None
+        if max_drop is not None and drop(self._exact, answers, self._classes) > max_drop:
             layers, answers = self._within(max_drop, precision, layers)
         found = {name: self._accuracy(logits) for name, logits in answers.items()}
         file = f"model.{precision}.onnx"
@@ -60,12 +63,12 @@ class Trial:
         for name in sorted(coarse, key=lambda name: -moved[name]):
             layers = {**layers, name: FINER[precision]}
             answers = self._answers(precision, layers)
-            drop = self._drop(answers)
-            log.info("with %s in %s it loses %.2f %%", name, FINER[precision], 100 * drop)
-            if drop <= max_drop:
+            lost = drop(self._exact, answers, self._classes)
+            log.info("with %s in %s it loses %.2f %%", name, FINER[precision], 100 * lost)
+            if lost <= max_drop:
                 return layers, answers
         raise EvaluationError(
-            f"{precision} loses {drop:.2%} of accuracy even with every layer in {FINER[precision]}; no bundle written: "
+            f"{precision} loses {lost:.2%} of accuracy even with every layer in {FINER[precision]}; no bundle written: "
             f"leave {precision} out, or allow more with --max-drop"
         )
 
@@ -78,20 +81,26 @@ class Trial:
             return {name: predict(network, x, size, f"{precision}, {name}") for name, x in self._images.items()}
 
     def _accuracy(self, logits: NDArray[np.float32]) -> Accuracy:
-        right = int((logits.argmax(1) == self._classes).sum())
-        return Accuracy(data=self._recipe.data.name, correct=right, n=len(self._classes))
-
-    def _drop(self, answers: Answers) -> float:
-        """The largest loss of accuracy against float32, on clean or on attacked images."""
-        lost = [
-            self._accuracy(self._exact[name]).share - self._accuracy(found).share for name, found in answers.items()
-        ]
-        return max(lost)
+        return Accuracy(data=self._recipe.data.name, correct=right(logits, self._classes), n=len(self._classes))
 
     def _moved(self, precision: str, layer: str) -> float:
-        """How far the logits lie from float32's, on average, if only this layer has the precision."""
+        """How far the logits lie from float32's, on average, if only this layer has the precision (inf: overflow)."""
         answers = self._answers(precision, {**plan(self._graph, "fp32"), layer: precision})
-        return float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
+        moved = float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
+        return inf if isnan(moved) else moved
+
+
+def right(logits: NDArray[np.float32], classes: NDArray[np.int64]) -> int:
+    """How many images logits [N, K] classify correctly."""
+    return int((logits.argmax(1) == classes).sum())
+
+
+def drop(exact: Answers, found: Answers, classes: NDArray[np.int64]) -> float:
+    """The largest loss of accuracy against `exact`, on clean or on attacked images, as a share of them.
+
+    Divided once, so that 1 image of 100 is exactly the 0.01 that a user writes.
+    """
+    return max(right(exact[name], classes) - right(logits, classes) for name, logits in found.items()) / len(classes)
 
 
 def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.float32]:

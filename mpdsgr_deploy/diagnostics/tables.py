@@ -1,0 +1,47 @@
+"""What `mpdsgr inspect` shows of layers, as tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from mpdsgr_deploy.diagnostics.flips import Flips
+from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+
+
+class Table(NamedTuple):
+    """Rows with a cell a column."""
+
+    columns: list[str]
+    rows: list[list[object]]
+    title: str
+
+
+def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
+    """One row a layer, with everything that was measured on the images `where`."""
+    columns = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
+    rows: list[list[object]] = [
+        [f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in statistics
+    ]
+    return Table(columns, rows, f"membrane statistics on {where}")
+
+
+def flip_table(flips: Flips, precisions: Mapping[str, str], where: str) -> Table:
+    """One row a layer of a variant, its steps averaged; precisions: what each layer's product is computed in."""
+    rows: list[dict[str, object]] = []
+    for layer in flips.layers():
+        steps = [step for step in flips.steps if step.layer == layer]
+        rows.append(
+            {
+                "layer": layer,
+                "computes in": precisions.get(layer, ""),
+                "flips %": f"{100 * flips.mean('rate', layer):.3f}",
+                "at the first step": f"{100 * steps[0].rate:.3f}",
+                "at the last": f"{100 * steps[-1].rate:.3f}",
+                "by its own rounding": f"{100 * flips.mean('fresh', layer):.3f}",
+                "mean |moved|": f"{flips.mean('moved', layer):.2g}",
+                "density": f"{flips.mean('density', layer):.3f}",
+                "images it begins in": sum(step.first for step in steps),
+            }
+        )
+    changed = f"{flips.labels_changed} of {flips.n} labels changed ({flips.labels_changed / flips.n:.1%})"
+    title = f"{flips.precision} against fp32 on {where}: {changed}, {flips.unflipped} images without a flip"
+    return Table(list(rows[0]), [list(row.values()) for row in rows], title)
