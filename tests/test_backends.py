@@ -24,7 +24,7 @@ from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import shipped
-from mpdsgr_deploy.runtime import BACKENDS, OnnxRuntime, open_predictor, tuning
+from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, tuning
 from mpdsgr_deploy.runtime.openvino import OpenVino, chunks, unsigned
 from mpdsgr_deploy.runtime.settings import Settings, machine, prepared, prepared_settings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
@@ -210,7 +210,7 @@ def test_tuning_keeps_the_fastest_and_stops_in_time(copy: Bundle, monkeypatch: p
     """A stand-in whose times are known: chunks of 16 are fastest, then one thread beats two."""
 
     @contextmanager
-    def opened(model: Path, *, settings: Settings) -> Iterator[Settings]:
+    def opened(model: Path, *, noise: NoiseSource, settings: Settings) -> Iterator[Settings]:
         yield settings
 
     def known(settings: Settings, images: np.ndarray) -> float:
@@ -245,7 +245,7 @@ def test_the_doctor_says_of_every_backend_whether_it_works(bundle: Bundle, monke
         for backend in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
             assert state(bundle, backend, "fp32").startswith("no: ")
 
-    def half_installed(bundle: Bundle, precision: str) -> None:
+    def half_installed(bundle: Bundle, precision: str, noise: NoiseSource) -> None:
         raise RuntimeError("libsomething.so is missing\nand so on")
 
     monkeypatch.setitem(BACKENDS, "broken", half_installed)
@@ -284,7 +284,7 @@ def test_onnxruntime_on_tensorrt_says_what_it_needs(bundle: Bundle, monkeypatch:
     import onnxruntime
 
     with pytest.raises(InputError, match="--backend tensorrt"):
-        BACKENDS["onnxruntime-tensorrt"](bundle, "int8")
+        BACKENDS["onnxruntime-tensorrt"](bundle, "int8", NoiseSource())
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path))

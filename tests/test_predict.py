@@ -42,8 +42,8 @@ from contextlib import contextmanager
 from mpdsgr_deploy.runtime.open import BACKENDS
 
 @contextmanager
-def slow(bundle, precision):
-    with BACKENDS["onnxruntime-cpu"](bundle, precision) as predictor:
+def slow(bundle, precision, noise):
+    with BACKENDS["onnxruntime-cpu"](bundle, precision, noise) as predictor:
         def answer(x):
             time.sleep(0.03)
             return predictor(x)
