@@ -1,6 +1,7 @@
 """Every backend answers as the torch model does, with settings measured on this machine where there are any."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,16 @@ def test_openvino_rounds_nothing_and_uses_the_threads_it_is_given(bundle: Bundle
         assert compiled.get_property("NUM_STREAMS") == 1
 
 
+def test_openvino_says_that_it_does_not_round_to_float16(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    small = open_bundle(DOCTOR / "bundle")
+    for precision in ("fp32", "int8", "fp16"):
+        assert "float16" not in caplog.text
+        with open_predictor(small, "openvino", precision):
+            pass
+    assert "openvino computes float16 in float32" in caplog.text
+
+
 def test_what_openvino_refuses_is_named_in_one_line(tmp_path: Path) -> None:
     write(tmp_path / "own.onnx", [helper.make_node("Frobnicate", ["images"], ["logits"], domain="own")], {})
     (tmp_path / "noise.onnx").write_bytes(b"not onnx")
@@ -249,7 +260,7 @@ def test_the_doctor_says_of_every_backend_whether_it_works(bundle: Bundle, monke
         raise RuntimeError("libsomething.so is missing\nand so on")
 
     monkeypatch.setitem(BACKENDS, "broken", half_installed)
-    assert state(bundle, "broken", "fp32") == "no: RuntimeError: libsomething.so is missing"
+    assert state(bundle, "broken", "fp32") == "no: RuntimeError: libsomething.so is missing and so on"
 
 
 def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
@@ -259,6 +270,8 @@ def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
     backends = json.loads(done.stdout)["backends"]
     assert backends.keys() == BACKENDS.keys()
     assert backends["openvino"]["fp32"].startswith("works, ")
+    assert re.match("works|no: no GPU can be used", backends["tensorrt-rtx"]["fp32"])  # an engine was built for it
+    assert not (DOCTOR / "bundle" / "engines").exists()
     for backend in ("torch", "torch-compile"):
         assert "mpdsgr-deploy[train]" in backends[backend]["fp32"]
 
