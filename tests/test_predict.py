@@ -442,9 +442,9 @@ def test_a_partial_file_is_ours_alone(folder: Path, tmp_path: Path) -> None:
 
 def test_two_processes_answer_as_one(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     arguments = "predict", bundle.path, folder, "--batch", BATCH, "--processes"
-    for processes in (1, 2):
-        done = mpdsgr(*arguments, processes, "--out", tmp_path / f"{processes}.npz")
-        assert done.returncode == 0, done.stderr
+    done = mpdsgr(*arguments, 2, "--out", tmp_path / "2.npz")
+    assert done.returncode == 0, done.stderr
+    job(bundle, folder).to_file(tmp_path / "1.npz")
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
     done = mpdsgr(*arguments, 2, "--backend", "onnxruntime-cp", "--out", tmp_path / "o.csv")
     assert_input_error(done, "did you mean 'onnxruntime-cpu'")
