@@ -24,7 +24,7 @@ import figures
 import numpy as np
 import torch
 
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.export.onnx_writer import INPUT, save, to_graph
 from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import SpikingNet, build_model
@@ -33,7 +33,6 @@ from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
-from mpdsgr_deploy.runtime.onnx_runtime import EXTRAS, OPTIONS
 from mpdsgr_deploy.runtime.tensorrt import TensorRT, build_engine, cuda
 from mpdsgr_deploy.runtime.torch_model import TorchModel, exact_convolutions
 
@@ -137,7 +136,7 @@ def compared(running: dict[str, Predictor], x: np.ndarray, repetitions: int) -> 
 
 def reason(error: Exception) -> str:
     """Why something did not run, in one line."""
-    return " ".join(f"{error or type(error).__name__}".split())[:300]
+    return one_line(error)[:300]
 
 
 def multiplications(model: SpikingNet) -> int:
@@ -214,8 +213,6 @@ def onnxruntime(provider: str) -> Opener:
     """The ONNX file on a provider, which must be the one that is used."""
 
     def opener(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
-        EXTRAS.setdefault(provider, "gpu")
-        OPTIONS.setdefault(provider, {})
         return stack.enter_context(OnnxRuntime(path, provider))
 
     return opener

@@ -10,8 +10,10 @@ Opening a bundle verifies every hash and refuses paths that leave it. Hashes pro
 bundle from a stranger needs a signature on manifest.json as well.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -154,6 +156,10 @@ class Bundle:
             raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
         return self.file(self.manifest.variants[precision].file)
 
+    def model_sha256(self, precision: str) -> str:
+        """The hash of a precision's ONNX file. Raises InputError as `variant` does."""
+        return self.manifest.files[self.variant(precision).relative_to(self.path).as_posix()]
+
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
         """What was built of a variant for a backend, on whatever machine."""
         return [p for p in self.manifest.prepared if (p.backend, p.precision) == (backend, precision)]
@@ -161,27 +167,29 @@ class Bundle:
     def add(self, prepared: Prepared, engine: bytes | None = None) -> "Bundle":
         """The bundle with `prepared`, and its engine if it has one, in place of what this kind of machine had before.
 
-        The engine's file is new, the manifest is replaced last and what nothing names any more is deleted after that,
-        so that a crash leaves a whole bundle. What others added since this one was opened stays.
+        The engine's file is new, the manifest is replaced last and what it does not name any more, or does not name yet
+        because an earlier call was killed, is deleted after that: a crash leaves a whole bundle. What others added
+        since this one was opened stays. Raises InputError if the bundle was changed or cannot be written.
         """
-        current: Manifest = read_document(self.path / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="export again")
-        files = dict(current.files)
-        if engine is not None:
-            digest = hashlib.sha256(engine).hexdigest()
-            prepared = prepared.model_copy(update={"file": f"{ENGINES}/{prepared.key}-{digest[:8]}.plan"})
-            file = self.path / str(prepared.file)
-            file.parent.mkdir(exist_ok=True)
-            write_atomic(file, engine)
-            files[str(prepared.file)] = digest
         same = ("backend", "precision", "machine", "batch")
-        replaced = [p for p in current.prepared if all(getattr(p, k) == getattr(prepared, k) for k in same)]
-        kept = [p for p in current.prepared if p not in replaced]
-        stale = {str(p.file) for p in replaced if p.file not in (None, prepared.file)}
-        files = {name: digest for name, digest in files.items() if name not in stale}
-        draft = current.model_copy(update={"prepared": (*kept, prepared), "files": files})
-        bundle = Bundle(self.path, _write_manifest(self.path, draft))
-        for name in stale:
-            (self.path / name).unlink(missing_ok=True)
+        with _locked(self.path):
+            current = _read_manifest(self.path, "export again")
+            kept = [p for p in current.prepared if any(getattr(p, k) != getattr(prepared, k) for k in same)]
+            files = dict(current.files)
+            if engine is not None:
+                digest = hashlib.sha256(engine).hexdigest()
+                name = f"{ENGINES}/{prepared.key}-{digest[:8]}.plan"
+                prepared = prepared.model_copy(update={"file": name})
+                (self.path / ENGINES).mkdir(exist_ok=True)
+                write_atomic(self.path / name, engine)
+                files[name] = digest
+            unnamed = {p.file for p in current.prepared} - {p.file for p in (*kept, prepared)}
+            files = {name: digest for name, digest in files.items() if name not in unnamed}
+            draft = current.model_copy(update={"prepared": (*kept, prepared), "files": files})
+            bundle = Bundle(self.path, _write_manifest(self.path, draft))
+            for file in (self.path / ENGINES).glob("*.plan*"):
+                if f"{ENGINES}/{file.name}" not in files:
+                    file.unlink()
         return bundle
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -207,9 +215,7 @@ def open_bundle(path: Path) -> Bundle:
     advice = "make a bundle with `mpdsgr export`"
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a bundle (it has no {MANIFEST}); {advice}")
-    manifest: Manifest = read_document(path / MANIFEST, Manifest, SCHEMA_VERSION, otherwise=advice)
-    if manifest.digest != manifest.computed_digest():
-        raise InputError(f"{path / MANIFEST} does not match its own digest: it was changed or damaged; copy it again")
+    manifest = _read_manifest(path, advice)
     bundle = Bundle(path, manifest)
     for name, digest in manifest.files.items():
         file = _inside(path, name)
@@ -282,6 +288,27 @@ def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
         raise
     shutil.rmtree(old)
     return Bundle(out, manifest)
+
+
+def _read_manifest(directory: Path, otherwise: str) -> Manifest:
+    """Raises InputError, as `read_document` does, and for one that does not match its digest."""
+    path = directory / MANIFEST
+    manifest: Manifest = read_document(path, Manifest, SCHEMA_VERSION, otherwise=otherwise)
+    if manifest.digest != manifest.computed_digest():
+        raise InputError(f"{path} does not match its own digest: it was changed or damaged; copy it again")
+    return manifest
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """For one process at a time, where the file system has locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_manifest(directory: Path, draft: Manifest) -> Manifest:

@@ -19,3 +19,8 @@ class EvaluationError(MpdsgrError):
     """The evaluation itself is not valid, so it proves nothing (exit code 3)."""
 
     exit_code = 3
+
+
+def one_line(error: object) -> str:
+    """What an error, of another library perhaps, says, without line breaks; the name of its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

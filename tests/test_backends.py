@@ -1,6 +1,7 @@
 """Every backend answers as the torch model does, with settings measured on this machine where there are any."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,18 +14,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import assert_input_error, mpdsgr, small_recipe
+from conftest import assert_input_error, mpdsgr
 from onnx import helper, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.cli.doctor import state
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import shipped
-from mpdsgr_deploy.runtime import BACKENDS, OnnxRuntime, open_predictor, tuning
+from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, tuning
 from mpdsgr_deploy.runtime.openvino import OpenVino, chunks, unsigned
 from mpdsgr_deploy.runtime.settings import Settings, machine, prepared, prepared_settings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
@@ -70,9 +70,15 @@ def test_torch_compile_answers_as_torch_does() -> None:
 
 
 def test_torch_compile_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(torch.nn.Module):  # compiled as far as the C++ in a second, which a spiking network takes ten for
+        stochastic = False
+
+        def forward(self, x: torch.Tensor, observe: object, noise: object) -> torch.Tensor:
+            return x.exp().flatten(1)
+
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
     torch._dynamo.reset()
-    model = TorchModel(build_model(small_recipe(encoding={"T": 1}), (1, 8, 8), 10), (1, 8, 8)).compiled()
+    model = TorchModel(Small(), (1, 8, 8)).compiled()
     with pytest.raises(InputError, match=r"install a C\+\+ compiler") as error:
         model(np.zeros((2, 1, 8, 8), np.float32))
     assert "\n" not in str(error.value)
@@ -176,6 +182,16 @@ def test_openvino_rounds_nothing_and_uses_the_threads_it_is_given(bundle: Bundle
         assert compiled.get_property("NUM_STREAMS") == 1
 
 
+def test_openvino_says_that_it_does_not_round_to_float16(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    small = open_bundle(DOCTOR / "bundle")
+    for precision in ("fp32", "int8", "fp16"):
+        assert "float16" not in caplog.text
+        with open_predictor(small, "openvino", precision):
+            pass
+    assert "openvino computes float16 in float32" in caplog.text
+
+
 def test_what_openvino_refuses_is_named_in_one_line(tmp_path: Path) -> None:
     write(tmp_path / "own.onnx", [helper.make_node("Frobnicate", ["images"], ["logits"], domain="own")], {})
     (tmp_path / "noise.onnx").write_bytes(b"not onnx")
@@ -210,7 +226,7 @@ def test_tuning_keeps_the_fastest_and_stops_in_time(copy: Bundle, monkeypatch: p
     """A stand-in whose times are known: chunks of 16 are fastest, then one thread beats two."""
 
     @contextmanager
-    def opened(model: Path, *, settings: Settings) -> Iterator[Settings]:
+    def opened(model: Path, *, noise: NoiseSource, settings: Settings) -> Iterator[Settings]:
         yield settings
 
     def known(settings: Settings, images: np.ndarray) -> float:
@@ -245,11 +261,11 @@ def test_the_doctor_says_of_every_backend_whether_it_works(bundle: Bundle, monke
         for backend in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
             assert state(bundle, backend, "fp32").startswith("no: ")
 
-    def half_installed(bundle: Bundle, precision: str) -> None:
+    def half_installed(bundle: Bundle, precision: str, noise: NoiseSource) -> None:
         raise RuntimeError("libsomething.so is missing\nand so on")
 
     monkeypatch.setitem(BACKENDS, "broken", half_installed)
-    assert state(bundle, "broken", "fp32") == "no: RuntimeError: libsomething.so is missing"
+    assert state(bundle, "broken", "fp32") == "no: RuntimeError: libsomething.so is missing and so on"
 
 
 def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
@@ -259,6 +275,8 @@ def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
     backends = json.loads(done.stdout)["backends"]
     assert backends.keys() == BACKENDS.keys()
     assert backends["openvino"]["fp32"].startswith("works, ")
+    assert re.match("works|no: no GPU can be used", backends["tensorrt-rtx"]["fp32"])  # an engine was built for it
+    assert not (DOCTOR / "bundle" / "engines").exists()
     for backend in ("torch", "torch-compile"):
         assert "mpdsgr-deploy[train]" in backends[backend]["fp32"]
 
@@ -284,7 +302,7 @@ def test_onnxruntime_on_tensorrt_says_what_it_needs(bundle: Bundle, monkeypatch:
     import onnxruntime
 
     with pytest.raises(InputError, match="--backend tensorrt"):
-        BACKENDS["onnxruntime-tensorrt"](bundle, "int8")
+        BACKENDS["onnxruntime-tensorrt"](bundle, "int8", NoiseSource())
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path))

@@ -22,12 +22,13 @@ import torch
 from conftest import assert_input_error, mpdsgr
 from PIL import Image
 
-from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor, workers
+from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, workers
 from mpdsgr_deploy.runtime.inputs import ArrayFile, Inputs
+from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.partial import Chunk, Partial
 from mpdsgr_deploy.runtime.stream import Job
 from mpdsgr_deploy.runtime.torch_model import TorchModel
@@ -42,8 +43,8 @@ from contextlib import contextmanager
 from mpdsgr_deploy.runtime.open import BACKENDS
 
 @contextmanager
-def slow(bundle, precision):
-    with BACKENDS["onnxruntime-cpu"](bundle, precision) as predictor:
+def slow(bundle, precision, noise):
+    with BACKENDS["onnxruntime-cpu"](bundle, precision, noise) as predictor:
         def answer(x):
             time.sleep(0.03)
             return predictor(x)
@@ -303,31 +304,34 @@ def test_memory_does_not_grow_with_the_input(
     assert begun == ended == -(-count // 32)
 
 
-@pytest.mark.parametrize("suffix", list(FORMATS))
-def test_a_killed_run_goes_on_and_writes_every_row_once(
-    suffix: str, slow: Callable[..., "subprocess.Popen[str]"], bundle: Bundle, folder: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_and_writes_every_row_once_in_any_format(
+    slow: Callable[..., "subprocess.Popen[str]"], bundle: Bundle, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """Killed at moments that the partial file's size and a die choose; the result is that of an uninterrupted run."""
-    out, place = tmp_path / f"out{suffix}", tmp_path / f"out{suffix}.partial"
-    arguments = bundle.path, folder, "--batch", BATCH, "--out", out
-    draw = random.Random(suffix)
+    caplog.set_level("INFO")
+    out, place = tmp_path / "out.csv", tmp_path / "out.csv.partial"
+    draw = random.Random(0)
     for share in (0, 0.2, 0.6):
-        process = slow(*arguments)
+        process = slow(bundle.path, folder, "--batch", BATCH, "--out", out)
         until(lambda share=share: size(place) > share * N * (40 + 32 / BATCH))
         time.sleep(draw.random() * 0.05)
         process.kill()
         process.wait()
         assert not out.exists()
-    before = size(place)
-    assert before > 0
-    process = slow(*arguments)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    finished = int(said.split("going on after the ")[1].split()[0])
-    assert 0.5 * N < finished < N
-    job(bundle, folder).to_file(tmp_path / f"whole{suffix}")
-    assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
-    assert not place.exists()
+    left = place.read_bytes()
+    monkeypatch.setitem(BACKENDS, "slow", BACKENDS["onnxruntime-cpu"])
+    for suffix in FORMATS:
+        out = tmp_path / f"out{suffix}"
+        place = out.with_name(f"{out.name}.partial")
+        place.write_bytes(left)
+        caplog.clear()
+        assert Job(bundle, (folder,), "slow", "fp32", BATCH).to_file(out) == N
+        finished = int(caplog.text.split("going on after the ")[1].split()[0])
+        assert 0.5 * N < finished < N
+        job(bundle, folder).to_file(tmp_path / f"whole{suffix}")
+        assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+        assert not place.exists()
 
 
 def test_a_run_killed_while_it_writes_the_output_only_writes_it_again(
@@ -438,9 +442,9 @@ def test_a_partial_file_is_ours_alone(folder: Path, tmp_path: Path) -> None:
 
 def test_two_processes_answer_as_one(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     arguments = "predict", bundle.path, folder, "--batch", BATCH, "--processes"
-    for processes in (1, 2):
-        done = mpdsgr(*arguments, processes, "--out", tmp_path / f"{processes}.npz")
-        assert done.returncode == 0, done.stderr
+    done = mpdsgr(*arguments, 2, "--out", tmp_path / "2.npz")
+    assert done.returncode == 0, done.stderr
+    job(bundle, folder).to_file(tmp_path / "1.npz")
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
     done = mpdsgr(*arguments, 2, "--backend", "onnxruntime-cp", "--out", tmp_path / "o.csv")
     assert_input_error(done, "did you mean 'onnxruntime-cpu'")
@@ -462,23 +466,24 @@ def test_a_process_that_dies_ends_the_run_in_one_line_and_it_goes_on(
     slow: Callable[..., "subprocess.Popen[str]"], bundle: Bundle, folder: Path, tmp_path: Path
 ) -> None:
     out, place = tmp_path / "out.csv", tmp_path / "out.csv.partial"
-    process = slow(bundle.path, folder, "--batch", 2, "--processes", 2, "--out", out)
+    folders = [folder] * 3  # so that much is left when the process dies
+    process = slow(bundle.path, *folders, "--batch", 2, "--processes", 2, "--out", out)
     until(lambda: size(place) > 5 * (80 + 32))
     os.kill(children(process)[0], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=60)
     assert_input_error(subprocess.CompletedProcess([], process.returncode, stdout, stderr), "a process died")
     assert not out.exists()
-    process = slow(bundle.path, folder, "--batch", 2, "--out", out)
+    process = slow(bundle.path, *folders, "--batch", 2, "--out", out)
     _, stderr = process.communicate(timeout=60)
     assert "going on after the " in stderr
-    job(bundle, folder, batch=2).to_file(tmp_path / "whole.csv")
+    job(bundle, *folders, batch=2).to_file(tmp_path / "whole.csv")
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_processes_do_not_outlive_a_killed_command(
     slow: Callable[..., "subprocess.Popen[str]"], bundle: Bundle, folder: Path, tmp_path: Path
 ) -> None:
-    process = slow(bundle.path, folder, "--batch", 1, "--processes", 2, "--out", tmp_path / "out.csv")
+    process = slow(bundle.path, *[folder] * 10, "--batch", 1, "--processes", 2, "--out", tmp_path / "out.csv")
     until(lambda: size(tmp_path / "out.csv.partial") > 5 * 72)
     workers = children(process)
     assert len(workers) == 2
@@ -520,20 +525,52 @@ def test_a_batch_too_large_for_memory_is_halved_and_said_once(
     assert [r.message for r in caplog.records if "memory" in r.message] == ["out of memory: going on with batches of 4"]
 
 
-def test_a_single_image_too_large_for_memory_is_one_line(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
-    """A real session that asks for 4 PB an image, in the place of the network."""
-    path = tmp_path / "greedy.onnx"
+def write_network(path: Path, nodes: list[onnx.NodeProto], **inputs: tuple[object, ...]) -> Path:
+    """An ONNX file of float32 `inputs` and the output y."""
     make = onnx.helper
-    shape = make.make_node("Constant", [], ["s"], value_ints=[1, 1, 1, 10**15])
-    nodes = [shape, make.make_node("Expand", ["x", "s"], ["e"]), make.make_node("ReduceMax", ["e"], ["y"])]
-    x, y = (make.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ("b", 1, 1, 1)) for n in "xy")
-    graph = make.make_graph(nodes, "greedy", [x], [y])
+    values = {**inputs, "y": ("b", 1, 1, 1)}
+    *given, y = (make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in values.items())
+    graph = make.make_graph(nodes, "network", given, [y])
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10), path)
-    with OnnxRuntime(path) as session:
+    return path
+
+
+def reshaped(path: Path, *shape: int) -> Path:
+    """Every image filled up to a shape, by Expand; then its maximum."""
+    make = onnx.helper
+    constant = make.make_node("Constant", [], ["s"], value_ints=shape)
+    nodes = [constant, make.make_node("Expand", ["x", "s"], ["e"]), make.make_node("ReduceMax", ["e"], ["y"])]
+    return write_network(path, nodes, x=("b", 1, 1, 1))
+
+
+def test_a_single_image_too_large_for_memory_is_one_line(tmp_path: Path) -> None:
+    """A real session that asks for 4 PB an image, in the place of the network."""
+    with OnnxRuntime(reshaped(tmp_path / "greedy.onnx", 1, 1, 1, 10**15)) as session:
         with pytest.raises(OutOfMemory, match="batch of 3"):
             session(np.zeros((3, 1, 1, 1), np.float32))
-        with pytest.raises(OutOfMemory, match="single image"):
+        with pytest.raises(OutOfMemory, match="single image") as error:
             workers.Halving(session, 8)(np.zeros((8, 1, 1, 1), np.uint8))
+    assert "\n" not in str(error.value)
+
+
+def test_noise_too_large_for_memory_is_one_line(tmp_path: Path) -> None:
+    """numpy's own MemoryError, of 4 PB of noise an image."""
+    nodes = [onnx.helper.make_node("ReduceMax", ["noise"], ["m"]), onnx.helper.make_node("Add", ["x", "m"], ["y"])]
+    path = write_network(tmp_path / "noisy.onnx", nodes, x=("b", 1, 1, 1), noise=("b", 10**15))
+    noise = NoiseSource([NoiseInput(name="noise", kind="uniform", shape=(10**15,))])
+    for backend in (OnnxRuntime, OpenVino):
+        with backend(path, noise=noise) as session, pytest.raises(OutOfMemory, match="single image"):
+            workers.Halving(session, 8)(np.zeros((8, 1, 1, 1), np.uint8))
+
+
+@pytest.mark.parametrize("backend", [OnnxRuntime, OpenVino])
+def test_what_fails_while_it_runs_is_one_line(backend: Callable[[Path], Predictor], tmp_path: Path) -> None:
+    """Four images do not fill up to two."""
+    path, x = reshaped(tmp_path / "two.onnx", 2, 1, 1, 1), np.zeros((4, 1, 1, 1), np.float32)
+    with backend(path) as session, pytest.raises(InputError, match=r"(fails on a|in) batch(es)? of 4") as error:
+        session(x)
+    assert not isinstance(error.value, OutOfMemory)
+    assert "\n" not in str(error.value)
 
 
 def test_torch_says_that_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,6 +591,9 @@ def test_torch_says_that_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Greedy, "forward", on_the_gpu)
     with pytest.raises(OutOfMemory, match="batch of 3"):
         model(x)
+    monkeypatch.setattr(Greedy, "to", on_the_gpu)
+    with pytest.raises(OutOfMemory, match="the network"):
+        TorchModel(Greedy(), (1, 1, 1))
 
 
 @pytest.mark.parametrize("room", [0.5, 1.1])
@@ -589,6 +629,13 @@ def test_a_reader_that_has_enough_is_no_error(bundle: Bundle, folder: Path) -> N
     assert done.stdout.splitlines()[0] == "input,label,probability"
 
 
+def test_a_full_disk_behind_stdout_is_one_line(bundle: Bundle, folder: Path) -> None:
+    command = [sys.executable, "-m", "mpdsgr_deploy", "predict", bundle.path, folder]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert_input_error(done, "No space left on device")
+
+
 def test_a_log_and_a_terminal_tell_count_and_speed(bundle: Bundle, folder: Path) -> None:
     done = mpdsgr("predict", bundle.path, folder)
     assert f"predicting: {N} of {N} images, " in done.stderr
@@ -611,7 +658,7 @@ def test_an_interrupt_is_one_line_and_keeps_what_is_finished(
 ) -> None:
     """As Ctrl-C does, the signal reaches every process of the group."""
     place = tmp_path / "out.csv.partial"
-    process = slow(bundle.path, folder, "--batch", 1, "--processes", 2, "--out", tmp_path / "out.csv")
+    process = slow(bundle.path, *[folder] * 10, "--batch", 1, "--processes", 2, "--out", tmp_path / "out.csv")
     until(lambda: size(place) > 5 * 72 and len(children(process)) == 2)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -4,7 +4,9 @@ import ast
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from mpdsgr_deploy.models import MODELS, build_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.tensorrt import build_engine, cuda, prepare
-from mpdsgr_deploy.runtime.tensorrt.library import failure, load, one_line
+from mpdsgr_deploy.runtime.tensorrt.library import failure, load, said
 from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine, timing_cache
 
 RTX = "tensorrt-rtx"
@@ -193,6 +195,37 @@ def test_building_again_replaces_and_another_profile_joins(copy: Bundle) -> None
     assert (copy.path / str(kept.file)).read_bytes() == b"another engine"
 
 
+def settings_of(precision: str) -> Prepared:
+    return Prepared(backend="openvino", precision=precision, model_sha256="0" * 64, machine={"cpu": "one"})
+
+
+def test_builds_at_the_same_time_lose_nothing(copy: Bundle) -> None:
+    kinds = [f"int{i}" for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda kind: copy.add(settings_of(kind)), kinds))
+    assert sorted(p.precision for p in open_bundle(copy.path).manifest.prepared) == sorted(kinds)
+
+
+def test_an_engine_left_by_a_killed_build_is_removed_by_the_next(copy: Bundle) -> None:
+    engines = copy.path / "engines"
+    engines.mkdir()
+    for name in ("old.plan", ".old.plan.tmp", "notes.md"):
+        (engines / name).write_text("left")
+    copy.add(settings_of("fp32"), b"an engine")
+    (kept,) = open_bundle(copy.path).manifest.prepared
+    assert {file.name for file in engines.iterdir()} == {Path(str(kept.file)).name, "notes.md"}
+
+
+def test_nothing_is_added_to_a_manifest_that_was_changed(copy: Bundle) -> None:
+    path = copy.path / "manifest.json"
+    changed = path.read_text().replace('"eps": 0.1', '"eps": 0.001', 1)
+    path.write_text(changed)
+    with pytest.raises(InputError, match="its own digest"):
+        copy.add(settings_of("fp32"), b"an engine")
+    assert path.read_text() == changed
+    assert not (copy.path / "engines").exists()
+
+
 def test_what_was_built_is_damaged_or_of_another_version(copy: Bundle) -> None:
     _, prepared = prepare(RTX, copy, "fp32", (1, 2, 4))
     again = f"mpdsgr build {copy.path} --backend {RTX} --precision fp32 --batch 1,2,4"
@@ -307,12 +340,13 @@ def test_the_timing_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_messages_become_one_line_and_full_memory_its_own_error() -> None:
-    class Heard:
-        errors = ("catchCudaError", "Error Code 2: OutOfMemory\n(no memory In allocate at /_src/a.cpp:12 left)")
-
-    assert one_line(Heard.errors[1]) == "Error Code 2: OutOfMemory (no memory left)"
-    assert isinstance(failure(Heard(), "it failed", "buy more"), OutOfMemory)
-    assert "it does not say why" in str(failure(type("", (), {"errors": []})(), "it failed", "ask"))
+    told = ["catchCudaError", "Error Code 2: OutOfMemory\n(no memory In allocate at /_src/a.cpp:12 left)"]
+    assert said(told[1]) == "Error Code 2: OutOfMemory (no memory left)"
+    heard = SimpleNamespace(errors=told)
+    assert isinstance(failure(heard, "it failed", "buy more"), OutOfMemory)
+    later = failure(heard, "it failed", "ask")  # for another reason than that
+    assert "it does not say why" in str(later)
+    assert not isinstance(later, OutOfMemory)
 
 
 def test_cuda_errors_are_one_line() -> None:

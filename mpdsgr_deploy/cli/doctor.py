@@ -1,23 +1,31 @@
 """mpdsgr doctor"""
 
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
-from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.errors import MpdsgrError, one_line
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import BACKENDS, open_predictor
+from mpdsgr_deploy.runtime.tensorrt import prepare
+from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
 
 EXTRAS = {
     "train": ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onnxscript", "scikit-learn"),
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
     "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "cuda-bindings"),
+    "rtx": ("tensorrt-rtx", "cuda-bindings"),
     "report": ("matplotlib", "jinja2"),
     "parquet": ("pyarrow",),
 }
@@ -29,17 +37,18 @@ EXTRAS = {
 def command(bundle: Path | None, as_json: bool) -> None:
     """Show what is installed, and which backends really work here: each answers a golden batch.
 
-    The batch is BUNDLE's, or that of a small spiking network that comes with the package. torch-compile builds it
-    first, which takes a while.
+    The batch is BUNDLE's, or that of a small spiking network that comes with the package; for that one engines are
+    built first, where BUNDLE must hold its own. torch-compile takes a while.
 
     \b
     Example:
       mpdsgr doctor
       mpdsgr doctor bundles/digits
     """
-    opened = open_bundle(bundle or shipped("export") / "doctor" / "bundle")
-    pairs = [(backend, precision) for backend in BACKENDS for precision in opened.manifest.variants]
-    states = {pair: state(opened, *pair) for pair in track(pairs, "trying backends")}
+    with copy_of(shipped("export") / "doctor" / "bundle") as small:
+        opened = open_bundle(bundle or small)
+        pairs = [(backend, precision) for backend in BACKENDS for precision in opened.manifest.variants]
+        states = {pair: state(opened, *pair, build=bundle is None) for pair in track(pairs, "trying backends")}
     packages = {extra: {name: package_version(name) for name in names} for extra, names in EXTRAS.items()}
     machine = provenance()
     if as_json:
@@ -53,9 +62,18 @@ def command(bundle: Path | None, as_json: bool) -> None:
     click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")
 
 
-def state(bundle: Bundle, backend: str, precision: str) -> str:
-    """'works' and how fast on the golden batch, or in one line why it does not."""
+@contextmanager
+def copy_of(directory: Path) -> Iterator[Path]:
+    """A copy to which engines can be added, gone with the block."""
+    with TemporaryDirectory() as folder:
+        yield Path(shutil.copytree(directory, Path(folder) / directory.name))
+
+
+def state(bundle: Bundle, backend: str, precision: str, *, build: bool = False) -> str:
+    """'works' and how fast on the golden batch, or in one line why it does not; build: with an engine made for it."""
     try:
+        if build and backend in LIBRARIES:
+            bundle, _ = prepare(backend, bundle, precision)
         with open_predictor(bundle, backend, precision) as predictor:  # answers the golden batch rightly, or raises
             inputs, _ = bundle.golden()
             started = time.perf_counter()
@@ -64,4 +82,4 @@ def state(bundle: Bundle, backend: str, precision: str) -> str:
     except MpdsgrError as error:
         return f"no: {error}"
     except Exception as error:  # what a half-installed library raises is what one asks the doctor about
-        return f"no: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"no: {type(error).__name__}: {one_line(error)}"

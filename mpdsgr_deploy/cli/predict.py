@@ -63,5 +63,10 @@ def command(
     try:
         job.to_csv(sys.stdout.buffer)
         sys.stdout.flush()
-    except BrokenPipeError:  # as `| head` does; Python would flush once more at its end, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nothing more can be written, but Python would try once more at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # which is what `| head` causes
+            raise

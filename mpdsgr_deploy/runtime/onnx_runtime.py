@@ -1,13 +1,14 @@
 """onnxruntime, with its silent fallback refused: asked for CUDA it uses CUDA or raises."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.half import for_cpu
 from mpdsgr_deploy.runtime.images import check_images
@@ -19,7 +20,8 @@ EXTRAS = {CPU: "cpu", CUDA: "gpu", TENSORRT: "gpu"}
 DEVICES = {CPU: "cpu", CUDA: "cuda", TENSORRT: "cuda"}
 NEEDS = {CUDA: "an NVIDIA driver, CUDA 13 and cuDNN 9", TENSORRT: "an NVIDIA driver, CUDA 13 and TensorRT 10, not 11"}
 OPTIONS = {CPU: {}, CUDA: {"use_tf32": "0"}, TENSORRT: {}}  # TF32 would flip spikes
-NO_MEMORY = "Failed to allocate memory"  # of its arena, on every device
+# of its arena; of CUDA; of cuDNN and cuBLAS; of C++
+NO_MEMORY = re.compile(r"Failed to allocate memory|out of ?memory|ALLOC_FAILED|bad_alloc|bad allocation", re.IGNORECASE)
 
 
 class OnnxRuntime:
@@ -56,7 +58,7 @@ class OnnxRuntime:
             network = for_cpu(model) if provider == CPU else str(model)
             self._session: Any = ort.InferenceSession(network, options, providers=[(provider, OPTIONS[provider])])
         except Exception as error:  # onnxruntime's errors share no public base class
-            raise InputError(f"onnxruntime cannot load {model} on {provider}: {error}") from error
+            raise _failure(f"cannot load {model} on {provider}", error) from error
         used = self._session.get_providers()[0]
         if used != provider:
             raise InputError(
@@ -77,9 +79,7 @@ class OnnxRuntime:
         try:
             return np.concatenate([self._logits(x[start : start + size]) for start in range(0, len(x), size)])
         except Exception as error:  # onnxruntime's errors share no public base class
-            if NO_MEMORY in str(error):
-                raise OutOfMemory(f"onnxruntime has too little memory for a batch of {len(x)}") from error
-            raise
+            raise _failure(f"fails on a batch of {len(x)}", error) from error
 
     def _logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [n, K]. Input and output are bound where the provider computes: one copy to it and one back."""
@@ -96,3 +96,11 @@ class OnnxRuntime:
 
     def __exit__(self, *exception: object) -> None:
         self._session = None
+
+
+def _failure(what: str, error: Exception) -> InputError:
+    """What to raise in place of onnxruntime's own error."""
+    kind, advice = InputError, "see `mpdsgr doctor`"
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        kind, advice = OutOfMemory, "it has too little memory; free some or use a smaller batch"
+    return kind(f"onnxruntime {what}: {one_line(error)}; {advice}")

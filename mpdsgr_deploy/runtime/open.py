@@ -8,6 +8,7 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.onnx_runtime import CPU, CUDA, TENSORRT, OnnxRuntime
@@ -28,6 +29,8 @@ def _onnxruntime_gpu(bundle: Bundle, precision: str, noise: NoiseSource, *, prov
 
 
 def _openvino(bundle: Bundle, precision: str, noise: NoiseSource) -> OpenVino:
+    if "fp16" in bundle.manifest.variants[precision].layers.values():
+        log.info("openvino computes float16 in float32; onnxruntime-cpu rounds it as the network says")
     return OpenVino(bundle.variant(precision), noise, settings=prepared_settings(bundle, "openvino", precision))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
@@ -63,19 +63,22 @@ class OpenVino:
 
     def _logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [n, K] of exactly one chunk, copied out of the request, whose buffer the next one overwrites."""
-        request = self._requests.get(len(x)) or self._compile(len(x))
-        request.infer({self._images: x, **self._noise(x)}, share_inputs=True)
+        feeds = {self._images: x, **self._noise(x)}
+        try:
+            request = self._requests.get(len(x)) or self._compile(len(x))
+            request.infer(feeds, share_inputs=True)
+        except Exception as error:  # OpenVINO's share no base class
+            told = f"OpenVINO cannot run {self._model} in batches of {len(x)}: {reason(error)}"
+            if isinstance(error, MemoryError) or "bad_alloc" in told:
+                raise OutOfMemory(f"{told}; free some memory or use a smaller batch") from error
+            raise InputError(told) from error
         logits: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
         return logits
 
     def _compile(self, batch: int) -> Any:
         """The network for batches of this size only."""
-        try:
-            shapes = {port: [batch, *list(port.partial_shape)[1:]] for port in self._network.inputs}
-            self._network.reshape(shapes)
-            compiled = self._core.compile_model(self._network, "CPU", self._options)
-        except Exception as error:
-            raise InputError(f"OpenVINO cannot run {self._model} in batches of {batch}: {reason(error)}") from error
+        self._network.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in self._network.inputs})
+        compiled = self._core.compile_model(self._network, "CPU", self._options)
         self._requests[batch] = compiled.create_infer_request()
         return self._requests[batch]
 
@@ -116,4 +119,4 @@ def reason(error: Exception) -> str:
     told = [
         line for line in lines if line and not line.startswith(("Exception from", "Check ", "FrontEnd API", "To fac"))
     ]
-    return " ".join(told) or type(error).__name__
+    return one_line(" ".join(told) or error)

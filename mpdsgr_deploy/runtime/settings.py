@@ -33,7 +33,7 @@ def prepared_settings(bundle: Bundle, backend: str, precision: str) -> Settings:
 
     Raises InputError if the bundle holds something else in their place.
     """
-    here, network = machine(backend), model_sha256(bundle, precision)
+    here, network = machine(backend), bundle.model_sha256(precision)
     for prepared in bundle.prepared(backend, precision):
         if prepared.machine == here and prepared.model_sha256 == network:
             found: Settings = parse(Settings, prepared.settings, f"{bundle.path}: settings of {backend}, {precision}")
@@ -47,12 +47,7 @@ def prepared(bundle: Bundle, backend: str, precision: str, settings: Settings) -
     return Prepared(
         backend=backend,
         precision=precision,
-        model_sha256=model_sha256(bundle, precision),
+        model_sha256=bundle.model_sha256(precision),
         machine=machine(backend),
         settings=values,
     )
-
-
-def model_sha256(bundle: Bundle, precision: str) -> str:
-    """The hash of a precision's ONNX file. Raises InputError naming the precisions there are."""
-    return bundle.manifest.files[bundle.variant(precision).relative_to(bundle.path).as_posix()]

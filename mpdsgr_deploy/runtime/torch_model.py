@@ -1,7 +1,7 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.checkpoint import load_model
-from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Differentiable, Gradient
 from mpdsgr_deploy.runtime.images import check_images
@@ -29,6 +29,17 @@ def exact_convolutions() -> AbstractContextManager[None]:
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
     return flags
+
+
+@contextmanager
+def telling_memory(what: str) -> Iterator[None]:
+    """Raise OutOfMemory where torch finds too little memory for `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
+            raise OutOfMemory(f"torch has too little memory for {what}; free some or use a smaller batch") from error
+        raise
 
 
 @torch.no_grad()
@@ -57,7 +68,9 @@ class TorchModel:
         self, model: SpikingNet, shape: tuple[int, int, int], seed: int = 0, noise: NoiseSource | None = None
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model, self._shape, self._seed = model.to(self._device).eval(), shape, seed
+        self._shape, self._seed = shape, seed
+        with telling_memory("the network"):
+            self._model = model.to(self._device).eval()
         self._forward: Callable[..., torch.Tensor] = self._model
         self._draws = noise_inputs(self._model, shape)
         self.noise = NoiseSource(self._draws, seed) if noise is None else noise
@@ -74,14 +87,9 @@ class TorchModel:
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
         noise = self.noise(x)
-        try:
-            with torch.no_grad(), exact_convolutions():
-                draws = [self._tensor(noise[entry.name]) for entry in self._draws]
-                logits: NDArray[np.float32] = self._forward(self._tensor(x), None, draws).cpu().numpy()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
-                raise OutOfMemory(f"torch has too little memory for a batch of {len(x)}") from error
-            raise
+        with telling_memory(f"a batch of {len(x)}"), torch.no_grad(), exact_convolutions():
+            draws = [self._tensor(noise[entry.name]) for entry in self._draws]
+            logits: NDArray[np.float32] = self._forward(self._tensor(x), None, draws).cpu().numpy()
         return logits
 
     def compiled(self) -> Self:
@@ -98,7 +106,7 @@ class TorchModel:
             try:
                 logits: torch.Tensor = forward(*arguments)
             except InductorError as error:
-                told = str(error).splitlines()[0]
+                told = one_line(str(error).partition("\n")[0])  # what follows is advice to developers
                 raise InputError(
                     f"torch.compile cannot build the network here ({told}); install a C++ compiler and Python's "
                     f"headers, or use the backend torch"
@@ -119,7 +127,7 @@ class TorchModel:
 
         def gradient(x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
             check_images(x, self._shape)
-            with exact_convolutions():
+            with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
                 found = input_gradient(lambda x: model(x, None, noise), self._tensor(x), self._tensor(y), loss)
             return Gradient(*(tensor.cpu().numpy() for tensor in found))
 

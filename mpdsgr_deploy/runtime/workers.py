@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data.images import to_unit
-from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.inputs import Pixels
 from mpdsgr_deploy.runtime.open import open_predictor
@@ -48,11 +48,9 @@ class Halving:
             size = min(self._batch, len(x))
             try:
                 parts = [self._predictor(x[start : start + size]) for start in range(0, len(x), size)]
-            except OutOfMemory as error:
+            except (OutOfMemory, MemoryError) as error:  # the second is Python's and numpy's: of noise, perhaps
                 if size == 1:
-                    raise OutOfMemory(
-                        "out of memory with a single image; free memory or use another backend"
-                    ) from error
+                    raise OutOfMemory(f"out of memory with a single image: {one_line(error)}") from error
                 self._batch = size // 2
             else:
                 return Answer(np.concatenate(parts), self._batch)
@@ -97,12 +95,14 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
             turns.put(gpus[i % len(gpus)] if gpus else None)
         workers = stack.enter_context(ProcessPoolExecutor(processes, context, _begin, (worker, turns)))
         stack.callback(workers.shutdown, cancel_futures=True)
-        # all begin now, with interrupts blocked: the parent gets one too, and ends them
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for _ in range(processes):
-            workers.submit(_open)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
+            # all begin now, with interrupts blocked: the parent gets one too, and ends them
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                for _ in range(processes):
+                    workers.submit(_open)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield lambda images: workers.submit(_answer, images)
         except BrokenProcessPool as error:
             raise InputError(

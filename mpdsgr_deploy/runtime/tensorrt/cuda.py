@@ -37,7 +37,7 @@ def check(result: tuple[Any, ...]) -> Any:
     """What a CUDA call returned behind its error code. Raises OutOfMemory or InputError in its place."""
     error, *values = result
     if error.name == "cudaErrorMemoryAllocation":
-        raise OutOfMemory("the GPU's memory is full; use smaller batches, or build the engine with a smaller --batch")
+        raise OutOfMemory("the GPU's memory is full; free some or build the engine with a smaller MAX of --batch")
     if error.value:
         raise InputError(f"CUDA answers {error.name}; see `mpdsgr doctor`")
     return values[0] if values else None

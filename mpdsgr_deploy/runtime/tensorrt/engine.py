@@ -13,7 +13,7 @@ import onnx
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.tensorrt.library import failure, listener, load, one_line
+from mpdsgr_deploy.runtime.tensorrt.library import failure, listener, load, said
 
 Batch = tuple[int, int, int]  # smallest, best, largest
 # What TensorRT 10.16 to 11.4 are documented to read. Their parsers take newer ones without a word and read an operator
@@ -70,7 +70,7 @@ def _parse(trt: ModuleType, heard: Any, network: Any, model: Path, backend: str)
         raise failure(heard, f"{backend} cannot read {model}", "export again")
     refused = parser.get_error(0)
     reason = str(refused.code()).partition(".")[2].replace("_", " ").lower()
-    told = [one_line(line) for line in refused.desc().splitlines()]
+    told = [said(line) for line in refused.desc().splitlines()]
     detail = told[-1] if len(told) < 2 else told[1]  # the first of several lines only repeats the node's name
     node = f"node {refused.node_name() or refused.node()} ({refused.node_operator()})"
     detail = "an operator it does not have" if detail == "false" else detail

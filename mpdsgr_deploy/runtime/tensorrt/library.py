@@ -4,7 +4,7 @@ import re
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.progress import log
 
@@ -42,7 +42,7 @@ def listener(trt: ModuleType) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.WARNING:
-                log.debug("%s: %s", trt.__name__, one_line(message))
+                log.debug("%s: %s", trt.__name__, said(message))
 
     return Listener()
 
@@ -52,11 +52,12 @@ def failure(listener: Any, what: str, advice: str) -> InputError:
     told = [
         message for message in listener.errors if "catchCudaError" not in message
     ]  # follows any error, adds nothing
-    text = one_line((told or listener.errors or ["it does not say why"])[0])
+    text = said((told or listener.errors or ["it does not say why"])[0])
+    listener.errors.clear()  # or a later failure would be told by this one's reason
     kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(told), re.IGNORECASE) else InputError
     return kind(f"{what}: {text}; {advice}")
 
 
-def one_line(message: str) -> str:
+def said(message: str) -> str:
     """A message without line breaks and without the places in the library's source it came from."""
-    return " ".join(re.sub(r"\bIn \S+ at /\S+:\d+", "", message).split())
+    return one_line(re.sub(r"\bIn \S+ at /\S+:\d+", "", message))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.tensorrt import cuda
 from mpdsgr_deploy.runtime.tensorrt.engine import Batch
 from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine
@@ -114,7 +115,7 @@ class TensorRT:
         self._lock, self._most = Lock(), STREAMS
 
     @classmethod
-    def from_bundle(cls, backend: str, bundle: Bundle, precision: str, noise: Noise = lambda x: {}) -> Self:
+    def from_bundle(cls, backend: str, bundle: Bundle, precision: str, noise: NoiseSource) -> Self:
         """The bundle's engine for this machine. Raises InputError with the command that builds it, where none fits."""
         prepared = find(backend, bundle, precision, machine(backend))
         assert prepared.file is not None  # for the type checker: `find` asks for both
@@ -126,6 +127,8 @@ class TensorRT:
         engine = cuda.Engine(backend, bundle.file(prepared.file).read_bytes(), advice)
         if engine.shapes.get(manifest.input_name) != manifest.input_shape:
             raise InputError(f"{prepared.file} does not take this bundle's images; {advice}")
+        others = {name: engine.shapes[name] for name in engine.inputs if name != manifest.input_name}
+        noise.require(others, prepared.file)
         return cls(lambda: cuda.CudaStream(engine, batch[2]), batch, manifest.input_shape, manifest.input_name, noise)
 
     def __call__(self, x: Array) -> Array:

@@ -35,7 +35,7 @@ def prepare(backend: str, bundle: Bundle, precision: str, batch: Batch | None = 
     here = machine(backend)
     profile = batch or BATCH
     plan = build_engine(backend, model, profile, timing_cache(here) if backend == "tensorrt" else None)
-    sha = bundle.manifest.files[bundle.manifest.variants[precision].file]
+    sha = bundle.model_sha256(precision)
     prepared = Prepared(backend=backend, precision=precision, model_sha256=sha, machine=here, batch=profile)
     added = bundle.add(prepared, plan)
     return added, added.manifest.prepared[-1]
@@ -54,7 +54,7 @@ def find(backend: str, bundle: Bundle, precision: str, here: dict[str, str]) -> 
     version.
     """
     command = f"mpdsgr build {bundle.path} --backend {backend} --precision {precision}"
-    sha = bundle.manifest.files[bundle.manifest.variants[precision].file]
+    sha = bundle.model_sha256(precision)
     found = bundle.prepared(backend, precision)
     if not found:
         raise InputError(f"{bundle.path} holds no {backend} engine of {precision}; build it here with: {command}")
