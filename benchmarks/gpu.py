@@ -3,11 +3,12 @@
     python benchmarks/gpu.py      writes benchmarks/results/gpu.json and the table of benchmarks/README.md
 
 VGG11 as torch runs it, eagerly and compiled, as onnxruntime runs its ONNX file with the CUDA and the TensorRT provider,
-as TensorRT and TensorRT-RTX run it themselves, and, where it is installed, the same architecture in SpikingJelly. Every
-one takes host memory and gives host memory, copies included. They take turns in an order that rotates; the table shows
-the median of the paired ratios to eager torch, the share that the network's multiplications reach of the GPU's measured
-float32 matrix product, and the rows and labels that differ from eager torch. Weights are random, of a fixed seed, with
-tdBN settled on random images. What this machine cannot run stands in the results with its reason.
+as TensorRT and TensorRT-RTX run it themselves in every precision, and, where it is installed, the same architecture in
+SpikingJelly. Every one takes host memory and gives host memory, copies included. They take turns in an order that
+rotates; the table shows the median of the paired ratios to eager torch, the share that the network's multiplications
+reach of the GPU's measured float32 matrix product, and the rows and labels that differ from eager torch. Weights are
+random, of a fixed seed, with tdBN settled on random images. What this machine cannot run stands in the results with its
+reason.
 """
 
 import statistics
@@ -22,11 +23,15 @@ from typing import Any
 import click
 import figures
 import numpy as np
+import onnx
+import onnx_ir as ir
 import torch
 
+from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.export.onnx_writer import INPUT, save, to_graph
-from mpdsgr_deploy.export.simplify import simplify
+from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.export.simplify import fold_norm, simplify
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
@@ -71,7 +76,7 @@ def measure(recipe: Recipe, batches: Sequence[int], repetitions: int, backends: 
         running, refused = opened(backends, model, path, batches, stack)
         result = {
             "setting": {**recipe.model.model_dump(), "T": recipe.encoding.T, "batches": list(batches)},
-            "multiplications": multiplications(model),
+            "multiplications": macs(onnx.load(path), recipe.encoding.T).naive,
             "gemm_flops": gemm_flops(),
             "refused": refused,
             "batches": {str(n): compared(running, x, repetitions) for n, x in images.items()},
@@ -139,26 +144,6 @@ def reason(error: Exception) -> str:
     return one_line(error)[:300]
 
 
-def multiplications(model: SpikingNet) -> int:
-    """Multiply-adds of convolutions and linear layers for one image, counted by running it."""
-    total = 0
-
-    def count(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        nonlocal total
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        rows = output.numel() // weight.shape[0]  # images of all steps times pixels
-        total += rows * weight.numel()
-
-    kinds = (torch.nn.Conv2d, torch.nn.Linear)
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
-    with torch.no_grad():
-        model(torch.zeros(1, *SHAPE, device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
 def gemm_flops(size: int | None = None, repetitions: int = 10) -> float:
     """Operations a second of the device's float32 matrix product, TF32 off: the best of several."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,21 +194,30 @@ def compiled(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitS
     return predict
 
 
-def onnxruntime(provider: str) -> Opener:
+def in_precision(path: Path, precision: str) -> Path:
+    """The float32 ONNX file in another precision, beside it."""
+    network = ir.load(path)
+    file = path.with_name(f"{precision}.onnx")
+    save(convert(network, plan(network, precision)), file)
+    return file
+
+
+def onnxruntime(provider: str, precision: str = "fp32") -> Opener:
     """The ONNX file on a provider, which must be the one that is used."""
 
     def opener(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
-        return stack.enter_context(OnnxRuntime(path, provider))
+        return stack.enter_context(OnnxRuntime(in_precision(path, precision), provider))
 
     return opener
 
 
-def tensorrt(backend: str) -> Opener:
+def tensorrt(backend: str, precision: str) -> Opener:
     """An engine of the ONNX file, built here."""
 
     def opener(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
         profile = (1, batches[len(batches) // 2], batches[-1])
-        engine = cuda.Engine(backend, build_engine(backend, path, profile), "run the benchmark again")
+        built = build_engine(backend, in_precision(path, precision), profile)
+        engine = cuda.Engine(backend, built, "run the benchmark again")
         stream = lambda: cuda.CudaStream(engine, profile[2])  # noqa: E731
         return stack.enter_context(TensorRT(stream, profile, SHAPE, INPUT))
 
@@ -237,7 +231,7 @@ def spikingjelly(model: SpikingNet, path: Path, batches: Sequence[int], stack: E
     except ImportError as error:
         raise InputError(f"spikingjelly is not installed ({error})") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = simplify(model).to(device)
+    net = simplify(model, [fold_norm]).to(device)
     settings = net.layers()[0].neuron
     modules: list[torch.nn.Module] = []
     for part in net.body:
@@ -257,8 +251,7 @@ def spikingjelly(model: SpikingNet, path: Path, batches: Sequence[int], stack: E
         functional.reset_net(body)
         with torch.no_grad(), exact_convolutions():
             steps = net.encode(torch.from_numpy(x).to(device), net.normalize, None)
-            outputs = torch.stack([net.readout(step) for step in body(steps)])
-            return (net.weights[:, None, None] * outputs).sum(0).cpu().numpy()
+            return net.readout(body(steps)).cpu().numpy()
 
     return predict
 
@@ -267,10 +260,10 @@ BACKENDS: dict[str, Opener] = {
     REFERENCE: eager,
     "torch.compile": compiled,
     "spikingjelly": spikingjelly,
-    "onnxruntime-cuda": onnxruntime("CUDAExecutionProvider"),
-    "onnxruntime-tensorrt": onnxruntime("TensorrtExecutionProvider"),
-    "tensorrt": tensorrt("tensorrt"),
-    "tensorrt-rtx": tensorrt("tensorrt-rtx"),
+    "onnxruntime-cuda, fp32": onnxruntime("CUDAExecutionProvider"),
+    "onnxruntime-cuda, fp16": onnxruntime("CUDAExecutionProvider", "fp16"),
+    "onnxruntime-tensorrt, fp32": onnxruntime("TensorrtExecutionProvider"),
+    **{f"{b}, {p}": tensorrt(b, p) for b in ("tensorrt", "tensorrt-rtx") for p in PRECISIONS},
 }
 
 

@@ -101,13 +101,15 @@ def test_the_gpu_benchmark_rehearsed_on_a_cpu() -> None:
     backends = {
         "torch": gpu.eager,
         "onnxruntime-cpu": gpu.onnxruntime("CPUExecutionProvider"),
-        "tensorrt": gpu.tensorrt("tensorrt"),
+        "onnxruntime-cpu, int8": gpu.onnxruntime("CPUExecutionProvider", "int8"),
+        "tensorrt": gpu.tensorrt("tensorrt", "fp32"),
         "wrong": lambda *arguments: Wrong(),
     }
     result = gpu.measure(recipe("vgg-small", 0.1), [1, 3], 3, backends)
     assert "tensorrt is needed" in result["refused"]["tensorrt"]
     for n, found in result["batches"].items():
         assert found["onnxruntime-cpu"]["parity"]["max_abs"] <= 1e-5
+        assert found["onnxruntime-cpu, int8"]["parity"]["within_tolerance"] < int(n)
         assert len(found["onnxruntime-cpu"]["seconds"]) == len(found["torch"]["seconds"]) == 3
         assert min(found["torch"]["seconds"]) > 0
         if n == "1":
@@ -119,22 +121,3 @@ def test_the_gpu_benchmark_rehearsed_on_a_cpu() -> None:
     assert "| 3 | wrong | too large |" in table
     assert "- tensorrt did not run: tensorrt is needed" in table
     assert result["versions"]["torch"] == torch.__version__.partition("+")[0]
-
-
-def test_multiplications_are_those_of_the_formula() -> None:
-    """T steps of 3x3 convolutions at halving sizes, two hidden layers and the readout."""
-    model = gpu.settled(recipe("vgg11", 0.125))
-    convolutions = [
-        (3, 8, 32),
-        (8, 16, 16),
-        (16, 32, 16),
-        (32, 64, 8),
-        (64, 64, 8),
-        (64, 64, 8),
-        (64, 64, 4),
-        (64, 64, 4),
-    ]
-    linear = 64 * 4 * 4 * 512 + 512 * 512 + 512 * 10
-    expected = 2 * (sum(9 * c * d * size**2 for c, d, size in convolutions) + linear)
-    assert gpu.multiplications(model) == expected
-    assert gpu.gemm_flops(64, 2) > 0
