@@ -1,7 +1,7 @@
-"""How often precisions agree with float32 on a trained network, on clean test images and on attacked ones.
+"""How often precisions agree with float32 on trained networks, on clean test images and on attacked ones.
 
     mpdsgr train benchmarks/agreement.toml --out runs/agreement
-    python benchmarks/agreement.py runs/agreement --root data
+    python benchmarks/agreement.py runs/agreement OTHER_RUN... --root data
 
 The attack is the recipe's PGD on the torch network, so that every precision meets the same pixels; attacked are as many
 of the first test images as `--attacked` says. OpenVINO runs int8 in int8 arithmetic; onnxruntime rounds float16 as the
@@ -25,6 +25,7 @@ from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.export.trial import attack
 from mpdsgr_deploy.progress import show_progress
 from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.torch_model import TorchModel
@@ -34,14 +35,15 @@ NAME = "agreement"
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
 @click.option("--images", type=click.IntRange(1), default=10_000, show_default=True, help="Clean test images.")
 @click.option("--attacked", type=click.IntRange(1), default=1000, show_default=True, help="Attacked test images.")
-def main(run: Path, root: str, images: int, attacked: int) -> None:
-    """Compare the precisions of RUN's best network, write the result and the table."""
+def main(runs: tuple[Path, ...], root: str, images: int, attacked: int) -> None:
+    """Compare the precisions of each run's best network, write the result and the table."""
     show_progress()
-    result = {**measure(run, root, images, attacked), "provenance": provenance()}
+    networks = [measure(run, root, images, attacked) for run in runs]
+    result = {"networks": networks, "provenance": provenance()}
     figures.publish(NAME, result, render(result))
     click.echo(render(result))
 
@@ -90,20 +92,25 @@ def compare(exact: NDArray[np.int64], found: NDArray[np.int64], classes: NDArray
 
 
 def render(result: dict[str, Any]) -> str:
-    """The Markdown table."""
+    """The Markdown table, and what its networks are."""
     lines = [
-        "| images | precision | n | labels equal to fp32's | correct | newly wrong | newly right | McNemar's p |",
-        "|---" * 8 + "|",
+        "| network | images | precision | n | labels as in fp32 | correct | newly wrong | newly right | McNemar's p |",
+        "|---" * 9 + "|",
     ]
-    for row in result["rows"]:
-        n = row["n"]
-        cells = [row["images"], row["precision"], n, f"{row['equal']} ({row['equal'] / n:.2%})"]
-        cells += [f"{row['correct']} ({row['correct'] / n:.2%})", row["newly_wrong"], row["newly_right"]]
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['p_value']:.2g} |")
-    recipe = result["recipe"]
-    network = f"{recipe['model']['name']}, width {recipe['model']['width']:g}, T = {recipe['encoding']['T']}"
-    told = f"{network}, on {recipe['data']['name']}, epoch {result['epoch']}. {result['attack']}."
-    return "\n".join([*lines, "", f"{told} {figures.source(result)}", ""])
+    told = []
+    for network in result["networks"]:
+        recipe = Recipe.model_validate(network["recipe"])
+        for row in network["rows"]:
+            n = row["n"]
+            cells = [recipe.method, row["images"], row["precision"], n, f"{row['equal']} ({row['equal'] / n:.2%})"]
+            cells += [f"{row['correct']} ({row['correct'] / n:.2%})", row["newly_wrong"], row["newly_right"]]
+            lines.append(f"| {' | '.join(map(str, cells))} | {row['p_value']:.2g} |")
+        model, epoch = recipe.model, f"epoch {network['epoch']} of {recipe.training.epochs}"
+        told.append(
+            f"- {recipe.method}: {model.name}, width {model.width:g}, T = {recipe.encoding.T}, on "
+            f"{recipe.data.train_images or 'all'} images of {recipe.data.name}, {epoch}. {network['attack']}."
+        )
+    return "\n".join([*lines, "", *told, "", figures.source(result), ""])
 
 
 if __name__ == "__main__":
