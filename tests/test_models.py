@@ -8,7 +8,7 @@ import torchvision
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.simplify import simplify
-from mpdsgr_deploy.models import MODELS, build_model
+from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.network import make_neuron
 from mpdsgr_deploy.models.wrn import ConvexCombination, WideBlock
 from mpdsgr_deploy.recipe import Recipe
@@ -94,7 +94,7 @@ def test_wrn_hands_the_noise_to_every_neuron_and_averages_the_last_map() -> None
     assert len(seen) == 13
     assert all(draw is noise for draw in seen)
     pooled = [torch.nn.functional.avg_pool2d(state.spikes, 8).flatten(1) for state in traces[-1].states]
-    torch.testing.assert_close(logits, torch.stack([model.readout(p) for p in pooled]).mean(0))
+    torch.testing.assert_close(logits, outputs(model, torch.stack(pooled)).mean(0))
 
 
 @pytest.mark.parametrize("norm", ["bn", "none"])
@@ -143,12 +143,17 @@ def test_small_vgg_takes_8x8_and_its_width_is_a_field() -> None:
     assert 3 < sizes[1] / sizes[0] < 4
 
 
+def outputs(model: SpikingNet, steps: torch.Tensor) -> torch.Tensor:
+    """What the last linear layer makes of every step by itself: [T, B, K]."""
+    return torch.nn.functional.linear(steps, model.readout.weight, model.readout.bias)
+
+
 def test_logits_are_the_time_mean_of_the_readout() -> None:
     model = build_model(recipe(model={"name": "vgg-small", "width": 0.1}), (1, 8, 8), 3).eval()
     seen: list[torch.Tensor] = []
-    model.readout.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.readout.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     logits = model(torch.rand(4, 1, 8, 8))
-    torch.testing.assert_close(logits, seen[0].unflatten(0, (2, 4)).mean(0))
+    torch.testing.assert_close(logits, outputs(model, seen[0]).mean(0))
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
@@ -158,12 +163,12 @@ def test_membrane_readout_is_a_leaky_integrator_also_exported(tau: float, tmp_pa
     sections = {"model": {"name": "vgg-small", "width": 0.25, "readout": "membrane"}, "neuron": {"tau": tau}}
     model = build_model(recipe(**sections, encoding={"T": 5}), (1, 8, 8), 3).eval()
     seen: list[torch.Tensor] = []
-    hook = model.readout.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = model.readout.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = torch.rand(4, 1, 8, 8)
     logits = model(x).detach()
     hook.remove()
     potential = torch.zeros(4, 3)
-    for y in seen[0].detach().unflatten(0, (5, 4)):
+    for y in outputs(model, seen[0]).detach():
         potential = tau * potential + y
     torch.testing.assert_close(logits, potential, rtol=1e-5, atol=1e-6)
     save(to_graph(simplify(model), (1, 8, 8)), tmp_path / "model.onnx")
