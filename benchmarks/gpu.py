@@ -26,13 +26,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from networks import SHAPE, settled
 
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.export.onnx_writer import INPUT, save, to_graph
 from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.export.simplify import fold_norm, simplify
-from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import package_version, provenance
@@ -41,7 +42,6 @@ from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.tensorrt import TensorRT, build_engine, cuda
 from mpdsgr_deploy.runtime.torch_model import TorchModel, exact_convolutions
 
-SHAPE, CLASSES = (3, 32, 32), 10
 REFERENCE = "torch"
 PACKAGES = ("cuda-bindings", "onnxruntime", "onnxruntime-gpu", "spikingjelly", "tensorrt", "tensorrt-rtx", "torch")
 Opener = Callable[[SpikingNet, Path, Sequence[int], ExitStack], Predictor]
@@ -83,18 +83,6 @@ def measure(recipe: Recipe, batches: Sequence[int], repetitions: int, backends: 
         }
     versions = {name: version for name in PACKAGES if (version := package_version(name))}
     return {**result, "versions": versions, "provenance": provenance()}
-
-
-def settled(recipe: Recipe) -> SpikingNet:
-    """An untrained network whose tdBN has seen images, so that its neurons fire."""
-    torch.manual_seed(0)
-    model = build_model(recipe, SHAPE, CLASSES)
-    for layer in model.layers():
-        if layer.norm is not None:
-            layer.norm.momentum = 1.0  # one pass settles the running statistics
-    with torch.no_grad():
-        model(torch.rand(16, *SHAPE))
-    return model.eval()
 
 
 def opened(

@@ -27,12 +27,13 @@ import figures
 import numpy as np
 import onnx
 import torch
+from networks import SHAPE, settled
 from onnx import helper, numpy_helper
 
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.export.simplify import simplify
-from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
@@ -41,7 +42,6 @@ from mpdsgr_deploy.runtime.settings import Settings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import SpikingLayer
 
-SHAPE, CLASSES = (3, 32, 32), 10
 REFERENCE, INT8, LIMIT = "SpikingJelly, eager", "OpenVINO, int8", "int8 limit"
 ENVIRONMENT = figures.FOLDER.parent / "runs" / "spikingjelly"
 # what SpikingJelly 2.0 imports beside what this environment has; its own list would bring another torch
@@ -60,26 +60,14 @@ def main(width: float, T: int, batches: tuple[int, ...], seconds: float) -> None
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         variants = {REFERENCE: stack.enter_context(spikingjelly(width, T, threads))}
-        variants |= ours(settled(width, T), T, threads, Path(folder), stack)
+        recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
+        variants |= ours(settled(recipe), T, threads, Path(folder), stack)
         taken = {str(batch): take_turns(variants, batch, seconds) for batch in batches}
     setting = {"width": width, "T": T, "threads": threads}
     versions = {name: package_version(name) for name in ("torch", "onnxruntime", "openvino")}
     result = {"setting": setting, "seconds": taken, "versions": versions, "provenance": provenance()}
     figures.publish("inference", result, render(result))
     click.echo(render(result))
-
-
-def settled(width: float, T: int) -> SpikingNet:
-    """An untrained network whose tdBN has seen images, so that its neurons fire."""
-    torch.manual_seed(0)
-    recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
-    model = build_model(recipe, SHAPE, CLASSES)
-    for layer in model.layers():
-        if layer.norm is not None:
-            layer.norm.momentum = 1.0  # one pass settles the running statistics
-    with torch.no_grad():
-        model(torch.rand(16, *SHAPE))
-    return model.eval()
 
 
 def ours(model: SpikingNet, T: int, threads: int, folder: Path, stack: ExitStack) -> dict[str, Inference]:

@@ -9,6 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import figures
 import inference
 import onnx
+from networks import settled
+
+from mpdsgr_deploy.recipe import Recipe
 
 
 def test_the_page_quotes_the_file() -> None:
@@ -20,7 +23,7 @@ def test_the_page_quotes_the_file() -> None:
 
 
 def test_a_small_benchmark_runs_and_its_limit_has_the_networks_int8_weights(tmp_path: Path) -> None:
-    model = inference.settled(0.02, 2)
+    model = settled(Recipe.model_validate({"model": {"name": "vgg11", "width": 0.02}, "encoding": {"T": 2}}))
     with ExitStack() as stack:
         variants = inference.ours(model, 2, 1, tmp_path, stack)
         taken = inference.take_turns(variants, 3, 0.0)

@@ -1,0 +1,20 @@
+"""The untrained networks that benchmarks of speed time: what they compute does not depend on their weights."""
+
+import torch
+
+from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.recipe import Recipe
+
+SHAPE, CLASSES = (3, 32, 32), 10
+
+
+def settled(recipe: Recipe) -> SpikingNet:
+    """An untrained network whose tdBN has seen images, so that its neurons fire."""
+    torch.manual_seed(0)
+    model = build_model(recipe, SHAPE, CLASSES)
+    for layer in model.layers():
+        if layer.norm is not None:
+            layer.norm.momentum = 1.0  # one pass settles the running statistics
+    with torch.no_grad():
+        model(torch.rand(16, *SHAPE))
+    return model.eval()
