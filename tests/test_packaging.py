@@ -60,7 +60,7 @@ def test_an_empty_environment_gets_a_working_command(built: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".bundle", ".attacks", ".runtime", ".recipe", ".data", ".cli", ".validation.gate"]
+    "module", ["", ".bundle", ".attacks", ".runtime", ".prediction", ".recipe", ".data", ".cli", ".validation.gate"]
 )
 def test_importing_without_torch_or_onnxruntime(module: str) -> None:
     script = f"import mpdsgr_deploy{module}, sys; print([m for m in ('torch', 'onnxruntime') if m in sys.modules])"
@@ -69,7 +69,7 @@ def test_importing_without_torch_or_onnxruntime(module: str) -> None:
 
 
 def test_stages_do_not_import_each_other() -> None:
-    stages = {"training", "export", "validation"}
+    stages = {"training", "export", "validation", "prediction"}
     for stage in stages:
         for file in (ROOT / "mpdsgr_deploy" / stage).glob("*.py"):
             for other in stages - {stage}:

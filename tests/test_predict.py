@@ -25,14 +25,15 @@ from PIL import Image
 from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.prediction import workers
+from mpdsgr_deploy.prediction.inputs import ArrayFile, Inputs
+from mpdsgr_deploy.prediction.partial import Chunk, Partial
+from mpdsgr_deploy.prediction.stream import Job
+from mpdsgr_deploy.prediction.writers import FORMATS, find_writer
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, workers
-from mpdsgr_deploy.runtime.inputs import ArrayFile, Inputs
+from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.openvino import OpenVino
-from mpdsgr_deploy.runtime.partial import Chunk, Partial
-from mpdsgr_deploy.runtime.stream import Job
 from mpdsgr_deploy.runtime.torch_model import TorchModel
-from mpdsgr_deploy.runtime.writers import FORMATS, find_writer
 
 N, BATCH = 60, 4
 
@@ -174,7 +175,7 @@ def test_equal_logits_are_told_apart_by_class_and_names_by_their_bytes(tmp_path:
 
 
 def test_parquet_rows_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpdsgr_deploy.runtime.writers.ROW_GROUP", 5)
+    monkeypatch.setattr("mpdsgr_deploy.prediction.writers.ROW_GROUP", 5)
     chunks = [Chunk([f"{i}a", f"{i}b"], np.eye(2, dtype=np.float32)) for i in range(4)]
     file = io.BytesIO()
     find_writer(".parquet", ("x", "y"), 2)(file, lambda: iter(chunks))
@@ -339,7 +340,7 @@ def test_a_run_killed_while_it_writes_the_output_only_writes_it_again(
 ) -> None:
     script = f"""
 import os, signal
-from mpdsgr_deploy.runtime import partial
+from mpdsgr_deploy.prediction import partial
 read = partial.Partial.chunks
 def killed(self, batches):
     for i, chunk in enumerate(read(self, batches)):

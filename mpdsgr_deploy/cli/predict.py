@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.prediction import Job
+from mpdsgr_deploy.prediction.writers import FORMATS
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.runtime.stream import Job
-from mpdsgr_deploy.runtime.writers import FORMATS
 
 
 @click.command("predict")

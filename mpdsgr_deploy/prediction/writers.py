@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.runtime.partial import Chunk
+from mpdsgr_deploy.prediction.partial import Chunk
 
 Chunks = Callable[[], Iterator[Chunk]]  # called once for every pass over the predictions
 Writer = Callable[[BinaryIO, Chunks], None]

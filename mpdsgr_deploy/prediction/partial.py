@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import writing
-from mpdsgr_deploy.runtime.inputs import Batch
+from mpdsgr_deploy.prediction.inputs import Batch
 
 MAGIC = b"mpdsgr predictions 1\n"
 KEPT = "what was finished is kept"

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import atomic_file
+from mpdsgr_deploy.prediction.inputs import Batch, Inputs
+from mpdsgr_deploy.prediction.partial import Chunk, Partial
+from mpdsgr_deploy.prediction.workers import Worker, started
+from mpdsgr_deploy.prediction.writers import find_writer
 from mpdsgr_deploy.progress import log, meter
-from mpdsgr_deploy.runtime.inputs import Batch, Inputs
-from mpdsgr_deploy.runtime.partial import Chunk, Partial
-from mpdsgr_deploy.runtime.workers import Worker, started
-from mpdsgr_deploy.runtime.writers import find_writer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
