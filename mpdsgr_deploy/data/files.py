@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mpdsgr_deploy.data.events import RECORDINGS, read_frames
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import track
