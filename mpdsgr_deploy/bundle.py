@@ -2,7 +2,10 @@
 
     manifest.json         what this is, and the sha256 of every other file
     model.fp32.onnx       one network per precision
-    weights.safetensors   the torch weights, the reference the artefact is held against
+    attack.fp32.onnx      each network's derivative, by which it is attacked
+    weights.safetensors   the torch weights, from which all of it was made
+    reference.npz         how the torch network answered the test images, clean and attacked
+    images.npz            these images, if the bundle carries them
     golden.npz            a few inputs and each precision's logits, checked whenever a predictor is opened
     engines/              what `mpdsgr build` adds: engines of one kind of machine
 
@@ -29,6 +32,7 @@ from pydantic import BaseModel, ConfigDict
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, sha256, write_atomic
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.reference import REFERENCE, Promise, Reference, load_reference
 from mpdsgr_deploy.schema import Count, read_document
 
 SCHEMA_VERSION = 1
@@ -122,6 +126,7 @@ class Manifest(BaseModel):
     labels: tuple[str, ...]
     recipe: Recipe  # T, encoding and neuron among the rest
     variants: dict[str, Variant]
+    reference: Promise | None = None  # None: the data set was not at hand
     prepared: tuple[Prepared, ...] = ()
     provenance: dict[str, Any]
     files: dict[str, str]  # relative path -> sha256
@@ -191,6 +196,11 @@ class Bundle:
                 if f"{ENGINES}/{file.name}" not in files:
                     file.unlink()
         return bundle
+
+    def reference(self) -> Reference | None:
+        """How the torch network answered, if that is in the bundle. Raises InputError as `load_reference` does."""
+        promise = self.manifest.reference
+        return None if promise is None else load_reference(self.file(REFERENCE), promise)
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Golden inputs [G, C, H, W], and the logits [G, K] a precision must answer them with, K the number of labels.

@@ -122,6 +122,21 @@ class Validation(Section):
     seed: Seed = 0
 
 
+class Gate(Section):
+    """What an artefact must keep to pass `mpdsgr validate`; shares of the images, in [0, 1]. See validation.gate.
+
+    tier: how much is attacked (attacks.tiers). images: the first so many test images; None: as many as the tier takes.
+    max_drop: largest loss of accuracy against the reference, in every condition; None: the tier's. drops: the same for
+    single conditions. floors: the least accuracy of single conditions; "worst" is the union of all attacks within eps.
+    """
+
+    tier: Literal["commit", "release", "paper"] = "commit"
+    images: Count | None = None
+    max_drop: UnitInterval | None = None
+    drops: dict[str, UnitInterval] = Field(default_factory=dict)
+    floors: dict[str, UnitInterval] = Field(default_factory=dict)
+
+
 class Recipe(Section):
     """All sections; every one and every field has a default."""
 
@@ -133,6 +148,7 @@ class Recipe(Section):
     defence: dict[str, dict[str, Any]] = Field(default_factory=dict)  # name -> settings, which the defence checks
     attack: Attack = Attack()
     validation: Validation = Validation()
+    gate: Gate = Gate()
 
     @model_validator(mode="after")
     def _one_frame_a_step(self) -> "Recipe":

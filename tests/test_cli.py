@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import assert_input_error, mpdsgr
+from conftest import assert_input_error, mpdsgr, mpdsgr_here
 from PIL import Image
 
 from mpdsgr_deploy.bundle import Bundle
@@ -86,14 +86,16 @@ def test_errors_of_other_commands_are_one_line(bundle: Bundle, run_dir: Path, tm
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     root = ["--set", f"data.root={tmp_path}"]
-    assert_input_error(mpdsgr("train", "digits-reg", "--set", "neuron.tua=1"), "unknown key 'neuron.tua'")
-    assert_input_error(mpdsgr("train", "cifar10-vgg11-quarter-reg", *root, "--out", tmp_path / "a"), "download=True")
-    assert_input_error(mpdsgr("train", "digits-reg", "--out", tmp_path / "mine"), "not a training run")
-    assert_input_error(mpdsgr("export", tmp_path / "mine", "--out", tmp_path / "b"), "mpdsgr train")
-    assert_input_error(mpdsgr("export", run_dir, "--out", tmp_path / "b", "--precision", "int4"), "fp32")
-    assert_input_error(mpdsgr("validate", tmp_path / "mine", "--report", tmp_path / "r"), "not a bundle")
-    assert_input_error(mpdsgr("validate", bundle.path, "--report", tmp_path / "mine"), "not a report")
-    assert_input_error(mpdsgr("inspect", tmp_path / "mine"), "checkpoint.json")
+    assert_input_error(mpdsgr_here("train", "digits-reg", "--set", "neuron.tua=1"), "unknown key 'neuron.tua'")
+    assert_input_error(
+        mpdsgr_here("train", "cifar10-vgg11-quarter-reg", *root, "--out", tmp_path / "a"), "download=True"
+    )
+    assert_input_error(mpdsgr_here("train", "digits-reg", "--out", tmp_path / "mine"), "not a training run")
+    assert_input_error(mpdsgr_here("export", tmp_path / "mine", "--out", tmp_path / "b"), "mpdsgr train")
+    assert_input_error(mpdsgr_here("export", run_dir, "--out", tmp_path / "b", "--precision", "int4"), "fp32")
+    assert_input_error(mpdsgr_here("validate", tmp_path / "mine", "--report", tmp_path / "r"), "not a bundle")
+    assert_input_error(mpdsgr_here("validate", bundle.path, "--report", tmp_path / "mine"), "not a report")
+    assert_input_error(mpdsgr_here("inspect", tmp_path / "mine"), "checkpoint.json")
 
 
 def test_a_missing_extra_is_named(bundle: Bundle, tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Pat
     layers = json.loads(mpdsgr("inspect", run_dir, "--json").stdout)["layers"]
     assert [layer["layer"] for layer in layers] == ["conv1", "conv2", "conv3"]
     assert "firing rate" in mpdsgr("inspect", run_dir, COLUMNS="200").stdout
-    doctor = json.loads(mpdsgr("doctor", "--json").stdout)
+    doctor = json.loads(mpdsgr("doctor", bundle.path, "--json").stdout)
     assert doctor["backends"]["onnxruntime-cpu"]["fp32"].startswith("works")
     assert doctor["backends"]["torch"]["fp32"].startswith("works")
     assert "mpdsgr-deploy[gpu]" in doctor["backends"]["onnxruntime-cuda"]["fp32"]

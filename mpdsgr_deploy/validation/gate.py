@@ -1,40 +1,106 @@
-"""The gate: how much worse than its reference an artefact may be. A TOML file, all keys optional."""
+"""The gate: what an artefact must keep. Decided by paired verdicts, and only by as many as can decide it.
 
+A drop fails if the artefact loses more than the limit and the loss is no chance: worse images of the discordant ones
+are more than half by an exact one-sided McNemar test (p < 0.05). Five images that only the artefact gets wrong are the
+fewest that can show that, so a limit of 1 % takes 400 images. A floor fails if the artefact's accuracy is below it;
+n images, all of them right, prove it where their 95 % Wilson interval begins above.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mpdsgr_deploy.schema import Section, UnitInterval, parse, read_toml
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.schema import parse, read_toml
 from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.statistics import Z95, binomial_tail
+
+SIGNIFICANT = 0.05
+FEWEST = 5  # flips, all one way, that are significant: 2^-5 < 0.05
+
+Bools = NDArray[np.bool_]
 
 
-class Gate(Section):
-    """Shares of the images compared, in [0, 1].
-
-    max_newly_wrong: images the reference classifies correctly and the artefact does not, in each condition. Paired,
-    so that a percentage point is a count of images and not the difference of two noisy figures.
-    min_clean, min_attacked: floors for the artefact, clean and in the worst case over all attacks.
-    """
-
-    max_newly_wrong: UnitInterval = 0.01
-    min_clean: UnitInterval | None = None
-    min_attacked: UnitInterval | None = None
-
-    def failures(self, rows: list[Row]) -> list[str]:
-        """One line for each rule the artefact breaks."""
-        found = [
-            f"{row.name}: {row.flips.newly_wrong} of {row.n} images newly wrong, {self.max_newly_wrong:.2%} allowed"
-            for row in rows
-            if row.flips.newly_wrong > self.max_newly_wrong * row.n
-        ]
-        for name, floor in (("clean", self.min_clean), ("worst", self.min_attacked)):
-            (row,) = (row for row in rows if row.name == name)
-            if floor is not None and row.artefact.accuracy < floor:
-                found.append(f"{name}: accuracy {row.artefact.accuracy:.2%} is below the floor {floor:.2%}")
-        return found
-
-
-def load_gate(path: Path | None) -> Gate:
-    """Read a gate file; the defaults without one. Raises InputError for a missing file or an unknown key."""
-    if path is None:
-        return Gate()
+def load_gate(path: Path) -> Gate:
+    """Read a gate file. Raises InputError for a missing file or an unknown key."""
     gate: Gate = parse(Gate, read_toml(path), str(path))
     return gate
+
+
+def limit(gate: Gate, name: str) -> float:
+    """The drop of accuracy allowed in a condition."""
+    overall = TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
+    return gate.drops.get(name, overall)
+
+
+def fewest_images(gate: Gate, names: list[str]) -> int:
+    """The smallest n with which every rule of the gate can be decided, for the conditions `names`."""
+    drops = [FEWEST if not limit(gate, n) else math.ceil((FEWEST - 1) / limit(gate, n) - 1e-9) for n in names]
+    floors = [math.ceil(Z95**2 * floor / (1 - floor)) for floor in gate.floors.values() if floor < 1]
+    return max([1, *drops, *floors])
+
+
+def check_gate(gate: Gate, names: list[str], n: int, with_reference: bool) -> None:
+    """Raise InputError for a rule about a condition that is not evaluated, or that n images cannot decide."""
+    for name in (*gate.floors, *gate.drops):
+        if name not in names:
+            raise InputError(f"the gate has a rule for {name!r}, which is not evaluated here: {', '.join(names)}")
+    needed = fewest_images(gate, names if with_reference else [])
+    if n < needed:
+        raise InputError(
+            f"{n} images cannot decide this gate: it takes {needed} (validation.gate says why); use more with --limit "
+            f"or another tier, or allow more"
+        )
+
+
+def regressed(allowed: float, n: int, worse: int, better: int) -> bool:
+    """Whether the loss exceeds what is allowed, and is no chance."""
+    return worse - better > allowed * n + 1e-9 and binomial_tail(worse, worse + better) < SIGNIFICANT
+
+
+def failures(gate: Gate, rows: list[Row]) -> list[str]:
+    """One line for each rule the artefact breaks."""
+    found = []
+    for row in rows:
+        if row.flips is not None:
+            worse, better, allowed = row.flips.newly_wrong, row.flips.newly_right, limit(gate, row.name)
+            if regressed(allowed, row.n, worse, better):
+                found.append(
+                    f"{row.name}: {worse} images newly wrong and {better} newly right of {row.n}, a drop of "
+                    f"{(worse - better) / row.n:.2%}; {allowed:.2%} allowed"
+                )
+        floor = gate.floors.get(row.name)
+        if floor is not None and row.artefact.accuracy < floor:
+            found.append(f"{row.name}: accuracy {row.artefact.accuracy:.2%} is below the floor {floor:.2%}")
+    return found
+
+
+def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int) -> str | None:
+    """Why the gate will fail whatever the images not attacked yet bring; None while it can still pass.
+
+    correct: verdicts [m] on the first m of n images; reference: all of its verdicts [n].
+    """
+    done = len(correct)
+    floor = gate.floors.get(name)
+    if floor is not None and correct.sum() + n - done < math.ceil(floor * n - 1e-9):
+        return f"after {done} of {n} images under {name} the floor {floor:.2%} cannot be reached any more"
+    if reference is not None:
+        worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
+        best = better + int((~reference[done:]).sum())  # every image left that the reference gets wrong comes out right
+        if regressed(limit(gate, name), n, worse, best):
+            return f"after {done} of {n} images under {name} its drop cannot come back within the limit"
+    return None
+
+
+def rules(gate: Gate, names: list[str], references: Mapping[str, Bools]) -> Iterator[str]:
+    """The rules in words, for people."""
+    for name in names:
+        if name in references:
+            yield f"{name}: accuracy at most {limit(gate, name):.2%} below the reference"
+        if name in gate.floors:
+            yield f"{name}: accuracy at least {gate.floors[name]:.2%}"

@@ -1,102 +1,107 @@
-"""The validation stage: bundle in, report out."""
+"""The validation stage: bundle in, report out. The artefact is attacked through itself; nothing here needs torch."""
 
+import time
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.parity import compare
-from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.provenance import provenance
-from mpdsgr_deploy.recipe import Data
-from mpdsgr_deploy.runtime import open_predictor, predict
-from mpdsgr_deploy.validation import health
-from mpdsgr_deploy.validation.conditions import conditions, torch_attackers
-from mpdsgr_deploy.validation.gate import Gate
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.reference import IMAGES, digests
+from mpdsgr_deploy.validation.evaluation import Evaluation
+from mpdsgr_deploy.validation.gate import check_gate
+from mpdsgr_deploy.validation.images import digest, evaluation_images
 from mpdsgr_deploy.validation.report import Report, Verdict
-from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.target import REMOTE, Target
+
+PROGRESS = ".progress"  # in the report's directory: finished batches
 
 
 def validate(
-    bundle: Bundle,
+    target: Target,
     *,
-    backend: str,
-    precision: str = "fp32",
+    gate: Gate | None = None,
     data: str | None = None,
     root: str | None = None,
     limit: int | None = None,
-    gate: Gate | None = None,
     transfer: Path | None = None,
+    report_dir: Path | None = None,
 ) -> Report:
-    """Attack the bundle's torch model, hand the attacked images to the artefact too, compare image by image.
+    """Attack the artefact through its own gradient, compare with the reference in its bundle, and decide.
 
-    data, root, limit override the recipe's test images; transfer is the checkpoint of another network whose attacked
-    images are tried as well. The verdict is `invalid` if a health check failed, else
-    `fail` if the gate refuses, else `pass`. Raises InputError for missing data, an unknown or unusable backend.
+    gate: other rules than the recipe's. data, root: the data set's images instead of those in the bundle; limit: the
+    first so many. transfer: a bundle or checkpoint whose adversarial images are tried too. report_dir: where finished
+    batches are kept, so that the same call goes on after a kill. The verdict is `invalid` if a health check failed,
+    else `fail` if the gate refuses, else `pass`.
+
+    Raises InputError for missing data, an unusable backend, or too few images for what the gate asks.
     """
-    need("torch", "train")
-    from mpdsgr_deploy.runtime.torch_model import TorchModel
-    from mpdsgr_deploy.validation.evaluate import other_network
-
-    gate = gate or Gate()
-    recipe = bundle.manifest.recipe
-    config = recipe.validation
-    images = _images(bundle, recipe.data, data, root, limit or config.limit)
-    x, y = images.unit(), images.classes
-    rule = f"the first {len(images)} test images of {data or recipe.data.name}"
-    reference = TorchModel.from_bundle(bundle)
-    attackers = torch_attackers(reference, recipe.attack, other_network(transfer, images))
-    monitor = health.GradientMonitor(attackers.trained)
-    attackers = attackers._replace(trained=monitor)
-    rows: list[Row] = []
-    faults: list[str] = []
-    verdicts: dict[str, list[NDArray[np.bool_]]] = {}  # condition -> correct [N] of torch and of the artefact
-    with open_predictor(bundle, backend, precision) as artefact:
-        for condition in conditions(attackers, x, y, recipe.attack, batch_size=config.batch_size, seed=config.seed):
-            logits = [predict(p, condition.images, config.batch_size) for p in (reference, artefact)]
-            correct = [answer.argmax(1) == y for answer in logits]
-            if condition.name == "clean":
-                parity = compare(*logits)
-            if condition.eps is not None:
-                verdicts[condition.name] = correct
-            faults += health.budget_faults(x, condition)
-            rows.append(Row.of(condition.name, condition.settings, *correct))
-            log.info("%-22s  torch %5.1f %%  artefact %5.1f %%", condition.name, *(100 * c.mean() for c in correct))
-        worst = [np.logical_and.reduce(columns) for columns in zip(*verdicts.values(), strict=True)]
-        rows.append(Row.of("worst", "right under every condition within eps", *worst))
-        attacked = {name: correct[0] for name, correct in verdicts.items()}
-        function = health.check_function(artefact, health.fresh_process(bundle.path, backend, precision), x)
-        found = health.attack_checks(faults, rule, attacked, monitor, min(row.n for row in rows))
-        checks = sorted([*found, function], key=lambda check: check.number)
-    invalid = [f"check {c.number} ({c.name}) failed: {c.saw}; {c.advice}" for c in checks if not c.passed]
-    failures = gate.failures(rows)
+    started = time.monotonic()
+    manifest = target.bundle.manifest
+    recipe = manifest.recipe
+    gate = gate or recipe.gate
+    tier = TIERS[gate.tier]
+    images = chosen_images(target, limit or gate.images, tier.images, data, root)
+    variant = manifest.variants[target.precision]
+    found = digests(images)
+    with target.open() as artefact, target.sources(transfer) as sources:
+        suite = Suite(
+            Source(artefact, target.trained),
+            recipe.attack,
+            tier_plan(tier, recipe.attack, target.trained),
+            seed=recipe.validation.seed,
+            transfer=sources,
+        )
+        reference = target.bundle.reference() if data in (None, recipe.data.name) else None
+        evaluation = Evaluation(target, artefact, suite, gate, images, data or recipe.data.name, reference)
+        check_gate(gate, evaluation.names, len(images), reference is not None)
+        if report_dir is not None:
+            evaluation.journal = Journal(report_dir / PROGRESS, evaluation.identity(digest(found), transfer))
+        evaluation.attack()
+        evaluation.probe(tier.probe)
+        health = evaluation.health()
+        failures = evaluation.failures()
+    invalid = [f"check {c.number} ({c.name}) failed: {c.saw}; {c.advice}" for c in health if not c.passed]
     verdict: Verdict = "invalid" if invalid else "fail" if failures else "pass"
-    file = bundle.manifest.variants[precision].file
     return Report(
         verdict=verdict,
         reasons=[*invalid, *failures],
-        bundle=bundle.path.name,
+        bundle=target.bundle.path.name,
         network=f"{recipe.model.name} for {recipe.data.name}, trained with {recipe.method}, T = {recipe.encoding.T}",
-        artefact_file=file,
-        artefact_sha256=bundle.manifest.files[file],
-        backend=backend,
-        precision=precision,
-        images=rule,
-        seed=config.seed,
-        rows=rows,
-        parity=parity,
-        health=checks,
+        artefact_file=target.url or variant.file,
+        artefact_sha256=target.bundle.model_sha256(target.precision),
+        attack_sha256=manifest.files.get(variant.attack),
+        backend=REMOTE if target.url else target.backend,
+        precision=target.precision,
+        tier=gate.tier,
+        images=evaluation.rule,
+        images_sha256=digest(found),
+        seed=recipe.validation.seed,
+        rows=evaluation.rows,
+        curves=evaluation.curves,
+        examples=evaluation.examples,
+        variants=evaluation.variants(),
+        parity=evaluation.parity,
+        health=health,
         gate=gate,
+        stopped=evaluation.stopped,
+        seconds=round(time.monotonic() - started, 1),
         provenance=provenance(),
     )
 
 
-def _images(bundle: Bundle, config: Data, data: str | None, root: str | None, limit: int | None) -> Images:
-    """The test images asked for, which must be of the kind the network was made for."""
-    changes = {key: value for key, value in (("name", data), ("root", root)) if value is not None}
-    images = load_test(config.model_copy(update=changes))
-    images.require_kind(data or config.name, bundle.manifest.input_shape, bundle.manifest.labels)
-    return images[: limit or len(images)]
+def chosen_images(target: Target, limit: int | None, usual: int | None, data: str | None, root: str | None) -> Images:
+    """The first `limit` test images; without a limit as many as usual, or as there are.
+
+    Raises InputError where there are fewer than `limit`, or none at all.
+    """
+    images = evaluation_images(target.bundle, data, root)
+    if limit is not None and limit > len(images):
+        carried = data is None and root is None and IMAGES in target.bundle.manifest.files
+        where = "the bundle carries" if carried else "the data set has"
+        advice = "say with --root where the data set lies" if carried else "use fewer with --limit"
+        raise InputError(f"{where} {len(images)} test images, not {limit}; {advice}")
+    return images[: limit or usual or len(images)]

@@ -1,0 +1,110 @@
+"""Carry conditions out: batch by batch, images that are wrong anyway left alone, what is finished kept on disk."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.suite import GAUSSIAN, UNIFORM, Attacked, Batch, Condition
+from mpdsgr_deploy.files import atomic_file
+from mpdsgr_deploy.protocols import Predictor
+
+Classes = NDArray[np.int64]
+
+
+class Journal:
+    """Finished batches in a directory, so that a killed evaluation goes on where it stopped.
+
+    identity: everything the result of a batch depends on; what was kept under another identity is not used.
+    """
+
+    def __init__(self, directory: Path, identity: str) -> None:
+        self._root = directory
+        self._directory = directory / hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def get(self, name: str, start: int) -> "Part | None":
+        """What `put` kept, or None."""
+        try:
+            with np.load(self._file(name, start), allow_pickle=False) as found:
+                rows = slice(start, start + len(found["predicted"]))
+                return Part(rows, Attacked(found["images"], *map(int, found["counts"])), found["predicted"])
+        except (OSError, ValueError, KeyError, BadZipFile):
+            return None
+
+    def put(self, name: str, part: "Part") -> None:
+        """Keep a batch. Raises InputError if the disk is full."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        images, *counts = part.attacked
+        with atomic_file(self._file(name, part.rows.start)) as file:
+            np.savez(file, images=images, counts=np.array(counts, np.int64), predicted=part.predicted)
+
+    def clear(self) -> None:
+        """Delete everything kept here, of other identities too."""
+        with suppress(OSError):
+            shutil.rmtree(self._root)
+
+    def _file(self, name: str, start: int) -> Path:
+        return self._directory / f"{name.replace(' ', '-').replace(':', '-')}-{start}.npz"
+
+
+class Part(NamedTuple):
+    """One batch under one condition: images [b, C, H, W] and the classes [b] the network takes them for."""
+
+    rows: slice
+    attacked: Attacked
+    predicted: Classes
+
+
+def run(
+    condition: Condition,
+    x: NDArray[np.float32],
+    y: Classes,
+    network: Predictor,
+    clean: Classes,
+    *,
+    batch_size: int,
+    journal: Journal | None = None,
+) -> Iterator[Part]:
+    """Images x [N, C, H, W] with classes y [N] under a condition, in batches; `network` judges what comes out.
+
+    clean [N]: what it takes the images for as they are. Attacks leave alone what it gets wrong anyway, which is broken
+    already; noise takes all.
+    """
+    with condition.open() as attack:
+        for start in range(0, len(x), batch_size):
+            part = journal.get(condition.name, start) if journal else None
+            if part is None:
+                rows = slice(start, min(start + batch_size, len(x)))
+                batch = Batch(x[rows], y[rows], np.arange(rows.start, rows.stop))
+                noise = condition.name in (GAUSSIAN, UNIFORM)
+                chosen = np.arange(len(batch.y)) if noise else np.flatnonzero(clean[rows] == batch.y)
+                part = Part(rows, *_carry_out(attack, batch, chosen, clean[rows], network))
+                if journal:
+                    journal.put(condition.name, part)
+            yield part
+
+
+def _carry_out(
+    attack: Callable[[Batch], Attacked], batch: Batch, chosen: Classes, before: Classes, network: Predictor
+) -> tuple[Attacked, Classes]:
+    """The batch with the `chosen` rows attacked, and what the network takes all of it for."""
+    images, predicted = batch.x.copy(), before.copy()
+    if not len(chosen):
+        return Attacked(images), predicted
+    found = attack(Batch(*(part[chosen] for part in batch)))
+    images[chosen] = found.images
+    predicted[chosen] = network(images[chosen]).argmax(1)
+    return found._replace(images=images), predicted
+
+
+def gather(parts: list[Part]) -> tuple[Attacked, Classes]:
+    """All parts in one: images and costs, and the classes predicted."""
+    counts = np.sum([part.attacked[1:] for part in parts], axis=0)
+    attacked = Attacked(np.concatenate([part.attacked.images for part in parts]), *map(int, counts))
+    return attacked, np.concatenate([part.predicted for part in parts])

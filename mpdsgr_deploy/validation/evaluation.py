@@ -1,0 +1,243 @@
+"""One evaluation under way: every condition on every image, what the artefact made of it, and what that shows."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy import __version__
+from mpdsgr_deploy.attacks.run import Journal, gather, run
+from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Attacked, Condition, Suite
+from mpdsgr_deploy.attacks.surrogate_names import ADAPTIVE
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.parity import Parity
+from mpdsgr_deploy.progress import log, track
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.reference import Reference
+from mpdsgr_deploy.runtime import open_predictor, predict
+from mpdsgr_deploy.runtime.artefact import Artefact
+from mpdsgr_deploy.validation import fidelity, health
+from mpdsgr_deploy.validation.gate import failures, lost
+from mpdsgr_deploy.validation.health import Check
+from mpdsgr_deploy.validation.images import image_faults
+from mpdsgr_deploy.validation.pictures import examples
+from mpdsgr_deploy.validation.probes import Probe
+from mpdsgr_deploy.validation.report import Curve, Example, Point, VariantFlips
+from mpdsgr_deploy.validation.rows import Flips, Row
+from mpdsgr_deploy.validation.target import Target
+
+Bools = NDArray[np.bool_]
+
+
+class Evaluation:
+    """`attack`, then `probe`, then read `rows`, `health` and the rest. `stopped` says why `attack` ended early, if so.
+
+    images: the first test images of data set `data`; reference: what the bundle promises for them, None for others.
+    """
+
+    stopped: str | None = None
+    parity: Parity | None = None
+    journal: Journal | None = None
+
+    def __init__(
+        self,
+        target: Target,
+        artefact: Artefact,
+        suite: Suite,
+        gate: Gate,
+        images: Images,
+        data: str,
+        reference: Reference | None,
+    ) -> None:
+        self.target, self.artefact, self.suite, self.gate, self.images = target, artefact, suite, gate, images
+        self.x, self.y, self.n = images.unit(), images.classes, len(images)
+        self.data, self.reference = data, reference
+        self.rule = f"the first {self.n} test images of {data}"
+        self.conditions = list(suite.conditions())
+        self.size = target.bundle.manifest.recipe.validation.batch_size
+        self.rows: list[Row] = []
+        self.curves: list[Curve] = []
+        self.examples: list[Example] = []
+        self._verdicts: dict[str, Bools] = {}  # of finished conditions
+        self._faults: list[str] = []  # of attacked images
+        self._probes: list[Check] = []
+        self._gradients = Attacked(self.x[:0])  # counts over all conditions through the trained surrogate
+        self._strong = self.x  # attacked by the strong PGD
+
+    @property
+    def names(self) -> list[str]:
+        """What a gate can have rules for."""
+        return [CLEAN, *(condition.name for condition in self.conditions), WORST]
+
+    def identity(self, images: str, transfer: Path | None) -> str:
+        """Everything that the result of a batch depends on."""
+        target, bundle = self.target, self.target.bundle
+        what = [bundle.model_sha256(target.precision), bundle.manifest.recipe.model_dump(mode="json"), target.backend]
+        return json.dumps([__version__, *what, target.url, self.gate.tier, self.size, self.n, images, str(transfer)])
+
+    def attack(self) -> None:
+        """All conditions, weak ones first; ends early once the gate cannot be passed any more."""
+        self.logits = predict(self.artefact, self.x, self.size, "clean")
+        self.clean = self.logits.argmax(1)
+        self.parity = fidelity.check_answers(self.reference, self.target.precision, self.logits)
+        self.standing = self.clean == self.y
+        self._finish(CLEAN, "test images as they are", 0.0, self.standing)
+        self.stopped = self._lost(CLEAN, self.standing)
+        started, total = time.monotonic(), sum(condition.cost + 1 for condition in self.conditions)
+        spent = 0
+        for condition in self.conditions:
+            if self.stopped:
+                log.warning("stopped early: %s", self.stopped)
+                break
+            self._carry_out(condition)
+            spent += condition.cost + 1
+            left = (time.monotonic() - started) / spent * (total - spent)
+            shown = 100 * self._verdicts.get(condition.name, self.standing).mean()
+            log.info("%-24s %5.1f %%   about %.0f s left", condition.name, shown, left)
+        bound = "; stopped early, so an upper bound" if self.stopped else ""
+        settings = f"right under every condition within eps{bound}"
+        self._finish(WORST, settings, self.suite.eps, self.standing)
+
+    def _carry_out(self, condition: Condition) -> None:
+        """One condition on all images, or as many as it takes to know that the gate will fail."""
+        parts = []
+        batches = run(condition, self.x, self.y, self.artefact, self.clean, batch_size=self.size, journal=self.journal)
+        for part in track(batches, condition.name, -(-self.n // self.size)):
+            parts.append(part)
+            attacked, rows = part.attacked.images, part.rows
+            self._faults += health.budget_faults(condition.name, self.x[rows], attacked, condition.eps)
+            if condition.eps is not None:
+                self.standing[rows] &= part.predicted == self.y[rows]
+            done = np.concatenate([p.predicted == self.y[p.rows] for p in parts])
+            self.stopped = self._lost(condition.name, done) or self._lost(WORST, self.standing)
+            if self.stopped:
+                break
+        attacked, predicted = gather(parts)
+        correct = predicted == self.y[: len(predicted)]
+        self._finish(condition.name, condition.settings, condition.eps, correct, evaluations=attacked.evaluations)
+        self._note(condition, attacked, predicted)
+
+    def _note(self, condition: Condition, attacked: Attacked, predicted: NDArray[np.int64]) -> None:
+        """What later checks and the report's pictures need of one condition."""
+        if condition.surrogate == self.target.trained:
+            counts = (a + b for a, b in zip(self._gradients[1:], attacked[1:], strict=True))
+            self._gradients = Attacked(self.x[:0], *counts)
+        if condition.name != STRONG:
+            return
+        done = len(predicted)
+        self._strong = attacked.images
+        broken = (self.clean[:done] == self.y[:done]) & (predicted != self.y[:done])
+        if broken.any() and health.rounded_to_bytes(self._strong[broken]):
+            self._faults.append(f"{condition.name} left every pixel on the 8-bit grid, from random starts")
+        self.examples = examples(
+            self.x[:done],
+            self._strong,
+            self.y[:done],
+            before=self.clean[:done],
+            after=predicted,
+            labels=self.images.labels,
+            attack=condition.name,
+            eps=condition.eps,
+        )
+
+    def _finish(self, name: str, settings: str, eps: float | None, correct: Bools, *, evaluations: int = 0) -> None:
+        promised = self._promised(name)
+        reference = None if promised is None else promised[: len(correct)]
+        self._verdicts[name] = correct.copy()
+        self.rows.append(Row.of(name, settings, correct, eps=eps, reference=reference, evaluations=evaluations))
+
+    def _promised(self, name: str) -> Bools | None:
+        """The reference's verdicts [n] under a condition, if it has met it.
+
+        Its worst case is one of the same attacks only: not where it was measured with fewer.
+        """
+        if self.reference is None or name not in self.reference.verdicts:
+            return None
+        here = {c.name for c in self.conditions if c.eps is not None and not c.name.startswith(TRANSFER)}
+        if name == WORST and not here <= self.reference.verdicts.keys():
+            return None
+        return self.reference.verdicts[name][: self.n]
+
+    def _lost(self, name: str, correct: Bools) -> str | None:
+        return lost(self.gate, name, correct, None if name == WORST else self._promised(name), self.n)
+
+    def probe(self, count: int) -> None:
+        """What growing eps and twice the steps do to the first `count` images."""
+        if self.stopped:
+            return
+        part = slice(0, count)
+        x, y, clean = self.x[part], self.y[part], self.clean[part]
+        probe = Probe(self.suite, self.artefact, x, y, clean, batch_size=self.size, journal=self.journal)
+        grown = probe.growth(self.suite.eps, self.target.trained)
+        self.curves = [Curve(attack=name, points=_points(verdicts)) for name, verdicts in grown.items()]
+        through = {
+            c.surrogate: self._verdicts[c.name].mean() for c in self.conditions if c.name.startswith(("strong", STRONG))
+        }
+        strongest = min((name for name in through if name and name != ADAPTIVE), key=lambda name: through[name])
+        steps = self.suite.strong_steps
+        broken = probe.convergence(strongest, steps, self.standing[part])
+        self._probes = [
+            health.check_growth(grown[STRONG]),
+            health.check_convergence(broken, len(x), steps),
+        ]
+
+    def health(self) -> list[Check]:
+        """All checks; of an evaluation that stopped early those that do not need all of it."""
+        gradients = self._gradients
+        checks = [
+            health.check_budget(self._faults, self.rule),
+            health.check_gradients(gradients.evaluations, gradients.zero, gradients.not_finite),
+            health.check_function(self.artefact, self.target.fresh(), self.x),
+            health.check_compared(self.n),
+            health.check_attack_graph(self.target.attack_graph_faults()),
+            health.check_images(image_faults(self.data, self.images, self.reference), self.rule),
+            health.check_logits(self.logits),
+        ]
+        if not self.stopped:
+            white = [c.name for c in self.conditions if c.surrogate and c.eps is not None]
+            black = [c.name for c in self.conditions if c.name.startswith((SQUARE, TRANSFER))]
+            checks += [
+                health.check_order(self._verdicts),
+                health.check_black_box(self._verdicts, black, white),
+                health.check_sweep(self._verdicts, self.target.trained),
+                *self._probes,
+            ]
+        return sorted(checks, key=lambda check: check.number)
+
+    def failures(self) -> list[str]:
+        """What the artefact does worse than allowed, in a line each."""
+        bundle, precision = self.target.bundle, self.target.precision
+        return [
+            *failures(self.gate, self.rows),
+            *fidelity.answer_faults(self.parity),
+            *(fidelity.weight_faults(bundle, precision) if precision != "fp32" else []),
+        ]
+
+    def variants(self) -> list[VariantFlips]:
+        """Every other precision of the bundle against float32: the same images, clean and attacked."""
+        bundle = self.target.bundle
+        if self.stopped or len(bundle.manifest.variants) == 1:
+            return []
+        verdicts: dict[str, tuple[Bools, ...]] = {}
+        for precision in bundle.manifest.variants:
+            with open_predictor(bundle, precision=precision) as network:
+                verdicts[precision] = tuple(
+                    predict(network, x, self.size, precision).argmax(1) == self.y for x in (self.x, self._strong)
+                )
+        exact = verdicts.pop("fp32")
+        return [
+            VariantFlips(
+                precision=precision,
+                n=self.n,
+                clean=Flips.of(exact[0], found[0]),
+                attacked=Flips.of(exact[1], found[1]),
+            )
+            for precision, found in verdicts.items()
+        ]
+
+
+def _points(verdicts: Mapping[float, Bools]) -> list[Point]:
+    return [Point(eps=eps, correct=int(found.sum()), n=len(found)) for eps, found in sorted(verdicts.items())]

@@ -1,0 +1,49 @@
+"""Which images an artefact is evaluated on, and whether they are the promised ones."""
+
+from hashlib import blake2b
+
+import numpy as np
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
+
+# The first 100 test images, with their classes, of data sets that everybody has in the same order.
+WELL_KNOWN = {"digits": "545781e6091becde", "cifar10": "cb86e883e52e0c7a", "cifar100": "11f8368e377b712e"}
+FIRST = 100
+
+
+def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Images:
+    """The test images that the bundle carries; with `data` or `root`, or where it carries none, the data set's own.
+
+    Raises InputError for missing data, or images of another kind than the network was made for.
+    """
+    manifest = bundle.manifest
+    if data is None and root is None and IMAGES in manifest.files:
+        images = load_images(bundle.file(IMAGES), manifest.labels)
+        name = manifest.recipe.data.name
+    else:
+        config = manifest.recipe.data.at(root)
+        config = config if data is None else config.model_copy(update={"name": data})
+        images, name = load_test(config), config.name
+    images.require_kind(name, manifest.input_shape, manifest.labels)
+    return images
+
+
+def image_faults(name: str, images: Images, reference: Reference | None) -> list[str]:
+    """How these images, the first of data set `name`, differ from those that were promised."""
+    found, faults = digests(images), []
+    if len(images) and images.classes.max(initial=0) >= len(images.labels):
+        faults.append("some classes have no label")
+    if reference is not None:
+        common = min(len(found), len(reference.digests))
+        if different := int((found[:common] != reference.digests[:common]).sum()):
+            faults.append(f"{different} of {common} images are not those the reference answered")
+    if name in WELL_KNOWN and len(images) >= FIRST and digest(found[:FIRST]) != WELL_KNOWN[name]:
+        faults.append(f"the first {FIRST} are not the first {FIRST} test images of {name}")
+    return faults
+
+
+def digest(found: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> str:
+    """One name for a sequence of images."""
+    return blake2b(found.astype("<u8").tobytes(), digest_size=8).hexdigest()

@@ -1,0 +1,131 @@
+"""What is validated: one precision of a bundle, on a backend of this machine or behind a server's URL."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.attacks.suite import TRANSFER, Source
+from mpdsgr_deploy.attacks.surrogate_names import trained
+from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
+from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime.artefact import Artefact
+from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
+from mpdsgr_deploy.runtime.remote import RemoteModel
+
+REMOTE = "remote"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One precision of a bundle; where it answers. url: of a server that serves it, asked `rate` times a second."""
+
+    bundle: Bundle
+    backend: str = DEFAULT_BACKEND
+    precision: str = "fp32"
+    url: str | None = None
+    rate: float = 20.0
+
+    @property
+    def trained(self) -> str:
+        """The surrogate the network was trained with."""
+        return trained(self.bundle.manifest.recipe.neuron)
+
+    @contextmanager
+    def open(self) -> Iterator[Artefact]:
+        """The artefact under attack: answers from the backend or server, gradients from its attack graph.
+
+        Raises InputError and EvaluationError as `open_predictor` does.
+        """
+        with self._predictor() as predictor:
+            yield Artefact(self.bundle, self.precision, predictor)
+
+    def _predictor(self) -> AbstractContextManager[Predictor]:
+        if self.url is None:
+            return open_predictor(self.bundle, self.backend, self.precision)
+        return self._remote(self.url)
+
+    @contextmanager
+    def _remote(self, url: str) -> Iterator[Predictor]:
+        manifest = self.bundle.manifest
+        with RemoteModel(url, manifest.input_shape, len(manifest.labels), rate=self.rate) as remote:
+            inputs, logits = self.bundle.golden(self.precision)
+            parity = compare(logits, remote(inputs))
+            if parity.labels_differ:
+                raise EvaluationError(f"{url} does not serve this bundle: its golden batch is answered with {parity}")
+            yield remote
+
+    @contextmanager
+    def sources(self, other: Path | None) -> Iterator[dict[str, Source]]:
+        """Networks whose adversarial images are tried on the artefact: the float32 one of its own bundle where it has
+        another precision, and `other`, a bundle or (with torch) a checkpoint.
+        """
+        found: dict[str, Source] = {}
+        with ExitStack() as stack:
+            if self.precision != "fp32":
+                own = stack.enter_context(open_predictor(self.bundle))
+                found[f"{TRANSFER} fp32"] = Source(Artefact(self.bundle, "fp32", own), self.trained)
+            if other is not None:
+                found[TRANSFER] = stack.enter_context(_other(other, self.bundle))
+            yield found
+
+    def attack_graph_faults(self) -> list[str]:
+        """How the stored attack graph differs from the one that the network itself gives."""
+        variant = self.bundle.manifest.variants[self.precision]
+        if not variant.attack:
+            return ["the bundle holds none; export again"]
+        own = derived(self.bundle.variant(self.precision), self.trained)
+        stored = self.bundle.file(variant.attack).read_bytes()
+        return [] if own == stored else [f"{variant.attack} is not what {variant.file} gives"]
+
+    def fresh(self) -> Predictor | None:
+        """Answers from a new `mpdsgr predict` process for each batch; None for a server."""
+        if self.url is not None:
+            return None
+
+        def answer(x: NDArray[np.float32]) -> NDArray[np.float32]:
+            with tempfile.TemporaryDirectory() as folder:
+                images, out = Path(folder) / "images.npy", Path(folder) / "logits.npz"
+                np.save(images, x)
+                command = [sys.executable, "-m", "mpdsgr_deploy", "predict", str(self.bundle.path), str(images)]
+                options = ["--backend", self.backend, "--precision", self.precision, "--out", str(out)]
+                subprocess.run([*command, *options], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+                with np.load(out) as arrays:
+                    return arrays["logits"]
+
+        return answer
+
+
+@contextmanager
+def _other(path: Path, mine: Bundle) -> Iterator[Source]:
+    """Another network for images like mine's. Raises InputError if it was made for others."""
+    if (path / MANIFEST).is_file():
+        bundle = open_bundle(path)
+        _require_same(path, (bundle.manifest.input_shape, bundle.manifest.labels), mine)
+        with open_predictor(bundle) as predictor:
+            yield Source(Artefact(bundle, "fp32", predictor), trained(bundle.manifest.recipe.neuron))
+        return
+    need("torch", "train")
+    from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
+    from mpdsgr_deploy.runtime.torch_model import TorchModel
+
+    checkpoint, network = load_network(find_checkpoint(path))
+    _require_same(path, (checkpoint.shape, checkpoint.labels), mine)
+    model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
+    yield Source(model, trained(checkpoint.recipe.neuron))
+
+
+def _require_same(path: Path, found: tuple[object, object], mine: Bundle) -> None:
+    if found != (mine.manifest.input_shape, mine.manifest.labels):
+        raise InputError(f"{path} was not trained on images like those under attack; take another")
