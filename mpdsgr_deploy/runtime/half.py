@@ -13,12 +13,17 @@ from onnx import TensorProto, helper, numpy_helper
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
-def for_cpu(model: Path) -> str | bytes:
-    """What onnxruntime should load on a CPU: the file itself, or its `rounded_as_written` if it holds float16."""
-    network = onnx.load(model)
+def for_cpu(model: Path | onnx.ModelProto) -> str | bytes:
+    """What onnxruntime should load on a CPU: the network itself, or its `rounded_as_written` if it holds float16."""
+    network = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
     if not any(tensor.data_type == FLOAT16 for tensor in network.graph.initializer):
-        return str(model)
+        return as_it_is(model)
     return rounded_as_written(network).SerializeToString()
+
+
+def as_it_is(model: Path | onnx.ModelProto) -> str | bytes:
+    """A network as onnxruntime takes it."""
+    return model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
 
 
 def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:

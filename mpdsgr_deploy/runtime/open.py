@@ -11,8 +11,9 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.noise import NoiseSource
-from mpdsgr_deploy.runtime.onnx_runtime import CPU, CUDA, TENSORRT, OnnxRuntime
+from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
+from mpdsgr_deploy.runtime.session import CPU, CUDA, TENSORRT
 from mpdsgr_deploy.runtime.settings import prepared_settings
 from mpdsgr_deploy.runtime.tensorrt import TensorRT
 

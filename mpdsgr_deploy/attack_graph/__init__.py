@@ -1,0 +1,12 @@
+"""The attack graph: an exported network with its losses and their gradient in the images, derived from its ONNX nodes.
+
+    attack_graph(network, "triangle")      ModelProto to ModelProto; see there for inputs and outputs
+
+Reverse-mode differentiation without torch: whoever holds model.P.onnx can derive attack.P.onnx again, byte by byte, so
+that nobody has to trust the stored one. `mpdsgr_deploy.runtime.GraphAttacker` runs it.
+"""
+
+from mpdsgr_deploy.attack_graph.derive import attack_graph, derived, read
+from mpdsgr_deploy.attack_graph.surrogates import ADAPTIVE, RATE, parse_surrogate
+
+__all__ = ["ADAPTIVE", "RATE", "attack_graph", "derived", "parse_surrogate", "read"]

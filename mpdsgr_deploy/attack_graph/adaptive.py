@@ -1,0 +1,45 @@
+"""ASSG (arXiv 2512.22522): an arctangent whose sharpness s each neuron has for itself, at each step, for each image.
+
+    M <- 0.9 M + 0.1 |v|             D <- 0.9 D + 0.1 ||v| - M|
+    s = A / (M + 1.5 D + 1e-4)       dO/dU = (s / 2) / (1 + (pi s v / 2)^2)
+
+with v = U - V_th and A = (2 / pi) tan(0.4 pi). M and D move at every evaluation of an attack, from 1 and 0 on. They are
+inputs `mean/LAYER` and `deviation/LAYER` [batch, T, ...] and come out, moved, as `mean/LAYER/new` and
+`deviation/LAYER/new`: nothing is hidden, and since images come first an attack may drop some between evaluations.
+"""
+
+from collections.abc import Sequence
+from math import pi, tan
+
+from onnx import TensorProto, helper
+
+from mpdsgr_deploy.attack_graph.tape import Tape
+
+MEMORY, RELAXATION, FLOOR = 0.9, 1.5, 1e-4  # the authors' values, and 0.4 for the share of the gradient that may vanish
+SHARPNESS = 2 / pi * tan(0.4 * pi)
+MEAN, DEVIATION, NEW = "mean/", "deviation/", "/new"
+
+
+def adaptive_slopes(tape: Tape, layer: str, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
+    """dO/dU of each step of a layer from its v [B, ...], of the shape `shape`; declares and moves the layer's state."""
+    batch, *neurons = shape
+    for prefix in (MEAN, DEVIATION):
+        kind = TensorProto.FLOAT, [batch, len(vs), *neurons]
+        tape.graph.input.append(helper.make_tensor_value_info(f"{prefix}{layer}", *kind))
+        tape.graph.output.append(helper.make_tensor_value_info(f"{prefix}{layer}{NEW}", *kind))
+    v = tape.emit("Concat", *(tape.emit("Unsqueeze", v, tape.integers(1)) for v in vs), axis=1)  # [B, T, ...]
+    distance = tape.emit("Abs", v)
+    mean = _moved(tape, f"{MEAN}{layer}", distance)
+    deviation = _moved(tape, f"{DEVIATION}{layer}", tape.emit("Abs", tape.emit("Sub", distance, mean)))
+    scale = tape.emit("Add", mean, tape.emit("Mul", deviation, tape.constant(RELAXATION)))
+    sharpness = tape.emit("Div", tape.constant(SHARPNESS), tape.emit("Add", scale, tape.constant(FLOOR)))
+    angle = tape.emit("Mul", tape.emit("Mul", sharpness, v), tape.constant(pi / 2))
+    below = tape.emit("Add", tape.emit("Mul", angle, angle), tape.constant(1))
+    slopes = tape.emit("Mul", tape.emit("Div", sharpness, below), tape.constant(0.5))
+    parts = tape.emit_many("Split", slopes, names=len(vs), axis=1, num_outputs=len(vs))
+    return [tape.emit("Squeeze", part, tape.integers(1)) for part in parts]
+
+
+def _moved(tape: Tape, state: str, found: str) -> str:
+    kept, new = tape.emit("Mul", state, tape.constant(MEMORY)), tape.emit("Mul", found, tape.constant(1 - MEMORY))
+    return tape.emit("Add", kept, new, name=f"{state}{NEW}")

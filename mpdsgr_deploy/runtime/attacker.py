@@ -1,0 +1,112 @@
+"""White-box attacks on the artefact itself: gradients from the attack graph of its ONNX file, in onnxruntime."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attack_graph import attack_graph, parse_surrogate, read
+from mpdsgr_deploy.bundle import NoiseInput
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.protocols import Gradient
+from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.session import CPU, Session, failure
+from mpdsgr_deploy.runtime.settings import Settings
+
+Loss = Literal["ce", "dlr"]
+State = dict[str, NDArray[np.float32]]  # of the surrogate `adaptive`: [B, T, ...] by name, images first
+CHUNK = 32  # images computed at once
+OWN = ("classes", "width", "loss")  # inputs that an attack graph adds
+NEW = "/new"  # what a state is called as an output
+
+
+class GraphAttacker:
+    """A Differentiable on an ONNX file, through the surrogate "KIND" or "KIND:WIDTH" of the attacker's choice.
+
+    A context manager: the session ends with the block. The attack graph is derived here, in memory, from the file that
+    is under attack. loss: what is climbed, cross-entropy or the difference of logits ratio. A stochastic network meets
+    the noise of its inputs `noise` (`Manifest.noise`) fresh in every evaluation, from a generator of `seed`, and is
+    averaged over `draws` of it (EOT). settings: threads of the CPU provider (default: one a core) and images computed
+    at once (default: 32), which bounds the memory: see benchmarks/README.md.
+
+    Raises InputError for an unknown surrogate, noise that is not the network's, or what this machine cannot run.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        surrogate: str,
+        *,
+        loss: Loss = "ce",
+        noise: Sequence[NoiseInput] = (),
+        seed: int = 0,
+        draws: int = 1,
+        provider: str = CPU,
+        settings: Settings | None = None,
+    ) -> None:
+        settings = Settings() if settings is None else settings
+        graph = attack_graph(read(model), surrogate)
+        self._session = Session(graph, provider, source=f"the attack graph of {model}", threads=settings.threads)
+        (self._input, shape), *others = self._session.inputs.items()
+        self._shape = shape[1:]
+        self._states = {name: shape[1:] for name, shape in others if f"{name}{NEW}" in self._session.outputs}
+        wanted = {name: tuple(shape[1:]) for name, shape in others if name not in (*OWN, *self._states)}
+        if wanted != {entry.name: entry.shape for entry in noise}:
+            raise InputError(f"{model} takes the noise {wanted or 'none'}; give its attacker the manifest's entries")
+        self._noise, self._draws, self._random = tuple(noise), draws if noise else 1, np.random.default_rng([seed, 1])
+        self._scalars = {
+            "width": np.array(parse_surrogate(surrogate).width, np.float32),
+            "loss": np.array(loss == "dlr", np.float32),
+        }
+        self._outputs = [self._session.outputs[0], loss, "gradient", *(f"{name}{NEW}" for name in self._states)]
+        self._chunk = settings.chunk or CHUNK
+
+    def __call__(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
+        """Images x [B, C, H, W] in [0, 1] and classes y [B]; `adaptive` as at the first step of an attack."""
+        return self.step(x, y, self.start(len(x)))[0]
+
+    def start(self, count: int) -> State:
+        """What `adaptive` knows of `count` images before an attack's first step; nothing for other surrogates."""
+        initial = {name: float(name.startswith("mean/")) for name in self._states}
+        return {name: np.full((count, *shape), initial[name], np.float32) for name, shape in self._states.items()}
+
+    def step(self, x: NDArray[np.float32], y: NDArray[np.int64], state: State) -> tuple[Gradient, State]:
+        """One evaluation of an attack, and the state for the next.
+
+        Every attack begins with `start`; if images leave the batch, take the same rows of everything in the state.
+        """
+        check_images(x, self._shape)
+        parts = []
+        for start in range(0, len(x), self._chunk):
+            rows = slice(start, start + self._chunk)
+            parts.append(self._averaged(x[rows], y[rows], {name: value[rows] for name, value in state.items()}))
+        logits, loss, gradient, *states = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Gradient(logits, loss, gradient), dict(zip(self._states, states, strict=True))
+
+    def _averaged(self, x: NDArray[np.float32], y: NDArray[np.int64], state: State) -> list[NDArray[np.float32]]:
+        """All outputs for one chunk, averaged over draws of the noise."""
+        total: list[NDArray[np.float32]] = []
+        for _ in range(self._draws):
+            given: dict[str, NDArray[Any]] = {self._input: x, "classes": y, **self._scalars}
+            try:
+                found = self._session({**given, **state, **self._fresh(len(x))}, self._outputs)
+            except Exception as error:  # onnxruntime's errors share no public base class
+                raise failure(f"fails on the gradients of {len(x)} images", error) from error
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return [array / np.float32(self._draws) for array in total] if self._draws > 1 else total
+
+    def _fresh(self, count: int) -> dict[str, NDArray[np.float32]]:
+        """New noise for `count` images."""
+        draws: dict[str, NDArray[np.float32]] = {}
+        for entry in self._noise:
+            draw = self._random.random if entry.kind == "uniform" else self._random.standard_normal
+            draws[entry.name] = draw((count, *entry.shape), np.float32)
+        return draws
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._session.__exit__()

@@ -1,0 +1,87 @@
+"""An onnxruntime session, with its silent fallback refused: asked for CUDA it uses CUDA or raises."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.runtime.half import as_it_is, for_cpu
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+EXTRAS = {CPU: "cpu", CUDA: "gpu", TENSORRT: "gpu"}
+DEVICES = {CPU: "cpu", CUDA: "cuda", TENSORRT: "cuda"}
+NEEDS = {CUDA: "an NVIDIA driver, CUDA 13 and cuDNN 9", TENSORRT: "an NVIDIA driver, CUDA 13 and TensorRT 10, not 11"}
+OPTIONS = {CPU: {}, CUDA: {"use_tf32": "0"}, TENSORRT: {}}  # TF32 would flip spikes
+# of its arena; of CUDA; of cuDNN and cuBLAS; of C++
+NO_MEMORY = re.compile(r"Failed to allocate memory|out of ?memory|ALLOC_FAILED|bad_alloc|bad allocation", re.IGNORECASE)
+
+
+class Session:
+    """One network on one provider. A context manager: it ends with the block. Threads may share it.
+
+    network: an ONNX file, or its content; source: what messages call it. threads: of the CPU provider; None: one a
+    core. Raises InputError if this machine cannot run the provider or the network.
+    """
+
+    def __init__(
+        self, network: Path | onnx.ModelProto, provider: str, *, source: object, threads: int | None = None
+    ) -> None:
+        ort = need("onnxruntime", EXTRAS[provider])
+        if provider not in ort.get_available_providers():
+            raise InputError(
+                f"this onnxruntime has no {provider}; install it with: pip install 'mpdsgr-deploy[{EXTRAS[provider]}]' "
+                f"(uninstall the other onnxruntime package first, they overwrite each other)"
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what is an error is also raised; on stderr it would be said twice
+        options.intra_op_num_threads = threads or 0  # 0: one a core
+        if provider != CPU:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if provider == TENSORRT:
+            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option against TF32; read by its libraries
+        try:
+            loaded = (for_cpu if provider == CPU else as_it_is)(network)
+            self._session: Any = ort.InferenceSession(loaded, options, providers=[(provider, OPTIONS[provider])])
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise failure(f"cannot load {source} on {provider}", error) from error
+        used = self._session.get_providers()[0]
+        if used != provider:
+            raise InputError(
+                f"asked for {provider}, onnxruntime fell back to {used}: {provider} needs {NEEDS[provider]}; "
+                f"see `mpdsgr doctor`"
+            )
+        self.inputs: dict[str, tuple[Any, ...]] = {x.name: tuple(x.shape) for x in self._session.get_inputs()}
+        self.outputs: list[str] = [y.name for y in self._session.get_outputs()]
+        self._device, self._value = DEVICES[provider], ort.OrtValue.ortvalue_from_numpy
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Fresh arrays. Inputs and outputs are bound where the provider computes: one copy to it and one back."""
+        binding = self._session.io_binding()  # one a call: it is what makes sharing between threads safe
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, self._value(np.asarray(array, order="C"), self._device))
+        for name in outputs:
+            binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding)
+        found: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._session = None
+
+
+def failure(what: str, error: Exception) -> InputError:
+    """What to raise in place of onnxruntime's own error."""
+    kind, advice = InputError, "see `mpdsgr doctor`"
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        kind, advice = OutOfMemory, "it has too little memory; free some or use a smaller batch"
+    return kind(f"onnxruntime {what}: {one_line(error)}; {advice}")
