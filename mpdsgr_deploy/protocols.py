@@ -1,5 +1,7 @@
-"""What a model can be asked, whatever runs it: answers (Predictor), or answers and gradients (Differentiable)."""
+"""What a model can be asked, whatever runs it: answers (Predictor), answers and gradients (Differentiable), or gradients
+with surrogates whose widths the attacker chooses (Adaptive)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,3 +28,14 @@ class Differentiable(Protocol):
     """Images x [B, C, H, W] and classes y [B] to a `Gradient`; each sample's gradient is of its own loss."""
 
     def __call__(self, x: Array, y: Array, /) -> Gradient: ...
+
+
+class Adaptive(Protocol):
+    """A Differentiable whose surrogates have a width for each neuron, time step and image.
+
+    widths: for each layer of neurons, in the order of the forward pass, half-widths g > 0 [B, T, ...] of the triangle
+    max(0, g - |v|) / g^2 with v = U - V_th; None: 1 everywhere. Beside the gradient come the distances |v|, arrays of
+    the same shapes: what the next widths are made of.
+    """
+
+    def __call__(self, x: Array, y: Array, widths: Sequence[Array] | None, /) -> tuple[Gradient, list[Array]]: ...

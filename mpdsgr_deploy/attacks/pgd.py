@@ -25,6 +25,7 @@ def pgd(
     steps: int,
     draw: Draw | None = None,
     keep: Keep = "last",
+    restarts: int = 1,
 ) -> Array:
     """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B]: `steps` signed ascents of size `step`.
 
@@ -33,28 +34,54 @@ def pgd(
     first that fools the target, for images where any does (they leave the batch, so it costs one evaluation more at
     most and far fewer on a network that breaks); or "worst": the one of the largest loss. That is for stochastic
     targets, where the first to fool some draws of the noise need not fool others.
+    restarts: how often all this is done, each time from another start. An image that one of them broke is left alone by
+    those after it; "worst" breaks nothing, but takes the largest loss of all. The starts of every image are drawn
+    beforehand, so that they depend on no other image's fate. Raises ValueError if there is no `draw` to tell several
+    restarts apart.
     Source: Madry et al., arXiv 1706.06083.
     """
     xp = array_namespace(x)
-    adversarial = x if draw is None else _project(xp, x + eps * draw(x.shape), x, eps)
-    if keep == "broken":
-        return _until_broken(xp, target, adversarial, x, y, eps, step, steps)
+    if restarts > 1 and draw is None:
+        raise ValueError("restarts without a draw would all start at x; give one")
+    starts = [x if draw is None else project(xp, x + eps * draw(x.shape), x, eps) for _ in range(restarts)]
     if keep == "worst":
-        return _largest_loss(xp, target, adversarial, x, y, eps, step, steps)
-    for _ in range(steps):
-        adversarial = _project(xp, adversarial + step * xp.sign(target(adversarial, y).gradient), x, eps)
-    return adversarial
+        return _largest_loss(xp, target, starts, x, y, eps, step, steps)
+    found = xp.asarray(x, copy=True)
+    active = xp.arange(x.shape[0], device=device(x))  # images not broken yet
+    for number, start in enumerate(starts):
+        chosen, classes = x[active], y[active]
+        if keep == "broken":
+            found[active], standing = _until_broken(xp, target, start[active], chosen, classes, eps, step, steps)
+        else:
+            found[active] = last = _last(xp, target, start[active], chosen, classes, eps, step, steps)
+            if number == restarts - 1:
+                break  # without asking whether it broke: nothing follows
+            standing = xp.argmax(target(last, classes).logits, axis=1) == classes
+        active = active[standing]
+        if not active.shape[0]:
+            break
+    return found
 
 
-def _project(xp: Array, moved: Array, x: Array, eps: float) -> Array:
+def project(xp: Array, moved: Array, x: Array, eps: float | Array) -> Array:
     """The nearest point to `moved` that is in [0, 1] and within eps of x."""
     return xp.clip(x + xp.clip(moved - x, -eps, eps), 0.0, 1.0)
 
 
-def _until_broken(
+def _last(
     xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
 ) -> Array:
-    """PGD from `start` in which each image stops at its first iterate that fools the target."""
+    """PGD from `start`: its last iterate."""
+    adversarial = start
+    for _ in range(steps):
+        adversarial = project(xp, adversarial + step * xp.sign(target(adversarial, y).gradient), x, eps)
+    return adversarial
+
+
+def _until_broken(
+    xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
+) -> tuple[Array, Array]:
+    """PGD from `start` in which each image stops at its first iterate that fools the target; which never did [B]."""
     found = xp.asarray(start, copy=True)
     active = xp.arange(x.shape[0], device=device(x))  # images not broken yet
     adversarial = start
@@ -65,23 +92,25 @@ def _until_broken(
         active = active[standing]
         if number == steps or not active.shape[0]:
             break
-        adversarial = _project(xp, adversarial[standing] + step * xp.sign(gradient[standing]), x[active], eps)
-    return found
+        adversarial = project(xp, adversarial[standing] + step * xp.sign(gradient[standing]), x[active], eps)
+    never = xp.zeros(x.shape[0], dtype=xp.bool, device=device(x))
+    never[active] = True
+    return found, never
 
 
 def _largest_loss(
-    xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
+    xp: Array, target: Differentiable, starts: list[Array], x: Array, y: Array, eps: float, step: float, steps: int
 ) -> Array:
-    """PGD from `start` that returns each image's iterate of the largest loss."""
-    found = xp.asarray(start, copy=True)
+    """PGD from each of `starts` in turn: each image's iterate of the largest loss."""
+    found = xp.asarray(starts[0], copy=True)
     largest = xp.full((x.shape[0],), -xp.inf, dtype=x.dtype, device=device(x))
-    adversarial = start
-    for number in range(steps + 1):
-        _, loss, gradient = target(adversarial, y)
-        higher = loss > largest
-        found, largest = xp.where(higher[:, None, None, None], adversarial, found), xp.where(higher, loss, largest)
-        if number < steps:
-            adversarial = _project(xp, adversarial + step * xp.sign(gradient), x, eps)
+    for adversarial in starts:
+        for number in range(steps + 1):
+            _, loss, gradient = target(adversarial, y)
+            higher = loss > largest
+            found, largest = xp.where(higher[:, None, None, None], adversarial, found), xp.where(higher, loss, largest)
+            if number < steps:
+                adversarial = project(xp, adversarial + step * xp.sign(gradient), x, eps)
     return found
 
 

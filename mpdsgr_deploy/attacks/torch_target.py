@@ -22,6 +22,15 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - true
 
 
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio [B] (Croce & Hein, arXiv 2003.01690): the margin over the spread of the top three.
+
+    Positive once the network is fooled; scaling the logits does not change it. Needs three classes.
+    """
+    first, _, third = logits.topk(3, dim=1).values.unbind(1)
+    return margin(logits, y) / (first - third + 1e-12)
+
+
 def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Gradient:
     """The loss of each sample on the network's logits, and its gradient in x; no weight gradient is computed."""
     x = x.detach().requires_grad_()

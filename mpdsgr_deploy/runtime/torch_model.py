@@ -1,6 +1,6 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks import expectation
+from mpdsgr_deploy.attacks import adaptive_expectation, expectation
+from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.protocols import Differentiable, Gradient
+from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.snn.noise import Kind
@@ -132,6 +133,21 @@ class TorchModel:
             return Gradient(*(tensor.cpu().numpy() for tensor in found))
 
         return expectation(gradient, draws) if model.stochastic else gradient
+
+    def adaptive_attacker(self, *, loss: Loss = cross_entropy, draws: int = 1) -> Adaptive:
+        """The network as an attacker differentiates it who chooses the width of each neuron's surrogate."""
+        target = AdaptiveTorch(self._model, loss, torch.Generator().manual_seed(self._seed + 1))
+
+        def gradient(
+            x: NDArray[np.float32], y: NDArray[np.int64], widths: Sequence[NDArray[np.float32]] | None
+        ) -> tuple[Gradient, list[NDArray[np.float32]]]:
+            check_images(x, self._shape)
+            wide = None if widths is None else [self._tensor(width) for width in widths]
+            with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
+                found, distances = target(self._tensor(x), self._tensor(y), wide)
+            return Gradient(*(tensor.cpu().numpy() for tensor in found)), [tensor.cpu().numpy() for tensor in distances]
+
+        return adaptive_expectation(gradient, draws) if self.stochastic else gradient
 
     @property
     def stochastic(self) -> bool:

@@ -7,7 +7,7 @@
 with U_0 = O_0 = 0: the reset comes before the leak (as in the SNN-RAT family of papers).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,16 +52,18 @@ def lif(
     tau: float | Tensor,
     v_threshold: float,
     reset: Reset,
-    surrogate: Surrogate,
+    surrogate: Surrogate | Callable[[int], Surrogate],
 ) -> list[LIFState]:
     """T time steps on T currents [B, ...]; returns the T states, the last of which continues the sequence.
 
     tau: one leak for all, or a tensor [T, ...] that gives step t the leak tau[t], broadcast over the batch.
+    surrogate: one for all, or a function from t, counted from 0, to that step's.
     """
     states = []
     for t, step in enumerate(current):
         leak = tau[t].to(step) if isinstance(tau, Tensor) else tau  # to: its dtype under mixed precision
-        state = lif_step(step, state, tau=leak, v_threshold=v_threshold, reset=reset, surrogate=surrogate)
+        own = surrogate(t) if callable(surrogate) else surrogate
+        state = lif_step(step, state, tau=leak, v_threshold=v_threshold, reset=reset, surrogate=own)
         states.append(state)
     return states
 
@@ -75,6 +77,7 @@ class LIF(nn.Module):
     time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
     stochastic: bool = False  # draws from `noise`
     hold: int = 1  # for how many steps a current of one step lasts
+    stepwise: Callable[[int], Surrogate] | None = None  # an attacker's: from t to what replaces `surrogate` in step t
 
     def __init__(
         self, *, tau: float = 0.5, v_threshold: float = 1.0, reset: Reset = "hard", surrogate: Surrogate
@@ -98,7 +101,7 @@ class LIF(nn.Module):
             tau=self.leak,
             v_threshold=self.v_threshold,
             reset=self.reset,
-            surrogate=self.surrogate,
+            surrogate=self.stepwise or self.surrogate,
         )
         return torch.stack([s.spikes for s in states]), states
 

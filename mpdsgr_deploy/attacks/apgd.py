@@ -1,0 +1,138 @@
+"""Auto-PGD in the L-infinity ball: PGD with momentum, whose step size follows the loss of each image.
+
+Source: Croce & Hein, arXiv 2003.01690, Algorithm 1. APGD-CE and APGD-DLR are this attack on a target of that loss.
+"""
+
+from typing import Literal, NamedTuple
+
+from array_api_compat import array_namespace, device
+
+from mpdsgr_deploy.attacks.pgd import Draw, project
+from mpdsgr_deploy.protocols import Array, Differentiable
+
+MOMENTUM = 0.75  # share of the new step; the rest is the last move's
+RHO = 0.75  # of the steps since the last checkpoint that must have raised the loss
+
+
+def apgd(
+    target: Differentiable,
+    x: Array,
+    y: Array,
+    *,
+    eps: float,
+    steps: int = 100,
+    draw: Draw | None = None,
+    keep: Literal["broken", "worst"] = "broken",
+) -> Array:
+    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after steps + 1 gradients an image at most.
+
+    The step size of an image starts at 2 eps. At a checkpoint it halves, and the image goes back to where its loss was
+    largest, if too few steps raised the loss, or if the largest loss stands where a checkpoint that did not halve left it.
+    draw, keep: as of `pgd`. "broken" also drops an image from the batch as soon as it fools the target, and returns the
+    iterate of the largest loss for those that never do.
+    """
+    xp = array_namespace(x)
+    start = x if draw is None else project(xp, x + eps * draw(x.shape), x, eps)
+    found = xp.asarray(start, copy=True)
+    logits, loss, gradient = target(start, y)
+    state = _at_start(xp, start, x, y, loss, gradient, eps)
+    last_check, checks = 0, checkpoints(steps)
+    for number in range(steps + 1):
+        if keep == "broken":
+            state = state.only(xp.argmax(logits, axis=1) == state.y)
+            if not state.y.shape[0]:
+                break
+        if number in checks:
+            state = _check(xp, state, needed=RHO * (number - last_check))
+            last_check = number
+        if number == steps:
+            break
+        moved = _step(xp, state, eps, MOMENTUM if number else 1.0)
+        logits, loss, gradient = target(moved, state.y)
+        state = _advance(xp, state, moved, loss, gradient)
+        if keep == "broken":
+            found[state.index] = moved
+    found[state.index] = state.best
+    return found
+
+
+def checkpoints(steps: int) -> set[int]:
+    """The steps at which step sizes are judged: 22, 41, 57, ... % of all, ever closer, but 6 % apart at least."""
+    percent, gap, found = 22, 22, set[int]()
+    while percent <= 100:
+        found.add(-(-percent * steps // 100))  # rounded up
+        gap = max(gap - 3, 6)
+        percent += gap
+    return found
+
+
+class _State(NamedTuple):
+    """What each image still under attack has come to; [B] or [B, C, H, W]."""
+
+    index: Array  # its place in the batch that was handed in
+    x: Array
+    y: Array
+    current: Array
+    previous: Array
+    gradient: Array  # at `current`
+    best: Array  # where the loss was largest
+    best_gradient: Array
+    largest: Array
+    loss: Array  # at `current`
+    eta: Array  # step size
+    rises: Array  # steps since the last checkpoint that raised the loss
+    largest_at_check: Array
+    halved: Array  # at the last checkpoint
+
+    def only(self, chosen: Array) -> "_State":
+        """The images where `chosen` [B]."""
+        return _State(*(part[chosen] for part in self))
+
+
+def _at_start(xp: Array, start: Array, x: Array, y: Array, loss: Array, gradient: Array, eps: float) -> _State:
+    zero, index = xp.zeros_like(loss), xp.arange(x.shape[0], device=device(x))
+    return _State(
+        index, x, y, current=start, previous=start, gradient=gradient, best=start, best_gradient=gradient,
+        largest=loss, loss=loss, eta=zero + 2 * eps, rises=zero, largest_at_check=loss, halved=zero == 0,
+    )  # fmt: skip
+
+
+def _step(xp: Array, state: _State, eps: float, momentum: float) -> Array:
+    moved = state.current + _wide(state.eta) * xp.sign(state.gradient)
+    ascended = project(xp, moved, state.x, eps)
+    carried = momentum * (ascended - state.current) + (1 - momentum) * (state.current - state.previous)
+    return project(xp, state.current + carried, state.x, eps)
+
+
+def _advance(xp: Array, state: _State, moved: Array, loss: Array, gradient: Array) -> _State:
+    higher = loss > state.largest
+    return state._replace(
+        current=moved,
+        previous=state.current,
+        gradient=gradient,
+        best=xp.where(_wide(higher), moved, state.best),
+        best_gradient=xp.where(_wide(higher), gradient, state.best_gradient),
+        largest=xp.where(higher, loss, state.largest),
+        loss=loss,
+        rises=state.rises + xp.astype(loss > state.loss, state.rises.dtype),
+    )
+
+
+def _check(xp: Array, state: _State, needed: float) -> _State:
+    """Halve the step size of images that climb too slowly and send them back to their best point."""
+    stuck = (state.largest <= state.largest_at_check) & ~state.halved
+    halve = (state.rises < needed) | stuck
+    return state._replace(
+        eta=xp.where(halve, state.eta / 2, state.eta),
+        current=xp.where(_wide(halve), state.best, state.current),
+        gradient=xp.where(_wide(halve), state.best_gradient, state.gradient),
+        loss=xp.where(halve, state.largest, state.loss),
+        rises=xp.zeros_like(state.rises),
+        largest_at_check=state.largest,
+        halved=halve,
+    )
+
+
+def _wide(per_image: Array) -> Array:
+    """[B] to [B, 1, 1, 1]."""
+    return per_image[:, None, None, None]

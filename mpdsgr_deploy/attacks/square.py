@@ -1,0 +1,174 @@
+"""The Square attack in the L-infinity ball (Andriushchenko et al., arXiv 1912.00049): random search, no gradient.
+
+It asks the artefact itself, so that neither a surrogate nor a missing gradient can mislead it. numpy alone, as
+predictors are.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.pgd import project
+from mpdsgr_deploy.protocols import Predictor
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+P_INIT = 0.8  # share of the image that the first squares cover
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # proposals, of 10,000, after which the share halves
+CHUNK = 64  # proposals whose random words are made at once
+
+
+class SquareState(NamedTuple):
+    """How far an attack has come: plain arrays, for `np.savez(file, **state._asdict())` and
+    `SquareState(**np.load(file))`.
+    """
+
+    images: Floats  # [B, C, H, W], the best found so far: where the network is fooled, or else nearest to it
+    margin: Floats  # [B], the true logit minus the best wrong one there
+    standing: NDArray[np.bool_]  # [B], not fooled yet
+    queries: Ints  # [B], spent on each image
+    proposals: Ints  # [], made so far
+
+    def copy(self) -> "SquareState":
+        """The same, in memory of its own."""
+        return SquareState(**{name: part.copy() for name, part in self._asdict().items()})
+
+
+def square(
+    predictor: Predictor,
+    x: Floats,
+    y: Ints,
+    *,
+    eps: float,
+    queries: int = 5000,
+    seed: int = 0,
+    indices: Ints | None = None,
+    state: SquareState | None = None,
+    save: Callable[[SquareState], None] | None = None,
+    every: int = 100,
+) -> SquareState:
+    """Attack x [B, C, H, W] in [0, 1] with classes y [B] by at most `queries` questions an image.
+
+    The first question is the image itself, the second vertical stripes of +-eps, the others squares of +-eps. One is
+    kept if it lowers the margin or leaves it as it is: a spiking network answers many changes with the very same
+    logits, and only who moves on such a plateau finds its edge. The share of the image that a square covers
+    falls by a schedule made for 10,000 queries and rescaled to fewer. An image leaves the batch once fooled.
+    indices [B]: each image's number in the data set (None: 0, 1, ...). Its random choices depend on that and the seed
+    alone, never on its neighbours. state: where an earlier call with the same arguments stopped; it is left untouched.
+    save: called with a copy of the state after every `every` proposals and at the end.
+    """
+    numbers = np.arange(len(x)) if indices is None else indices
+    state = _begin(predictor, x, y, eps, seed, numbers) if state is None else state.copy()
+    dice = _Dice(seed, numbers, x.shape[1])
+    while state.proposals < queries - 2 and state.standing.any():
+        step, active = int(state.proposals), np.flatnonzero(state.standing)
+        _propose(predictor, state, x, y, eps, active, dice.words(step, active), share(step, queries))
+        state.proposals[...] += 1
+        if save is not None and state.proposals % every == 0:
+            save(state.copy())
+    if save is not None:
+        save(state.copy())
+    return state
+
+
+def share(step: int, queries: int) -> float:
+    """Of the image that a square covers at proposal number `step`, in an attack of so many queries."""
+    return P_INIT / 2 ** bisect_left(HALVINGS, step * max(1.0, 10_000 / queries))
+
+
+def _begin(predictor: Predictor, x: Floats, y: Ints, eps: float, seed: int, numbers: Ints) -> SquareState:
+    """After the first two questions: the images themselves, then stripes on those that the network gets right."""
+    count, channels, _, width = x.shape
+    margin, standing = _judge(predictor(x), y)
+    state = SquareState(x.copy(), margin, standing, np.ones(count, np.int64), np.zeros((), np.int64))
+    active = np.flatnonzero(standing)
+    if active.size:
+        words = np.stack([_raw(seed, number, (0, 1), -(-channels * width // 64)) for number in numbers[active]])
+        signs = _signs(words, channels * width).reshape(-1, channels, 1, width)
+        striped = project(np, x[active] + np.float32(eps) * signs, x[active], eps)
+        state.images[active] = striped
+        state.margin[active], state.standing[active] = _judge(predictor(striped), y[active])
+        state.queries[active] += 1
+    return state
+
+
+def _propose(
+    predictor: Predictor,
+    state: SquareState,
+    x: Floats,
+    y: Ints,
+    eps: float,
+    active: Ints,
+    words: NDArray[np.uint64],
+    share: float,
+) -> None:
+    """One square on each active image, in place; words [A, 2 + C / 64 or more]."""
+    _, channels, height, width = x.shape
+    side = max(1, round((share * height * width) ** 0.5))
+    rows, columns = (_window(word, length, side) for word, length in zip(words.T[:2], (height, width), strict=True))
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    step = 2 * np.float32(eps) * inside * _signs(words[:, 2:], channels)[:, :, None, None]
+    clean, best = x[active], state.images[active]
+    moved = project(np, best + step, clean, eps)
+    idle = (moved == best).all((1, 2, 3))  # a question not worth asking: the square is there already
+    moved[idle] = project(np, best[idle] - step[idle], clean[idle], eps)
+    margin, standing = _judge(predictor(moved), y[active])
+    better = (margin <= state.margin[active]) | ~standing
+    kept = active[better]
+    state.images[kept], state.margin[kept] = moved[better], margin[better]
+    state.standing[active] = standing
+    state.queries[active] += 1
+
+
+def _judge(logits: Floats, y: Ints) -> tuple[Floats, NDArray[np.bool_]]:
+    """The margin of each image [B], and whether the network is right about it [B]."""
+    true = np.take_along_axis(logits, y[:, None], 1)[:, 0]
+    others = logits.copy()
+    np.put_along_axis(others, y[:, None], -np.inf, 1)
+    return true - others.max(1), logits.argmax(1) == y
+
+
+def _window(words: NDArray[np.uint64], length: int, side: int) -> NDArray[np.bool_]:
+    """Which of `length` rows (or columns) [A, length] lie in a square whose place `words` [A] draw."""
+    side = min(side, length)
+    first = ((words >> np.uint64(11)) * 2.0**-53 * (length - side + 1)).astype(np.int64)[:, None]
+    places = np.arange(length)
+    return (places >= first) & (places < first + side)
+
+
+def _signs(words: NDArray[np.uint64], count: int) -> Floats:
+    """The first `count` bits of words [A, W] as -1 or 1 [A, count]."""
+    bits = np.arange(count)
+    chosen = (words[:, bits // 64] >> (bits % 64).astype(np.uint64)) & np.uint64(1)
+    return chosen.astype(np.float32) * 2 - 1
+
+
+class _Dice:
+    """The random words of each image's proposals, made for CHUNK of them at a time."""
+
+    def __init__(self, seed: int, numbers: Ints, channels: int) -> None:
+        self._seed, self._numbers = seed, numbers
+        self._blocks = -(-(2 + -(-channels // 64)) // 4)  # of 4 words, Philox's step
+        self._chunk, self._words = -1, np.empty(0, np.uint64)
+
+    def words(self, step: int, active: Ints) -> NDArray[np.uint64]:
+        """[A, 4 or more] for proposal number `step`: a row, a column, and signs."""
+        chunk, place = divmod(step, CHUNK)
+        if chunk != self._chunk:
+            per_image = CHUNK * self._blocks * 4
+            self._words = np.zeros((len(self._numbers), CHUNK, self._blocks * 4), np.uint64)
+            for i in active:
+                raw = _raw(self._seed, self._numbers[i], (chunk * CHUNK * self._blocks, 0), per_image)
+                self._words[i] = raw.reshape(CHUNK, -1)
+            self._chunk = chunk
+        return self._words[active, place]
+
+
+def _raw(seed: int, number: int, counter: tuple[int, int], count: int) -> NDArray[np.uint64]:
+    """Words of the image `number` from a place in its stream; numpy never changes what Philox gives (NEP 19)."""
+    place = np.array([counter[0], 0, 0, counter[1]], np.uint64)
+    return np.random.Philox(key=np.array([seed, number], np.uint64), counter=place).random_raw(count)
