@@ -23,7 +23,7 @@ class Gate(Section):
         found = [
             f"{row.name}: {row.flips.newly_wrong} of {row.n} images newly wrong, {self.max_newly_wrong:.2%} allowed"
             for row in rows
-            if row.flips.newly_wrong > self.max_newly_wrong * row.n
+            if row.flips is not None and row.flips.newly_wrong > self.max_newly_wrong * row.n
         ]
         for name, floor in (("clean", self.min_clean), ("worst", self.min_attacked)):
             (row,) = (row for row in rows if row.name == name)

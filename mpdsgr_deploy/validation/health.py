@@ -28,12 +28,13 @@ PROBE = 32  # images the artefact is asked about repeatedly
 
 
 class Check(BaseModel):
-    """One health check: what it saw, and what to do if it failed."""
+    """One health check: what it saw, why it matters, and what to do if it failed."""
 
     number: int
     name: str
     passed: bool
     saw: str
+    why: str = ""
     advice: str
 
 

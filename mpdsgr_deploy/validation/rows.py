@@ -1,4 +1,4 @@
-"""One row of a report: two networks judged on the same images."""
+"""One row of a report: networks judged on the same images."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,26 +31,48 @@ class Flips(BaseModel):
     newly_right: int
     p_value: float
 
+    @classmethod
+    def of(cls, reference: NDArray[np.bool_], artefact: NDArray[np.bool_]) -> "Flips":
+        """Pair the verdicts [N] of both networks."""
+        worse, better = int((reference & ~artefact).sum()), int((~reference & artefact).sum())
+        return cls(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better))
+
 
 class Row(BaseModel):
-    """One condition: the torch reference and the artefact on the same images."""
+    """One condition: the artefact and, where there is one, its torch reference on the same images.
+
+    eps: the images lie within so much of the clean ones; None: no bound. evaluations: gradients or queries an image
+    took, on average.
+    """
 
     name: str
     settings: str
+    eps: float | None = None
     n: int
-    reference: Score
     artefact: Score
-    flips: Flips
+    reference: Score | None = None
+    flips: Flips | None = None
+    evaluations: float = 0.0
 
     @classmethod
-    def of(cls, name: str, settings: str, reference: NDArray[np.bool_], artefact: NDArray[np.bool_]) -> "Row":
-        """Pair the verdicts [N] of both networks."""
-        worse, better = int((reference & ~artefact).sum()), int((~reference & artefact).sum())
+    def of(
+        cls,
+        name: str,
+        settings: str,
+        reference: NDArray[np.bool_] | None,
+        artefact: NDArray[np.bool_],
+        *,
+        eps: float | None = None,
+        evaluations: float = 0.0,
+    ) -> "Row":
+        """Pair the verdicts [N] of both networks; without a reference there is nothing to pair."""
         return cls(
             name=name,
             settings=settings,
-            n=len(reference),
-            reference=Score.of(reference),
+            eps=eps,
+            n=len(artefact),
             artefact=Score.of(artefact),
-            flips=Flips(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better)),
+            reference=None if reference is None else Score.of(reference),
+            flips=None if reference is None else Flips.of(reference, artefact),
+            evaluations=evaluations,
         )

@@ -1,5 +1,7 @@
 """The validation stage: bundle in, report out."""
 
+import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ def validate(
     from mpdsgr_deploy.runtime.torch_model import TorchModel
     from mpdsgr_deploy.validation.evaluate import other_network
 
+    started = time.monotonic()
     gate = gate or Gate()
     recipe = bundle.manifest.recipe
     config = recipe.validation
@@ -63,10 +66,10 @@ def validate(
             if condition.eps is not None:
                 verdicts[condition.name] = correct
             faults += health.budget_faults(x, condition)
-            rows.append(Row.of(condition.name, condition.settings, *correct))
+            rows.append(Row.of(condition.name, condition.settings, *correct, eps=condition.eps))
             log.info("%-22s  torch %5.1f %%  artefact %5.1f %%", condition.name, *(100 * c.mean() for c in correct))
         worst = [np.logical_and.reduce(columns) for columns in zip(*verdicts.values(), strict=True)]
-        rows.append(Row.of("worst", "right under every condition within eps", *worst))
+        rows.append(Row.of("worst", "right under every condition within eps", *worst, eps=recipe.attack.eps))
         attacked = {name: correct[0] for name, correct in verdicts.items()}
         function = health.check_function(artefact, health.fresh_process(bundle.path, backend, precision), x)
         found = health.attack_checks(faults, rule, attacked, monitor, min(row.n for row in rows))
@@ -84,12 +87,15 @@ def validate(
         artefact_sha256=bundle.manifest.files[file],
         backend=backend,
         precision=precision,
+        tier="release",
         images=rule,
+        images_sha256=hashlib.sha256(x.tobytes()).hexdigest(),
         seed=config.seed,
         rows=rows,
         parity=parity,
         health=checks,
         gate=gate,
+        seconds=time.monotonic() - started,
         provenance=provenance(),
     )
 
