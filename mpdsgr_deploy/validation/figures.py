@@ -37,9 +37,11 @@ def figures(report: Report) -> dict[str, str]:
     found = {}
     with rc_context(SETTINGS):
         if any(curve.points for curve in report.curves):
-            found["Accuracy against eps"] = svg(by_eps(report), "eps")
+            left = f", the {len(COLOURS)} strongest attacks" if len(report.curves) > len(COLOURS) else ""
+            found[f"Accuracy against eps{left}"] = svg(by_eps(report), "eps")
         if sweep(report):
-            found["Which attacker is the strongest?"] = svg(by_attacker(report), "attackers")
+            left = f" {MOST} of {len(attackers(report))}" if len(attackers(report)) > MOST else ""
+            found[f"Which attacker is the strongest?{left}"] = svg(by_attacker(report), "attackers")
     return found
 
 
@@ -96,10 +98,14 @@ def by_attacker(report: Report) -> Figure:
     return figure
 
 
+def attackers(report: Report) -> list[Row]:
+    """The strong PGD through each surrogate."""
+    return [row for row in report.rows if row.name == "pgd-strong" or row.name.startswith("strong ")]
+
+
 def sweep(report: Report) -> list[Row]:
-    """The strong PGD through each surrogate, the strongest last; the strongest MOST of them."""
-    rows = [row for row in report.rows if row.name == "pgd-strong" or row.name.startswith("strong ")]
-    return sorted(rows, key=lambda row: -row.artefact.accuracy)[-MOST:]
+    """The strongest MOST of the attackers, the strongest last."""
+    return sorted(attackers(report), key=lambda row: -row.artefact.accuracy)[-MOST:]
 
 
 def named(row: Row) -> str:

@@ -24,8 +24,8 @@ MEANING: dict[Verdict, str] = {
     "invalid": "a health check failed, so this evaluation proves nothing, neither good nor bad",
 }
 GATE_ADVICE = (
-    "find the condition in the table: where clean images flip too, export again, in a finer precision or with "
-    "--max-drop; where only attacked ones fall, train with a stronger defence; or change the gate, knowingly"
+    "find the condition in the table; clean images newly wrong: export again, in a finer precision or with --max-drop; "
+    "attacked accuracy too low: train with a stronger defence; too few images: give more; or change the gate, knowingly"
 )
 OF_A_CHECK = "check "  # how a reason begins that a health check gave
 
@@ -111,9 +111,9 @@ class Report(BaseModel):
 
 
 class Finding(NamedTuple):
-    """Something that is wrong, and what to do about it."""
+    """What is wrong, a line for each fault, and what to do about it."""
 
-    what: str
+    what: list[str]
     advice: str
 
 
@@ -121,8 +121,9 @@ def findings(report: Report) -> Iterator[Finding]:
     """Failed health checks, then the gate's complaints."""
     for check in report.health:
         if not check.passed:
-            yield Finding(f"check {check.number}, {check.name}: {check.saw}", check.advice)
-    yield from (Finding(reason, GATE_ADVICE) for reason in gate_reasons(report))
+            yield Finding([f"check {check.number}, {check.name}: {check.saw}"], check.advice)
+    if reasons := gate_reasons(report):
+        yield Finding(reasons, GATE_ADVICE)
 
 
 def gate_reasons(report: Report) -> list[str]:

@@ -27,7 +27,11 @@ def summary(report: Report) -> str:
     lines = [
         f"## {report.verdict.upper()}: {markdown(report.bundle)} ({how})",
         "",
-        *(f"- {markdown(found.what)}\n  - **do:** {found.advice}" for found in findings(report)),
+        *(
+            line
+            for found in findings(report)
+            for line in (*(f"- {markdown(what)}" for what in found.what), f"  - **do:** {found.advice}")
+        ),
         *([f"- ended early: {markdown(report.stopped)}"] if report.stopped else []),
         "",
         f"{markdown(about)} Accuracy in % with its 95 % interval.",
