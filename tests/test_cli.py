@@ -106,7 +106,6 @@ def test_a_missing_extra_is_named(bundle: Bundle, tmp_path: Path) -> None:
         ("onnxruntime", "cpu", ["predict", str(bundle.path), str(tmp_path / "x.npy")]),
         ("pyarrow", "parquet", ["predict", str(bundle.path), str(tmp_path), "--out", str(tmp_path / "x.parquet")]),
         ("matplotlib", "report", ["inspect", str(bundle.path.parent / "run"), "--plots", str(tmp_path / "plots")]),
-        ("jinja2", "report", ["validate", str(bundle.path), "--report", str(tmp_path / "report")]),
     ):
         (tmp_path / module).mkdir()
         (tmp_path / module / "__init__.py").write_text("raise ImportError('not installed')")

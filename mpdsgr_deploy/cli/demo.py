@@ -36,19 +36,19 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
     from mpdsgr_deploy.validation import validate
 
     reports: dict[str, Report] = {}
+    pages: dict[str, Path] = {}
     for method, name in RECIPES.items():
         folder = out / name
         claim_report(folder / "report")
         train(load_recipe(find_recipe(name)), folder / "run", resume=True)
         export(folder / "run", folder / "bundle")
         reports[method] = validate(open_bundle(folder / "bundle"), backend=DEFAULT_BACKEND)
-        write_report(reports[method], folder / "report")
+        pages[method] = write_report(reports[method], folder / "report")
     if as_json:
         print_json({method: report.model_dump() for method, report in reports.items()})
     else:
         print_demo(reports)
-        for method, name in RECIPES.items():
-            page = out / name / "report" / "report.html"
+        for method, page in pages.items():
             click.echo(f"{method}: {reports[method].verdict.upper()}, report in {page}")
     ctx.exit(max(EXIT_CODES[report.verdict] for report in reports.values()))
 
@@ -63,5 +63,5 @@ def print_demo(reports: dict[str, Report]) -> None:
             ("torch", [rows[name].reference for name in SHOWN]),
             ("ONNX", [rows[name].artefact for name in SHOWN]),
         ):
-            table.append((method, network, *(f"{100 * score.accuracy:.1f}" for score in scores)))
+            table.append((method, network, *(f"{100 * score.accuracy:.1f}" if score else "-" for score in scores)))
     print_table(("training", "network", *SHOWN), table, f"accuracy in %, {first.images}, seed {first.seed}")

@@ -39,7 +39,7 @@ def command(
     """Check clean and attacked accuracy of BUNDLE's exported network against its torch model.
 
     Exit code 0 pass, 1 the gate failed, 3 the evaluation is not valid. The report directory gets report.json,
-    report.html, junit.xml and summary.md.
+    junit.xml, summary.md, badge.json and, with the extra `report`, report.html.
 
     \b
     Example:
@@ -60,18 +60,27 @@ def command(
         gate=rules,
         transfer=transfer,
     )
-    write_report(report, report_dir)
+    best = write_report(report, report_dir)
     if as_json:
         print_json(report.model_dump())
     else:
         print_report(report)
-        click.echo(f"report in {report_dir / 'report.html'}")
+        click.echo(f"report in {best}")
     ctx.exit(EXIT_CODES[report.verdict])
 
 
 def print_report(report: Report) -> None:
     """The verdict, its reasons and the table of conditions."""
-    rows = [(r.name, percent(r.reference), percent(r.artefact), r.flips.newly_wrong, r.n) for r in report.rows]
+    rows = [
+        (
+            row.name,
+            percent(row.reference) if row.reference else "-",
+            percent(row.artefact),
+            row.flips.newly_wrong if row.flips else "-",
+            row.n,
+        )
+        for row in report.rows
+    ]
     columns = ("condition", "torch % [95 %]", "artefact % [95 %]", "newly wrong", "n")
     print_table(columns, rows, f"{report.bundle}: {report.precision} on {report.backend}, {report.images}")
     click.echo(f"verdict: {report.verdict.upper()}")

@@ -1,0 +1,145 @@
+"""The report's figures, as SVG that stands in the page: its text is text and takes the page's colour, day or night.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in markers and dashes too. Figures are
+narrow, so that a telephone need not shrink their text; a wide page sets them side by side.
+"""
+
+import io
+import re
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mpdsgr_deploy.validation.report import Curve, Report
+from mpdsgr_deploy.validation.rows import Row
+
+WIDTH = 4.1  # inches
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
+HEADLINE, ATTACKER = "#D55E00", "#0072B2"
+INK = "#010203"  # replaced by the page's own text colour
+MOST = 24  # attackers in one figure, the strongest
+LONGEST = 22  # characters of a name in a figure
+SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mpdsgr",
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.parse_math": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def figures(report: Report) -> dict[str, str]:
+    """Whatever can be drawn, by title."""
+    found = {}
+    with rc_context(SETTINGS):
+        if any(curve.points for curve in report.curves):
+            left = f", the {len(COLOURS)} strongest attacks" if len(report.curves) > len(COLOURS) else ""
+            found[f"Accuracy against eps{left}"] = svg(by_eps(report), "eps")
+        if sweep(report):
+            left = f" {MOST} of {len(attackers(report))}" if len(attackers(report)) > MOST else ""
+            found[f"Which attacker is the strongest?{left}"] = svg(by_attacker(report), "attackers")
+    return found
+
+
+def by_eps(report: Report) -> Figure:
+    """Accuracy of the artefact against the strength of each attack; the evaluated strength is marked."""
+    figure, axes = blank(3.2)
+    curves = sorted((c for c in report.curves if c.points), key=final)[: len(COLOURS)]
+    for curve, colour, marker, dash in zip(curves, COLOURS, MARKERS, DASHES, strict=False):
+        points = sorted(curve.points, key=lambda point: point.eps)
+        accuracy = [100 * point.correct / max(point.n, 1) for point in points]
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": dash,
+            "markersize": 4.5,
+            "linewidth": 1.6,
+        }
+        axes.plot([point.eps for point in points], accuracy, label=short(curve.attack), clip_on=False, **style)
+    if report.eps is not None:
+        axes.axvline(report.eps, color=INK, linewidth=1, linestyle=":", label=f"evaluated: eps {report.eps:.3g}")
+    axes.set(xlabel="eps, the largest change of a pixel", ylabel="accuracy (%)", ylim=(0, 100))
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", color="#888888", alpha=0.3, linewidth=0.6)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def by_attacker(report: Report) -> Figure:
+    """Accuracy under every white-box attacker with its interval, and beneath them all what survives every attack."""
+    rows = sweep(report)
+    worst = report.row("worst")
+    shown = rows if worst is None else [*rows, worst]
+    figure, axes = blank(0.9 + 0.3 * len(shown))
+    for place, row in enumerate(shown):
+        low, high = (100 * bound for bound in row.artefact.interval)
+        accuracy = 100 * row.artefact.accuracy
+        colour, marker, size = (HEADLINE, "D", 7.0) if row is worst else (ATTACKER, "o", 5.0)
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot([accuracy], [place], marker=marker, color=colour, markersize=size, clip_on=False)
+        axes.annotate(
+            f"{accuracy:.1f}",
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    if worst is not None:
+        axes.axvline(100 * worst.artefact.accuracy, color=HEADLINE, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(shown)), [named(row) for row in shown])
+    axes.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 100), ylim=(len(shown) - 0.5, -0.5))
+    axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
+    return figure
+
+
+def attackers(report: Report) -> list[Row]:
+    """The strong PGD through each surrogate."""
+    return [row for row in report.rows if row.name == "pgd-strong" or row.name.startswith("strong ")]
+
+
+def sweep(report: Report) -> list[Row]:
+    """The strongest MOST of the attackers, the strongest last."""
+    return sorted(attackers(report), key=lambda row: -row.artefact.accuracy)[-MOST:]
+
+
+def named(row: Row) -> str:
+    """A condition as readers of the figure know it."""
+    if row.name == "worst":
+        return "worst: the union"
+    return "trained surrogate" if row.name == "pgd-strong" else short(row.name.removeprefix("strong "))
+
+
+def final(curve: Curve) -> float:
+    """Accuracy at the largest eps."""
+    last = max(curve.points, key=lambda point: point.eps)
+    return last.correct / max(last.n, 1)
+
+
+def short(name: str) -> str:
+    """A name that fits into a figure."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def blank(height: float) -> tuple[Figure, Axes]:
+    """A figure of the common width with one pair of axes."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element whose ids no other figure's collide with."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'(<[^<>]*\s)id="', rf'\1id="{name}-', text)
+    text = re.sub(r'(<[^<>]*(?:url\(|href="))#', rf"\1#{name}-", text)
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)

@@ -1,0 +1,61 @@
+"""report.html: one file that needs no script, no network and no other file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mpdsgr_deploy.validation.figures import figures
+from mpdsgr_deploy.validation.report import MEANING, Report, findings
+
+
+def page(report: Report) -> str:
+    """The whole page. Names of files, labels and conditions are untrusted: the template escapes all but our SVG."""
+    loader = PackageLoader("mpdsgr_deploy.validation")
+    templates = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.get_template("report.html").render(
+        report=report,
+        meaning=MEANING[report.verdict],
+        findings=list(findings(report)),
+        headlines=[(title, row) for title, row in headlines(report) if row is not None],
+        figures={title: Markup(drawn) for title, drawn in figures(report).items()},
+        gate=[(name, plain(value)) for name, value in report.gate],
+        provenance=list(provenance(report)),
+    )
+
+
+def headlines(report: Report) -> Iterator[tuple[str, Any]]:
+    """The two accuracies that matter."""
+    yield "clean", report.row("clean")
+    yield (
+        f"under every attack, eps {report.eps:.4g}" if report.eps is not None else "under every attack",
+        report.row("worst"),
+    )
+
+
+def provenance(report: Report) -> Iterator[tuple[str, str]]:
+    """What identifies this evaluation, then what its machine and software say of themselves."""
+    yield "artefact", report.artefact_file
+    yield "sha256 of the artefact", report.artefact_sha256
+    if report.attack_sha256 is not None:
+        yield "sha256 of the attack graph", report.attack_sha256
+    yield "images", report.images
+    yield "sha256 of the images", report.images_sha256
+    yield "seed", str(report.seed)
+    yield "took", f"{report.seconds:.1f} s"
+    for name, value in report.provenance.items():
+        yield name, plain(value)
+
+
+def plain(value: Any) -> str:
+    """A setting of any kind, in words."""
+    if value is None:
+        return "off"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {plain(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(plain, value)) or "none"
+    return str(value)
