@@ -64,6 +64,7 @@ class Variant(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
+    attack: str = ""  # the file of its attack graph
     layers: dict[str, str] = {}
     accuracy: Accuracy | None = None  # None: the data set was not at hand
     attacked: Accuracy | None = None  # None: not measured

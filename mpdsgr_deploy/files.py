@@ -60,15 +60,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def claim_directory(path: Path, marker: str, what: str) -> None:
+def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") -> None:
     """Make `path` a directory for our output. Existing content is accepted only beside `marker`, our own file.
+
+    partial: a name that unfinished output has there, from which a later run goes on.
 
     Raises InputError for a file, for a directory that holds anything else, and where it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         leftover = f".{marker}.tmp"  # of a run killed while it wrote its first file
-        foreign = not (path / marker).exists() and any(p.name != leftover for p in path.iterdir())
+        foreign = not (path / marker).exists() and any(p.name not in (leftover, partial) for p in path.iterdir())
     except OSError as error:
         raise InputError(f"cannot use {path} as a directory: {error.strerror}; choose another place") from None
     if foreign:

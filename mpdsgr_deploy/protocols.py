@@ -1,7 +1,8 @@
-"""What a model can be asked, whatever runs it: answers (Predictor), answers and gradients (Differentiable), or gradients
-with surrogates whose widths the attacker chooses (Adaptive)."""
+"""What a model can be asked, whatever runs it: answers (Predictor), answers and gradients (Differentiable), or
+gradients through surrogates that adapt (Adaptive).
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,12 +31,16 @@ class Differentiable(Protocol):
     def __call__(self, x: Array, y: Array, /) -> Gradient: ...
 
 
-class Adaptive(Protocol):
-    """A Differentiable whose surrogates have a width for each neuron, time step and image.
+State = Mapping[str, Array]  # by name; the first axis of every array is the images
 
-    widths: for each layer of neurons, in the order of the forward pass, half-widths g > 0 [B, T, ...] of the triangle
-    max(0, g - |v|) / g^2 with v = U - V_th; None: 1 everywhere. Beside the gradient come the distances |v|, arrays of
-    the same shapes: what the next widths are made of.
+
+class Adaptive(Protocol):
+    """A Differentiable whose surrogates adapt to each image's neurons from one evaluation to the next (ASSG).
+
+    What they have adapted to is an argument: `start` gives it for `count` images before an attack, each evaluation
+    takes it and hands on the next. An attack that drops images takes the same rows of every array.
     """
 
-    def __call__(self, x: Array, y: Array, widths: Sequence[Array] | None, /) -> tuple[Gradient, list[Array]]: ...
+    def start(self, count: int, /) -> State: ...
+
+    def step(self, x: Array, y: Array, state: State, /) -> tuple[Gradient, State]: ...

@@ -2,17 +2,14 @@
 
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
-from mpdsgr_deploy.attacks.counted import Counted
-from mpdsgr_deploy.attacks.expectation import adaptive_expectation, expectation
+from mpdsgr_deploy.attacks.expectation import expectation
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.attacks.square import SquareState, square
 
 __all__ = [
-    "Counted",
     "SquareState",
-    "adaptive_expectation",
     "apgd",
     "bim",
     "cw_l2",

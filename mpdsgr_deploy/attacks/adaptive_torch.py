@@ -1,45 +1,68 @@
-"""A torch network as an `Adaptive` target: the same forward pass, with surrogates as wide as the attacker says."""
+"""A torch network as an `Adaptive`: the same forward pass, with surrogates that adapt (ASSG).
+
+The formulas are those of `attack_graph.adaptive`, which is the same for exported networks.
+"""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from math import pi
 
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
+from mpdsgr_deploy.attack_graph.adaptive import DEVIATION, FLOOR, MEAN, MEMORY, RELAXATION, SHARPNESS
+from mpdsgr_deploy.attacks.torch_target import input_gradient
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.snn import Noise, Surrogate, Trace
-from mpdsgr_deploy.snn.surrogate import triangle
 
-UNIT = triangle(1.0)
+State = Mapping[str, Tensor]
 
 
 class AdaptiveTorch:
-    """`Adaptive` on tensors. noise: what a stochastic network draws from."""
+    """`Adaptive` on tensors, for images of `shape`. noise: what a stochastic network draws from."""
 
-    def __init__(self, model: SpikingNet, loss: Loss = cross_entropy, noise: Noise = None) -> None:
-        self._model, self._loss, self._noise = copy.deepcopy(model), loss, noise
+    def __init__(self, model: SpikingNet, shape: tuple[int, int, int], noise: Noise = None) -> None:
+        self._model, self._noise = copy.deepcopy(model), noise
+        self._neurons: dict[str, tuple[int, ...]] = {}  # by layer, [T, ...]
 
-    def __call__(self, x: Tensor, y: Tensor, widths: Sequence[Tensor] | None) -> tuple[Gradient, list[Tensor]]:
-        layers = self._model.layers()
-        for number, layer in enumerate(layers):
-            layer.neuron.stepwise = stepwise(torch.ones(1, 1) if widths is None else widths[number])
-        distances: dict[str, Tensor] = {}
+        def measure(trace: Trace) -> None:
+            self._neurons[trace.layer] = (len(trace.states), *trace.states[0].u.shape[1:])
 
-        def observe(trace: Trace) -> None:
-            potentials = torch.stack([state.u.detach() for state in trace.states], 1)  # [B, T, ...]
-            distances[trace.layer] = (potentials - trace.neuron.v_threshold).abs()
+        with torch.no_grad():
+            self._model(torch.zeros(1, *shape, device=model.normalize.mean.device), measure, torch.Generator())
 
-        found = input_gradient(lambda x: self._model(x, observe, self._noise), x, y, self._loss)
-        return found, [distances[layer.name] for layer in layers]
+    def start(self, count: int) -> State:
+        """Means of 1 and deviations of 0."""
+        device = self._model.normalize.mean.device
+        initial = {MEAN: 1.0, DEVIATION: 0.0}
+        return {
+            f"{prefix}{layer}": torch.full((count, *neurons), value, device=device)
+            for layer, neurons in self._neurons.items()
+            for prefix, value in initial.items()
+        }
+
+    def step(self, x: Tensor, y: Tensor, state: State) -> tuple[Gradient, State]:
+        """The gradient through surrogates as sharp as the state, moved on by these images, makes them."""
+        moved = {name: torch.empty_like(value) for name, value in state.items()}
+        for layer in self._model.layers():
+            layer.neuron.stepwise = _adapting(layer.name, state, moved)
+        found = input_gradient(lambda x: self._model(x, None, self._noise), x, y)
+        return found, moved
 
 
-def stepwise(width: Tensor) -> Callable[[int], Surrogate]:
-    """Triangles of half-width g = width[:, t] in step t; width [B, T, ...], or [1, 1] for one everywhere and always."""
+def _adapting(layer: str, state: State, moved: State) -> Callable[[int], Surrogate]:
+    """From time step to surrogate. Its derivative, asked for once a step, leaves the state moved on in `moved`."""
 
     def surrogate(t: int) -> Surrogate:
-        g = width[:, min(t, width.shape[1] - 1)]
-        return Surrogate("adaptive", lambda v: UNIT.derivative(v / g.to(v)) / g.to(v), float("inf"))
+        def derivative(v: Tensor) -> Tensor:
+            mean, deviation = (state[f"{prefix}{layer}"][:, t] for prefix in (MEAN, DEVIATION))
+            mean = MEMORY * mean + (1 - MEMORY) * v.abs()
+            deviation = MEMORY * deviation + (1 - MEMORY) * (v.abs() - mean).abs()
+            moved[f"{MEAN}{layer}"][:, t], moved[f"{DEVIATION}{layer}"][:, t] = mean, deviation
+            sharpness = SHARPNESS / (mean + RELAXATION * deviation + FLOOR)
+            return sharpness / 2 / (1 + (pi / 2 * sharpness * v) ** 2)
+
+        return Surrogate("adaptive", derivative, float("inf"))
 
     return surrogate

@@ -9,18 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.attack_graph.surrogates import RATE, STRAIGHT, parse_surrogate
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.snn import LIF, SURROGATES, LIFState, Noise, Surrogate
-
-RATE = "rate"
-
-
-def check_surrogate(name: str) -> None:
-    """Raise InputError unless `name` is an attacker's surrogate."""
-    if name != RATE:
-        parse_surrogate(name)
 
 
 def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
@@ -33,26 +24,18 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
         for layer in attacked.layers():
             layer.neuron = RateBackward(layer.neuron)
         return attacked
-    surrogate = parse_surrogate(name)
+    surrogate = make_surrogate(name)
     for layer in attacked.layers():
         layer.neuron.surrogate = surrogate
     return attacked
 
 
-def parse_surrogate(name: str) -> Surrogate:
-    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default."""
-    kind, colon, parameter = name.partition(":")
-    if name == "straight-through":
+def make_surrogate(name: str) -> Surrogate:
+    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default; for all kinds but two."""
+    kind, width = parse_surrogate(name)
+    if kind == STRAIGHT:
         return Surrogate(name, torch.ones_like, float("inf"))
-    make = choose("attacker's surrogate", {**SURROGATES, "straight-through": None, RATE: None}, kind)
-    try:
-        if make is None or (colon and float(parameter) <= 0):
-            raise ValueError
-        return make(float(parameter)) if colon else make()
-    except ValueError:
-        raise InputError(
-            f"attacker's surrogate {name!r}: write KIND or KIND:NUMBER above 0, for example triangle:0.5"
-        ) from None
+    return SURROGATES[kind](width)
 
 
 class RateBackward(LIF):

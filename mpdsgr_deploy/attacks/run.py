@@ -1,9 +1,7 @@
 """Carry conditions out: batch by batch, images that are wrong anyway left alone, what is finished kept on disk."""
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -25,7 +23,6 @@ class Journal:
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
-        self._root = directory
         self._directory = directory / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def get(self, name: str, start: int) -> "Part | None":
@@ -43,11 +40,6 @@ class Journal:
         images, *counts = part.attacked
         with atomic_file(self._file(name, part.rows.start)) as file:
             np.savez(file, images=images, counts=np.array(counts, np.int64), predicted=part.predicted)
-
-    def clear(self) -> None:
-        """Delete everything kept here, of other identities too."""
-        with suppress(OSError):
-            shutil.rmtree(self._root)
 
     def _file(self, name: str, start: int) -> Path:
         return self._directory / f"{name.replace(' ', '-').replace(':', '-')}-{start}.npz"
@@ -97,7 +89,7 @@ def _carry_out(
     images, predicted = batch.x.copy(), before.copy()
     if not len(chosen):
         return Attacked(images), predicted
-    found = attack(Batch(*(part[chosen] for part in batch)))
+    found = attack(Batch(batch.x[chosen], batch.y[chosen], batch.places[chosen]))
     images[chosen] = found.images
     predicted[chosen] = network(images[chosen]).argmax(1)
     return found._replace(images=images), predicted

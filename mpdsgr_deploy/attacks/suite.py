@@ -8,20 +8,21 @@ is in, on the images before it, or on which attacks ran.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.attack_graph import ADAPTIVE
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import Keep, bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.attacks.square import square
-from mpdsgr_deploy.attacks.surrogate_names import ADAPTIVE, scaled
+from mpdsgr_deploy.attacks.surrogate_names import scaled
 from mpdsgr_deploy.attacks.tiers import Tier
-from mpdsgr_deploy.protocols import Adaptive, Array, Differentiable, Gradient
+from mpdsgr_deploy.protocols import Adaptive, Array, Differentiable, Gradient, State
 from mpdsgr_deploy.recipe import Attack
 
 Floats = NDArray[np.float32]
@@ -119,6 +120,11 @@ def required(trained: str) -> tuple[str, ...]:
     return (scaled(trained, 0.25), scaled(trained, 2.5), "rectangular:1")
 
 
+def recipe_plan(attack: Attack) -> Plan:
+    """The attacks a recipe asks for, as tables of trained networks have them."""
+    return Plan(attack.surrogates, attack.strong_steps, l2=attack.l2)
+
+
 def tier_plan(tier: Tier, attack: Attack, trained: str) -> Plan:
     """The attacks of a tier on a network with the surrogate `trained`."""
     names = [*required(trained), *(attack.surrogates if tier.sweep else ())]
@@ -129,25 +135,36 @@ def tier_plan(tier: Tier, attack: Attack, trained: str) -> Plan:
         adaptive=True,
         apgd_steps=tier.apgd_steps,
         queries=tier.queries,
-        l2=attack.l2,
     )
 
 
 class Counter:
     """A Differentiable (or Adaptive) that passes everything through and counts gradients, useless ones apart."""
 
-    def __init__(self, target: Callable[..., Any]) -> None:
+    def __init__(self, target: Any) -> None:
         self._target = target
         self.samples = self.zero = self.not_finite = 0
 
-    def __call__(self, x: Array, *arguments: Any) -> Any:
-        found = self._target(x, *arguments)
-        gradient = found.gradient if isinstance(found, Gradient) else found[0].gradient
-        flat = np.asarray(gradient).reshape(len(x), -1)
+    def __call__(self, x: Array, y: Array) -> Gradient:
+        found: Gradient = self._target(x, y)
+        self._count(found)
+        return found
+
+    def start(self, count: int) -> State:
+        """As of an Adaptive."""
+        return self._target.start(count)
+
+    def step(self, x: Array, y: Array, state: State) -> tuple[Gradient, State]:
+        """As of an Adaptive."""
+        found, moved = self._target.step(x, y, state)
+        self._count(found)
+        return found, moved
+
+    def _count(self, found: Gradient) -> None:
+        flat = np.asarray(found.gradient).reshape(len(found.gradient), -1)
         self.samples += len(flat)
         self.zero += int((flat == 0).all(axis=1).sum())
         self.not_finite += int((~np.isfinite(flat)).any(axis=1).sum())
-        return found
 
 
 class Suite:
@@ -169,7 +186,7 @@ class Suite:
         self.eps, self.strong_steps = attack.eps, plan.strong_steps
         self._seed, self._transfer = seed, transfer
         self._draws = attack.draws if self._network.stochastic else 1
-        self._keep: Keep = "worst" if self._network.stochastic else "broken"
+        self._keep: Literal["broken", "worst"] = "worst" if self._network.stochastic else "broken"
 
     def conditions(self) -> Iterator[Condition]:
         """All of them, weak ones first."""
@@ -307,7 +324,7 @@ class Suite:
         own = source.trained if source.network is self._network else None
         return Condition(name, settings, eps, cost * self._draws, opened, own)
 
-    def _counted(self, target: Callable[..., Any], run: Callable[[Counter], Floats]) -> Attacked:
+    def _counted(self, target: Differentiable | Adaptive, run: Callable[[Counter], Floats]) -> Attacked:
         counter = Counter(target)
         images = run(counter)
         return Attacked(images, counter.samples * self._draws, counter.zero, counter.not_finite)

@@ -11,6 +11,7 @@ from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report, claim_report, write_report
 
 RECIPES = {"REG": "digits-reg", "MPD-SGR": "digits-mpdsgr"}
+DEMO_IMAGES = 300
 SHOWN = ("clean", "gaussian", "uniform", "fgsm", "pgd-strong", "worst")
 
 
@@ -31,9 +32,8 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
     need("lightning.fabric", "train")
     from mpdsgr_deploy.bundle import open_bundle
     from mpdsgr_deploy.export import export
-    from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
     from mpdsgr_deploy.training import train
-    from mpdsgr_deploy.validation import validate
+    from mpdsgr_deploy.validation import Target, validate
 
     reports: dict[str, Report] = {}
     pages: dict[str, Path] = {}
@@ -42,7 +42,8 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
         claim_report(folder / "report")
         train(load_recipe(find_recipe(name)), folder / "run", resume=True)
         export(folder / "run", folder / "bundle")
-        reports[method] = validate(open_bundle(folder / "bundle"), backend=DEFAULT_BACKEND)
+        target = Target(open_bundle(folder / "bundle"))
+        reports[method] = validate(target, limit=DEMO_IMAGES, report_dir=folder / "report")
         pages[method] = write_report(reports[method], folder / "report")
     if as_json:
         print_json({method: report.model_dump() for method, report in reports.items()})

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.cli.output import json_option, print_json
 from mpdsgr_deploy.lookup import need
 
@@ -15,6 +16,12 @@ from mpdsgr_deploy.lookup import need
 @click.option("--max-drop", type=click.FloatRange(0, 1), help="Largest loss of accuracy of each, clean and attacked.")
 @click.option("--root", help="Where the data set lies, for accuracy and golden inputs.  [default: the recipe's]")
 @click.option("--limit", type=click.IntRange(1), help="Measure accuracy on the first so many test images only.")
+@click.option(
+    "--tier", default="commit", show_default=True, help=f"How hard the reference is attacked: {', '.join(TIERS)}."
+)
+@click.option(
+    "--images", type=click.IntRange(0), default=1000, show_default=True, help="Test images to carry in the bundle."
+)
 @json_option
 def command(
     checkpoint: Path,
@@ -23,12 +30,18 @@ def command(
     max_drop: float | None,
     root: str | None,
     limit: int | None,
+    tier: str,
+    images: int,
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT (a training run or one of its checkpoints) into a deployment bundle.
 
     The ONNX file is compared with the torch model before anything is written. Other precisions also meet attacked
-    images. With --max-drop 0.005 none may lose more than half a point of accuracy: layers go back to fp16 (those of
+    images. The torch network is attacked as `mpdsgr validate` will attack the artefact, and its verdicts go into the
+    bundle as the reference, with the test images, so that a machine without torch and data set can validate it (leave
+    them out with --images 0 where their licence asks for it).
+
+    With --max-drop 0.005 none may lose more than half a point of accuracy: layers go back to fp16 (those of
     fp16 to fp32), the worst first, until that holds.
 
     \b
@@ -39,7 +52,9 @@ def command(
     from mpdsgr_deploy.export import export
 
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
-    bundle = export(checkpoint, out, precisions=precisions, max_drop=max_drop, root=root, limit=limit)
+    bundle = export(
+        checkpoint, out, precisions=precisions, max_drop=max_drop, root=root, limit=limit, tier=tier, carried=images
+    )
     variants = bundle.manifest.variants
     if as_json:
         print_json({"bundle": str(out), "variants": {name: v.model_dump() for name, v in variants.items()}})

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.validation.gate import load_gate
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report, claim_report, percent, write_report
@@ -15,11 +17,14 @@ from mpdsgr_deploy.validation.report import EXIT_CODES, Report, claim_report, pe
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the artefact.")
 @click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
-@click.option("--data", help="Data set whose test images are used.  [default: the recipe's]")
-@click.option("--root", help="Where the data set lies.  [default: the recipe's]")
-@click.option("--limit", type=click.IntRange(1), help="Use the first so many test images only.")
-@click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the allowed losses.")
-@click.option("--transfer", type=click.Path(path_type=Path), help="Checkpoint of another network to attack from too.")
+@click.option("--url", help="Validate the server there: http://HOST:PORT/v2/models/NAME, which serves BUNDLE.")
+@click.option("--rate", default=20.0, show_default=True, help="Requests a second to --url, at most.")
+@click.option("--tier", help=f"How much is attacked: {', '.join(TIERS)}.  [default: the gate's]")
+@click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the rules.  [default: the recipe's]")
+@click.option("--data", help="Data set whose test images are used.  [default: the images in the bundle]")
+@click.option("--root", help="Where the data set lies, whose images are then used.")
+@click.option("--limit", type=click.IntRange(1), help="Use the first so many test images.  [default: the tier's]")
+@click.option("--transfer", type=click.Path(path_type=Path), help="Bundle or checkpoint to attack from too.")
 @click.option("--report", "report_dir", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @json_option
 @click.pass_context
@@ -28,37 +33,45 @@ def command(
     bundle: Path,
     backend: str,
     precision: str,
+    url: str | None,
+    rate: float,
+    tier: str | None,
+    gate: Path | None,
     data: str | None,
     root: str | None,
     limit: int | None,
-    gate: Path | None,
     transfer: Path | None,
     report_dir: Path,
     as_json: bool,
 ) -> None:
-    """Check clean and attacked accuracy of BUNDLE's exported network against its torch model.
+    """Attack BUNDLE's exported network and decide whether it is still as accurate and as robust as promised.
 
-    Exit code 0 pass, 1 the gate failed, 3 the evaluation is not valid. The report directory gets report.json,
-    junit.xml, summary.md, badge.json and, with the extra `report`, report.html.
+    Needs no torch: the network is attacked through its own attack graph, and held against the reference that
+    `mpdsgr export` measured. Exit code 0 pass, 1 the gate failed, 3 the evaluation is not valid. The report directory
+    gets report.json, junit.xml, summary.md, badge.json and, with the extra `report`, report.html. After a kill the same
+    command goes on where it stopped.
 
     \b
     Example:
       mpdsgr validate bundles/digits --report reports/digits
+      mpdsgr validate bundles/digits --precision int8 --tier release --report reports/int8
     """
-    from mpdsgr_deploy.validation import validate
+    from mpdsgr_deploy.validation import Target, validate
 
-    rules = load_gate(gate)
     claim_report(report_dir)
     opened = open_bundle(bundle)
+    rules = load_gate(gate) if gate else opened.manifest.recipe.gate
+    if tier is not None:
+        choose("tier", TIERS, tier)
+        rules = rules.model_copy(update={"tier": tier})
     report = validate(
-        opened,
-        backend=backend,
-        precision=precision,
+        Target(opened, backend, precision, url, rate),
+        gate=rules,
         data=data,
         root=root,
         limit=limit,
-        gate=rules,
         transfer=transfer,
+        report_dir=report_dir,
     )
     best = write_report(report, report_dir)
     if as_json:

@@ -10,12 +10,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.attacks.surrogate_names import trained
+from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, save, to_graph
 from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.export.promise import MOST_IMAGES, measure
 from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.export.trial import Trial
 from mpdsgr_deploy.lookup import choose
@@ -23,7 +27,9 @@ from mpdsgr_deploy.parity import TOLERANCE, compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import provenance
-from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.reference import IMAGES, REFERENCE, Promise, save_images, save_reference
+from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
 
 PARITY_BATCHES = (1, 2, 5, 33)
@@ -38,13 +44,17 @@ def export(
     max_drop: float | None = None,
     root: str | None = None,
     limit: int | None = None,
+    tier: str = "commit",
+    carried: int = MOST_IMAGES,
 ) -> Bundle:
     """Write the bundle of a checkpoint (or of a training run: its best one) to directory `out`.
 
     It has float32 and `precisions`. max_drop bounds what each of those may lose of float32's accuracy on clean and on
     attacked images, as a share of them; layers go back to a finer precision until it holds. root overrides where the
-    data set lies, limit the number of test images accuracy is measured on (default: the recipe's). Without the data set
-    the bundle is written all the same, with noise as golden inputs and no accuracy.
+    data set lies, limit the number of test images accuracy is measured on (default: the recipe's). tier: how hard the
+    torch network is attacked for the reference that `validate` holds the artefact against, on 1,000 of these images at
+    most; the first `carried` of them are put into the bundle. Without the data set the bundle is written all the same,
+    with noise as golden inputs, no accuracy and no reference.
 
     Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
     other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
@@ -53,6 +63,7 @@ def export(
     variants = list(dict.fromkeys(["fp32", *precisions]))
     for name in variants:
         choose("precision", dict.fromkeys(PRECISIONS), name)
+    choose("tier", TIERS, tier)
     if max_drop is not None and len(variants) == 1:
         raise InputError("--max-drop bounds what other precisions than fp32 lose; name them with --precision")
     out = out.resolve()  # a link is followed, not replaced
@@ -84,6 +95,12 @@ def export(
                 logits[name] = artefact(inputs)
             if not np.isfinite(logits[name]).all():
                 raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave it out")
+        written = {name: _with_attack(variant, name, scratch, checkpoint.recipe) for name, variant in written.items()}
+        promise = None
+        if images is not None:
+            promise = _promise(reference, checkpoint.recipe, images[:MOST_IMAGES], tier, written, scratch)
+            if carried:
+                save_images(images[:carried], scratch / IMAGES)
         rows = _golden_rows(expected, found, [*logits.values()])
         arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
         np.savez(scratch / GOLDEN, **arrays)
@@ -98,8 +115,30 @@ def export(
             labels=checkpoint.labels,
             recipe=checkpoint.recipe,
             variants=written,
+            reference=promise,
             provenance={"export": provenance(), "training": checkpoint.provenance, "epoch": checkpoint.epoch},
         )
+
+
+def _with_attack(variant: Variant, precision: str, folder: Path, recipe: Recipe) -> Variant:
+    """Write the variant's attack graph, through the surrogate of training."""
+    file = f"attack.{precision}.onnx"
+    (folder / file).write_bytes(derived(folder / variant.file, trained(recipe.neuron)))
+    return variant.model_copy(update={"attack": file})
+
+
+def _promise(
+    model: TorchModel, recipe: Recipe, images: Images, tier: str, variants: dict[str, Variant], folder: Path
+) -> Promise:
+    """Write the reference: torch's verdicts and logits, and logits of what every machine computes alike."""
+    promise, reference = measure(model, recipe, images, tier)
+    logits = dict(reference.logits)
+    for name, variant in variants.items():
+        if variant.exact and name != "fp32":
+            with OnnxRuntime(folder / variant.file, noise=model.noise) as network:
+                logits[name] = predict(network, images.unit(), recipe.validation.batch_size, f"{name}, reference")
+    save_reference(reference._replace(logits=logits), folder / REFERENCE)
+    return promise
 
 
 def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) -> Images | None:

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attack_graph import attack_graph, parse_surrogate, read
 from mpdsgr_deploy.bundle import NoiseInput
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.protocols import Gradient
+from mpdsgr_deploy.protocols import Gradient, State
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
 from mpdsgr_deploy.runtime.settings import Settings
 
 Loss = Literal["ce", "dlr"]
-State = dict[str, NDArray[np.float32]]  # of the surrogate `adaptive`: [B, T, ...] by name, images first
 CHUNK = 32  # images computed at once
 OWN = ("classes", "width", "loss")  # inputs that an attack graph adds
 NEW = "/new"  # what a state is called as an output

@@ -1,22 +1,22 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks import adaptive_expectation, expectation
+from mpdsgr_deploy.attacks import expectation
 from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
-from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, input_gradient
+from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, dlr, input_gradient, margin
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient
+from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient, State
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.snn.noise import Kind
@@ -69,7 +69,7 @@ class TorchModel:
         self, model: SpikingNet, shape: tuple[int, int, int], seed: int = 0, noise: NoiseSource | None = None
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._shape, self._seed = shape, seed
+        self.shape, self._seed = shape, seed
         with telling_memory("the network"):
             self._model = model.to(self._device).eval()
         self._forward: Callable[..., torch.Tensor] = self._model
@@ -86,11 +86,11 @@ class TorchModel:
         return cls(model, shape, manifest.recipe.validation.seed, noise)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        check_images(x, self._shape)
+        check_images(x, self.shape)
         noise = self.noise(x)
         with telling_memory(f"a batch of {len(x)}"), torch.no_grad(), exact_convolutions():
-            draws = [self._tensor(noise[entry.name]) for entry in self._draws]
-            logits: NDArray[np.float32] = self._forward(self._tensor(x), None, draws).cpu().numpy()
+            draws = [self.tensor(noise[entry.name]) for entry in self._draws]
+            logits: NDArray[np.float32] = self._forward(self.tensor(x), None, draws).cpu().numpy()
         return logits
 
     def compiled(self) -> Self:
@@ -127,34 +127,25 @@ class TorchModel:
         noise = torch.Generator().manual_seed(self._seed + 1)
 
         def gradient(x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
-            check_images(x, self._shape)
+            check_images(x, self.shape)
             with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
-                found = input_gradient(lambda x: model(x, None, noise), self._tensor(x), self._tensor(y), loss)
+                found = input_gradient(lambda x: model(x, None, noise), self.tensor(x), self.tensor(y), loss)
             return Gradient(*(tensor.cpu().numpy() for tensor in found))
 
         return expectation(gradient, draws) if model.stochastic else gradient
 
-    def adaptive_attacker(self, *, loss: Loss = cross_entropy, draws: int = 1) -> Adaptive:
-        """The network as an attacker differentiates it who chooses the width of each neuron's surrogate."""
-        target = AdaptiveTorch(self._model, loss, torch.Generator().manual_seed(self._seed + 1))
-
-        def gradient(
-            x: NDArray[np.float32], y: NDArray[np.int64], widths: Sequence[NDArray[np.float32]] | None
-        ) -> tuple[Gradient, list[NDArray[np.float32]]]:
-            check_images(x, self._shape)
-            wide = None if widths is None else [self._tensor(width) for width in widths]
-            with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
-                found, distances = target(self._tensor(x), self._tensor(y), wide)
-            return Gradient(*(tensor.cpu().numpy() for tensor in found)), [tensor.cpu().numpy() for tensor in distances]
-
-        return adaptive_expectation(gradient, draws) if self.stochastic else gradient
+    def adaptive_attacker(self, *, draws: int = 1) -> Adaptive:
+        """The network as an attacker differentiates it whose surrogates adapt; draws: as of `attacker`."""
+        noise = torch.Generator().manual_seed(self._seed + 1)
+        return _AdaptiveArrays(self, AdaptiveTorch(self._model, self.shape, noise), draws if self.stochastic else 1)
 
     @property
     def stochastic(self) -> bool:
         """Whether the network draws noise."""
         return self._model.stochastic
 
-    def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
+    def tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
+        """An array on the network's device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
     def __enter__(self) -> Self:
@@ -162,3 +153,43 @@ class TorchModel:
 
     def __exit__(self, *exception: object) -> None:
         self._model.cpu()  # frees GPU memory
+
+
+class _AdaptiveArrays:
+    """AdaptiveTorch for numpy arrays, averaged over draws of the noise."""
+
+    def __init__(self, model: TorchModel, target: AdaptiveTorch, draws: int) -> None:
+        self._model, self._target, self._draws = model, target, draws
+
+    def start(self, count: int) -> State:
+        return {name: value.cpu().numpy() for name, value in self._target.start(count).items()}
+
+    def step(self, x: NDArray[np.float32], y: NDArray[np.int64], state: State) -> tuple[Gradient, State]:
+        check_images(x, self._model.shape)
+        images, classes = self._model.tensor(x), self._model.tensor(y)
+        before = {name: self._model.tensor(value) for name, value in state.items()}
+        with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
+            steps = [self._target.step(images, classes, before) for _ in range(self._draws)]
+        found = [torch.stack(parts).mean(0) for parts in zip(*(gradient for gradient, _ in steps), strict=True)]
+        moved = {name: torch.stack([after[name] for _, after in steps]).mean(0).cpu().numpy() for name in state}
+        return Gradient(*(part.cpu().numpy() for part in found)), moved
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
+
+
+class TorchNetwork:
+    """A TorchModel as `attacks.suite.Network` asks for it."""
+
+    def __init__(self, model: TorchModel) -> None:
+        self._model, self.stochastic = model, model.stochastic
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._model(x)
+
+    def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
+        """Raises InputError for an unknown surrogate."""
+        return nullcontext(self._model.attacker(surrogate, loss=LOSSES[loss], draws=draws))
+
+    def adaptive(self, *, draws: int) -> AbstractContextManager[Adaptive]:
+        return nullcontext(self._model.adaptive_attacker(draws=draws))

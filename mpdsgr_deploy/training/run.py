@@ -21,7 +21,7 @@ from lightning.fabric import Fabric
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.tensorboard import SummaryWriter
 
-from mpdsgr_deploy.attacks.attacker_surrogate import check_surrogate
+from mpdsgr_deploy.attack_graph import parse_surrogate
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.batches import to_device
@@ -83,7 +83,7 @@ def _check(recipe: Recipe, training: Images) -> None:
     with torch.device("meta"):
         build_defended(recipe, training.shape, len(training.labels))
     for name in recipe.attack.surrogates:  # of `validate`: better said before the training than after
-        check_surrogate(name)
+        parse_surrogate(name)
     batch_size = recipe.training.batch_size
     if batch_size > len(training):
         raise InputError(f"training.batch_size is {batch_size}, but there are only {len(training)} training images")

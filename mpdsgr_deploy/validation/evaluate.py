@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attacks.suite import CLEAN, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan
+from mpdsgr_deploy.attacks.surrogate_names import trained
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
-from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.validation import health
-from mpdsgr_deploy.validation.conditions import conditions, torch_attackers
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.rows import Score
 
@@ -57,52 +57,66 @@ def evaluate(
     is the checkpoint of another network whose attacked images are tried as well. Raises InputError for missing data or
     a damaged checkpoint.
     """
-    checkpoint, network = load_network(find_checkpoint(checkpoint_dir))
+    checkpoint, model = load_network(find_checkpoint(checkpoint_dir))
+    surrogate = trained(checkpoint.recipe.neuron)
     recipe = recipe or checkpoint.recipe
     data = recipe.data.at(root)
     images = load_test(data)[: limit or recipe.validation.limit]
     images.require_kind(data.name, checkpoint.shape, checkpoint.labels)
-    x, y = images.unit(), images.classes
-    model = TorchModel(network, checkpoint.shape, recipe.validation.seed)
-    other = other_network(transfer, images)
-    attackers = torch_attackers(model, recipe.attack, other)
-    monitor = health.GradientMonitor(attackers.trained)
-    rows: list[EvaluatedRow] = []
-    faults: list[str] = []
-    verdicts: dict[str, NDArray[np.bool_]] = {}  # of the conditions within eps
-    for condition in conditions(
-        attackers._replace(trained=monitor),
-        x,
-        y,
-        recipe.attack,
-        batch_size=recipe.validation.batch_size,
-        seed=recipe.validation.seed,
-    ):
-        right = predict(model, condition.images, recipe.validation.batch_size).argmax(1) == y
-        if condition.eps is not None:
-            verdicts[condition.name] = right
-        faults += health.budget_faults(x, condition)
-        rows.append(EvaluatedRow(name=condition.name, settings=condition.settings, n=len(y), score=Score.of(right)))
-        log.info("%-22s  %5.1f %%", condition.name, 100 * right.mean())
-    worst, everything = np.logical_and.reduce(list(verdicts.values())), "right under every condition within eps"
-    rows.append(EvaluatedRow(name="worst", settings=everything, n=len(y), score=Score.of(worst)))
-    rule = f"the first {len(y)} test images of {data.name}"
+    network = Source(TorchNetwork(TorchModel(model, checkpoint.shape, recipe.validation.seed)), surrogate)
+    others = {} if transfer is None else {TRANSFER: other_network(transfer, images)}
+    suite = Suite(network, recipe.attack, recipe_plan(recipe.attack), seed=recipe.validation.seed, transfer=others)
+    rule = f"the first {len(images)} test images of {data.name}"
     return Evaluation(
         images=rule,
         seed=recipe.validation.seed,
-        rows=rows,
-        health=health.attack_checks(faults, rule, verdicts, monitor, len(y)),
         provenance=provenance(),
+        **_measured(network, suite, images, recipe.validation.batch_size, rule),
     )
 
 
-def other_network(checkpoint_dir: Path | None, images: Images) -> TorchModel | None:
-    """The network to transfer attacks from, if any. Raises InputError if it was not made for such images."""
-    if checkpoint_dir is None:
-        return None
+def _measured(network: Source, suite: Suite, images: Images, size: int, rule: str) -> dict[str, Any]:
+    """Rows and health checks."""
+    x, y, n = images.unit(), images.classes, len(images)
+    clean = predict(network.network, x, size, "clean").argmax(1)
+    verdicts = {CLEAN: clean == y}
+    rows = [EvaluatedRow(name=CLEAN, settings="test images as they are", n=n, score=Score.of(clean == y))]
+    faults: list[str] = []
+    samples = zero = not_finite = 0
+    worst = clean == y
+    for condition in suite.conditions():
+        parts = run(condition, x, y, network.network, clean, batch_size=size)
+        attacked, predicted = gather(list(track(parts, condition.name, -(-n // size))))
+        verdicts[condition.name] = predicted == y
+        if condition.eps is not None:
+            worst &= predicted == y
+        if condition.surrogate == network.trained:
+            samples, zero = samples + attacked.evaluations, zero + attacked.zero
+            not_finite += attacked.not_finite
+        faults += health.budget_faults(condition.name, x, attacked.images, condition.eps)
+        score = Score.of(predicted == y)
+        rows.append(EvaluatedRow(name=condition.name, settings=condition.settings, n=n, score=score))
+        log.info("%-22s  %5.1f %%", condition.name, 100 * score.accuracy)
+    verdicts[WORST] = worst
+    rows.append(EvaluatedRow(name=WORST, settings="right under every condition within eps", n=n, score=Score.of(worst)))
+    white = [name for name in verdicts if name.startswith((STRONG, "strong"))]
+    checks = [
+        health.check_budget(faults, rule),
+        health.check_order(verdicts),
+        *([health.check_black_box(verdicts, [TRANSFER], white)] if TRANSFER in verdicts else []),
+        health.check_gradients(samples, zero, not_finite),
+        health.check_compared(n),
+    ]
+    return {"rows": rows, "health": checks}
+
+
+def other_network(checkpoint_dir: Path, images: Images) -> Source:
+    """The network to transfer attacks from. Raises InputError if it was not made for such images."""
     source = find_checkpoint(checkpoint_dir)
     found = load_checkpoint(source)
     if (found.shape, found.labels) != (images.shape, images.labels):
         raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
     network = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
-    return TorchModel(network, found.shape, found.recipe.validation.seed)
+    return Source(
+        TorchNetwork(TorchModel(network, found.shape, found.recipe.validation.seed)), trained(found.recipe.neuron)
+    )

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy import __version__
+from mpdsgr_deploy.attack_graph import ADAPTIVE
 from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Attacked, Condition, Suite
-from mpdsgr_deploy.attacks.surrogate_names import ADAPTIVE
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.progress import log, track
@@ -107,8 +107,8 @@ class Evaluation:
         batches = run(condition, self.x, self.y, self.artefact, self.clean, batch_size=self.size, journal=self.journal)
         for part in track(batches, condition.name, -(-self.n // self.size)):
             parts.append(part)
-            attacked, rows = part.attacked.images, part.rows
-            self._faults += health.budget_faults(condition.name, self.x[rows], attacked, condition.eps)
+            rows = part.rows
+            self._faults += health.budget_faults(condition.name, self.x[rows], part.attacked.images, condition.eps)
             if condition.eps is not None:
                 self.standing[rows] &= part.predicted == self.y[rows]
             done = np.concatenate([p.predicted == self.y[p.rows] for p in parts])

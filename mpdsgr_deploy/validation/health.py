@@ -7,6 +7,7 @@ says: the attack graph the network's own, the images those that were promised, t
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def check_black_box(correct: Verdicts, black_box: Iterable[str], white_box: Iter
     )
 
 
-def _ordered(correct: Verdicts, attacks: Sequence[str]) -> dict[str, bool | str]:
+def _ordered(correct: Verdicts, attacks: Sequence[str]) -> dict[str, Any]:
     """`passed` and `saw`: whether none of `attacks`, weakest first, breaks more than its successor, beyond chance."""
     faults = []
     for weaker, stronger in pairwise(attacks):

@@ -1,5 +1,6 @@
 """The report: one record, written as report.json, junit.xml, summary.md, badge.json and, for people, report.html."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,11 +12,12 @@ from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.validation.gate import Gate
+from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.rows import Flips, Row, Score
 
 REPORT, PAGE, SUMMARY = "report.json", "report.html", "summary.md"
+PROGRESS = ".progress"  # finished batches of a validation under way
 Verdict = Literal["pass", "fail", "invalid"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "invalid": 3}
 MEANING: dict[Verdict, str] = {
@@ -139,7 +141,7 @@ def percent(score: Score) -> str:
 
 def claim_report(directory: Path) -> None:
     """Fail early, before hours of attacks: the directory is usable. Raises InputError if it is somebody else's."""
-    claim_directory(directory, REPORT, "report")
+    claim_directory(directory, REPORT, "report", partial=PROGRESS)
 
 
 def write_report(report: Report, directory: Path) -> Path:
@@ -161,6 +163,7 @@ def write_report(report: Report, directory: Path) -> Path:
     else:
         (directory / PAGE).unlink(missing_ok=True)  # of an earlier run: it would contradict the others
     write_atomic(directory / REPORT, report.model_dump_json(indent=1).encode())
+    shutil.rmtree(directory / PROGRESS, ignore_errors=True)
     return best
 
 

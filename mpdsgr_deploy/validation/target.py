@@ -118,12 +118,12 @@ def _other(path: Path, mine: Bundle) -> Iterator[Source]:
         return
     need("torch", "train")
     from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
-    from mpdsgr_deploy.runtime.torch_model import TorchModel
+    from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 
     checkpoint, network = load_network(find_checkpoint(path))
     _require_same(path, (checkpoint.shape, checkpoint.labels), mine)
     model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
-    yield Source(model, trained(checkpoint.recipe.neuron))
+    yield Source(TorchNetwork(model), trained(checkpoint.recipe.neuron))
 
 
 def _require_same(path: Path, found: tuple[object, object], mine: Bundle) -> None:

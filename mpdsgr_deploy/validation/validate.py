@@ -14,10 +14,8 @@ from mpdsgr_deploy.reference import IMAGES, digests
 from mpdsgr_deploy.validation.evaluation import Evaluation
 from mpdsgr_deploy.validation.gate import check_gate
 from mpdsgr_deploy.validation.images import digest, evaluation_images
-from mpdsgr_deploy.validation.report import Report, Verdict
+from mpdsgr_deploy.validation.report import PROGRESS, Report, Verdict
 from mpdsgr_deploy.validation.target import REMOTE, Target
-
-PROGRESS = ".progress"  # in the report's directory: finished batches
 
 
 def validate(
