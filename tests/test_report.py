@@ -183,6 +183,13 @@ def test_without_the_extra_only_the_page_is_missing(
     assert all("pip install 'mpdsgr-deploy[report]'" in line for line in lines)
 
 
+def test_a_report_of_broken_logits_can_be_read_again() -> None:
+    report = sample(parity=Parity(rows=1, max_abs=float("inf"), within_tolerance=0, labels_differ=1))
+    text = report.model_dump_json()
+    json.loads(text, parse_constant=pytest.fail)  # JSON has no word for infinity
+    assert Report.model_validate_json(text) == report
+
+
 def test_a_report_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="not a report of ours"):
@@ -316,7 +323,7 @@ def test_figures_show_the_strongest_attackers_only() -> None:
 
 
 def test_gates_of_any_shape_are_put_in_words() -> None:
-    assert plain({"worst": 0.5, "clean": None}) == "worst 0.5, clean off"
+    assert plain({"worst": 0.5, "clean": None}) == "worst 0.5, clean none"
     assert plain({}) == plain([]) == "none"
     assert plain(("a", 1)) == "a, 1"
     assert plain("text") == "text"
