@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 TOLERANCE = 1e-5  # what float32 rounding alone may do to a logit
 MINIMUM_SHARE = 0.95
@@ -15,6 +15,8 @@ class Parity(BaseModel):
     differs and that image's logits move visibly. So two faithful float32 implementations agree within TOLERANCE on
     nearly all images, not on all; `max_abs` alone would measure luck.
     """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON itself has no infinity
 
     rows: int
     max_abs: float

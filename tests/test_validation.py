@@ -242,7 +242,7 @@ def test_exit_code_0_and_1(bundle: Bundle, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "FAIL" in done.stdout
     assert "below the floor" in done.stdout
-    assert ElementTree.parse(tmp_path / "r" / "junit.xml").getroot().get("failures") == "1"
+    assert ElementTree.parse(tmp_path / "r" / "junit.xml").getroot().get("failures") == "2"  # clean and worst
 
 
 def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, tmp_path: Path) -> None:

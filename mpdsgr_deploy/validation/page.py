@@ -53,7 +53,7 @@ def provenance(report: Report) -> Iterator[tuple[str, str]]:
 def plain(value: Any) -> str:
     """A setting of any kind, in words."""
     if value is None:
-        return "off"
+        return "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {plain(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
