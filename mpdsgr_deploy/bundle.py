@@ -2,6 +2,7 @@
 
     manifest.json         what this is, and the sha256 of every other file
     model.fp32.onnx       one network per precision
+    attack.fp32.onnx      the same with losses and their gradient in the images; see `mpdsgr_deploy.attack_graph`
     weights.safetensors   the torch weights, the reference the artefact is held against
     golden.npz            a few inputs and each precision's logits, checked whenever a predictor is opened
     engines/              what `mpdsgr build` adds: engines of one kind of machine
@@ -54,12 +55,14 @@ class Accuracy(BaseModel):
 class Variant(BaseModel):
     """One precision of the network, and how accurate it was on clean and on attacked images when it was exported.
 
-    layers: the precision each layer multiplies in, by name, `readout` the last.
+    attack: its attack graph, through the surrogate of training; "": exported before there were any. layers: the
+    precision each layer multiplies in, by name, `readout` the last.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
+    attack: str = ""
     layers: dict[str, str] = {}
     accuracy: Accuracy | None = None  # None: the data set was not at hand
     attacked: Accuracy | None = None  # None: not measured
@@ -156,6 +159,16 @@ class Bundle:
             raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
         return self.file(self.manifest.variants[precision].file)
 
+    def attack(self, precision: str) -> Path:
+        """The attack graph of a precision. Raises InputError as `variant` does, and if the bundle has none."""
+        self.variant(precision)
+        name = self.manifest.variants[precision].attack
+        if not name:
+            raise InputError(
+                f"{self.path} holds no attack graph of {precision}, it is from an older version; export again"
+            )
+        return self.file(name)
+
     def model_sha256(self, precision: str) -> str:
         """The hash of a precision's ONNX file. Raises InputError as `variant` does."""
         return self.manifest.files[self.variant(precision).relative_to(self.path).as_posix()]
@@ -223,7 +236,8 @@ def open_bundle(path: Path) -> Bundle:
             raise InputError(f"{path} is incomplete: {name} is missing; copy the bundle again")
         if sha256(file) != digest:
             raise InputError(f"{file} does not match its hash in {MANIFEST}: it was changed or damaged; copy it again")
-    for needed in (WEIGHTS, GOLDEN, *(variant.file for variant in manifest.variants.values())):
+    variants = manifest.variants.values()
+    for needed in (WEIGHTS, GOLDEN, *(v.file for v in variants), *(v.attack for v in variants if v.attack)):
         bundle.file(needed)
     return bundle
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.attack_graph import derived, trained_surrogate
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_network
 from mpdsgr_deploy.data import Images, load_test
@@ -78,6 +79,7 @@ def export(
         else:
             trial = Trial(graph, reference, checkpoint.recipe, images, scratch, attacked=len(variants) > 1)
             written = {name: trial.variant(name, max_drop) for name in variants}
+        written = {name: _attacked(variant, name, checkpoint, scratch) for name, variant in written.items()}
         logits = {"fp32": expected}
         for name in variants[1:]:
             with OnnxRuntime(scratch / written[name].file, noise=reference.noise) as artefact:
@@ -132,6 +134,13 @@ def _untried(graph: ir.Model, precision: str, folder: Path) -> Variant:
     layers, file = plan(graph, precision), f"model.{precision}.onnx"
     save(convert(graph, layers), folder / file)
     return Variant(file=file, layers=layers)
+
+
+def _attacked(variant: Variant, precision: str, checkpoint: Checkpoint, folder: Path) -> Variant:
+    """Write the attack graph of a variant."""
+    file = f"attack.{precision}.onnx"
+    (folder / file).write_bytes(derived(folder / variant.file, trained_surrogate(checkpoint.recipe)))
+    return variant.model_copy(update={"attack": file})
 
 
 def _golden_rows(torch: np.ndarray, onnx: np.ndarray, logits: Sequence[np.ndarray]) -> NDArray[np.intp]:
