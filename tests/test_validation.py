@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from conftest import mpdsgr
+from mpdsgr_deploy.validation.conditions import Condition, conditions, torch_attackers
 from scipy.stats import binomtest
 
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
@@ -18,7 +19,6 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Array, Differentiable, Gradient
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import health, validate
-from mpdsgr_deploy.validation.conditions import Condition, conditions, torch_attackers
 from mpdsgr_deploy.validation.gate import Gate, load_gate
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import mcnemar, wilson

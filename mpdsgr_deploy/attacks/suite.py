@@ -13,14 +13,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import ADAPTIVE
+from mpdsgr_deploy.attack_graph import ADAPTIVE, scaled
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import Keep, bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.attacks.square import square
-from mpdsgr_deploy.attacks.surrogate_names import scaled
 from mpdsgr_deploy.attacks.tiers import Tier
 from mpdsgr_deploy.protocols import Adaptive, Array, Differentiable, Gradient, State
 from mpdsgr_deploy.recipe import Attack

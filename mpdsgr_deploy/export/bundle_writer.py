@@ -10,8 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import derived
-from mpdsgr_deploy.attacks.surrogate_names import trained
+from mpdsgr_deploy.attack_graph import derived, trained_surrogate
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_network
@@ -123,7 +122,7 @@ def export(
 def _with_attack(variant: Variant, precision: str, folder: Path, recipe: Recipe) -> Variant:
     """Write the variant's attack graph, through the surrogate of training."""
     file = f"attack.{precision}.onnx"
-    (folder / file).write_bytes(derived(folder / variant.file, trained(recipe.neuron)))
+    (folder / file).write_bytes(derived(folder / variant.file, trained_surrogate(recipe)))
     return variant.model_copy(update={"attack": file})
 
 

@@ -1,8 +1,8 @@
 """What a bundle promises: the torch network attacked on the test images, as the artefact will be when validated."""
 
+from mpdsgr_deploy.attack_graph import trained_surrogate
 from mpdsgr_deploy.attacks.run import gather, run
 from mpdsgr_deploy.attacks.suite import CLEAN, WORST, Source, Suite, tier_plan
-from mpdsgr_deploy.attacks.surrogate_names import trained
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.progress import log, track
@@ -17,7 +17,7 @@ MOST_IMAGES = 1000  # as many as tier release takes
 def measure(model: TorchModel, recipe: Recipe, images: Images, tier: str) -> tuple[Promise, Reference]:
     """Attack the torch network with everything a tier has; logits of other precisions are added by the caller."""
     network = TorchNetwork(model)
-    attack, size, surrogate = recipe.attack, recipe.validation.batch_size, trained(recipe.neuron)
+    attack, size, surrogate = recipe.attack, recipe.validation.batch_size, trained_surrogate(recipe)
     plan = tier_plan(TIERS[tier], attack, surrogate)
     suite = Suite(Source(network, surrogate), attack, plan, seed=recipe.validation.seed)
     x, y = images.unit(), images.classes

@@ -10,7 +10,6 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 from mpdsgr_deploy.runtime.attacker import GraphAttacker, Loss
-from mpdsgr_deploy.runtime.session import CPU
 
 LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
 
@@ -18,36 +17,25 @@ LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
 class Artefact:
     """One precision of a bundle as `attacks.suite.Network` asks: `predictor` answers, the attack graph differentiates.
 
-    provider: where gradients are computed. An attacker draws noise of its own, never that of the answers.
+    An attacker draws noise of its own, never that of the answers.
     """
 
-    def __init__(self, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> None:
-        self._manifest, self._model = bundle.manifest, bundle.variant(precision)
-        self._predictor, self._provider = predictor, provider
+    def __init__(self, bundle: Bundle, precision: str, predictor: Predictor) -> None:
+        self._bundle, self._precision, self._predictor = bundle, precision, predictor
 
     @property
     def stochastic(self) -> bool:
         """Whether the network draws noise."""
-        return bool(self._manifest.noise)
+        return bool(self._bundle.manifest.noise)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._predictor(x)
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
         """Raises InputError for an unknown surrogate, or a loss that attack graphs do not have."""
-        return self._open(surrogate, choose("loss of attack graphs", LOSSES, loss), draws)
+        kind = choose("loss of attack graphs", LOSSES, loss)
+        return GraphAttacker.from_bundle(self._bundle, self._precision, surrogate, loss=kind, draws=draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
         """Through surrogates that adapt."""
-        return self._open(ADAPTIVE, "ce", draws)
-
-    def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
-        return GraphAttacker(
-            self._model,
-            surrogate,
-            loss=loss,
-            noise=self._manifest.noise,
-            seed=self._manifest.recipe.validation.seed,
-            draws=draws,
-            provider=self._provider,
-        )
+        return GraphAttacker.from_bundle(self._bundle, self._precision, ADAPTIVE, draws=draws)

@@ -5,9 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from mpdsgr_deploy.attack_graph import trained_surrogate
 from mpdsgr_deploy.attacks.run import gather, run
 from mpdsgr_deploy.attacks.suite import CLEAN, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan
-from mpdsgr_deploy.attacks.surrogate_names import trained
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
@@ -58,7 +58,7 @@ def evaluate(
     a damaged checkpoint.
     """
     checkpoint, model = load_network(find_checkpoint(checkpoint_dir))
-    surrogate = trained(checkpoint.recipe.neuron)
+    surrogate = trained_surrogate(checkpoint.recipe)
     recipe = recipe or checkpoint.recipe
     data = recipe.data.at(root)
     images = load_test(data)[: limit or recipe.validation.limit]
@@ -118,5 +118,5 @@ def other_network(checkpoint_dir: Path, images: Images) -> Source:
         raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
     network = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
     return Source(
-        TorchNetwork(TorchModel(network, found.shape, found.recipe.validation.seed)), trained(found.recipe.neuron)
+        TorchNetwork(TorchModel(network, found.shape, found.recipe.validation.seed)), trained_surrogate(found.recipe)
     )
