@@ -1,5 +1,6 @@
-"""What a model can be asked, whatever runs it: answers (Predictor), answers and gradients (Differentiable), or gradients
-with surrogates whose widths the attacker chooses (Adaptive)."""
+"""What a model can be asked, whatever runs it: answers (Predictor), gradients too (Differentiable), or gradients
+through surrogates whose widths the attacker chooses (Adaptive).
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol

@@ -27,7 +27,8 @@ def apgd(
     """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after steps + 1 gradients an image at most.
 
     The step size of an image starts at 2 eps. At a checkpoint it halves, and the image goes back to where its loss was
-    largest, if too few steps raised the loss, or if the largest loss stands where a checkpoint that did not halve left it.
+    largest, if too few steps raised the loss, or if that largest loss has not grown since a checkpoint that halved
+    nothing.
     draw, keep: as of `pgd`. "broken" also drops an image from the batch as soon as it fools the target, and returns the
     iterate of the largest loss for those that never do.
     """
