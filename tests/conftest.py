@@ -1,18 +1,26 @@
 """One small trained network, its bundle, and the command, shared by all tests."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import numpy_helper
 
-from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.attack_graph import derived, trained_surrogate
+from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.export import export
 from mpdsgr_deploy.export.precision import PRECISIONS
+from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.training import train
 
 SMALL = {
@@ -20,9 +28,10 @@ SMALL = {
     "model": {"name": "vgg-small", "width": 0.25},
     "encoding": {"T": 3},
     "training": {"epochs": 3, "batch_size": 65},
-    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 10, "surrogates": ["triangle:0.5", "rate"]},
+    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},
 }
+QUICK_GATE = "images = 20\nmax_drop = 0.25\n"  # as few images as can decide anything, in seconds
 
 
 def small_recipe(**sections: dict[str, object]) -> Recipe:
@@ -52,6 +61,31 @@ def assert_input_error(done: subprocess.CompletedProcess[str], *parts: str) -> N
     line = done.stderr.strip().splitlines()[-1]
     for part in parts:
         assert part in line, line
+
+
+def resealed(bundle: Path) -> Path:
+    """Make the manifest's hashes those of the files as they are now, as somebody who tampers with a bundle would."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"] = {name: sha256(bundle / name) for name in manifest["files"]}
+    manifest["digest"] = Manifest.model_validate(manifest).computed_digest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+def perturbed(bundle: Bundle, out: Path) -> Path:
+    """A copy in which the network's weights are off, and golden batch, attack graph and hashes go along with that."""
+    shutil.copytree(bundle.path, out)
+    file = out / "model.fp32.onnx"
+    network = onnx.load(file)
+    (readout,) = (i for i in network.graph.initializer if i.name == "readout.weight")
+    noise = np.random.default_rng(0).normal(0, 0.3, tuple(readout.dims)).astype(np.float32)
+    readout.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(readout) + noise, readout.name))
+    onnx.save(network, file)
+    (out / "attack.fp32.onnx").write_bytes(derived(file, trained_surrogate(bundle.manifest.recipe)))
+    inputs, _ = bundle.golden()
+    with OnnxRuntime(file) as broken:
+        np.savez(out / "golden.npz", inputs=inputs, fp32=broken(inputs))
+    return resealed(out)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What is built and installed: recipes inside, no torch needed to start, a working command in an empty environment."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import QUICK_GATE, perturbed
+
+from mpdsgr_deploy.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {path.name for path in (ROOT / "train" / "recipes").glob("*.toml")}
@@ -31,32 +35,48 @@ def test_wheel_and_sdist_contain_the_recipes(built: Path) -> None:
     assert RECIPES | {"README.md", "LICENSE", "pyproject.toml", "test_packaging.py"} <= names
 
 
-def test_an_empty_environment_gets_a_working_command(built: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
+@pytest.fixture(scope="module")
+def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a new environment with the wheel and its extra `cpu`, and nothing else."""
+    env = tmp_path_factory.mktemp("installed") / "env"
+    venv.create(env, with_pip=True)
     (wheel,) = built.glob("*.whl")
-    install = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "-c",
-        ROOT / "constraints.txt",
-        wheel,
-    ]
-    subprocess.run(install, check=True, capture_output=True)
-    command = tmp_path / "env" / "bin" / "mpdsgr"
-    shown = subprocess.run([command, "--help"], check=True, capture_output=True, text=True).stdout
-    assert "validate" in shown
-    listed = subprocess.run(
-        [command, "recipes", "--json"], check=True, capture_output=True, text=True, cwd=tmp_path
-    ).stdout
+    pip = [env / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", f"{wheel}[cpu]"], check=True, capture_output=True)
+    return env / "bin"
+
+
+def installed(environment: Path, program: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of the new environment, which sees nothing of this one or of the checkout."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [str(environment / program), *map(str, arguments)]
+    return subprocess.run(command, env=clean, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_an_empty_environment_gets_a_working_command(environment: Path, tmp_path: Path) -> None:
+    assert "validate" in installed(environment, "mpdsgr", "--help", cwd=tmp_path).stdout
+    listed = installed(environment, "mpdsgr", "recipes", "--json", cwd=tmp_path).stdout
     assert all(Path(name).stem in listed for name in RECIPES)
-    done = subprocess.run([command, "train", "digits-reg"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = installed(environment, "mpdsgr", "train", "digits-reg", cwd=tmp_path)
     assert done.returncode == 2
     assert "mpdsgr-deploy[train]" in done.stderr
+
+
+def test_validation_needs_the_extra_cpu_and_no_other(environment: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """Neither torch nor the data set, whose images the bundle carries: a healthy bundle passes, a broken one fails."""
+    absent = ["torch", "torchvision", "matplotlib", "jinja2", "sklearn", "onnxscript", "onnx_ir"]
+    script = f"from importlib.util import find_spec; print([name for name in {absent} if find_spec(name)])"
+    assert installed(environment, "python", "-c", script, cwd=tmp_path).stdout.strip() == "[]"
+    (tmp_path / "gate.toml").write_text(QUICK_GATE)
+    broken = perturbed(bundle, tmp_path / "broken")
+    for path, code in ((bundle.path, 0), (broken, 1)):
+        report = tmp_path / f"report-{code}"
+        options = ["--gate", "gate.toml", "--report", report]
+        done = installed(environment, "mpdsgr", "validate", path, *options, cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert {p.name for p in report.iterdir()} == {"report.json", "junit.xml", "summary.md", "badge.json"}
+        assert "mpdsgr-deploy[report]" in done.stderr
+    assert "newly wrong" in done.stdout
 
 
 @pytest.mark.parametrize(
