@@ -18,7 +18,13 @@ from mpdsgr_deploy.validation.report import EXIT_CODES, Report, claim_report, pe
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the artefact.")
 @click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
 @click.option("--url", help="Validate the server there: http://HOST:PORT/v2/models/NAME, which serves BUNDLE.")
-@click.option("--rate", default=20.0, show_default=True, help="Requests a second to --url, at most.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="Requests a second to --url, at most.",
+)
 @click.option("--tier", help=f"How much is attacked: {', '.join(TIERS)}.  [default: the gate's]")
 @click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the rules.  [default: the recipe's]")
 @click.option("--data", help="Data set whose test images are used.  [default: the images in the bundle]")

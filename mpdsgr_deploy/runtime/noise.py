@@ -43,6 +43,11 @@ class NoiseSource:
             raise InputError(f"a seed of noise must be between 0 and 2^64 - 1, got {seed}")
         self._key = seed.to_bytes(8, "little")
 
+    @property
+    def names(self) -> list[str]:
+        """Of the inputs it supplies."""
+        return [entry.name for entry in self._inputs]
+
     def require(self, wanted: Mapping[str, Sequence[object]], network: object) -> None:
         """Raise InputError unless `wanted`, names and shapes without the batch, is what this source supplies.
 

@@ -1,9 +1,12 @@
 """A running server of the Open Inference Protocol (v2, HTTP) as a Predictor."""
 
 import json
+import re
 import time
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Self
+from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -11,99 +14,219 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.noise import NoiseSource
 
 TIMEOUT = 60.0  # seconds a request may take
-ATTEMPTS = 5  # at a server that says it is too busy (503, 429)
+ATTEMPTS = 5  # at a server that says it is too busy
 LONGEST_WAIT = 30.0  # seconds between two of them
+MOST = 256  # images a request
+BUSY, TOO_LARGE = (429, 503), (400, 413)
+MODEL_PATH = re.compile(r"(.*/v2)/models/[^/]+(/versions/[^/]+)?")
+BINARY = "binary_tensor_data"  # the extension of that name
+HEADER = "Inference-Header-Content-Length"  # of JSON, in a body where binary tensors follow it
 
 
 class RemoteModel:
     """The model behind `url` (http://HOST:PORT/v2/models/NAME), a Predictor for images [B, *shape].
 
-    rate: requests a second, at most, so that an evaluation does not starve a server's other clients. Images travel in
-    the protocol's binary form, bit for bit. A context manager, which closes the connection. Raises InputError for a URL
-    that is none, a server that cannot be reached, refuses, or answers with anything but finite logits [B, classes].
+    noise: what a stochastic network's model takes beside images, unless the server draws it itself. rate: requests a
+    second, at most, so that an evaluation does not starve a server's other clients. Tensors travel in binary form where
+    the server says that it takes it, else in JSON, bit for bit in both; a batch that the server finds too large is
+    halved. A context manager, which closes the connection.
+
+    Raises InputError for a URL that is none, a server that cannot be reached, refuses, or answers with anything but
+    finite logits [B, classes].
     """
 
-    def __init__(self, url: str, shape: tuple[int, int, int], classes: int, *, rate: float = 20.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "/v2/models/" not in parts.path:
-            raise InputError(f"{url!r} names no model; write http://HOST:PORT/v2/models/NAME")
-        kind = HTTPConnection if parts.scheme == "http" else HTTPSConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=TIMEOUT)
-        self._url, self._path = url, parts.path.rstrip("/")
-        self._shape, self._classes, self._rate = shape, classes, rate
-        self._next = 0.0  # when the next request may leave
-        content, _ = self._ask("GET", "", b"", {})
+    def __init__(
+        self, url: str, shape: tuple[int, int, int], classes: int, *, noise: NoiseSource | None = None, rate: float = 20
+    ) -> None:
+        self._server = _Server(url, rate)
+        self._url, self._shape, self._classes, self._most = url, shape, classes, MOST
+        self._noise = NoiseSource() if noise is None else noise
         try:
-            described = json.loads(content)
-            (self._input,), (self._output, *_) = described["inputs"], described["outputs"]
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{url} does not describe a model of one input: {content[:200]!r}") from None
+            self._introduce()
+        except BaseException:
+            self._server.close()
+            raise
+
+    def _introduce(self) -> None:
+        """Learn what the model takes and gives, and how tensors may travel."""
+        described = self._server.ask("GET", "")
+        if described.status != 200:
+            raise self._refused(described)
+        try:
+            content = json.loads(described.body)
+            inputs = {str(tensor["name"]): tensor for tensor in content["inputs"]}
+            (self._input,) = inputs.keys() - self._noise.names
+            others = {name: tuple(inputs[name]["shape"][1:]) for name in inputs if name != self._input}
+            kinds = {str(tensor["datatype"]) for tensor in inputs.values()}
+            self._output = str(content["outputs"][0]["name"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise InputError(f"{self._url} does not describe a model of images: {_told(described.body)}") from None
+        if kinds != {"FP32"}:
+            raise InputError(f"{self._url} takes {', '.join(sorted(kinds))}; serve a network that takes FP32")
+        if others:
+            self._noise.require(others, self._url)
+        else:
+            self._noise = NoiseSource()  # the network has none, or the server draws it
+        self._binary = self._server.has(BINARY)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
-        data = np.ascontiguousarray(x, "<f4").tobytes()
-        asked = {"name": self._input["name"], "shape": list(x.shape), "datatype": "FP32"}
-        asked["parameters"] = {"binary_data_size": len(data)}
-        wanted = {"name": self._output["name"], "parameters": {"binary_data": True}}
-        head = json.dumps({"inputs": [asked], "outputs": [wanted]}).encode()
-        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
-        body, header = self._ask("POST", "/infer", head + data, headers)
-        return self._logits(body, header, len(x))
+        parts: list[NDArray[np.float32]] = []
+        start = 0
+        while start < len(x):
+            images = x[start : start + self._most]
+            answer = self._infer({self._input: images, **self._noise(images)})
+            if answer.status in TOO_LARGE and len(images) > 1:
+                self._most = len(images) // 2
+                continue
+            if answer.status != 200:
+                raise self._refused(answer)
+            parts.append(self._logits(answer, len(images)))
+            start += len(images)
+        return np.concatenate(parts)
 
-    def _logits(self, body: bytes, header: int, count: int) -> NDArray[np.float32]:
-        """The first output [count, classes]: its data follow the JSON, `header` bytes long, or stand in it."""
-        try:
-            output = json.loads(body[:header])["outputs"][0]
-            size = output.get("parameters", {}).get("binary_data_size")
-            if size is None:
-                found = np.array(output["data"], np.float32)
+    def _infer(self, tensors: Mapping[str, NDArray[np.float32]]) -> "_Answer":
+        inputs: list[dict[str, Any]] = []
+        data = b""
+        for name, tensor in tensors.items():
+            entry: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "datatype": "FP32"}
+            if self._binary:
+                own = np.ascontiguousarray(tensor, "<f4").tobytes()
+                entry["parameters"] = {"binary_data_size": len(own)}
+                data += own
             else:
-                found = np.frombuffer(body[header : header + size], "<f4").astype(np.float32)
-            logits = found.reshape(count, self._classes)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise InputError(f"{self._url} answers with something else than logits ({one_line(error)})") from None
+                entry["data"] = tensor.ravel().tolist()
+            inputs.append(entry)
+        wanted = {"name": self._output, "parameters": {"binary_data": True}} if self._binary else {"name": self._output}
+        head = json.dumps({"inputs": inputs, "outputs": [wanted]}).encode()
+        headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
+        return self._server.ask(
+            "POST", "/infer", head + data, headers if self._binary else {"Content-Type": "application/json"}
+        )
+
+    def _logits(self, answer: "_Answer", count: int) -> NDArray[np.float32]:
+        """Logits [count, classes]: they stand in the answer's JSON, or behind it in the order of its outputs."""
+        try:
+            header = len(answer.body) if answer.header is None else int(answer.header)
+            outputs = json.loads(answer.body[:header])["outputs"]
+            place = [output["name"] for output in outputs].index(self._output)
+            sizes = [output.get("parameters", {}).get("binary_data_size") for output in outputs]
+            output, size = outputs[place], sizes[place]
+            if output["shape"] != [count, self._classes]:
+                raise ValueError(f"an output of shape {output['shape']}, not {[count, self._classes]}")
+            if size is None:
+                with np.errstate(over="ignore"):  # what float32 does not hold is not finite then
+                    logits = np.array(output["data"], np.float32).reshape(count, self._classes)
+            else:
+                if output["datatype"] != "FP32":
+                    raise ValueError(f"an output of {output['datatype']}, not FP32")
+                start = header + sum(size or 0 for size in sizes[:place])
+                logits = np.frombuffer(answer.body[start : start + size], "<f4").reshape(count, self._classes)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{self._url} answers with something else than logits: {one_line(error)}") from None
         if not np.isfinite(logits).all():
             raise InputError(f"{self._url} answers with logits that are not finite")
-        return logits
+        return logits.astype(np.float32)  # a fresh array, which may be written to
 
-    def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[bytes, int]:
-        """The body of an answer and how long its JSON is, at the allowed rate.
-
-        A server that is too busy is asked again after the time it names.
-        """
-        for attempt in range(ATTEMPTS):
-            wait = self._next - time.monotonic()
-            if wait > 0:
-                time.sleep(wait)
-            self._next = time.monotonic() + 1 / self._rate
-            response, content = self._once(method, path, body, headers)
-            if response.status == 200:
-                return content, int(response.getheader("Inference-Header-Content-Length") or len(content))
-            if response.status not in (429, 503) or attempt == ATTEMPTS - 1:
-                break
-            self._next += _seconds(response.getheader("Retry-After"), 2.0**attempt)
-        told = one_line(content.decode(errors="replace"))[:200]
-        raise InputError(f"{self._url}{path} answers {response.status}: {told}")
-
-    def _once(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[HTTPResponse, bytes]:
-        for attempt in (0, 1):  # a kept-alive connection may have been closed by the server meanwhile
-            try:
-                self._connection.request(method, self._path + path, body or None, headers)
-                response = self._connection.getresponse()
-                return response, response.read()
-            except (HTTPException, OSError) as error:
-                self._connection.close()
-                if attempt:
-                    told = one_line(error)
-        raise InputError(f"cannot reach {self._url}: {told}; is the server running?")
+    def _refused(self, answer: "_Answer") -> InputError:
+        if 300 <= answer.status < 400:
+            return InputError(f"{self._url} redirects to {answer.location}; give the URL of the server itself")
+        return InputError(f"{self._url} answers {answer.status}: {_told(answer.body)}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._server.close()
+
+
+class _Answer(NamedTuple):
+    """status; body; header: how long the JSON in the body is, as the server writes it; location: of a redirect."""
+
+    status: int
+    body: bytes
+    header: str | None
+    location: str | None
+    retry_after: str | None
+
+
+class _Server:
+    """Requests below a model's URL on one connection that is kept alive, at most `rate` of them a second."""
+
+    def __init__(self, url: str, rate: float) -> None:
+        try:
+            parts = urlsplit(url)
+            host, port, path = parts.hostname, parts.port, MODEL_PATH.fullmatch(parts.path.rstrip("/"))
+        except ValueError:  # a port or an address that is none
+            host = port = path = None
+        unused = (parts.username, parts.query, parts.fragment) if path else ()
+        if host is None or path is None or any(unused) or parts.scheme not in ("http", "https"):
+            raise InputError(f"{url!r} names no model; write http://HOST:PORT/v2/models/NAME")
+        if not rate > 0:
+            raise InputError(f"a rate of {rate:g} requests a second never asks; give one above 0")
+        kind = HTTPConnection if parts.scheme == "http" else HTTPSConnection
+        self._connection = kind(host, port, timeout=TIMEOUT)
+        self._url, self._path, self._root, self._rate = url, path[0], path[1], rate
+        self._next = 0.0  # when the next request may leave
+
+    def has(self, extension: str) -> bool:
+        """Whether the server, asked for its metadata, names an extension of the protocol."""
+        answer = self._patiently("GET", self._root, b"", {})
+        try:
+            return answer.status == 200 and extension in json.loads(answer.body)["extensions"]
+        except (KeyError, TypeError, ValueError):
+            return False
+
+    def ask(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = MappingProxyType({})
+    ) -> _Answer:
+        """The answer of `path` below the model's URL."""
+        return self._patiently(method, self._path + path, body, headers)
+
+    def _patiently(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
+        """A server that is too busy is asked again after the time it names, a few times."""
+        answer = self._once(method, path, body, headers)
+        for attempt in range(ATTEMPTS - 1):
+            if answer.status not in BUSY:
+                break
+            self._next += _seconds(answer.retry_after, 2.0**attempt)
+            answer = self._once(method, path, body, headers)
+        return answer
+
+    def _once(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
+        again = self._connection.sock is not None  # the server may have closed it since the last request
+        try:
+            return self._send(method, path, body, headers)
+        except TimeoutError:
+            self.close()
+            raise InputError(f"{self._url} does not answer within {TIMEOUT:g} s") from None
+        except (HTTPException, OSError) as error:
+            self.close()
+            if not again:
+                raise InputError(f"cannot reach {self._url}: {one_line(error)}; is the server running?") from None
+        return self._once(method, path, body, headers)
+
+    def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
+        """One request, not before its time."""
+        wait = self._next - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+        self._next = time.monotonic() + 1 / self._rate
+        self._connection.request(method, path, body or None, headers)
+        response = self._connection.getresponse()
+        body, get = response.read(), response.getheader
+        return _Answer(response.status, body, get(HEADER), get("Location"), get("Retry-After"))
+
+    def close(self) -> None:
         self._connection.close()
+
+
+def _told(body: bytes) -> str:
+    """What a server says, short enough for one line."""
+    return one_line(body.decode(errors="replace"))[:200] if body else "nothing"
 
 
 def _seconds(header: str | None, otherwise: float) -> float:

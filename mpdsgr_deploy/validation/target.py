@@ -18,7 +18,7 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime import NoiseSource, open_predictor
 from mpdsgr_deploy.runtime.artefact import Artefact
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.runtime.remote import RemoteModel
@@ -58,7 +58,8 @@ class Target:
     @contextmanager
     def _remote(self, url: str) -> Iterator[Predictor]:
         manifest = self.bundle.manifest
-        with RemoteModel(url, manifest.input_shape, len(manifest.labels), rate=self.rate) as remote:
+        noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
+        with RemoteModel(url, manifest.input_shape, len(manifest.labels), noise=noise, rate=self.rate) as remote:
             inputs, logits = self.bundle.golden(self.precision)
             parity = compare(logits, remote(inputs))
             if parity.labels_differ:
