@@ -89,23 +89,24 @@ class RemoteModel:
         return np.concatenate(parts)
 
     def _infer(self, tensors: Mapping[str, NDArray[np.float32]]) -> "_Answer":
+        """Ask for the logits of all of a batch."""
         inputs: list[dict[str, Any]] = []
-        data = b""
+        wanted: dict[str, Any] = {"name": self._output}
+        data: list[bytes] = []
         for name, tensor in tensors.items():
-            entry: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "datatype": "FP32"}
+            inputs.append({"name": name, "shape": list(tensor.shape), "datatype": "FP32"})
             if self._binary:
-                own = np.ascontiguousarray(tensor, "<f4").tobytes()
-                entry["parameters"] = {"binary_data_size": len(own)}
-                data += own
+                data.append(np.ascontiguousarray(tensor, "<f4").tobytes())
+                inputs[-1]["parameters"] = {"binary_data_size": len(data[-1])}
             else:
-                entry["data"] = tensor.ravel().tolist()
-            inputs.append(entry)
-        wanted = {"name": self._output, "parameters": {"binary_data": True}} if self._binary else {"name": self._output}
+                inputs[-1]["data"] = tensor.ravel().tolist()
+        headers = {"Content-Type": "application/json"}
+        if self._binary:
+            wanted["parameters"] = {"binary_data": True}
         head = json.dumps({"inputs": inputs, "outputs": [wanted]}).encode()
-        headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
-        return self._server.ask(
-            "POST", "/infer", head + data, headers if self._binary else {"Content-Type": "application/json"}
-        )
+        if self._binary:
+            headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
+        return self._server.ask("POST", "/infer", b"".join([head, *data]), headers)
 
     def _logits(self, answer: "_Answer", count: int) -> NDArray[np.float32]:
         """Logits [count, classes]: they stand in the answer's JSON, or behind it in the order of its outputs."""
@@ -113,7 +114,7 @@ class RemoteModel:
             header = len(answer.body) if answer.header is None else int(answer.header)
             outputs = json.loads(answer.body[:header])["outputs"]
             place = [output["name"] for output in outputs].index(self._output)
-            sizes = [output.get("parameters", {}).get("binary_data_size") for output in outputs]
+            sizes = [(output.get("parameters") or {}).get("binary_data_size") for output in outputs]
             output, size = outputs[place], sizes[place]
             if output["shape"] != [count, self._classes]:
                 raise ValueError(f"an output of shape {output['shape']}, not {[count, self._classes]}")
