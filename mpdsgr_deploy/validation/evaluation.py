@@ -173,12 +173,10 @@ class Evaluation:
         probe = Probe(self.suite, self.artefact, x, y, clean, batch_size=self.size, journal=self.journal)
         grown = probe.growth(self.suite.eps, self.target.trained)
         self.curves = [Curve(attack=name, points=_points(verdicts)) for name, verdicts in grown.items()]
-        through = {
-            c.surrogate: self._verdicts[c.name].mean() for c in self.conditions if c.name.startswith(("strong", STRONG))
-        }
-        strongest = min((name for name in through if name and name != ADAPTIVE), key=lambda name: through[name])
+        strong = [c for c in self.conditions if c.name.startswith(("strong", STRONG)) and c.surrogate != ADAPTIVE]
+        strongest = min(strong, key=lambda c: self._verdicts[c.name].mean())
         steps = self.suite.strong_steps
-        broken = probe.convergence(strongest, steps, self.standing[part])
+        broken = probe.convergence(strongest.name, str(strongest.surrogate), steps, self.standing[part])
         self._probes = [
             health.check_growth(grown[STRONG]),
             health.check_convergence(broken, len(x), steps),
