@@ -187,7 +187,6 @@ class Evaluation:
         gradients = self._gradients
         checks = [
             health.check_budget(self._faults, self.rule),
-            health.check_gradients(gradients.evaluations, gradients.zero, gradients.not_finite),
             health.check_function(self.artefact, self.target.fresh(), self.x),
             health.check_compared(self.n),
             health.check_attack_graph(self.target.attack_graph_faults()),
@@ -200,6 +199,7 @@ class Evaluation:
             checks += [
                 health.check_order(self._verdicts),
                 health.check_black_box(self._verdicts, black, white),
+                health.check_gradients(gradients.evaluations, gradients.zero, gradients.not_finite),
                 health.check_sweep(self._verdicts, self.target.trained),
                 *self._probes,
             ]
@@ -210,6 +210,7 @@ class Evaluation:
         bundle, precision = self.target.bundle, self.target.precision
         return [
             *failures(self.gate, self.rows),
+            *([self.stopped] if self.stopped else []),
             *fidelity.answer_faults(self.parity),
             *(fidelity.weight_faults(bundle, precision) if precision != "fp32" else []),
         ]

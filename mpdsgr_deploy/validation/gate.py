@@ -88,12 +88,12 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
     done = len(correct)
     floor = gate.floors.get(name)
     if floor is not None and correct.sum() + n - done < math.ceil(floor * n - 1e-9):
-        return f"after {done} of {n} images under {name} the floor {floor:.2%} cannot be reached any more"
+        return f"{name}: after {done} of {n} images the floor {floor:.2%} cannot be reached any more"
     if reference is not None:
         worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
         best = better + int((~reference[done:]).sum())  # every image left that the reference gets wrong comes out right
         if regressed(limit(gate, name), n, worse, best):
-            return f"after {done} of {n} images under {name} its drop cannot come back within the limit"
+            return f"{name}: after {done} of {n} images the drop cannot come back within the limit"
     return None
 
 
