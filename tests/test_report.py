@@ -19,9 +19,9 @@ from PIL import Image
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.parity import Parity
-from mpdsgr_deploy.validation import validate
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.figures import MOST, sweep
-from mpdsgr_deploy.validation.gate import Gate
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.page import page, plain
 from mpdsgr_deploy.validation.pictures import SIDE, chosen, examples, magnified, picture
@@ -152,7 +152,7 @@ class Elements(HTMLParser):
 
 
 def test_a_real_validation_writes_every_file(bundle: Bundle, tmp_path: Path) -> None:
-    report = validate(bundle, backend="onnxruntime-cpu", limit=40)
+    report = validate(Target(bundle), gate=Gate(max_drop=0.2), limit=40)
     assert write_report(report, tmp_path) == tmp_path / "report.html"
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert Report.model_validate_json((tmp_path / "report.json").read_bytes()) == report
