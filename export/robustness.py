@@ -69,8 +69,8 @@ def page(reports: list[Report]) -> str:
     lines = [
         "# Robustness of exported networks",
         "",
-        "Accuracy in % with 95 % Wilson intervals, measured on the ONNX files by `export/robustness.py`. *PGD, paper* is",
-        "the paper's setting (7 steps of 0.01, last iterate), *PGD, strong* 40 steps of eps/4 of which any iterate",
+        "Accuracy in % with 95 % Wilson intervals, measured on the ONNX files by `export/robustness.py`. *PGD, paper*",
+        "is the paper's setting (7 steps of 0.01, last iterate), *PGD, strong* 40 steps of eps/4 of which any iterate",
         "counts, *union* what survives every attack within eps: strong PGD through five surrogates, APGD-CE, APGD-DLR,",
         "Square and, for int8, images made on the float32 network.",
         "",
