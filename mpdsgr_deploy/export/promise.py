@@ -11,8 +11,6 @@ from mpdsgr_deploy.reference import Promise, Reference, digests
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 
-MOST_IMAGES = 1000  # as many as tier release takes
-
 
 def measure(model: TorchModel, recipe: Recipe, images: Images, tier: str) -> tuple[Promise, Reference]:
     """Attack the torch network with everything a tier has; logits of other precisions are added by the caller."""

@@ -53,8 +53,8 @@ def check_gate(gate: Gate, names: list[str], n: int, with_reference: bool) -> No
     needed = fewest_images(gate, names if with_reference else [])
     if n < needed:
         raise InputError(
-            f"{n} images cannot decide this gate: it takes {needed} (validation.gate says why); use more with --limit "
-            f"or another tier, or allow more"
+            f"{n} images cannot decide this gate: it takes {needed} (validation.gate says why); use more (--limit, or "
+            f"--tier when exporting), or allow more"
         )
 
 

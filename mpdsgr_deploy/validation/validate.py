@@ -105,6 +105,6 @@ def chosen_images(target: Target, limit: int | None, usual: int | None, data: st
     for what, count in counts.items():
         if limit is not None and limit > count:
             more = "say with --root where the data set lies" if carried else "use fewer with --limit"
-            advice = more if count == len(images) else "export again with a larger --limit"
+            advice = more if count == len(images) else "export again with more --limit or --tier"
             raise InputError(f"{what} {count} test images, not {limit}; {advice}")
     return images[: min([*counts.values(), limit or usual or len(images)])]
