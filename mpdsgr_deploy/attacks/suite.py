@@ -181,11 +181,11 @@ class Suite:
         seed: int,
         transfer: Mapping[str, Source] = MappingProxyType({}),
     ) -> None:
-        self._source, self._network, self._attack, self._plan = network, network.network, attack, plan
+        self._source, self.network, self._attack, self._plan = network, network.network, attack, plan
         self.eps, self.strong_steps = attack.eps, plan.strong_steps
         self._seed, self._transfer = seed, transfer
-        self._draws = attack.draws if self._network.stochastic else 1
-        self._keep: Literal["broken", "worst"] = "worst" if self._network.stochastic else "broken"
+        self._draws = attack.draws if self.network.stochastic else 1
+        self._keep: Literal["broken", "worst"] = "worst" if self.network.stochastic else "broken"
 
     def conditions(self) -> Iterator[Condition]:
         """All of them, weak ones first."""
@@ -257,7 +257,7 @@ class Suite:
 
         @contextmanager
         def opened() -> Iterator[Callable[[Batch], Attacked]]:
-            with self._network.adaptive(draws=self._draws) as target:
+            with self.network.adaptive(draws=self._draws) as target:
 
                 def attack(batch: Batch) -> Attacked:
                     drawn = self._starts(SA_PGD, batch)
@@ -286,7 +286,7 @@ class Suite:
 
         def attack(batch: Batch) -> Attacked:
             found = square(
-                self._network, batch.x, batch.y, eps=eps, queries=queries, seed=self._seed, indices=batch.places
+                self.network, batch.x, batch.y, eps=eps, queries=queries, seed=self._seed, indices=batch.places
             )
             return Attacked(found.images, int(found.queries.sum()))
 
@@ -320,7 +320,7 @@ class Suite:
             with source.network.attacker(source.trained, loss=loss, draws=self._draws) as target:
                 yield lambda batch: self._counted(target, lambda t: run(t, batch))
 
-        own = source.trained if source.network is self._network else None
+        own = source.trained if source.network is self.network else None
         return Condition(name, settings, eps, cost * self._draws, opened, own)
 
     def _counted(self, target: Differentiable | Adaptive, run: Callable[[Counter], Floats]) -> Attacked:
