@@ -12,7 +12,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import IMAGES, digests
 from mpdsgr_deploy.validation.evaluation import Evaluation
-from mpdsgr_deploy.validation.gate import check_gate
+from mpdsgr_deploy.validation.gate import check_gate, resolved
 from mpdsgr_deploy.validation.images import digest, evaluation_images
 from mpdsgr_deploy.validation.report import PROGRESS, Report, Verdict
 from mpdsgr_deploy.validation.target import REMOTE, Target
@@ -84,7 +84,7 @@ def validate(
         variants=evaluation.variants(),
         parity=evaluation.parity,
         health=health,
-        gate=gate,
+        gate=resolved(gate, len(images)),
         stopped=evaluation.stopped,
         seconds=round(time.monotonic() - started, 1),
         provenance=provenance(),
