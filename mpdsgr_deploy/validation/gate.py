@@ -99,4 +99,3 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
         if regressed(limit(gate, name), n, worse, best):
             return f"{name}: after {done} of {n} images the drop cannot come back within the limit"
     return None
-
