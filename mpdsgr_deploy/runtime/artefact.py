@@ -18,7 +18,7 @@ LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
 class Artefact:
     """One precision of a bundle as `attacks.suite.Network` asks: `predictor` answers, the attack graph differentiates.
 
-    provider: of onnxruntime, where gradients are computed. An attacker draws noise of its own, never that of the answers.
+    provider: of onnxruntime, where gradients are computed. An attacker draws noise of its own, not that of the answers.
     """
 
     def __init__(self, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> None:
