@@ -3,14 +3,13 @@
     python benchmarks/attack.py      writes benchmarks/results/attack.json and the table of benchmarks/README.md
 
 The same network with random weights, the same images, ten steps of PGD, the training surrogate. torch runs eagerly and
-computes no gradient of weights, which are frozen. The two take turns, the first of them changing, so that a busy machine
-disturbs them alike; the table shows medians, and medians of the paired ratios. Peak memory is that of a process which
-does nothing else than open one of them and attack once.
+computes no gradient of weights, which are frozen. The two take turns, the first of them changing, so that a busy
+machine disturbs them alike; the table shows medians, and medians of the paired ratios. Peak memory is that of a process
+which does nothing else than open one of them and attack once.
 """
 
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -43,10 +42,11 @@ GRAPH, TORCH = "attack graph, onnxruntime", "torch, eager"
 @click.option("--width", default=0.5, show_default=True, help="Of every model.")
 @click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default="one a core", type=click.IntRange(1))
 @click.option("--turns", default=5, show_default=True, type=click.IntRange(2))
-def main(models: tuple[str, ...], width: float, T: int, batch: int, turns: int) -> None:
+def main(models: tuple[str, ...], width: float, T: int, batch: int, threads: int, turns: int) -> None:
     """Measure and publish."""
-    setting = {"width": width, "T": T, "batch": batch, "threads": len(os.sched_getaffinity(0)), "steps": STEPS}
+    setting = {"width": width, "T": T, "batch": batch, "threads": threads, "steps": STEPS}
     found = {name: measure(name, setting, turns) for name in models}
     versions = {name: package_version(name) for name in ("torch", "onnxruntime")}
     result = {"setting": setting, "models": found, "versions": versions, "provenance": provenance()}
@@ -77,6 +77,7 @@ def measure(name: str, setting: dict[str, Any], turns: int) -> dict[str, Any]:
 
 
 def network(name: str, setting: dict[str, Any]) -> SpikingNet:
+    """The torch network, its weights frozen."""
     values = {"model": {"name": name, "width": setting["width"]}, "encoding": {"T": setting["T"]}}
     return settled(Recipe.model_validate(values)).requires_grad_(False)
 
@@ -89,6 +90,7 @@ def opened(kind: str, name: str, setting: dict[str, Any], path: Path) -> Differe
 
 
 def images(batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images and classes."""
     return np.random.default_rng(0).random((batch, *SHAPE), np.float32), np.arange(batch) % 10
 
 
@@ -101,11 +103,17 @@ def attack(target: Differentiable, setting: dict[str, Any]) -> float:
 
 
 def peak(kind: str, name: str, setting: dict[str, Any], path: Path) -> int:
-    """Bytes above what the process holds before it opens the attacker."""
+    """Bytes above what the process held before it opened the attacker."""
     torch.set_num_threads(setting["threads"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     attack(opened(kind, name, setting, path), {**setting, "steps": 1})
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return high_water() - before
+
+
+def high_water() -> int:
+    """The most bytes this process has held. Not getrusage, which counts what its parent held before it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def render(result: dict[str, Any]) -> str:

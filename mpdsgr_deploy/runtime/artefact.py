@@ -10,6 +10,7 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 from mpdsgr_deploy.runtime.attacker import GraphAttacker, Loss
+from mpdsgr_deploy.runtime.session import CPU
 
 LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
 
@@ -17,11 +18,11 @@ LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
 class Artefact:
     """One precision of a bundle as `attacks.suite.Network` asks: `predictor` answers, the attack graph differentiates.
 
-    An attacker draws noise of its own, never that of the answers.
+    provider: of onnxruntime, where gradients are computed. An attacker draws noise of its own, not that of the answers.
     """
 
-    def __init__(self, bundle: Bundle, precision: str, predictor: Predictor) -> None:
-        self._bundle, self._precision, self._predictor = bundle, precision, predictor
+    def __init__(self, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> None:
+        self._bundle, self._precision, self._predictor, self._provider = bundle, precision, predictor, provider
 
     @property
     def stochastic(self) -> bool:
@@ -34,8 +35,13 @@ class Artefact:
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
         """Raises InputError for an unknown surrogate, or a loss that attack graphs do not have."""
         kind = choose("loss of attack graphs", LOSSES, loss)
-        return GraphAttacker.from_bundle(self._bundle, self._precision, surrogate, loss=kind, draws=draws)
+        return self._open(surrogate, kind, draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
         """Through surrogates that adapt."""
-        return GraphAttacker.from_bundle(self._bundle, self._precision, ADAPTIVE, draws=draws)
+        return self._open(ADAPTIVE, "ce", draws)
+
+    def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
+        return GraphAttacker.from_bundle(
+            self._bundle, self._precision, surrogate, loss=loss, draws=draws, provider=self._provider
+        )

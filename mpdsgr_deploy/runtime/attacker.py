@@ -72,6 +72,7 @@ class GraphAttacker:
         loss: Loss = "ce",
         draws: int | None = None,
         seed: int | None = None,
+        provider: str = CPU,
         settings: Settings | None = None,
     ) -> Self:
         """The attacker of one precision; None: the surrogate of training, the recipe's draws and seed."""
@@ -83,6 +84,7 @@ class GraphAttacker:
             noise=bundle.manifest.noise,
             seed=recipe.validation.seed if seed is None else seed,
             draws=recipe.attack.draws if draws is None else draws,
+            provider=provider,
             settings=settings,
         )
 

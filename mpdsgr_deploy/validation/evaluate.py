@@ -6,12 +6,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from mpdsgr_deploy.attack_graph import trained_surrogate
-from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attacks.run import outcomes
 from mpdsgr_deploy.attacks.suite import CLEAN, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
@@ -84,9 +83,7 @@ def _measured(network: Source, suite: Suite, images: Images, size: int, rule: st
     faults: list[str] = []
     samples = zero = not_finite = 0
     worst = clean == y
-    for condition in suite.conditions():
-        parts = run(condition, x, y, network.network, clean, batch_size=size)
-        attacked, predicted = gather(list(track(parts, condition.name, -(-n // size))))
+    for condition, attacked, predicted in outcomes(suite, x, y, clean, batch_size=size):
         verdicts[condition.name] = predicted == y
         if condition.eps is not None:
             worst &= predicted == y
@@ -96,7 +93,6 @@ def _measured(network: Source, suite: Suite, images: Images, size: int, rule: st
         faults += health.budget_faults(condition.name, x, attacked.images, condition.eps)
         score = Score.of(predicted == y)
         rows.append(EvaluatedRow(name=condition.name, settings=condition.settings, n=n, score=score))
-        log.info("%-22s  %5.1f %%", condition.name, 100 * score.accuracy)
     verdicts[WORST] = worst
     rows.append(EvaluatedRow(name=WORST, settings="right under every condition within eps", n=n, score=Score.of(worst)))
     white = [name for name in verdicts if name.startswith((STRONG, "strong"))]

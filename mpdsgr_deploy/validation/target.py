@@ -22,8 +22,10 @@ from mpdsgr_deploy.runtime import NoiseSource, open_predictor
 from mpdsgr_deploy.runtime.artefact import Artefact
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.runtime.remote import RemoteModel
+from mpdsgr_deploy.runtime.session import CPU, CUDA
 
 REMOTE = "remote"
+ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # there gradients are computed beside the answers
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Target:
 
         Raises InputError and EvaluationError as `open_predictor` does.
         """
+        provider = CUDA if self.url is None and self.backend in ON_CUDA else CPU
         with self._predictor() as predictor:
-            yield Artefact(self.bundle, self.precision, predictor)
+            yield Artefact(self.bundle, self.precision, predictor, provider)
 
     def _predictor(self) -> AbstractContextManager[Predictor]:
         if self.url is None:
