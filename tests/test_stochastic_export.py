@@ -3,7 +3,7 @@
 import math
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -15,6 +15,9 @@ import torch
 from conftest import small_recipe
 from scipy.stats import binom, kstest
 
+from mpdsgr_deploy.attacks.run import Journal, run
+from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
@@ -274,6 +277,20 @@ def test_it_is_validated_like_any_other(stochastic: Bundle) -> None:
     assert function.passed, function.saw
     assert all(row.flips.newly_wrong <= 1 for row in report.rows[:3])
     assert all(row.flips.p_value > 0.01 for row in report.rows)
+
+
+def test_a_batch_attacked_after_a_kill_meets_the_same_noise(stochastic: Bundle, tmp_path: Path) -> None:
+    images, attack = load_test(stochastic.manifest.recipe.data)[:8], stochastic.manifest.recipe.attack
+    x, y = images.unit(), images.classes
+    with Target(stochastic).open() as artefact:
+        suite = Suite(Source(artefact, "triangle:1"), attack, tier_plan(TIERS["commit"], attack, "triangle:1"), seed=1)
+        for condition in (c for c in suite.conditions() if c.name in ("pgd", "strong adaptive")):
+            attacked = partial(run, condition, x, y, artefact, y, batch_size=4)
+            whole = [part.attacked.images for part in attacked()]
+            journal = Journal(tmp_path, condition.name)
+            next(attacked(journal=journal))
+            again = [part.attacked.images for part in attacked(journal=journal)]
+            assert np.array_equal(whole, again)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "torch"])

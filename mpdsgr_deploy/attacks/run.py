@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.suite import GAUSSIAN, UNIFORM, Attacked, Batch, Condition, Suite
-from mpdsgr_deploy.files import atomic_file
+from mpdsgr_deploy.files import atomic_file, writing
 from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.protocols import Predictor
 
@@ -36,8 +37,9 @@ class Journal:
             return None
 
     def put(self, name: str, part: "Part") -> None:
-        """Keep a batch. Raises InputError if the disk is full."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        """Keep a batch. Raises InputError if the disk is full or the directory cannot be written."""
+        with writing(self._directory, "what was finished is kept"):
+            self._directory.mkdir(parents=True, exist_ok=True)
         images, *counts = part.attacked
         with atomic_file(self._file(name, part.rows.start)) as file:
             np.savez(file, images=images, counts=np.array(counts, np.int64), predicted=part.predicted)
@@ -69,10 +71,12 @@ def run(
     clean [N]: what it takes the images for as they are. Attacks leave alone what it gets wrong anyway, which is broken
     already; noise takes all.
     """
-    with condition.open() as attack:
+    with ExitStack() as stack:
+        attack = None  # opened once something is left to do
         for start in range(0, len(x), batch_size):
             part = journal.get(condition.name, start) if journal else None
             if part is None:
+                attack = attack or stack.enter_context(condition.open())
                 rows = slice(start, min(start + batch_size, len(x)))
                 batch = Batch(x[rows], y[rows], np.arange(rows.start, rows.stop))
                 noise = condition.name in (GAUSSIAN, UNIFORM)

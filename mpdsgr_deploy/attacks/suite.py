@@ -260,20 +260,15 @@ class Suite:
     def _sa_pgd(self) -> Condition:
         eps, steps = self._attack.eps, self._plan.strong_steps
 
-        @contextmanager
-        def opened() -> Iterator[Callable[[Batch], Attacked]]:
-            with self.network.adaptive(draws=self._draws) as target:
+        def part(counted: Counter, batch: Batch) -> Floats:
+            drawn = self._starts(SA_PGD, batch)
+            return sa_pgd(counted, batch.x, batch.y, eps=eps, steps=steps, draw=drawn, keep=self._keep)
 
-                def part(counted: Counter, batch: Batch) -> Floats:
-                    drawn = self._starts(SA_PGD, batch)
-                    return sa_pgd(counted, batch.x, batch.y, eps=eps, steps=steps, draw=drawn, keep=self._keep)
+        def run(counted: Counter, batch: Batch) -> Floats:
+            cuts = [slice(start, start + ADAPTING) for start in range(0, len(batch.y), ADAPTING)]
+            return np.concatenate([part(counted, batch.rows(cut)) for cut in cuts])
 
-                def run(counted: Counter, batch: Batch) -> Floats:
-                    cuts = [slice(start, start + ADAPTING) for start in range(0, len(batch.y), ADAPTING)]
-                    return np.concatenate([part(counted, batch.rows(cut)) for cut in cuts])
-
-                yield lambda batch: self._counted(target, lambda counted: run(counted, batch))
-
+        opened = self._opened(self.network, lambda: self.network.adaptive(draws=self._draws), run)
         settings = f"SA-PGD, eps {eps:.4g}, {steps} steps, surrogates as wide as each neuron's potentials are spread"
         return Condition(SA_PGD, settings, eps, steps + 1, opened, ADAPTIVE)
 
@@ -321,13 +316,31 @@ class Suite:
     ) -> Condition:
         """An attack that follows the gradient of `source` through the surrogate named there."""
 
-        @contextmanager
-        def opened() -> Iterator[Callable[[Batch], Attacked]]:
-            with source.network.attacker(source.trained, loss=loss, draws=self._draws) as target:
-                yield lambda batch: self._counted(target, lambda t: run(t, batch))
-
+        opened = self._opened(
+            source.network, lambda: source.network.attacker(source.trained, loss=loss, draws=self._draws), run
+        )
         own = source.trained if source.network is self.network else None
         return Condition(name, settings, eps, cost * self._draws, opened, own)
+
+    def _opened(
+        self, network: Network, target: Callable[[], AbstractContextManager[Any]], run: Callable[[Any, Batch], Floats]
+    ) -> Callable[[], AbstractContextManager[Callable[[Batch], Attacked]]]:
+        """What opens an attack that `run`s on a `target` of the network.
+
+        That of a stochastic network is opened anew for every batch, which then meets the same noise whatever came
+        before it: a batch gives what it gave before a kill.
+        """
+
+        def once(batch: Batch) -> Attacked:
+            with target() as found:
+                return self._counted(found, lambda counted: run(counted, batch))
+
+        @contextmanager
+        def kept() -> Iterator[Callable[[Batch], Attacked]]:
+            with target() as found:
+                yield lambda batch: self._counted(found, lambda counted: run(counted, batch))
+
+        return (lambda: nullcontext(once)) if network.stochastic else kept
 
     def _counted(self, target: Differentiable | Adaptive, run: Callable[[Counter], Floats]) -> Attacked:
         counter = Counter(target)

@@ -27,7 +27,7 @@ from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.probes import Probe
 from mpdsgr_deploy.validation.report import Curve, Example, Point, VariantFlips
 from mpdsgr_deploy.validation.rows import Flips, Row
-from mpdsgr_deploy.validation.target import Target
+from mpdsgr_deploy.validation.target import Target, fingerprint
 
 Bools = NDArray[np.bool_]
 
@@ -73,10 +73,12 @@ class Evaluation:
         return [CLEAN, *(condition.name for condition in self.conditions), WORST]
 
     def identity(self, images: str, transfer: Path | None) -> str:
-        """Everything that the result of a batch depends on."""
+        """Everything that the result of a batch depends on. images: their digest."""
         target, bundle = self.target, self.target.bundle
-        what = [bundle.model_sha256(target.precision), bundle.manifest.recipe.model_dump(mode="json"), target.backend]
-        return json.dumps([__version__, *what, target.url, self.gate.tier, self.size, self.n, images, str(transfer)])
+        networks = [bundle.model_sha256(precision) for precision in (target.precision, "fp32")]
+        what = [__version__, *networks, bundle.manifest.recipe.model_dump(mode="json"), target.backend, target.url]
+        other = None if transfer is None else fingerprint(transfer)
+        return json.dumps([*what, self.gate.tier, self.size, self.n, images, other])
 
     def attack(self) -> None:
         """All conditions, weak ones first; ends early once the gate cannot be passed any more."""

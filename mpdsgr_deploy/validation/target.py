@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attack_graph import derived_attack_graph, trained_surrogate
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
+from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_network
 from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.files import sha256, writing
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
@@ -98,7 +100,8 @@ class Target:
         def answer(x: NDArray[np.float32]) -> NDArray[np.float32]:
             with tempfile.TemporaryDirectory() as folder:
                 images, out = Path(folder) / "images.npy", Path(folder) / "logits.npz"
-                np.save(images, x)
+                with writing(images, "what was finished is kept"):
+                    np.save(images, x)
                 command = [sys.executable, "-m", "mpdsgr_deploy", "predict", str(self.bundle.path), str(images)]
                 options = ["--backend", self.backend, "--precision", self.precision, "--out", str(out)]
                 subprocess.run([*command, *options], check=True, capture_output=True, stdin=subprocess.DEVNULL)
@@ -106,6 +109,12 @@ class Target:
                     return arrays["logits"]
 
         return answer
+
+
+def fingerprint(other: Path) -> str:
+    """A digest of a bundle or checkpoint: of the file in it that holds the hashes of the others."""
+    bundle = other / MANIFEST
+    return sha256(bundle if bundle.is_file() else find_checkpoint(other) / FILE)
 
 
 @contextmanager
@@ -118,7 +127,6 @@ def _other(path: Path, mine: Bundle) -> Iterator[Source]:
             yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(bundle.manifest.recipe))
         return
     need("torch", "train")
-    from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
     from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 
     checkpoint, network = load_network(find_checkpoint(path))
