@@ -72,6 +72,11 @@ class Evaluation:
         """What a gate can have rules for."""
         return [CLEAN, *(condition.name for condition in self.conditions), WORST]
 
+    @property
+    def referenced(self) -> list[str]:
+        """Of these, what the reference has verdicts of."""
+        return [name for name in self.names if self._promised(name) is not None]
+
     def identity(self, images: str, transfer: Path | None) -> str:
         """Everything that the result of a batch depends on. images: their digest."""
         target, bundle = self.target, self.target.bundle
@@ -210,9 +215,11 @@ class Evaluation:
     def failures(self) -> list[str]:
         """What the artefact does worse than allowed, in a line each."""
         bundle, precision = self.target.bundle, self.target.precision
+        broken = failures(self.gate, self.rows)
+        if self.stopped and not any(self.stopped.startswith(reason.partition(":")[0] + ":") for reason in broken):
+            broken.append(self.stopped)
         return [
-            *failures(self.gate, self.rows),
-            *([self.stopped] if self.stopped else []),
+            *broken,
             *fidelity.answer_faults(self.parity),
             *(fidelity.weight_faults(bundle, precision) if precision != "fp32" else []),
         ]

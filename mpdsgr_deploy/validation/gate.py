@@ -7,6 +7,7 @@ n images, all of them right, prove it where their 95 % Wilson interval begins ab
 """
 
 import math
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,19 +43,35 @@ def limit(gate: Gate, name: str) -> float:
     return gate.drops.get(name, resolved(gate, 1).max_drop or 0.0)
 
 
-def fewest_images(gate: Gate, names: list[str]) -> int:
+def fewest_images(gate: Gate, names: Iterable[str]) -> int:
     """The smallest n with which every rule of the gate can be decided, for the conditions `names`."""
-    drops = [FEWEST if not limit(gate, n) else math.ceil((FEWEST - 1) / limit(gate, n) - 1e-9) for n in names]
+    limits = {limit(gate, name) for name in names}
+    drops = [FEWEST if not share else math.ceil((FEWEST - 1) / share - 1e-9) for share in limits if share < 1]
     floors = [math.ceil(Z95**2 * floor / (1 - floor)) for floor in gate.floors.values() if floor < 1]
     return max([1, *drops, *floors])
 
 
-def check_gate(gate: Gate, names: list[str], n: int, with_reference: bool) -> None:
-    """Raise InputError for a rule about a condition that is not evaluated, or that n images cannot decide."""
+def check_gate(gate: Gate, names: Sequence[str], n: int, referenced: Collection[str]) -> None:
+    """Raise InputError for a gate that decides nothing, and for rules about a condition that is not evaluated, about
+    the drop in one that the reference never met, or that n images cannot decide.
+
+    referenced: those of the conditions `names` that the reference has verdicts of.
+    """
     for name in (*gate.floors, *gate.drops):
         if name not in names:
             raise InputError(f"the gate has a rule for {name!r}, which is not evaluated here: {', '.join(names)}")
-    needed = fewest_images(gate, names if with_reference else [])
+    if not referenced and not gate.floors:
+        raise InputError(
+            "nothing to decide: the bundle has no reference for these images and the gate no floors; export again "
+            "where the data set lies, or give the gate floors"
+        )
+    for name in gate.drops:
+        if name not in referenced:
+            raise InputError(
+                f"the gate bounds the drop under {name!r}, which the bundle's reference has not met; export again, "
+                f"with --tier {gate.tier}, where the data set lies"
+            )
+    needed = fewest_images(gate, referenced)
     if n < needed:
         raise InputError(
             f"{n} images cannot decide this gate: it takes {needed} (validation.gate says why); use more (--limit, or "
@@ -68,9 +85,10 @@ def regressed(allowed: float, n: int, worse: int, better: int) -> bool:
 
 
 def failures(gate: Gate, rows: list[Row]) -> list[str]:
-    """One line for each rule the artefact breaks."""
+    """One line for each rule the artefact breaks. A row that was cut short is not judged: `lost` says what it shows."""
     found = []
-    for row in rows:
+    n = max((row.n for row in rows), default=0)
+    for row in (row for row in rows if row.n == n):
         if row.flips is not None:
             worse, better, allowed = row.flips.newly_wrong, row.flips.newly_right, limit(gate, row.name)
             if regressed(allowed, row.n, worse, better):

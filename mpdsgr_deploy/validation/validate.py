@@ -55,7 +55,7 @@ def validate(
         )
         reference = target.bundle.reference() if data in (None, recipe.data.name) else None
         evaluation = Evaluation(target, artefact, suite, gate, images, data or recipe.data.name, reference)
-        check_gate(gate, evaluation.names, len(images), reference is not None)
+        check_gate(gate, evaluation.names, len(images), evaluation.referenced)
         if report_dir is not None:
             evaluation.journal = Journal(report_dir / PROGRESS, evaluation.identity(digest(found), transfer))
         evaluation.attack()

@@ -1,0 +1,229 @@
+"""The gate against brute force: every outcome of few images, judged by exact arithmetic and by scipy's tests."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.validation.gate import check_gate, failures, fewest_images, load_gate, lost, regressed
+from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.statistics import wilson
+
+GATES = Path(__file__).parent.parent / "export" / "gates"
+SHARES = ["0", "0.01", "0.05", "0.1", "0.15", "1/3", "0.35", "0.5", "0.7", "0.8", "0.9", "0.95", "1"]
+
+
+@cache
+def chance(worse: int, better: int) -> bool:
+    """Whether as many images newly wrong, of the discordant ones, are no surprise."""
+    return not worse + better or binomtest(worse, worse + better, alternative="greater").pvalue >= 0.05
+
+
+def too_far(share: str, n: int, worse: int, better: int) -> bool:
+    return Fraction(worse - better, n) > Fraction(share) and not chance(worse, better)
+
+
+def gate(share: str = "1", floor: str | None = None, name: str = "pgd") -> Gate:
+    floors = {} if floor is None else {name: float(Fraction(floor))}
+    return Gate(max_drop=float(Fraction(share)), floors=floors)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_regression_is_more_than_allowed_and_no_chance(share: str) -> None:
+    for n in (5, 10, 20, 60):
+        outcomes = [(worse, better) for worse in range(n + 1) for better in range(n + 1 - worse)]
+        found = {pair: regressed(float(Fraction(share)), n, *pair) for pair in outcomes}
+        assert found == {pair: too_far(share, n, *pair) for pair in outcomes}
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_fewest_images_that_decide_a_drop(share: str) -> None:
+    """From there on, every drop above the limit is significant if all flips go one way; above none at all, some is."""
+
+    def decides(n: int) -> bool:
+        excess = [worse for worse in range(n + 1) if Fraction(worse, n) > Fraction(share)]
+        decided = [too_far(share, n, worse, 0) for worse in excess]
+        return any(decided) if share == "0" else all(decided)
+
+    fewest = fewest_images(gate(share), ["pgd"])
+    assert fewest == next(n for n in range(1, 1000) if decides(n))
+    assert all(decides(n) for n in range(fewest, fewest + 50))
+
+
+@pytest.mark.parametrize("floor", ["0", "0.1", "0.5", "0.9", "0.97", "0.999"])
+def test_the_fewest_images_that_prove_a_floor(floor: str) -> None:
+    proved = (n for n in range(1, 10_000) if wilson(n, n)[0] >= float(floor))
+    assert fewest_images(gate("1", floor), []) == next(proved)
+
+
+def test_the_fewest_images_are_those_of_the_hardest_rule() -> None:
+    rules = Gate(max_drop=0.1, drops={"clean": 0.01, "pgd": 1.0}, floors={"worst": 0.5})
+    assert fewest_images(rules, ["clean", "pgd", "worst"]) == 400
+    assert fewest_images(rules, ["pgd", "worst"]) == 40
+    assert fewest_images(rules, ["pgd"]) == 4  # the floor's
+    assert fewest_images(Gate(), ["clean"]) == 80  # tier commit
+    assert all(
+        tier.images is None or fewest_images(Gate(tier=name), ["clean"]) <= tier.images for name, tier in TIERS.items()
+    )
+
+
+def outcomes(n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Verdicts of the artefact [m] and of the reference [n], up to the order of images, for all m <= n."""
+    for m in range(n + 1):
+        for both in range(m + 1):
+            for worse in range(m + 1 - both):
+                for better in range(m + 1 - both - worse):
+                    neither = m - both - worse - better
+                    for right in range(n - m + 1):
+                        reference = [1] * (both + worse) + [0] * (better + neither)
+                        artefact = [1] * both + [0] * worse + [1] * better + [0] * neither
+                        left = [1] * right + [0] * (n - m - right)
+                        yield np.array(artefact, bool), np.array([*reference, *left], bool)
+
+
+@pytest.mark.parametrize("share", ["0", "0.15", "1/3", "0.5", "1"])
+@pytest.mark.parametrize("floor", [None, "0.3", "0.7", "1"])
+def test_lost_means_that_no_completion_passes(share: str, floor: str | None) -> None:
+    n, rules, counts = 8, gate(share, floor), {True: 0, False: 0}
+    for artefact, reference in outcomes(n):
+        m = len(artefact)
+        worse, better = int((reference[:m] & ~artefact).sum()), int((artefact & ~reference[:m]).sum())
+        right = int(reference[m:].sum())
+        passes = any(
+            not too_far(share, n, worse + lose, better + win)
+            and (floor is None or Fraction(int(artefact.sum()) + right - lose + win, n) >= Fraction(floor))
+            for lose in range(right + 1)
+            for win in range(n - m - right + 1)
+        )
+        assert (lost(rules, "pgd", artefact, reference, n) is None) is passes
+        counts[passes] += 1
+    assert counts[True] > 0
+    assert counts[False] > 0 or (share, floor) == ("1", None)
+
+
+def test_lost_is_final_what_failures_says_of_all_images() -> None:
+    rules = gate("0.15", "0.4")
+    for artefact, reference in outcomes(7):
+        if len(artefact) == 7:
+            row = Row.of("pgd", "", artefact, reference=reference)
+            assert bool(lost(rules, "pgd", artefact, reference, 7)) is bool(failures(rules, [row]))
+
+
+def test_lost_without_a_reference_knows_floors_alone() -> None:
+    rules = gate("0", "0.5")
+    assert lost(rules, "pgd", np.zeros(4, bool), None, 10) is None
+    told = lost(rules, "pgd", np.zeros(6, bool), None, 10)
+    assert told == "pgd: after 6 of 10 images the floor 50.00% cannot be reached any more"
+    assert lost(rules, "fgsm", np.zeros(6, bool), None, 10) is None
+
+
+def row(name: str, right: int, n: int = 100, *, of: int = 100) -> Row:
+    """The first `right` of n images right, those of the reference the first `of`."""
+    places = np.arange(n)
+    return Row.of(name, "", places < right, reference=places < of)
+
+
+def test_rules_of_single_conditions_go_before_the_general_one() -> None:
+    rules = Gate(max_drop=0.1, drops={"clean": 0.05, "pgd": 0.5}, floors={"fgsm": 0.9})
+    assert failures(rules, [row("clean", 95), row("fgsm", 90), row("pgd", 50)]) == []
+    assert failures(rules, [row("clean", 94), row("fgsm", 89), row("pgd", 49)]) == [
+        "clean: 6 images newly wrong and 0 newly right of 100, a drop of 6.00%; 5.00% allowed",
+        "fgsm: 11 images newly wrong and 0 newly right of 100, a drop of 11.00%; 10.00% allowed",
+        "fgsm: accuracy 89.00% is below the floor 90.00%",
+        "pgd: 51 images newly wrong and 0 newly right of 100, a drop of 51.00%; 50.00% allowed",
+    ]
+    alone = row("fgsm", 89).model_copy(update={"reference": None, "flips": None})
+    assert len(failures(rules, [alone])) == 1  # the floor
+
+
+def test_paired_verdicts_decide_not_percentages() -> None:
+    """50 images newly wrong and 44 newly right are a drop of 6 %, and chance."""
+    places = np.arange(100)
+    swapped = Row.of("pgd", "", places >= 50, reference=places < 56)
+    assert (swapped.flips.newly_wrong, swapped.flips.newly_right) == (50, 44)
+    assert failures(gate("0"), [swapped]) == []
+
+
+def test_a_condition_that_was_cut_short_is_not_judged() -> None:
+    """Of 20 images 15 are right, 75 %, but all of the 80 that were left out may be."""
+    rules = gate("0.1", "0.9", name="fgsm")
+    assert failures(rules, [row("clean", 100), row("fgsm", 15, 20, of=20)]) == []
+    assert len(failures(rules, [row("clean", 100), row("fgsm", 75)])) == 2
+
+
+NAMES = ("clean", "pgd", "worst")
+
+
+@pytest.mark.parametrize(
+    ("rules", "n", "referenced", "expected"),
+    [
+        (Gate(floors={"pdg": 0.1}), 100, NAMES, "rule for 'pdg', which is not evaluated here: clean, pgd, worst"),
+        (Gate(drops={"apgd-ce": 0.1}), 100, NAMES, "rule for 'apgd-ce'"),
+        (
+            Gate(drops={"pgd": 0.1}),
+            100,
+            ("clean",),
+            "bounds the drop under 'pgd', which the bundle's reference has not",
+        ),
+        (Gate(drops={"pgd": 0.1}, floors={"pgd": 0.1}), 100, (), "bounds the drop under 'pgd'"),
+        (Gate(), 100, (), "nothing to decide"),
+        (Gate(), 79, NAMES, "79 images cannot decide this gate: it takes 80"),
+        (Gate(max_drop=0.0), 4, NAMES, "it takes 5"),
+        (Gate(floors={"worst": 0.9}), 34, (), "it takes 35"),
+    ],
+)
+def test_gates_that_cannot_decide_are_refused(rules: Gate, n: int, referenced: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(InputError, match=expected) as error:
+        check_gate(rules, NAMES, n, referenced)
+    assert "\n" not in str(error.value)
+
+
+def test_gates_that_can_decide_are_taken() -> None:
+    check_gate(Gate(), NAMES, 80, NAMES)
+    check_gate(Gate(floors={"worst": 0.9}), NAMES, 35, ())
+    check_gate(Gate(max_drop=0.01, drops={"clean": 0.2}), NAMES, 20, ("clean",))
+
+
+def test_gate_files(tmp_path: Path) -> None:
+    file = tmp_path / "gate.toml"
+    file.write_text(
+        'tier = "paper"\nimages = 300\nmax_drop = "1/50"\ndrops = { clean = "1/200", pgd = 0 }\nfloors.worst = 0.3'
+    )
+    expected = {"tier": "paper", "images": 300, "max_drop": 0.02}
+    assert load_gate(file) == Gate(**expected, drops={"clean": 0.005, "pgd": 0.0}, floors={"worst": 0.3})
+    file.write_text("")
+    assert load_gate(file) == Gate()
+    assert {path.name: load_gate(path).tier for path in GATES.glob("*.toml")} == {"strict.toml": "release"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_dorp = 0.5", "unknown key 'max_dorp'"),
+        ("max_drop = 2", "max_drop"),
+        ("max_drop = -0.1", "max_drop"),
+        ("max_drop = nan", "max_drop"),
+        ('max_drop = "1/0"', "max_drop"),
+        ('drops = { clean = "a lot" }', r"drops\.clean"),
+        ("floors = { worst = 1.5 }", r"floors\.worst"),
+        ("floors = 0.5", "floors"),
+        ('tier = "weekly"', "tier"),
+        ("images = 0", "images"),
+        ("images = 20.5", "images"),
+        ("=", "not a TOML file"),
+    ],
+)
+def test_gate_files_that_are_none_are_one_line(text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "gate.toml").write_text(text)
+    with pytest.raises(InputError, match=expected) as error:
+        load_gate(tmp_path / "gate.toml")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="cannot read"):
+        load_gate(tmp_path / "none.toml")
