@@ -12,10 +12,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import mpdsgr
+from conftest import QUICK_GATE, resealed
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
+from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
@@ -42,11 +43,6 @@ def run(line: str, cwd: Path, *shell: str, **environment: str) -> subprocess.Com
     return subprocess.run([*shell, line], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def understood(line: str) -> str:
-    """Without --tier, as long as the command has no such option."""
-    return line if "--tier" in mpdsgr("validate", "--help").stdout else re.sub(r' --tier "\$\w+"', "", line)
-
-
 def given(**values: str) -> dict[str, str]:
     """The environment of GitHub's job for these inputs, defaults for the others."""
     values = {name: values.get(name, settings.get("default", "")) for name, settings in INPUTS.items()}
@@ -57,8 +53,8 @@ def given(**values: str) -> dict[str, str]:
 def checkout(bundle: Bundle, tmp_path: Path) -> Path:
     """A checkout with a bundle and two gates, whose names the shell must not split."""
     shutil.copytree(bundle.path, tmp_path / "my bundle")
-    (tmp_path / "lax gate.toml").write_text("min_clean = 0.1")
-    (tmp_path / "hard gate.toml").write_text("min_clean = 1.0\nmin_attacked = 1.0")
+    (tmp_path / "lax gate.toml").write_text(QUICK_GATE)
+    (tmp_path / "hard gate.toml").write_text(f"{QUICK_GATE}floors = {{ worst = 1.0 }}")
     return tmp_path
 
 
@@ -110,9 +106,8 @@ def test_what_is_installed_exists() -> None:
 
 
 def test_github_passes_and_shows_the_summary(checkout: Path) -> None:
-    line = understood(LINES["validate"])
     environment = given(bundle="my bundle", gate="lax gate.toml")
-    done = run(line, checkout, "bash", "-ec", **environment)
+    done = run(LINES["validate"], checkout, "bash", "-ec", **environment)
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (checkout / REPORT).iterdir()}
     assert files == {"report.json", "report.html", "junit.xml", "summary.md", "badge.json"}
@@ -129,7 +124,7 @@ def test_github_passes_and_shows_the_summary(checkout: Path) -> None:
 def test_gitlab_fails_with_the_gate_and_keeps_the_report(checkout: Path) -> None:
     (line,) = TEMPLATE["script"]
     own = {"MPDSGR_BUNDLE": "my bundle", "MPDSGR_GATE": "hard gate.toml"}
-    done = run(understood(line), checkout, "sh", "-ec", **{**TEMPLATE["variables"], **own})
+    done = run(line, checkout, "sh", "-ec", **{**TEMPLATE["variables"], **own})
     assert done.returncode == 1, done.stderr
     assert TEMPLATE["artifacts"]["when"] == "always"
     suite = ElementTree.parse(checkout / TEMPLATE["artifacts"]["reports"]["junit"]).getroot()
@@ -137,9 +132,19 @@ def test_gitlab_fails_with_the_gate_and_keeps_the_report(checkout: Path) -> None
     assert [(checkout / path).is_dir() for path in TEMPLATE["artifacts"]["paths"]] == [True]
 
 
+def test_a_foreign_attack_graph_is_an_invalid_evaluation_whose_report_says_so(checkout: Path) -> None:
+    bundle = checkout / "my bundle"
+    (bundle / "attack.fp32.onnx").write_bytes(derived(bundle / "model.fp32.onnx", "rectangular"))
+    resealed(bundle)
+    line, environment = LINES["validate"], given(bundle="my bundle", gate="lax gate.toml")
+    done = run(line, checkout, "bash", "-ec", **environment)
+    assert done.returncode == 3, done.stderr
+    assert "the attack graph is the network's own" in (checkout / REPORT / "summary.md").read_text()
+    assert json.loads((checkout / REPORT / "badge.json").read_text())["color"] != "brightgreen"
+
+
 def test_a_missing_bundle_is_an_input_error_without_a_report(tmp_path: Path) -> None:
-    line = understood(LINES["validate"])
-    done = run(line, tmp_path, "bash", "-ec", **given(bundle="no bundle"))  # no gate: no --gate either
+    done = run(LINES["validate"], tmp_path, "bash", "-ec", **given(bundle="no bundle"))  # no gate: no --gate either
     assert done.returncode == 2, done.stderr
     assert "no bundle" in done.stderr
     done = run(LINES["summary"], tmp_path, "bash", "-ec", GITHUB_STEP_SUMMARY=str(tmp_path / "steps.md"))
