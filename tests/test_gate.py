@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
 from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.validation import Target
+from mpdsgr_deploy.validation.evaluation import Evaluation
 from mpdsgr_deploy.validation.gate import check_gate, failures, fewest_images, load_gate, lost, regressed
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import wilson
+from mpdsgr_deploy.validation.validate import warn_of_gaps
 
 GATES = Path(__file__).parent.parent / "export" / "gates"
 SHARES = ["0", "0.01", "0.05", "0.1", "0.15", "1/3", "0.35", "0.5", "0.7", "0.8", "0.9", "0.95", "1"]
@@ -189,6 +195,28 @@ def test_gates_that_can_decide_are_taken() -> None:
     check_gate(Gate(), NAMES, 80, NAMES)
     check_gate(Gate(floors={"worst": 0.9}), NAMES, 35, ())
     check_gate(Gate(max_drop=0.01, drops={"clean": 0.2}), NAMES, 20, ("clean",))
+
+
+def test_only_like_is_compared_with_like(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    """A reference that met other steps, or more queries, says nothing of the weaker attack, nor its union of this."""
+
+    def referenced(tier: str) -> list[str]:
+        promise = bundle.manifest.reference.model_copy(update={"tier": tier})
+        target = Target(Bundle(bundle.path, bundle.manifest.model_copy(update={"reference": promise})))
+        recipe, images = bundle.manifest.recipe, load_test(bundle.manifest.recipe.data)[:20]
+        with target.open() as artefact:
+            source, plan = Source(artefact, target.trained), tier_plan(TIERS["commit"], recipe.attack, target.trained)
+            suite = Suite(source, recipe.attack, plan, seed=0)
+            evaluation = Evaluation(target, artefact, suite, Gate(), images, "digits", target.bundle.reference())
+        assert evaluation.names[-2:] == ["square", "worst"]
+        warn_of_gaps(evaluation, target, "commit")
+        return [name for name in evaluation.names if name not in evaluation.referenced]
+
+    assert referenced("commit") == []
+    assert not caplog.messages
+    assert referenced("release") == ["square", "worst"]  # 1,000 queries; this recipe's steps are those of commit
+    (told,) = caplog.messages
+    assert "nothing is compared under square, worst; validate with --tier release" in told
 
 
 def test_gate_files(tmp_path: Path) -> None:

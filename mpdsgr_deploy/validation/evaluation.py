@@ -11,8 +11,21 @@ from numpy.typing import NDArray
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.attack_graph import ADAPTIVE
 from mpdsgr_deploy.attacks.run import Journal, gather, run
-from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Attacked, Condition, Suite
+from mpdsgr_deploy.attacks.suite import (
+    CLEAN,
+    SQUARE,
+    STRONG,
+    TRANSFER,
+    WORST,
+    Attacked,
+    Condition,
+    Source,
+    Suite,
+    tier_plan,
+)
+from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.recipe import Gate
@@ -57,6 +70,7 @@ class Evaluation:
         self.data, self.reference = data, reference
         self.rule = f"the first {self.n} test images of {data}"
         self.conditions = list(suite.conditions())
+        self._promised = self._comparable()
         self.size = target.bundle.manifest.recipe.validation.batch_size
         self.rows: list[Row] = []
         self.curves: list[Curve] = []
@@ -75,7 +89,7 @@ class Evaluation:
     @property
     def referenced(self) -> list[str]:
         """Of these, what the reference has verdicts of."""
-        return [name for name in self.names if self._promised(name) is not None]
+        return list(self._promised)
 
     def identity(self, images: str, transfer: Path | None) -> str:
         """Everything that the result of a batch depends on. images: their digest."""
@@ -151,25 +165,31 @@ class Evaluation:
         )
 
     def _finish(self, name: str, settings: str, eps: float | None, correct: Bools, *, evaluations: int = 0) -> None:
-        promised = self._promised(name)
+        promised = self._promised.get(name)
         reference = None if promised is None else promised[: len(correct)]
         self._verdicts[name] = correct.copy()
         self.rows.append(Row.of(name, settings, correct, eps=eps, reference=reference, evaluations=evaluations))
 
-    def _promised(self, name: str) -> Bools | None:
-        """The reference's verdicts [n] under a condition, if it has met it.
+    def _comparable(self) -> dict[str, Bools]:
+        """The reference's verdicts [n] under what it met with the same settings; the tier of its export may be another.
 
-        Its worst case is one of the same attacks only: not where it was measured with fewer.
+        Its worst case is that of the attacks made here, if it met all of them.
         """
-        if self.reference is None or name not in self.reference.verdicts:
-            return None
-        here = {c.name for c in self.conditions if c.eps is not None and not c.name.startswith(TRANSFER)}
-        if name == WORST and not here <= self.reference.verdicts.keys():
-            return None
-        return self.reference.verdicts[name][: self.n]
+        promise, recipe = self.target.bundle.manifest.reference, self.target.bundle.manifest.recipe
+        if self.reference is None or promise is None:
+            return {}
+        plan = tier_plan(choose("tier", TIERS, promise.tier), recipe.attack, self.target.trained)
+        then = Suite(Source(self.artefact, self.target.trained), recipe.attack, plan, seed=recipe.validation.seed)
+        met = {condition.name: condition.settings for condition in then.conditions()}
+        names = [CLEAN, *(c.name for c in self.conditions if met.get(c.name) == c.settings)]
+        found = {name: self.reference.verdicts[name][: self.n] for name in names if name in self.reference.verdicts}
+        within = [c.name for c in self.conditions if c.eps is not None and not c.name.startswith(TRANSFER)]
+        if found.keys() >= {CLEAN, *within}:
+            found[WORST] = np.logical_and.reduce([found[name] for name in (CLEAN, *within)])
+        return found
 
     def _lost(self, name: str, correct: Bools) -> str | None:
-        return lost(self.gate, name, correct, None if name == WORST else self._promised(name), self.n)
+        return lost(self.gate, name, correct, None if name == WORST else self._promised.get(name), self.n)
 
     def probe(self, count: int) -> None:
         """What growing eps and twice the steps do to the first `count` images."""

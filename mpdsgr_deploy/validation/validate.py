@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 
 from mpdsgr_deploy.attacks.run import Journal
-from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.suite import TRANSFER, Source, Suite, tier_plan
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import IMAGES, digests
@@ -56,6 +57,7 @@ def validate(
         reference = target.bundle.reference() if data in (None, recipe.data.name) else None
         evaluation = Evaluation(target, artefact, suite, gate, images, data or recipe.data.name, reference)
         check_gate(gate, evaluation.names, len(images), evaluation.referenced)
+        warn_of_gaps(evaluation, target, gate.tier)
         if report_dir is not None:
             evaluation.journal = Journal(report_dir / PROGRESS, evaluation.identity(digest(found), transfer))
         evaluation.attack()
@@ -89,6 +91,18 @@ def validate(
         seconds=round(time.monotonic() - started, 1),
         provenance=provenance(),
     )
+
+
+def warn_of_gaps(evaluation: Evaluation, target: Target, tier: str) -> None:
+    """Say under which conditions nothing is compared, since the reference never met them or not with these settings."""
+    promise = target.bundle.manifest.reference
+    alone = [n for n in evaluation.names if n not in evaluation.referenced and not n.startswith(TRANSFER)]
+    if promise is not None and evaluation.referenced and alone:
+        log.warning(
+            "the reference was attacked with tier %s, the artefact is with tier %s: nothing is compared under %s; "
+            "validate with --tier %s, or export with --tier %s",
+            *(promise.tier, tier, ", ".join(alone), promise.tier, tier),
+        )
 
 
 def chosen_images(target: Target, limit: int | None, usual: int | None, data: str | None, root: str | None) -> Images:
