@@ -90,7 +90,7 @@ def _carry_out(
     images, predicted = batch.x.copy(), before.copy()
     if not len(chosen):
         return Attacked(images), predicted
-    found = attack(Batch(batch.x[chosen], batch.y[chosen], batch.places[chosen]))
+    found = attack(batch.rows(chosen))
     images[chosen] = found.images
     predicted[chosen] = network(images[chosen]).argmax(1)
     return found._replace(images=images), predicted

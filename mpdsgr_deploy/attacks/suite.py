@@ -37,6 +37,7 @@ SA_PGD, APGD_CE, APGD_DLR, SQUARE, CW, WORST = (
 )
 TRANSFER = "transfer"
 CW_STEPS, CW_SEARCHES = 100, 5
+ADAPTING = 32  # images at a time: an adaptive surrogate remembers two numbers a neuron, step and image
 # The order in which accuracy must not rise, weakest attack first.
 BY_STRENGTH = (UNIFORM, FGSM, PGD, STRONG, WORST)
 
@@ -71,6 +72,10 @@ class Batch(NamedTuple):
     x: Floats
     y: NDArray[np.int64]
     places: NDArray[np.int64]
+
+    def rows(self, chosen: slice | NDArray[np.int64]) -> "Batch":
+        """Some of them."""
+        return Batch(self.x[chosen], self.y[chosen], self.places[chosen])
 
 
 class Attacked(NamedTuple):
@@ -260,14 +265,15 @@ class Suite:
         def opened() -> Iterator[Callable[[Batch], Attacked]]:
             with self.network.adaptive(draws=self._draws) as target:
 
-                def attack(batch: Batch) -> Attacked:
+                def part(counted: Counter, batch: Batch) -> Floats:
                     drawn = self._starts(SA_PGD, batch)
-                    return self._counted(
-                        target,
-                        lambda t: sa_pgd(t, batch.x, batch.y, eps=eps, steps=steps, draw=drawn, keep=self._keep),
-                    )
+                    return sa_pgd(counted, batch.x, batch.y, eps=eps, steps=steps, draw=drawn, keep=self._keep)
 
-                yield attack
+                def run(counted: Counter, batch: Batch) -> Floats:
+                    cuts = [slice(start, start + ADAPTING) for start in range(0, len(batch.y), ADAPTING)]
+                    return np.concatenate([part(counted, batch.rows(cut)) for cut in cuts])
+
+                yield lambda batch: self._counted(target, lambda counted: run(counted, batch))
 
         settings = f"SA-PGD, eps {eps:.4g}, {steps} steps, surrogates as wide as each neuron's potentials are spread"
         return Condition(SA_PGD, settings, eps, steps + 1, opened, ADAPTIVE)
