@@ -15,6 +15,7 @@ from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.trace import firing_rates
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.reference import Promise
 from mpdsgr_deploy.runtime import NoiseSource
 
 
@@ -28,6 +29,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
         **describe(manifest.recipe),
     }
+    if manifest.reference is not None:
+        facts["promised"] = promised(manifest.reference)
     for precision in manifest.variants:
         found = variant_facts(bundle, precision)
         facts.update({f"{precision} {name}": value for name, value in found.items()})
@@ -61,6 +64,12 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
     if variant.attacked:
         facts["attacked, at export"] = f"{variant.attacked.correct} of {variant.attacked.n} correct under PGD"
     return facts
+
+
+def promised(promise: Promise) -> str:
+    """What the torch network kept under each attack when it was exported."""
+    kept = ", ".join(f"{name} {100 * correct / promise.n:.1f} %" for name, correct in promise.correct.items())
+    return f"on the first {promise.n} test images of {promise.data}, tier {promise.tier}: {kept}"
 
 
 def spans(layers: Mapping[str, str]) -> str:

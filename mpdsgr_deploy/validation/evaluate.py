@@ -63,7 +63,7 @@ def evaluate(
     images = load_test(data)[: limit or recipe.validation.limit]
     images.require_kind(data.name, checkpoint.shape, checkpoint.labels)
     network = Source(TorchNetwork(TorchModel(model, checkpoint.shape, recipe.validation.seed)), surrogate)
-    others = {} if transfer is None else {TRANSFER: other_network(transfer, images)}
+    others = {} if transfer is None else {TRANSFER: other_network(transfer, images.shape, images.labels)}
     suite = Suite(network, recipe.attack, recipe_plan(recipe.attack), seed=recipe.validation.seed, transfer=others)
     rule = f"the first {len(images)} test images of {data.name}"
     return Evaluation(
@@ -106,11 +106,11 @@ def _measured(network: Source, suite: Suite, images: Images, size: int, rule: st
     return {"rows": rows, "health": checks}
 
 
-def other_network(checkpoint_dir: Path, images: Images) -> Source:
-    """The network to transfer attacks from. Raises InputError if it was not made for such images."""
+def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:
+    """A checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
     source = find_checkpoint(checkpoint_dir)
     found = load_checkpoint(source)
-    if (found.shape, found.labels) != (images.shape, images.labels):
+    if (found.shape, found.labels) != (shape, labels):
         raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
     network = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
     return Source(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph import derived_attack_graph, trained_surrogate
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source
-from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
+from mpdsgr_deploy.bundle import MANIFEST, Bundle, Manifest, open_bundle
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
@@ -79,7 +79,7 @@ class Target:
                 own = stack.enter_context(open_predictor(self.bundle))
                 found[f"{TRANSFER} fp32"] = Source(Artefact(self.bundle, "fp32", own), self.trained)
             if other is not None:
-                found[TRANSFER] = stack.enter_context(_other(other, self.bundle))
+                found[TRANSFER] = stack.enter_context(_other(other, self.bundle.manifest))
             yield found
 
     def attack_graph_faults(self) -> list[str]:
@@ -108,24 +108,17 @@ class Target:
 
 
 @contextmanager
-def _other(path: Path, mine: Bundle) -> Iterator[Source]:
+def _other(path: Path, mine: Manifest) -> Iterator[Source]:
     """Another network for images like mine's. Raises InputError if it was made for others."""
-    if (path / MANIFEST).is_file():
-        bundle = open_bundle(path)
-        _require_same(path, (bundle.manifest.input_shape, bundle.manifest.labels), mine)
-        with open_predictor(bundle) as predictor:
-            yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(bundle.manifest.recipe))
+    if not (path / MANIFEST).is_file():
+        need("torch", "train")
+        from mpdsgr_deploy.validation.evaluate import other_network
+
+        yield other_network(path, mine.input_shape, mine.labels)
         return
-    need("torch", "train")
-    from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
-    from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
-
-    checkpoint, network = load_network(find_checkpoint(path))
-    _require_same(path, (checkpoint.shape, checkpoint.labels), mine)
-    model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
-    yield Source(TorchNetwork(model), trained_surrogate(checkpoint.recipe))
-
-
-def _require_same(path: Path, found: tuple[object, object], mine: Bundle) -> None:
-    if found != (mine.manifest.input_shape, mine.manifest.labels):
+    bundle = open_bundle(path)
+    found = bundle.manifest
+    if (found.input_shape, found.labels) != (mine.input_shape, mine.labels):
         raise InputError(f"{path} was not trained on images like those under attack; take another")
+    with open_predictor(bundle) as predictor:
+        yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(found.recipe))
