@@ -28,7 +28,7 @@ TIER = "release"
 @click.command(cls=OneLineErrors)
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
-@click.option("--limit", default=500, show_default=True, help="Test images, the first so many.")
+@click.option("--limit", default=600, show_default=True, help="Test images, the first so many.")
 @click.option("--bundles", type=click.Path(path_type=Path), default=Path("bundles"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results.  [default: export/results]")
 @click.option("--render-only", is_flag=True, help="Measure nothing, render the page from the results there are.")

@@ -20,10 +20,11 @@ import figures
 import gpu
 import memory
 import step
+import strength
 from networks import CLASSES
 
 
-@pytest.mark.parametrize("benchmark", [agreement, attack, memory, step])
+@pytest.mark.parametrize("benchmark", [agreement, attack, memory, step, strength])
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = figures.load(benchmark.__name__)
     assert figures.shown(benchmark.__name__) == benchmark.render(result)
@@ -131,3 +132,20 @@ def test_the_gpu_benchmark_rehearsed_on_a_cpu() -> None:
     assert "| 3 | wrong | too large |" in table
     assert "- tensorrt did not run: tensorrt is needed" in table
     assert result["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_gradients_and_queries_are_counted_apart_and_rows_add_up() -> None:
+    counting = strength.Counting(torch.nn.Flatten())
+    x = torch.rand(3, 1, 2, 2)
+    with torch.no_grad():
+        counting(x.clone().requires_grad_())
+    counting(x)
+    counting(x[:2].clone().requires_grad_())
+    assert (counting.gradients, counting.queries) == (2, 6)
+    for network in strength.figures.load("strength")["networks"]:
+        rows = {found["attack"]: found for found in network["rows"]}
+        union, clean = rows.pop(strength.UNION), rows.pop("clean")
+        audit = rows.pop(strength.AUTOATTACK)
+        assert union["correct"] <= min(found["correct"] for found in rows.values()) <= clean["correct"]
+        assert union["gradients"] == pytest.approx(sum(found["gradients"] for found in rows.values()))
+        assert max(union["correct"], audit["correct"]) <= clean["correct"] <= network["n"]

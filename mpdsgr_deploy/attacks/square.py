@@ -54,9 +54,11 @@ def square(
     """Attack x [B, C, H, W] in [0, 1] with classes y [B] by at most `queries` questions an image.
 
     The first question is the image itself, the second vertical stripes of +-eps, the others squares of +-eps. One is
-    kept if it lowers the margin or leaves it as it is: a spiking network answers many changes with the very same
-    logits, and only who moves on such a plateau finds its edge. The share of the image that a square covers
-    falls by a schedule made for 10,000 queries and rescaled to fewer. An image leaves the batch once fooled.
+    kept if it lowers the margin or leaves it as it is: a small spiking network answers many changes with the very same
+    logits, and only who moves on such a plateau finds its edge. (Digits, 1000 queries: with 2 steps and an eighth of
+    the width 30 % of the images survive in place of 41 %; with 4 steps at full width there is no difference.) The share
+    of the image that a square covers falls by a schedule made for 10,000 queries and rescaled to fewer. An image leaves
+    the batch once fooled.
     indices [B]: each image's number in the data set (None: 0, 1, ...). Its random choices depend on that and the seed
     alone, never on its neighbours. state: where an earlier call with the same arguments stopped; it is left untouched.
     save: called with a copy of the state after every `every` proposals and at the end.
@@ -111,11 +113,11 @@ def _propose(
     side = max(1, round((share * height * width) ** 0.5))
     rows, columns = (_window(word, length, side) for word, length in zip(words.T[:2], (height, width), strict=True))
     inside = rows[:, None, :, None] & columns[:, None, None, :]
-    step = 2 * np.float32(eps) * inside * _signs(words[:, 2:], channels)[:, :, None, None]
+    step = np.float32(eps) * _signs(words[:, 2:], channels)[:, :, None, None]
     clean, best = x[active], state.images[active]
-    moved = project(np, best + step, clean, eps)
+    moved = np.where(inside, project(np, clean + step, clean, eps), best)
     idle = (moved == best).all((1, 2, 3))  # a question not worth asking: the square is there already
-    moved[idle] = project(np, best[idle] - step[idle], clean[idle], eps)
+    moved[idle] = np.where(inside[idle], project(np, clean[idle] - step[idle], clean[idle], eps), best[idle])
     margin, standing = _judge(predictor(moved), y[active])
     better = (margin <= state.margin[active]) | ~standing
     kept = active[better]

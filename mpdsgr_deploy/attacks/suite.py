@@ -258,7 +258,8 @@ class Suite:
         return self._gradient(name, settings, eps, steps, source, run)
 
     def _sa_pgd(self) -> Condition:
-        eps, steps = self._attack.eps, self._plan.strong_steps
+        eps = self._attack.eps
+        steps = self._plan.apgd_steps or self._plan.strong_steps  # it goes on gaining where PGD has long stood still
 
         def part(counted: Counter, batch: Batch) -> Floats:
             drawn = self._starts(SA_PGD, batch)

@@ -1,0 +1,151 @@
+"""How strong the attacks of a release are: their union against AutoAttack's standard version on the same torch network.
+
+    mpdsgr train digits-reg --out runs/digits-reg
+    python benchmarks/strength.py runs/digits-reg OTHER_RUN... --root data
+
+Both meet the same images, and the same network judges what they return. A gradient evaluation is one image through one
+forward and backward pass, a query one image through a forward pass alone. AutoAttack (pyautoattack, of the `dev`
+extra) attacks an image until it is broken, the attacks of a release each on their own, as a report shows them.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attack_graph import trained_surrogate
+from mpdsgr_deploy.attacks.run import outcomes
+from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.progress import show_progress
+from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import predict
+from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
+
+NAME = "strength"
+UNION, AUTOATTACK = "union", "AutoAttack standard"
+BATCH = 200
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--root", default="data", show_default=True, help="Where the data set lies.")
+@click.option("--limit", type=click.IntRange(1), default=200, show_default=True, help="Test images.")
+@click.option("--eps", type=click.FloatRange(0, 1, min_open=True), help="Default: the recipe's.")
+def main(runs: tuple[Path, ...], root: str, limit: int, eps: float | None) -> None:
+    """Attack each run's best network both ways, write the result and the table."""
+    show_progress()
+    networks = [measure(run, root, limit, eps) for run in runs]
+    result = {"networks": networks, "pyautoattack": package_version("pyautoattack"), "provenance": provenance()}
+    figures.publish(NAME, result, render(result))
+    click.echo(render(result))
+
+
+def measure(run: Path, root: str, limit: int, eps: float | None = None) -> dict[str, Any]:
+    """Images that survive each attack, and what it cost."""
+    checkpoint, model = load_network(find_checkpoint(run))
+    recipe = checkpoint.recipe
+    if eps is not None:
+        attack = recipe.attack.model_copy(update={"eps": eps})
+        recipe = recipe.model_copy(update={"attack": attack})
+    images = load_test(recipe.data.at(root))[:limit]
+    x, y = images.unit(), images.classes
+    network = TorchModel(model, checkpoint.shape, recipe.validation.seed)
+    if network.stochastic:
+        raise click.ClickException("AutoAttack's standard version is not for networks that draw noise")
+    clean = predict(network, x, BATCH).argmax(1)
+    rows = [row(CLEAN, clean == y), *release(network, recipe, x, y, clean)]
+    rows.append(autoattack(network, model, recipe, x, y))
+    return {"recipe": recipe.model_dump(mode="json"), "epoch": checkpoint.epoch, "n": len(y), "rows": rows}
+
+
+def row(
+    name: str, survived: NDArray[np.bool_], *, gradients: int = 0, queries: int = 0, seconds: float = 0.0
+) -> dict[str, Any]:
+    """One line of the result: images that survived, and costs an image."""
+    n = len(survived)
+    cost = {"gradients": gradients / n, "queries": queries / n, "seconds": round(seconds, 1)}
+    return {"attack": name, "correct": int(survived.sum()), **cost}
+
+
+def release(
+    network: TorchModel, recipe: Recipe, x: NDArray[np.float32], y: NDArray[np.int64], clean: NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    """The attacks of a release within eps, one by one and together."""
+    trained = trained_surrogate(recipe)
+    plan = tier_plan(TIERS["release"], recipe.attack, trained)
+    suite = Suite(Source(TorchNetwork(network), trained), recipe.attack, plan, seed=recipe.validation.seed)
+    rows, union, begun = [], clean == y, time.perf_counter()
+    for condition, attacked, predicted in outcomes(suite, x, y, clean, batch_size=BATCH):
+        seconds, begun = time.perf_counter() - begun, time.perf_counter()
+        if condition.eps is None:
+            continue
+        asked = "queries" if condition.name == SQUARE else "gradients"
+        rows.append(row(condition.name, predicted == y, seconds=seconds, **{asked: attacked.evaluations}))
+        union &= predicted == y
+    total = {key: sum(found[key] for found in rows) for key in ("gradients", "queries", "seconds")}
+    return [*rows, {"attack": UNION, "correct": int(union.sum()), **total}]
+
+
+class Counting(torch.nn.Module):
+    """A network that counts images, those whose gradient is wanted apart."""
+
+    def __init__(self, model: SpikingNet) -> None:
+        super().__init__()
+        self.model, self.gradients, self.queries = model, 0, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        self.gradients += wanted * len(x)
+        self.queries += (not wanted) * len(x)
+        return self.model(x)
+
+
+def autoattack(
+    network: TorchModel, model: SpikingNet, recipe: Recipe, x: NDArray[np.float32], y: NDArray[np.int64]
+) -> dict[str, Any]:
+    """AutoAttack's standard version: APGD-CE, targeted APGD-DLR and FAB, Square with 5,000 queries."""
+    import pyautoattack  # here: the rest of this file runs without it
+
+    counting, begun = Counting(model), time.perf_counter()
+    audit = pyautoattack.AutoAttack(
+        counting, eps=recipe.attack.eps, seed=recipe.validation.seed, device=str(model.normalize.mean.device)
+    )
+    tensors = network.tensor(x), network.tensor(y)
+    found = audit.run_standard_evaluation(*tensors, batch_size=BATCH)[0].cpu().numpy()
+    seconds = time.perf_counter() - begun
+    survived = predict(network, np.clip(found, 0, 1), BATCH).argmax(1) == y
+    cost = {"gradients": counting.gradients, "queries": counting.queries}
+    return row(AUTOATTACK, survived, **cost, seconds=seconds)
+
+
+def render(result: dict[str, Any]) -> str:
+    """The Markdown table, and what its networks are."""
+    lines = ["| network | attack | right | gradients an image | queries an image | s |", "|---" * 6 + "|"]
+    told = []
+    for network in result["networks"]:
+        recipe, n = Recipe.model_validate(network["recipe"]), network["n"]
+        for found in network["rows"]:
+            right = f"{found['correct']} ({found['correct'] / n:.1%})"
+            costs = f"{found['gradients']:.0f} | {found['queries']:.0f} | {found['seconds']:.0f}"
+            lines.append(f"| {recipe.method} | {found['attack']} | {right} | {costs} |")
+        told.append(
+            f"- {recipe.method}: {recipe.model.name}, width {recipe.model.width:g}, T = {recipe.encoding.T}, on "
+            f"{recipe.data.name}, epoch {network['epoch']} of {recipe.training.epochs}; eps {recipe.attack.eps:.4g}, "
+            f"n = {n} first test images."
+        )
+    told.append(f"- pyautoattack {result['pyautoattack']}; seconds on a machine with other work.")
+    return "\n".join([*lines, "", *told, "", figures.source(result), ""])
+
+
+if __name__ == "__main__":
+    main()
