@@ -17,6 +17,7 @@ bench: install
 	.venv/bin/python benchmarks/step.py
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/inference.py
+	.venv/bin/python benchmarks/attack.py
 
 install: $(STAMP)
 

@@ -162,6 +162,16 @@ class Bundle:
             raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
         return self.file(self.manifest.variants[precision].file)
 
+    def attack(self, precision: str) -> Path:
+        """The attack graph of a precision. Raises InputError as `variant` does, and if the bundle has none."""
+        self.variant(precision)
+        name = self.manifest.variants[precision].attack
+        if not name:
+            raise InputError(
+                f"{self.path} holds no attack graph of {precision}, it is from an older version; export again"
+            )
+        return self.file(name)
+
     def model_sha256(self, precision: str) -> str:
         """The hash of a precision's ONNX file. Raises InputError as `variant` does."""
         return self.manifest.files[self.variant(precision).relative_to(self.path).as_posix()]

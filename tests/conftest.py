@@ -20,7 +20,7 @@ SMALL = {
     "model": {"name": "vgg-small", "width": 0.25},
     "encoding": {"T": 3},
     "training": {"epochs": 3, "batch_size": 65},
-    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 10, "surrogates": ["triangle:0.5", "rate"]},
+    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},
 }
 

@@ -15,6 +15,7 @@ from mpdsgr_deploy.recipe import Recipe
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import agreement
+import attack
 import figures
 import gpu
 import memory
@@ -22,7 +23,7 @@ import step
 from networks import CLASSES
 
 
-@pytest.mark.parametrize("benchmark", [agreement, memory, step])
+@pytest.mark.parametrize("benchmark", [agreement, attack, memory, step])
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = figures.load(benchmark.__name__)
     assert figures.shown(benchmark.__name__) == benchmark.render(result)
@@ -53,6 +54,14 @@ def test_a_small_benchmark_runs() -> None:
     setting = {"width": 0.02, "T": 2, "batch": 4, "accelerator": "cpu"}
     seconds = step.measure(setting, "32-true", 3)
     assert {name: len(samples) for name, samples in seconds.items()} == dict.fromkeys(step.VARIANTS, 3)
+
+
+def test_a_small_attack_benchmark_runs() -> None:
+    setting = {"width": 0.1, "T": 2, "batch": 2, "threads": 1, "steps": 1}
+    found = attack.measure("vgg-small", setting, 2)
+    assert found["median_difference"] < 1e-4
+    assert {len(samples) for samples in found["seconds"].values()} == {2}
+    assert min(found["peak_bytes"].values()) > 0
 
 
 @pytest.mark.parametrize("training", memory.ESTIMATORS)

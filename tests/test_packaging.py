@@ -60,7 +60,19 @@ def test_an_empty_environment_gets_a_working_command(built: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".bundle", ".attacks", ".runtime", ".prediction", ".recipe", ".data", ".cli", ".validation.gate"]
+    "module",
+    [
+        "",
+        ".bundle",
+        ".attack_graph",
+        ".attacks",
+        ".runtime",
+        ".prediction",
+        ".recipe",
+        ".data",
+        ".cli",
+        ".validation.gate",
+    ],
 )
 def test_importing_without_torch_or_onnxruntime(module: str) -> None:
     script = f"import mpdsgr_deploy{module}, sys; print([m for m in ('torch', 'onnxruntime') if m in sys.modules])"

@@ -19,9 +19,9 @@ from PIL import Image
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.parity import Parity
-from mpdsgr_deploy.validation import validate
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.figures import MOST, sweep
-from mpdsgr_deploy.validation.gate import Gate
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.page import page, plain
 from mpdsgr_deploy.validation.pictures import SIDE, chosen, examples, magnified, picture
@@ -45,9 +45,8 @@ N = 200
 
 def row(name: str, correct: int, *, reference: int | None = None, eps: float | None = 0.1) -> Row:
     """A condition under which the first so many of N images are right."""
-    verdicts = [None if count is None else np.arange(N) < count for count in (reference, correct)]
-    assert verdicts[1] is not None
-    return Row.of(name, f"eps {eps}, 10 steps", *verdicts, eps=eps, evaluations=10.0)
+    promised = None if reference is None else np.arange(N) < reference
+    return Row.of(name, f"eps {eps}, 10 steps", np.arange(N) < correct, eps=eps, reference=promised, evaluations=10 * N)
 
 
 def check(number: int, *, passed: bool = True) -> Check:
@@ -105,7 +104,7 @@ def sample(**changes: object) -> Report:
         "variants": [VariantFlips(precision="fp16", n=N, clean=flips, attacked=flips)],
         "parity": Parity(rows=N, max_abs=1e-6, within_tolerance=N, labels_differ=0),
         "health": [check(number) for number in (1, 2, 7, 8, 9)],
-        "gate": Gate(min_clean=0.9),
+        "gate": Gate(floors={"clean": 0.9}),
         "seconds": 12.34,
         "provenance": {"python": "3.12", "packages": {"onnx": "1.23"}, "hardware": {"cpu": "some", "gpus": ["one"]}},
     }
@@ -152,7 +151,7 @@ class Elements(HTMLParser):
 
 
 def test_a_real_validation_writes_every_file(bundle: Bundle, tmp_path: Path) -> None:
-    report = validate(bundle, backend="onnxruntime-cpu", limit=40)
+    report = validate(Target(bundle), gate=Gate(max_drop=0.2), limit=40)
     assert write_report(report, tmp_path) == tmp_path / "report.html"
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert Report.model_validate_json((tmp_path / "report.json").read_bytes()) == report
@@ -223,7 +222,7 @@ def test_the_page_is_complete_and_needs_nothing_else(report: Report) -> None:
     for part in ("headline", "figures", "conditions", "examples", "variants", "health", "gate", "provenance"):
         assert part in ids
     assert ("findings" in ids) == bool(report.reasons)
-    for said in (report.artefact_sha256, report.attack_sha256, report.images_sha256, "gpus one", "12.3 s", "min_clean"):
+    for said in (report.artefact_sha256, report.attack_sha256, report.images_sha256, "gpus one", "12.3 s", "floors"):
         assert said in text
     for finding in findings(report):
         assert all(html.escape(what) in text for what in finding.what)

@@ -26,14 +26,14 @@ from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.parity import compare
-from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.noise import normal, uniform
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
 from mpdsgr_deploy.snn.encoding import Poisson
 from mpdsgr_deploy.snn.noise import in_turn
 from mpdsgr_deploy.training import train
-from mpdsgr_deploy.validation import validate
+from mpdsgr_deploy.validation import Target, validate
 
 SHAPE = (1, 8, 8)
 GATES = [(3, 8, 8, 8), (3, 16, 4, 4), (3, 16, 4, 4)]  # of the small network's neurons, a draw a step
@@ -265,13 +265,15 @@ def test_one_seed_one_answer_on_both_backends_and_in_every_batch(stochastic: Bun
 
 
 def test_it_is_validated_like_any_other(stochastic: Bundle) -> None:
-    report = validate(stochastic, backend="onnxruntime-cpu")
+    """Its attackers, in torch and on the artefact, draw noise of their own, so verdicts differ by chance only."""
+    report = validate(Target(stochastic), gate=Gate(max_drop=0.2))
     clean = report.rows[0]
     assert (clean.name, clean.n) == ("clean", 40)
     assert report.parity.holds
     (function,) = [check for check in report.health if check.number == 8]
     assert function.passed, function.saw
-    assert all(row.flips.newly_wrong <= 1 for row in report.rows)
+    assert all(row.flips.newly_wrong <= 1 for row in report.rows[:3])
+    assert all(row.flips.p_value > 0.01 for row in report.rows)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "torch"])

@@ -1,4 +1,4 @@
-"""The verdict: statistics against scipy, health checks against planted faults, the gate."""
+"""The verdict on a real bundle: reports that add up, health checks against planted faults, exit codes."""
 
 import json
 import shutil
@@ -6,27 +6,31 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 from conftest import mpdsgr
+from onnx import numpy_helper
 from scipy.stats import binomtest
 
+from mpdsgr_deploy.attacks.suite import BY_STRENGTH, SA_PGD, Counter
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.parity import compare
-from mpdsgr_deploy.protocols import Array, Differentiable, Gradient
+from mpdsgr_deploy.protocols import Array, Gradient
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.runtime import GraphAttacker, OnnxRuntime
 from mpdsgr_deploy.runtime.torch_model import TorchModel
-from mpdsgr_deploy.validation import health, validate
-from mpdsgr_deploy.validation.conditions import Condition, conditions, torch_attackers
-from mpdsgr_deploy.validation.gate import Gate, load_gate
-from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation import Target, health, validate
 from mpdsgr_deploy.validation.statistics import mcnemar, wilson
+
+LOOSE = Gate(max_drop=0.2)  # what 30 images can decide
 
 
 @pytest.fixture(scope="module")
 def report(bundle: Bundle):
-    return validate(bundle, backend="onnxruntime-cpu")
+    return validate(Target(bundle))
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (10, 10), (480, 497), (1, 1)])
@@ -44,39 +48,72 @@ def test_mcnemar_against_scipy(worse: int, better: int) -> None:
 def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) -> None:
     assert report.verdict == "pass", report.reasons
     rows = {row.name: row for row in report.rows}
-    attacks = ["fgsm", "bim", "pgd", "pgd-strong", "strong triangle:0.5", "strong rate"]
+    sweep = ["strong triangle:0.25", "strong triangle:2.5", "strong rectangular:1", "strong adaptive"]
+    attacks = ["fgsm", "bim", "pgd", "pgd-strong", *sweep, "square"]
     assert list(rows) == ["clean", "gaussian", "uniform", *attacks, "worst"]
     assert all(row.n == 100 for row in report.rows)
     assert rows["clean"].reference.accuracy > rows["fgsm"].reference.accuracy >= rows["worst"].reference.accuracy
-    accuracy = bundle.manifest.variants["fp32"].accuracy
-    assert rows["clean"].artefact.correct == accuracy.correct
+    assert rows["clean"].artefact.correct == bundle.manifest.variants["fp32"].accuracy.correct
+    everything = np.ones(100, bool)
     for row in report.rows:
-        bits = [
-            np.unpackbits(np.frombuffer(bytes.fromhex(s.bitmap), np.uint8))[:100] for s in (row.reference, row.artefact)
-        ]
+        scores = (row.reference, row.artefact)
+        bits = [np.unpackbits(np.frombuffer(bytes.fromhex(s.bitmap), np.uint8))[:100].astype(bool) for s in scores]
         assert [int(b.sum()) for b in bits] == [row.reference.correct, row.artefact.correct]
-        assert int((bits[0] > bits[1]).sum()) == row.flips.newly_wrong
-    assert [check.number for check in report.health] == [1, 2, 7, 8, 9]
+        assert int((bits[0] & ~bits[1]).sum()) == row.flips.newly_wrong
+        everything &= bits[1] if row.eps is not None else True
+    assert rows["worst"].artefact.correct == everything.sum()
+    assert [check.number for check in report.health] == list(range(1, 13))
     assert report.parity.holds
     assert report.artefact_sha256 == sha256(bundle.variant("fp32"))
+    assert rows["fgsm"].evaluations == rows["clean"].artefact.accuracy  # one gradient for each image not wrong anyway
 
 
-def test_the_same_seed_gives_the_same_report(report, bundle: Bundle) -> None:
-    again = validate(bundle, backend="torch")  # the reference itself as artefact
-    assert [row.reference for row in again.rows] == [row.reference for row in report.rows]
-    assert all(row.reference == row.artefact for row in again.rows)
+def test_white_box_through_the_artefact_is_white_box_through_torch(report) -> None:
+    """The same attacks, on torch when exported and on the attack graph now: nearly every verdict is the same."""
+    for row in report.rows:
+        assert row.flips.newly_wrong + row.flips.newly_right <= 2, row.name
+        low, high = row.reference.interval
+        assert low <= row.artefact.accuracy <= high
 
 
-def test_conditions_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:
-    images = load_test(bundle.manifest.recipe.data)[:30]
-    attack = bundle.manifest.recipe.attack
-    target = torch_attackers(TorchModel.from_bundle(bundle), attack)
-    one, other = (
-        list(conditions(target, images.unit(), images.classes, attack, batch_size=size, seed=1)) for size in (30, 7)
+def test_figures_of_the_report_come_from_the_probe(report) -> None:
+    assert {curve.attack for curve in report.curves} == {"fgsm", "pgd-strong"}
+    for curve in report.curves:
+        assert [point.eps for point in curve.points] == sorted(point.eps for point in curve.points)
+        assert curve.points[0].eps == 0
+        assert all(point.n == 50 for point in curve.points)
+    assert report.examples
+    assert all(example.clean == example.label != example.attacked for example in report.examples)
+
+
+def test_other_precisions_are_attacked_through_their_own_weights(precise: Bundle) -> None:
+    found = validate(Target(precise, precision="int8"))
+    assert found.verdict == "pass", found.reasons
+    names = [row.name for row in found.rows]
+    assert "transfer fp32" in names  # the minimum of transfer, white-box and queries is what counts
+    assert {flips.precision for flips in found.variants} == {"fp16", "int8", "fp8"}
+    assert found.artefact_sha256 == precise.model_sha256("int8")
+    assert found.attack_sha256 == sha256(precise.attack("int8"))
+
+
+def test_tier_release_adds_apgd_and_the_gate_says_what_it_takes(bundle: Bundle) -> None:
+    gate = Gate(tier="release", max_drop=0.2)
+    found = validate(Target(bundle), gate=gate, limit=25)
+    assert {"apgd-ce", "apgd-dlr"} <= {row.name for row in found.rows}
+    with pytest.raises(InputError, match="100 images cannot decide this gate: it takes 400"):
+        validate(Target(bundle), gate=Gate(tier="release"))
+
+
+def test_an_evaluation_stops_once_the_gate_cannot_be_passed(bundle: Bundle) -> None:
+    recipe = bundle.manifest.recipe.validation.model_copy(update={"batch_size": 10})
+    manifest = bundle.manifest.model_copy(
+        update={"recipe": bundle.manifest.recipe.model_copy(update={"validation": recipe})}
     )
-    for a, b in zip(one, other, strict=True):
-        assert a[:3] == b[:3]
-        assert np.mean(np.abs(a.images - b.images).max((1, 2, 3)) < 1e-6) > 0.9  # sign flips of tiny gradients apart
+    found = validate(Target(Bundle(bundle.path, manifest)), gate=Gate(floors={"fgsm": 0.95}))
+    assert found.verdict == "fail"
+    assert "floor 95.00% cannot be reached" in found.stopped
+    assert [row.name for row in found.rows] == ["clean", "gaussian", "uniform", "fgsm", "worst"]
+    assert found.rows[3].n < 100
 
 
 # Health checks: each is shown the fault it exists for, and what is sound beside it.
@@ -84,23 +121,26 @@ def test_conditions_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:
 
 def test_check_1_flags_images_that_cheat() -> None:
     clean = np.full((2, 1, 2, 2), 0.5, np.float32)
-    fine = Condition("a", "", 0.1, clean + np.float32(0.1))
-    assert health.budget_faults(clean, fine) == []
-    assert health.budget_faults(clean, Condition("noise", "", None, clean + 0.4)) == []
+    assert health.budget_faults("a", clean, clean + np.float32(0.1), 0.1) == []
+    assert health.budget_faults("noise", clean, clean + np.float32(0.4), None) == []
     for images, expected in (
         (clean + np.float32(0.1001), "more than eps"),
         (clean + np.float32(0.6), "leaves"),
         (clean * np.float32(np.nan), "non-finite"),
     ):
-        (fault,) = health.budget_faults(clean, fine._replace(images=images))
+        (fault,) = health.budget_faults("a", clean, images, 0.1)
         assert expected in fault
     assert not health.check_budget(["fault"], "rule").passed
+    exact = np.random.default_rng(0).random((3, 1, 4, 4), np.float32)
+    assert not health.rounded_to_bytes(exact)
+    assert health.rounded_to_bytes(np.rint(exact * 255) / np.float32(255))
 
 
 def verdicts(**broken: list[int]) -> dict[str, np.ndarray]:
-    found = {name: np.ones(200, bool) for name in ("uniform", "fgsm", "pgd", "pgd-strong")}
+    found = {name: np.ones(200, bool) for name in BY_STRENGTH}
     for name, indices in broken.items():
         found[name.replace("_", "-")][indices] = False
+    found["worst"] = np.logical_and.reduce(list(found.values()))
     return found
 
 
@@ -113,12 +153,37 @@ def test_check_2_flags_a_stronger_attack_that_does_less() -> None:
     assert "fgsm breaks 20" in masked.saw
 
 
-def test_check_3_flags_a_network_that_another_ones_gradient_breaks_better() -> None:
-    sound = verdicts(pgd_strong=list(range(100))) | {"transfer": np.arange(200) >= 40}
-    masked = verdicts(pgd_strong=list(range(10))) | {"transfer": np.arange(200) < 150}
-    assert health.check_transfer(sound).passed
-    assert not health.check_transfer(masked).passed
-    assert "transfer breaks 50" in health.check_transfer(masked).saw
+def test_check_3_flags_a_network_that_the_blind_break_better() -> None:
+    sound = verdicts(pgd_strong=list(range(100))) | {"square": np.arange(200) >= 40}
+    masked = verdicts(pgd_strong=list(range(10))) | {"square": np.arange(200) < 150}
+    assert health.check_black_box(sound, ["square"], ["pgd-strong"]).passed
+    found = health.check_black_box(masked, ["square"], ["pgd-strong"])
+    assert not found.passed
+    assert "square breaks 50" in found.saw
+
+
+def test_check_4_flags_accuracy_that_outlives_any_eps() -> None:
+    falling = {eps: np.arange(100) < left for eps, left in ((0.0, 99), (0.1, 60), (0.5, 8), (1.0, 0))}
+    assert health.check_growth(falling).passed
+    assert not health.check_growth(falling | {1.0: np.arange(100) < 30}).passed
+    rising = health.check_growth(falling | {0.5: np.arange(100) < 80})
+    assert not rising.passed
+    assert "eps 0.1 breaks" in rising.saw
+
+
+def test_check_5_flags_an_attack_that_was_stopped_early() -> None:
+    assert health.check_convergence(0, 50, 20).passed
+    assert health.check_convergence(1, 50, 20).passed
+    assert not health.check_convergence(5, 50, 20).passed
+
+
+def test_check_6_flags_a_sweep_that_left_something_out() -> None:
+    done = ["strong triangle:0.25", "strong triangle:2.5", "strong rectangular:1", SA_PGD]
+    assert health.check_sweep(done, "triangle:1").passed
+    for missing in done:
+        found = health.check_sweep([name for name in done if name != missing], "triangle:1")
+        assert not found.passed
+        assert missing in found.saw
 
 
 class Planted:
@@ -136,11 +201,11 @@ class Planted:
 
 @pytest.mark.parametrize(("zero", "bad", "passed"), [(0, 0, True), (5, 0, True), (6, 0, False), (0, 1, False)])
 def test_check_7_flags_gradients_that_vanish_or_explode(zero: int, bad: int, passed: bool) -> None:
-    monitor = health.GradientMonitor(Planted(zero, bad))
-    assert not health.check_gradients(monitor).passed  # nothing asked yet
+    assert not health.check_gradients(0, 0, 0).passed  # nothing asked
+    counter = Counter(Planted(zero, bad))
     x = np.zeros((100, 1, 2, 2), np.float32)
-    assert np.array_equal(monitor(x, np.zeros(100)).logits, np.zeros((100, 2)))
-    assert health.check_gradients(monitor).passed is passed
+    assert np.array_equal(counter(x, np.zeros(100)).logits, np.zeros((100, 2)))
+    assert health.check_gradients(counter.samples, counter.zero, counter.not_finite).passed is passed
 
 
 def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundle: Bundle) -> None:
@@ -159,9 +224,13 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
     def batch_dependent(x: np.ndarray) -> np.ndarray:
         return model(x) - model(x).mean(0)
 
+    def order_dependent(x: np.ndarray) -> np.ndarray:
+        return model(x) + np.arange(len(x), dtype=np.float32)[:, None] * np.eye(1, 10, dtype=np.float32) * 9
+
     assert health.check_function(model, model, x).passed
     assert "asked again" in health.check_function(Leaky(), model, x).saw
     assert "in two batches" in health.check_function(batch_dependent, batch_dependent, x).saw
+    assert "in reverse order" in health.check_function(order_dependent, order_dependent, x).saw
     stranger = health.check_function(model, lambda x: model(x) * 2, x)
     assert not stranger.passed
     assert "in a fresh process" in stranger.saw
@@ -176,10 +245,9 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
             return model(x) + np.eye(len(x), 10, dtype=np.float32)[:, :1] * np.float32(self.calls * 1e-3)
 
     assert "asked again" in health.check_function(Counting(), model, x).saw
-    gone = health.fresh_process(bundle.path / "nowhere", "onnxruntime-cpu", "fp32")
+    gone = Target(Bundle(bundle.path / "nowhere", bundle.manifest)).fresh()
     assert "it failed: error:" in health.check_function(model, gone, x).saw
-    fresh = health.fresh_process(bundle.path, "onnxruntime-cpu", "fp32")
-    assert compare(model(x[:5]), fresh(x[:5])).holds
+    assert compare(model(x[:5]), Target(bundle).fresh()(x[:5])).holds
 
 
 def test_check_9_flags_an_empty_comparison() -> None:
@@ -188,69 +256,36 @@ def test_check_9_flags_an_empty_comparison() -> None:
     assert not compare(np.zeros((0, 10), np.float32), np.zeros((0, 10), np.float32)).holds
 
 
-# The gate.
-
-
-def rows(reference: list[int], artefact: list[int]) -> list[Row]:
-    arrays = np.array(reference, bool), np.array(artefact, bool)
-    return [Row.of(name, "", *arrays) for name in ("clean", "worst")]
-
-
-def test_gate_counts_paired_flips_not_percentages() -> None:
-    swapped = rows([1] * 50 + [0] * 50, [0] * 2 + [1] * 48 + [1] * 2 + [0] * 48)
-    assert swapped[0].reference.accuracy == swapped[0].artefact.accuracy
-    assert Gate(max_newly_wrong=0.02).failures(swapped) == []
-    assert len(Gate(max_newly_wrong=0.01).failures(swapped)) == 2
-    assert Gate(max_newly_wrong=0.0).failures(rows([1, 0], [1, 1])) == []
-
-
-def test_gate_floors() -> None:
-    even = rows([1] * 80 + [0] * 20, [1] * 80 + [0] * 20)
-    assert Gate(min_clean=0.8, min_attacked=0.8).failures(even) == []
-    (failure,) = Gate(min_attacked=0.81).failures(even)
-    assert failure.startswith("worst: accuracy 80.00%")
-
-
-def test_gate_files(tmp_path: Path) -> None:
-    file = tmp_path / "gate.toml"
-    file.write_text("min_clean = 0.5")
-    assert load_gate(file) == Gate(min_clean=0.5)
-    assert load_gate(None) == Gate()
-    assert load_gate(Path(__file__).parent.parent / "export" / "gates" / "strict.toml").max_newly_wrong == 0
-    for text, expected in (
-        ("min_claen = 0.5", "unknown key 'min_claen'"),
-        ("min_clean = 2", "min_clean"),
-        ("=", "TOML"),
-    ):
-        file.write_text(text)
-        with pytest.raises(InputError, match=expected):
-            load_gate(file)
-    with pytest.raises(InputError, match="cannot read"):
-        load_gate(tmp_path / "no.toml")
+def test_check_12_flags_probabilities_and_counts() -> None:
+    logits = np.random.default_rng(0).normal(size=(100, 10)).astype(np.float32)
+    assert health.check_logits(logits).passed
+    softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert "probabilities" in health.check_logits(softmax).saw
+    assert "counts" in health.check_logits(np.rint(logits * 4) / 4).saw
 
 
 # Exit codes of the command, on real bundles.
 
 
 def test_exit_code_0_and_1(bundle: Bundle, tmp_path: Path) -> None:
-    done = mpdsgr("validate", bundle.path, "--limit", 40, "--report", tmp_path / "r", "--json")
+    (tmp_path / "gate.toml").write_text("max_drop = 0.2")
+    arguments = ["--limit", 30, "--report", tmp_path / "r", "--gate", tmp_path / "gate.toml"]
+    done = mpdsgr("validate", bundle.path, *arguments, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows"][0]["n"] == 40
-    (tmp_path / "gate.toml").write_text("min_clean = 1.0\nmin_attacked = 1.0")
-    arguments = ["--limit", 40, "--report", tmp_path / "r", "--gate", tmp_path / "gate.toml"]
+    assert json.loads(done.stdout)["rows"][0]["n"] == 30
+    assert not (tmp_path / "r" / ".progress").exists()
+    (tmp_path / "gate.toml").write_text("max_drop = 0.2\nfloors = { clean = 1.0, worst = 1.0 }")
     done = mpdsgr("validate", bundle.path, *arguments)
     assert done.returncode == 1, done.stderr
     assert "FAIL" in done.stdout
     assert "below the floor" in done.stdout
-    assert ElementTree.parse(tmp_path / "r" / "junit.xml").getroot().get("failures") == "2"  # clean and worst
+    suite = ElementTree.parse(tmp_path / "r" / "junit.xml").getroot()
+    assert int(suite.get("failures")) >= 1
 
 
 def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, tmp_path: Path) -> None:
-    """Weights of the artefact perturbed, golden logits made to match: only comparing verdicts can tell."""
-    import onnx
-    from onnx import numpy_helper
-
-    from mpdsgr_deploy.runtime import OnnxRuntime
+    """Weights of the artefact perturbed, golden logits and attack graph made to match: only the reference can tell."""
+    from mpdsgr_deploy.attack_graph import derived
 
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
     network = onnx.load(path / "model.fp32.onnx")
@@ -258,40 +293,40 @@ def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, 
     noise = np.random.default_rng(0).normal(0, 0.3, tuple(readout.dims)).astype(np.float32)
     readout.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(readout) + noise, readout.name))
     onnx.save(network, path / "model.fp32.onnx")
+    (path / "attack.fp32.onnx").write_bytes(derived(path / "model.fp32.onnx", "triangle"))
     inputs, _ = bundle.golden()
     with OnnxRuntime(path / "model.fp32.onnx") as broken:
         np.savez(path / "golden.npz", inputs=inputs, fp32=broken(inputs))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"] |= {name: sha256(path / name) for name in ("model.fp32.onnx", "golden.npz")}
+    changed = ("model.fp32.onnx", "attack.fp32.onnx", "golden.npz")
+    manifest["files"] |= {name: sha256(path / name) for name in changed}
     manifest["digest"] = Manifest.model_validate(manifest).computed_digest()
     (path / "manifest.json").write_text(json.dumps(manifest))
-    found = validate(open_bundle(path), backend="onnxruntime-cpu")
+    found = validate(Target(open_bundle(path)))
     assert found.verdict == "fail"
     assert any("newly wrong" in reason for reason in found.reasons)
+    assert any("does not answer as the exported network did" in reason for reason in found.reasons)
 
 
 def test_a_masked_gradient_is_an_invalid_evaluation(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 3: a reference whose gradient is zero for most images must not be certified as robust."""
-    real = TorchModel.attacker
+    """Exit code 3: an artefact whose gradient is zero for most images must not be certified as robust."""
+    real = GraphAttacker.__call__
 
-    def masked(self: TorchModel, *arguments: object, **options: object) -> Differentiable:
-        attacker = real(self, *arguments, **options)
+    def masked(self: GraphAttacker, x: np.ndarray, y: np.ndarray) -> Gradient:
+        found = real(self, x, y)
+        return found._replace(gradient=np.where(np.arange(len(x))[:, None, None, None] % 3 == 0, found.gradient, 0))
 
-        def gradient(x: np.ndarray, y: np.ndarray) -> Gradient:
-            found = attacker(x, y)
-            return found._replace(gradient=np.where(np.arange(len(x))[:, None, None, None] % 3 == 0, found.gradient, 0))
-
-        return gradient
-
-    monkeypatch.setattr(TorchModel, "attacker", masked)
-    found = validate(bundle, backend="onnxruntime-cpu", limit=30)
+    monkeypatch.setattr(GraphAttacker, "__call__", masked)
+    found = validate(Target(bundle), gate=LOOSE, limit=30)
     assert found.verdict == "invalid"
-    assert found.reasons[0].startswith("check 7")
+    assert any(reason.startswith("check 7") for reason in found.reasons)
 
 
 def test_data_of_another_kind_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     shuffled = Bundle(bundle.path, bundle.manifest.model_copy(update={"labels": bundle.manifest.labels[::-1]}))
     with pytest.raises(InputError, match="not what the network was made for"):
-        validate(shuffled, backend="onnxruntime-cpu")
+        validate(Target(shuffled), root=str(tmp_path))
     with pytest.raises(InputError, match="download=True"):
-        validate(bundle, backend="onnxruntime-cpu", data="cifar10", root=str(tmp_path))
+        validate(Target(bundle), data="cifar10", root=str(tmp_path))
+    with pytest.raises(InputError, match="the bundle carries 100 test images, not 101"):
+        validate(Target(bundle), limit=101)

@@ -1,12 +1,25 @@
 """The attack graph: an exported network with its losses and their gradient in the images, derived from its ONNX nodes.
 
-    attack_graph(network, "triangle")      ModelProto to ModelProto; see there for inputs and outputs
+    attack_graph(network, "triangle")             ModelProto to ModelProto; see there for inputs and outputs
+    derived(path, "triangle")                     the same from a file, as the bytes of one
+    derived_attack_graph(bundle, "fp32")          what the bundle's attack.fp32.onnx must be, byte by byte
 
 Reverse-mode differentiation without torch: whoever holds model.P.onnx can derive attack.P.onnx again, byte by byte, so
 that nobody has to trust the stored one. `mpdsgr_deploy.runtime.GraphAttacker` runs it.
 """
 
 from mpdsgr_deploy.attack_graph.derive import attack_graph, derived, read
-from mpdsgr_deploy.attack_graph.surrogates import ADAPTIVE, RATE, parse_surrogate
+from mpdsgr_deploy.attack_graph.stored import derived_attack_graph, trained_surrogate
+from mpdsgr_deploy.attack_graph.surrogates import ADAPTIVE, RATE, parse_surrogate, scaled
 
-__all__ = ["ADAPTIVE", "RATE", "attack_graph", "derived", "parse_surrogate", "read"]
+__all__ = [
+    "ADAPTIVE",
+    "RATE",
+    "attack_graph",
+    "derived",
+    "derived_attack_graph",
+    "parse_surrogate",
+    "read",
+    "scaled",
+    "trained_surrogate",
+]

@@ -131,7 +131,7 @@ def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | N
     x, y = _plane(tape, node, node.input[0]), _plane(tape, node, node.output[0])
     if attribute(node, "strides", ()) != kernel or any(attribute(node, "pads", ())) or attribute(node, "ceil_mode", 0):
         raise refuse(node, "does not average windows side by side without padding")
-    share = tape.emit("Mul", _one(cotangents), tape.constant(1 / prod(kernel)))
+    share = _scaled(tape, _one(cotangents), 1 / prod(kernel))
     scales = tape.constant([1, 1, *kernel])
     options = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
     spread = tape.emit("Resize", share, "", scales, **options)
@@ -140,6 +140,17 @@ def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | N
         pads = tape.integers(*(0,) * len(left), *left)
         spread = tape.emit("Pad", spread, pads, "", tape.integers(*range(2, len(x) + 2)))
     tape.give(node.input[0], spread)
+
+
+def _scaled(tape: Tape, cotangent: str, factor: float) -> str:
+    """factor * cotangent. Right behind a product its weights are scaled instead: once, not in every run."""
+    last = tape.graph.node[-1]
+    if last.op_type not in ("Conv", "Gemm") or last.output[0] != cotangent:
+        return tape.emit("Mul", cotangent, tape.constant(factor))
+    product = tape.graph.node.pop()
+    product.input[1] = tape.emit("Mul", product.input[1], tape.constant(factor))
+    tape.graph.node.append(product)
+    return cotangent
 
 
 def _reduce(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:

@@ -99,6 +99,15 @@ WIDTHS = {
 }
 
 
+NARROWS = {"sigmoid", "superspike"}  # the larger their width here, the narrower their window
+
+
+def scaled(name: str, factor: float) -> str:
+    """The surrogate with a window `factor` times as wide: "triangle:1" scaled by 0.25 is "triangle:0.25"."""
+    kind, width = parse_surrogate(name)
+    return f"{kind}:{width / factor if kind in NARROWS else width * factor:g}"
+
+
 def parse_surrogate(name: str) -> Surrogate:
     """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default.
 

@@ -9,8 +9,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.suite import GAUSSIAN, UNIFORM, Attacked, Batch, Condition
+from mpdsgr_deploy.attacks.suite import GAUSSIAN, UNIFORM, Attacked, Batch, Condition, Suite
 from mpdsgr_deploy.files import atomic_file
+from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.protocols import Predictor
 
 Classes = NDArray[np.int64]
@@ -89,7 +90,7 @@ def _carry_out(
     images, predicted = batch.x.copy(), before.copy()
     if not len(chosen):
         return Attacked(images), predicted
-    found = attack(Batch(batch.x[chosen], batch.y[chosen], batch.places[chosen]))
+    found = attack(batch.rows(chosen))
     images[chosen] = found.images
     predicted[chosen] = network(images[chosen]).argmax(1)
     return found._replace(images=images), predicted
@@ -100,3 +101,16 @@ def gather(parts: list[Part]) -> tuple[Attacked, Classes]:
     counts = np.sum([part.attacked[1:] for part in parts], axis=0)
     attacked = Attacked(np.concatenate([part.attacked.images for part in parts]), *map(int, counts))
     return attacked, np.concatenate([part.predicted for part in parts])
+
+
+def outcomes(
+    suite: Suite, x: NDArray[np.float32], y: Classes, clean: Classes, *, batch_size: int, of: str = ""
+) -> Iterator[tuple[Condition, Attacked, Classes]]:
+    """Every condition of a suite on images x [N, C, H, W] with classes y [N]: attacked images, and what its network
+    takes them for [N]. `clean` as in `run`; `of` begins what progress is called.
+    """
+    for condition in suite.conditions():
+        parts = run(condition, x, y, suite.network, clean, batch_size=batch_size)
+        attacked, predicted = gather(list(track(parts, f"{of}{condition.name}", -(-len(y) // batch_size))))
+        log.info("%-24s  %5.1f %%", f"{of}{condition.name}", 100 * (predicted == y).mean())
+        yield condition, attacked, predicted

@@ -13,14 +13,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import ADAPTIVE
+from mpdsgr_deploy.attack_graph import ADAPTIVE, scaled
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import Keep, bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.attacks.square import square
-from mpdsgr_deploy.attacks.surrogate_names import scaled
 from mpdsgr_deploy.attacks.tiers import Tier
 from mpdsgr_deploy.protocols import Adaptive, Array, Differentiable, Gradient, State
 from mpdsgr_deploy.recipe import Attack
@@ -38,6 +37,7 @@ SA_PGD, APGD_CE, APGD_DLR, SQUARE, CW, WORST = (
 )
 TRANSFER = "transfer"
 CW_STEPS, CW_SEARCHES = 100, 5
+ADAPTING = 32  # images at a time: an adaptive surrogate remembers two numbers a neuron, step and image
 # The order in which accuracy must not rise, weakest attack first.
 BY_STRENGTH = (UNIFORM, FGSM, PGD, STRONG, WORST)
 
@@ -72,6 +72,10 @@ class Batch(NamedTuple):
     x: Floats
     y: NDArray[np.int64]
     places: NDArray[np.int64]
+
+    def rows(self, chosen: slice | NDArray[np.int64]) -> "Batch":
+        """Some of them."""
+        return Batch(self.x[chosen], self.y[chosen], self.places[chosen])
 
 
 class Attacked(NamedTuple):
@@ -182,11 +186,11 @@ class Suite:
         seed: int,
         transfer: Mapping[str, Source] = MappingProxyType({}),
     ) -> None:
-        self._source, self._network, self._attack, self._plan = network, network.network, attack, plan
+        self._source, self.network, self._attack, self._plan = network, network.network, attack, plan
         self.eps, self.strong_steps = attack.eps, plan.strong_steps
         self._seed, self._transfer = seed, transfer
-        self._draws = attack.draws if self._network.stochastic else 1
-        self._keep: Literal["broken", "worst"] = "worst" if self._network.stochastic else "broken"
+        self._draws = attack.draws if self.network.stochastic else 1
+        self._keep: Literal["broken", "worst"] = "worst" if self.network.stochastic else "broken"
 
     def conditions(self) -> Iterator[Condition]:
         """All of them, weak ones first."""
@@ -258,16 +262,17 @@ class Suite:
 
         @contextmanager
         def opened() -> Iterator[Callable[[Batch], Attacked]]:
-            with self._network.adaptive(draws=self._draws) as target:
+            with self.network.adaptive(draws=self._draws) as target:
 
-                def attack(batch: Batch) -> Attacked:
+                def part(counted: Counter, batch: Batch) -> Floats:
                     drawn = self._starts(SA_PGD, batch)
-                    return self._counted(
-                        target,
-                        lambda t: sa_pgd(t, batch.x, batch.y, eps=eps, steps=steps, draw=drawn, keep=self._keep),
-                    )
+                    return sa_pgd(counted, batch.x, batch.y, eps=eps, steps=steps, draw=drawn, keep=self._keep)
 
-                yield attack
+                def run(counted: Counter, batch: Batch) -> Floats:
+                    cuts = [slice(start, start + ADAPTING) for start in range(0, len(batch.y), ADAPTING)]
+                    return np.concatenate([part(counted, batch.rows(cut)) for cut in cuts])
+
+                yield lambda batch: self._counted(target, lambda counted: run(counted, batch))
 
         settings = f"SA-PGD, eps {eps:.4g}, {steps} steps, surrogates as wide as each neuron's potentials are spread"
         return Condition(SA_PGD, settings, eps, steps + 1, opened, ADAPTIVE)
@@ -287,7 +292,7 @@ class Suite:
 
         def attack(batch: Batch) -> Attacked:
             found = square(
-                self._network, batch.x, batch.y, eps=eps, queries=queries, seed=self._seed, indices=batch.places
+                self.network, batch.x, batch.y, eps=eps, queries=queries, seed=self._seed, indices=batch.places
             )
             return Attacked(found.images, int(found.queries.sum()))
 
@@ -321,7 +326,7 @@ class Suite:
             with source.network.attacker(source.trained, loss=loss, draws=self._draws) as target:
                 yield lambda batch: self._counted(target, lambda t: run(t, batch))
 
-        own = source.trained if source.network is self._network else None
+        own = source.trained if source.network is self.network else None
         return Condition(name, settings, eps, cost * self._draws, opened, own)
 
     def _counted(self, target: Differentiable | Adaptive, run: Callable[[Counter], Floats]) -> Attacked:

@@ -11,7 +11,6 @@ from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report, claim_report, write_report
 
 RECIPES = {"REG": "digits-reg", "MPD-SGR": "digits-mpdsgr"}
-DEMO_IMAGES = 300
 SHOWN = ("clean", "gaussian", "uniform", "fgsm", "pgd-strong", "worst")
 
 
@@ -43,7 +42,7 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
         train(load_recipe(find_recipe(name)), folder / "run", resume=True)
         export(folder / "run", folder / "bundle")
         target = Target(open_bundle(folder / "bundle"))
-        reports[method] = validate(target, limit=DEMO_IMAGES, report_dir=folder / "report")
+        reports[method] = validate(target, report_dir=folder / "report")
         pages[method] = write_report(reports[method], folder / "report")
     if as_json:
         print_json({method: report.model_dump() for method, report in reports.items()})

@@ -16,12 +16,8 @@ from mpdsgr_deploy.lookup import need
 @click.option("--max-drop", type=click.FloatRange(0, 1), help="Largest loss of accuracy of each, clean and attacked.")
 @click.option("--root", help="Where the data set lies, for accuracy and golden inputs.  [default: the recipe's]")
 @click.option("--limit", type=click.IntRange(1), help="Measure accuracy on the first so many test images only.")
-@click.option(
-    "--tier", default="commit", show_default=True, help=f"How hard the reference is attacked: {', '.join(TIERS)}."
-)
-@click.option(
-    "--images", type=click.IntRange(0), default=1000, show_default=True, help="Test images to carry in the bundle."
-)
+@click.option("--tier", help=f"How hard the reference is attacked: {', '.join(TIERS)}.  [default: the recipe's gate's]")
+@click.option("--images/--no-images", default=True, show_default=True, help="Carry the test images in the bundle.")
 @json_option
 def command(
     checkpoint: Path,
@@ -30,8 +26,8 @@ def command(
     max_drop: float | None,
     root: str | None,
     limit: int | None,
-    tier: str,
-    images: int,
+    tier: str | None,
+    images: bool,
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT (a training run or one of its checkpoints) into a deployment bundle.
@@ -39,7 +35,7 @@ def command(
     The ONNX file is compared with the torch model before anything is written. Other precisions also meet attacked
     images. The torch network is attacked as `mpdsgr validate` will attack the artefact, and its verdicts go into the
     bundle as the reference, with the test images, so that a machine without torch and data set can validate it (leave
-    them out with --images 0 where their licence asks for it).
+    them out with --no-images where their licence asks for it). --tier release takes 1,000 images and stronger attacks.
 
     With --max-drop 0.005 none may lose more than half a point of accuracy: layers go back to fp16 (those of
     fp16 to fp32), the worst first, until that holds.
@@ -47,13 +43,21 @@ def command(
     \b
     Example:
       mpdsgr export runs/digits-mpdsgr --out bundles/digits --precision fp16,int8
+      mpdsgr export runs/vgg11 --out bundles/vgg11 --precision int8 --tier release --root data
     """
     need("onnxscript", "train")
     from mpdsgr_deploy.export import export
 
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
     bundle = export(
-        checkpoint, out, precisions=precisions, max_drop=max_drop, root=root, limit=limit, tier=tier, carried=images
+        checkpoint,
+        out,
+        precisions=precisions,
+        max_drop=max_drop,
+        root=root,
+        limit=limit,
+        tier=tier,
+        carry_images=images,
     )
     variants = bundle.manifest.variants
     if as_json:

@@ -87,14 +87,14 @@ def print_report(report: Report) -> None:
     rows = [
         (
             row.name,
-            percent(row.reference) if row.reference else "-",
+            f"{100 * row.reference.accuracy:.1f}" if row.reference else "-",
             percent(row.artefact),
-            row.flips.newly_wrong if row.flips else "-",
-            row.n,
+            f"{row.flips.newly_wrong} / {row.flips.newly_right}" if row.flips else "-",
+            f"{row.evaluations:.0f}",
         )
         for row in report.rows
     ]
-    columns = ("condition", "torch % [95 %]", "artefact % [95 %]", "newly wrong", "n")
+    columns = ("condition", "torch %", "artefact % [95 %]", "newly wrong / right", "cost")
     print_table(columns, rows, f"{report.bundle}: {report.precision} on {report.backend}, {report.images}")
     click.echo(f"verdict: {report.verdict.upper()}")
     for reason in report.reasons:

@@ -10,8 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import derived
-from mpdsgr_deploy.attacks.surrogate_names import trained
+from mpdsgr_deploy.attack_graph import derived, trained_surrogate
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_network
@@ -19,7 +18,7 @@ from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, save, to_graph
 from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
-from mpdsgr_deploy.export.promise import MOST_IMAGES, measure
+from mpdsgr_deploy.export.promise import measure
 from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.export.trial import Trial
 from mpdsgr_deploy.lookup import choose
@@ -44,17 +43,17 @@ def export(
     max_drop: float | None = None,
     root: str | None = None,
     limit: int | None = None,
-    tier: str = "commit",
-    carried: int = MOST_IMAGES,
+    tier: str | None = None,
+    carry_images: bool = True,
 ) -> Bundle:
     """Write the bundle of a checkpoint (or of a training run: its best one) to directory `out`.
 
     It has float32 and `precisions`. max_drop bounds what each of those may lose of float32's accuracy on clean and on
     attacked images, as a share of them; layers go back to a finer precision until it holds. root overrides where the
-    data set lies, limit the number of test images accuracy is measured on (default: the recipe's). tier: how hard the
-    torch network is attacked for the reference that `validate` holds the artefact against, on 1,000 of these images at
-    most; the first `carried` of them are put into the bundle. Without the data set the bundle is written all the same,
-    with noise as golden inputs, no accuracy and no reference.
+    data set lies, limit the number of test images accuracy is measured on (default: the recipe's). tier: how hard, and
+    on how many of these images, the torch network is attacked for the reference that `validate` holds the artefact
+    against (default: the tier of the recipe's gate); carry_images: these images go into the bundle too. Without the
+    data set the bundle is written all the same, with noise as golden inputs, no accuracy and no reference.
 
     Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
     other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
@@ -63,12 +62,13 @@ def export(
     variants = list(dict.fromkeys(["fp32", *precisions]))
     for name in variants:
         choose("precision", dict.fromkeys(PRECISIONS), name)
-    choose("tier", TIERS, tier)
     if max_drop is not None and len(variants) == 1:
         raise InputError("--max-drop bounds what other precisions than fp32 lose; name them with --precision")
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir)
     checkpoint, model = load_network(source)
+    tier = tier or checkpoint.recipe.gate.tier
+    asked = choose("tier", TIERS, tier).images
     images = _test_images(checkpoint, root, limit)
     if images is None and max_drop is not None:
         raise InputError("--max-drop needs the data set's test images; say with --root where they are")
@@ -98,9 +98,10 @@ def export(
         written = {name: _with_attack(variant, name, scratch, checkpoint.recipe) for name, variant in written.items()}
         promise = None
         if images is not None:
-            promise = _promise(reference, checkpoint.recipe, images[:MOST_IMAGES], tier, written, scratch)
-            if carried:
-                save_images(images[:carried], scratch / IMAGES)
+            promised = images[:asked]
+            promise = _promise(reference, checkpoint.recipe, promised, tier, written, scratch)
+            if carry_images:
+                save_images(promised, scratch / IMAGES)
         rows = _golden_rows(expected, found, [*logits.values()])
         arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
         np.savez(scratch / GOLDEN, **arrays)
@@ -123,7 +124,7 @@ def export(
 def _with_attack(variant: Variant, precision: str, folder: Path, recipe: Recipe) -> Variant:
     """Write the variant's attack graph, through the surrogate of training."""
     file = f"attack.{precision}.onnx"
-    (folder / file).write_bytes(derived(folder / variant.file, trained(recipe.neuron)))
+    (folder / file).write_bytes(derived(folder / variant.file, trained_surrogate(recipe)))
     return variant.model_copy(update={"attack": file})
 
 

@@ -1,36 +1,30 @@
 """What a bundle promises: the torch network attacked on the test images, as the artefact will be when validated."""
 
-from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attack_graph import trained_surrogate
+from mpdsgr_deploy.attacks.run import outcomes
 from mpdsgr_deploy.attacks.suite import CLEAN, WORST, Source, Suite, tier_plan
-from mpdsgr_deploy.attacks.surrogate_names import trained
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
-from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import Promise, Reference, digests
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 
-MOST_IMAGES = 1000  # as many as tier release takes
-
 
 def measure(model: TorchModel, recipe: Recipe, images: Images, tier: str) -> tuple[Promise, Reference]:
     """Attack the torch network with everything a tier has; logits of other precisions are added by the caller."""
     network = TorchNetwork(model)
-    attack, size, surrogate = recipe.attack, recipe.validation.batch_size, trained(recipe.neuron)
+    attack, size, surrogate = recipe.attack, recipe.validation.batch_size, trained_surrogate(recipe)
     plan = tier_plan(TIERS[tier], attack, surrogate)
     suite = Suite(Source(network, surrogate), attack, plan, seed=recipe.validation.seed)
     x, y = images.unit(), images.classes
     logits = predict(network, x, size, "clean")
     clean = logits.argmax(1)
     verdicts, worst = {CLEAN: clean == y}, clean == y
-    for condition in suite.conditions():
-        parts = run(condition, x, y, network, clean, batch_size=size)
-        _, predicted = gather(list(track(parts, f"torch, {condition.name}", -(-len(y) // size))))
+    for condition, _, predicted in outcomes(suite, x, y, clean, batch_size=size, of="torch, "):
         verdicts[condition.name] = predicted == y
         if condition.eps is not None:
             worst = worst & verdicts[condition.name]
-        log.info("torch, %-22s  %5.1f %%", condition.name, 100 * verdicts[condition.name].mean())
     verdicts[WORST] = worst
     promise = Promise(
         data=recipe.data.name,

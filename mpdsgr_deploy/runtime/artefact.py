@@ -18,36 +18,30 @@ LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
 class Artefact:
     """One precision of a bundle as `attacks.suite.Network` asks: `predictor` answers, the attack graph differentiates.
 
-    provider: where gradients are computed. An attacker draws noise of its own, never that of the answers.
+    provider: of onnxruntime, where gradients are computed. An attacker draws noise of its own, not that of the answers.
     """
 
     def __init__(self, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> None:
-        self._manifest, self._model = bundle.manifest, bundle.variant(precision)
-        self._predictor, self._provider = predictor, provider
+        self._bundle, self._precision, self._predictor, self._provider = bundle, precision, predictor, provider
 
     @property
     def stochastic(self) -> bool:
         """Whether the network draws noise."""
-        return bool(self._manifest.noise)
+        return bool(self._bundle.manifest.noise)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._predictor(x)
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
         """Raises InputError for an unknown surrogate, or a loss that attack graphs do not have."""
-        return self._open(surrogate, choose("loss of attack graphs", LOSSES, loss), draws)
+        kind = choose("loss of attack graphs", LOSSES, loss)
+        return self._open(surrogate, kind, draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
         """Through surrogates that adapt."""
         return self._open(ADAPTIVE, "ce", draws)
 
     def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
-        return GraphAttacker(
-            self._model,
-            surrogate,
-            loss=loss,
-            noise=self._manifest.noise,
-            seed=self._manifest.recipe.validation.seed,
-            draws=draws,
-            provider=self._provider,
+        return GraphAttacker.from_bundle(
+            self._bundle, self._precision, surrogate, loss=loss, draws=draws, provider=self._provider
         )

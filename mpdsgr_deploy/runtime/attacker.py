@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import attack_graph, parse_surrogate, read
-from mpdsgr_deploy.bundle import NoiseInput
+from mpdsgr_deploy.attack_graph import attack_graph, parse_surrogate, read, trained_surrogate
+from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.protocols import Gradient, State
 from mpdsgr_deploy.runtime.images import check_images
@@ -61,6 +61,32 @@ class GraphAttacker:
         }
         self._outputs = [self._session.outputs[0], loss, "gradient", *(f"{name}{NEW}" for name in self._states)]
         self._chunk = settings.chunk or CHUNK
+
+    @classmethod
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        precision: str = "fp32",
+        surrogate: str | None = None,
+        *,
+        loss: Loss = "ce",
+        draws: int | None = None,
+        seed: int | None = None,
+        provider: str = CPU,
+        settings: Settings | None = None,
+    ) -> Self:
+        """The attacker of one precision; None: the surrogate of training, the recipe's draws and seed."""
+        recipe = bundle.manifest.recipe
+        return cls(
+            bundle.variant(precision),
+            surrogate or trained_surrogate(recipe),
+            loss=loss,
+            noise=bundle.manifest.noise,
+            seed=recipe.validation.seed if seed is None else seed,
+            draws=recipe.attack.draws if draws is None else draws,
+            provider=provider,
+            settings=settings,
+        )
 
     def __call__(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
         """Images x [B, C, H, W] in [0, 1] and classes y [B]; `adaptive` as at the first step of an attack."""

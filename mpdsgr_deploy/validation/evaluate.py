@@ -5,13 +5,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attack_graph import trained_surrogate
+from mpdsgr_deploy.attacks.run import outcomes
 from mpdsgr_deploy.attacks.suite import CLEAN, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan
-from mpdsgr_deploy.attacks.surrogate_names import trained
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
@@ -58,7 +57,7 @@ def evaluate(
     a damaged checkpoint.
     """
     checkpoint, model = load_network(find_checkpoint(checkpoint_dir))
-    surrogate = trained(checkpoint.recipe.neuron)
+    surrogate = trained_surrogate(checkpoint.recipe)
     recipe = recipe or checkpoint.recipe
     data = recipe.data.at(root)
     images = load_test(data)[: limit or recipe.validation.limit]
@@ -84,9 +83,7 @@ def _measured(network: Source, suite: Suite, images: Images, size: int, rule: st
     faults: list[str] = []
     samples = zero = not_finite = 0
     worst = clean == y
-    for condition in suite.conditions():
-        parts = run(condition, x, y, network.network, clean, batch_size=size)
-        attacked, predicted = gather(list(track(parts, condition.name, -(-n // size))))
+    for condition, attacked, predicted in outcomes(suite, x, y, clean, batch_size=size):
         verdicts[condition.name] = predicted == y
         if condition.eps is not None:
             worst &= predicted == y
@@ -96,7 +93,6 @@ def _measured(network: Source, suite: Suite, images: Images, size: int, rule: st
         faults += health.budget_faults(condition.name, x, attacked.images, condition.eps)
         score = Score.of(predicted == y)
         rows.append(EvaluatedRow(name=condition.name, settings=condition.settings, n=n, score=score))
-        log.info("%-22s  %5.1f %%", condition.name, 100 * score.accuracy)
     verdicts[WORST] = worst
     rows.append(EvaluatedRow(name=WORST, settings="right under every condition within eps", n=n, score=Score.of(worst)))
     white = [name for name in verdicts if name.startswith((STRONG, "strong"))]
@@ -118,5 +114,5 @@ def other_network(checkpoint_dir: Path, images: Images) -> Source:
         raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
     network = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
     return Source(
-        TorchNetwork(TorchModel(network, found.shape, found.recipe.validation.seed)), trained(found.recipe.neuron)
+        TorchNetwork(TorchModel(network, found.shape, found.recipe.validation.seed)), trained_surrogate(found.recipe)
     )

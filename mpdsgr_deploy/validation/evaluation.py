@@ -173,12 +173,10 @@ class Evaluation:
         probe = Probe(self.suite, self.artefact, x, y, clean, batch_size=self.size, journal=self.journal)
         grown = probe.growth(self.suite.eps, self.target.trained)
         self.curves = [Curve(attack=name, points=_points(verdicts)) for name, verdicts in grown.items()]
-        through = {
-            c.surrogate: self._verdicts[c.name].mean() for c in self.conditions if c.name.startswith(("strong", STRONG))
-        }
-        strongest = min((name for name in through if name and name != ADAPTIVE), key=lambda name: through[name])
+        strong = [c for c in self.conditions if c.name.startswith(("strong", STRONG)) and c.surrogate != ADAPTIVE]
+        strongest = min(strong, key=lambda c: self._verdicts[c.name].mean())
         steps = self.suite.strong_steps
-        broken = probe.convergence(strongest, steps, self.standing[part])
+        broken = probe.convergence(strongest.name, str(strongest.surrogate), steps, self.standing[part])
         self._probes = [
             health.check_growth(grown[STRONG]),
             health.check_convergence(broken, len(x), steps),
@@ -189,7 +187,6 @@ class Evaluation:
         gradients = self._gradients
         checks = [
             health.check_budget(self._faults, self.rule),
-            health.check_gradients(gradients.evaluations, gradients.zero, gradients.not_finite),
             health.check_function(self.artefact, self.target.fresh(), self.x),
             health.check_compared(self.n),
             health.check_attack_graph(self.target.attack_graph_faults()),
@@ -202,6 +199,7 @@ class Evaluation:
             checks += [
                 health.check_order(self._verdicts),
                 health.check_black_box(self._verdicts, black, white),
+                health.check_gradients(gradients.evaluations, gradients.zero, gradients.not_finite),
                 health.check_sweep(self._verdicts, self.target.trained),
                 *self._probes,
             ]
@@ -212,6 +210,7 @@ class Evaluation:
         bundle, precision = self.target.bundle, self.target.precision
         return [
             *failures(self.gate, self.rows),
+            *([self.stopped] if self.stopped else []),
             *fidelity.answer_faults(self.parity),
             *(fidelity.weight_faults(bundle, precision) if precision != "fp32" else []),
         ]

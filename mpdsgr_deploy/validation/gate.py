@@ -7,7 +7,6 @@ n images, all of them right, prove it where their 95 % Wilson interval begins ab
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,15 @@ def load_gate(path: Path) -> Gate:
     return gate
 
 
+def resolved(gate: Gate, n: int) -> Gate:
+    """The gate with what its tier adds, for n images: nothing in it is left open."""
+    max_drop = TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
+    return gate.model_copy(update={"images": n, "max_drop": max_drop})
+
+
 def limit(gate: Gate, name: str) -> float:
     """The drop of accuracy allowed in a condition."""
-    overall = TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
-    return gate.drops.get(name, overall)
+    return gate.drops.get(name, resolved(gate, 1).max_drop or 0.0)
 
 
 def fewest_images(gate: Gate, names: list[str]) -> int:
@@ -53,8 +57,8 @@ def check_gate(gate: Gate, names: list[str], n: int, with_reference: bool) -> No
     needed = fewest_images(gate, names if with_reference else [])
     if n < needed:
         raise InputError(
-            f"{n} images cannot decide this gate: it takes {needed} (validation.gate says why); use more with --limit "
-            f"or another tier, or allow more"
+            f"{n} images cannot decide this gate: it takes {needed} (validation.gate says why); use more (--limit, or "
+            f"--tier when exporting), or allow more"
         )
 
 
@@ -88,19 +92,10 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
     done = len(correct)
     floor = gate.floors.get(name)
     if floor is not None and correct.sum() + n - done < math.ceil(floor * n - 1e-9):
-        return f"after {done} of {n} images under {name} the floor {floor:.2%} cannot be reached any more"
+        return f"{name}: after {done} of {n} images the floor {floor:.2%} cannot be reached any more"
     if reference is not None:
         worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
         best = better + int((~reference[done:]).sum())  # every image left that the reference gets wrong comes out right
         if regressed(limit(gate, name), n, worse, best):
-            return f"after {done} of {n} images under {name} its drop cannot come back within the limit"
+            return f"{name}: after {done} of {n} images the drop cannot come back within the limit"
     return None
-
-
-def rules(gate: Gate, names: list[str], references: Mapping[str, Bools]) -> Iterator[str]:
-    """The rules in words, for people."""
-    for name in names:
-        if name in references:
-            yield f"{name}: accuracy at most {limit(gate, name):.2%} below the reference"
-        if name in gate.floors:
-            yield f"{name}: accuracy at least {gate.floors[name]:.2%}"

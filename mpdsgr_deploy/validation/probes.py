@@ -45,11 +45,11 @@ class Probe:
                 found[condition.name][radius] = self._verdicts(named, self._clean)
         return found
 
-    def convergence(self, surrogate: str, steps: int, standing: Bools) -> int:
-        """How many of the images `standing` [m] after all attacks twice the steps through `surrogate` break."""
-        condition = self._suite.strong(STRONG, surrogate, steps=2 * steps)
+    def convergence(self, name: str, surrogate: str, steps: int, standing: Bools) -> int:
+        """How many of the images `standing` [m] after all attacks the one called `name` breaks with twice the steps."""
+        condition = self._suite.strong(name, surrogate, steps=2 * steps)  # from the same random starts
         left = np.where(standing, self._clean, -1)  # what is broken already counts as wrong from the start
-        after = self._verdicts(condition._replace(name=f"{STRONG} {2 * steps} steps"), left)
+        after = self._verdicts(condition._replace(name=f"{name} {2 * steps} steps"), left)
         return int((standing & ~after).sum())
 
     def _verdicts(self, condition: Condition, clean: Classes) -> Bools:

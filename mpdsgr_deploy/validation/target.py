@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.attack_graph import derived_attack_graph, trained_surrogate
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source
-from mpdsgr_deploy.attacks.surrogate_names import trained
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import need
@@ -23,8 +22,10 @@ from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.artefact import Artefact
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.runtime.remote import RemoteModel
+from mpdsgr_deploy.runtime.session import CPU, CUDA
 
 REMOTE = "remote"
+ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # there gradients are computed beside the answers
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Target:
     @property
     def trained(self) -> str:
         """The surrogate the network was trained with."""
-        return trained(self.bundle.manifest.recipe.neuron)
+        return trained_surrogate(self.bundle.manifest.recipe)
 
     @contextmanager
     def open(self) -> Iterator[Artefact]:
@@ -48,8 +49,9 @@ class Target:
 
         Raises InputError and EvaluationError as `open_predictor` does.
         """
+        provider = CUDA if self.url is None and self.backend in ON_CUDA else CPU
         with self._predictor() as predictor:
-            yield Artefact(self.bundle, self.precision, predictor)
+            yield Artefact(self.bundle, self.precision, predictor, provider)
 
     def _predictor(self) -> AbstractContextManager[Predictor]:
         if self.url is None:
@@ -82,12 +84,10 @@ class Target:
 
     def attack_graph_faults(self) -> list[str]:
         """How the stored attack graph differs from the one that the network itself gives."""
-        variant = self.bundle.manifest.variants[self.precision]
-        if not variant.attack:
-            return ["the bundle holds none; export again"]
-        own = derived(self.bundle.variant(self.precision), self.trained)
-        stored = self.bundle.file(variant.attack).read_bytes()
-        return [] if own == stored else [f"{variant.attack} is not what {variant.file} gives"]
+        stored = self.bundle.attack(self.precision)
+        if stored.read_bytes() == derived_attack_graph(self.bundle, self.precision):
+            return []
+        return [f"{stored.name} is not what {self.bundle.variant(self.precision).name} gives"]
 
     def fresh(self) -> Predictor | None:
         """Answers from a new `mpdsgr predict` process for each batch; None for a server."""
@@ -114,7 +114,7 @@ def _other(path: Path, mine: Bundle) -> Iterator[Source]:
         bundle = open_bundle(path)
         _require_same(path, (bundle.manifest.input_shape, bundle.manifest.labels), mine)
         with open_predictor(bundle) as predictor:
-            yield Source(Artefact(bundle, "fp32", predictor), trained(bundle.manifest.recipe.neuron))
+            yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(bundle.manifest.recipe))
         return
     need("torch", "train")
     from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
@@ -123,7 +123,7 @@ def _other(path: Path, mine: Bundle) -> Iterator[Source]:
     checkpoint, network = load_network(find_checkpoint(path))
     _require_same(path, (checkpoint.shape, checkpoint.labels), mine)
     model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
-    yield Source(TorchNetwork(model), trained(checkpoint.recipe.neuron))
+    yield Source(TorchNetwork(model), trained_surrogate(checkpoint.recipe))
 
 
 def _require_same(path: Path, found: tuple[object, object], mine: Bundle) -> None:

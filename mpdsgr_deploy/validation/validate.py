@@ -12,7 +12,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import IMAGES, digests
 from mpdsgr_deploy.validation.evaluation import Evaluation
-from mpdsgr_deploy.validation.gate import check_gate
+from mpdsgr_deploy.validation.gate import check_gate, resolved
 from mpdsgr_deploy.validation.images import digest, evaluation_images
 from mpdsgr_deploy.validation.report import PROGRESS, Report, Verdict
 from mpdsgr_deploy.validation.target import REMOTE, Target
@@ -84,7 +84,7 @@ def validate(
         variants=evaluation.variants(),
         parity=evaluation.parity,
         health=health,
-        gate=gate,
+        gate=resolved(gate, len(images)),
         stopped=evaluation.stopped,
         seconds=round(time.monotonic() - started, 1),
         provenance=provenance(),
@@ -92,14 +92,19 @@ def validate(
 
 
 def chosen_images(target: Target, limit: int | None, usual: int | None, data: str | None, root: str | None) -> Images:
-    """The first `limit` test images; without a limit as many as usual, or as there are.
+    """The first `limit` test images; without a limit as many as usual, or as there are and the reference answered.
 
-    Raises InputError where there are fewer than `limit`, or none at all.
+    Raises InputError where there are fewer than `limit`.
     """
+    manifest = target.bundle.manifest
     images = evaluation_images(target.bundle, data, root)
-    if limit is not None and limit > len(images):
-        carried = data is None and root is None and IMAGES in target.bundle.manifest.files
-        where = "the bundle carries" if carried else "the data set has"
-        advice = "say with --root where the data set lies" if carried else "use fewer with --limit"
-        raise InputError(f"{where} {len(images)} test images, not {limit}; {advice}")
-    return images[: limit or usual or len(images)]
+    carried = data is None and root is None and IMAGES in manifest.files
+    counts = {"the bundle carries" if carried else "the data set has": len(images)}
+    if manifest.reference is not None and data in (None, manifest.recipe.data.name):
+        counts["the bundle's reference answered"] = manifest.reference.n
+    for what, count in counts.items():
+        if limit is not None and limit > count:
+            more = "say with --root where the data set lies" if carried else "use fewer with --limit"
+            advice = more if count == len(images) else "export again with more --limit or --tier"
+            raise InputError(f"{what} {count} test images, not {limit}; {advice}")
+    return images[: min([*counts.values(), limit or usual or len(images)])]

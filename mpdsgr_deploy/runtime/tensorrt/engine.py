@@ -82,6 +82,8 @@ def _profile(builder: Any, network: Any, batch: Batch) -> Any:
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
+        if not len(tensor.shape):  # a scalar, such as an attack graph's width
+            continue
         first, *rest = tensor.shape
         if first != -1 or -1 in rest:
             raise InputError(f"input {tensor.name} is {list(tensor.shape)}; only the first dimension may be dynamic")

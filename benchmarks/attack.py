@@ -1,0 +1,150 @@
+"""What a white-box attack costs: PGD through the attack graph in onnxruntime against PGD through torch, on a CPU.
+
+    python benchmarks/attack.py      writes benchmarks/results/attack.json and the table of benchmarks/README.md
+
+The same network with random weights, the same images, ten steps of PGD, the training surrogate. torch runs eagerly and
+computes no gradient of weights, which are frozen. The two take turns, the first of them changing, so that a busy
+machine disturbs them alike; the table shows medians, and medians of the paired ratios. Peak memory is that of a process
+which does nothing else than open one of them and attack once.
+"""
+
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import numpy as np
+import torch
+from networks import SHAPE, settled
+
+from mpdsgr_deploy.attacks import pgd
+from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.export.simplify import simplify
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.protocols import Differentiable
+from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import GraphAttacker
+from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.torch_model import TorchModel
+
+EPS, STEPS = 8 / 255, 10
+GRAPH, TORCH = "attack graph, onnxruntime", "torch, eager"
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, default=("vgg11", "wrn16-4", "vgg-small"), show_default=True)
+@click.option("--width", default=0.5, show_default=True, help="Of every model.")
+@click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default="one a core", type=click.IntRange(1))
+@click.option("--turns", default=5, show_default=True, type=click.IntRange(2))
+def main(models: tuple[str, ...], width: float, T: int, batch: int, threads: int, turns: int) -> None:
+    """Measure and publish."""
+    setting = {"width": width, "T": T, "batch": batch, "threads": threads, "steps": STEPS}
+    found = {name: measure(name, setting, turns) for name in models}
+    versions = {name: package_version(name) for name in ("torch", "onnxruntime")}
+    result = {"setting": setting, "models": found, "versions": versions, "provenance": provenance()}
+    figures.publish("attack", result, render(result))
+    click.echo(render(result))
+
+
+def measure(name: str, setting: dict[str, Any], turns: int) -> dict[str, Any]:
+    """Seconds of each attack in the order they were taken, peak bytes of each, and how far their gradients differ."""
+    torch.set_num_threads(setting["threads"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save(to_graph(simplify(network(name, setting)), SHAPE), path)
+        context = multiprocessing.get_context("spawn")
+        peaks = {}
+        for kind in (GRAPH, TORCH):
+            with context.Pool(1) as pool:
+                peaks[kind] = pool.apply(peak, (kind, name, setting, path))
+        targets = {kind: opened(kind, name, setting, path) for kind in (GRAPH, TORCH)}
+        x, y = images(setting["batch"])
+        gradients = [target(x, y).gradient for target in targets.values()]
+        differing = np.abs(gradients[0] - gradients[1]).max((1, 2, 3)) / np.abs(gradients[1]).max((1, 2, 3))
+        seconds: dict[str, list[float]] = {kind: [] for kind in targets}
+        for turn in range(turns):
+            for kind in list(targets)[:: 1 if turn % 2 else -1]:
+                seconds[kind].append(round(attack(targets[kind], setting), 6))
+    return {"seconds": seconds, "peak_bytes": peaks, "median_difference": float(np.median(differing))}
+
+
+def network(name: str, setting: dict[str, Any]) -> SpikingNet:
+    """The torch network, its weights frozen."""
+    values = {"model": {"name": name, "width": setting["width"]}, "encoding": {"T": setting["T"]}}
+    return settled(Recipe.model_validate(values)).requires_grad_(False)
+
+
+def opened(kind: str, name: str, setting: dict[str, Any], path: Path) -> Differentiable:
+    """What an attack asks for gradients, all images of a batch at once."""
+    if kind == TORCH:
+        return TorchModel(network(name, setting), SHAPE).attacker()
+    return GraphAttacker(path, "triangle", settings=Settings(threads=setting["threads"], chunk=setting["batch"]))
+
+
+def images(batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images and classes."""
+    return np.random.default_rng(0).random((batch, *SHAPE), np.float32), np.arange(batch) % 10
+
+
+def attack(target: Differentiable, setting: dict[str, Any]) -> float:
+    """Seconds of one attack."""
+    x, y = images(setting["batch"])
+    started = time.perf_counter()
+    pgd(target, x, y, eps=EPS, step=EPS / 4, steps=setting["steps"])
+    return time.perf_counter() - started
+
+
+def peak(kind: str, name: str, setting: dict[str, Any], path: Path) -> int:
+    """Bytes above what the process held before it opened the attacker."""
+    torch.set_num_threads(setting["threads"])
+    before = high_water()
+    attack(opened(kind, name, setting, path), {**setting, "steps": 1})
+    return high_water() - before
+
+
+def high_water() -> int:
+    """The most bytes this process has held. Not getrusage, which counts what its parent held before it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a Markdown table with its setting."""
+    setting = result["setting"]
+    lines = [
+        "| network | attacker | images/s | times torch | peak MiB | MiB per image |",
+        "|---" * 6 + "|",
+    ]
+    for name, found in result["models"].items():
+        for kind, seconds in found["seconds"].items():
+            ratios = [a / b for a, b in zip(found["seconds"][TORCH], seconds, strict=True)]
+            peak_mib = found["peak_bytes"][kind] / 2**20
+            cells = [name, kind, f"{setting['batch'] / statistics.median(seconds):.2f}"]
+            cells += [f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"]
+            cells += [f"{peak_mib:.0f}", f"{peak_mib / setting['batch']:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    turns = len(next(iter(result["models"].values()))["seconds"][TORCH])
+    versions = result["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"PGD of {setting['steps']} steps on {setting['batch']} images of 32x32, networks of width "
+            f"{setting['width']:g}, T = {setting['T']}, {setting['threads']} threads; medians [least, most] of {turns} "
+            f"paired turns; weights included in the peak. onnxruntime {versions['onnxruntime']}.",
+            figures.source(result),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
