@@ -23,7 +23,7 @@ from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.runtime import GraphAttacker, OnnxRuntime
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import Target, health, validate
-from mpdsgr_deploy.validation.statistics import mcnemar, wilson
+from mpdsgr_deploy.validation.statistics import exceeds, mcnemar, wilson
 
 LOOSE = Gate(max_drop=0.2)  # what 30 images can decide
 
@@ -116,6 +116,11 @@ def test_an_evaluation_stops_once_the_gate_cannot_be_passed(bundle: Bundle) -> N
     assert found.rows[3].n < 100
 
 
+@pytest.mark.parametrize(("k", "n", "share"), [(0, 50, 0.01), (4, 50, 0.01), (7, 200, 0.01), (50, 50, 0.9)])
+def test_exceeds_against_scipy(k: int, n: int, share: float) -> None:
+    assert exceeds(k, n, share) == pytest.approx(binomtest(k, n, share, alternative="greater").pvalue, abs=1e-12)
+
+
 # Health checks: each is shown the fault it exists for, and what is sound beside it.
 
 
@@ -173,7 +178,7 @@ def test_check_4_flags_accuracy_that_outlives_any_eps() -> None:
 
 def test_check_5_flags_an_attack_that_was_stopped_early() -> None:
     assert health.check_convergence(0, 50, 20).passed
-    assert health.check_convergence(1, 50, 20).passed
+    assert health.check_convergence(3, 50, 20).passed  # by chance one time in 70, where 1 % are left to break
     assert not health.check_convergence(5, 50, 20).passed
 
 
