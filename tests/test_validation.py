@@ -258,6 +258,7 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
 def test_check_9_flags_an_empty_comparison() -> None:
     assert health.check_compared(1).passed
     assert not health.check_compared(0).passed
+    assert not health.check_compared(100, "").passed
     assert not compare(np.zeros((0, 10), np.float32), np.zeros((0, 10), np.float32)).holds
 
 

@@ -188,7 +188,7 @@ class Evaluation:
         checks = [
             health.check_budget(self._faults, self.rule),
             health.check_function(self.artefact, self.target.fresh(), self.x),
-            health.check_compared(self.n),
+            health.check_compared(self.n, self._standard()),
             health.check_attack_graph(self.target.attack_graph_faults()),
             health.check_images(image_faults(self.data, self.images, self.reference), self.rule),
             health.check_logits(self.logits),
@@ -204,6 +204,10 @@ class Evaluation:
                 *self._probes,
             ]
         return sorted(checks, key=lambda check: check.number)
+
+    def _standard(self) -> str:
+        """What the artefact is held against, in words; nothing where there is nothing."""
+        return "the reference" if self.reference is not None else "floors" if self.gate.floors else ""
 
     def failures(self) -> list[str]:
         """What the artefact does worse than allowed, in a line each."""

@@ -201,15 +201,15 @@ def check_function(artefact: Predictor, fresh: Predictor | None, x: Floats) -> C
     )
 
 
-def check_compared(n: int) -> Check:
-    """Check 9: at least one image was compared."""
+def check_compared(n: int, against: str = "the reference") -> Check:
+    """Check 9: at least one image was compared, and with something; `against`: nothing if it is empty."""
     return Check(
         number=9,
         name="something was compared",
-        passed=n > 0,
-        saw=f"{n} images",
+        passed=n > 0 and bool(against),
+        saw=f"{n} images against {against or 'nothing: no reference answered them, and the gate has no floor'}",
         why="a comparison of nothing finds no difference",
-        advice="give a data set with test images, and a --limit above zero",
+        advice="give test images, and export with the data set at hand or write floors into the gate",
     )
 
 
