@@ -23,6 +23,7 @@ from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.runtime import GraphAttacker, OnnxRuntime
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import Target, health, validate
+from mpdsgr_deploy.validation.rows import Flips
 from mpdsgr_deploy.validation.statistics import exceeds, mcnemar, wilson
 
 LOOSE = Gate(max_drop=0.2)  # what 30 images can decide
@@ -62,7 +63,7 @@ def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) 
         assert int((bits[0] & ~bits[1]).sum()) == row.flips.newly_wrong
         everything &= bits[1] if row.eps is not None else True
     assert rows["worst"].artefact.correct == everything.sum()
-    assert [check.number for check in report.health] == list(range(1, 13))
+    assert [check.number for check in report.health] == list(range(1, 14))
     assert report.parity.holds
     assert report.artefact_sha256 == sha256(bundle.variant("fp32"))
     assert rows["fgsm"].evaluations == rows["clean"].artefact.accuracy  # one gradient for each image not wrong anyway
@@ -253,6 +254,13 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
     gone = Target(Bundle(bundle.path / "nowhere", bundle.manifest)).fresh()
     assert "it failed: error:" in health.check_function(model, gone, x).saw
     assert compare(model(x[:5]), Target(bundle).fresh()(x[:5])).holds
+
+
+def test_check_13_flags_an_artefact_that_gains_robustness() -> None:
+    for worse, better, passed in ((0, 5, True), (4, 12, True), (0, 7, False), (2, 30, False), (30, 2, True)):
+        flips = Flips(newly_wrong=worse, newly_right=better, p_value=1.0)
+        assert health.check_reach(flips, 100, 0.05).passed is passed
+    assert health.check_reach(None, 100, 0.05).passed
 
 
 def test_check_9_flags_an_empty_comparison() -> None:

@@ -1,7 +1,8 @@
 """Health checks: is the evaluation itself believable? One that failed makes the verdict invalid, never a pass.
 
-1 to 9 are those of the project's evaluation rules, in their order; 10 to 12 ask whether what is evaluated is what it
-says: the attack graph the network's own, the images those that were promised, the outputs logits.
+1 to 9 are those of the project's evaluation rules, in their order; 10 to 13 ask whether what is evaluated is what it
+says: the attack graph the network's own, the images those that were promised, the outputs logits, and the attack as
+strong as that on the reference.
 """
 
 import subprocess
@@ -17,6 +18,7 @@ from mpdsgr_deploy.attacks.suite import BY_STRENGTH, required
 from mpdsgr_deploy.attacks.suite import SA_PGD as ADAPTIVE
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.validation.rows import Flips
 from mpdsgr_deploy.validation.statistics import binomial_tail, exceeds
 
 EPS_SLACK = 1e-6  # float32 rounding of x + eps
@@ -253,4 +255,23 @@ def check_logits(logits: Floats) -> Check:
         saw="; ".join(faults) or f"{distinct} distinct values in {len(logits)} rows",
         why="a softmax saturates and counts have plateaus: gradients and queries then find nothing to follow",
         advice="export the linear readout's mean over time, before any softmax or count",
+    )
+
+
+def check_reach(flips: Flips | None, n: int, allowed: float) -> Check:
+    """Check 13: the artefact does not withstand all attacks better than the reference; flips: of the worst case.
+
+    None: the reference met other attacks. `allowed` is the gate's limit for a change the other way.
+    """
+    worse, better = (flips.newly_wrong, flips.newly_right) if flips else (0, 0)
+    p = binomial_tail(better, worse + better)
+    return Check(
+        number=13,
+        name="the attack reaches the artefact as it reached the reference",
+        passed=better - worse <= allowed * n + 1e-9 or p >= ORDER_P,
+        saw=f"in the worst case {better} of {n} images newly right, {worse} newly wrong (p = {p:.2g})"
+        if flips
+        else "the reference met other attacks",
+        why="export adds no robustness: what seems to is a gradient that misleads, or a weaker attack",
+        advice="compare the recipe's attack with that of the export; see where the attack graph loses the gradient",
     )

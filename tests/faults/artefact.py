@@ -3,10 +3,10 @@ agrees with itself: only what the torch network answered, kept in the bundle, ca
 """
 
 import numpy as np
-from faults.planted import Planted, fault
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
+from faults.planted import Planted, fault
 from mpdsgr_deploy.bundle import WEIGHTS
 
 ANSWERS = "does not answer as the exported network did"
@@ -75,7 +75,7 @@ def weights_of_one_convolution_in_4_bits(copy: Planted) -> None:
 
 @fault("artefact", 1, ANSWERS)
 def weights_of_one_convolution_noisy(copy: Planted) -> None:
-    """Noise of 5 % of their deviation: weights of an average over epochs, of a repaired download, of analogue hardware."""
+    """Noise of 5 % of their deviation: an average over epochs, or analogue hardware."""
     copy.change("body.2.synapse.weight", noisy)
 
 
@@ -95,7 +95,7 @@ def tdbn_folded_twice(copy: Planted) -> None:
     copy.change("body.2.synapse.bias", lambda bias: 2 * bias)
 
 
-@fault("artefact", 1, ANSWERS)
+@fault("artefact", 2, "unknown sizes")
 def statistics_of_the_batch(copy: Planted) -> None:
     """A normalisation exported in training mode: each image is centred on the batch it comes in."""
     copy.append(
@@ -105,7 +105,7 @@ def statistics_of_the_batch(copy: Planted) -> None:
     )
 
 
-@fault("artefact", 1, ANSWERS)
+@fault("artefact", 3, "check 12")
 def spikes_counted_in_place_of_logits(copy: Planted) -> None:
     """An exporter that ends the network in output neurons and counts their spikes."""
     levels = {f"level{k}": np.array(0.25 * k, np.float32) for k in range(4)}

@@ -1,10 +1,10 @@
-"""Attacked images that break the attack's rules: faults of the evaluation, which would flatter or slander any network."""
+"""Attacked images that break the attack's rules: faults of the evaluation."""
 
 from collections.abc import Callable
 
 import numpy as np
-from faults.planted import Array, Planted, fault
 
+from faults.planted import Array, Planted, fault
 from mpdsgr_deploy.attacks import suite
 
 
@@ -30,19 +30,19 @@ def attack_further_than_eps(copy: Planted) -> None:
     spoil(copy, "pgd", lambda attacked, clean: np.clip(clean + 1.2 * (attacked - clean), 0, 1))
 
 
-@fault("evaluation", 3, "check 1")
+@fault("evaluation", 2, "pixels must be finite")
 def attack_leaves_the_range_of_pixels(copy: Planted) -> None:
     """No clamp to [0, 1]: the exported network meets images that no camera gives."""
     spoil(copy, "fgsm", lambda attacked, clean: clean + 1.5 * (attacked - clean) - 0.05)
 
 
-@fault("evaluation", 3, "check")
+@fault("evaluation", 3, "check 2")
 def attack_returns_the_clean_images(copy: Planted) -> None:
     """A loop that keeps the first iterate."""
     spoil(copy, "pgd", lambda attacked, clean: clean)
 
 
-@fault("evaluation", 3, "check")
+@fault("evaluation", 3, "check 2")
 def attack_half_as_far_as_eps(copy: Planted) -> None:
     """eps in units of [-1, 1] where pixels are in [0, 1]."""
     spoil(copy, "pgd", lambda attacked, clean: clean + 0.5 * (attacked - clean))

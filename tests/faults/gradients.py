@@ -2,11 +2,13 @@
 it was made from, and by what the evaluation itself computes.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
-from faults.planted import Array, Planted, fault
 from onnx import helper, numpy_helper
 
+from faults.planted import Array, Planted, fault
 from mpdsgr_deploy.protocols import Gradient, State
 from mpdsgr_deploy.runtime.attacker import GraphAttacker
 
@@ -24,7 +26,7 @@ def rewrite(copy: Planted, *nodes: onnx.NodeProto, **constants: Array) -> None:
     onnx.save(graph, file)
 
 
-@fault("attack graph", 3, OWN)
+@fault("attack graph", 2, "holds no attack graph")
 def attack_graph_missing(copy: Planted) -> None:
     """A bundle without it, so that a white-box attack needs the word of whoever made it."""
     copy.manifest["variants"]["fp32"]["attack"] = ""
@@ -66,7 +68,7 @@ def attack_graph_with_one_weight_changed(copy: Planted) -> None:
     onnx.save(graph, file)
 
 
-def mislead(copy: Planted, how: object) -> None:
+def mislead(copy: Planted, how: Callable[[Array], Array]) -> None:
     """Let the evaluation's own gradients be what `how` makes of the true ones."""
     true = GraphAttacker.step
 
@@ -83,7 +85,7 @@ def gradients_of_zero(copy: Planted) -> None:
     mislead(copy, np.zeros_like)
 
 
-@fault("evaluation", 3, "check 7")
+@fault("evaluation", 2, "pixels must be finite")
 def gradients_not_finite(copy: Planted) -> None:
     """A loss that overflows."""
     mislead(copy, lambda gradient: gradient * np.float32(np.nan))
@@ -102,7 +104,7 @@ def gradients_downhill(copy: Planted) -> None:
     mislead(copy, np.negative)
 
 
-@fault("evaluation", 3, "check")
+@fault("evaluation", 3, "check 13")
 def gradients_of_half_the_image(copy: Planted) -> None:
     """A slice too few in the backward pass: the attack sees the upper half only."""
 
@@ -114,7 +116,7 @@ def gradients_of_half_the_image(copy: Planted) -> None:
     mislead(copy, upper)
 
 
-@fault("evaluation", 3, "check", kind="sharp")
+@fault("evaluation", 3, "check 7", kind="sharp")
 def surrogate_too_sharp(copy: Planted) -> None:
     """A network trained, attacked and promised through a surrogate so narrow that hardly any gradient passes."""
 
@@ -124,4 +126,6 @@ def promise_through_the_trained_surrogate_alone(copy: Planted) -> None:
     """Trained almost straight-through; whoever promised attacked through that surrogate and called it a day."""
     reference = copy.arrays("reference.npz")
     own = reference["verdict/fgsm"]
-    copy.write("reference.npz", {k: own if k.startswith(("verdict/s", "verdict/w")) else v for k, v in reference.items()})
+    copy.write(
+        "reference.npz", {k: own if k.startswith(("verdict/s", "verdict/w")) else v for k, v in reference.items()}
+    )

@@ -18,14 +18,14 @@ BASE: dict[str, dict[str, Any]] = {
     "model": {"name": "vgg-small", "width": 0.25},
     "encoding": {"T": 3},
     "training": {"epochs": 3, "batch_size": 65},
-    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 10, "surrogates": ["triangle:0.5"]},
+    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5"]},
     "validation": {"limit": 100},
 }
 # What a kind of network has in place of the base, and the precisions it is exported in
 KINDS: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
     "healthy": ({}, PRECISIONS),
     "other": ({"training": {"seed": 1, "epochs": 2}}, PRECISIONS),
-    "colour": ({"data": {"name": "imagefolder", "image_size": 8, "augment": "none"}, "training": {"epochs": 10}}, ("fp32",)),
+    "colour": ({"data": {"name": "imagefolder", "image_size": 8}, "training": {"epochs": 10}}, ("fp32",)),
     "sharp": ({"neuron": {"surrogate": "triangle", "surrogate_parameter": 0.05}}, ("fp32",)),
     "wide": ({"neuron": {"surrogate": "rectangular", "surrogate_parameter": 8.0}}, ("fp32",)),
 }
@@ -38,7 +38,10 @@ class Networks:
         self._directory, self._given = directory, given
 
     def recipe(self, kind: str) -> Recipe:
-        sections, _ = KINDS[kind]
+        """Of a kind, or of the healthy network trained and attacked with another seed: "seed 3"."""
+        sections: dict[str, dict[str, Any]] = KINDS.get(kind, ({}, ()))[0]
+        if kind.startswith("seed "):
+            sections = {name: {"seed": int(kind[5:])} for name in ("training", "validation")}
         values = {name: {**BASE.get(name, {}), **sections.get(name, {})} for name in {*BASE, *sections}}
         recipe = Recipe.model_validate(values)
         if kind == "colour":
@@ -48,11 +51,12 @@ class Networks:
 
     def bundle(self, kind: str) -> Bundle:
         if kind not in self._given:
-            run, out = self._directory / f"run-{kind}", self._directory / f"bundle-{kind}"
+            name = kind.replace(" ", "-")
+            run, out = self._directory / f"run-{name}", self._directory / f"bundle-{name}"
             if not out.exists():
                 recipe = self.recipe(kind)
                 train(recipe, run)
-                export(run, out, precisions=KINDS[kind][1], root=recipe.data.root)
+                export(run, out, precisions=KINDS.get(kind, KINDS["healthy"])[1], root=recipe.data.root)
             self._given[kind] = open_bundle(out)
         return self._given[kind]
 

@@ -3,19 +3,18 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
 import pytest
-from faults.networks import Networks
 from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
-from mpdsgr_deploy.attack_graph import derived
-from mpdsgr_deploy.attacks.surrogate_names import trained
+from faults.networks import Networks
+from mpdsgr_deploy.attack_graph import derived, trained_surrogate
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, WEIGHTS, Manifest, open_bundle
 from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, MpdsgrError
@@ -134,7 +133,7 @@ class Planted:
         self._answer_anew()
         for variant in self.manifest["variants"].values() if attack else ():
             try:
-                graph = derived(self.path / variant["file"], trained(self.recipe.neuron))
+                graph = derived(self.path / variant["file"], trained_surrogate(self.recipe))
             except (InputError, OSError):
                 continue
             if variant["attack"]:

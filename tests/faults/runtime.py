@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
-from faults.planted import Array, Planted, fault
 
+from faults.planted import Array, Planted, fault
 from mpdsgr_deploy.runtime import OnnxRuntime
 
 Answer = Callable[[OnnxRuntime, Array], Array]
@@ -14,7 +14,7 @@ def answer(copy: Planted, how: Callable[[Answer, OnnxRuntime, Array], Array]) ->
     """Let onnxruntime's predictors answer as `how` does, which is given the true one."""
     true = OnnxRuntime.__call__
     copy.patch.setattr(OnnxRuntime, "__call__", lambda network, x: how(true, network, x))
-    copy.answered_anew.add("fp32")
+    copy.answered_anew |= copy.manifest["variants"].keys()
 
 
 @fault("runtime", 3, "check 8")
