@@ -185,7 +185,7 @@ class Evaluation:
         broken = probe.convergence(strongest.name, str(strongest.surrogate), steps, self.standing[part])
         self._probes = [
             health.check_growth(grown[STRONG]),
-            health.check_convergence(broken, len(x), steps),
+            health.check_convergence(broken, len(x), steps, limit(self.gate, WORST)),
         ]
 
     def _checks_without_attack(self) -> list[Check]:

@@ -25,7 +25,7 @@ EPS_SLACK = 1e-6  # float32 rounding of x + eps
 ORDER_P = 0.01  # a stronger attack may leave more accuracy by chance, not beyond this p-value
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
 MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left where eps lets an attack paint any image
-MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break
+MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break, where the gate is no coarser
 PROBE = 32  # images the artefact is asked about repeatedly
 FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a linear readout has about one an image
 
@@ -133,12 +133,15 @@ def check_growth(left: Mapping[float, Bools]) -> Check:
     )
 
 
-def check_convergence(broken: int, n: int, steps: int) -> Check:
-    """Check 5: twice the steps break hardly any image that survived all attacks; broken of the n images looked at."""
+def check_convergence(broken: int, n: int, steps: int, allowed: float = MAX_MORE_STEPS) -> Check:
+    """Check 5: twice the steps break hardly any image that survived all attacks; broken of the n images looked at.
+
+    allowed: the share that may be left to break: what the gate lets pass in the worst case, but at least 1 %.
+    """
     return Check(
         number=5,
         name="more steps do not help the attack",
-        passed=exceeds(broken, n, MAX_MORE_STEPS) >= ORDER_P,
+        passed=exceeds(broken, n, max(allowed, MAX_MORE_STEPS)) >= ORDER_P,
         saw=f"{2 * steps} steps instead of {steps} break {broken} of {n} images more",
         why="an attack stopped early counts images as robust that it was about to break",
         advice="raise attack.strong_steps in the recipe, or validate with tier release",
