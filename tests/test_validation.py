@@ -101,7 +101,7 @@ def test_tier_release_adds_apgd_and_the_gate_says_what_it_takes(bundle: Bundle) 
     gate = Gate(tier="release", max_drop=0.2)
     found = validate(Target(bundle), gate=gate, limit=25)
     assert {"apgd-ce", "apgd-dlr"} <= {row.name for row in found.rows}
-    with pytest.raises(InputError, match="100 images cannot decide this gate: it takes 400"):
+    with pytest.raises(InputError, match="100 images cannot decide this gate: it takes 600"):
         validate(Target(bundle), gate=Gate(tier="release"))
 
 
@@ -181,6 +181,8 @@ def test_check_5_flags_an_attack_that_was_stopped_early() -> None:
     assert health.check_convergence(0, 50, 20).passed
     assert health.check_convergence(3, 50, 20).passed  # by chance one time in 70, where 1 % are left to break
     assert not health.check_convergence(5, 50, 20).passed
+    assert health.check_convergence(5, 50, 20, 0.05).passed  # as fine as a gate that lets 5 % pass
+    assert not health.check_convergence(9, 50, 20, 0.05).passed
 
 
 def test_check_6_flags_a_sweep_that_left_something_out() -> None:
