@@ -26,13 +26,12 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.validation import validate
 from mpdsgr_deploy.validation.report import EXIT_CODES
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from faults import FAULTS, Fault, InProcess, Networks, Target, judge, plant
 
 NAME = "verdicts"
-PAGE = ROOT / "export" / "FAULTS.md"
+PAGE = Path(__file__).parent.parent / "export" / "FAULTS.md"
 CASES = [
     ("fp32", "onnxruntime-cpu"),
     ("fp32", "openvino"),
@@ -68,7 +67,8 @@ def _outcome(fault: Fault, networks: Networks) -> dict[str, Any]:
         copy = plant(fault, networks, Path(folder) / "bundle", patch)
         found = judge(copy, Target)
         said = [reason.replace(f"{folder}/", "") for reason in found.said]
-    told = fault._asdict() | {"plant": None, "precision": copy.precision, "backend": copy.backend}
+    told = fault._asdict() | {"precision": copy.precision, "backend": copy.backend}
+    del told["plant"]
     return told | {"ended": found.code, "said": said, "n": found.report.rows[0].n if found.report else None}
 
 
@@ -118,9 +118,10 @@ def render(result: dict[str, Any]) -> str:
         f"{len(passed)} of them passed. Written by `python benchmarks/verdicts.py`; the faults are functions in "
         "`tests/faults`, which `make test` runs too.",
         "",
-        "Where a fault lies in the artefact, hashes, golden logits and attack graph were made anew from the faulty file, "
-        "as an exporter with that fault would make them: only the promise, or the float32 sibling, can tell. Exit code "
-        "1: the artefact is worse or another; 2: it cannot be evaluated; 3: the evaluation proves nothing.",
+        "Where a fault lies in the artefact, hashes, golden logits and attack graph were made anew from the faulty "
+        "file, as an exporter with that fault would make them: only the promise, or the float32 sibling, can "
+        "tell. Exit code 1: the artefact is worse or another; 2: it cannot be evaluated; 3: the evaluation proves "
+        "nothing.",
         "",
         "| fault | what went wrong | lies in | file | exit code | caught by | which said |",
         "|---|---|---|---|---|---|---|",

@@ -43,7 +43,7 @@ def fewer_time_steps(copy: Planted) -> None:
     copy.export_as(encoding={"T": 2})
 
 
-@fault("artefact", 1, ANSWERS)
+@fault("artefact", 1, ANSWERS, thorough=True)
 def more_time_steps(copy: Planted) -> None:
     """The same the other way round: T of the recipe, and one."""
     copy.export_as(encoding={"T": 4})
@@ -55,13 +55,13 @@ def leak_perturbed(copy: Planted) -> None:
     copy.export_as(neuron={"tau": 0.55})
 
 
-@fault("artefact", 1, ANSWERS)
+@fault("artefact", 1, ANSWERS, thorough=True)
 def threshold_perturbed(copy: Planted) -> None:
     """A threshold rounded, or scaled together with something that was not."""
     copy.export_as(neuron={"v_threshold": 1.05})
 
 
-@fault("artefact", 1, ANSWERS)
+@fault("artefact", 1, ANSWERS, thorough=True)
 def soft_reset_for_a_hard_one(copy: Planted) -> None:
     """A neuron written after another paper: it subtracts the threshold where the recipe's goes to zero."""
     copy.export_as(neuron={"reset": "soft"})

@@ -36,13 +36,13 @@ def attack_leaves_the_range_of_pixels(copy: Planted) -> None:
     spoil(copy, "fgsm", lambda attacked, clean: clean + 1.5 * (attacked - clean) - 0.05)
 
 
-@fault("evaluation", 3, "check 2")
+@fault("evaluation", 3, "check 2", thorough=True)
 def attack_returns_the_clean_images(copy: Planted) -> None:
     """A loop that keeps the first iterate."""
     spoil(copy, "pgd", lambda attacked, clean: clean)
 
 
-@fault("evaluation", 3, "check 2")
+@fault("evaluation", 3, "check 2", thorough=True)
 def attack_half_as_far_as_eps(copy: Planted) -> None:
     """eps in units of [-1, 1] where pixels are in [0, 1]."""
     spoil(copy, "pgd", lambda attacked, clean: clean + 0.5 * (attacked - clean))

@@ -98,7 +98,7 @@ def gradients_of_chance(copy: Planted) -> None:
     mislead(copy, lambda gradient: draw.standard_normal(gradient.shape, np.float32))
 
 
-@fault("evaluation", 3, "check 3")
+@fault("evaluation", 3, "check 3", thorough=True)
 def gradients_downhill(copy: Planted) -> None:
     """The wrong sign: attacks make images easier."""
     mislead(copy, np.negative)
@@ -121,7 +121,7 @@ def surrogate_too_sharp(copy: Planted) -> None:
     """A network trained, attacked and promised through a surrogate so narrow that hardly any gradient passes."""
 
 
-@fault("artefact", 1, "newly wrong", kind="wide")
+@fault("artefact", 1, "newly wrong", kind="wide", thorough=True)
 def promise_through_the_trained_surrogate_alone(copy: Planted) -> None:
     """Trained almost straight-through; whoever promised attacked through that surrogate and called it a day."""
     reference = copy.arrays("reference.npz")

@@ -171,7 +171,8 @@ Plant = Callable[[Planted], None]
 class Fault(NamedTuple):
     """A planted fault, where it lies, the network it is planted in, and what must notice it.
 
-    caught: words of the error, or of one of the report's reasons.
+    caught: words of the error, or of one of the report's reasons. thorough: slow, and like another one, so that only
+    the benchmark plants it.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Fault(NamedTuple):
     code: int
     caught: str
     plant: Plant
+    thorough: bool
 
 
 class Outcome(NamedTuple):
@@ -196,14 +198,14 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    place: Place, code: int, caught: str, *, precision: str = "fp32", kind: str = "healthy"
+    place: Place, code: int, caught: str, *, precision: str = "fp32", kind: str = "healthy", thorough: bool = False
 ) -> Callable[[Plant], Plant]:
     """Register a function that plants one; its docstring says what went wrong and who would cause it."""
 
     def register(plant: Plant) -> Plant:
         name = plant.__name__.replace("_", " ")
         story = " ".join((plant.__doc__ or "").split())
-        FAULTS[name] = Fault(name, story, place, kind, precision, code, caught, plant)
+        FAULTS[name] = Fault(name, story, place, kind, precision, code, caught, plant, thorough)
         return plant
 
     return register

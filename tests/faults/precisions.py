@@ -48,7 +48,7 @@ def int8_that_is_float32(copy: Planted) -> None:
     copy.answered_anew.add("int8")
 
 
-@fault("artefact", 1, "is not float32's", precision="int8")
+@fault("artefact", 1, "is not float32's", precision="int8", thorough=True)
 def int8_leak_perturbed(copy: Planted) -> None:
     """A time constant rounded with the weights, in the int8 file alone."""
     copy.export_as(neuron={"tau": 0.52})
@@ -79,7 +79,7 @@ def fp16_with_fresh_noise(copy: Planted) -> None:
     copy.append(noise, helper.make_node("Add", ["raw", "noise"], ["logits"]))
 
 
-@fault("artefact", 1, "is not float32's", precision="fp8")
+@fault("artefact", 1, "is not float32's", precision="fp8", thorough=True)
 def fp8_threshold_perturbed(copy: Planted) -> None:
     """A threshold in another unit in the float8 file alone."""
     copy.export_as(neuron={"v_threshold": 1.03})

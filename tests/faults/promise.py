@@ -44,7 +44,7 @@ def figures_of_the_manifest_edited(copy: Planted) -> None:
     copy.manifest["reference"]["correct"][WORST] += 20
 
 
-@fault("promise", 3, "check 13")
+@fault("promise", 3, "check 13", thorough=True)
 def figures_and_verdicts_edited(copy: Planted) -> None:
     """A promise that is easy to keep: the verdicts under attack edited along with their counts."""
     kept = {VERDICT + CLEAN, VERDICT + GAUSSIAN}
@@ -76,7 +76,7 @@ def easy_images_only(copy: Planted) -> None:
     pick(copy, np.resize(easy, 100))
 
 
-@fault("promise", 3, "check 11")
+@fault("promise", 3, "check 11", thorough=True)
 def images_of_training(copy: Planted) -> None:
     """Images that the network has learnt, promised and carried."""
     promise_for(copy, load_training(copy.recipe.data)[0][:100])
