@@ -1,5 +1,6 @@
 """The networks that faults are planted in: tiny, trained once, kept in a directory."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ BASE: dict[str, dict[str, Any]] = {
 # What a kind of network has in place of the base, and the precisions it is exported in
 KINDS: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
     "healthy": ({}, PRECISIONS),
-    "other": ({"training": {"seed": 1, "epochs": 1}}, PRECISIONS),
+    "other": ({"training": {"seed": 1, "epochs": 2}}, PRECISIONS),
     "colour": ({"data": {"name": "imagefolder", "image_size": 8}, "training": {"epochs": 10}}, ("fp32",)),
     "sharp": ({"neuron": {"surrogate": "triangle", "surrogate_parameter": 0.05}}, ("fp32",)),
     "wide": ({"neuron": {"surrogate": "rectangular", "surrogate_parameter": 8.0}}, ("fp32",)),
@@ -55,6 +56,7 @@ class Networks:
             run, out = self._directory / f"run-{name}", self._directory / f"bundle-{name}"
             if not out.exists():
                 recipe = self.recipe(kind)
+                shutil.rmtree(run, ignore_errors=True)  # of a call that was killed
                 train(recipe, run)
                 export(run, out, precisions=KINDS.get(kind, KINDS["healthy"])[1], root=recipe.data.root)
             self._given[kind] = open_bundle(out)
