@@ -88,9 +88,8 @@ def _healthy(networks: Networks, seed: int, precision: str, backend: str, *, fre
     except MpdsgrError as error:
         return case | {"ended": error.exit_code, "said": [str(error)]}
     rows = {row.name: (row.artefact.correct, row.reference and row.reference.correct) for row in report.rows}
-    saw = {check.number: check.saw for check in report.health}
     code = EXIT_CODES[report.verdict]
-    return case | {"ended": code, "said": report.reasons, "n": report.rows[0].n, "rows": rows, "saw": saw}
+    return case | {"ended": code, "said": report.reasons, "n": report.rows[0].n, "rows": rows}
 
 
 def kept(file: Path) -> dict[str, Any] | None:

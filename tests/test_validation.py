@@ -98,7 +98,7 @@ def test_other_precisions_are_attacked_through_their_own_weights(precise: Bundle
 
 
 def test_tier_release_adds_apgd_and_the_gate_says_what_it_takes(bundle: Bundle) -> None:
-    gate = Gate(tier="release", max_drop=0.3)
+    gate = Gate(tier="release", max_drop=0.4)
     found = validate(Target(bundle), gate=gate, limit=25)
     assert {"apgd-ce", "apgd-dlr"} <= {row.name for row in found.rows}
     with pytest.raises(InputError, match="100 images cannot decide this gate: it takes 900"):
