@@ -79,16 +79,16 @@ def load_reference(path: Path, promise: Promise) -> Reference:
 
 def save_images(images: Images, path: Path) -> None:
     """Write images.npz."""
-    np.savez_compressed(path, pixels=images.pixels, classes=images.classes)
+    np.savez_compressed(path, pixels=images.pixels, classes=images.classes, labels=np.array(images.labels))
 
 
-def load_images(path: Path, labels: tuple[str, ...]) -> Images:
+def load_images(path: Path) -> Images:
     """Read images.npz. Raises InputError if it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            pixels, classes = arrays["pixels"], arrays["classes"]
+            pixels, classes, labels = arrays["pixels"], arrays["classes"], arrays["labels"]
     except DAMAGED as error:
         raise InputError(f"{path} does not hold images ({error}); export again") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or classes.shape != pixels.shape[:1]:
         raise InputError(f"{path} does not hold uint8 images [N, C, H, W] and their classes; export again")
-    return Images(pixels, classes.astype(np.int64), labels)
+    return Images(pixels, classes.astype(np.int64), tuple(map(str, labels)))

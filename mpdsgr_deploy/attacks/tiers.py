@@ -17,7 +17,7 @@ class Tier(NamedTuple):
 
 
 TIERS = {
-    "commit": Tier(images=100, probe=50, max_drop=0.05, queries=100, strong_steps=20),
+    "commit": Tier(images=100, probe=50, max_drop=0.09, queries=100, strong_steps=20),
     "release": Tier(images=1000, probe=200, max_drop=0.01, queries=1000, apgd_steps=100),
     "paper": Tier(images=None, probe=500, max_drop=0.01, queries=5000, restarts=5, apgd_steps=100, sweep=True),
 }

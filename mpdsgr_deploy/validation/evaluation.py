@@ -33,14 +33,17 @@ from mpdsgr_deploy.reference import Reference
 from mpdsgr_deploy.runtime import open_predictor, predict
 from mpdsgr_deploy.runtime.artefact import Artefact
 from mpdsgr_deploy.validation import fidelity, health
-from mpdsgr_deploy.validation.gate import failures, lost
+from mpdsgr_deploy.validation.gate import failures, limit, lost
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.images import image_faults
 from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.probes import Probe
 from mpdsgr_deploy.validation.report import Curve, Example, Point, VariantFlips
+from mpdsgr_deploy.validation.rounding import rounding_faults
 from mpdsgr_deploy.validation.rows import Flips, Row
 from mpdsgr_deploy.validation.target import Target, fingerprint
+
+TRIED = 100  # images that a precision's rounding is tried on
 
 Bools = NDArray[np.bool_]
 
@@ -52,6 +55,7 @@ class Evaluation:
     """
 
     stopped: str | None = None
+    _hopeless: str | None = None  # the rule of the gate that cannot be met any more
     parity: Parity | None = None
     journal: Journal | None = None
 
@@ -100,13 +104,17 @@ class Evaluation:
         return json.dumps([*what, self.gate.tier, self.size, self.n, images, other])
 
     def attack(self) -> None:
-        """All conditions, weak ones first; ends early once the gate cannot be passed any more."""
+        """All conditions, weak ones first; ends early, or does not begin, once it is clear that it cannot be passed."""
         self.logits = predict(self.artefact, self.x, self.size, "clean")
         self.clean = self.logits.argmax(1)
         self.parity = fidelity.check_answers(self.reference, self.target.precision, self.logits)
         self.standing = self.clean == self.y
         self._finish(CLEAN, "test images as they are", 0.0, self.standing)
-        self.stopped = self._lost(CLEAN, self.standing)
+        self._first = self._checks_without_attack()
+        self._wrong = self._not_the_network()
+        invalid = (f"check {check.number} ({check.name}) failed" for check in self._first if not check.passed)
+        self._hopeless = self._lost(CLEAN, self.standing)
+        self.stopped = self._hopeless or next(iter([*self._wrong, *invalid]), None)
         started, total = time.monotonic(), sum(condition.cost + 1 for condition in self.conditions)
         spent = 0
         for condition in self.conditions:
@@ -133,7 +141,7 @@ class Evaluation:
             if condition.eps is not None:
                 self.standing[rows] &= part.predicted == self.y[rows]
             done = np.concatenate([p.predicted == self.y[p.rows] for p in parts])
-            self.stopped = self._lost(condition.name, done) or self._lost(WORST, self.standing)
+            self.stopped = self._hopeless = self._lost(condition.name, done) or self._lost(WORST, self.standing)
             if self.stopped:
                 break
         attacked, predicted = gather(parts)
@@ -206,20 +214,29 @@ class Evaluation:
         broken = probe.convergence(strongest.name, str(strongest.surrogate), steps, self.standing[part])
         self._probes = [
             health.check_growth(grown[STRONG]),
-            health.check_convergence(broken, len(x), steps),
+            health.check_convergence(broken, len(x), steps, limit(self.gate, WORST)),
         ]
 
-    def health(self) -> list[Check]:
-        """All checks; of an evaluation that stopped early those that do not need all of it."""
-        gradients = self._gradients
-        checks = [
-            health.check_budget(self._faults, self.rule),
+    def _checks_without_attack(self) -> list[Check]:
+        standard = "the reference" if self.reference is not None else "floors" if self.gate.floors else ""
+        return [
             health.check_function(self.artefact, self.target.fresh(), self.x),
-            health.check_compared(self.n),
+            health.check_compared(self.n, standard),
             health.check_attack_graph(self.target.attack_graph_faults()),
             health.check_images(image_faults(self.data, self.images, self.reference), self.rule),
             health.check_logits(self.logits),
         ]
+
+    def _not_the_network(self) -> list[str]:
+        """How the artefact differs from the network that was exported."""
+        bundle, precision = self.target.bundle, self.target.precision
+        rounding = rounding_faults(bundle, precision, self.x[:TRIED]) if precision != "fp32" else []
+        return [*fidelity.answer_faults(self.parity), *rounding]
+
+    def health(self) -> list[Check]:
+        """All checks; of an evaluation that stopped early those that do not need all of it."""
+        gradients = self._gradients
+        checks = [*self._first, health.check_budget(self._faults, self.rule)]
         if not self.stopped:
             white = [c.name for c in self.conditions if c.surrogate and c.eps is not None]
             black = [c.name for c in self.conditions if c.name.startswith((SQUARE, TRANSFER))]
@@ -228,21 +245,18 @@ class Evaluation:
                 health.check_black_box(self._verdicts, black, white),
                 health.check_gradients(gradients.evaluations, gradients.zero, gradients.not_finite),
                 health.check_sweep(self._verdicts, self.target.trained),
+                health.check_reach(self.rows[-1].flips, self.n, limit(self.gate, WORST)),
                 *self._probes,
             ]
         return sorted(checks, key=lambda check: check.number)
 
     def failures(self) -> list[str]:
         """What the artefact does worse than allowed, in a line each."""
-        bundle, precision = self.target.bundle, self.target.precision
-        broken = failures(self.gate, self.rows)
-        if self.stopped and not any(self.stopped.startswith(reason.partition(":")[0] + ":") for reason in broken):
-            broken.append(self.stopped)
-        return [
-            *broken,
-            *fidelity.answer_faults(self.parity),
-            *(fidelity.weight_faults(bundle, precision) if precision != "fp32" else []),
-        ]
+        broken = [*failures(self.gate, self.rows), *self._wrong]
+        told = {reason.partition(":")[0] for reason in broken}
+        if self._hopeless and self._hopeless.partition(":")[0] not in told:
+            broken.append(self._hopeless)
+        return broken
 
     def variants(self) -> list[VariantFlips]:
         """Every other precision of the bundle against float32: the same images, clean and attacked."""

@@ -1,8 +1,9 @@
 """The gate: what an artefact must keep. Decided by paired verdicts, and only by as many as can decide it.
 
 A drop fails if the artefact loses more than the limit and the loss is no chance: worse images of the discordant ones
-are more than half by an exact one-sided McNemar test (p < 0.05). Five images that only the artefact gets wrong are the
-fewest that can show that, so a limit of 1 % takes 400 images. A floor fails if the artefact's accuracy is below it;
+are more than half by an exact one-sided McNemar test (p < 0.001: with a dozen conditions, a
+healthy artefact is refused less than once in a hundred times). Ten images that only the artefact gets wrong are the
+fewest that can show that, so a limit of 1 % takes 900 images. A floor fails if the artefact's accuracy is below it;
 n images, all of them right, prove it where their 95 % Wilson interval begins above.
 """
 
@@ -20,8 +21,8 @@ from mpdsgr_deploy.schema import parse, read_toml
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import Z95, binomial_tail
 
-SIGNIFICANT = 0.05
-FEWEST = 5  # flips, all one way, that are significant: 2^-5 < 0.05
+SIGNIFICANT = 0.001
+FEWEST = 10  # flips, all one way, that are significant: 2^-10 < 0.001
 
 Bools = NDArray[np.bool_]
 

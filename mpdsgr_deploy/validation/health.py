@@ -1,7 +1,8 @@
 """Health checks: is the evaluation itself believable? One that failed makes the verdict invalid, never a pass.
 
-1 to 9 are those of the project's evaluation rules, in their order; 10 to 12 ask whether what is evaluated is what it
-says: the attack graph the network's own, the images those that were promised, the outputs logits.
+1 to 9 are those of the project's evaluation rules, in their order; 10 to 13 ask whether what is evaluated is what it
+says: the attack graph the network's own, the images those that were promised, the outputs logits, and the attack as
+strong as that on the reference.
 """
 
 import subprocess
@@ -17,13 +18,14 @@ from mpdsgr_deploy.attacks.suite import BY_STRENGTH, required
 from mpdsgr_deploy.attacks.suite import SA_PGD as ADAPTIVE
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.validation.statistics import binomial_tail, wilson
+from mpdsgr_deploy.validation.rows import Flips
+from mpdsgr_deploy.validation.statistics import binomial_tail, exceeds
 
 EPS_SLACK = 1e-6  # float32 rounding of x + eps
 ORDER_P = 0.01  # a stronger attack may leave more accuracy by chance, not beyond this p-value
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
 MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left where eps lets an attack paint any image
-MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break
+MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break, where the gate is no coarser
 PROBE = 32  # images the artefact is asked about repeatedly
 FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a linear readout has about one an image
 
@@ -131,13 +133,15 @@ def check_growth(left: Mapping[float, Bools]) -> Check:
     )
 
 
-def check_convergence(broken: int, n: int, steps: int) -> Check:
-    """Check 5: twice the steps break hardly any image that survived all attacks; broken of the n images looked at."""
-    low, _ = wilson(broken, n)
+def check_convergence(broken: int, n: int, steps: int, allowed: float = MAX_MORE_STEPS) -> Check:
+    """Check 5: twice the steps break hardly any image that survived all attacks; broken of the n images looked at.
+
+    allowed: the share that may be left to break: what the gate lets pass in the worst case, but at least 1 %.
+    """
     return Check(
         number=5,
         name="more steps do not help the attack",
-        passed=low <= MAX_MORE_STEPS,
+        passed=exceeds(broken, n, max(allowed, MAX_MORE_STEPS)) >= ORDER_P,
         saw=f"{2 * steps} steps instead of {steps} break {broken} of {n} images more",
         why="an attack stopped early counts images as robust that it was about to break",
         advice="raise attack.strong_steps in the recipe, or validate with tier release",
@@ -202,15 +206,15 @@ def check_function(artefact: Predictor, fresh: Predictor | None, x: Floats) -> C
     )
 
 
-def check_compared(n: int) -> Check:
-    """Check 9: at least one image was compared."""
+def check_compared(n: int, against: str = "the reference") -> Check:
+    """Check 9: at least one image was compared, and with something; `against`: nothing if it is empty."""
     return Check(
         number=9,
         name="something was compared",
-        passed=n > 0,
-        saw=f"{n} images",
+        passed=n > 0 and bool(against),
+        saw=f"{n} images against {against or 'nothing: no reference answered them, and the gate has no floor'}",
         why="a comparison of nothing finds no difference",
-        advice="give a data set with test images, and a --limit above zero",
+        advice="give test images, and export with the data set at hand or write floors into the gate",
     )
 
 
@@ -254,4 +258,23 @@ def check_logits(logits: Floats) -> Check:
         saw="; ".join(faults) or f"{distinct} distinct values in {len(logits)} rows",
         why="a softmax saturates and counts have plateaus: gradients and queries then find nothing to follow",
         advice="export the linear readout's mean over time, before any softmax or count",
+    )
+
+
+def check_reach(flips: Flips | None, n: int, allowed: float) -> Check:
+    """Check 13: the artefact does not withstand all attacks better than the reference; flips: of the worst case.
+
+    None: the reference met other attacks. `allowed` is the gate's limit for a change the other way.
+    """
+    worse, better = (flips.newly_wrong, flips.newly_right) if flips else (0, 0)
+    p = binomial_tail(better, worse + better)
+    return Check(
+        number=13,
+        name="the attack reaches the artefact as it reached the reference",
+        passed=better - worse <= allowed * n + 1e-9 or p >= ORDER_P,
+        saw=f"in the worst case {better} of {n} images newly right, {worse} newly wrong (p = {p:.2g})"
+        if flips
+        else "the reference met other attacks",
+        why="export adds no robustness: what seems to is a gradient that misleads, or a weaker attack",
+        advice="compare the recipe's attack with that of the export; see where the attack graph loses the gradient",
     )

@@ -20,7 +20,7 @@ def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Ima
     """
     manifest = bundle.manifest
     if data is None and root is None and IMAGES in manifest.files:
-        images = load_images(bundle.file(IMAGES), manifest.labels)
+        images = load_images(bundle.file(IMAGES))
         name = manifest.recipe.data.name
     else:
         config = manifest.recipe.data.at(root)

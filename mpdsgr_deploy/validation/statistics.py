@@ -21,6 +21,11 @@ def binomial_tail(k: int, n: int) -> float:
     return ways / (1 << n)
 
 
+def exceeds(k: int, n: int, share: float) -> float:
+    """P(X >= k) for X ~ Binomial(n, share): could k of n be chance if no more than `share` are so?"""
+    return 1.0 - sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(k))
+
+
 def mcnemar(worse: int, better: int) -> float:
     """Exact two-sided McNemar p-value: could `worse` against `better` discordant images be chance?"""
     return min(1.0, 2 * binomial_tail(max(worse, better), worse + better))

@@ -40,6 +40,7 @@ def validate(
     """
     started = time.monotonic()
     manifest = target.bundle.manifest
+    sha256 = target.bundle.model_sha256(target.precision)
     recipe = manifest.recipe
     gate = gate or recipe.gate
     tier = TIERS[gate.tier]
@@ -72,7 +73,7 @@ def validate(
         bundle=target.bundle.path.name,
         network=f"{recipe.model.name} for {recipe.data.name}, trained with {recipe.method}, T = {recipe.encoding.T}",
         artefact_file=target.url or variant.file,
-        artefact_sha256=target.bundle.model_sha256(target.precision),
+        artefact_sha256=sha256,
         attack_sha256=manifest.files.get(variant.attack),
         backend=REMOTE if target.url else target.backend,
         precision=target.precision,

@@ -1,0 +1,161 @@
+"""Can the verdict of `mpdsgr validate` be fooled? Planted faults must end in 1, 2 or 3, healthy bundles in 0.
+
+    python benchmarks/verdicts.py --cache runs/verdicts
+
+The faults are those of tests/faults, where each says what went wrong and who would cause it; here they meet the whole
+validation, the fresh process included. Healthy are networks of several seeds, which train, draw and attack, in every
+precision on every backend of a CPU. It lies here, since it measures and writes a results file; its table is a page
+beside the gates, export/FAULTS.md, for whoever relies on the verdict. What is finished is kept in the cache.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import pytest
+
+from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.validation import validate
+from mpdsgr_deploy.validation.report import EXIT_CODES
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from faults import FAULTS, Fault, InProcess, Networks, Target, judge, plant
+
+NAME = "verdicts"
+PAGE = Path(__file__).parent.parent / "export" / "FAULTS.md"
+CASES = [
+    ("fp32", "onnxruntime-cpu"),
+    ("fp32", "openvino"),
+    ("fp32", "torch"),
+    *((precision, backend) for precision in ("fp16", "int8", "fp8") for backend in ("onnxruntime-cpu", "openvino")),
+]
+
+
+@click.command()
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Where networks and outcomes are kept.")
+@click.option("--seeds", type=click.IntRange(0), default=12, show_default=True, help="Healthy networks.")
+@click.option("--part", type=click.Choice(["all", "faults", "healthy"]), default="all", show_default=True)
+def main(cache: Path, seeds: int, part: str) -> None:
+    """Validate all of them; with every part done, write the result and the page."""
+    networks = Networks(cache)
+    faults = list(planted(networks, cache)) if part != "healthy" else []
+    healthy = list(whole(networks, cache, seeds)) if part != "faults" else []
+    if part == "all":
+        result = {"faults": faults, "healthy": healthy, "provenance": provenance()}
+        write_atomic(figures.FOLDER / "results" / f"{NAME}.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_atomic(PAGE, render(result).encode())
+
+
+def planted(networks: Networks, cache: Path) -> Iterator[dict[str, Any]]:
+    """How every planted fault ends."""
+    for fault in FAULTS.values():
+        file = cache / "outcomes" / f"fault {fault.name}.json"
+        yield kept(file) or keep(file, _outcome(fault, networks))
+
+
+def _outcome(fault: Fault, networks: Networks) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        copy = plant(fault, networks, Path(folder) / "bundle", patch)
+        found = judge(copy, Target)
+        said = [reason.replace(f"{folder}/", "") for reason in found.said]
+    told = fault._asdict() | {"precision": copy.precision, "backend": copy.backend}
+    del told["plant"]
+    return told | {"ended": found.code, "said": said, "n": found.report.rows[0].n if found.report else None}
+
+
+def whole(networks: Networks, cache: Path, seeds: int) -> Iterator[dict[str, Any]]:
+    """How networks without a fault end; a fresh process is asked about the first case of each."""
+    for seed in range(seeds):
+        for number, (precision, backend) in enumerate(CASES):
+            file = cache / "outcomes" / f"healthy {seed} {precision} {backend}.json"
+            yield kept(file) or keep(file, _healthy(networks, seed, precision, backend, fresh=number == 0))
+
+
+def _healthy(networks: Networks, seed: int, precision: str, backend: str, *, fresh: bool) -> dict[str, Any]:
+    case = {"seed": seed, "precision": precision, "backend": backend, "fresh process": fresh}
+    kind = Target if fresh else InProcess
+    try:
+        report = validate(kind(networks.bundle(f"seed {seed}"), backend, precision))
+    except MpdsgrError as error:
+        return case | {"ended": error.exit_code, "said": [str(error)]}
+    rows = {row.name: (row.artefact.correct, row.reference and row.reference.correct) for row in report.rows}
+    code = EXIT_CODES[report.verdict]
+    return case | {"ended": code, "said": report.reasons, "n": report.rows[0].n, "rows": rows}
+
+
+def kept(file: Path) -> dict[str, Any] | None:
+    """An outcome of an earlier call."""
+    return json.loads(file.read_bytes()) if file.exists() else None
+
+
+def keep(file: Path, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Keep it for the next."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(outcome).encode())
+    click.echo(f"{outcome['ended']}  {file.stem}  {'; '.join(outcome['said'])[:120]}")
+    return outcome
+
+
+def render(result: dict[str, Any]) -> str:
+    """The page: every fault, how it ended and what caught it; then the healthy ones."""
+    faults, healthy = result["faults"], result["healthy"]
+    passed = [case for case in healthy if case["ended"] == 0]
+    caught = [fault for fault in faults if fault["ended"]]
+    lines = [
+        "# Can the verdict be fooled?",
+        "",
+        f"{len(faults)} faulty bundles and evaluations, {len(caught)} of them refused; {len(healthy)} healthy ones, "
+        f"{len(passed)} of them passed. Written by `python benchmarks/verdicts.py`; the faults are functions in "
+        "`tests/faults`, which `make test` runs too.",
+        "",
+        "Where a fault lies in the artefact, hashes, golden logits and attack graph were made anew from the faulty "
+        "file, as an exporter with that fault would make them: only the promise, or the float32 sibling, can "
+        "tell. Exit code 1: the artefact is worse or another; 2: it cannot be evaluated; 3: the evaluation proves "
+        "nothing.",
+        "",
+        "| fault | what went wrong | lies in | file | exit code | caught by | which said |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for fault in faults:
+        by, said = catcher(fault)
+        lies = [fault["name"], fault["story"], fault["place"], fault["precision"], fault["ended"], by, said]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in lies) + " |")
+    lines += ["", f"Healthy: {len({c['seed'] for c in healthy})} networks, each trained, attacked and promised with a "]
+    lines[-1] += "seed of its own; every precision, each on the backends of a CPU."
+    lines += ["", "| precision | backend | validations | passed |", "|---|---|---|---|"]
+    for case in CASES:
+        those = [c for c in healthy if (c["precision"], c["backend"]) == case]
+        lines.append(f"| {case[0]} | {case[1]} | {len(those)} | {sum(c['ended'] == 0 for c in those)} |")
+    odd = [
+        f"- seed {c['seed']}, {c['precision']}, {c['backend']}: {'; '.join(c['said'])}" for c in healthy if c["ended"]
+    ]
+    network = "vgg-small at width 0.25, T = 3, on the first 100 test images of digits, tier commit"
+    return "\n".join([*lines, "", *odd, *([""] if odd else []), f"{network}. {figures.source(result)}", ""])
+
+
+def catcher(fault: dict[str, Any]) -> tuple[str, str]:
+    """What caught a fault, by name, and its words."""
+    if not fault["said"]:
+        return "nothing", ""
+    said = next((reason for reason in fault["said"] if fault["caught"] in reason), fault["said"][0])
+    if said.startswith("check "):
+        name, _, saw = said.partition(" failed: ")
+        return name, saw.partition("; ")[0]
+    if fault["ended"] == 1:
+        rules = {"newly wrong": "gate", "does not answer": "kept answers"}
+        return next((rule for words, rule in rules.items() if words in said), "float32 sibling"), said
+    return ("golden batch" if "golden batch" in said else "refused before the attack"), said
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

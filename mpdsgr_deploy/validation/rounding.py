@@ -1,0 +1,169 @@
+"""Is a reduced precision the float32 network, rounded where its manifest says so and the same everywhere else?
+
+Its answers differ from float32's, by how much nobody can say beforehand. So the two files are compared: node by node,
+with all their numbers, and the int8 and float8 activations, which are exact, by leaving them out.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.validation.fidelity import answer_faults
+
+PRODUCTS = {"Conv", "Gemm"}
+STORED = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
+    "fp8": TensorProto.FLOAT8E4M3FN,
+}
+# half a unit in the last place of each format, relative to the number (float) or to its channel's scale (int8)
+FLOAT_ROUNDING = {"fp16": 2.0**-11, "fp8": 2.0**-4}
+
+Array = NDArray[Any]
+
+
+class Constant(NamedTuple):
+    """A number or many, at the value they are computed with, and the TensorProto type they are stored in."""
+
+    value: Array
+    stored: int
+
+
+class Step(NamedTuple):
+    """A node. An input is a constant, or the output of an earlier step as (step, output), or an input of the network.
+
+    attributes: those that are set, in the order of their names.
+    """
+
+    name: str
+    operator: str
+    attributes: tuple[bytes, ...]
+    inputs: tuple[Constant | tuple[int, int] | str, ...]
+
+
+def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> list[str]:
+    """What in a precision's file is neither float32's nor rounded from it; x: images [n, C, H, W] to try it on."""
+    network = onnx.load(bundle.variant(precision))
+    layers = bundle.manifest.variants[precision].layers
+    found = [f"{precision}: {fault}" for fault in file_faults(onnx.load(bundle.variant("fp32")), network, layers)]
+    return [*found, *_activation_faults(bundle, precision, network, x)]
+
+
+def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) -> Iterator[str]:
+    """Differences between a float32 network and its rounded form, other than the rounding of `layers` itself."""
+    ours, theirs = steps(exact), steps(rounded)
+    if [step.operator for step in ours] != [step.operator for step in theirs]:
+        yield f"it is no network of float32's {len(ours)} operators"
+        return
+    for one, other in zip(ours, theirs, strict=True):
+        name, form = one.name, layers.get(one.name, "fp32") if one.operator in PRODUCTS else "fp32"
+        if (one.attributes, len(one.inputs)) != (other.attributes, len(other.inputs)):
+            yield f"{name} is not float32's {one.operator}"
+            continue
+        for place, (a, b) in enumerate(zip(one.inputs, other.inputs, strict=True)):
+            if not isinstance(a, Constant) or not isinstance(b, Constant):
+                if a != b:
+                    yield f"{name} reads something else than in float32"
+            elif one.operator in PRODUCTS and place == 1:
+                if b.stored != STORED[form]:
+                    yield f"the weights of {name} are not stored in {form}"
+                if not is_rounded(a.value, b.value, form):
+                    yield f"the weights of {name} are not float32's rounded to {form}"
+            elif not is_rounded(a.value, b.value, form if form == "fp16" else "fp32"):  # int8 and fp8 keep their bias
+                yield f"a constant of {name} is not float32's"
+
+
+def steps(network: ModelProto) -> list[Step]:
+    """A network without its changes of number format, in the order of the file."""
+    constants = {tensor.name: tensor for tensor in network.graph.initializer}
+    makers = {output: node for node in network.graph.node for output in node.output}
+    places: dict[str, tuple[int, int]] = {}
+    found: list[Step] = []
+
+    def resolved(name: str) -> Constant | tuple[int, int] | str:
+        maker = makers.get(name)
+        if maker is not None and _converts(maker, makers):
+            if maker.input[0] in constants:
+                return Constant(_dequantised(maker, constants), constants[maker.input[0]].data_type)
+            return resolved(maker.input[0])
+        if name in constants:
+            return Constant(numpy_helper.to_array(constants[name]), constants[name].data_type)
+        return places.get(name, name)
+
+    for node in network.graph.node:
+        if _converts(node, makers):
+            continue
+        attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
+        serial = tuple(attribute.SerializeToString(deterministic=True) for attribute in attributes)
+        found.append(Step(node.name, node.op_type, serial, tuple(resolved(name) for name in node.input)))
+        places |= {output: (len(found), k) for k, output in enumerate(node.output)}
+    return found
+
+
+def _converts(node: NodeProto, makers: dict[str, NodeProto]) -> bool:
+    """Whether a node changes the format of numbers only; a spike is a comparison made a number, which is more."""
+    if node.op_type == "Cast":
+        maker = makers.get(node.input[0])
+        return maker is None or maker.op_type != "GreaterOrEqual"
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear")
+
+
+def _dequantised(node: NodeProto, constants: dict[str, TensorProto]) -> Array:
+    values, *scales = (numpy_helper.to_array(constants[name]).astype(np.float32) for name in node.input[:2])
+    if not scales:  # a Cast
+        return values
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    scale = scales[0]
+    return values * (scale.reshape([-1 if i == axis else 1 for i in range(values.ndim)]) if scale.ndim else scale)
+
+
+def is_rounded(exact: Array, found: Array, form: str) -> bool:
+    """Whether found [O, ...] is within half a step of exact, in the steps of `form`; equal in fp32."""
+    if exact.shape != found.shape:
+        return False
+    if form == "fp32":
+        return np.array_equal(exact, found)
+    exact, found = exact.astype(np.float32), found.astype(np.float32)
+    largest = np.abs(exact).reshape(len(exact), -1).max(1).reshape(-1, *[1] * (exact.ndim - 1))
+    # of floats also what lies below the smallest normal number, relative to the channel's largest
+    step = largest / 254 if form == "int8" else np.abs(exact) * FLOAT_ROUNDING[form] + largest * 2.0**-14
+    return bool((np.abs(exact - found) <= 1.001 * step + 1e-6).all())  # scales are rounded too
+
+
+def _activation_faults(bundle: Bundle, precision: str, network: ModelProto, x: NDArray[np.float32]) -> list[str]:
+    """Rounded activations that are not exact: without the rounding the same file must answer the same."""
+    if not any(node.op_type == "QuantizeLinear" for node in network.graph.node):
+        return []
+    manifest = bundle.manifest
+    noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "unrounded.onnx"
+        onnx.save(without_rounded_activations(network), path)
+        with OnnxRuntime(path, noise=noise) as exact, OnnxRuntime(bundle.variant(precision), noise=noise) as rounded:
+            same = not answer_faults(compare(exact(x), rounded(x)))
+    return [] if same else [f"{precision}: its scales round activations that float32 has exactly"]
+
+
+def without_rounded_activations(network: ModelProto) -> ModelProto:
+    """The same network, whose products read what QuantizeLinear would have rounded."""
+    bare = ModelProto.FromString(network.SerializeToString())
+    makers = {output: node for node in bare.graph.node for output in node.output}
+    for node in bare.graph.node:
+        for place, name in enumerate(node.input):
+            back = makers.get(name)
+            if back is not None and back.op_type == "DequantizeLinear":
+                there = makers.get(back.input[0])
+                if there is not None and there.op_type == "QuantizeLinear":
+                    node.input[place] = there.input[0]
+    return bare

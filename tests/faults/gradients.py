@@ -1,0 +1,131 @@
+"""The attack is led astray, so that a network that is not robust seems so: by the attack graph in the bundle, whatever
+it was made from, and by what the evaluation itself computes.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from faults.planted import Array, Planted, fault
+from mpdsgr_deploy.protocols import Gradient, State
+from mpdsgr_deploy.runtime.attacker import GraphAttacker
+
+OWN = "check 10"
+
+
+def rewrite(copy: Planted, *nodes: onnx.NodeProto, **constants: Array) -> None:
+    """Nodes behind the stored attack graph: they read `true`, what was its gradient, and the last gives `gradient`."""
+    file = copy.path / "attack.fp32.onnx"
+    graph = onnx.load(file)
+    for node in graph.graph.node:
+        node.output[:] = ["true" if name == "gradient" else name for name in node.output]
+    graph.graph.node.extend(nodes)
+    graph.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
+    onnx.save(graph, file)
+
+
+@fault("attack graph", 2, "holds no attack graph")
+def attack_graph_missing(copy: Planted) -> None:
+    """A bundle without it, so that a white-box attack needs the word of whoever made it."""
+    copy.manifest["variants"]["fp32"]["attack"] = ""
+
+
+@fault("attack graph", 3, OWN)
+def attack_graph_without_gradient(copy: Planted) -> None:
+    """A gradient of zero, as of spikes without a surrogate."""
+    rewrite(copy, helper.make_node("Mul", ["true", "nothing"], ["gradient"]), nothing=np.array(0, np.float32))
+
+
+@fault("attack graph", 3, OWN)
+def attack_graph_of_chance(copy: Planted) -> None:
+    """A gradient of noise."""
+    rewrite(copy, helper.make_node("RandomNormalLike", ["true"], ["gradient"]))
+
+
+@fault("attack graph", 3, OWN)
+def attack_graph_downhill(copy: Planted) -> None:
+    """A gradient of the wrong sign: attacks make images easier."""
+    rewrite(copy, helper.make_node("Neg", ["true"], ["gradient"]))
+
+
+@fault("attack graph", 3, OWN)
+def attack_graph_of_another_network(copy: Planted) -> None:
+    """The attack graph of the training before."""
+    copy.take("attack.fp32.onnx")
+
+
+@fault("attack graph", 3, OWN)
+def attack_graph_with_one_weight_changed(copy: Planted) -> None:
+    """The least that a hand can do."""
+    file = copy.path / "attack.fp32.onnx"
+    graph = onnx.load(file)
+    weights = next(i for i in graph.graph.initializer if i.name == "body.2.synapse.weight")
+    value = numpy_helper.to_array(weights).copy()
+    value[0, 0, 0, 0] += 1e-3
+    weights.CopyFrom(numpy_helper.from_array(value, weights.name))
+    onnx.save(graph, file)
+
+
+def mislead(copy: Planted, how: Callable[[Array], Array]) -> None:
+    """Let the evaluation's own gradients be what `how` makes of the true ones."""
+    true = GraphAttacker.step
+
+    def step(self: GraphAttacker, x: Array, y: Array, state: State) -> tuple[Gradient, State]:
+        found, moved = true(self, x, y, state)
+        return found._replace(gradient=how(found.gradient)), moved
+
+    copy.patch.setattr(GraphAttacker, "step", step)
+
+
+@fault("evaluation", 3, "check 7")
+def gradients_of_zero(copy: Planted) -> None:
+    """Spikes differentiated as the steps they are."""
+    mislead(copy, np.zeros_like)
+
+
+@fault("evaluation", 2, "pixels must be finite")
+def gradients_not_finite(copy: Planted) -> None:
+    """A loss that overflows."""
+    mislead(copy, lambda gradient: gradient * np.float32(np.nan))
+
+
+@fault("evaluation", 3, "check 3")
+def gradients_of_chance(copy: Planted) -> None:
+    """Noise in place of the gradient: every white-box attack is a random walk."""
+    draw = np.random.default_rng(0)
+    mislead(copy, lambda gradient: draw.standard_normal(gradient.shape, np.float32))
+
+
+@fault("evaluation", 3, "check 3", thorough=True)
+def gradients_downhill(copy: Planted) -> None:
+    """The wrong sign: attacks make images easier."""
+    mislead(copy, np.negative)
+
+
+@fault("evaluation", 3, "check 13")
+def gradients_of_half_the_image(copy: Planted) -> None:
+    """A slice too few in the backward pass: the attack sees the upper half only."""
+
+    def upper(gradient: Array) -> Array:
+        gradient = gradient.copy()
+        gradient[:, :, gradient.shape[2] // 2 :] = 0
+        return gradient
+
+    mislead(copy, upper)
+
+
+@fault("evaluation", 3, "check 7", kind="sharp")
+def surrogate_too_sharp(copy: Planted) -> None:
+    """A network trained, attacked and promised through a surrogate so narrow that hardly any gradient passes."""
+
+
+@fault("artefact", 1, "newly wrong", kind="wide", thorough=True)
+def promise_through_the_trained_surrogate_alone(copy: Planted) -> None:
+    """Trained almost straight-through; whoever promised attacked through that surrogate and called it a day."""
+    reference = copy.arrays("reference.npz")
+    own = reference["verdict/fgsm"]
+    copy.write(
+        "reference.npz", {k: own if k.startswith(("verdict/s", "verdict/w")) else v for k, v in reference.items()}
+    )

@@ -1,0 +1,73 @@
+"""The file is right; what runs it is not. Golden logits are what that runtime answers."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from faults.planted import Array, Planted, fault
+from mpdsgr_deploy.runtime import OnnxRuntime
+
+Answer = Callable[[OnnxRuntime, Array], Array]
+
+
+def answer(copy: Planted, how: Callable[[Answer, OnnxRuntime, Array], Array]) -> None:
+    """Let onnxruntime's predictors answer as `how` does, which is given the true one."""
+    true = OnnxRuntime.__call__
+    copy.patch.setattr(OnnxRuntime, "__call__", lambda network, x: how(true, network, x))
+    copy.answered_anew |= copy.manifest["variants"].keys()
+
+
+@fault("runtime", 3, "check 8")
+def state_left_between_batches(copy: Planted) -> None:
+    """Membranes that are not reset: the batch before is still in them. The first batch, the golden one, is right."""
+    left: dict[int, Array] = {}
+
+    def leaky(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        logits = true(network, x)
+        before = left.get(id(network), np.zeros_like(logits[:1]))
+        left[id(network)] = logits.mean(0, keepdims=True)
+        return logits + np.float32(0.3) * before
+
+    answer(copy, leaky)
+
+
+@fault("runtime", 3, "check 8")
+def answers_depend_on_the_batch(copy: Planted) -> None:
+    """A batcher that mixes an image with its neighbour in the batch."""
+    answer(copy, lambda true, network, x: true(network, x) + np.float32(0.2) * np.roll(true(network, x), 1, axis=0))
+
+
+@fault("runtime", 3, "check 8")
+def images_beyond_the_profile_swapped(copy: Planted) -> None:
+    """An engine for batches of 16 whose last part is written back in the wrong order; the golden batch is smaller."""
+
+    def swapped(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        logits = true(network, x)
+        return np.concatenate([logits[:16], logits[16:][::-1]])
+
+    answer(copy, swapped)
+
+
+@fault("runtime", 3, "check 12")
+def softmax_behind_the_network(copy: Planted) -> None:
+    """A server that returns probabilities."""
+
+    def softmax(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        logits = true(network, x)
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        return powers / powers.sum(1, keepdims=True)
+
+    answer(copy, softmax)
+
+
+@fault("runtime", 3, "check 12")
+def spikes_counted_behind_the_network(copy: Planted) -> None:
+    """A server that returns whole counts."""
+    answer(copy, lambda true, network, x: np.floor(np.maximum(true(network, x) * 4, 0)))
+
+
+@fault("runtime", 3, "golden batch wrongly")
+def torch_weights_of_another_training(copy: Planted) -> None:
+    """The network that is trusted most is not the one that was exported."""
+    copy.take("weights.safetensors")
+    copy.backend = "torch"

@@ -1,0 +1,63 @@
+"""The verdict cannot be fooled: every planted fault ends in 1, 2 or 3, for the reason it should; what is whole in 0.
+
+benchmarks/verdicts.py runs them, and some more, through the whole validation and keeps the table, export/FAULTS.md.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from faults import FAULTS, Fault, InProcess, Networks, Planted, judge, plant
+
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.bundle import Bundle
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import figures
+import verdicts
+
+
+@pytest.fixture(scope="module")
+def networks(precise: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    return Networks(tmp_path_factory.mktemp("networks"), healthy=precise)
+
+
+@pytest.fixture(autouse=True)
+def fewer_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing eps and twice the steps on 10 images, not on 50: they take half of the time."""
+    monkeypatch.setitem(TIERS, "commit", TIERS["commit"]._replace(probe=10))
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS.values() if not f.thorough], ids=lambda fault: fault.name)
+def test_a_planted_fault_is_caught(
+    fault: Fault, networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = judge(plant(fault, networks, tmp_path / "bundle", monkeypatch), InProcess)
+    assert found.code == fault.code, found.said
+    assert any(fault.caught in reason for reason in found.said), found.said
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_copy_without_a_fault_passes(
+    precision: str, networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bench itself plants nothing: sealing a copy, all of it answered and derived anew, leaves it whole."""
+    copy = Planted(networks, "healthy", tmp_path / "bundle", monkeypatch)
+    copy.precision, copy.answered_anew = precision, {precision}
+    copy.seal()
+    found = judge(copy, InProcess)
+    assert found.code == 0, found.said
+
+
+def test_there_are_enough_of_them_and_each_says_what_went_wrong() -> None:
+    assert len(FAULTS) >= 30
+    assert all(fault.story and fault.code for fault in FAULTS.values())
+
+
+def test_the_page_quotes_the_file_and_the_file_has_every_fault() -> None:
+    result = figures.load(verdicts.NAME)
+    assert verdicts.PAGE.read_text() == verdicts.render(result)
+    assert {fault["name"]: fault["ended"] for fault in result["faults"]} == {f.name: f.code for f in FAULTS.values()}
+    assert len(result["healthy"]) >= 100
+    assert all(case["ended"] == 0 for case in result["healthy"])
