@@ -220,7 +220,6 @@ class Evaluation:
     def _checks_without_attack(self) -> list[Check]:
         standard = "the reference" if self.reference is not None else "floors" if self.gate.floors else ""
         return [
-            health.check_function(self.artefact, self.target.fresh(), self.x),
             health.check_compared(self.n, standard),
             health.check_attack_graph(self.target.attack_graph_faults()),
             health.check_images(image_faults(self.data, self.images, self.reference), self.rule),
@@ -236,7 +235,11 @@ class Evaluation:
     def health(self) -> list[Check]:
         """All checks; of an evaluation that stopped early those that do not need all of it."""
         gradients = self._gradients
-        checks = [*self._first, health.check_budget(self._faults, self.rule)]
+        checks = [
+            *self._first,
+            health.check_budget(self._faults, self.rule),
+            health.check_function(self.artefact, self.target.fresh(), self.x),
+        ]
         if not self.stopped:
             white = [c.name for c in self.conditions if c.surrogate and c.eps is not None]
             black = [c.name for c in self.conditions if c.name.startswith((SQUARE, TRANSFER))]
