@@ -146,7 +146,8 @@ def catcher(fault: dict[str, Any]) -> tuple[str, str]:
     """What caught a fault, by name, and its words."""
     if not fault["said"]:
         return "nothing", ""
-    said = next((reason for reason in fault["said"] if fault["caught"] in reason), fault["said"][0])
+    reasons = sorted(fault["said"], key=lambda reason: not reason.startswith(f"{fault['caught']} ("))
+    said = next((reason for reason in reasons if fault["caught"] in reason), reasons[0])
     if said.startswith("check "):
         name, _, saw = said.partition(" failed: ")
         return name, saw.partition("; ")[0]

@@ -62,7 +62,7 @@ def figures_of_another_training(copy: Planted) -> None:
     copy.write(REFERENCE, copy.arrays(REFERENCE))
 
 
-@fault("promise", 3, "check 9")
+@fault("promise", 2, "nothing to decide")
 def no_promise_at_all(copy: Planted) -> None:
     """A network that nobody measured, here with noisy weights: there is nothing to compare it with."""
     copy.change("body.2.synapse.weight", noisy)
