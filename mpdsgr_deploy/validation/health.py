@@ -41,7 +41,7 @@ class Check(BaseModel):
     name: str
     passed: bool
     saw: str
-    why: str
+    why: str = ""  # absent from results of earlier versions
     advice: str
 
 
