@@ -126,8 +126,9 @@ class Gate(Section):
     """What an artefact must keep to pass `mpdsgr validate`; shares of the images, in [0, 1]. See validation.gate.
 
     tier: how much is attacked (attacks.tiers). images: the first so many test images; None: as many as the tier takes.
-    max_drop: largest loss of accuracy against the reference, in every condition; None: the tier's. drops: the same for
-    single conditions. floors: the least accuracy of single conditions; "worst" is the union of all attacks within eps.
+    max_drop: largest loss of accuracy against the reference, in every condition but Square; None: the tier's. drops:
+    the same for single conditions, Square too. floors: the least accuracy of single conditions; "worst" is the union of
+    all attacks within eps.
     """
 
     tier: Literal["commit", "release", "paper"] = "commit"

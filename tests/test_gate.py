@@ -16,14 +16,37 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target
+from mpdsgr_deploy.validation import gate as rules_of_the_gate
 from mpdsgr_deploy.validation.evaluation import Evaluation
-from mpdsgr_deploy.validation.gate import check_gate, failures, fewest_images, load_gate, lost, regressed
+from mpdsgr_deploy.validation.gate import (
+    FEWEST,
+    SIGNIFICANT,
+    check_gate,
+    failures,
+    fewest_images,
+    load_gate,
+    lost,
+    regressed,
+)
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import wilson
 from mpdsgr_deploy.validation.validate import warn_of_gaps
 
 GATES = Path(__file__).parent.parent / "export" / "gates"
 SHARES = ["0", "0.01", "0.05", "0.1", "0.15", "1/3", "0.35", "0.5", "0.7", "0.8", "0.9", "0.95", "1"]
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that so few images can decide as can be tried out one by one: p < 0.05, five flips."""
+    monkeypatch.setattr(rules_of_the_gate, "SIGNIFICANT", 0.05)
+    monkeypatch.setattr(rules_of_the_gate, "FEWEST", 5)
+
+
+def test_the_real_constants_belong_together_and_each_tier_can_decide() -> None:
+    assert 2.0**-FEWEST < SIGNIFICANT < 2.0 ** (1 - FEWEST)
+    for tier in TIERS.values():
+        assert tier.images is None or (FEWEST - 1) / tier.max_drop <= tier.images
 
 
 @cache
@@ -74,10 +97,8 @@ def test_the_fewest_images_are_those_of_the_hardest_rule() -> None:
     assert fewest_images(rules, ["clean", "pgd", "worst"]) == 400
     assert fewest_images(rules, ["pgd", "worst"]) == 40
     assert fewest_images(rules, ["pgd"]) == 4  # the floor's
-    assert fewest_images(Gate(), ["clean"]) == 80  # tier commit
-    assert all(
-        tier.images is None or fewest_images(Gate(tier=name), ["clean"]) <= tier.images for name, tier in TIERS.items()
-    )
+    assert fewest_images(Gate(max_drop=0.1), ["square"]) == 1  # decided in the worst case
+    assert fewest_images(Gate(drops={"square": 0.1}), ["square"]) == 40
 
 
 def outcomes(n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -180,7 +201,7 @@ NAMES = ("clean", "pgd", "worst")
         ),
         (Gate(drops={"pgd": 0.1}, floors={"pgd": 0.1}), 100, (), "bounds the drop under 'pgd'"),
         (Gate(), 100, (), "nothing to decide"),
-        (Gate(), 79, NAMES, "79 images cannot decide this gate: it takes 80"),
+        (Gate(max_drop=0.05), 79, NAMES, "79 images cannot decide this gate: it takes 80"),
         (Gate(max_drop=0.0), 4, NAMES, "it takes 5"),
         (Gate(floors={"worst": 0.9}), 34, (), "it takes 35"),
     ],
@@ -192,7 +213,7 @@ def test_gates_that_cannot_decide_are_refused(rules: Gate, n: int, referenced: t
 
 
 def test_gates_that_can_decide_are_taken() -> None:
-    check_gate(Gate(), NAMES, 80, NAMES)
+    check_gate(Gate(max_drop=0.05), NAMES, 80, NAMES)
     check_gate(Gate(floors={"worst": 0.9}), NAMES, 35, ())
     check_gate(Gate(max_drop=0.01, drops={"clean": 0.2}), NAMES, 20, ("clean",))
 
@@ -214,9 +235,9 @@ def test_only_like_is_compared_with_like(bundle: Bundle, caplog: pytest.LogCaptu
 
     assert referenced("commit") == []
     assert not caplog.messages
-    assert referenced("release") == ["square", "worst"]  # 1,000 queries; this recipe's steps are those of commit
+    assert referenced("release") == ["strong adaptive", "square", "worst"]  # more steps of SA-PGD, more queries
     (told,) = caplog.messages
-    assert "nothing is compared under square, worst; validate with --tier release" in told
+    assert "nothing is compared under strong adaptive, square, worst; validate with --tier release" in told
 
 
 def test_gate_files(tmp_path: Path) -> None:

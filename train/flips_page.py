@@ -203,6 +203,12 @@ def law(rows: Rows) -> str:
     return f"{markdown([*columns, 'passed on, %'], lines)}\n\n{note}"
 
 
+def typical(pairs: Iterable[tuple[float, float]]) -> str:
+    """The geometric mean of ratios; "-" where something is 0, as in a network too small to flip anything."""
+    found = list(pairs)
+    return f"{geometric_mean(a / b for a, b in found):.2f}" if all(a and b for a, b in found) else "-"
+
+
 def neurons(rows: Rows) -> str:
     """float16 neurons beside float32 ones, network by network."""
     lines = []
@@ -210,7 +216,7 @@ def neurons(rows: Rows) -> str:
         found = [(r.of(precision), r.variants[f"{precision}, neurons fp16"], r.n) for r in every(rows)]
         cells = [precision, str(len(found))]
         for field in ("fresh", "rate"):
-            cells.append(f"{geometric_mean(half.mean(field) / single.mean(field) for single, half, _ in found):.2f}")
+            cells.append(typical((half.mean(field), single.mean(field)) for single, half, _ in found))
         cells.append(f"{sum(half.mean('rate') > single.mean('rate') for single, half, _ in found)} of {len(found)}")
         total = sum(n for *_, n in found)
         cells += [f"{sum(pair[i].labels_changed for pair in found)} of {total}" for i in (0, 1)]
@@ -225,11 +231,11 @@ def places(rows: Rows) -> str:
     for name in (f"int8, {EXPORTED}", *PLACES):
         found = [(r.variants[name], r.n) for r in every(rows)]
         changed, total = sum(v.labels_changed for v, _ in found), sum(n for _, n in found)
-        relative = [v.mean("rate") / r.of("int8").mean("rate") for (v, _), r in zip(found, every(rows), strict=True)]
+        relative = ((v.mean("rate"), r.of("int8").mean("rate")) for (v, _), r in zip(found, every(rows), strict=True))
         moved = [v.logits_moved for v, _ in found]
         title = "int8, first and last product fp32" if name.startswith("int8") else name
         rate = f"{100 * fmean(v.mean('rate') for v, _ in found):.3f}"
-        lines.append([title, rate, f"{geometric_mean(relative):.2f}", f"{fmean(moved):.3f}", f"{changed} of {total}"])
+        lines.append([title, rate, typical(relative), f"{fmean(moved):.3f}", f"{changed} of {total}"])
     note = (
         "int8 for the first product: the normalised image in 255 steps over its possible range; for the last: weights "
         "alone, since mean spikes lie on a grid. The last product has no spikes behind it."

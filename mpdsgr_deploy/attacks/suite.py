@@ -134,7 +134,7 @@ def tier_plan(tier: Tier, attack: Attack, trained: str) -> Plan:
     names = [*required(trained), *(attack.surrogates if tier.sweep else ())]
     return Plan(
         surrogates=tuple(name for name in dict.fromkeys(names) if name != trained),
-        strong_steps=min(attack.strong_steps, tier.strong_steps or attack.strong_steps),
+        strong_steps=attack.strong_steps,
         restarts=tier.restarts,
         adaptive=True,
         apgd_steps=tier.apgd_steps,

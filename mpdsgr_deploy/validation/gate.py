@@ -1,9 +1,11 @@
 """The gate: what an artefact must keep. Decided by paired verdicts, and only by as many as can decide it.
 
 A drop fails if the artefact loses more than the limit and the loss is no chance: worse images of the discordant ones
-are more than half by an exact one-sided McNemar test (p < 0.001: with a dozen conditions, a
-healthy artefact is refused less than once in a hundred times). Ten images that only the artefact gets wrong are the
-fewest that can show that, so a limit of 1 % takes 900 images. A floor fails if the artefact's accuracy is below it;
+are more than half by an exact one-sided McNemar test (p < 0.001: with a dozen conditions, a healthy artefact is refused
+less than once in a hundred times). Ten images that only the artefact gets wrong are the
+fewest that can show that, so a limit of 1 % takes 900 images. Square is left out unless the gate names it in `drops`:
+its random search takes another way on any other network, and then decides a dozen of 100 images otherwise by chance;
+what it breaks counts in the worst case. A floor fails if the artefact's accuracy is below it;
 n images, all of them right, prove it where their 95 % Wilson interval begins above.
 """
 
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.attacks.suite import SQUARE
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate
@@ -22,6 +25,7 @@ from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import Z95, binomial_tail
 
 SIGNIFICANT = 0.001
+CHANCY = (SQUARE,)
 FEWEST = 10  # flips, all one way, that are significant: 2^-10 < 0.001
 
 Bools = NDArray[np.bool_]
@@ -40,8 +44,9 @@ def resolved(gate: Gate, n: int) -> Gate:
 
 
 def limit(gate: Gate, name: str) -> float:
-    """The drop of accuracy allowed in a condition."""
-    return gate.drops.get(name, resolved(gate, 1).max_drop or 0.0)
+    """The drop of accuracy allowed in a condition; 1 allows any."""
+    usual = 1.0 if name in CHANCY else resolved(gate, 1).max_drop or 0.0
+    return gate.drops.get(name, usual)
 
 
 def fewest_images(gate: Gate, names: Iterable[str]) -> int:
