@@ -29,7 +29,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.torch_model import TorchModel
-from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.rows import Flips
 
 NAME = "agreement"
 
@@ -82,12 +82,11 @@ def measure(run: Path, root: str, images: int, attacked: int) -> dict[str, Any]:
 def compare(exact: NDArray[np.int64], found: NDArray[np.int64], classes: NDArray[np.int64]) -> dict[str, Any]:
     """Labels [N] of a precision beside those of float32, and the verdicts of both paired."""
     y = classes[: len(exact)]
-    row = Row.of("", "", exact == y, found == y)
     return {
-        "n": row.n,
+        "n": len(found),
         "equal": int((exact == found).sum()),
-        "correct": row.artefact.correct,
-        **row.flips.model_dump(),
+        "correct": int((found == y).sum()),
+        **Flips.of(exact == y, found == y).model_dump(),
     }
 
 
