@@ -137,7 +137,7 @@ def render(result: dict[str, Any]) -> str:
         for found in network["rows"]:
             right = f"{found['correct']} ({found['correct'] / n:.1%})"
             costs = f"{found['gradients']:.0f} | {found['queries']:.0f} | {found['seconds']:.0f}"
-            lines.append(f"| {recipe.method} | {found['attack']} | {right} | {costs} |")
+            lines.append(f"| {recipe.method}, {recipe.data.name} | {found['attack']} | {right} | {costs} |")
         told.append(
             f"- {recipe.method}: {recipe.model.name}, width {recipe.model.width:g}, T = {recipe.encoding.T}, on "
             f"{recipe.data.name}, epoch {network['epoch']} of {recipe.training.epochs}; eps {recipe.attack.eps:.4g}, "

@@ -75,7 +75,7 @@ def page(reports: list[Report]) -> str:
         "Accuracy in % with 95 % Wilson intervals, measured on the ONNX files by `export/robustness.py`. *PGD, paper*",
         "is the paper's setting (7 steps of 0.01, last iterate), *PGD, strong* 40 steps of eps/4 of which any iterate",
         "counts, *union* what survives every attack within eps: strong PGD through five surrogates, APGD-CE, APGD-DLR,",
-        "Square and, for int8, images made on the float32 network.",
+        "Square and, for int8, images made on the float32 network. [What it shows](FINDINGS.md).",
         "",
         f"| network | precision | {' | '.join(COLUMNS.values())} | torch's union | strongest attack | verdict |",
         "|---|---|" + "---|" * (len(COLUMNS) + 3),
