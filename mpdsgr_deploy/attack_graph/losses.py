@@ -28,9 +28,9 @@ def losses(tape: Tape, logits: str, classes: str, count: int) -> Losses:
            with one class, which no attack can miss, it is 0.
     """
     onehot = _onehot(tape, classes, count)  # [B, K]
-    true = _total(tape, tape.emit("Mul", logits, onehot), name=None)  # z_y [B, 1]
+    true = _total(tape, tape.emit("Mul", logits, onehot))  # z_y [B, 1]
     log_softmax = tape.emit("LogSoftmax", logits, axis=1)
-    share = _total(tape, tape.emit("Mul", log_softmax, onehot), name=None)
+    share = _total(tape, tape.emit("Mul", log_softmax, onehot))
     ce = tape.emit("Neg", tape.emit("Squeeze", share, tape.integers(1)), name="ce")
     ce_gradient = tape.emit("Sub", tape.emit("Softmax", logits, axis=1), onehot)
     return Losses(ce, ce_gradient, *_dlr(tape, logits, classes, onehot, true, count))
@@ -65,6 +65,6 @@ def _onehot(tape: Tape, classes: str, count: int) -> str:
     return tape.emit("Cast", tape.emit("Equal", wide, tape.constant(np.arange(count), np.int64)), to=TensorProto.FLOAT)
 
 
-def _total(tape: Tape, value: str, name: str | None) -> str:
+def _total(tape: Tape, value: str) -> str:
     """Sums over classes [B, 1]."""
-    return tape.emit("ReduceSum", value, tape.integers(1), keepdims=1, name=name)
+    return tape.emit("ReduceSum", value, tape.integers(1), keepdims=1)

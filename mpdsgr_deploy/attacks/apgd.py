@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from mpdsgr_deploy.attacks.pgd import Draw, project
+from mpdsgr_deploy.attacks.pgd import Draw, begin, project, wide
 from mpdsgr_deploy.protocols import Array, Differentiable
 
 MOMENTUM = 0.75  # share of the new step; the rest is the last move's
@@ -32,7 +32,7 @@ def apgd(
     iterate of the largest loss for those that never do.
     """
     xp = array_namespace(x)
-    start = x if draw is None else project(xp, x + eps * draw(x.shape), x, eps)
+    start = begin(xp, x, eps, draw)
     found = xp.asarray(start, copy=True)
     logits, loss, gradient = target(start, y)
     state = _at_start(xp, start, x, y, loss, gradient, eps)
@@ -98,7 +98,7 @@ def _at_start(xp: Array, start: Array, x: Array, y: Array, loss: Array, gradient
 
 
 def _step(xp: Array, state: _State, eps: float, momentum: float) -> Array:
-    moved = state.current + _wide(state.eta) * xp.sign(state.gradient)
+    moved = state.current + wide(state.eta) * xp.sign(state.gradient)
     ascended = project(xp, moved, state.x, eps)
     carried = momentum * (ascended - state.current) + (1 - momentum) * (state.current - state.previous)
     return project(xp, state.current + carried, state.x, eps)
@@ -110,8 +110,8 @@ def _advance(xp: Array, state: _State, moved: Array, loss: Array, gradient: Arra
         current=moved,
         previous=state.current,
         gradient=gradient,
-        best=xp.where(_wide(higher), moved, state.best),
-        best_gradient=xp.where(_wide(higher), gradient, state.best_gradient),
+        best=xp.where(wide(higher), moved, state.best),
+        best_gradient=xp.where(wide(higher), gradient, state.best_gradient),
         largest=xp.where(higher, loss, state.largest),
         loss=loss,
         rises=state.rises + xp.astype(loss > state.loss, state.rises.dtype),
@@ -124,15 +124,10 @@ def _check(xp: Array, state: _State, needed: float) -> _State:
     halve = (state.rises < needed) | stuck
     return state._replace(
         eta=xp.where(halve, state.eta / 2, state.eta),
-        current=xp.where(_wide(halve), state.best, state.current),
-        gradient=xp.where(_wide(halve), state.best_gradient, state.gradient),
+        current=xp.where(wide(halve), state.best, state.current),
+        gradient=xp.where(wide(halve), state.best_gradient, state.gradient),
         loss=xp.where(halve, state.largest, state.loss),
         rises=xp.zeros_like(state.rises),
         largest_at_check=state.largest,
         halved=halve,
     )
-
-
-def _wide(per_image: Array) -> Array:
-    """[B] to [B, 1, 1, 1]."""
-    return per_image[:, None, None, None]

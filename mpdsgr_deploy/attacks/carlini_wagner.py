@@ -2,6 +2,7 @@
 
 from array_api_compat import array_namespace, device
 
+from mpdsgr_deploy.attacks.pgd import wide
 from mpdsgr_deploy.protocols import Array, Differentiable
 
 BOX = 0.999999  # keeps atanh finite at pixels 0 and 1
@@ -40,16 +41,11 @@ def cw_l2(
             fooled = loss > 0
             succeeded = succeeded | fooled
             nearer = fooled & (norm < distance)
-            best, distance = xp.where(_wide(nearer), moved, best), xp.where(nearer, norm, distance)
-            slope = 2 * (moved - x) - _wide(xp.where(fooled, xp.zeros_like(c), c)) * gradient
+            best, distance = xp.where(wide(nearer), moved, best), xp.where(nearer, norm, distance)
+            slope = 2 * (moved - x) - wide(xp.where(fooled, xp.zeros_like(c), c)) * gradient
             slope = slope * (1 - tanh**2) / 2
             first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
             w = w - lr * (first / (1 - 0.9**step)) / (xp.sqrt(second / (1 - 0.999**step)) + 1e-8)
         high, low = xp.where(succeeded, c, high), xp.where(succeeded, low, c)
         c = xp.where(xp.isinf(high), c * 10, (low + xp.where(xp.isinf(high), low, high)) / 2)
     return best
-
-
-def _wide(per_image: Array) -> Array:
-    """[B] to [B, 1, 1, 1]."""
-    return per_image[:, None, None, None]

@@ -43,7 +43,7 @@ def pgd(
     xp = array_namespace(x)
     if restarts > 1 and draw is None:
         raise ValueError("restarts without a draw would all start at x; give one")
-    starts = [x if draw is None else project(xp, x + eps * draw(x.shape), x, eps) for _ in range(restarts)]
+    starts = [begin(xp, x, eps, draw) for _ in range(restarts)]
     if keep == "worst":
         return _largest_loss(xp, target, starts, x, y, eps, step, steps)
     found = xp.asarray(x, copy=True)
@@ -66,6 +66,16 @@ def pgd(
 def project(xp: Array, moved: Array, x: Array, eps: float | Array) -> Array:
     """The nearest point to `moved` that is in [0, 1] and within eps of x."""
     return xp.clip(x + xp.clip(moved - x, -eps, eps), 0.0, 1.0)
+
+
+def begin(xp: Array, x: Array, eps: float, draw: Draw | None) -> Array:
+    """Where an attack on x starts: at a random place in its ball, or, without a draw, at x itself."""
+    return x if draw is None else project(xp, x + eps * draw(x.shape), x, eps)
+
+
+def wide(per_image: Array) -> Array:
+    """[B] to [B, 1, 1, 1]."""
+    return per_image[:, None, None, None]
 
 
 def _last(
@@ -108,7 +118,7 @@ def _largest_loss(
         for number in range(steps + 1):
             _, loss, gradient = target(adversarial, y)
             higher = loss > largest
-            found, largest = xp.where(higher[:, None, None, None], adversarial, found), xp.where(higher, loss, largest)
+            found, largest = xp.where(wide(higher), adversarial, found), xp.where(higher, loss, largest)
             if number < steps:
                 adversarial = project(xp, adversarial + step * xp.sign(gradient), x, eps)
     return found

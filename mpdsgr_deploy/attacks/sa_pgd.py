@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from array_api_compat import array_namespace, device
 
 from mpdsgr_deploy.attacks.apgd import checkpoints
-from mpdsgr_deploy.attacks.pgd import Draw, project
+from mpdsgr_deploy.attacks.pgd import Draw, begin, project, wide
 from mpdsgr_deploy.protocols import Adaptive, Array, Gradient
 
 
@@ -28,11 +28,10 @@ def sa_pgd(
 ) -> Array:
     """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after steps + 1 gradients an image at most.
 
-    draw, keep: as of `pgd`. "broken" also drops an image from the batch as soon as it fools the
-    target, and returns the iterate of the largest loss for those that never do.
+    draw, keep: as of `apgd`.
     """
     xp = array_namespace(x)
-    start = x if draw is None else project(xp, x + eps * draw(x.shape), x, eps)
+    start = begin(xp, x, eps, draw)
     found = xp.asarray(start, copy=True)
     state = _State(xp.arange(x.shape[0], device=device(x)), x, y, start, start, xp.full_like(x[:, 0, 0, 0], -xp.inf))
     momentum, power = xp.zeros_like(x), xp.zeros_like(x)
@@ -77,7 +76,7 @@ class _State(NamedTuple):
 def _seen(xp: Array, state: _State, answer: Gradient) -> _State:
     higher = answer.loss > state.largest
     return state._replace(
-        best=xp.where(higher[:, None, None, None], state.current, state.best),
+        best=xp.where(wide(higher), state.current, state.best),
         largest=xp.where(higher, answer.loss, state.largest),
     )
 
