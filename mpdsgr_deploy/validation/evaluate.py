@@ -10,13 +10,13 @@ from mpdsgr_deploy.attacks.run import outcomes
 from mpdsgr_deploy.attacks.suite import CLEAN, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.validation import health
 from mpdsgr_deploy.validation.health import Check
+from mpdsgr_deploy.validation.images import require_alike
 from mpdsgr_deploy.validation.rows import Score
 
 
@@ -110,8 +110,7 @@ def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tup
     """A checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
     source = find_checkpoint(checkpoint_dir)
     found = load_checkpoint(source)
-    if (found.shape, found.labels) != (shape, labels):
-        raise InputError(f"{checkpoint_dir} was not trained on images like those under attack; take another")
+    require_alike(checkpoint_dir, (found.shape, found.labels), (shape, labels))
     network = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
     return Source(
         TorchNetwork(TorchModel(network, found.shape, found.recipe.validation.seed)), trained_surrogate(found.recipe)

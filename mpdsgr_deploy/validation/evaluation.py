@@ -124,7 +124,7 @@ class Evaluation:
             self._carry_out(condition)
             spent += condition.cost + 1
             left = (time.monotonic() - started) / spent * (total - spent)
-            shown = 100 * self._verdicts.get(condition.name, self.standing).mean()
+            shown = 100 * self._verdicts[condition.name].mean()
             log.info("%-24s %5.1f %%   about %.0f s left", condition.name, shown, left)
         bound = "; stopped early, so an upper bound" if self.stopped else ""
         settings = f"right under every condition within eps{bound}"
@@ -140,12 +140,11 @@ class Evaluation:
             self._faults += health.budget_faults(condition.name, self.x[rows], part.attacked.images, condition.eps)
             if condition.eps is not None:
                 self.standing[rows] &= part.predicted == self.y[rows]
-            done = np.concatenate([p.predicted == self.y[p.rows] for p in parts])
-            self.stopped = self._hopeless = self._lost(condition.name, done) or self._lost(WORST, self.standing)
+            correct = np.concatenate([p.predicted == self.y[p.rows] for p in parts])
+            self.stopped = self._hopeless = self._lost(condition.name, correct) or self._lost(WORST, self.standing)
             if self.stopped:
                 break
         attacked, predicted = gather(parts)
-        correct = predicted == self.y[: len(predicted)]
         self._finish(condition.name, condition.settings, condition.eps, correct, evaluations=attacked.evaluations)
         self._note(condition, attacked, predicted)
 

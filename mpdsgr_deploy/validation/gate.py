@@ -39,14 +39,17 @@ def load_gate(path: Path) -> Gate:
 
 def resolved(gate: Gate, n: int) -> Gate:
     """The gate with what its tier adds, for n images: nothing in it is left open."""
-    max_drop = TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
-    return gate.model_copy(update={"images": n, "max_drop": max_drop})
+    return gate.model_copy(update={"images": n, "max_drop": usual_limit(gate)})
+
+
+def usual_limit(gate: Gate) -> float:
+    """The drop allowed where the gate has no rule for a single condition: its own, or the tier's."""
+    return TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
 
 
 def limit(gate: Gate, name: str) -> float:
     """The drop of accuracy allowed in a condition; 1 allows any."""
-    usual = 1.0 if name in CHANCY else resolved(gate, 1).max_drop or 0.0
-    return gate.drops.get(name, usual)
+    return gate.drops.get(name, 1.0 if name in CHANCY else usual_limit(gate))
 
 
 def fewest_images(gate: Gate, names: Iterable[str]) -> int:

@@ -1,11 +1,14 @@
 """Which images an artefact is evaluated on, and whether they are the promised ones."""
 
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
 
 # The first 100 test images, with their classes, of data sets that everybody has in the same order.
@@ -44,6 +47,15 @@ def image_faults(name: str, images: Images, reference: Reference | None) -> list
     return faults
 
 
-def digest(found: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> str:
+def digest(found: NDArray[np.uint64]) -> str:
     """One name for a sequence of images."""
     return blake2b(found.astype("<u8").tobytes(), digest_size=8).hexdigest()
+
+
+Kind = tuple[tuple[int, int, int], tuple[str, ...]]  # shape of an image, class names
+
+
+def require_alike(path: Path, found: Kind, wanted: Kind) -> None:
+    """Raise InputError unless another network, that of `path`, was made for images of the same kind."""
+    if found != wanted:
+        raise InputError(f"{path} was not trained on images like those under attack; take another")

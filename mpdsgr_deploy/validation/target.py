@@ -15,7 +15,7 @@ from mpdsgr_deploy.attack_graph import derived_attack_graph, trained_surrogate
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, Manifest, open_bundle
 from mpdsgr_deploy.checkpoint import FILE, find_checkpoint
-from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.errors import EvaluationError
 from mpdsgr_deploy.files import sha256, writing
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
@@ -25,6 +25,7 @@ from mpdsgr_deploy.runtime.artefact import Artefact
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.runtime.remote import RemoteModel
 from mpdsgr_deploy.runtime.session import CPU, CUDA
+from mpdsgr_deploy.validation.images import require_alike
 
 REMOTE = "remote"
 ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # there gradients are computed beside the answers
@@ -128,7 +129,6 @@ def _other(path: Path, mine: Manifest) -> Iterator[Source]:
         return
     bundle = open_bundle(path)
     found = bundle.manifest
-    if (found.input_shape, found.labels) != (mine.input_shape, mine.labels):
-        raise InputError(f"{path} was not trained on images like those under attack; take another")
+    require_alike(path, (found.input_shape, found.labels), (mine.input_shape, mine.labels))
     with open_predictor(bundle) as predictor:
         yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(found.recipe))
