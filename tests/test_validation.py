@@ -1,26 +1,23 @@
 """The verdict on a real bundle: reports that add up, health checks against planted faults, exit codes."""
 
 import json
-import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-import onnx
 import pytest
-from conftest import mpdsgr
-from onnx import numpy_helper
+from conftest import mpdsgr, perturbed
 from scipy.stats import binomtest
 
 from mpdsgr_deploy.attacks.suite import BY_STRENGTH, SA_PGD, Counter
-from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
+from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Array, Gradient
 from mpdsgr_deploy.recipe import Gate
-from mpdsgr_deploy.runtime import GraphAttacker, OnnxRuntime
+from mpdsgr_deploy.runtime import GraphAttacker
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import Target, health, validate
 from mpdsgr_deploy.validation.rows import Flips
@@ -301,24 +298,7 @@ def test_exit_code_0_and_1(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, tmp_path: Path) -> None:
     """Weights of the artefact perturbed, golden logits and attack graph made to match: only the reference can tell."""
-    from mpdsgr_deploy.attack_graph import derived
-
-    path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
-    network = onnx.load(path / "model.fp32.onnx")
-    (readout,) = (i for i in network.graph.initializer if i.name == "readout.weight")
-    noise = np.random.default_rng(0).normal(0, 0.3, tuple(readout.dims)).astype(np.float32)
-    readout.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(readout) + noise, readout.name))
-    onnx.save(network, path / "model.fp32.onnx")
-    (path / "attack.fp32.onnx").write_bytes(derived(path / "model.fp32.onnx", "triangle"))
-    inputs, _ = bundle.golden()
-    with OnnxRuntime(path / "model.fp32.onnx") as broken:
-        np.savez(path / "golden.npz", inputs=inputs, fp32=broken(inputs))
-    manifest = json.loads((path / "manifest.json").read_text())
-    changed = ("model.fp32.onnx", "attack.fp32.onnx", "golden.npz")
-    manifest["files"] |= {name: sha256(path / name) for name in changed}
-    manifest["digest"] = Manifest.model_validate(manifest).computed_digest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    found = validate(Target(open_bundle(path)))
+    found = validate(Target(open_bundle(perturbed(bundle, tmp_path / "bundle"))))
     assert found.verdict == "fail"
     assert any("newly wrong" in reason for reason in found.reasons)
     assert any("does not answer as the exported network did" in reason for reason in found.reasons)
