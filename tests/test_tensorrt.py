@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +183,39 @@ def test_a_file_that_is_no_network(tmp_path: Path) -> None:
         (tmp_path / "m.onnx").write_bytes(content)
         with pytest.raises(InputError, match=expected):
             build_engine(RTX, tmp_path / "m.onnx", (1, 2, 4))
+
+
+LEFT_BEHIND = """
+import gc, sys
+from pathlib import Path
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.runtime.tensorrt import engine
+
+made = engine.listener
+
+def listener(trt):
+    class Collecting(type(made(trt))):  # what Python may do at any allocation, at every message
+        def log(self, severity, message):
+            gc.isenabled() and gc.collect()
+            super().log(severity, message)
+    return Collecting()
+
+engine.listener = listener
+for _ in range(2):
+    try:
+        engine.build_engine("tensorrt-rtx", Path(sys.argv[1]), (1, 2, 4))
+    except InputError as error:
+        left = [error]
+        left.append(left)  # a cycle: it keeps the failed build's objects until a collection
+        del left
+"""
+
+
+def test_garbage_of_a_failed_build_does_not_stop_the_next(tmp_path: Path) -> None:
+    """Collected in the middle of a message, it would wait for a lock that its own thread holds."""
+    node = helper.make_node("Unique", ["x"], ["y"])
+    model = network(tmp_path / "m.onnx", [node], {}, inputs={"x": ["batch", 3, 8, 8]})
+    subprocess.run([sys.executable, "-c", LEFT_BEHIND, model], check=True, timeout=60)
 
 
 def test_building_again_replaces_and_another_profile_joins(copy: Bundle) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES, failure, listener, load
+from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES, failure, listener, load, without_collection
 
 NO_GPU = "use a machine with an NVIDIA GPU and its driver, or --backend onnxruntime-cpu"
 
@@ -58,6 +58,7 @@ class Engine:
     Raises InputError for a plan that is damaged, of another version, or refused by this GPU.
     """
 
+    @without_collection()
     def __init__(self, backend: str, plan: bytes, advice: str) -> None:
         self.trt, self.backend = load(backend), backend
         self.heard = listener(self.trt)

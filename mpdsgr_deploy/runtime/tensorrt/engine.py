@@ -13,7 +13,7 @@ import onnx
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.tensorrt.library import failure, listener, load, said
+from mpdsgr_deploy.runtime.tensorrt.library import failure, listener, load, said, without_collection
 
 Batch = tuple[int, int, int]  # smallest, best, largest
 # What TensorRT 10.16 to 11.4 are documented to read. Their parsers take newer ones without a word and read an operator
@@ -21,6 +21,7 @@ Batch = tuple[int, int, int]  # smallest, best, largest
 MAX_OPSET = 24
 
 
+@without_collection()
 def build_engine(backend: str, model: Path, batch: Batch, timing_cache: Path | None = None) -> bytes:
     """The serialized engine of `model` for batches of `batch`, which the first dimension of every input counts.
 

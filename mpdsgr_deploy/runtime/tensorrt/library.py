@@ -1,6 +1,9 @@
 """TensorRT and TensorRT-RTX: two modules with one Python API, and what they say when something fails."""
 
+import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,6 +48,22 @@ def listener(trt: ModuleType) -> Any:
                 log.debug("%s: %s", trt.__name__, said(message))
 
     return Listener()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python's garbage collection paused. Whatever may call a listener belongs inside.
+
+    TensorRT calls it under the lock that its destructors take: a collection there which meets what a failed call left
+    behind would wait for itself for ever. One thread at a time.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def failure(listener: Any, what: str, advice: str) -> InputError:
