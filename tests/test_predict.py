@@ -39,6 +39,7 @@ N, BATCH = 60, 4
 
 # The command with a backend that takes its time, so that it can be hit in the middle.
 SLOW_COMMAND = """
+import signal
 import time
 from contextlib import contextmanager
 from mpdsgr_deploy.runtime.open import BACKENDS
@@ -54,6 +55,7 @@ def slow(bundle, precision, noise):
 BACKENDS["slow"] = slow
 if __name__ == "__main__":
     from mpdsgr_deploy.cli import main
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     main()
 """
 
