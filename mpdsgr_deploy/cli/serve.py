@@ -14,7 +14,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.command("serve")
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Of HTTP; 0: any free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Of HTTP; 0: any free one."
+)
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="Of gRPC.")
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the networks.")
 @click.option("--settings", type=FILE, help="TOML file with limits; serve/settings.toml has them all.")

@@ -82,7 +82,7 @@ class Call:
 Handler = Callable[["Service", Any, Call], Awaitable[Any]]
 
 
-class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
+class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """What the protocol's methods answer. Those that are not here answer UNIMPLEMENTED."""
 
     def __init__(self, server: Server) -> None:
@@ -151,7 +151,9 @@ async def _server_metadata(service: Service, request: Any, call: Call) -> Any:
 
 
 async def _model_metadata(service: Service, request: Any, call: Call) -> Any:
-    return ParseDict(service.server.repository.model(request.name, request.version).metadata(), pb.ModelMetadataResponse())
+    return ParseDict(
+        service.server.repository.model(request.name, request.version).metadata(), pb.ModelMetadataResponse()
+    )
 
 
 async def _model_config(service: Service, request: Any, call: Call) -> Any:

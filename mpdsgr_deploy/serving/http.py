@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over HTTP, as a raw ASGI application: no framework stands between a request and its model."""
+"""The Open Inference Protocol over HTTP, as a raw ASGI application: no framework between a request and its model."""
 
 import asyncio
 import json
@@ -129,7 +129,7 @@ class Http:
             return await self._model(exchange, parts[2:])
         if parts[:2] == ["v2", "repository"]:
             return await self._repository(exchange, parts[2:])
-        gets = {
+        gets: dict[str, Callable[[], Reply]] = {
             "/": _page,
             "/status": lambda: _json(self.server.status()),
             "/v2": lambda: _json(self.server.metadata()),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime import open_predictor
-from mpdsgr_deploy.runtime.firing import FiringRates, firing_rate_layers
+from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, firing_rate_layers
 from mpdsgr_deploy.serving.batcher import Lane, Outputs
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.statistics import Statistics
@@ -67,7 +67,7 @@ class Model:
         self._rates: FiringRates | None = None
         self._rates_lock = threading.Lock()
         self.layers: tuple[str, ...] = ()
-        if self.source.backend in FiringRates.BACKENDS:
+        if self.source.backend in PROVIDERS:
             self.layers = firing_rate_layers(self._bundle.variant(self.source.precision))
         self.statistics = Statistics()
         self.lane = Lane(self._compute, self.statistics, most, room)

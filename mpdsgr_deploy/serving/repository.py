@@ -72,7 +72,7 @@ class Repository:
             await self._load(entry)
 
     async def load(self, name: str) -> None:
-        """Open the bundle as it now lies on disk, and switch to it. Raises Refused if it cannot serve; the old one does.
+        """Open the bundle as it lies on disk now and switch to it. Raises Refused if it cannot serve; the old one does.
 
         The path is the one the server was started with: none comes from a request.
         """

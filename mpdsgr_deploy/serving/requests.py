@@ -15,7 +15,7 @@ BINARY = "binary_data"
 
 
 def parse_request(body: bytes, header_length: str | None) -> Request:
-    """Raises Refused for anything that is not an inference request. header_length: of the JSON, where tensors follow."""
+    """Raises Refused for anything that is no inference request. header_length: of the JSON, where tensors follow."""
     place = len(body) if header_length is None else _length(header_length, len(body))
     content = parse_json(body[:place])
     _only(content, "the request", {"id", "parameters", "inputs", "outputs"})
@@ -120,7 +120,9 @@ def response(model: Model, request: Request, answers: Sequence[Answer]) -> tuple
         content = answer.content
         output: dict[str, Any] = {"name": answer.wanted.name, "datatype": answer.datatype, "shape": answer.shape}
         if answer.wanted.binary:
-            rows = bytes_tensor(content) if isinstance(content, list) else np.ascontiguousarray(content, "<f4").tobytes()
+            rows = (
+                bytes_tensor(content) if isinstance(content, list) else np.ascontiguousarray(content, "<f4").tobytes()
+            )
             output["parameters"] = {"binary_data_size": len(rows)}
             binary.append(rows)
         elif isinstance(content, list):

@@ -65,8 +65,8 @@ def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
     if authenticated or insecure or is_loopback(host):
         return
     raise InputError(
-        f"--host {host} can be reached by others; give --api-key-file or --tls-client-ca, or --insecure if something in "
-        "front of this server decides who may ask"
+        f"--host {host} can be reached by others; give --api-key-file or --tls-client-ca, or --insecure if something "
+        "in front of this server decides who may ask"
     )
 
 

@@ -96,7 +96,9 @@ def _bound(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
     except OSError as error:
-        raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port") from None
+        raise InputError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port"
+        ) from None
     return sock
 
 
@@ -105,5 +107,3 @@ def _announce(sock: socket.socket, grpc: Grpc | None, tls: Tls | None) -> None:
     url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
     beside = "" if grpc is None else f", gRPC on port {grpc.port}"
     log.info("serving on %s%s; the page there shows what is served", url, beside)
-
-
