@@ -69,6 +69,7 @@ def listener(server: Server, tls: Tls | None) -> Listener:
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_keep_alive=max(5, int(limits.header_seconds)),
