@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mpdsgr_deploy.snn.multistep import multistep_lif
 from mpdsgr_deploy.snn.noise import Noise
 from mpdsgr_deploy.snn.surrogate import Surrogate, spike
 
@@ -95,6 +96,18 @@ class LIF(nn.Module):
     ) -> tuple[Tensor, list[LIFState]]:
         """Current [T, B, ...] to spikes [T, B, ...] and the T states."""
         steps = current.unbind(0)
+        if torch.is_grad_enabled() and self.stepwise is None:
+            count = self.hold if len(steps) == 1 else len(steps)
+            potentials, spikes = multistep_lif(
+                current,
+                state,
+                steps=count,
+                tau=self.leak,
+                v_threshold=self.v_threshold,
+                hard=self.reset == "hard",
+                surrogate=self.surrogate,
+            )
+            return spikes, [LIFState(*both) for both in zip(potentials, spikes, strict=True)]
         states = lif(
             steps * self.hold if len(steps) == 1 else steps,
             state,

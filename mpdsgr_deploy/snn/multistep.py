@@ -1,0 +1,118 @@
+"""All T steps of LIF neurons as one node of autograd's graph: the steps of `lif`, to the bit, forward and backward.
+
+Step by step autograd keeps the potential before the reset, what the reset left, the spikes and the surrogate's input of
+every step; here the potentials alone are kept, from which all the rest follows. With
+
+    hard   U_t = tau_t U_{t-1} (1 - O_{t-1}) + I_t          soft   U_t = tau_t (U_{t-1} - V_th O_{t-1}) + I_t
+
+the gradient d_t of the loss in U_t, from the last step back, is
+
+    hard   d_t = gU_t + tau_{t+1} d_{t+1} (1 - O_t) + (gO_t - tau_{t+1} d_{t+1} U_t) s(U_t - V_th)
+    soft   d_t = gU_t + tau_{t+1} d_{t+1}           + (gO_t - tau_{t+1} d_{t+1} V_th) s(U_t - V_th)
+
+where gU and gO are what reaches potentials and spikes from elsewhere and s is the surrogate.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdsgr_deploy.snn.surrogate import Surrogate
+
+
+def multistep_lif(
+    current: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    *,
+    steps: int,
+    tau: float | Tensor,
+    v_threshold: float,
+    hard: bool,
+    surrogate: Surrogate,
+) -> tuple[Tensor, Tensor]:
+    """Potentials and spikes [T, B, ...] of `steps` = T steps.
+
+    current [T, B, ...], or [1, B, ...], which then lasts for all steps. state: potential and spikes [B, ...] before
+    them, None at rest. tau: one leak, or a tensor [T, ...] of each step's, broadcast over the batch.
+    """
+    before = (None, None) if state is None else state
+    leaks = tau.to(current) if isinstance(tau, Tensor) else tau
+    u, spikes = _MultiStep.apply(current, *before, leaks, steps, v_threshold, hard, surrogate)
+    return u, spikes
+
+
+class _MultiStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        current: Tensor,
+        u_before: Tensor | None,
+        spikes_before: Tensor | None,
+        tau: float | Tensor,
+        steps: int,
+        v_threshold: float,
+        hard: bool,
+        surrogate: Surrogate,
+    ) -> tuple[Tensor, Tensor]:
+        held = len(current) < steps
+        u = current.new_empty((steps, *current.shape[1:])) if held else torch.empty_like(current)
+        spikes = torch.empty_like(u)
+        last_u, last_spikes = u_before, spikes_before
+        for t in range(steps):
+            now = current[0 if held else t]
+            if last_u is None or last_spikes is None:
+                u[t].copy_(now)
+            else:
+                torch.mul(_leak(tau, t), _left(last_u, last_spikes, v_threshold, hard), out=u[t]).add_(now)
+            torch.ge(u[t], v_threshold, out=spikes[t])
+            last_u, last_spikes = u[t], spikes[t]
+        ctx.save_for_backward(u, u_before, spikes_before, tau if isinstance(tau, Tensor) else None)
+        ctx.tau, ctx.v_threshold, ctx.hard, ctx.surrogate, ctx.held = tau, v_threshold, hard, surrogate, held
+        ctx.set_materialize_grads(False)
+        return u, spikes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        given_u, given_spikes = grads
+        u, u_before, spikes_before, leaks = ctx.saved_tensors
+        tau = ctx.tau if leaks is None else leaks
+        v_threshold, hard = ctx.v_threshold, ctx.hard
+        to_current = torch.zeros_like(u[:1]) if ctx.held else torch.empty_like(u)
+        to_tau = torch.zeros_like(leaks) if leaks is not None and ctx.needs_input_grad[3] else None
+        later: Tensor | None = None  # tau_{t+1} d_{t+1}
+        for t in reversed(range(len(u))):
+            spikes = u[t] >= v_threshold
+            d = None if given_spikes is None else given_spikes[t]
+            if later is not None:
+                through = later * u[t] if hard else later * v_threshold
+                d = -through if d is None else d - through
+            d = None if d is None else d * ctx.surrogate.derivative(u[t] - v_threshold)
+            if later is not None:
+                kept = later.masked_fill(spikes, 0) if hard else later
+                d = kept if d is None else d + kept
+            if given_u is not None:
+                d = given_u[t] if d is None else d + given_u[t]
+            d = torch.zeros_like(u[t]) if d is None else d
+            to_current[0].add_(d) if ctx.held else to_current[t].copy_(d)
+            first = u_before if t == 0 else u[t - 1]
+            if first is None:
+                break
+            fired = spikes_before if t == 0 else (u[t - 1] >= v_threshold).to(u.dtype)
+            if to_tau is not None:
+                to_tau[t] = (d * _left(first, fired, v_threshold, hard)).sum(0).sum_to_size(leaks[t].shape)
+            later = _leak(tau, t) * d
+        to_u = to_spikes = None
+        if u_before is not None and later is not None:
+            to_u = later * (1 - spikes_before) if hard else later
+            to_spikes = -later * u_before if hard else -later * v_threshold
+        return to_current, to_u, to_spikes, to_tau, None, None, None, None
+
+
+def _leak(tau: float | Tensor, t: int) -> float | Tensor:
+    return tau[t] if isinstance(tau, Tensor) else tau
+
+
+def _left(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:
+    """What the reset leaves of the potential."""
+    return u * (1 - spikes) if hard else u - v_threshold * spikes
