@@ -1,90 +1,144 @@
-"""What the regulariser costs in memory: bytes that autograd saves for the backward pass, per image and time step.
+"""What a training step takes in memory: bytes alive after the forward pass and loss, per image and time step.
 
     python benchmarks/memory.py      writes benchmarks/results/memory.json and the table of benchmarks/README.md
+    python benchmarks/memory.py --once 24     one whole step of VGG11, T = 32, batch 128, in at most 24 GiB, for real
 
-Counted by `torch.autograd.graph.saved_tensors_hooks`: every storage once, parameters and buffers not, since they are
-there anyway. The count is exact and the same on every machine; the allocator's peak is above it by what operations need
-for a moment.
+Counted by torch's dispatcher on tensors without data (see `live`): exact, and the same on every machine, for a batch
+that this machine need not hold. Weights, gradients and the optimiser's buffers are not in it, for they are there anyway;
+what a kernel needs for a moment is not seen. `--once` has the operating system measure.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import resource
+import time
 from typing import Any
 
 import click
 import figures
 import torch
-from torch import Tensor
+from live import Live
 
-from mpdsgr_deploy.models import SpikingNet, build_model
-from mpdsgr_deploy.mpd import empirical, layer_mean, overlap, theorem
+from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import Trace
+from mpdsgr_deploy.snn import Reader
 
 STEPS = (4, 8, 16, 32)
-BATCH = 2
+BATCH = 128
 NETWORKS = {"vgg-small on 8x8 digits": ("vgg-small", (1, 8, 8)), "VGG11 on 32x32 images": ("vgg11", (3, 32, 32))}
-ESTIMATORS = {"REG": None, "theorem": theorem, "empirical": empirical}
+DEFENCES: dict[str, dict[str, dict[str, str]]] = {
+    "REG": {},
+    "theorem": {"mpd-sgr": {"estimator": "theorem"}},
+    "empirical": {"mpd-sgr": {"estimator": "empirical"}},
+}
+RECOMPUTE = ("none", "layers")
 
 
 @click.command()
-def main() -> None:
+@click.option("--once", type=float, metavar="GIB", help="Take one step of VGG11 at T = 32, batch 128, within so much.")
+def main(once: float | None) -> None:
     """Measure and publish."""
-    saved = {
-        name: {training: {str(T): measure(*network, training, T) for T in STEPS} for training in ESTIMATORS}
+    if once is not None:
+        click.echo(render_once(take_once(once)))
+        return
+    counted = {
+        name: {
+            training: {r: {str(T): measure(*network, training, T, r) for T in STEPS} for r in RECOMPUTE}
+            for training in DEFENCES
+        }
         for name, network in NETWORKS.items()
     }
-    result = {"batch": BATCH, "bytes_per_image": saved, "provenance": provenance()}
+    result = {"batch": BATCH, "bytes": counted, "provenance": provenance()}
     figures.publish("memory", result, render(result))
     click.echo(render(result))
 
 
-def measure(model: str, shape: tuple[int, int, int], training: str, T: int, **fields: Any) -> float:
-    """Bytes saved per image in the forward pass and loss of a network in training; `fields` are more of its recipe."""
-    recipe = Recipe.model_validate({"model": {"name": model, **fields}, "encoding": {"T": T}})
+def measure(
+    model: str, shape: tuple[int, int, int], training: str, T: int, recompute: str, batch: int = BATCH, **fields: Any
+) -> dict[str, int]:
+    """`kept` between forward and backward pass, and the `peak` of both, in bytes; `fields` are more of the model's."""
+    values = {"model": {"name": model, **fields}, "encoding": {"T": T}, "defence": DEFENCES[training]}
+    return step(Recipe.model_validate({**values, "training": {"recompute": recompute}}), shape, batch)
+
+
+def step(recipe: Recipe, shape: tuple[int, int, int], batch: int) -> dict[str, int]:
+    """The bytes of one training step of this recipe's network and regularisers, weights and their gradients apart."""
+    with torch.device("meta"):
+        net, defences = build_defended(recipe, shape, 10)
+        x = torch.empty(batch, *shape)
+    net = net.to(memory_format=torch.channels_last)
+    net.recompute = recipe.training.recompute == "layers"
+    gradients = [torch.empty_like(p) for p in net.parameters()]
+    for p, gradient in zip(net.parameters(), gradients, strict=True):
+        p.grad = gradient  # there before, and so not counted
+    with Live() as live:
+        loss = forward(net, defences, x)
+        kept = live.now
+        loss.backward()
+    return {"kept": kept, "peak": live.peak}
+
+
+def forward(net: SpikingNet, defences: list[Any], x: torch.Tensor) -> torch.Tensor:
+    """A loss of the network on these images, with what the regularisers read of it."""
+    readings: list[Any] = []
+    logits = net(x, Reader(lambda trace: [d.read(trace) for d in defences], readings.append))
+    loss = logits.square().mean()
+    for read in zip(*readings, strict=True) if defences else ():
+        loss = loss + torch.stack([value for value in read if value is not None]).mean()
+    return loss
+
+
+def take_once(limit: float, T: int = 32, batch: int = 128) -> dict[str, Any]:
+    """Forward and backward pass of one real step under a limit in GiB on the process's memory; its peak and seconds."""
+    size = int(limit * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))  # a step that needs more fails instead of being swapped
+    values = {"model": {"name": "vgg11"}, "encoding": {"T": T}, "defence": DEFENCES["empirical"]}
     torch.manual_seed(0)
-    net = build_model(recipe, shape, 10).to(memory_format=torch.channels_last)
-    traces: list[Trace] = []
-    with counted(net) as storages:
-        loss = net(torch.rand(BATCH, *shape), traces.append).square().mean()
-        estimator = ESTIMATORS[training]
-        if estimator is not None:
-            loss = loss + layer_mean(traces, estimator, overlap)
-    return sum(storages.values()) / BATCH
+    net, defences = build_defended(Recipe.model_validate(values), (3, 32, 32), 10)
+    net = net.to(memory_format=torch.channels_last)
+    net.recompute = True
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    started = time.perf_counter()
+    loss = forward(net, defences, torch.rand(batch, 3, 32, 32))
+    loss.backward()
+    optimizer.step()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"T": T, "batch": batch, "loss": loss.item(), "seconds": seconds, "peak_bytes": peak, "limit": limit}
 
 
-@contextmanager
-def counted(net: SpikingNet) -> Iterator[dict[int, int]]:
-    """Collects the size of every storage saved inside, by its address."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in net.state_dict().values()}
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
+def render_once(found: dict[str, Any]) -> str:
+    """One line."""
+    return (
+        f"VGG11, T = {found['T']}, batch {found['batch']}, float32, recompute = layers: one step with optimiser in "
+        f"{found['seconds']:.0f} s, peak resident {found['peak_bytes'] / 2**30:.2f} GiB of {found['limit']:g}, loss "
+        f"{found['loss']:.4f}"
+    )
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield storages
+def fit(counted: dict[str, dict[str, int]], what: str) -> tuple[float, float, float]:
+    """Offset and slope of bytes over T by least squares, and the largest deviation as a share of the value."""
+    T = torch.tensor([[1.0, float(t)] for t in counted], dtype=torch.float64)
+    y = torch.tensor([float(found[what]) for found in counted.values()], dtype=torch.float64)
+    line = torch.linalg.lstsq(T, y).solution
+    return line[0].item(), line[1].item(), ((T @ line - y) / y).abs().max().item()
 
 
 def render(result: dict[str, Any]) -> str:
     """KiB per image and step as a Markdown table, and how far from linear the growth is."""
     lines = [
-        "| network | training | KiB per image and step | "
-        + " | ".join(f"T = {T}, MiB per image" for T in STEPS)
+        "| network | training | recompute | kept, KiB per image and step | off the line | "
+        + " | ".join(f"T = {T}, GiB kept (peak)" for T in STEPS)
         + " |",
-        "|---" * (3 + len(STEPS)) + "|",
+        "|---" * (5 + len(STEPS)) + "|",
     ]
-    for name, trainings in result["bytes_per_image"].items():
-        for training, saved in trainings.items():
-            slope = (saved[str(STEPS[-1])] - saved[str(STEPS[0])]) / (STEPS[-1] - STEPS[0])
-            cells = [name, training, f"{slope / 2**10:.1f}", *(f"{saved[str(T)] / 2**20:.2f}" for T in STEPS)]
-            lines.append(f"| {' | '.join(cells)} |")
+    for name, trainings in result["bytes"].items():
+        for training, modes in trainings.items():
+            for recompute, counted in modes.items():
+                _, slope, off = fit(counted, "kept")
+                cells = [name, training, recompute, f"{slope / result['batch'] / 2**10:.1f}", f"{off:.1%}"]
+                cells += [f"{c['kept'] / 2**30:.2f} ({c['peak'] / 2**30:.2f})" for c in counted.values()]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"float32, batch {result['batch']}. {figures.source(result)}", ""])
 
 

@@ -138,12 +138,19 @@ def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) 
     Each layer weighs the same, whatever its number of channels; the readout has no neurons and is not seen. Raises
     InputError if the estimator speaks of none of the layers.
     """
-    layers = []
-    for trace in traces:
-        with torch.autocast(trace.states[0].u.device.type, enabled=False):
-            moments = estimator(trace)
-            if moments is not None:
-                layers.append(measure(moments, trace.neuron.surrogate).mean())
+    return mean_of_layers([layer_value(trace, estimator, measure) for trace in traces])
+
+
+def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
+    """Mean of a measure over steps and channels of one layer; None where the estimator does not speak of it."""
+    with torch.autocast(trace.states[0].u.device.type, enabled=False):
+        moments = estimator(trace)
+        return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
+
+
+def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:
+    """The last step of `layer_mean`."""
+    layers = [value for value in values if value is not None]
     if not layers:
         raise InputError(
             "the theorem estimator needs layers with tdBN whose neurons do not change over time and this model has "

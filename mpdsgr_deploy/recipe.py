@@ -95,6 +95,7 @@ class Training(Section):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Count = 1  # each normalises its own share of the batch: tdBN's statistics are per device
+    recompute: Literal["none", "layers"] = "none"  # layers: backward computes each again rather than keep its tensors
     seed: Seed = 0
 
     @model_validator(mode="after")

@@ -50,9 +50,9 @@ def step_on(x: Tensor, clean: Tensor) -> tuple[Step, list[int]]:
             observe(Trace(layer, None, neuron, neuron(current)[1], current))
         return x
 
-    traces: list[Trace] = []
-    logits = forward(x, traces.append)
-    return Step(forward, x, torch.zeros(1), clean, logits, traces, 0, torch.Generator()), passes
+    readings: list[Tensor] = []
+    logits = forward(x, lambda trace: readings.append(trace.current))
+    return Step(forward, x, torch.zeros(1), clean, logits, readings[-1:], 0, torch.Generator()), passes
 
 
 def test_the_loss_by_hand() -> None:

@@ -10,7 +10,7 @@ from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.defences import Step, build_defended
 from mpdsgr_deploy.defences.stog import GatedLIF, StochasticGating, relaxed_gate
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.snn import LIF
+from mpdsgr_deploy.snn import LIF, Reader
 from mpdsgr_deploy.snn.surrogate import triangle
 from mpdsgr_deploy.training.run import _learner
 
@@ -115,11 +115,11 @@ def test_p_starts_open_has_the_shape_of_the_neurons_and_stays_in_range() -> None
 
 def test_the_prior_by_hand_and_its_end() -> None:
     model, defence = build(epochs=2)
-    traces: list = []
-    logits = model(torch.rand(4, *SHAPE), traces.append, seeded(0))
-    step = Step(model, *[torch.zeros(4)] * 3, logits, traces, 0, torch.Generator())
-    defence.undecayed(model)[0].data.fill_(0.5)
     gates = defence.undecayed(model)
+    gates[0].data.fill_(0.5)
+    readings: list = []
+    logits = model(torch.rand(4, *SHAPE), Reader(defence.read, readings.append), seeded(0))
+    step = Step(model, *[torch.zeros(4)] * 3, logits, readings, 0, torch.Generator())
     term = defence.term(step)
     assert (term.name, term.weight) == ("gate_prior", 5e-6)
     assert term.value.item() == pytest.approx(0.5 * (512 * 0.25 + 256 + 256))

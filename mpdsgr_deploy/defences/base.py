@@ -24,8 +24,8 @@ class Step(NamedTuple):
     """One training step as a defence's loss sees it.
 
     `x` are the images the step trains on [B, C, H, W], `clean` the same before any attack (x itself if there is none),
-    `logits` [B, K] and `traces` what the network answered on x and what its layers did meanwhile. `forward` asks it
-    about other images: in the same mode, precision and noise, so that answers differ by the images alone, and without
+    `logits` [B, K] what the network answered on x and `readings` what the defence read of its layers meanwhile, in
+    their order. `forward` asks it about other images: in the same mode, precision and noise, so that answers differ by the images alone, and without
     a trace in the running statistics.
     """
 
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     y: Tensor
     clean: Tensor
     logits: Tensor
-    traces: list[Trace]
+    readings: list[Any]
     epoch: int
     draw: torch.Generator
 
@@ -72,6 +72,13 @@ class Defence(Generic[S]):
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         """The images a step trains on in place of x [B, C, H, W] in [0, 1]; x itself unless the defence attacks."""
         return x
+
+    def read(self, trace: Trace) -> Any:
+        """What `term` needs of a layer in the step's forward pass; None: nothing.
+
+        Traces themselves are not kept: they are most of a step's memory. It may be called twice, see `Reader`.
+        """
+        return None
 
     def term(self, step: Step) -> Term | None:
         """What is added to the cross-entropy."""

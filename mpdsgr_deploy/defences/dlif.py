@@ -50,14 +50,19 @@ class DynamicNeurons(Defence[Settings]):
 
     def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
         replace_neurons(model, lambda layer: DynamicLIF(layer.neuron, model.T))
+        self.last = model.layers()[-1].name
+
+    def read(self, trace: Trace) -> Tensor | None:
+        return trace.current if trace.layer == self.last else None
 
     def term(self, step: Step) -> Term | None:
         if step.x is step.clean or not self.settings.rho:
             return None
-        last: deque[Trace] = deque(maxlen=1)
+        last: deque[Tensor] = deque(maxlen=1)
         with torch.no_grad():  # the clean response is what the perturbed one is drawn to
-            step.forward(step.clean, last.append)
-        perturbation = last[0].current - step.traces[-1].current
+            step.forward(step.clean, lambda trace: last.append(trace.current))
+        (current,) = step.readings
+        perturbation = last[0] - current
         return Term("perturbation", self.settings.rho, leaky_integral(perturbation, self.settings.tau).square().mean())
 
 

@@ -3,14 +3,16 @@
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from mpdsgr_deploy.defences.base import DEFENCES, Defence, Step, Term, register
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.eta import accuracies, moved, reference_accuracies, step_to_omega, step_within_drop
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_mean
+from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_value, mean_of_layers
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative, Number, Section
+from mpdsgr_deploy.snn import Trace
 
 Share = Annotated[Number, Field(gt=0, lt=1)]
 
@@ -80,7 +82,8 @@ class MPDSGR(Defence[Settings]):
             return
         self.eta = moved(history[-1]["omega_weight"], step)
 
+    def read(self, trace: Trace) -> Tensor | None:
+        return layer_value(trace, ESTIMATORS[self.settings.estimator], MEASURES[self.settings.measure])
+
     def term(self, step: Step) -> Term:
-        config = self.settings
-        value = layer_mean(step.traces, ESTIMATORS[config.estimator], MEASURES[config.measure])
-        return Term("omega", self.eta, value)
+        return Term("omega", self.eta, mean_of_layers(step.readings))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpdsgr_deploy.defences.base import Defence, Shape, Step, Term, register, replace_neurons
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section
-from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise
+from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise, Trace
 from mpdsgr_deploy.snn.noise import uniform
 
 LOWEST = 0.1  # p stays in [LOWEST, 1]
@@ -36,6 +36,7 @@ class GatedLIF(DerivedLIF):
     """
 
     stochastic = True
+    binary = False  # while its gates are relaxed
 
     def __init__(self, lif: LIF, shape: Shape, temperature: float) -> None:
         super().__init__(lif)
@@ -83,11 +84,13 @@ class StochasticGating(Defence[Settings]):
         """Every p: weight decay would be a second prior, a hundred times as strong."""
         return [layer.neuron.p for layer in model.layers() if isinstance(layer.neuron, GatedLIF)]
 
+    def read(self, trace: Trace) -> Tensor | None:
+        return trace.neuron.p.square().sum() if isinstance(trace.neuron, GatedLIF) and self.learning else None
+
     def term(self, step: Step) -> Term | None:
         if not self.learning:
             return None
-        squares = [trace.neuron.p.square().sum() for trace in step.traces if isinstance(trace.neuron, GatedLIF)]
-        return Term("gate_prior", self.settings.prior, 0.5 * torch.stack(squares).sum())
+        return Term("gate_prior", self.settings.prior, 0.5 * torch.stack(step.readings).sum())
 
     @torch.no_grad()
     def after_step(self, model: SpikingNet, draw: torch.Generator) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import LIF, SURROGATES, Encoding, Noise, Observer, SpikingLayer, TdBN, Temporal, fold_time
+from mpdsgr_deploy.snn import LIF, SURROGATES, Encoding, Noise, Observer, SpikingLayer, TdBN, fold_time
 from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing
 from mpdsgr_deploy.snn.noise import in_turn
+from mpdsgr_deploy.snn.recompute import one_by_one
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
 
@@ -56,8 +57,10 @@ class SpikingNet(nn.Module):
     """Images [B, C, H, W] in [0, 1] to logits [B, K].
 
     `body` holds temporal modules, whose neurons can be observed, and stateless ones, which see time folded into the
-    batch.
+    batch. `recompute`: the backward pass computes each layer again instead of keeping what it needs of it.
     """
+
+    recompute: bool = False
 
     def __init__(self, shape: Shape, *, encode: Encoding, body: Iterable[nn.Module], readout: Readout) -> None:
         super().__init__()
@@ -70,8 +73,7 @@ class SpikingNet(nn.Module):
         """
         noise = in_turn(noise) if isinstance(noise, list) else noise
         steps = self.encode(x, self.normalize, noise)  # [T, B, C, H, W]
-        for layer in self.body:
-            steps = layer(steps, observe, noise) if isinstance(layer, Temporal) else fold_time(layer, steps)
+        steps = one_by_one(self.body, steps, observe, noise, recompute=self.recompute)
         logits: Tensor = self.readout(steps)
         return logits
 

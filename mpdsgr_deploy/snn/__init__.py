@@ -1,7 +1,7 @@
 """Spiking building blocks. Shapes: T time steps, B batch, C channels; tensors are time-major [T, B, ...]."""
 
 from mpdsgr_deploy.snn.encoding import Encoding
-from mpdsgr_deploy.snn.layer import Observer, SpikingLayer, Temporal, Trace, fold_time
+from mpdsgr_deploy.snn.layer import Observer, Reader, SpikingLayer, Temporal, Trace, fold_time
 from mpdsgr_deploy.snn.neuron import LIF, DerivedLIF, LIFState, lif, lif_step
 from mpdsgr_deploy.snn.noise import Noise
 from mpdsgr_deploy.snn.surrogate import SURROGATES, Surrogate
@@ -15,6 +15,7 @@ __all__ = [
     "LIFState",
     "Noise",
     "Observer",
+    "Reader",
     "SpikingLayer",
     "Surrogate",
     "TdBN",

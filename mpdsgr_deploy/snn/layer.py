@@ -5,7 +5,7 @@ see the membrane without hooks and without state left behind in the modules.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,6 +26,20 @@ class Trace(NamedTuple):
 
 
 Observer = Callable[[Trace], None]
+
+
+class Reader(NamedTuple):
+    """An observer that keeps of a trace what it reads there, so that the layer's tensors need not outlive the layer.
+
+    A layer that is computed again on the way back is read again, so that its gradient finds what it needs, but nothing
+    is kept a second time: `read` may have no other effect.
+    """
+
+    read: Callable[[Trace], Any]
+    keep: Callable[[Any], None]
+
+    def __call__(self, trace: Trace) -> None:
+        self.keep(self.read(trace))
 
 
 def fold_time(stateless: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class LIF(nn.Module):
 
     time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
     stochastic: bool = False  # draws from `noise`
+    binary: bool = True  # hands on nothing but 0 and 1
     hold: int = 1  # for how many steps a current of one step lasts
     stepwise: Callable[[int], Surrogate] | None = None  # an attacker's: from t to what replaces `surrogate` in step t
 

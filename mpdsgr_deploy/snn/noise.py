@@ -32,6 +32,29 @@ def normal(steps: int, x: Tensor, noise: Noise) -> Tensor:
     return torch.randn((steps, *x.shape), generator=noise, device="cpu").to(x)
 
 
+def repeatable(noise: Noise) -> tuple[Noise, Callable[[], Noise]]:
+    """The same noise, and what repeats, every time it is called, the draws made from it until then or from then on.
+
+    None repeats as None: torch's global generator is to be rewound by who repeats.
+    """
+    if noise is None:
+        return None, lambda: None
+    if isinstance(noise, torch.Generator):
+        state = noise.get_state()
+        return noise, lambda: torch.Generator().set_state(state)
+    made: list[Tensor] = []
+
+    def drawing(kind: Kind, steps: int, x: Tensor) -> Tensor:
+        made.append(noise(kind, steps, x))
+        return made[-1]
+
+    def again() -> Noise:
+        left = iter(made)
+        return lambda kind, steps, x: next(left)
+
+    return drawing, again
+
+
 def in_turn(draws: Sequence[Tensor]) -> Draw:
     """Hands out `draws`, each [B, steps, ...], in the order in which one forward pass asks for them.
 

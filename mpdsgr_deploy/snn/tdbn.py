@@ -51,18 +51,22 @@ class TdBN(nn.Module):
 
 
 @contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
+def frozen_statistics(*models: nn.Module) -> Iterator[None]:
     """Forward passes in here leave the running statistics of tdBN and batch normalisation as they are.
 
     In train mode a batch is still normalised by its own statistics: they merely enter with momentum 0. (Restoring the
     buffers afterwards would invalidate every graph that saved them.)
     """
-    norms = [module for module in model.modules() if isinstance(module, TdBN | nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
+    norms = [part for model in models for part in model.modules() if isinstance(part, TdBN | nn.BatchNorm2d)]
+    before = [(norm, norm.momentum, getattr(norm, "num_batches_tracked", None)) for norm in norms]
+    for norm, _, batches in before:
         norm.momentum = 0.0
+        if batches is not None:
+            norm.num_batches_tracked = None
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, batches in before:
             norm.momentum = momentum
+            if batches is not None:
+                norm.num_batches_tracked = batches

@@ -16,7 +16,7 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import LayerStatistics, observe_layers
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import Observer, Trace, frozen_statistics
+from mpdsgr_deploy.snn import Observer, Reader, frozen_statistics
 
 Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
@@ -94,13 +94,14 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
         with learner.fabric.autocast(), frozen_statistics(learner.model):
             return run(learner.model, x, observe)
 
-    traces: list[Trace] = []
-    logits = run(learner.wrapped, x, traces.append)
-    step = Step(forward, x, y, clean, logits, traces, epoch, draw)
+    readings: list[list[Any]] = []  # a layer's, one a defence
+    readers = [defence.read for defence in learner.defences]
+    logits = run(learner.wrapped, x, Reader(lambda trace: [read(trace) for read in readers], readings.append))
     loss = cross_entropy = F.cross_entropy(logits, y)
     measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
-    for defence in learner.defences:
-        term = defence.term(step)
+    for number, defence in enumerate(learner.defences):
+        read = [layer[number] for layer in readings if layer[number] is not None]
+        term = defence.term(Step(forward, x, y, clean, logits, read, epoch, draw))
         if term is not None:
             measured[term.name] = term.value
             measured[f"{term.name}_weight"] = torch.full_like(term.value, term.weight)

@@ -90,8 +90,9 @@ def _check(recipe: Recipe, training: Images) -> None:
 
 
 def _refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
-    """Only what training depends on has to stay; `attack` and `validation` come later."""
-    old, new = (recipe.model_dump(exclude={"attack", "validation"}) for recipe in (before, now))
+    """Only what training depends on has to stay; `attack` and `validation` come later, `recompute` changes no bit."""
+    ignored: Any = {"attack": True, "validation": True, "training": {"recompute"}}
+    old, new = (recipe.model_dump(exclude=ignored) for recipe in (before, now))
     changed = [
         f"{section}.{key}"
         for section in new
@@ -155,6 +156,7 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
     torch.manual_seed(config.seed)
     model, defences = build_defended(recipe, training.shape, len(training.labels))
     model.normalize.set(*training.statistics())
+    model.recompute = config.recompute == "layers"
     model = model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     undecayed = [p for defence in defences for p in defence.undecayed(model)]
     spared = {id(p) for p in undecayed}

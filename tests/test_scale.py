@@ -1,0 +1,114 @@
+"""Steps that take less memory or more processes are the same steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_recipe
+from lightning.fabric import Fabric
+from test_defences_each import AT, EACH, MPDSGR, SHAPE, recipe_with
+
+from mpdsgr_deploy.data.batches import generator
+from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.snn import Reader, Trace
+from mpdsgr_deploy.training.epoch import Learner, batch_loss
+
+CASES: dict[str, Recipe] = {
+    "plain": recipe_with({}),
+    **{name: recipe_with({name: {}}) for name in EACH},
+    "at": recipe_with(AT),
+    "all": recipe_with({**AT, "rat": {}, "sr": {}, "stog": {}, **MPDSGR}),
+    "dlif under attack": recipe_with({**AT, **MPDSGR, "dlif": {}}),
+    "feel": recipe_with({**AT, **MPDSGR, "feel": {}}),
+    "poisson": small_recipe(encoding={"name": "poisson"}, training={"batch_size": 16}),
+    "wrn": small_recipe(model={"name": "wrn16-4", "width": 0.1}, training={"batch_size": 16}, defence=MPDSGR),
+    "bn": small_recipe(model={"norm": "bn"}, training={"batch_size": 16}, defence=MPDSGR),
+    "bf16": small_recipe(training={"batch_size": 16, "precision": "bf16-mixed"}, defence={"mpd-sgr": {}, "stog": {}}),
+}
+
+
+def learner_of(recipe: Recipe, *, recompute: bool) -> Learner:
+    torch.manual_seed(0)
+    model, defences = build_defended(recipe, SHAPE, 10)
+    model.recompute = recompute
+    fabric = Fabric(accelerator="cpu", devices=1, precision=recipe.training.precision)
+    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    return Learner(fabric, recipe, wrapped, model, defences, optimizer)
+
+
+def stepped(learner: Learner) -> dict[str, torch.Tensor]:
+    """All that one step measures, each gradient, and the running statistics it leaves."""
+    pixels = torch.randint(256, (16, *SHAPE), dtype=torch.uint8, generator=generator(0, "pixels"))
+    measured = batch_loss(learner, pixels, torch.arange(16) % 10, 0, generator(0, "draw"))
+    learner.fabric.backward(measured["loss"])
+    gradients = {f"gradient of {name}": p.grad for name, p in learner.model.named_parameters()}
+    return {**measured, **gradients, **dict(learner.model.named_buffers())}
+
+
+@pytest.mark.parametrize("recipe", CASES.values(), ids=CASES)
+def test_layers_computed_again_give_the_same_step_to_the_bit(recipe: Recipe) -> None:
+    kept, again = (stepped(learner_of(recipe, recompute=recompute)) for recompute in (False, True))
+    assert kept.keys() == again.keys()
+    for name, value in kept.items():
+        assert torch.equal(value, again[name]), name
+
+
+def drawn_from(noise: Any) -> Any:
+    """Generators are used up: each pass needs its own."""
+    torch.manual_seed(5)
+    return torch.Generator().manual_seed(3) if noise == "generator" else noise
+
+
+@pytest.mark.parametrize("noise", ["generator", None, "draws"])
+def test_noise_of_any_source_is_drawn_again(noise: str | None) -> None:
+    x = torch.rand(4, *SHAPE)
+    draws = [torch.rand(4, 3, *shape) for shape in ((8, 8, 8), (16, 4, 4), (16, 4, 4))]
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model, _ = build_defended(small_recipe(defence={"stog": {}}), SHAPE, 10)
+        model.recompute = recompute
+        for layer in model.layers():
+            layer.neuron.p.data.fill_(0.6)
+        torch.manual_seed(5)
+        source = {"generator": torch.Generator().manual_seed(3), "draws": draws, None: None}[noise]
+        model(x, None, source).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        after = torch.rand(3)  # the global generator goes on where the forward pass left it
+        gradients[-1].append(after)
+    assert all(map(torch.equal, *gradients))
+
+
+def seen(model: SpikingNet, observe: Any) -> None:
+    model(torch.rand(2, *SHAPE), observe).sum().backward()
+
+
+def test_observers_see_each_layer_once_and_traces_carry_the_same_gradient() -> None:
+    model = build_model(small_recipe(), SHAPE, 10)
+    expected = [layer.name for layer in model.layers()]
+    found: dict[bool, list[torch.Tensor]] = {}
+    for model.recompute in (False, True):
+        traces: list[Trace] = []
+        torch.manual_seed(1)
+        seen(model, traces.append)
+        assert [trace.layer for trace in traces] == expected
+        model.zero_grad()
+        model(torch.rand(2, *SHAPE), traces.append)
+        torch.stack([trace.states[-1].u.square().sum() for trace in traces[3:]]).sum().backward()
+        found[model.recompute] = [p.grad for p in list(model.parameters())[:-2]]
+        model.zero_grad()
+    assert all(map(torch.equal, *found.values()))
+    names: list[str] = []
+    seen(model, Reader(lambda trace: trace.layer, names.append))
+    assert names == expected
+
+
+def test_what_is_kept_is_the_input_of_each_layer_alone() -> None:
+    """The region behind a convolution ends with its pooling: what the next one receives is all that lasts."""
+    import memory
+
+    recipe = small_recipe()
+    kept, again = (memory.saved(recipe, SHAPE, recompute=recompute) for recompute in (False, True))
+    assert again < kept / 4
