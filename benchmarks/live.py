@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+MOMENTS = torch.ops.aten.batch_norm_update_stats.default
+
 
 class Live(TorchDispatchMode):
     """While it is entered: `now` bytes of the storages made since, and their `peak`.
@@ -29,7 +31,10 @@ class Live(TorchDispatchMode):
         named: Mapping[str, Any] | None = None,
     ) -> Any:
         given = {id(t.untyped_storage()) for t in tree_leaves((arguments, named)) if isinstance(t, Tensor)}
-        result = function(*arguments, **(named or {}))
+        if function is MOMENTS and arguments[0].is_meta:  # the one that torch does not know without data
+            result: Any = tuple(torch.empty_like(arguments[1]) for _ in range(2))
+        else:
+            result = function(*arguments, **(named or {}))
         for made in tree_leaves(result):
             if isinstance(made, Tensor):
                 self._meet(made.untyped_storage(), given)

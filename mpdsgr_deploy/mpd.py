@@ -143,7 +143,8 @@ def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) 
 
 def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
     """Mean of a measure over steps and channels of one layer; None where the estimator does not speak of it."""
-    with torch.autocast(trace.states[0].u.device.type, enabled=False):
+    u = trace.states[0].u
+    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # autocast knows no meta device
         moments = estimator(trace)
         return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import small_recipe
 from lightning.fabric import Fabric
+from test_benchmarks import memory
 from test_defences_each import AT, EACH, MPDSGR, SHAPE, recipe_with
 
 from mpdsgr_deploy.data.batches import generator
@@ -55,12 +56,6 @@ def test_layers_computed_again_give_the_same_step_to_the_bit(recipe: Recipe) -> 
         assert torch.equal(value, again[name]), name
 
 
-def drawn_from(noise: Any) -> Any:
-    """Generators are used up: each pass needs its own."""
-    torch.manual_seed(5)
-    return torch.Generator().manual_seed(3) if noise == "generator" else noise
-
-
 @pytest.mark.parametrize("noise", ["generator", None, "draws"])
 def test_noise_of_any_source_is_drawn_again(noise: str | None) -> None:
     x = torch.rand(4, *SHAPE)
@@ -105,10 +100,17 @@ def test_observers_see_each_layer_once_and_traces_carry_the_same_gradient() -> N
     assert names == expected
 
 
-def test_what_is_kept_is_the_input_of_each_layer_alone() -> None:
-    """The region behind a convolution ends with its pooling: what the next one receives is all that lasts."""
-    import memory
+@pytest.mark.parametrize("training", memory.DEFENCES)
+def test_what_is_kept_is_the_input_of_each_layer_alone(training: str) -> None:
+    """Bytes an image: three steps of what layers receive, spikes and quarters in one byte each, and 64 float pixels.
 
-    recipe = small_recipe()
-    kept, again = (memory.saved(recipe, SHAPE, recompute=recompute) for recompute in (False, True))
-    assert again < kept / 4
+    8 channels of 8x8 spikes are pooled to 4x4 inside their layer; then 16 of 4x4 twice, the last into the readout as
+    floats, whose product with the steps' weights is kept twice.
+    """
+    found = memory.measure("vgg-small", (1, 8, 8), training, 3, "layers", batch=64, width=0.25)["kept"] / 64
+    assert found == pytest.approx(3 * (64 * 4 + 8 * 16 + 16 * 16 + 16 * 16 * 4 + 2 * 10 * 4), rel=0.1)
+
+
+def test_a_step_of_32_steps_and_128_images_fits_24_gib() -> None:
+    counted = memory.measure("vgg11", (3, 32, 32), "empirical", 32, "layers")
+    assert counted["peak"] < 8 * 2**30
