@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, counted by torch's dispatcher: the same on every machine, and on meta tensors too."""
+"""Bytes of tensors that are alive, counted by torch's dispatcher: the same everywhere, and on tensors without data."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence

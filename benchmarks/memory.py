@@ -4,8 +4,8 @@
     python benchmarks/memory.py --once 24     one whole step of VGG11, T = 32, batch 128, in at most 24 GiB, for real
 
 Counted by torch's dispatcher on tensors without data (see `live`): exact, and the same on every machine, for a batch
-that this machine need not hold. Weights, gradients and the optimiser's buffers are not in it, for they are there anyway;
-what a kernel needs for a moment is not seen. `--once` has the operating system measure.
+that this machine need not hold. Weights, gradients and the optimiser's buffers are not in it, for they are there
+anyway; what a kernel needs for a moment is not seen. `--once` has the operating system measure.
 """
 
 import resource

@@ -25,8 +25,8 @@ class Step(NamedTuple):
 
     `x` are the images the step trains on [B, C, H, W], `clean` the same before any attack (x itself if there is none),
     `logits` [B, K] what the network answered on x and `readings` what the defence read of its layers meanwhile, in
-    their order. `forward` asks it about other images: in the same mode, precision and noise, so that answers differ by the images alone, and without
-    a trace in the running statistics.
+    their order. `forward` asks it about other images: in the same mode, precision and noise, so that answers differ by
+    the images alone, and without a trace in the running statistics.
     """
 
     forward: Callable[[Tensor, Observer | None], Tensor]

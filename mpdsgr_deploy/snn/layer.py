@@ -5,6 +5,7 @@ see the membrane without hooks and without state left behind in the modules.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class Trace(NamedTuple):
 Observer = Callable[[Trace], None]
 
 
-class Reader(NamedTuple):
+@dataclass(frozen=True)
+class Reader:
     """An observer that keeps of a trace what it reads there, so that the layer's tensors need not outlive the layer.
 
     A layer that is computed again on the way back is read again, so that its gradient finds what it needs, but nothing

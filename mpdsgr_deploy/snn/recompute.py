@@ -75,6 +75,8 @@ def recomputed(modules: Sequence[nn.Module], x: Tensor, observe: Observer | None
             return x, seen
 
     y, seen = checkpoint(run, x, use_reentrant=False, preserve_rng_state=noise is None)
-    for found in seen if observe is not None else ():
-        observe.keep(found) if isinstance(observe, Reader) else observe(found)
+    if observe is not None:
+        keep = observe.keep if isinstance(observe, Reader) else observe
+        for found in seen:
+            keep(found)
     return y

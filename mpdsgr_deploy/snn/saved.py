@@ -1,4 +1,4 @@
-"""Spikes saved for the backward pass in one byte each: exact, since they are multiples of a known fraction in [0, 1]."""
+"""Spikes saved for the backward pass in one byte each: exact, for they are multiples of a known fraction in [0, 1]."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
