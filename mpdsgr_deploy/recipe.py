@@ -94,7 +94,8 @@ class Training(Section):
     weight_decay: NonNegative = 5e-4
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: Count = 1  # each normalises its own share of the batch: tdBN's statistics are per device
+    devices: Count = 1  # each normalises its own share of the batch, unless sync_norm
+    sync_norm: bool = False  # tdBN's statistics are joint over all devices; regularisers read each share
     recompute: Literal["none", "layers"] = "none"  # layers: backward computes each again rather than keep its tensors
     seed: Seed = 0
 
@@ -167,6 +168,12 @@ class Recipe(Section):
         T, frames = self.encoding.T, self.data.frames
         if self.encoding.name == "frames" and frames not in (None, T):
             raise ValueError(f"encoding 'frames' shows a frame a step, but encoding.T is {T} and data.frames {frames}")
+        return self
+
+    @model_validator(mode="after")
+    def _tdbn_alone_is_synchronised(self) -> "Recipe":
+        if self.training.sync_norm and self.model.norm != "tdbn":
+            raise ValueError(f"training.sync_norm is for model.norm 'tdbn', not {self.model.norm!r}; leave it out")
         return self
 
     @property

@@ -118,6 +118,10 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
         "--set",
         "training.accelerator=cpu",
         "--set",
+        "training.sync_norm=true",
+        "--set",
+        "training.recompute=layers",
+        "--set",
         "validation.batch_size=130",
     ]
     done = mpdsgr("train", *TINY, *arguments, "--out", tmp_path / "run", "--json")

@@ -5,7 +5,6 @@ see the membrane without hooks and without state left behind in the modules.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ class Trace(NamedTuple):
 Observer = Callable[[Trace], None]
 
 
-@dataclass(frozen=True)
 class Reader:
     """An observer that keeps of a trace what it reads there, so that the layer's tensors need not outlive the layer.
 
@@ -37,8 +35,8 @@ class Reader:
     is kept a second time: `read` may have no other effect.
     """
 
-    read: Callable[[Trace], Any]
-    keep: Callable[[Any], None]
+    def __init__(self, read: Callable[[Trace], Any], keep: Callable[[Any], None]) -> None:
+        self.read, self.keep = read, keep
 
     def __call__(self, trace: Trace) -> None:
         self.keep(self.read(trace))

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+
+from mpdsgr_deploy.snn.joint_norm import joint_norm
 
 
 class TdBN(nn.Module):
@@ -14,7 +16,10 @@ class TdBN(nn.Module):
     Input [T*B, C, ...]: folding time into the batch makes the statistics joint over (T, B, H, W), as tdBN asks.
     `weight` is lambda [C] (starts at 1) and `bias` beta [C] (starts at 0), so the current that reaches a neuron is
     N(beta, (lambda alpha V_th)^2). alpha is 1, or 1/sqrt(n) where n branches meet before one neuron.
+    `synchronised`: in training the statistics are joint over the processes of torch.distributed as well.
     """
+
+    synchronised: bool = False
 
     running_mean: Tensor
     running_var: Tensor
@@ -35,6 +40,9 @@ class TdBN(nn.Module):
         return self.weight * (self.alpha * self.v_threshold)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.synchronised and self.training and distributed.is_initialized():
+            running = self.running_mean, self.running_var
+            return joint_norm(x, *running, self.scale, self.bias, momentum=self.momentum, eps=self.eps)
         return F.batch_norm(
             x,
             self.running_mean,

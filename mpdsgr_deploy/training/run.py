@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy, Strategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,8 +32,9 @@ from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
-from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipe import Recipe, Training
 from mpdsgr_deploy.schema import parse, read_json
+from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.training.board import log_epoch, log_pictures
 from mpdsgr_deploy.training.epoch import Learner, train_epoch, validate_epoch
 
@@ -62,7 +64,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
         fabric = Fabric(
             accelerator=config.accelerator,
             devices=config.devices,
-            strategy="ddp_spawn" if config.devices > 1 else "auto",
+            strategy=strategy(config),
             precision=config.precision,
         )
     except Exception as error:  # Fabric has no common error type for hardware that is not there
@@ -76,6 +78,17 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
         if ours is None:
             raise
         raise InputError(ours[1]) from None
+
+
+def strategy(config: Training) -> Strategy | str:
+    """How the processes of a run work together.
+
+    Gradients are exchanged in buckets while the backward pass goes on, and live in the buckets. Every parameter has a
+    gradient in every step, so that no graph is searched for those without. Buffers are rank 0's, where they differ.
+    """
+    if config.devices == 1:
+        return "auto"
+    return DDPStrategy(start_method="spawn", find_unused_parameters=False, gradient_as_bucket_view=True)
 
 
 def _check(recipe: Recipe, training: Images) -> None:
@@ -157,6 +170,9 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
     model, defences = build_defended(recipe, training.shape, len(training.labels))
     model.normalize.set(*training.statistics())
     model.recompute = config.recompute == "layers"
+    for layer in model.layers():
+        if isinstance(layer.norm, TdBN):
+            layer.norm.synchronised = config.sync_norm
     model = model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     undecayed = [p for defence in defences for p in defence.undecayed(model)]
     spared = {id(p) for p in undecayed}

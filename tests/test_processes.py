@@ -1,0 +1,94 @@
+"""Two processes with half of a batch each take the step that one takes with all of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_recipe
+from lightning.fabric import Fabric
+from pydantic import ValidationError
+
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.data.batches import generator
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.training.epoch import batch_loss
+from mpdsgr_deploy.training.run import _learner, strategy
+
+SHAPE, BATCH = (1, 8, 8), 16
+
+
+def recipe_of(devices: int, **training: Any) -> Recipe:
+    """Wide enough for more than one bucket of gradients."""
+    return small_recipe(
+        model={"width": 2.0},
+        encoding={"T": 2},
+        defence={"sr": {}},
+        training={"accelerator": "cpu", "devices": devices, "batch_size": BATCH, **training},
+    )
+
+
+def steps(fabric: Fabric, recipes: dict[str, Recipe], out: Path) -> None:
+    """Two steps of each recipe; rank 0 writes what they leave."""
+    torch.set_num_threads(1)
+    found = {name: after_two(fabric, recipe) for name, recipe in recipes.items()}
+    if fabric.is_global_zero:
+        torch.save(found, out)
+
+
+def after_two(fabric: Fabric, recipe: Recipe) -> dict[str, Any]:
+    """Losses and gradients of both, and the buffers; in float64 up to the loss, so that rounding flips no spikes."""
+    draw = generator(0, "pixels")
+    pixels = torch.randint(256, (BATCH, *SHAPE), dtype=torch.uint8, generator=draw)
+    classes = torch.arange(BATCH) % 10
+    learner = _learner(fabric, recipe, Images(pixels.numpy(), classes.numpy(), tuple(map(str, range(10)))))
+    share = slice(fabric.global_rank, None, fabric.world_size)
+    found: dict[str, Any] = {}
+    for number in range(2):
+        measured = batch_loss(learner, pixels[share], classes[share], 0, generator(0, "draw"))
+        fabric.backward(measured["loss"])
+        found |= {f"{number} {name}": fabric.all_reduce(value.detach()) for name, value in measured.items()}
+        found |= {f"{number} gradient {name}": p.grad.clone() for name, p in learner.model.named_parameters()}
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+    found |= {f"buffer {name}": buffer for name, buffer in learner.model.named_buffers()}
+    if fabric.world_size > 1:
+        found["ddp"] = learner.wrapped._forward_module._get_ddp_logging_data()
+    return found
+
+
+def launched(recipes: dict[str, Recipe], out: Path) -> dict[str, dict[str, Any]]:
+    config = next(iter(recipes.values())).training
+    fabric = Fabric(accelerator="cpu", devices=config.devices, strategy=strategy(config), precision="64-true")
+    fabric.launch(steps, recipes, out)
+    return torch.load(out, weights_only=False)
+
+
+def test_joint_statistics_make_two_halves_one_batch(tmp_path: Path) -> None:
+    one = launched({"one": recipe_of(1)}, tmp_path / "one")["one"]
+    two = {
+        "joint": recipe_of(2, sync_norm=True),
+        "joint, recomputed": recipe_of(2, sync_norm=True, recompute="layers"),
+        "each by itself": recipe_of(2),
+    }
+    found = launched(two, tmp_path / "two")
+    buckets = [taken.pop("ddp") for taken in found.values()]
+    alone = found.pop("each by itself")
+    for name, taken in found.items():
+        assert taken.keys() == one.keys()
+        for what, value in one.items():
+            torch.testing.assert_close(
+                taken[what], value, rtol=2e-5, atol=1e-8, msg=lambda text, at=f"{name}, {what}": f"{at}: {text}"
+            )
+    what = "buffer body.0.norm.running_var"
+    assert not torch.allclose(alone[what], one[what], rtol=1e-4)
+    for ddp in buckets:
+        assert ddp["gradient_as_bucket_view"] == 1
+        assert ddp["find_unused_parameters"] == 0
+        assert "," in ddp["bucket_sizes"]  # more than one: all but the last are exchanged while others are computed
+        print(ddp)
+
+
+def test_other_norms_are_not_synchronised() -> None:
+    with pytest.raises(ValidationError, match="sync_norm is for model.norm 'tdbn'"):
+        small_recipe(model={"norm": "bn"}, training={"sync_norm": True})
