@@ -15,8 +15,11 @@ from mpdsgr_deploy.recipes import find_recipe
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a recipe field.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run from its last finished epoch.")
+@click.option("--profile", is_flag=True, help="Write where the time of the first steps went to OUT/profile.")
 @json_option
-def command(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, as_json: bool) -> None:
+def command(
+    recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, profile: bool, as_json: bool
+) -> None:
     """Train RECIPE: a built-in name (see `mpdsgr recipes`) or a .toml file.
 
     Writes checkpoints (best, last), TensorBoard curves and what --resume needs.
@@ -32,7 +35,7 @@ def command(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: b
     from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
     from mpdsgr_deploy.training import train
 
-    train(resolved, out, resume=resume)
+    train(resolved, out, resume=resume, profile=profile)
     best = load_checkpoint(find_checkpoint(out))
     if as_json:
         print_json({"out": str(out), "best_epoch": best.epoch, **best.metrics})

@@ -16,7 +16,8 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import LayerStatistics, observe_layers
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import Observer, Reader, frozen_statistics
+from mpdsgr_deploy.snn import Observer, Reader, Trace, frozen_statistics
+from mpdsgr_deploy.training.profile import Profile, span
 
 Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
@@ -30,6 +31,7 @@ class Learner(NamedTuple):
     model: SpikingNet
     defences: list[AnyDefence]
     optimizer: Any
+    profile: Profile | None = None
 
     def attacked(self, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         """The images the run trains on in place of x; x itself where no defence attacks."""
@@ -56,16 +58,21 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
         parts = index.split(share)[fabric.global_rank :: config.devices]
         for number, part in enumerate(parts):
             draw = generator(config.seed, "draw", epoch, step, number, fabric.global_rank)
-            x, y = take(data, part, fabric.device)
+            with span("data"):
+                x, y = take(data, part, fabric.device)
             with fabric.no_backward_sync(learner.wrapped, enabled=number + 1 < len(parts)):
                 measured = batch_loss(learner, x, y, epoch, draw)
-                fabric.backward(measured["loss"] / len(parts))
+                with span("backward"):
+                    fabric.backward(measured["loss"] / len(parts))
             for name, value in measured.items():
                 totals[name] += value.detach() / (len(parts) * steps)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-        for defence in learner.defences:
-            defence.after_step(learner.model, generator(config.seed, "after step", epoch, step))
+        with span("optimiser"):
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+            for defence in learner.defences:
+                defence.after_step(learner.model, generator(config.seed, "after step", epoch, step))
+        if learner.profile is not None:
+            learner.profile.step()
     means = torch.as_tensor(fabric.all_reduce(torch.stack(list(totals.values())), reduce_op="mean")).tolist()
     learned = dict(zip(totals, means, strict=True))
     if not all(torch.isfinite(p).all() for p in learner.model.parameters()) or not math.isfinite(learned["loss"]):
@@ -78,10 +85,12 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
     """`loss` of one batch as the defences make it, and what it is made of: cross_entropy, train_accuracy, each term and
     its weight."""
     config = learner.recipe.data
-    if config.augment != "none":
-        pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
-    clean = to_unit(pixels)
-    x = learner.attacked(clean, y, draw)
+    with span("data"):
+        if config.augment != "none":
+            pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
+        clean = to_unit(pixels)
+    with span("attack"):
+        x = learner.attacked(clean, y, draw)
 
     seed = int(torch.randint(2**62, (), generator=draw))
 
@@ -94,14 +103,19 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
         with learner.fabric.autocast(), frozen_statistics(learner.model):
             return run(learner.model, x, observe)
 
+    def read(trace: Trace) -> list[Any]:
+        with span("regulariser"):
+            return [defence.read(trace) for defence in learner.defences]
+
     readings: list[list[Any]] = []  # a layer's, one a defence
-    readers = [defence.read for defence in learner.defences]
-    logits = run(learner.wrapped, x, Reader(lambda trace: [read(trace) for read in readers], readings.append))
-    loss = cross_entropy = F.cross_entropy(logits, y)
-    measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
+    logits = run(learner.wrapped, x, Reader(read, readings.append))
+    with span("loss"):
+        loss = cross_entropy = F.cross_entropy(logits, y)
+        measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
     for number, defence in enumerate(learner.defences):
-        read = [layer[number] for layer in readings if layer[number] is not None]
-        term = defence.term(Step(forward, x, y, clean, logits, read, epoch, draw))
+        own = [layer[number] for layer in readings if layer[number] is not None]
+        with span("regulariser"):
+            term = defence.term(Step(forward, x, y, clean, logits, own, epoch, draw))
         if term is not None:
             measured[term.name] = term.value
             measured[f"{term.name}_weight"] = torch.full_like(term.value, term.weight)

@@ -4,6 +4,7 @@
     OUT/state.pt          everything a resumed run needs, replaced atomically after every epoch
     OUT/best  OUT/last    checkpoints, by validation score and by age
     OUT/tensorboard       curves, warnings, pictures of the membrane
+    OUT/profile           where the time went, if asked for
 
 Randomness is a function of (seed, purpose, epoch, step), so a resumed run repeats the interrupted epoch: on a CPU bit
 for bit, on a GPU up to the order in which cuDNN adds.
@@ -37,14 +38,16 @@ from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.training.board import log_epoch, log_pictures
 from mpdsgr_deploy.training.epoch import Learner, train_epoch, validate_epoch
+from mpdsgr_deploy.training.profile import Profile, peak_memory
 
 RECIPE, STATE = "recipe.json", "state.pt"
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
+def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False) -> None:
     """Train what `recipe` describes into directory `out`.
 
-    resume continues an interrupted run of the same recipe from its last finished epoch (or starts one).
+    resume continues an interrupted run of the same recipe from its last finished epoch (or starts one). profile writes
+    where the time of its first steps went into out/profile.
     Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
     hardware, a full disk.
     """
@@ -69,7 +72,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
         )
     except Exception as error:  # Fabric has no common error type for hardware that is not there
         raise InputError(f"training.accelerator={config.accelerator}, devices={config.devices}: {error}") from error
-    arguments = (recipe, training, validation, out, log.isEnabledFor(logging.INFO))
+    arguments = (recipe, training, validation, out, log.isEnabledFor(logging.INFO), profile)
     try:
         # a module-level function, because devices > 1 pickles it to new processes; Fabric's hint knows no arguments
         fabric.launch(_run, *arguments)  # type: ignore[arg-type]
@@ -116,7 +119,9 @@ def _refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
         raise InputError(f"{out} was trained with other values of {', '.join(changed)}; resume with the same recipe")
 
 
-def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, out: Path, verbose: bool) -> None:
+def _run(
+    fabric: Fabric, recipe: Recipe, training: Images, validation: Images, out: Path, verbose: bool, profile: bool
+) -> None:
     """What every process of the run does."""
     if not fabric.is_global_zero:
         log.setLevel(logging.WARNING)
@@ -124,6 +129,8 @@ def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, o
         show_progress()  # a spawned process starts without the caller's logging
     learner = _learner(fabric, recipe, training)
     history = _restore(learner, out / STATE)
+    if profile and fabric.is_global_zero:
+        learner = learner._replace(profile=Profile(learner.model, out / "profile"))
     train_data, validation_data = to_device(training, fabric.device), to_device(validation, fabric.device)
     board = SummaryWriter(str(out / "tensorboard"), purge_step=len(history) + 1) if fabric.is_global_zero else None
     log.info(
@@ -144,7 +151,9 @@ def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, o
         validated, layers = validate_epoch(learner, validation_data, epoch)
         seconds = round(time.perf_counter() - started, 2)
         statistics = [layer._asdict() for layer in layers]
-        history.append({"epoch": epoch + 1, "seconds": seconds, **learned, **validated, "layers": statistics})
+        peak = round(peak_memory() / 2**20, 1)
+        counted = {"epoch": epoch + 1, "seconds": seconds, "peak_mib": peak}
+        history.append({**counted, **learned, **validated, "layers": statistics})
         if board is not None:
             log_epoch(board, history)
             log_pictures(board, learner, validation_data, epoch + 1)
@@ -159,6 +168,8 @@ def _run(fabric: Fabric, recipe: Recipe, training: Images, validation: Images, o
             )
             _save(learner, checkpoint, out)
         fabric.barrier()
+    if learner.profile is not None:
+        learner.profile.close()
     if board is not None:
         board.close()
 

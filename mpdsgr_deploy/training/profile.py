@@ -1,0 +1,207 @@
+"""Where the time of a training step goes, by layer: torch's profiler with the layers' names in it.
+
+    OUT/profile/trace.json.gz    for chrome://tracing or Perfetto
+    OUT/profile/profile.txt      the table, OUT/profile/profile.json the same for programs
+
+A backward operation belongs to the layer whose forward operation it differentiates: the two share autograd's sequence
+number. What a layer computes again on the way back counts as backward.
+"""
+
+import json
+import resource
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, record_function, schedule
+
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.snn import SpikingLayer
+
+WARM_UP, STEPS = 2, 3  # training steps before the profile, and in it
+WHOLE = ("data", "attack", "regulariser", "optimiser")  # whatever runs inside belongs to them, layers too
+BACKWARD, NODE, STEP = "backward", "autograd::engine::evaluate_function", "ProfilerStep"
+Place = tuple[str, bool]  # whose time it is, and whether on the way back
+
+
+def span(name: str) -> AbstractContextManager[Any]:
+    """A range of that name in a running profile; nothing otherwise."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+def parts_of(model: SpikingNet) -> dict[str, nn.Module]:
+    """The modules whose time is told apart, by the names of their rows."""
+    found: dict[str, nn.Module] = {"encoding": model.encode}
+    for number, module in enumerate(model.body, 1):
+        if not isinstance(module, SpikingLayer):
+            found[f"{number} {type(module).__name__}"] = module
+    for layer in model.layers():
+        found[f"{layer.name} rest"] = layer
+        for name, module in (("synapse", layer.synapse), ("norm", layer.norm), ("neuron", layer.neuron)):
+            if module is not None:
+                found[f"{layer.name} {name}"] = module
+    return {**found, "readout": model.readout}
+
+
+class Profile:
+    """Profiles the first training steps of a run after a warm-up; `step` is to be called after each."""
+
+    def __init__(self, model: SpikingNet, out: Path) -> None:
+        self._out, self._done, self._ranges = out, False, []  # type: ignore[var-annotated]
+        modules = parts_of(model)
+        self._names = [*modules, *WHOLE, "loss", BACKWARD]
+        self._hooks = [hook for name, module in modules.items() for hook in self._named(name, module)]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        self._profiler = torch.profiler.profile(
+            activities=activities,
+            schedule=schedule(wait=WARM_UP - 1, warmup=1, active=STEPS, repeat=1),
+            on_trace_ready=self._write,
+            profile_memory=True,
+        )
+        self._profiler.start()
+
+    def _named(self, name: str, module: nn.Module) -> Iterator[Any]:
+        """Hooks that put the module's forward passes into a range; also one that an exception ends."""
+
+        def before(*_: Any) -> None:
+            self._ranges.append(record_function(name).__enter__())
+
+        def after(*_: Any) -> None:
+            self._ranges.pop().__exit__(None, None, None)
+
+        yield module.register_forward_pre_hook(before)
+        yield module.register_forward_hook(after, always_call=True)
+
+    def step(self) -> None:
+        """A training step is over."""
+        if not self._done:
+            self._profiler.step()
+
+    def close(self) -> None:
+        """The run is over, perhaps too early for a profile."""
+        if not self._done:
+            self._finish()
+            log.warning("no profile: it needs %d training steps", WARM_UP + STEPS)
+
+    def _finish(self) -> None:
+        self._done = True
+        for hook in self._hooks:
+            hook.remove()
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        if not any(event.name.startswith(STEP) for event in profiler.events() or ()):
+            return
+        self._finish()
+        self._out.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self._out / "trace.json.gz"))
+        found = summary(list(profiler.events()), self._names)
+        write_atomic(self._out / "profile.json", (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(self._out / "profile.txt", table(found).encode())
+        log.info("profile of %d training steps in %s", found["steps"], self._out)
+
+
+def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
+    """Of an average step: its milliseconds and those of each row, forward and backward, and what memory grew by."""
+    whole = [event for event in events if event.name.startswith(STEP) and event.device_type.name == "CPU"]
+    count, on_gpu = len(whole), any(event.device_type.name == "CUDA" for event in events)
+    milliseconds = sum(event.time_range.elapsed_us() for event in whole) / 1000 / count
+    taken: dict[Place, float] = defaultdict(float)
+    grown: dict[str, float] = defaultdict(float)
+    for event, place in placed(events, names):
+        name, back = place
+        taken[place] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000 / count
+        if not back:
+            memory = event.self_device_memory_usage if on_gpu else event.self_cpu_memory_usage
+            grown[name] += memory / 2**20 / count
+    rows = [
+        {
+            "part": name,
+            "forward_ms": taken[name, False],
+            "backward_ms": taken[name, True],
+            "share": (taken[name, False] + taken[name, True]) / milliseconds,
+            "grown_mib": grown[name],
+        }
+        for name in names
+        if (name, False) in taken or (name, True) in taken
+    ]
+    return {
+        "steps": count,
+        "step_ms": milliseconds,
+        "time_of": "GPU" if on_gpu else "CPU",
+        "explained": sum(row["share"] for row in rows),
+        "peak_mib": peak_memory() / 2**20,
+        "parts": rows,
+    }
+
+
+def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[FunctionEvent, Place]]:
+    """Each event that belongs to a row, with its place."""
+    known = set(names)
+    created: dict[tuple[int, int], FunctionEvent] = {}  # of a thread and sequence number: the operation that took it
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.sequence_nr >= 0 and not within(event, lambda e: e.name.startswith(NODE)):
+            created[event.thread, event.sequence_nr] = event
+    places: dict[int, Place | None] = {}
+
+    def place(event: FunctionEvent) -> Place | None:
+        if id(event) not in places:
+            places[id(event)] = found(event)
+        return places[id(event)]
+
+    def found(event: FunctionEvent) -> Place | None:
+        parent = place(event.cpu_parent) if event.cpu_parent is not None else None
+        if parent is not None and parent[0] in WHOLE:
+            return parent
+        if event.name in known:
+            return event.name, event.name == BACKWARD or (parent is not None and parent[1])
+        if event.name.startswith(NODE):
+            origin = created.get((event.fwd_thread or event.thread, event.sequence_nr))
+            of = None if origin is None else place(origin)
+            return (BACKWARD if of is None else of[0]), True
+        return parent
+
+    for event in events:
+        if event.device_type.name == "CPU" and not event.name.startswith(STEP):
+            where = place(event)
+            if where is not None:
+                yield event, where
+
+
+def within(event: FunctionEvent | None, kind: Callable[[FunctionEvent], bool]) -> bool:
+    """Whether the event or one around it is of a kind."""
+    while event is not None and not kind(event):
+        event = event.cpu_parent
+    return event is not None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that torch has held on the GPU since the last reset, or, without one, this process in memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The summary as text."""
+    width = max(len(row["part"]) for row in found["parts"])
+    lines = [
+        f"a training step: {found['step_ms']:.1f} ms, mean of {found['steps']}; {found['time_of']} time; "
+        f"peak memory {found['peak_mib']:.0f} MiB",
+        "",
+        f"{'part':{width}}  {'forward ms':>10}  {'backward ms':>11}  {'% of step':>9}  {'memory grown, MiB':>17}",
+    ]
+    for row in found["parts"]:
+        lines.append(
+            f"{row['part']:{width}}  {row['forward_ms']:10.2f}  {row['backward_ms']:11.2f}  "
+            f"{100 * row['share']:9.1f}  {row['grown_mib']:17.1f}"
+        )
+    lines.append(f"{'not in any of them':{width}}  {'':10}  {'':11}  {100 * (1 - found['explained']):9.1f}")
+    return "\n".join([*lines, ""])
