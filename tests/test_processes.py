@@ -90,5 +90,5 @@ def test_joint_statistics_make_two_halves_one_batch(tmp_path: Path) -> None:
 
 
 def test_other_norms_are_not_synchronised() -> None:
-    with pytest.raises(ValidationError, match="sync_norm is for model.norm 'tdbn'"):
+    with pytest.raises(ValidationError, match="sync_norm is for"):
         small_recipe(model={"norm": "bn"}, training={"sync_norm": True})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_recipe
@@ -9,6 +10,7 @@ from lightning.fabric import Fabric
 from test_benchmarks import memory
 from test_defences_each import AT, EACH, MPDSGR, SHAPE, recipe_with
 
+from mpdsgr_deploy.data import Images, batches
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.models import SpikingNet, build_model
@@ -114,3 +116,43 @@ def test_what_is_kept_is_the_input_of_each_layer_alone(training: str) -> None:
 def test_a_step_of_32_steps_and_128_images_fits_24_gib() -> None:
     counted = memory.measure("vgg11", (3, 32, 32), "empirical", 32, "layers")
     assert counted["peak"] < 8 * 2**30
+
+
+@pytest.fixture
+def images() -> Images:
+    draw = np.random.default_rng(0)
+    return Images(draw.integers(256, size=(6, 1, 4, 4), dtype=np.uint8), np.arange(6), tuple("abcdef"))
+
+
+@pytest.mark.parametrize(("free", "there"), [(2 * 96, True), (2 * 96 - 1, False)])
+def test_a_data_set_lives_on_the_gpu_as_bytes_if_half_of_it_is_enough(
+    free: int, there: bool, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    assert batches.fits(images.pixels.nbytes, torch.device("cuda")) is there
+    monkeypatch.setattr(batches, "fits", lambda size, device: there)
+    pixels, classes = batches.to_device(images, torch.device("meta"))
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_meta is classes.is_meta is there
+
+
+def test_batches_of_a_set_in_host_memory_are_pinned_and_only_they(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    held = torch.from_numpy(images.pixels), torch.from_numpy(images.classes)
+    index = torch.tensor([4, 1])
+    pixels, classes = batches.take(held, index, torch.device("meta"))  # stands for a GPU: another device than the host
+    assert pixels.is_meta
+    assert classes.is_meta
+    assert [tuple(tensor.shape) for tensor in pinned] == [(2, 1, 4, 4), (2,)]
+    pixels, classes = batches.take(held, index, torch.device("cpu"))
+    assert torch.equal(pixels, held[0][[4, 1]])
+    assert classes.tolist() == [4, 1]
+    assert len(pinned) == 2
+
+
+def test_augmentation_runs_where_the_pixels_are() -> None:
+    pixels = torch.empty(2, 1, 4, 4, dtype=torch.uint8, device="meta")
+    assert batches.augment(pixels, padding=2, flip=True, draw=generator(0)).is_meta

@@ -21,14 +21,14 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 
 
 def to_device(images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 [N, C, H, W] and classes [N] on the device; pixels stay in host memory where they do not fit.
-
-    They fit if they take less than half of the GPU's free memory.
-    """
+    """Pixels uint8 [N, C, H, W] and classes [N] on the device; both stay in host memory where they do not fit."""
     pixels, classes = torch.from_numpy(images.pixels), torch.from_numpy(images.classes)
-    if device.type == "cuda" and pixels.numel() > torch.cuda.mem_get_info(device)[0] / 2:
-        return pixels.pin_memory(), classes.pin_memory()
-    return pixels.to(device), classes.to(device)
+    return (pixels.to(device), classes.to(device)) if fits(pixels.nbytes, device) else (pixels, classes)
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes take at most half of a GPU's free memory; the rest is for training."""
+    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] / 2
 
 
 def shuffled_batches(count: int, batch_size: int, shuffle: torch.Generator) -> Iterator[Tensor]:
@@ -38,9 +38,11 @@ def shuffled_batches(count: int, batch_size: int, shuffle: torch.Generator) -> I
 
 def take(data: tuple[Tensor, Tensor], index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pixels uint8 [B, C, H, W] and classes [B] at `index`, on the device."""
-    pixels, classes = data
-    index = index.to(pixels.device)
-    return pixels[index].to(device, non_blocking=True), classes[index].to(device, non_blocking=True)
+    here = tuple(held[index.to(held.device)] for held in data)
+    if data[0].device.type == "cpu" != device.type:  # a copy from pinned memory need not be waited for
+        here = tuple(held.pin_memory() for held in here)
+    pixels, classes = (held.to(device, non_blocking=True) for held in here)
+    return pixels, classes
 
 
 def to_unit(pixels: Tensor) -> Tensor:

@@ -34,20 +34,19 @@ Place = tuple[str, bool]  # whose time it is, and whether on the way back
 
 def span(name: str) -> AbstractContextManager[Any]:
     """A range of that name in a running profile; nothing otherwise."""
-    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+    return record_function(name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
 
 
 def parts_of(model: SpikingNet) -> dict[str, nn.Module]:
-    """The modules whose time is told apart, by the names of their rows."""
+    """The modules whose time is told apart, by the names of their rows, in the order of the forward pass."""
     found: dict[str, nn.Module] = {"encoding": model.encode}
     for number, module in enumerate(model.body, 1):
         if not isinstance(module, SpikingLayer):
             found[f"{number} {type(module).__name__}"] = module
-    for layer in model.layers():
-        found[f"{layer.name} rest"] = layer
-        for name, module in (("synapse", layer.synapse), ("norm", layer.norm), ("neuron", layer.neuron)):
-            if module is not None:
-                found[f"{layer.name} {name}"] = module
+        for layer in module.modules():
+            if isinstance(layer, SpikingLayer):
+                own = {"synapse": layer.synapse, "norm": layer.norm, "neuron": layer.neuron, "rest": layer}
+                found |= {f"{layer.name} {name}": part for name, part in own.items() if part is not None}
     return {**found, "readout": model.readout}
 
 

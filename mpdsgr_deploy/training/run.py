@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, Strategy
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.strategy import Strategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.tensorboard import SummaryWriter
 
