@@ -61,10 +61,10 @@ def measure(
     return step(Recipe.model_validate({**values, "training": {"recompute": recompute}}), shape, batch)
 
 
-def step(recipe: Recipe, shape: tuple[int, int, int], batch: int) -> dict[str, int]:
+def step(recipe: Recipe, shape: tuple[int, int, int], batch: int, classes: int = 10) -> dict[str, int]:
     """The bytes of one training step of this recipe's network and regularisers, weights and their gradients apart."""
     with torch.device("meta"):
-        net, defences = build_defended(recipe, shape, 10)
+        net, defences = build_defended(recipe, shape, classes)
         x = torch.empty(batch, *shape)
     net = net.to(memory_format=torch.channels_last)
     net.recompute = recipe.training.recompute == "layers"

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import agreement
 import attack
+import estimate
 import figures
 import gpu
 import memory
@@ -25,7 +26,7 @@ from live import Live
 from networks import CLASSES
 
 
-@pytest.mark.parametrize("benchmark", [agreement, attack, memory, step, strength])
+@pytest.mark.parametrize("benchmark", [agreement, attack, estimate, memory, step, strength])
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = figures.load(benchmark.__name__)
     assert figures.shown(benchmark.__name__) == benchmark.render(result)
@@ -111,6 +112,23 @@ def test_counting_without_data_is_counting_with_data() -> None:
             net(torch.zeros(3, 1, 8, 8, device=device)).sum().backward()
         found[device] = live.peak
     assert found["cpu"] == found["meta"]
+
+
+def test_the_estimate_counts_what_a_hand_can_count() -> None:
+    """VGG11's 61.4 M parameters; its convolutions and layers, two operations a multiplication; backward once more and
+    twice but for the images, of which nobody wants a gradient."""
+    found = estimate.measure("vgg11", 32, 10, steps=2, batch=2)
+    sizes = ((3, 64, 32), (64, 128, 16), (128, 256, 16), (256, 512, 8), *[(512, 512, 8)] * 2, *[(512, 512, 4)] * 2)
+    convolutions = [9 * fan_in * fan_out * side**2 for fan_in, fan_out, side in sizes]
+    forward = 2 * 2 * (sum(convolutions) + 8192 * 4096 + 4096 * 4096 + 4096 * 10)
+    assert found["forward_flop"] == forward
+    assert found["backward_flop"] == 2 * forward - 2 * 2 * convolutions[0]
+    assert found["channels"] == 64 + 128 + 256 + 5 * 512
+    assert found["parameters"] / 1e6 == pytest.approx(61.4, abs=0.05)
+    quoted = estimate.figures.load("estimate")["networks"]["VGG11, 32x32, 10 classes"]
+    assert quoted["forward_flop"] == 4 * forward
+    assert estimate.exchanged(100, 2) == 400
+    assert estimate.normalised(10, 2) == 80 + 80
 
 
 def recipe(name: str, width: float) -> Recipe:
