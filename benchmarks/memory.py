@@ -1,15 +1,12 @@
 """What a training step takes in memory: bytes alive after the forward pass and loss, per image and time step.
 
     python benchmarks/memory.py      writes benchmarks/results/memory.json and the table of benchmarks/README.md
-    python benchmarks/memory.py --once 24     one whole step of VGG11, T = 32, batch 128, in at most 24 GiB, for real
 
 Counted by torch's dispatcher on tensors without data (see `live`): exact, and the same on every machine, for a batch
 that this machine need not hold. Weights, gradients and the optimiser's buffers are not in it, for they are there
-anyway; what a kernel needs for a moment is not seen. `--once` has the operating system measure.
+anyway; what a kernel needs for a moment is not seen. `largest.py` has the operating system measure one step.
 """
 
-import resource
-import time
 from typing import Any
 
 import click
@@ -35,12 +32,8 @@ RECOMPUTE = ("none", "layers")
 
 
 @click.command()
-@click.option("--once", type=float, metavar="GIB", help="Take one step of VGG11 at T = 32, batch 128, within so much.")
-def main(once: float | None) -> None:
+def main() -> None:
     """Measure and publish."""
-    if once is not None:
-        click.echo(render_once(take_once(once)))
-        return
     counted = {
         name: {
             training: {r: {str(T): measure(*network, training, T, r) for T in STEPS} for r in RECOMPUTE}
@@ -86,34 +79,6 @@ def forward(net: SpikingNet, defences: list[Any], x: torch.Tensor) -> torch.Tens
     for read in zip(*readings, strict=True) if defences else ():
         loss = loss + torch.stack([value for value in read if value is not None]).mean()
     return loss
-
-
-def take_once(limit: float, T: int = 32, batch: int = 128) -> dict[str, Any]:
-    """Forward and backward pass of one real step under a limit in GiB on the process's memory; its peak and seconds."""
-    size = int(limit * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (size, size))  # a step that needs more fails instead of being swapped
-    values = {"model": {"name": "vgg11"}, "encoding": {"T": T}, "defence": DEFENCES["empirical"]}
-    torch.manual_seed(0)
-    net, defences = build_defended(Recipe.model_validate(values), (3, 32, 32), 10)
-    net = net.to(memory_format=torch.channels_last)
-    net.recompute = True
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    started = time.perf_counter()
-    loss = forward(net, defences, torch.rand(batch, 3, 32, 32))
-    loss.backward()
-    optimizer.step()
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"T": T, "batch": batch, "loss": loss.item(), "seconds": seconds, "peak_bytes": peak, "limit": limit}
-
-
-def render_once(found: dict[str, Any]) -> str:
-    """One line."""
-    return (
-        f"VGG11, T = {found['T']}, batch {found['batch']}, float32, recompute = layers: one step with optimiser in "
-        f"{found['seconds']:.0f} s, peak resident {found['peak_bytes'] / 2**30:.2f} GiB of {found['limit']:g}, loss "
-        f"{found['loss']:.4f}"
-    )
 
 
 def fit(counted: dict[str, dict[str, int]], what: str) -> tuple[float, float, float]:

@@ -19,6 +19,7 @@ import attack
 import estimate
 import figures
 import gpu
+import largest
 import memory
 import step
 import strength
@@ -26,7 +27,7 @@ from live import Live
 from networks import CLASSES
 
 
-@pytest.mark.parametrize("benchmark", [agreement, attack, estimate, memory, step, strength])
+@pytest.mark.parametrize("benchmark", [agreement, attack, estimate, largest, memory, step, strength])
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = figures.load(benchmark.__name__)
     assert figures.shown(benchmark.__name__) == benchmark.render(result)
@@ -112,6 +113,14 @@ def test_counting_without_data_is_counting_with_data() -> None:
             net(torch.zeros(3, 1, 8, 8, device=device)).sum().backward()
         found[device] = live.peak
     assert found["cpu"] == found["meta"]
+
+
+def test_a_real_step_takes_what_was_counted_and_the_largest_fits() -> None:
+    found = largest.measure(2, 2, 0.05)
+    assert found["peak_bytes"] > found["counted_bytes"] + found["kept_for_good_bytes"] > 0
+    quoted = largest.figures.load("largest")
+    assert (quoted["setting"]["T"], quoted["setting"]["batch"], quoted["setting"]["width"]) == (32, 128, 1)
+    assert quoted["peak_bytes"] < 24 * 2**30
 
 
 def test_the_estimate_counts_what_a_hand_can_count() -> None:
