@@ -36,7 +36,7 @@ def main(limit: float, T: int, batch: int, width: float) -> None:
 
 
 def measure(T: int, batch: int, width: float) -> dict[str, Any]:
-    """Counted bytes of activations, then forward and backward pass and optimiser of a real step; `peak` of the process."""
+    """Bytes of activations as counted, and the process's peak over a real step: forward, backward, optimiser."""
     values = {"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}, "training": {"recompute": "layers"}}
     recipe = Recipe.model_validate({**values, "defence": {"mpd-sgr": {"estimator": "empirical"}}})
     counted = step(recipe, SHAPE, batch, CLASSES)["peak"]
@@ -63,9 +63,9 @@ def render(result: dict[str, Any]) -> str:
     """One paragraph."""
     setting, gib = result["setting"], 2**30
     return (
-        f"One step of VGG11 at width {setting['width']:g} with T = {setting['T']}, {setting['batch']} images, empirical "
-        f"regulariser, float32, layers computed again: {result['peak_bytes'] / gib:.2f} GiB at the peak, all of the "
-        f"process, of {result['limit_gib']:g} allowed; counted were {result['counted_bytes'] / gib:.2f} GiB of "
+        f"One step of VGG11 at width {setting['width']:g} with T = {setting['T']}, {setting['batch']} images, "
+        f"empirical regulariser, float32, layers computed again: {result['peak_bytes'] / gib:.2f} GiB at the peak, "
+        f"all of the process, of {result['limit_gib']:g} allowed; counted were {result['counted_bytes'] / gib:.2f} GiB of "
         f"activations and {result['kept_for_good_bytes'] / gib:.2f} of weights, gradients and momentum.\n"
         f"{figures.source(result)}\n"
     )

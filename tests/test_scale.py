@@ -1,5 +1,7 @@
 """Steps that take less memory or more processes are the same steps."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,14 @@ from test_defences_each import AT, EACH, MPDSGR, SHAPE, recipe_with
 from mpdsgr_deploy.data import Images, batches
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.defences.base import neuron_shapes
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import Reader, Trace
+from mpdsgr_deploy.snn import LIF, Reader, SpikingLayer, Trace
+from mpdsgr_deploy.snn.saved import in_bytes, levels
+from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.epoch import Learner, batch_loss
 
 CASES: dict[str, Recipe] = {
@@ -100,6 +107,52 @@ def test_observers_see_each_layer_once_and_traces_carry_the_same_gradient() -> N
     names: list[str] = []
     seen(model, Reader(lambda trace: trace.layer, names.append))
     assert names == expected
+
+
+@pytest.mark.parametrize("name", ["plain", *EACH])
+def test_neurons_called_binary_are(name: str) -> None:
+    """Their spikes are saved as bytes, and what is not 0 or 1 would be lost."""
+    model, _ = build_defended(CASES[name], SHAPE, 10)
+    for layer in model.layers():
+        handed_on = layer.neuron(3 * torch.rand(3, 2, *layer_shape(layer, model)), noise=generator(0))[0]
+        assert not layer.neuron.binary or set(handed_on.unique().tolist()) <= {0.0, 1.0}
+        assert layer.neuron.binary is (name != "stog")
+
+
+def layer_shape(layer: SpikingLayer, model: SpikingNet) -> tuple[int, ...]:
+    return neuron_shapes(model, SHAPE)[layer.name]
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_multiples_of_a_fraction_survive_as_bytes(n: int) -> None:
+    weight = torch.rand(5, 7, requires_grad=True)
+    x = torch.randint(n + 1, (6, 7)) / n
+    gradients = []
+    for kept_as in (None, n):
+        with in_bytes(x, kept_as):
+            y = x @ weight.T
+        (gradient,) = torch.autograd.grad(y.square().sum(), weight)
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+
+
+def test_levels_follow_spikes_through_pooling() -> None:
+    spiking = SpikingLayer("one", torch.nn.Identity(), None, LIF(surrogate=triangle()))
+    pool = torch.nn.AvgPool2d
+    assert levels(spiking, None) == 1
+    assert levels(torch.nn.Flatten(), 4) == 4
+    assert [levels(module, 1) for module in (pool(2), pool(3), pool(4), pool(16), pool(2, padding=1))] == [
+        *(4, None, 16, None, None)
+    ]
+    assert levels(pool(2), None) is levels(torch.nn.Conv2d(1, 1, 1), 1) is None
+
+
+def test_a_run_goes_on_with_layers_computed_again(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    again = {"training": {"recompute": "layers"}}
+    train(small_recipe(**again), tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="resume with the same recipe"):
+        train(small_recipe(training={"sync_norm": True}), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("training", memory.DEFENCES)

@@ -29,6 +29,7 @@ class DynamicLIF(DerivedLIF):
     """LIF with a learned input gain per step, `gain` [T], 1 at the start."""
 
     time_invariant = False
+    binary = True
 
     def __init__(self, lif: LIF, T: int) -> None:
         super().__init__(lif)

@@ -36,7 +36,6 @@ class GatedLIF(DerivedLIF):
     """
 
     stochastic = True
-    binary = False  # while its gates are relaxed
 
     def __init__(self, lif: LIF, shape: Shape, temperature: float) -> None:
         super().__init__(lif)

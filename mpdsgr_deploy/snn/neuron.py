@@ -124,7 +124,12 @@ class LIF(nn.Module):
 
 
 class DerivedLIF(LIF):
-    """What a defence makes of a neuron: the constants are those of `lif`, the subclass adds what is learned."""
+    """What a defence makes of a neuron: the constants are those of `lif`, the subclass adds what is learned.
+
+    One that hands on nothing but 0 and 1 says so by `binary = True`: its spikes then take a byte for the backward pass.
+    """
+
+    binary = False
 
     def __init__(self, lif: LIF) -> None:
         super().__init__(tau=lif.tau, v_threshold=lif.v_threshold, reset=lif.reset, surrogate=lif.surrogate)
