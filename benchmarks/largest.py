@@ -61,13 +61,13 @@ def measure(T: int, batch: int, width: float) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """One paragraph."""
-    setting, gib = result["setting"], 2**30
+    setting = result["setting"]
+    peak, counted, always = (result[f"{name}_bytes"] / 2**30 for name in ("peak", "counted", "kept_for_good"))
     return (
         f"One step of VGG11 at width {setting['width']:g} with T = {setting['T']}, {setting['batch']} images, "
-        f"empirical regulariser, float32, layers computed again: {result['peak_bytes'] / gib:.2f} GiB at the peak, "
-        f"all of the process, of {result['limit_gib']:g} allowed; counted were {result['counted_bytes'] / gib:.2f} GiB of "
-        f"activations and {result['kept_for_good_bytes'] / gib:.2f} of weights, gradients and momentum.\n"
-        f"{figures.source(result)}\n"
+        f"empirical regulariser, float32, layers computed again: {peak:.2f} GiB at the peak, all of the process, of "
+        f"{result['limit_gib']:g} allowed; counted were {counted:.2f} GiB of activations and {always:.2f} of weights, "
+        f"gradients and momentum.\n{figures.source(result)}\n"
     )
 
 

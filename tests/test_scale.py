@@ -19,7 +19,7 @@ from mpdsgr_deploy.defences.base import neuron_shapes
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import LIF, Reader, SpikingLayer, Trace
+from mpdsgr_deploy.snn import LIF, Reader, SpikingLayer, Trace, recompute
 from mpdsgr_deploy.snn.saved import in_bytes, levels
 from mpdsgr_deploy.snn.surrogate import triangle
 from mpdsgr_deploy.training import train
@@ -39,10 +39,10 @@ CASES: dict[str, Recipe] = {
 }
 
 
-def learner_of(recipe: Recipe, *, recompute: bool) -> Learner:
+def learner_of(recipe: Recipe, *, again: bool = False) -> Learner:
     torch.manual_seed(0)
     model, defences = build_defended(recipe, SHAPE, 10)
-    model.recompute = recompute
+    model.recompute = again
     fabric = Fabric(accelerator="cpu", devices=1, precision=recipe.training.precision)
     wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
     return Learner(fabric, recipe, wrapped, model, defences, optimizer)
@@ -59,7 +59,7 @@ def stepped(learner: Learner) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("recipe", CASES.values(), ids=CASES)
 def test_layers_computed_again_give_the_same_step_to_the_bit(recipe: Recipe) -> None:
-    kept, again = (stepped(learner_of(recipe, recompute=recompute)) for recompute in (False, True))
+    kept, again = (stepped(learner_of(recipe, again=again)) for again in (False, True))
     assert kept.keys() == again.keys()
     for name, value in kept.items():
         assert torch.equal(value, again[name]), name
@@ -70,10 +70,10 @@ def test_noise_of_any_source_is_drawn_again(noise: str | None) -> None:
     x = torch.rand(4, *SHAPE)
     draws = [torch.rand(4, 3, *shape) for shape in ((8, 8, 8), (16, 4, 4), (16, 4, 4))]
     gradients = []
-    for recompute in (False, True):
+    for again in (False, True):
         torch.manual_seed(0)
         model, _ = build_defended(small_recipe(defence={"stog": {}}), SHAPE, 10)
-        model.recompute = recompute
+        model.recompute = again
         for layer in model.layers():
             layer.neuron.p.data.fill_(0.6)
         torch.manual_seed(5)
@@ -121,6 +121,14 @@ def test_neurons_called_binary_are(name: str) -> None:
 
 def layer_shape(layer: SpikingLayer, model: SpikingNet) -> tuple[int, ...]:
     return neuron_shapes(model, SHAPE)[layer.name]
+
+
+@pytest.mark.parametrize("name", ["all", "dlif under attack", "feel", "wrn", "bf16"])
+def test_spikes_saved_as_bytes_give_the_same_step_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_byte = stepped(learner_of(CASES[name]))
+    monkeypatch.setattr(recompute, "levels", lambda module, received: None)
+    as_they_are = stepped(learner_of(CASES[name]))
+    assert all(torch.equal(value, as_they_are[what]) for what, value in in_byte.items())
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
