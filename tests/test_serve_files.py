@@ -83,7 +83,12 @@ FAULTS: list[tuple[Check, str, str, str]] = [
     (monitoring.dashboard_is_whole, DASHBOARD, "histogram_quantile(0.99, sum", "histogram_quantile(sum"),
     (monitoring.dashboard_is_whole, DASHBOARD, "${datasource}", "${source}"),
     (monitoring.dashboard_is_whole, DASHBOARD, '"w": 9', '"w": 10'),
-    (kubernetes.kubernetes_validates, DEPLOYMENT, "readOnly: true\n            - name: settings", "readonly: true\n            - name: settings"),
+    (
+        kubernetes.kubernetes_validates,
+        DEPLOYMENT,
+        "readOnly: true\n            - name: settings",
+        "readonly: true\n            - name: settings",
+    ),
     (kubernetes.kubernetes_validates, SERVICE, "port: 8001", 'port: "grpc"'),
     (kubernetes.kubernetes_validates, f"{CPU}/autoscaler.yaml", "autoscaling/v2", "autoscaling/v2beta2"),
     (kubernetes.kubernetes_validates, "kubernetes/gpu/kustomization.yaml", "newTag: gpu", "newTag: cpu"),
@@ -164,7 +169,9 @@ def test_the_image_is_built_from_what_the_wheel_needs(tmp_path: Path) -> None:
     """The lines of the Dockerfile's first stage need no more than its .dockerignore lets through; no key gets there."""
     lines = (ROOT / "serve/docker/Dockerfile.dockerignore").read_text().splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     context = tmp_path / "context"
     for name in (name for name in listed if name and (ROOT / name).is_file() and not ignored(name, patterns)):
         (context / name).parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +191,10 @@ def test_the_image_is_built_from_what_the_wheel_needs(tmp_path: Path) -> None:
     extras = re.search(r"ARG EXTRAS=(\S+)", (ROOT / "serve/docker/Dockerfile").read_text())
     project = (ROOT / "pyproject.toml").read_text()
     assert extras is not None
-    for extra in {*extras[1].split(","), *load(ROOT / "serve" / GPU)["services"]["server"]["build"]["args"]["EXTRAS"].split(",")}:
+    for extra in {
+        *extras[1].split(","),
+        *load(ROOT / "serve" / GPU)["services"]["server"]["build"]["args"]["EXTRAS"].split(","),
+    }:
         assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
 
 

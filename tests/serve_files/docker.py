@@ -8,10 +8,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from serve_files import BIN, GRPC, HTTP, READY, accepts, ending, load
-
 from mpdsgr_deploy.cli.serve import command
 from mpdsgr_deploy.serving.settings import Settings, load_settings
+from serve_files import BIN, GRPC, HTTP, READY, accepts, ending, load
 
 HARDENED = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+
 from serve_files import BIN, GRPC, HTTP, KUBECTL, LIVE, READY, accepts, ending, load
 from serve_files.docker import final_stage
 
@@ -66,7 +67,9 @@ def manifests_fit_each_other(serve: Path) -> None:
     }
     assert all(probe["port"] in ports for probe in probes.values())
     assert {port["targetPort"] for port in found["Service"]["spec"]["ports"]} == ports.keys()
-    assert {port["port"] for rule in found["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]} == ports.keys()
+    assert {
+        port["port"] for rule in found["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]
+    } == ports.keys()
     for selector in (
         deployment["spec"]["selector"]["matchLabels"],
         found["Service"]["spec"]["selector"],

@@ -29,7 +29,7 @@ def panel_queries(serve: Path) -> list[str]:
 
 
 def prometheus_reads_its_files(serve: Path) -> None:
-    """With a key file, which it looks for; the discovery of pods is cut out, since Debian builds promtool without it."""
+    """With a key file, which it looks for; discovery of pods is cut out: Debian builds promtool without it."""
     monitoring = serve / "monitoring"
     key = monitoring / "prometheus-key"
     key.write_text("a key\n")
