@@ -1,1 +1,1 @@
-"""Serving: a bundle behind the Open Inference Protocol, and what measures such a server."""
+"""A server of the Open Inference Protocol (v2) over HTTP and gRPC. torch is not imported here."""
