@@ -1,18 +1,19 @@
 """A server in a process of its own, and one that only holds the same opened network, to subtract."""
 
-import json
 import re
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SERVING = re.compile(r"serving on (http://[^,]+), gRPC on port (\d+)")
 PATIENCE = 60.0  # seconds for a process to start, and to end
+MOST_ERRORS = 100  # lines kept of a server's log
 HOLD = """
 import sys
 from pathlib import Path
@@ -30,15 +31,16 @@ with open_predictor(bundle) as predictor:
 """
 
 
-@dataclass(frozen=True)
+@dataclass
 class Process:
-    """One that is ready. started: seconds until it was."""
+    """One that is ready. started: seconds until it was; errors: lines it logged above a warning; code: of its exit."""
 
     pid: int
     started: float
     url: str = ""
     grpc: str = ""
-    log: Path = Path()
+    errors: list[str] = field(default_factory=list)
+    code: int | None = None
 
     def memory(self) -> int:
         """Resident bytes."""
@@ -50,33 +52,40 @@ class Process:
         """Open descriptors."""
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
-    def errors(self) -> list[str]:
-        """What it logged as worse than a warning."""
-        lines = (json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{"))
-        return [line["message"] for line in lines if line.get("level") in ("error", "critical")]
-
 
 @contextmanager
 def serving(*arguments: object) -> Iterator[Process]:
     """`mpdsgr serve` with these arguments on free ports of the loopback; ends with SIGTERM."""
     command = [sys.executable, "-m", "mpdsgr_deploy", "serve", *map(str, arguments), "--port", "0", "--grpc-port", "0"]
     command += ["--set", "limits.grace_seconds=0"]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        started = time.monotonic()
-        with log.open("wb") as file, subprocess.Popen(command, stderr=file) as process:
+    started = time.monotonic()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        tail: deque[str] = deque(maxlen=20)
+        while (found := SERVING.search(tail[-1] if tail else "")) is None:
+            line = process.stderr.readline()
+            if not line:
+                sys.exit("error: the server does not start:\n" + "".join(tail))
+            tail.append(line)
+        running = Process(process.pid, time.monotonic() - started, found[1], f"127.0.0.1:{found[2]}")
+        listener = threading.Thread(target=_listen, args=(process.stderr, running.errors))  # or the pipe fills
+        listener.start()
+        try:
+            yield running
+        finally:
+            process.terminate()
             try:
-                while (found := SERVING.search(log.read_text())) is None:
-                    if process.poll() is not None or time.monotonic() - started > PATIENCE:
-                        sys.exit(f"error: the server does not start: {log.read_text()[-2000:]}")
-                    time.sleep(0.002)
-                yield Process(process.pid, time.monotonic() - started, found[1], f"127.0.0.1:{found[2]}", log)
-            finally:
-                process.terminate()
-                try:
-                    process.wait(PATIENCE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                running.code = process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            listener.join()
+
+
+def _listen(lines: Iterable[str], errors: list[str]) -> None:
+    for line in lines:
+        if '"level": "info"' in line or '"level": "warning"' in line or len(errors) >= MOST_ERRORS:
+            continue
+        errors.append(line.strip()[:1000])
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Connection:
     """A kept-alive connection, which carries one request at a time and is opened again after it was closed."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._parsing = need("httptools", "serve")
         self._wire: _Wire | None = None
 
@@ -81,7 +81,7 @@ class Connection:
 
     async def open(self) -> "_Wire":
         """Be connected; raises NoAnswer."""
-        at, tls = self._endpoint.at, self._endpoint.tls
+        at, tls = self.endpoint.at, self.endpoint.tls
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(LONGEST):
