@@ -20,8 +20,9 @@ from typing import Any
 import click
 import figures
 import numpy as np
-from networks import SHAPE, untrained_bundle
-from processes import Process, holding, serving
+from networks import untrained_bundle
+from numpy.typing import NDArray
+from processes import holding, serving
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.protocols import Predictor
@@ -41,32 +42,35 @@ PACKAGES = ("grpcio", "httptools", "onnxruntime", "tritonclient", "uvicorn", "uv
 @click.option("--seconds", default=4.0, show_default=True, type=click.FloatRange(0.1), help="Of each load.")
 def main(rounds: int, seconds: float) -> None:
     """Measure and publish."""
-    result = run(rounds, seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny, small = (_bundle(name, Path(folder)) for name in NETWORKS)
+        result = run(tiny, small, rounds, seconds)
     figures.publish("serving", result, render(result))
     click.echo(render(result))
 
 
-def run(rounds: int, seconds: float) -> dict[str, Any]:
+def run(tiny: Bundle, small: Bundle, rounds: int, seconds: float) -> dict[str, Any]:
     """Every sample of every round."""
-    with tempfile.TemporaryDirectory() as folder:
-        tiny, small = (_bundle(name, Path(folder)) for name in NETWORKS)
-        samples: list[dict[str, Any]] = []
-        with open_predictor(tiny) as tiny_here, open_predictor(small) as small_here:
-            for number in range(rounds):
-                click.echo(f"round {number + 1} of {rounds} ...", err=True)
-                sample: dict[str, Any] = {"holding": _held(tiny.path)}
-                with serving(tiny.path) as server:
-                    sample["ready_seconds"] = server.started
-                    sample["model_cpu_ms"] = {str(n): _cpu(tiny_here, n) for n in BATCHES}
-                    sample["server"] = {str(users): _asked(server, users, seconds) for users in USERS}
-                    sample["memory"] = server.memory()
-                with serving(small.path) as server:
-                    pair = [
-                        lambda: ("predictor", _own_rate(small_here, seconds)),
-                        lambda server=server: ("served", _load(server, "small", 2, seconds, LARGE).images_per_second),
-                    ]
-                    sample["images_per_second"] = dict(turn() for turn in pair[:: 1 if number % 2 else -1])
-                samples.append(sample)
+    samples: list[dict[str, Any]] = []
+    with open_predictor(tiny) as tiny_here, open_predictor(small) as small_here:
+        for number in range(rounds):
+            click.echo(f"round {number + 1} of {rounds} ...", err=True)
+            sample: dict[str, Any] = {"holding": _held(tiny.path)}
+            with serving(tiny.path) as server:
+                sample["ready_seconds"] = server.started
+                sample["model_cpu_ms"] = {str(n): _cpu(tiny_here, _images(tiny, n)) for n in BATCHES}
+                sample["server"] = {
+                    str(users): _asked(f"{server.url}/v2/models/{tiny.path.name}", users, seconds) for users in USERS
+                }
+                sample["memory"] = server.memory()
+            with serving(small.path) as server:
+                url = f"{server.url}/v2/models/{small.path.name}"
+                pair = [
+                    lambda: ("predictor", _own_rate(small_here, _images(small, LARGE), seconds)),
+                    lambda url=url: ("served", _load(url, 2, seconds, LARGE).images_per_second),
+                ]
+                sample["images_per_second"] = dict(turn() for turn in pair[:: 1 if number % 2 else -1])
+            samples.append(sample)
     versions = {name: package_version(name) for name in PACKAGES}
     networks = {name: {"width": width, "T": T} for name, (width, T) in NETWORKS.items()}
     return {"networks": networks, "rounds": samples, "versions": versions, "provenance": provenance()}
@@ -87,9 +91,12 @@ def _held(bundle: Path) -> dict[str, float]:
         return {"ready_seconds": process.started, "memory": process.memory()}
 
 
-def _cpu(predictor: Predictor, batch: int) -> float:
+def _images(bundle: Bundle, batch: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).random((batch, *bundle.manifest.input_shape), np.float32)
+
+
+def _cpu(predictor: Predictor, images: NDArray[np.float32]) -> float:
     """Milliseconds of CPU of one inference, over a tenth of a second."""
-    images = np.random.default_rng(0).random((batch, *SHAPE), np.float32)
     predictor(images)
     count, started, cpu = 0, time.monotonic(), time.process_time()
     while time.monotonic() - started < 0.1:
@@ -98,11 +105,11 @@ def _cpu(predictor: Predictor, batch: int) -> float:
     return 1000 * (time.process_time() - cpu) / count
 
 
-def _asked(server: Process, users: int, seconds: float) -> dict[str, float]:
+def _asked(url: str, users: int, seconds: float) -> dict[str, float]:
     """CPU of the server a request, and the mean size of the batches that it formed."""
-    before = _executions(server)
-    outcome = _load(server, "tiny", users, seconds, 1)
-    images, batches = (after - earlier for after, earlier in zip(_executions(server), before, strict=True))
+    before = _executions(url)
+    outcome = _load(url, users, seconds, 1)
+    images, batches = (after - earlier for after, earlier in zip(_executions(url), before, strict=True))
     assert outcome.server_cpu_ms is not None
     return {
         "cpu_ms": outcome.server_cpu_ms,
@@ -112,29 +119,28 @@ def _asked(server: Process, users: int, seconds: float) -> dict[str, float]:
     }
 
 
-def _load(server: Process, model: str, users: int, seconds: float, batch: int) -> Outcome:
+def _load(url: str, users: int, seconds: float, batch: int) -> Outcome:
     found = Measurement()
-    measure(f"{server.url}/v2/models/{model}", [Load(seconds, 10**6, concurrency=users)], found, batch=batch)
+    measure(url, [Load(seconds, 10**6, concurrency=users)], found, batch=batch)
     (outcome,) = found.outcomes
     if outcome.tally.errors:
         raise click.ClickException(f"the server refused some: {dict(outcome.tally.errors)}")
     return outcome
 
 
-def _executions(server: Process) -> tuple[int, int]:
+def _executions(url: str) -> tuple[int, int]:
     """Images and batches computed so far."""
-    with urllib.request.urlopen(f"{server.url}/v2/models/tiny/stats") as answer:
+    with urllib.request.urlopen(f"{url}/stats") as answer:
         (stats,) = json.load(answer)["model_stats"]
     return stats["inference_count"], stats["execution_count"]
 
 
-def _own_rate(predictor: Predictor, seconds: float) -> float:
-    images = np.random.default_rng(0).random((LARGE, *SHAPE), np.float32)
+def _own_rate(predictor: Predictor, images: NDArray[np.float32], seconds: float) -> float:
     predictor(images)
     count, started = 0, time.monotonic()
     while time.monotonic() - started < seconds:
         predictor(images)
-        count += LARGE
+        count += len(images)
     return count / (time.monotonic() - started)
 
 

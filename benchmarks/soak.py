@@ -28,6 +28,7 @@ from processes import Process, serving
 from soak_traffic import MIX, Call, Counts, over_grpc, over_http, sure
 from tritonclient.grpc import service_pb2_grpc
 
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
@@ -46,27 +47,29 @@ SAMPLES = 120  # of memory and files
 @click.option("--requests", default=20_000_000, show_default=True, type=click.IntRange(1), help="At most.")
 def main(minutes: float, requests: int) -> None:
     """Run and publish."""
-    result = run(60 * minutes, requests)
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"data": {"name": "cifar10", "root": f"{folder}/none"}, "model": {"name": "vgg-small", "width": 0.03}}
+        network = Recipe.model_validate({**values, "encoding": {"T": 1}})
+        result = run(untrained_bundle(network, Path(folder) / "net"), 60 * minutes, requests)
     figures.publish("soak", result, render(result))
     click.echo(render(result))
 
 
-def run(seconds: float, requests: int) -> dict[str, Any]:
+def run(bundle: Bundle, seconds: float, requests: int) -> dict[str, Any]:
     """Counts, and samples of the server's memory and files."""
-    with tempfile.TemporaryDirectory() as folder:
-        values = {"data": {"name": "cifar10", "root": f"{folder}/none"}, "model": {"name": "vgg-small", "width": 0.03}}
-        bundle = untrained_bundle(Recipe.model_validate({**values, "encoding": {"T": 1}}), Path(folder) / "net")
-        with open_predictor(bundle) as predictor, serving(bundle.path) as server:
-            pixels = sure(predictor)
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                found = runner.run(_soak(server, predictor, pixels, seconds, requests))
-            in_flight = _gauge(server, "mpdsgr_in_flight_bytes")
+    with open_predictor(bundle) as predictor, serving(bundle.path) as server:
+        pixels = sure(predictor, bundle.manifest.input_shape)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            url = f"{server.url}/v2/models/{bundle.path.name}"
+            found = runner.run(_soak(server, url, predictor, pixels, seconds, requests))
+        in_flight = _gauge(server, "mpdsgr_in_flight_bytes")
     ended = {"in_flight_bytes": in_flight, "exit_code": server.code, "logged_errors": server.errors}
     return {**found, **ended, "provenance": provenance()}
 
 
-async def _soak(server: Process, predictor: Predictor, pixels: np.ndarray, seconds: float, most: int) -> dict[str, Any]:
-    url = f"{server.url}/v2/models/net"
+async def _soak(
+    server: Process, url: str, predictor: Predictor, pixels: np.ndarray, seconds: float, most: int
+) -> dict[str, Any]:
     model = await describe(url, Endpoint(ModelUrl.split(url)))
     counts, samples = Counts(), []
     deck = over_http(model, predictor, pixels, counts)

@@ -10,7 +10,6 @@ from typing import Any
 import bad_requests
 import grpc.aio
 import numpy as np
-from networks import SHAPE
 from tritonclient.grpc import service_pb2 as pb
 
 from mpdsgr_deploy.data.images import to_unit
@@ -46,9 +45,9 @@ class Counts:
             self.failed("wrong answer", f"{kind}, off by {difference:g}")
 
 
-def sure(predictor: Predictor) -> np.ndarray:
+def sure(predictor: Predictor, shape: tuple[int, int, int]) -> np.ndarray:
     """uint8 images whose logits do not depend on their batch: no neuron lies within rounding of its threshold."""
-    pixels = np.random.default_rng(0).integers(0, 256, (4 * MOST, *SHAPE), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (4 * MOST, *shape), np.uint8)
     images = to_unit(pixels)
     alone = np.concatenate([predictor(images[i : i + 1]) for i in range(len(images))])
     good = np.ones(len(images), bool)
@@ -180,7 +179,7 @@ def over_grpc(
     for number in range(16):
         for batch in BATCHES:
             images = pixels[np.arange(number, number + batch)]
-            request = pb.ModelInferRequest(model_name="net")
+            request = pb.ModelInferRequest(model_name=model.endpoint.at.path.rpartition("/")[2])
             request.inputs.add(name=image.name, datatype="UINT8", shape=images.shape)
             request.raw_input_contents.append(images.tobytes())
             good.append(answered(request, _logits(predictor, pixels, number, batch)))

@@ -1,4 +1,4 @@
-"""The benchmark and the soak of the server: their pages, a short run of each, and that neither overlooks what is wrong."""
+"""The benchmark and the soak of the server: their pages, a short run of each, and what they must not overlook."""
 
 import asyncio
 import sys
@@ -16,6 +16,7 @@ import serving
 import soak
 import soak_traffic
 
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.runtime.remote import ModelUrl
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint
 from mpdsgr_deploy.serving.load.model import describe
@@ -27,8 +28,8 @@ def test_the_page_quotes_the_file(benchmark: Any) -> None:
     assert figures.shown(name) == benchmark.render(figures.load(name))
 
 
-def test_a_small_benchmark_measures_everything() -> None:
-    result = serving.run(1, 0.3)
+def test_a_small_benchmark_measures_everything(bundle: Bundle) -> None:
+    result = serving.run(bundle, bundle, 1, 0.3)
     (sample,) = result["rounds"]
     assert sample["server"]["1"]["batch"] == 1
     assert 1 < sample["server"]["32"]["batch"] <= 32
@@ -45,8 +46,8 @@ def test_the_models_own_time_is_that_of_the_batches_the_server_formed() -> None:
     assert serving.beyond(sample, "8") == pytest.approx(2.0 - 4.0 / 3.0)  # 3 lies between 2 and 4
 
 
-def test_a_short_soak_finds_nothing_wrong() -> None:
-    result = soak.run(2.5, 10**6)
+def test_a_short_soak_finds_nothing_wrong(bundle: Bundle) -> None:
+    result = soak.run(bundle, 2.5, 10**6)
     assert result["wrong"] == {}, result["examples"]
     assert set(result["requests"]) == {*soak_traffic.MIX, "grpc", "bad grpc"}
     assert result["largest_difference"] <= soak_traffic.TOLERANCE
