@@ -5,7 +5,6 @@ import json
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from importlib import resources
 from itertools import count
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -18,15 +17,13 @@ from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.inference import infer
 from mpdsgr_deploy.serving.logs import log_request
 from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.page import page
 from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-JSON, BINARY, PLAIN, HTML = b"application/json", b"application/octet-stream", b"text/plain; version=0.0.4", b"text/html"
-PAGE_POLICY = (
-    b"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; "
-    b"script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+JSON, BINARY = b"application/json", b"application/octet-stream"
+PLAIN, HTML = b"text/plain; version=0.0.4", b"text/html; charset=utf-8"
 OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
 
 Scope = Mapping[str, Any]
@@ -257,8 +254,8 @@ def _json(content: Any) -> Reply:
 
 
 def _page() -> Reply:
-    page = resources.files("mpdsgr_deploy.serving").joinpath("page.html").read_bytes()
-    return Reply(200, page, HTML, ((b"content-security-policy", PAGE_POLICY), (b"cache-control", b"no-cache")))
+    content, policy = page()
+    return Reply(200, content, HTML, ((b"content-security-policy", policy), (b"cache-control", b"no-cache")))
 
 
 def _refusal(error: Refused) -> Reply:
