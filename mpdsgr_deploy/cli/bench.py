@@ -47,10 +47,10 @@ def command(
     """Measure a running server of the Open Inference Protocol: this one's, Triton, any other.
 
     Several loads run one after another: --concurrency 1,8,32 or --rate 100,500. Latency in an open loop counts from
-    when a request was due, so that a server which falls behind cannot hide it. A percentile that too few requests
-    stand behind is a dash, as is the CPU of a server whose /metrics does not say it. A tenth of each load, a second at
-    most, goes before it and is not counted. Ctrl-C prints what was measured
-    until then.
+    when a request was due, so that a server which falls behind cannot hide it. A percentile that too few requests stand
+    behind is a dash, as is the CPU of a server whose /metrics does not say it. A tenth of each load, a second at most,
+    goes before it and is not counted. Ctrl-C prints what was measured until then. SSL_CERT_FILE names a private
+    authority of an https server.
 
     \b
     Example:
