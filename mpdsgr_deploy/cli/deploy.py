@@ -10,7 +10,9 @@ from mpdsgr_deploy.serving.deploy import kserve as kserve_files
 from mpdsgr_deploy.serving.deploy import triton as triton_files
 from mpdsgr_deploy.serving.deploy.models import choose_models
 
-bundles_argument = click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
+bundles_argument = click.argument(
+    "bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE..."
+)
 out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 precision_option = click.option(
     "--precision", default="fp32", show_default=True, metavar="P,...", help="Which of each bundle's networks."
@@ -33,11 +35,11 @@ def command() -> None:
 @out_option
 @precision_option
 @click.option("--backend", default="onnxruntime", show_default=True, help="Triton's: onnxruntime or tensorrt.")
-@click.option("--gpus", type=click.IntRange(0, 64), help="How many each model runs on; 0: a CPU.  [tensorrt: 1, else 0]")
+@click.option(
+    "--gpus", type=click.IntRange(0, 64), help="How many each model runs on; 0: a CPU.  [tensorrt: 1, else 0]"
+)
 @json_option
-def triton(
-    bundles: tuple[Path, ...], out: Path, precision: str, backend: str, gpus: int | None, as_json: bool
-) -> None:
+def triton(bundles: tuple[Path, ...], out: Path, precision: str, backend: str, gpus: int | None, as_json: bool) -> None:
     """Write a Triton model repository: one model a bundle and precision.
 
     Models are called as `mpdsgr serve` calls them. With --backend tensorrt they are the engines that `mpdsgr build`
@@ -74,16 +76,18 @@ def triton(
 @out_option
 @click.option("--storage-uri", required=True, metavar="URI", help="Where the cluster finds what is served (see above).")
 @precision_option
-@click.option("--runtime", default="triton", show_default=True, help=f"What serves: {', '.join(kserve_files.RUNTIMES)}.")
+@click.option(
+    "--runtime", default="triton", show_default=True, help=f"What serves: {', '.join(kserve_files.RUNTIMES)}."
+)
 @click.option("--image", help="Its container image.  [triton: NVIDIA's; mpdsgr: yours, from serve/docker]")
 @click.option("--gpus", type=click.IntRange(0, 64), default=0, show_default=True, help="Of each replica; 0: a CPU.")
 @json_option
 def kserve(as_json: bool, bundles: tuple[Path, ...], precision: str, **options: Any) -> None:
     """Write KServe resources: one InferenceService a bundle and precision, and the ServingRuntime they use.
 
-    With --runtime triton, URI is where you put what `mpdsgr deploy triton` wrote of the same bundles; with --runtime
-    mpdsgr it is where the bundles themselves lie, each under its directory's name. It is a place that KServe reads,
-    such as s3://BUCKET/PATH, gs://BUCKET/PATH or pvc://CLAIM/PATH. KServe 0.16 or newer.
+    With --runtime triton, URI is where you put what `mpdsgr deploy triton` wrote of the same bundles, with the same
+    --gpus; with --runtime mpdsgr it is where the bundles themselves lie, each under its directory's name. It is a place
+    that KServe reads, such as s3://BUCKET/PATH, gs://BUCKET/PATH or pvc://CLAIM/PATH. KServe 0.16 or newer.
 
     \b
     Example:
