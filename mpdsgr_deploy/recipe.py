@@ -3,7 +3,6 @@
 Defaults are those of the SNN-RAT family of papers. Numbers such as eps may be written as fractions: "8/255".
 """
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.schema import Count, NonNegative, Number, Positive, Section, Seed, UnitInterval, parse, read_toml
+from mpdsgr_deploy.schema import (
+    Count,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Seed,
+    UnitInterval,
+    override,
+    parse,
+    read_toml,
+)
 
 # What an attacker may put in place of the training surrogate; see mpdsgr_deploy.attacks.attacker_surrogate
 SWEEP = (
@@ -177,18 +187,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_extended(path)
     values.pop("published", None)  # figures of a paper, for tables; see mpdsgr_deploy.recipes
     source = path.name
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not (equals and len(parts) > 1 and all(parts)):
-            raise InputError(f"--set {override!r}: write it as section.key=value, for example training.epochs=10")
-        section = values
-        for part in parts[:-1]:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise InputError(f"{source}: {part!r} must be a section")
-        section[parts[-1]] = _toml_value(text.strip())
-        source = f"{path.name} with --set"
+    if overrides:
+        override(values, overrides, example="training.epochs=10")
+        source = f"{source} with --set"
     return parse(Recipe, values, source)
 
 
@@ -214,10 +215,3 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        return text

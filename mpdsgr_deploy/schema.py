@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from None
+
+
+def override(values: dict[str, Any], overrides: Sequence[str], *, example: str) -> None:
+    """Write `section.key=value` overrides, whose values are TOML (a bare word is a string), into nested tables.
+
+    Raises InputError, with `example`, for one that is not of this form or takes a value for a section.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        *sections, name = key.strip().split(".")
+        if not (equals and sections and all((*sections, name))):
+            raise InputError(f"--set {text!r}: write it as section.key=value, for example {example}")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {text!r}: {section!r} must be a section")
+        try:
+            table[name] = tomllib.loads(f"x = {value.strip()}")["x"]
+        except tomllib.TOMLDecodeError:
+            table[name] = value.strip()
 
 
 def to_toml(values: dict[str, Any], table: str = "") -> str:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import small_recipe
 from scipy.stats import binom, kstest
+from test_firing import observed
 
 from mpdsgr_deploy.attacks.run import Journal, run
 from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.bundle import Bundle, NoiseInput
+from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
+from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.facts import bundle_facts
@@ -31,6 +33,7 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
+from mpdsgr_deploy.runtime.firing import FiringRates
 from mpdsgr_deploy.runtime.noise import normal, uniform
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
 from mpdsgr_deploy.snn.encoding import Poisson
@@ -291,6 +294,21 @@ def test_a_batch_attacked_after_a_kill_meets_the_same_noise(stochastic: Bundle, 
             next(attacked(journal=journal))
             again = [part.attacked.images for part in attacked(journal=journal)]
             assert np.array_equal(whole, again)
+
+
+def test_firing_rates_are_those_of_the_same_noise_and_poisson_spikes_are_no_layer(stochastic: Bundle) -> None:
+    manifest = stochastic.manifest
+    x, noise = load_test(manifest.recipe.data).unit()[:33], NoiseSource(manifest.noise, 7)
+    model = load_model(stochastic.file(WEIGHTS), manifest.recipe, SHAPE, len(manifest.labels))
+    with FiringRates(stochastic) as network, open_predictor(stochastic) as plain:
+        logits, rates = network(x)
+        np.testing.assert_allclose(logits, plain(x), atol=1e-5)
+    assert network.layers == ("conv1", "conv2", "conv3")
+    expected = np.stack(list(observed(model, x, noise(x).values()).values()), 1)  # ungated
+    assert (np.abs(rates - expected) < 1e-6).mean() > 0.95
+    noise.reseed(8)
+    other = np.stack(list(observed(model, x, noise(x).values()).values()), 1)
+    assert (np.abs(rates - other) < 1e-6).mean() < 0.2
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "torch"])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.runtime.images import check_images
@@ -15,38 +16,48 @@ from mpdsgr_deploy.runtime.settings import Settings
 class OnnxRuntime:
     """A Predictor on an ONNX file. A context manager: the session ends with the block. Threads may share it.
 
-    provider: an onnxruntime execution provider; InputError if this machine cannot run it. noise: for a stochastic
-    network the source of its noise inputs; InputError if it does not fit them. settings: threads of the CPU provider,
-    and how many images are computed at once; by default one a core, and all of a batch.
+    model: the file, or its content, which messages then call `source`. provider: an onnxruntime execution provider;
+    InputError if this machine cannot run it. noise: for a stochastic network the source of its noise inputs; InputError
+    if it does not fit them. settings: threads of the CPU provider, and how many images are computed at once; by default
+    one a core, and all of a batch.
     """
 
     def __init__(
         self,
-        model: Path,
+        model: Path | onnx.ModelProto,
         provider: str = CPU,
         noise: NoiseSource | None = None,
         *,
         settings: Settings | None = None,
+        source: object = None,
     ) -> None:
         settings = Settings() if settings is None else settings
-        self._session = Session(model, provider, source=model, threads=settings.threads)
+        source = model if source is None else source
+        self._session = Session(model, provider, source=source, threads=settings.threads)
         (self._input, shape), *others = self._session.inputs.items()
         self._shape = shape[1:]
         self._noise = NoiseSource() if noise is None else noise
-        self._noise.require({name: shape[1:] for name, shape in others}, model)
-        self._output, self._chunk = self._session.outputs[:1], settings.chunk
+        self._noise.require({name: shape[1:] for name, shape in others}, source)
+        self._chunk = settings.chunk
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._computed(x, self._session.outputs[:1])[0]
+
+    def answers(self, x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Every output of the network, each [B, ...], for images as a Predictor takes them."""
+        return self._computed(x, self._session.outputs)
+
+    def _computed(self, x: NDArray[np.float32], outputs: list[str]) -> list[NDArray[np.float32]]:
         check_images(x, self._shape)
         size = self._chunk or len(x)
         try:
-            return np.concatenate([self._logits(x[start : start + size]) for start in range(0, len(x), size)])
+            parts = [self._run(x[start : start + size], outputs) for start in range(0, len(x), size)]
         except Exception as error:  # onnxruntime's errors share no public base class
             raise failure(f"fails on a batch of {len(x)}", error) from error
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
-    def _logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        (logits,) = self._session({self._input: x, **self._noise(x)}, self._output)
-        return logits
+    def _run(self, x: NDArray[np.float32], outputs: list[str]) -> list[NDArray[np.float32]]:
+        return self._session({self._input: x, **self._noise(x)}, outputs)
 
     def __enter__(self) -> Self:
         return self

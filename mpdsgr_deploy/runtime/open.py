@@ -71,12 +71,20 @@ def open_predictor(
     bundle.variant(precision)
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     with choose("backend", BACKENDS, backend)(bundle, precision, noise) as predictor:
-        inputs, logits = bundle.golden(precision)
-        parity = compare(logits, predictor(inputs))
-        # another CPU rounds differently and may flip a spike on an image or two; another network differs on all
-        exact = bundle.manifest.variants[precision].exact
-        if parity.labels_differ or (exact and parity.within_tolerance < parity.rows / 2):
-            raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")
+        check_golden(bundle, backend, precision, predictor)
         if seed is not None:
             noise.reseed(seed)  # only now: the golden logits are those of the recipe's seed
         yield predictor
+
+
+def check_golden(bundle: Bundle, backend: str, precision: str, predictor: Predictor) -> None:
+    """Raise EvaluationError unless `predictor` answers the golden batch with the reference's labels and logits.
+
+    Its noise must still be that of the recipe's seed, with which the golden logits were made.
+    """
+    inputs, logits = bundle.golden(precision)
+    parity = compare(logits, predictor(inputs))
+    # another CPU rounds differently and may flip a spike on an image or two; another network differs on all
+    exact = bundle.manifest.variants[precision].exact
+    if parity.labels_differ or (exact and parity.within_tolerance < parity.rows / 2):
+        raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")

@@ -42,6 +42,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what is an error is also raised; on stderr it would be said twice
         options.intra_op_num_threads = threads or 0  # 0: one a core
+        # its threads would else burn a core for a while after every call, while a server waits for the next request
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if provider == TENSORRT:

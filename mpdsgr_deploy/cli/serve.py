@@ -1,0 +1,79 @@
+"""mpdsgr serve"""
+
+from pathlib import Path
+
+import click
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("serve")
+@click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Of HTTP; 0: any free one."
+)
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="Of gRPC.")
+@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the networks.")
+@click.option("--settings", type=FILE, help="TOML file with limits; serve/settings.toml has them all.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
+@click.option("--api-key-file", type=FILE, help="Keys that clients must send, one a line; read again when it changes.")
+@click.option("--tls-certificate", type=FILE, help="PEM file; with --tls-key.")
+@click.option("--tls-key", type=FILE, help="PEM file; with --tls-certificate.")
+@click.option("--tls-client-ca", type=FILE, help="PEM file of who signs the certificates that clients must show.")
+@click.option("--insecure", is_flag=True, help="Listen where others reach it, without keys or client certificates.")
+@click.option("--repository-control", is_flag=True, help="Let requests load and unload the models named here.")
+def command(
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    grpc_port: int,
+    backend: str,
+    settings: Path | None,
+    overrides: tuple[str, ...],
+    api_key_file: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    insecure: bool,
+    repository_control: bool,
+) -> None:
+    """Serve networks over the Open Inference Protocol (v2): HTTP with JSON and binary tensors, and gRPC.
+
+    A model is called NAME, or as its bundle's directory, with -PRECISION behind it where one other than fp32 is named.
+    Each answers its bundle's golden batch before the server is ready. SIGTERM ends the server without losing a request
+    it accepted; SIGHUP loads bundles that changed, and switches to them once they are proved.
+
+    On a machine with several GPUs start one server for each, with CUDA_VISIBLE_DEVICES.
+
+    \b
+    Example:
+      mpdsgr serve bundles/digits
+      mpdsgr serve bundles/digits bundles/digits@int8 --host 0.0.0.0 --api-key-file keys.txt
+    """
+    need("uvicorn", "serve")
+    need("tritonclient.grpc", "serve")
+    from mpdsgr_deploy.serving.app import Server
+    from mpdsgr_deploy.serving.listener import Tls
+    from mpdsgr_deploy.serving.logs import log_json
+    from mpdsgr_deploy.serving.server import Address, run
+    from mpdsgr_deploy.serving.settings import load_settings
+
+    if (tls_certificate is None) != (tls_key is None) or (tls_client_ca and not tls_certificate):
+        raise InputError("--tls-certificate and --tls-key belong together, and --tls-client-ca needs both")
+    tls = None
+    if tls_certificate is not None and tls_key is not None:
+        tls = Tls(tls_certificate, tls_key, tls_client_ca)
+    log_json()
+    server = Server(
+        models,
+        load_settings(settings, overrides),
+        backend=backend,
+        keys=api_key_file,
+        repository_control=repository_control,
+    )
+    run(server, Address(host, port, grpc_port), tls, insecure=insecure)

@@ -1,0 +1,120 @@
+"""How much each layer of an exported network fires, image by image, beside its logits.
+
+Export names spikes `spikes/LAYER/t`. Here the network gets one more output, in memory: their means. The spikes of an
+encoding (Poisson) have no such name; they are input, no layer.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from mpdsgr_deploy.attack_graph import read
+from mpdsgr_deploy.attack_graph.neurons import SPIKES
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.open import check_golden
+from mpdsgr_deploy.runtime.session import CPU, CUDA
+from mpdsgr_deploy.runtime.settings import prepared_settings
+
+OUTPUT = "firing_rate"
+PROVIDERS = {"onnxruntime-cpu": CPU, "onnxruntime-cuda": CUDA}  # the backends that can show it
+
+
+class FiringRates:
+    """Images float32 [B, C, H, W] in [0, 1] to logits [B, K] and firing rates [B, L], both float32.
+
+    A rate is the mean over steps and neurons of a layer's spikes, for one image; `layers` names the L layers in the
+    order of the network. In a network with gates (StoG) these are the spikes in front of the gates, those that reset
+    the membrane. A stochastic network meets the noise that `open_predictor` gives it.
+
+    A context manager: the session ends with the block. Threads may share it. Raises InputError for a backend that does
+    not show spikes or cannot run here, or a file without their names; EvaluationError as `open_predictor` does.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str = "onnxruntime-cpu", precision: str = "fp32") -> None:
+        if backend not in PROVIDERS:
+            raise InputError(f"backend {backend} does not show {OUTPUT}; choose one of: {', '.join(PROVIDERS)}")
+        model, manifest = bundle.variant(precision), bundle.manifest
+        network = read(model)
+        steps = spike_names(network, model)
+        self.layers = tuple(steps)
+        # a CPU's as they were measured for the plain session: the means are a small part of the work
+        settings = prepared_settings(bundle, backend, precision) if PROVIDERS[backend] == CPU else None
+        noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
+        shown = with_firing_rates(network, steps)
+        self._network = OnnxRuntime(shown, PROVIDERS[backend], noise, settings=settings, source=model)
+        check_golden(bundle, backend, precision, lambda x: self(x)[0])
+
+    def __call__(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        logits, rates = self._network.answers(x)
+        return logits, rates
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._network.__exit__()
+
+
+def firing_rate_layers(model: Path) -> tuple[str, ...]:
+    """The layers of an ONNX file in the order of the network. Raises InputError if it does not name its spikes."""
+    return tuple(spike_names(read(model), model))
+
+
+def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]]:
+    """The spikes of every step, by layer."""
+    steps: dict[str, list[str]] = {}
+    for node in network.graph.node:
+        for name in node.output:
+            if name.startswith(SPIKES):
+                layer = name.removeprefix(SPIKES).rpartition("/")[0]  # a layer's name may have slashes
+                steps.setdefault(layer, []).append(name)
+    if not steps:
+        raise InputError(f"{source} does not name its spikes, so it has no {OUTPUT}; export the network again")
+    return steps
+
+
+def with_firing_rates(network: onnx.ModelProto, steps: Mapping[str, list[str]]) -> onnx.ModelProto:
+    """A copy with one more output, firing_rate [batch, L]; steps: the spikes of every step, by layer.
+
+    Means over neurons, step by step, times a matrix that takes the means over steps: in float32 also where spikes are
+    float16, in which a mean would be rounded.
+    """
+    shown = onnx.ModelProto()
+    shown.CopyFrom(network)
+    graph = shown.graph
+    means = []
+    for name in (name for names in steps.values() for name in names):
+        exact, flat, mean = (f"{OUTPUT}/{name}/{part}" for part in ("float32", "flat", "mean"))
+        graph.node.extend(
+            [
+                helper.make_node("Cast", [name], [exact], to=TensorProto.FLOAT),
+                helper.make_node("Flatten", [exact], [flat], axis=1),
+                helper.make_node("ReduceMean", [flat, f"{OUTPUT}/axes"], [mean], keepdims=1),
+            ]
+        )
+        means.append(mean)
+    counts = [len(names) for names in steps.values()]
+    over_steps = np.repeat(np.eye(len(counts)) / counts, counts, axis=0).astype(np.float32)  # [steps of all layers, L]
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array([1]), f"{OUTPUT}/axes"),
+            numpy_helper.from_array(over_steps, f"{OUTPUT}/over_steps"),
+        ]
+    )
+    graph.node.extend(
+        [
+            helper.make_node("Concat", means, [f"{OUTPUT}/means"], axis=1),
+            helper.make_node("MatMul", [f"{OUTPUT}/means", f"{OUTPUT}/over_steps"], [OUTPUT]),
+        ]
+    )
+    batch = graph.output[0].type.tensor_type.shape.dim[0].dim_param or None
+    graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch, len(steps)]))
+    return shown

@@ -1,0 +1,156 @@
+"""Batches without waiting: whatever came in while the last batch was computed is the next one.
+
+One thread computes, model after model: those with waiting requests take turns, so a busy one starves no other.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.statistics import Statistics
+
+Images = NDArray[np.float32]
+
+
+class Outputs(NamedTuple):
+    """Logits [B, K] and, where they were asked for, the mean firing rate of each layer [B, L]."""
+
+    logits: NDArray[np.float32]
+    rates: NDArray[np.float32] | None = None
+
+
+Compute = Callable[[Images, bool], Outputs]  # the flag: with firing rates
+
+
+class Job:
+    """A request that waits. deadline: on the monotonic clock; what has passed it is not computed."""
+
+    __slots__ = ("arrived", "deadline", "future", "images", "rates")
+
+    def __init__(self, images: Images, rates: bool, deadline: float, future: "asyncio.Future[Outputs]") -> None:
+        self.images, self.rates, self.deadline, self.future = images, rates, deadline, future
+        self.arrived = time.monotonic()
+
+
+class Lane:
+    """The queue of one model version. most: images a batch; room: images that may wait."""
+
+    def __init__(self, compute: Compute, statistics: Statistics, most: int, room: int) -> None:
+        self.compute, self.statistics, self.most, self.room = compute, statistics, most, room
+        self.jobs: deque[Job] = deque()
+        self.images = 0  # that wait
+        self.running = 0  # requests that wait or are computed
+
+    def take(self) -> tuple[list[Job], list[Job]]:
+        """The next batch, from the front, and what is too late or given up on the way there."""
+        batch: list[Job] = []
+        dropped: list[Job] = []
+        images, now = 0, time.monotonic()
+        while self.jobs:
+            job = self.jobs[0]
+            if not (job.future.done() or now > job.deadline):
+                if batch and (images + len(job.images) > self.most or job.rates != batch[0].rates):
+                    break
+                images += len(job.images)
+                batch.append(job)
+            else:
+                dropped.append(job)
+            self.jobs.popleft()
+            self.images -= len(job.images)
+        return batch, dropped
+
+
+class Batcher:
+    """Computes what is submitted, in a thread of its own, for the event loop that made it. Ends with `close`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready = threading.Condition()
+        self._turns: deque[Lane] = deque()  # with jobs
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._thread.start()
+
+    def submit(self, lane: Lane, images: Images, deadline: float, *, rates: bool = False) -> "asyncio.Future[Outputs]":
+        """The outputs of the images [B <= lane.most, C, H, W], to come. Cancel the future to give up.
+
+        The future raises Refused if the deadline passes first. Raises Refused at once if the lane is full.
+        """
+        job = Job(images, rates, deadline, self._loop.create_future())
+        with self._ready:
+            # an empty queue takes anything, or a request larger than `room` never had a chance
+            if lane.images and lane.images + len(images) > lane.room:
+                lane.statistics.dropped["queue_full"] += 1
+                raise Refused(Why.BUSY, f"{lane.images} images wait, {lane.room} may; try again soon", retry_after=1)
+            if not lane.jobs:
+                self._turns.append(lane)
+            lane.jobs.append(job)
+            lane.images += len(images)
+            lane.running += 1
+            self._ready.notify()
+        return job.future
+
+    def close(self) -> None:
+        """Compute nothing more and end the thread."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                while not self._turns and not self._closed:
+                    self._ready.wait()
+                if self._closed:
+                    return
+                lane = self._turns.popleft()
+                batch, dropped = lane.take()
+                if lane.jobs:
+                    self._turns.append(lane)
+            start = time.monotonic()
+            outcome = _computed(lane, batch) if batch else None
+            seconds = time.monotonic() - start
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(_deliver, lane, batch, dropped, outcome, start, seconds)
+
+
+def _computed(lane: Lane, batch: list[Job]) -> Outputs | Exception:
+    images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+    try:
+        return lane.compute(images, batch[0].rates)
+    except Exception as error:  # whatever it is, it belongs to these requests and must not end the thread
+        return error
+
+
+def _deliver(
+    lane: Lane, batch: list[Job], dropped: list[Job], outcome: Outputs | Exception | None, start: float, seconds: float
+) -> None:
+    """In the event loop: hand each request its rows, or the reason why there are none."""
+    lane.running -= len(batch) + len(dropped)
+    for job in dropped:
+        lane.statistics.dropped["cancelled" if job.future.cancelled() else "deadline"] += 1
+        if not job.future.done():
+            waited = start - job.arrived
+            job.future.set_exception(Refused(Why.LATE, f"the deadline passed after {waited:.3f} s in the queue"))
+    if isinstance(outcome, Outputs):
+        lane.statistics.computed([start - job.arrived for job in batch], sum(len(j.images) for j in batch), seconds)
+    row = 0
+    for job in batch:
+        rows = slice(row, row + len(job.images))
+        row = rows.stop
+        if job.future.done():  # given up meanwhile
+            continue
+        if isinstance(outcome, Outputs):
+            rates = None if outcome.rates is None else outcome.rates[rows]
+            job.future.set_result(Outputs(outcome.logits[rows], rates))
+        elif outcome is not None:
+            job.future.set_exception(outcome)

@@ -1,0 +1,40 @@
+"""What a request can be refused for, and how each protocol says it."""
+
+from enum import Enum
+
+
+class Why(Enum):
+    """HTTP status, and the name of the gRPC status."""
+
+    INVALID = 400, "INVALID_ARGUMENT"
+    UNAUTHENTICATED = 401, "UNAUTHENTICATED"
+    FORBIDDEN = 403, "PERMISSION_DENIED"
+    NOT_FOUND = 404, "NOT_FOUND"
+    METHOD = 405, "UNIMPLEMENTED"
+    SLOW = 408, "DEADLINE_EXCEEDED"
+    TOO_LARGE = 413, "RESOURCE_EXHAUSTED"
+    ENCODING = 415, "UNIMPLEMENTED"
+    CANCELLED = 499, "CANCELLED"  # nobody reads this answer; metrics and log do
+    INTERNAL = 500, "INTERNAL"
+    BUSY = 503, "RESOURCE_EXHAUSTED"
+    NOT_READY = 503, "UNAVAILABLE"
+    LATE = 504, "DEADLINE_EXCEEDED"
+
+    def __init__(self, status: int, grpc: str) -> None:
+        self.status, self.grpc = status, grpc
+
+
+class Refused(Exception):  # noqa: N818 - a refusal is an answer
+    """A request that gets no other answer than this one line.
+
+    retry_after: in how many seconds a server that is busy may be asked again.
+    """
+
+    def __init__(self, why: Why, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.why, self.retry_after = why, retry_after
+
+
+def invalid(message: str) -> Refused:
+    """A request that breaks the protocol or does not fit the model."""
+    return Refused(Why.INVALID, message)

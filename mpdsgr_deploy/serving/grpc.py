@@ -1,0 +1,255 @@
+"""The Open Inference Protocol over gRPC, with the stubs that tritonclient ships: own ones would clash with them."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from itertools import count
+from secrets import token_hex
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+import numpy as np
+from google.protobuf.json_format import ParseDict
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from mpdsgr_deploy import __version__
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.serving import tracing
+from mpdsgr_deploy.serving.app import EXTENSIONS, Server
+from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.inference import Answer, Request, Wanted, infer
+from mpdsgr_deploy.serving.listener import HEAD_BYTES, Tls
+from mpdsgr_deploy.serving.logs import log_request
+from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.requests import timeout
+from mpdsgr_deploy.serving.tensors import Tensor, bytes_tensor
+
+OPEN = {"ServerLive", "ServerReady"}  # without a key
+CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
+
+
+class Grpc:
+    """A running gRPC server; make it with `start`."""
+
+    def __init__(self, server: grpc.aio.Server, port: int) -> None:
+        self._server, self.port = server, port
+
+    @classmethod
+    async def start(cls, server: Server, host: str, port: int, tls: Tls | None) -> Self:
+        """Listen. Raises InputError if the port cannot be used."""
+        options = [
+            ("grpc.max_receive_message_length", server.limits.in_flight_bytes),
+            ("grpc.max_metadata_size", HEAD_BYTES),
+            ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
+        ]
+        inner = grpc.aio.server(options=options, maximum_concurrent_rpcs=server.limits.connections)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(server), inner)
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            found = inner.add_secure_port(where, _credentials(tls)) if tls else inner.add_insecure_port(where)
+        except RuntimeError as error:
+            raise InputError(f"cannot listen on {where} for gRPC ({error}); choose another --grpc-port") from None
+        await inner.start()
+        return cls(inner, found)
+
+    async def stop(self, seconds: float) -> None:
+        """Accept nothing more and wait so long for what is in work."""
+        await self._server.stop(seconds)
+
+
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
+    ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
+    pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+    return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+
+
+class Call:
+    """One call, for the log: the model it reached, if any."""
+
+    method = "gRPC"
+
+    def __init__(self, path: str, metadata: Mapping[str, str], request_id: str) -> None:
+        self.path, self.metadata, self.id = path, metadata, metadata.get("x-request-id", "")[:128] or request_id
+        self.model: Model | None = None
+        self.images = 0
+        self.start = time.monotonic()
+
+
+Handler = Callable[["Service", Any, Call], Awaitable[Any]]
+
+
+class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """What the protocol's methods answer. Those that are not here answer UNIMPLEMENTED."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
+        for name, handler in METHODS.items():
+            setattr(self, name, partial(self._guarded, name, handler))
+
+    async def _guarded(self, name: str, handler: Handler, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        """A handler's answer, or its refusal as a status."""
+        server = self.server
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        call = Call(name, metadata, next(self._ids))
+        refused = None
+        server.requests += 1
+        try:
+            if name not in OPEN:
+                server.authorize(metadata.get("authorization", ""))
+            with server.memory.share() as share:
+                share.take(request.ByteSize())
+                return await handler(self, request, call)
+        except Refused as error:
+            refused = error
+        except asyncio.CancelledError:
+            refused = Refused(Why.CANCELLED, "the client left")
+            raise
+        except Exception as error:  # a bug, of ours or of a backend: this call's answer, not the server's end
+            log.exception("call %s failed", call.id)
+            refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
+        finally:
+            server.requests -= 1
+            self._count(call, refused)
+        await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
+
+    def _count(self, call: Call, refused: Refused | None) -> None:
+        code = "OK" if refused is None else refused.why.grpc
+        codes = self.server.other_codes
+        if call.model is not None:
+            codes = call.model.statistics.codes
+            call.model.statistics.failed += refused is not None
+        codes["grpc", code] += 1
+        if refused is not None or self.server.settings.log.requests:
+            log_request("grpc", call, code, refused)
+
+
+async def _server_live(service: Service, request: Any, call: Call) -> Any:
+    return pb.ServerLiveResponse(live=True)
+
+
+async def _server_ready(service: Service, request: Any, call: Call) -> Any:
+    return pb.ServerReadyResponse(ready=service.server.ready)
+
+
+async def _model_ready(service: Service, request: Any, call: Call) -> Any:
+    try:
+        service.server.repository.model(request.name, request.version)
+    except Refused as error:
+        if error.why is Why.INVALID:
+            raise
+        return pb.ModelReadyResponse(ready=False)
+    return pb.ModelReadyResponse(ready=True)
+
+
+async def _server_metadata(service: Service, request: Any, call: Call) -> Any:
+    return pb.ServerMetadataResponse(name="mpdsgr-deploy", version=__version__, extensions=EXTENSIONS)
+
+
+async def _model_metadata(service: Service, request: Any, call: Call) -> Any:
+    return ParseDict(
+        service.server.repository.model(request.name, request.version).metadata(), pb.ModelMetadataResponse()
+    )
+
+
+async def _model_config(service: Service, request: Any, call: Call) -> Any:
+    config = service.server.repository.model(request.name, request.version).config()
+    return ParseDict({"config": config}, pb.ModelConfigResponse())
+
+
+async def _model_statistics(service: Service, request: Any, call: Call) -> Any:
+    return ParseDict(service.server.statistics(request.name, request.version), pb.ModelStatisticsResponse())
+
+
+async def _repository_index(service: Service, request: Any, call: Call) -> Any:
+    return ParseDict({"models": service.server.index(ready=request.ready)}, pb.RepositoryIndexResponse())
+
+
+async def _repository_model_load(service: Service, request: Any, call: Call) -> Any:
+    service.server.require_control()
+    if request.parameters:
+        raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
+    await service.server.repository.load(request.model_name)
+    return pb.RepositoryModelLoadResponse()
+
+
+async def _repository_model_unload(service: Service, request: Any, call: Call) -> Any:
+    service.server.require_control()
+    await service.server.repository.unload(request.model_name)
+    return pb.RepositoryModelUnloadResponse()
+
+
+async def _model_infer(service: Service, request: Any, call: Call) -> Any:
+    server = service.server
+    model = call.model = server.repository.model(request.model_name, request.model_version)
+    wanted = [_wanted(output) for output in request.outputs]
+    asked = Request(request.id, _tensors(request), wanted, timeout(_parameter(request.parameters, "timeout")))
+    with tracing.span(call.metadata, model, call.id):
+        answers = await infer(model, server.batcher, asked, server.limits.request_seconds)
+    call.images = answers[0].shape[0]
+    response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)
+    for answer in answers:
+        response.outputs.add(name=answer.wanted.name, datatype=answer.datatype, shape=answer.shape)
+        response.raw_output_contents.append(_raw(answer))
+    return response
+
+
+def _tensors(request: Any) -> list[Tensor]:
+    """The inputs, with their data in raw form or as typed contents; never both."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise invalid(f"{len(request.inputs)} inputs and {len(raw)} raw contents")
+    tensors: list[Tensor] = []
+    for i, entry in enumerate(request.inputs):
+        if "shared_memory_region" in entry.parameters:
+            raise invalid("shared memory is not offered here; send the tensor")
+        typed = [field.name for field, _ in entry.contents.ListFields()]
+        if raw and typed:
+            raise invalid(f"input {entry.name[:100]!r} has its data twice, raw and typed")
+        field = CONTENTS.get(entry.datatype, "fp32_contents")
+        if not raw and typed not in ([], [field]):
+            raise invalid(f"the data of {entry.datatype[:40]!r} stand in {field}, not in {typed[0]}")
+        content = raw[i] if raw else list(getattr(entry.contents, field))
+        tensors.append(Tensor(entry.name, entry.datatype, tuple(entry.shape), content))
+    return tensors
+
+
+def _wanted(output: Any) -> Wanted:
+    if "shared_memory_region" in output.parameters:
+        raise invalid("shared memory is not offered here; take the tensor from the answer")
+    classes = _parameter(output.parameters, "classification") or 0
+    if type(classes) is not int or not 0 <= classes < 2**31:
+        raise invalid("classification must be how many classes, a whole number")
+    return Wanted(output.name, True, classes)
+
+
+def _parameter(parameters: Any, name: str) -> Any:
+    if name not in parameters:
+        return None
+    kind = parameters[name].WhichOneof("parameter_choice")
+    return kind and getattr(parameters[name], kind)
+
+
+def _raw(answer: Answer) -> bytes:
+    if isinstance(answer.content, list):
+        return bytes_tensor(answer.content)
+    return np.ascontiguousarray(answer.content, "<f4").tobytes()
+
+
+METHODS: dict[str, Handler] = {
+    "ServerLive": _server_live,
+    "ServerReady": _server_ready,
+    "ServerMetadata": _server_metadata,
+    "ModelReady": _model_ready,
+    "ModelMetadata": _model_metadata,
+    "ModelConfig": _model_config,
+    "ModelStatistics": _model_statistics,
+    "ModelInfer": _model_infer,
+    "RepositoryIndex": _repository_index,
+    "RepositoryModelLoad": _repository_model_load,
+    "RepositoryModelUnload": _repository_model_unload,
+}

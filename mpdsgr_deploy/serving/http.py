@@ -1,0 +1,277 @@
+"""The Open Inference Protocol over HTTP, as a raw ASGI application: no framework between a request and its model."""
+
+import asyncio
+import json
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from itertools import count
+from secrets import token_hex
+from typing import Any, NamedTuple
+
+from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.serving import metrics, tracing
+from mpdsgr_deploy.serving.app import Server, Share
+from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.inference import infer
+from mpdsgr_deploy.serving.logs import log_request
+from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.page import page
+from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
+from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+JSON, BINARY = b"application/json", b"application/octet-stream"
+PLAIN, HTML = b"text/plain; version=0.0.4", b"text/html; charset=utf-8"
+OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Reply(NamedTuple):
+    """What is sent back."""
+
+    status: int
+    body: bytes
+    kind: bytes = JSON
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Exchange:
+    """One request: its headers, what it holds of the memory, and the model it reached, if any."""
+
+    __slots__ = ("headers", "id", "images", "method", "model", "path", "receive", "share", "start", "unread")
+
+    def __init__(self, scope: Scope, receive: Receive, share: Share, fallback_id: str) -> None:
+        self.method, self.path, self.receive, self.share = scope["method"], scope["path"], receive, share
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = self.headers.get("x-request-id", "")
+        self.id = given if given.isprintable() and 0 < len(given) <= 128 else fallback_id
+        self.model: Model | None = None
+        self.images = 0
+        self.unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
+        self.start = time.monotonic()
+
+
+class Http:
+    """The ASGI application of a server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """For servers other than our own, which start and end the models by these messages."""
+        await receive()
+        try:
+            await self.server.start()
+        except MpdsgrError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.server.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        server = self.server
+        with server.memory.share() as share:
+            exchange = Exchange(scope, receive, share, next(self._ids))
+            server.requests += 1
+            refused = None
+            try:
+                reply = await self._reply(exchange)
+            except Refused as error:
+                refused, reply = error, _refusal(error)
+            except Exception as error:  # a bug, of ours or of a backend: this request's answer, not the server's end
+                log.exception("request %s failed", exchange.id)
+                refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
+                reply = _refusal(refused)
+            finally:
+                server.requests -= 1
+            self._count(exchange, reply, refused)
+            # an unread rest of a body is not worth reading
+            await _send(send, exchange, reply, close=server.draining or exchange.unread)
+
+    def _count(self, exchange: Exchange, reply: Reply, refused: Refused | None) -> None:
+        codes = self.server.other_codes
+        if exchange.model is not None:
+            codes = exchange.model.statistics.codes
+            exchange.model.statistics.failed += refused is not None
+        codes["http", str(reply.status)] += 1
+        if refused is not None or self.server.settings.log.requests:
+            log_request("http", exchange, str(reply.status), refused)
+
+    async def _reply(self, exchange: Exchange) -> Reply:
+        path, method = exchange.path.rstrip("/") or "/", exchange.method
+        if path not in OPEN:
+            self.server.authorize(exchange.headers.get("authorization", ""))
+        parts = path.split("/")[1:]
+        if parts[:2] == ["v2", "models"] and len(parts) > 2 and parts[2] != "stats":
+            return await self._model(exchange, parts[2:])
+        if parts[:2] == ["v2", "repository"]:
+            return await self._repository(exchange, parts[2:])
+        gets: dict[str, Callable[[], Reply]] = {
+            "/": _page,
+            "/status": lambda: _json(self.server.status()),
+            "/v2": lambda: _json(self.server.metadata()),
+            "/v2/health/live": lambda: _json({"live": True}),
+            "/v2/health/ready": self._ready,
+            "/v2/models/stats": lambda: _json(self.server.statistics()),
+        }
+        if path == "/metrics":
+            _require(method, "GET")
+            return Reply(200, await asyncio.to_thread(metrics.text, self.server), PLAIN)
+        if path not in gets:
+            raise Refused(Why.NOT_FOUND, f"there is no {path[:100]}")
+        _require(method, "GET")
+        return gets[path]()
+
+    def _ready(self) -> Reply:
+        ready = self.server.ready
+        return Reply(200 if ready else 503, json.dumps({"ready": ready}).encode())
+
+    async def _model(self, exchange: Exchange, parts: list[str]) -> Reply:
+        """parts: of the path, from the model's name on."""
+        name, version, action = parts[0], "", parts[1:]
+        if action[:1] == ["versions"] and len(action) > 1:
+            version, action = action[1], action[2:]
+        what = "/".join(action)
+        if what == "infer":
+            _require(exchange.method, "POST")
+            return await self._infer(exchange, self.server.repository.model(name, version))
+        if what not in ("", "ready", "config", "stats"):
+            raise Refused(Why.NOT_FOUND, f"a model has no {what[:100]!r}")
+        _require(exchange.method, "GET")
+        if what == "stats":
+            return _json(self.server.statistics(name, version))
+        model = self.server.repository.model(name, version)
+        if what == "ready":
+            return _json({"name": name, "ready": True})
+        return _json(model.config() if what == "config" else model.metadata())
+
+    async def _infer(self, exchange: Exchange, model: Model) -> Reply:
+        exchange.model = model
+        limits = self.server.limits
+        body = await self._body(exchange, model.input.body_bytes)
+        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()))
+        with tracing.span(exchange.headers, model, exchange.id):
+            answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.receive)
+        head, binary = response(model, request, answers)
+        exchange.images = answers[0].shape[0]
+        if not binary:
+            return Reply(200, head)
+        return Reply(200, head + binary, BINARY, ((HEADER_LENGTH.encode(), str(len(head)).encode()),))
+
+    async def _repository(self, exchange: Exchange, parts: list[str]) -> Reply:
+        _require(exchange.method, "POST")
+        body = await self._body(exchange, JSON_ENVELOPE)
+        content = parse_json(body) if body else {}
+        if parts == ["index"]:
+            return _json(self.server.index(ready=content.get("ready") is True))
+        if len(parts) != 3 or parts[0] != "models" or parts[2] not in ("load", "unload"):
+            raise Refused(Why.NOT_FOUND, f"there is no {exchange.path[:100]}")
+        self.server.require_control()
+        if content.get("parameters", {}) not in ({}, {"unload_dependents": False}, {"unload_dependents": True}):
+            raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
+        repository = self.server.repository
+        await (repository.load if parts[2] == "load" else repository.unload)(parts[1])
+        return Reply(200, b"")
+
+    async def _body(self, exchange: Exchange, most: int) -> bytes:
+        """The whole body, inflated if it is compressed, of at most so many bytes. Raises Refused."""
+        most = min(most, self.server.memory.limit)
+        length = exchange.headers.get("content-length")
+        if length is not None and int(length) > most:  # servers let only numbers through
+            raise too_large(most)
+        inflate = _inflater(exchange.headers.get("content-encoding"))
+        message = await exchange.receive()
+        if not message.get("more_body") and inflate is None:  # nearly always, and without a timer
+            body: bytes = message.get("body", b"")
+            exchange.unread = False
+            exchange.share.take(len(body))
+            if len(body) > most:
+                raise too_large(most)
+            return body
+        try:
+            async with asyncio.timeout(self.server.limits.body_seconds):
+                return await _read(exchange, message, most, inflate)
+        except TimeoutError:
+            seconds = self.server.limits.body_seconds
+            raise Refused(Why.SLOW, f"the body did not arrive within {seconds:g} s") from None
+
+
+def _inflater(encoding: str | None) -> "zlib._Decompress | None":
+    if encoding in (None, "", "identity"):
+        return None
+    if encoding not in ("gzip", "deflate"):
+        raise Refused(Why.ENCODING, f"Content-Encoding {encoding[:40]!r} is not understood; use gzip or deflate")
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
+
+
+async def _read(exchange: Exchange, message: dict[str, Any], most: int, inflate: "zlib._Decompress | None") -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise Refused(Why.CANCELLED, "the client left before its body was there")
+        part = message.get("body", b"")
+        if inflate is not None:
+            try:
+                part = inflate.decompress(part, most - size + 1)  # never more than shows that it is too much
+            except zlib.error as error:
+                raise invalid(f"the body is not compressed as its header says: {error}") from None
+        size += len(part)
+        if size > most or (inflate is not None and inflate.unconsumed_tail):
+            raise too_large(most)
+        exchange.share.take(len(part))
+        parts.append(part)
+        if not message.get("more_body"):
+            break
+        message = await exchange.receive()
+    exchange.unread = False
+    if inflate is not None and not inflate.eof:
+        raise invalid("the compressed body ends too early")
+    return b"".join(parts)
+
+
+def _require(method: str, wanted: str) -> None:
+    if method != wanted and not (method == "HEAD" and wanted == "GET"):
+        raise Refused(Why.METHOD, f"use {wanted}, not {method[:20]}")
+
+
+def _json(content: Any) -> Reply:
+    return Reply(200, json.dumps(content).encode())
+
+
+def _page() -> Reply:
+    content, policy = page()
+    return Reply(200, content, HTML, ((b"content-security-policy", policy), (b"cache-control", b"no-cache")))
+
+
+def _refusal(error: Refused) -> Reply:
+    headers = () if error.retry_after is None else ((b"retry-after", str(error.retry_after).encode()),)
+    return Reply(error.why.status, json.dumps({"error": str(error)}).encode(), headers=headers)
+
+
+async def _send(send: Send, exchange: Exchange, reply: Reply, *, close: bool) -> None:
+    headers = [
+        (b"content-type", reply.kind),
+        (b"content-length", str(len(reply.body)).encode()),
+        (b"x-request-id", exchange.id.encode("latin-1")),
+        (b"x-content-type-options", b"nosniff"),
+        *reply.headers,
+    ]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if exchange.method == "HEAD" else reply.body})

@@ -1,0 +1,120 @@
+"""One inference request, whatever protocol it came by: from its claims to the tensors of the answer."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.serving.batcher import Batcher, Outputs
+from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.model import FIRING_RATE, MARGIN, Model
+from mpdsgr_deploy.serving.tensors import Tensor, best, margin
+
+MICROSECONDS = 1e-6  # of a request's parameter `timeout`
+
+
+class Wanted(NamedTuple):
+    """An output that is asked for. classes: the best so many as labels, in place of numbers (0)."""
+
+    name: str
+    binary: bool = False
+    classes: int = 0
+
+
+class Request(NamedTuple):
+    """timeout: seconds; None: the server's own limit."""
+
+    id: str
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Wanted]
+    timeout: float | None
+
+
+class Answer(NamedTuple):
+    """An output's numbers, or its labels [B][k]."""
+
+    wanted: Wanted
+    content: NDArray[np.float32] | list[list[str]]
+
+    @property
+    def shape(self) -> list[int]:
+        """Of either."""
+        if isinstance(self.content, list):
+            return [len(self.content), len(self.content[0])]
+        return list(self.content.shape)
+
+    @property
+    def datatype(self) -> str:
+        """As the protocol names it."""
+        return "BYTES" if isinstance(self.content, list) else "FP32"
+
+
+async def infer(
+    model: Model,
+    batcher: Batcher,
+    request: Request,
+    seconds: float,
+    gone: Callable[[], Awaitable[Any]] | None = None,
+) -> list[Answer]:
+    """Answer a request, in at most so many seconds from now unless it sets a shorter time itself.
+
+    gone: awaits the client's leaving, after which nothing is computed for it. Raises Refused.
+    """
+    start = time.monotonic()
+    if len(request.inputs) != 1:
+        raise invalid(f"give one input, {model.input.name!r}; this request has {len(request.inputs)}")
+    outputs = request.outputs or [Wanted(model.output)]
+    for wanted in outputs:
+        model.require_output(wanted.name, wanted.classes)
+    if len({wanted.name for wanted in outputs}) != len(outputs):
+        raise invalid("an output is asked for twice")
+    images = model.input.images(request.inputs[0])
+    rates = any(wanted.name == FIRING_RATE for wanted in outputs)
+    waits = model.lane.running > 0
+    limit = seconds if request.timeout is None else min(seconds, request.timeout)
+    future = batcher.submit(model.lane, images, start + limit, rates=rates)
+    found = await _watched(future, limit if request.timeout is not None else None, gone if waits else None)
+    model.statistics.answered(time.monotonic() - start, len(images))
+    return [Answer(wanted, _content(model, wanted, found)) for wanted in outputs]
+
+
+async def _watched(
+    future: "asyncio.Future[Outputs]", seconds: float | None, gone: Callable[[], Awaitable[Any]] | None
+) -> Outputs:
+    """The future's result, unless the time passes or the client leaves first."""
+    loop = asyncio.get_running_loop()
+    timer = None if seconds is None else loop.call_later(seconds, _late, future)
+    watch = None if gone is None else asyncio.ensure_future(gone())
+    if watch is not None:
+        watch.add_done_callback(lambda _: future.cancel())
+    try:
+        return await future
+    except asyncio.CancelledError:
+        if watch is not None and watch.done():
+            raise Refused(Why.CANCELLED, "the client left") from None
+        future.cancel()
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+        if watch is not None:
+            watch.cancel()
+
+
+def _late(future: "asyncio.Future[Outputs]") -> None:
+    if not future.done():
+        future.set_exception(Refused(Why.LATE, "the request's timeout passed before its answer was there"))
+
+
+def _content(model: Model, wanted: Wanted, found: Outputs) -> NDArray[np.float32] | list[list[str]]:
+    if wanted.classes:
+        return best(found.logits, model.labels, min(wanted.classes, len(model.labels)))
+    if wanted.name == MARGIN:
+        return margin(found.logits)
+    if wanted.name == FIRING_RATE:
+        assert found.rates is not None  # for the type checker: they were asked for
+        return found.rates
+    return found.logits

@@ -1,0 +1,63 @@
+"""Structured logs: one JSON object a line on stderr."""
+
+import json
+import logging
+import time
+from typing import Any, Protocol
+
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.model import Model
+
+requests = logging.getLogger("mpdsgr_deploy.requests")
+
+
+class Told(Protocol):
+    """What is known of a request, whatever protocol it came by."""
+
+    id: str
+    method: str
+    path: str
+    model: Model | None
+    images: int
+    start: float
+
+
+class JsonLines(logging.Formatter):
+    """time (s since 1970), level, message, and the fields that a record carries in `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told | getattr(record, "fields", {}))
+
+
+def log_json() -> None:
+    """Send the package's and the listeners' log lines to stderr as JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    log.setLevel(logging.INFO)
+    for name in ("mpdsgr_deploy", "uvicorn.error", "grpc"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def log_request(protocol: str, told: Told, code: str, refused: Refused | None) -> None:
+    """One line for a request; a warning if the server is at fault or overloaded."""
+    fields: dict[str, Any] = {
+        "request_id": told.id,
+        "protocol": protocol,
+        "method": told.method,
+        "path": told.path,
+        "code": code,
+        "ms": round((time.monotonic() - told.start) * 1000, 3),
+    }
+    if told.model is not None:
+        fields |= {"model": told.model.source.name, "version": told.model.version}
+    if refused is None:
+        requests.info("answered", extra={"fields": {**fields, "images": told.images}})
+    else:
+        level = logging.WARNING if refused.why.status >= 500 else logging.INFO
+        requests.log(level, "%s", refused, extra={"fields": fields})

@@ -1,0 +1,97 @@
+"""What the server counts, in Prometheus' text form."""
+
+import subprocess
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from shutil import which
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from mpdsgr_deploy.serving.statistics import Histogram
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.serving.app import Server
+
+MODEL = ("model", "version")
+
+
+def text(server: "Server") -> bytes:
+    """All metrics as they are now."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Counts(server))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+class Counts:
+    """A collector of what the models' statistics hold; nothing is counted twice."""
+
+    def __init__(self, server: "Server") -> None:
+        self._server = server
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("mpdsgr_requests", "Requests answered.", labels=(*MODEL, "protocol", "code"))
+        images = CounterMetricFamily("mpdsgr_images", "Images computed.", labels=MODEL)
+        dropped = CounterMetricFamily("mpdsgr_dropped", "Requests not computed.", labels=(*MODEL, "reason"))
+        ready = GaugeMetricFamily("mpdsgr_model_ready", "1 if the model answers.", labels=MODEL)
+        queued = GaugeMetricFamily("mpdsgr_queued_images", "Images that wait.", labels=("model",))
+        histograms = {
+            name: HistogramMetricFamily(f"mpdsgr_{name}", told, labels=MODEL)
+            for name, told in (
+                ("request_seconds", "From a request's arrival to its outputs."),
+                ("queue_seconds", "A request's time before its inference."),
+                ("inference_seconds", "The inference of a batch."),
+                ("batch_images", "Images of a batch."),
+            )
+        }
+        for entry in self._server.repository:
+            name, model = entry.source.name, entry.model
+            labels = [name, model.version if model else ""]
+            ready.add_metric(labels, float(model is not None))
+            if model is None:
+                continue
+            counts = model.statistics
+            for (protocol, code), number in counts.codes.items():
+                requests.add_metric([*labels, protocol, code], number)
+            images.add_metric(labels, counts.images)
+            for reason, number in counts.dropped.items():
+                dropped.add_metric([*labels, reason], number)
+            queued.add_metric([name], model.lane.images)
+            for family, histogram in (
+                ("request_seconds", counts.request),
+                ("queue_seconds", counts.queue),
+                ("inference_seconds", counts.inference),
+                ("batch_images", counts.batch),
+            ):
+                histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
+        for (protocol, code), number in self._server.other_codes.items():
+            requests.add_metric(["", "", protocol, code], number)
+        yield from (requests, images, dropped, ready, queued, *histograms.values())
+        yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)
+        yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.connections)
+        yield from _gpu_memory()
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
+
+
+def _gpu_memory() -> Iterable[Metric]:
+    """As the driver tells it, in bytes; nothing where there is no GPU."""
+    if which("nvidia-smi") is None:
+        return
+    command = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return
+    used = GaugeMetricFamily("mpdsgr_gpu_memory_used_bytes", "GPU memory in use, by all.", labels=("gpu",))
+    total = GaugeMetricFamily("mpdsgr_gpu_memory_total_bytes", "GPU memory.", labels=("gpu",))
+    for line in lines:
+        gpu, *megabytes = (field.strip() for field in line.split(","))
+        for family, value in zip((used, total), megabytes, strict=True):
+            family.add_metric([gpu], float(value) * 2**20)
+    yield from (used, total)

@@ -1,0 +1,141 @@
+"""The served models by name: loaded, swapped for a newer version of their bundle, unloaded.
+
+A new version is opened and answers its golden batch beside the old one, which serves until then, and is closed once the
+requests that it accepted are answered. A version that fails leaves the old one serving.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+
+from mpdsgr_deploy.bundle import MANIFEST
+from mpdsgr_deploy.errors import InputError, MpdsgrError
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.model import Model, Source
+from mpdsgr_deploy.serving.settings import Limits
+
+LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
+
+
+class Entry:
+    """A name that is served. model: the version that answers, if there is one; reason: why it is not, or not newer."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.model: Model | None = None
+        self.state, self.reason = UNAVAILABLE, "not loaded yet"
+        self.versions = 0  # opened so far
+        self.lock = asyncio.Lock()
+
+
+class Repository:
+    """All models of a server. Raises InputError if two would have one name."""
+
+    def __init__(self, sources: Sequence[Source], limits: Limits) -> None:
+        self._limits = limits
+        self._entries: dict[str, Entry] = {}
+        for source in sources:
+            if source.name in self._entries:
+                raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE for one of them")
+            self._entries[source.name] = Entry(source)
+        self._draining: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that was not unloaded on purpose answers."""
+        return all(entry.model is not None or entry.reason == "unloaded" for entry in self)
+
+    def entry(self, name: str) -> Entry:
+        """Raises Refused for a name that is not served."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise Refused(Why.NOT_FOUND, f"there is no model {name[:100]!r}") from None
+
+    def model(self, name: str, version: str = "") -> Model:
+        """The model that answers now. Raises Refused if there is none of this name and version."""
+        entry = self.entry(name)
+        if entry.model is None:
+            why = Why.NOT_READY if entry.state == LOADING else Why.NOT_FOUND
+            raise Refused(why, f"model {name!r} is not ready: {entry.reason}", retry_after=1)
+        if version not in ("", entry.model.version):
+            raise Refused(Why.NOT_FOUND, f"model {name!r} has version {entry.model.version}, not {version[:100]!r}")
+        return entry.model
+
+    async def load_all(self) -> None:
+        """Open every model, one after the other. Raises what `Model` raises."""
+        for entry in self:
+            await self._load(entry)
+
+    async def load(self, name: str) -> None:
+        """Open the bundle as it lies on disk now and switch to it. Raises Refused if it cannot serve; the old one does.
+
+        The path is the one the server was started with: none comes from a request.
+        """
+        try:
+            await self._load(self.entry(name))
+        except (MpdsgrError, OSError) as error:
+            raise Refused(Why.INVALID, f"cannot load model {name!r}: {error}") from None
+
+    async def reload_changed(self) -> None:
+        """Load every model whose bundle is another than the one served; what fails is logged."""
+        for entry in self:
+            if entry.model is None or _digest(entry.source) != entry.model.digest:
+                try:
+                    await self._load(entry)
+                except (MpdsgrError, OSError) as error:
+                    log.error("model %s: %s", entry.source.name, error)
+
+    async def _load(self, entry: Entry) -> None:
+        async with entry.lock:
+            entry.state = LOADING if entry.model is None else entry.state
+            entry.reason = "loading"
+            version = str(entry.versions + 1)
+            try:
+                model = await asyncio.to_thread(Model, entry.source, version, self._limits.batch, self._limits.queue)
+            except BaseException as error:
+                entry.state = UNAVAILABLE if entry.model is None else READY
+                entry.reason = f"version {version} failed: {error}"
+                raise
+            entry.versions += 1
+            old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""
+            log.info("model %s version %s is ready (%s)", entry.source.name, version, model.source.precision)
+            self._retire(old)
+
+    async def unload(self, name: str) -> None:
+        """Answer no more requests of this model; those accepted are answered."""
+        entry = self.entry(name)
+        async with entry.lock:
+            old, entry.model, entry.state, entry.reason = entry.model, None, UNAVAILABLE, "unloaded"
+            self._retire(old)
+
+    def _retire(self, model: Model | None) -> None:
+        if model is not None:
+            task = asyncio.get_running_loop().create_task(_drained(model))
+            self._draining.add(task)  # a reference, or the loop may forget it
+            task.add_done_callback(self._draining.discard)
+
+    async def close(self) -> None:
+        """Close all models, once each has answered what it accepted."""
+        for entry in self:
+            self._retire(entry.model)
+            entry.model, entry.state, entry.reason = None, UNAVAILABLE, "the server ends"
+        await asyncio.gather(*self._draining)
+
+
+async def _drained(model: Model) -> None:
+    while model.lane.running:
+        await asyncio.sleep(0.01)
+    model.close()
+
+
+def _digest(source: Source) -> str | None:
+    """What the manifest on disk calls itself; whether that is true is seen when it is opened."""
+    try:
+        return str(json.loads((source.path / MANIFEST).read_bytes())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

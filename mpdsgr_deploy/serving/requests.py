@@ -1,0 +1,136 @@
+"""An inference request over HTTP: JSON, and behind it the binary tensors of the extension; and its answer."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mpdsgr_deploy.serving.errors import invalid
+from mpdsgr_deploy.serving.inference import MICROSECONDS, Answer, Request, Wanted
+from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.tensors import Tensor, bytes_tensor
+
+BINARY = "binary_data"
+
+
+def parse_request(body: bytes, header_length: str | None) -> Request:
+    """Raises Refused for anything that is no inference request. header_length: of the JSON, where tensors follow."""
+    place = len(body) if header_length is None else _length(header_length, len(body))
+    content = parse_json(body[:place])
+    _only(content, "the request", {"id", "parameters", "inputs", "outputs"})
+    parameters = _mapping(content.get("parameters", {}), "parameters")
+    inputs: list[Tensor] = []
+    for entry in _list(content.get("inputs"), "inputs"):
+        tensor, place = _tensor(_mapping(entry, "an input"), body, place)
+        inputs.append(tensor)
+    if header_length is not None and place != len(body):
+        raise invalid(f"{len(body) - place} bytes are left behind the tensors")
+    binary = _flag(parameters, "binary_data_output", otherwise=False)
+    outputs = [_wanted(_mapping(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
+    identifier = content.get("id", "")
+    if not isinstance(identifier, str) or len(identifier) > 256:
+        raise invalid("id must be a text of at most 256 characters")
+    return Request(identifier, inputs, outputs, timeout(parameters.get("timeout")))
+
+
+def timeout(value: Any) -> float | None:
+    """Seconds of a request's parameter `timeout`, in microseconds; 0 and nothing: none. Raises Refused."""
+    if value is None or value == 0:
+        return None
+    if type(value) is not int or not 0 < value < 2**63:
+        raise invalid("timeout must be a whole number of microseconds")
+    return value * MICROSECONDS
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Refused for anything else."""
+    try:
+        return _mapping(json.loads(content), "the request")
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
+        raise invalid(f"the request is not JSON: {str(error)[:100] or 'nested too deeply'}") from None
+
+
+def _length(text: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and int(text) <= most):
+        raise invalid(f"Inference-Header-Content-Length {text[:20]!r} does not fit a body of {most} bytes")
+    return int(text)
+
+
+def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[Tensor, int]:
+    """An input, and where in the body the next one's bytes begin."""
+    _only(entry, "an input", {"name", "datatype", "shape", "parameters", "data"})
+    name, datatype, shape = (entry.get(key) for key in ("name", "datatype", "shape"))
+    if not isinstance(name, str) or not isinstance(datatype, str):
+        raise invalid("an input needs a name and a datatype")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise invalid("an input's shape is a list of whole numbers")
+    parameters = _mapping(entry.get("parameters", {}), "parameters")
+    size = parameters.get("binary_data_size")
+    if size is None:
+        return Tensor(name, datatype, tuple(shape), _list(entry.get("data"), "data")), place
+    if "data" in entry:
+        raise invalid(f"input {name[:100]!r} has its data twice, in JSON and in binary form")
+    if type(size) is not int or not 0 <= size <= len(body) - place:
+        raise invalid(f"binary_data_size {str(size)[:20]} of {name[:100]!r} does not fit the body")
+    return Tensor(name, datatype, tuple(shape), memoryview(body)[place : place + size]), place + size
+
+
+def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
+    _only(entry, "an output", {"name", "parameters"})
+    name, parameters = entry.get("name"), _mapping(entry.get("parameters", {}), "parameters")
+    if not isinstance(name, str):
+        raise invalid("an output needs a name")
+    classes = parameters.get("classification", 0)
+    if type(classes) is not int or not 0 <= classes < 2**31:
+        raise invalid("classification must be how many classes, a whole number")
+    return Wanted(name, _flag(parameters, BINARY, otherwise=binary), classes)
+
+
+def _flag(parameters: dict[str, Any], key: str, *, otherwise: bool) -> bool:
+    value = parameters.get(key, otherwise)
+    if not isinstance(value, bool):
+        raise invalid(f"{key} must be true or false")
+    return value
+
+
+def _only(entry: dict[str, Any], what: str, keys: set[str]) -> None:
+    unknown = entry.keys() - keys
+    if unknown:
+        raise invalid(f"{what} has no {sorted(unknown)[0][:100]!r}; it may have {', '.join(sorted(keys))}")
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise invalid(f"{what} must be a JSON object")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise invalid(f"{what} must be a list")
+    return value
+
+
+def response(model: Model, request: Request, answers: Sequence[Answer]) -> tuple[bytes, bytes]:
+    """The JSON of an answer, and what follows it in binary form."""
+    outputs: list[dict[str, Any]] = []
+    binary: list[bytes] = []
+    for answer in answers:
+        content = answer.content
+        output: dict[str, Any] = {"name": answer.wanted.name, "datatype": answer.datatype, "shape": answer.shape}
+        if answer.wanted.binary:
+            rows = (
+                bytes_tensor(content) if isinstance(content, list) else np.ascontiguousarray(content, "<f4").tobytes()
+            )
+            output["parameters"] = {"binary_data_size": len(rows)}
+            binary.append(rows)
+        elif isinstance(content, list):
+            output["data"] = [text for row in content for text in row]
+        else:
+            output["data"] = content.ravel().tolist()
+        outputs.append(output)
+    told: dict[str, Any] = {"model_name": model.source.name, "model_version": model.version, "outputs": outputs}
+    if request.id:
+        told["id"] = request.id
+    return json.dumps(told, separators=(",", ":")).encode(), b"".join(binary)

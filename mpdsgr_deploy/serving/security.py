@@ -1,0 +1,78 @@
+"""Who may ask, and where a server may listen."""
+
+import hmac
+import ipaddress
+import time
+from hashlib import sha256
+from pathlib import Path
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import log
+
+SHORTEST = 16  # characters of a key
+CHECK_EVERY = 1.0  # seconds between looks at the file
+
+
+class ApiKeys:
+    """The keys of a file, one a line, # for comments; read again when the file changes.
+
+    Raises InputError for a file without a key or with one that is too short to be a secret.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp, self._digests = self._read()
+        self._next = 0.0
+
+    def _read(self) -> tuple[tuple[int, int], list[bytes]]:
+        try:
+            status = self._path.stat()
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the keys of {self._path}: {error}") from None
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys or any(len(key) < SHORTEST for key in keys):
+            raise InputError(
+                f"{self._path} needs keys of at least {SHORTEST} characters, one a line; make one with: "
+                "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            )
+        return (status.st_mtime_ns, status.st_size), [sha256(key.encode()).digest() for key in keys]
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether an Authorization header, `Bearer KEY`, names one of the keys. Takes as long for any wrong key."""
+        self._refresh()
+        kind, _, key = authorization.partition(" ")
+        digest = sha256(key.strip().encode()).digest()
+        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: no early end
+        return kind.lower() == "bearer" and any(found)
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + CHECK_EVERY
+        try:
+            status = self._path.stat()
+            if (status.st_mtime_ns, status.st_size) != self._stamp:
+                self._stamp, self._digests = self._read()
+                log.info("read %d keys anew from %s", len(self._digests), self._path)
+        except (OSError, InputError) as error:
+            log.error("the keys read before stay valid: %s", error)
+
+
+def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
+    """Raise InputError for an address that others reach, unless clients must show who they are or it is wanted so."""
+    if authenticated or insecure or is_loopback(host):
+        return
+    raise InputError(
+        f"--host {host} can be reached by others; give --api-key-file or --tls-client-ca, or --insecure if something "
+        "in front of this server decides who may ask"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; a name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,51 @@
+"""What a server allows, from a TOML file: every bound has a default that suits one machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section, override, parse, read_toml
+
+MiB = 1 << 20
+
+
+class Limits(Section):
+    """batch: images of a request, and of an inference. queue: images that wait for a model. in_flight_bytes: of request
+    bodies, inflated, in all. connections: at once. header_seconds, body_seconds: for a client to send
+    them. request_seconds: from a request's arrival to its inference. grace_seconds: how long a server told to end
+    answers "not ready" and goes on, so that balancers turn away. drain_seconds: then, for accepted requests to end.
+    """
+
+    batch: Count = 64
+    queue: Count = 1024
+    in_flight_bytes: Count = 256 * MiB
+    connections: Count = 1000
+    header_seconds: Positive = 10.0
+    body_seconds: Positive = 30.0
+    request_seconds: Positive = 60.0
+    grace_seconds: NonNegative = 3.0
+    drain_seconds: Positive = 30.0
+
+
+class Log(Section):
+    """requests: a line for every request, not only for those refused."""
+
+    requests: bool = False
+
+
+class Settings(Section):
+    """The whole file."""
+
+    limits: Limits = Limits()
+    log: Log = Log()
+
+
+def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of a file, or the defaults, with `section.key=value` overrides.
+
+    Raises InputError for a file that cannot be read, an unknown key or a value out of range.
+    """
+    values: dict[str, Any] = {} if path is None else read_toml(path)
+    override(values, overrides, example="limits.batch=128")
+    settings: Settings = parse(Settings, values, str(path or "--set"))
+    return settings

@@ -1,0 +1,62 @@
+"""What a model version has done: one place to count, read by /stats, /status and /metrics."""
+
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from typing import NamedTuple
+
+# seconds; a doubling each, from what a small network takes to what nobody waits for
+SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+WINDOW = 60.0  # seconds that "recent" looks back
+
+
+class Histogram:
+    """Counts of values up to each bound, and of those above the last."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def count(self) -> int:
+        """Of all values."""
+        return sum(self.counts)
+
+
+class Moment(NamedTuple):
+    """A request that was answered: when, on the monotonic clock, how long it took in seconds, how many images."""
+
+    end: float
+    seconds: float
+    images: int
+
+
+class Statistics:
+    """Of one version of a model. Only the event loop writes."""
+
+    def __init__(self) -> None:
+        self.codes: Counter[tuple[str, str]] = Counter()  # by protocol and status
+        self.dropped: Counter[str] = Counter()  # not computed: deadline, cancelled, queue_full
+        self.request, self.queue, self.inference = (Histogram(SECONDS) for _ in range(3))
+        self.batch = Histogram(IMAGES)
+        self.images = self.failed = 0
+        self.last_inference_ms = 0  # since 1970
+        self.recent: deque[Moment] = deque(maxlen=2048)
+
+    def answered(self, seconds: float, images: int) -> None:
+        """A request got its tensors."""
+        self.request.add(seconds)
+        self.recent.append(Moment(time.monotonic(), seconds, images))
+
+    def computed(self, waits: list[float], images: int, seconds: float) -> None:
+        """A batch was computed; each of its requests had waited so many seconds."""
+        for wait in waits:
+            self.queue.add(wait)
+        self.batch.add(images)
+        self.inference.add(seconds)
+        self.images += images
+        self.last_inference_ms = int(time.time() * 1000)

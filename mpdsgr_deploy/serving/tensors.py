@@ -1,0 +1,121 @@
+"""Tensors of the Open Inference Protocol: what a request may claim, and what the numbers behind it must be."""
+
+from collections.abc import Sequence
+from itertools import chain
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.data.images import to_unit
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+
+DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
+JSON_CHARACTERS = 32  # that a number may take in JSON, with what stands around it; more is padding
+JSON_ENVELOPE = 1 << 16  # bytes for all of a request that is not numbers
+
+
+class Tensor(NamedTuple):
+    """An input as a request claims it. content: raw little-endian bytes, or the (nested) list of a JSON request."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    content: bytes | memoryview | Sequence[Any]
+
+
+class Input(NamedTuple):
+    """What a model takes: images float32 in [0, 1] or uint8, [B, *shape] with at most `most` of them."""
+
+    name: str
+    shape: tuple[int, int, int]
+    most: int
+
+    @property
+    def body_bytes(self) -> int:
+        """The largest body that a valid request can have; in JSON."""
+        return JSON_ENVELOPE + self.most * prod(self.shape) * JSON_CHARACTERS
+
+    def images(self, tensor: Tensor) -> NDArray[np.float32]:
+        """The images [B, C, H, W] of a tensor. Raises Refused unless its claims fit the model and its numbers them."""
+        if tensor.name != self.name:
+            raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
+        if tensor.datatype not in DTYPES:
+            raise invalid(f"input {self.name!r} is FP32 or UINT8, not {tensor.datatype[:100]!r}")
+        wanted = ", ".join(map(str, self.shape))
+        if len(tensor.shape) != 4 or tensor.shape[1:] != self.shape or tensor.shape[0] < 1:
+            raise invalid(f"input {self.name!r} has shape [B, {wanted}], not {str(list(tensor.shape))[:100]}")
+        if tensor.shape[0] > self.most:
+            raise invalid(f"a request may hold {self.most} images, this one holds {tensor.shape[0]}; split it")
+        pixels = self._numbers(tensor).reshape(tensor.shape)
+        images = to_unit(pixels) if pixels.dtype == np.uint8 else pixels
+        try:
+            check_images(images, self.shape)
+        except InputError as error:
+            raise invalid(str(error)) from None
+        return images
+
+    def _numbers(self, tensor: Tensor) -> NDArray[Any]:
+        dtype, count = DTYPES[tensor.datatype], prod(tensor.shape)
+        if not isinstance(tensor.content, bytes | memoryview):
+            return _from_list(tensor.content, tensor.shape, dtype)
+        if len(tensor.content) != count * dtype.itemsize:
+            raise invalid(
+                f"input {self.name!r} of {tensor.datatype} {list(tensor.shape)} takes {count * dtype.itemsize} bytes, "
+                f"got {len(tensor.content)}"
+            )
+        return np.frombuffer(tensor.content, dtype)
+
+
+def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Flat, or nested as the shape says."""
+    numbers: Sequence[Any] = content
+    for depth, size in enumerate(shape):
+        if not (numbers and isinstance(numbers[0], list)):
+            break
+        here = 1 if depth == 0 else prod(shape[:depth])
+        if len(numbers) != here * size or set(map(type, numbers)) != {list} or depth == len(shape) - 1:
+            raise invalid(f"data nested otherwise than the shape {list(shape)}")
+        inner = set(map(len, numbers))
+        if inner != {shape[depth + 1]}:
+            raise invalid(f"data nested otherwise than the shape {list(shape)}")
+        numbers = list(chain.from_iterable(numbers))
+    if len(numbers) != prod(shape):
+        raise invalid(f"shape {list(shape)} takes {prod(shape)} numbers, got {len(numbers)}")
+    allowed = {int} if dtype == np.uint8 else {int, float}
+    if not set(map(type, numbers)) <= allowed:  # true is no number, and "1" neither
+        raise invalid(f"data must be {'whole numbers' if dtype == np.uint8 else 'numbers'} and nothing else")
+    try:
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite then, and refused
+            return np.array(numbers, dtype)
+    except (OverflowError, ValueError):
+        raise invalid(f"data do not fit {'UINT8' if dtype == np.uint8 else 'FP32'}") from None
+
+
+def too_large(limit: int) -> Refused:
+    """The refusal of a body that no valid request needs."""
+    return Refused(Why.TOO_LARGE, f"the body may have {limit} bytes")
+
+
+def best(logits: NDArray[np.float32], labels: Sequence[str], k: int) -> list[list[str]]:
+    """The classification extension: for each row the k best as "value:index:label", best first."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return [[f"{row[i]:.6f}:{i}:{labels[i]}" for i in places] for row, places in zip(logits, order, strict=True)]
+
+
+def margin(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The best logit minus the second best, float32 [B]; 0 where there is one class."""
+    if logits.shape[1] < 2:
+        return np.zeros(len(logits), np.float32)
+    top = np.partition(logits, -2, axis=1)[:, -2:]
+    difference: NDArray[np.float32] = top[:, 1] - top[:, 0]
+    return difference
+
+
+def bytes_tensor(rows: Sequence[Sequence[str]]) -> bytes:
+    """BYTES as the protocol sends them: each element behind its length, four bytes little-endian."""
+    encoded = [text.encode() for row in rows for text in row]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)
