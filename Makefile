@@ -19,6 +19,7 @@ bench: install
 	.venv/bin/python benchmarks/estimate.py
 	.venv/bin/python benchmarks/inference.py
 	.venv/bin/python benchmarks/attack.py
+	.venv/bin/python benchmarks/serving.py
 
 install: $(STAMP)
 

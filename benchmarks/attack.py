@@ -24,8 +24,8 @@ from networks import SHAPE, settled
 
 from mpdsgr_deploy.attacks import pgd
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe

@@ -32,8 +32,8 @@ from onnx import helper, numpy_helper
 
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.precision import FORMATS, convert, plan, rounded_weights
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime

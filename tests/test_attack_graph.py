@@ -31,8 +31,8 @@ from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import SWEEP
 from mpdsgr_deploy.runtime import GraphAttacker, NoiseSource

@@ -28,8 +28,8 @@ from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.export import export
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor

@@ -22,8 +22,8 @@ from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.precision import PRECISIONS, convert
 from mpdsgr_deploy.export.precision import plan as precisions_of_layers
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.models import MODELS, build_model
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.tensorrt import build_engine, cuda, prepare

@@ -23,9 +23,9 @@ from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.export.graph import constant, data, initializer, insert
 from mpdsgr_deploy.export.onnx_writer import to_graph
 from mpdsgr_deploy.export.precision import FORMATS, convert, plan, products, rounded_weights
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 

@@ -1,9 +1,10 @@
 """Input gradients of a torch model: backpropagation through all T steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpdsgr_deploy.protocols import Gradient
@@ -39,3 +40,18 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss
         per_sample = loss(logits, y)
         (gradient,) = torch.autograd.grad(per_sample.sum(), x)
     return Gradient(logits.detach(), per_sample.detach(), gradient)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """In here the network is in eval mode and its parameters take no gradient: a pass keeps nothing for them."""
+    training, learned = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in learned:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for p in learned:
+            p.requires_grad_(True)

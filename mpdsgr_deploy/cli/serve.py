@@ -51,7 +51,7 @@ def command(
     On a machine with several GPUs start one server for each, with CUDA_VISIBLE_DEVICES.
 
     \b
-    Examples:
+    Example:
       mpdsgr serve bundles/digits
       mpdsgr serve bundles/digits bundles/digits@int8 --host 0.0.0.0 --api-key-file keys.txt
     """

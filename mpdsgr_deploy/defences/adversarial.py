@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mpdsgr_deploy.attacks import pgd
-from mpdsgr_deploy.attacks.torch_target import input_gradient
+from mpdsgr_deploy.attacks.torch_target import frozen, input_gradient
 from mpdsgr_deploy.defences.base import Defence, register
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.schema import Count, Positive, Section, UnitInterval
 
@@ -32,14 +33,13 @@ class AdversarialTraining(Defence[Settings]):
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         config = self.settings
 
-        def target(x: Tensor, y: Tensor) -> Gradient:
-            return input_gradient(lambda x: model(x, None, draw), x, y)
-
         def start(shape: tuple[int, ...]) -> Tensor:
             return (2 * torch.rand(shape, generator=draw) - 1).to(x.device)
 
-        was_training = model.training
-        model.eval()
-        adversarial = pgd(target, x, y, eps=config.eps, step=config.step, steps=config.steps, draw=start)
-        model.train(was_training)
-        return adversarial
+        with frozen(model):
+            attacked = simplify(model)  # the same function in fewer operations, as it will be deployed
+
+            def target(x: Tensor, y: Tensor) -> Gradient:
+                return input_gradient(lambda x: attacked(x, None, draw), x, y)
+
+            return pgd(target, x, y, eps=config.eps, step=config.step, steps=config.steps, draw=start)

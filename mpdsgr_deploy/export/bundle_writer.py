@@ -19,9 +19,9 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, save, to_graph
 from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.export.promise import measure
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.export.trial import Trial
 from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.parity import TOLERANCE, compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor

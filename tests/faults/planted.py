@@ -20,8 +20,8 @@ from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.precision import convert, plan
-from mpdsgr_deploy.export.simplify import simplify
 from mpdsgr_deploy.files import sha256
+from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE
 from mpdsgr_deploy.runtime import OnnxRuntime, predict

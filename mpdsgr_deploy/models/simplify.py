@@ -1,4 +1,4 @@
-"""Exact simplifications of a trained network before it is written to ONNX: the same function up to float rounding.
+"""Exact simplifications of a network in eval mode, for export and attack: the same function up to float rounding.
 
 Each pass changes a network in eval mode in place; `simplify` applies them to a copy. That time is folded into the batch
 for layers without state needs no pass: `SpikingNet` computes that way.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from mpdsgr_deploy.models import Readout, SpikingNet
+from mpdsgr_deploy.models.network import Readout, SpikingNet
 from mpdsgr_deploy.snn import Encoding, Noise, TdBN
 from mpdsgr_deploy.snn.encoding import Direct, Normalize
 
@@ -66,8 +66,9 @@ PASSES: tuple[Pass, ...] = (fold_norm, encode_once, sum_before_readout)
 
 
 def simplify(model: SpikingNet, passes: Sequence[Pass] = PASSES) -> SpikingNet:
-    """A copy of `model`, which must be in eval mode, after `passes`."""
-    simplified = copy.deepcopy(model)
+    """A copy of `model`, which must be in eval mode, after `passes`. It shares what weights they leave as they are."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    simplified = copy.deepcopy(model, shared)
     for simplification in passes:
         simplification(simplified)
     return simplified
