@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -30,7 +29,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import claim_directory, sha256, write_atomic
+from mpdsgr_deploy.files import (
+    claim_directory,
+    recover_directory,
+    replace_directory,
+    scratch_directory,
+    sha256,
+    write_atomic,
+)
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import REFERENCE, Promise, Reference, load_reference
 from mpdsgr_deploy.schema import Count, read_document
@@ -268,9 +274,7 @@ def staged(out: Path) -> Iterator[Path]:
 
     Raises InputError if `out` holds anything that is not part of a bundle of ours.
     """
-    old = _old(out)
-    if old.exists() and not out.exists():
-        old.rename(out)  # an earlier export died between the two renames of `seal`
+    recover_directory(out)
     claim_directory(out, MANIFEST, "bundle")
     if (out / MANIFEST).exists():
         manifest: Manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
@@ -278,36 +282,15 @@ def staged(out: Path) -> Iterator[Path]:
         strangers = [p for p in out.rglob("*") if not p.is_dir() and p.relative_to(out).as_posix() not in known]
         if strangers:
             raise InputError(f"{out} holds {strangers[0].name}, which is not part of the bundle; choose another --out")
-    scratch = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir()
+    with scratch_directory(out, "bundle") as scratch:
         yield scratch
-    except OSError as error:
-        raise InputError(f"cannot write bundle {out}: {error.strerror or error}; an older one is untouched") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with suppress(OSError):  # only an empty directory, the one claimed for nothing, can be removed so
-            out.rmdir()
-
-
-def _old(out: Path) -> Path:
-    return out.with_name(f".{out.name}.old")
 
 
 def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
     """Hash every file in `scratch`, write the manifest with `fields`, and put it all where `out` is."""
     files = {p.relative_to(scratch).as_posix(): sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
     manifest = _write_manifest(scratch, Manifest(files=files, **fields))
-    old = _old(out)
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    try:
-        scratch.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
+    replace_directory(scratch, out)
     return Bundle(out, manifest)
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,3 +76,45 @@ def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") ->
         raise InputError(f"cannot use {path} as a directory: {error.strerror}; choose another place") from None
     if foreign:
         raise InputError(f"{path} exists and is not a {what} of ours (it has no {marker}); choose an empty directory")
+
+
+def recover_directory(out: Path) -> None:
+    """Bring back what was in `out`, where an earlier `replace_directory` died between its two renames."""
+    if _replaced(out).exists() and not out.exists():
+        _replaced(out).rename(out)
+
+
+@contextmanager
+def scratch_directory(out: Path, what: str) -> Iterator[Path]:
+    """An empty directory beside `out`, which was claimed, to make `what` in; `replace_directory` puts it in place.
+
+    It is gone after the block, and `out` too if it is still empty. Raises InputError where the system refuses to write.
+    """
+    scratch = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        yield scratch
+    except OSError as error:
+        raise InputError(f"cannot write {what} {out}: {error.strerror or error}; an older one is untouched") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # only an empty directory, the one claimed for nothing, can be removed so
+            out.rmdir()
+
+
+def replace_directory(scratch: Path, out: Path) -> None:
+    """Put `scratch` where `out` is. A process that dies in between leaves what `recover_directory` brings back."""
+    old = _replaced(out)
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    try:
+        scratch.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")

@@ -11,7 +11,19 @@ from mpdsgr_deploy import __version__
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.progress import show_progress
 
-COMMANDS = ("demo", "train", "export", "build", "validate", "predict", "serve", "inspect", "doctor", "recipes")
+COMMANDS = (
+    "demo",
+    "train",
+    "export",
+    "build",
+    "validate",
+    "predict",
+    "serve",
+    "inspect",
+    "deploy",
+    "doctor",
+    "recipes",
+)
 
 
 class OneLineErrors(click.Command):

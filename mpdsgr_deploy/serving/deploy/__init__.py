@@ -1,0 +1,1 @@
+"""Files from which other engines serve a bundle: a Triton model repository, KServe resources."""

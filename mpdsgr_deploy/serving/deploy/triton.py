@@ -1,0 +1,153 @@
+"""A Triton model repository from bundles.
+
+    NAME/config.pbtxt     what goes in and out, batches, devices
+    NAME/labels.txt       for Triton's classification extension
+    NAME/warmup/          a golden image, which every instance answers before the model is ready
+    NAME/1/model.onnx     or model.plan, or one plan a compute capability
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+
+from mpdsgr_deploy import __version__
+from mpdsgr_deploy.bundle import Bundle, NoiseInput, Prepared
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.runtime.half import for_cpu
+from mpdsgr_deploy.serving.deploy.models import Chosen
+from mpdsgr_deploy.serving.deploy.output import output_directory
+from mpdsgr_deploy.serving.deploy.triton_config import (
+    CONFIG,
+    LABELS,
+    PLATFORMS,
+    VERSION,
+    WARMUP,
+    Plan,
+    config,
+    library,
+    problems,
+)
+
+BACKENDS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+SUMS = "mpdsgr-triton.sha256"
+LARGEST = 128  # the largest batch of a network for which no engine was built
+IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
+
+
+class Written(NamedTuple):
+    """What was written of one model. engines: compute capability to version of TensorRT; noise: asked of clients."""
+
+    name: str
+    precision: str
+    largest: int
+    engines: dict[str, str]
+    noise: tuple[NoiseInput, ...]
+
+
+def write_repository(models: Sequence[Chosen], out: Path, backend: str = "onnxruntime", gpus: int = 0) -> list[Written]:
+    """Write a model repository to `out`, fresh or an earlier one, once every model's configuration was checked.
+
+    backend: of BACKENDS; gpus: how many each model runs on, 0: the CPU. Raises InputError for an unknown backend, for
+    engines that are missing or that Triton cannot use, and where `out` is something else or cannot be written.
+    """
+    platform = choose("backend", BACKENDS, backend)
+    if backend == "tensorrt" and not gpus:
+        raise InputError("an engine runs on a GPU only; say with --gpus on how many")
+    library()
+    with output_directory(out, SUMS, "Triton model repository") as scratch:
+        return [_write(scratch / model.name, model, platform, gpus) for model in models]
+
+
+def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
+    bundle, manifest = model.bundle, model.bundle.manifest
+    (directory / VERSION).mkdir(parents=True)
+    (directory / WARMUP).mkdir()
+    engines: dict[str, Prepared] = {}
+    files: dict[str, str] = {}
+    preferred: list[int] = []
+    source = bundle.variant(model.precision)
+    network = onnx.load(source)
+    if platform == BACKENDS["tensorrt"]:
+        engines = engines_of(bundle, model.precision)
+        if len(engines) > 1:
+            files = {capability: f"model-{capability}.plan" for capability in engines}
+        for capability, engine in engines.items():
+            target = directory / VERSION / files.get(capability, PLATFORMS[platform])
+            shutil.copyfile(bundle.file(str(engine.file)), target)
+        _, bests, largests = zip(*(engine.batch for engine in engines.values() if engine.batch), strict=True)
+        largest = min(largests)
+        preferred = sorted({min(*bests, largest), largest})  # the second, or no batch would be larger than the first
+    else:
+        built = [p.batch[2] for p in manifest.prepared if p.precision == model.precision and p.batch]
+        largest = max(built, default=LARGEST)
+        content = source if gpus else for_cpu(source)  # on a CPU float16 is rounded only where it is written down
+        target = directory / VERSION / PLATFORMS[platform]
+        target.write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
+        network = onnx.load(target)
+    labels = [" ".join(label.split()) for label in manifest.labels]
+    (directory / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    golden = np.ascontiguousarray(bundle.golden(model.precision)[0][0], dtype="<f4")
+    (directory / WARMUP / manifest.input_name).write_bytes(golden.tobytes())
+    notes = {
+        "bundle_sha256": manifest.digest,
+        "model_sha256": bundle.model_sha256(model.precision),
+        "mpdsgr_deploy": __version__,
+        "precision": model.precision,
+    }
+    text = config(Plan(model.name, platform, largest, preferred, gpus, files, notes), network)
+    found = problems(text, directory, network)
+    if found:
+        raise InputError(f"{source} does not become a model of Triton: {'; '.join(found)}; nothing was written")
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+    versions = {capability: engine.machine["tensorrt"] for capability, engine in engines.items()}
+    return Written(model.name, model.precision, largest, versions, manifest.noise)
+
+
+def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
+    """The TensorRT engine for each compute capability, all of the newest version of TensorRT that has one.
+
+    Raises InputError where there is none, where two kinds of GPU have one compute capability, by which alone Triton
+    tells GPUs apart, and where an engine does not take single images, which no one pads in Triton.
+    """
+    command = f"mpdsgr build {bundle.path} --backend tensorrt --precision {precision}"
+    sha = bundle.model_sha256(precision)
+    built = [p for p in bundle.prepared("tensorrt", precision) if p.model_sha256 == sha and p.batch and p.file]
+    fitting = [p for p in built if {"gpu", "compute_capability", "tensorrt"} <= set(p.machine)]
+    if not fitting:
+        raise InputError(f"{bundle.path} holds no TensorRT engine of {precision}; on the GPU that will serve: {command}")
+    newest = max((p.machine["tensorrt"] for p in fitting), key=_version)
+    older = {p.machine["tensorrt"] for p in fitting} - {newest}
+    if older:
+        log.info("engines of TensorRT %s are left out: a server has one version, here %s", ", ".join(older), newest)
+    chosen: dict[str, Prepared] = {}
+    for engine in (p for p in fitting if p.machine["tensorrt"] == newest):
+        capability = engine.machine["compute_capability"]
+        other = chosen.setdefault(capability, engine)
+        if other.machine["gpu"] != engine.machine["gpu"]:
+            raise InputError(
+                f"{bundle.path} holds engines for {other.machine['gpu']} and {engine.machine['gpu']}, both of compute "
+                f"capability {capability}, which Triton cannot tell apart; deploy a bundle with one of them"
+            )
+        chosen[capability] = min(other, engine, key=_profile)
+    for engine in chosen.values():
+        smallest, best, largest = engine.batch or (1, 1, 1)
+        if smallest > 1:
+            raise InputError(
+                f"an engine in {bundle.path} takes no batch below {smallest}, but Triton sends single images; "
+                f"build it again with: {command} --batch 1,{best},{largest}"
+            )
+    return dict(sorted(chosen.items()))
+
+
+def _profile(engine: Prepared) -> tuple[int, int]:
+    return (engine.batch[0], -engine.batch[2]) if engine.batch else (0, 0)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdecimal())
