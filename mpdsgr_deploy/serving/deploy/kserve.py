@@ -89,7 +89,9 @@ def _on_triton(models: Sequence[Chosen], uri: str, image: str | None, gpus: int)
 
 def _on_mpdsgr(models: Sequence[Chosen], uri: str, image: str | None, gpus: int) -> dict[str, Resource]:
     if not image:
-        raise InputError("--runtime mpdsgr needs --image: the one you built from serve/docker, where the cluster finds it")
+        raise InputError(
+            "--runtime mpdsgr needs --image: the one you built from serve/docker, where the cluster finds it"
+        )
     backend = "onnxruntime-cuda" if gpus else "onnxruntime-cpu"
     resources: dict[str, Resource] = {}
     for model in models:

@@ -1,0 +1,64 @@
+"""The server's ASGI application as a Ray Serve deployment: what a config that `mpdsgr deploy ray` wrote imports."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.deploy.ray import DEPLOYMENT, Arguments
+from mpdsgr_deploy.serving.http import Http, Receive, Scope, Send
+from mpdsgr_deploy.serving.logs import log_json
+
+
+class Application:
+    """`Http` between Ray's messages: the replica has loaded the models, and Ray adds the request's id to a response."""
+
+    def __init__(self, server: Server) -> None:
+        self._http, self._server = Http(server), server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await self._server.close()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+        async def send_without_id(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
+            await send(message)
+
+        await self._http(scope, receive, send_without_id)
+
+
+@serve.deployment(name=DEPLOYMENT)
+@serve.ingress()
+class Replica:
+    """One server. Its start raises MpdsgrError, which Ray shows as the reason, if a model cannot serve."""
+
+    async def __init__(self, arguments: Arguments) -> None:
+        log_json()
+        keys = None if arguments.api_key_file is None else Path(arguments.api_key_file)
+        models = [f"{network.name}={network.bundle}@{network.precision}" for network in arguments.networks]
+        self._server = Server(models, arguments.settings, backend=arguments.backend, keys=keys)
+        await self._server.start()  # here, not in the application's lifespan: Ray would hide why that failed
+        for network in arguments.networks:
+            if self._server.repository.model(network.name).digest != network.digest:
+                raise InputError(f"{network.bundle} is another bundle here than the one this config was written for")
+
+    def __serve_build_asgi_app__(self) -> Application:
+        return Application(self._server)
+
+    async def check_health(self) -> None:
+        """What Ray asks every few seconds; it replaces a replica that raises."""
+        if not self._server.ready:
+            raise RuntimeError("not ready: " + str(self._server.index(ready=False)))
+
+
+def build(arguments: Arguments) -> serve.Application:
+    """The application of a config's `args`."""
+    return Replica.bind(arguments)  # type: ignore[attr-defined]
