@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from itertools import count
 from secrets import token_hex
@@ -72,8 +72,8 @@ class Call:
 
     method = "gRPC"
 
-    def __init__(self, path: str, request_id: str) -> None:
-        self.path, self.id = path, request_id
+    def __init__(self, path: str, metadata: Mapping[str, str], request_id: str) -> None:
+        self.path, self.metadata, self.id = path, metadata, metadata.get("x-request-id", "")[:128] or request_id
         self.model: Model | None = None
         self.images = 0
         self.start = time.monotonic()
@@ -95,7 +95,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         """A handler's answer, or its refusal as a status."""
         server = self.server
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        call = Call(name, metadata.get("x-request-id", "")[:128] or next(self._ids))
+        call = Call(name, metadata, next(self._ids))
         refused = None
         server.requests += 1
         try:
@@ -188,7 +188,7 @@ async def _model_infer(service: Service, request: Any, call: Call) -> Any:
     model = call.model = server.repository.model(request.model_name, request.model_version)
     wanted = [_wanted(output) for output in request.outputs]
     asked = Request(request.id, _tensors(request), wanted, timeout(_parameter(request.parameters, "timeout")))
-    with tracing.span({}, model, call.id):
+    with tracing.span(call.metadata, model, call.id):
         answers = await infer(model, server.batcher, asked, server.limits.request_seconds)
     call.images = answers[0].shape[0]
     response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)

@@ -5,11 +5,9 @@ import json
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from importlib import resources
 from itertools import count
 from secrets import token_hex
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.progress import log
@@ -19,15 +17,13 @@ from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.inference import infer
 from mpdsgr_deploy.serving.logs import log_request
 from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.page import page
 from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-JSON, BINARY, PLAIN, HTML = b"application/json", b"application/octet-stream", b"text/plain; version=0.0.4", b"text/html"
-PAGE_POLICY = (
-    b"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; "
-    b"script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+JSON, BINARY = b"application/json", b"application/octet-stream"
+PLAIN, HTML = b"text/plain; version=0.0.4", b"text/html; charset=utf-8"
 OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
 
 Scope = Mapping[str, Any]
@@ -51,18 +47,13 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, share: Share, fallback_id: str) -> None:
         self.method, self.path, self.receive, self.share = scope["method"], scope["path"], receive, share
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = self.headers.get("x-request-id", "")
         self.id = given if given.isprintable() and 0 < len(given) <= 128 else fallback_id
         self.model: Model | None = None
         self.images = 0
-        self.unread = b"transfer-encoding" in self.headers or self.headers.get(b"content-length", b"0") != b"0"
+        self.unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
         self.start = time.monotonic()
-
-    def header(self, name: bytes) -> str | None:
-        """By its name in lower case."""
-        value = self.headers.get(name)
-        return None if value is None else value.decode("latin-1")
 
 
 class Http:
@@ -123,7 +114,7 @@ class Http:
     async def _reply(self, exchange: Exchange) -> Reply:
         path, method = exchange.path.rstrip("/") or "/", exchange.method
         if path not in OPEN:
-            self.server.authorize(exchange.header(b"authorization") or "")
+            self.server.authorize(exchange.headers.get("authorization", ""))
         parts = path.split("/")[1:]
         if parts[:2] == ["v2", "models"] and len(parts) > 2 and parts[2] != "stats":
             return await self._model(exchange, parts[2:])
@@ -151,9 +142,9 @@ class Http:
 
     async def _model(self, exchange: Exchange, parts: list[str]) -> Reply:
         """parts: of the path, from the model's name on."""
-        name, version, action = unquote(parts[0]), "", parts[1:]
+        name, version, action = parts[0], "", parts[1:]
         if action[:1] == ["versions"] and len(action) > 1:
-            version, action = unquote(action[1]), action[2:]
+            version, action = action[1], action[2:]
         what = "/".join(action)
         if what == "infer":
             _require(exchange.method, "POST")
@@ -172,7 +163,7 @@ class Http:
         exchange.model = model
         limits = self.server.limits
         body = await self._body(exchange, model.input.body_bytes)
-        request = parse_request(body, exchange.header(HEADER_LENGTH.lower().encode()))
+        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()))
         with tracing.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.receive)
         head, binary = response(model, request, answers)
@@ -193,16 +184,16 @@ class Http:
         if content.get("parameters", {}) not in ({}, {"unload_dependents": False}, {"unload_dependents": True}):
             raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
         repository = self.server.repository
-        await (repository.load if parts[2] == "load" else repository.unload)(unquote(parts[1]))
+        await (repository.load if parts[2] == "load" else repository.unload)(parts[1])
         return Reply(200, b"")
 
     async def _body(self, exchange: Exchange, most: int) -> bytes:
         """The whole body, inflated if it is compressed, of at most so many bytes. Raises Refused."""
         most = min(most, self.server.memory.limit)
-        length = exchange.header(b"content-length")
+        length = exchange.headers.get("content-length")
         if length is not None and int(length) > most:  # servers let only numbers through
             raise too_large(most)
-        inflate = _inflater(exchange.header(b"content-encoding"))
+        inflate = _inflater(exchange.headers.get("content-encoding"))
         message = await exchange.receive()
         if not message.get("more_body") and inflate is None:  # nearly always, and without a timer
             body: bytes = message.get("body", b"")
@@ -263,8 +254,8 @@ def _json(content: Any) -> Reply:
 
 
 def _page() -> Reply:
-    page = resources.files("mpdsgr_deploy.serving").joinpath("page.html").read_bytes()
-    return Reply(200, page, HTML, ((b"content-security-policy", PAGE_POLICY), (b"cache-control", b"no-cache")))
+    content, policy = page()
+    return Reply(200, content, HTML, ((b"content-security-policy", policy), (b"cache-control", b"no-cache")))
 
 
 def _refusal(error: Refused) -> Reply:

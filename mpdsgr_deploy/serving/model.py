@@ -37,7 +37,7 @@ def source(text: str, backend: str) -> Source:
     place = place if equals else text
     path, at, precision = place.rpartition("@") if not Path(place).exists() else (place, "", "")
     path, precision = (path, precision) if at else (place, "fp32")
-    directory = Path(path).resolve().name
+    directory = Path(path).absolute().name  # a link is called as it is, whatever it points to now
     name = name if equals else directory if precision == "fp32" else f"{directory}-{precision}"
     if not NAME.fullmatch(name):
         raise InputError(f"{text!r}: {name!r} cannot name a model (letters, digits, _ . - only); write NAME={place}")

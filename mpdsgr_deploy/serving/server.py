@@ -52,6 +52,7 @@ async def _serve(server: Server, address: Address, tls: Tls | None) -> None:
         http = listener(server, tls)
         grpc = None if address.grpc_port is None else await Grpc.start(server, address.host, address.grpc_port, tls)
         listening = loop.create_task(http.serve([sock]))
+        listening.add_done_callback(lambda _: end.set())  # if it fails, the process ends with its error
         try:
             await _load(server, end)
             if not end.is_set():
@@ -65,8 +66,12 @@ async def _serve(server: Server, address: Address, tls: Tls | None) -> None:
             if grpc is not None:
                 await grpc.stop(server.limits.drain_seconds)
             await listening
+    left = server.requests
     await server.close()
-    log.info("stopped; every accepted request was answered")
+    if left:
+        log.error("stopped with %d requests unanswered after %g s", left, server.limits.drain_seconds)
+    else:
+        log.info("stopped; every accepted request was answered")
 
 
 async def _load(server: Server, end: asyncio.Event) -> None:

@@ -13,7 +13,7 @@ except ImportError:
 NOTHING: AbstractContextManager[object] = nullcontext()
 
 
-def span(headers: Mapping[bytes, bytes], model: Model, request_id: str) -> AbstractContextManager[object]:
+def span(headers: Mapping[str, str], model: Model, request_id: str) -> AbstractContextManager[object]:
     """A server's span around an inference, below the caller's if the headers name it (W3C Trace Context)."""
     if trace is None:
         return NOTHING
@@ -21,8 +21,7 @@ def span(headers: Mapping[bytes, bytes], model: Model, request_id: str) -> Abstr
     tracer = trace.get_tracer("mpdsgr_deploy")
     if isinstance(tracer, trace.ProxyTracer | trace.NoOpTracer):
         return NOTHING
-    carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
     attributes = {"model": model.source.name, "version": model.version, "request_id": request_id}
     return tracer.start_as_current_span(
-        "infer", context=propagate.extract(carrier), kind=trace.SpanKind.SERVER, attributes=attributes
+        "infer", context=propagate.extract(headers), kind=trace.SpanKind.SERVER, attributes=attributes
     )

@@ -1,0 +1,228 @@
+"""A real `mpdsgr serve` process for tests, and a client that sends it bytes as they are."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.client import parse_headers
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+BUNDLE = Path(__file__).parent.parent / "export" / "doctor" / "bundle"  # images [1, 8, 8] named "images", 10 labels
+INFER = "/v2/models/bundle/infer"  # of BUNDLE
+
+
+class Served:
+    """The command with these arguments, ready when the constructor returns; ended at the end of a with block.
+
+    arguments: models and options; ports are free ones unless given. limits: settings of the section `limits`.
+    lines: of the log so far, parsed. wait: False returns while the server still loads, without ports.
+    """
+
+    def __init__(self, *arguments: object, limits: dict[str, object] | None = None, wait: bool = True) -> None:
+        told = [*map(str, arguments or [BUNDLE])]
+        for option in ("--port", "--grpc-port"):
+            told += [] if option in told else [option, "0"]
+        for key, value in {"grace_seconds": 0, **(limits or {})}.items():
+            told += ["--set", f"limits.{key}={value}"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mpdsgr_deploy", "serve", *told], stderr=subprocess.PIPE, text=True
+        )
+        self.pid, self.port, self.grpc_port = self._process.pid, 0, 0
+        self.lines: list[dict[str, Any]] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if wait:
+            self.wait()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            try:
+                told = json.loads(line)
+            except ValueError:
+                told = {"level": "", "message": line.rstrip("\n")}  # what is no log line, such as the error at the end
+            self.lines.append(told)
+            if found := re.match(r"serving on \S+:(\d+)(?:, gRPC on port (\d+))?", told["message"]):
+                self.port, self.grpc_port = int(found[1]), int(found[2] or 0)
+                self._ready.set()
+        self._ready.set()
+
+    def wait(self, seconds: float = 60) -> None:
+        """Until it serves. Raises AssertionError with the log if it ends or takes longer."""
+        if not self._ready.wait(seconds) or not self.port:
+            self.stop(signal.SIGKILL)
+            raise AssertionError(f"the server did not start: {self.lines}")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 30) -> int:
+        """Its exit code; its log is complete then."""
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        finally:
+            self._reader.join(10)
+        return self._process.returncode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def signal(self, how: signal.Signals) -> None:
+        """Send it a signal and go on."""
+        self._process.send_signal(how)
+
+    def rss(self) -> int:
+        """Resident bytes."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def descriptors(self) -> int:
+        """Open files and sockets."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def connect(self, seconds: float = 10) -> "Connection":
+        """A new connection whose every read takes at most so long."""
+        return Connection(self.port, seconds)
+
+    def ask(self, request: bytes, seconds: float = 10) -> "Reply":
+        """The answer to one request on a connection of its own."""
+        with self.connect(seconds) as connection:
+            connection.send(request)
+            return connection.reply()
+
+    def get(self, path: str) -> "Reply":
+        return self.ask(http("GET", path))
+
+    def post(self, path: str, body: bytes | dict[str, Any], headers: dict[str, object] | None = None) -> "Reply":
+        return self.ask(http("POST", path, body, headers))
+
+    def metrics(self) -> dict[str, float]:
+        """By name and labels as they stand in the text: `mpdsgr_connections`, `name{a="b"}`."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        return {key: float(value) for key, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    def counted(self, name: str, **labels: str) -> float:
+        """The sum of a metric over all that have these labels."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        found = self.metrics().items()
+        return sum(v for key, v in found if key.partition("{")[0] == name and all(text in key for text in wanted))
+
+
+class Reply(NamedTuple):
+    """An answer over HTTP; headers by name in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def output(self, name: str = "logits") -> NDArray[np.float32]:
+        """A numeric output of an answer in JSON."""
+        (found,) = (output for output in self.json()["outputs"] if output["name"] == name)
+        return np.array(found["data"], np.float32).reshape(found["shape"])
+
+
+class Connection:
+    """Bytes there and answers back."""
+
+    def __init__(self, port: int, seconds: float = 10) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), seconds)
+        self._file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        """All of it, or as much as the server takes before it closes: its answer tells."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.socket.sendall(data)
+
+    def reply(self, *, head: bool = False) -> Reply:
+        """The next answer; head: to a HEAD request, which has no body. Raises ConnectionError where there is none."""
+        line = self._file.readline()
+        if not line:
+            raise ConnectionError("closed without an answer")
+        headers = {name.lower(): value for name, value in parse_headers(self._file).items()}
+        status = int(line.split()[1])
+        length = 0 if head or status == 100 else int(headers["content-length"])
+        body = self._file.read(length)
+        assert len(body) == length
+        return Reply(status, headers, body)
+
+    def closed(self) -> bool:
+        """Wait for the server's end of the connection; False if more comes instead."""
+        try:
+            return self._file.read(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def http(
+    method: str, path: str, body: bytes | dict[str, Any] | None = None, headers: dict[str, object] | None = None
+) -> bytes:
+    """A request's bytes; Content-Length is added where there is a body and no other word on its length."""
+    content = json.dumps(body).encode() if isinstance(body, dict) else body or b""
+    told = {"Host": "test", **(headers or {})}
+    if body is not None and not {"content-length", "transfer-encoding"} & {name.lower() for name in told}:
+        told["Content-Length"] = len(content)
+    head = "".join(f"{name}: {value}\r\n" for name, value in told.items())
+    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + content
+
+
+def images(count: int = 1, seed: int = 0) -> NDArray[np.float32]:
+    """Random images that BUNDLE's network takes."""
+    return np.random.default_rng(seed).random((count, 1, 8, 8), np.float32)
+
+
+def request(x: NDArray[np.float32], **entries: Any) -> dict[str, Any]:
+    """An inference request in JSON; entries: further ones of the request."""
+    tensor = {"name": "images", "datatype": "FP32", "shape": list(x.shape), "data": x.ravel().tolist()}
+    return {"inputs": [tensor], **entries}
+
+
+def eventually(condition: Any, seconds: float = 10) -> bool:
+    """Whether it becomes true in this time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return bool(condition())
