@@ -89,6 +89,8 @@ def test_validation_needs_the_extra_cpu_and_no_other(environment: Path, bundle: 
         ".runtime",
         ".prediction",
         ".recipe",
+        ".serving.deploy.kserve",
+        ".serving.deploy.triton",
         ".data",
         ".cli",
         ".validation.gate",

@@ -88,9 +88,9 @@ def triton(bundles: tuple[Path, ...], out: Path, precision: str, backend: str, g
 def kserve(as_json: bool, bundles: tuple[Path, ...], precision: str, **options: Any) -> None:
     """Write KServe resources: one InferenceService a bundle and precision, and the ServingRuntime they use.
 
-    With --runtime triton, URI is where you put what `mpdsgr deploy triton` wrote of the same bundles; with --runtime
-    mpdsgr it is where the bundles themselves lie, each under its directory's name. It is a place that KServe reads,
-    such as s3://BUCKET/PATH, gs://BUCKET/PATH or pvc://CLAIM/PATH. KServe 0.16 or newer.
+    With --runtime triton, URI is where you put what `mpdsgr deploy triton` wrote of the same bundles, with the same
+    --gpus; with --runtime mpdsgr it is where the bundles themselves lie, each under its directory's name. It is a place
+    that KServe reads, such as s3://BUCKET/PATH, gs://BUCKET/PATH or pvc://CLAIM/PATH. KServe 0.16 or newer.
 
     \b
     Example:

@@ -22,8 +22,8 @@ class Chosen(NamedTuple):
 def choose_models(bundles: Sequence[Path], precisions: Sequence[str]) -> list[Chosen]:
     """Every precision of every bundle, named as its directory, with `-PRECISION` behind it but for fp32.
 
-    Raises InputError for no precision, for what is no bundle, for a precision it lacks, for a name that a URL does not take or that two
-    would have.
+    Raises InputError for no precision, for what is no bundle, for a precision it lacks, for a name that a URL does not
+    take or that two would have.
     """
     if not precisions:
         raise InputError("no precision was chosen; write for example --precision fp32,int8")

@@ -1,9 +1,9 @@
 """A Triton model repository from bundles.
 
-    NAME/config.pbtxt     what goes in and out, batches, devices
-    NAME/labels.txt       for Triton's classification extension
-    NAME/warmup/          a golden image, which every instance answers before the model is ready
-    NAME/1/model.onnx     or model.plan, or one plan a compute capability
+NAME/config.pbtxt     what goes in and out, batches, devices
+NAME/labels.txt       for Triton's classification extension
+NAME/warmup/          a golden image, which every instance answers before the model is ready
+NAME/1/model.onnx     or model.plan, or one plan a compute capability
 """
 
 import shutil
@@ -120,7 +120,9 @@ def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
     built = [p for p in bundle.prepared("tensorrt", precision) if p.model_sha256 == sha and p.batch and p.file]
     fitting = [p for p in built if {"gpu", "compute_capability", "tensorrt"} <= set(p.machine)]
     if not fitting:
-        raise InputError(f"{bundle.path} holds no TensorRT engine of {precision}; on the GPU that will serve: {command}")
+        raise InputError(
+            f"{bundle.path} holds no TensorRT engine of {precision}; on the GPU that will serve: {command}"
+        )
     newest = max((p.machine["tensorrt"] for p in fitting), key=_version)
     older = {p.machine["tensorrt"] for p in fitting} - {newest}
     if older:

@@ -1,0 +1,346 @@
+"""A Triton model repository: what is in it, what is refused, and a real tritonserver that loads it as it is."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from conftest import assert_input_error, mpdsgr_here, small_recipe
+from google.protobuf import text_format
+from triton_server import Triton, environment, tritonserver
+from tritonclient.grpc import model_config_pb2
+from tritonclient.utils import InferenceServerException
+
+from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.export import export
+from mpdsgr_deploy.files import sha256
+from mpdsgr_deploy.runtime import NoiseSource, open_predictor
+from mpdsgr_deploy.serving.deploy.models import choose_models
+from mpdsgr_deploy.serving.deploy.triton import SUMS, write_repository
+from mpdsgr_deploy.serving.deploy.triton_config import CONFIG, problems
+from mpdsgr_deploy.training import train
+
+CLIENTS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
+PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+
+
+@pytest.fixture(scope="module")
+def poisson(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A network that draws noise."""
+    out = tmp_path_factory.mktemp("poisson")
+    train(small_recipe(encoding={"name": "poisson"}, training={"epochs": 1}), out / "run")
+    export(out / "run", out / "noisy", limit=20)
+    return open_bundle(out / "noisy")
+
+
+@pytest.fixture(scope="module")
+def repository(precise: Bundle, poisson: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written by the command: every precision of one bundle, and the network that draws noise."""
+    out = tmp_path_factory.mktemp("deployed") / "repository"
+    write_repository([*choose_models([precise.path], PRECISIONS), *choose_models([poisson.path], ["fp32"])], out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def triton(repository: Path, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    assert pytestconfig.cache is not None
+    env = environment(pytestconfig.cache.mkdir("triton"))
+    with tritonserver(env, repository, tmp_path_factory.mktemp("triton") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def images(precise: Bundle) -> np.ndarray:
+    return load_test(precise.manifest.recipe.data)[:128].unit()
+
+
+def ask(triton: Triton, protocol: str, model: str, feeds: dict[str, np.ndarray], classes: int = 0) -> np.ndarray:
+    """The logits, or the best classes as strings, that the stock client gets."""
+    library = CLIENTS[protocol]
+    inputs = [library.InferInput(name, x.shape, "FP32") for name, x in feeds.items()]
+    for tensor, x in zip(inputs, feeds.values(), strict=True):
+        tensor.set_data_from_numpy(x)
+    with library.InferenceServerClient(getattr(triton, protocol)) as client:
+        wanted = library.InferRequestedOutput("logits", class_count=classes)
+        return client.infer(model, inputs, outputs=[wanted]).as_numpy("logits")
+
+
+@pytest.mark.parametrize("protocol", CLIENTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_triton_answers_as_the_predictor_here(
+    triton: Triton, precise: Bundle, images: np.ndarray, precision: str, protocol: str
+) -> None:
+    name = "precise" if precision == "fp32" else f"precise-{precision}"
+    with open_predictor(precise, precision=precision) as predictor:
+        expected = predictor(images)
+    for batch in (1, 7, 128):
+        logits = ask(triton, protocol, name, {"images": images[:batch]})
+        np.testing.assert_allclose(logits, expected[:batch], atol=1e-5)
+
+
+def test_triton_classifies_with_our_labels(triton: Triton, precise: Bundle, images: np.ndarray) -> None:
+    with open_predictor(precise, precision="int8") as predictor:
+        logits = predictor(images[:5])
+    labels = precise.manifest.labels
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :3]
+    found = ask(triton, "http", "precise-int8", {"images": images[:5]}, classes=3)
+    assert found.shape == (5, 3)
+    for row, answers in enumerate(found):
+        values, indices, names = zip(*(answer.decode().split(":", 2) for answer in answers), strict=True)
+        np.testing.assert_allclose(np.array(values, np.float32), logits[row, best[row]], atol=1e-5)
+        assert list(names) == [labels[int(k)] for k in indices]
+        assert int(indices[0]) == best[row, 0]
+
+
+def test_triton_takes_the_noise_of_a_stochastic_network(triton: Triton, poisson: Bundle, images: np.ndarray) -> None:
+    x = images[:9]
+    with open_predictor(poisson) as predictor:
+        expected = predictor(x)
+    noise = NoiseSource(poisson.manifest.noise, poisson.manifest.recipe.validation.seed)
+    np.testing.assert_allclose(ask(triton, "grpc", "noisy", {"images": x, **noise(x)}), expected, atol=1e-5)
+
+
+def test_triton_says_what_was_written_and_keeps_its_bounds(triton: Triton, repository: Path) -> None:
+    with tritonclient.http.InferenceServerClient(triton.http) as client:
+        config = client.get_model_config("precise-int8")
+        statistics = client.get_inference_statistics("precise-int8")["model_stats"][0]
+    assert config["parameters"]["precision"] == {"string_value": "int8"}
+    assert [sample["batch_size"] for sample in config["model_warmup"]] == [1]
+    assert statistics["name"] == "precise-int8"
+    with pytest.raises(InferenceServerException, match="batch-size must be <= 128"):
+        ask(triton, "http", "precise-int8", {"images": np.zeros((129, 1, 8, 8), np.float32)})
+    with pytest.raises(InferenceServerException, match="unexpected shape"):
+        ask(triton, "http", "precise-int8", {"images": np.zeros((1, 1, 8, 9), np.float32)})
+    sums = subprocess.run(["sha256sum", "-c", SUMS], cwd=repository, capture_output=True, text=True, check=False)
+    assert sums.returncode == 0, sums.stdout + sums.stderr  # the server loaded it unmodified
+
+
+def test_what_the_command_writes_and_says(precise: Bundle, poisson: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "repository"
+    done = mpdsgr_here("deploy", "triton", precise.path, poisson.path, "--out", out)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["precise: fp32, ONNX, batches to 128", "noisy: fp32, ONNX, batches to 128"]
+    assert lines[2] == "  clients must also send uniform_0 FP32 [B, 3, 1, 8, 8] of U[0, 1)"
+    assert f"-v {out}:/models:ro" in lines[3]
+    done = mpdsgr_here("deploy", "triton", precise.path, "--precision", "int8", "--gpus", 2, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    assert model == {"name": "precise-int8", "precision": "int8", "largest": 128, "engines": {}, "noise": []}
+    assert sorted(p.name for p in out.iterdir()) == [SUMS, "precise-int8"]  # what was there before is gone
+    assert sha256(out / "precise-int8" / "1" / "model.onnx") == precise.model_sha256("int8")
+    config = text_format.Parse((out / "precise-int8" / CONFIG).read_text(), model_config_pb2.ModelConfig())
+    assert [config.instance_group[0].kind, *config.instance_group[0].gpus] == [
+        model_config_pb2.ModelInstanceGroup.KIND_GPU,
+        0,
+        1,
+    ]
+    assert config.dynamic_batching.ByteSize() == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["repository"]
+
+
+def test_a_gpu_gets_float16_as_exported_and_a_cpu_with_its_roundings_written_down(
+    precise: Bundle, tmp_path: Path
+) -> None:
+    models = choose_models([precise.path], ["fp16"])
+    write_repository(models, tmp_path / "gpu", gpus=1)
+    assert sha256(tmp_path / "gpu" / "precise-fp16" / "1" / "model.onnx") == precise.model_sha256("fp16")
+    write_repository(models, tmp_path / "cpu")
+    kinds = {i.data_type for i in onnx.load(tmp_path / "cpu" / "precise-fp16" / "1" / "model.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 not in kinds
+
+
+BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
+    "not protobuf": (lambda text: text + "}", "not a model configuration"),
+    "an unknown field": (lambda text: text + "max_batch: 3", "no field named"),
+    "name": (lambda text: text.replace('name: "precise-int8"', 'name: "other"'), "not that of its directory"),
+    "platform": (lambda text: text.replace("onnxruntime_onnx", "onnxruntime"), "platform 'onnxruntime' is none of"),
+    "no file": (lambda text: text + 'default_model_filename: "m.onnx"', "there is no file 1/m.onnx"),
+    "a path": (lambda text: text + 'default_model_filename: "../config.pbtxt"', "there is no file 1/../config.pbtxt"),
+    "capability of ONNX": (lambda text: text + 'cc_model_filenames {key: "9.0" value: "model.onnx"}', "engines only"),
+    "input name": (lambda text: text.replace('"images"', '"image"', 1), "the network has no input 'image'"),
+    "missing input": (lambda text: text.replace('"images"', '"image"', 1), "input 'images' of the network is missing"),
+    "input type": (lambda text: text.replace("TYPE_FP32", "TYPE_UINT8", 1), "input images TYPE_UINT8 [1, 8, 8] is"),
+    "input dims": (lambda text: text.replace("dims: 8", "dims: 9", 1), "images TYPE_FP32 [1, 9, 8] is"),
+    "negative dims": (lambda text: text.replace("dims: 8", "dims: -2", 1), "dimension -2 is below -1"),
+    "output dims": (lambda text: text.replace("dims: 10", "dims: 9"), "labels.txt has 10 labels for 9 logits"),
+    "an output twice": (
+        lambda text: text + 'output { name: "logits" data_type: TYPE_FP32 dims: 10 label_filename: "labels.txt" }',
+        "output 'logits' is there 2 times",
+    ),
+    "no labels": (lambda text: text.replace("labels.txt", "names.txt"), "output logits has no file of labels"),
+    "no batch": (lambda text: text.replace("max_batch_size: 128", ""), "max_batch_size 0 is not at least 1"),
+    "no batching": (lambda text: text.replace("dynamic_batching {\n}", ""), "dynamic_batching is missing"),
+    "preferred": (
+        lambda text: text.replace("dynamic_batching {", "dynamic_batching { preferred_batch_size: 129"),
+        "preferred batch 129 is not in 1 to 128",
+    ),
+    "a queue policy": (
+        lambda text: text.replace(
+            "dynamic_batching {", "dynamic_batching { default_queue_policy { max_queue_size: 9 }"
+        ),
+        "dynamic_batching.default_queue_policy must not be set",
+    ),
+    "no instances": (lambda text: text.replace("count: 1", "count: 0"), "count 0 is not at least 1"),
+    "gpus of a CPU": (lambda text: text.replace("count: 1", "count: 1 gpus: 0"), "has gpus, but not KIND_GPU"),
+    "a gpu twice": (lambda text: text.replace("KIND_CPU", "KIND_GPU gpus: 1 gpus: 1"), "gpus [1, 1] are not different"),
+    "another kind": (lambda text: text.replace("KIND_CPU", "KIND_MODEL"), "neither KIND_CPU nor KIND_GPU"),
+    "warm-up batch": (lambda text: text.replace("batch_size: 1\n", "batch_size: 200\n"), "warm-up batch 200 is not in"),
+    "warm-up input": (lambda text: text.replace('key: "images"', 'key: "image"'), "does not have the network's inputs"),
+    "warm-up file": (lambda text: text.replace('_file: "images"', '_file: "x"'), "there is no file warmup/x of 256"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_configurations_are_found(what: str, repository: Path) -> None:
+    directory = repository / "precise-int8"
+    network, text = onnx.load(directory / "1" / "model.onnx"), (directory / CONFIG).read_text()
+    assert problems(text, directory, network) == []
+    edit, expected = BROKEN[what]
+    assert edit(text) != text
+    found = problems(edit(text), directory, network)
+    assert any(expected in problem for problem in found), found
+
+
+def test_a_network_with_a_fixed_batch_or_an_open_dimension_is_found(repository: Path) -> None:
+    directory = repository / "precise-int8"
+    network, text = onnx.load(directory / "1" / "model.onnx"), (directory / CONFIG).read_text()
+    dims = network.graph.input[0].type.tensor_type.shape.dim
+    dims[0].dim_value = 128
+    assert problems(text, directory, network) == ["images takes batches of 128 only"]
+    dims[0].dim_param, dims[3].dim_param = "batch", "width"
+    assert "images TYPE_FP32 [1, 8, 0] in the network" in problems(text, directory, network)[0]
+
+
+@pytest.fixture
+def built(precise: Bundle, tmp_path: Path) -> "Engines":
+    return Engines(shutil.copytree(precise.path, tmp_path / "net"))
+
+
+class Engines:
+    """A bundle to which engines can be added: made-up bytes, since nothing here runs them."""
+
+    def __init__(self, path: Path) -> None:
+        self.bundle = open_bundle(path)
+
+    def add(self, gpu: str, capability: str, batch: tuple[int, int, int], tensorrt: str = "10.16.1") -> bytes:
+        content = hashlib.sha256(f"{gpu} {batch} {tensorrt}".encode()).digest()
+        machine = {"gpu": gpu, "compute_capability": capability, "tensorrt": tensorrt}
+        sha = self.bundle.model_sha256("int8")
+        engine = Prepared(backend="tensorrt", precision="int8", model_sha256=sha, machine=machine, batch=batch)
+        self.bundle = self.bundle.add(engine, content)
+        return content
+
+    def deploy(self, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
+        command = ("deploy", "triton", self.bundle.path, "--precision", "int8", "--backend", "tensorrt")
+        return mpdsgr_here(*command, "--out", out, *options)
+
+
+def read(directory: Path) -> model_config_pb2.ModelConfig:
+    return text_format.Parse((directory / CONFIG).read_text(), model_config_pb2.ModelConfig())
+
+
+def test_an_engine_keeps_its_batch_profile(built: Engines, tmp_path: Path) -> None:
+    built.add("NVIDIA H100", "9.0", (8, 16, 256))
+    engine = built.add("NVIDIA H100", "9.0", (1, 16, 64))  # takes single images, so it is preferred
+    done = built.deploy(tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("net-int8: int8, TensorRT 10.16.1 for 9.0, batches to 64\n")
+    config = read(tmp_path / "out" / "net-int8")
+    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 64)
+    assert list(config.dynamic_batching.preferred_batch_size) == [16, 64]
+    assert list(config.instance_group[0].gpus) == [0]
+    assert [sample.batch_size for sample in config.model_warmup] == [1, 16]
+    assert (tmp_path / "out" / "net-int8" / "1" / "model.plan").read_bytes() == engine
+    assert not config.cc_model_filenames
+
+
+def test_engines_of_several_gpus_go_by_compute_capability(built: Engines, tmp_path: Path) -> None:
+    wanted = {"8.0": built.add("NVIDIA A100", "8.0", (1, 32, 64)), "9.0": built.add("NVIDIA H100", "9.0", (1, 16, 128))}
+    built.add("NVIDIA L4", "8.9", (1, 16, 128), tensorrt="10.9.0")  # older than 10.16: a server has one TensorRT
+    done = built.deploy(tmp_path / "out", "--gpus", 4)
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "out" / "net-int8"
+    config = read(directory)
+    found = {key: (directory / "1" / name).read_bytes() for key, name in config.cc_model_filenames.items()}
+    assert found == wanted
+    assert config.max_batch_size == 64
+    assert list(config.dynamic_batching.preferred_batch_size) == [16, 64]
+    assert list(config.instance_group[0].gpus) == [0, 1, 2, 3]
+    (directory / "1" / "model-9.0.plan").unlink()
+    network = onnx.load(built.bundle.variant("int8"))
+    assert problems((directory / CONFIG).read_text(), directory, network) == ["there is no file 1/model-9.0.plan"]
+
+
+def test_engines_that_triton_cannot_serve_are_refused(built: Engines, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_input_error(built.deploy(out), "holds no TensorRT engine of int8", "mpdsgr build", "--backend tensorrt")
+    built.add("NVIDIA H100", "9.0", (8, 16, 64))
+    assert_input_error(built.deploy(out), "takes no batch below 8", "--batch 1,16,64")
+    assert_input_error(built.deploy(out, "--gpus", 0), "runs on a GPU only", "--gpus")
+    built.add("NVIDIA H200", "9.0", (1, 16, 64))
+    assert_input_error(built.deploy(out), "NVIDIA H100 and NVIDIA H200", "9.0")
+    assert not out.exists()
+
+
+def test_onnx_takes_as_large_batches_as_the_engine_does(built: Engines, tmp_path: Path) -> None:
+    built.add("NVIDIA H100", "9.0", (1, 16, 48))
+    write_repository(choose_models([built.bundle.path], ["fp32", "int8"]), tmp_path / "out")
+    assert read(tmp_path / "out" / "net-int8").max_batch_size == 48
+    assert read(tmp_path / "out" / "net").max_batch_size == 128
+
+
+def test_only_our_own_unchanged_files_are_replaced(precise: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.md").write_text("mine")
+    command = ("deploy", "triton", precise.path, "--out", out)
+    assert_input_error(mpdsgr_here(*command), "not a Triton model repository of ours")
+    (out / "notes.md").unlink()
+    assert mpdsgr_here(*command).returncode == 0
+    (out / "precise" / "notes.md").write_text("mine")
+    assert_input_error(mpdsgr_here(*command), "holds precise/notes.md, which this command did not write")
+    (out / "precise" / "notes.md").unlink()
+    text = (out / "precise" / CONFIG).read_text()
+    (out / "precise" / CONFIG).write_text(text.replace("128", "32"))
+    assert_input_error(mpdsgr_here(*command), "config.pbtxt was changed since")
+    (out / "precise" / CONFIG).write_text(text)
+    assert mpdsgr_here(*command).returncode == 0
+
+
+def test_a_failure_leaves_the_old_repository(precise: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    models = choose_models([precise.path], ["fp32", "int8"])
+    write_repository(models[:1], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    bundle = shutil.copytree(precise.path, tmp_path / "short")
+    broken = choose_models([bundle], ["fp32"])
+    (bundle / "model.fp32.onnx").unlink()  # after the bundle was opened and verified
+    with pytest.raises(InputError, match="cannot write Triton model repository"):
+        write_repository([*models, *broken], out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "short"]
+
+
+def test_wrong_choices_are_one_line(precise: Bundle, tmp_path: Path) -> None:
+    def deploy(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return mpdsgr_here("deploy", "triton", *arguments, "--out", tmp_path / "out")
+
+    twin = shutil.copytree(precise.path, tmp_path / "twin" / "precise")
+    odd = shutil.copytree(precise.path, tmp_path / "my net")
+    assert_input_error(deploy(precise.path, twin), "two models would be called 'precise'", "rename")
+    assert_input_error(deploy(odd), "'my net' cannot name a model", "rename")
+    assert_input_error(deploy(precise.path, "--precision", "int4"), "no precision 'int4'", "int8")
+    assert_input_error(deploy(precise.path, "--precision", ","), "no precision was chosen")
+    assert_input_error(deploy(precise.path, "--backend", "tensorrt-rtx"), "unknown backend", "did you mean 'tensorrt'?")
+    assert_input_error(deploy(tmp_path), "is not a bundle")
+    assert not (tmp_path / "out").exists()
