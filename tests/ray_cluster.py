@@ -50,7 +50,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
 
 
 class Cluster:
-    """Two nodes with a CPU each, for the length of a with block. http: ports of the nodes' proxies, the first node's first."""
+    """Two nodes with a CPU each, for the length of a with block. http: the ports of their proxies."""
 
     def __init__(self) -> None:
         self.http = free_ports(2)
@@ -77,8 +77,8 @@ class Cluster:
         environment = {
             MARK: self._mark,
             "OMP_NUM_THREADS": "1",
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-            "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # not 30
+            "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # not 3
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(self.http[1]),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),

@@ -1,5 +1,6 @@
 """A Ray Serve config fits Ray's schema, and a real cluster of two nodes serves by it when a replica is killed."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 import tritonclient.http
 import yaml
-from conftest import assert_input_error, mpdsgr_here
+from conftest import assert_input_error, mpdsgr_here, perturbed
 from ray_cluster import Cluster, until
 from served import BUNDLE
 
 from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.serving.deploy.ray import Arguments
 
 # what ray 2.60 uses of pydantic is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
@@ -82,6 +85,21 @@ def test_a_fixed_number_of_replicas_is_not_scaled(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(arguments: list[str], told: str, tmp_path: Path) -> None:
     assert_input_error(deploy(tmp_path / "out", BUNDLE, *arguments), told)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_replica_takes_no_other_bundle_than_was_deployed(tmp_path: Path) -> None:
+    from mpdsgr_deploy.serving.ray_app import started
+
+    place = shutil.copytree(BUNDLE, tmp_path / "digits")
+    (application,) = config(tmp_path / "out", place).applications
+    arguments = Arguments.model_validate(application.args)
+    server = asyncio.run(started(arguments))
+    assert server.ready
+    perturbed(open_bundle(BUNDLE), tmp_path / "other")
+    shutil.rmtree(place)
+    (tmp_path / "other").rename(place)
+    with pytest.raises(InputError, match="not the bundle that was deployed"):
+        asyncio.run(started(arguments))
 
 
 class Load:

@@ -35,20 +35,29 @@ class Application:
         await self._http(scope, receive, send_without_id)
 
 
+async def started(arguments: Arguments) -> Server:
+    """A server with its models loaded. Raises MpdsgrError if one cannot serve, or is not that of the config."""
+    keys = None if arguments.api_key_file is None else Path(arguments.api_key_file)
+    models = [f"{network.name}={network.bundle}@{network.precision}" for network in arguments.networks]
+    server = Server(models, arguments.settings, backend=arguments.backend, keys=keys)
+    await server.start()
+    for network in arguments.networks:
+        if server.repository.model(network.name).digest != network.digest:
+            await server.close()
+            raise InputError(
+                f"{network.bundle} is not the bundle that was deployed; copy it to this node, or deploy it"
+            )
+    return server
+
+
 @serve.deployment(name=DEPLOYMENT)
 @serve.ingress()
 class Replica:
-    """One server. Its start raises MpdsgrError, which Ray shows as the reason, if a model cannot serve."""
+    """One server. An error of its start is what Ray shows of a deployment that fails."""
 
-    async def __init__(self, arguments: Arguments) -> None:
+    async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
         log_json()
-        keys = None if arguments.api_key_file is None else Path(arguments.api_key_file)
-        models = [f"{network.name}={network.bundle}@{network.precision}" for network in arguments.networks]
-        self._server = Server(models, arguments.settings, backend=arguments.backend, keys=keys)
-        await self._server.start()  # here, not in the application's lifespan: Ray would hide why that failed
-        for network in arguments.networks:
-            if self._server.repository.model(network.name).digest != network.digest:
-                raise InputError(f"{network.bundle} is another bundle here than the one this config was written for")
+        self._server = await started(arguments)  # not in the application's lifespan: Ray hides why that fails
 
     def __serve_build_asgi_app__(self) -> Application:
         return Application(self._server)
