@@ -64,8 +64,9 @@ class Cluster:
         dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self._dashboard}"]
         try:
             self._start(0, "--head", *first, *dashboard)
-            until(lambda: urlopen(f"http://127.0.0.1:{self._dashboard}/api/version", timeout=5), "the first node")
+            until(lambda: socket.create_connection(("127.0.0.2", self._gcs)).close() is None, "the first node")
             self._start(1, f"--address=127.0.0.2:{self._gcs}")
+            until(lambda: self._nodes_alive() == 2, "the second node")
         except BaseException:
             self.__exit__()
             raise
@@ -103,6 +104,10 @@ class Cluster:
         environment = {**os.environ, MARK: self._mark}
         done = subprocess.run([*command, *address], env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def _nodes_alive(self) -> int:
+        with urlopen(f"http://127.0.0.1:{self._dashboard}/api/v0/nodes", timeout=5) as answer:
+            return sum(node["state"] == "ALIVE" for node in json.load(answer)["data"]["result"]["result"])
 
     def application(self) -> dict[str, Any]:
         """The one that is deployed, as Ray tells."""

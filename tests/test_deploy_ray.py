@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,22 @@ def test_a_fixed_number_of_replicas_is_not_scaled(tmp_path: Path) -> None:
     (application,) = config(tmp_path / "out", BUNDLE, "--replicas", "3").applications
     (server,) = application.deployments
     assert (server.num_replicas, application.args["backend"]) == (3, "onnxruntime-cpu")
+
+
+def test_the_readme_writes_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "serve" / "ray" / "README.md").read_text()
+    (line,) = re.findall(r"^    mpdsgr (deploy ray .*)", readme, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BUNDLE, "bundles/digits")
+    Path("keys.txt").write_text(KEY)
+    done = mpdsgr_here(*line.split())
+    assert done.returncode == 0, done.stderr
+    (application,) = yaml.safe_load(Path("ray/serve.yaml").read_text())["applications"]
+    (network,) = application["args"]["networks"]
+    assert (network["bundle"], application["args"]["api_key_file"]) == (  # as every node needs them
+        str(tmp_path / "bundles" / "digits"),
+        str(tmp_path / "keys.txt"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,10 +218,14 @@ def serves_on_both_nodes(cluster: Cluster) -> None:
         assert get(port, "/v2/models/none", authorization=f"Bearer {KEY}")[0] == 404
         with client(port) as asking:
             np.testing.assert_allclose(logits(asking, x), wanted, rtol=0, atol=1e-5)
-    # each replica's own metrics, told apart by when its process started
-    metrics = [get(cluster.http[0], "/metrics", authorization=f"Bearer {KEY}")[2] for _ in range(20)]
-    starts = {line for text in metrics for line in text.splitlines() if line.startswith("process_start_time_seconds")}
-    assert len(starts) == 2
+    until(lambda: len({started_at(cluster.http[0]) for _ in range(10)}) == 2, "answers of both replicas", 30)
+
+
+def started_at(port: int) -> str:
+    """When the replica that answers was started, by its own metrics: another moment for each."""
+    text = get(port, "/metrics", authorization=f"Bearer {KEY}")[2]
+    (line,) = re.findall(r"^process_start_time_seconds .*", text, re.MULTILINE)
+    return line
 
 
 def loses_nothing_but_what_a_killed_replica_held(cluster: Cluster) -> None:
@@ -216,9 +237,9 @@ def loses_nothing_but_what_a_killed_replica_held(cluster: Cluster) -> None:
         until(lambda: len(cluster.replicas().keys() - {victim}) == 2, "another replica")
         answered = load.outcomes["right"]
         until(lambda: load.outcomes["right"] > answered + 100, "answers by both")
-    print(load.outcomes)
     assert load.outcomes["wrong"] == 0, load.outcomes
-    assert load.failed <= CLIENTS, load.outcomes  # no more than were on their way when it died
+    # the other one is asked anew; what is lost without that is all that it held, half of the clients' requests
+    assert load.failed <= 1, load.outcomes
 
 
 def refuses_a_bad_bundle(cluster: Cluster, config: Path, network: Path) -> None:
@@ -229,5 +250,4 @@ def refuses_a_bad_bundle(cluster: Cluster, config: Path, network: Path) -> None:
     (deployment,) = cluster.application()["deployments"].values()
     assert f"InputError: {network} does not match its hash" in deployment["message"]
     assert len(cluster.replicas()) == 1  # of the good bundle
-    print(load.outcomes)
     assert set(load.outcomes) == {"right"}, load.outcomes

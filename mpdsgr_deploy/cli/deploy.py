@@ -30,6 +30,7 @@ def command() -> None:
     Example:
       mpdsgr deploy triton bundles/digits --out triton
       mpdsgr deploy kserve bundles/digits --out kserve --storage-uri s3://models/triton
+      mpdsgr deploy ray bundles/digits --replicas 2 --out ray
     """
 
 

@@ -45,7 +45,7 @@ async def started(arguments: Arguments) -> Server:
         if server.repository.model(network.name).digest != network.digest:
             await server.close()
             raise InputError(
-                f"{network.bundle} is not the bundle that was deployed; copy it to this node, or deploy it"
+                f"{network.bundle} is not the bundle that was deployed; copy that here, or write a config anew"
             )
     return server
 
