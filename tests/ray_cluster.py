@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -30,12 +31,13 @@ NODE = [
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Ports that nobody listens on now, and that neither Linux nor Ray hands out to whoever asks for any port."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20000, 30000)
+        with suppress(OSError), socket.create_server(("", port)):
+            found += [port] if port not in found else []
+    return found
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
@@ -140,6 +142,9 @@ class Cluster:
             node.wait(60)
 
     def __exit__(self, *exception: object) -> None:
+        if any(exception):
+            for log in sorted(self._place.glob("ray/session_latest/logs/serve/*.log")):
+                print(f"--- {log.name}", log.read_text()[-4000:], sep="\n")
         for pid in self.processes():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
