@@ -18,6 +18,7 @@ bench: install
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/inference.py
 	.venv/bin/python benchmarks/attack.py
+	.venv/bin/python benchmarks/serving.py
 
 install: $(STAMP)
 

@@ -23,11 +23,16 @@ class RefusedError(Exception):
     """A request that the server answers with 400."""
 
 
+class _Listening(ThreadingHTTPServer):
+    request_queue_size = 512  # the standard library's 5 lets connections wait a second to be tried again
+
+
 class OipServer:
     """Serves for the length of a with block. `times`: when each inference request came, on the monotonic clock.
 
     inputs: [name, shape without the batch] of what the predictor takes, images first. binary: with the extension.
-    most: images a request. meddle: called with the handler and the number of each inference request, from 0; if it
+    datatype: of all of them, FP32 or UINT8. most: images a request. metrics: makes the page of that name. key: what
+    every request must bear. meddle: called with the handler and the number of each inference request, from 0; if it
     returns True it has answered.
     """
 
@@ -37,14 +42,18 @@ class OipServer:
         inputs: dict[str, tuple[int, ...]],
         *,
         binary: bool = True,
+        datatype: str = "FP32",
         most: int = 1000,
+        metrics: Callable[[], str] | None = None,
+        key: str | None = None,
         port: int = 0,
         meddle: Callable[["Handler", int], bool | None] = lambda handler, number: None,
     ) -> None:
         self.network, self.inputs, self.binary, self.most, self.meddle = network, inputs, binary, most, meddle
+        self.datatype, self.metrics, self.key = datatype, metrics, key
         self.times: list[float] = []
         self.extensions = ["binary_tensor_data"] if binary else []
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"oip": self}))
+        self._http = _Listening(("127.0.0.1", port), type("Bound", (Handler,), {"oip": self}))
         self._http.daemon_threads, self._http.block_on_close = True, False
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v2/models/net"
@@ -75,12 +84,21 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         """Silence."""
 
+    def stranger(self) -> bool:
+        """Whether the request bears another key than it must; then it has been answered."""
+        if self.oip.key is None or self.headers["Authorization"] == f"Bearer {self.oip.key}":
+            return False
+        self.answer(401, {"error": "who are you?"})
+        return True
+
     def do_GET(self) -> None:
         oip = self.oip
+        if self.stranger():
+            return
         described = {
             "name": "net",
             "platform": "onnx",
-            "inputs": [{"name": n, "datatype": "FP32", "shape": [-1, *s]} for n, s in oip.inputs.items()],
+            "inputs": [{"name": n, "datatype": oip.datatype, "shape": [-1, *s]} for n, s in oip.inputs.items()],
             "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 10]}],
         }
         known = {
@@ -90,10 +108,17 @@ class Handler(BaseHTTPRequestHandler):
             "/v2/models/net": described,
             "/v2/models/net/ready": {"ready": True},
         }
-        self.answer(200, known[self.path]) if self.path in known else self.answer(404, {"error": "no such thing"})
+        if self.path == "/metrics" and oip.metrics is not None:
+            self.answer(200, None, oip.metrics().encode())
+        elif self.path in known:
+            self.answer(200, known[self.path])
+        else:
+            self.answer(404, {"error": "no such thing"})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.stranger():
+            return None
         if self.path != "/v2/models/net/infer":
             return self.answer(404, {"error": "no such model"})
         self.oip.times.append(time.monotonic())
@@ -113,18 +138,19 @@ class Handler(BaseHTTPRequestHandler):
         place = len(body) if header is None else int(header)
         request = json.loads(body[:place])
         found = {}
+        dtype = np.dtype("u1" if self.oip.datatype == "UINT8" else "<f4")
         for entry in request["inputs"]:
             shape, size = entry["shape"], entry.get("parameters", {}).get("binary_data_size")
-            if entry["datatype"] != "FP32" or shape[1:] != list(self.oip.inputs[entry["name"]]):
-                raise RefusedError(f"{entry['name']} is not FP32 {self.oip.inputs[entry['name']]}")
+            if entry["datatype"] != self.oip.datatype or shape[1:] != list(self.oip.inputs[entry["name"]]):
+                raise RefusedError(f"{entry['name']} is not {self.oip.datatype} {self.oip.inputs[entry['name']]}")
             if shape[0] > self.oip.most:
                 raise RefusedError(f"a batch of {shape[0]} is above {self.oip.most}")
             if size is None:
-                tensor = np.array(entry["data"], np.float32)
+                tensor = np.array(entry["data"], dtype)
             else:
-                if size != 4 * prod(shape) or len(body) < place + size:
+                if size != dtype.itemsize * prod(shape) or len(body) < place + size:
                     raise RefusedError(f"{size} bytes for shape {shape}")
-                tensor = np.frombuffer(body[place : place + size], "<f4")
+                tensor = np.frombuffer(body[place : place + size], dtype)
                 place += size
             found[entry["name"]] = tensor.reshape(shape)
         if header is not None and place != len(body):
@@ -151,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         self, status: int, content: Any, data: bytes | None = None, *, chunked: bool = False, **headers: str
     ) -> None:
         """JSON, and binary data behind it. headers: further ones, with _ for -."""
-        head = json.dumps(content).encode()
+        head = b"" if content is None else json.dumps(content).encode()
         body = head + (data or b"")
         self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream" if data else "application/json")

@@ -25,6 +25,7 @@ from urllib.request import urlopen
 import pytest
 
 PYTRITON = "0.7.0"
+PATIENCE = 90.0  # seconds; it needs two, but other tests may be running
 BACKEND = """
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _site(env: Path) -> Path:
 
 @contextmanager
 def tritonserver(env: Path, repository: Path, log: Path) -> Iterator[Triton]:
-    """A server that loaded every model of a repository; fails with its log if it does not within half a minute."""
+    """A server that loaded every model of a repository; fails with its log if it does not."""
     http, grpc = _free_ports(2)
     libraries = [_site(env) / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
     variables = {
@@ -119,9 +120,8 @@ def tritonserver(env: Path, repository: Path, log: Path) -> Iterator[Triton]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
     try:
-        for _ in range(300):
-            if process.poll() is not None or _ready(http):
-                break
+        end = time.monotonic() + PATIENCE
+        while process.poll() is None and not _ready(http) and time.monotonic() < end:
             time.sleep(0.1)
         assert process.poll() is None, log.read_text()
         assert _ready(http), log.read_text()

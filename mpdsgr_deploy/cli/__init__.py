@@ -19,8 +19,9 @@ COMMANDS = (
     "validate",
     "predict",
     "serve",
-    "inspect",
+    "bench",
     "deploy",
+    "inspect",
     "doctor",
     "recipes",
 )

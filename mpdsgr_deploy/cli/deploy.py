@@ -1,5 +1,6 @@
 """mpdsgr deploy: one subcommand an engine"""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def triton(bundles: tuple[Path, ...], out: Path, precision: str, backend: str, g
     count = gpus if gpus is not None else int(backend == "tensorrt")
     written = triton_files.write_repository(choose_models(bundles, _listed(precision)), out, backend, count)
     device = "--gpus all -e NVIDIA_TF32_OVERRIDE=0 " if count else ""  # TF32 would flip spikes
+    place = shlex.quote(str(out.resolve()))
     following = (
-        f"docker run --rm {device}-p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 -v {out.resolve()}:/models:ro "
+        f"docker run --rm {device}-p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 -v {place}:/models:ro "
         f"{triton_files.IMAGE} tritonserver --model-repository=/models"
     )
     if as_json:
@@ -106,7 +108,7 @@ def kserve(as_json: bool, bundles: tuple[Path, ...], precision: str, **options: 
         return
     for name in written:
         click.echo(out / name)
-    click.echo(f"resources in {out}; next: kubectl apply -f {out}")
+    click.echo(f"resources in {out}; next: kubectl apply -f {shlex.quote(str(out))}")
 
 
 @command.command("ray")

@@ -26,6 +26,29 @@ BINARY = "binary_tensor_data"  # the extension of that name
 HEADER = "Inference-Header-Content-Length"  # of JSON, in a body where binary tensors follow it
 
 
+class ModelUrl(NamedTuple):
+    """Where a model is served. port: None is that of the scheme; path: of the model; root: of the server, .../v2."""
+
+    tls: bool
+    host: str
+    port: int | None
+    path: str
+    root: str
+
+    @classmethod
+    def split(cls, url: str) -> "ModelUrl":
+        """The parts of http[s]://HOST:PORT/v2/models/NAME; raises InputError for a URL that is none of those."""
+        try:
+            parts = urlsplit(url)
+            host, port, path = parts.hostname, parts.port, MODEL_PATH.fullmatch(parts.path.rstrip("/"))
+        except ValueError:  # a port or an address that is none
+            host = port = path = None
+        unused = (parts.username, parts.query, parts.fragment) if path else ()
+        if host is None or path is None or any(unused) or parts.scheme not in ("http", "https"):
+            raise InputError(f"{url!r} names no model; write http://HOST:PORT/v2/models/NAME")
+        return cls(parts.scheme == "https", host, port, path[0], path[1])
+
+
 class RemoteModel:
     """The model behind `url` (http://HOST:PORT/v2/models/NAME), a Predictor for images [B, *shape].
 
@@ -63,7 +86,7 @@ class RemoteModel:
             kinds = {str(tensor["datatype"]) for tensor in inputs.values()}
             self._output = str(content["outputs"][0]["name"])
         except (KeyError, IndexError, TypeError, ValueError):
-            raise InputError(f"{self._url} does not describe a model of images: {_told(described.body)}") from None
+            raise InputError(f"{self._url} does not describe a model of images: {told(described.body)}") from None
         if kinds != {"FP32"}:
             raise InputError(f"{self._url} takes {', '.join(sorted(kinds))}; serve a network that takes FP32")
         if others:
@@ -135,7 +158,7 @@ class RemoteModel:
     def _refused(self, answer: "_Answer") -> InputError:
         if 300 <= answer.status < 400:
             return InputError(f"{self._url} redirects to {answer.location}; give the URL of the server itself")
-        return InputError(f"{self._url} answers {answer.status}: {_told(answer.body)}")
+        return InputError(f"{self._url} answers {answer.status}: {told(answer.body)}")
 
     def __enter__(self) -> Self:
         return self
@@ -158,19 +181,12 @@ class _Server:
     """Requests below a model's URL on one connection that is kept alive, at most `rate` of them a second."""
 
     def __init__(self, url: str, rate: float) -> None:
-        try:
-            parts = urlsplit(url)
-            host, port, path = parts.hostname, parts.port, MODEL_PATH.fullmatch(parts.path.rstrip("/"))
-        except ValueError:  # a port or an address that is none
-            host = port = path = None
-        unused = (parts.username, parts.query, parts.fragment) if path else ()
-        if host is None or path is None or any(unused) or parts.scheme not in ("http", "https"):
-            raise InputError(f"{url!r} names no model; write http://HOST:PORT/v2/models/NAME")
+        at = ModelUrl.split(url)
         if not rate > 0:
             raise InputError(f"a rate of {rate:g} requests a second never asks; give one above 0")
-        kind = HTTPConnection if parts.scheme == "http" else HTTPSConnection
-        self._connection = kind(host, port, timeout=TIMEOUT)
-        self._url, self._path, self._root, self._rate = url, path[0], path[1], rate
+        kind = HTTPSConnection if at.tls else HTTPConnection
+        self._connection = kind(at.host, at.port, timeout=TIMEOUT)
+        self._url, self._path, self._root, self._rate = url, at.path, at.root, rate
         self._next = 0.0  # when the next request may leave
 
     def has(self, extension: str) -> bool:
@@ -225,7 +241,7 @@ class _Server:
         self._connection.close()
 
 
-def _told(body: bytes) -> str:
+def told(body: bytes) -> str:
     """What a server says, short enough for one line."""
     return one_line(body.decode(errors="replace"))[:200] if body else "nothing"
 

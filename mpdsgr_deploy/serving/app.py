@@ -79,7 +79,8 @@ class Server:
         self.memory = Memory(self.limits.in_flight_bytes)
         self.other_codes: Counter[tuple[str, str]] = Counter()  # of requests that reached no model, by protocol, status
         self.connections = self.requests = 0  # open now; in work now
-        self.draining = False
+        self.draining = False  # it ends, and still answers
+        self.closing = False  # connections that are open get their last answer
         self._born = time.monotonic()
 
     async def start(self) -> None:

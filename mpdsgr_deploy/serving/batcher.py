@@ -106,21 +106,26 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            with self._ready:
-                while not self._turns and not self._closed:
-                    self._ready.wait()
-                if self._closed:
-                    return
-                lane = self._turns.popleft()
-                batch, dropped = lane.take()
-                if lane.jobs:
-                    self._turns.append(lane)
-            start = time.monotonic()
-            outcome = _computed(lane, batch) if batch else None
-            seconds = time.monotonic() - start
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(_deliver, lane, batch, dropped, outcome, start, seconds)
+        while self._step():  # between two steps nothing refers to a lane: its model may be one that was replaced
+            pass
+
+    def _step(self) -> bool:
+        """Wait for requests and compute a batch of them. False after `close`."""
+        with self._ready:
+            while not self._turns and not self._closed:
+                self._ready.wait()
+            if self._closed:
+                return False
+            lane = self._turns.popleft()
+            batch, dropped = lane.take()
+            if lane.jobs:
+                self._turns.append(lane)
+        start = time.monotonic()
+        outcome = _computed(lane, batch) if batch else None
+        seconds = time.monotonic() - start
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(_deliver, lane, batch, dropped, outcome, start, seconds)
+        return True
 
 
 def _computed(lane: Lane, batch: list[Job]) -> Outputs | Exception:

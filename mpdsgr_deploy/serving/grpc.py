@@ -52,7 +52,8 @@ class Grpc:
         try:
             found = inner.add_secure_port(where, _credentials(tls)) if tls else inner.add_insecure_port(where)
         except RuntimeError as error:
-            raise InputError(f"cannot listen on {where} for gRPC ({error}); choose another --grpc-port") from None
+            why = str(error).partition(";")[0]
+            raise InputError(f"cannot listen for gRPC: {why}; choose another --grpc-port") from None
         await inner.start()
         return cls(inner, found)
 
@@ -100,6 +101,8 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         server.requests += 1
         try:
             if name not in OPEN:
+                if server.closing:  # gRPC itself would cancel what it has not handed over when it stops
+                    raise Refused(Why.NOT_READY, "the server ends")
                 server.authorize(metadata.get("authorization", ""))
             with server.memory.share() as share:
                 share.take(request.ByteSize())

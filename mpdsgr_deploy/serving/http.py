@@ -148,7 +148,7 @@ class Http:
         what = "/".join(action)
         if what == "infer":
             _require(exchange.method, "POST")
-            return await self._infer(exchange, self.server.repository.model(name, version))
+            return await self._infer(exchange, name, version)
         if what not in ("", "ready", "config", "stats"):
             raise Refused(Why.NOT_FOUND, f"a model has no {what[:100]!r}")
         _require(exchange.method, "GET")
@@ -159,10 +159,11 @@ class Http:
             return _json({"name": name, "ready": True})
         return _json(model.config() if what == "config" else model.metadata())
 
-    async def _infer(self, exchange: Exchange, model: Model) -> Reply:
-        exchange.model = model
-        limits = self.server.limits
+    async def _infer(self, exchange: Exchange, name: str, version: str) -> Reply:
+        limits, repository = self.server.limits, self.server.repository
+        model = exchange.model = repository.model(name, version)
         body = await self._body(exchange, model.input.body_bytes)
+        model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
         request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()))
         with tracing.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.receive)

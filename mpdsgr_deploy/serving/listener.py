@@ -29,13 +29,15 @@ class Tls(NamedTuple):
 
     def check(self) -> None:
         """Raise InputError unless the files make a TLS server."""
+        files = f"{self.certificate} and {self.key}"
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate, self.key)
             if self.client_ca is not None:
+                files = str(self.client_ca)
                 context.load_verify_locations(self.client_ca)
         except (OSError, ssl.SSLError) as error:
-            raise InputError(f"no TLS with {self.certificate} and {self.key}: {error}") from None
+            raise InputError(f"no TLS with {files}: {error}") from None
 
     def options(self) -> dict[str, Any]:
         """As uvicorn takes them."""

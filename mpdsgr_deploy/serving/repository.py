@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from mpdsgr_deploy.bundle import MANIFEST
-from mpdsgr_deploy.errors import InputError, MpdsgrError
+from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.model import Model, Source
@@ -24,7 +24,7 @@ class Entry:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.model: Model | None = None
-        self.state, self.reason = UNAVAILABLE, "not loaded yet"
+        self.state, self.reason = LOADING, "not loaded yet"
         self.versions = 0  # opened so far
         self.lock = asyncio.Lock()
 
@@ -46,8 +46,8 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """Whether every model that was not unloaded on purpose answers."""
-        return all(entry.model is not None or entry.reason == "unloaded" for entry in self)
+        """Whether every model has answered its golden batch; what was unloaded since makes nobody wait."""
+        return all(entry.versions for entry in self)
 
     def entry(self, name: str) -> Entry:
         """Raises Refused for a name that is not served."""
@@ -78,8 +78,10 @@ class Repository:
         """
         try:
             await self._load(self.entry(name))
-        except (MpdsgrError, OSError) as error:
-            raise Refused(Why.INVALID, f"cannot load model {name!r}: {error}") from None
+        except Refused:
+            raise
+        except Exception as error:  # whatever a backend raises at a file that is no network
+            raise Refused(Why.INVALID, f"cannot load model {name!r}: {one_line(error)}") from None
 
     async def reload_changed(self) -> None:
         """Load every model whose bundle is another than the one served; what fails is logged."""
@@ -87,8 +89,8 @@ class Repository:
             if entry.model is None or _digest(entry.source) != entry.model.digest:
                 try:
                     await self._load(entry)
-                except (MpdsgrError, OSError) as error:
-                    log.error("model %s: %s", entry.source.name, error)
+                except Exception as error:  # whatever a backend raises at a file that is no network
+                    log.error("model %s: %s", entry.source.name, one_line(error))
 
     async def _load(self, entry: Entry) -> None:
         async with entry.lock:
@@ -99,7 +101,7 @@ class Repository:
                 model = await asyncio.to_thread(Model, entry.source, version, self._limits.batch, self._limits.queue)
             except BaseException as error:
                 entry.state = UNAVAILABLE if entry.model is None else READY
-                entry.reason = f"version {version} failed: {error}"
+                entry.reason = f"version {version} failed: {one_line(error)}"
                 raise
             entry.versions += 1
             old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""

@@ -31,10 +31,10 @@ class ApiKeys:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the keys of {self._path}: {error}") from None
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not keys or any(len(key) < SHORTEST for key in keys):
+        if not keys or any(len(key) < SHORTEST or not key.isascii() or " " in key for key in keys):
             raise InputError(
-                f"{self._path} needs keys of at least {SHORTEST} characters, one a line; make one with: "
-                "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                f"{self._path} needs keys of at least {SHORTEST} ASCII characters without spaces, one a line; "
+                "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
         return (status.st_mtime_ns, status.st_size), [sha256(key.encode()).digest() for key in keys]
 

@@ -1,0 +1,191 @@
+"""What the server costs beyond the network it serves: CPU, memory and time to be ready, and what throughput it leaves.
+
+    python benchmarks/serving.py      writes benchmarks/results/serving.json and the table of benchmarks/README.md
+
+Server and load tool share the machine, over the loopback. CPU: of the server's process during single-image requests of
+`mpdsgr bench`, binary, less what the same network takes in this process for batches as large as those the server
+formed; of a network so small that the rest is seen. Memory, and time from the start to ready: beyond a process that
+does nothing but open the network and compute batches as large. Throughput: of 32-image requests beside this process's
+own predictor, on a network of some size. All of it in turns, round after round; the table shows medians and quartiles.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import numpy as np
+from networks import untrained_bundle
+from numpy.typing import NDArray
+from processes import holding, serving
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.serving.load import Load, Measurement, Outcome, measure
+
+USERS, BATCHES, LARGE = (1, 8, 32), (1, 2, 4, 8, 16, 32), 32
+NETWORKS = {"tiny": (0.03, 1), "small": (0.25, 4)}  # width of vgg-small, T
+GOALS = {"cpu": {"1": 0.28, "8": 0.19, "32": 0.17}, "memory": 90.0, "ready": 1.5, "throughput": 0.95}
+PACKAGES = ("grpcio", "httptools", "onnxruntime", "tritonclient", "uvicorn", "uvloop")
+
+
+@click.command()
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(2), help="Of everything.")
+@click.option("--seconds", default=4.0, show_default=True, type=click.FloatRange(0.1), help="Of each load.")
+def main(rounds: int, seconds: float) -> None:
+    """Measure and publish."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny, small = (_bundle(name, Path(folder)) for name in NETWORKS)
+        result = run(tiny, small, rounds, seconds)
+    figures.publish("serving", result, render(result))
+    click.echo(render(result))
+
+
+def run(tiny: Bundle, small: Bundle, rounds: int, seconds: float) -> dict[str, Any]:
+    """Every sample of every round."""
+    samples: list[dict[str, Any]] = []
+    with open_predictor(tiny) as tiny_here, open_predictor(small) as small_here:
+        for number in range(rounds):
+            click.echo(f"round {number + 1} of {rounds} ...", err=True)
+            sample: dict[str, Any] = {"holding": _held(tiny.path)}
+            with serving(tiny.path) as server:
+                sample["ready_seconds"] = server.started
+                sample["model_cpu_ms"] = {str(n): _cpu(tiny_here, _images(tiny, n)) for n in BATCHES}
+                sample["server"] = {
+                    str(users): _asked(f"{server.url}/v2/models/{tiny.path.name}", users, seconds) for users in USERS
+                }
+                sample["memory"] = server.memory()
+            with serving(small.path) as server:
+                url = f"{server.url}/v2/models/{small.path.name}"
+                pair = [
+                    lambda: ("predictor", _own_rate(small_here, _images(small, LARGE), seconds)),
+                    lambda url=url: ("served", _load(url, 2, seconds, LARGE).images_per_second),
+                ]
+                sample["images_per_second"] = dict(turn() for turn in pair[:: 1 if number % 2 else -1])
+            samples.append(sample)
+    versions = {name: package_version(name) for name in PACKAGES}
+    networks = {name: {"width": width, "T": T} for name, (width, T) in NETWORKS.items()}
+    return {"networks": networks, "rounds": samples, "versions": versions, "provenance": provenance()}
+
+
+def _bundle(name: str, folder: Path) -> Bundle:
+    width, T = NETWORKS[name]
+    values = {
+        "data": {"name": "cifar10", "root": str(folder / "none")},
+        "model": {"name": "vgg-small", "width": width},
+        "encoding": {"T": T},
+    }
+    return untrained_bundle(Recipe.model_validate(values), folder / name)
+
+
+def _held(bundle: Path) -> dict[str, float]:
+    with holding(bundle, LARGE) as process:
+        return {"ready_seconds": process.started, "memory": process.memory()}
+
+
+def _images(bundle: Bundle, batch: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).random((batch, *bundle.manifest.input_shape), np.float32)
+
+
+def _cpu(predictor: Predictor, images: NDArray[np.float32]) -> float:
+    """Milliseconds of CPU of one inference, over a tenth of a second."""
+    predictor(images)
+    count, started, cpu = 0, time.monotonic(), time.process_time()
+    while time.monotonic() - started < 0.1:
+        predictor(images)
+        count += 1
+    return 1000 * (time.process_time() - cpu) / count
+
+
+def _asked(url: str, users: int, seconds: float) -> dict[str, float]:
+    """CPU of the server a request, and the mean size of the batches that it formed."""
+    before = _executions(url)
+    outcome = _load(url, users, seconds, 1)
+    images, batches = (after - earlier for after, earlier in zip(_executions(url), before, strict=True))
+    assert outcome.server_cpu_ms is not None
+    return {
+        "cpu_ms": outcome.server_cpu_ms,
+        "batch": images / batches,
+        "requests": outcome.tally.requests,
+        "own_cpu_share": outcome.own_cpu / outcome.tally.busy,
+    }
+
+
+def _load(url: str, users: int, seconds: float, batch: int) -> Outcome:
+    found = Measurement()
+    measure(url, [Load(seconds, 10**6, concurrency=users)], found, batch=batch)
+    (outcome,) = found.outcomes
+    if outcome.tally.errors:
+        raise click.ClickException(f"the server refused some: {dict(outcome.tally.errors)}")
+    return outcome
+
+
+def _executions(url: str) -> tuple[int, int]:
+    """Images and batches computed so far."""
+    with urllib.request.urlopen(f"{url}/stats") as answer:
+        (stats,) = json.load(answer)["model_stats"]
+    return stats["inference_count"], stats["execution_count"]
+
+
+def _own_rate(predictor: Predictor, images: NDArray[np.float32], seconds: float) -> float:
+    predictor(images)
+    count, started = 0, time.monotonic()
+    while time.monotonic() - started < seconds:
+        predictor(images)
+        count += len(images)
+    return count / (time.monotonic() - started)
+
+
+def beyond(sample: dict[str, Any], users: str) -> float:
+    """CPU in ms a request that is not the model's own at batches of the size that the server formed."""
+    asked, model = sample["server"][users], sample["model_cpu_ms"]
+    batch = asked["batch"]
+    return asked["cpu_ms"] - float(np.interp(batch, BATCHES, [model[str(n)] for n in BATCHES])) / batch
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a Markdown table with its setting."""
+    rounds, goals = result["rounds"], GOALS["cpu"]
+    lines = ["| what | median [quartiles] | goal |", "|---|---|---|"]
+
+    def row(what: str, values: list[float], form: str, goal: str) -> None:
+        low, middle, high = (form.format(value) for value in statistics.quantiles(values, n=4))
+        lines.append(f"| {what} | {middle} [{low}, {high}] | {goal} |")
+
+    for users in map(str, USERS):
+        values = [beyond(sample, users) for sample in rounds]
+        batch = statistics.median(sample["server"][users]["batch"] for sample in rounds)
+        what = f"CPU, ms a one-image request, {users} at once (batches of {batch:.1f})"
+        row(what, values, "{:.2f}", f"at most {goals[users]}")
+    memory = [(sample["memory"] - sample["holding"]["memory"]) / 1e6 for sample in rounds]
+    row("memory, MB", memory, "{:.0f}", f"at most {GOALS['memory']:.0f}")
+    ready = [sample["ready_seconds"] - sample["holding"]["ready_seconds"] for sample in rounds]
+    row("time to be ready, s", ready, "{:.2f}", f"at most {GOALS['ready']}")
+    rates = [sample["images_per_second"] for sample in rounds]
+    shares = [rate["served"] / rate["predictor"] for rate in rates]
+    row("throughput of 32-image requests, of the predictor's", shares, "{:.0%}", f"at least {GOALS['throughput']:.0%}")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    tiny, small = result["networks"]["tiny"], result["networks"]["small"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Beyond the network's own, {len(rounds)} rounds; vgg-small on 32x32 images, width {tiny['width']}, "
+            f"T = {tiny['T']}, for throughput {small['width']}, T = {small['T']}; server and load on the same cores. "
+            f"{versions}.",
+            figures.source(result),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Half an hour of good and bad traffic on a server: no wrong answer, no 5xx, and nothing that grows.
+
+    python benchmarks/soak.py      writes benchmarks/results/soak.json and the table of benchmarks/README.md
+
+HTTP with binary tensors and with JSON, and gRPC, from one event loop. One request in ten is bad: one of the table in
+bad_requests.py, or a client that leaves in the middle. Every good answer is held against the logits of a predictor in
+this process, within what float32 rounding may do. Memory and open files of the server are read all the while.
+"""
+
+import asyncio
+import itertools
+import random
+import re
+import statistics
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import click
+import figures
+import grpc.aio
+import numpy as np
+import uvloop
+from networks import untrained_bundle
+from processes import Process, serving
+from soak_traffic import MIX, Call, Counts, over_grpc, over_http, sure
+from tritonclient.grpc import service_pb2_grpc
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime.remote import ModelUrl
+from mpdsgr_deploy.serving.load.connection import Connection, Endpoint
+from mpdsgr_deploy.serving.load.model import describe
+
+HTTP_USERS, GRPC_USERS = 12, 2
+BAD_CALLS = 8  # one gRPC call in so many
+SAMPLES = 120  # of memory and files
+
+
+@click.command()
+@click.option("--minutes", default=30.0, show_default=True, type=click.FloatRange(0.05, 240))
+@click.option("--requests", default=20_000_000, show_default=True, type=click.IntRange(1), help="At most.")
+def main(minutes: float, requests: int) -> None:
+    """Run and publish."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"data": {"name": "cifar10", "root": f"{folder}/none"}, "model": {"name": "vgg-small", "width": 0.03}}
+        network = Recipe.model_validate({**values, "encoding": {"T": 1}})
+        result = run(untrained_bundle(network, Path(folder) / "net"), 60 * minutes, requests)
+    figures.publish("soak", result, render(result))
+    click.echo(render(result))
+
+
+def run(bundle: Bundle, seconds: float, requests: int) -> dict[str, Any]:
+    """Counts, and samples of the server's memory and files."""
+    with open_predictor(bundle) as predictor, serving(bundle.path) as server:
+        pixels = sure(predictor, bundle.manifest.input_shape)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            url = f"{server.url}/v2/models/{bundle.path.name}"
+            found = runner.run(_soak(server, url, predictor, pixels, seconds, requests))
+        in_flight = _gauge(server, "mpdsgr_in_flight_bytes")
+    ended = {"in_flight_bytes": in_flight, "exit_code": server.code, "logged_errors": server.errors}
+    return {**found, **ended, "provenance": provenance()}
+
+
+async def _soak(
+    server: Process, url: str, predictor: Predictor, pixels: np.ndarray, seconds: float, most: int
+) -> dict[str, Any]:
+    model = await describe(url, Endpoint(ModelUrl.split(url)))
+    counts, samples = Counts(), []
+    deck = over_http(model, predictor, pixels, counts)
+    started = time.monotonic()
+    stop = started + seconds
+
+    async def user(number: int) -> None:
+        connection, draw = Connection(model.endpoint), random.Random(number)
+        kinds = draw.choices(list(MIX), weights=list(MIX.values()), k=5000)
+        for kind in itertools.cycle(kinds):
+            if time.monotonic() >= stop or counts.kinds.total() >= most:
+                break
+            counts.kinds[kind] += 1
+            await draw.choice(deck[kind])(connection)
+        connection.close()
+
+    async def caller(number: int, stub: Any, calls: list[Call], bad: list[Call]) -> None:
+        draw = random.Random(-1 - number)
+        while time.monotonic() < stop and counts.kinds.total() < most:
+            wrong = draw.randrange(BAD_CALLS) == 0
+            counts.kinds["bad grpc" if wrong else "grpc"] += 1
+            await draw.choice(bad if wrong else calls)()
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(seconds / SAMPLES)
+            now = round(time.monotonic() - started, 2)
+            samples.append([now, counts.kinds.total(), server.memory(), server.files()])
+            if len(samples) % (SAMPLES // 10) == 0:
+                click.echo(f"{now:.0f} s: {counts.kinds.total()} requests, {dict(counts.wrong)} wrong", err=True)
+
+    watching = asyncio.create_task(watch())
+    async with grpc.aio.insecure_channel(server.grpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        good, bad = over_grpc(model, stub, predictor, pixels, counts)
+        async with asyncio.TaskGroup() as group:
+            for number in range(HTTP_USERS):
+                group.create_task(user(number))
+            for number in range(GRPC_USERS):
+                group.create_task(caller(number, stub, good, bad))
+    watching.cancel()
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "requests": dict(counts.kinds),
+        "wrong": dict(counts.wrong),
+        "examples": counts.examples,
+        "largest_difference": counts.largest,
+        "samples": samples,
+    }
+
+
+def _gauge(server: Process, name: str) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics") as page:
+        found = re.search(rf"^{name} (\S+)", page.read().decode(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def growth(samples: list[list[float]], column: int) -> tuple[float, float]:
+    """Medians of the second and of the last tenth; the first warms up."""
+    tenth = max(1, len(samples) // 10)
+    values = [sample[column] for sample in samples]
+    return statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a Markdown table with its setting."""
+    kinds, samples = result["requests"], result["samples"]
+    total = sum(kinds.values())
+    memory, files = growth(samples, 2), growth(samples, 3)
+    wrong = result["wrong"]
+    largest = f"largest difference of a logit {result['largest_difference']:.2g}"
+    rows = {
+        "requests": f"{total:,} in {result['seconds'] / 60:.1f} minutes",
+        **{kind: f"{count:,}" for kind, count in sorted(kinds.items())},
+        "wrong answers": f"{wrong.get('wrong answer', 0)}; {largest}",
+        "5xx": wrong.get("5xx", 0),
+        "good ones refused, or unanswered": wrong.get("refused", 0) + wrong.get("no answer", 0),
+        "bad ones accepted": wrong.get("accepted", 0),
+        "memory, MB, in the second and the last tenth of the time": f"{memory[0] / 1e6:.1f}, {memory[1] / 1e6:.1f}",
+        "open files, likewise": f"{files[0]:.0f}, {files[1]:.0f}",
+        "bytes of requests still counted at the end": f"{result['in_flight_bytes']:.0f}",
+        "exit code after SIGTERM": result["exit_code"],
+    }
+    lines = ["| what | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())]
+    return "\n".join([*lines, "", figures.source(result), ""])
+
+
+if __name__ == "__main__":
+    main()

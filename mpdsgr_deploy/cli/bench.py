@@ -1,0 +1,135 @@
+"""mpdsgr bench"""
+
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.serving.load import Load, Measurement, measure
+from mpdsgr_deploy.serving.load.outcome import COLUMNS, LEGEND
+
+CONCURRENCY = "1,8,32"
+
+
+@click.command("bench")
+@click.option("--url", required=True, help="Of the model: http://HOST:PORT/v2/models/NAME.")
+@click.option("--concurrency", help=f"Closed loop: users who wait for their answers.  [default: {CONCURRENCY}]")
+@click.option("--rate", help="Open loop instead: requests a second, which arrive at random and wait for nobody.")
+@click.option("--seconds", type=click.FloatRange(0.1, 86400), default=10.0, show_default=True, help="Of each load.")
+@click.option(
+    "--requests", type=click.IntRange(1, 10_000_000), default=1_000_000, show_default=True, help="Of each, at most."
+)
+@click.option("--batch", type=click.IntRange(1, 65536), default=1, show_default=True, help="Images a request.")
+@click.option(
+    "--images", type=click.Path(path_type=Path), help=".npy of shape [N, C, H, W], uint8 or float32.  [default: random]"
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random images and arrivals.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Its first line goes with every request.")
+@json_option
+def command(
+    url: str,
+    concurrency: str | None,
+    rate: str | None,
+    seconds: float,
+    requests: int,
+    batch: int,
+    images: Path | None,
+    seed: int,
+    api_key_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a running server of the Open Inference Protocol: this one's, Triton, any other.
+
+    Several loads run one after another: --concurrency 1,8,32 or --rate 100,500. Latency in an open loop counts from
+    when a request was due, so that a server which falls behind cannot hide it. A percentile that too few requests stand
+    behind is a dash, as is the CPU of a server whose /metrics does not say it. A tenth of each load, a second at most,
+    goes before it and is not counted. Ctrl-C prints what was measured until then. SSL_CERT_FILE names a private
+    authority of an https server.
+
+    \b
+    Example:
+      mpdsgr bench --url http://127.0.0.1:8000/v2/models/digits --rate 200 --seconds 30
+    """
+    if concurrency and rate:
+        raise InputError("--concurrency is a closed loop and --rate an open one; give one of them")
+    loads = (
+        [Load(seconds, requests, rate=value) for value in _numbers("--rate", rate, 1e-3, 1e5)]
+        if rate
+        else [
+            Load(seconds, requests, concurrency=int(value))
+            for value in _numbers("--concurrency", concurrency or CONCURRENCY, 1, 4096, whole=True)
+        ]
+    )
+    found, interrupted = Measurement(), False
+    given = None if images is None else _read(images)
+    key = None if api_key_file is None else _key(api_key_file)
+    try:
+        measure(url, loads, found, batch=batch, images=given, seed=seed, key=key)
+    except KeyboardInterrupt:
+        interrupted = True
+    _show(found, url, batch, as_json)
+    if interrupted:
+        click.echo("interrupted; the figures are of what was measured until then", err=True)
+        sys.exit(130)
+
+
+def _show(found: Measurement, url: str, batch: int, as_json: bool) -> None:
+    model, outcomes = found.model, found.outcomes
+    warnings = [warning for outcome in outcomes for warning in outcome.warnings]
+    tensors = None if model is None else "binary" if model.binary else "json"
+    if as_json:
+        server = None if model is None else model.server
+        loads = [outcome.to_json() for outcome in outcomes]
+        print_json(
+            {"url": url, "server": server, "batch": batch, "tensors": tensors, "loads": loads, "warnings": warnings}
+        )
+        return
+    if model is not None and outcomes:
+        kinds = ", ".join(sorted({tensor.datatype for tensor in model.inputs}))
+        title = f"{url} ({model.server}), batch {batch}, {kinds}, {tensors} tensors"
+        first = "rate" if outcomes[0].load.rate else "users"
+        print_table([first, *COLUMNS], [outcome.row() for outcome in outcomes], title)
+        click.echo(f"{LEGEND}\nThe same with Triton's tool:")
+        for outcome in outcomes:
+            click.echo(f"  {outcome.perf_analyzer}")
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _numbers(option: str, text: str, low: float, high: float, whole: bool = False) -> list[float]:
+    """Numbers between commas."""
+    try:
+        values = [float(int(part) if whole else float(part)) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(low <= value <= high for value in values):
+        raise InputError(f"{option} {text!r} is no list of numbers from {low:g} to {high:g}, such as 8 or 1,8,32")
+    return values
+
+
+def _read(path: Path) -> NDArray[Any]:
+    """Images [N, C, H, W]."""
+    try:
+        images = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no .npy file: {error}") from None
+    if not isinstance(images, np.ndarray) or images.ndim != 4 or not len(images):
+        raise InputError(f"{path} holds no array of images [N, C, H, W]")
+    if images.dtype not in (np.uint8, np.float32):
+        raise InputError(f"{path} holds {images.dtype}; images are uint8, or float32 in [0, 1]")
+    return images
+
+
+def _key(path: Path) -> str:
+    """The first line that is neither empty nor a comment."""
+    lines = (line.strip() for line in path.read_text().splitlines())
+    key = next((line for line in lines if line and not line.startswith("#")), None)
+    if key is None:
+        raise InputError(f"{path} holds no key; write one on its first line")
+    return key

@@ -1,0 +1,170 @@
+"""The two loops: users who wait for their answer before they ask again, and arrivals that wait for nobody."""
+
+import asyncio
+import threading
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+
+import numpy as np
+
+from mpdsgr_deploy.serving.load.connection import Answer, Connection, Endpoint, NoAnswer
+
+PAUSE = 0.1  # seconds before a user whose connection broke tries again
+MOST_CONNECTIONS = 512  # of an open loop
+UNSENT = "unsent"
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is asked: `concurrency` users in a closed loop, or `rate` requests a second in an open one.
+
+    It ends after `seconds` or `requests`, whichever comes first, when what is on its way has been answered.
+    """
+
+    seconds: float
+    requests: int
+    concurrency: int = 0
+    rate: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} a second" if self.rate else f"concurrency {self.concurrency}"
+
+
+@dataclass
+class Tally:
+    """What happened. latencies: seconds of each good answer; in_time: good ones before the load's time was over;
+    errors: how many of which kind; started, ended: on the monotonic clock, the latter without waiting for the last.
+    """
+
+    latencies: "array[float]" = field(default_factory=lambda: array("d"))
+    in_time: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    started: float = 0.0
+    ended: float = 0.0
+    sent: int = 0
+
+    @property
+    def requests(self) -> int:
+        """How many were sent and came to an end, good or bad."""
+        return len(self.latencies) + self.errors.total() - self.errors[UNSENT]
+
+    @property
+    def busy(self) -> float:
+        """Seconds from the start to the last answer before the load's time was over."""
+        return max(self.ended - self.started, 1e-6)
+
+
+class Traffic:
+    """Sends the requests in turn and keeps the tally. problem: None for a good answer, else the kind of error."""
+
+    def __init__(self, endpoint: Endpoint, requests: Sequence[bytes], problem: Callable[[Answer], str | None]) -> None:
+        self.endpoint, self.tally = endpoint, Tally()
+        self._requests: Iterator[bytes] = cycle(requests)
+        self._problem = problem
+
+    def start(self, seconds: float) -> float:
+        """Start the clock; returns when the time is over."""
+        self.tally.started = self.tally.ended = time.monotonic()
+        self._stop = self.tally.started + seconds
+        return self._stop
+
+    async def exchange(self, connection: Connection, due: float) -> bool:
+        """One request; its latency counts from when it was due. Returns whether an answer came."""
+        tally, kind = self.tally, None
+        tally.sent += 1
+        try:
+            kind = self._problem(answer := await connection.ask(next(self._requests)))
+        except NoAnswer as error:
+            answer, kind = None, error.kind
+        now = time.monotonic()
+        if now <= self._stop:
+            tally.ended = now
+            tally.in_time += kind is None
+        if kind is None:
+            tally.latencies.append(now - due)
+        else:
+            tally.errors[kind] += 1
+        return answer is not None
+
+
+async def run(load: Load, traffic: Traffic, seed: int) -> None:
+    """Put `load` on the server; traffic.tally holds what happened, also when this is cancelled."""
+    await (_open(load, traffic, seed) if load.rate else _closed(load, traffic))
+
+
+async def _closed(load: Load, traffic: Traffic) -> None:
+    connections = [Connection(traffic.endpoint) for _ in range(load.concurrency)]
+
+    async def user(connection: Connection) -> None:
+        while traffic.tally.sent < load.requests and time.monotonic() < stop:
+            if not await traffic.exchange(connection, time.monotonic()):
+                await asyncio.sleep(PAUSE)
+
+    try:
+        await asyncio.gather(*(connection.open() for connection in connections), return_exceptions=True)
+        stop = traffic.start(load.seconds)
+        async with asyncio.TaskGroup() as users:
+            for connection in connections:
+                users.create_task(user(connection))
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+async def _open(load: Load, traffic: Traffic, seed: int) -> None:
+    """Arrivals are a Poisson process on a thread of its own: timers of the event loop are a millisecond coarse."""
+    loop, stopped, arrivals = asyncio.get_running_loop(), threading.Event(), np.random.default_rng(seed)
+    backlog: deque[float] = deque()  # when what is due, but not yet sent, was due
+    idle: list[asyncio.Future[None]] = []
+    workers: list[asyncio.Task[None]] = []
+    connections: list[Connection] = []
+
+    async def worker(connection: Connection) -> None:
+        while True:
+            while backlog:
+                await traffic.exchange(connection, backlog.popleft())
+            if stopped.is_set():
+                return
+            idle.append(loop.create_future())
+            await idle[-1]
+
+    def arrive(due: float) -> None:
+        if stopped.is_set():
+            return
+        backlog.append(due)
+        if idle:
+            idle.pop().set_result(None)
+        elif len(workers) < MOST_CONNECTIONS:
+            connections.append(Connection(traffic.endpoint))
+            workers.append(loop.create_task(worker(connections[-1])))
+
+    def tick() -> None:
+        due = traffic.tally.started
+        for _ in range(load.requests):
+            due += arrivals.exponential(1 / load.rate)
+            if due > stop or stopped.wait(max(0.0, due - time.monotonic())):
+                return
+            loop.call_soon_threadsafe(arrive, due)
+
+    stop = traffic.start(load.seconds)
+    try:
+        await asyncio.to_thread(tick)
+        while backlog and time.monotonic() < stop:
+            await asyncio.sleep(0.01)
+        stopped.set()
+        if backlog:
+            traffic.tally.errors[UNSENT] = len(backlog)
+            backlog.clear()
+        for future in idle:
+            future.set_result(None)
+        await asyncio.gather(*workers)
+    finally:
+        stopped.set()
+        for task in workers:
+            task.cancel()
+        for connection in connections:
+            connection.close()

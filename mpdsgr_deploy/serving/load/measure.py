@@ -1,0 +1,144 @@
+"""Measure a running server: find out what the model takes, load it, say what came of it."""
+
+import asyncio
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.progress import LINE_EVERY, log
+from mpdsgr_deploy.runtime.remote import ModelUrl, told
+from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, NoAnswer
+from mpdsgr_deploy.serving.load.loops import Load, Tally, Traffic, run
+from mpdsgr_deploy.serving.load.model import Model, describe
+from mpdsgr_deploy.serving.load.outcome import Outcome
+
+CPU_SECONDS = re.compile(rb"^process_cpu_seconds_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+WARM_UP = 0.1  # of a load's seconds and requests, one second at most, which is not counted
+
+
+@dataclass
+class Measurement:
+    """What is known so far: complete after `measure`, the loads up to then after an interrupt."""
+
+    model: Model | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+def measure(
+    url: str,
+    loads: Sequence[Load],
+    found: Measurement,
+    *,
+    batch: int = 1,
+    images: NDArray[Any] | None = None,
+    seed: int = 0,
+    key: str | None = None,
+) -> None:
+    """Put each of `loads` on the model at `url` (http://HOST:PORT/v2/models/NAME) and fill `found`.
+
+    batch: images a request; images: [N, C, H, W] uint8, or float32 in [0, 1], instead of random ones; key: sent as a
+    bearer token. KeyboardInterrupt is raised after the load that it ended has gone into `found`.
+
+    Raises InputError for a server that cannot be reached, or refuses the first request.
+    """
+    endpoint = Endpoint(ModelUrl.split(url), {"Authorization": f"Bearer {key}"} if key else {})
+    with asyncio.Runner(loop_factory=need("uvloop", "serve").new_event_loop) as runner:
+        runner.run(_measure(url, endpoint, loads, found, batch, images, seed))
+
+
+async def _measure(
+    url: str,
+    endpoint: Endpoint,
+    loads: Sequence[Load],
+    found: Measurement,
+    batch: int,
+    images: NDArray[Any] | None,
+    seed: int,
+) -> None:
+    model = found.model = await describe(url, endpoint)
+    requests = model.requests(batch, images, seed)
+    await _try(model, requests[0], batch)
+
+    def traffic() -> Traffic:
+        return Traffic(endpoint, requests, lambda answer: model.problem(answer, batch))
+
+    for load in loads:
+        log.info("%s: %g s, %d requests at most", load, load.seconds, load.requests)
+        short = Load(min(1.0, WARM_UP * load.seconds), int(WARM_UP * load.requests), load.concurrency, load.rate)
+        await run(short, traffic(), seed + 1)
+        before = await _cpu_seconds(endpoint)
+        counted, own, after = traffic(), time.process_time(), None
+        lines = asyncio.create_task(_tell(load, counted.tally))
+        try:
+            await run(load, counted, seed)
+            after = await _cpu_seconds(endpoint)
+        finally:  # an interrupt too leaves figures
+            own = time.process_time() - own
+            lines.cancel()
+            spent = None if before is None or after is None else after - before
+            command = perf_analyzer(model, load, batch)
+            found.outcomes.append(Outcome(load, batch, counted.tally, spent, own, command))
+        log.info("%s: %d requests, %.0f images/s", load, counted.tally.requests, found.outcomes[-1].images_per_second)
+
+
+async def _tell(load: Load, tally: Tally) -> None:
+    """A line now and then."""
+    while True:
+        await asyncio.sleep(LINE_EVERY)
+        log.info("%s: %d requests, %d errors so far", load, tally.requests, tally.errors.total())
+
+
+async def _try(model: Model, request: bytes, batch: int) -> None:
+    """One request before the load: what a server says to it tells more than a count of errors."""
+    connection = Connection(model.endpoint)
+    try:
+        answer = await connection.ask(request)
+    except NoAnswer as error:
+        raise InputError(f"{model.url} does not answer a request of {batch} images: {one_line(error)}") from None
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise InputError(f"{model.url} answers {answer.status} to {batch} images: {told(answer.body)}")
+    if model.problem(answer, batch):
+        raise InputError(f"{model.url} answers {batch} images with something else than {model.output.name!r} for each")
+
+
+async def _cpu_seconds(endpoint: Endpoint) -> float | None:
+    """What the server's process has computed so far, as its Prometheus page says; None if it says nothing."""
+    connection = Connection(endpoint)
+    try:
+        page = await connection.ask(endpoint.message("GET", endpoint.at.root.removesuffix("/v2") + "/metrics"))
+        found = CPU_SECONDS.findall(page.body) if page.status == 200 else []
+        return sum(map(float, found)) if found else None
+    except (NoAnswer, ValueError):
+        return None
+    finally:
+        connection.close()
+
+
+def perf_analyzer(model: Model, load: Load, batch: int) -> str:
+    """The command line of Triton's perf_analyzer for the same load; it measures windows until they agree."""
+    at = model.endpoint.at
+    name, _, version = at.path.removeprefix(at.root + "/models/").partition("/versions/")
+    prefix = at.root.removesuffix("/v2")
+    words = ["perf_analyzer", "-m", name, *(["-x", version] if version else [])]
+    words += ["-u", f"{'https://' if at.tls else ''}{model.endpoint.authority}{prefix}", "-i", "http", "-b", str(batch)]
+    if load.rate:
+        words += [f"--request-rate-range={load.rate:g}", "--request-distribution=poisson"]
+    else:
+        words += [f"--concurrency-range={load.concurrency}"]
+    words += [f"--measurement-interval={1000 * load.seconds:.0f}", "--percentile=99"]
+    for tensor in model.inputs:
+        if -1 not in tensor.shape:
+            words += [f"--shape={tensor.name}:{','.join(map(str, tensor.shape))}"]
+    if not model.binary:
+        words += ["--input-tensor-format=json", "--output-tensor-format=json"]
+    command = shlex.join(words)
+    return command + (' -H "Authorization: Bearer $KEY"' if model.endpoint.headers else "")

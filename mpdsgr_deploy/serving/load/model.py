@@ -1,0 +1,149 @@
+"""The model under load: what it takes, the requests made of that, and whether an answer has the shape it must have."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.runtime.remote import BINARY, HEADER, told
+from mpdsgr_deploy.serving.load.connection import Answer, Connection, Endpoint, NoAnswer
+
+TYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
+DIFFERENT, MEMORY = 16, 1 << 26  # requests, and bytes of them: a server that keeps answers must not be lucky every time
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output as the server's metadata describe it; shape without the batch, -1 for what varies."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a server says of a model. server: its own name and version; binary: tensors may travel in that form."""
+
+    url: str
+    endpoint: Endpoint
+    server: str
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    binary: bool
+
+    def requests(self, batch: int, images: NDArray[Any] | None, seed: int) -> list[bytes]:
+        """Whole HTTP requests of `batch` images each: random ones, or `images` [N, C, H, W] in turn.
+
+        Raises InputError for images of another shape, or an input whose shape or type cannot be made up.
+        """
+        size = sum(prod(tensor.shape) for tensor in self.inputs) * batch * (4 if self.binary else 20)
+        rng = np.random.default_rng(seed)
+        count = max(1, min(DIFFERENT, MEMORY // max(1, abs(size))))
+        return [self._request(batch, images, number * batch, rng) for number in range(count)]
+
+    def _request(self, batch: int, images: NDArray[Any] | None, start: int, rng: np.random.Generator) -> bytes:
+        inputs: list[dict[str, Any]] = []
+        data: list[bytes] = []
+        for tensor in self.inputs:
+            values = _values(tensor, batch, rng) if images is None else _taken(tensor, images, start, batch)
+            inputs.append({"name": tensor.name, "shape": list(values.shape), "datatype": tensor.datatype})
+            if self.binary:
+                data.append(values.tobytes())
+                inputs[-1]["parameters"] = {"binary_data_size": len(data[-1])}
+            else:
+                inputs[-1]["data"] = values.ravel().tolist()
+        wanted: dict[str, Any] = {"name": self.output.name}
+        headers = {"Content-Type": "application/json"}
+        if self.binary:
+            wanted["parameters"] = {"binary_data": True}
+        head = json.dumps({"inputs": inputs, "outputs": [wanted]}).encode()
+        if self.binary:
+            headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
+        return self.endpoint.message("POST", f"{self.endpoint.at.path}/infer", b"".join([head, *data]), headers)
+
+    def problem(self, answer: Answer, batch: int) -> str | None:
+        """None for logits of the right shape, else the status, or "wrong answer"."""
+        if answer.status != 200:
+            return str(answer.status)
+        try:
+            outputs = json.loads(answer.body[: answer.json_size])["outputs"]
+            (output,) = (output for output in outputs if output["name"] == self.output.name)
+            shape, wanted = output["shape"], (batch, *self.output.shape)
+            good = len(shape) == len(wanted) and all(w in (-1, s) for w, s in zip(wanted, shape, strict=True))
+            size = (output.get("parameters") or {}).get("binary_data_size")
+            if size is None:
+                good = good and prod(shape) in (len(output["data"]), np.size(output["data"]))
+            elif answer.json_size is not None:
+                behind = sum((o.get("parameters") or {}).get("binary_data_size", 0) for o in outputs)
+                good = good and len(answer.body) == answer.json_size + behind
+                if output["datatype"] in TYPES:
+                    good = good and size == prod(shape) * TYPES[output["datatype"]].itemsize
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            good = False
+        return None if good else "wrong answer"
+
+
+async def describe(url: str, endpoint: Endpoint) -> Model:
+    """Ask a server about a model; raises InputError if it does not answer or does not know the model."""
+    connection = Connection(endpoint)
+    try:
+        described = await connection.ask(endpoint.message("GET", endpoint.at.path))
+        about = await connection.ask(endpoint.message("GET", endpoint.at.root))
+    except NoAnswer as error:
+        raise InputError(f"cannot reach {url}: {one_line(error)}; is the server running?") from None
+    finally:
+        connection.close()
+    if described.status != 200:
+        hint = "; give --api-key-file" if described.status == 401 else ""
+        raise InputError(f"{url} answers {described.status}: {told(described.body)}{hint}")
+    try:
+        content = json.loads(described.body)
+        inputs, outputs = (
+            tuple(Tensor(str(t["name"]), str(t["datatype"]), tuple(map(int, t["shape"][1:]))) for t in content[kind])
+            for kind in ("inputs", "outputs")
+        )
+        output = outputs[0]
+        assert inputs
+    except (AssertionError, KeyError, IndexError, TypeError, ValueError):
+        raise InputError(f"{url} does not describe a model: {told(described.body)}") from None
+    server, binary = "unknown", False
+    try:
+        known = json.loads(about.body)
+        server, binary = f"{known['name']} {known['version']}", BINARY in known["extensions"]
+    except (KeyError, TypeError, ValueError):
+        pass  # behind a proxy that shows the model alone
+    return Model(url, endpoint, server, inputs, output, binary)
+
+
+def _values(tensor: Tensor, batch: int, rng: np.random.Generator) -> NDArray[Any]:
+    """Random values [batch, *shape]: all bytes, or floats in [0, 1)."""
+    if tensor.datatype not in TYPES or any(size < 1 for size in tensor.shape):
+        shape = [*map(int, tensor.shape)]
+        raise InputError(
+            f"cannot make up {tensor.datatype} {shape} for input {tensor.name!r}; "
+            f"it must be {' or '.join(TYPES)} of a fixed shape, or give --images"
+        )
+    if tensor.datatype == "UINT8":
+        return rng.integers(0, 256, (batch, *tensor.shape), np.uint8)
+    return rng.random((batch, *tensor.shape), np.float32)
+
+
+def _taken(tensor: Tensor, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
+    """`batch` of the images from `start` on, over and over, as the type that the model takes."""
+    fits = len(tensor.shape) == images.ndim - 1 and all(
+        wanted in (-1, size) for wanted, size in zip(tensor.shape, images.shape[1:], strict=True)
+    )
+    if not fits or tensor.datatype not in TYPES:
+        raise InputError(
+            f"the images are {images.dtype} {list(images.shape)}, but input {tensor.name!r} is "
+            f"{tensor.datatype} {[-1, *tensor.shape]}"
+        )
+    chosen = images[np.arange(start, start + batch) % len(images)]
+    if tensor.datatype == "UINT8":
+        return chosen if chosen.dtype == np.uint8 else np.rint(chosen * 255).astype(np.uint8)
+    return (chosen / np.float32(255) if chosen.dtype == np.uint8 else chosen).astype("<f4")

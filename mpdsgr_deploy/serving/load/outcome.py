@@ -1,0 +1,90 @@
+"""What one load came to: percentiles, errors, CPU, for a table and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpdsgr_deploy.serving.load.loops import UNSENT, Load, Tally
+
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+COLUMNS = ("requests", "images/s", *(f"p{p:g}" for p in PERCENTILES), "errors", "CPU")
+LEGEND = "p50 to p99.9: latency in ms. CPU: of the server, in ms a request."
+OWN_LIMIT = 0.9  # of a core: above it the load tool itself is what is measured
+
+
+def percentile(seconds: Sequence[float], percent: float) -> float | None:
+    """By linear interpolation; None where fewer than one value is expected above it."""
+    if len(seconds) * (100 - percent) < 100 - 1e-6:
+        return None
+    return float(np.percentile(np.asarray(seconds), percent))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """server_cpu: seconds the server's process computed meanwhile, None where it does not say; own_cpu: this one."""
+
+    load: Load
+    batch: int
+    tally: Tally
+    server_cpu: float | None
+    own_cpu: float
+    perf_analyzer: str
+
+    @property
+    def images_per_second(self) -> float:
+        """In good answers, until the load's time was over."""
+        return self.tally.in_time * self.batch / self.tally.busy
+
+    @property
+    def latency_ms(self) -> dict[str, float | None]:
+        """Of good answers; in an open loop from when a request was due."""
+        found = {f"p{p:g}": percentile(self.tally.latencies, p) for p in PERCENTILES}
+        return {name: None if value is None else round(1000 * value, 4) for name, value in found.items()}
+
+    @property
+    def server_cpu_ms(self) -> float | None:
+        """A request, good or bad."""
+        if self.server_cpu is None or not self.tally.requests:
+            return None
+        return 1000 * self.server_cpu / self.tally.requests
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why the figures may not be the server's."""
+        found = []
+        if (share := self.own_cpu / self.tally.busy) > OWN_LIMIT:
+            found.append(f"{self.load}: this tool took {share:.0%} of a core, so the figures are its own")
+        if unsent := self.tally.errors[UNSENT]:
+            found.append(f"{self.load}: {unsent} requests were due and never sent, so far was the server behind")
+        return found
+
+    def row(self) -> list[str]:
+        """The cells below COLUMNS, behind one for the load itself."""
+        load = f"{self.load.rate:g}" if self.load.rate else str(self.load.concurrency)
+        latency = [_number(value) for value in self.latency_ms.values()]
+        errors = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.tally.errors.items())) or "0"
+        rate = f"{self.images_per_second:.0f}"
+        return [load, str(self.tally.requests), rate, *latency, errors, _number(self.server_cpu_ms)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        load = {"rate": self.load.rate} if self.load.rate else {"concurrency": self.load.concurrency}
+        return {
+            "loop": "open" if self.load.rate else "closed",
+            **load,
+            "seconds": round(self.tally.busy, 4),
+            "requests": self.tally.requests,
+            "images_per_second": round(self.images_per_second, 2),
+            "latency_ms": self.latency_ms,
+            "errors": dict(self.tally.errors),
+            "server_cpu_ms_per_request": None if self.server_cpu_ms is None else round(self.server_cpu_ms, 4),
+            "own_cpu_share": round(self.own_cpu / self.tally.busy, 4),
+            "perf_analyzer": self.perf_analyzer,
+        }
+
+
+def _number(value: float | None) -> str:
+    """Three digits or so: more is noise."""
+    return "-" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

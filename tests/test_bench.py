@@ -1,0 +1,266 @@
+"""mpdsgr bench against real sockets: what it asks, what it counts, and what it says when a server misbehaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import assert_input_error, mpdsgr_here
+from oip_server import Handler, OipServer
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.serving.load import Load, Measurement, Outcome, connection, loops, measure
+from mpdsgr_deploy.serving.load.outcome import percentile
+
+INPUTS = {"images": (1, 8, 8)}
+SHORT = Load(20.0, 50, concurrency=4)  # 5 requests before it to warm up, and one to try
+
+
+def linear(*tensors: np.ndarray) -> np.ndarray:
+    return np.tile(tensors[0].reshape(len(tensors[0]), -1).sum(1, np.float32, keepdims=True), (1, 10))
+
+
+def load(server: OipServer, load: Load = SHORT, **options: Any) -> Outcome:
+    found = Measurement()
+    measure(server.url, [load], found, **options)
+    (outcome,) = found.outcomes
+    return outcome
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 99, 100, 101, 999, 1000, 5000])
+def test_percentiles_are_numpys_where_enough_requests_stand_behind_them(count: int) -> None:
+    seconds = np.random.default_rng(count).exponential(size=count).tolist()
+    for percent, least in ((50, 2), (90, 10), (99, 100), (99.9, 1000)):
+        expected = float(np.percentile(seconds, percent)) if count >= least else None
+        assert percentile(seconds, percent) == expected
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
+@pytest.mark.parametrize("datatype", ["FP32", "UINT8"])
+def test_a_closed_loop_asks_as_often_as_it_may_and_every_answer_is_good(binary: bool, datatype: str) -> None:
+    seen: list[np.ndarray] = []
+
+    def network(*tensors: np.ndarray) -> np.ndarray:
+        seen.append(tensors[0])
+        assert [tensor.shape[1:] for tensor in tensors] == [(1, 8, 8), (3,)]
+        return linear(*tensors)
+
+    with OipServer(network, {**INPUTS, "noise": (3,)}, binary=binary, datatype=datatype) as server:
+        outcome = load(server, batch=3)
+    assert len(server.times) == len(seen) == 50 + 5 + 1
+    assert {images.shape for images in seen} == {(3, 1, 8, 8)}
+    assert {images.dtype for images in seen} == {np.dtype(np.uint8 if datatype == "UINT8" else np.float32)}
+    assert len({images.tobytes() for images in seen}) == 16  # not one request again and again
+    assert min(map(np.min, seen)) >= 0
+    assert max(map(np.max, seen)) <= (255 if datatype == "UINT8" else 1)
+    assert (outcome.tally.requests, len(outcome.tally.latencies), outcome.tally.errors) == (50, 50, {})
+    assert outcome.images_per_second == pytest.approx(150 / outcome.tally.busy)
+
+
+def test_given_images_are_sent_in_turn_as_the_type_the_model_takes() -> None:
+    pixels = np.arange(5 * 64, dtype=np.uint8).reshape(5, 1, 8, 8)
+    sent: dict[str, list[np.ndarray]] = {"FP32": [], "UINT8": []}
+    for datatype, seen in sent.items():
+
+        def network(images: np.ndarray, seen: list[np.ndarray] = seen) -> np.ndarray:
+            seen.append(images)
+            return linear(images)
+
+        with OipServer(network, INPUTS, datatype=datatype) as server:
+            load(server, Load(20.0, 10, concurrency=1), images=pixels, batch=2)
+            with pytest.raises(InputError, match=r"images are uint8 \[5, 1, 4, 16\], but input 'images' is .*1, 8, 8"):
+                load(server, images=pixels.reshape(5, 1, 4, 16))
+    asked = np.concatenate(sent["UINT8"][-10:])  # the first was tried and warmed up with before
+    assert np.array_equal(asked, np.tile(pixels, (4, 1, 1, 1)))
+    assert np.array_equal(np.concatenate(sent["FP32"][-10:]), asked / np.float32(255))
+
+
+def test_the_same_seed_asks_the_same_at_the_same_times() -> None:
+    seen: list[bytes] = []
+
+    def network(images: np.ndarray) -> np.ndarray:
+        seen.append(images.tobytes())
+        return linear(images)
+
+    gaps = []
+    for seed in (3, 3, 4):
+        with OipServer(network, INPUTS) as server:
+            load(server, Load(20.0, 9, rate=30), seed=seed)
+        gaps.append(np.diff(server.times[1:]))
+    assert seen[:10] == seen[10:20] != seen[20:]
+    assert np.allclose(gaps[0], gaps[1], atol=0.03)
+    assert not np.allclose(gaps[0], gaps[2], atol=0.03)
+
+
+def stalls(number: int, seconds: float) -> Callable[[Handler, int], None]:
+    """A server that does nothing at all for a while, once."""
+    lock = threading.Lock()
+
+    def meddle(handler: Handler, which: int) -> None:
+        with lock:
+            if which == number:
+                time.sleep(seconds)
+
+    return meddle
+
+
+def test_an_open_loop_shows_a_stall_that_a_closed_one_hides() -> None:
+    with OipServer(linear, INPUTS, meddle=stalls(100, 0.3)) as server:
+        closed = load(server, Load(20.0, 300, concurrency=1))
+    with OipServer(linear, INPUTS, meddle=stalls(100, 0.3)) as server:
+        open_ = load(server, Load(20.0, 300, rate=300))
+    assert sum(seconds > 0.15 for seconds in closed.tally.latencies) < 5  # everybody else never asked
+    assert len(open_.tally.latencies) == 300
+    assert sum(seconds > 0.15 for seconds in open_.tally.latencies) > 25  # about 45 were due
+    assert 250 < open_.latency_ms["p99"] < 1000
+    assert open_.tally.busy == pytest.approx(1.0, abs=0.5)  # 300 at 300 a second
+
+
+def test_errors_are_counted_by_status_and_are_no_latencies() -> None:
+    def meddle(handler: Handler, number: int) -> bool:
+        kind = number % 5 if number > 5 else 4  # good while it warms up
+        if kind == 0:
+            handler.answer(503, {"error": "full"}, Retry_After="1")
+        elif kind == 1:
+            handler.logits(np.zeros((2, 10), np.float32), binary=True)  # of one image too many
+        elif kind == 2:
+            handler.close_connection = True
+        elif kind == 3:
+            handler.answer(500, {"error": "broken"})
+        return kind < 4
+
+    with OipServer(linear, INPUTS, meddle=meddle) as server:
+        outcome = load(server)
+    assert outcome.tally.errors == {"503": 10, "wrong answer": 10, "connection": 10, "500": 10}
+    assert (outcome.tally.requests, len(outcome.tally.latencies)) == (50, 10)
+    assert outcome.row()[-2] == "10 x 500, 10 x 503, 10 x connection, 10 x wrong answer"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"shape": [1, 9]}, {"shape": [10]}, {"name": "other"}, {"parameters": {"binary_data_size": 36}}, {"shape": None}],
+    ids=str,
+)
+def test_a_server_that_answers_something_else_is_told_at_once(wrong: dict[str, Any]) -> None:
+    def meddle(handler: Handler, number: int) -> bool:
+        handler.logits(np.zeros((1, 10), np.float32), binary=True, **wrong)
+        return True
+
+    with OipServer(linear, INPUTS, meddle=meddle) as server, pytest.raises(InputError, match="something else"):
+        load(server)
+
+
+def test_an_answer_that_never_comes_ends_the_request_not_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LONGEST", 0.2)
+
+    def meddle(handler: Handler, number: int) -> None:
+        if number == 20:
+            time.sleep(1.0)
+
+    with OipServer(linear, INPUTS, meddle=meddle) as server:
+        outcome = load(server)
+    assert outcome.tally.errors == {"timeout": 1}
+    assert len(outcome.tally.latencies) == 49
+
+
+def test_what_a_server_is_too_slow_for_is_said_to_be_unsent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "MOST_CONNECTIONS", 2)
+    started = time.monotonic()
+    with OipServer(linear, INPUTS, meddle=lambda handler, number: time.sleep(0.05)) as server:
+        outcome = load(server, Load(0.5, 1000, rate=200))
+    assert time.monotonic() - started < 3
+    unsent = outcome.tally.errors["unsent"]
+    assert 30 < unsent < 120  # about 100 were due and 20 answered
+    assert outcome.tally.requests == len(outcome.tally.latencies) < 30
+    assert outcome.warnings == [
+        f"200 a second: {unsent} requests were due and never sent, so far was the server behind"
+    ]
+
+
+def test_seconds_bound_a_load() -> None:
+    started = time.monotonic()
+    with OipServer(linear, INPUTS) as server:
+        outcome = load(server, Load(0.3, 10**6, concurrency=2))
+    assert outcome.tally.busy == pytest.approx(0.3, abs=0.1)
+    assert time.monotonic() - started < 2
+
+
+def test_cpu_comes_from_the_servers_metrics_and_warns_of_a_busy_tool() -> None:
+    spent = iter([100.0, 100.5])
+    page = "# TYPE process_cpu_seconds_total counter\nprocess_cpu_seconds_total {}\nprocess_cpu_seconds_totals 7\n"
+    with OipServer(linear, INPUTS, metrics=lambda: page.format(next(spent))) as server:
+        outcome = load(server)
+    assert outcome.server_cpu_ms == pytest.approx(10.0)
+    busy = Outcome(outcome.load, 1, outcome.tally, None, 0.95 * outcome.tally.busy, "")
+    assert busy.server_cpu_ms is None
+    assert busy.warnings == ["concurrency 4: this tool took 95% of a core, so the figures are its own"]
+
+
+def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# of the tests\n\nsecret\nother\n")
+    np.save(tmp_path / "images.npy", np.zeros((3, 1, 8, 8), np.uint8))
+    with OipServer(linear, INPUTS, key="secret") as server:
+        base = ["bench", "--url", server.url, "--requests", "20", "--api-key-file", tmp_path / "keys"]
+        table = mpdsgr_here(*base, "--concurrency", "1,2")
+        as_json = mpdsgr_here(*base, "--rate", "400", "--json", "--batch", "2", "--images", tmp_path / "images.npy")
+        stranger = mpdsgr_here("bench", "--url", server.url)
+    assert table.returncode == as_json.returncode == 0, table.stderr + as_json.stderr
+    assert "│ 2     │ 20       │" in table.stdout
+    where = f"perf_analyzer -m net -u 127.0.0.1:{server.port} -i http -b"
+    shape, bearer = "--shape=images:1,8,8", '-H "Authorization: Bearer $KEY"'
+    line = f"{where} 1 --concurrency-range=2 --measurement-interval=10000 --percentile=99 {shape} {bearer}"
+    assert line in table.stdout.splitlines()[-1]
+    assert "secret" not in table.stdout + as_json.stdout
+    result = json.loads(as_json.stdout)
+    (measured,) = result.pop("loads")
+    assert result == {"url": server.url, "server": "test 1", "batch": 2, "tensors": "binary", "warnings": []}
+    assert measured["perf_analyzer"].startswith(f"{where} 2 --request-rate-range=400 --request-distribution=poisson")
+    assert (measured["loop"], measured["rate"], measured["requests"], measured["errors"]) == ("open", 400.0, 20, {})
+    assert measured["latency_ms"]["p50"] <= measured["latency_ms"]["p90"]
+    assert measured["latency_ms"]["p99"] is measured["server_cpu_ms_per_request"] is None
+    assert_input_error(stranger, "answers 401", "who are you?", "give --api-key-file")
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    with OipServer(linear, INPUTS, most=4) as server:
+        too_large = mpdsgr_here("bench", "--url", server.url, "--batch", "5")
+        unknown = mpdsgr_here("bench", "--url", server.url.replace("net", "nut"))
+        both = mpdsgr_here("bench", "--url", server.url, "--rate", "1", "--concurrency", "1")
+        zero = mpdsgr_here("bench", "--url", server.url, "--rate", "0")
+        missing = mpdsgr_here("bench", "--url", server.url, "--images", tmp_path / "no.npy")
+    gone = mpdsgr_here("bench", "--url", server.url)
+    assert_input_error(gone, f"cannot reach {server.url}", "is the server running?")
+    assert_input_error(too_large, "answers 400 to 5 images", "a batch of 5 is above 4")
+    assert_input_error(unknown, "answers 404")
+    assert_input_error(both, "give one of them")
+    assert_input_error(zero, "--rate '0' is no list of numbers")
+    assert_input_error(missing, "no.npy")
+    assert_input_error(mpdsgr_here("bench", "--url", "localhost:8000"), "names no model")
+
+
+def test_a_keyboard_interrupt_prints_what_was_measured_until_then() -> None:
+    script = (  # a shell's background jobs begin with SIGINT ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from mpdsgr_deploy.cli import main; main()"
+    )
+    with OipServer(linear, INPUTS) as server:
+        command = [sys.executable, "-c", script, "bench", "--url", server.url, "--json", "--concurrency", "2,4"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
+        while len(server.times) < 2 or time.monotonic() < server.times[1] + 1.5:  # warm, and some way into the load
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    (measured,) = json.loads(out)["loads"]
+    assert 0 < measured["requests"] < len(server.times)
+    assert measured["errors"] == {}
+    assert err.decode().splitlines()[-1].startswith("interrupted; the figures are of what was measured")

@@ -1,0 +1,95 @@
+"""The benchmark and the soak of the server: their pages, a short run of each, and what they must not overlook."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oip_server import Handler, OipServer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import figures
+import serving
+import soak
+import soak_traffic
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.runtime.remote import ModelUrl
+from mpdsgr_deploy.serving.load.connection import Connection, Endpoint
+from mpdsgr_deploy.serving.load.model import describe
+
+
+@pytest.mark.parametrize("benchmark", [serving, soak], ids=lambda module: module.__name__)
+def test_the_page_quotes_the_file(benchmark: Any) -> None:
+    name = benchmark.__name__
+    assert figures.shown(name) == benchmark.render(figures.load(name))
+
+
+def test_a_small_benchmark_measures_everything(bundle: Bundle) -> None:
+    result = serving.run(bundle, bundle, 1, 0.3)
+    (sample,) = result["rounds"]
+    assert sample["server"]["1"]["batch"] == 1
+    assert 1 < sample["server"]["32"]["batch"] <= 32
+    assert 0 < serving.beyond(sample, "1") < sample["server"]["1"]["cpu_ms"]
+    assert sample["memory"] > sample["holding"]["memory"] > 0
+    assert min(sample["images_per_second"].values()) > 0
+    lines = serving.render({**result, "rounds": [sample, sample]}).splitlines()
+    assert len([line for line in lines if "| at " in line]) == 6  # figures that have a goal
+
+
+def test_the_models_own_time_is_that_of_the_batches_the_server_formed() -> None:
+    model = {str(n): 1.0 + n for n in serving.BATCHES}
+    sample = {"server": {"8": {"cpu_ms": 2.0, "batch": 3.0}}, "model_cpu_ms": model}
+    assert serving.beyond(sample, "8") == pytest.approx(2.0 - 4.0 / 3.0)  # 3 lies between 2 and 4
+
+
+def test_a_short_soak_finds_nothing_wrong(bundle: Bundle) -> None:
+    result = soak.run(bundle, 2.5, 10**6)
+    assert result["wrong"] == {}, result["examples"]
+    assert set(result["requests"]) == {*soak_traffic.MIX, "grpc", "bad grpc"}
+    assert result["largest_difference"] <= soak_traffic.TOLERANCE
+    assert (result["in_flight_bytes"], result["exit_code"], result["logged_errors"]) == (0, 0, [])
+    assert "| wrong answers | 0;" in soak.render(result)
+
+
+def test_a_soak_notices_wrong_answers_5xx_and_bad_requests_that_are_accepted() -> None:
+    behaviours = [
+        lambda handler: handler.logits(np.full((1, 10), 1.001, np.float32), binary=True),
+        lambda handler: handler.logits(np.full((1, 10), np.nan, np.float32), binary=True),
+        lambda handler: handler.answer(503, {"error": "full"}),
+        lambda handler: handler.answer(400, {"error": "no"}),
+        lambda handler: setattr(handler, "close_connection", True),
+        lambda handler: handler.logits(np.ones((1, 10), np.float32), binary=True),
+    ]
+    counts = soak_traffic.Counts()
+
+    def meddle(handler: Handler, number: int) -> bool:
+        behaviours[number % len(behaviours)](handler)
+        return True
+
+    async def traffic(server: OipServer) -> None:
+        model = await describe(server.url, Endpoint(ModelUrl.split(server.url)))
+        message = model.requests(1, None, 0)[0]
+        good = soak_traffic.asking("good", model, message, 1, np.ones((1, 10), np.float32), counts)
+        bad = soak_traffic.refused("bad", message, counts)
+        connection = Connection(model.endpoint)
+        for ask in [good, bad]:
+            for _ in behaviours:
+                await ask(connection)
+        connection.close()
+
+    with OipServer(np.ones_like, {"images": (1, 8, 8)}, meddle=meddle) as server:
+        asyncio.run(traffic(server))
+    good = {"wrong answer": 2, "5xx": 1, "refused": 1, "no answer": 1}
+    bad = {"accepted": 3, "5xx": 1, "no answer": 1}
+    assert counts.wrong == {kind: good.get(kind, 0) + bad.get(kind, 0) for kind in {*good, *bad}}
+    assert len(counts.examples) == 10
+
+
+def test_growth_compares_the_second_tenth_with_the_last() -> None:
+    samples = [[0, 0, float(i)] for i in range(100)]
+    assert soak.growth(samples, 2) == (14.5, 94.5)
+    assert soak.growth([[0, 0, 7.0]], 2) == (7.0, 7.0)
