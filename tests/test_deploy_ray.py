@@ -29,7 +29,7 @@ from mpdsgr_deploy.serving.deploy.ray import Arguments
 # what ray 2.60 uses of pydantic is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
 CLIENTS = 6
-KEY = "a key of more than sixteen characters"
+KEY = "a-key-of-more-than-sixteen-characters"
 
 
 def deploy(out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
