@@ -28,19 +28,28 @@ def parse_request(body: bytes, header_length: str | None) -> Request:
         raise invalid(f"{len(body) - place} bytes are left behind the tensors")
     binary = _flag(parameters, "binary_data_output", otherwise=False)
     outputs = [_wanted(_mapping(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
-    identifier = content.get("id", "")
-    if not isinstance(identifier, str) or len(identifier) > 256:
+    return Request(identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)))
+
+
+def identifier(value: Any) -> str:
+    """A request's `id`. Raises Refused."""
+    if not isinstance(value, str) or len(value) > 256:
         raise invalid("id must be a text of at most 256 characters")
-    return Request(identifier, inputs, outputs, timeout(parameters.get("timeout")))
+    return value
 
 
 def timeout(value: Any) -> float | None:
-    """Seconds of a request's parameter `timeout`, in microseconds; 0 and nothing: none. Raises Refused."""
-    if value is None or value == 0:
-        return None
-    if type(value) is not int or not 0 < value < 2**63:
+    """Seconds of a request's parameter `timeout`, in microseconds; 0: none. Raises Refused."""
+    if type(value) is not int or not 0 <= value < 2**63:
         raise invalid("timeout must be a whole number of microseconds")
-    return value * MICROSECONDS
+    return value * MICROSECONDS or None
+
+
+def classes(value: Any) -> int:
+    """Of an output's parameter `classification`; 0: none. Raises Refused."""
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise invalid("classification must be how many classes, a whole number")
+    return value
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
@@ -81,10 +90,7 @@ def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
     name, parameters = entry.get("name"), _mapping(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
-    classes = parameters.get("classification", 0)
-    if type(classes) is not int or not 0 <= classes < 2**31:
-        raise invalid("classification must be how many classes, a whole number")
-    return Wanted(name, _flag(parameters, BINARY, otherwise=binary), classes)
+    return Wanted(name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0)))
 
 
 def _flag(parameters: dict[str, Any], key: str, *, otherwise: bool) -> bool:
