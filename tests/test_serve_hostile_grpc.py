@@ -251,13 +251,6 @@ def test_a_message_or_metadata_too_large(channel: grpc.Channel) -> None:
     assert_serves(channel)
 
 
-def test_the_time_that_a_client_gives(channel: grpc.Channel) -> None:
-    deadline = grpc.StatusCode.DEADLINE_EXCEEDED
-    for seconds in (-1, 0):
-        assert refused(channel, "ModelInfer", infer(), seconds=seconds).code() is deadline
-    assert_serves(channel)
-
-
 def test_calls_that_are_given_up(server: Served, channel: grpc.Channel) -> None:
     for _ in range(50):
         channel.unary_unary(SERVICE + "ModelInfer").future(infer().SerializeToString()).cancel()

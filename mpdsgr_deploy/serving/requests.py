@@ -1,6 +1,7 @@
 """An inference request over HTTP: JSON, and behind it the binary tensors of the extension; and its answer."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.tensors import Tensor, bytes_tensor
 
 BINARY = "binary_data"
+SHARED_MEMORY = "shared_memory_region"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no encoding writes
 
 
 def parse_request(body: bytes, header_length: str | None) -> Request:
@@ -33,7 +36,7 @@ def parse_request(body: bytes, header_length: str | None) -> Request:
 
 def identifier(value: Any) -> str:
     """A request's `id`. Raises Refused."""
-    if not isinstance(value, str) or len(value) > 256:
+    if not isinstance(value, str) or len(value) > 256 or SURROGATE.search(value):
         raise invalid("id must be a text of at most 256 characters")
     return value
 
@@ -55,7 +58,7 @@ def classes(value: Any) -> int:
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object. Raises Refused for anything else."""
     try:
-        return _mapping(json.loads(content), "the request")
+        return _mapping(json.loads(content.decode()), "the request")
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
         raise invalid(f"the request is not JSON: {str(error)[:100] or 'nested too deeply'}") from None
 
@@ -75,6 +78,8 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[Tensor, int
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise invalid("an input's shape is a list of whole numbers")
     parameters = _mapping(entry.get("parameters", {}), "parameters")
+    if SHARED_MEMORY in parameters:
+        raise invalid("shared memory is not offered here; send the tensor")
     size = parameters.get("binary_data_size")
     if size is None:
         return Tensor(name, datatype, tuple(shape), _list(entry.get("data"), "data")), place
@@ -90,6 +95,8 @@ def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
     name, parameters = entry.get("name"), _mapping(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
+    if SHARED_MEMORY in parameters:
+        raise invalid("shared memory is not offered here; take the tensor from the answer")
     return Wanted(name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0)))
 
 
