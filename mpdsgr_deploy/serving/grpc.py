@@ -44,6 +44,7 @@ class Grpc:
         options = [
             ("grpc.max_receive_message_length", server.limits.in_flight_bytes),
             ("grpc.max_metadata_size", HEAD_BYTES),
+            ("grpc.server_handshake_timeout_ms", int(server.limits.header_seconds * 1000)),
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
         ]
         inner = grpc.aio.server(options=options, maximum_concurrent_rpcs=server.limits.connections)
@@ -93,7 +94,8 @@ class Service:
     def handlers(self) -> Any:
         """As grpc.aio takes them."""
         methods = {
-            name: grpc.unary_unary_rpc_method_handler(
+            # as streams, for their first message to be waited for here: grpc itself would wait for ever
+            name: grpc.stream_unary_rpc_method_handler(
                 partial(self._guarded, name, handler),
                 partial(_parsed, getattr(pb, f"{name}Request")),
                 getattr(pb, f"{name}Response").SerializeToString,
@@ -102,7 +104,7 @@ class Service:
         }
         return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)
 
-    async def _guarded(self, name: str, handler: Handler, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def _guarded(self, name: str, handler: Handler, _: Any, context: grpc.aio.ServicerContext) -> Any:
         """A handler's answer, or its refusal as a status."""
         server = self.server
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
@@ -114,8 +116,7 @@ class Service:
                 if server.closing:  # gRPC itself would cancel what it has not handed over when it stops
                     raise Refused(Why.NOT_READY, "the server ends")
                 server.authorize(metadata.get("authorization", ""))
-            if request is None:
-                raise invalid(f"the message is no {name}Request")
+            request = await self._message(name, context)
             with server.memory.share() as share:
                 share.take(request.ByteSize())
                 return await handler(self, request, call)
@@ -131,6 +132,17 @@ class Service:
             server.requests -= 1
             self._count(call, refused)
         await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
+
+    async def _message(self, name: str, context: grpc.aio.ServicerContext) -> Any:
+        seconds = self.server.limits.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                request = await context.read()
+        except TimeoutError:
+            raise Refused(Why.SLOW, f"the message did not arrive within {seconds:g} s") from None
+        if request is None or request is grpc.aio.EOF:
+            raise invalid(f"the message is no {name}Request")
+        return request
 
     def _count(self, call: Call, refused: Refused | None) -> None:
         code = "OK" if refused is None else refused.why.grpc
