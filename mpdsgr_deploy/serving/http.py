@@ -164,7 +164,7 @@ class Http:
         model = exchange.model = repository.model(name, version)
         body = await self._body(exchange, model.input.body_bytes)
         model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
-        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()))
+        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()), model.input)
         with tracing.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.receive)
         head, binary = response(model, request, answers)

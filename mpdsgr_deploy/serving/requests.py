@@ -10,17 +10,19 @@ import numpy as np
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.inference import MICROSECONDS, Answer, Request, Wanted
 from mpdsgr_deploy.serving.model import Model
-from mpdsgr_deploy.serving.tensors import Tensor, bytes_tensor
+from mpdsgr_deploy.serving.tensors import Input, Tensor, bytes_tensor
 
 BINARY = "binary_data"
 SHARED_MEMORY = "shared_memory_region"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no encoding writes
 
 
-def parse_request(body: bytes, header_length: str | None) -> Request:
+def parse_request(body: bytes, header_length: str | None, taken: Input) -> Request:
     """Raises Refused for anything that is no inference request. header_length: of the JSON, where tensors follow."""
     place = len(body) if header_length is None else _length(header_length, len(body))
-    content = parse_json(body[:place])
+    head = body[:place]
+    taken.check_json(head)
+    content = parse_json(head)
     _only(content, "the request", {"id", "parameters", "inputs", "outputs"})
     parameters = _mapping(content.get("parameters", {}), "parameters")
     inputs: list[Tensor] = []
