@@ -163,7 +163,7 @@ def test_clients_that_leave_while_they_wait(server: Served) -> None:
     with busy(server):
         for n in range(5):
             with server.connect() as connection:
-                connection.send(GOOD)
+                connection.send(GOOD * (1 + n % 2))  # a second one behind the first changes nothing
                 assert eventually(lambda n=n: server.metrics()[QUEUED] == n + 1)
     assert_right(server.ask(GOOD))
     assert eventually(lambda: dropped(server, "cancelled") == before + 5)
@@ -286,3 +286,19 @@ def test_a_grpc_connection_that_says_nothing(hasty: Served) -> None:
         while connection.socket.recv(1 << 16):
             pass
         assert time.monotonic() - start < 3
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such option")
+def test_clients_that_do_not_take_their_answers(hasty: Served) -> None:
+    before = hasty.descriptors()
+    with ExitStack() as stack:
+        for _ in range(3):
+            silent = stack.enter_context(socket.socket())
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            silent.connect(("127.0.0.1", hasty.port))
+            for _ in range(6):  # until the buffers on the way are full
+                silent.sendall(http("GET", "/") * 60)
+                time.sleep(0.1)
+        assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1, 15)
+        assert hasty.descriptors() <= before + 1  # the connection that asks
+    assert_right(hasty.ask(GOOD))

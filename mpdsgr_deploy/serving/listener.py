@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.app import Server
@@ -18,6 +19,7 @@ from mpdsgr_deploy.serving.http import Http
 
 HEAD_BYTES = 1 << 16  # of a request line and its headers, or of anything else that brings no body
 PIPELINED = 64  # requests on a connection that wait for the answer to the one before
+TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
 UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 
 
@@ -102,8 +104,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if TCP_USER_TIMEOUT is not None:  # for a client to take its answer; its silence would hold the connection open
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(self.of.limits.body_seconds * 1000))
         self._head: asyncio.TimerHandle | None = None  # runs while a head is incomplete
         self._idle_bytes = 0  # since something was complete, or a body grew
+        self._active: RequestResponseCycle | None = None  # which of the pipelined requests is being answered
         self._last = b""  # what is sent behind the answers that are due, before the connection is closed
         self.of.connections += 1
         if self.of.connections > self.of.limits.connections:
@@ -114,7 +120,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.of.connections -= 1
         self._stop_waiting()
+        if self._active is not None:  # uvicorn tells the newest request only, which may wait behind this one
+            self._active.disconnected = True
+            self._active.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._active = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         if self._over:
