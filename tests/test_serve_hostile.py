@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_heads import POST, WIRE, head
-from bad_requests import CONTENT, GOOD, MOST, PACKED, TENSOR, TEXT, MiB, X, chunked, post
+from hostile_heads import POST, WIRE, head
+from hostile_requests import CONTENT, GOOD, MOST, PACKED, TENSOR, TEXT, MiB, X, chunked, post
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import BUNDLE, INFER, Reply, Served, eventually, http, images, request

@@ -1,6 +1,6 @@
 """What comes over HTTP and is no request, or none that is answered: bytes, status, and a part of the message."""
 
-from bad_requests import GOOD
+from hostile_requests import GOOD
 from served import INFER, http
 
 
