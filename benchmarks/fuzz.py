@@ -16,6 +16,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ PATIENCE = 10.0  # seconds
 USERS = 16
 LIMITS = {"batch": MOST, "header_seconds": 0.5, "body_seconds": 0.5}
 REFUSED = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}  # of gRPC
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)\r\n")
 
 
@@ -135,26 +137,33 @@ async def _traffic(server: Process, found: Found, cases: int, seed: int, end: fl
 
 
 async def _user(cases: Iterator[Case], port: int, channel: grpc.aio.Channel, found: Found) -> None:
-    streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+    streams: Streams | None = None
     for which in cases:
         if which.protocol != "http":
             await _call(which, channel, found)
             continue
-        if not which.whole and streams is not None:
-            streams[1].close()
+        if not which.whole:  # what is left of a request must not meet the next
+            await _close(streams)
             streams = None
+        keep = False
         try:
             async with asyncio.timeout(PATIENCE):
-                if streams is None:
-                    streams = await asyncio.open_connection("127.0.0.1", port)
+                streams = streams or await asyncio.open_connection("127.0.0.1", port)
                 keep = await _ask(which, *streams, found)
         except TimeoutError:
             found.codes["http none"] += 1
             found.failed("hung", which, "")
-            keep = False
-        if streams is not None and not (keep and which.whole):
-            streams[1].close()
+        if not (keep and which.whole):
+            await _close(streams)
             streams = None
+    await _close(streams)
+
+
+async def _close(streams: Streams | None) -> None:
+    if streams is not None:
+        streams[1].close()
+        with suppress(ConnectionError):
+            await streams[1].wait_closed()
 
 
 async def _ask(which: Case, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, found: Found) -> bool:

@@ -5,6 +5,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,21 +122,25 @@ def _change(told: Any, rng: random.Random) -> None:
             break
         key, value = rng.choice(items)
         if not isinstance(value, dict | list):
-            told[key] = rng.choice((*ODD, value)) if rng.random() < 0.5 else rng.random()
+            told[key] = _odd(rng, value) if rng.random() < 0.5 else rng.random()
             return
         if rng.random() < 0.15:
-            told[key] = rng.choice(ODD)
+            told[key] = _odd(rng)
             return
         told = value
     if isinstance(told, dict):
         if told and rng.random() < 0.4:
             del told[rng.choice([*told])]
         else:
-            told[rng.choice(KEYS)] = rng.choice(ODD)
+            told[rng.choice(KEYS)] = _odd(rng)
     elif told and rng.random() < 0.5:
         told.pop(rng.randrange(len(told)))
     else:
-        told.insert(rng.randrange(len(told) + 1), rng.choice((*ODD, *told[:1])))
+        told.insert(rng.randrange(len(told) + 1), _odd(rng, *told[:1]))
+
+
+def _odd(rng: random.Random, *others: Any) -> Any:
+    return deepcopy(rng.choice((*ODD, *others)))  # or a later change would change all cases
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
