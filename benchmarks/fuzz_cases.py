@@ -33,13 +33,15 @@ INFER = f"/v2/models/{MODEL}/infer"
 class Case(NamedTuple):
     """protocol: http, or a gRPC method. content: all bytes of the request. whole: its framing was left as it must be.
 
-    carried: the images in it, read from the request as it is; raises if they cannot be read.
+    carried: the images in it, read from the request as it is; raises if they cannot be read. timed: it may ask for a
+    time to be answered in.
     """
 
     protocol: str
     content: bytes
     whole: bool
     carried: Callable[[], np.ndarray]
+    timed: bool = False
 
 
 def case(rng: random.Random) -> Case:
@@ -54,9 +56,9 @@ def case(rng: random.Random) -> Case:
         return Case("http", _message(method, path, body, {}, rng), True, _nothing)
     content, head, body = _structured(rng)
     if kind < 0.75:
-        return Case("http", content, True, lambda: _read(head, body))
+        return Case("http", content, True, lambda: _read(head, body), b"timeout" in head)
     content = flipped(content, rng)
-    return Case("http", content, False, lambda: _read_bytes(content))
+    return Case("http", content, False, lambda: _read_bytes(content), b"timeout" in head)
 
 
 def _nothing() -> np.ndarray:
@@ -218,7 +220,7 @@ def _grpc(rng: random.Random) -> Case:
     content = message.SerializeToString()
     if rng.random() < 0.85:
         content = flipped(content, rng)
-    return Case("ModelInfer", content, True, lambda: _read_message(content))
+    return Case("ModelInfer", content, True, lambda: _read_message(content), b"timeout" in content)
 
 
 def _read_message(content: bytes) -> np.ndarray:
