@@ -235,9 +235,7 @@ def test_slow_clients(hasty: Served) -> None:
     end = threading.Event()
     with ExitStack() as stack:
         stack.callback(end.set)
-        start = time.monotonic()
-        found = {}
-        threads = []
+        start, found, threads = time.monotonic(), {}, []
         for name, (data, drops) in SLOW.items():
             connection = stack.enter_context(hasty.connect(10))
             connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -252,8 +250,7 @@ def test_slow_clients(hasty: Served) -> None:
             assert connection.closed()
         assert 0.5 < time.monotonic() - start < 3
         end.set()
-        for thread in threads:
-            thread.join()
+        [thread.join() for thread in threads]
     assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1)
 
 
