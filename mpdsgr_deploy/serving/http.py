@@ -164,7 +164,7 @@ class Http:
         model = exchange.model = repository.model(name, version)
         body = await self._body(exchange, model.input.body_bytes)
         model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
-        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()))
+        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()), model.input)
         with tracing.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.receive)
         head, binary = response(model, request, answers)
@@ -195,54 +195,55 @@ class Http:
         if length is not None and int(length) > most:  # servers let only numbers through
             raise too_large(most)
         inflate = _inflater(exchange.headers.get("content-encoding"))
-        message = await exchange.receive()
-        if not message.get("more_body") and inflate is None:  # nearly always, and without a timer
-            body: bytes = message.get("body", b"")
-            exchange.unread = False
-            exchange.share.take(len(body))
-            if len(body) > most:
-                raise too_large(most)
-            return body
         try:
             async with asyncio.timeout(self.server.limits.body_seconds):
-                return await _read(exchange, message, most, inflate)
+                return await _read(exchange, most, inflate)
         except TimeoutError:
             seconds = self.server.limits.body_seconds
             raise Refused(Why.SLOW, f"the body did not arrive within {seconds:g} s") from None
 
 
 def _inflater(encoding: str | None) -> "zlib._Decompress | None":
-    if encoding in (None, "", "identity"):
+    kind = (encoding or "identity").lower()
+    if kind == "identity":
         return None
-    if encoding not in ("gzip", "deflate"):
-        raise Refused(Why.ENCODING, f"Content-Encoding {encoding[:40]!r} is not understood; use gzip or deflate")
+    if kind not in ("gzip", "deflate"):
+        raise Refused(Why.ENCODING, f"Content-Encoding {kind[:40]!r} is not understood; use gzip or deflate")
     return zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
 
 
-async def _read(exchange: Exchange, message: dict[str, Any], most: int, inflate: "zlib._Decompress | None") -> bytes:
+async def _read(exchange: Exchange, most: int, inflate: "zlib._Decompress | None") -> bytes:
     parts: list[bytes] = []
-    size = 0
-    while True:
+    sent = size = 0  # bytes as they came, and inflated
+    more = True
+    while more:
+        message = await exchange.receive()
         if message["type"] == "http.disconnect":
             raise Refused(Why.CANCELLED, "the client left before its body was there")
-        part = message.get("body", b"")
+        part: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        sent += len(part)
         if inflate is not None:
-            try:
-                part = inflate.decompress(part, most - size + 1)  # never more than shows that it is too much
-            except zlib.error as error:
-                raise invalid(f"the body is not compressed as its header says: {error}") from None
+            part = _inflated(inflate, part, most - size + 1)  # never more than shows that it is too much
         size += len(part)
-        if size > most or (inflate is not None and inflate.unconsumed_tail):
+        if max(sent, size) > most:  # compressed bytes may be more than what they hold, which is nothing sometimes
             raise too_large(most)
         exchange.share.take(len(part))
         parts.append(part)
-        if not message.get("more_body"):
-            break
-        message = await exchange.receive()
     exchange.unread = False
     if inflate is not None and not inflate.eof:
         raise invalid("the compressed body ends too early")
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _inflated(inflate: "zlib._Decompress", part: bytes, most: int) -> bytes:
+    try:
+        found = inflate.decompress(part, most)
+    except zlib.error as error:
+        raise invalid(f"the body is not compressed as its header says: {error}") from None
+    if inflate.unused_data:
+        raise invalid("something stands behind the end of the compressed body")
+    return found
 
 
 def _require(method: str, wanted: str) -> None:
