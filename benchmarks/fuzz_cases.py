@@ -112,7 +112,7 @@ def _message(method: str, path: str, body: bytes, headers: dict[str, Any], rng: 
         headers = {**headers, "Transfer-Encoding": "chunked"}
     else:
         headers = {**headers, "Content-Length": len(body)}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in {"Host": "fuzz", **headers}.items())
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {"Host": "localhost", **headers}.items())
     return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
 

@@ -5,7 +5,7 @@ from served import INFER, http
 
 
 def head(line: str, *headers: str) -> bytes:
-    return "\r\n".join((line, "Host: test", *headers, "", "")).encode("latin-1")
+    return "\r\n".join((line, "Host: localhost", *headers, "", "")).encode("latin-1")
 
 
 POST = f"POST {INFER} HTTP/1.1"

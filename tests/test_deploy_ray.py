@@ -48,7 +48,7 @@ def config(out: Path, *arguments: object) -> Any:
 
 def test_a_config_carries_scale_devices_and_limits(tmp_path: Path) -> None:
     limits = ("--set", "limits.batch=32", "--set", "limits.drain_seconds=100", "--set", "limits.connections=50")
-    written = config(tmp_path / "out", BUNDLE, "--replicas", "2,8", "--gpu", "0.5", "--precision", "fp32,int8", *limits)
+    written = config(tmp_path / "out", BUNDLE, f"{BUNDLE}@int8", "--replicas", "2,8", "--gpu", "0.5", *limits)
     (application,) = written.applications
     (server,) = application.deployments
     assert written.controller_options.runtime_env["env_vars"]["RAY_SERVE_ENABLE_HA_PROXY"] == "1"

@@ -9,7 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import pytest
 from asgi import Client, started
 from conftest import assert_input_error, mpdsgr_here
 from served import BUNDLE, INFER, Reply, Served, eventually, images, request
+from served import http as message
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -170,7 +171,7 @@ def test_without_a_key_a_server_says_whether_it_is_ready_and_nothing_else(keys: 
 
 def get(path: str, headers: dict[str, str]) -> bytes:
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"GET {path} HTTP/1.1\r\nHost: test\r\n{lines}\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode()
 
 
 def call() -> Any:
@@ -457,3 +458,36 @@ def test_nothing_in_a_request_reaches_a_file(tmp_path: Path) -> None:
 async def denied(answer: Any) -> None:
     with pytest.raises(grpc.RpcError):
         await answer
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),  # the server's own page
+        ({"Host": "evil.example:8000"}, 403),  # DNS rebinding
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://evil.example"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:3000"}, 403),
+        ({"Host": "localhost:8000", "Origin": "null"}, 403),
+    ],
+)
+def test_a_loopback_server_answers_no_page_of_another_site(
+    headers: dict[str, object], status: int, loopback: Served
+) -> None:
+    for sent in (message("GET", "/status", headers=headers), message("POST", INFER, request(images()), headers)):
+        assert loopback.ask(sent).status == status
+
+
+@pytest.fixture(scope="module")
+def loopback() -> Iterator[Served]:
+    with Served(BUNDLE) as server:
+        yield server
+
+
+def test_something_in_front_may_use_names_of_its_own() -> None:
+    with Served(BUNDLE, "--insecure") as server:
+        headers: dict[str, object] = {"Host": "models.example", "Origin": "https://models.example"}
+        assert server.ask(message("GET", "/status", headers=headers)).status == 200

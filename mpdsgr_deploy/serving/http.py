@@ -19,6 +19,7 @@ from mpdsgr_deploy.serving.logs import log_request
 from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.page import page
 from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
+from mpdsgr_deploy.serving.security import check_caller
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -115,6 +116,8 @@ class Http:
         path, method = exchange.path.rstrip("/") or "/", exchange.method
         if path not in OPEN:
             self.server.authorize(exchange.headers.get("authorization", ""))
+            if self.server.local:
+                check_caller(exchange.headers.get("host", ""), exchange.headers.get("origin"))
         parts = path.split("/")[1:]
         if parts[:2] == ["v2", "models"] and len(parts) > 2 and parts[2] != "stats":
             return await self._model(exchange, parts[2:])

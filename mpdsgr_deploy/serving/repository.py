@@ -9,11 +9,12 @@ import json
 from collections.abc import Iterator, Sequence
 
 from mpdsgr_deploy.bundle import MANIFEST
-from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.model import Model, Source
+from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.settings import Limits
+from mpdsgr_deploy.serving.source import Source
 
 LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
 
@@ -30,15 +31,11 @@ class Entry:
 
 
 class Repository:
-    """All models of a server. Raises InputError if two would have one name."""
+    """All models of a server. backend: what runs them."""
 
-    def __init__(self, sources: Sequence[Source], limits: Limits) -> None:
-        self._limits = limits
-        self._entries: dict[str, Entry] = {}
-        for source in sources:
-            if source.name in self._entries:
-                raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE for one of them")
-            self._entries[source.name] = Entry(source)
+    def __init__(self, sources: Sequence[Source], backend: str, limits: Limits) -> None:
+        self.backend, self._limits = backend, limits
+        self._entries = {source.name: Entry(source) for source in sources}
         self._draining: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Entry]:
@@ -98,7 +95,7 @@ class Repository:
             entry.reason = "loading"
             version = str(entry.versions + 1)
             try:
-                model = await asyncio.to_thread(Model, entry.source, version, self._limits.batch, self._limits.queue)
+                model = await asyncio.to_thread(Model, entry.source, self.backend, version, self._limits)
             except BaseException as error:
                 entry.state = UNAVAILABLE if entry.model is None else READY
                 entry.reason = f"version {version} failed: {one_line(error)}"

@@ -33,6 +33,7 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
     """Serve until SIGTERM or SIGINT. Raises InputError if an address cannot be used or a model cannot serve."""
     mutual = tls is not None and tls.client_ca is not None
     check_exposure(address.host, authenticated=server.keys is not None or mutual, insecure=insecure)
+    server.local = is_loopback(address.host) and server.keys is None and not insecure
     if tls is not None:
         tls.check()
     elif server.keys is not None and not is_loopback(address.host):
