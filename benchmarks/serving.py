@@ -29,6 +29,8 @@ from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
+from mpdsgr_deploy.runtime.tuning import tune
 from mpdsgr_deploy.serving.load import Load, Measurement, Outcome, measure
 
 USERS, BATCHES, LARGE = (1, 8, 32), (1, 2, 4, 8, 16, 32), 32
@@ -83,7 +85,8 @@ def _bundle(name: str, folder: Path) -> Bundle:
         "model": {"name": "vgg-small", "width": width},
         "encoding": {"T": T},
     }
-    return untrained_bundle(Recipe.model_validate(values), folder / name)
+    bundle = untrained_bundle(Recipe.model_validate(values), folder / name)
+    return tune(DEFAULT_BACKEND, bundle, "fp32")[0]  # as `mpdsgr build` does on the machine that serves
 
 
 def _held(bundle: Path) -> dict[str, float]:

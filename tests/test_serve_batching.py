@@ -38,6 +38,7 @@ class Network:
 
     def __init__(self, name: str = "net", log: list[tuple[str, list[float], bool]] | None = None) -> None:
         self.name, self.log = name, [] if log is None else log
+        self.threads: list[str] = []  # that computed them
         self.entered, self._open = threading.Event(), threading.Event()
         self.fails: Callable[[Images], bool] = lambda images: False
         self._open.set()
@@ -51,6 +52,7 @@ class Network:
 
     def __call__(self, images: Images, rates: bool) -> Outputs:
         self.log.append((self.name, images[:, 0, 0, 0].tolist(), rates))
+        self.threads.append(threading.current_thread().name)
         self.entered.set()
         assert self._open.wait(PATIENCE)
         if self.fails(images):
@@ -540,3 +542,96 @@ def test_a_flooded_server_fills_batches_and_gives_each_client_its_own_answer() -
         assert more("images_total") == more("batch_images_sum") == 48
         assert more("batch_images_bucket", le="8.0") == more("batch_images_count"), "a batch above the limit"
         assert more("batch_images_count") < 24
+
+
+class TestQuickNetworks:
+    """What takes less than two changes of thread is computed by the event loop, once it is known to."""
+
+    @pytest.fixture(autouse=True)
+    def _every_batch_is_quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(batcher_module, "QUICK", PATIENCE)
+
+    @staticmethod
+    async def trusted(batcher: Batcher, network: Network) -> Lane:
+        """A lane whose batches have been quick so often that the next is the loop's."""
+        found = lane(network, most=4)
+        for number in range(batcher_module.STREAK):
+            await batcher.submit(found, images(number), FAR)
+        assert set(network.threads) == {"inference"}
+        await asyncio.sleep(0.05)  # until the thread waits again
+        network.log.clear()
+        network.threads.clear()
+        return found
+
+    def test_the_loop_computes_together_what_it_has_read_in_one_go(self) -> None:
+        network = Network()
+
+        async def test(batcher: Batcher) -> None:
+            quick = await self.trusted(batcher, network)
+            futures = [batcher.submit(quick, images(number), FAR) for number in range(6)]
+            found = await asyncio.gather(*futures)
+            assert [float(outputs.logits[0, 0]) for outputs in found] == [0, 1, 2, 3, 4, 5]
+            assert quick.running == quick.images == 0
+
+        in_loop(test)
+        assert network.batches == [[0, 1, 2, 3], [4, 5]]
+        assert set(network.threads) == {"MainThread"}
+
+    def test_one_slow_batch_gives_it_back_to_the_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        network = Network()
+
+        async def test(batcher: Batcher) -> None:
+            quick = await self.trusted(batcher, network)
+            await batcher.submit(quick, images(1), FAR)
+            monkeypatch.setattr(batcher_module, "QUICK", 0.0)
+            await batcher.submit(quick, images(2), FAR)
+            await batcher.submit(quick, images(3), FAR)
+
+        in_loop(test)
+        assert network.threads == ["MainThread", "MainThread", "inference"]
+
+    def test_firing_rates_may_open_a_network_first_and_stay_with_the_thread(self) -> None:
+        network = Network()
+
+        async def test(batcher: Batcher) -> None:
+            quick = await self.trusted(batcher, network)
+            futures = [batcher.submit(quick, images(n), FAR, rates=rates) for n, rates in ((1, True), (2, False))]
+            await asyncio.gather(*futures)
+
+        in_loop(test)
+        assert network.batches == [[1], [2]]
+        assert network.threads[0] == "inference"
+
+    def test_while_the_thread_computes_requests_wait_for_it(self) -> None:
+        network, slow = Network(), Network("slow")
+
+        async def test(batcher: Batcher) -> None:
+            quick = await self.trusted(batcher, network)
+            slow.hold()
+            futures = [batcher.submit(lane(slow), images(9), FAR)]
+            await entered(slow)
+            futures += [batcher.submit(quick, images(number), FAR) for number in (1, 2)]
+            await asyncio.sleep(0.05)
+            assert network.batches == []
+            slow.go()
+            await asyncio.gather(*futures)
+
+        in_loop(test)
+        assert network.batches == [[1, 2]]
+        assert network.threads == ["inference"]
+
+    def test_what_is_too_late_or_given_up_is_not_computed(self) -> None:
+        network = Network()
+
+        async def test(batcher: Batcher) -> None:
+            quick = await self.trusted(batcher, network)
+            late = batcher.submit(quick, images(1), time.monotonic() - 1)
+            left = batcher.submit(quick, images(2), FAR)
+            left.cancel()
+            kept = batcher.submit(quick, images(3), FAR)
+            assert isinstance(await outcome(late), Refused)
+            await kept
+            assert quick.statistics.dropped == {"deadline": 1, "cancelled": 1}
+
+        in_loop(test)
+        assert network.batches == [[3]]
