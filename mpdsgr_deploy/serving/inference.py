@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.serving.batcher import Batcher, Outputs
+from mpdsgr_deploy.serving.batcher import STREAK, Batcher, Outputs
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.model import FIRING_RATE, MARGIN, Model
 from mpdsgr_deploy.serving.tensors import Tensor, best, margin
@@ -73,7 +73,7 @@ async def infer(
         raise invalid("an output is asked for twice")
     images = model.input.images(request.inputs.pop())
     rates = any(wanted.name == FIRING_RATE for wanted in outputs)
-    waits = model.lane.running > 0
+    waits = model.lane.running > 0 and model.lane.streak < STREAK  # else no longer than it takes to notice
     limit = seconds if request.timeout is None else min(seconds, request.timeout)
     future = batcher.submit(model.lane, images, start + limit, rates=rates)
     found = await _watched(future, limit if request.timeout is not None else None, gone if waits else None)
