@@ -29,10 +29,12 @@ from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
+from mpdsgr_deploy.runtime.tuning import tune
 from mpdsgr_deploy.serving.load import Load, Measurement, Outcome, measure
 
 USERS, BATCHES, LARGE = (1, 8, 32), (1, 2, 4, 8, 16, 32), 32
-NETWORKS = {"tiny": (0.03, 1), "small": (0.25, 4)}  # width of vgg-small, T
+NETWORKS = {"tiny": ("vgg-small", 0.03, 1), "large": ("vgg11", 0.25, 4)}  # model, width, T
 GOALS = {"cpu": {"1": 0.28, "8": 0.19, "32": 0.17}, "memory": 90.0, "ready": 1.5, "throughput": 0.95}
 PACKAGES = ("grpcio", "httptools", "onnxruntime", "tritonclient", "uvicorn", "uvloop")
 
@@ -43,16 +45,16 @@ PACKAGES = ("grpcio", "httptools", "onnxruntime", "tritonclient", "uvicorn", "uv
 def main(rounds: int, seconds: float) -> None:
     """Measure and publish."""
     with tempfile.TemporaryDirectory() as folder:
-        tiny, small = (_bundle(name, Path(folder)) for name in NETWORKS)
-        result = run(tiny, small, rounds, seconds)
+        tiny, large = (_bundle(name, Path(folder)) for name in NETWORKS)
+        result = run(tiny, large, rounds, seconds)
     figures.publish("serving", result, render(result))
     click.echo(render(result))
 
 
-def run(tiny: Bundle, small: Bundle, rounds: int, seconds: float) -> dict[str, Any]:
+def run(tiny: Bundle, large: Bundle, rounds: int, seconds: float) -> dict[str, Any]:
     """Every sample of every round."""
     samples: list[dict[str, Any]] = []
-    with open_predictor(tiny) as tiny_here, open_predictor(small) as small_here:
+    with open_predictor(tiny) as tiny_here, open_predictor(large) as large_here:
         for number in range(rounds):
             click.echo(f"round {number + 1} of {rounds} ...", err=True)
             sample: dict[str, Any] = {"holding": _held(tiny.path)}
@@ -63,27 +65,28 @@ def run(tiny: Bundle, small: Bundle, rounds: int, seconds: float) -> dict[str, A
                     str(users): _asked(f"{server.url}/v2/models/{tiny.path.name}", users, seconds) for users in USERS
                 }
                 sample["memory"] = server.memory()
-            with serving(small.path) as server:
-                url = f"{server.url}/v2/models/{small.path.name}"
+            with serving(large.path) as server:
+                url = f"{server.url}/v2/models/{large.path.name}"
                 pair = [
-                    lambda: ("predictor", _own_rate(small_here, _images(small, LARGE), seconds)),
+                    lambda: ("predictor", _own_rate(large_here, _images(large, LARGE), seconds)),
                     lambda url=url: ("served", _load(url, 2, seconds, LARGE).images_per_second),
                 ]
                 sample["images_per_second"] = dict(turn() for turn in pair[:: 1 if number % 2 else -1])
             samples.append(sample)
     versions = {name: package_version(name) for name in PACKAGES}
-    networks = {name: {"width": width, "T": T} for name, (width, T) in NETWORKS.items()}
+    networks = {name: {"model": model, "width": width, "T": T} for name, (model, width, T) in NETWORKS.items()}
     return {"networks": networks, "rounds": samples, "versions": versions, "provenance": provenance()}
 
 
 def _bundle(name: str, folder: Path) -> Bundle:
-    width, T = NETWORKS[name]
+    model, width, T = NETWORKS[name]
     values = {
         "data": {"name": "cifar10", "root": str(folder / "none")},
-        "model": {"name": "vgg-small", "width": width},
+        "model": {"name": model, "width": width},
         "encoding": {"T": T},
     }
-    return untrained_bundle(Recipe.model_validate(values), folder / name)
+    bundle = untrained_bundle(Recipe.model_validate(values), folder / name)
+    return tune(DEFAULT_BACKEND, bundle, "fp32")[0]  # as `mpdsgr build` does on the machine that serves
 
 
 def _held(bundle: Path) -> dict[str, float]:
@@ -173,13 +176,14 @@ def render(result: dict[str, Any]) -> str:
     shares = [rate["served"] / rate["predictor"] for rate in rates]
     row("throughput of 32-image requests, of the predictor's", shares, "{:.0%}", f"at least {GOALS['throughput']:.0%}")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    tiny, small = result["networks"]["tiny"], result["networks"]["small"]
+    tiny, large = result["networks"]["tiny"], result["networks"]["large"]
     return "\n".join(
         [
             *lines,
             "",
-            f"Beyond the network's own, {len(rounds)} rounds; vgg-small on 32x32 images, width {tiny['width']}, "
-            f"T = {tiny['T']}, for throughput {small['width']}, T = {small['T']}; server and load on the same cores. "
+            f"Beyond the network's own, {len(rounds)} rounds; {tiny['model']} on 32x32 images, width {tiny['width']}, "
+            f"T = {tiny['T']}, for throughput {large['model']}, width {large['width']}, T = {large['T']}; as `mpdsgr "
+            f"build` prepares them; server and load on the same cores. "
             f"{versions}.",
             figures.source(result),
             "",

@@ -1,10 +1,12 @@
 """One small trained network, its bundle, and the command, shared by all tests."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,18 @@ def precise(run_dir: Path) -> Bundle:
     out = run_dir.parent / "precise"
     export(run_dir, out, precisions=PRECISIONS)
     return open_bundle(out)
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """The logging of this process as it was before a command in it set up its own."""
+    found = [logging.getLogger(name) for name in (None, "mpdsgr_deploy")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in found]
+    yield
+    logging.captureWarnings(False)
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture

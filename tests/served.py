@@ -200,7 +200,7 @@ def http(
 ) -> bytes:
     """A request's bytes; Content-Length is added where there is a body and no other word on its length."""
     content = json.dumps(body).encode() if isinstance(body, dict) else body or b""
-    told = {"Host": "test", **(headers or {})}
+    told = {"Host": "localhost", **(headers or {})}
     if body is not None and not {"content-length", "transfer-encoding"} & {name.lower() for name in told}:
         told["Content-Length"] = len(content)
     head = "".join(f"{name}: {value}\r\n" for name, value in told.items())

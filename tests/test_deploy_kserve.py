@@ -54,7 +54,7 @@ def resources(out: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def on_triton(precise: Bundle, tmp_path: Path) -> dict[str, Any]:
-    done = deploy(tmp_path / "out", precise.path, "--precision", "fp32,int8", "--gpus", 1)
+    done = deploy(tmp_path / "out", precise.path, f"{precise.path}@int8", "--gpus", 1)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"resources in {tmp_path / 'out'}; next: kubectl apply -f {tmp_path / 'out'}"
     return resources(tmp_path / "out")
@@ -63,7 +63,7 @@ def on_triton(precise: Bundle, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def on_mpdsgr(precise: Bundle, tmp_path: Path) -> dict[str, Any]:
     options = ("--runtime", "mpdsgr", "--image", "registry.local/mpdsgr-serve:cpu")
-    done = deploy(tmp_path / "own", precise.path, "--precision", "fp32,int8", *options, uri="pvc://bundles/")
+    done = deploy(tmp_path / "own", precise.path, f"{precise.path}@int8", *options, uri="pvc://bundles/")
     assert done.returncode == 0, done.stderr
     return resources(tmp_path / "own")
 
@@ -161,7 +161,7 @@ def test_names_become_those_of_kubernetes(precise: Bundle, tmp_path: Path) -> No
 
 def test_kubectl_reads_nothing_else_and_a_second_call_replaces_the_first(precise: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert deploy(out, precise.path, "--precision", "fp32,int8").returncode == 0
+    assert deploy(out, precise.path, f"{precise.path}@int8").returncode == 0
     done = deploy(out, precise.path, "--json")
     assert json.loads(done.stdout)["files"] == [f"{RUNTIME}.yaml", "precise.yaml"]
     assert sorted(p.name for p in out.iterdir()) == [SUMS, f"{RUNTIME}.yaml", "precise.yaml"]
@@ -178,7 +178,7 @@ def test_wrong_choices_are_one_line(precise: Bundle, tmp_path: Path) -> None:
     twins = [shutil.copytree(precise.path, tmp_path / name) for name in ("a_b", "a.b")]
     assert_input_error(deploy(out, precise.path, uri="models/triton"), "'models/triton' is no place KServe reads")
     assert_input_error(deploy(out, precise.path, uri="s3://"), "is no place KServe reads")
-    assert_input_error(deploy(out, odd), "'11vgg' cannot name an InferenceService", "rename")
+    assert_input_error(deploy(out, odd), "'11vgg' cannot name an InferenceService", "write NAME=")
     assert_input_error(deploy(out, long), "50 characters at most")
     assert_input_error(deploy(out, *twins), "two resources would be called 'a-b'")
     assert_input_error(deploy(out, precise.path, "--runtime", "trition"), "did you mean 'triton'?")

@@ -46,7 +46,7 @@ def poisson(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def repository(precise: Bundle, poisson: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Written by the command: every precision of one bundle, and the network that draws noise."""
     out = tmp_path_factory.mktemp("deployed") / "repository"
-    write_repository([*choose_models([precise.path], PRECISIONS), *choose_models([poisson.path], ["fp32"])], out)
+    write_repository(choose_models([*(f"{precise.path}@{name}" for name in PRECISIONS), str(poisson.path)]), out)
     return out
 
 
@@ -132,7 +132,7 @@ def test_what_the_command_writes_and_says(precise: Bundle, poisson: Bundle, tmp_
     assert lines[:2] == ["precise: fp32, ONNX, batches to 128", "noisy: fp32, ONNX, batches to 128"]
     assert lines[2] == "  clients must also send uniform_0 FP32 [B, 3, 1, 8, 8] of U[0, 1)"
     assert f"-v {out}:/models:ro" in lines[3]
-    done = mpdsgr_here("deploy", "triton", precise.path, "--precision", "int8", "--gpus", 2, "--out", out, "--json")
+    done = mpdsgr_here("deploy", "triton", f"{precise.path}@int8", "--gpus", 2, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     (model,) = json.loads(done.stdout)["models"]
     assert model == {"name": "precise-int8", "precision": "int8", "largest": 128, "engines": {}, "noise": []}
@@ -151,7 +151,7 @@ def test_what_the_command_writes_and_says(precise: Bundle, poisson: Bundle, tmp_
 def test_a_gpu_gets_float16_as_exported_and_a_cpu_with_its_roundings_written_down(
     precise: Bundle, tmp_path: Path
 ) -> None:
-    models = choose_models([precise.path], ["fp16"])
+    models = choose_models([f"{precise.path}@fp16"])
     write_repository(models, tmp_path / "gpu", gpus=1)
     assert sha256(tmp_path / "gpu" / "precise-fp16" / "1" / "model.onnx") == precise.model_sha256("fp16")
     write_repository(models, tmp_path / "cpu")
@@ -241,7 +241,7 @@ class Engines:
         return content
 
     def deploy(self, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
-        command = ("deploy", "triton", self.bundle.path, "--precision", "int8", "--backend", "tensorrt")
+        command = ("deploy", "triton", f"{self.bundle.path}@int8", "--backend", "tensorrt")
         return mpdsgr_here(*command, "--out", out, *options)
 
 
@@ -294,7 +294,7 @@ def test_engines_that_triton_cannot_serve_are_refused(built: Engines, tmp_path: 
 
 def test_onnx_takes_as_large_batches_as_the_engine_does(built: Engines, tmp_path: Path) -> None:
     built.add("NVIDIA H100", "9.0", (1, 16, 48))
-    write_repository(choose_models([built.bundle.path], ["fp32", "int8"]), tmp_path / "out")
+    write_repository(choose_models([str(built.bundle.path), f"{built.bundle.path}@int8"]), tmp_path / "out")
     assert read(tmp_path / "out" / "net-int8").max_batch_size == 48
     assert read(tmp_path / "out" / "net").max_batch_size == 128
 
@@ -319,11 +319,11 @@ def test_only_our_own_unchanged_files_are_replaced(precise: Bundle, tmp_path: Pa
 
 def test_a_failure_leaves_the_old_repository(precise: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    models = choose_models([precise.path], ["fp32", "int8"])
+    models = choose_models([str(precise.path), f"{precise.path}@int8"])
     write_repository(models[:1], out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     bundle = shutil.copytree(precise.path, tmp_path / "short")
-    broken = choose_models([bundle], ["fp32"])
+    broken = choose_models([str(bundle)])
     (bundle / "model.fp32.onnx").unlink()  # after the bundle was opened and verified
     with pytest.raises(InputError, match="cannot write Triton model repository"):
         write_repository([*models, *broken], out)
@@ -337,10 +337,9 @@ def test_wrong_choices_are_one_line(precise: Bundle, tmp_path: Path) -> None:
 
     twin = shutil.copytree(precise.path, tmp_path / "twin" / "precise")
     odd = shutil.copytree(precise.path, tmp_path / "my net")
-    assert_input_error(deploy(precise.path, twin), "two models would be called 'precise'", "rename")
-    assert_input_error(deploy(odd), "'my net' cannot name a model", "rename")
-    assert_input_error(deploy(precise.path, "--precision", "int4"), "no precision 'int4'", "int8")
-    assert_input_error(deploy(precise.path, "--precision", ","), "no precision was chosen")
+    assert_input_error(deploy(precise.path, twin), "two models would be called 'precise'", "write NAME=BUNDLE")
+    assert_input_error(deploy(odd), "'my net' cannot name a model", "write NAME=")
+    assert_input_error(deploy(f"{precise.path}@int4"), "no precision 'int4'", "int8")
     assert_input_error(deploy(precise.path, "--backend", "tensorrt-rtx"), "unknown backend", "did you mean 'tensorrt'?")
     assert_input_error(deploy(tmp_path), "is not a bundle")
     assert not (tmp_path / "out").exists()

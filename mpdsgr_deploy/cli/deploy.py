@@ -7,17 +7,15 @@ from typing import Any
 import click
 
 from mpdsgr_deploy.cli.output import json_option, print_json
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.deploy import kserve as kserve_files
+from mpdsgr_deploy.serving.deploy import ray as ray_files
 from mpdsgr_deploy.serving.deploy import triton as triton_files
 from mpdsgr_deploy.serving.deploy.models import choose_models
 
-bundles_argument = click.argument(
-    "bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE..."
-)
+FILE = click.Path(path_type=Path, dir_okay=False)
+models_argument = click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")
 out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
-precision_option = click.option(
-    "--precision", default="fp32", show_default=True, metavar="P,...", help="Which of each bundle's networks."
-)
 
 
 @click.group("deploy")
@@ -28,32 +26,32 @@ def command() -> None:
     Example:
       mpdsgr deploy triton bundles/digits --out triton
       mpdsgr deploy kserve bundles/digits --out kserve --storage-uri s3://models/triton
+      mpdsgr deploy ray bundles/digits --replicas 2 --out ray
     """
 
 
 @command.command("triton")
-@bundles_argument
+@models_argument
 @out_option
-@precision_option
 @click.option("--backend", default="onnxruntime", show_default=True, help="Triton's: onnxruntime or tensorrt.")
 @click.option(
     "--gpus", type=click.IntRange(0, 64), help="How many each model runs on; 0: a CPU.  [tensorrt: 1, else 0]"
 )
 @json_option
-def triton(bundles: tuple[Path, ...], out: Path, precision: str, backend: str, gpus: int | None, as_json: bool) -> None:
-    """Write a Triton model repository: one model a bundle and precision.
+def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, as_json: bool) -> None:
+    """Write a Triton model repository: called as `mpdsgr serve` calls its models.
 
-    Models are called as `mpdsgr serve` calls them. With --backend tensorrt they are the engines that `mpdsgr build`
+    With --backend tensorrt they are the engines that `mpdsgr build`
     put into the bundles; those for GPUs of different compute capability go side by side. --out is fresh or holds what
     this command wrote before.
 
     \b
     Example:
-      mpdsgr deploy triton bundles/digits bundles/vgg11 --precision fp32,int8 --out triton
+      mpdsgr deploy triton bundles/digits bundles/digits@int8 --out triton
       mpdsgr deploy triton bundles/vgg11 --backend tensorrt --gpus 2 --out triton
     """
     count = gpus if gpus is not None else int(backend == "tensorrt")
-    written = triton_files.write_repository(choose_models(bundles, _listed(precision)), out, backend, count)
+    written = triton_files.write_repository(choose_models(models), out, backend, count)
     device = "--gpus all -e NVIDIA_TF32_OVERRIDE=0 " if count else ""  # TF32 would flip spikes
     place = shlex.quote(str(out.resolve()))
     following = (
@@ -61,8 +59,8 @@ def triton(bundles: tuple[Path, ...], out: Path, precision: str, backend: str, g
         f"{triton_files.IMAGE} tritonserver --model-repository=/models"
     )
     if as_json:
-        models = [{**model._asdict(), "noise": [entry.model_dump() for entry in model.noise]} for model in written]
-        print_json({"repository": str(out), "models": models, "next": following})
+        told = [{**model._asdict(), "noise": [entry.model_dump() for entry in model.noise]} for model in written]
+        print_json({"repository": str(out), "models": told, "next": following})
         return
     for model in written:
         engines = [f"TensorRT {version} for {capability}" for capability, version in model.engines.items()]
@@ -74,18 +72,17 @@ def triton(bundles: tuple[Path, ...], out: Path, precision: str, backend: str, g
 
 
 @command.command("kserve")
-@bundles_argument
+@models_argument
 @out_option
 @click.option("--storage-uri", required=True, metavar="URI", help="Where the cluster finds what is served (see above).")
-@precision_option
 @click.option(
     "--runtime", default="triton", show_default=True, help=f"What serves: {', '.join(kserve_files.RUNTIMES)}."
 )
 @click.option("--image", help="Its container image.  [triton: NVIDIA's; mpdsgr: yours, from serve/docker]")
 @click.option("--gpus", type=click.IntRange(0, 64), default=0, show_default=True, help="Of each replica; 0: a CPU.")
 @json_option
-def kserve(as_json: bool, bundles: tuple[Path, ...], precision: str, **options: Any) -> None:
-    """Write KServe resources: one InferenceService a bundle and precision, and the ServingRuntime they use.
+def kserve(as_json: bool, models: tuple[str, ...], **options: Any) -> None:
+    """Write KServe resources: one InferenceService a model, and the ServingRuntime they use.
 
     With --runtime triton, URI is where you put what `mpdsgr deploy triton` wrote of the same bundles, with the same
     --gpus; with --runtime mpdsgr it is where the bundles themselves lie, each under its directory's name. It is a place
@@ -93,12 +90,12 @@ def kserve(as_json: bool, bundles: tuple[Path, ...], precision: str, **options: 
 
     \b
     Example:
-      mpdsgr deploy kserve bundles/digits --precision fp32,int8 --out kserve --storage-uri s3://models/triton
+      mpdsgr deploy kserve bundles/digits bundles/digits@int8 --out kserve --storage-uri s3://models/triton
       mpdsgr deploy kserve bundles/digits --runtime mpdsgr --image mpdsgr-serve:cpu --out kserve \\
         --storage-uri pvc://bundles
     """
     out = options["out"]
-    written = kserve_files.write_resources(choose_models(bundles, _listed(precision)), **options)
+    written = kserve_files.write_resources(choose_models(models), **options)
     if as_json:
         print_json({"directory": str(out), "files": written, "next": f"kubectl apply -f {out}"})
         return
@@ -107,5 +104,60 @@ def kserve(as_json: bool, bundles: tuple[Path, ...], precision: str, **options: 
     click.echo(f"resources in {out}; next: kubectl apply -f {shlex.quote(str(out))}")
 
 
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+@command.command("ray")
+@models_argument
+@out_option
+@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help="Fixed, or scaled by load.")
+@click.option("--gpu", type=click.FloatRange(0), default=0.0, show_default=True, help="Share each replica takes.")
+@click.option("--backend", help="What runs the networks.  [onnxruntime-cuda with --gpu, else onnxruntime-cpu]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address every node listens on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Of HTTP.")
+@click.option("--settings", type=FILE, help="TOML file with limits, as of mpdsgr serve.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
+@click.option("--api-key-file", type=FILE, help="Keys that clients must send, one a line; on every node.")
+@click.option("--insecure", is_flag=True, help="Listen where others reach it, without keys.")
+@json_option
+def ray(
+    models: tuple[str, ...],
+    out: Path,
+    replicas: str,
+    gpu: float,
+    backend: str | None,
+    host: str,
+    port: int,
+    settings: Path | None,
+    overrides: tuple[str, ...],
+    api_key_file: Path | None,
+    insecure: bool,
+    as_json: bool,
+) -> None:
+    """Write a Ray Serve config: one application, whose replicas each serve all these models as mpdsgr serve does.
+
+    HTTP only: no gRPC. Bundles and key file must lie at the same paths on every node, where mpdsgr-deploy[ray,cpu] (or
+    gpu) is installed. Several nodes need --host 0.0.0.0. Let nobody else reach Ray's own ports: whoever does runs code.
+
+    \b
+    Example:
+      mpdsgr deploy ray bundles/digits --replicas 2,8 --host 0.0.0.0 --api-key-file keys.txt --out ray
+      mpdsgr deploy ray bundles/vgg11@fp16 --gpu 0.5 --replicas 2 --out ray
+    """
+    from mpdsgr_deploy.serving.settings import load_settings
+
+    least, comma, most = replicas.partition(",")
+    if not least.isdecimal() or (comma and not most.isdecimal()):
+        raise InputError(f"--replicas {replicas}: write a number, or the least and the most, for example 1,4")
+    place = ray_files.Place((int(least), int(most or least)), gpu, host, port)
+    config = ray_files.write_config(
+        choose_models(models),
+        out,
+        place,
+        load_settings(settings, overrides),
+        backend,
+        api_key_file,
+        insecure=insecure,
+    )
+    following = f"serve deploy {config}"
+    if as_json:
+        print_json({"config": str(config), "next": following})
+        return
+    click.echo(f"Ray Serve config in {config}; next, on a node of a running Ray cluster: {following}")

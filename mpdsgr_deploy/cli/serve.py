@@ -1,5 +1,6 @@
 """mpdsgr serve"""
 
+import os
 from pathlib import Path
 
 import click
@@ -55,6 +56,7 @@ def command(
       mpdsgr serve bundles/digits
       mpdsgr serve bundles/digits bundles/digits@int8 --host 0.0.0.0 --api-key-file keys.txt
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its core's lines are not for the user
     need("uvicorn", "serve")
     need("tritonclient.grpc", "serve")
     from mpdsgr_deploy.serving.app import Server

@@ -12,10 +12,10 @@ from mpdsgr_deploy import __version__
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.model import source
 from mpdsgr_deploy.serving.repository import Entry, Repository
 from mpdsgr_deploy.serving.security import ApiKeys
 from mpdsgr_deploy.serving.settings import Settings
+from mpdsgr_deploy.serving.source import sources
 from mpdsgr_deploy.serving.statistics import WINDOW
 from mpdsgr_deploy.serving.tensors import too_large
 
@@ -74,12 +74,13 @@ class Server:
         self.limits = self.settings.limits
         self.keys = None if keys is None else ApiKeys(keys)
         self.repository_control = repository_control
-        self._sources = [source(text, backend) for text in models]
-        self.repository = Repository(self._sources, self.limits)
+        self.repository = Repository(sources(models), backend, self.limits)
         self.memory = Memory(self.limits.in_flight_bytes)
         self.other_codes: Counter[tuple[str, str]] = Counter()  # of requests that reached no model, by protocol, status
         self.connections = self.requests = 0  # open now; in work now
-        self.draining = False
+        self.draining = False  # it ends, and still answers
+        self.local = False  # it is for this machine alone, and asks nobody who they are
+        self.closing = False  # connections that are open get their last answer
         self._born = time.monotonic()
 
     async def start(self) -> None:
@@ -135,7 +136,7 @@ class Server:
     def status(self) -> dict[str, Any]:
         """What the page shows."""
         server = {"version": __version__, "uptime_seconds": time.monotonic() - self._born, "ready": self.ready}
-        return {"server": server, "models": [_status(entry) for entry in self.repository]}
+        return {"server": server, "models": [_status(entry, self.repository.backend) for entry in self.repository]}
 
 
 def _statistics(model: Any) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _statistics(model: Any) -> dict[str, Any]:
     }
 
 
-def _status(entry: Entry) -> dict[str, Any]:
+def _status(entry: Entry, backend: str) -> dict[str, Any]:
     source, model = entry.source, entry.model
     told: dict[str, Any] = {
         "name": source.name,
@@ -169,7 +170,7 @@ def _status(entry: Entry) -> dict[str, Any]:
         "state": entry.state,
         "reason": entry.reason,
         "precision": source.precision,
-        "backend": source.backend,
+        "backend": backend,
     }
     if model is None:
         return told

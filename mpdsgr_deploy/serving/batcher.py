@@ -1,6 +1,7 @@
 """Batches without waiting: whatever came in while the last batch was computed is the next one.
 
-One thread computes, model after model: those with waiting requests take turns, so a busy one starves no other.
+One thread computes, model after model: those with waiting requests take turns, so a busy one starves no other. What
+takes less time than two changes of thread is computed by the event loop itself, once all that it has read is queued.
 """
 
 import asyncio
@@ -27,6 +28,8 @@ class Outputs(NamedTuple):
     rates: NDArray[np.float32] | None = None
 
 
+QUICK = 1e-3  # seconds that the event loop may be held up by a batch
+STREAK = 20  # batches, one after the other, that have to be quick before it is
 Compute = Callable[[Images, bool], Outputs]  # the flag: with firing rates
 
 
@@ -48,6 +51,12 @@ class Lane:
         self.jobs: deque[Job] = deque()
         self.images = 0  # that wait
         self.running = 0  # requests that wait or are computed
+        self.streak = 0  # quick batches until now
+
+    @property
+    def quick(self) -> bool:
+        """Whether the event loop computes the next batch. The first with firing rates opens a network."""
+        return self.streak >= STREAK and not self.jobs[0].rates
 
     def take(self) -> tuple[list[Job], list[Job]]:
         """The next batch, from the front, and what is too late or given up on the way there."""
@@ -75,7 +84,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._ready = threading.Condition()
         self._turns: deque[Lane] = deque()  # with jobs
-        self._closed = False
+        self._closed = self._busy = self._called = False  # busy: the thread computes; called: `_turn` will be
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
@@ -95,8 +104,36 @@ class Batcher:
             lane.jobs.append(job)
             lane.images += len(images)
             lane.running += 1
-            self._ready.notify()
+            if self._busy or not lane.quick:
+                self._ready.notify()
+            elif not self._called:
+                self._called = True
+                self._loop.call_soon(self._turn)
         return job.future
+
+    def _turn(self) -> None:
+        """In the event loop: compute a batch of a quick lane, unless the thread has taken it meanwhile."""
+        self._called = False
+        with self._ready:
+            taken = None if self._busy or self._closed else self._next(quick=True)
+            if self._turns and not self._busy:
+                if all(lane.quick for lane in self._turns):
+                    self._called = True
+                    self._loop.call_soon(self._turn)  # what has come in meanwhile is read first
+                else:
+                    self._ready.notify()
+        if taken is not None:
+            _deliver(*taken, *_timed(*taken))
+
+    def _next(self, *, quick: bool) -> tuple[Lane, list[Job], list[Job]] | None:
+        """The lane whose turn it is, its next batch, and what is dropped. quick: None if it is not."""
+        if not self._turns or (quick and not self._turns[0].quick):
+            return None
+        lane = self._turns.popleft()
+        batch, dropped = lane.take()
+        if lane.jobs:
+            self._turns.append(lane)
+        return lane, batch, dropped
 
     def close(self) -> None:
         """Compute nothing more and end the thread."""
@@ -106,21 +143,32 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            with self._ready:
-                while not self._turns and not self._closed:
-                    self._ready.wait()
+        while self._step():  # between two steps nothing refers to a lane: its model may be one that was replaced
+            pass
+
+    def _step(self) -> bool:
+        """Wait for requests and compute a batch of them. False after `close`."""
+        with self._ready:
+            self._busy = False
+            taken = None
+            while taken is None:
                 if self._closed:
-                    return
-                lane = self._turns.popleft()
-                batch, dropped = lane.take()
-                if lane.jobs:
-                    self._turns.append(lane)
-            start = time.monotonic()
-            outcome = _computed(lane, batch) if batch else None
-            seconds = time.monotonic() - start
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(_deliver, lane, batch, dropped, outcome, start, seconds)
+                    return False
+                taken = self._next(quick=False)
+                if taken is None:
+                    self._ready.wait()
+            self._busy = True
+        found = _timed(*taken)
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(_deliver, *taken, *found)
+        return True
+
+
+def _timed(lane: Lane, batch: list[Job], _: list[Job]) -> tuple[Outputs | Exception | None, float, float]:
+    """What comes out of a batch, when it began, and how many seconds it took."""
+    start = time.monotonic()
+    outcome = _computed(lane, batch) if batch else None
+    return outcome, start, time.monotonic() - start
 
 
 def _computed(lane: Lane, batch: list[Job]) -> Outputs | Exception:
@@ -136,6 +184,7 @@ def _deliver(
 ) -> None:
     """In the event loop: hand each request its rows, or the reason why there are none."""
     lane.running -= len(batch) + len(dropped)
+    lane.streak = lane.streak + 1 if seconds < QUICK else 0
     for job in dropped:
         lane.statistics.dropped["cancelled" if job.future.cancelled() else "deadline"] += 1
         if not job.future.done():

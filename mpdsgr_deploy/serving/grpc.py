@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 import numpy as np
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.errors import InputError
@@ -25,7 +25,7 @@ from mpdsgr_deploy.serving.inference import Answer, Request, Wanted, infer
 from mpdsgr_deploy.serving.listener import HEAD_BYTES, Tls
 from mpdsgr_deploy.serving.logs import log_request
 from mpdsgr_deploy.serving.model import Model
-from mpdsgr_deploy.serving.requests import timeout
+from mpdsgr_deploy.serving.requests import classes, identifier, timeout
 from mpdsgr_deploy.serving.tensors import Tensor, bytes_tensor
 
 OPEN = {"ServerLive", "ServerReady"}  # without a key
@@ -44,15 +44,17 @@ class Grpc:
         options = [
             ("grpc.max_receive_message_length", server.limits.in_flight_bytes),
             ("grpc.max_metadata_size", HEAD_BYTES),
+            ("grpc.server_handshake_timeout_ms", int(server.limits.header_seconds * 1000)),
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
         ]
         inner = grpc.aio.server(options=options, maximum_concurrent_rpcs=server.limits.connections)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(server), inner)
+        inner.add_generic_rpc_handlers((Service(server).handlers(),))
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             found = inner.add_secure_port(where, _credentials(tls)) if tls else inner.add_insecure_port(where)
         except RuntimeError as error:
-            raise InputError(f"cannot listen on {where} for gRPC ({error}); choose another --grpc-port") from None
+            why = str(error).partition(";")[0]
+            raise InputError(f"cannot listen for gRPC: {why}; choose another --grpc-port") from None
         await inner.start()
         return cls(inner, found)
 
@@ -82,16 +84,27 @@ class Call:
 Handler = Callable[["Service", Any, Call], Awaitable[Any]]
 
 
-class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+class Service:
     """What the protocol's methods answer. Those that are not here answer UNIMPLEMENTED."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
-        for name, handler in METHODS.items():
-            setattr(self, name, partial(self._guarded, name, handler))
 
-    async def _guarded(self, name: str, handler: Handler, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    def handlers(self) -> Any:
+        """As grpc.aio takes them."""
+        methods = {
+            # as streams, for their first message to be waited for here: grpc itself would wait for ever
+            name: grpc.stream_unary_rpc_method_handler(
+                partial(self._guarded, name, handler),
+                partial(_parsed, getattr(pb, f"{name}Request")),
+                getattr(pb, f"{name}Response").SerializeToString,
+            )
+            for name, handler in METHODS.items()
+        }
+        return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)
+
+    async def _guarded(self, name: str, handler: Handler, _: Any, context: grpc.aio.ServicerContext) -> Any:
         """A handler's answer, or its refusal as a status."""
         server = self.server
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
@@ -100,7 +113,10 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         server.requests += 1
         try:
             if name not in OPEN:
+                if server.closing:  # gRPC itself would cancel what it has not handed over when it stops
+                    raise Refused(Why.NOT_READY, "the server ends")
                 server.authorize(metadata.get("authorization", ""))
+            request = await self._message(name, context)
             with server.memory.share() as share:
                 share.take(request.ByteSize())
                 return await handler(self, request, call)
@@ -117,6 +133,17 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             self._count(call, refused)
         await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
 
+    async def _message(self, name: str, context: grpc.aio.ServicerContext) -> Any:
+        seconds = self.server.limits.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                request = await context.read()
+        except TimeoutError:
+            raise Refused(Why.SLOW, f"the message did not arrive within {seconds:g} s") from None
+        if request is None or request is grpc.aio.EOF:
+            raise invalid(f"the message is no {name}Request")
+        return request
+
     def _count(self, call: Call, refused: Refused | None) -> None:
         code = "OK" if refused is None else refused.why.grpc
         codes = self.server.other_codes
@@ -126,6 +153,14 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         codes["grpc", code] += 1
         if refused is not None or self.server.settings.log.requests:
             log_request("grpc", call, code, refused)
+
+
+def _parsed(kind: Any, content: bytes) -> Any:
+    """The message, or None for bytes that are none: the handler says so, where grpc would answer UNKNOWN."""
+    try:
+        return kind.FromString(content)
+    except DecodeError:
+        return None
 
 
 async def _server_live(service: Service, request: Any, call: Call) -> Any:
@@ -187,7 +222,8 @@ async def _model_infer(service: Service, request: Any, call: Call) -> Any:
     server = service.server
     model = call.model = server.repository.model(request.model_name, request.model_version)
     wanted = [_wanted(output) for output in request.outputs]
-    asked = Request(request.id, _tensors(request), wanted, timeout(_parameter(request.parameters, "timeout")))
+    limit = timeout(_parameter(request.parameters, "timeout"))
+    asked = Request(identifier(request.id), _tensors(request), wanted, limit)
     with tracing.span(call.metadata, model, call.id):
         answers = await infer(model, server.batcher, asked, server.limits.request_seconds)
     call.images = answers[0].shape[0]
@@ -221,15 +257,13 @@ def _tensors(request: Any) -> list[Tensor]:
 def _wanted(output: Any) -> Wanted:
     if "shared_memory_region" in output.parameters:
         raise invalid("shared memory is not offered here; take the tensor from the answer")
-    classes = _parameter(output.parameters, "classification") or 0
-    if type(classes) is not int or not 0 <= classes < 2**31:
-        raise invalid("classification must be how many classes, a whole number")
-    return Wanted(output.name, True, classes)
+    return Wanted(output.name, True, classes(_parameter(output.parameters, "classification")))
 
 
 def _parameter(parameters: Any, name: str) -> Any:
+    """Its value, of whatever kind; 0 where it is not given."""
     if name not in parameters:
-        return None
+        return 0
     kind = parameters[name].WhichOneof("parameter_choice")
     return kind and getattr(parameters[name], kind)
 

@@ -19,6 +19,7 @@ from mpdsgr_deploy.serving.logs import log_request
 from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.page import page
 from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
+from mpdsgr_deploy.serving.security import check_caller
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -115,6 +116,8 @@ class Http:
         path, method = exchange.path.rstrip("/") or "/", exchange.method
         if path not in OPEN:
             self.server.authorize(exchange.headers.get("authorization", ""))
+            if self.server.local:
+                check_caller(exchange.headers.get("host", ""), exchange.headers.get("origin"))
         parts = path.split("/")[1:]
         if parts[:2] == ["v2", "models"] and len(parts) > 2 and parts[2] != "stats":
             return await self._model(exchange, parts[2:])
@@ -148,7 +151,7 @@ class Http:
         what = "/".join(action)
         if what == "infer":
             _require(exchange.method, "POST")
-            return await self._infer(exchange, self.server.repository.model(name, version))
+            return await self._infer(exchange, name, version)
         if what not in ("", "ready", "config", "stats"):
             raise Refused(Why.NOT_FOUND, f"a model has no {what[:100]!r}")
         _require(exchange.method, "GET")
@@ -159,11 +162,12 @@ class Http:
             return _json({"name": name, "ready": True})
         return _json(model.config() if what == "config" else model.metadata())
 
-    async def _infer(self, exchange: Exchange, model: Model) -> Reply:
-        exchange.model = model
-        limits = self.server.limits
+    async def _infer(self, exchange: Exchange, name: str, version: str) -> Reply:
+        limits, repository = self.server.limits, self.server.repository
+        model = exchange.model = repository.model(name, version)
         body = await self._body(exchange, model.input.body_bytes)
-        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()))
+        model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
+        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()), model.input)
         with tracing.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.receive)
         head, binary = response(model, request, answers)
@@ -194,54 +198,55 @@ class Http:
         if length is not None and int(length) > most:  # servers let only numbers through
             raise too_large(most)
         inflate = _inflater(exchange.headers.get("content-encoding"))
-        message = await exchange.receive()
-        if not message.get("more_body") and inflate is None:  # nearly always, and without a timer
-            body: bytes = message.get("body", b"")
-            exchange.unread = False
-            exchange.share.take(len(body))
-            if len(body) > most:
-                raise too_large(most)
-            return body
         try:
             async with asyncio.timeout(self.server.limits.body_seconds):
-                return await _read(exchange, message, most, inflate)
+                return await _read(exchange, most, inflate)
         except TimeoutError:
             seconds = self.server.limits.body_seconds
             raise Refused(Why.SLOW, f"the body did not arrive within {seconds:g} s") from None
 
 
 def _inflater(encoding: str | None) -> "zlib._Decompress | None":
-    if encoding in (None, "", "identity"):
+    kind = (encoding or "identity").lower()
+    if kind == "identity":
         return None
-    if encoding not in ("gzip", "deflate"):
-        raise Refused(Why.ENCODING, f"Content-Encoding {encoding[:40]!r} is not understood; use gzip or deflate")
+    if kind not in ("gzip", "deflate"):
+        raise Refused(Why.ENCODING, f"Content-Encoding {kind[:40]!r} is not understood; use gzip or deflate")
     return zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
 
 
-async def _read(exchange: Exchange, message: dict[str, Any], most: int, inflate: "zlib._Decompress | None") -> bytes:
+async def _read(exchange: Exchange, most: int, inflate: "zlib._Decompress | None") -> bytes:
     parts: list[bytes] = []
-    size = 0
-    while True:
+    sent = size = 0  # bytes as they came, and inflated
+    more = True
+    while more:
+        message = await exchange.receive()
         if message["type"] == "http.disconnect":
             raise Refused(Why.CANCELLED, "the client left before its body was there")
-        part = message.get("body", b"")
+        part: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        sent += len(part)
         if inflate is not None:
-            try:
-                part = inflate.decompress(part, most - size + 1)  # never more than shows that it is too much
-            except zlib.error as error:
-                raise invalid(f"the body is not compressed as its header says: {error}") from None
+            part = _inflated(inflate, part, most - size + 1)  # never more than shows that it is too much
         size += len(part)
-        if size > most or (inflate is not None and inflate.unconsumed_tail):
+        if max(sent, size) > most:  # compressed bytes may be more than what they hold, which is nothing sometimes
             raise too_large(most)
         exchange.share.take(len(part))
         parts.append(part)
-        if not message.get("more_body"):
-            break
-        message = await exchange.receive()
     exchange.unread = False
     if inflate is not None and not inflate.eof:
         raise invalid("the compressed body ends too early")
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _inflated(inflate: "zlib._Decompress", part: bytes, most: int) -> bytes:
+    try:
+        found = inflate.decompress(part, most)
+    except zlib.error as error:
+        raise invalid(f"the body is not compressed as its header says: {error}") from None
+    if inflate.unused_data:
+        raise invalid("something stands behind the end of the compressed body")
+    return found
 
 
 def _require(method: str, wanted: str) -> None:

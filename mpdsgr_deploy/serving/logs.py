@@ -34,14 +34,13 @@ class JsonLines(logging.Formatter):
 
 
 def log_json() -> None:
-    """Send the package's and the listeners' log lines to stderr as JSON."""
+    """Send all log lines and warnings to stderr as JSON; of other packages, only warnings and errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     log.setLevel(logging.INFO)
-    for name in ("mpdsgr_deploy", "uvicorn.error", "grpc"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    log.handlers.clear()
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
 
 
 def log_request(protocol: str, told: Told, code: str, refused: Refused | None) -> None:

@@ -26,7 +26,10 @@ def text(server: "Server") -> bytes:
 
 
 class Counts:
-    """A collector of what the models' statistics hold; nothing is counted twice."""
+    """A collector of what the models' statistics hold; nothing is counted twice.
+
+    It runs in a thread while the event loop counts on, so it reads a copy of every mapping.
+    """
 
     def __init__(self, server: "Server") -> None:
         self._server = server
@@ -53,10 +56,10 @@ class Counts:
             if model is None:
                 continue
             counts = model.statistics
-            for (protocol, code), number in counts.codes.items():
+            for (protocol, code), number in list(counts.codes.items()):
                 requests.add_metric([*labels, protocol, code], number)
             images.add_metric(labels, counts.images)
-            for reason, number in counts.dropped.items():
+            for reason, number in list(counts.dropped.items()):
                 dropped.add_metric([*labels, reason], number)
             queued.add_metric([name], model.lane.images)
             for family, histogram in (
@@ -66,7 +69,7 @@ class Counts:
                 ("batch_images", counts.batch),
             ):
                 histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
-        for (protocol, code), number in self._server.other_codes.items():
+        for (protocol, code), number in list(self._server.other_codes.items()):
             requests.add_metric(["", "", protocol, code], number)
         yield from (requests, images, dropped, ready, queued, *histograms.values())
         yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)

@@ -1,57 +1,33 @@
 """One version of a model: a bundle's network, opened and proved on its golden batch, and what it says of itself."""
 
-import re
 import threading
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import open_bundle
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, firing_rate_layers
 from mpdsgr_deploy.serving.batcher import Lane, Outputs
 from mpdsgr_deploy.serving.errors import invalid
+from mpdsgr_deploy.serving.settings import Limits
+from mpdsgr_deploy.serving.source import Source
 from mpdsgr_deploy.serving.statistics import Statistics
 from mpdsgr_deploy.serving.tensors import Input
 
 MARGIN, FIRING_RATE = "margin", "firing_rate"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-class Source(NamedTuple):
-    """Where a model comes from: the name it is served by, a bundle, one of its precisions, what runs it."""
-
-    name: str
-    path: Path
-    precision: str
-    backend: str
-
-
-def source(text: str, backend: str) -> Source:
-    """`[NAME=]BUNDLE[@PRECISION]`. Raises InputError for a name that a URL does not take."""
-    name, equals, place = text.partition("=") if not Path(text).exists() else ("", "", text)
-    place = place if equals else text
-    path, at, precision = place.rpartition("@") if not Path(place).exists() else (place, "", "")
-    path, precision = (path, precision) if at else (place, "fp32")
-    directory = Path(path).absolute().name  # a link is called as it is, whatever it points to now
-    name = name if equals else directory if precision == "fp32" else f"{directory}-{precision}"
-    if not NAME.fullmatch(name):
-        raise InputError(f"{text!r}: {name!r} cannot name a model (letters, digits, _ . - only); write NAME={place}")
-    return Source(name, Path(path), precision, backend)
 
 
 class Model:
-    """A served version; make it with `opened`. lane: where its requests wait."""
+    """A served version. backend: what runs it. lane: where its requests wait. Raises as `open_predictor` does."""
 
-    def __init__(self, source: Source, version: str, limits_batch: int, limits_queue: int) -> None:
-        self.source, self.version = source, version
+    def __init__(self, source: Source, backend: str, version: str, limits: Limits) -> None:
+        self.source, self.backend, self.version = source, backend, version
         self._stack = ExitStack()
         try:
-            self._open(limits_batch, limits_queue)
+            self._open(limits.batch, limits.queue)
         except BaseException:
             self._stack.close()
             raise
@@ -60,14 +36,12 @@ class Model:
         self._bundle = open_bundle(self.source.path)
         manifest = self._bundle.manifest
         self.digest, self.labels, self.output = manifest.digest, manifest.labels, manifest.output_name
-        self._predictor = self._stack.enter_context(
-            open_predictor(self._bundle, self.source.backend, self.source.precision)
-        )
+        self._predictor = self._stack.enter_context(open_predictor(self._bundle, self.backend, self.source.precision))
         self.input = Input(manifest.input_name, manifest.input_shape, most)
         self._rates: FiringRates | None = None
         self._rates_lock = threading.Lock()
         self.layers: tuple[str, ...] = ()
-        if self.source.backend in PROVIDERS:
+        if self.backend in PROVIDERS:
             self.layers = firing_rate_layers(self._bundle.variant(self.source.precision))
         self.statistics = Statistics()
         self.lane = Lane(self._compute, self.statistics, most, room)
@@ -77,9 +51,7 @@ class Model:
             return Outputs(self._predictor(images))
         with self._rates_lock:  # a second network in memory, only once somebody asks for it
             if self._rates is None:
-                self._rates = self._stack.enter_context(
-                    FiringRates(self._bundle, self.source.backend, self.source.precision)
-                )
+                self._rates = self._stack.enter_context(FiringRates(self._bundle, self.backend, self.source.precision))
         return Outputs(*self._rates(images))
 
     def close(self) -> None:
@@ -106,7 +78,7 @@ class Model:
         return {
             "name": self.source.name,
             "versions": [self.version],
-            "platform": f"mpdsgr_{self.source.backend}",
+            "platform": f"mpdsgr_{self.backend}",
             "inputs": [tensor],
             "outputs": outputs,
         }
@@ -115,7 +87,7 @@ class Model:
         """The model configuration extension, in the JSON form of Triton's ModelConfig."""
         told = {
             "precision": self.source.precision,
-            "backend": self.source.backend,
+            "backend": self.backend,
             "bundle_sha256": self.digest,
             "firing_rate_layers": ",".join(self.layers),
             "labels": ",".join(self.labels),
@@ -126,7 +98,7 @@ class Model:
         outputs[1]["reshape"] = {"shape": []}  # the margin is [B], and dims cannot say so
         return {
             "name": self.source.name,
-            "platform": f"mpdsgr_{self.source.backend}",
+            "platform": f"mpdsgr_{self.backend}",
             "version_policy": {"latest": {"num_versions": 1}},
             "max_batch_size": self.input.most,
             "input": [{"name": self.input.name, "data_type": "TYPE_FP32", "dims": list(self.input.shape)}],

@@ -9,11 +9,12 @@ import json
 from collections.abc import Iterator, Sequence
 
 from mpdsgr_deploy.bundle import MANIFEST
-from mpdsgr_deploy.errors import InputError, MpdsgrError
+from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.model import Model, Source
+from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.settings import Limits
+from mpdsgr_deploy.serving.source import Source
 
 LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
 
@@ -24,21 +25,17 @@ class Entry:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.model: Model | None = None
-        self.state, self.reason = UNAVAILABLE, "not loaded yet"
+        self.state, self.reason = LOADING, "not loaded yet"
         self.versions = 0  # opened so far
         self.lock = asyncio.Lock()
 
 
 class Repository:
-    """All models of a server. Raises InputError if two would have one name."""
+    """All models of a server. backend: what runs them."""
 
-    def __init__(self, sources: Sequence[Source], limits: Limits) -> None:
-        self._limits = limits
-        self._entries: dict[str, Entry] = {}
-        for source in sources:
-            if source.name in self._entries:
-                raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE for one of them")
-            self._entries[source.name] = Entry(source)
+    def __init__(self, sources: Sequence[Source], backend: str, limits: Limits) -> None:
+        self.backend, self._limits = backend, limits
+        self._entries = {source.name: Entry(source) for source in sources}
         self._draining: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Entry]:
@@ -46,8 +43,8 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """Whether every model that was not unloaded on purpose answers."""
-        return all(entry.model is not None or entry.reason == "unloaded" for entry in self)
+        """Whether every model has answered its golden batch; what was unloaded since makes nobody wait."""
+        return all(entry.versions for entry in self)
 
     def entry(self, name: str) -> Entry:
         """Raises Refused for a name that is not served."""
@@ -78,8 +75,10 @@ class Repository:
         """
         try:
             await self._load(self.entry(name))
-        except (MpdsgrError, OSError) as error:
-            raise Refused(Why.INVALID, f"cannot load model {name!r}: {error}") from None
+        except Refused:
+            raise
+        except Exception as error:  # whatever a backend raises at a file that is no network
+            raise Refused(Why.INVALID, f"cannot load model {name!r}: {one_line(error)}") from None
 
     async def reload_changed(self) -> None:
         """Load every model whose bundle is another than the one served; what fails is logged."""
@@ -87,8 +86,8 @@ class Repository:
             if entry.model is None or _digest(entry.source) != entry.model.digest:
                 try:
                     await self._load(entry)
-                except (MpdsgrError, OSError) as error:
-                    log.error("model %s: %s", entry.source.name, error)
+                except Exception as error:  # whatever a backend raises at a file that is no network
+                    log.error("model %s: %s", entry.source.name, one_line(error))
 
     async def _load(self, entry: Entry) -> None:
         async with entry.lock:
@@ -96,10 +95,10 @@ class Repository:
             entry.reason = "loading"
             version = str(entry.versions + 1)
             try:
-                model = await asyncio.to_thread(Model, entry.source, version, self._limits.batch, self._limits.queue)
+                model = await asyncio.to_thread(Model, entry.source, self.backend, version, self._limits)
             except BaseException as error:
                 entry.state = UNAVAILABLE if entry.model is None else READY
-                entry.reason = f"version {version} failed: {error}"
+                entry.reason = f"version {version} failed: {one_line(error)}"
                 raise
             entry.versions += 1
             old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""

@@ -1,6 +1,7 @@
 """An inference request over HTTP: JSON, and behind it the binary tensors of the extension; and its answer."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +10,19 @@ import numpy as np
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.inference import MICROSECONDS, Answer, Request, Wanted
 from mpdsgr_deploy.serving.model import Model
-from mpdsgr_deploy.serving.tensors import Tensor, bytes_tensor
+from mpdsgr_deploy.serving.tensors import Input, Tensor, bytes_tensor
 
 BINARY = "binary_data"
+SHARED_MEMORY = "shared_memory_region"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no encoding writes
 
 
-def parse_request(body: bytes, header_length: str | None) -> Request:
+def parse_request(body: bytes, header_length: str | None, taken: Input) -> Request:
     """Raises Refused for anything that is no inference request. header_length: of the JSON, where tensors follow."""
     place = len(body) if header_length is None else _length(header_length, len(body))
-    content = parse_json(body[:place])
+    head = body[:place]
+    taken.check_json(head)
+    content = parse_json(head)
     _only(content, "the request", {"id", "parameters", "inputs", "outputs"})
     parameters = _mapping(content.get("parameters", {}), "parameters")
     inputs: list[Tensor] = []
@@ -28,25 +33,34 @@ def parse_request(body: bytes, header_length: str | None) -> Request:
         raise invalid(f"{len(body) - place} bytes are left behind the tensors")
     binary = _flag(parameters, "binary_data_output", otherwise=False)
     outputs = [_wanted(_mapping(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
-    identifier = content.get("id", "")
-    if not isinstance(identifier, str) or len(identifier) > 256:
+    return Request(identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)))
+
+
+def identifier(value: Any) -> str:
+    """A request's `id`. Raises Refused."""
+    if not isinstance(value, str) or len(value) > 256 or SURROGATE.search(value):
         raise invalid("id must be a text of at most 256 characters")
-    return Request(identifier, inputs, outputs, timeout(parameters.get("timeout")))
+    return value
 
 
 def timeout(value: Any) -> float | None:
-    """Seconds of a request's parameter `timeout`, in microseconds; 0 and nothing: none. Raises Refused."""
-    if value is None or value == 0:
-        return None
-    if type(value) is not int or not 0 < value < 2**63:
+    """Seconds of a request's parameter `timeout`, in microseconds; 0: none. Raises Refused."""
+    if type(value) is not int or not 0 <= value < 2**63:
         raise invalid("timeout must be a whole number of microseconds")
-    return value * MICROSECONDS
+    return value * MICROSECONDS or None
+
+
+def classes(value: Any) -> int:
+    """Of an output's parameter `classification`; 0: none. Raises Refused."""
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise invalid("classification must be how many classes, a whole number")
+    return value
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object. Raises Refused for anything else."""
     try:
-        return _mapping(json.loads(content), "the request")
+        return _mapping(json.loads(content.decode()), "the request")
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
         raise invalid(f"the request is not JSON: {str(error)[:100] or 'nested too deeply'}") from None
 
@@ -66,6 +80,8 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[Tensor, int
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise invalid("an input's shape is a list of whole numbers")
     parameters = _mapping(entry.get("parameters", {}), "parameters")
+    if SHARED_MEMORY in parameters:
+        raise invalid("shared memory is not offered here; send the tensor")
     size = parameters.get("binary_data_size")
     if size is None:
         return Tensor(name, datatype, tuple(shape), _list(entry.get("data"), "data")), place
@@ -81,10 +97,9 @@ def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
     name, parameters = entry.get("name"), _mapping(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
-    classes = parameters.get("classification", 0)
-    if type(classes) is not int or not 0 <= classes < 2**31:
-        raise invalid("classification must be how many classes, a whole number")
-    return Wanted(name, _flag(parameters, BINARY, otherwise=binary), classes)
+    if SHARED_MEMORY in parameters:
+        raise invalid("shared memory is not offered here; take the tensor from the answer")
+    return Wanted(name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0)))
 
 
 def _flag(parameters: dict[str, Any], key: str, *, otherwise: bool) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.serving.errors import Refused, Why
 
 SHORTEST = 16  # characters of a key
 CHECK_EVERY = 1.0  # seconds between looks at the file
@@ -31,10 +32,10 @@ class ApiKeys:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the keys of {self._path}: {error}") from None
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not keys or any(len(key) < SHORTEST for key in keys):
+        if not keys or any(len(key) < SHORTEST or not key.isascii() or " " in key for key in keys):
             raise InputError(
-                f"{self._path} needs keys of at least {SHORTEST} characters, one a line; make one with: "
-                "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                f"{self._path} needs keys of at least {SHORTEST} ASCII characters without spaces, one a line; "
+                "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
         return (status.st_mtime_ns, status.st_size), [sha256(key.encode()).digest() for key in keys]
 
@@ -68,6 +69,21 @@ def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
         f"--host {host} can be reached by others; give --api-key-file or --tls-client-ca, or --insecure if something "
         "in front of this server decides who may ask"
     )
+
+
+def check_caller(host: str, origin: str | None) -> None:
+    """Raise Refused for what a page of another site, in a browser on this machine, makes a loopback server do.
+
+    host and origin: the headers. A browser names the page's site in Origin; one that was led here by a name of that
+    site's own (DNS rebinding) says so in Host.
+    """
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    if not is_loopback(name.strip("[]")) or origin not in (None, f"http://{host}", f"https://{host}"):
+        raise Refused(
+            Why.FORBIDDEN,
+            f"this server answers this machine alone, not {(origin or host)[:100]}; give it keys, or --insecure if "
+            "something in front of it decides who may ask",
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -3,7 +3,9 @@
 import asyncio
 import signal
 import socket
-from contextlib import suppress
+import time
+from contextlib import ExitStack, suppress
+from math import ceil
 from typing import NamedTuple
 
 import uvloop
@@ -12,8 +14,11 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.grpc import Grpc
-from mpdsgr_deploy.serving.listener import Tls, listener
+from mpdsgr_deploy.serving.listener import Listener, Tls, listener
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
+
+LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 class Address(NamedTuple):
@@ -28,6 +33,7 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
     """Serve until SIGTERM or SIGINT. Raises InputError if an address cannot be used or a model cannot serve."""
     mutual = tls is not None and tls.client_ca is not None
     check_exposure(address.host, authenticated=server.keys is not None or mutual, insecure=insecure)
+    server.local = is_loopback(address.host) and server.keys is None and not insecure
     if tls is not None:
         tls.check()
     elif server.keys is not None and not is_loopback(address.host):
@@ -38,72 +44,88 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
 
 async def _serve(server: Server, address: Address, tls: Tls | None) -> None:
     loop = asyncio.get_running_loop()
-    end = asyncio.Event()
-    patient = False  # with time for balancers to turn away
+    end, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    def stop(wait: bool) -> None:
-        nonlocal patient
-        patient = wait
+    def interrupt() -> None:
         end.set()
+        hurry.set()  # a person waits, and no balancer
 
-    loop.add_signal_handler(signal.SIGTERM, stop, True)
-    loop.add_signal_handler(signal.SIGINT, stop, False)
+    loop.add_signal_handler(signal.SIGTERM, end.set)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)  # before the models are loaded too, or it ends the process
     with _bound(address.host, address.port) as sock:
         http = listener(server, tls)
         grpc = None if address.grpc_port is None else await Grpc.start(server, address.host, address.grpc_port, tls)
         listening = loop.create_task(http.serve([sock]))
         listening.add_done_callback(lambda _: end.set())  # if it fails, the process ends with its error
+        left, lost = 0.0, 0
         try:
-            await _load(server, end)
-            if not end.is_set():
-                loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(server.repository.reload_changed()))
+            if await _load(server, end):
                 _announce(sock, grpc, tls)
-            await end.wait()
-            await _drain(server, patient)
+                reloading = loop.create_task(_reload(server, reload))
+                await end.wait()
+                reloading.cancel()
+            left, lost = await _drain(server, http, hurry)
         finally:
             server.draining = True
+            http.config.timeout_graceful_shutdown = max(1, ceil(left))
             http.should_exit = True
-            if grpc is not None:
-                await grpc.stop(server.limits.drain_seconds)
-            await listening
-    left = server.requests
+            await asyncio.gather(listening, *([grpc.stop(left)] if grpc else []))
     await server.close()
-    if left:
-        log.error("stopped with %d requests unanswered after %g s", left, server.limits.drain_seconds)
+    if lost:
+        log.error("stopped with %d requests unanswered after %g s", lost, server.limits.drain_seconds)
     else:
         log.info("stopped; every accepted request was answered")
 
 
-async def _load(server: Server, end: asyncio.Event) -> None:
-    """Open the models while /v2/health/live already answers, unless the end comes first."""
+async def _load(server: Server, end: asyncio.Event) -> bool:
+    """Open the models while /v2/health/live already answers. False if the end comes first."""
     loading = asyncio.ensure_future(server.start())
     ending = asyncio.ensure_future(end.wait())
     await asyncio.wait({loading, ending}, return_when=asyncio.FIRST_COMPLETED)
     ending.cancel()
+    if not loading.done():
+        loading.cancel()
+        return False
     await loading
+    return True
 
 
-async def _drain(server: Server, patient: bool) -> None:
+async def _reload(server: Server, asked: asyncio.Event) -> None:
+    while await asked.wait():
+        asked.clear()
+        await server.repository.reload_changed()
+
+
+async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[float, int]:
+    """Answer what was accepted. The seconds that are left for answers to be sent, and how many there will not be."""
+    limits, clock = server.limits, time.monotonic
     server.draining = True
     log.info("stopping: not ready any more, %d requests in work", server.requests)
-    if patient:
-        await asyncio.sleep(server.limits.grace_seconds)
     with suppress(TimeoutError):
-        async with asyncio.timeout(server.limits.drain_seconds):
-            while server.requests:
-                await asyncio.sleep(0.01)
+        await asyncio.wait_for(hurry.wait(), limits.grace_seconds)
+    end = clock() + limits.drain_seconds
+    for listening in getattr(http, "servers", ()):  # none yet if it ends as it starts
+        listening.close()
+    server.closing = True
+    await asyncio.sleep(LAST_CALL)
+    while server.requests and clock() < end:
+        await asyncio.sleep(0.01)
+    return max(end - clock(), 0.0), server.requests
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-    except OSError as error:
-        raise InputError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port"
-        ) from None
+    with ExitStack() as stack:
+        try:
+            family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            sock = stack.enter_context(socket.socket(family, kind, proto))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(where)
+            sock.listen(BACKLOG)  # now, or another server can still take the port
+        except OSError as error:
+            why = error.strerror or error
+            raise InputError(f"cannot listen on {host} port {port}: {why}; choose another --port") from None
+        stack.pop_all()
     return sock
 
 

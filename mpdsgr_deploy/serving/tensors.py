@@ -39,6 +39,14 @@ class Input(NamedTuple):
         """The largest body that a valid request can have; in JSON."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * JSON_CHARACTERS
 
+    def check_json(self, content: bytes) -> None:
+        """Raise Refused for more values or lists than a valid request has, before each takes 50 bytes of memory."""
+        channels, height, _ = self.shape
+        lists = self.most * (1 + channels * (1 + height))
+        brackets = content.count(b"[") + content.count(b"{")
+        if brackets > JSON_ENVELOPE + lists or content.count(b",") > JSON_ENVELOPE + self.most * prod(self.shape):
+            raise invalid(f"the request has more values than {self.most} images need")
+
     def images(self, tensor: Tensor) -> NDArray[np.float32]:
         """The images [B, C, H, W] of a tensor. Raises Refused unless its claims fit the model and its numbers them."""
         if tensor.name != self.name:

@@ -132,11 +132,11 @@ def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> 
     if not LABEL.fullmatch(name) or len(name) > LONGEST:
         raise InputError(
             f"{model.name!r} cannot name an InferenceService (a letter first, {LONGEST} characters at most); "
-            f"rename {model.bundle.path}"
+            f"write NAME={model.bundle.path}"
         )
     file = f"{name}.yaml"
     if file in resources:
-        raise InputError(f"two resources would be called {name!r}; rename one of the bundles' directories")
+        raise InputError(f"two resources would be called {name!r}; write NAME=BUNDLE for one of them")
     resources[file] = _resource("v1beta1", "InferenceService", name, {"predictor": predictor})
 
 

@@ -1,0 +1,161 @@
+"""A Ray Serve config that runs our own server in every replica, behind an HAProxy on every node.
+
+HTTP only. Ray itself lets in whoever reaches its ports (they run code on the cluster), so its network must be closed.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose, need
+from mpdsgr_deploy.runtime.open import BACKENDS
+from mpdsgr_deploy.schema import Section
+from mpdsgr_deploy.serving.deploy.models import Chosen
+from mpdsgr_deploy.serving.deploy.output import output_directory
+from mpdsgr_deploy.serving.security import ApiKeys, check_exposure
+from mpdsgr_deploy.serving.settings import Settings
+
+SUMS, CONFIG = "mpdsgr-ray.sha256", "serve.yaml"
+APPLICATION, DEPLOYMENT = "mpdsgr", "server"
+DEREGISTERED = 30 + 5  # seconds: how long Ray keeps a replica open for proxies to turn away, and its margin
+RETRIES = 2  # on other replicas; bounded, for a request that brings a process down must not bring down all of them
+
+
+class Network(Section):
+    """What a replica serves. digest: of the bundle that the config was written for."""
+
+    name: str
+    bundle: str
+    precision: str
+    digest: str
+
+
+class Arguments(Section):
+    """What a config tells each replica. api_key_file: its path on every node."""
+
+    networks: Annotated[list[Network], Field(min_length=1)]
+    backend: str
+    api_key_file: str | None
+    settings: Settings
+
+
+class Place(NamedTuple):
+    """replicas: least and most; gpu: share of one that a replica takes; host, port: where every node listens."""
+
+    replicas: tuple[int, int] = (1, 1)
+    gpu: float = 0.0
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+def write_config(
+    models: Sequence[Chosen],
+    out: Path,
+    place: Place,
+    settings: Settings,
+    backend: str | None = None,
+    keys: Path | None = None,
+    *,
+    insecure: bool = False,
+) -> Path:
+    """Write the config of one application with these models to `out`, fresh or an earlier one; its path.
+
+    Raises InputError for an unknown backend, a place that cannot be, a host that others reach without `keys` unless
+    `insecure`, and where `out` cannot be written.
+    """
+    least, most = place.replicas
+    if not 1 <= least <= most:
+        raise InputError(f"--replicas {least},{most}: write the least and the most, for example 1,4")
+    if not (0 <= place.gpu < 1 or place.gpu == int(place.gpu)):
+        raise InputError(f"--gpu {place.gpu:g}: Ray takes a share of one GPU or whole ones")
+    backend = backend or ("onnxruntime-cuda" if place.gpu else "onnxruntime-cpu")
+    choose("backend", BACKENDS, backend)
+    check_exposure(place.host, authenticated=keys is not None, insecure=insecure)
+    if keys is not None:
+        ApiKeys(keys)
+    networks = [
+        Network(
+            name=model.name,
+            bundle=str(model.bundle.path.resolve()),
+            precision=model.precision,
+            digest=model.bundle.manifest.digest,
+        )
+        for model in models
+    ]
+    arguments = Arguments(
+        networks=networks,
+        backend=backend,
+        api_key_file=None if keys is None else str(keys.resolve()),
+        settings=settings,
+    )
+    yaml = need("yaml", "serve")
+    with output_directory(out, SUMS, "directory with a Ray Serve config") as scratch:
+        text = yaml.safe_dump(_config(arguments, place), sort_keys=False, width=120)
+        (scratch / CONFIG).write_text(text, encoding="utf-8")
+    return out / CONFIG
+
+
+def _config(arguments: Arguments, place: Place) -> dict[str, Any]:
+    limits = arguments.settings.limits
+    haproxy = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # of silence while a request's head or body is to come; Ray's own is an hour
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(limits.body_seconds)),
+        # inference changes nothing: a replica's end is no reason to fail what it had not answered
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
+    }
+    return {
+        "proxy_location": "EveryNode",
+        "controller_options": {"runtime_env": {"env_vars": haproxy}},
+        "http_options": {
+            "host": place.host,
+            "port": place.port,
+            # the server's own limits end a request first, with an answer that says why
+            "request_timeout_s": limits.body_seconds + limits.request_seconds + 30,
+        },
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": "mpdsgr_deploy.serving.ray_app:build",
+                "args": arguments.model_dump(mode="json"),
+                "logging_config": {
+                    "encoding": "JSON",
+                    "enable_access_log": arguments.settings.log.requests,
+                },
+                "deployments": [_deployment(arguments.settings, place)],
+            }
+        ],
+    }
+
+
+def _deployment(settings: Settings, place: Place) -> dict[str, Any]:
+    limits = settings.limits
+    least, most = place.replicas
+    scaling: dict[str, Any] = {"num_replicas": least}
+    if least < most:
+        # a replica is well used while requests enough for a whole batch are in work
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": min(limits.batch, limits.connections),
+            }
+        }
+    return {
+        "name": DEPLOYMENT,
+        **scaling,
+        # the model's queue is the server's to bound: Ray only stands in for its listener, with the bound on connections
+        "max_ongoing_requests": limits.connections,
+        "max_queued_requests": limits.connections,
+        "backpressure_config": {"status_code": 503, "retry_after_s": 1},
+        "graceful_shutdown_timeout_s": limits.drain_seconds + DEREGISTERED,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 15,
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": place.gpu},
+    }

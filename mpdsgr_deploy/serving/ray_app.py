@@ -1,0 +1,73 @@
+"""The server's ASGI application as a Ray Serve deployment: what a config that `mpdsgr deploy ray` wrote imports."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.deploy.ray import DEPLOYMENT, Arguments
+from mpdsgr_deploy.serving.http import Http, Receive, Scope, Send
+from mpdsgr_deploy.serving.logs import log_json
+
+
+class Application:
+    """`Http` between Ray's messages: the replica has loaded the models, and Ray adds the request's id to a response."""
+
+    def __init__(self, server: Server) -> None:
+        self._http, self._server = Http(server), server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await self._server.close()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+        async def send_without_id(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
+            await send(message)
+
+        await self._http(scope, receive, send_without_id)
+
+
+async def started(arguments: Arguments) -> Server:
+    """A server with its models loaded. Raises MpdsgrError if one cannot serve, or is not that of the config."""
+    keys = None if arguments.api_key_file is None else Path(arguments.api_key_file)
+    models = [f"{network.name}={network.bundle}@{network.precision}" for network in arguments.networks]
+    server = Server(models, arguments.settings, backend=arguments.backend, keys=keys)
+    await server.start()
+    for network in arguments.networks:
+        if server.repository.model(network.name).digest != network.digest:
+            await server.close()
+            raise InputError(
+                f"{network.bundle} is not the bundle that was deployed; copy that here, or write a config anew"
+            )
+    return server
+
+
+@serve.deployment(name=DEPLOYMENT)
+@serve.ingress()
+class Replica:
+    """One server. An error of its start is what Ray shows of a deployment that fails."""
+
+    async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
+        log_json()
+        self._server = await started(arguments)  # not in the application's lifespan: Ray hides why that fails
+
+    def __serve_build_asgi_app__(self) -> Application:
+        return Application(self._server)
+
+    async def check_health(self) -> None:
+        """What Ray asks every few seconds; it replaces a replica that raises."""
+        if not self._server.ready:
+            raise RuntimeError("not ready: " + str(self._server.index(ready=False)))
+
+
+def build(arguments: Arguments) -> serve.Application:
+    """The application of a config's `args`."""
+    return Replica.bind(arguments)  # type: ignore[attr-defined]

@@ -1,0 +1,44 @@
+"""Which network of which bundle is served, and by what name: `[NAME=]BUNDLE[@PRECISION]`, as commands take it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mpdsgr_deploy.errors import InputError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+class Source(NamedTuple):
+    """The name a model is served by, its bundle, and one of the bundle's precisions."""
+
+    name: str
+    path: Path
+    precision: str
+
+
+def sources(texts: Sequence[str]) -> list[Source]:
+    """What the texts name, in their order. Raises InputError for a name that no URL takes or that comes twice."""
+    found: dict[str, Source] = {}
+    for text in texts:
+        source = _source(text)
+        if source.name in found:
+            raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE for one of them")
+        found[source.name] = source
+    return list(found.values())
+
+
+def _source(text: str) -> Source:
+    """Without a name it is the directory's, with -PRECISION behind it where one other than fp32 is meant."""
+    name, place = "", text
+    if "=" in text and not Path(text).exists():
+        name, _, place = text.partition("=")
+    path, precision = place, "fp32"
+    if "@" in place and not Path(place).exists():
+        path, _, precision = place.rpartition("@")
+    directory = Path(path).absolute().name  # a link is called as it is, whatever it points to now
+    name = name or (directory if precision == "fp32" else f"{directory}-{precision}")
+    if not NAME.fullmatch(name):
+        raise InputError(f"{text!r}: {name!r} cannot name a model (letters, digits, _ . - only); write NAME={place}")
+    return Source(name, Path(path), precision)

@@ -1,0 +1,153 @@
+"""A Ray cluster of two nodes on this machine; a mark tells what it started, and nothing else is ended."""
+
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+from urllib.request import urlopen
+
+MARK = "MPDSGR_TEST_CLUSTER"
+NODE = [
+    "--block",
+    "--node-ip-address=127.0.0.2",  # Ray would replace 127.0.0.1 with an address that others reach
+    "--num-cpus=1",
+    "--num-gpus=0",
+    "--object-store-memory=80000000",
+    "--min-worker-port=0",
+    "--max-worker-port=0",
+    "--disable-usage-stats",
+]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, and that neither Linux nor Ray hands out to whoever asks for any port."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20000, 30000)
+        with suppress(OSError), socket.create_server(("", port)):
+            found += [port] if port not in found else []
+    return found
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """What the condition gives once that is true. Raises AssertionError if it takes longer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(OSError):
+            if found := condition():
+                return found
+        time.sleep(0.25)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+class Cluster:
+    """Two nodes with a CPU each, for the length of a with block. http: the ports of their proxies."""
+
+    def __init__(self) -> None:
+        self.http = free_ports(2)
+        self._gcs, self._dashboard, self._client, *self._agents = free_ports(5)
+        self._mark = secrets.token_hex(8)
+        self._place = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets lie in it: a short path
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        first = [f"--port={self._gcs}", f"--ray-client-server-port={self._client}", f"--temp-dir={self._place}/ray"]
+        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self._dashboard}"]
+        try:
+            self._start(0, "--head", *first, *dashboard)
+            until(lambda: socket.create_connection(("127.0.0.2", self._gcs)).close() is None, "the first node")
+            self._start(1, f"--address=127.0.0.2:{self._gcs}")
+            until(lambda: self._nodes_alive() == 2, "the second node")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self, number: int, *arguments: str) -> None:
+        fallback, stats, metrics = free_ports(3)
+        haproxy = self._place / str(number)
+        environment = {
+            MARK: self._mark,
+            "OMP_NUM_THREADS": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # not 30
+            "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # not 3
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(self.http[1]),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{haproxy}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxy}/admin.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/state",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{haproxy}/metrics.sock",
+        }
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *NODE, *arguments]
+        command.append(f"--dashboard-agent-listen-port={self._agents[number]}")
+        with (self._place / f"node{number}.log").open("wb") as log:
+            environment = {**os.environ, **environment}
+            node = subprocess.Popen(command, env=environment, cwd=self._place, stdout=log, stderr=log)
+        self._nodes.append(node)
+
+    def serve(self, *arguments: object) -> None:
+        """The command `serve`, which must succeed."""
+        command = [sys.executable, "-m", "ray.serve.scripts", *map(str, arguments)]
+        address = ["--address", f"http://127.0.0.1:{self._dashboard}"]
+        environment = {**os.environ, MARK: self._mark}
+        done = subprocess.run([*command, *address], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def _nodes_alive(self) -> int:
+        with urlopen(f"http://127.0.0.1:{self._dashboard}/api/v0/nodes", timeout=5) as answer:
+            return sum(node["state"] == "ALIVE" for node in json.load(answer)["data"]["result"]["result"])
+
+    def application(self) -> dict[str, Any]:
+        """The one that is deployed, as Ray tells."""
+        with urlopen(f"http://127.0.0.1:{self._dashboard}/api/serve/applications/", timeout=5) as answer:
+            (application,) = json.load(answer)["applications"].values()
+        return application
+
+    def replicas(self) -> dict[int, str]:
+        """Process to node, of those that run."""
+        (deployment,) = self.application()["deployments"].values()
+        return {r["pid"]: r["node_id"] for r in deployment["replicas"] if r["state"] == "RUNNING"}
+
+    def processes(self) -> dict[int, str]:
+        """All that the cluster has running, with their commands."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if f"{MARK}={self._mark}".encode() in (process / "environ").read_bytes():
+                    command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+                    if state != "Z":
+                        found[int(process.name)] = command
+        return found
+
+    def stop(self) -> None:
+        """End both nodes as a user would."""
+        for node in self._nodes:
+            node.terminate()
+        for node in self._nodes:
+            node.wait(60)
+
+    def __exit__(self, *exception: object) -> None:
+        if any(exception):
+            for log in sorted(self._place.glob("ray/session_latest/logs/serve/*.log")):
+                print(f"--- {log.name}", log.read_text()[-4000:], sep="\n")
+        for pid in self.processes():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        for node in self._nodes:
+            node.wait(10)
+        shutil.rmtree(self._place, ignore_errors=True)

@@ -1,0 +1,299 @@
+"""What a server lets a client take: places in the queue, connections, memory, time. Good requests go on through."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+
+import grpc
+import numpy as np
+import pytest
+from served import BUNDLE, INFER, Connection, Reply, Served, eventually, http, images, request
+from tritonclient.grpc import service_pb2 as pb
+
+from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.runtime import open_predictor
+
+SERVICE = "/inference.GRPCInferenceService/"
+QUEUE, CONNECTIONS = 16, 40
+X = images()
+GOOD = http("POST", INFER, request(X))
+QUEUED = 'mpdsgr_queued_images{model="bundle"}'
+HASTY = {"header_seconds": 0.6, "body_seconds": 0.8, "request_seconds": 0.2}
+EXHAUSTED, LATE = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@cache
+def long_count() -> int:
+    """As many images as keep the network busy for a second and a half."""
+    x = np.zeros((4000, 1, 8, 8), np.float32)
+    with open_predictor(open_bundle(BUNDLE)) as predictor:
+        start = time.monotonic()
+        predictor(x)
+        return min(200_000, int(len(x) * 1.5 / (time.monotonic() - start)))
+
+
+def long() -> bytes:
+    """A request of so many."""
+    n = long_count()
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [n, 1, 8, 8], "parameters": {"binary_data_size": n * 64}}
+    outputs = [{"name": "margin", "parameters": {"binary_data": True}}]
+    head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+    return http("POST", INFER, head + bytes(n * 64), {"Inference-Header-Content-Length": len(head)})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    room = int(len(long()) * 1.5)  # for one of them
+    limits = {"batch": long_count(), "queue": QUEUE, "connections": CONNECTIONS, "in_flight_bytes": room}
+    with Served(limits=limits) as served:
+        yield served
+        assert served.alive
+        assert not [line for line in served.lines if line["level"] in ("error", "critical", "")]
+        assert served.metrics()["mpdsgr_in_flight_bytes"] == served.metrics()[QUEUED] == 0
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Served]:
+    """With little time for anything."""
+    with Served(limits={"batch": long_count(), "connections": CONNECTIONS, **HASTY}) as served:
+        yield served
+        assert served.alive
+        assert not [line for line in served.lines if line["level"] in ("error", "critical", "")]
+
+
+@pytest.fixture(scope="module")
+def channel(server: Served) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.grpc) as opened:
+        yield opened
+
+
+@cache
+def right() -> np.ndarray:
+    """What the network gives in this process."""
+    with open_predictor(open_bundle(BUNDLE)) as predictor:
+        return predictor(X)
+
+
+def assert_right(reply: Reply) -> None:
+    assert reply.status == 200, reply.body
+    np.testing.assert_allclose(reply.output(), right(), atol=1e-5)
+
+
+@contextmanager
+def busy(server: Served) -> Iterator[None]:
+    """While the network computes for somebody, who gets an answer in the end."""
+    before = server.counted("mpdsgr_images_total")
+    with server.connect(60) as connection:
+        connection.send(long())
+        assert eventually(lambda: computes(server))
+        yield
+        assert server.counted("mpdsgr_images_total") == before, "the network was faster than the test"
+        assert connection.reply().status == 200
+
+
+def computes(server: Served) -> bool:
+    """Whether the whole of a long request is there, and waits no more."""
+    found = server.metrics()
+    return found["mpdsgr_in_flight_bytes"] > long_count() * 64 and found[QUEUED] == 0
+
+
+def infer(channel: grpc.Channel, **options: object) -> grpc.Future:
+    """A call over gRPC with the one image, under way."""
+    message = pb.ModelInferRequest(model_name="bundle")
+    message.inputs.add(name="images", datatype="FP32", shape=X.shape)
+    message.raw_input_contents.append(X.tobytes())
+    return channel.unary_unary(SERVICE + "ModelInfer").future(message.SerializeToString(), **options)
+
+
+def dropped(server: Served, reason: str) -> float:
+    return server.counted("mpdsgr_dropped_total", reason=reason)
+
+
+def test_a_full_queue(server: Served, channel: grpc.Channel) -> None:
+    before = dropped(server, "queue_full")
+    with ExitStack() as stack:
+        with busy(server):
+            waiting = [stack.enter_context(server.connect(60)) for _ in range(QUEUE - 1)]
+            for connection in waiting:
+                connection.send(GOOD)
+            call = infer(channel, timeout=60)
+            assert eventually(lambda: server.metrics()[QUEUED] == QUEUE)
+            refused = server.ask(GOOD)
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+            assert refused.json() == {"error": f"{QUEUE} images wait, {QUEUE} may; try again soon"}
+            assert infer(channel).code() is EXHAUSTED
+            assert dropped(server, "queue_full") == before + 2
+        for connection in waiting:
+            assert_right(connection.reply())
+        assert call.code() is grpc.StatusCode.OK
+
+
+def test_memory_in_flight(server: Served, channel: grpc.Channel) -> None:
+    with busy(server):
+        refused = server.ask(long())
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert "too many bytes" in refused.json()["error"]
+        message = pb.ModelInferRequest(model_name="bundle", raw_input_contents=[bytes(len(long()))])
+        call = channel.unary_unary(SERVICE + "ModelInfer").future(message.SerializeToString())
+        assert (call.code(), "too many bytes" in call.details()) == (EXHAUSTED, True)
+    assert server.ask(http("POST", INFER, bytes(len(long()) * 2))).status == 413
+    assert_right(server.ask(GOOD))
+
+
+def test_a_timeout_that_the_client_gives(server: Served, channel: grpc.Channel) -> None:
+    before = dropped(server, "deadline"), dropped(server, "cancelled")
+    with busy(server):
+        start = time.monotonic()
+        refused = server.post(INFER, {**request(X), "parameters": {"timeout": 100_000}})
+        assert (refused.status, "timeout passed" in refused.json()["error"]) == (504, True)
+        assert 0.1 <= time.monotonic() - start < 0.8
+        assert infer(channel, timeout=0.1).code() is LATE
+    assert_right(server.ask(GOOD))
+    assert eventually(lambda: dropped(server, "deadline") == before[0] + 1)
+    assert eventually(lambda: dropped(server, "cancelled") == before[1] + 1)
+
+
+def test_clients_that_leave_while_they_wait(server: Served) -> None:
+    before, computed = dropped(server, "cancelled"), server.counted("mpdsgr_images_total")
+    with busy(server):
+        for n in range(5):
+            with server.connect() as connection:
+                connection.send(GOOD * (1 + n % 2))  # a second one behind the first changes nothing
+                assert eventually(lambda n=n: server.metrics()[QUEUED] == n + 1)
+    assert_right(server.ask(GOOD))
+    assert eventually(lambda: dropped(server, "cancelled") == before + 5)
+    assert server.counted("mpdsgr_images_total") == computed + long_count() + 1  # nothing for those who left
+    assert server.counted("mpdsgr_requests_total", code="499") >= 5
+
+
+def test_connections(server: Served) -> None:
+    with ExitStack() as stack:
+        kept = [stack.enter_context(server.connect()) for _ in range(CONNECTIONS)]
+        kept[0].send(http("GET", "/v2/health/live"))
+        assert kept[0].reply().status == 200
+        for _ in range(5):
+            with server.connect() as connection:
+                refused = connection.reply()
+                assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+                assert "too many connections" in refused.json()["error"]
+                assert connection.closed()
+        kept[-1].send(GOOD)
+        assert_right(kept[-1].reply())
+    assert eventually(lambda: server.get("/v2").status == 200)
+    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
+    assert_right(server.ask(GOOD))
+
+
+def test_lists_that_would_fill_the_memory(server: Served) -> None:
+    """A list takes sixty bytes once it is parsed, and two or three in JSON."""
+    before = server.rss()
+    for part in (b"[],", b"{},"):
+        reply = server.ask(http("POST", INFER, b"[" + part * (len(long()) // len(part)) + b"1]"))
+        assert (reply.status, "more values than" in reply.json()["error"]) == (400, True)
+    assert server.rss() < before + len(long()) * 6
+    assert_right(server.ask(GOOD))
+
+
+def test_a_deadline_in_the_queue(hasty: Served) -> None:
+    with hasty.connect(60) as late:
+        with busy(hasty):
+            late.send(GOOD)
+        refused = late.reply()
+    assert (refused.status, "deadline passed after" in refused.json()["error"]) == (504, True)
+    assert dropped(hasty, "deadline") == 1
+    assert_right(hasty.ask(GOOD))
+
+
+def drip(connection: Connection, data: bytes, end: threading.Event) -> None:
+    """A byte now and then, as long as somebody takes them."""
+    for byte in data:
+        if end.wait(0.1):
+            return
+        connection.send(bytes([byte]))
+
+
+SLOW = {  # what is sent at once, and then drop by drop
+    "nothing": (b"", b""),
+    "half a head": (GOOD[:20], b""),
+    "a dripping head": (GOOD[:20], GOOD[20:120]),
+    "no body": (GOOD[: GOOD.index(b"\r\n\r\n") + 4], b""),
+    "half a body": (GOOD[:-20], b""),
+    "a dripping body": (GOOD[:-100], GOOD[-100:]),
+    "half a chunk": (http("POST", INFER, b"5\r\nabc", {"Transfer-Encoding": "chunked"}), b""),
+    "dripping chunks": (http("POST", INFER, b"", {"Transfer-Encoding": "chunked"}), b"1\r\na\r\n" * 20),
+    "dripping trailers": (http("POST", INFER, b"0\r\n", {"Transfer-Encoding": "chunked"}), b"a: b\r\n" * 20),
+}
+
+
+def test_slow_clients(hasty: Served) -> None:
+    """All at once; each is told so in its time, while others are answered."""
+    end = threading.Event()
+    with ExitStack() as stack:
+        stack.callback(end.set)
+        start, found, threads = time.monotonic(), {}, []
+        for name, (data, drops) in SLOW.items():
+            connection = stack.enter_context(hasty.connect(10))
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.send(data)
+            found[name] = connection
+            threads.append(threading.Thread(target=drip, args=(connection, drops, end)))
+            threads[-1].start()
+        assert_right(hasty.ask(GOOD))
+        for name, connection in found.items():
+            reply = connection.reply()
+            assert (name, reply.status) == (name, 408)
+            assert connection.closed()
+        assert 0.5 < time.monotonic() - start < 3
+        end.set()
+    assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1)
+
+
+def test_idle_connections_are_closed(hasty: Served) -> None:
+    with hasty.connect(10) as connection:
+        connection.send(GOOD)
+        assert_right(connection.reply())
+        start = time.monotonic()
+        assert connection.closed()
+        assert 4 < time.monotonic() - start < 8
+
+
+def test_calls_whose_message_does_not_come(hasty: Served) -> None:
+    """They would hold every place for good."""
+    end = threading.Event()
+    with grpc.insecure_channel(hasty.grpc) as channel:
+        open_calls = [
+            channel.stream_unary(SERVICE + "ModelInfer").future(iter(lambda: end.wait(20) or b"", True))
+            for _ in range(CONNECTIONS + 5)
+        ]
+        assert {call.code() for call in open_calls} <= {LATE, EXHAUSTED}
+        assert infer(channel, timeout=10).code() is grpc.StatusCode.OK
+        end.set()
+
+
+def test_a_grpc_connection_that_says_nothing(hasty: Served) -> None:
+    with Connection(hasty.grpc_port, 5) as connection:
+        start = time.monotonic()
+        connection.socket.recv(1 << 16)  # the server's settings
+        while connection.socket.recv(1 << 16):
+            pass
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such option")
+def test_clients_that_do_not_take_their_answers(hasty: Served) -> None:
+    before = hasty.descriptors()
+    with ExitStack() as stack:
+        for _ in range(3):
+            silent = stack.enter_context(socket.socket())
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            silent.connect(("127.0.0.1", hasty.port))
+            for _ in range(6):  # until the buffers on the way are full
+                silent.sendall(http("GET", "/") * 60)
+                time.sleep(0.1)
+        assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1, 15)
+        assert hasty.descriptors() <= before + 1  # the connection that asks
+    assert_right(hasty.ask(GOOD))
