@@ -57,7 +57,10 @@ class DynamicNeurons(Defence[Settings]):
         last: deque[Trace] = deque(maxlen=1)
         with torch.no_grad():  # the clean response is what the perturbed one is drawn to
             step.forward(step.clean, last.append)
-        perturbation = last[0].current - step.traces[-1].current
+        clean, perturbed = last[0].current, step.traces[-1].current
+        assert clean is not None  # no kernel runs neurons that learn together with their normalisation
+        assert perturbed is not None
+        perturbation = clean - perturbed
         return Term("perturbation", self.settings.rho, leaky_integral(perturbation, self.settings.tau).square().mean())
 
 
