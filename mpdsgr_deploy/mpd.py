@@ -46,12 +46,16 @@ def per_channel(x: Tensor) -> Tensor:
 
 def reset_shift(trace: Trace) -> Tensor:
     """S [T, C], measured on the batch. Detached: a reading of the state, not a path for the gradient."""
-    neuron = trace.neuron
-    shift = torch.zeros_like(per_channel(trace.states[0].u))
+    neuron, u = trace.neuron, trace.states[0].u
+    shift = torch.zeros(u.shape[1], device=u.device)
     shifts = [shift]
-    for u, spikes in trace.states[:-1]:
-        removed = u.detach() * spikes.detach() if neuron.reset == "hard" else neuron.v_threshold * spikes.detach()
-        shift = neuron.tau * (shift + per_channel(removed))
+    for t, (u, spikes) in enumerate(trace.states[:-1]):
+        if trace.moments is not None:
+            removed = trace.moments.removed[t]
+        else:
+            taken = u.detach() * spikes.detach() if neuron.reset == "hard" else neuron.v_threshold * spikes.detach()
+            removed = per_channel(taken)
+        shift = neuron.tau * (shift + removed)
         shifts.append(shift)
     return torch.stack(shifts)
 
@@ -99,7 +103,10 @@ class _BatchMoments(torch.autograd.Function):
 
 def empirical(trace: Trace) -> Moments:
     """Batch moments per channel and step: the gradient reaches every weight."""
-    mean, variance = _BatchMoments.apply(*[u for u, _ in trace.states])
+    if trace.moments is not None:
+        mean, variance, _ = trace.moments
+    else:
+        mean, variance = _BatchMoments.apply(*[u for u, _ in trace.states])
     # clamped: a channel that never varies has no direction for its standard deviation
     return Moments(mean - trace.neuron.v_threshold, variance.clamp(min=SIGMA_FLOOR**2).sqrt())
 

@@ -8,7 +8,7 @@ import torch
 
 from mpdsgr_deploy.snn.multistep import multistep_lif
 from mpdsgr_deploy.snn.neuron import LIFState, lif
-from mpdsgr_deploy.snn.surrogate import SURROGATES
+from mpdsgr_deploy.snn.surrogate import SURROGATES, spike
 
 T, B, C, W = 4, 3, 5, 2
 CASES = list(itertools.product(SURROGATES, ("hard", "soft"), (False, True), (False, True), (False, True)))
@@ -66,3 +66,29 @@ def test_a_loss_of_one_output_alone(reset: str, used: int) -> None:
         run(given, fused, "triangle", reset)[used].square().sum().backward()
         gradients.append(given["current"].grad)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("resting", [False, True])
+def test_a_detached_reset_passes_no_gradient_through_its_spikes(hard: bool, resting: bool) -> None:
+    surrogate, gradients = SURROGATES["sigmoid"](), []
+    for fused in (False, True):
+        given = leaves(held=False, resting=resting, learned=False)
+        u, spikes = given.get("u", torch.zeros(())), given.get("spikes", torch.zeros(()))
+        if fused:
+            state = None if resting else (u, spikes)
+            options = {"tau": 0.5, "v_threshold": 1.0, "hard": hard, "surrogate": surrogate, "detach_reset": True}
+            _, out = multistep_lif(given["current"], state, steps=T, **options)
+        else:
+            steps = []
+            for current in given["current"]:
+                reset = spikes.detach()
+                u = 0.5 * (u * (1 - reset) if hard else u - reset) + current
+                spikes = spike(u, 1.0, surrogate)
+                steps.append(spikes)
+            out = torch.stack(steps)
+        out.square().sum().backward()
+        gradients.append([given[name].grad for name in given if name != "spikes"])
+        assert resting or given["spikes"].grad is None
+    for single, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, single, rtol=1e-12, atol=1e-12)

@@ -59,11 +59,14 @@ class DynamicNeurons(Defence[Settings]):
     def term(self, step: Step) -> Term | None:
         if step.x is step.clean or not self.settings.rho:
             return None
-        last: deque[Tensor] = deque(maxlen=1)
+        last: deque[Tensor | None] = deque(maxlen=1)
         with torch.no_grad():  # the clean response is what the perturbed one is drawn to
             step.forward(step.clean, lambda trace: last.append(trace.current))
-        (current,) = step.readings
-        perturbation = last[0] - current
+        (perturbed,), (clean,) = step.readings, last
+        # no kernel runs neurons that learn together with their normalisation
+        assert clean is not None
+        assert perturbed is not None
+        perturbation = clean - perturbed
         return Term("perturbation", self.settings.rho, leaky_integral(perturbation, self.settings.tau).square().mean())
 
 

@@ -9,20 +9,36 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mpdsgr_deploy.snn.multistep import gpu_kernels
 from mpdsgr_deploy.snn.neuron import LIF, LIFState
 from mpdsgr_deploy.snn.noise import Noise
+from mpdsgr_deploy.snn.tdbn import TdBN
+
+
+class StepMoments(NamedTuple):
+    """Of the potential U, per step and channel, float32 [T, C]: mean, variance (of the batch: divided by the number of
+    elements), and the mean of what the reset after the step takes away, which carries no gradient.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    removed: Tensor
 
 
 class Trace(NamedTuple):
     """What one layer did in one forward pass: its T states, each u and spikes [B, C, ...], and the current
     [T, B, C, ...] that drove them (kept anyway: at rest the first u is a view of it).
+
+    Where a GPU ran plain neurons in one kernel with their normalisation, the current was never written and is None, but
+    the potential's moments came along.
     """
 
     layer: str
     norm: nn.Module | None
     neuron: LIF
     states: list[LIFState]
-    current: Tensor
+    current: Tensor | None
+    moments: StepMoments | None = None
 
 
 Observer = Callable[[Trace], None]
@@ -71,8 +87,29 @@ class SpikingLayer(Temporal):
 
     def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
         """Spikes or encoded input [T, B, ...] to spikes [T, B, C, ...]."""
+        kernels = self._kernels(x)
+        if kernels is not None:
+            return self._in_one_kernel(kernels, fold_time(self.synapse, x), observe)
         current = fold_time(self._current, x)
         spikes, states = self.neuron(current, noise=noise)
         if observe is not None:
             observe(Trace(self.name, self.norm, self.neuron, states, current))
+        return spikes
+
+    def _kernels(self, x: Tensor) -> Any:
+        """What runs normalisation and neurons at once, if that is possible here."""
+        norm, neuron = self.norm, self.neuron
+        fits = norm is None or (type(norm) is TdBN and not norm.synchronised)  # the kernel sees one process's batch
+        plain = fits and type(neuron) is LIF and neuron.stepwise is None
+        return gpu_kernels(x, self.neuron.tau, self.neuron.surrogate) if plain else None
+
+    def _in_one_kernel(self, kernels: Any, received: Tensor, observe: Observer | None) -> Tensor:
+        neuron = self.neuron
+        steps = neuron.hold if len(received) == 1 else len(received)
+        constants = kernels.Constants(steps, neuron.tau, neuron.v_threshold, neuron.reset == "hard", neuron.surrogate)
+        seen = observe is not None
+        spikes, u, moments = kernels.norm_lif(received, self.norm, constants, potentials=seen, moments=seen)
+        if observe is not None:
+            states = [LIFState(*both) for both in zip(u, spikes, strict=True)]
+            observe(Trace(self.name, self.norm, neuron, states, None, moments))
         return spikes

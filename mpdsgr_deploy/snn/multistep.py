@@ -10,9 +10,11 @@ the gradient d_t of the loss in U_t, from the last step back, is
     hard   d_t = gU_t + tau_{t+1} d_{t+1} (1 - O_t) + (gO_t - tau_{t+1} d_{t+1} U_t) s(U_t - V_th)
     soft   d_t = gU_t + tau_{t+1} d_{t+1}           + (gO_t - tau_{t+1} d_{t+1} V_th) s(U_t - V_th)
 
-where gU and gO are what reaches potentials and spikes from elsewhere and s is the surrogate.
+where gU and gO are what reaches potentials and spikes from elsewhere and s is the surrogate. A detached reset, one
+whose spikes pass no gradient on, leaves out the term after gO_t.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,16 +32,42 @@ def multistep_lif(
     v_threshold: float,
     hard: bool,
     surrogate: Surrogate,
+    detach_reset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Potentials and spikes [T, B, ...] of `steps` = T steps.
 
     current [T, B, ...], or [1, B, ...], which then lasts for all steps. state: potential and spikes [B, ...] before
-    them, None at rest. tau: one leak, or a tensor [T, ...] of each step's, broadcast over the batch.
+    them, None at rest. tau: one leak, or a tensor [T, ...] of each step's, broadcast over the batch. A GPU runs the
+    kernels of `triton_lif`, wherever they know the case.
     """
+    kernels = gpu_kernels(current, tau, surrogate)
+    if kernels is not None:
+        constants = kernels.Constants(steps, tau, v_threshold, hard, surrogate, detach_reset)
+        return kernels.triton_lif(current, state, constants)
     before = (None, None) if state is None else state
     leaks = tau.to(current) if isinstance(tau, Tensor) else tau
-    u, spikes = _MultiStep.apply(current, *before, leaks, steps, v_threshold, hard, surrogate)
+    u, spikes = _MultiStep.apply(current, *before, leaks, steps, v_threshold, hard, surrogate, detach_reset)
     return u, spikes
+
+
+def gpu_kernels(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> Any:
+    """The module `triton_lif` if x is on a GPU and it knows the case; else None."""
+    kernels = _triton_lif() if _on_gpu(x) else None
+    return kernels if kernels is not None and kernels.takes(x, tau, surrogate) else None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+@cache
+def _triton_lif() -> Any:
+    """None without Triton, which torch brings along only where it is built for GPUs."""
+    try:
+        from mpdsgr_deploy.snn import triton_lif
+    except ImportError:
+        return None
+    return triton_lif
 
 
 class _MultiStep(torch.autograd.Function):
@@ -54,6 +82,7 @@ class _MultiStep(torch.autograd.Function):
         v_threshold: float,
         hard: bool,
         surrogate: Surrogate,
+        detach_reset: bool,
     ) -> tuple[Tensor, Tensor]:
         held = len(current) < steps
         u = current.new_empty((steps, *current.shape[1:])) if held else torch.empty_like(current)
@@ -69,6 +98,7 @@ class _MultiStep(torch.autograd.Function):
             last_u, last_spikes = u[t], spikes[t]
         ctx.save_for_backward(u, u_before, spikes_before, tau if isinstance(tau, Tensor) else None)
         ctx.tau, ctx.v_threshold, ctx.hard, ctx.surrogate, ctx.held = tau, v_threshold, hard, surrogate, held
+        ctx.detach_reset = detach_reset
         ctx.set_materialize_grads(False)
         return u, spikes
 
@@ -84,7 +114,7 @@ class _MultiStep(torch.autograd.Function):
         for t in reversed(range(len(u))):
             spikes = u[t] >= v_threshold
             d = None if given_spikes is None else given_spikes[t]
-            if later is not None:
+            if later is not None and not ctx.detach_reset:
                 through = later * u[t] if hard else later * v_threshold
                 d = -through if d is None else d - through
             d = None if d is None else d * ctx.surrogate.derivative(u[t] - v_threshold)
@@ -105,8 +135,9 @@ class _MultiStep(torch.autograd.Function):
         to_u = to_spikes = None
         if u_before is not None and later is not None:
             to_u = later * (1 - spikes_before) if hard else later
-            to_spikes = -later * u_before if hard else -later * v_threshold
-        return to_current, to_u, to_spikes, to_tau, None, None, None, None
+            if not ctx.detach_reset:
+                to_spikes = -later * u_before if hard else -later * v_threshold
+        return to_current, to_u, to_spikes, to_tau, None, None, None, None, None
 
 
 def _leak(tau: float | Tensor, t: int) -> float | Tensor:

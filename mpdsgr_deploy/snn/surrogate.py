@@ -25,19 +25,21 @@ from mpdsgr_deploy.snn.expectation import (
 
 class Surrogate(NamedTuple):
     """A named surrogate: `derivative` maps v of any shape to dO/dU of that shape, `expected` (mu, sigma) of any shape
-    to the mean of `derivative` over N(mu, sigma^2); None where that is not known.
+    to the mean of `derivative` over N(mu, sigma^2); None where that is not known. `parameter` is the number in the
+    formula of that name in `SURROGATES`, for those who write it again; None where it is no such formula.
     """
 
     name: str
     derivative: Callable[[Tensor], Tensor]
     half_width: float
     expected: Expectation | None = None
+    parameter: float | None = None
 
 
 def triangle(g: float = 1.0) -> Surrogate:
     """max(0, g - |v|) / g^2, support (-g, g) (Deng et al., arXiv 2202.11946)."""
     return Surrogate(
-        "triangle", lambda v: (g - v.abs()).clamp(min=0) / g**2, g, lambda mu, sigma: triangle_mean(mu, sigma, g)
+        "triangle", lambda v: (g - v.abs()).clamp(min=0) / g**2, g, lambda mu, sigma: triangle_mean(mu, sigma, g), g
     )
 
 
@@ -48,6 +50,7 @@ def rectangular(a: float = 1.0) -> Surrogate:
         lambda v: (v.abs() < a / 2).to(v.dtype) / a,
         a / 2,
         lambda mu, sigma: interval_mass(mu, sigma, a / 2) / a,
+        a,
     )
 
 
@@ -61,7 +64,7 @@ def sigmoid(a: float = 4.0) -> Surrogate:
     def expected(mu: Tensor, sigma: Tensor) -> Tensor:
         return mixture_mean(mu, sigma, logistic_mixture(), scale=1 / a, height=a)
 
-    return Surrogate("sigmoid", derivative, 2 * math.atanh(0.95) / a, expected)
+    return Surrogate("sigmoid", derivative, 2 * math.atanh(0.95) / a, expected, a)
 
 
 def superspike(k: float = 10.0) -> Surrogate:
@@ -71,6 +74,7 @@ def superspike(k: float = 10.0) -> Surrogate:
         lambda v: (1 + k * v.abs()) ** -2,
         19 / k,
         lambda mu, sigma: mixture_mean(mu, sigma, superspike_mixture(), scale=1 / k),
+        k,
     )
 
 
@@ -81,6 +85,7 @@ def exponential(a: float = 0.5) -> Surrogate:
         lambda v: torch.exp(-v.abs() / a) / (2 * a),
         a * math.log(20),
         lambda mu, sigma: mixture_mean(mu, sigma, laplace_mixture(), scale=a, height=1 / (2 * a)),
+        a,
     )
 
 

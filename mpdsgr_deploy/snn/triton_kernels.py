@@ -1,0 +1,290 @@
+"""The kernels behind `triton_lif`: T steps of LIF neurons forward, the same backward, and the end of tdBN's gradient.
+
+A tensor [S, B, C, ...] is read as S steps of N elements, whatever the order in which a step lies in memory: an element
+of channel c and member m of M = N / C lies at (m // D C + c) D + m % D, where D is the stride of the channels (H W in
+contiguous memory, 1 in channels-last). Where nothing is per channel, C = 1 and D = N. A program runs all T steps of
+BLOCK_M members of BLOCK_C channels in registers; sums over members are left per program, P of them, so that they add up
+in the same order every time. Arithmetic is float32; DTYPE is what every result of the membrane's equation is rounded
+to. The kernels are launched without fusing multiplication and addition: then a potential is the same number wherever it
+is computed. An argument that is None switches off what it is for.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr):
+    return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _step(current, u, spikes, tau, v_threshold, HARD: tl.constexpr, DTYPE: tl.constexpr):
+    """The potential after that which `u` and `spikes` are of."""
+    left = u * (1.0 - spikes) if HARD else _rounded(u - _rounded(v_threshold * spikes, DTYPE), DTYPE)
+    return _rounded(_rounded(tau * left, DTYPE) + current, DTYPE)
+
+
+@triton.jit
+def _derivative(v, parameter, KIND: tl.constexpr):
+    """The surrogate derivatives of `surrogate.py`, under the same names."""
+    if KIND == "triangle":
+        return tl.maximum(parameter - tl.abs(v), 0.0) / (parameter * parameter)
+    elif KIND == "rectangular":
+        return tl.where(tl.abs(v) < parameter / 2, 1.0 / parameter, 0.0)
+    elif KIND == "sigmoid":
+        s = tl.sigmoid(parameter * v)
+        return parameter * s * (1 - s)
+    elif KIND == "superspike":
+        slow = 1 + parameter * tl.abs(v)
+        return 1 / (slow * slow)
+    else:
+        tl.static_assert(KIND == "exponential")
+        return tl.exp(-tl.abs(v) / parameter) / (2 * parameter)
+
+
+@triton.jit
+def _current(x, at, inside, mean, factor, bias, NORM: tl.constexpr):
+    current = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    if NORM:
+        current = (current - mean) * factor + bias
+    return current
+
+
+@triton.jit
+def _first(u_first, spikes_first, at, inside, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The state before the first step; at rest it adds nothing to the first current."""
+    u = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    spikes = u
+    if u_first is not None:
+        u = tl.load(u_first + at, mask=inside, other=0).to(tl.float32)
+        spikes = tl.load(spikes_first + at, mask=inside, other=0).to(tl.float32)
+    return u, spikes
+
+
+@triton.jit
+def lif_forward(
+    x,  # [S, N]
+    u_first,  # [N], as spikes_first: the state before the first step; None: at rest
+    spikes_first,
+    mean,  # [C], as factor and bias: the current is (x - mean) factor + bias; None: it is x
+    factor,
+    bias,
+    spikes,  # [T, N]
+    kept,  # [T, N] or None: U_t, or U_t - V_th if CENTRED
+    sums,  # [P, T, C] or None, as the two below: a program's sum of U_t,
+    squares,  # of the squared distance of U_t to the program's own mean,
+    removed,  # and of what the reset after step t takes away
+    tau,
+    v_threshold,
+    N,
+    C,
+    D,
+    M,
+    T: tl.constexpr,
+    HELD: tl.constexpr,  # S = 1: one current for all steps
+    HARD: tl.constexpr,
+    CENTRED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Spikes, and what is asked for beside them."""
+    program = tl.program_id(0)
+    member = program * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = column[None, :]
+    inside = (member < M) & (channel < C)
+    at = (member // D * C + channel) * D + member % D
+    NORM: tl.constexpr = mean is not None
+    if NORM:
+        mean = tl.load(mean + channel, mask=channel < C, other=0)
+        factor = tl.load(factor + channel, mask=channel < C, other=0)
+        bias = tl.load(bias + channel, mask=channel < C, other=0)
+    u, fired = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
+    if HELD:
+        current = _current(x, at, inside, mean, factor, bias, NORM)
+    for t in range(T):
+        if not HELD:
+            current = _current(x, at, inside, mean, factor, bias, NORM)
+            x += N
+        u = _step(current, u, fired, tau, v_threshold, HARD, DTYPE)
+        fired = (u >= v_threshold).to(tl.float32)
+        tl.store(spikes + at, fired.to(spikes.dtype.element_ty), mask=inside)
+        spikes += N
+        if kept is not None:
+            keep = u
+            if CENTRED:
+                # what did not fire stays below 0: float16 knows no number between 0 and -2^-24
+                keep = tl.where(u < v_threshold, tl.minimum(u - v_threshold, -(2.0**-24)), u - v_threshold)
+            tl.store(kept + at, keep.to(kept.dtype.element_ty), mask=inside)
+            kept += N
+        if sums is not None:
+            count = tl.minimum(M - program * BLOCK_M, BLOCK_M).to(tl.float32)
+            total = tl.sum(tl.where(inside, u, 0.0), 0)
+            away = tl.where(inside, u - (total / count)[None, :], 0.0)
+            taken = u * fired if HARD else v_threshold * fired
+            place = (program * T + t) * C + column
+            tl.store(sums + place, total, mask=column < C)
+            tl.store(squares + place, tl.sum(away * away, 0), mask=column < C)
+            tl.store(removed + place, tl.sum(tl.where(inside, taken, 0.0), 0), mask=column < C)
+
+
+@triton.jit
+def _step_backward(
+    t, u, v, later, total, product, held,
+    x, mean, factor, deviation, given_u, given_spikes, slope, constant, to_x,
+    at, channel, inside, sums, tau, v_threshold, parameter, N, C,
+    HELD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, FROZEN: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """From tau_{t+1} d_{t+1} to tau_t d_t, as in `multistep`; what d_t adds to the sums and to a held current's d."""
+    begin = tl.cast(N, tl.int64) * t  # added to a pointer before the tile is: one addition, not one an element
+    d = tl.zeros_like(u)
+    if given_spikes is not None:
+        d += tl.load(given_spikes + begin + at, mask=inside, other=0).to(tl.float32)
+    if not DETACH:
+        d -= later * (u if HARD else v_threshold)
+    d *= _derivative(v, parameter, KIND)
+    d += later * (1.0 - (v >= 0).to(tl.float32)) if HARD else later
+    if given_u is not None:
+        d += tl.load(given_u + begin + at, mask=inside, other=0).to(tl.float32)
+    if slope is not None:
+        row = t * C + channel
+        d += tl.load(slope + row, mask=channel < C, other=0) * u
+        d += tl.load(constant + row, mask=channel < C, other=0)
+    if sums is not None:
+        read = tl.load((x if HELD else x + begin) + at, mask=inside, other=0).to(tl.float32)
+        total += d
+        product += d * ((read - mean) * deviation)
+    if HELD:
+        held += d
+    else:
+        out = d * factor if FROZEN else d
+        tl.store(to_x + begin + at, out.to(to_x.dtype.element_ty), mask=inside)
+    return tau * d, total, product, held
+
+
+@triton.jit
+def lif_backward(
+    x,  # as in lif_forward; None where nothing needs it
+    u_first,
+    spikes_first,
+    mean,
+    factor,
+    bias,
+    deviation,  # [C]: 1 / sqrt(variance + eps)
+    kept,  # None: the potentials are computed again, and live in registers
+    given_u,  # [T, N] or None, as given_spikes: gradients of the loss in potentials and spikes
+    given_spikes,
+    slope,  # [T, C] or None, as constant: slope U_t + constant is the gradient in U_t through the moments
+    constant,
+    to_x,  # [S, N]: the gradient in the current; in x itself if FROZEN
+    to_u_first,
+    to_spikes_first,
+    sums,  # [P, C] or None, as products: a program's sum of the gradient in the current, and of it times x normalised
+    products,
+    tau,
+    v_threshold,
+    parameter,  # of the surrogate
+    N,
+    C,
+    D,
+    M,
+    T: tl.constexpr,
+    HELD: tl.constexpr,
+    HARD: tl.constexpr,
+    DETACH: tl.constexpr,  # no gradient passes through the spikes that reset
+    CENTRED: tl.constexpr,
+    FROZEN: tl.constexpr,  # mean and deviation are constants
+    KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The gradient in the current, or in what tdBN made it of if that is FROZEN, and the sums of tdBN's own."""
+    program = tl.program_id(0)
+    member = program * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = column[None, :]
+    inside = (member < M) & (channel < C)
+    at = (member // D * C + channel) * D + member % D
+    NORM: tl.constexpr = mean is not None
+    if NORM:
+        mean = tl.load(mean + channel, mask=channel < C, other=0)
+        factor = tl.load(factor + channel, mask=channel < C, other=0)
+        bias = tl.load(bias + channel, mask=channel < C, other=0)
+        deviation = tl.load(deviation + channel, mask=channel < C, other=0)
+    u_rest, spikes_rest = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
+    later = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # tau d of the step after
+    total, product, held = later, later, later
+    if kept is None:
+        u, fired = u_rest, spikes_rest
+        potentials = ()
+        if HELD:
+            current = _current(x, at, inside, mean, factor, bias, NORM)
+        for t in tl.static_range(T):
+            if not HELD:
+                current = _current(x + tl.cast(N, tl.int64) * t, at, inside, mean, factor, bias, NORM)
+            u = _step(current, u, fired, tau, v_threshold, HARD, DTYPE)
+            fired = (u >= v_threshold).to(tl.float32)
+            potentials = potentials + (u,)  # noqa: RUF005 (Triton knows no unpacking)
+        for i in tl.static_range(T):
+            later, total, product, held = _step_backward(
+                T - 1 - i, potentials[T - 1 - i], potentials[T - 1 - i] - v_threshold, later, total, product, held,
+                x, mean, factor, deviation, given_u, given_spikes, slope, constant, to_x,
+                at, channel, inside, sums, tau, v_threshold, parameter, N, C, HELD, HARD, DETACH, FROZEN, KIND,
+            )  # fmt: skip
+    else:
+        for i in range(T):
+            t = T - 1 - i
+            u = tl.load(kept + tl.cast(N, tl.int64) * t + at, mask=inside, other=0).to(tl.float32)
+            v = u if CENTRED else u - v_threshold
+            u = u + v_threshold if CENTRED else u
+            later, total, product, held = _step_backward(
+                t, u, v, later, total, product, held,
+                x, mean, factor, deviation, given_u, given_spikes, slope, constant, to_x,
+                at, channel, inside, sums, tau, v_threshold, parameter, N, C, HELD, HARD, DETACH, FROZEN, KIND,
+            )  # fmt: skip
+    if HELD:
+        out = held * factor if FROZEN else held
+        tl.store(to_x + at, out.to(to_x.dtype.element_ty), mask=inside)
+    if sums is not None:
+        place = program * C + column
+        tl.store(sums + place, tl.sum(tl.where(inside, total, 0.0), 0), mask=column < C)
+        tl.store(products + place, tl.sum(tl.where(inside, product, 0.0), 0), mask=column < C)
+    if to_u_first is not None:
+        back = later * (1.0 - spikes_rest) if HARD else later
+        tl.store(to_u_first + at, back.to(to_u_first.dtype.element_ty), mask=inside)
+        if not DETACH:
+            back = -later * u_rest if HARD else -later * v_threshold
+            tl.store(to_spikes_first + at, back.to(to_spikes_first.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward(
+    d,  # [S, N]: the gradient in the current, overwritten by that in x
+    x,
+    mean,  # [C], as those that follow
+    deviation,
+    factor,
+    mean_d,  # means over all members of all S steps: of d,
+    mean_product,  # and of d times x normalised
+    N,
+    C,
+    D,
+    M,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """factor (d - E[d] - x^ E[d x^]), where x^ = (x - mean) deviation."""
+    member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = (member < M) & (channel < C)
+    at = tl.program_id(2).to(tl.int64) * N + (member // D * C + channel) * D + member % D
+    known = channel < C
+    normalised = tl.load(x + at, mask=inside, other=0).to(tl.float32) - tl.load(mean + channel, mask=known, other=0)
+    normalised *= tl.load(deviation + channel, mask=known, other=0)
+    out = tl.load(d + at, mask=inside, other=0).to(tl.float32) - tl.load(mean_d + channel, mask=known, other=0)
+    out -= normalised * tl.load(mean_product + channel, mask=known, other=0)
+    out *= tl.load(factor + channel, mask=known, other=0)
+    tl.store(d + at, out.to(d.dtype.element_ty), mask=inside)

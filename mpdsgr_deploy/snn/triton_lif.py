@@ -1,0 +1,269 @@
+"""LIF neurons on a GPU: all T steps in one kernel forward and one backward, with tdBN and the moments of U inside.
+
+    tdBN      I = (x - mean) lambda alpha V_th / sqrt(var + eps) + beta
+    membrane  U_t = tau U_{t-1} (1 - O_{t-1}) + I_t   or   tau (U_{t-1} - V_th O_{t-1}) + I_t,   O_t = [U_t >= V_th]
+    moments   E[U_t], Var[U_t] and what the reset takes, E[U_t O_t] or V_th E[O_t], per step and channel
+
+`triton_lif` is `multistep_lif` and gives the same bits: in the current's own precision, potentials written for whoever
+reads them. `norm_lif` is for layers whose potentials nobody reads: neither the normalised current nor, if wished, the
+potentials are ever written. The backward kernel leaves the gradient d in I and, per channel, sum d and sum d x^ with
+x^ = (x - mean) / sqrt(var + eps); a second, elementwise one makes of them tdBN's own gradient,
+
+    dx = lambda alpha V_th / sqrt(var + eps) (d - E[d] - x^ E[d x^]),
+
+which under fixed statistics is the first factor times d and needs no second kernel. There is no second derivative, and
+leaks that are tensors are left to `multistep_lif`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mpdsgr_deploy.snn import triton_kernels as kernels
+from mpdsgr_deploy.snn.layer import StepMoments
+from mpdsgr_deploy.snn.surrogate import Surrogate
+from mpdsgr_deploy.snn.tdbn import TdBN
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Multiplication and addition round apart, which costs nothing where memory takes the time, and as torch has them.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+class Constants(NamedTuple):
+    """What a neuron does, as the kernels take it; `steps` = T."""
+
+    steps: int
+    tau: float
+    v_threshold: float
+    hard: bool
+    surrogate: Surrogate
+    detach_reset: bool = False
+
+
+def takes(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> bool:
+    """Whether the kernels know this type, one leak for all and this surrogate."""
+    return x.dtype in _TYPES and not isinstance(tau, Tensor) and surrogate.parameter is not None
+
+
+class NormLIF(NamedTuple):
+    """Of `norm_lif`: spikes [T, B, C, ...] in the type of x; if asked for, potentials, float32, and their moments."""
+
+    spikes: Tensor
+    u: Tensor | None
+    moments: StepMoments | None
+
+
+def triton_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: Constants) -> tuple[Tensor, Tensor]:
+    """Potentials and spikes [T, B, ...] of a current [T, B, ...], or [1, B, ...], which then lasts for all steps.
+
+    state: potential and spikes [B, ...] before them, None at rest.
+    """
+    before = (None, None) if state is None else state
+    task = _Task(constants, rounded=True, potentials=True, keep=current.dtype, moments=False, frozen=False)
+    spikes, u, *_ = _Lif.apply(current, *before, None, None, None, None, task)
+    return u, spikes
+
+
+def norm_lif(
+    x: Tensor,
+    norm: TdBN | None,
+    constants: Constants,
+    *,
+    potentials: bool = False,
+    moments: bool = False,
+    keep: torch.dtype | None = torch.float32,
+) -> NormLIF:
+    """Neurons at rest behind tdBN (None: x is their current), in float32 whatever x is.
+
+    x [T, B, C, ...], or [1, B, C, ...], which then lasts for all steps. In train mode `norm` normalises by the
+    statistics of x and updates its running ones. keep: what the backward pass finds of the potentials, unless they are
+    an output, which it reads. float32: themselves; bfloat16 or float16: U - V_th rounded to that, so that spikes stay
+    what they were; None: nothing, they are computed again from x, in registers, which is as exact as float32 and meant
+    for T up to 16.
+    """
+    scale = bias = mean = deviation = None
+    x = x if _dense(x) else x.contiguous()
+    if norm is not None:
+        scale, bias = norm.scale.float(), norm.bias.float()
+        with torch.no_grad():
+            mean, variance = norm.running_mean, norm.running_var
+            if norm.training:
+                mean, variance = torch.batch_norm_update_stats(x.flatten(0, 1), mean, variance, norm.momentum)
+            deviation = (variance + norm.eps).rsqrt()
+            mean = mean.clone()  # the running one may move on before the backward pass
+    frozen = norm is not None and not norm.training
+    keep = torch.float32 if potentials else keep
+    task = _Task(constants, rounded=False, potentials=potentials, keep=keep, moments=moments, frozen=frozen)
+    spikes, u, *found = _Lif.apply(x, None, None, scale, bias, mean, deviation, task)
+    return NormLIF(spikes, u, StepMoments(*found) if moments else None)
+
+
+class _Task(NamedTuple):
+    constants: Constants
+    rounded: bool  # to the type of x, step by step, as torch does
+    potentials: bool  # are an output
+    keep: torch.dtype | None  # of the potentials
+    moments: bool
+    frozen: bool  # the statistics of tdBN are constants
+
+
+class _Tiles(NamedTuple):
+    """How a step's N elements are cut: see `triton_kernels`."""
+
+    N: int
+    C: int
+    D: int
+    M: int
+    block_m: int
+    block_c: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Four elements a thread: one load of 16 bytes. Compiled for sm_90, 32 registers then do, 48 in channels-last,
+        so that most of a multiprocessor's 64 warps fit; 72 and 86 where T = 8 potentials are computed again.
+        """
+        return {"BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.block_m * self.block_c // 128}
+
+    def grid(self, *more: int) -> tuple[int, ...]:
+        return (triton.cdiv(self.M, self.block_m), triton.cdiv(self.C, self.block_c), *more)
+
+
+def _tiles(x: Tensor, per_channel: bool) -> _Tiles:
+    """Of x [S, B, C, ...], dense."""
+    N = x[0].numel()
+    assert N < 2**31  # offsets in a step are 32 bits
+    C = x.shape[2] if per_channel else 1
+    D = x.stride(2) if C > 1 else N
+    # A program reads along the channels only where these lie next to each other, and then 16, one or two sectors of
+    # memory: the more channels, the fewer members, and the more sums are left for torch to add up.
+    block_c = 1 if D >= 16 else min(triton.next_power_of_2(C), 16)
+    return _Tiles(N, C, D, N // C, 512 if block_c == 1 else 1024 // block_c, block_c)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether step follows step in memory, and each fills its own without gaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return len(x) == 1 or x.stride(0) == expected
+
+
+def _like(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The same numbers in memory of that order."""
+    return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
+
+
+def _launch(kernel: Any, x: Tensor, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(x):  # does nothing on a CPU, where the interpreter runs
+        kernel[grid](*arguments, **constants, **OPTIONS)
+
+
+class _Lif(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        u_first: Tensor | None,
+        spikes_first: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        deviation: Tensor | None,
+        task: _Task,
+    ) -> tuple[Tensor | None, ...]:
+        constants = task.constants
+        T = constants.steps
+        x = x if _dense(x) else x.contiguous()
+        cut = _tiles(x, scale is not None or task.moments)
+        shape, stride = (T, *x.shape[1:]), (cut.N, *x.stride()[1:])
+        if u_first is not None and spikes_first is not None:
+            u_first, spikes_first = _like(u_first, stride[1:]), _like(spikes_first, stride[1:])
+        spikes = x.new_empty_strided(shape, stride)
+        stored = task.keep is not None and (task.potentials or any(ctx.needs_input_grad))
+        kept = torch.empty_like(spikes, dtype=task.keep) if stored else None
+        centred = stored and not task.potentials and task.keep != torch.float32
+        factor = None if scale is None or deviation is None else scale * deviation
+        grid = cut.grid()
+        partial = x.new_empty((3, grid[0], T, cut.C), dtype=torch.float32) if task.moments else None
+        shared = {
+            "T": T,
+            "HELD": len(x) < T,
+            "HARD": constants.hard,
+            "CENTRED": centred,
+            "DTYPE": _TYPES[x.dtype if task.rounded else torch.float32],
+            **cut.constants,
+        }
+        given = (x, u_first, spikes_first, mean, factor, bias)
+        numbers = (float(constants.tau), float(constants.v_threshold))
+        _launch(kernels.lif_forward, x, grid, *given, spikes, kept, *_each(partial, 3), *numbers, *cut[:4], **shared)
+        moments = (None, None, None) if partial is None else _merged(partial, cut)
+        statistics = scale is not None and not task.frozen
+        # the sums of tdBN's backward pass: for the gradient in x under its own statistics, or in lambda and beta
+        ctx.sums = statistics or any(ctx.needs_input_grad[3:5])
+        ctx.save_for_backward(x if ctx.sums or kept is None else None, *given[1:], deviation, kept, moments[0])
+        ctx.task, ctx.cut, ctx.shared, ctx.statistics = task, cut, shared, statistics
+        ctx.x = x.to("meta")  # its type, shape and order in memory
+        ctx.set_materialize_grads(False)
+        if moments[2] is not None:
+            ctx.mark_non_differentiable(moments[2])
+        return spikes, kept if task.potentials else None, *moments
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * 8
+        x, u_first, spikes_first, mean, factor, bias, deviation, kept, mean_u = ctx.saved_tensors
+        cut, constants = ctx.cut, ctx.task.constants
+        device = next(grad for grad in grads if grad is not None).device
+        to_x = torch.empty_like(ctx.x, device=device)
+        stride = (cut.N, *to_x.stride()[1:])
+        given = [None if grad is None else _like(grad, stride) for grad in (grads[1], grads[0])]
+        slope = constant = None
+        if grads[2] is not None or grads[3] is not None:
+            slope = torch.zeros_like(mean_u) if grads[3] is None else grads[3] * (2 / cut.M)
+            constant = -slope * mean_u if grads[2] is None else grads[2] / cut.M - slope * mean_u
+        to_u = None if u_first is None else torch.empty_like(u_first)
+        to_spikes = None if u_first is None or constants.detach_reset else torch.empty_like(spikes_first)
+        grid = cut.grid()
+        sums = to_x.new_empty((2, grid[0], cut.C), dtype=torch.float32) if ctx.sums else None
+        _launch(
+            kernels.lif_backward,
+            to_x,
+            grid,
+            *(x, u_first, spikes_first, mean, factor, bias, deviation, kept, *given, slope, constant),
+            *(to_x, to_u, to_spikes, *_each(sums, 2)),
+            *(float(constants.tau), float(constants.v_threshold), float(constants.surrogate.parameter), *cut[:4]),
+            **ctx.shared,
+            DETACH=constants.detach_reset,
+            FROZEN=ctx.task.frozen,
+            KIND=constants.surrogate.name,
+        )
+        to_scale = to_bias = None
+        if sums is not None:
+            to_bias, to_scale = sums.sum(1)
+        if ctx.statistics:
+            means = (total / (len(to_x) * cut.M) for total in (to_bias, to_scale))
+            norms = (to_x, x, mean, deviation, factor, *means, *cut[:4])
+            _launch(kernels.norm_backward, to_x, cut.grid(len(to_x)), *norms, **cut.constants)
+        return to_x, to_u, to_spikes, to_scale, to_bias, None, None, None
+
+
+def _each(parts: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+    return (None,) * count if parts is None else parts.unbind()
+
+
+def _merged(partial: Tensor, cut: _Tiles) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and mean of what is removed, each [T, C], from the three sums of every program, [3, P, T, C]."""
+    sums, squares, removed = partial
+    counts = sums.new_full((len(sums), 1, 1), cut.block_m)
+    counts[-1] = cut.M - (len(sums) - 1) * cut.block_m
+    mean = sums.sum(0) / cut.M
+    between = counts * (sums / counts - mean).square()
+    return mean, (squares + between).sum(0) / cut.M, removed.sum(0) / cut.M
