@@ -22,7 +22,7 @@ class Limits(Section):
     connections: Count = 1000
     header_seconds: Positive = 10.0
     body_seconds: Positive = 30.0
-    request_seconds: Positive = 60.0
+    request_seconds: Positive = 20.0
     grace_seconds: NonNegative = 3.0
     drain_seconds: Positive = 30.0
 
