@@ -15,6 +15,7 @@ test: install
 
 bench: install
 	.venv/bin/python benchmarks/step.py
+	.venv/bin/python benchmarks/training.py
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/estimate.py
 	.venv/bin/python benchmarks/inference.py

@@ -5,20 +5,15 @@
 The whole network of the paper (T = 8, 32x32 images, two hidden layers of 4096) with random weights. `int8 limit` is
 OpenVINO on nothing but the network's int8 products, on T * B rows, each followed by a rounding to 8 bits: what a
 network without neurons would take. The variants take turns, in an order that rotates, so that a busy machine disturbs
-them alike; the table shows medians, and medians of the paired ratios. SpikingJelly lives in an environment of its own
-under runs/, which the first call makes; it shares this one's torch.
+them alike; the table shows medians, and medians of the paired ratios. SpikingJelly is a process of its own.
 """
 
 import os
 import statistics
-import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
-import venv
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +24,7 @@ import onnx
 import torch
 from networks import SHAPE, settled
 from onnx import helper, numpy_helper
+from workers import PACKAGES, worker
 
 from mpdsgr_deploy.export.onnx_writer import save, to_graph
 from mpdsgr_deploy.export.precision import FORMATS, convert, plan, rounded_weights
@@ -43,9 +39,6 @@ from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import SpikingLayer
 
 REFERENCE, INT8, LIMIT = "SpikingJelly, eager", "OpenVINO, int8", "int8 limit"
-ENVIRONMENT = figures.FOLDER.parent / "runs" / "spikingjelly"
-# what SpikingJelly 2.0 imports beside what this environment has; its own list would bring another torch
-PACKAGES = ("spikingjelly==2.0.0", "loguru<1,>=0.7", "h5py", "requests", "SciencePlots")
 Inference = Callable[[int], float]  # batch to seconds
 
 
@@ -59,7 +52,8 @@ def main(width: float, T: int, batches: tuple[int, ...], seconds: float) -> None
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        variants = {REFERENCE: stack.enter_context(spikingjelly(width, T, threads))}
+        peer = stack.enter_context(worker("spikingjelly", width, T, threads, "cpu"))
+        variants: dict[str, Inference] = {REFERENCE: lambda batch: peer("infer", batch, "fp32")["seconds"]}
         recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
         variants |= ours(settled(recipe), T, threads, Path(folder), stack)
         taken = {str(batch): take_turns(variants, batch, seconds) for batch in batches}
@@ -167,31 +161,6 @@ def limit(path: Path, T: int, threads: int, row: tuple[int, ...]) -> Inference:
         return timed(lambda: requests[batch].infer([rows], share_inputs=True))
 
     return infer
-
-
-@contextmanager
-def spikingjelly(width: float, T: int, threads: int) -> Iterator[Inference]:
-    """SpikingJelly's VGG11 in a process of its own."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        click.echo(f"making {ENVIRONMENT} ...")
-        venv.create(ENVIRONMENT, with_pip=True)
-        inside = ENVIRONMENT / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-        (inside / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
-    command = [python, figures.FOLDER / "spikingjelly_vgg11.py", *map(str, (width, T, threads))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def infer(batch: int) -> float:
-            print(batch, file=process.stdin, flush=True)
-            return float(process.stdout.readline())
-
-        if process.stdout.readline() != "ready\n":
-            sys.exit(f"error: SpikingJelly does not run; remove {ENVIRONMENT} and try again")
-        yield infer
-        process.stdin.close()
 
 
 def take_turns(variants: dict[str, Inference], batch: int, seconds: float) -> dict[str, list[float]]:

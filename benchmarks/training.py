@@ -6,26 +6,21 @@ The paper's network (T = 8, 32x32 images, two hidden layers of 4096), one traini
 carries the MPD-SGR regulariser, theirs nothing. Every implementation is a process of its own with the same threads and
 the same settings of glibc's malloc; they take turns in an order that rotates, so that a busy machine disturbs them
 alike. The floor is what this machine's matrix product and memory reach alone: no network of this size can be faster.
-The peers live in an environment of their own under runs/, which the first call makes; it shares this one's torch.
 """
 
-import json
 import os
 import statistics
-import subprocess
-import sys
-import sysconfig
 import time
-import venv
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 import figures
 import torch
+from matplotlib.figure import Figure
 from networks import SHAPE, settled
+from workers import MALLOC, PACKAGES, Worker, worker
 
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.export.onnx_writer import to_graph
@@ -33,36 +28,10 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 
-ENVIRONMENT = figures.FOLDER.parent / "runs" / "peers"
-# what they import beside what this environment has; their own lists would bring another torch
-PACKAGES = (
-    *("spikingjelly==2.0.0", "loguru<1,>=0.7", "h5py", "requests", "SciencePlots"),
-    *("snntorch==1.0.0", "torchattacks==3.5.1"),
-)
 NAMES = {"ours": "mpdsgr-deploy", "spikingjelly": "SpikingJelly", "snntorch": "snnTorch", "plain": "plain loop"}
+TASKS = {"train": "training step", "attack": "PGD-7"}
 REFERENCE = "spikingjelly"
 PRECISIONS = ("fp32", "bf16")
-# glibc gives freed pages back to the kernel and asks for them again in the next step, unless it is told to keep them
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-
-
-class Worker:
-    """An implementation in a process of its own."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
-
-    def __call__(self, task: str, batch: int, precision: str) -> dict[str, float]:
-        """Seconds and bytes of one task."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(task, batch, precision, file=self._process.stdin, flush=True)
-        answer: dict[str, float] = json.loads(self._process.stdout.readline())
-        return answer
 
 
 @click.command()
@@ -77,7 +46,7 @@ def main(width: float, T: int, batch: int, turns: int, accelerator: str) -> None
     samples: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(worker(name, width, T, threads, accelerator)) for name in NAMES}
-        for task in ("train", "attack"):
+        for task in TASKS:
             samples[task] = {p: take_turns(workers, task, batch, p, turns) for p in PRECISIONS}
     torch.set_num_threads(threads)
     setting = {"width": width, "T": T, "batch": batch, "threads": threads, "accelerator": accelerator, "malloc": MALLOC}
@@ -91,35 +60,9 @@ def main(width: float, T: int, batch: int, turns: int, accelerator: str) -> None
         "versions": dict(package.split("==") for package in PACKAGES if "==" in package),
         "provenance": provenance(),
     }
+    plot(result, figures.FOLDER / "results" / "training.svg")
     figures.publish("training", result, render(result))
     click.echo(render(result))
-
-
-@contextmanager
-def worker(name: str, width: float, T: int, threads: int, accelerator: str) -> Iterator[Worker]:
-    """Start it; it ends with the block."""
-    python = Path(sys.executable) if name == "ours" else environment() / "bin" / "python"
-    script = figures.FOLDER / "peers" / "worker.py"
-    command = [python, script, *map(str, (name, width, T, threads, accelerator))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env={**os.environ, **MALLOC}, **pipes) as process:
-        if process.stdout.readline() != "ready\n":
-            sys.exit(f"error: {NAMES[name]} does not run; remove {ENVIRONMENT} and try again")
-        yield Worker(process)
-        process.stdin.close()
-
-
-def environment() -> Path:
-    """The peers' environment, made where there is none."""
-    if not (ENVIRONMENT / "complete").exists():
-        click.echo(f"making {ENVIRONMENT} ...")
-        venv.create(ENVIRONMENT, with_pip=True, clear=True)
-        inside = ENVIRONMENT / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-        (inside / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        python = ENVIRONMENT / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
-        (ENVIRONMENT / "complete").touch()
-    return ENVIRONMENT
 
 
 def take_turns(
@@ -160,6 +103,24 @@ def fastest(call: Any, accelerator: str, turns: int = 5) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Images a second of every implementation, a panel a task."""
+    drawing, batch = Figure(figsize=(9, 2.6), layout="constrained"), result["setting"]["batch"]
+    axes = drawing.subplots(1, len(TASKS))
+    for axis, (task, title) in zip(axes, TASKS.items(), strict=True):
+        for row, samples in enumerate(result["samples"][task].values()):
+            for column, name in enumerate(NAMES):
+                rates = sorted(batch / sample["seconds"] for sample in samples[name])
+                middle = statistics.median(rates)
+                spread = [[middle - rates[0]], [rates[-1] - middle]]
+                label = None if row else NAMES[name]
+                axis.barh(row + 0.2 * column, middle, 0.18, xerr=spread, color=f"C{column}", label=label)
+        axis.set(yticks=[0.3, 1.3], yticklabels=PRECISIONS, xlabel="images/s", title=title)
+        axis.invert_yaxis()
+    axes[0].legend(fontsize="small")
+    drawing.savefig(path)
 
 
 def render(result: dict[str, Any]) -> str:

@@ -23,6 +23,8 @@ import largest
 import memory
 import step
 import strength
+import training
+import workers
 from live import Live
 from networks import CLASSES
 
@@ -199,3 +201,35 @@ def test_gradients_and_queries_are_counted_apart_and_rows_add_up() -> None:
         assert union["correct"] <= min(found["correct"] for found in rows.values()) <= clean["correct"]
         assert union["gradients"] == pytest.approx(sum(found["gradients"] for found in rows.values()))
         assert max(union["correct"], audit["correct"]) <= clean["correct"] <= network["n"]
+
+
+@pytest.mark.parametrize("task", training.TASKS)
+def test_our_worker_answers_time_and_memory(task: str) -> None:
+    with workers.worker("ours", 0.05, 2, 1, "cpu") as ours:
+        for precision in training.PRECISIONS:
+            sample = ours(task, 4, precision)
+            assert sample["seconds"] > 0
+            assert sample["bytes"] > sample["before"] > 1e7
+
+
+def test_a_training_benchmark_is_drawn_and_tabled(tmp_path: Path) -> None:
+    samples = {
+        task: {
+            precision: {
+                name: [{"seconds": 2.0 + i + turn / 10, "bytes": (1 + i) * 1e9} for turn in range(3)]
+                for i, name in enumerate(training.NAMES)
+            }
+            for precision in training.PRECISIONS
+        }
+        for task in training.TASKS
+    }
+    floor = {"flops_an_image": 1e9, "flops_a_second": {"fp32": 2e11, "bf16": 4e11}}
+    setting = {"width": 1.0, "T": 8, "batch": 32, "threads": 2}
+    result = {"samples": samples, "floor": floor, "setting": setting, "copy_bytes_a_second": 1e10, "versions": {}}
+    result["provenance"] = figures.load("step")["provenance"]
+    training.plot(result, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+    row = next(line for line in training.render(result).splitlines() if "mpdsgr-deploy" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # 32 images in 2.1 s; SpikingJelly takes 3.1; 3 passes of 1 GFLOP an image of 200 GFLOP/s
+    assert cells == ["train", "fp32", "mpdsgr-deploy", "15.2", "1.48 [1.45, 1.50]", "1000", "0.50", "23%"]
