@@ -82,6 +82,7 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # not 30
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # not 3
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # not 5: the machine may be busy
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(self.http[1]),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
@@ -104,7 +105,11 @@ class Cluster:
         command = [sys.executable, "-m", "ray.serve.scripts", *map(str, arguments)]
         address = ["--address", f"http://127.0.0.1:{self._dashboard}"]
         environment = {**os.environ, MARK: self._mark}
-        done = subprocess.run([*command, *address], env=environment, capture_output=True, text=True, timeout=120)
+        for _ in range(3):  # on a busy machine Ray gives up a proxy before it has started, and is to be asked again
+            done = subprocess.run([*command, *address], env=environment, capture_output=True, text=True, timeout=120)
+            if done.returncode == 0:
+                break
+            time.sleep(5)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def _nodes_alive(self) -> int:

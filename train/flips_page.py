@@ -177,10 +177,14 @@ def law(rows: Rows) -> str:
     lines = []
     for precision in PRECISIONS:
         layers = [layer for r in every(rows) for layer in r.of(precision).layers.values() if layer.predicted > 0]
+        flipping = [variant for r in every(rows) if (variant := r.of(precision)).mean("rate")]
+        if not layers or not flipping:  # on few images it may be that nothing flips
+            lines.append([precision, "0", "", "", ""])
+            continue
         own = sorted(layer.fresh / layer.predicted for layer in layers)
         passed = [layer.rate / (layer.density * layer.moved) for layer in layers]
         tenth = len(own) // 10
-        share = [1 - r.of(precision).mean("fresh") / r.of(precision).mean("rate") for r in every(rows)]
+        share = [1 - variant.mean("fresh") / variant.mean("rate") for variant in flipping]
         lines.append(
             [
                 precision,
