@@ -12,6 +12,8 @@ from mpdsgr_deploy import __version__
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.logs import Told, log_request
+from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.repository import Entry, Repository
 from mpdsgr_deploy.serving.security import ApiKeys
 from mpdsgr_deploy.serving.settings import Settings
@@ -103,6 +105,16 @@ class Server:
         if self.keys is not None and not self.keys.accepts(authorization):
             raise Refused(Why.UNAUTHENTICATED, "give an API key: Authorization: Bearer KEY")
 
+    def count(self, protocol: str, told: Told, code: str, refused: Refused | None) -> None:
+        """A request was answered, by whatever protocol: into the statistics, and the log if that is wanted."""
+        codes = self.other_codes
+        if told.model is not None:
+            codes = told.model.statistics.codes
+            told.model.statistics.failed += refused is not None
+        codes[protocol, code] += 1
+        if refused is not None or self.settings.log.requests:
+            log_request(protocol, told, code, refused)
+
     def require_control(self) -> None:
         """Raise Refused where models may not be loaded and unloaded by request."""
         if not self.repository_control:
@@ -139,7 +151,7 @@ class Server:
         return {"server": server, "models": [_status(entry, self.repository.backend) for entry in self.repository]}
 
 
-def _statistics(model: Any) -> dict[str, Any]:
+def _statistics(model: Model) -> dict[str, Any]:
     counts = model.statistics
 
     def duration(count: int, seconds: float) -> dict[str, int]:

@@ -10,23 +10,20 @@ from typing import Any, Self
 
 import grpc
 import grpc.aio
-import numpy as np
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from mpdsgr_deploy import __version__
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving import tracing
-from mpdsgr_deploy.serving.app import EXTENSIONS, Server
+from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
-from mpdsgr_deploy.serving.inference import Answer, Request, Wanted, infer
+from mpdsgr_deploy.serving.inference import Request, Wanted, infer
 from mpdsgr_deploy.serving.listener import HEAD_BYTES, Tls
-from mpdsgr_deploy.serving.logs import log_request
 from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.requests import classes, identifier, timeout
-from mpdsgr_deploy.serving.tensors import Tensor, bytes_tensor
+from mpdsgr_deploy.serving.tensors import Tensor
 
 OPEN = {"ServerLive", "ServerReady"}  # without a key
 CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
@@ -130,7 +127,7 @@ class Service:
             refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
         finally:
             server.requests -= 1
-            self._count(call, refused)
+            server.count("grpc", call, "OK" if refused is None else refused.why.grpc, refused)
         await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
 
     async def _message(self, name: str, context: grpc.aio.ServicerContext) -> Any:
@@ -143,16 +140,6 @@ class Service:
         if request is None or request is grpc.aio.EOF:
             raise invalid(f"the message is no {name}Request")
         return request
-
-    def _count(self, call: Call, refused: Refused | None) -> None:
-        code = "OK" if refused is None else refused.why.grpc
-        codes = self.server.other_codes
-        if call.model is not None:
-            codes = call.model.statistics.codes
-            call.model.statistics.failed += refused is not None
-        codes["grpc", code] += 1
-        if refused is not None or self.server.settings.log.requests:
-            log_request("grpc", call, code, refused)
 
 
 def _parsed(kind: Any, content: bytes) -> Any:
@@ -182,7 +169,7 @@ async def _model_ready(service: Service, request: Any, call: Call) -> Any:
 
 
 async def _server_metadata(service: Service, request: Any, call: Call) -> Any:
-    return pb.ServerMetadataResponse(name="mpdsgr-deploy", version=__version__, extensions=EXTENSIONS)
+    return ParseDict(service.server.metadata(), pb.ServerMetadataResponse())
 
 
 async def _model_metadata(service: Service, request: Any, call: Call) -> Any:
@@ -230,7 +217,7 @@ async def _model_infer(service: Service, request: Any, call: Call) -> Any:
     response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)
     for answer in answers:
         response.outputs.add(name=answer.wanted.name, datatype=answer.datatype, shape=answer.shape)
-        response.raw_output_contents.append(_raw(answer))
+        response.raw_output_contents.append(answer.raw())
     return response
 
 
@@ -266,12 +253,6 @@ def _parameter(parameters: Any, name: str) -> Any:
         return 0
     kind = parameters[name].WhichOneof("parameter_choice")
     return kind and getattr(parameters[name], kind)
-
-
-def _raw(answer: Answer) -> bytes:
-    if isinstance(answer.content, list):
-        return bytes_tensor(answer.content)
-    return np.ascontiguousarray(answer.content, "<f4").tobytes()
 
 
 METHODS: dict[str, Handler] = {

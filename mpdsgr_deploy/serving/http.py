@@ -15,7 +15,6 @@ from mpdsgr_deploy.serving import metrics, tracing
 from mpdsgr_deploy.serving.app import Server, Share
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.inference import infer
-from mpdsgr_deploy.serving.logs import log_request
 from mpdsgr_deploy.serving.model import Model
 from mpdsgr_deploy.serving.page import page
 from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
@@ -99,18 +98,9 @@ class Http:
                 reply = _refusal(refused)
             finally:
                 server.requests -= 1
-            self._count(exchange, reply, refused)
+            server.count("http", exchange, str(reply.status), refused)
             # an unread rest of a body is not worth reading
             await _send(send, exchange, reply, close=server.draining or exchange.unread)
-
-    def _count(self, exchange: Exchange, reply: Reply, refused: Refused | None) -> None:
-        codes = self.server.other_codes
-        if exchange.model is not None:
-            codes = exchange.model.statistics.codes
-            exchange.model.statistics.failed += refused is not None
-        codes["http", str(reply.status)] += 1
-        if refused is not None or self.server.settings.log.requests:
-            log_request("http", exchange, str(reply.status), refused)
 
     async def _reply(self, exchange: Exchange) -> Reply:
         path, method = exchange.path.rstrip("/") or "/", exchange.method

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.serving.batcher import STREAK, Batcher, Outputs
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.model import FIRING_RATE, MARGIN, Model
-from mpdsgr_deploy.serving.tensors import Tensor, best, margin
+from mpdsgr_deploy.serving.tensors import Tensor, best, bytes_tensor, margin
 
 MICROSECONDS = 1e-6  # of a request's parameter `timeout`
 
@@ -50,6 +50,12 @@ class Answer(NamedTuple):
     def datatype(self) -> str:
         """As the protocol names it."""
         return "BYTES" if isinstance(self.content, list) else "FP32"
+
+    def raw(self) -> bytes:
+        """The content as both protocols send it in binary form."""
+        if isinstance(self.content, list):
+            return bytes_tensor(self.content)
+        return np.ascontiguousarray(self.content, "<f4").tobytes()
 
 
 async def infer(

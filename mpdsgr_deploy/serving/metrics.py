@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from mpdsgr_deploy.serving.app import Server
 
 MODEL = ("model", "version")
+HISTOGRAMS = {  # a metric's name to that in `Statistics`, and what it tells
+    "request_seconds": ("request", "From a request's arrival to its outputs."),
+    "queue_seconds": ("queue", "A request's time before its inference."),
+    "inference_seconds": ("inference", "The inference of a batch."),
+    "batch_images": ("batch", "Images of a batch."),
+}
 
 
 def text(server: "Server") -> bytes:
@@ -41,13 +47,7 @@ class Counts:
         ready = GaugeMetricFamily("mpdsgr_model_ready", "1 if the model answers.", labels=MODEL)
         queued = GaugeMetricFamily("mpdsgr_queued_images", "Images that wait.", labels=("model",))
         histograms = {
-            name: HistogramMetricFamily(f"mpdsgr_{name}", told, labels=MODEL)
-            for name, told in (
-                ("request_seconds", "From a request's arrival to its outputs."),
-                ("queue_seconds", "A request's time before its inference."),
-                ("inference_seconds", "The inference of a batch."),
-                ("batch_images", "Images of a batch."),
-            )
+            name: HistogramMetricFamily(f"mpdsgr_{name}", told, labels=MODEL) for name, (_, told) in HISTOGRAMS.items()
         }
         for entry in self._server.repository:
             name, model = entry.source.name, entry.model
@@ -62,12 +62,8 @@ class Counts:
             for reason, number in list(counts.dropped.items()):
                 dropped.add_metric([*labels, reason], number)
             queued.add_metric([name], model.lane.images)
-            for family, histogram in (
-                ("request_seconds", counts.request),
-                ("queue_seconds", counts.queue),
-                ("inference_seconds", counts.inference),
-                ("batch_images", counts.batch),
-            ):
+            for family, (kept, _) in HISTOGRAMS.items():
+                histogram = getattr(counts, kept)
                 histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
         for (protocol, code), number in list(self._server.other_codes.items()):
             requests.add_metric(["", "", protocol, code], number)

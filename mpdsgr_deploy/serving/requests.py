@@ -5,12 +5,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.inference import MICROSECONDS, Answer, Request, Wanted
 from mpdsgr_deploy.serving.model import Model
-from mpdsgr_deploy.serving.tensors import Input, Tensor, bytes_tensor
+from mpdsgr_deploy.serving.tensors import Input, Tensor
 
 BINARY = "binary_data"
 SHARED_MEMORY = "shared_memory_region"
@@ -135,9 +133,7 @@ def response(model: Model, request: Request, answers: Sequence[Answer]) -> tuple
         content = answer.content
         output: dict[str, Any] = {"name": answer.wanted.name, "datatype": answer.datatype, "shape": answer.shape}
         if answer.wanted.binary:
-            rows = (
-                bytes_tensor(content) if isinstance(content, list) else np.ascontiguousarray(content, "<f4").tobytes()
-            )
+            rows = answer.raw()
             output["parameters"] = {"binary_data_size": len(rows)}
             binary.append(rows)
         elif isinstance(content, list):

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.runtime.remote import BINARY, HEADER, told
 from mpdsgr_deploy.serving.load.connection import Answer, Connection, Endpoint, NoAnswer
+from mpdsgr_deploy.serving.tensors import DTYPES
 
-TYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 DIFFERENT, MEMORY = 16, 1 << 26  # requests, and bytes of them: a server that keeps answers must not be lucky every time
 
 
@@ -81,8 +81,8 @@ class Model:
             elif answer.json_size is not None:
                 behind = sum((o.get("parameters") or {}).get("binary_data_size", 0) for o in outputs)
                 good = good and len(answer.body) == answer.json_size + behind
-                if output["datatype"] in TYPES:
-                    good = good and size == prod(shape) * TYPES[output["datatype"]].itemsize
+                if output["datatype"] in DTYPES:
+                    good = good and size == prod(shape) * DTYPES[output["datatype"]].itemsize
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             good = False
         return None if good else "wrong answer"
@@ -122,11 +122,11 @@ async def describe(url: str, endpoint: Endpoint) -> Model:
 
 def _values(tensor: Tensor, batch: int, rng: np.random.Generator) -> NDArray[Any]:
     """Random values [batch, *shape]: all bytes, or floats in [0, 1)."""
-    if tensor.datatype not in TYPES or any(size < 1 for size in tensor.shape):
+    if tensor.datatype not in DTYPES or any(size < 1 for size in tensor.shape):
         shape = [*map(int, tensor.shape)]
         raise InputError(
             f"cannot make up {tensor.datatype} {shape} for input {tensor.name!r}; "
-            f"it must be {' or '.join(TYPES)} of a fixed shape, or give --images"
+            f"it must be {' or '.join(DTYPES)} of a fixed shape, or give --images"
         )
     if tensor.datatype == "UINT8":
         return rng.integers(0, 256, (batch, *tensor.shape), np.uint8)
@@ -138,7 +138,7 @@ def _taken(tensor: Tensor, images: NDArray[Any], start: int, batch: int) -> NDAr
     fits = len(tensor.shape) == images.ndim - 1 and all(
         wanted in (-1, size) for wanted, size in zip(tensor.shape, images.shape[1:], strict=True)
     )
-    if not fits or tensor.datatype not in TYPES:
+    if not fits or tensor.datatype not in DTYPES:
         raise InputError(
             f"the images are {images.dtype} {list(images.shape)}, but input {tensor.name!r} is "
             f"{tensor.datatype} {[-1, *tensor.shape]}"
