@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 
 import grpc
@@ -213,7 +213,8 @@ def drip(connection: Connection, data: bytes, end: threading.Event) -> None:
     for byte in data:
         if end.wait(0.1):
             return
-        connection.send(bytes([byte]))
+        with suppress(OSError):  # the test may have closed it meanwhile
+            connection.send(bytes([byte]))
 
 
 SLOW = {  # what is sent at once, and then drop by drop
