@@ -1,6 +1,7 @@
 """What a server tells: its log, its metrics, its traces."""
 
 import asyncio
+import gc
 import json
 import logging
 import shutil
@@ -137,6 +138,11 @@ def test_answers_are_not_logged_unless_that_is_wanted() -> None:
     assert (line["request_id"], line["code"], line["level"]) == ("bad", "404", "info")
 
 
+def _seen(phase: str, _: dict[str, int]) -> None:
+    for _turn in range(20):  # long enough for another thread to get a turn
+        phase.upper()
+
+
 def test_metrics_are_read_while_others_are_counted() -> None:
     async def test() -> None:
         async with started(BUNDLE) as server:
@@ -152,12 +158,16 @@ def test_metrics_are_read_while_others_are_counted() -> None:
                 assert (await reading).status == 200
                 codes.clear()
 
-    interval = sys.getswitchinterval()
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(1e-6)
+    gc.set_threshold(50)  # a collection runs Python code in the midst of what else is one step
+    gc.callbacks.append(_seen)
     try:
         asyncio.run(test())
     finally:
         sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(_seen)
 
 
 @pytest.fixture(scope="session")

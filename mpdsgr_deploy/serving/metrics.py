@@ -34,7 +34,8 @@ def text(server: "Server") -> bytes:
 class Counts:
     """A collector of what the models' statistics hold; nothing is counted twice.
 
-    It runs in a thread while the event loop counts on, so it reads a copy of every mapping.
+    It runs in a thread while the event loop counts on, so it reads a copy of every mapping: of `dict(mapping)`, not
+    of `list(mapping.items())`, whose tuples may set off a garbage collection and with it a change of thread.
     """
 
     def __init__(self, server: "Server") -> None:
@@ -56,16 +57,16 @@ class Counts:
             if model is None:
                 continue
             counts = model.statistics
-            for (protocol, code), number in list(counts.codes.items()):
+            for (protocol, code), number in dict(counts.codes).items():
                 requests.add_metric([*labels, protocol, code], number)
             images.add_metric(labels, counts.images)
-            for reason, number in list(counts.dropped.items()):
+            for reason, number in dict(counts.dropped).items():
                 dropped.add_metric([*labels, reason], number)
             queued.add_metric([name], model.lane.images)
             for family, (kept, _) in HISTOGRAMS.items():
                 histogram = getattr(counts, kept)
                 histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
-        for (protocol, code), number in list(self._server.other_codes.items()):
+        for (protocol, code), number in dict(self._server.other_codes).items():
             requests.add_metric(["", "", protocol, code], number)
         yield from (requests, images, dropped, ready, queued, *histograms.values())
         yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)
