@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import click
-from table import Row, Table, load_table
+from table import Artefact, Row, Table, load_table
 
 from mpdsgr_deploy.cli import OneLineErrors
 from mpdsgr_deploy.errors import InputError, MpdsgrError
@@ -38,6 +38,7 @@ class Run:
     table: str
     row: str
     recipe: Recipe
+    artefact: Artefact | None
     runs: Path
     root: str
     folder: Path
@@ -106,7 +107,7 @@ def outdated(
     todo = []
     for seed in seeds:
         for row in rows:
-            run = Run(name, row.title, table.recipe(row, seed), runs, root, folder)
+            run = Run(name, row.title, table.recipe(row, seed), table.artefact, runs, root, folder)
             path = result_path(folder, row.title, seed)
             if path.exists():
                 try:
@@ -163,7 +164,7 @@ def attempt(run: Run) -> MpdsgrError | None:
     from measure import measure
 
     try:
-        measure(run.table, run.row, run.recipe, runs=run.runs, root=run.root, folder=run.folder)
+        measure(run.table, run.row, run.recipe, run.artefact, runs=run.runs, root=run.root, folder=run.folder)
     except MpdsgrError as error:
         return error
     return None

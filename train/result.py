@@ -11,15 +11,30 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import read_document
 from mpdsgr_deploy.validation.evaluate import Evaluation
+from mpdsgr_deploy.validation.report import Report
 
 SCHEMA_VERSION = 1
+
+
+class Membrane(BaseModel):
+    """A layer's membrane potentials over all steps and channels: the share of them in each bin of v = U - V_th.
+
+    The first bin begins at `start`; all are `width` wide. half_width: of the surrogate's window around v = 0.
+    """
+
+    layer: str
+    half_width: float
+    start: float
+    width: float
+    share: list[float]
 
 
 class Result(BaseModel):
     """`epoch`: whose checkpoint was evaluated; `layers`: its membrane statistics then.
 
-    `curve` has all epochs, `seconds` is the wall time of their training; `provenance` that of the training, the
-    evaluation has its own.
+    `artefacts`: the reports of the exported network's precisions, where the table has it exported; `evaluation` is then
+    that of the first. `curve` has all epochs, `seconds` is the wall time of their training; `provenance` that of the
+    training, the evaluation has its own.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -31,7 +46,9 @@ class Result(BaseModel):
     seconds: float
     curve: list[dict[str, Any]]
     layers: list[dict[str, Any]]
+    membranes: list[Membrane] = []
     evaluation: Evaluation
+    artefacts: dict[str, Report] = {}
     sensitivity: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -51,4 +68,7 @@ def read_result(path: Path, table: Table) -> Result:
     before = resolved(result.recipe).model_dump()
     if changed := [section for section in now if before[section] != now[section]]:
         raise InputError(f"{path} was measured with another recipe (other values in {', '.join(changed)})")
+    asked = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
+    if asked != {precision: report.tier for precision, report in result.artefacts.items()}:
+        raise InputError(f"{path} does not have the exported networks that its table asks for")
     return result

@@ -1,15 +1,15 @@
 """Tables of results: TOML files in train/tables that name recipes as rows, what all rows change, and the seeds."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.recipe import Recipe, load_recipe
+from mpdsgr_deploy.recipe import Gate, Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
-from mpdsgr_deploy.schema import Count, Section, Seed, parse, read_toml
+from mpdsgr_deploy.schema import Count, Section, Seed, UnitInterval, parse, read_toml
 
 TABLES = Path(__file__).parent / "tables"
 FileName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
@@ -29,18 +29,32 @@ class Row(Section):
         return self.name or self.recipe
 
 
+class Artefact(Section):
+    """How the exported networks of a table are attacked: the gate's tier and drop, for each of the precisions."""
+
+    tier: Literal["commit", "release", "paper"] = "release"
+    precisions: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("fp32",)
+    max_drop: UnitInterval | None = None
+
+    @property
+    def gate(self) -> Gate:
+        """The rules that each artefact has to keep."""
+        return Gate(tier=self.tier, max_drop=self.max_drop)
+
+
 class Table(Section):
     """Rows that are compared with one another.
 
     `set` changes the recipes of all rows, as `section.key=value`; where it says `defence.NAME.key=value`, those of the
     rows that have this defence, since an override must not give one to the others. `limit` is the number of test
-    images; None: all.
+    images; None: all. With `artefact` the networks are exported and the exported ones are attacked; without, torch's.
     """
 
     title: str
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
     set: Overrides = ()
     limit: Count | None = None
+    artefact: Artefact | None = None
     rows: Annotated[tuple[Row, ...], Field(strict=False, min_length=1)]
 
     def row(self, title: str) -> Row:

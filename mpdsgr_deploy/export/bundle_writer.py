@@ -39,6 +39,7 @@ def export(
     checkpoint_dir: Path,
     out: Path,
     *,
+    recipe: Recipe | None = None,
     precisions: Sequence[str] = (),
     max_drop: float | None = None,
     root: str | None = None,
@@ -48,12 +49,13 @@ def export(
 ) -> Bundle:
     """Write the bundle of a checkpoint (or of a training run: its best one) to directory `out`.
 
-    It has float32 and `precisions`. max_drop bounds what each of those may lose of float32's accuracy on clean and on
-    attacked images, as a share of them; layers go back to a finer precision until it holds. root overrides where the
-    data set lies, limit the number of test images accuracy is measured on (default: the recipe's). tier: how hard, and
-    on how many of these images, the torch network is attacked for the reference that `validate` holds the artefact
-    against (default: the tier of the recipe's gate); carry_images: these images go into the bundle too. Without the
-    data set the bundle is written all the same, with noise as golden inputs, no accuracy and no reference.
+    It has float32 and `precisions`. recipe: another one for attacks, gate and test images than the checkpoint's.
+    max_drop bounds what each precision may lose of float32's accuracy on clean and on attacked images, as a share of
+    them; layers go back to a finer precision until it holds. root overrides where the data set lies, limit the number
+    of test images accuracy is measured on (default: the recipe's). tier: how hard, and on how many of these images, the
+    torch network is attacked for the reference that `validate` holds the artefact against (default: the tier of the
+    recipe's gate); carry_images: these images go into the bundle too. Without the data set the bundle is written all
+    the same, with noise as golden inputs, no accuracy and no reference.
 
     Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
     other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
@@ -67,6 +69,8 @@ def export(
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir)
     checkpoint, model = load_network(source)
+    if recipe is not None:
+        checkpoint = checkpoint.model_copy(update={"recipe": recipe})
     tier = tier or checkpoint.recipe.gate.tier
     asked = choose("tier", TIERS, tier).images
     images = _test_images(checkpoint, root, limit)

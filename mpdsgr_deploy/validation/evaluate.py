@@ -17,6 +17,7 @@ from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.validation import health
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.images import require_alike
+from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import Score
 
 
@@ -40,6 +41,14 @@ class Evaluation(BaseModel):
     rows: list[EvaluatedRow]
     health: list[Check] = []
     provenance: dict[str, Any]
+
+    @classmethod
+    def of(cls, report: Report) -> "Evaluation":
+        """What a report says of an exported network."""
+        rows = [EvaluatedRow(name=r.name, settings=r.settings, n=r.n, score=r.artefact) for r in report.rows]
+        network = f"the {report.precision} network on {report.backend}"
+        made = {**report.provenance, "network": network}
+        return cls(images=report.images, seed=report.seed, rows=rows, health=report.health, provenance=made)
 
 
 def evaluate(
