@@ -98,8 +98,11 @@ def test_a_committed_page_is_what_its_files_give(name: str) -> None:
     assert (folder / page.PAGE).read_text() == page.render(name, found, measured)
     readme = (TRAIN.parent / "README.md").read_text()
     assert page.quote(name, measured, readme) == readme
-    assert page.plot(found, measured) == page.plot(found, measured)
-    assert (folder / page.PLOT).read_bytes()[:4] == b"\x89PNG"
+    pictures = page.pictures(found, measured)
+    assert pictures == page.pictures(found, measured)
+    for picture in pictures:
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
+        assert f"]({picture})" in (folder / page.PAGE).read_text()
     for results in measured.values():
         for got in results:
             assert result.result_path(folder, got.row, got.seed).exists()

@@ -1,25 +1,20 @@
-"""The page of a table: what its results files hold, as Markdown and as a plot."""
+"""The page of a table: what its results files hold, as Markdown and as plots."""
 
-import io
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import NamedTuple
+from statistics import fmean
 
-from result import Result, read_result
+import deployed_page
+import eta_page
+import plots
+from measured import SHOWN, STRONG, Measured, cell, figures, load_results
+from result import Result
 from table import Table
+from tabular import markdown
 
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
-from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.recipe import load_recipe
-from mpdsgr_deploy.recipes import Published, find_recipe, published
-from mpdsgr_deploy.validation.statistics import wilson
 
+OTHERS = ("transfer", "cw-l2", "apgd-ce", "apgd-dlr", "square")  # attacks that not every table has
 PAGE, PLOT = "README.md", "plot.png"
-SHOWN = {"clean": "clean", "gaussian": "gaussian", "FGSM": "fgsm", "PGD": "pgd", "BIM": "bim"}  # heading -> condition
-STRONG = {"strong": "pgd-strong", "union": "worst"}
-COLOURS = {"clean": "#8a94a6", "FGSM": "#2563eb", "PGD": "#d97706", "union": "#b91c1c"}
-Measured = dict[str, list[Result]]  # row -> its results, one a seed; a row that was not measured is not in it
 
 
 def write_page(name: str, table: Table, folder: Path) -> Path:
@@ -27,47 +22,19 @@ def write_page(name: str, table: Table, folder: Path) -> Path:
     measured = load_results(table, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if measured:
-        write_atomic(folder / PLOT, plot(table, measured))
+        for file, picture in pictures(table, measured).items():
+            write_atomic(folder / file, picture)
     write_atomic(folder / PAGE, render(name, table, measured).encode())
     return folder / PAGE
 
 
-def load_results(table: Table, folder: Path) -> Measured:
-    """The results of every row with all seeds there are. One measured with another recipe is left out, and logged."""
-    measured: Measured = {}
-    for row in table.rows:
-        for path in sorted(folder.glob(f"{row.title}-seed*.json")):
-            try:
-                result = read_result(path, table)
-            except InputError as error:
-                log.warning("left out: %s", error)
-                continue
-            measured.setdefault(row.title, []).append(result)
-    return measured
-
-
-class Cell(NamedTuple):
-    """Accuracy of one row under one condition in %: mean over seeds, deviation between them, interval over images."""
-
-    mean: float
-    deviation: float | None
-    interval: tuple[float, float]
-
-    def __str__(self) -> str:
-        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
-        return f"{self.mean:.1f}{spread} [{self.interval[0]:.1f}, {self.interval[1]:.1f}]"
-
-
-def cell(results: list[Result], condition: str) -> Cell | None:
-    """What a row's seeds measured under a condition; None if one of them did not."""
-    rows = [row for result in results for row in result.evaluation.rows if row.name == condition]
-    if len(rows) != len(results):
-        return None
-    n = rows[0].n
-    mean = fmean(row.score.accuracy for row in rows)
-    deviation = 100 * stdev(row.score.accuracy for row in rows) if len(rows) > 1 else None
-    low, high = wilson(mean * n, n)
-    return Cell(100 * mean, deviation, (100 * low, 100 * high))
+def pictures(table: Table, measured: Measured) -> dict[str, bytes]:
+    """PNG files by name."""
+    found = {PLOT: plots.accuracies(table, measured)}
+    if table.artefact is not None:
+        drawn = {deployed_page.GROWTH: plots.growth(measured), deployed_page.MEMBRANES: plots.membranes(measured)}
+        found |= {name: picture for name, picture in drawn.items() if picture is not None}
+    return found
 
 
 def render(name: str, table: Table, measured: Measured) -> str:
@@ -88,7 +55,17 @@ def render(name: str, table: Table, measured: Measured) -> str:
             f"![accuracy of every row]({PLOT})",
             beside_published(table, measured),
         ]
-        parts += ["## Behind the accuracies", behaviour(measured), "## Where it was measured", sources(measured)]
+        if table.eta_budget is not None:
+            parts.append(eta_page.choice(measured, table.eta_budget))
+        if table.artefact is not None:
+            parts.append(deployed_page.order(table, measured))
+            if any(map(plots.grown, measured.values())):
+                parts.append(f"![accuracy against eps]({deployed_page.GROWTH})")
+            parts.append(deployed_page.precisions(measured))
+        parts += ["## Behind the accuracies", behaviour(measured)]
+        if table.artefact is not None and plots.pairs(measured):
+            parts.append(f"![membrane potentials with MPD-SGR and without]({deployed_page.MEMBRANES})")
+        parts += ["## Where it was measured", sources(measured)]
     missing = [row.title for row in table.rows if row.title not in measured]
     if missing:
         parts.append(f"Not measured: {', '.join(missing)}.")
@@ -115,11 +92,6 @@ def short(measured: Measured) -> str:
     return markdown(["method", *columns], rows)
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
-
-
 def accuracies(measured: Measured) -> str:
     """Every condition with its uncertainty, and the wall time of training."""
     columns = {**SHOWN, **STRONG}
@@ -140,11 +112,13 @@ def accuracies(measured: Measured) -> str:
 def by_attack(measured: Measured) -> str:
     """The strong PGD through each of the attacker's surrogates, and other attacks that not every table has."""
     names = dict.fromkeys(row.name for results in measured.values() for row in results[0].evaluation.rows)
-    extra = [name for name in names if name.startswith("strong ") or name in ("transfer", "cw-l2")]
+    extra = [name for name in names if name.startswith("strong ") or name in OTHERS]
     if not extra:
         return ""
     rows = [[t, *(str(cell(r, name) or "-").partition(" [")[0] for name in extra)] for t, r in measured.items()]
-    return f"What the attacker's choice of surrogate does to the strong PGD:\n\n{markdown(['row', *extra], rows)}"
+    heading = "What the attacker's choice of surrogate does to the strong PGD"
+    others = " and what other attacks leave" if any(name in OTHERS for name in extra) else ""
+    return f"{heading}{',' if others else ''}{others}:\n\n{markdown(['row', *extra], rows)}"
 
 
 def unhealthy(measured: Measured) -> str:
@@ -161,15 +135,6 @@ def unhealthy(measured: Measured) -> str:
 def seeds(results: list[Result]) -> str:
     """The seeds of a row's results."""
     return ", ".join(map(str, sorted(result.seed for result in results)))
-
-
-def figures(table: Table, title: str) -> Published | None:
-    """What was published for a row's recipe; None if this table gives it other data or another network."""
-    path = find_recipe(table.row(title).recipe)
-    own, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
-    network = {"model", "neuron", "encoding"}
-    same = own.data.name == used.data.name and own.model_dump(include=network) == used.model_dump(include=network)
-    return published(path) if same else None
 
 
 def beside_published(table: Table, measured: Measured) -> str:
@@ -228,34 +193,3 @@ def sources(measured: Measured) -> str:
             versions = f"torch {origin['packages']['torch']}, revision {origin['revision']}"
             lines.add(f"- {what}{subject if what == 'evaluation' else ''}: {devices}; {versions}")
     return "\n".join(sorted(lines))
-
-
-def plot(table: Table, measured: Measured) -> bytes:
-    """A PNG: each row's accuracy by condition with its interval; hollow where a figure is published."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.2 + 0.32 * len(measured)), layout="constrained")
-    axes = figure.subplots()
-    for offset, (heading, colour) in enumerate(COLOURS.items()):
-        for position, (title, results) in enumerate(measured.items()):
-            height = position + 0.16 * (offset - 1.5)
-            label = heading if position == 0 else None
-            if own := cell(results, {**SHOWN, **STRONG}[heading]):
-                low, high = own.interval
-                axes.plot([low, high], [height, height], color=colour, linewidth=1)
-                axes.plot([own.mean], [height], "o", color=colour, markersize=4, label=label)
-            stated = figures(table, title)
-            value = getattr(stated, SHOWN.get(heading, ""), None)
-            if value is not None:
-                axes.plot([value], [height], "o", color=colour, markersize=4, markerfacecolor="white")
-    axes.set_yticks(range(len(measured)), list(measured))
-    axes.invert_yaxis()
-    axes.set_xlim(-2, 102)
-    hollow = "; filled: measured, hollow: published" if any(figures(table, title) for title in measured) else ""
-    axes.set_xlabel(f"accuracy (%){hollow}")
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
-    return out.getvalue()

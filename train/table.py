@@ -9,7 +9,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Gate, Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
-from mpdsgr_deploy.schema import Count, Section, Seed, UnitInterval, parse, read_toml
+from mpdsgr_deploy.schema import Count, NonNegative, Section, Seed, UnitInterval, parse, read_toml
 
 TABLES = Path(__file__).parent / "tables"
 FileName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
@@ -48,6 +48,8 @@ class Table(Section):
     `set` changes the recipes of all rows, as `section.key=value`; where it says `defence.NAME.key=value`, those of the
     rows that have this defence, since an override must not give one to the others. `limit` is the number of test
     images; None: all. With `artefact` the networks are exported and the exported ones are attacked; without, torch's.
+    With `eta_budget` the rows are a sweep of MPD-SGR's eta: the page names the largest that costs at most so many
+    points of clean accuracy on the validation split.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Table(Section):
     set: Overrides = ()
     limit: Count | None = None
     artefact: Artefact | None = None
+    eta_budget: NonNegative | None = None
     rows: Annotated[tuple[Row, ...], Field(strict=False, min_length=1)]
 
     def row(self, title: str) -> Row:

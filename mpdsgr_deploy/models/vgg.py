@@ -69,6 +69,12 @@ def vgg11(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
     return vgg(recipe, shape, classes, plan=VGG11_PLAN, hidden=(4096, 4096))
 
 
+@register("vgg11-slim")
+def vgg11_slim(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
+    """VGG11's convolutions, a fourth pool and a linear readout: 9.2 M parameters, most of VGG11's are in its head."""
+    return vgg(recipe, shape, classes, plan=(*VGG11_PLAN, P), hidden=())
+
+
 @register("vgg16")
 def vgg16(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
     """VGG16 of the SNN-RAT family: 13 convolutions and 2 hidden layers of 4096, for 64x64 (at least 32x32) images."""

@@ -1,0 +1,224 @@
+"""Tables of exported networks, the script that reproduces them a few minutes at a time, and how rows are compared."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mpdsgr_deploy.checkpoint import load_checkpoint, load_network
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.validation.rows import Score
+
+TRAIN = Path(__file__).parent.parent / "train"
+sys.path.insert(0, str(TRAIN))
+
+import deployed_page  # noqa: E402
+import eta_page  # noqa: E402
+import measured  # noqa: E402
+import page  # noqa: E402
+import reproduce  # noqa: E402
+import result  # noqa: E402
+import table  # noqa: E402
+
+SMALL = """
+title = "Exported networks of the tests"
+limit = 100
+set = ["model.width=0.25", "encoding.T=2", "training.epochs=3", "attack.strong_steps=2"]
+
+[artefact]
+tier = "commit"
+precisions = ["fp32", "int8"]
+
+[[rows]]
+recipe = "digits-reg"
+
+[[rows]]
+recipe = "digits-mpdsgr"
+"""
+
+
+def run(folder: Path, minutes: float) -> subprocess.CompletedProcess[str]:
+    """The script as a person starts it, for so long."""
+    places = ["--runs", folder / "runs", "--results", folder / "results", "--out", folder / "home"]
+    command = [sys.executable, TRAIN / "gpu" / "run.py", folder / "small.toml", "--minutes", minutes, *places]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table that was reproduced in two pieces, the first too short for anything."""
+    folder = tmp_path_factory.mktemp("deployed")
+    (folder / "small.toml").write_text(SMALL)
+    first = run(folder, 0.02)
+    assert first.returncode == 0, first.stderr
+    assert "the same command continues" in first.stderr
+    assert not list((folder / "results").rglob("*.json"))
+    second = run(folder, 4)
+    assert second.returncode == 0, second.stderr
+    return folder
+
+
+def load(home: Path) -> tuple[table.Table, measured.Measured]:
+    found = table.load_table(str(home / "small.toml"))[1]
+    return found, measured.load_results(found, home / "results" / "small")
+
+
+def test_every_precision_of_every_row_was_attacked(home: Path) -> None:
+    found, rows = load(home)
+    assert list(rows) == ["digits-reg", "digits-mpdsgr"]
+    for ((got,),) in zip(rows.values(), strict=True):
+        assert [(p, r.precision, r.tier) for p, r in got.artefacts.items()] == [
+            (p, p, "commit") for p in ("fp32", "int8")
+        ]
+        hashes = {report.artefact_sha256 for report in got.artefacts.values()}
+        assert len(hashes) == 2
+        for report in got.artefacts.values():
+            assert {"clean", "pgd", "pgd-strong", "strong adaptive", "square", "worst"} <= {r.name for r in report.rows}
+            assert all(row.n == 100 for row in report.rows)
+            assert report.health
+            assert report.curves
+        fp32 = got.artefacts["fp32"]
+        assert [(r.name, r.score) for r in got.evaluation.rows] == [(r.name, r.artefact) for r in fp32.rows]
+        for membrane in got.membranes:
+            assert sum(membrane.share) == pytest.approx(1, abs=1e-3)
+        inside = [
+            share
+            for place, share in enumerate(got.membranes[0].share)
+            if abs(got.membranes[0].start + (place + 0.5) * got.membranes[0].width) < got.membranes[0].half_width
+        ]
+        assert sum(inside) == pytest.approx(got.layers[0]["in_window"], abs=0.1)  # there: of other images
+    assert found.artefact is not None
+
+
+def test_the_page_shows_what_the_exported_networks_did(home: Path) -> None:
+    _, rows = load(home)
+    text = (home / "results" / "small" / page.PAGE).read_text()
+    (got,) = rows["digits-mpdsgr"]
+    before, after = (got.artefacts[p].row("clean") for p in ("fp32", "int8"))
+    assert before is not None
+    assert after is not None
+    old, new = (measured.verdicts(row.artefact, 100) for row in (before, after))
+    flips = f"{(old & ~new).sum()} / {(~old & new).sum()}"
+    (line,) = (line for line in text.splitlines() if line.startswith("| digits-mpdsgr | int8 |"))
+    assert line.split(" | ")[2] == f"{100 * after.artefact.accuracy:.1f}"
+    assert line.split(" | ")[5] == flips
+    assert {p.name for p in (home / "results" / "small").glob("*.png")} == {"plot.png", "growth.png", "membranes.png"}
+
+
+def test_what_is_brought_home_is_all_there_is(home: Path) -> None:
+    with tarfile.open(home / "home" / "results.tar") as archive:
+        names = set(archive.getnames())
+    assert names == {f"small/{path.name}" for path in (home / "results" / "small").iterdir()}
+    (home / "weights.tar").write_bytes(b"".join(p.read_bytes() for p in sorted((home / "home").glob("weights.tar.*"))))
+    with tarfile.open(home / "weights.tar") as archive:
+        archive.extractall(home / "unpacked", filter="data")
+    runs = sorted((home / "runs" / "small").iterdir())
+    assert [path.name for path in sorted((home / "unpacked").iterdir())] == [run.name for run in runs]
+    for run in runs:
+        half = home / "unpacked" / run.name
+        assert load_checkpoint(half).recipe == load_checkpoint(run / "last").recipe
+        (small, exact) = (load_network(path)[1].state_dict() for path in (half, run / "last"))
+        for name, value in exact.items():
+            assert torch.equal(small[name], value.half().to(value.dtype))
+
+
+def test_results_of_another_evaluation_are_measured_again(home: Path) -> None:
+    found, _ = load(home)
+    path = result.result_path(home / "results" / "small", "digits-reg", 0)
+    assert result.read_result(path, found).artefacts
+    more = found.model_copy(update={"artefact": table.Artefact(tier="release", precisions=("fp32", "int8"))})
+    for changed in (more, found.model_copy(update={"artefact": None})):
+        with pytest.raises(InputError, match="does not have the exported networks"):
+            result.read_result(path, changed)
+    assert json.loads(path.read_text())["artefacts"]
+
+
+def test_a_row_whose_evaluation_ended_early_is_named_and_not_compared(home: Path) -> None:
+    found, rows = load(home)
+    (got,) = rows["digits-mpdsgr"]
+    cut = {p: r.model_copy(update={"stopped": "check 1 failed", "curves": []}) for p, r in got.artefacts.items()}
+    rows["digits-mpdsgr"] = [got.model_copy(update={"artefacts": cut})]
+    text = deployed_page.order(found, rows)
+    assert "Ended early, so not compared: digits-mpdsgr." in text
+    assert "| digits-mpdsgr |" not in text + deployed_page.precisions(rows)
+    assert page.pictures(found, rows).keys() == {"plot.png", "growth.png", "membranes.png"}
+    rows["digits-reg"] = [rows["digits-reg"][0].model_copy(update={"artefacts": cut})]
+    assert page.pictures(found, rows).keys() == {"plot.png", "membranes.png"}
+    assert deployed_page.GROWTH not in page.render("small", found, rows)
+
+
+def fake(row: str, defence: list[str], verdicts: list[list[int]]) -> list[result.Result]:
+    """Results of one condition, a list of verdicts a seed: as much of them as a comparison reads."""
+    return [
+        SimpleNamespace(  # type: ignore[misc]
+            row=row,
+            seed=seed,
+            recipe=SimpleNamespace(defence=dict.fromkeys(defence)),
+            evaluation=SimpleNamespace(
+                rows=[SimpleNamespace(name="pgd", n=len(own), score=Score.of(np.array(own, bool)))]
+            ),
+        )
+        for seed, own in enumerate(verdicts)
+    ]
+
+
+def test_rows_are_compared_on_the_same_images_and_seeds() -> None:
+    ours, theirs = fake("a", [], [[1, 1, 1, 0], [1, 1, 0, 0]]), fake("b", [], [[1, 0, 1, 0], [0, 0, 0, 1]])
+    found = measured.difference(ours, theirs, "pgd")
+    gained = np.array([0.5, 1.0, 0.0, -0.5]) * 100  # of each image, mean over the seeds
+    assert found.mean == pytest.approx(gained.mean()) == 25
+    assert found.seeds == pytest.approx([25, 25])
+    half = 1.96 * gained.std(ddof=1) / 2
+    assert found.interval == pytest.approx((25 - half, 25 + half), abs=0.01)
+    only_one = measured.difference(ours, theirs[1:], "pgd")  # another seed says nothing of this one
+    assert only_one.seeds == pytest.approx([25])
+    same = measured.difference(ours, ours, "pgd")
+    assert (same.mean, same.interval) == (0, (0, 0))
+
+
+def test_the_baseline_is_the_row_without_the_defence() -> None:
+    names = {"reg": [], "sr": ["sr"], "at": ["at"], "at-sr": ["at", "sr"]}
+    rows = {name: fake(name, defence, [[1]]) for name, defence in names.items()}
+    assert measured.baseline(rows, rows["sr"]) is rows["reg"]
+    assert measured.baseline(rows, rows["at-sr"]) is rows["at"]
+    assert measured.baseline(rows, rows["reg"]) is None
+    assert measured.baseline(rows, rows["at"]) is None
+    del rows["at"]
+    assert measured.baseline(rows, rows["at-sr"]) is None
+
+
+def test_the_largest_eta_within_the_budget_is_chosen() -> None:
+    def row(accuracy: float, **settings: object) -> list[result.Result]:
+        recipe = SimpleNamespace(defence={"mpd-sgr": settings} if settings else {})
+        return [SimpleNamespace(recipe=recipe, curve=[{"validation_accuracy": accuracy}])]  # type: ignore[list-item]
+
+    rows = {
+        "reg": row(0.500),
+        "a": row(0.495, estimator="theorem", eta=0.1),
+        "b": row(0.492, estimator="theorem", eta=0.5),
+        "c": row(0.480, estimator="theorem", eta=1.0),
+        "d": row(0.300, estimator="empirical", eta=0.1),
+    }
+    assert eta_page.chosen(rows, 1.0) == {"theorem": 0.5}
+    assert eta_page.chosen(rows, 2.0) == {"theorem": 1.0}
+    assert "| theorem | +0.50 | +0.80 | +2.00 | 0.5 |" in eta_page.choice(rows, 1.0)
+    assert "| empirical | +20.00 | - | - | - |" in eta_page.choice(rows, 1.0)
+
+
+def test_the_small_table_takes_the_eta_that_its_sweep_chose() -> None:
+    sweep = table.load_table("cifar10-cpu-eta")[1]
+    assert sweep.eta_budget is not None
+    rows = measured.load_results(sweep, reproduce.RESULTS / "cifar10-cpu-eta")
+    etas = eta_page.chosen(rows, sweep.eta_budget)
+    assert etas.keys() == {"theorem", "empirical"}
+    found = table.load_table("cifar10-cpu")[1]
+    settings = [found.recipe(row, 0).defence.get("mpd-sgr") for row in found.rows]
+    assert [s["eta"] for s in settings if s] == [etas[s["estimator"]] for s in settings if s]
+    assert sum(s is not None for s in settings) == 4
+    assert deployed_page.PAPER == "pgd"

@@ -1,0 +1,128 @@
+"""What a table's page says where its networks were exported: the order of the defences, each precision, by eps."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from measured import Measured, baseline, cell, count, defences, difference, verdicts
+from result import Result
+from table import Table
+from tabular import markdown
+
+from mpdsgr_deploy.recipes import find_recipe, published
+from mpdsgr_deploy.validation.report import Report
+
+GROWTH, MEMBRANES = "growth.png", "membranes.png"
+PAPER, UNION = "pgd", "worst"  # the paper's setting, and everything within eps
+COMPARED = {"clean": "clean", "PGD": PAPER, "union": UNION}
+
+
+def order(table: Table, measured: Measured) -> str:
+    """The rows by what survives everything, with and without adversarial training, beside their order under PGD."""
+    parts = ["## Does the order persist?"]
+    for adversarial in (False, True):
+        group = {t: r for t, r in measured.items() if ("at" in defences(r[0])) == adversarial and complete(r)}
+        if group:
+            parts.append(ranking(table, measured, group))
+    note = (
+        "Sorted by the union; (n) is the place in the order. `- baseline`: points of accuracy more than the row "
+        "without the defence (REG, or AT alone), paired on the same images and seeds, with a 95 % interval for the "
+        "choice of images; `seeds`: the union's of each seed. `paper`: what the paper states for PGD with its VGG11, "
+        "T = 8, after 200 to 300 epochs; another network than this one."
+    )
+    spared = [title for title, results in measured.items() if not complete(results)]
+    if spared:
+        note += f" Ended early, so not compared: {', '.join(spared)}."
+    return "\n\n".join([*parts, note])
+
+
+def ranking(table: Table, measured: Measured, group: Measured) -> str:
+    """One group as a table."""
+    places = {c: sorted(group, key=lambda title: -mean(group[title], c)) for c in (PAPER, UNION)}
+    rows = []
+    for title in places[UNION]:
+        results, other = group[title], baseline(measured, group[title])
+        stated = published(find_recipe(table.row(title).recipe))
+        cells = [f"{mean(results, c):.1f} ({places[c].index(title) + 1})" for c in (PAPER, UNION)]
+        if other is None:
+            differences = ["", "", ""]
+        else:
+            found = [difference(results, other, c) for c in (PAPER, UNION)]
+            differences = [*map(str, found), ", ".join(f"{seed:+.1f}" for seed in found[1].seeds)]
+        paper = f"{stated.pgd:.2f}" if stated and stated.pgd is not None else "-"
+        rows.append([title, results[0].recipe.method, *cells, *differences, paper])
+    columns = [
+        "row",
+        "method",
+        "PGD",
+        "union",
+        "PGD - baseline",
+        "union - baseline",
+        "union - baseline, seeds",
+        "paper",
+    ]
+    return markdown(columns, rows)
+
+
+def complete(results: list[Result]) -> bool:
+    """Whether no evaluation of a row ended early: an attack it was spared says nothing."""
+    return all(report.stopped is None for result in results for report in result.artefacts.values())
+
+
+def mean(results: list[Result], condition: str) -> float:
+    """Accuracy in %, mean over the seeds."""
+    found = cell(results, condition)
+    assert found is not None, condition
+    return found.mean
+
+
+def precisions(measured: Measured) -> str:
+    """Every exported network: accuracy, what the gate said, and whose verdict differs from the first precision's."""
+    rows = []
+    for title, results in measured.items():
+        for precision in results[0].artefacts if complete(results) else ():
+            reports = [result.artefacts[precision] for result in results]
+            first = [next(iter(result.artefacts.values())) for result in results]
+            accuracy = [f"{100 * fmean(accuracy_of(r, c) for r in reports):.1f}" for c in COMPARED.values()]
+            changed = ["" if reports == first else flips(first, reports, c, results) for c in COMPARED.values()]
+            passed = f"{sum(report.verdict == 'pass' for report in reports)} of {len(reports)}"
+            rows.append([title, precision, *accuracy, *changed, passed])
+    columns = ["row", "precision", *COMPARED, *(f"{heading} flips" for heading in COMPARED), "gate passed"]
+    note = (
+        "`flips`: verdicts newly wrong / newly right against the first precision, each attacked through its own "
+        "gradients, seeds added up. The union of int8 has one attack more: images made on the float32 network. "
+        "`gate passed`: of the seeds; held against the torch network under the same attacks."
+    )
+    refused = [f"- {title}, seed {r.seed}, {p}: {reason}" for title, r, p, reason in refusals(measured)]
+    return "\n\n".join(
+        ["## The exported networks", markdown(columns, rows), note, *(["\n".join(refused)] * bool(refused))]
+    )
+
+
+def accuracy_of(report: Report, condition: str) -> float:
+    """Of an artefact, under a condition it met; in [0, 1]."""
+    row = report.row(condition)
+    assert row is not None, condition
+    return row.artefact.accuracy
+
+
+def flips(first: Sequence[Report], others: Sequence[Report], condition: str, results: Sequence[Result]) -> str:
+    """Images newly wrong and newly right, seeds added up."""
+    worse = better = 0
+    for before, after, result in zip(first, others, results, strict=True):
+        rows = before.row(condition), after.row(condition)
+        assert rows[0] is not None, condition
+        assert rows[1] is not None, condition
+        old, new = (verdicts(row.artefact, count(result)) for row in rows if row is not None)
+        worse, better = worse + int((old & ~new).sum()), better + int((~old & new).sum())
+    return f"{worse} / {better}"
+
+
+def refusals(measured: Measured) -> list[tuple[str, Result, str, str]]:
+    """Why a gate refused, or a check says that nothing is proved."""
+    return [
+        (title, result, precision, reason)
+        for title, results in measured.items()
+        for result in results
+        for precision, report in result.artefacts.items()
+        for reason in report.reasons
+    ]
