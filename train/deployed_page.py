@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from measured import Measured, baseline, cell, count, defences, difference, verdicts
+from measured import Measured, baseline, by_eps, cell, count, defences, difference, grown, verdicts
 from result import Result
 from table import Table
 from tabular import markdown
@@ -73,6 +73,16 @@ def mean(results: list[Result], condition: str) -> float:
     found = cell(results, condition)
     assert found is not None, condition
     return found.mean
+
+
+def growth(measured: Measured) -> str:
+    """The strong PGD by eps, as a picture and as a table."""
+    found = {title: by_eps(results) for title, results in measured.items() if grown(results)}
+    n = next(curve for results in measured.values() for curve in grown(results)).points[0].n
+    rows = [[title, *(f"{value:.1f}" for value in values.values())] for title, values in found.items()]
+    columns = ["row", *(f"{255 * eps:.3g}/255" for eps in next(iter(found.values())))]
+    heading = f"Strong PGD through the trained surrogate by eps, the first {n} test images:"
+    return f"![accuracy against eps]({GROWTH})\n\n{heading}\n\n{markdown(columns, rows)}"
 
 
 def precisions(measured: Measured) -> str:

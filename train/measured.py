@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from result import Result, read_result
 from table import Table
 
+from mpdsgr_deploy.attacks.suite import STRONG as STRONG_PGD
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import Published, find_recipe, published
+from mpdsgr_deploy.validation.report import Curve
 from mpdsgr_deploy.validation.rows import Score
 from mpdsgr_deploy.validation.statistics import Z95, wilson
 
@@ -79,6 +81,18 @@ def baseline(measured: Measured, results: list[Result]) -> list[Result] | None:
     wanted = ["at"] if "at" in defences(results[0]) else []
     found = [other for other in measured.values() if defences(other[0]) == wanted]
     return found[0] if found and found[0] is not results else None
+
+
+def grown(results: list[Result]) -> list[Curve]:
+    """The curves of the strong PGD, one a seed."""
+    return [c for r in results for c in next(iter(r.artefacts.values())).curves if c.attack == STRONG_PGD]
+
+
+def by_eps(results: list[Result]) -> dict[float, float]:
+    """Accuracy in % by eps, means over seeds, as far as four times the eps of the recipe."""
+    curves, most = grown(results), 4.001 * results[0].recipe.attack.eps
+    points = zip(*(curve.points for curve in curves), strict=True)
+    return {p[0].eps: 100 * fmean(point.correct / point.n for point in p) for p in points if p[0].eps <= most}
 
 
 class Difference(NamedTuple):

@@ -6,7 +6,7 @@ from statistics import fmean
 import deployed_page
 import eta_page
 import plots
-from measured import SHOWN, STRONG, Measured, cell, figures, load_results
+from measured import SHOWN, STRONG, Measured, cell, figures, grown, load_results
 from result import Result
 from table import Table
 from tabular import markdown
@@ -59,8 +59,8 @@ def render(name: str, table: Table, measured: Measured) -> str:
             parts.append(eta_page.choice(measured, table.eta_budget))
         if table.artefact is not None:
             parts.append(deployed_page.order(table, measured))
-            if any(map(plots.grown, measured.values())):
-                parts.append(f"![accuracy against eps]({deployed_page.GROWTH})")
+            if any(map(grown, measured.values())):
+                parts.append(deployed_page.growth(measured))
             parts.append(deployed_page.precisions(measured))
         parts += ["## Behind the accuracies", behaviour(measured)]
         if table.artefact is not None and plots.pairs(measured):

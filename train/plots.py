@@ -1,16 +1,12 @@
 """The pictures of a table's page, as PNG files. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
 import io
-from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measured import SHOWN, STRONG, Measured, cell, defences, figures
+from measured import SHOWN, STRONG, Measured, by_eps, cell, defences, figures, grown
 from result import Result
 from table import Table
-
-from mpdsgr_deploy.attacks.suite import STRONG as STRONG_PGD
-from mpdsgr_deploy.validation.report import Curve
 
 DOTS = {"clean": "#8a94a6", "FGSM": "#2563eb", "PGD": "#d97706", "union": "#b91c1c"}
 METHODS = {
@@ -85,19 +81,12 @@ def growth(measured: Measured) -> bytes | None:
     return png(figure)
 
 
-def grown(results: list[Result]) -> list[Curve]:
-    """The curves of the strong PGD, one a seed."""
-    return [c for r in results for c in next(iter(r.artefacts.values())).curves if c.attack == STRONG_PGD]
-
-
 def draw_growth(axes: Axes, results: list[Result]) -> None:
-    """One row's line, as far as four times the eps of its recipe."""
-    curves = grown(results)
-    near = [point.eps for point in curves[0].points if point.eps <= 4.001 * results[0].recipe.attack.eps]
-    values = [100 * fmean(p.correct / p.n for p in points) for points in zip(*(c.points for c in curves), strict=True)]
+    """One row's line."""
+    values = by_eps(results)
     colour, line = style(results[0])
-    eps = [255 * value for value in near]
-    axes.plot(eps, values[: len(eps)], line, color=colour, marker="o", markersize=3, label=results[0].row)
+    eps = [255 * value for value in values]
+    axes.plot(eps, [*values.values()], line, color=colour, marker="o", markersize=3, label=results[0].row)
     axes.set_xticks(eps, [f"{value:.3g}" for value in eps])
 
 

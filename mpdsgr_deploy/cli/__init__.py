@@ -24,6 +24,7 @@ COMMANDS = (
     "inspect",
     "doctor",
     "recipes",
+    "bundles",
 )
 
 

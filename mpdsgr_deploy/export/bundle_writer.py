@@ -54,8 +54,8 @@ def export(
     them; layers go back to a finer precision until it holds. root overrides where the data set lies, limit the number
     of test images accuracy is measured on (default: the recipe's). tier: how hard, and on how many of these images, the
     torch network is attacked for the reference that `validate` holds the artefact against (default: the tier of the
-    recipe's gate); carry_images: these images go into the bundle too. Without the data set the bundle is written all
-    the same, with noise as golden inputs, no accuracy and no reference.
+    recipe's gate); carry_images: these images go into the bundle too; if not, noise serves as golden inputs. Without
+    the data set the bundle is written all the same, so too, with no accuracy and no reference.
 
     Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
     other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
@@ -81,9 +81,7 @@ def export(
     graph = to_graph(simplify(model), checkpoint.shape)
     with staged(out) as scratch:
         save(graph, scratch / "model.fp32.onnx")
-        expected = _in_batches(reference, inputs)
-        with OnnxRuntime(scratch / "model.fp32.onnx", noise=reference.noise) as artefact:
-            found = _in_batches(artefact, inputs)
+        expected, found = _answers(reference, scratch / "model.fp32.onnx", inputs)
         parity = compare(expected, found)
         if not parity.holds:
             raise EvaluationError(f"the exported network differs from the torch model: {parity}; no bundle written")
@@ -93,6 +91,9 @@ def export(
         else:
             trial = Trial(graph, reference, checkpoint.recipe, images, scratch, attacked=len(variants) > 1)
             written = {name: trial.variant(name, max_drop) for name in variants}
+        if not carry_images:  # not as golden inputs either
+            inputs = _probe(None, checkpoint.shape)
+            expected, found = _answers(reference, scratch / "model.fp32.onnx", inputs)
         logits = {"fp32": expected}
         for name in variants[1:]:
             with OnnxRuntime(scratch / written[name].file, noise=reference.noise) as artefact:
@@ -163,6 +164,13 @@ def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
     if images is not None:
         return images[:count].unit()
     return np.random.default_rng(0).random((count, *shape), np.float32)
+
+
+def _answers(model: TorchModel, file: Path, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the torch model and of its ONNX file."""
+    expected = _in_batches(model, inputs)
+    with OnnxRuntime(file, noise=model.noise) as artefact:
+        return expected, _in_batches(artefact, inputs)
 
 
 def _in_batches(network: Predictor, inputs: np.ndarray) -> np.ndarray:

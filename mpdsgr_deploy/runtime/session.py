@@ -26,8 +26,8 @@ NO_MEMORY = re.compile(r"Failed to allocate memory|out of ?memory|ALLOC_FAILED|b
 class Session:
     """One network on one provider. A context manager: it ends with the block. Threads may share it.
 
-    network: an ONNX file, or its content; source: what messages call it. threads: of the CPU provider; None: one a
-    core. Raises InputError if this machine cannot run the provider or the network.
+    network: an ONNX file, or its content; source: what messages call it. threads: of the CPU provider; None:
+    `usual_threads`. Raises InputError if this machine cannot run the provider or the network.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Session:
             )
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what is an error is also raised; on stderr it would be said twice
-        options.intra_op_num_threads = threads or 0  # 0: one a core
+        options.intra_op_num_threads = threads or usual_threads()
         # its threads would else burn a core for a while after every call, while a server waits for the next request
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if provider != CPU:
@@ -79,6 +79,17 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self._session = None
+
+
+def usual_threads() -> int:
+    """As many as OMP_NUM_THREADS says, which torch and BLAS obey and onnxruntime does not; 0, one a core, without it.
+
+    Two processes with a thread a core each would spend their time waiting for one another.
+    """
+    try:
+        return max(0, int(os.environ.get("OMP_NUM_THREADS", "0")))
+    except ValueError:  # a list, one number for each level of nested regions
+        return 0
 
 
 def failure(what: str, error: Exception) -> InputError:

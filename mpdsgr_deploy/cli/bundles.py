@@ -1,0 +1,60 @@
+"""mpdsgr bundles"""
+
+import shutil
+from pathlib import Path
+
+import click
+
+from mpdsgr_deploy.bundle import Manifest, open_bundle
+from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.recipes import shipped
+from mpdsgr_deploy.reference import IMAGES
+
+
+@click.command("bundles")
+@click.option("--copy", "name", metavar="NAME", help="Copy a bundle here.")
+@json_option
+def command(name: str | None, as_json: bool) -> None:
+    """List the trained networks that come with the package as bundles, or copy one here.
+
+    clean and worst are accuracies of the torch network, without an attack and under all of the tier's; worst counts
+    what survives every attack within eps. Where a bundle has no images of its own, `mpdsgr validate --root` says where
+    the data set lies.
+
+    \b
+    Example:
+      mpdsgr bundles --copy digits
+      mpdsgr validate digits --report reports/digits
+    """
+    found = {path.name: path for path in sorted(shipped("export").glob("bundles/*/"))}
+    if name is not None:
+        source, target = choose("bundle", found, name), Path(name)
+        if target.exists():
+            raise InputError(f"{target} already exists here; rename it first")
+        open_bundle(source)  # whole, by its hashes
+        shutil.copytree(source, target)
+        if as_json:
+            print_json({"copied": str(target)})
+        else:
+            click.echo(f"copied to {target}; next: mpdsgr validate {target} --report {target}-report")
+        return
+    manifests = {name: open_bundle(path).manifest for name, path in found.items()}
+    if as_json:
+        print_json({name: manifest.model_dump(mode="json") for name, manifest in manifests.items()})
+    else:
+        columns = ("bundle", "network", "trained with", "precisions", "images", "tier", "n", "clean %", "worst %")
+        print_table(columns, [(name, *described(manifest)) for name, manifest in manifests.items()])
+
+
+def described(manifest: Manifest) -> tuple[str, ...]:
+    """What a bundle holds, and what it promises."""
+    recipe, promise = manifest.recipe, manifest.reference
+    network = f"{recipe.model.name} for {recipe.data.name}, T = {recipe.encoding.T}"
+    carried = "yes" if IMAGES in manifest.files else "no"
+    cells = (network, recipe.method, ", ".join(manifest.variants), carried)
+    if promise is None:
+        return (*cells, "", "", "", "")
+    accuracies = (f"{100 * promise.correct[name] / promise.n:.1f}" for name in ("clean", "worst"))
+    return (*cells, promise.tier, str(promise.n), *accuracies)
