@@ -9,7 +9,6 @@ finished rows that are small enough, as float16 checkpoints in pieces: `cat weig
 """
 
 import io
-import signal
 import subprocess
 import sys
 import tarfile
@@ -76,7 +75,7 @@ def until(command: list[str], deadline: float) -> int | None:
             return child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             log.info("the time is up; the same command continues")
-            child.send_signal(signal.SIGINT)
+            child.terminate()  # not SIGINT, which a command in the background of a shell ignores
         try:
             child.wait(GRACE)
         except subprocess.TimeoutExpired:
