@@ -45,6 +45,17 @@ def test_nothing_is_left_to_fill_in() -> None:
     assert [link for link in links if not (root / link).exists()] == []
 
 
+def test_figures_in_the_text_stand_in_a_page_that_was_rendered_from_results() -> None:
+    root = Path(__file__).parent.parent
+    folders = ("train/results", "benchmarks", "export/results")
+    pages = "".join(page.read_text() for folder in folders for page in sorted((root / folder).rglob("*.md")))
+    code = r"```.*?```|<!-- table:.*?<!-- end of table -->|`[^`]*`|^ {4}.*?$|arXiv [\d.]+|Python 3[\d.]+|3\.12"
+    text = re.sub(code, "", README, flags=re.DOTALL | re.MULTILINE)
+    figures = re.findall(r"(?<![\w.])\d+\.\d+", text)
+    assert len(figures) >= 10
+    assert [figure for figure in figures if figure not in pages] == []
+
+
 @pytest.fixture(scope="module")
 def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """What the README serves, on ports of this test's own."""
