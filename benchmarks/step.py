@@ -63,9 +63,11 @@ def measure(setting: dict[str, Any], precision: str, repetitions: int) -> dict[s
     return seconds
 
 
-def learner(setting: dict[str, Any], precision: str, defence: dict[str, dict[str, str]]) -> Learner:
-    """An untrained VGG11 and its optimiser, as the training loop sets them up."""
-    model = {"name": "vgg11", "width": setting["width"]}
+def learner(
+    setting: dict[str, Any], precision: str, defence: dict[str, dict[str, str]], name: str = "vgg11"
+) -> Learner:
+    """An untrained network and its optimiser, as the training loop sets them up."""
+    model = {"name": name, "width": setting["width"]}
     recipe = Recipe.model_validate({"model": model, "encoding": {"T": setting["T"]}, "defence": defence})
     fabric = Fabric(accelerator=setting["accelerator"], devices=1, precision=precision)
     torch.manual_seed(0)

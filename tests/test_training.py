@@ -294,3 +294,32 @@ def test_weights_of_another_network_are_refused(run_dir: Path) -> None:
     other = small_recipe(model={"width": 0.5})
     with pytest.raises(InputError, match="does not hold the weights"):
         load_model(run_dir / "last" / checkpoint.weights, other, checkpoint.shape, 10)
+
+
+BLOCKS = """
+import resource, threading, torch
+from mpdsgr_deploy.training.pages import keep_pages
+{first}
+def blocks():
+    for _ in range(3):
+        torch.zeros(1 << 22), torch.zeros(1 << 23)
+def step():
+    blocks()
+    backward = threading.Thread(target=blocks)
+    backward.start()
+    backward.join()
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_blocks_that_are_asked_for_again_need_no_new_pages() -> None:
+    def faults(first: str) -> int:
+        code = BLOCKS.format(first=first)
+        return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep_pages()") < faults("") / 4

@@ -163,6 +163,9 @@ def attempt(run: Run) -> MpdsgrError | None:
     """Measure one run; returns the error that others need not suffer from."""
     from measure import measure
 
+    from mpdsgr_deploy.training.pages import keep_pages
+
+    keep_pages()
     try:
         measure(run.table, run.row, run.recipe, run.artefact, runs=run.runs, root=run.root, folder=run.folder)
     except MpdsgrError as error:

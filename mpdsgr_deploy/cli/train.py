@@ -34,7 +34,9 @@ def command(
     need("lightning.fabric", "train")
     from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
     from mpdsgr_deploy.training import train
+    from mpdsgr_deploy.training.pages import keep_pages
 
+    keep_pages()
     train(resolved, out, resume=resume, profile=profile)
     best = load_checkpoint(find_checkpoint(out))
     if as_json:
