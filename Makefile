@@ -16,6 +16,8 @@ test: install
 bench: install
 	.venv/bin/python benchmarks/step.py
 	.venv/bin/python benchmarks/training.py
+	.venv/bin/python benchmarks/linear.py
+	.venv/bin/python benchmarks/growth.py
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/estimate.py
 	.venv/bin/python benchmarks/inference.py

@@ -19,7 +19,9 @@ import attack
 import estimate
 import figures
 import gpu
+import growth
 import largest
+import linear
 import memory
 import step
 import strength
@@ -29,7 +31,7 @@ from live import Live
 from networks import CLASSES
 
 
-@pytest.mark.parametrize("benchmark", [agreement, attack, estimate, largest, memory, step, strength])
+@pytest.mark.parametrize("benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, strength])
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = figures.load(benchmark.__name__)
     assert figures.shown(benchmark.__name__) == benchmark.render(result)
@@ -233,3 +235,24 @@ def test_a_training_benchmark_is_drawn_and_tabled(tmp_path: Path) -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # 32 images in 2.1 s; SpikingJelly takes 3.1; 3 passes of 1 GFLOP an image of 200 GFLOP/s
     assert cells == ["train", "fp32", "mpdsgr-deploy", "15.2", "1.48 [1.45, 1.50]", "1000", "0.50", "23%"]
+
+
+def test_every_way_of_a_linear_layer_computes_the_same() -> None:
+    x, weight = torch.rand(5, 7), torch.rand(3, 7)
+    for way in linear.WAYS.values():
+        torch.testing.assert_close(way(x, weight), x @ weight.t())
+    taken = linear.measure(torch.float32, 2, shape=(4, 6, 5))
+    assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(linear.WAYS, 2)
+
+
+def test_growth_is_the_slope_of_the_logarithms() -> None:
+    assert growth.exponent({"1": 3.0, "2": 6.0, "4": 12.0}) == pytest.approx(1)
+    assert growth.exponent({"0.5": 1.0, "1": 4.0, "2": 16.0}) == pytest.approx(2)
+
+
+def test_a_step_grows_no_worse_than_it_must() -> None:
+    found = figures.load("growth")
+    for name, (most_time, most_memory) in growth.BOUNDS.items():
+        seconds = {value: sorted(taken)[len(taken) // 2] for value, taken in found["seconds"][name].items()}
+        assert growth.exponent(seconds) < most_time + 0.1
+        assert growth.exponent(found["kept"][name]) < most_memory + 0.01

@@ -180,6 +180,8 @@ def test_rows_are_compared_on_the_same_images_and_seeds() -> None:
     assert only_one.seeds == pytest.approx([25])
     same = measured.difference(ours, ours, "pgd")
     assert (same.mean, same.interval) == (0, (0, 0))
+    nothing = fake("c", [], [[0, 0, 0, 0]])
+    assert str(measured.difference(nothing, nothing, "pgd")) == "none right"
 
 
 def test_the_baseline_is_the_row_without_the_defence() -> None:

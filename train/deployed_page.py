@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from measured import Measured, baseline, by_eps, cell, count, defences, difference, grown, verdicts
+from measured import Bools, Measured, baseline, by_eps, cell, defences, difference, grown, verdicts
 from result import Result
 from table import Table
 from tabular import markdown
@@ -50,16 +50,7 @@ def ranking(table: Table, measured: Measured, group: Measured) -> str:
             differences = [*map(str, found), ", ".join(f"{seed:+.1f}" for seed in found[1].seeds)]
         paper = f"{stated.pgd:.2f}" if stated and stated.pgd is not None else "-"
         rows.append([title, results[0].recipe.method, *cells, *differences, paper])
-    columns = [
-        "row",
-        "method",
-        "PGD",
-        "union",
-        "PGD - baseline",
-        "union - baseline",
-        "union - baseline, seeds",
-        "paper",
-    ]
+    columns = ["row", "method", "PGD", "union", "PGD - baseline", "union - baseline", "seeds", "paper"]
     return markdown(columns, rows)
 
 
@@ -92,8 +83,8 @@ def precisions(measured: Measured) -> str:
         for precision in results[0].artefacts if complete(results) else ():
             reports = [result.artefacts[precision] for result in results]
             first = [next(iter(result.artefacts.values())) for result in results]
-            accuracy = [f"{100 * fmean(accuracy_of(r, c) for r in reports):.1f}" for c in COMPARED.values()]
-            changed = ["" if reports == first else flips(first, reports, c, results) for c in COMPARED.values()]
+            accuracy = [f"{100 * fmean(right(r, c).mean() for r in reports):.1f}" for c in COMPARED.values()]
+            changed = ["" if reports == first else flips(first, reports, c) for c in COMPARED.values()]
             passed = f"{sum(report.verdict == 'pass' for report in reports)} of {len(reports)}"
             rows.append([title, precision, *accuracy, *changed, passed])
     columns = ["row", "precision", *COMPARED, *(f"{heading} flips" for heading in COMPARED), "gate passed"]
@@ -103,27 +94,21 @@ def precisions(measured: Measured) -> str:
         "`gate passed`: of the seeds; held against the torch network under the same attacks."
     )
     refused = [f"- {title}, seed {r.seed}, {p}: {reason}" for title, r, p, reason in refusals(measured)]
-    return "\n\n".join(
-        ["## The exported networks", markdown(columns, rows), note, *(["\n".join(refused)] * bool(refused))]
-    )
+    parts = ["## The exported networks", markdown(columns, rows), note, "\n".join(refused)]
+    return "\n\n".join(part for part in parts if part)
 
 
-def accuracy_of(report: Report, condition: str) -> float:
-    """Of an artefact, under a condition it met; in [0, 1]."""
+def right(report: Report, condition: str) -> Bools:
+    """Which images an artefact gets right under a condition it met [n]."""
     row = report.row(condition)
     assert row is not None, condition
-    return row.artefact.accuracy
+    return verdicts(row.artefact, row.n)
 
 
-def flips(first: Sequence[Report], others: Sequence[Report], condition: str, results: Sequence[Result]) -> str:
+def flips(first: Sequence[Report], others: Sequence[Report], condition: str) -> str:
     """Images newly wrong and newly right, seeds added up."""
-    worse = better = 0
-    for before, after, result in zip(first, others, results, strict=True):
-        rows = before.row(condition), after.row(condition)
-        assert rows[0] is not None, condition
-        assert rows[1] is not None, condition
-        old, new = (verdicts(row.artefact, count(result)) for row in rows if row is not None)
-        worse, better = worse + int((old & ~new).sum()), better + int((~old & new).sum())
+    pairs = [(right(a, condition), right(b, condition)) for a, b in zip(first, others, strict=True)]
+    worse, better = (sum(int((a & ~b).sum()) for a, b in order) for order in (pairs, [(b, a) for a, b in pairs]))
     return f"{worse} / {better}"
 
 

@@ -28,12 +28,12 @@ from mpdsgr_deploy.validation.evaluate import Evaluation, evaluate
 from mpdsgr_deploy.validation.report import Report
 
 LOOKED_AT = 500  # at most so many of the test images, for what explains the accuracies
-EVALUATION = {"attack", "validation", "gate"}  # sections of a recipe that training does not depend on
+EVALUATION = {"attack", "validation"}  # sections of a recipe that training does not depend on
 
 
 def run_directory(runs: Path, table: str, row: str, recipe: Recipe) -> Path:
     """Where a row is trained. Another recipe trains elsewhere; one that is only attacked otherwise is the same run."""
-    content = recipe.model_dump(mode="json", exclude=EVALUATION - {"gate"})
+    content = recipe.model_dump(mode="json", exclude=EVALUATION)
     return runs / table / f"{row}-seed{recipe.training.seed}-{digest(content)}"
 
 
@@ -91,7 +91,7 @@ def deployed(run: Path, recipe: Recipe, artefact: Artefact, root: str) -> dict[s
     On a GPU where onnxruntime has one. What is finished is kept beside the run, what was interrupted continues.
     """
     backend = "onnxruntime-cuda" if CUDA in onnxruntime.get_available_providers() else "onnxruntime-cpu"
-    asked = [recipe.model_dump(mode="json", include=EVALUATION), artefact.model_dump(mode="json"), backend]
+    asked = [recipe.model_dump(mode="json", include={*EVALUATION, "gate"}), artefact.model_dump(mode="json"), backend]
     folder = run / f"deployed-{digest(asked)}"
     bundle = folder / "bundle"
     if not (bundle / MANIFEST).exists():

@@ -98,14 +98,17 @@ def by_eps(results: list[Result]) -> dict[float, float]:
 class Difference(NamedTuple):
     """Points of accuracy that a row has more than another on the same images and seeds.
 
-    mean over the seeds both have, with a 95 % interval for the choice of images; seeds: that of each.
+    mean over the seeds both have, with a 95 % interval for the choice of images; None if neither gets any image right,
+    which says nothing of the images not tried. seeds: the difference of each.
     """
 
     mean: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     seeds: list[float]
 
     def __str__(self) -> str:
+        if self.interval is None:
+            return "none right"
         return f"{self.mean:+.1f} [{self.interval[0]:+.1f}, {self.interval[1]:+.1f}]"
 
 
@@ -117,7 +120,9 @@ def difference(results: list[Result], others: list[Result], condition: str) -> D
     each = 100 * gained.mean(0)
     half = Z95 * each.std(ddof=1) / len(each) ** 0.5
     mean = float(each.mean())
-    return Difference(mean, (mean - half, mean + half), [100 * float(row.mean()) for row in gained])
+    any_right = any(ours[seed].any() or theirs[seed].any() for seed in common)
+    interval = (mean - half, mean + half) if any_right else None
+    return Difference(mean, interval, [100 * float(row.mean()) for row in gained])
 
 
 def score(result: Result, condition: str) -> Score:

@@ -39,9 +39,7 @@ GRACE = 20.0  # seconds between the request to stop and the end
 @click.argument("rows", nargs=-1)
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs.")
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=REPRODUCE.parent / "results", help="Results so far."
-)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="Results so far.")
 @click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: the table's]")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=9.0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for what is brought home.")
