@@ -96,9 +96,9 @@ def render(result: dict[str, Any]) -> str:
     base = ", ".join(f"{name} {value:g}" for name, value in BASE.items())
     turns = len(next(iter(result["seconds"]["T"].values())))
     note = (
-        f"{MODEL} on 32x32 images with the empirical regulariser, float32; elsewhere {base}; medians of {turns} turns, "
+        f"{MODEL} on 32x32 images with the empirical regulariser, float32; what is not varied is {base}; medians of "
+        f"{turns} turns, {result['threads']} threads. {figures.source(result)}"
     )
-    note += f"{result['threads']} threads. {figures.source(result)}"
     return "\n".join([*lines, "", note, ""])
 
 
