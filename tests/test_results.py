@@ -123,6 +123,14 @@ def test_the_findings_of_the_small_tables_quote_their_pages() -> None:
     assert [figure for figure in figures if figure not in pages and figure not in settings] == []
 
 
+def test_the_findings_of_exported_networks_quote_their_page() -> None:
+    folder = reproduce.RESULTS / "cifar10-cpu"
+    shown = (folder / page.PAGE).read_text()
+    figures = re.findall(r"(?<![\w:.])[-+]?\d+\.\d+(?![\w.])", (folder / "FINDINGS.md").read_text())
+    assert len(figures) > 30
+    assert [figure for figure in figures if figure not in shown] == []
+
+
 def test_the_findings_quote_the_paired_verdicts() -> None:
     measured = page.load_results(table.load_table("cifar10-quarter")[1], reproduce.RESULTS / "cifar10-quarter")
 

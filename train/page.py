@@ -85,10 +85,11 @@ def quote(name: str, measured: Measured, text: str) -> str:
 def short(measured: Measured) -> str:
     """Mean accuracies of every row, with the deviation between seeds, under the conditions that decide."""
     columns = {"clean": "clean", "FGSM": "fgsm", "PGD": "pgd", **STRONG}
+    methods = [results[0].recipe.method for results in measured.values()]
     rows = []
-    for results in measured.values():
+    for (title, results), method in zip(measured.items(), methods, strict=True):
         cells = [str(found).partition(" [")[0] if (found := cell(results, c)) else "-" for c in columns.values()]
-        rows.append([results[0].recipe.method, *cells])
+        rows.append([method if methods.count(method) == 1 else f"{method} ({title})", *cells])
     return markdown(["method", *columns], rows)
 
 

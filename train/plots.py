@@ -108,7 +108,7 @@ def membranes(measured: Measured) -> bytes | None:
         for number, axes in enumerate(line):
             draw_layer(axes, group, number)
         line[0].set_ylabel("density")
-        line[-1].legend(frameon=False, fontsize=7)
+        line[0].legend(frameon=False, fontsize=7, loc="upper left")
     figure.supxlabel("U - V_th; yellow: where the surrogate passes a gradient", fontsize=9)
     return png(figure)
 
