@@ -103,7 +103,7 @@ def test_the_page_shows_what_the_exported_networks_did(home: Path) -> None:
     before, after = (got.artefacts[p].row("clean") for p in ("fp32", "int8"))
     assert before is not None
     assert after is not None
-    old, new = (measured.verdicts(row.artefact, 100) for row in (before, after))
+    old, new = (row.artefact.verdicts(100) for row in (before, after))
     flips = f"{(old & ~new).sum()} / {(~old & new).sum()}"
     (line,) = (line for line in text.splitlines() if line.startswith("| digits-mpdsgr | int8 |"))
     assert line.split(" | ")[2] == f"{100 * after.artefact.accuracy:.1f}"

@@ -137,7 +137,7 @@ def test_the_findings_quote_the_paired_verdicts() -> None:
     def verdicts(row: str) -> np.ndarray:
         (got,) = measured[f"cifar10-vgg11-quarter-{row}"]
         (fgsm,) = (r for r in got.evaluation.rows if r.name == "fgsm")
-        return np.unpackbits(np.frombuffer(bytes.fromhex(fgsm.score.bitmap), np.uint8))[: fgsm.n].astype(bool)
+        return fgsm.score.verdicts(fgsm.n)
 
     reg, theorem = verdicts("reg"), verdicts("mpdsgr-theorem")
     worse, better = int((reg & ~theorem).sum()), int((~reg & theorem).sum())

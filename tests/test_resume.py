@@ -47,7 +47,7 @@ def read(report: Path) -> Report:
 
 def bits(row: Row) -> np.ndarray:
     """The artefact's verdicts [n]."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(row.artefact.bitmap), np.uint8))[: row.n]
+    return row.artefact.verdicts(row.n)
 
 
 def kept(report: Path) -> set[str]:

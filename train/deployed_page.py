@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from measured import Bools, Measured, baseline, by_eps, cell, defences, difference, grown, verdicts
+from measured import Bools, Measured, baseline, by_eps, cell, difference, groups, grown
 from result import Result
 from table import Table
 from tabular import markdown
@@ -19,10 +19,8 @@ COMPARED = {"clean": "clean", "PGD": PAPER, "union": UNION}
 def order(table: Table, measured: Measured) -> str:
     """The rows by what survives everything, with and without adversarial training, beside their order under PGD."""
     parts = ["## Does the order persist?"]
-    for adversarial in (False, True):
-        group = {t: r for t, r in measured.items() if ("at" in defences(r[0])) == adversarial and complete(r)}
-        if group:
-            parts.append(ranking(table, measured, group))
+    compared = {title: results for title, results in measured.items() if complete(results)}
+    parts += [ranking(table, measured, group) for group in groups(compared).values()]
     note = (
         "Sorted by the union; (n) is the place in the order. `- baseline`: points of accuracy more than the row "
         "without the defence (REG, or AT alone), paired on the same images and seeds, with a 95 % interval for the "
@@ -102,7 +100,7 @@ def right(report: Report, condition: str) -> Bools:
     """Which images an artefact gets right under a condition it met [n]."""
     row = report.row(condition)
     assert row is not None, condition
-    return verdicts(row.artefact, row.n)
+    return row.artefact.verdicts(row.n)
 
 
 def flips(first: Sequence[Report], others: Sequence[Report], condition: str) -> str:

@@ -76,6 +76,15 @@ def defences(result: Result) -> list[str]:
     return list(result.recipe.defence)
 
 
+def groups(measured: Measured) -> dict[str, Measured]:
+    """The rows without and with adversarial training; a group without rows is not there."""
+    found = {
+        title: {row: results for row, results in measured.items() if ("at" in defences(results[0])) == adversarial}
+        for title, adversarial in (("without adversarial training", False), ("with adversarial training", True))
+    }
+    return {title: rows for title, rows in found.items() if rows}
+
+
 def baseline(measured: Measured, results: list[Result]) -> list[Result] | None:
     """The row that the defences of `results` are held against: nothing, or AT alone for what trains with it too."""
     wanted = ["at"] if "at" in defences(results[0]) else []
@@ -114,7 +123,7 @@ class Difference(NamedTuple):
 
 def difference(results: list[Result], others: list[Result], condition: str) -> Difference:
     """`results` minus `others` under a condition; normal approximation over images, each averaged over its seeds."""
-    ours, theirs = ({r.seed: verdicts(score(r, condition), count(r)) for r in rows} for rows in (results, others))
+    ours, theirs = ({r.seed: score(r, condition).verdicts(count(r)) for r in rows} for rows in (results, others))
     common = sorted(ours.keys() & theirs.keys())
     gained = np.array([ours[seed].astype(float) - theirs[seed] for seed in common])  # [seeds, n]
     each = 100 * gained.mean(0)
@@ -133,8 +142,3 @@ def score(result: Result, condition: str) -> Score:
 def count(result: Result) -> int:
     """How many images it was evaluated on."""
     return result.evaluation.rows[0].n
-
-
-def verdicts(found: Score, n: int) -> Bools:
-    """Which of the n images were right [n]."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(found.bitmap), np.uint8))[:n].astype(bool)

@@ -4,7 +4,7 @@ import io
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measured import SHOWN, STRONG, Measured, by_eps, cell, defences, figures, grown
+from measured import SHOWN, STRONG, Measured, by_eps, cell, defences, figures, groups, grown
 from result import Result
 from table import Table
 
@@ -61,17 +61,13 @@ def growth(measured: Measured) -> bytes | None:
 
     None where no evaluation came so far.
     """
-    groups = {
-        title: [rows for rows in measured.values() if ("at" in defences(rows[0])) == adversarial and grown(rows)]
-        for title, adversarial in (("without adversarial training", False), ("with adversarial training", True))
-    }
-    shown = {title: group for title, group in groups.items() if group}
+    shown = groups({title: results for title, results in measured.items() if grown(results)})
     if not shown:
         return None
     figure = Figure(figsize=(5.5 * len(shown), 4.2), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (title, group) in zip(panels, shown.items(), strict=True):
-        for results in group:
+        for results in group.values():
             draw_growth(axes, results)
         axes.set(title=title, xlabel="eps (1/255)", ylim=(0, None))
         axes.grid(alpha=0.3)

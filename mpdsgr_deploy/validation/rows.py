@@ -23,6 +23,10 @@ class Score(BaseModel):
         bitmap = np.packbits(correct).tobytes().hex()
         return cls(correct=count, accuracy=accuracy, interval=wilson(count, n), bitmap=bitmap)
 
+    def verdicts(self, n: int) -> NDArray[np.bool_]:
+        """Which of the n images it is about were right [n]."""
+        return np.unpackbits(np.frombuffer(bytes.fromhex(self.bitmap), np.uint8))[:n].astype(bool)
+
 
 class Flips(BaseModel):
     """Images whose verdict differs between reference and artefact, and how surprising that is."""
