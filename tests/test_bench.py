@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import assert_input_error, mpdsgr_here
 from oip_server import Handler, OipServer
 
@@ -90,14 +91,23 @@ def test_the_same_seed_asks_the_same_at_the_same_times() -> None:
         seen.append(images.tobytes())
         return linear(images)
 
-    gaps = []
+    wanted = Load(20.0, 9, rate=30)
     for seed in (3, 3, 4):
+        started = time.monotonic()
         with OipServer(network, INPUTS) as server:
-            load(server, Load(20.0, 9, rate=30), seed=seed)
-        gaps.append(np.diff(server.times[1:]))
+            load(server, wanted, seed=seed)
+        asked = np.sort(server.times[1:]) - started  # one came before, to try
+        assert (asked >= list(loops.arrivals(wanted, seed))).all()
     assert seen[:10] == seen[10:20] != seen[20:]
-    assert np.allclose(gaps[0], gaps[1], atol=0.03)
-    assert not np.allclose(gaps[0], gaps[2], atol=0.03)
+    assert [*loops.arrivals(wanted, 3)] == [*loops.arrivals(wanted, 3)] != [*loops.arrivals(wanted, 4)]
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    gaps = np.diff([0.0, *loops.arrivals(Load(1000.0, 20_000, rate=40), seed=0)])
+    assert len(gaps) == 20_000
+    assert scipy.stats.kstest(gaps, scipy.stats.expon(scale=1 / 40).cdf).pvalue > 0.01
+    assert abs(np.corrcoef(gaps[1:], gaps[:-1])[0, 1]) < 0.03
+    assert max(loops.arrivals(Load(3.0, 20_000, rate=40), seed=0)) <= 3.0
 
 
 def stalls(number: int, seconds: float) -> Callable[[Handler, int], None]:
@@ -117,11 +127,12 @@ def test_an_open_loop_shows_a_stall_that_a_closed_one_hides() -> None:
         closed = load(server, Load(20.0, 300, concurrency=1))
     with OipServer(linear, INPUTS, meddle=stalls(100, 0.3)) as server:
         open_ = load(server, Load(20.0, 300, rate=300))
-    assert sum(seconds > 0.15 for seconds in closed.tally.latencies) < 5  # everybody else never asked
+    slow = [sum(seconds > 0.15 for seconds in outcome.tally.latencies) for outcome in (closed, open_)]
+    assert slow[1] > 25  # about 45 were due
+    assert slow[0] < slow[1] / 2  # everybody else never asked
     assert len(open_.tally.latencies) == 300
-    assert sum(seconds > 0.15 for seconds in open_.tally.latencies) > 25  # about 45 were due
-    assert 250 < open_.latency_ms["p99"] < 1000
-    assert open_.tally.busy == pytest.approx(1.0, abs=0.5)  # 300 at 300 a second
+    assert open_.latency_ms["p99"] > 250
+    assert open_.tally.busy > 0.8  # 300 at 300 a second
 
 
 def test_errors_are_counted_by_status_and_are_no_latencies() -> None:
@@ -176,7 +187,7 @@ def test_what_a_server_is_too_slow_for_is_said_to_be_unsent(monkeypatch: pytest.
     started = time.monotonic()
     with OipServer(linear, INPUTS, meddle=lambda handler, number: time.sleep(0.05)) as server:
         outcome = load(server, Load(0.5, 1000, rate=200))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20  # all that was due would take 50
     unsent = outcome.tally.errors["unsent"]
     assert 30 < unsent < 120  # about 100 were due and 20 answered
     assert outcome.tally.requests == len(outcome.tally.latencies) < 30
@@ -186,11 +197,10 @@ def test_what_a_server_is_too_slow_for_is_said_to_be_unsent(monkeypatch: pytest.
 
 
 def test_seconds_bound_a_load() -> None:
-    started = time.monotonic()
     with OipServer(linear, INPUTS) as server:
         outcome = load(server, Load(0.3, 10**6, concurrency=2))
-    assert outcome.tally.busy == pytest.approx(0.3, abs=0.1)
-    assert time.monotonic() - started < 2
+    assert 0 < outcome.tally.busy <= 0.3
+    assert outcome.tally.requests < 10**6
 
 
 def test_cpu_comes_from_the_servers_metrics_and_warns_of_a_busy_tool() -> None:

@@ -37,26 +37,43 @@ def run_directory(runs: Path, table: str, row: str, recipe: Recipe) -> Path:
     return runs / table / f"{row}-seed{recipe.training.seed}-{digest(content)}"
 
 
+def trained(table: str, row: str, recipe: Recipe, *, runs: Path, root: str) -> Path:
+    """The run directory of a row's network, trained to the end."""
+    run = run_directory(runs, table, row, recipe)
+    train(recipe.model_copy(update={"data": recipe.data.at(root)}), run, resume=True)
+    return run
+
+
 def digest(content: Any) -> str:
     """A short name for a JSON-ready value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def measure(
-    table: str, row: str, recipe: Recipe, artefact: Artefact | None, *, runs: Path, root: str, folder: Path
+    table: str,
+    row: str,
+    recipe: Recipe,
+    *,
+    artefact: Artefact | None,
+    tier: str | None,
+    transfer: Path | None,
+    runs: Path,
+    root: str,
+    folder: Path,
 ) -> Result:
     """Train (or continue, or find trained) a row's network, evaluate it, and write its results file.
 
     Evaluated is the last epoch's network, at the end of the schedule: which epoch scores best on few validation images
     is chance, and rows that stopped at different ages would differ in more than their method. With `artefact` it is
-    exported, and its first precision's accuracies are the row's. Raises InputError as training, export and evaluation
-    do.
+    exported, and its first precision's accuracies are the row's; without, torch's network is attacked as `tier` says,
+    and with the images that fool the network of the run `transfer`. Raises InputError as training, export and
+    evaluation do.
     """
-    run = run_directory(runs, table, row, recipe)
-    train(recipe.model_copy(update={"data": recipe.data.at(root)}), run, resume=True)
+    run = trained(table, row, recipe, runs=runs, root=root)
     last = run / "last"
     if artefact is None:  # the table's attack, whatever it asked for when this trained
-        reports, evaluation = {}, evaluate(last, recipe=recipe, root=root)
+        sender = None if transfer is None else transfer / "last"
+        reports, evaluation = {}, evaluate(last, recipe=recipe, root=root, transfer=sender, tier=tier)
     else:
         reports = deployed(run, recipe, artefact, root)
         evaluation = Evaluation.of(reports[artefact.precisions[0]])
@@ -75,6 +92,7 @@ def measure(
         curve=[{key: value for key, value in entry.items() if key != "layers"} for entry in history],
         layers=history[-1]["layers"],
         membranes=potentials(model, few, recipe),
+        tier=tier,
         evaluation=evaluation,
         artefacts=reports,
         sensitivity=sensitivity(model, few, recipe),

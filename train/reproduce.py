@@ -11,10 +11,11 @@ the project's README quotes a table, its short form there is rendered too.
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,18 +34,23 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Run:
-    """One row with one seed, and where its things lie."""
+    """One row with one seed, and where its things lie. `sender`: whose attacked images it is tried with."""
 
     table: str
     row: str
     recipe: Recipe
     artefact: Artefact | None
+    tier: str | None
+    sender: "Run | None"
     runs: Path
     root: str
     folder: Path
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.recipe.training.seed}"
+
+
+Task = Callable[[Run], MpdsgrError | None]
 
 
 @click.command(cls=OneLineErrors)
@@ -79,7 +85,7 @@ def main(
 
     folder = out / name
     todo = [] if render_only else outdated(name, found, chosen, numbers, runs=runs, root=root, folder=folder)
-    failures = work(todo, jobs)
+    failures = reproduce(todo, jobs)
     click.echo(f"page in {write_page(name, found, folder)}")
     if out == RESULTS:
         readme = RESULTS.parent.parent / "README.md"
@@ -107,7 +113,10 @@ def outdated(
     todo = []
     for seed in seeds:
         for row in rows:
-            run = Run(name, row.title, table.recipe(row, seed), table.artefact, runs, root, folder)
+            sender = table.source(row, seed)
+            of = partial(Run, name, artefact=table.artefact, tier=table.tier, runs=runs, root=root, folder=folder)
+            sends = None if sender is None else of(sender[0].title, sender[1], sender=None)
+            run = of(row.title, table.recipe(row, seed), sender=sends)
             path = result_path(folder, row.title, seed)
             if path.exists():
                 try:
@@ -119,12 +128,22 @@ def outdated(
     return todo
 
 
-def work(todo: list[Run], jobs: int) -> list[tuple[Run, MpdsgrError]]:
-    """Measure all; says after each how many are done and how long the rest may take. Returns what failed, and why."""
-    failures = []
+def reproduce(todo: list[Run], jobs: int) -> list[tuple[Run, MpdsgrError]]:
+    """Measure all, after the networks are trained whose attacked images they are tried with. Returns what failed."""
+    senders = {str(run.sender): run.sender for run in todo if run.sender is not None}
+    failures = work([*senders.values()], jobs, prepare)
+    failed = {str(run) for run, _ in failures}
+    return failures + work([run for run in todo if str(run.sender) not in failed], jobs, attempt)
+
+
+def work(todo: list[Run], jobs: int, task: Task) -> list[tuple[Run, MpdsgrError]]:
+    """Do a task for all; says after each how many are done and how long the rest may take. Returns what failed."""
+    failures: list[tuple[Run, MpdsgrError]] = []
+    if not todo:
+        return failures
     started = time.monotonic()
-    log.info("%d runs to do, %d at a time", len(todo), jobs)
-    for number, (run, error) in enumerate(finished(todo, jobs), 1):
+    log.info("%d runs to %s, %d at a time", len(todo), task.__name__, jobs)
+    for number, (run, error) in enumerate(finished(todo, jobs, task), 1):
         if error is not None:
             failures.append((run, error))
         left = (time.monotonic() - started) / number * (len(todo) - number)
@@ -134,15 +153,15 @@ def work(todo: list[Run], jobs: int) -> list[tuple[Run, MpdsgrError]]:
     return failures
 
 
-def finished(todo: list[Run], jobs: int) -> Iterator[tuple[Run, MpdsgrError | None]]:
+def finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, MpdsgrError | None]]:
     """The runs as they finish, each with what went wrong."""
     if jobs == 1:
-        yield from ((run, attempt(run)) for run in todo)
+        yield from ((run, task(run)) for run in todo)
         return
     # read by torch and BLAS when a new process loads them: together the processes use each core once
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=die_on_interrupt) as pool:
-        pending = {pool.submit(attempt, run): run for run in todo}
+        pending = {pool.submit(task, run): run for run in todo}
         try:
             for future in as_completed(pending):
                 if crash := future.exception():  # what it is follows once the pool has shut down
@@ -159,15 +178,40 @@ def die_on_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def attempt(run: Run) -> MpdsgrError | None:
-    """Measure one run; returns the error that others need not suffer from."""
-    from measure import measure
+def prepare(run: Run) -> MpdsgrError | None:
+    """Train one run; returns the error that others need not suffer from."""
+    from measure import trained
 
+    return without_raising(lambda: trained(run.table, run.row, run.recipe, runs=run.runs, root=run.root))
+
+
+def attempt(run: Run) -> MpdsgrError | None:
+    """Train and measure one run; returns as `prepare`."""
+    from measure import measure, run_directory
+
+    sender = run.sender and run_directory(run.runs, run.table, run.sender.row, run.sender.recipe)
+    return without_raising(
+        lambda: measure(
+            run.table,
+            run.row,
+            run.recipe,
+            artefact=run.artefact,
+            tier=run.tier,
+            transfer=sender,
+            runs=run.runs,
+            root=run.root,
+            folder=run.folder,
+        )
+    )
+
+
+def without_raising(task: Callable[[], object]) -> MpdsgrError | None:
+    """Do it, on a CPU with memory pages kept; returns an error of ours."""
     from mpdsgr_deploy.training.pages import keep_pages
 
     keep_pages()
     try:
-        measure(run.table, run.row, run.recipe, run.artefact, runs=run.runs, root=run.root, folder=run.folder)
+        task()
     except MpdsgrError as error:
         return error
     return None

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 from table import Table
 
+from mpdsgr_deploy.attacks.suite import TRANSFER
 from mpdsgr_deploy.defences import resolved
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
@@ -32,9 +33,9 @@ class Membrane(BaseModel):
 class Result(BaseModel):
     """`epoch`: whose checkpoint was evaluated; `layers`: its membrane statistics then.
 
-    `artefacts`: the reports of the exported network's precisions, where the table has it exported; `evaluation` is then
-    that of the first. `curve` has all epochs, `seconds` is the wall time of their training; `provenance` that of the
-    training, the evaluation has its own.
+    `tier`: whose attacks torch's network met, None: those its recipe names. `artefacts`: the reports of the exported
+    network's precisions, where the table has it exported; `evaluation` is then that of the first. `curve` has all
+    epochs, `seconds` is the wall time of their training; `provenance` that of the training, the evaluation has its own.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -47,6 +48,7 @@ class Result(BaseModel):
     curve: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     membranes: list[Membrane] = []
+    tier: str | None = None
     evaluation: Evaluation
     artefacts: dict[str, Report] = {}
     sensitivity: dict[str, Any]
@@ -71,4 +73,7 @@ def read_result(path: Path, table: Table) -> Result:
     asked = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
     if asked != {precision: report.tier for precision, report in result.artefacts.items()}:
         raise InputError(f"{path} does not have the exported networks that its table asks for")
+    sent = any(row.name == TRANSFER for row in result.evaluation.rows)
+    if table.artefact is None and (table.tier, table.row(result.row).transfer is not None) != (result.tier, sent):
+        raise InputError(f"{path} was not measured under the attacks that its table asks for")
     return result

@@ -13,15 +13,20 @@ from mpdsgr_deploy.schema import Count, NonNegative, Section, Seed, UnitInterval
 
 TABLES = Path(__file__).parent / "tables"
 FileName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+TierName = Literal["commit", "release", "paper"]
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists only
 
 
 class Row(Section):
-    """A recipe. `set` changes it for this row alone, which then goes by a `name` of its own."""
+    """A recipe. `set` changes it for this row alone, which then goes by a `name` of its own.
+
+    transfer: the title of a row whose network, trained with the table's next seed, sends its attacked images too.
+    """
 
     recipe: FileName
     name: FileName | None = None
     set: Overrides = ()
+    transfer: FileName | None = None
 
     @property
     def title(self) -> str:
@@ -32,7 +37,7 @@ class Row(Section):
 class Artefact(Section):
     """How the exported networks of a table are attacked: the gate's tier and drop, for each of the precisions."""
 
-    tier: Literal["commit", "release", "paper"] = "release"
+    tier: TierName = "release"
     precisions: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("fp32",)
     max_drop: UnitInterval | None = None
 
@@ -47,15 +52,16 @@ class Table(Section):
 
     `set` changes the recipes of all rows, as `section.key=value`; where it says `defence.NAME.key=value`, those of the
     rows that have this defence, since an override must not give one to the others. `limit` is the number of test
-    images; None: all. With `artefact` the networks are exported and the exported ones are attacked; without, torch's.
-    With `eta_budget` the rows are a sweep of MPD-SGR's eta: the page names the largest that costs at most so many
-    points of clean accuracy on the validation split.
+    images; None: all. With `artefact` the networks are exported and the exported ones are attacked; without, torch's,
+    as a `tier` of the gate or else as the recipes say. With `eta_budget` the rows are a sweep of MPD-SGR's eta:
+    the page names the largest that costs at most so many points of clean accuracy on the validation split.
     """
 
     title: str
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
     set: Overrides = ()
     limit: Count | None = None
+    tier: TierName | None = None
     artefact: Artefact | None = None
     eta_budget: NonNegative | None = None
     rows: Annotated[tuple[Row, ...], Field(strict=False, min_length=1)]
@@ -77,6 +83,14 @@ class Table(Section):
         overrides = [*self.overrides(row), f"training.seed={seed}"]
         return resolved(load_recipe(find_recipe(row.recipe), overrides)).portable()
 
+    def source(self, row: Row, seed: int) -> tuple[Row, Recipe] | None:
+        """The row whose network's attacked images are tried on this one's, and what it trains; None: nobody's."""
+        if row.transfer is None:
+            return None
+        other = self.row(row.transfer)
+        later = [number for number in self.seeds if number > seed] or self.seeds
+        return other, self.recipe(other, later[0])
+
 
 def defence_of(override: str) -> str | None:
     """NAME of `defence.NAME.key=value`; None for an override of another section."""
@@ -87,15 +101,29 @@ def defence_of(override: str) -> str | None:
 def load_table(name: str) -> tuple[str, Table]:
     """A table and its name: a file if `name` ends in .toml, else one of train/tables.
 
-    Raises InputError for an unknown table, row titles that are not unique, or an override that concerns no row.
+    Raises InputError for an unknown table, and as `checked`.
     """
     known = {path.stem: path for path in TABLES.glob("*.toml")}
     path = Path(name) if name.endswith(".toml") else choose("table", known, name)
     table: Table = parse(Table, read_toml(path), str(path))
+    return path.stem, checked(table, str(path))
+
+
+def checked(table: Table, source: str) -> Table:
+    """The table itself.
+
+    Raises InputError for row titles that are not unique, an override that concerns no row, or a transfer between
+    networks that are not there or not two.
+    """
     titles = [row.title for row in table.rows]
     if repeated := {title for title in titles if titles.count(title) > 1}:
-        raise InputError(f"{path}: rows {', '.join(sorted(repeated))} appear twice; give each a name of its own")
+        raise InputError(f"{source}: rows {', '.join(sorted(repeated))} appear twice; give each a name of its own")
     used = {override for row in table.rows for override in table.overrides(row)}
     if unused := [override for override in table.set if override not in used]:
-        raise InputError(f"{path}: no row has the defence that {', '.join(unused)} speaks of")
-    return path.stem, table
+        raise InputError(f"{source}: no row has the defence that {', '.join(unused)} speaks of")
+    senders = [table.row(row.transfer) for row in table.rows if row.transfer is not None]
+    if senders and len(set(table.seeds)) < 2:
+        raise InputError(f"{source}: transfer is between networks of two seeds, and the table has one; give it another")
+    if senders and table.artefact is not None:
+        raise InputError(f"{source}: transfer attacks torch's networks; leave out transfer or [artefact]")
+    return table

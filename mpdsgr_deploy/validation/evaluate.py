@@ -7,7 +7,8 @@ from pydantic import BaseModel
 
 from mpdsgr_deploy.attack_graph import trained_surrogate
 from mpdsgr_deploy.attacks.run import outcomes
-from mpdsgr_deploy.attacks.suite import CLEAN, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan
+from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan, tier_plan
+from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.provenance import provenance
@@ -58,12 +59,13 @@ def evaluate(
     root: str | None = None,
     limit: int | None = None,
     transfer: Path | None = None,
+    tier: str | None = None,
 ) -> Evaluation:
     """Attack the network of a checkpoint (or of a training run: its best one) as its recipe says.
 
     recipe: attacks and test images of another one instead. root and limit override the recipe's test images; transfer
-    is the checkpoint of another network whose attacked images are tried as well. Raises InputError for missing data or
-    a damaged checkpoint.
+    is the checkpoint of another network whose attacked images are tried as well; tier: of the gate, whose attacks are
+    made in place of those the recipe names. Raises InputError for missing data or a damaged checkpoint.
     """
     checkpoint, model = load_network(find_checkpoint(checkpoint_dir))
     surrogate = trained_surrogate(checkpoint.recipe)
@@ -73,7 +75,8 @@ def evaluate(
     images.require_kind(data.name, checkpoint.shape, checkpoint.labels)
     network = Source(TorchNetwork(TorchModel(model, checkpoint.shape, recipe.validation.seed)), surrogate)
     others = {} if transfer is None else {TRANSFER: other_network(transfer, images.shape, images.labels)}
-    suite = Suite(network, recipe.attack, recipe_plan(recipe.attack), seed=recipe.validation.seed, transfer=others)
+    plan = recipe_plan(recipe.attack) if tier is None else tier_plan(TIERS[tier], recipe.attack, surrogate)
+    suite = Suite(network, recipe.attack, plan, seed=recipe.validation.seed, transfer=others)
     rule = f"the first {len(images)} test images of {data.name}"
     return Evaluation(
         images=rule,
@@ -105,10 +108,11 @@ def _measured(network: Source, suite: Suite, images: Images, size: int, rule: st
     verdicts[WORST] = worst
     rows.append(EvaluatedRow(name=WORST, settings="right under every condition within eps", n=n, score=Score.of(worst)))
     white = [name for name in verdicts if name.startswith((STRONG, "strong"))]
+    blind = [name for name in (TRANSFER, SQUARE) if name in verdicts]
     checks = [
         health.check_budget(faults, rule),
         health.check_order(verdicts),
-        *([health.check_black_box(verdicts, [TRANSFER], white)] if TRANSFER in verdicts else []),
+        *([health.check_black_box(verdicts, blind, white)] if blind else []),
         health.check_gradients(samples, zero, not_finite),
         health.check_compared(n),
     ]

@@ -91,6 +91,16 @@ class Traffic:
         return answer is not None
 
 
+def arrivals(load: Load, seed: int) -> Iterator[float]:
+    """When each request of an open loop is due, in seconds from its start: a Poisson process of the load's rate."""
+    gaps, due = np.random.default_rng(seed), 0.0
+    for _ in range(load.requests):
+        due += gaps.exponential(1 / load.rate)
+        if due > load.seconds:
+            return
+        yield due
+
+
 async def run(load: Load, traffic: Traffic, seed: int) -> None:
     """Put `load` on the server; traffic.tally holds what happened, also when this is cancelled."""
     await (_open(load, traffic, seed) if load.rate else _closed(load, traffic))
@@ -116,8 +126,8 @@ async def _closed(load: Load, traffic: Traffic) -> None:
 
 
 async def _open(load: Load, traffic: Traffic, seed: int) -> None:
-    """Arrivals are a Poisson process on a thread of its own: timers of the event loop are a millisecond coarse."""
-    loop, stopped, arrivals = asyncio.get_running_loop(), threading.Event(), np.random.default_rng(seed)
+    """Arrivals are told by a thread of their own: timers of the event loop are a millisecond coarse."""
+    loop, stopped = asyncio.get_running_loop(), threading.Event()
     backlog: deque[float] = deque()  # when what is due, but not yet sent, was due
     idle: list[asyncio.Future[None]] = []
     workers: list[asyncio.Task[None]] = []
@@ -143,10 +153,9 @@ async def _open(load: Load, traffic: Traffic, seed: int) -> None:
             workers.append(loop.create_task(worker(connections[-1])))
 
     def tick() -> None:
-        due = traffic.tally.started
-        for _ in range(load.requests):
-            due += arrivals.exponential(1 / load.rate)
-            if due > stop or stopped.wait(max(0.0, due - time.monotonic())):
+        for seconds in arrivals(load, seed):
+            due = traffic.tally.started + seconds
+            if stopped.wait(max(0.0, due - time.monotonic())):
                 return
             loop.call_soon_threadsafe(arrive, due)
 

@@ -1,0 +1,68 @@
+"""When does lowering Omega help? One factor at a time around a small setting, every method beside its baseline.
+
+    python train/study/study.py digits --jobs 2              every run of train/study/digits.toml, and the page
+    python train/study/study.py digits depth-7 --seeds 0     one setting, one seed
+    python train/study/study.py digits --render-only         the page from the results there are
+
+A study names methods and settings; each setting is run with each method, and the first method is what the others are
+held against. Its runs are rows of a table and are measured as those are; `reproduce.py` says what is kept.
+"""
+
+import sys
+from pathlib import Path
+
+import click
+
+STUDY = Path(__file__).parent
+sys.path.insert(0, str(STUDY.parent))
+
+import variants  # noqa: E402, F401  (registered in worker processes as well)
+from reproduce import RESULTS, outdated, parse_seeds, reproduce  # noqa: E402
+from study_table import load_study  # noqa: E402
+
+from mpdsgr_deploy.cli import OneLineErrors  # noqa: E402
+from mpdsgr_deploy.lookup import choose  # noqa: E402
+from mpdsgr_deploy.progress import show_progress  # noqa: E402
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("study")
+@click.argument("settings", nargs=-1)
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs.")
+@click.option("--root", default="data", show_default=True, help="Where the data set lies.")
+@click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: the study's]")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results.  [default: train/results]")
+@click.option("--render-only", is_flag=True, help="Measure nothing, render the page from the results there are.")
+@click.pass_context
+def main(
+    ctx: click.Context,
+    study: str,
+    settings: tuple[str, ...],
+    runs: Path,
+    root: str,
+    seeds: str | None,
+    jobs: int,
+    out: Path,
+    render_only: bool,
+) -> None:
+    """Run the SETTINGS (all without any) of STUDY, a name in train/study or a .toml file."""
+    from study_page import write_page
+
+    show_progress()
+    name, found = load_study(study)
+    known = {setting.name: setting for setting in found.settings}
+    chosen = [choose("setting", known, title) for title in settings] or found.settings
+    table, folder = found.table(), out / name
+    rows = [table.row(found.title_of(setting, method)) for setting in chosen for method in found.methods_of(setting)]
+    numbers = found.seeds if seeds is None else parse_seeds(seeds)
+    todo = [] if render_only else outdated(name, table, rows, numbers, runs=runs, root=root, folder=folder)
+    failures = reproduce(todo, jobs)
+    click.echo(f"page in {write_page(name, found, folder)}")
+    for run, error in failures:
+        click.echo(f"error: {run}: {error}", err=True)
+    ctx.exit(max((error.exit_code for _, error in failures), default=0))
+
+
+if __name__ == "__main__":
+    main()

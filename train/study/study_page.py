@@ -1,0 +1,172 @@
+"""The page of a study: what each method changes in each setting, as Markdown and as plots."""
+
+from pathlib import Path
+from statistics import fmean
+
+from effect import HELPS, HURTS, MASKS, OPEN, drops, effect, verdict
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from measured import Measured, cell, load_results
+from page import sources, unhealthy
+from plots import png
+from result import Result
+from study_table import Method, Setting, Study
+from tabular import markdown
+
+from mpdsgr_deploy.files import write_atomic
+
+PAGE, EFFECTS, DROPS = "README.md", "effects.png", "drops.png"
+CONDITIONS = {
+    "clean": "clean",
+    "noise": "gaussian",
+    "PGD": "pgd",
+    "transfer": "transfer",
+    "Square": "square",
+    "strong": "pgd-strong",
+    "union": "worst",
+}
+DRAWN = ("PGD", "union")
+COLOURS = {HELPS: "#009E73", MASKS: "#E69F00", HURTS: "#D55E00", OPEN: "#999999"}
+
+
+def write_page(name: str, study: Study, folder: Path) -> Path:
+    """Render the page and the plots of the results in `folder` into it."""
+    measured = load_results(study.table(), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if pairs(study, measured):
+        write_atomic(folder / EFFECTS, draw_effects(study, measured))
+        write_atomic(folder / DROPS, draw_drops(study, measured))
+    write_atomic(folder / PAGE, render(name, study, measured).encode())
+    return folder / PAGE
+
+
+def pairs(study: Study, measured: Measured) -> list[tuple[Setting, Method, list[Result], list[Result]]]:
+    """What is compared: each setting's methods that were measured, with the results of them and of their baselines."""
+    found = []
+    for setting in study.settings:
+        for method in study.methods_of(setting):
+            row, baseline = study.title_of(setting, method), study.baseline_of(setting)
+            if row != baseline and row in measured and baseline in measured:
+                found.append((setting, method, measured[row], measured[baseline]))
+    return found
+
+
+def render(name: str, study: Study, measured: Measured) -> str:
+    """The whole page."""
+    script = f"python train/study/study.py {name.removeprefix('study-')}"
+    parts = [f"# {study.title}", f"Rendered from the JSON files beside it: `{script}`."]
+    if study.set:
+        parts.append(f"All runs: {', '.join(f'`{override}`' for override in study.set)}.")
+    meanings = [f"`{m.name}` is `{m.recipe}`{''.join(f', `{o}`' for o in m.set)}" for m in study.methods]
+    parts.append(f"Methods: {'; '.join(meanings)}.")
+    changes = [f"`{s.name}`: {', '.join(f'`{o}`' for o in s.set) or 'as it is'}" for s in study.settings]
+    parts.append(f"Settings: {'; '.join(changes)}.")
+    if pairs(study, measured):
+        parts += [
+            "## What each method changes",
+            effects(study, measured),
+            f"![differences with their intervals]({EFFECTS})",
+            "## Promised and real",
+            behaviour(study, measured),
+            f"![promised and real drops]({DROPS})",
+        ]
+    if measured:
+        parts += ["## Accuracies", accuracies(study, measured), unhealthy(measured)]
+        parts += ["## Where it was measured", sources(measured)]
+    missing = [row.title for row in study.table().rows if row.title not in measured]
+    if missing:
+        parts.append(f"Not measured: {', '.join(missing)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def effects(study: Study, measured: Measured) -> str:
+    """Differences in points under every condition, and the verdict."""
+    rows = []
+    for setting, method, results, baseline in pairs(study, measured):
+        cells = [str(effect(results, baseline, condition) or "-") for condition in CONDITIONS.values()]
+        rows.append([setting.factor, setting.name, method.name, verdict(results, baseline), *cells])
+    note = (
+        f"Points of accuracy more than the baseline `{study.methods[0].name}` of the same setting (of the first one "
+        "where it has none), paired by seed and image: mean, [95 % interval for the choice of seeds and of images]. "
+        "`helps` and `hurts`: the interval under all attacks together (`union`) excludes zero; `masks`: it does not, "
+        "and that under PGD in the paper's setting lies above zero. `strong`: any iterate of the strong PGD; "
+        "`transfer`: images that fool the baseline's network of the next seed."
+    )
+    return markdown(["factor", "setting", "method", "verdict", *CONDITIONS], rows) + f"\n\n{note}"
+
+
+def behaviour(study: Study, measured: Measured) -> str:
+    """Omega, firing rates and drops of the margin of every row."""
+    rows = []
+    for title, results in measured.items():
+        layers = [result.layers for result in results]
+        omega = fmean(fmean(layer["omega_empirical"] for layer in own) for own in layers)
+        firing = [fmean(own[end]["firing_rate"] for own in layers) for end in (0, -1)]
+        found = drops(results)
+        cells = [f"{found[kind]:.2f}" if found else "-" for kind in ("promised", "noise", "pgd")]
+        rows.append([title, f"{omega:.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}", *cells])
+    note = (
+        "`promised` is the drop of the margin (true logit minus the best other, in units of the margin) that the "
+        "surrogate gradient announces for a step of eps; `noise` and `pgd` what really follows. A method that masks "
+        "lowers the first alone. Means over seeds, on images that the network gets right."
+    )
+    columns = ["row", "Omega", "firing rate, first / last layer", "promised / margin", "noise / margin", "pgd / margin"]
+    return markdown(columns, rows) + f"\n\n{note}"
+
+
+def accuracies(study: Study, measured: Measured) -> str:
+    """Every row under every condition."""
+    rows = []
+    for title, results in measured.items():
+        cells = [str(cell(results, condition) or "-").partition(" [")[0] for condition in CONDITIONS.values()]
+        seeds = ", ".join(str(result.seed) for result in results)
+        rows.append([title, seeds, str(results[0].evaluation.rows[0].n), *cells])
+    note = "Accuracy in %: the mean over the seeds, ± the standard deviation between them."
+    return markdown(["row", "seeds", "n", *CONDITIONS], rows) + f"\n\n{note}"
+
+
+def draw_effects(study: Study, measured: Measured) -> bytes:
+    """Differences with intervals, in the paper's setting and under all attacks."""
+    found = pairs(study, measured)
+    figure = Figure(figsize=(10, 1.2 + 0.24 * len(found)), layout="constrained")
+    panels = figure.subplots(1, len(DRAWN), sharey=True)
+    for axes, heading in zip(panels, DRAWN, strict=True):
+        for position, (_, _, results, baseline) in enumerate(found):
+            draw_effect(axes, position, results, baseline, CONDITIONS[heading])
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(f"points under {heading}")
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(found)), [f"{setting.name}  {method.name}" for setting, method, *_ in found])
+    panels[0].invert_yaxis()
+    for name, colour in COLOURS.items():
+        panels[0].plot([], [], "o", color=colour, label=name)
+    figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False)
+    return png(figure)
+
+
+def draw_effect(axes: Axes, position: int, results: list[Result], baseline: list[Result], condition: str) -> None:
+    """One line of it, coloured by the verdict."""
+    if (found := effect(results, baseline, condition)) is not None:
+        colour = COLOURS[verdict(results, baseline)]
+        axes.plot([found.low, found.high], [position, position], color=colour)
+        axes.plot([found.mean], [position], "o", color=colour, markersize=4)
+
+
+def draw_drops(study: Study, measured: Measured) -> bytes:
+    """How much the promised and the real drop of the margin change, one point a method and setting."""
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    for setting, method, results, baseline in pairs(study, measured):
+        after, before = drops(results), drops(baseline)
+        if not after or not before:
+            continue
+        x, y = (after[kind] / before[kind] for kind in ("promised", "pgd"))
+        axes.plot([x], [y], "o", color=COLOURS[verdict(results, baseline)], markersize=5)
+        axes.annotate(f"{setting.name} {method.name}", (x, y), fontsize=5, xytext=(3, 2), textcoords="offset points")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="promised drop, times the baseline's", ylabel="real drop under PGD, times the baseline's")
+    axes.set(xscale="log", yscale="log", title="below the line: really protected; left alone: masked")
+    axes.spines[["top", "right"]].set_visible(False)
+    return png(figure)
