@@ -15,7 +15,8 @@ from tabular import markdown
 
 from mpdsgr_deploy.files import write_atomic
 
-PAGE, EFFECTS, DROPS = "README.md", "effects.png", "drops.png"
+PAGE, EFFECTS, DROPS, FRONT = "README.md", "effects.png", "drops.png", "front.png"
+MORE, LESS = 2.0, 1.0  # points: under all attacks at least so many more, clean at most so many fewer
 CONDITIONS = {
     "clean": "clean",
     "noise": "gaussian",
@@ -36,6 +37,7 @@ def write_page(name: str, study: Study, folder: Path) -> Path:
     if pairs(study, measured):
         write_atomic(folder / EFFECTS, draw_effects(study, measured))
         write_atomic(folder / DROPS, draw_drops(study, measured))
+        write_atomic(folder / FRONT, draw_front(study, measured))
     write_atomic(folder / PAGE, render(name, study, measured).encode())
     return folder / PAGE
 
@@ -65,7 +67,9 @@ def render(name: str, study: Study, measured: Measured) -> str:
         parts += [
             "## What each method changes",
             effects(study, measured),
+            goal(study, measured),
             f"![differences with their intervals]({EFFECTS})",
+            f"![clean accuracy and what survives all attacks]({FRONT})",
             "## Promised and real",
             behaviour(study, measured),
             f"![promised and real drops]({DROPS})",
@@ -93,6 +97,19 @@ def effects(study: Study, measured: Measured) -> str:
         "`transfer`: images that fool the baseline's network of the next seed."
     )
     return markdown(["factor", "setting", "method", "verdict", *CONDITIONS], rows) + f"\n\n{note}"
+
+
+def goal(study: Study, measured: Measured) -> str:
+    """Which methods are worth having, by what they gain and cost."""
+    found = []
+    for setting, method, results, baseline in pairs(study, measured):
+        union, clean = (effect(results, baseline, CONDITIONS[heading]) for heading in ("union", "clean"))
+        if union and clean and union.mean >= MORE and union.low > 0 and clean.mean >= -LESS:
+            found.append(f"`{setting.name}` with `{method.name}`")
+    return (
+        f"At least {MORE:g} points more under all attacks, with an interval above zero, at a clean accuracy at most "
+        f"{LESS:g} point lower: {', '.join(found) or 'none'}."
+    )
 
 
 def behaviour(study: Study, measured: Measured) -> str:
@@ -167,6 +184,26 @@ def draw_drops(study: Study, measured: Measured) -> bytes:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlabel="promised drop, times the baseline's", ylabel="real drop under PGD, times the baseline's")
-    axes.set(xscale="log", yscale="log", title="below the line: really protected; left alone: masked")
+    axes.set_title("below the line: protected in truth; left of it alone: masked")
+    axes.spines[["top", "right"]].set_visible(False)
+    return png(figure)
+
+
+def draw_front(study: Study, measured: Measured) -> bytes:
+    """Clean accuracy against what survives all attacks, one point a row, with the intervals over images."""
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    verdicts = {found[0].row: verdict(found, baseline) for _, _, found, baseline in pairs(study, measured)}
+    for title, results in measured.items():
+        clean, union = (cell(results, CONDITIONS[heading]) for heading in ("clean", "union"))
+        if clean is None or union is None:
+            continue
+        colour = COLOURS[verdicts[title]] if title in verdicts else "#000000"
+        low, high = union.interval
+        axes.plot([clean.mean] * 2, [low, high], color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot([clean.mean], [union.mean], "o", color=colour, markersize=5)
+        axes.annotate(title, (clean.mean, union.mean), fontsize=6, xytext=(4, 2), textcoords="offset points")
+    axes.set(xlabel="clean accuracy (%)", ylabel="right under all attacks (%)", title="black: baselines")
+    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return png(figure)

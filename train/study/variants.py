@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
+from mpdsgr_deploy.defences.sr import best_wrong
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models.network import register as register_model
 from mpdsgr_deploy.models.vgg import P, vgg
@@ -120,3 +121,41 @@ def stepped(step: Step) -> Tensor:
     x = step.x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(step.forward(x, None), step.y), x)
     return (step.x + PERTURBATION * gradient.sign()).clamp(0, 1)
+
+
+class MarginSettings(Section):
+    """eta weighs the term; width: of the window, in deviations of the channel's potentials at the step.
+
+    salient: neurons weigh by how much the margin's surrogate gradient moves with their current, else all the same.
+    """
+
+    eta: NonNegative = 0.5
+    width: Positive = 0.5
+    salient: bool = False
+
+
+@register("membrane-margin", MarginSettings)
+class MembraneMargin(Defence[MarginSettings]):
+    """eta * the weighted mean of max(0, 1 - |V| / (width sigma)): each neuron is pushed away to the side it is on.
+
+    sigma is that of the batch, per channel and step, and carries no gradient, so that no scale of the potentials
+    changes the term; and what is above the threshold is pushed up, so that it does not silence.
+    """
+
+    def read(self, trace: Trace) -> Any:
+        assert trace.current is not None  # as it is on a GPU's fused kernel
+        v = potentials(trace) - trace.neuron.v_threshold
+        with torch.autocast(v.device.type, enabled=False):
+            sigma = ESTIMATORS["empirical"](trace).sigma.detach()  # type: ignore[union-attr]
+        shape = (*sigma.shape[:1], 1, sigma.shape[1], *[1] * (v.dim() - 3))
+        return trace.current, (1 - v.abs() / (self.settings.width * sigma.view(shape))).clamp(min=0)
+
+    def term(self, step: Step) -> Term:
+        currents, inside = zip(*step.readings, strict=True)
+        weights: list[Tensor] = [torch.ones_like(window) for window in inside]
+        if self.settings.salient:
+            rival = best_wrong(step.logits, step.y)
+            margin = (step.logits.gather(1, step.y[:, None]) - step.logits.gather(1, rival[:, None])).sum()
+            weights = [g.abs().float() for g in torch.autograd.grad(margin, currents, retain_graph=True)]
+        means = [(w * x).sum() / w.sum().clamp(min=1e-12) for w, x in zip(weights, inside, strict=True)]
+        return Term("inside", self.settings.eta, torch.stack(means).mean())

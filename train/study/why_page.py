@@ -22,12 +22,18 @@ Networks = dict[str, list[Explained]]  # row -> its networks, one a seed
 def write_why(study: Study, folder: Path) -> Path:
     """Render WHY.md and its plot from why.json in `folder`."""
     why = Why.model_validate_json((folder / "why.json").read_bytes())
-    rows: Networks = {}
-    for network in why.networks:
-        rows.setdefault(network.row, []).append(network)
+    rows = by_row(why)
     write_atomic(folder / "why.png", draw(rows))
     write_atomic(folder / "WHY.md", render(study, why, rows).encode())
     return folder / "WHY.md"
+
+
+def by_row(why: Why) -> Networks:
+    """Its networks."""
+    rows: Networks = {}
+    for network in why.networks:
+        rows.setdefault(network.row, []).append(network)
+    return rows
 
 
 def render(study: Study, why: Why, rows: Networks) -> str:

@@ -1,0 +1,347 @@
+"""Studies: how settings and methods become runs, what an effect is, what the variants do, and why.py's factors."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_recipe
+from scipy.stats import norm as normal
+from scipy.stats import t as student
+from torch import nn
+
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.defences.base import Step
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.snn import LIF, SpikingLayer, TdBN, Trace
+from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.validation.rows import Score
+
+TRAIN = Path(__file__).parent.parent / "train"
+sys.path[:0] = [str(TRAIN), str(TRAIN / "study")]
+
+import effect  # noqa: E402
+import explain  # noqa: E402
+import measured as tables  # noqa: E402
+import reproduce  # noqa: E402
+import study_page  # noqa: E402
+import study_table  # noqa: E402
+import variants  # noqa: E402
+import why_page  # noqa: E402
+
+SMALL = """
+title = "A study of the tests"
+seeds = [0, 1]
+limit = 20
+tier = "commit"
+set = ["model.name=plain-3", "model.width=0.25", "encoding.T=2", "training.epochs=2", "attack.strong_steps=2"]
+
+[[methods]]
+name = "reg"
+recipe = "digits-reg"
+
+[[methods]]
+name = "overlap"
+recipe = "digits-reg"
+set = ["defence.mpd-sgr.estimator=empirical"]
+
+[[settings]]
+factor = "base"
+name = "base"
+
+[[settings]]
+factor = "eta"
+name = "eta-2"
+set = ["defence.mpd-sgr.eta=2"]
+methods = ["overlap"]
+
+[[settings]]
+factor = "adversarial training"
+name = "at"
+set = ["defence.at.eps=0.05"]
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("study") / "small.toml"
+    file.write_text(SMALL)
+    return file
+
+
+def start(script: str, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script of the studies as a person starts it."""
+    places = ["--runs", file.parent / "runs", "--out", file.parent / "results"]
+    command = [sys.executable, TRAIN / "study" / script, file, *arguments, *places]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_settings_and_methods_become_rows(small: Path) -> None:
+    name, study = study_table.load_study(str(small))
+    table = study.table()
+    assert name == "study-small"
+    assert [row.title for row in table.rows] == ["base.reg", "base.overlap", "eta-2.overlap", "at.reg", "at.overlap"]
+    # a baseline's images of the next seed; where a setting has no baseline, the base's
+    assert [row.transfer for row in table.rows] == ["base.reg", "base.reg", "base.reg", "at.reg", "at.reg"]
+    defences = {row.title: table.recipe(row, 0).defence for row in table.rows}
+    assert defences["base.reg"] == {}
+    assert {title: found["mpd-sgr"]["eta"] for title, found in defences.items() if "mpd-sgr" in found} == {
+        "base.overlap": 0.5,
+        "eta-2.overlap": 2.0,
+        "at.overlap": 0.5,
+    }
+    # what no method has of its own is given to all
+    assert {title for title, found in defences.items() if "at" in found} == {"at.reg", "at.overlap"}
+    source, recipe = table.source(table.row("at.overlap"), 1)
+    assert (source.title, recipe.training.seed) == ("at.reg", 0)
+    assert table.source(table.row("at.overlap"), 0)[1].training.seed == 1
+
+
+def test_what_cannot_be_compared_is_refused(small: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.toml"
+    twice.write_text(SMALL + '[[settings]]\nfactor = "x"\nname = "at"\n')
+    with pytest.raises(InputError, match=r"at\.overlap, at\.reg appear twice"):
+        study_table.load_study(str(twice))[1].table()
+    unknown = tmp_path / "unknown.toml"
+    unknown.write_text(SMALL + '[[settings]]\nfactor = "x"\nname = "y"\nmethods = ["regg"]\n')
+    with pytest.raises(InputError, match="unknown method 'regg'"):
+        study_table.load_study(str(unknown))[1].table()
+    row = study_table.load_study(str(small))[1].table().rows[0]
+    with pytest.raises(InputError, match="two seeds, and the table has one"):
+        tables_of(row, seeds=(0,))
+    with pytest.raises(InputError, match="leave out transfer or \\[artefact\\]"):
+        tables_of(row, seeds=(0, 1), artefact={"tier": "commit"})
+
+
+def tables_of(row: object, **fields: object) -> object:
+    from table import Table, checked
+
+    return checked(Table.model_validate({"title": "t", "rows": (row,), **fields}), "t")
+
+
+def a_result(seed: int, **right: list[int]) -> SimpleNamespace:
+    rows = [
+        SimpleNamespace(name=name, n=len(verdicts), score=Score.of(np.array(verdicts, bool)))
+        for name, verdicts in right.items()
+    ]
+    return SimpleNamespace(seed=seed, evaluation=SimpleNamespace(rows=rows))
+
+
+def test_an_effect_counts_seeds_and_images_by_hand() -> None:
+    ours = [a_result(0, pgd=[1, 1, 1, 0]), a_result(1, pgd=[1, 1, 0, 0]), a_result(2, pgd=[1, 0, 0, 0])]
+    theirs = [a_result(2, pgd=[0, 0, 0, 0]), a_result(1, pgd=[1, 0, 0, 0]), a_result(0, pgd=[0, 0, 1, 0])]
+    found = effect.effect(ours, theirs, "pgd")
+    by_seed, by_image = [50, 25, 25], [200 / 3, 200 / 3, 0, 0]
+    errors = [np.std(values, ddof=1) / math.sqrt(len(values)) for values in (by_seed, by_image)]
+    half = math.hypot(student.ppf(0.975, 2) * errors[0], normal.ppf(0.975) * errors[1])
+    assert found == pytest.approx((100 / 3, 100 / 3 - half, 100 / 3 + half), rel=1e-3)
+    assert effect.effect(ours, theirs, "worst") is None
+    assert effect.effect(ours[:1], theirs[:1], "pgd") is None  # seeds 0 and 2
+    assert {df: round(float(student.ppf(0.975, df)), 3) for df in effect.STUDENT} == effect.STUDENT
+
+
+@pytest.mark.parametrize(
+    ("union", "paper", "expected"),
+    [(30, 0, "helps"), (-30, 30, "hurts"), (0, 30, "masks"), (0, 0, "undecided"), (0, -30, "undecided")],
+)
+def test_verdicts(union: int, paper: int, expected: str) -> None:
+    def network(seed: int, extra_union: int, extra_paper: int) -> SimpleNamespace:
+        return a_result(
+            seed, **{n: [1] * (50 + e) + [0] * (50 - e) for n, e in (("worst", extra_union), ("pgd", extra_paper))}
+        )
+
+    ours = [network(seed, union, paper) for seed in range(3)]
+    assert effect.verdict(ours, [network(seed, 0, 0) for seed in range(3)]) == expected
+
+
+def step_of(model: nn.Module, defence: object, x: torch.Tensor, clean: torch.Tensor) -> Step:
+    """A training step of a network in eval mode, as `batch_loss` makes it."""
+    readings: list[object] = []
+    y = torch.arange(len(x)) % 10
+    logits = model(x, lambda trace: readings.append(defence.read(trace)))
+    return Step(lambda x, observe: model(x, observe), x, y, clean, logits, readings, 0, torch.Generator())
+
+
+def built(**settings: object) -> tuple[nn.Module, object]:
+    torch.manual_seed(0)
+    model, (defence,) = build_defended(small_recipe(defence={"mpd-sgr-variant": settings}), (1, 8, 8), 10)
+    return model, defence
+
+
+X = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_plain_variant_is_the_regulariser_of_the_package() -> None:
+    for estimator in ("theorem", "empirical"):
+        torch.manual_seed(0)
+        recipe = small_recipe(defence={"mpd-sgr": {"estimator": estimator, "eta": 0.5}})
+        model, (original,) = build_defended(recipe, (1, 8, 8), 10)
+        expected = original.term(step_of(model, original, X, X))
+        again, variant = built(estimator=estimator)
+        found = variant.term(step_of(again, variant, X, X))
+        assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-6)
+        assert found.weight == expected.weight
+
+
+def test_only_what_is_asked_for_receives_the_gradient() -> None:
+    """By the theorem the mean is a matter of beta, and the deviation of lambda."""
+    for reaches, silent, reached in (("mean", "weight", "bias"), ("deviation", "bias", "weight")):
+        model, variant = built(estimator="theorem", reaches=reaches)
+        variant.term(step_of(model, variant, X, X)).value.backward()
+        norms = [layer.norm for layer in model.layers()]
+        assert all(getattr(norm, reached).grad.abs().max() > 0 for norm in norms)
+        assert all(getattr(norm, silent).grad is None or not getattr(norm, silent).grad.any() for norm in norms)
+
+
+def test_a_window_around_zero_and_a_bound_on_the_deviation() -> None:
+    torch.manual_seed(0)
+    current = 0.3 + 2.0 * torch.randn(1, 4000, 1)
+    neuron = LIF(tau=0.5, surrogate=triangle())
+    trace = Trace("layer", TdBN(1, v_threshold=1.0), neuron, neuron(current)[1], current)
+    mu, sigma = current.mean().item() - 1, current.std(unbiased=False).item()
+
+    def value(**settings: object) -> float:
+        _, variant = built(**settings)
+        step = SimpleNamespace(readings=[variant.read(trace)], epoch=0)
+        return variant.term(step).value.item()
+
+    def mass(mu: float, sigma: float) -> float:
+        return normal.cdf((mu + 1) / sigma) - normal.cdf((mu - 1) / sigma)
+
+    assert value() == pytest.approx(mass(mu, sigma), rel=1e-4)
+    assert value(centre="zero") == pytest.approx(mass(mu + 1, sigma), rel=1e-4)
+    assert value(widest=1.5) == pytest.approx(mass(mu, 1.5), rel=1e-4)
+    rate = normal.cdf(mu / sigma)
+    assert value(floor=0.9) == pytest.approx(mass(mu, sigma) + 1 - rate / 0.9, rel=1e-4)
+    assert value(floor=0.1) == pytest.approx(mass(mu, sigma), rel=1e-4)
+
+
+def test_eta_moves_over_the_epochs() -> None:
+    for anneal, expected in (("none", [2, 2, 2]), ("in", [0, 2 / 3, 4 / 3]), ("out", [2, 4 / 3, 2 / 3])):
+        model, variant = built(eta=2.0, anneal=anneal)
+        step = step_of(model, variant, X, X)
+        assert [variant.term(step._replace(epoch=e)).weight for e in range(3)] == pytest.approx(expected)
+
+
+def test_the_reach_of_a_perturbation_is_how_far_potentials_move() -> None:
+    clean = (X + 0.1).clamp(0, 1)
+    model, variant = built(window="reach")
+    seen: list[torch.Tensor] = []
+    for images in (X, clean):
+        model(images, lambda trace: seen.append(torch.stack([u for u, _ in trace.states])))
+    half = len(seen) // 2
+    step = step_of(model, variant, X, clean)
+    widths = variant.reach(step, step.readings)
+    for before, after, width in zip(seen[:half], seen[half:], widths, strict=True):
+        moved = (before - after).detach().numpy()
+        assert width.detach().numpy() == pytest.approx(np.sqrt((moved**2).mean((1, 3, 4))), abs=2e-6)
+    # nothing attacked: one step along the gradient's sign takes its place, and the term still has a gradient
+    term = variant.term(step_of(model, variant, X, X))
+    term.value.backward()
+    assert term.value.item() > 0
+    assert all(layer.synapse.weight.grad.abs().max() > 0 for layer in model.layers())
+
+
+def test_a_membrane_margin_pushes_each_neuron_to_its_own_side() -> None:
+    recipe = small_recipe(defence={"membrane-margin": {"width": 0.5}})
+    _, (margin,) = build_defended(recipe, (1, 8, 8), 10)
+    current = torch.tensor([0.0, 0.9, 1.1, 2.0]).view(1, 4, 1).requires_grad_()
+    neuron = LIF(tau=0.5, surrogate=triangle())
+    trace = Trace("layer", None, neuron, neuron(current)[1], current)
+    step = SimpleNamespace(readings=[margin.read(trace)], logits=None, y=None)
+    value = margin.term(step).value
+    sigma = current.std(unbiased=False).item()
+    assert value.item() == pytest.approx(2 * (1 - 0.1 / (0.5 * sigma)) / 4, rel=1e-4)
+    value.backward()
+    assert current.grad.sign().flatten().tolist() == [0, 1, -1, 0]  # descent: 0.9 falls and 1.1 rises
+
+
+def test_a_salient_neuron_weighs_by_the_margins_gradient() -> None:
+    recipe = small_recipe(defence={"membrane-margin": {"salient": True}})
+    torch.manual_seed(0)
+    model, (margin,) = build_defended(recipe, (1, 8, 8), 10)
+    step = step_of(model, margin, X, X)
+    term = margin.term(step)
+    top = step.logits.detach().clone()
+    top[torch.arange(len(X)), step.y] = -torch.inf
+    rival = top.argmax(1)
+    index = torch.arange(len(X))
+    (step.logits[index, step.y] - step.logits[index, rival]).sum().backward(
+        inputs=[current for current, _ in step.readings], retain_graph=True
+    )
+    weights = [current.grad.abs() for current, _ in step.readings]
+    means = [(w * x).sum() / w.sum() for w, (_, x) in zip(weights, step.readings, strict=True)]
+    assert term.value.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-4)
+
+
+def test_the_largest_gain_is_the_largest_singular_value() -> None:
+    torch.manual_seed(0)
+    norm = TdBN(3, v_threshold=1.0).eval()
+    norm.running_var.copy_(torch.tensor([0.5, 2.0, 1.0]))
+    norm.running_mean.fill_(0.7)
+    nn.init.constant_(norm.bias, 0.4)
+    layer = SpikingLayer("conv1", nn.Conv2d(2, 3, 3, padding=1), norm, LIF(tau=0.5, surrogate=triangle()))
+    with torch.no_grad():
+        zero = norm(layer.synapse(torch.zeros(1, 2, 5, 5)))
+        columns = [(norm(layer.synapse(e.view(1, 2, 5, 5))) - zero).flatten() for e in torch.eye(50)]
+    expected = torch.linalg.matrix_norm(torch.stack(columns), 2).item()
+    assert explain.largest_gain(layer, (2, 5, 5)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_factors_of_a_layer_by_hand() -> None:
+    torch.manual_seed(0)
+    recipe = small_recipe(neuron={"tau": 0.5})
+    model, _ = build_defended(recipe, (1, 8, 8), 10)
+    model.eval()
+    images = load_test(recipe.data)[:5]
+    first, *_ = explain.factors(model, images)
+    traces: list[Trace] = []
+    model(torch.from_numpy(images.unit()), traces.append)
+    v = torch.stack([u for u, _ in traces[0].states]) - 1
+    assert first.surrogate == pytest.approx((1 - v.abs()).clamp(min=0).square().mean().sqrt().item(), rel=1e-5)
+    assert first.leak == pytest.approx(1 + 0.5 + 0.25)
+    assert first.firing_rate == pytest.approx((v >= 0).float().mean().item())
+
+
+def test_a_study_is_run_explained_and_shown(small: Path) -> None:
+    done = start("study.py", small, "base", "eta-2", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    folder = small.parent / "results" / "study-small"
+    assert {path.name for path in folder.glob("*-seed*.json")} == {
+        f"{row}-seed{seed}.json" for row in ("base.reg", "base.overlap", "eta-2.overlap") for seed in (0, 1)
+    }
+    one = json.loads((folder / "eta-2.overlap-seed1.json").read_text())
+    assert {"transfer", "square", "strong adaptive", "worst"} <= {row["name"] for row in one["evaluation"]["rows"]}
+    page = (folder / "README.md").read_text()
+    assert "| eta | eta-2 | overlap |" in page
+    assert "Not measured: at.reg, at.overlap." in page
+    again = start("study.py", small, "base", "--jobs", "2")
+    assert again.returncode == 0
+    assert "attempt" not in again.stderr  # nothing was left to do
+    why = start("why.py", small, "base", "--images", "20")
+    assert why.returncode == 0, why.stderr
+    document = json.loads((folder / "why.json").read_text())
+    assert [(n["row"], n["seed"]) for n in document["networks"]] == [
+        (row, seed) for row in ("base.reg", "base.overlap") for seed in (0, 1)
+    ]
+    assert [round(size["eps"] / 0.1, 3) for size in document["networks"][0]["sizes"]] == list(explain.SIZES)
+    assert "| base.overlap | promised |" in (folder / "WHY.md").read_text()
+    assert (folder / "why.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("path", sorted(reproduce.RESULTS.glob("study-*")), ids=lambda path: path.name)
+def test_a_committed_study_is_what_its_files_give(path: Path) -> None:
+    assert variants.DEPTHS  # registered, so that their recipes can be read
+    name, study = study_table.load_study(path.name.removeprefix("study-"))
+    measured = tables.load_results(study.table(), path)
+    assert sum(map(len, measured.values())) == len(list(path.glob("*-seed*.json"))) > 0
+    assert (path / "README.md").read_text() == study_page.render(name, study, measured)
+    if (path / "why.json").exists():
+        why = explain.Why.model_validate_json((path / "why.json").read_bytes())
+        assert (path / "WHY.md").read_text() == why_page.render(study, why, why_page.by_row(why))
