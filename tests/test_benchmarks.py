@@ -31,7 +31,9 @@ from live import Live
 from networks import CLASSES
 
 
-@pytest.mark.parametrize("benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, strength])
+@pytest.mark.parametrize(
+    "benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, strength, training]
+)
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = figures.load(benchmark.__name__)
     assert figures.shown(benchmark.__name__) == benchmark.render(result)
@@ -49,6 +51,18 @@ def test_precisions_of_a_small_network_are_compared_with_float32(run_dir: Path) 
         assert row["correct"] - exact["correct"] == row["newly_right"] - row["newly_wrong"]
         assert row["n"] - row["equal"] >= row["newly_right"] + row["newly_wrong"]
         assert precision != "fp32" or row["equal"] == row["n"]
+
+
+def test_the_floor_counts_every_product_of_every_step() -> None:
+    """VGG11 at an eighth of its width on 32x32 images: 3x3 convolutions on maps of 32, 16, 16, 8, 8, 8, 4, 4; then linear.
+
+    Its plan halves the map after the first, third and sixth convolution.
+    """
+    width = [3, 8, 16, 32, 64, 64, 64, 64, 64]
+    sides = [32, 16, 16, 8, 8, 8, 4, 4]
+    convolutions = sum(9 * a * b * side**2 for a, b, side in zip(width, width[1:], sides, strict=True))
+    head = 64 * 4 * 4 * 512 + 512 * 512
+    assert training.flops_an_image(0.125, 3) == 2 * 3 * (convolutions + head + 512 * CLASSES)
 
 
 def test_every_sample_of_every_variant_is_there() -> None:
