@@ -54,15 +54,12 @@ def test_precisions_of_a_small_network_are_compared_with_float32(run_dir: Path) 
 
 
 def test_the_floor_counts_every_product_of_every_step() -> None:
-    """VGG11 at an eighth of its width on 32x32 images: 3x3 convolutions on maps of 32, 16, 16, 8, 8, 8, 4, 4; then linear.
-
-    Its plan halves the map after the first, third and sixth convolution.
-    """
+    """VGG11 at an eighth of its width: the map is halved after the first, third and sixth convolution."""
     width = [3, 8, 16, 32, 64, 64, 64, 64, 64]
     sides = [32, 16, 16, 8, 8, 8, 4, 4]
-    convolutions = sum(9 * a * b * side**2 for a, b, side in zip(width, width[1:], sides, strict=True))
+    convolutions = sum(9 * a * b * side**2 for a, b, side in zip(width[:-1], width[1:], sides, strict=True))
     head = 64 * 4 * 4 * 512 + 512 * 512
-    assert training.flops_an_image(0.125, 3) == 2 * 3 * (convolutions + head + 512 * CLASSES)
+    assert training.flops_an_image(0.125, 3) == 2 * 3 * (convolutions + head + 512 * 10)
 
 
 def test_every_sample_of_every_variant_is_there() -> None:

@@ -22,7 +22,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import SpikingLayer, Trace
 
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # times the recipe's eps
-ITERATIONS = 50  # of the power method
+ITERATIONS = 200  # of the power method
 
 
 class Layer(BaseModel):
