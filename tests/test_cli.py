@@ -11,6 +11,7 @@ from conftest import assert_input_error, mpdsgr, mpdsgr_here
 from PIL import Image
 
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli import COMMANDS, main
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.recipe import Recipe, load_recipe
@@ -25,7 +26,7 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 
 
 def test_usage_errors_are_exit_code_2() -> None:
-    for arguments in (["tarin"], ["train"], ["predict", "x"], ["validate", "b", "--report", "r", "--limit", "0"]):
+    for arguments in (["tarin"], ["export"], ["predict", "x"], ["validate", "b", "--report", "r", "--limit", "0"]):
         assert CliRunner().invoke(main, arguments).exit_code == 2
 
 
@@ -161,3 +162,10 @@ def test_demo_measures_both_methods_and_writes_both_reports(tmp_path: Path, monk
         assert float(row[2]) == pytest.approx(100 * accuracy["clean"], abs=0.06)
         assert float(row[7]) == pytest.approx(100 * accuracy["worst"], abs=0.06)
         assert str(tmp_path / "demo" / name / "report" / "report.html") in done.stdout
+
+
+def test_train_without_a_name_trains_what_the_measured_tables_favour(tmp_path: Path) -> None:
+    done = mpdsgr_here("train", "--set", "training.epochs=1", "--set", "model.width=0.25", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    found = load_checkpoint(tmp_path / "run" / "last").recipe
+    assert (found.data.name, found.method) == ("digits", "AT + SR")
