@@ -67,6 +67,7 @@ def render(name: str, study: Study, measured: Measured) -> str:
         parts += [
             "## What each method changes",
             effects(study, measured),
+            together(study, measured),
             goal(study, measured),
             f"![differences with their intervals]({EFFECTS})",
             f"![clean accuracy and what survives all attacks]({FRONT})",
@@ -80,7 +81,7 @@ def render(name: str, study: Study, measured: Measured) -> str:
     missing = [row.title for row in study.table().rows if row.title not in measured]
     if missing:
         parts.append(f"Not measured: {', '.join(missing)}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def effects(study: Study, measured: Measured) -> str:
@@ -97,6 +98,22 @@ def effects(study: Study, measured: Measured) -> str:
         "`transfer`: images that fool the baseline's network of the next seed."
     )
     return markdown(["factor", "setting", "method", "verdict", *CONDITIONS], rows) + f"\n\n{note}"
+
+
+def together(study: Study, measured: Measured) -> str:
+    """How often each method ends above and below its baseline under all attacks; single intervals are wide."""
+    signs: dict[str, list[float]] = {}
+    for _, method, results, baseline in pairs(study, measured):
+        if (found := effect(results, baseline, CONDITIONS["union"])) is not None:
+            signs.setdefault(method.name, []).append(found.mean)
+    if len(study.settings) == 1:
+        return ""
+    lines = [
+        f"`{name}` lower in {sum(mean < 0 for mean in means)} and higher in {sum(mean > 0 for mean in means)} of "
+        f"{len(means)} settings"
+        for name, means in signs.items()
+    ]
+    return f"Under all attacks together: {'; '.join(lines)}."
 
 
 def goal(study: Study, measured: Measured) -> str:
