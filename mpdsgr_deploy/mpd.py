@@ -150,10 +150,27 @@ def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) 
 
 def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
     """Mean of a measure over steps and channels of one layer; None where the estimator does not speak of it."""
+    moments = layer_moments(trace, estimator)
+    return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
+
+
+def layer_moments(trace: Trace, estimator: Estimator) -> Moments | None:
+    """What an estimator says of a layer, in float32; None where it does not speak of it."""
     u = trace.states[0].u
     with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # autocast knows no meta device
-        moments = estimator(trace)
-        return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
+        return estimator(trace)
+
+
+def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """How far one set of images moves the potentials of another: T tensors [B, C, ...] each to [T, C].
+
+    Root mean square over images and space, float32. As the half-width of a window around the threshold it makes the
+    overlap an estimate of the spikes that flip between the two, where potentials are Gaussian and independent of what
+    moves them. It grows with the weights as sigma does: larger weights, which empty a window of fixed width, do not
+    empty this one.
+    """
+    moved = [(u.float() - v.float()).square() for u, v in zip(potentials, others, strict=True)]
+    return (torch.stack([per_channel(square) for square in moved]) + SIGMA_FLOOR**2).sqrt()
 
 
 def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:

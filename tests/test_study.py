@@ -229,25 +229,6 @@ def test_eta_moves_over_the_epochs() -> None:
         assert [variant.term(step._replace(epoch=e)).weight for e in range(3)] == pytest.approx(expected)
 
 
-def test_the_reach_of_a_perturbation_is_how_far_potentials_move() -> None:
-    clean = (X + 0.1).clamp(0, 1)
-    model, variant = built(window="reach")
-    seen: list[torch.Tensor] = []
-    for images in (X, clean):
-        model(images, lambda trace: seen.append(torch.stack([u for u, _ in trace.states])))
-    half = len(seen) // 2
-    step = step_of(model, variant, X, clean)
-    widths = variant.reach(step, step.readings)
-    for before, after, width in zip(seen[:half], seen[half:], widths, strict=True):
-        moved = (before - after).detach().numpy()
-        assert width.detach().numpy() == pytest.approx(np.sqrt((moved**2).mean((1, 3, 4))), abs=2e-6)
-    # nothing attacked: one step along the gradient's sign takes its place, and the term still has a gradient
-    term = variant.term(step_of(model, variant, X, X))
-    term.value.backward()
-    assert term.value.item() > 0
-    assert all(layer.synapse.weight.grad.abs().max() > 0 for layer in model.layers())
-
-
 def test_a_membrane_margin_pushes_each_neuron_to_its_own_side() -> None:
     recipe = small_recipe(defence={"membrane-margin": {"width": 0.5}})
     _, (margin,) = build_defended(recipe, (1, 8, 8), 10)

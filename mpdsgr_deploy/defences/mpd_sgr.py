@@ -1,6 +1,6 @@
 """MPD-SGR (arXiv 2511.12199): loss + eta * Omega, the overlap of membrane potentials and surrogate window."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -9,10 +9,11 @@ from mpdsgr_deploy.defences.base import DEFENCES, Defence, Step, Term, register
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.eta import accuracies, moved, reference_accuracies, step_to_omega, step_within_drop
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_value, mean_of_layers
+from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, Moments, layer_moments, layer_value, mean_of_layers, reach
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative, Number, Section
 from mpdsgr_deploy.snn import Trace
+from mpdsgr_deploy.snn.expectation import interval_mass
 
 Share = Annotated[Number, Field(gt=0, lt=1)]
 
@@ -20,11 +21,15 @@ Share = Annotated[Number, Field(gt=0, lt=1)]
 class Settings(Section):
     """Estimator of the potentials' moments, measure of them (see `mpdsgr_deploy.mpd`), and the weight eta.
 
+    window: what the overlap is with, the surrogate's as in the paper, or the reach of the training attack: how far it
+    moves the potentials, so that what is penalised are spikes that it can flip. That one needs [defence.at].
+
     With a budget, `target_omega` or `max_drop`, eta is where the first epoch starts; see `mpdsgr_deploy.eta`.
     """
 
     estimator: str = "theorem"
     measure: str = "overlap"
+    window: Literal["surrogate", "reach"] = "surrogate"
     eta: NonNegative = 0.5  # unknown in print; sweep 0.1 .. 10, or set a budget
     target_omega: Share | None = None  # of the measure chosen, mean over an epoch's training images
     max_drop: Share | None = None  # of clean validation accuracy, below the reference at the same epoch
@@ -39,6 +44,20 @@ class Settings(Section):
         if self.eta == 0 and (self.target_omega or self.max_drop):
             raise ValueError("a budget multiplies eta epoch by epoch; start from an eta above 0")
         return self
+
+    @model_validator(mode="after")
+    def _reach_is_a_window(self) -> "Settings":
+        if self.window == "reach" and self.measure != "overlap":
+            raise ValueError("window 'reach' is a window of the overlap; leave out measure")
+        return self
+
+
+class Met(NamedTuple):
+    """What the window `reach` needs of a layer: its name, its moments, and its potentials [B, C, ...] at every step."""
+
+    layer: str
+    moments: Moments
+    potentials: list[Tensor]
 
 
 @register("mpd-sgr", Settings)
@@ -64,6 +83,11 @@ class MPDSGR(Defence[Settings]):
                 f"the theorem needs neurons that are the same at every step, and {', '.join(changing)} changes "
                 f"them; set defence.mpd-sgr.estimator = 'empirical'"
             )
+        if self.settings.window == "reach" and "at" not in recipe.defence:
+            raise InputError(
+                "the window 'reach' is that of the training attack and nothing attacks; add [defence.at] or set "
+                "defence.mpd-sgr.window = 'surrogate'"
+            )
         self.recipe = recipe
 
     def begin_epoch(self, history: list[dict[str, Any]]) -> None:
@@ -82,8 +106,25 @@ class MPDSGR(Defence[Settings]):
             return
         self.eta = moved(history[-1]["omega_weight"], step)
 
-    def read(self, trace: Trace) -> Tensor | None:
-        return layer_value(trace, ESTIMATORS[self.settings.estimator], MEASURES[self.settings.measure])
+    def read(self, trace: Trace) -> Any:
+        estimator = ESTIMATORS[self.settings.estimator]
+        if self.settings.window == "surrogate":
+            return layer_value(trace, estimator, MEASURES[self.settings.measure])
+        moments = layer_moments(trace, estimator)
+        return None if moments is None else Met(trace.layer, moments, potentials(trace))
 
     def term(self, step: Step) -> Term:
-        return Term("omega", self.eta, mean_of_layers(step.readings))
+        values = step.readings if self.settings.window == "surrogate" else self.reached(step)
+        return Term("omega", self.eta, mean_of_layers(values))
+
+    def reached(self, step: Step) -> list[Tensor]:
+        """The overlap of each layer with the window that the attacked images reach from the clean ones."""
+        clean: dict[str, list[Tensor]] = {}
+        step.forward(step.clean, lambda trace: clean.update({trace.layer: potentials(trace)}))
+        met: list[Met] = step.readings
+        return [interval_mass(*own.moments, reach(own.potentials, clean[own.layer])).mean() for own in met]
+
+
+def potentials(trace: Trace) -> list[Tensor]:
+    """Of a layer, [B, C, ...] at every step."""
+    return [u for u, _ in trace.states]

@@ -26,8 +26,8 @@ def normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
 
-def interval_mass(mu: Tensor, sigma: Tensor, half_width: float) -> Tensor:
-    """P(|V| < half_width)."""
+def interval_mass(mu: Tensor, sigma: Tensor, half_width: float | Tensor) -> Tensor:
+    """P(|V| < half_width); half_width: one for all, or a tensor of mu's shape."""
     return normal_cdf((mu + half_width) / sigma) - normal_cdf((mu - half_width) / sigma)
 
 

@@ -172,7 +172,7 @@ def draw_effects(study: Study, measured: Measured) -> bytes:
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(found)), [f"{setting.name}  {method.name}" for setting, method, *_ in found])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(found) - 0.5, -0.5)
     for name, colour in COLOURS.items():
         panels[0].plot([], [], "o", color=colour, label=name)
     figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False)

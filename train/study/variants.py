@@ -4,26 +4,24 @@ A variant that wins moves into the package; the others stay here, so that their 
 """
 
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
 from mpdsgr_deploy.defences.sr import best_wrong
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models.network import register as register_model
 from mpdsgr_deploy.models.vgg import P, vgg
-from mpdsgr_deploy.mpd import ESTIMATORS, mean_of_layers
+from mpdsgr_deploy.mpd import ESTIMATORS, layer_moments, mean_of_layers
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative, Number, Positive, Section
 from mpdsgr_deploy.snn import Trace
 from mpdsgr_deploy.snn.expectation import interval_mass, normal_cdf
 
 DEPTHS = (3, 5, 7, 9, 11)
-PERTURBATION = 0.01  # pixel units; where the step itself attacks nothing
 
 for depth in DEPTHS:  # 32 channels, halved once, then 64: vgg-small on 8x8 images is the one of depth 3
     plan: tuple[int | str, ...] = (32, P, *[64] * (depth - 1))
@@ -36,8 +34,7 @@ class Settings(Section):
     centre: of the window, the threshold (as derived) or 0 (as the paper prints it). reaches: which of mean and
     deviation receives the gradient. widest: beyond this deviation, in thresholds, widening no longer counts. floor:
     firing rate of a layer below which its shortfall, as a share of the floor, is added. anneal: eta falls to 0 ("out")
-    or rises from 0 ("in") linearly over the epochs. window: the surrogate's half-width, or the "reach" of a
-    perturbation: how far it moves the potentials of a channel at a step, root mean square.
+    or rises from 0 ("in") linearly over the epochs.
     """
 
     estimator: str = "empirical"
@@ -47,17 +44,6 @@ class Settings(Section):
     widest: Positive | None = None
     floor: Annotated[Number, Field(gt=0, lt=1)] | None = None
     anneal: Literal["none", "in", "out"] = "none"
-    window: Literal["surrogate", "reach"] = "surrogate"
-
-
-class Reading(NamedTuple):
-    """Of one layer: mean and deviation of V [T, C], half-width, shortfall of firing, potentials [T, B, C, ...]."""
-
-    mu: Tensor
-    sigma: Tensor
-    half_width: float
-    shortfall: Tensor
-    potentials: Tensor | None
 
 
 @register("mpd-sgr-variant", Settings)
@@ -68,59 +54,26 @@ class Variant(Defence[Settings]):
         choose("estimator", ESTIMATORS, self.settings.estimator)
         self.epochs = recipe.training.epochs
 
-    def read(self, trace: Trace) -> Any:
+    def read(self, trace: Trace) -> Tensor | None:
+        """The overlap of a layer, and what it lacks of the floor."""
         config = self.settings
-        with torch.autocast(trace.states[0].u.device.type, enabled=False):
-            moments = ESTIMATORS[config.estimator](trace)
-            if moments is None:
-                return None
-            mu, sigma = moments
-            shortfall = mu.new_zeros(())
-            if config.floor is not None:  # differentiable, unlike the spikes: what a Gaussian exceeds the threshold by
-                shortfall = (1 - normal_cdf(mu / sigma).mean() / config.floor).clamp(min=0)
-            mu = mu + trace.neuron.v_threshold if config.centre == "zero" else mu
-            mu = mu.detach() if config.reaches == "deviation" else mu
-            sigma = sigma.detach() if config.reaches == "mean" else sigma
-            sigma = sigma if config.widest is None else sigma.clamp(max=config.widest * trace.neuron.v_threshold)
-        u = potentials(trace) if config.window == "reach" else None
-        return Reading(mu, sigma, trace.neuron.surrogate.half_width, shortfall, u)
+        moments = layer_moments(trace, ESTIMATORS[config.estimator])
+        if moments is None:
+            return None
+        mu, sigma = moments
+        shortfall = mu.new_zeros(())
+        if config.floor is not None:  # differentiable, unlike the spikes: what a Gaussian exceeds the threshold by
+            shortfall = (1 - normal_cdf(mu / sigma).mean() / config.floor).clamp(min=0)
+        mu = mu + trace.neuron.v_threshold if config.centre == "zero" else mu
+        mu = mu.detach() if config.reaches == "deviation" else mu
+        sigma = sigma.detach() if config.reaches == "mean" else sigma
+        sigma = sigma if config.widest is None else sigma.clamp(max=config.widest * trace.neuron.v_threshold)
+        return interval_mass(mu, sigma, trace.neuron.surrogate.half_width).mean() + shortfall
 
     def term(self, step: Step) -> Term:
-        config = self.settings
         done = step.epoch / self.epochs
-        eta = config.eta * {"none": 1.0, "in": done, "out": 1 - done}[config.anneal]
-        readings: list[Reading] = step.readings
-        widths: list[Any] = [reading.half_width for reading in readings]
-        if config.window == "reach":
-            widths = self.reach(step, readings)
-        values = [
-            interval_mass(r.mu, r.sigma, width).mean() + r.shortfall for r, width in zip(readings, widths, strict=True)
-        ]
-        return Term("overlap", eta, mean_of_layers(values))
-
-    def reach(self, step: Step, readings: list[Reading]) -> list[Tensor]:
-        """Half-widths [T, C] a layer: root mean square of what a perturbation does to its potentials."""
-        other = step.clean if step.clean is not step.x else stepped(step)
-        moved: list[Tensor] = []
-        step.forward(other, lambda trace: moved.append(potentials(trace)))
-        found = []
-        for reading, u in zip(readings, moved, strict=True):
-            assert reading.potentials is not None
-            square = (reading.potentials.float() - u.float()).square()
-            found.append((square.mean([1, *range(3, square.dim())]) + 1e-12).sqrt())
-        return found
-
-
-def potentials(trace: Trace) -> Tensor:
-    """[T, B, C, ...]."""
-    return torch.stack([u for u, _ in trace.states])
-
-
-def stepped(step: Step) -> Tensor:
-    """The images moved by one step along the sign of the loss's gradient."""
-    x = step.x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(step.forward(x, None), step.y), x)
-    return (step.x + PERTURBATION * gradient.sign()).clamp(0, 1)
+        eta = self.settings.eta * {"none": 1.0, "in": done, "out": 1 - done}[self.settings.anneal]
+        return Term("overlap", eta, mean_of_layers(step.readings))
 
 
 class MarginSettings(Section):
@@ -144,9 +97,8 @@ class MembraneMargin(Defence[MarginSettings]):
 
     def read(self, trace: Trace) -> Any:
         assert trace.current is not None  # as it is on a GPU's fused kernel
-        v = potentials(trace) - trace.neuron.v_threshold
-        with torch.autocast(v.device.type, enabled=False):
-            sigma = ESTIMATORS["empirical"](trace).sigma.detach()  # type: ignore[union-attr]
+        v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
+        sigma = layer_moments(trace, ESTIMATORS["empirical"]).sigma.detach()
         shape = (*sigma.shape[:1], 1, sigma.shape[1], *[1] * (v.dim() - 3))
         return trace.current, (1 - v.abs() / (self.settings.width * sigma.view(shape))).clamp(min=0)
 

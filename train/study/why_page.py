@@ -14,7 +14,7 @@ from tabular import markdown
 
 from mpdsgr_deploy.files import write_atomic
 
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#B2A300", "#7F3C8D")
 FACTORS = ("leak", "weights", "surrogate")
 Networks = dict[str, list[Explained]]  # row -> its networks, one a seed
 
