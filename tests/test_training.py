@@ -222,6 +222,18 @@ def test_runs_are_not_overwritten_nor_resumed_with_another_recipe(run_dir: Path,
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
+def test_a_run_of_before_a_defence_had_a_setting_goes_on_after_an_upgrade(tmp_path: Path) -> None:
+    recipe = small_recipe(defence={"mpd-sgr": {}}, training={"epochs": 1})
+    train(recipe, tmp_path / "run")
+    file = tmp_path / "run" / "recipe.json"
+    written = json.loads(file.read_text())
+    del written["defence"]["mpd-sgr"]["window"]  # as it was written before there was one
+    file.write_text(json.dumps(written))
+    train(recipe, tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match=r"defence\.mpd-sgr"):
+        train(small_recipe(defence={"mpd-sgr": {"eta": 3.0}}, training={"epochs": 1}), tmp_path / "run", resume=True)
+
+
 def test_mistakes_surface_before_processes_start_and_leave_the_directory_free(tmp_path: Path) -> None:
     two = {"devices": 2, "accelerator": "cpu", "batch_size": 64}
     for sections, expected in (

@@ -59,7 +59,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = Fa
         if not resume:
             raise InputError(f"{out} already holds a training run; continue it with --resume or choose another --out")
         before = parse(Recipe, read_json(out / RECIPE, otherwise="start again in another --out"), str(out / RECIPE))
-        _refuse_changes(before, recipe.portable(), out)
+        _refuse_changes(resolved(before), recipe.portable(), out)
     write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
     training, validation = load_training(recipe.data)
     _check(recipe, training)
