@@ -55,7 +55,7 @@ def right(result: Result, condition: str) -> np.ndarray | None:
 def verdict(results: list[Result], baseline: list[Result]) -> str:
     """What the intervals say.
 
-    helps: more images survive every attack. hurts: fewer do. masks: neither, but more survive PGD in the paper's
+    helps: more images survive every attack. hurts: fewer do. masks: no more do, and more survive PGD in the paper's
     setting. undecided: none of these.
     """
     union, paper = (effect(results, baseline, condition) for condition in (WORST, PGD))
@@ -65,7 +65,7 @@ def verdict(results: list[Result], baseline: list[Result]) -> str:
         return HELPS
     if union.high < 0:
         return HURTS
-    return MASKS if paper.low > 0 else OPEN
+    return MASKS if paper.low > 0 >= union.mean else OPEN
 
 
 def drops(results: list[Result]) -> dict[str, float]:
