@@ -94,8 +94,8 @@ def effects(study: Study, measured: Measured) -> str:
         f"Points of accuracy more than the baseline `{study.methods[0].name}` of the same setting (of the first one "
         "where it has none), paired by seed and image: mean, [95 % interval for the choice of seeds and of images]. "
         "`helps` and `hurts`: the interval under all attacks together (`union`) excludes zero; `masks`: it does not, "
-        "its mean is not above zero, and the interval under PGD in the paper's setting is. `strong`: any iterate of the strong PGD; "
-        "`transfer`: images that fool the baseline's network of the next seed."
+        "its mean is not above zero, and the interval under PGD in the paper's setting is. `strong`: any iterate of "
+        "the strong PGD; `transfer`: images that fool the baseline's network of the next seed."
     )
     return markdown(["factor", "setting", "method", "verdict", *CONDITIONS], rows) + f"\n\n{note}"
 
