@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -320,6 +321,15 @@ def test_a_committed_study_is_what_its_files_give(path: Path) -> None:
     measured = tables.load_results(study.table(), path)
     assert sum(map(len, measured.values())) == len(list(path.glob("*-seed*.json"))) > 0
     assert (path / "README.md").read_text() == study_page.render(name, study, measured)
+    for picture in (study_page.EFFECTS, study_page.DROPS, study_page.FRONT):
+        assert (path / picture).read_bytes()[:4] == b"\x89PNG"
     if (path / "why.json").exists():
         why = explain.Why.model_validate_json((path / "why.json").read_bytes())
         assert (path / "WHY.md").read_text() == why_page.render(study, why, why_page.by_row(why))
+
+
+def test_what_the_studies_show_quotes_their_pages() -> None:
+    pages = "".join(page.read_text() for page in reproduce.RESULTS.glob("study-*/*.md"))
+    figures = re.findall(r"(?<![\w:.])[-+]?\d+\.\d+(?![\w.])", (reproduce.RESULTS / "STUDY.md").read_text())
+    assert len(figures) > 40
+    assert [figure for figure in figures if figure not in pages] == []

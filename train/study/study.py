@@ -2,6 +2,7 @@
 
     python train/study/study.py digits --jobs 2              every run of train/study/digits.toml, and the page
     python train/study/study.py digits depth-7 --seeds 0     one setting, one seed
+    python train/study/study.py digits base.reg              one method in one setting
     python train/study/study.py digits --render-only         the page from the results there are
 
 A study names methods and settings; each setting is run with each method, and the first method is what the others are
@@ -27,7 +28,7 @@ from mpdsgr_deploy.progress import show_progress  # noqa: E402
 
 @click.command(cls=OneLineErrors)
 @click.argument("study")
-@click.argument("settings", nargs=-1)
+@click.argument("rows", nargs=-1)
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs.")
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
 @click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: the study's]")
@@ -38,7 +39,7 @@ from mpdsgr_deploy.progress import show_progress  # noqa: E402
 def main(
     ctx: click.Context,
     study: str,
-    settings: tuple[str, ...],
+    rows: tuple[str, ...],
     runs: Path,
     root: str,
     seeds: str | None,
@@ -46,17 +47,16 @@ def main(
     out: Path,
     render_only: bool,
 ) -> None:
-    """Run the SETTINGS (all without any) of STUDY, a name in train/study or a .toml file."""
+    """Run ROWS (settings or SETTING.METHOD; all without any) of STUDY, a name in train/study or a .toml file."""
     from study_page import write_page
 
     show_progress()
     name, found = load_study(study)
-    known = {setting.name: setting for setting in found.settings}
-    chosen = [choose("setting", known, title) for title in settings] or found.settings
     table, folder = found.table(), out / name
-    rows = [table.row(found.title_of(setting, method)) for setting in chosen for method in found.methods_of(setting)]
+    known = {row.title: [row] for row in table.rows} | {s.name: found.rows_of(s, table) for s in found.settings}
+    chosen = [row for asked in rows for row in choose("setting", known, asked)] or table.rows
     numbers = found.seeds if seeds is None else parse_seeds(seeds)
-    todo = [] if render_only else outdated(name, table, rows, numbers, runs=runs, root=root, folder=folder)
+    todo = [] if render_only else outdated(name, table, chosen, numbers, runs=runs, root=root, folder=folder)
     failures = reproduce(todo, jobs)
     click.echo(f"page in {write_page(name, found, folder)}")
     for run, error in failures:

@@ -56,6 +56,10 @@ class Study(Section):
         """Of the table's row."""
         return f"{setting.name}.{method.name}"
 
+    def rows_of(self, setting: Setting, table: Table) -> list[Row]:
+        """Those of a setting in the table of this study."""
+        return [table.row(self.title_of(setting, method)) for method in self.methods_of(setting)]
+
     def baseline_of(self, setting: Setting) -> str:
         """The row that the methods of a setting are held against."""
         baseline = self.methods[0]

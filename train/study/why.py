@@ -42,7 +42,7 @@ def main(study: str, settings: tuple[str, ...], runs: Path, root: str, images: i
     known = {setting.name: setting for setting in found.settings}
     table, networks = found.table(), []
     for setting in (choose("setting", known, title) for title in settings):
-        for row in (table.row(found.title_of(setting, method)) for method in found.methods_of(setting)):
+        for row in found.rows_of(setting, table):
             for seed in found.seeds:
                 recipe = table.recipe(row, seed)
                 checkpoint = run_directory(runs, name, row.title, recipe) / "last"
