@@ -22,7 +22,6 @@ from reproduce import RESULTS, outdated, parse_seeds, reproduce  # noqa: E402
 from study_table import load_study  # noqa: E402
 
 from mpdsgr_deploy.cli import OneLineErrors  # noqa: E402
-from mpdsgr_deploy.lookup import choose  # noqa: E402
 from mpdsgr_deploy.progress import show_progress  # noqa: E402
 
 
@@ -53,10 +52,10 @@ def main(
     show_progress()
     name, found = load_study(study)
     table, folder = found.table(), out / name
-    known = {row.title: [row] for row in table.rows} | {s.name: found.rows_of(s, table) for s in found.settings}
-    chosen = [row for asked in rows for row in choose("setting", known, asked)] or table.rows
     numbers = found.seeds if seeds is None else parse_seeds(seeds)
-    todo = [] if render_only else outdated(name, table, chosen, numbers, runs=runs, root=root, folder=folder)
+    todo = (
+        [] if render_only else outdated(name, table, found.chosen(rows), numbers, runs=runs, root=root, folder=folder)
+    )
     failures = reproduce(todo, jobs)
     click.echo(f"page in {write_page(name, found, folder)}")
     for run, error in failures:

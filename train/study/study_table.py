@@ -1,5 +1,6 @@
 """Studies: TOML files in train/study that name methods and settings, and the table of all their pairs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -56,9 +57,13 @@ class Study(Section):
         """Of the table's row."""
         return f"{setting.name}.{method.name}"
 
-    def rows_of(self, setting: Setting, table: Table) -> list[Row]:
-        """Those of a setting in the table of this study."""
-        return [table.row(self.title_of(setting, method)) for method in self.methods_of(setting)]
+    def chosen(self, names: Sequence[str]) -> list[Row]:
+        """Rows of the table by setting or SETTING.METHOD; all without any. Raises InputError for an unknown one."""
+        rows = {row.title: row for row in self.table().rows}
+        known = {title: [row] for title, row in rows.items()}
+        for setting in self.settings:
+            known[setting.name] = [rows[self.title_of(setting, method)] for method in self.methods_of(setting)]
+        return [row for name in names for row in choose("setting", known, name)] or [*rows.values()]
 
     def baseline_of(self, setting: Setting) -> str:
         """The row that the methods of a setting are held against."""

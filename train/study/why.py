@@ -21,36 +21,31 @@ from mpdsgr_deploy.checkpoint import load_network  # noqa: E402
 from mpdsgr_deploy.cli import OneLineErrors  # noqa: E402
 from mpdsgr_deploy.data import load_test  # noqa: E402
 from mpdsgr_deploy.files import write_atomic  # noqa: E402
-from mpdsgr_deploy.lookup import choose  # noqa: E402
 from mpdsgr_deploy.progress import log, show_progress  # noqa: E402
 from mpdsgr_deploy.provenance import provenance  # noqa: E402
 
 
 @click.command(cls=OneLineErrors)
 @click.argument("study")
-@click.argument("settings", nargs=-1, required=True)
+@click.argument("rows", nargs=-1, required=True)
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs.")
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
 @click.option("--images", type=click.IntRange(1), default=200, show_default=True, help="The first so many test images.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results.  [default: train/results]")
-def main(study: str, settings: tuple[str, ...], runs: Path, root: str, images: int, out: Path) -> None:
-    """Explain the networks of the SETTINGS of STUDY."""
+def main(study: str, rows: tuple[str, ...], runs: Path, root: str, images: int, out: Path) -> None:
+    """Explain the networks of ROWS (settings or SETTING.METHOD) of STUDY."""
     from why_page import write_why
 
     show_progress()
     name, found = load_study(study)
-    known = {setting.name: setting for setting in found.settings}
     table, networks = found.table(), []
-    for setting in (choose("setting", known, title) for title in settings):
-        for row in found.rows_of(setting, table):
-            for seed in found.seeds:
-                recipe = table.recipe(row, seed)
-                checkpoint = run_directory(runs, name, row.title, recipe) / "last"
-                log.info("%s, seed %d", row.title, seed)
-                _, model = load_network(checkpoint)
-                few = load_test(recipe.data.at(root))[:images]
-                networks.append(explain(row.title, model, few, recipe))
-    rule = f"the first {images} test images of {networks[0].row and recipe.data.name}"
+    for row in found.chosen(rows):
+        for seed in found.seeds:
+            recipe = table.recipe(row, seed)
+            log.info("%s, seed %d", row.title, seed)
+            _, model = load_network(run_directory(runs, name, row.title, recipe) / "last")
+            networks.append(explain(row.title, model, load_test(recipe.data.at(root))[:images], recipe))
+    rule = f"the first {images} test images of {recipe.data.name}"
     why = Why(images=rule, networks=networks, provenance=provenance())
     (out / name).mkdir(parents=True, exist_ok=True)
     write_atomic(out / name / "why.json", (why.model_dump_json(indent=1) + "\n").encode())
