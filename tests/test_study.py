@@ -104,6 +104,14 @@ def test_settings_and_methods_become_rows(small: Path) -> None:
     assert table.source(table.row("at.overlap"), 0)[1].training.seed == 1
 
 
+@pytest.mark.parametrize("name", [path.stem for path in study_table.STUDIES.glob("*.toml")])
+def test_every_study_has_recipes_that_can_be_trained(name: str) -> None:
+    table = study_table.load_study(name)[1].table()
+    recipes = [table.recipe(row, seed) for row in table.rows for seed in table.seeds]
+    assert len({recipe.model_dump_json() for recipe in recipes}) > len(table.seeds)
+    assert len(table.seeds) >= 3
+
+
 def test_what_cannot_be_compared_is_refused(small: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice.toml"
     twice.write_text(SMALL + '[[settings]]\nfactor = "x"\nname = "at"\n')
