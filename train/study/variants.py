@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
 from mpdsgr_deploy.defences.sr import best_wrong
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models.network import register as register_model
 from mpdsgr_deploy.models.vgg import P, vgg
@@ -96,7 +97,8 @@ class MembraneMargin(Defence[MarginSettings]):
     """
 
     def read(self, trace: Trace) -> Any:
-        assert trace.current is not None  # as it is on a GPU's fused kernel
+        if trace.current is None:
+            raise InputError("membrane-margin reads currents, which a GPU's fused kernel does not write; train on a CPU")
         v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
         sigma = layer_moments(trace, ESTIMATORS["empirical"]).sigma.detach()
         shape = (*sigma.shape[:1], 1, sigma.shape[1], *[1] * (v.dim() - 3))
