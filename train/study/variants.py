@@ -98,7 +98,7 @@ class MembraneMargin(Defence[MarginSettings]):
 
     def read(self, trace: Trace) -> Any:
         if trace.current is None:
-            raise InputError("membrane-margin reads currents, which a GPU's fused kernel does not write; train on a CPU")
+            raise InputError("membrane-margin reads currents, which the GPU's kernel does not write; train on a CPU")
         v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
         sigma = layer_moments(trace, ESTIMATORS["empirical"]).sigma.detach()
         shape = (*sigma.shape[:1], 1, sigma.shape[1], *[1] * (v.dim() - 3))
