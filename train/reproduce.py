@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -53,15 +53,27 @@ class Run:
 Task = Callable[[Run], MpdsgrError | None]
 
 
+OPTIONS = (
+    click.option(
+        "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of training."
+    ),
+    click.option("--root", default="data", show_default=True, help="Where the data set lies."),
+    click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: those that it names]"),
+    click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time."),
+    click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results.  [default: train/results]"),
+    click.option("--render-only", is_flag=True, help="Measure nothing, render the page from the results there are."),
+)
+
+
+def measuring(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a command that measures rows with seeds and renders a page."""
+    return reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), command)
+
+
 @click.command(cls=OneLineErrors)
 @click.argument("table")
 @click.argument("rows", nargs=-1)
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs.")
-@click.option("--root", default="data", show_default=True, help="Where the data set lies.")
-@click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: the table's]")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results.  [default: train/results]")
-@click.option("--render-only", is_flag=True, help="Measure nothing, render the page from the results there are.")
+@measuring
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -91,9 +103,14 @@ def main(
         readme = RESULTS.parent.parent / "README.md"
         quoted = quote(name, load_results(found, folder), readme.read_text(encoding="utf-8"))
         write_atomic(readme, quoted.encode())
+    ctx.exit(told(failures))
+
+
+def told(failures: Sequence[tuple["Run", MpdsgrError]]) -> int:
+    """Say what failed; the exit code."""
     for run, error in failures:
         click.echo(f"error: {run}: {error}", err=True)
-    ctx.exit(max((error.exit_code for _, error in failures), default=0))
+    return max((error.exit_code for _, error in failures), default=0)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -18,7 +18,7 @@ STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
 
 import variants  # noqa: E402, F401  (registered in worker processes as well)
-from reproduce import RESULTS, outdated, parse_seeds, reproduce  # noqa: E402
+from reproduce import measuring, outdated, parse_seeds, reproduce, told  # noqa: E402
 from study_table import load_study  # noqa: E402
 
 from mpdsgr_deploy.cli import OneLineErrors  # noqa: E402
@@ -28,12 +28,7 @@ from mpdsgr_deploy.progress import show_progress  # noqa: E402
 @click.command(cls=OneLineErrors)
 @click.argument("study")
 @click.argument("rows", nargs=-1)
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs.")
-@click.option("--root", default="data", show_default=True, help="Where the data set lies.")
-@click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: the study's]")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results.  [default: train/results]")
-@click.option("--render-only", is_flag=True, help="Measure nothing, render the page from the results there are.")
+@measuring
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -58,9 +53,7 @@ def main(
     )
     failures = reproduce(todo, jobs)
     click.echo(f"page in {write_page(name, found, folder)}")
-    for run, error in failures:
-        click.echo(f"error: {run}: {error}", err=True)
-    ctx.exit(max((error.exit_code for _, error in failures), default=0))
+    ctx.exit(told(failures))
 
 
 if __name__ == "__main__":
