@@ -35,7 +35,11 @@ import sensitivity  # noqa: E402
 import table  # noqa: E402
 
 TABLES = sorted(path.stem for path in table.TABLES.glob("*.toml"))
-MEASURED = sorted(path.name for path in reproduce.RESULTS.iterdir() if path.is_dir() and path != flips_page.RESULTS)
+MEASURED = sorted(
+    path.name
+    for path in reproduce.RESULTS.iterdir()
+    if path.is_dir() and path != flips_page.RESULTS and not path.name.startswith("study-")
+)
 
 IMAGES = {  # shape and number of classes
     "digits": ((1, 8, 8), 10),
