@@ -9,7 +9,7 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 
-DEFAULT = "digits-at-sr"  # of the methods measured, what keeps most under all attacks; see train/results
+DEFAULT = "digits-robust"  # of the methods measured, what keeps most under all attacks; see train/results
 
 
 @click.command("train")
@@ -22,7 +22,7 @@ DEFAULT = "digits-at-sr"  # of the methods measured, what keeps most under all a
 def command(
     recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, profile: bool, as_json: bool
 ) -> None:
-    """Train RECIPE: a built-in name (see `mpdsgr recipes`) or a .toml file; digits-at-sr without one.
+    """Train RECIPE: a built-in name (see `mpdsgr recipes`) or a .toml file; digits-robust without one.
 
     That is adversarial training with SR, which keeps most under all attacks of what was measured; the paper's own
     method is cifar10-vgg11-mpdsgr, or digits-mpdsgr. Writes checkpoints (best, last), TensorBoard curves and what
