@@ -150,15 +150,21 @@ def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) 
 
 def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
     """Mean of a measure over steps and channels of one layer; None where the estimator does not speak of it."""
-    moments = layer_moments(trace, estimator)
-    return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
+    with unrounded(trace):
+        moments = estimator(trace)
+        return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
 
 
 def layer_moments(trace: Trace, estimator: Estimator) -> Moments | None:
     """What an estimator says of a layer, in float32; None where it does not speak of it."""
-    u = trace.states[0].u
-    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # autocast knows no meta device
+    with unrounded(trace):
         return estimator(trace)
+
+
+def unrounded(trace: Trace) -> torch.autocast:
+    """Without autocast, where a layer's tensors lie."""
+    u = trace.states[0].u
+    return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast knows no meta device
 
 
 def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

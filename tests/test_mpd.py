@@ -17,7 +17,7 @@ from mpdsgr_deploy.mpd import (
     reset_shift,
     theorem,
 )
-from mpdsgr_deploy.snn import LIF, LIFState, TdBN, Trace
+from mpdsgr_deploy.snn import LIF, SURROGATES, LIFState, TdBN, Trace
 from mpdsgr_deploy.snn.surrogate import triangle
 
 
@@ -138,6 +138,17 @@ def test_overlap_is_computed_in_float32_under_autocast() -> None:
     trace = simulate(tau=0.5, reset="hard", T=2, samples=64)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer_mean([trace], empirical, overlap).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["triangle", "rectangular", "sigmoid", "superspike"])
+@pytest.mark.parametrize("measure", list(MEASURES))
+def test_every_measure_is_computed_in_float32_under_autocast(measure: str, name: str) -> None:
+    """The mean gradient of some surrogates is a matrix product, which autocast would round to eight bits."""
+    trace = simulate(tau=0.5, reset="hard", T=3, samples=1000)
+    trace = trace._replace(neuron=LIF(tau=0.5, surrogate=SURROGATES[name]()))
+    exact = layer_mean([trace], empirical, MEASURES[measure])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer_mean([trace], empirical, MEASURES[measure]), exact)
 
 
 def test_theorem_without_tdbn_says_what_to_do() -> None:
