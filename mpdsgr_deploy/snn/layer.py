@@ -81,7 +81,8 @@ class SpikingLayer(Temporal):
         super().__init__()
         self.name, self.synapse, self.norm, self.neuron = name, synapse, norm, neuron
 
-    def _current(self, x: Tensor) -> Tensor:
+    def current(self, x: Tensor) -> Tensor:
+        """What drives the neurons, from spikes or encoded input of one step [B, ...]: [B, C, ...]."""
         current = self.synapse(x)
         return current if self.norm is None else self.norm(current)
 
@@ -90,7 +91,7 @@ class SpikingLayer(Temporal):
         kernels = self._kernels(x)
         if kernels is not None:
             return self._in_one_kernel(kernels, fold_time(self.synapse, x), observe)
-        current = fold_time(self._current, x)
+        current = fold_time(self.current, x)
         spikes, states = self.neuron(current, noise=noise)
         if observe is not None:
             observe(Trace(self.name, self.norm, self.neuron, states, current))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from sensitivity import sensitivity
-from torch import Tensor
 
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.models import SpikingNet
@@ -97,15 +96,10 @@ def factors(model: SpikingNet, images: Images) -> list[Layer]:
 
 def largest_gain(layer: SpikingLayer, shape: tuple[int, ...]) -> float:
     """The largest singular value of a layer's affine map from input to current, by the power method on A^T A."""
-
-    def current(x: Tensor) -> Tensor:
-        y = layer.synapse(x)
-        return y if layer.norm is None else layer.norm(y)
-
     v = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    offset = current(torch.zeros(1, *shape)).detach()
+    offset = layer.current(torch.zeros(1, *shape)).detach()
     for _ in range(ITERATIONS):
-        (moved,) = torch.autograd.grad((current(v) - offset).square().sum() / 2, v)  # A^T A v
+        (moved,) = torch.autograd.grad((layer.current(v) - offset).square().sum() / 2, v)  # A^T A v
         gain = moved.norm() / v.detach().norm()
         v = (moved / moved.norm()).detach().requires_grad_()
     return float(gain.sqrt())
