@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial, reduce
+from dataclasses import dataclass, fields
+from functools import partial, reduce, wraps
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import click
 from table import Artefact, Row, Table, load_table
@@ -53,9 +54,29 @@ class Run:
 Task = Callable[[Run], MpdsgrError | None]
 
 
+@dataclass(frozen=True)
+class How:
+    """What a command that measures rows with seeds is asked for: its options."""
+
+    runs: Path
+    root: str
+    seeds: str | None
+    jobs: int
+    out: Path
+    render_only: bool
+
+    def measure(self, name: str, table: Table, rows: Sequence[Row]) -> list[tuple["Run", MpdsgrError]]:
+        """Bring the results of the rows up to date, unless only pages are wanted. Returns what failed."""
+        if self.render_only:
+            return []
+        seeds = table.seeds if self.seeds is None else parse_seeds(self.seeds)
+        folder = self.out / name
+        return reproduce(outdated(name, table, rows, seeds, runs=self.runs, root=self.root, folder=folder), self.jobs)
+
+
 OPTIONS = (
     click.option(
-        "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of training."
+        "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs."
     ),
     click.option("--root", default="data", show_default=True, help="Where the data set lies."),
     click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: those that it names]"),
@@ -66,8 +87,14 @@ OPTIONS = (
 
 
 def measuring(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of a command that measures rows with seeds and renders a page."""
-    return reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), command)
+    """The options of a command that measures rows with seeds, given to it as `how`."""
+
+    @wraps(command)
+    def bundled(**given: Any) -> None:
+        how = How(**{field.name: given.pop(field.name) for field in fields(How)})
+        command(how=how, **given)
+
+    return reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), bundled)
 
 
 @click.command(cls=OneLineErrors)
@@ -75,31 +102,18 @@ def measuring(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("rows", nargs=-1)
 @measuring
 @click.pass_context
-def main(
-    ctx: click.Context,
-    table: str,
-    rows: tuple[str, ...],
-    runs: Path,
-    root: str,
-    seeds: str | None,
-    jobs: int,
-    out: Path,
-    render_only: bool,
-) -> None:
+def main(ctx: click.Context, table: str, rows: tuple[str, ...], how: How) -> None:
     """Train and evaluate the ROWS (all without any) of TABLE, a name in train/tables or a .toml file."""
     show_progress()
     name, found = load_table(table)
     chosen = [found.row(title) for title in rows] or found.rows
-    numbers = found.seeds if seeds is None else parse_seeds(seeds)
     need("torch", "train")
     need("matplotlib", "report")
     from page import load_results, quote, write_page
 
-    folder = out / name
-    todo = [] if render_only else outdated(name, found, chosen, numbers, runs=runs, root=root, folder=folder)
-    failures = reproduce(todo, jobs)
+    failures, folder = how.measure(name, found, chosen), how.out / name
     click.echo(f"page in {write_page(name, found, folder)}")
-    if out == RESULTS:
+    if how.out == RESULTS:
         readme = RESULTS.parent.parent / "README.md"
         quoted = quote(name, load_results(found, folder), readme.read_text(encoding="utf-8"))
         write_atomic(readme, quoted.encode())

@@ -18,7 +18,7 @@ STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
 
 import variants  # noqa: E402, F401  (registered in worker processes as well)
-from reproduce import measuring, outdated, parse_seeds, reproduce, told  # noqa: E402
+from reproduce import How, measuring, told  # noqa: E402
 from study_table import load_study  # noqa: E402
 
 from mpdsgr_deploy.cli import OneLineErrors  # noqa: E402
@@ -30,29 +30,14 @@ from mpdsgr_deploy.progress import show_progress  # noqa: E402
 @click.argument("rows", nargs=-1)
 @measuring
 @click.pass_context
-def main(
-    ctx: click.Context,
-    study: str,
-    rows: tuple[str, ...],
-    runs: Path,
-    root: str,
-    seeds: str | None,
-    jobs: int,
-    out: Path,
-    render_only: bool,
-) -> None:
+def main(ctx: click.Context, study: str, rows: tuple[str, ...], how: How) -> None:
     """Run ROWS (settings or SETTING.METHOD; all without any) of STUDY, a name in train/study or a .toml file."""
     from study_page import write_page
 
     show_progress()
     name, found = load_study(study)
-    table, folder = found.table(), out / name
-    numbers = found.seeds if seeds is None else parse_seeds(seeds)
-    todo = (
-        [] if render_only else outdated(name, table, found.chosen(rows), numbers, runs=runs, root=root, folder=folder)
-    )
-    failures = reproduce(todo, jobs)
-    click.echo(f"page in {write_page(name, found, folder)}")
+    failures = how.measure(name, found.table(), found.chosen(rows))
+    click.echo(f"page in {write_page(name, found, how.out / name)}")
     ctx.exit(told(failures))
 
 
