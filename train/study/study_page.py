@@ -1,13 +1,12 @@
 """The page of a study: what each method changes in each setting, as Markdown and as plots."""
 
 from pathlib import Path
-from statistics import fmean
 
 from effect import HELPS, HURTS, MASKS, OPEN, drops, effect, verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measured import Measured, cell, load_results
-from page import sources, unhealthy
+from page import behaviour, seeds, sources, unhealthy
 from plots import png
 from result import Result
 from study_table import Method, Setting, Study
@@ -72,11 +71,11 @@ def render(name: str, study: Study, measured: Measured) -> str:
             f"![differences with their intervals]({EFFECTS})",
             f"![clean accuracy and what survives all attacks]({FRONT})",
             "## Promised and real",
-            behaviour(study, measured),
+            behaviour(measured),
             f"![promised and real drops]({DROPS})",
         ]
     if measured:
-        parts += ["## Accuracies", accuracies(study, measured), unhealthy(measured)]
+        parts += ["## Accuracies", accuracies(measured), unhealthy(measured)]
         parts += ["## Where it was measured", sources(measured)]
     missing = [row.title for row in study.table().rows if row.title not in measured]
     if missing:
@@ -129,32 +128,12 @@ def goal(study: Study, measured: Measured) -> str:
     )
 
 
-def behaviour(study: Study, measured: Measured) -> str:
-    """Omega, firing rates and drops of the margin of every row."""
-    rows = []
-    for title, results in measured.items():
-        layers = [result.layers for result in results]
-        omega = fmean(fmean(layer["omega_empirical"] for layer in own) for own in layers)
-        firing = [fmean(own[end]["firing_rate"] for own in layers) for end in (0, -1)]
-        found = drops(results)
-        cells = [f"{found[kind]:.2f}" if found else "-" for kind in ("promised", "noise", "pgd")]
-        rows.append([title, f"{omega:.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}", *cells])
-    note = (
-        "`promised` is the drop of the margin (true logit minus the best other, in units of the margin) that the "
-        "surrogate gradient announces for a step of eps; `noise` and `pgd` what really follows. A method that masks "
-        "lowers the first alone. Means over seeds, on images that the network gets right."
-    )
-    columns = ["row", "Omega", "firing rate, first / last layer", "promised / margin", "noise / margin", "pgd / margin"]
-    return markdown(columns, rows) + f"\n\n{note}"
-
-
-def accuracies(study: Study, measured: Measured) -> str:
+def accuracies(measured: Measured) -> str:
     """Every row under every condition."""
     rows = []
     for title, results in measured.items():
         cells = [str(cell(results, condition) or "-").partition(" [")[0] for condition in CONDITIONS.values()]
-        seeds = ", ".join(str(result.seed) for result in results)
-        rows.append([title, seeds, str(results[0].evaluation.rows[0].n), *cells])
+        rows.append([title, seeds(results), str(results[0].evaluation.rows[0].n), *cells])
     note = "Accuracy in %: the mean over the seeds, ± the standard deviation between them."
     return markdown(["row", "seeds", "n", *CONDITIONS], rows) + f"\n\n{note}"
 
