@@ -10,7 +10,7 @@ from result import Result
 from mpdsgr_deploy.attacks.suite import PGD, WORST
 from mpdsgr_deploy.validation.statistics import Z95
 
-# 97.5 % quantiles of Student's t by degrees of freedom
+# 97.5 % quantiles of Student's t by degrees of freedom; beyond 9 the last is an upper bound
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 HELPS, MASKS, HURTS, OPEN = "helps", "masks", "hurts", "undecided"
 
@@ -40,7 +40,7 @@ def effect(results: list[Result], baseline: list[Result], condition: str) -> Eff
     seeds, images = gained.shape
     square = (Z95 * gained.mean(0).std(ddof=1)) ** 2 / images
     if seeds > 1:
-        square += (STUDENT[seeds - 1] * gained.mean(1).std(ddof=1)) ** 2 / seeds
+        square += (STUDENT.get(seeds - 1, STUDENT[9]) * gained.mean(1).std(ddof=1)) ** 2 / seeds
     mean, half = float(gained.mean()), float(square**0.5)
     return Effect(mean, mean - half, mean + half)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 
@@ -94,7 +95,7 @@ def drops(rows: Networks) -> str:
 
 
 def flips(rows: Networks) -> str:
-    """By eps, and by layer at the recipe's eps."""
+    """By eps."""
     sizes = [*by_size(next(iter(rows.values())), flipped("pgd"))]
     lines = []
     for row, networks in rows.items():
@@ -133,7 +134,7 @@ def draw(rows: Networks) -> bytes:
     """Drops by eps, flips by layer, and factors by layer."""
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     panels = figure.subplots(2, 3)
-    for (row, networks), colour in zip(rows.items(), COLOURS, strict=False):
+    for (row, networks), colour in zip(rows.items(), cycle(COLOURS), strict=False):
         for axes, kind in zip(panels[0], ("promised", "pgd", "noise"), strict=True):
             values = by_size(networks, drop(kind))
             axes.plot([*values], [*values.values()], "o-", color=colour, markersize=3, label=row)
