@@ -18,7 +18,7 @@ from torch import nn
 
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
-from mpdsgr_deploy.defences.base import Step
+from mpdsgr_deploy.defences.base import Step, Term
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.snn import LIF, SpikingLayer, TdBN, Trace
 from mpdsgr_deploy.snn.surrogate import triangle
@@ -252,22 +252,42 @@ def test_a_membrane_margin_pushes_each_neuron_to_its_own_side() -> None:
     assert current.grad.sign().flatten().tolist() == [0, 1, -1, 0]  # descent: 0.9 falls and 1.1 rises
 
 
-def test_a_salient_neuron_weighs_by_the_margins_gradient() -> None:
-    recipe = small_recipe(defence={"membrane-margin": {"salient": True}})
+def salient_step(name: str, clean: torch.Tensor, **settings: object) -> tuple[Step, Term, list[torch.Tensor]]:
+    """A step on X, attacked from `clean`, the term of a defence, and how much each current moves the margin."""
     torch.manual_seed(0)
-    model, (margin,) = build_defended(recipe, (1, 8, 8), 10)
-    step = step_of(model, margin, X, X)
-    term = margin.term(step)
-    top = step.logits.detach().clone()
-    top[torch.arange(len(X)), step.y] = -torch.inf
-    rival = top.argmax(1)
-    index = torch.arange(len(X))
-    (step.logits[index, step.y] - step.logits[index, rival]).sum().backward(
-        inputs=[current for current, _ in step.readings], retain_graph=True
-    )
-    weights = [current.grad.abs() for current, _ in step.readings]
+    model, defences = build_defended(small_recipe(defence={"at": {}, name: settings}), (1, 8, 8), 10)
+    step = step_of(model, defences[-1], X, clean)
+    term = defences[-1].term(step)
+    index, top = torch.arange(len(X)), step.logits.detach().clone()
+    top[index, step.y] = -torch.inf
+    currents = [reading[0] for reading in step.readings]
+    margin = (step.logits[index, step.y] - step.logits[index, top.argmax(1)]).sum()
+    margin.backward(inputs=currents, retain_graph=True)
+    return step, term, [current.grad.abs() for current in currents]
+
+
+def test_a_salient_neuron_weighs_by_the_margins_gradient() -> None:
+    step, term, weights = salient_step("membrane-margin", X, salient=True)
     means = [(w * x).sum() / w.sum() for w, (_, x) in zip(weights, step.readings, strict=True)]
     assert term.value.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-4)
+
+
+def test_a_salient_channel_weighs_by_the_margins_gradient_in_what_is_reached() -> None:
+    clean = (X + 0.1).clamp(0, 1)
+    step, term, weights = salient_step("salient-reach", clean)
+    met = [own for _, own in step.readings]
+    other: list[Trace] = []
+    step.forward(clean, other.append)
+    means = []
+    for own, trace, weight in zip(met, other, weights, strict=True):
+        moved = torch.stack([a - b.u for a, b in zip(own.potentials, trace.states, strict=True)]).detach()
+        width = moved.square().mean((1, 3, 4)).sqrt().numpy()
+        mu, sigma = (moment.detach().numpy() for moment in own.moments)
+        mass = normal.cdf((mu + width) / sigma) - normal.cdf((mu - width) / sigma)
+        means.append(np.average(mass, weights=weight.mean((1, 3, 4)).numpy()))
+    assert term.value.item() == pytest.approx(np.mean(means), rel=1e-3)
+    with pytest.raises(InputError, match=r"add \[defence.at\]"):
+        build_defended(small_recipe(defence={"salient-reach": {}}), (1, 8, 8), 10)
 
 
 def test_the_largest_gain_is_the_largest_singular_value() -> None:

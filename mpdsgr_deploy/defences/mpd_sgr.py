@@ -1,5 +1,6 @@
 """MPD-SGR (arXiv 2511.12199): loss + eta * Omega, the overlap of membrane potentials and surrogate window."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -114,15 +115,16 @@ class MPDSGR(Defence[Settings]):
         return None if moments is None else Met(trace.layer, moments, potentials(trace))
 
     def term(self, step: Step) -> Term:
-        values = step.readings if self.settings.window == "surrogate" else self.reached(step)
-        return Term("omega", self.eta, mean_of_layers(values))
+        if self.settings.window == "surrogate":
+            return Term("omega", self.eta, mean_of_layers(step.readings))
+        return Term("omega", self.eta, mean_of_layers([mass.mean() for mass in reached(step, step.readings)]))
 
-    def reached(self, step: Step) -> list[Tensor]:
-        """The overlap of each layer with the window that the attacked images reach from the clean ones."""
-        clean: dict[str, list[Tensor]] = {}
-        step.forward(step.clean, lambda trace: clean.update({trace.layer: potentials(trace)}))
-        met: list[Met] = step.readings
-        return [interval_mass(*own.moments, reach(own.potentials, clean[own.layer])).mean() for own in met]
+
+def reached(step: Step, met: Sequence[Met]) -> list[Tensor]:
+    """The overlap [T, C] of each layer with the window that the attacked images reach from the clean ones."""
+    clean: dict[str, list[Tensor]] = {}
+    step.forward(step.clean, lambda trace: clean.update({trace.layer: potentials(trace)}))
+    return [interval_mass(*own.moments, reach(own.potentials, clean[own.layer])) for own in met]
 
 
 def potentials(trace: Trace) -> list[Tensor]:

@@ -3,6 +3,7 @@
 A variant that wins moves into the package; the others stay here, so that their results can be measured again.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
+from mpdsgr_deploy.defences.mpd_sgr import Met, potentials, reached
 from mpdsgr_deploy.defences.sr import best_wrong
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
@@ -97,19 +99,59 @@ class MembraneMargin(Defence[MarginSettings]):
     """
 
     def read(self, trace: Trace) -> Any:
-        if trace.current is None:
-            raise InputError("membrane-margin reads currents, which the GPU's kernel does not write; train on a CPU")
         v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
         sigma = layer_moments(trace, ESTIMATORS["empirical"]).sigma.detach()
         shape = (*sigma.shape[:1], 1, sigma.shape[1], *[1] * (v.dim() - 3))
-        return trace.current, (1 - v.abs() / (self.settings.width * sigma.view(shape))).clamp(min=0)
+        return written(trace), (1 - v.abs() / (self.settings.width * sigma.view(shape))).clamp(min=0)
 
     def term(self, step: Step) -> Term:
         currents, inside = zip(*step.readings, strict=True)
         weights: list[Tensor] = [torch.ones_like(window) for window in inside]
         if self.settings.salient:
-            rival = best_wrong(step.logits, step.y)
-            margin = (step.logits.gather(1, step.y[:, None]) - step.logits.gather(1, rival[:, None])).sum()
-            weights = [g.abs().float() for g in torch.autograd.grad(margin, currents, retain_graph=True)]
-        means = [(w * x).sum() / w.sum().clamp(min=1e-12) for w, x in zip(weights, inside, strict=True)]
-        return Term("inside", self.settings.eta, torch.stack(means).mean())
+            weights = saliency(step, currents)
+        return Term("inside", self.settings.eta, weighted(inside, weights))
+
+
+class SalientSettings(Section):
+    """eta weighs the term."""
+
+    eta: NonNegative = 4.0
+
+
+@register("salient-reach", SalientSettings)
+class SalientReach(Defence[SalientSettings]):
+    """MPD-SGR's window `reach`, where steps and channels weigh by how much their currents move the margin: flips that
+    carry the class count, others hardly. The weights carry no gradient.
+    """
+
+    def check(self, recipe: Recipe) -> None:
+        if "at" not in recipe.defence:
+            raise InputError("salient-reach needs an attack that reaches; add [defence.at]")
+
+    def read(self, trace: Trace) -> Any:
+        return written(trace), Met(trace.layer, layer_moments(trace, ESTIMATORS["empirical"]), potentials(trace))
+
+    def term(self, step: Step) -> Term:
+        currents, met = zip(*step.readings, strict=True)
+        weights = [w.mean((1, *range(3, w.dim()))) for w in saliency(step, currents)]
+        return Term("salient_omega", self.settings.eta, weighted(reached(step, met), weights))
+
+
+def written(trace: Trace) -> Tensor:
+    """A layer's currents [T, B, C, ...]."""
+    if trace.current is None:
+        raise InputError("this variant reads currents, which the GPU's kernel does not write; train on a CPU")
+    return trace.current
+
+
+def saliency(step: Step, currents: Sequence[Tensor]) -> list[Tensor]:
+    """How much the margin's surrogate gradient moves with each current, as these are shaped, without a gradient."""
+    rival = best_wrong(step.logits, step.y)
+    margin = (step.logits.gather(1, step.y[:, None]) - step.logits.gather(1, rival[:, None])).sum()
+    return [g.abs().float() for g in torch.autograd.grad(margin, currents, retain_graph=True)]
+
+
+def weighted(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of the weighted mean of each."""
+    means = [(w * x).sum() / w.sum().clamp(min=1e-12) for w, x in zip(weights, values, strict=True)]
+    return torch.stack(means).mean()
