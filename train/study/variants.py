@@ -94,13 +94,13 @@ class MarginSettings(Section):
 class MembraneMargin(Defence[MarginSettings]):
     """eta * the weighted mean of max(0, 1 - |V| / (width sigma)): each neuron is pushed away to the side it is on.
 
-    sigma is that of the batch, per channel and step, and carries no gradient, so that no scale of the potentials
-    changes the term; and what is above the threshold is pushed up, so that it does not silence.
+    sigma is that of the batch, per channel and step, and carries its gradient: a scale of all potentials around the
+    threshold changes nothing. What is above the threshold is pushed up.
     """
 
     def read(self, trace: Trace) -> Any:
         v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
-        sigma = layer_moments(trace, ESTIMATORS["empirical"]).sigma.detach()
+        sigma = layer_moments(trace, ESTIMATORS["empirical"]).sigma
         shape = (*sigma.shape[:1], 1, sigma.shape[1], *[1] * (v.dim() - 3))
         return written(trace), (1 - v.abs() / (self.settings.width * sigma.view(shape))).clamp(min=0)
 
