@@ -319,6 +319,10 @@ def test_factors_of_a_layer_by_hand() -> None:
     assert first.surrogate == pytest.approx((1 - v.abs()).clamp(min=0).square().mean().sqrt().item(), rel=1e-5)
     assert first.leak == pytest.approx(1 + 0.5 + 0.25)
     assert first.firing_rate == pytest.approx((v >= 0).float().mean().item())
+    # its input is the image
+    assert first.density == pytest.approx(1 / images.unit().std(), rel=1e-5)
+    assert first.scale == pytest.approx(model.layers()[0].norm.weight.square().mean().sqrt().item())
+    assert first.scale * first.density * first.filter == pytest.approx(first.weights)
 
 
 def test_a_study_is_run_explained_and_shown(small: Path) -> None:

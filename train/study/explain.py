@@ -1,11 +1,19 @@
 """What makes a network robust or not: perturbations of growing size, and the factors of its surrogate gradient.
 
 A network meets random and adversarial steps of growing size; `sensitivity.py` says what is compared. And for each layer
-the factors whose product bounds the surrogate gradient (MPD-SGR, arXiv 2511.12199):
+the factors that MPD-SGR (arXiv 2511.12199) bounds the surrogate gradient with, measured so that their product is an
+estimate of it and no bound:
 
 leak        sum of tau^k over T steps: what a potential remembers of its currents, without resets
 weights     largest singular value of the map from the layer's input to its current, normalisation included
 surrogate   root mean square of the surrogate's derivative over images, neurons and steps
+
+The weights' factor is a product of three again, since a normalised layer gains what its input lacks:
+
+scale       root mean square of what tdBN multiplies a normalised current with; 1 without normalisation
+density     1 / the deviation of the layer's input over images, space and steps, root mean square over channels:
+            the sparser spikes are, the smaller their deviation and the more tdBN multiplies them with
+filter      the rest: the largest gain from an input to a current of deviation one
 """
 
 from typing import Any
@@ -13,12 +21,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from sensitivity import sensitivity
+from torch import Tensor
 
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import leak_sum
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import SpikingLayer, Trace
+from mpdsgr_deploy.snn import SpikingLayer, TdBN, Trace
 
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # times the recipe's eps
 ITERATIONS = 200  # of the power method
@@ -31,7 +40,14 @@ class Layer(BaseModel):
     leak: float
     weights: float
     surrogate: float
+    scale: float
+    density: float
     firing_rate: float
+
+    @property
+    def filter(self) -> float:
+        """What of the weights' factor is neither scale nor density."""
+        return self.weights / (self.scale * self.density)
 
 
 class Explained(BaseModel):
@@ -65,7 +81,7 @@ def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe) -> Expl
 
 def factors(model: SpikingNet, images: Images) -> list[Layer]:
     """Of every layer, in the order of the forward pass."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    inputs: dict[str, Tensor] = {}
     seen: dict[str, tuple[float, float, float]] = {}
 
     def observe(trace: Trace) -> None:
@@ -75,7 +91,7 @@ def factors(model: SpikingNet, images: Images) -> list[Layer]:
         seen[trace.layer] = (leak_sum(trace.neuron.tau, len(trace.states))[-1].item(), rms.item(), rate.item())
 
     def remember(layer: SpikingLayer) -> Any:
-        return layer.synapse.register_forward_pre_hook(lambda _, x: shapes.update({layer.name: x[0].shape[1:]}))
+        return layer.synapse.register_forward_pre_hook(lambda _, x: inputs.update({layer.name: x[0]}))
 
     hooks = [remember(layer) for layer in model.layers()]
     with torch.no_grad():
@@ -86,8 +102,17 @@ def factors(model: SpikingNet, images: Images) -> list[Layer]:
         Layer(
             layer=layer.name,
             leak=seen[layer.name][0],
-            weights=largest_gain(layer, shapes[layer.name]),
+            weights=largest_gain(layer, tuple(inputs[layer.name].shape[1:])),
             surrogate=seen[layer.name][1],
+            scale=layer.norm.scale.square().mean().sqrt().item() if isinstance(layer.norm, TdBN) else 1.0,
+            density=inputs[layer.name]
+            .transpose(0, 1)
+            .flatten(1)
+            .var(1, correction=0)
+            .mean()
+            .clamp(min=1e-12)
+            .rsqrt()
+            .item(),
             firing_rate=seen[layer.name][2],
         )
         for layer in model.layers()

@@ -1,6 +1,6 @@
 """Why a method helps or not: what perturbations of growing size promise and do, and what the gradient is made of.
 
-python train/study/why.py digits base at        networks that study.py has trained; writes WHY.md and its plot
+python train/study/why.py digits base at        networks of study.py, trained where they are not; WHY.md and its plot
 """
 
 import sys
@@ -13,7 +13,7 @@ sys.path.insert(0, str(STUDY.parent))
 
 import variants  # noqa: E402, F401
 from explain import Why, explain  # noqa: E402
-from measure import run_directory  # noqa: E402
+from measure import trained  # noqa: E402
 from reproduce import RESULTS  # noqa: E402
 from study_table import load_study  # noqa: E402
 
@@ -43,7 +43,7 @@ def main(study: str, rows: tuple[str, ...], runs: Path, root: str, images: int, 
         for seed in found.seeds:
             recipe = table.recipe(row, seed)
             log.info("%s, seed %d", row.title, seed)
-            _, model = load_network(run_directory(runs, name, row.title, recipe) / "last")
+            _, model = load_network(trained(name, row.title, recipe, runs=runs, root=root) / "last")
             networks.append(explain(row.title, model, load_test(recipe.data.at(root))[:images], recipe))
     rule = f"the first {images} test images of {recipe.data.name}"
     why = Why(images=rule, networks=networks, provenance=provenance())

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from explain import Explained, Layer, Why
 from matplotlib.axes import Axes
@@ -16,7 +16,10 @@ from tabular import markdown
 from mpdsgr_deploy.files import write_atomic
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#B2A300", "#7F3C8D")
+LINES = ("-", "--", ":", "-.")
 FACTORS = ("leak", "weights", "surrogate")
+KINDS = {"pgd": "strong PGD", "noise": "noise"}
+PARTS = ("scale", "density", "filter")  # of the weights
 Networks = dict[str, list[Explained]]  # row -> its networks, one a seed
 
 
@@ -84,12 +87,13 @@ def drops(rows: Networks) -> str:
     sizes = [*by_size(next(iter(rows.values())), drop("pgd"))]
     lines = []
     for row, networks in rows.items():
-        for kind in ("promised", "pgd", "noise"):
+        for kind, name in (("promised", "promised"), *KINDS.items()):
             values = by_size(networks, drop(kind))
-            lines.append([row, kind, *(f"{values[eps]:.2f}" for eps in sizes)])
+            lines.append([row, name, *(f"{values[eps]:.2f}" for eps in sizes)])
     note = (
-        "Drops of the margin, in margins of the clean image: `promised` by the surrogate gradient, `pgd` and `noise` "
-        "what follows. What lowers the promise alone masks; above 1 the image is lost on average."
+        "Drops of the margin, in margins of the clean image: `promised` by the surrogate gradient; what follows from "
+        "`strong PGD`, as many steps of eps / 4 as the study's strong attack has, and from `noise`. What lowers the "
+        "promise alone masks; above 1 the image is lost on average."
     )
     return markdown(["row", "drop", *(f"eps {eps:.3g}" for eps in sizes)], lines) + f"\n\n{note}"
 
@@ -99,9 +103,9 @@ def flips(rows: Networks) -> str:
     sizes = [*by_size(next(iter(rows.values())), flipped("pgd"))]
     lines = []
     for row, networks in rows.items():
-        for kind in ("pgd", "noise"):
+        for kind, name in KINDS.items():
             values = by_size(networks, flipped(kind))
-            lines.append([row, kind, *(f"{values[eps]:.4f}" for eps in sizes)])
+            lines.append([row, name, *(f"{values[eps]:.4f}" for eps in sizes)])
     note = "Share of spikes that differ from those of the clean image, mean over layers."
     return markdown(["row", "by", *(f"eps {eps:.3g}" for eps in sizes)], lines) + f"\n\n{note}"
 
@@ -112,57 +116,74 @@ def mean_of(networks: list[Explained], number: int, factor: str) -> float:
 
 
 def made_of(rows: Networks) -> str:
-    """The factors, multiplied over layers, as powers of two, and the first and last layer's."""
+    """The factors, multiplied over layers, as powers of two."""
     lines = []
     for row, networks in rows.items():
-        count = len(networks[0].layers)
-        totals = [sum(math.log2(mean_of(networks, n, factor)) for n in range(count)) for factor in FACTORS]
-        ends = [f"{mean_of(networks, 0, f):.2f} / {mean_of(networks, count - 1, f):.2f}" for f in FACTORS[1:]]
+        totals = {factor: total(networks, factor) for factor in (*FACTORS, *PARTS)}
+        product = sum(totals[factor] for factor in FACTORS)
+        powers = [*(totals[factor] for factor in FACTORS), product, *(totals[part] for part in PARTS)]
+        rates = [mean_of(networks, end, "firing_rate") for end in (0, -1)]
         margin = fmean(network.sizes[0]["margin"] for network in networks)
-        rates = [mean_of(networks, n, "firing_rate") for n in (0, count - 1)]
-        cells = [*(f"{total:+.1f}" for total in totals), f"{sum(totals):+.1f}", *ends]
-        lines.append([row, *cells, f"{rates[0]:.3f} / {rates[1]:.3f}", f"{margin:.2f}"])
+        lines.append([row, *(f"{power:+.1f}" for power in powers), f"{rates[0]:.3f} / {rates[1]:.3f}", f"{margin:.2f}"])
     note = (
-        "Powers of two, over all layers: +1 doubles the bound. Weights and surrogate also for the first / last layer. "
-        "A method whose surrogate factor falls while its weights' factor rises has moved the gradient, not removed it."
+        "Powers of two, over all layers: +1 doubles the estimate; `train/study/explain.py` says what each factor is. "
+        "Weights are scale, density and filter together: tdBN's scale, how much it multiplies sparse spikes with to "
+        "give them the deviation it wants, and the filters themselves. A method whose surrogate factor falls while "
+        "its weights' factor rises has moved the gradient, not removed it."
     )
-    columns = ["row", *FACTORS, "product", "weights", "surrogate", "firing rate, first / last", "margin"]
-    return markdown(columns, lines) + f"\n\n{note}"
+    columns = ["row", *FACTORS, "product", *(f"weights: {part}" for part in PARTS)]
+    return markdown([*columns, "firing rate, first / last layer", "margin"], lines) + f"\n\n{note}"
+
+
+def total(networks: list[Explained], factor: str) -> float:
+    """The binary logarithm of a factor's product over layers, each layer's a mean over seeds."""
+    return sum(math.log2(mean_of(networks, number, factor)) for number in range(len(networks[0].layers)))
 
 
 def draw(rows: Networks) -> bytes:
-    """Drops by eps, flips by layer, and factors by layer."""
+    """Drops by eps, flips by layer, and factors by layer: a colour a method, a line a setting."""
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     panels = figure.subplots(2, 3)
-    for (row, networks), colour in zip(rows.items(), cycle(COLOURS), strict=False):
+    for (row, networks), (colour, line) in zip(rows.items(), styles([*rows]), strict=True):
+        style: Any = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3}
         for axes, kind in zip(panels[0], ("promised", "pgd", "noise"), strict=True):
             values = by_size(networks, drop(kind))
-            axes.plot([*values], [*values.values()], "o-", color=colour, markersize=3, label=row)
-        draw_flips(panels[1][0], networks, colour)
+            axes.plot([*values], [*values.values()], label=row, **style)
+        draw_flips(panels[1][0], networks, style)
         for axes, factor in zip(panels[1][1:], ("weights", "surrogate"), strict=True):
             layers: list[Layer] = networks[0].layers
             values = [mean_of(networks, number, factor) for number in range(len(layers))]
-            axes.plot([layer.layer for layer in layers], values, "o-", color=colour, markersize=3)
-    titles = ("promised by the gradient", "real, under PGD", "real, under random noise")
+            axes.plot([layer.layer for layer in layers], values, **style)
+    titles = ("promised by the gradient", "real: strong PGD", "real: random noise")
     for axes, title in zip(panels[0], titles, strict=True):
-        axes.set(title=f"drop of the margin {title}", xlabel="eps", ylabel="margins")
+        axes.set(title=f"drop of the margin, {title}", xlabel="eps", ylabel="drop / clean margin")
+    for axes in panels[0][:2]:
+        axes.axhline(1, color="black", linewidth=0.6)  # above it the image is lost on average
     headings = (
-        "spikes flipped by PGD at the recipe's eps",
-        "largest gain of the weights",
+        "spikes flipped by strong PGD at the recipe's eps",
+        "largest gain of the layer, normalisation included",
         "surrogate's rms derivative",
     )
     for axes, title in zip(panels[1], headings, strict=True):
         axes.set(title=title, ylim=(0, None))
         axes.tick_params(axis="x", rotation=60, labelsize=8)
+    panels[1][0].set_ylabel("share of spikes")
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return png(figure)
 
 
-def draw_flips(axes: Axes, networks: list[Explained], colour: str) -> None:
+def styles(rows: list[str]) -> list[tuple[str, str]]:
+    """Colour and line of rows SETTING.METHOD; settings and methods in the order in which they come."""
+    named = [row.split(".", 1) for row in rows]
+    settings, methods = (list(dict.fromkeys(names)) for names in zip(*named, strict=True))
+    return [(COLOURS[methods.index(m) % len(COLOURS)], LINES[settings.index(s) % len(LINES)]) for s, m in named]
+
+
+def draw_flips(axes: Axes, networks: list[Explained], style: Any) -> None:
     """Share of each layer's spikes that PGD flips at the recipe's eps, which is the last size but one."""
     at = [network.sizes[-2]["flipped_pgd"] for network in networks if network.sizes[-2]["n"]]
     if at:
-        axes.plot([*at[0]], [fmean(found[layer] for found in at) for layer in at[0]], "o-", color=colour, markersize=3)
+        axes.plot([*at[0]], [fmean(found[layer] for found in at) for layer in at[0]], **style)
