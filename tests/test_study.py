@@ -157,7 +157,14 @@ def test_an_effect_counts_seeds_and_images_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("union", "paper", "expected"),
-    [(30, 0, "helps"), (-30, 30, "hurts"), (0, 30, "masks"), (0, 0, "undecided"), (0, -30, "undecided")],
+    [
+        (30, 0, "helps"),
+        (-30, 30, "hurts"),
+        (0, 30, "masks"),
+        (3, 5, "undecided"),  # more under PGD, and as much under every attack
+        (0, 0, "undecided"),
+        (0, -30, "undecided"),
+    ],
 )
 def test_verdicts(union: int, paper: int, expected: str) -> None:
     def network(seed: int, extra_union: int, extra_paper: int) -> SimpleNamespace:
@@ -165,8 +172,24 @@ def test_verdicts(union: int, paper: int, expected: str) -> None:
             seed, **{n: [1] * (50 + e) + [0] * (50 - e) for n, e in (("worst", extra_union), ("pgd", extra_paper))}
         )
 
-    ours = [network(seed, union, paper) for seed in range(3)]
-    assert effect.verdict(ours, [network(seed, 0, 0) for seed in range(3)]) == expected
+    ours, theirs = ([network(seed, *extra) for seed in range(3)] for extra in ((union, paper), (0, 0)))
+    assert effect.verdict(ours, theirs) == expected
+    assert effect.verdict(ours[:1], theirs[:1]) == "undecided"  # one seed says nothing of how seeds differ
+
+
+def test_where_nothing_is_left_nothing_is_decided() -> None:
+    ours, theirs = ([a_result(s, worst=[0] * 4, pgd=[right] * 4) for s in range(3)] for right in (1, 0))
+    assert effect.effect(ours, theirs, "worst") is None
+    assert effect.verdict(ours, theirs) == "undecided"
+
+
+def test_by_how_much_the_window_is_emptied_over_common_seeds() -> None:
+    def network(seed: int, *omegas: float) -> SimpleNamespace:
+        return SimpleNamespace(seed=seed, layers=[{"omega_empirical": omega} for omega in omegas])
+
+    ours = [network(0, 0.2, 0.4), network(1, 0.1, 0.1)]
+    theirs = [network(0, 0.5, 0.5), network(2, 0.9, 0.9)]
+    assert effect.emptied(ours, theirs) == pytest.approx(0.2)
 
 
 def step_of(model: nn.Module, defence: object, x: torch.Tensor, clean: torch.Tensor) -> Step:
@@ -355,7 +378,7 @@ def test_a_committed_study_is_what_its_files_give(path: Path) -> None:
     measured = tables.load_results(study.table(), path)
     assert sum(map(len, measured.values())) == len(list(path.glob("*-seed*.json"))) > 0
     assert (path / "README.md").read_text() == study_page.render(name, study, measured)
-    for picture in (study_page.EFFECTS, study_page.DROPS, study_page.FRONT):
+    for picture in (study_page.EFFECTS, study_page.DOSE, study_page.FRONT):
         assert (path / picture).read_bytes()[:4] == b"\x89PNG"
     if (path / "why.json").exists():
         why = explain.Why.model_validate_json((path / "why.json").read_bytes())
@@ -363,7 +386,13 @@ def test_a_committed_study_is_what_its_files_give(path: Path) -> None:
 
 
 def test_what_the_studies_show_quotes_their_pages() -> None:
-    pages = "".join(page.read_text() for page in reproduce.RESULTS.glob("study-*/*.md"))
-    figures = re.findall(r"(?<![\w:.])[-+]?\d+\.\d+(?![\w.])", (reproduce.RESULTS / "STUDY.md").read_text())
-    assert len(figures) > 40
-    assert [figure for figure in figures if figure not in pages] == []
+    """Whole: an effect with its interval, and any other number that the pages have as one."""
+    text, pages = (
+        "".join(page.read_text() for page in reproduce.RESULTS.glob(g)) for g in ("STUDY.md", "study-*/*.md")
+    )
+    number = r"(?<![\w:.])[-+]?\d+\.\d+(?![\w.])"
+    effects = r"[-+]\d+\.\d \[[-+]\d+\.\d, [-+]\d+\.\d\]"
+    text = re.sub(r"\s+", " ", text)
+    assert len(re.findall(effects, text)) > 10
+    assert set(re.findall(effects, text)) - set(re.findall(effects, pages)) == set()
+    assert set(re.findall(number, text)) - set(re.findall(number, pages)) == set()

@@ -123,15 +123,22 @@ class Difference(NamedTuple):
 
 def difference(results: list[Result], others: list[Result], condition: str) -> Difference:
     """`results` minus `others` under a condition; normal approximation over images, each averaged over its seeds."""
-    ours, theirs = ({r.seed: score(r, condition).verdicts(count(r)) for r in rows} for rows in (results, others))
-    common = sorted(ours.keys() & theirs.keys())
-    gained = np.array([ours[seed].astype(float) - theirs[seed] for seed in common])  # [seeds, n]
-    each = 100 * gained.mean(0)
+    gained, any_right = paired(results, others, condition)
+    each = gained.mean(0)
     half = Z95 * each.std(ddof=1) / len(each) ** 0.5
     mean = float(each.mean())
-    any_right = any(ours[seed].any() or theirs[seed].any() for seed in common)
-    interval = (mean - half, mean + half) if any_right else None
-    return Difference(mean, interval, [100 * float(row.mean()) for row in gained])
+    return Difference(mean, (mean - half, mean + half) if any_right else None, [float(row.mean()) for row in gained])
+
+
+def paired(results: list[Result], others: list[Result], condition: str) -> tuple[NDArray[np.float64], bool]:
+    """Points that `results` have more than `others` on each image with each seed both have, [seeds, n] in -100, 0, 100.
+
+    And whether either gets any image right: if not, they say nothing of the images not tried.
+    """
+    ours, theirs = ({r.seed: score(r, condition).verdicts(count(r)) for r in rows} for rows in (results, others))
+    common = sorted(ours.keys() & theirs.keys())
+    gained = 100 * np.array([ours[seed].astype(float) - theirs[seed] for seed in common])
+    return gained, any(ours[seed].any() or theirs[seed].any() for seed in common)
 
 
 def score(result: Result, condition: str) -> Score:
@@ -142,3 +149,8 @@ def score(result: Result, condition: str) -> Score:
 def count(result: Result) -> int:
     """How many images it was evaluated on."""
     return result.evaluation.rows[0].n
+
+
+def omega(results: list[Result]) -> float:
+    """Omega of the trained networks in [0, 1], of the potentials' own moments; mean over layers and seeds."""
+    return fmean(fmean(layer["omega_empirical"] for layer in result.layers) for result in results)

@@ -6,7 +6,7 @@ from statistics import fmean
 import deployed_page
 import eta_page
 import plots
-from measured import SHOWN, STRONG, Measured, cell, figures, grown, load_results
+from measured import SHOWN, STRONG, Measured, cell, figures, grown, load_results, omega
 from result import Result
 from table import Table
 from tabular import markdown
@@ -167,12 +167,11 @@ def behaviour(measured: Measured) -> str:
         def mean(values: list[float]) -> str:
             return f"{fmean(values):.2f}" if values else "-"
 
-        omega = fmean(fmean(layer["omega_empirical"] for layer in own) for own in layers)
         firing = [fmean(own[end]["firing_rate"] for own in layers) for end in (0, -1)]
         drops = [mean([f[kind] / f["margin"] for f in found]) for kind in ("promised", "noise", "pgd")]
         flipped = [list(f["flipped_pgd"].values()) for f in found]
         flips = " / ".join(f"{fmean(own[end] for own in flipped):.3f}" for end in (0, -1)) if flipped else "-"
-        cells = [f"{omega:.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}", mean([f["margin"] for f in found])]
+        cells = [f"{omega(results):.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}", mean([f["margin"] for f in found])]
         rows.append([title, *cells, *drops, flips])
     columns = ["row", "Omega", "firing rate, first / last layer", "margin", "promised / margin", "noise / margin"]
     note = (

@@ -164,7 +164,9 @@ def reproduce(todo: list[Run], jobs: int) -> list[tuple[Run, MpdsgrError]]:
     senders = {str(run.sender): run.sender for run in todo if run.sender is not None}
     failures = work([*senders.values()], jobs, prepare)
     failed = {str(run) for run, _ in failures}
-    return failures + work([run for run in todo if str(run.sender) not in failed], jobs, attempt)
+    left_out = [run for run in todo if str(run.sender) in failed]
+    failures += [(run, InputError(f"not measured, since {run.sender} failed")) for run in left_out]
+    return failures + work([run for run in todo if run not in left_out], jobs, attempt)
 
 
 def work(todo: list[Run], jobs: int, task: Task) -> list[tuple[Run, MpdsgrError]]:

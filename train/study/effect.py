@@ -1,10 +1,9 @@
 """What a method changes against its baseline in one setting: points of accuracy, with an interval, and a verdict."""
 
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from measured import count, score
+from measured import omega, paired
 from result import Result
 
 from mpdsgr_deploy.attacks.suite import PGD, WORST
@@ -29,14 +28,28 @@ class Effect(NamedTuple):
 def effect(results: list[Result], baseline: list[Result], condition: str) -> Effect | None:
     """`results` minus `baseline`, paired by seed and image; None without a seed in common or the condition.
 
-    The half-width is the root of two squares: Student's t times the standard error over seeds, and 1.96 times that over
-    images, each averaged over its seeds. With one seed it is that of the images alone.
+    None too where neither gets an image right. The half-width is the root of two squares: Student's t times the
+    standard error over seeds, and 1.96 times that over images, each averaged over its seeds. With one seed it is that
+    of the images alone.
     """
-    ours, theirs = ({r.seed: right(r, condition) for r in rows} for rows in (results, baseline))
-    common = sorted(ours.keys() & theirs.keys())
-    if not common or any(found[seed] is None for found in (ours, theirs) for seed in common):
+    if not common_seeds(results, baseline) or not all(has(result, condition) for result in (*results, *baseline)):
         return None
-    gained = 100 * np.array([ours[seed] - theirs[seed] for seed in common])  # [seeds, n]
+    gained, any_right = paired(results, baseline, condition)
+    return estimated(gained) if any_right else None
+
+
+def common_seeds(results: list[Result], baseline: list[Result]) -> list[int]:
+    """That both were measured with."""
+    return sorted({result.seed for result in results} & {result.seed for result in baseline})
+
+
+def has(result: Result, condition: str) -> bool:
+    """Whether it was measured under a condition."""
+    return any(row.name == condition for row in result.evaluation.rows)
+
+
+def estimated(gained: np.ndarray) -> Effect:
+    """Mean and interval of points gained [seeds, n]."""
     seeds, images = gained.shape
     square = (Z95 * gained.mean(0).std(ddof=1)) ** 2 / images
     if seeds > 1:
@@ -45,31 +58,26 @@ def effect(results: list[Result], baseline: list[Result], condition: str) -> Eff
     return Effect(mean, mean - half, mean + half)
 
 
-def right(result: Result, condition: str) -> np.ndarray | None:
-    """1.0 for each image that is classified right under a condition, else 0.0; None if it was not measured."""
-    if condition not in {row.name for row in result.evaluation.rows}:
-        return None
-    return score(result, condition).verdicts(count(result)).astype(float)
-
-
 def verdict(results: list[Result], baseline: list[Result]) -> str:
     """What the intervals say.
 
-    helps: more images survive every attack. hurts: fewer do. masks: no more do, and more survive PGD in the paper's
-    setting. undecided: none of these.
+    helps: more images survive every attack. hurts: fewer do. masks: neither, more survive PGD in the paper's setting,
+    and what is gained there is not gained under every attack. undecided: none of these, or a single seed, which says
+    nothing of how seeds differ.
     """
     union, paper = (effect(results, baseline, condition) for condition in (WORST, PGD))
-    if union is None or paper is None:
+    if union is None or paper is None or len(common_seeds(results, baseline)) < 2:
         return OPEN
     if union.low > 0:
         return HELPS
     if union.high < 0:
         return HURTS
-    return MASKS if paper.low > 0 >= union.mean else OPEN
+    lost = estimated(paired(results, baseline, PGD)[0] - paired(results, baseline, WORST)[0])
+    return MASKS if paper.low > 0 and lost.low > 0 else OPEN
 
 
-def drops(results: list[Result]) -> dict[str, float]:
-    """Mean over seeds of what a perturbation promises and does to the margin, in margins; see `sensitivity`."""
-    found = [result.sensitivity for result in results if result.sensitivity["n"]]
-    kinds = ("promised", "noise", "pgd")
-    return {kind: fmean(f[kind] / f["margin"] for f in found) for kind in kinds} if found else {}
+def emptied(results: list[Result], baseline: list[Result]) -> float:
+    """By how much Omega is lower than the baseline's, over the seeds both have."""
+    common = common_seeds(results, baseline)
+    ours, theirs = ([result for result in rows if result.seed in common] for rows in (results, baseline))
+    return omega(theirs) - omega(ours)
