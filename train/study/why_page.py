@@ -20,6 +20,13 @@ LINES = ("-", "--", ":", "-.")
 FACTORS = ("leak", "weights", "surrogate")
 KINDS = {"pgd": "strong PGD", "noise": "noise"}
 PARTS = ("scale", "density", "filter")  # of the weights
+DROPS = {"promised": "promised by the gradient", "pgd": "real: strong PGD", "noise": "real: random noise"}
+DRAWN = {
+    "surrogate": "surrogate's rms derivative",
+    "weights": "weights: largest gain of the layer",
+    "density": "of it, density: sparser spikes",
+    "filter": "of it, the filters",
+}
 Networks = dict[str, list[Explained]]  # row -> its networks, one a seed
 
 
@@ -141,33 +148,29 @@ def total(networks: list[Explained], factor: str) -> float:
 
 
 def draw(rows: Networks) -> bytes:
-    """Drops by eps, flips by layer, and factors by layer: a colour a method, a line a setting."""
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplots(2, 3)
+    """Drops by eps and flips by layer; below, the factors by layer. A colour a method, a line a setting."""
+    figure = Figure(figsize=(16, 7.5), layout="constrained")
+    panels = figure.subplots(2, 4)
     for (row, networks), (colour, line) in zip(rows.items(), styles([*rows]), strict=True):
         style: Any = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3}
-        for axes, kind in zip(panels[0], ("promised", "pgd", "noise"), strict=True):
+        for axes, kind in zip(panels[0], DROPS, strict=False):
             values = by_size(networks, drop(kind))
             axes.plot([*values], [*values.values()], label=row, **style)
-        draw_flips(panels[1][0], networks, style)
-        for axes, factor in zip(panels[1][1:], ("weights", "surrogate"), strict=True):
-            layers: list[Layer] = networks[0].layers
+        draw_flips(panels[0][3], networks, style)
+        layers: list[Layer] = networks[0].layers
+        for axes, factor in zip(panels[1], DRAWN, strict=True):
             values = [mean_of(networks, number, factor) for number in range(len(layers))]
             axes.plot([layer.layer for layer in layers], values, **style)
-    titles = ("promised by the gradient", "real: strong PGD", "real: random noise")
-    for axes, title in zip(panels[0], titles, strict=True):
-        axes.set(title=f"drop of the margin, {title}", xlabel="eps", ylabel="drop / clean margin")
+    for axes, title in zip(panels[0], DROPS.values(), strict=False):
+        axes.set(title=title, xlabel="eps", ylabel="drop of the margin / clean margin")
     for axes in panels[0][:2]:
         axes.axhline(1, color="black", linewidth=0.6)  # above it the image is lost on average
-    headings = (
-        "spikes flipped by strong PGD at the recipe's eps",
-        "largest gain of the layer, normalisation included",
-        "surrogate's rms derivative",
-    )
-    for axes, title in zip(panels[1], headings, strict=True):
-        axes.set(title=title, ylim=(0, None))
+    panels[0][3].set(title="flipped by strong PGD at eps", ylabel="share of spikes")
+    for axes, title in zip(panels[1], DRAWN.values(), strict=True):
+        axes.set(title=title)
+    for axes in (panels[0][3], *panels[1]):
+        axes.set_ylim(0, None)
         axes.tick_params(axis="x", rotation=60, labelsize=8)
-    panels[1][0].set_ylabel("share of spikes")
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
