@@ -225,6 +225,15 @@ def test_one_failed_run_does_not_stop_the_others(small: Path) -> None:
     assert "Not measured: too-large." in text
 
 
+def test_a_run_that_another_keeps_from_being_measured_is_said(small: Path) -> None:
+    large = 'recipe = "digits-reg"\nname = "too-large"\nset = ["training.batch_size=5000"]'
+    attacked = 'name = "empirical"\ntransfer = "too-large"'
+    small.write_text(SMALL.replace('recipe = "digits-reg"', large).replace('name = "empirical"', attacked))
+    done = CliRunner().invoke(reproduce.main, arguments(small, "empirical", "--seeds", "0"))
+    assert done.exit_code == 2
+    assert "error: empirical, seed 0: not measured, since too-large, seed 1 failed" in done.output
+
+
 def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:
     best = find_checkpoint(run_dir)
     checkpoint = load_checkpoint(best)
