@@ -161,7 +161,8 @@ def test_an_effect_counts_seeds_and_images_by_hand() -> None:
         (30, 0, "helps"),
         (-30, 30, "hurts"),
         (0, 30, "masks"),
-        (3, 5, "undecided"),  # more under PGD, and as much under every attack
+        (1, 30, "undecided"),  # more under every attack too, as far as can be told
+        (0, 3, "undecided"),  # more under PGD by chance
         (0, 0, "undecided"),
         (0, -30, "undecided"),
     ],
