@@ -106,11 +106,12 @@ def effects(study: Study, measured: Measured) -> str:
         f"Points of accuracy more than the baseline `{study.methods[0].name}` of the same setting (of the first one "
         "where it has none), paired by seed and image: mean, [95 % interval for the choice of seeds and of images; of "
         "images alone where there is one seed]. `helps` and `hurts`: the interval under all attacks together (`union`) "
-        "excludes zero; `masks`: it does not, its mean is not above zero, and PGD in the paper's setting gains what the "
-        "union does not; with one seed nothing is decided. Single intervals: of forty, one or two exclude zero by chance. `*`: a health check "
-        f"failed, see below. `emptier`: by how much Omega is lower. The attacks are the gate's tier `{study.tier}`; "
-        "`strong`: any iterate of the strong PGD; `transfer`: images that fool the baseline's network of the study's "
-        "next seed (of the first, after the last). `-`: not measured, or no image left in either."
+        "excludes zero; `masks`: it does not, its mean is not above zero, and PGD in the paper's setting gains what "
+        "the union does not; with one seed nothing is decided. Single intervals: of forty, one or two exclude zero by "
+        "chance. `*`: a health check failed, see below. `emptier`: by how much Omega is lower. The attacks are the "
+        f"gate's tier `{study.tier}`; `strong`: any iterate of the strong PGD; `transfer`: images that fool the "
+        "baseline's network of the study's next seed (of the first, after the last). `-`: not measured, or no image "
+        "left in either."
     )
     columns = ["factor", "setting", "method", "seeds", "emptier", "verdict", *CONDITIONS]
     return markdown(columns, rows) + f"\n\n{note}"
