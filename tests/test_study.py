@@ -184,6 +184,17 @@ def test_where_nothing_is_left_nothing_is_decided() -> None:
     assert effect.verdict(ours, theirs) == "undecided"
 
 
+def test_settings_that_share_images_are_pooled_by_image() -> None:
+    """Twice the same images in a second setting: no narrower an interval."""
+    ours = [a_result(0, pgd=[1, 1, 1, 0]), a_result(1, pgd=[1, 1, 0, 0]), a_result(5, pgd=[1, 1, 1, 1])]
+    theirs = [a_result(0, pgd=[0, 0, 1, 0]), a_result(1, pgd=[1, 0, 0, 0])]
+    one = effect.effect(ours[:2], theirs, "pgd")
+    assert effect.pooled([(ours, theirs), (ours[:2], theirs)], "pgd") == pytest.approx(one)
+    nothing = (theirs, theirs)
+    assert effect.pooled([(ours, theirs), nothing], "pgd") == pytest.approx([value / 2 for value in one])
+    assert effect.pooled([(ours[:1], theirs), (ours[1:], theirs)], "pgd") is None
+
+
 def test_by_how_much_the_window_is_emptied_over_common_seeds() -> None:
     def network(seed: int, *omegas: float) -> SimpleNamespace:
         return SimpleNamespace(seed=seed, layers=[{"omega_empirical": omega} for omega in omegas])

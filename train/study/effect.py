@@ -38,6 +38,15 @@ def effect(results: list[Result], baseline: list[Result], condition: str) -> Eff
     return estimated(gained) if any_right else None
 
 
+def pooled(compared: list[tuple[list[Result], list[Result]]], condition: str) -> Effect | None:
+    """The mean effect of several pairs of results and baseline, over the seeds that all have; None without any."""
+    seeds = set.intersection(*(set(common_seeds(*two)) for two in compared))
+    if not seeds:
+        return None
+    few = [[[result for result in rows if result.seed in seeds] for rows in two] for two in compared]
+    return estimated(np.mean([paired(results, baseline, condition)[0] for results, baseline in few], axis=0))
+
+
 def common_seeds(results: list[Result], baseline: list[Result]) -> list[int]:
     """That both were measured with."""
     return sorted({result.seed for result in results} & {result.seed for result in baseline})

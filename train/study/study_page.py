@@ -3,16 +3,17 @@
 from pathlib import Path
 from statistics import correlation
 
-from effect import HELPS, HURTS, MASKS, OPEN, Effect, common_seeds, effect, emptied, verdict
+from effect import HELPS, HURTS, MASKS, OPEN, Effect, common_seeds, effect, emptied, pooled, verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measured import Measured, cell, load_results
+from measured import Measured, cell, load_results, paired
 from page import behaviour, seeds, sources, unhealthy
 from plots import png
 from result import Result
 from study_table import Method, Setting, Study
 from tabular import markdown
 
+from mpdsgr_deploy.attacks.suite import WORST
 from mpdsgr_deploy.files import write_atomic
 
 PAGE, EFFECTS, DOSE, FRONT = "README.md", "effects.png", "dose.png", "front.png"
@@ -24,7 +25,7 @@ CONDITIONS = {
     "transfer": "transfer",
     "Square": "square",
     "strong": "pgd-strong",
-    "union": "worst",
+    "union": WORST,
 }
 DRAWN = ("PGD", "union")
 FEW = 12  # rows that a plot can name one by one
@@ -123,18 +124,20 @@ def healthy(result: Result) -> bool:
 
 
 def together(study: Study, measured: Measured) -> str:
-    """How often a method of several settings ends above and below its baseline under all attacks."""
-    signs: dict[str, list[float]] = {}
+    """What a method of several settings does under all attacks on average, and in how many which way."""
+    methods: dict[str, list[tuple[list[Result], list[Result]]]] = {}
     for _, method, results, baseline in pairs(study, measured):
-        if (found := effect(results, baseline, CONDITIONS["union"])) is not None:
-            signs.setdefault(method.name, []).append(found.mean)
-    lines = [
-        f"`{name}` lower in {sum(mean < 0 for mean in means)} and higher in {sum(mean > 0 for mean in means)} of "
-        f"{len(means)} settings"
-        for name, means in signs.items()
-        if len(means) > 1
-    ]
-    return f"Under all attacks together: {'; '.join(lines)}; they share seeds and images." if lines else ""
+        if effect(results, baseline, WORST) is not None:
+            methods.setdefault(method.name, []).append((results, baseline))
+    lines = []
+    for name, compared in methods.items():
+        means = [paired(*two, WORST)[0].mean() for two in compared]
+        average = pooled(compared, WORST)
+        if len(means) > 1 and average is not None:
+            ways = f"lower in {sum(mean < 0 for mean in means)} and higher in {sum(mean > 0 for mean in means)}"
+            lines.append(f"`{name}` {average} ({ways} of {len(means)} settings)")
+    note = "the settings share seeds and images, which are what the intervals count."
+    return f"Mean over settings under all attacks: {'; '.join(lines)}; {note}" if lines else ""
 
 
 def dose(study: Study, measured: Measured) -> str:
