@@ -27,7 +27,7 @@ CONDITIONS = {
     "strong": "pgd-strong",
     "union": WORST,
 }
-DRAWN = ("PGD", "union")
+DRAWN = ("PGD", "Square", "union")
 FEW = 12  # rows that a plot can name one by one
 BASELINE = "#000000"
 COLOURS = {HELPS: "#009E73", MASKS: "#E69F00", HURTS: "#D55E00", OPEN: "#999999"}
@@ -176,9 +176,9 @@ def accuracies(measured: Measured) -> str:
 
 
 def draw_effects(study: Study, measured: Measured) -> bytes:
-    """Differences with intervals, in the paper's setting and under all attacks."""
+    """Differences with intervals: by gradients as the paper attacks, without gradients, and under all attacks."""
     found = pairs(study, measured)
-    figure = Figure(figsize=(10, 1.2 + 0.24 * len(found)), layout="constrained")
+    figure = Figure(figsize=(13, 1.2 + 0.24 * len(found)), layout="constrained")
     panels = figure.subplots(1, len(DRAWN), sharex=True, sharey=True)
     for axes, heading in zip(panels, DRAWN, strict=True):
         for position, (_, _, results, baseline) in enumerate(found):
