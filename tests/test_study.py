@@ -110,6 +110,9 @@ def test_every_study_has_recipes_that_can_be_trained(name: str) -> None:
     recipes = [table.recipe(row, seed) for row in table.rows for seed in table.seeds]
     assert len({recipe.model_dump_json() for recipe in recipes}) > len(table.seeds)
     assert len(table.seeds) >= 3
+    images = {"digits": 1300, "cifar10": 50_000}  # before the validation split
+    for recipe in recipes:
+        assert (recipe.data.train_images or 0) <= (1 - recipe.data.validation_share) * images[recipe.data.name]
 
 
 def test_what_cannot_be_compared_is_refused(small: Path, tmp_path: Path) -> None:
