@@ -6,7 +6,7 @@ from statistics import correlation
 from effect import HELPS, HURTS, MASKS, OPEN, Effect, common_seeds, effect, emptied, pooled, verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measured import Measured, cell, load_results, paired
+from measured import Measured, cell, load_results
 from page import behaviour, seeds, sources, unhealthy
 from plots import png
 from result import Result
@@ -29,6 +29,7 @@ CONDITIONS = {
 }
 DRAWN = ("PGD", "Square", "union")
 FEW = 12  # rows that a plot can name one by one
+ENOUGH = 12  # pairs that a correlation says something of
 BASELINE = "#000000"
 COLOURS = {HELPS: "#009E73", MASKS: "#E69F00", HURTS: "#D55E00", OPEN: "#999999"}
 
@@ -126,13 +127,14 @@ def healthy(result: Result) -> bool:
 def together(study: Study, measured: Measured) -> str:
     """What a method of several settings does under all attacks on average, and in how many which way."""
     methods: dict[str, list[tuple[list[Result], list[Result]]]] = {}
+    signs: dict[str, list[float]] = {}
     for _, method, results, baseline in pairs(study, measured):
-        if effect(results, baseline, WORST) is not None:
+        if (found := effect(results, baseline, WORST)) is not None:
             methods.setdefault(method.name, []).append((results, baseline))
+            signs.setdefault(method.name, []).append(found.mean)
     lines = []
     for name, compared in methods.items():
-        means = [paired(*two, WORST)[0].mean() for two in compared]
-        average = pooled(compared, WORST)
+        means, average = signs[name], pooled(compared, WORST)
         if len(means) > 1 and average is not None:
             ways = f"lower in {sum(mean < 0 for mean in means)} and higher in {sum(mean > 0 for mean in means)}"
             lines.append(f"`{name}` {average} ({ways} of {len(means)} settings)")
@@ -147,7 +149,7 @@ def dose(study: Study, measured: Measured) -> str:
         for _, _, results, baseline in pairs(study, measured)
         if (union := effect(results, baseline, CONDITIONS["union"])) is not None
     ]
-    if len(found) < FEW:
+    if len(found) < ENOUGH:
         return ""
     return f"Correlation of the two over {len(found)} pairs: {correlation(*zip(*found, strict=True)):+.2f}."
 
