@@ -37,7 +37,7 @@ def slow(bundle, precision, noise):
             return predictor(x)
         yield answer
 
-BACKENDS["slow"] = slow
+BACKENDS.add("slow", slow)
 if __name__ == "__main__":
     from mpdsgr_deploy.cli import main
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored

@@ -264,7 +264,7 @@ def test_the_doctor_says_of_every_backend_whether_it_works(bundle: Bundle, monke
     def half_installed(bundle: Bundle, precision: str, noise: NoiseSource) -> None:
         raise RuntimeError("libsomething.so is missing\nand so on")
 
-    monkeypatch.setitem(BACKENDS, "broken", half_installed)
+    monkeypatch.setitem(BACKENDS.loaded, "broken", half_installed)
     assert state(bundle, "broken", "fp32") == "no: RuntimeError: libsomething.so is missing and so on"
 
 

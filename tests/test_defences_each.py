@@ -114,7 +114,7 @@ def test_two_defences_that_change_the_neurons_are_refused(pair: tuple[str, str])
 
 def test_another_defence_takes_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that its file would hold: settings, a class, a decorator. This one draws the logits to zero."""
-    monkeypatch.setattr(base, "DEFENCES", dict(DEFENCES))  # a copy, which goes with the test
+    monkeypatch.setattr(DEFENCES, "loaded", dict(DEFENCES.loaded))  # a copy, which goes with the test
 
     class Settings(Section):
         weight: Positive = 0.1

@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_and_writes_every_row_once_in_any_format(
         process.wait()
         assert not out.exists()
     left = place.read_bytes()
-    monkeypatch.setitem(BACKENDS, "slow", BACKENDS["onnxruntime-cpu"])
+    monkeypatch.setitem(BACKENDS.loaded, "slow", BACKENDS["onnxruntime-cpu"])
     for suffix in FORMATS:
         out = tmp_path / f"out{suffix}"
         place = out.with_name(f"{out.name}.partial")

@@ -1,4 +1,4 @@
-"""The data sets. A loader is `load(config, train) -> Images`; add one by adding it to DATASETS."""
+"""The data sets. A loader is `load(config, train) -> Images`; see DATASETS."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,9 @@ from mpdsgr_deploy.data.files import IMAGE_SUFFIXES, files_below, read_image, re
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.data.tiny_imagenet import tiny_imagenet
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.lookup import choose, need
+from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import Data
+from mpdsgr_deploy.registry import Registry
 
 SPLIT_SEED = 0  # splits and subsets are the same for every training seed, so that runs can be compared
 
@@ -78,7 +79,8 @@ def n_mnist(config: Data, train: bool) -> Images:
     return read_labelled(files, read_frames, shape=shape, labels=labels, name=config.name)
 
 
-DATASETS: dict[str, Callable[[Data, bool], Images]] = {
+Loader = Callable[[Data, bool], Images]  # (config, whether to load the training images)
+BUILT_IN: dict[str, Loader] = {
     "digits": digits,
     "cifar10": torchvision_set("CIFAR10"),
     "cifar100": torchvision_set("CIFAR100"),
@@ -88,16 +90,17 @@ DATASETS: dict[str, Callable[[Data, bool], Images]] = {
     "tiny-imagenet": tiny_imagenet,
     "n-mnist": n_mnist,
 }
+DATASETS = Registry("data set", "mpdsgr_deploy.datasets", BUILT_IN)
 
 
 def load_test(config: Data) -> Images:
     """The test images, never seen in training or model selection. Raises InputError where they are missing."""
-    return choose("data set", DATASETS, config.name)(config, False)
+    return DATASETS.choose(config.name)(config, False)
 
 
 def load_training(config: Data) -> tuple[Images, Images]:
     """Training images and the validation images held out of them. Raises InputError where they are missing."""
-    images = choose("data set", DATASETS, config.name)(config, True)
+    images = DATASETS.choose(config.name)(config, True)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     held_out = round(config.validation_share * len(images))
     rest = order[held_out:]

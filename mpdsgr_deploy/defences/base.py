@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.registry import Expected, Registry
 from mpdsgr_deploy.schema import Section, parse
 from mpdsgr_deploy.snn import LIF, Observer, SpikingLayer, Trace
 
@@ -92,7 +92,14 @@ class Defence(Generic[S]):
 
 
 AnyDefence = Defence[Any]
-DEFENCES: dict[str, type[AnyDefence]] = {}
+DEFENCES: Registry[type[AnyDefence]] = Registry(
+    "defence",
+    "mpdsgr_deploy.defences",
+    expected=Expected(
+        "a class derived from Defence that has a Settings class",
+        lambda entry: isinstance(entry, type) and issubclass(entry, Defence) and hasattr(entry, "Settings"),
+    ),
+)
 D = TypeVar("D", bound=type[AnyDefence])
 
 
@@ -101,7 +108,7 @@ def register(name: str, settings: type[Section]) -> Callable[[D], D]:
 
     def add(defence: D) -> D:
         defence.Settings = settings
-        DEFENCES[name] = defence
+        DEFENCES.add(name, defence)
         return defence
 
     return add
@@ -110,7 +117,7 @@ def register(name: str, settings: type[Section]) -> Callable[[D], D]:
 def make_defences(recipe: Recipe) -> list[AnyDefence]:
     """The defences a recipe switches on. Raises InputError for an unknown one, a wrong setting or combination."""
     defences = []
-    kinds = {name: choose("defence", DEFENCES, name) for name in recipe.defence}
+    kinds = {name: DEFENCES.choose(name) for name in recipe.defence}
     for name, values in recipe.defence.items():
         kind = kinds[name]
         defence = kind(parse(kind.Settings, values, f"[defence.{name}]"))

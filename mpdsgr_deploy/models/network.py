@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.registry import Registry
 from mpdsgr_deploy.snn import LIF, SURROGATES, Encoding, Noise, Observer, SpikingLayer, TdBN, fold_time
 from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing
 from mpdsgr_deploy.snn.noise import in_turn
@@ -88,17 +89,8 @@ class SpikingNet(nn.Module):
 
 
 Builder = Callable[[Recipe, Shape, int], SpikingNet]
-MODELS: dict[str, Builder] = {}
-
-
-def register(name: str) -> Callable[[Builder], Builder]:
-    """Decorator: make `builder(recipe, image shape, number of classes)` available to recipes under `name`."""
-
-    def add(builder: Builder) -> Builder:
-        MODELS[name] = builder
-        return builder
-
-    return add
+MODELS: Registry[Builder] = Registry("model", "mpdsgr_deploy.models")
+register = MODELS.register  # `builder(recipe, image shape, number of classes)` becomes available to recipes by name
 
 
 def build_model(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
@@ -106,7 +98,7 @@ def build_model(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
 
     Raises InputError for an unknown model, surrogate or encoding, or an image size the model cannot take.
     """
-    return choose("model", MODELS, recipe.model.name)(recipe, shape, classes)
+    return MODELS.choose(recipe.model.name)(recipe, shape, classes)
 
 
 def scaled(channels: int, recipe: Recipe) -> int:

@@ -6,10 +6,11 @@ from functools import partial
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.lookup import choose, need
+from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.registry import Registry
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
@@ -45,7 +46,8 @@ def _torch(bundle: Bundle, precision: str, noise: NoiseSource, *, compiled: bool
     return model.compiled() if compiled else model
 
 
-BACKENDS: dict[str, Callable[[Bundle, str, NoiseSource], AbstractContextManager[Predictor]]] = {
+Opener = Callable[[Bundle, str, NoiseSource], AbstractContextManager[Predictor]]
+BUILT_IN: dict[str, Opener] = {
     "onnxruntime-cpu": _onnxruntime_cpu,
     "onnxruntime-cuda": partial(_onnxruntime_gpu, provider=CUDA),
     "onnxruntime-tensorrt": partial(_onnxruntime_gpu, provider=TENSORRT),
@@ -55,6 +57,7 @@ BACKENDS: dict[str, Callable[[Bundle, str, NoiseSource], AbstractContextManager[
     "torch": partial(_torch, compiled=False),
     "torch-compile": partial(_torch, compiled=True),
 }
+BACKENDS = Registry("backend", "mpdsgr_deploy.backends", BUILT_IN)
 DEFAULT_BACKEND = "onnxruntime-cpu"
 
 
@@ -70,7 +73,7 @@ def open_predictor(
     """
     bundle.variant(precision)
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
-    with choose("backend", BACKENDS, backend)(bundle, precision, noise) as predictor:
+    with BACKENDS.choose(backend)(bundle, precision, noise) as predictor:
         check_golden(bundle, backend, precision, predictor)
         if seed is not None:
             noise.reseed(seed)  # only now: the golden logits are those of the recipe's seed

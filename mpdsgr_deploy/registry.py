@@ -1,0 +1,116 @@
+"""Named choices of one kind (surrogates, models, defences, attacks, data sets, backends), open to other packages.
+
+A built-in registers itself by name. Another installed package adds its own without a change here, through an entry
+point of the kind's group, whose name is the choice's name and whose object is what a built-in would register:
+
+    [project.entry-points."mpdsgr_deploy.models"]
+    my-net = "my_package.nets:build"
+
+Listing names reads the metadata of installed packages only; a plug-in is imported when its name is looked up.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
+
+from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.lookup import choose
+
+T = TypeVar("T")
+
+
+class Expected(NamedTuple):
+    """What the entries of a registry must be: a test of an entry, and the same in words for an error message."""
+
+    description: str
+    accepts: Callable[[object], bool]
+
+
+CALLABLE = Expected("a callable", callable)
+
+
+class Registry(Mapping[str, T]):
+    """Entries by name: built-ins in the order they were registered, then those of other packages by name.
+
+    kind: what error messages call an entry, such as "data set". group: of the entry points of other packages.
+    """
+
+    def __init__(
+        self, kind: str, group: str, built_in: Mapping[str, T] = MappingProxyType({}), *, expected: Expected = CALLABLE
+    ) -> None:
+        self.kind, self.group, self.expected = kind, group, expected
+        self.loaded: dict[str, T] = dict(built_in)  # and plug-ins that have been looked up
+        self._plugins: dict[str, EntryPoint] | None = None  # None: not yet searched for
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: make an entry available under `name`. Raises InputError if the name is taken."""
+
+        def add(entry: T) -> T:
+            self.add(name, entry)
+            return entry
+
+        return add
+
+    def add(self, name: str, entry: T) -> None:
+        """Make `entry` available under `name`. Raises InputError if the name is taken."""
+        if name in self.loaded:
+            raise InputError(f"{self.kind} {name!r} is registered twice; names must differ")
+        self.loaded[name] = entry
+
+    def choose(self, name: str) -> T:
+        """The entry of that name. Raises InputError, with the names there are, if it is unknown."""
+        return choose(self.kind, self, name)
+
+    def __getitem__(self, name: str) -> T:
+        plugins = self._find_plugins()  # also for a built-in, so that a name taken twice never goes unnoticed
+        if name not in self.loaded:
+            self.loaded[name] = self._load(plugins[name])
+        return self.loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.loaded or name in self._find_plugins()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self.loaded), **dict.fromkeys(self._find_plugins())})
+
+    def __len__(self) -> int:
+        return len(self.loaded.keys() | self._find_plugins().keys())
+
+    def _find_plugins(self) -> dict[str, EntryPoint]:
+        """The entry points of this group by name. Raises InputError if one has the name of another or of a built-in."""
+        if self._plugins is None:
+            plugins: dict[str, EntryPoint] = {}
+            for point in sorted(_installed(self.group), key=lambda point: point.name):
+                if point.name in self.loaded or point.name in plugins:
+                    other = distribution(plugins[point.name]) if point.name in plugins else "mpdsgr-deploy"
+                    raise InputError(
+                        f"{self.kind} {point.name!r} is provided by {other} and by {distribution(point)}; "
+                        "uninstall one of them or rename its entry point"
+                    )
+                plugins[point.name] = point
+            self._plugins = plugins
+        return self._plugins
+
+    def _load(self, point: EntryPoint) -> T:
+        source = f"{self.kind} {point.name!r} of the installed package {distribution(point)}"
+        try:
+            entry = point.load()
+        except Exception as error:  # whatever the other package's code raises
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise InputError(f"{source} cannot be loaded ({reason}); repair or uninstall that package") from error
+        if not self.expected.accepts(entry):
+            raise InputError(f"{source} is not {self.expected.description}; repair or uninstall that package")
+        loaded: T = entry
+        return loaded
+
+
+@cache
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
+def distribution(point: EntryPoint) -> str:
+    """Name and version of the package that an entry point belongs to."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
