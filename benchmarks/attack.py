@@ -23,7 +23,7 @@ import torch
 from networks import SHAPE, settled
 
 from mpdsgr_deploy.attacks import pgd
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Differentiable

@@ -26,8 +26,8 @@ from networks import SHAPE, settled
 from onnx import helper, numpy_helper
 from workers import PACKAGES, worker
 
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.precision import FORMATS, convert, plan, rounded_weights
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.provenance import package_version, provenance

@@ -7,7 +7,7 @@ import torch
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
-from mpdsgr_deploy.export import export
+from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
 

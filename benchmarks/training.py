@@ -24,7 +24,7 @@ from networks import SHAPE, settled
 from workers import MALLOC, PACKAGES, Worker, worker
 
 from mpdsgr_deploy.diagnostics.cost import macs
-from mpdsgr_deploy.export.onnx_writer import to_graph
+from mpdsgr_deploy.exporting.onnx_writer import to_graph
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe

@@ -50,7 +50,7 @@ def measure(run: Path, bundle: Path, out: Path, *, root: str, limit: int) -> Non
         return
     if not (bundle / "manifest.json").exists():
         need("onnxscript", "train")
-        from mpdsgr_deploy.export import export
+        from mpdsgr_deploy.exporting import export
 
         export(run, bundle, precisions=["int8"], root=root, limit=limit, tier=TIER)
     for precision in todo:

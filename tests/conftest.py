@@ -18,8 +18,8 @@ from onnx import numpy_helper
 from mpdsgr_deploy.attack_graph import derived, trained_surrogate
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.cli import main
-from mpdsgr_deploy.export import export
-from mpdsgr_deploy.export.precision import PRECISIONS
+from mpdsgr_deploy.exporting import export
+from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime

@@ -29,8 +29,8 @@ from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mpdsgr_deploy.export.precision import PRECISIONS
+from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.recipe import Recipe
 

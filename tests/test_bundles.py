@@ -11,7 +11,7 @@ from conftest import mpdsgr_here
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.export import export
+from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.reference import IMAGES
 from mpdsgr_deploy.runtime import open_predictor

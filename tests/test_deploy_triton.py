@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export import export
+from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.runtime import NoiseSource, open_predictor
 from mpdsgr_deploy.serving.deploy.models import choose_models

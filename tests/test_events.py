@@ -13,7 +13,7 @@ from mpdsgr_deploy.data import load_test, load_training
 from mpdsgr_deploy.data.batches import augment, generator
 from mpdsgr_deploy.data.events import COUNT_CAP, Events, read_events, read_frames, to_frames
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export import export
+from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.recipe import Data, load_recipe
 from mpdsgr_deploy.training import train

@@ -15,9 +15,9 @@ from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
-from mpdsgr_deploy.export import export
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.tidy import tidy
+from mpdsgr_deploy.exporting import export
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.tidy import tidy
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import PASSES, Pass, encode_once, fold_norm, simplify, sum_before_readout
 from mpdsgr_deploy.parity import compare

@@ -18,7 +18,7 @@ from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.trace import Recorder, layer_of
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.models import MODELS, SpikingNet
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.firing import FiringRates, firing_rate_layers, spike_names, with_firing_rates

@@ -23,7 +23,7 @@ from mpdsgr_deploy.diagnostics.flip_plots import by_density, by_layer
 from mpdsgr_deploy.diagnostics.flips import Flips, StepFlips, compare_spikes, flips_of
 from mpdsgr_deploy.diagnostics.trace import Recorder, firing_rates
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export.precision import FORMATS, convert, plan, rounded_weights
+from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import fold_norm, simplify
 from mpdsgr_deploy.runtime.half import rounded_as_written

@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.network import make_neuron
 from mpdsgr_deploy.models.simplify import simplify

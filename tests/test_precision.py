@@ -14,12 +14,12 @@ from test_stochastic_export import exported as exported_stochastic
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import load_checkpoint, save_checkpoint
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.export import export
-from mpdsgr_deploy.export.bundle_writer import _golden_rows
-from mpdsgr_deploy.export.grid import Grid, grids
-from mpdsgr_deploy.export.onnx_writer import save
-from mpdsgr_deploy.export.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
-from mpdsgr_deploy.export.trial import drop
+from mpdsgr_deploy.exporting import export
+from mpdsgr_deploy.exporting.bundle_writer import _golden_rows
+from mpdsgr_deploy.exporting.grid import Grid, grids
+from mpdsgr_deploy.exporting.onnx_writer import save
+from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
+from mpdsgr_deploy.exporting.trial import drop
 from mpdsgr_deploy.models import MODELS
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 
@@ -205,7 +205,7 @@ def test_a_layer_that_int8_ruins_goes_back_to_float16(run_dir: Path, tmp_path: P
 def test_a_budget_that_nothing_meets_writes_nothing(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpdsgr_deploy.export.trial.drop", lambda exact, found, classes: 0.5)
+    monkeypatch.setattr("mpdsgr_deploy.exporting.trial.drop", lambda exact, found, classes: 0.5)
     with pytest.raises(EvaluationError, match=r"int8 loses 50.00% of accuracy even with every layer in fp16"):
         export(run_dir, tmp_path / "bundle", precisions=["int8"], max_drop=0.01)
     assert not (tmp_path / "bundle").exists()

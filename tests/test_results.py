@@ -18,7 +18,7 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export import precision
+from mpdsgr_deploy.exporting import precision
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.validation.statistics import mcnemar, wilson

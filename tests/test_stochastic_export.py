@@ -26,8 +26,8 @@ from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.facts import bundle_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.export import export
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting import export
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.parity import compare

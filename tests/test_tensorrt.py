@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
 from mpdsgr_deploy.errors import InputError, OutOfMemory
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.precision import PRECISIONS, convert
-from mpdsgr_deploy.export.precision import plan as precisions_of_layers
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.precision import PRECISIONS, convert
+from mpdsgr_deploy.exporting.precision import plan as precisions_of_layers
 from mpdsgr_deploy.models import MODELS, build_model
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe

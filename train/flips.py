@@ -20,9 +20,9 @@ from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.flips import Flips, compare_spikes
 from mpdsgr_deploy.errors import InputError, MpdsgrError
-from mpdsgr_deploy.export.graph import constant, data, initializer, insert
-from mpdsgr_deploy.export.onnx_writer import to_graph
-from mpdsgr_deploy.export.precision import FORMATS, convert, plan, products, rounded_weights
+from mpdsgr_deploy.exporting.graph import constant, data, initializer, insert
+from mpdsgr_deploy.exporting.onnx_writer import to_graph
+from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, products, rounded_weights
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify

@@ -16,7 +16,7 @@ from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.diagnostics.measure import measure as membranes
-from mpdsgr_deploy.export import export
+from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import log

@@ -30,7 +30,7 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
     """
     need("lightning.fabric", "train")
     from mpdsgr_deploy.bundle import open_bundle
-    from mpdsgr_deploy.export import export
+    from mpdsgr_deploy.exporting import export
     from mpdsgr_deploy.training import train
     from mpdsgr_deploy.validation import Target, validate
 

@@ -46,7 +46,7 @@ def command(
       mpdsgr export runs/vgg11 --out bundles/vgg11 --precision int8 --tier release --root data
     """
     need("onnxscript", "train")
-    from mpdsgr_deploy.export import export
+    from mpdsgr_deploy.exporting import export
 
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
     bundle = export(

@@ -9,8 +9,8 @@ from PIL import Image
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test, load_training
-from mpdsgr_deploy.export import export
-from mpdsgr_deploy.export.precision import PRECISIONS
+from mpdsgr_deploy.exporting import export
+from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.training import train
 

@@ -18,8 +18,8 @@ from mpdsgr_deploy.attack_graph import derived, trained_surrogate
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, WEIGHTS, Manifest, open_bundle
 from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, MpdsgrError
-from mpdsgr_deploy.export.onnx_writer import save, to_graph
-from mpdsgr_deploy.export.precision import convert, plan
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe

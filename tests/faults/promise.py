@@ -10,7 +10,7 @@ from mpdsgr_deploy.attacks.suite import CLEAN, GAUSSIAN, WORST
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.data.images import Images
-from mpdsgr_deploy.export.promise import measure
+from mpdsgr_deploy.exporting.promise import measure
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_reference
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 

@@ -1,5 +1,5 @@
 """From a checkpoint to a deployment bundle."""
 
-from mpdsgr_deploy.export.bundle_writer import export
+from mpdsgr_deploy.exporting.bundle_writer import export
 
 __all__ = ["export"]

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
-from mpdsgr_deploy.export.graph import PRODUCTS, data
-from mpdsgr_deploy.export.tidy import tidy
+from mpdsgr_deploy.exporting.graph import PRODUCTS, data
+from mpdsgr_deploy.exporting.tidy import tidy
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import SpikingLayer

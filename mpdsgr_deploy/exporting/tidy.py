@@ -7,7 +7,7 @@ from one Split of [T*B, ...] and one Concat, which every backend runs faster.
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mpdsgr_deploy.export.graph import constant, data, insert, made_by
+from mpdsgr_deploy.exporting.graph import constant, data, insert, made_by
 
 
 def tidy(model: ir.Model) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from mpdsgr_deploy.export.graph import data
+from mpdsgr_deploy.exporting.graph import data
 
 SAME_VALUES = {"Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze"}
 SAME_VALUES |= {"Transpose", "Unsqueeze"}

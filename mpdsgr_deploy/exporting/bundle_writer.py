@@ -16,10 +16,10 @@ from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.export.onnx_writer import INPUT, OUTPUT, save, to_graph
-from mpdsgr_deploy.export.precision import PRECISIONS, convert, plan
-from mpdsgr_deploy.export.promise import measure
-from mpdsgr_deploy.export.trial import Trial
+from mpdsgr_deploy.exporting.onnx_writer import INPUT, OUTPUT, save, to_graph
+from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.exporting.promise import measure
+from mpdsgr_deploy.exporting.trial import Trial
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.parity import TOLERANCE, compare

@@ -12,8 +12,8 @@ from mpdsgr_deploy.attacks import pgd
 from mpdsgr_deploy.bundle import Accuracy, Variant
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import EvaluationError
-from mpdsgr_deploy.export.onnx_writer import save
-from mpdsgr_deploy.export.precision import convert, plan
+from mpdsgr_deploy.exporting.onnx_writer import save
+from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
