@@ -3,6 +3,7 @@
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.expectation import expectation
+from mpdsgr_deploy.attacks.mpd_apgd import mpd_apgd
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
@@ -16,6 +17,7 @@ __all__ = [
     "expectation",
     "fgsm",
     "gaussian",
+    "mpd_apgd",
     "pgd",
     "sa_pgd",
     "square",

@@ -1,0 +1,92 @@
+"""MPD-APGD against a linear model's closed form, against APGD, and on what it does with images that broke."""
+
+import numpy as np
+import pytest
+import torch
+from test_attacks_strong import EPS, Linear, draw, linear
+
+from mpdsgr_deploy.attacks import apgd, mpd_apgd
+from mpdsgr_deploy.protocols import Array, Gradient
+
+
+class Counted:
+    """A Differentiable that counts the images it is asked about."""
+
+    def __init__(self, target: Linear) -> None:
+        self.target, self.images = target, 0
+
+    def __call__(self, x: Array, y: Array) -> Gradient:
+        self.images += len(x)
+        return self.target(x, y)
+
+
+class Blind:
+    """Answers as a linear model does, with the gradient of another: no attack gets anywhere through it."""
+
+    def __init__(self, target: Linear) -> None:
+        self.target = target
+
+    def __call__(self, x: Array, y: Array) -> Gradient:
+        answer = self.target(x, y)
+        return Gradient(answer.logits, answer.loss, -answer.gradient)
+
+
+@pytest.mark.parametrize("keep", ["broken", "worst"])
+def test_breaks_exactly_the_images_of_a_linear_model_whose_margin_is_too_small(keep: str) -> None:
+    target, x, y = linear()
+    adversarial = mpd_apgd([target, target], x, y, eps=EPS, steps=20, draw=draw, keep=keep, restarts=2)
+    broken = target(adversarial).argmax(1) != y
+    assert np.array_equal(broken, target.gap(x) < 0)
+    assert 0.2 < broken.mean() < 0.95
+    assert np.abs(adversarial - x).max() <= EPS + 1e-6
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert adversarial.dtype == np.float32
+
+
+@pytest.mark.parametrize("keep", ["broken", "worst"])
+@pytest.mark.parametrize("start", [None, draw])
+def test_is_apgd_with_one_target_and_one_round(keep: str, start: object) -> None:
+    target, x, y = linear()
+    expected = apgd(target, x, y, eps=EPS, steps=9, draw=start, keep=keep)
+    assert np.array_equal(mpd_apgd([target], x, y, eps=EPS, steps=9, draw=start, keep=keep), expected)
+
+
+def test_takes_tensors() -> None:
+    target, x, y = linear()
+    adversarial = mpd_apgd([target], torch.from_numpy(x), torch.from_numpy(y), eps=EPS, steps=9)
+    assert isinstance(adversarial, torch.Tensor)
+    np.testing.assert_allclose(adversarial.numpy(), mpd_apgd([target], x, y, eps=EPS, steps=9), atol=1e-5)
+
+
+def test_a_later_target_breaks_what_the_first_cannot() -> None:
+    target, x, y = linear()
+    adversarial = mpd_apgd([Blind(target), target], x, y, eps=EPS, steps=20, draw=draw)
+    assert np.array_equal(target(adversarial).argmax(1) != y, target.gap(x) < 0)
+
+
+def test_broken_images_cost_nothing_more() -> None:
+    target, x, y = linear()
+    first, second = Counted(target), Counted(target)
+    mpd_apgd([first, second], x, y, eps=EPS, steps=20, draw=draw)
+    standing = int((target.gap(x) > 0).sum())
+    assert second.images == standing * 22  # 21 gradients and a last look
+    assert first.images < len(x) * 22
+
+
+def test_starts_do_not_depend_on_other_images() -> None:
+    target, x, y = linear()
+
+    def each(rows: slice) -> np.ndarray:
+        rngs = [np.random.default_rng(place) for place in range(len(x))[rows]]
+        own = lambda shape: np.stack([rng.uniform(-1, 1, shape[1:]) for rng in rngs]).astype(np.float32)  # noqa: E731
+        return mpd_apgd([target, target], x[rows], y[rows], eps=EPS, steps=5, draw=own, restarts=2)
+
+    together = each(slice(0, 40))
+    np.testing.assert_allclose(np.concatenate([each(slice(0, 13)), each(slice(13, 40))]), together, atol=1e-6)
+
+
+def test_restarts_need_a_draw() -> None:
+    target, x, y = linear()
+    with pytest.raises(ValueError, match="draw"):
+        mpd_apgd([target], x, y, eps=EPS, restarts=2)
