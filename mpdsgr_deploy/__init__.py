@@ -1,3 +1,21 @@
 """mpdsgr-deploy: train robust spiking networks, export them, and prove the exported artefact is still robust."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.api import export, open_bundle, open_predictor, predict, train, validate
+
 __version__ = "0.1.0"
+__all__ = ["export", "open_bundle", "open_predictor", "predict", "train", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions, imported when first used: `import mpdsgr_deploy` alone loads nothing."""
+    if name in __all__:
+        return getattr(import_module("mpdsgr_deploy.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -83,6 +83,7 @@ def test_validation_needs_the_extra_cpu_and_no_other(environment: Path, bundle: 
     "module",
     [
         "",
+        ".api",
         ".bundle",
         ".attack_graph",
         ".attacks",
@@ -103,7 +104,7 @@ def test_importing_without_torch_or_onnxruntime(module: str) -> None:
 
 
 def test_stages_do_not_import_each_other() -> None:
-    stages = {"training", "export", "validation", "prediction"}
+    stages = {"training", "exporting", "validation", "prediction"}
     for stage in stages:
         for file in (ROOT / "mpdsgr_deploy" / stage).glob("*.py"):
             for other in stages - {stage}:

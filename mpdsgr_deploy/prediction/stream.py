@@ -76,6 +76,11 @@ class Job:
             partial.finish()
             return len(inputs)
 
+    def logits(self) -> NDArray[np.float32]:
+        """Logits [N, K] of all inputs, held in memory together. Raises InputError as `to_file` does."""
+        with self._inputs() as inputs:
+            return np.concatenate([logits for _, logits in self._answers(inputs.batches(self.batch))])
+
     def _inputs(self) -> Inputs:
         return Inputs(self.paths, self.bundle.manifest.input_shape)
 

@@ -1,0 +1,152 @@
+"""The public functions, `import mpdsgr_deploy as mpd`: a recipe to a checkpoint, a bundle, a verdict, predictions.
+
+They take names and paths as the commands do, and return what a program goes on with. Errors that a user can act on are
+`mpdsgr_deploy.errors.MpdsgrError`. Everything else in the package may change without notice.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import open_bundle as _open_bundle
+from mpdsgr_deploy.data.images import to_unit
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.recipe import Recipe, load_recipe
+from mpdsgr_deploy.recipes import find_recipe
+from mpdsgr_deploy.runtime.images import predict as _predict_batches
+from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND, open_predictor
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.validation.report import Report
+
+__all__ = ["export", "open_bundle", "open_predictor", "predict", "train", "validate"]
+
+AnyPath = str | PathLike[str]
+
+
+def train(
+    recipe: Recipe | AnyPath,
+    out: AnyPath,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    profile: bool = False,
+) -> Path:
+    """Train a recipe (a built-in name, a .toml file or a `Recipe`) into directory `out`, and return that directory.
+
+    overrides: texts such as "training.epochs=5" that replace fields of a recipe file. resume: continue an interrupted
+    run, or start one. profile: write where the time of the first steps went to out/profile.
+    Raises InputError for a wrong recipe, missing data or extra `train`, or an `out` that holds another run.
+    """
+    need("lightning.fabric", "train")
+    from mpdsgr_deploy.training import train as run
+
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(find_recipe(str(recipe)), overrides)
+    elif overrides:
+        raise InputError("overrides are for recipe files; change the Recipe itself with model_copy")
+    run(recipe, Path(out), resume=resume, profile=profile)
+    return Path(out)
+
+
+def export(
+    checkpoint: AnyPath,
+    out: AnyPath,
+    *,
+    precisions: Sequence[str] = (),
+    max_drop: float | None = None,
+    tier: str | None = None,
+    root: str | None = None,
+    limit: int | None = None,
+    carry_images: bool = True,
+) -> Bundle:
+    """Write the bundle of a training run or checkpoint to directory `out`, and open it.
+
+    precisions: beside "fp32". max_drop: the largest share of the images that each of them may lose. tier: how hard the
+    reference is attacked. root: where the data set lies. limit: use the first so many test images. carry_images: put
+    the test images into the bundle.
+    Raises InputError for a damaged checkpoint or an `out` that is not ours, EvaluationError if the exported network
+    differs from the torch model or max_drop cannot be met.
+    """
+    need("onnxscript", "train")
+    from mpdsgr_deploy.exporting import export as write
+
+    return write(
+        Path(checkpoint),
+        Path(out),
+        precisions=precisions,
+        max_drop=max_drop,
+        tier=tier,
+        root=root,
+        limit=limit,
+        carry_images=carry_images,
+    )
+
+
+def open_bundle(path: AnyPath) -> Bundle:
+    """Read and verify a bundle directory. Raises InputError if it is none, or is damaged or incomplete."""
+    return _open_bundle(Path(path))
+
+
+def validate(
+    bundle: Bundle | AnyPath,
+    report_dir: AnyPath,
+    *,
+    backend: str = DEFAULT_BACKEND,
+    precision: str = "fp32",
+    tier: str | None = None,
+    gate: AnyPath | None = None,
+    limit: int | None = None,
+    root: str | None = None,
+) -> "Report":
+    """Attack the exported network, decide by the gate, and write the report into `report_dir`.
+
+    tier: how much is attacked ("commit", "release", "paper"); gate: a TOML file of rules; both default to the bundle's.
+    limit: use the first so many test images. root: where the data set lies, instead of the images in the bundle.
+    Returns the report, whose `verdict` is "pass", "fail" or "invalid". Raises InputError for missing data, an unusable
+    backend, or too few images for the gate, EvaluationError if the backend answers the golden batch wrongly.
+    """
+    from mpdsgr_deploy.validation import Target
+    from mpdsgr_deploy.validation import validate as evaluate
+    from mpdsgr_deploy.validation.gate import load_gate
+    from mpdsgr_deploy.validation.report import claim_report, write_report
+
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    rules = opened.manifest.recipe.gate if gate is None else load_gate(Path(gate))
+    if tier is not None:
+        rules = rules.model_copy(update={"tier": tier})
+    claim_report(Path(report_dir))
+    target = Target(opened, backend, precision)
+    report = evaluate(target, gate=rules, limit=limit, root=root, report_dir=Path(report_dir))
+    write_report(report, Path(report_dir))
+    return report
+
+
+def predict(
+    bundle: Bundle | AnyPath,
+    images: NDArray[Any] | AnyPath | Sequence[AnyPath],
+    *,
+    backend: str = DEFAULT_BACKEND,
+    precision: str = "fp32",
+    batch: int = 128,
+) -> NDArray[np.float32]:
+    """Logits [N, K] of images: an array [N, C, H, W] (uint8, or float32 in [0, 1]), or paths as of `mpdsgr predict`.
+
+    Raises InputError for images that do not fit the network, EvaluationError if the backend answers the golden batch
+    wrongly.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if isinstance(images, np.ndarray):
+        pixels = to_unit(images) if images.dtype == np.uint8 else images
+        with open_predictor(opened, backend, precision) as predictor:
+            return _predict_batches(predictor, pixels, batch)
+    from mpdsgr_deploy.prediction import Job
+
+    paths = [images] if isinstance(images, str | PathLike) else images
+    return Job(opened, [Path(path) for path in paths], backend, precision, batch).logits()

@@ -1,0 +1,1 @@
+"""Extensions of mpdsgr-deploy, found by their entry points."""
