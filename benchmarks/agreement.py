@@ -17,12 +17,13 @@ import figures
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
+from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.exporting.trial import attack
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from networks import SHAPE, settled
 
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks import pgd
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import SpikingNet
@@ -29,7 +30,6 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.runtime import GraphAttacker
 from mpdsgr_deploy.runtime.settings import Settings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 

@@ -30,10 +30,11 @@ from networks import SHAPE, settled
 
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.errors import InputError, one_line
-from mpdsgr_deploy.exporting.onnx_writer import INPUT, save, to_graph
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import fold_norm, simplify
+from mpdsgr_deploy.onnx_files import INPUT
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import package_version, provenance

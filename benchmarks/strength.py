@@ -18,18 +18,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import trained_surrogate
 from mpdsgr_deploy.attacks.run import outcomes
 from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, Source, Suite, tier_plan
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
+from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import show_progress
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
+from mpdsgr_deploy.surrogates import trained_surrogate
 
 NAME = "strength"
 UNION, AUTOATTACK = "union", "AutoAttack standard"

@@ -12,14 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import sha256, write_atomic
-from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import read_document
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mpdsgr_deploy.models import SpikingNet
 
 SCHEMA_VERSION = 1
 FILE = "checkpoint.json"
@@ -77,29 +74,3 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     if sha256(weights) != checkpoint.weights_sha256:
         raise InputError(f"{weights} is damaged: its content does not match the hash in {FILE}")
     return checkpoint
-
-
-def load_network(directory: Path) -> tuple[Checkpoint, "SpikingNet"]:
-    """The checkpoint in `directory` and its network, as `load_checkpoint` and `load_model` give them."""
-    found = load_checkpoint(directory)
-    return found, load_model(directory / found.weights, found.recipe, found.shape, len(found.labels))
-
-
-def load_model(weights: Path, recipe: Recipe, shape: tuple[int, int, int], classes: int) -> "SpikingNet":
-    """Rebuild the network of a recipe and fill it with safetensors weights; in eval mode, on the CPU.
-
-    Raises InputError if torch is missing or the weights do not belong to that network.
-    """
-    need("torch", "train")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from mpdsgr_deploy.defences import build_defended
-
-    model, _ = build_defended(recipe, shape, classes)
-    try:
-        model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{weights} does not hold the weights of model {recipe.model.name!r}: {reason}") from None
-    return model.eval()

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics as LayerStatistics
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.snn import Observer, Surrogate, TdBN, Trace
+from mpdsgr_deploy.snn import Surrogate, TdBN, Trace
 from mpdsgr_deploy.snn.expectation import interval_mass
 
 SIGMA_FLOOR = 1e-6
@@ -188,25 +187,3 @@ def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:
             "none; set defence.mpd-sgr.estimator = 'empirical'"
         )
     return torch.stack(layers).mean()
-
-
-def layer_statistics(trace: Trace) -> LayerStatistics:
-    """Count and estimate on one forward pass."""
-    surrogate, v_threshold = trace.neuron.surrogate, trace.neuron.v_threshold
-    predicted = theorem(trace)
-    counted = [((u - v_threshold).abs() < surrogate.half_width).float().mean() for u, _ in trace.states]
-    rates = torch.stack([per_channel(spikes) for _, spikes in trace.states])
-    return LayerStatistics(
-        layer=trace.layer,
-        firing_rate=rates.mean().item(),
-        in_window=torch.stack(counted).mean().item(),
-        omega_theorem=None if predicted is None else overlap(predicted, surrogate).mean().item(),
-        omega_empirical=overlap(empirical(trace), surrogate).mean().item(),
-        scale=trace.norm.weight.abs().mean().item() if isinstance(trace.norm, TdBN) else None,
-        silent_channels=(rates.sum(0) == 0).float().mean().item(),
-    )
-
-
-def observe_layers(into: list[LayerStatistics]) -> Observer:
-    """An observer that appends each layer's statistics to `into`."""
-    return lambda trace: into.append(layer_statistics(trace))

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from mpdsgr_deploy.attack_graph import derived, trained_surrogate
+from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.exporting import export
@@ -23,6 +23,7 @@ from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.training import train
 
 SMALL = {

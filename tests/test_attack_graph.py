@@ -1,7 +1,6 @@
 """The attack graph against torch's autograd, finite differences and formulas."""
 
 import hashlib
-import inspect
 import os
 import shutil
 import subprocess
@@ -23,8 +22,8 @@ from test_stochastic_export import exported as exported_stochastic
 from test_stochastic_export import warmed_up
 from torch.nn import functional as F
 
-from mpdsgr_deploy.attack_graph import attack_graph, derived, derived_attack_graph, parse_surrogate, trained_surrogate
-from mpdsgr_deploy.attack_graph.surrogates import WIDTHS
+from mpdsgr_deploy.attack_graph import attack_graph, derived, derived_attack_graph
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import Bundle, open_bundle
@@ -35,14 +34,15 @@ from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import SWEEP
-from mpdsgr_deploy.runtime import GraphAttacker, NoiseSource
+from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.session import CPU, Session
 from mpdsgr_deploy.runtime.settings import Settings
 from mpdsgr_deploy.runtime.tensorrt import build_engine
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
-from mpdsgr_deploy.snn import SURROGATES, Surrogate, Trace
+from mpdsgr_deploy.snn import Surrogate, Trace
+from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 
-KINDS = (*SWEEP, "rectangular:0.5", "sigmoid", "sigmoid:2", "superspike", "superspike:3", "exponential:1")
+KINDS = (*SWEEP, "rectangular:0.5", "sigmoid", "sigmoid:2", "superspike", "superspike:3", "exponential:1", "arctan")
 SMALL = (1, 8, 8)
 
 
@@ -142,12 +142,9 @@ def test_every_network_has_torchs_gradient(name: str) -> None:
             assert_torch_agrees(model, run, x[:batch], y[:batch], surrogate)
 
 
-def test_the_kinds_and_their_default_widths_are_those_of_training() -> None:
-    assert WIDTHS.keys() == {*SURROGATES, "straight-through", "rate", "adaptive"}
-    for kind, make in SURROGATES.items():
-        (parameter,) = inspect.signature(make).parameters.values()
-        assert WIDTHS[kind] == parameter.default
+def test_the_surrogate_of_training_is_named_with_its_width() -> None:
     assert trained_surrogate(small_recipe(neuron={"surrogate_parameter": 0.5})) == "triangle:0.5"
+    assert trained_surrogate(small_recipe(neuron={"surrogate": "superspike"})) == "superspike:10"
 
 
 @pytest.mark.parametrize(

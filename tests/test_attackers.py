@@ -10,18 +10,18 @@ import torch
 from conftest import assert_input_error, mpdsgr, small_recipe
 
 from mpdsgr_deploy.attacks import cw_l2, expectation, pgd
-from mpdsgr_deploy.attacks.attacker_surrogate import RateBackward, make_surrogate, with_surrogate
+from mpdsgr_deploy.attacks.attacker_surrogate import RateBackward, with_surrogate
 from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
+from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.protocols import Array, Gradient
 from mpdsgr_deploy.recipe import SWEEP, Data, Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import LIF
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.evaluate import evaluate
@@ -112,7 +112,7 @@ def test_the_same_surrogate_gives_the_same_gradient() -> None:
 
 def test_rate_backward_by_hand() -> None:
     """Two neurons with mean currents 0.5 and 2: the first passes mean(g) / V_th to every step, the second nothing."""
-    neuron = RateBackward(LIF(tau=0.5, v_threshold=1.0, surrogate=triangle()))
+    neuron = RateBackward(LIF(tau=0.5, v_threshold=1.0, surrogate=make_surrogate("triangle")))
     current = torch.tensor([[[0.2, 2.0]], [[0.8, 2.0]]], requires_grad=True)  # [T=2, B=1, 2]
     spikes, _ = neuron(current)
     assert spikes.tolist() == [[[0, 1]], [[0, 1]]]

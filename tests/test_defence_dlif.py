@@ -8,12 +8,12 @@ from torch import Tensor
 from mpdsgr_deploy.defences import Step, build_defended
 from mpdsgr_deploy.defences.dlif import DynamicLIF, DynamicNeurons, Settings, leaky_integral
 from mpdsgr_deploy.snn import LIF, Observer, Trace
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_gains_of_one_are_the_plain_neuron(reset: str) -> None:
-    plain = LIF(tau=0.7, v_threshold=0.8, reset=reset, surrogate=triangle(0.9))
+    plain = LIF(tau=0.7, v_threshold=0.8, reset=reset, surrogate=make_surrogate("triangle", 0.9))
     dynamic = DynamicLIF(plain, 4)
     current = torch.randn(4, 2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     first, second = current.clone().requires_grad_(), current.clone().requires_grad_()
@@ -27,7 +27,7 @@ def test_gains_of_one_are_the_plain_neuron(reset: str) -> None:
 
 
 def test_each_gain_acts_on_its_own_step_by_hand() -> None:
-    dynamic = DynamicLIF(LIF(tau=0.5, v_threshold=10.0, surrogate=triangle()), 3)
+    dynamic = DynamicLIF(LIF(tau=0.5, v_threshold=10.0, surrogate=make_surrogate("triangle")), 3)
     dynamic.gain.data = torch.tensor([1.0, 2.0, -0.5])
     _, states = dynamic(torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1))
     assert [s.u.item() for s in states] == [1, 6.5, 2.25]
@@ -40,7 +40,7 @@ def test_leaky_integral_by_hand() -> None:
 
 def step_on(x: Tensor, clean: Tensor) -> tuple[Step, list[int]]:
     """A step whose network is two layers of current, of which the second, three steps of the image's pixels, counts."""
-    neuron = LIF(surrogate=triangle())
+    neuron = LIF(surrogate=make_surrogate("triangle"))
     passes: list[int] = []
 
     def forward(x: Tensor, observe: Observer | None) -> Tensor:

@@ -9,12 +9,12 @@ from mpdsgr_deploy.defences.feel import LeakyLIF
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_mean
 from mpdsgr_deploy.snn import LIF, Trace
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_constant_leaks_are_the_plain_neuron(reset: str) -> None:
-    plain = LIF(tau=0.7, v_threshold=0.8, reset=reset, surrogate=triangle(0.9))
+    plain = LIF(tau=0.7, v_threshold=0.8, reset=reset, surrogate=make_surrogate("triangle", 0.9))
     leaky = LeakyLIF(plain, 4, (3, 5, 5), 0.7)
     current = torch.randn(4, 2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     first, second = current.clone().requires_grad_(), current.clone().requires_grad_()
@@ -26,7 +26,7 @@ def test_constant_leaks_are_the_plain_neuron(reset: str) -> None:
 
 
 def test_each_leak_acts_on_its_own_step_and_neuron_by_hand() -> None:
-    leaky = LeakyLIF(LIF(v_threshold=10.0, surrogate=triangle()), 3, (2,), 1.0)
+    leaky = LeakyLIF(LIF(v_threshold=10.0, surrogate=make_surrogate("triangle")), 3, (2,), 1.0)
     leaky.leaks.data = torch.tensor([[9.0, 9.0], [0.5, 0.25], [0.0, -1.0]])  # the first acts on a state at rest
     _, states = leaky(torch.ones(3, 1, 2))
     assert [s.u.flatten().tolist() for s in states] == [[1, 1], [1.5, 1.25], [1, -0.25]]
@@ -47,7 +47,7 @@ def test_every_layer_learns_leaks_of_the_shape_of_its_neurons() -> None:
 
 
 def test_mixed_precision_keeps_the_currents_type() -> None:
-    leaky = LeakyLIF(LIF(surrogate=triangle()), 2, (3,), 1.0)
+    leaky = LeakyLIF(LIF(surrogate=make_surrogate("triangle")), 2, (3,), 1.0)
     spikes, states = leaky(torch.randn(2, 4, 3, dtype=torch.bfloat16))
     assert {spikes.dtype, *(s.u.dtype for s in states)} == {torch.bfloat16}
 

@@ -11,7 +11,7 @@ from mpdsgr_deploy.defences import Step, build_defended
 from mpdsgr_deploy.defences.stog import GatedLIF, StochasticGating, relaxed_gate
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.snn import LIF, Reader
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.training.run import _learner
 
 SHAPE = (1, 8, 8)
@@ -19,7 +19,7 @@ SHAPE = (1, 8, 8)
 
 def gated(p: list[float], *, training: bool) -> GatedLIF:
     """Neurons in a row with these gates; a current of 2 makes each of them fire at every step."""
-    neuron = GatedLIF(LIF(surrogate=triangle()), (len(p),), 0.5).train(training)
+    neuron = GatedLIF(LIF(surrogate=make_surrogate("triangle")), (len(p),), 0.5).train(training)
     neuron.p.data = torch.tensor(p)
     return neuron
 

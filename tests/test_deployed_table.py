@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpdsgr_deploy.checkpoint import load_checkpoint, load_network
+from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.validation.rows import Score
 
 TRAIN = Path(__file__).parent.parent / "train"

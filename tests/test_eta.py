@@ -11,8 +11,8 @@ from conftest import small_recipe
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.defences import make_defences
+from mpdsgr_deploy.defences.eta import LARGEST_STEP, RANGE, moved, step_to_omega, step_within_drop
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.eta import LARGEST_STEP, RANGE, moved, step_to_omega, step_within_drop
 from mpdsgr_deploy.recipe import Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.training import run, train

@@ -12,7 +12,6 @@ from conftest import small_recipe
 from sklearn.datasets import load_digits
 
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
-from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.exporting import export
@@ -20,6 +19,7 @@ from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.tidy import tidy
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import PASSES, Pass, encode_once, fold_norm, simplify, sum_before_readout
+from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime

@@ -16,10 +16,11 @@ from test_export import exported
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.diagnostics.trace import Recorder, layer_of
+from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.models import MODELS, SpikingNet
+from mpdsgr_deploy.onnx_files import layer_of
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.firing import FiringRates, firing_rate_layers, spike_names, with_firing_rates
 from mpdsgr_deploy.snn import Trace

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.cost import macs, parameters
@@ -26,6 +25,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import fold_norm, simplify
+from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.runtime.half import rounded_as_written
 from mpdsgr_deploy.snn import Trace
 

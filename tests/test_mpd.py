@@ -4,6 +4,7 @@ import torch
 from conftest import small_recipe
 from scipy.stats import norm as normal
 
+from mpdsgr_deploy.diagnostics.layers import layer_statistics
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.mpd import (
@@ -11,14 +12,13 @@ from mpdsgr_deploy.mpd import (
     Moments,
     empirical,
     layer_mean,
-    layer_statistics,
     leak_sum,
     overlap,
     reset_shift,
     theorem,
 )
-from mpdsgr_deploy.snn import LIF, SURROGATES, LIFState, TdBN, Trace
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn import LIF, LIFState, TdBN, Trace
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 
 def simulate(
@@ -27,7 +27,7 @@ def simulate(
     """A LIF layer of one channel under the current tdBN promises: N(beta, lam^2), independent over time."""
     draw = torch.Generator().manual_seed(0)
     current = beta + lam * torch.randn(T, samples, 1, generator=draw)
-    neuron = LIF(tau=tau, reset=reset, surrogate=triangle())
+    neuron = LIF(tau=tau, reset=reset, surrogate=make_surrogate("triangle"))
     norm = TdBN(1, v_threshold=1.0)
     torch.nn.init.constant_(norm.weight, lam)
     torch.nn.init.constant_(norm.bias, beta)
@@ -68,7 +68,7 @@ def test_share_in_the_window_at_initialisation() -> None:
     """lambda 1, beta 0, first step: Phi(0) - Phi(-2) = 0.477, and that is what one counts."""
     trace = simulate(tau=0.5, reset="hard", T=1)
     expected = normal.cdf(0) - normal.cdf(-2)
-    assert overlap(theorem(trace), triangle()).item() == pytest.approx(expected, abs=1e-4)
+    assert overlap(theorem(trace), make_surrogate("triangle")).item() == pytest.approx(expected, abs=1e-4)
     assert layer_statistics(trace).in_window == pytest.approx(expected, abs=2e-3)
 
 
@@ -77,7 +77,7 @@ def test_overlap_and_its_gradient_against_scipy() -> None:
     mu, sigma = draw.normal(0, 1, (4, 6)), draw.uniform(0.2, 2, (4, 6))
     for half_width in (0.5, 1.0, 1.9):
         moments = Moments(torch.tensor(mu, requires_grad=True), torch.tensor(sigma, requires_grad=True))
-        found = overlap(moments, triangle(half_width))
+        found = overlap(moments, make_surrogate("triangle", half_width))
         high, low = (mu + half_width) / sigma, (mu - half_width) / sigma
         assert found.detach().numpy() == pytest.approx(normal.cdf(high) - normal.cdf(low), abs=1e-12)
         found.sum().backward()
@@ -89,7 +89,7 @@ def test_overlap_and_its_gradient_against_scipy() -> None:
 
 def layer_with_gradients() -> tuple[Trace, TdBN, torch.Tensor]:
     torch.manual_seed(0)
-    norm, neuron = TdBN(3, v_threshold=1.0), LIF(tau=0.5, surrogate=triangle())
+    norm, neuron = TdBN(3, v_threshold=1.0), LIF(tau=0.5, surrogate=make_surrogate("triangle"))
     weights = torch.randn(4, 16, 3, 5, 5, requires_grad=True)
     current = norm(weights.flatten(0, 1)).unflatten(0, (4, 16))
     _, states = neuron(current)
@@ -98,7 +98,7 @@ def layer_with_gradients() -> tuple[Trace, TdBN, torch.Tensor]:
 
 def test_theorem_reaches_lambda_and_beta_only() -> None:
     trace, norm, weights = layer_with_gradients()
-    overlap(theorem(trace), triangle()).mean().backward()
+    overlap(theorem(trace), make_surrogate("triangle")).mean().backward()
     assert norm.weight.grad.abs().min() > 0
     assert norm.bias.grad.abs().min() > 0
     assert weights.grad is None
@@ -106,13 +106,13 @@ def test_theorem_reaches_lambda_and_beta_only() -> None:
 
 def test_empirical_reaches_the_weights() -> None:
     trace, _, weights = layer_with_gradients()
-    overlap(empirical(trace), triangle()).mean().backward()
+    overlap(empirical(trace), make_surrogate("triangle")).mean().backward()
     assert weights.grad.abs().sum() > 0
 
 
 def test_empirical_moments_and_gradient_against_autograd() -> None:
     u = [torch.randn(8, 3, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    neuron = LIF(v_threshold=1.0, surrogate=triangle())
+    neuron = LIF(v_threshold=1.0, surrogate=make_surrogate("triangle"))
     found = empirical(Trace("layer", None, neuron, [LIFState(x, x) for x in u], torch.stack(u)))
     coefficients = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(1))
     (coefficients[0] * found.mu + coefficients[1] * found.sigma).sum().backward()
@@ -127,8 +127,10 @@ def test_empirical_moments_and_gradient_against_autograd() -> None:
 
 def test_a_silent_constant_channel_has_finite_gradients() -> None:
     u = torch.zeros(4, 2, 3, 3, requires_grad=True)
-    neuron = LIF(surrogate=triangle())
-    omega = overlap(empirical(Trace("layer", None, neuron, [LIFState(u, u)], u[None])), triangle(0.5)).mean()
+    neuron = LIF(surrogate=make_surrogate("triangle"))
+    omega = overlap(
+        empirical(Trace("layer", None, neuron, [LIFState(u, u)], u[None])), make_surrogate("triangle", 0.5)
+    ).mean()
     omega.backward()
     assert omega.item() == 0
     assert torch.isfinite(u.grad).all()
@@ -145,7 +147,7 @@ def test_overlap_is_computed_in_float32_under_autocast() -> None:
 def test_every_measure_is_computed_in_float32_under_autocast(measure: str, name: str) -> None:
     """The mean gradient of some surrogates is a matrix product, which autocast would round to eight bits."""
     trace = simulate(tau=0.5, reset="hard", T=3, samples=1000)
-    trace = trace._replace(neuron=LIF(tau=0.5, surrogate=SURROGATES[name]()))
+    trace = trace._replace(neuron=LIF(tau=0.5, surrogate=make_surrogate(name)))
     exact = layer_mean([trace], empirical, MEASURES[measure])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer_mean([trace], empirical, MEASURES[measure]), exact)
@@ -207,13 +209,13 @@ def test_empirical_needs_neither_tdbn_nor_a_mean_readout_nor_few_steps(
 
 def test_moments_do_not_depend_on_the_memory_layout_nor_much_on_the_precision() -> None:
     u = 1.3 * torch.randn(8, 6, 5, 5) + 0.4
-    neuron = LIF(surrogate=triangle())
+    neuron = LIF(surrogate=make_surrogate("triangle"))
     found = {}
     for name, x in {"plain": u, "last": u.contiguous(memory_format=torch.channels_last), "bf16": u.bfloat16()}.items():
         x = x.requires_grad_()
         moments = empirical(Trace("layer", None, neuron, [LIFState(x, x)], x[None]))
         assert {m.dtype for m in moments} == {torch.float32}
-        overlap(moments, triangle()).sum().backward()
+        overlap(moments, make_surrogate("triangle")).sum().backward()
         found[name] = (*moments, x.grad.float())
     for plain, last, half in zip(*found.values(), strict=True):
         torch.testing.assert_close(last, plain, rtol=1e-5, atol=1e-6)

@@ -8,10 +8,12 @@ import torch
 
 from mpdsgr_deploy.snn.multistep import multistep_lif
 from mpdsgr_deploy.snn.neuron import LIFState, lif
-from mpdsgr_deploy.snn.surrogate import SURROGATES, spike
+from mpdsgr_deploy.snn.state import Constants
+from mpdsgr_deploy.snn.surrogate import make_surrogate, spike
+from mpdsgr_deploy.surrogates import KINDS
 
 T, B, C, W = 4, 3, 5, 2
-CASES = list(itertools.product(SURROGATES, ("hard", "soft"), (False, True), (False, True), (False, True)))
+CASES = list(itertools.product(KINDS, ("hard", "soft"), (False, True), (False, True), (False, True)))
 
 
 def leaves(held: bool, resting: bool, learned: bool) -> dict[str, torch.Tensor]:
@@ -26,11 +28,11 @@ def leaves(held: bool, resting: bool, learned: bool) -> dict[str, torch.Tensor]:
 
 
 def run(given: dict[str, torch.Tensor], fused: bool, name: str, reset: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    current, tau, surrogate = given["current"], given.get("tau", 0.5), SURROGATES[name]()
+    current, tau, surrogate = given["current"], given.get("tau", 0.5), make_surrogate(name)
     state = LIFState(given["u"], given["spikes"]) if "u" in given else None
     if fused:
         hard = reset == "hard"
-        return multistep_lif(current, state, steps=T, tau=tau, v_threshold=1.0, hard=hard, surrogate=surrogate)
+        return multistep_lif(current, state, Constants(T, tau, 1.0, hard, surrogate))
     steps = current.unbind(0)
     steps = steps * T if len(steps) == 1 else steps
     states = lif(steps, state, tau=tau, v_threshold=1.0, reset=reset, surrogate=surrogate)
@@ -71,14 +73,14 @@ def test_a_loss_of_one_output_alone(reset: str, used: int) -> None:
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("resting", [False, True])
 def test_a_detached_reset_passes_no_gradient_through_its_spikes(hard: bool, resting: bool) -> None:
-    surrogate, gradients = SURROGATES["sigmoid"](), []
+    surrogate, gradients = make_surrogate("sigmoid"), []
     for fused in (False, True):
         given = leaves(held=False, resting=resting, learned=False)
         u, spikes = given.get("u", torch.zeros(())), given.get("spikes", torch.zeros(()))
         if fused:
             state = None if resting else (u, spikes)
-            options = {"tau": 0.5, "v_threshold": 1.0, "hard": hard, "surrogate": surrogate, "detach_reset": True}
-            _, out = multistep_lif(given["current"], state, steps=T, **options)
+            constants = Constants(T, 0.5, 1.0, hard, surrogate, detach_reset=True)
+            _, out = multistep_lif(given["current"], state, constants)
         else:
             steps = []
             for current in given["current"]:

@@ -13,12 +13,13 @@ import torch
 from click.testing import CliRunner
 
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting import precision
+from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.validation.statistics import mcnemar, wilson

@@ -21,7 +21,7 @@ from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import LIF, Reader, SpikingLayer, Trace, recompute
 from mpdsgr_deploy.snn.saved import in_bytes, levels
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.epoch import Learner, batch_loss
 
@@ -145,7 +145,7 @@ def test_multiples_of_a_fraction_survive_as_bytes(n: int) -> None:
 
 
 def test_levels_follow_spikes_through_pooling() -> None:
-    spiking = SpikingLayer("one", torch.nn.Identity(), None, LIF(surrogate=triangle()))
+    spiking = SpikingLayer("one", torch.nn.Identity(), None, LIF(surrogate=make_surrogate("triangle")))
     pool = torch.nn.AvgPool2d
     assert levels(spiking, None) == 1
     assert levels(torch.nn.Flatten(), 4) == 4

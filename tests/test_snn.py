@@ -4,14 +4,14 @@ from torch import nn
 
 from mpdsgr_deploy.snn import LIF, LIFState, SpikingLayer, TdBN, Trace, fold_time, lif
 from mpdsgr_deploy.snn.encoding import Direct
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 CURRENT = torch.tensor([0.6, 0.8, 1.5, -0.2, 0.9])[:, None]  # [T, B=1]
 
 
 def trace_of(reset: str, **overrides: float) -> list[LIFState]:
     settings = {"tau": 0.5, "v_threshold": 1.0, **overrides}
-    return lif(CURRENT, reset=reset, surrogate=triangle(), **settings)
+    return lif(CURRENT, reset=reset, surrogate=make_surrogate("triangle"), **settings)
 
 
 def test_hard_reset_by_hand() -> None:
@@ -46,7 +46,7 @@ def test_soft_reset_subtracts_the_threshold_whatever_it_is() -> None:
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_state_carries_a_sequence_across_calls(reset: str) -> None:
     current = torch.randn(6, 4, 3)
-    neuron = LIF(tau=0.8, reset=reset, surrogate=triangle())
+    neuron = LIF(tau=0.8, reset=reset, surrogate=make_surrogate("triangle"))
     whole, _ = neuron(current)
     first, states = neuron(current[:2])
     second, _ = neuron(current[2:], states[-1])
@@ -58,7 +58,7 @@ def test_gradient_through_time_by_hand(reset: str) -> None:
     """d sum(O) / d I by the chain rule written out, reset path included."""
     tau = 0.6
     current = torch.tensor([0.7, 0.9, 0.4, 1.2], dtype=torch.float64).requires_grad_()
-    states = lif(current[:, None], tau=tau, v_threshold=1.0, reset=reset, surrogate=triangle())
+    states = lif(current[:, None], tau=tau, v_threshold=1.0, reset=reset, surrogate=make_surrogate("triangle"))
     sum(s.spikes.sum() for s in states).backward()
 
     carried, expected = 0.0, []
@@ -101,7 +101,7 @@ def test_direct_encoding_repeats_the_image() -> None:
 
 
 def test_observing_a_layer_changes_nothing_and_leaves_nothing_behind() -> None:
-    layer = SpikingLayer("layer", nn.Linear(6, 4), None, LIF(surrogate=triangle())).eval()
+    layer = SpikingLayer("layer", nn.Linear(6, 4), None, LIF(surrogate=make_surrogate("triangle"))).eval()
     x = torch.randn(3, 2, 6)
     seen: list[Trace] = []
     assert torch.equal(layer(x, seen.append), layer(x))

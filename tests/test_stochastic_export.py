@@ -20,7 +20,6 @@ from mpdsgr_deploy.attacks.run import Journal, run
 from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
-from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.facts import bundle_facts
@@ -30,6 +29,7 @@ from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor

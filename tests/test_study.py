@@ -21,7 +21,7 @@ from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.defences.base import Step, Term
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.snn import LIF, SpikingLayer, TdBN, Trace
-from mpdsgr_deploy.snn.surrogate import triangle
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.validation.rows import Score
 
 TRAIN = Path(__file__).parent.parent / "train"
@@ -249,7 +249,7 @@ def test_only_what_is_asked_for_receives_the_gradient() -> None:
 def test_a_window_around_zero_and_a_bound_on_the_deviation() -> None:
     torch.manual_seed(0)
     current = 0.3 + 2.0 * torch.randn(1, 4000, 1)
-    neuron = LIF(tau=0.5, surrogate=triangle())
+    neuron = LIF(tau=0.5, surrogate=make_surrogate("triangle"))
     trace = Trace("layer", TdBN(1, v_threshold=1.0), neuron, neuron(current)[1], current)
     mu, sigma = current.mean().item() - 1, current.std(unbiased=False).item()
 
@@ -280,7 +280,7 @@ def test_a_membrane_margin_pushes_each_neuron_to_its_own_side() -> None:
     recipe = small_recipe(defence={"membrane-margin": {"width": 0.5}})
     _, (margin,) = build_defended(recipe, (1, 8, 8), 10)
     current = torch.tensor([0.0, 0.9, 1.1, 2.0]).view(1, 4, 1).requires_grad_()
-    neuron = LIF(tau=0.5, surrogate=triangle())
+    neuron = LIF(tau=0.5, surrogate=make_surrogate("triangle"))
     trace = Trace("layer", None, neuron, neuron(current)[1], current)
     step = SimpleNamespace(readings=[margin.read(trace)], logits=None, y=None)
     value = margin.term(step).value
@@ -336,7 +336,9 @@ def test_the_largest_gain_is_the_largest_singular_value() -> None:
     norm.running_var.copy_(torch.tensor([0.5, 2.0, 1.0]))
     norm.running_mean.fill_(0.7)
     nn.init.constant_(norm.bias, 0.4)
-    layer = SpikingLayer("conv1", nn.Conv2d(2, 3, 3, padding=1), norm, LIF(tau=0.5, surrogate=triangle()))
+    layer = SpikingLayer(
+        "conv1", nn.Conv2d(2, 3, 3, padding=1), norm, LIF(tau=0.5, surrogate=make_surrogate("triangle"))
+    )
     with torch.no_grad():
         zero = norm(layer.synapse(torch.zeros(1, 2, 5, 5)))
         columns = [(norm(layer.synapse(e.view(1, 2, 5, 5))) - zero).flatten() for e in torch.eye(50)]

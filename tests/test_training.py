@@ -14,9 +14,10 @@ from conftest import assert_input_error, mpdsgr, small_recipe
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model
+from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.epoch import cosine

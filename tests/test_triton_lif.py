@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.snn import SURROGATES, TdBN, multistep
+from mpdsgr_deploy.snn import TdBN, multistep
+from mpdsgr_deploy.snn.state import Constants
+from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 triton = pytest.importorskip("triton")
 
@@ -97,8 +99,7 @@ def test_neurons_compile(
     monkeypatch.setattr(multistep, "_on_gpu", lambda x: True)
     current = torch.zeros(1 if held else T, B, C, dtype=dtype, requires_grad=True)
     state = None if resting else (torch.zeros(B, C, dtype=dtype, requires_grad=True), torch.zeros(B, C, dtype=dtype))
-    options = {"tau": 0.5, "v_threshold": 1.0, "hard": hard, "surrogate": SURROGATES[name]()}
-    u, spikes = multistep.multistep_lif(current, state, steps=T, **options)
+    u, spikes = multistep.multistep_lif(current, state, Constants(T, 0.5, 1.0, hard, make_surrogate(name)))
     (u + spikes).sum().backward()
     assert {*compiler.ptx} == {"lif_forward", "lif_backward"}
     assert "fma." not in compiler.ptx["lif_forward"]
@@ -117,11 +118,11 @@ def test_neurons_compile(
 def test_neurons_behind_tdbn_compile(
     compiler: Compiler, training: bool, keep: torch.dtype | None, order: torch.memory_format, name: str
 ) -> None:
-    from mpdsgr_deploy.snn.triton_lif import Constants, norm_lif
+    from mpdsgr_deploy.snn.triton_lif import norm_lif
 
     x = torch.zeros(T * B, C, 8, 8).contiguous(memory_format=order).unflatten(0, (T, B)).requires_grad_()
     norm = TdBN(C, v_threshold=1.0).train(training)
-    found = norm_lif(x, norm, Constants(T, 0.5, 1.0, True, SURROGATES[name]()), moments=True, keep=keep)
+    found = norm_lif(x, norm, Constants(T, 0.5, 1.0, True, make_surrogate(name)), moments=True, keep=keep)
     (found.spikes.sum() + found.moments.mean.sum() + found.moments.variance.sum()).backward()
     assert {*compiler.ptx} == {"lif_forward", "lif_backward"} | ({"norm_backward"} if training else set())
     assert "fma" not in compiler.ptx["lif_forward"]
@@ -131,14 +132,15 @@ def test_neurons_behind_tdbn_compile(
 
 def test_what_the_kernels_do_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multistep, "_on_gpu", lambda x: True)
-    x, surrogate = torch.zeros(T, B), SURROGATES["triangle"]()
+    x, surrogate = torch.zeros(T, B), make_surrogate("triangle")
     assert multistep.gpu_kernels(x, 0.5, surrogate) is not None
     assert multistep.gpu_kernels(x.double(), 0.5, surrogate) is None
     assert multistep.gpu_kernels(x, torch.zeros(T, 1), surrogate) is None
     assert multistep.gpu_kernels(x, 0.5, surrogate._replace(parameter=None)) is None
+    assert multistep.gpu_kernels(x, 0.5, surrogate._replace(name="another package's")) is None
 
 
 def test_tensors_on_the_cpu_never_meet_the_kernels(compiler: Compiler) -> None:
-    surrogate = SURROGATES["triangle"]()
-    multistep.multistep_lif(torch.zeros(T, B), None, steps=T, tau=0.5, v_threshold=1.0, hard=True, surrogate=surrogate)
+    surrogate = make_surrogate("triangle")
+    multistep.multistep_lif(torch.zeros(T, B), None, Constants(T, 0.5, 1.0, True, surrogate))
     assert not compiler.ptx

@@ -9,6 +9,7 @@ import pytest
 from conftest import mpdsgr, perturbed
 from scipy.stats import binomtest
 
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.suite import BY_STRENGTH, SA_PGD, Counter
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
@@ -17,7 +18,6 @@ from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Array, Gradient
 from mpdsgr_deploy.recipe import Gate
-from mpdsgr_deploy.runtime import GraphAttacker
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import Target, health, validate
 from mpdsgr_deploy.validation.rows import Flips

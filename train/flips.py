@@ -16,7 +16,6 @@ import onnx
 import onnx_ir as ir
 from flips_page import RESULTS, FlipResult, LayerFlips, VariantFlips, write_page
 
-from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.flips import Flips, compare_spikes
 from mpdsgr_deploy.errors import InputError, MpdsgrError
@@ -26,6 +25,7 @@ from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, products, 
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 

@@ -13,12 +13,12 @@ from sensitivity import sensitivity
 from table import Artefact
 
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
-from mpdsgr_deploy.checkpoint import load_network
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.diagnostics.measure import measure as membranes
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime.session import CUDA

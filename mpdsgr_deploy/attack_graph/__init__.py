@@ -5,21 +5,14 @@
     derived_attack_graph(bundle, "fp32")          what the bundle's attack.fp32.onnx must be, byte by byte
 
 Reverse-mode differentiation without torch: whoever holds model.P.onnx can derive attack.P.onnx again, byte by byte, so
-that nobody has to trust the stored one. `mpdsgr_deploy.runtime.GraphAttacker` runs it.
+that nobody has to trust the stored one. `mpdsgr_deploy.attack_graph.attacker.GraphAttacker` runs it.
 """
 
-from mpdsgr_deploy.attack_graph.derive import attack_graph, derived, read
-from mpdsgr_deploy.attack_graph.stored import derived_attack_graph, trained_surrogate
-from mpdsgr_deploy.attack_graph.surrogates import ADAPTIVE, RATE, parse_surrogate, scaled
+from mpdsgr_deploy.attack_graph.derive import attack_graph, derived
+from mpdsgr_deploy.attack_graph.stored import derived_attack_graph
 
 __all__ = [
-    "ADAPTIVE",
-    "RATE",
     "attack_graph",
     "derived",
     "derived_attack_graph",
-    "parse_surrogate",
-    "read",
-    "scaled",
-    "trained_surrogate",
 ]

@@ -9,15 +9,13 @@ inputs `mean/LAYER` and `deviation/LAYER` [batch, T, ...] and come out, moved, a
 """
 
 from collections.abc import Sequence
-from math import pi, tan
+from math import pi
 
 from onnx import TensorProto, helper
 
 from mpdsgr_deploy.attack_graph.tape import Tape
-
-MEMORY, RELAXATION, FLOOR = 0.9, 1.5, 1e-4  # the authors' values, and 0.4 for the share of the gradient that may vanish
-SHARPNESS = 2 / pi * tan(0.4 * pi)
-MEAN, DEVIATION, NEW = "mean/", "deviation/", "/new"
+from mpdsgr_deploy.onnx_files import DEVIATION, MEAN, NEW
+from mpdsgr_deploy.surrogates import FLOOR, MEMORY, RELAXATION, SHARPNESS
 
 
 def adaptive_slopes(tape: Tape, layer: str, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
@@ -29,8 +27,8 @@ def adaptive_slopes(tape: Tape, layer: str, vs: Sequence[str], shape: tuple[int 
         tape.graph.output.append(helper.make_tensor_value_info(f"{prefix}{layer}{NEW}", *kind))
     v = tape.emit("Concat", *(tape.emit("Unsqueeze", v, tape.integers(1)) for v in vs), axis=1)  # [B, T, ...]
     distance = tape.emit("Abs", v)
-    mean = _moved(tape, f"{MEAN}{layer}", distance)
-    deviation = _moved(tape, f"{DEVIATION}{layer}", tape.emit("Abs", tape.emit("Sub", distance, mean)))
+    mean = _updated(tape, f"{MEAN}{layer}", distance)
+    deviation = _updated(tape, f"{DEVIATION}{layer}", tape.emit("Abs", tape.emit("Sub", distance, mean)))
     scale = tape.emit("Add", mean, tape.emit("Mul", deviation, tape.constant(RELAXATION)))
     sharpness = tape.emit("Div", tape.constant(SHARPNESS), tape.emit("Add", scale, tape.constant(FLOOR)))
     angle = tape.emit("Mul", tape.emit("Mul", sharpness, v), tape.constant(pi / 2))
@@ -40,6 +38,6 @@ def adaptive_slopes(tape: Tape, layer: str, vs: Sequence[str], shape: tuple[int 
     return [tape.emit("Squeeze", part, tape.integers(1)) for part in parts]
 
 
-def _moved(tape: Tape, state: str, found: str) -> str:
-    kept, new = tape.emit("Mul", state, tape.constant(MEMORY)), tape.emit("Mul", found, tape.constant(1 - MEMORY))
-    return tape.emit("Add", kept, new, name=f"{state}{NEW}")
+def _updated(tape: Tape, state: str, value: str) -> str:
+    old, new = tape.emit("Mul", state, tape.constant(MEMORY)), tape.emit("Mul", value, tape.constant(1 - MEMORY))
+    return tape.emit("Add", old, new, name=f"{state}{NEW}")

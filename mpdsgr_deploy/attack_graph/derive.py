@@ -8,12 +8,12 @@ from onnx import TensorProto, helper
 from mpdsgr_deploy.attack_graph.losses import losses
 from mpdsgr_deploy.attack_graph.neurons import Neurons
 from mpdsgr_deploy.attack_graph.rules import RULES
-from mpdsgr_deploy.attack_graph.surrogates import ADAPTIVE, WIDTH, parse_surrogate
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.onnx_files import CE, CLASSES, DLR, GRADIENT, LOSS, WIDTH, read_network
+from mpdsgr_deploy.surrogates import ADAPTIVE, parse_surrogate
 
-CLASSES, LOSS = "classes", "loss"
-OUTPUTS = ("ce", "dlr", "gradient")  # beside the logits
+OUTPUTS = (CE, DLR, GRADIENT)  # beside the logits
 
 
 def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
@@ -53,7 +53,7 @@ def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
     gradient = tape.take(images.name)
     if gradient is None:
         raise InputError("no attack graph: no gradient reaches the images")
-    tape.emit("Identity", gradient, name="gradient")
+    tape.emit("Identity", gradient, name=GRADIENT)
     del tape.graph.input[len(network.graph.input) :]
     tape.graph.input.extend(
         [
@@ -98,14 +98,9 @@ def _straight_through(tape: Tape, fires: onnx.NodeProto, cotangent: str) -> None
     tape.give(pixels, tape.unbroadcast(cotangent, pixels, fires.output[0]))
 
 
-def read(model: Path) -> onnx.ModelProto:
-    """An ONNX file. Raises InputError if there is no such file."""
-    try:
-        return onnx.load(model)
-    except Exception as error:  # protobuf's DecodeError, of a package without types, or an OSError
-        raise InputError(f"{model} is not an ONNX file ({type(error).__name__}); export again") from None
-
-
 def derived(model: Path, surrogate: str) -> bytes:
-    """The attack graph of an ONNX file, as the bytes of one. Raises InputError as `read` and `attack_graph` do."""
-    return attack_graph(read(model), surrogate).SerializeToString(deterministic=True)
+    """The attack graph of an ONNX file, as the bytes of one.
+
+    Raises InputError as `read_network` and `attack_graph` do.
+    """
+    return attack_graph(read_network(model), surrogate).SerializeToString(deterministic=True)

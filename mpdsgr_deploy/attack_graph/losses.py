@@ -6,6 +6,7 @@ import numpy as np
 from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.tape import Tape
+from mpdsgr_deploy.onnx_files import CE, DLR
 
 TINY = 1e-12  # keeps DLR finite where three logits are equal
 
@@ -31,7 +32,7 @@ def losses(tape: Tape, logits: str, classes: str, count: int) -> Losses:
     true = _total(tape, tape.emit("Mul", logits, onehot))  # z_y [B, 1]
     log_softmax = tape.emit("LogSoftmax", logits, axis=1)
     share = _total(tape, tape.emit("Mul", log_softmax, onehot))
-    ce = tape.emit("Neg", tape.emit("Squeeze", share, tape.integers(1)), name="ce")
+    ce = tape.emit("Neg", tape.emit("Squeeze", share, tape.integers(1)), name=CE)
     ce_gradient = tape.emit("Sub", tape.emit("Softmax", logits, axis=1), onehot)
     return Losses(ce, ce_gradient, *_dlr(tape, logits, classes, onehot, true, count))
 
@@ -39,7 +40,7 @@ def losses(tape: Tape, logits: str, classes: str, count: int) -> Losses:
 def _dlr(tape: Tape, logits: str, classes: str, onehot: str, true: str, count: int) -> tuple[str, str]:
     if count == 1:
         nothing = tape.emit("Mul", logits, tape.constant(0))
-        return tape.emit("Squeeze", nothing, tape.integers(1), name="dlr"), nothing
+        return tape.emit("Squeeze", nothing, tape.integers(1), name=DLR), nothing
     kept = min(count, 3)
     values, places = tape.emit_many("TopK", logits, tape.integers(kept), names=2)  # [B, 3]
     largest = tape.emit_many("Split", values, names=kept, axis=1, num_outputs=kept)  # each [B, 1]
@@ -51,12 +52,12 @@ def _dlr(tape: Tape, logits: str, classes: str, onehot: str, true: str, count: i
     gap = tape.emit("Sub", best_wrong, true)  # positive once fooled
     slope = tape.emit("Sub", wrong_hot, onehot)
     if count == 2:
-        return tape.emit("Squeeze", gap, tape.integers(1), name="dlr"), slope
+        return tape.emit("Squeeze", gap, tape.integers(1), name=DLR), slope
     spread = tape.emit("Add", tape.emit("Sub", largest[0], largest[2]), tape.constant(TINY))
     ratio = tape.emit("Div", gap, spread)
     turn = tape.emit("Mul", ratio, tape.emit("Sub", hots[0], hots[2]))  # d spread, times the ratio
     gradient = tape.emit("Div", tape.emit("Sub", slope, turn), spread)
-    return tape.emit("Squeeze", ratio, tape.integers(1), name="dlr"), gradient
+    return tape.emit("Squeeze", ratio, tape.integers(1), name=DLR), gradient
 
 
 def _onehot(tape: Tape, classes: str, count: int) -> str:

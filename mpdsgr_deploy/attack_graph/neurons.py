@@ -6,10 +6,9 @@ import onnx
 from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes
-from mpdsgr_deploy.attack_graph.surrogates import ADAPTIVE, DERIVATIVES, RATE, STRAIGHT, Scalars
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
-
-SPIKES = "spikes/"  # spikes/LAYER/t, the Cast of potential/LAYER/t >= V_th
+from mpdsgr_deploy.onnx_files import SPIKES
+from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, RATE, STRAIGHT, Nodes, surrogate_nodes
 
 
 class Step(NamedTuple):
@@ -24,7 +23,8 @@ class Neurons:
     """The rule of every node that makes spikes, for one kind of surrogate."""
 
     def __init__(self, tape: Tape, kind: str) -> None:
-        self._tape, self._kind, self._scalars = tape, kind, Scalars(tape)
+        self._tape, self._kind, self._nodes = tape, kind, Nodes(tape)
+        self._derivative = None if kind in ATTACK_ONLY else surrogate_nodes(kind)
         self.layers: dict[str, list[Step]] = {}
         self._place: dict[str, tuple[str, int]] = {}  # spikes to layer and step
         for node in tape.forward:
@@ -65,7 +65,8 @@ class Neurons:
             self._tape.give(step.potential, self._tape.emit("Mul", cotangent, slope))
 
     def _slope(self, step: Step) -> str:
-        return DERIVATIVES[self._kind](self._tape, self._scalars, self._v(step))
+        assert self._derivative is not None  # the other kinds have no slope
+        return self._derivative(self._nodes, self._v(step))
 
     def _v(self, step: Step) -> str:
         """U - V_th."""

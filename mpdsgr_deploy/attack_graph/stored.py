@@ -1,15 +1,8 @@
 """Attack graphs in a bundle: stored by export, derived again by whoever does not want to trust the stored one."""
 
 from mpdsgr_deploy.attack_graph.derive import derived
-from mpdsgr_deploy.attack_graph.surrogates import parse_surrogate
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.recipe import Recipe
-
-
-def trained_surrogate(recipe: Recipe) -> str:
-    """The surrogate that a network was trained with, as an attacker names it, with its width: "triangle:1"."""
-    kind, width = parse_surrogate(recipe.neuron.surrogate)
-    return f"{kind}:{recipe.neuron.surrogate_parameter or width:g}"
+from mpdsgr_deploy.surrogates import trained_surrogate
 
 
 def derived_attack_graph(bundle: Bundle, precision: str) -> bytes:

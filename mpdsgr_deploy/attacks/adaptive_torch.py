@@ -10,11 +10,12 @@ from math import pi
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.attack_graph.adaptive import DEVIATION, FLOOR, MEAN, MEMORY, RELAXATION, SHARPNESS
 from mpdsgr_deploy.attacks.torch_target import input_gradient
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.onnx_files import DEVIATION, MEAN
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.snn import Noise, Surrogate, Trace
+from mpdsgr_deploy.surrogates import FLOOR, MEMORY, RELAXATION, SHARPNESS
 
 State = Mapping[str, Tensor]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.attack_graph.surrogates import RATE, STRAIGHT, parse_surrogate
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.snn import LIF, SURROGATES, LIFState, Noise, Surrogate
+from mpdsgr_deploy.snn import LIF, LIFState, Noise, make_surrogate
+from mpdsgr_deploy.surrogates import RATE
 
 
 def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
@@ -28,14 +28,6 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     for layer in attacked.layers():
         layer.neuron.surrogate = surrogate
     return attacked
-
-
-def make_surrogate(name: str) -> Surrogate:
-    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default; for all kinds but two."""
-    kind, width = parse_surrogate(name)
-    if kind == STRAIGHT:
-        return Surrogate(name, torch.ones_like, float("inf"))
-    return SURROGATES[kind](width)
 
 
 class RateBackward(LIF):

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import ADAPTIVE, scaled
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
@@ -23,6 +22,7 @@ from mpdsgr_deploy.attacks.square import square
 from mpdsgr_deploy.attacks.tiers import Tier
 from mpdsgr_deploy.protocols import Adaptive, Array, Differentiable, Gradient, State
 from mpdsgr_deploy.recipe import Attack
+from mpdsgr_deploy.surrogates import ADAPTIVE, scaled
 
 Floats = NDArray[np.float32]
 KEPT: dict[Keep, str] = {"broken": "broken by any iterate", "worst": "the iterate of the largest loss"}

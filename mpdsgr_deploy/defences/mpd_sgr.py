@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mpdsgr_deploy.defences.base import DEFENCES, Defence, Step, Term, register
+from mpdsgr_deploy.defences.eta import accuracies, moved, reference_accuracies, step_to_omega, step_within_drop
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.eta import accuracies, moved, reference_accuracies, step_to_omega, step_within_drop
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, Moments, layer_moments, layer_value, mean_of_layers, reach
 from mpdsgr_deploy.recipe import Recipe
@@ -25,7 +25,7 @@ class Settings(Section):
     window: what the overlap is with, the surrogate's as in the paper, or the reach of the training attack: how far it
     moves the potentials, so that what is penalised are spikes that it can flip. That one needs [defence.at].
 
-    With a budget, `target_omega` or `max_drop`, eta is where the first epoch starts; see `mpdsgr_deploy.eta`.
+    With a budget, `target_omega` or `max_drop`, eta is where the first epoch starts; see `mpdsgr_deploy.defences.eta`.
     """
 
     estimator: str = "theorem"

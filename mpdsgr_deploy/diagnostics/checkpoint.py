@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_network
+from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.diagnostics.measure import measure
@@ -14,6 +14,7 @@ from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, one_cha
 from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.networks import load_network
 
 OVERVIEW = "overview.png"
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import onnx
 from onnx import TensorProto
 
+from mpdsgr_deploy.onnx_files import PRODUCTS
+
 QUANTISING = ("QuantizeLinear", "DequantizeLinear")
 NUMBERS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.FLOAT8E4M3FN}
 
@@ -36,7 +38,7 @@ def macs(network: onnx.ModelProto, T: int) -> Macs:
     shapes = _shapes(network)
     exported = naive = 0
     for node in network.graph.node:
-        if node.op_type not in ("Conv", "Gemm"):
+        if node.op_type not in PRODUCTS:
             continue
         weight, output = shapes[node.input[1]], shapes[node.output[0]]
         transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)

@@ -14,11 +14,12 @@ from onnx import TensorProto, helper
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.onnx_files import POTENTIAL, SPIKES, layer_of
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.half import rounded_as_written
 
-POTENTIAL, SPIKES, GIVEN = "potential/", "spikes/", "given/"
+GIVEN = "given/"  # given/LAYER/t takes the place of spikes/LAYER/t
 BATCH = 8  # every potential of every layer and step is kept for so many images at a time
 
 Steps = dict[str, NDArray[np.float32]]
@@ -86,11 +87,6 @@ def batches(images: NDArray[np.float32], what: str) -> Iterator[NDArray[np.float
     """Images [N, C, H, W], a few at a time, with a progress bar called `what`."""
     for start in track(range(0, len(images), BATCH), what):
         yield images[start : start + BATCH]
-
-
-def layer_of(step: str) -> str:
-    """LAYER of `LAYER/t`; a layer's name may have slashes of its own."""
-    return step.rpartition("/")[0]
 
 
 def firing_rates(

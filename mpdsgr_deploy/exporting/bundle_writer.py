@@ -10,18 +10,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import derived, trained_surrogate
+from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
-from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_network
+from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.exporting.onnx_writer import INPUT, OUTPUT, save, to_graph
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.exporting.promise import measure
 from mpdsgr_deploy.exporting.trial import Trial
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.networks import load_network
+from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
 from mpdsgr_deploy.parity import TOLERANCE, compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
@@ -30,6 +32,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, Promise, save_images, save_reference
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
+from mpdsgr_deploy.surrogates import trained_surrogate
 
 PARITY_BATCHES = (1, 2, 5, 33)
 GOLDEN_ROWS = 8

@@ -6,8 +6,6 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-PRODUCTS = {"Conv", "Gemm"}  # products with weights
-
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """The array behind a value; None if it is computed at run time."""

@@ -11,13 +11,13 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
-from mpdsgr_deploy.exporting.graph import PRODUCTS, data
+from mpdsgr_deploy.exporting.graph import data
 from mpdsgr_deploy.exporting.tidy import tidy
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.onnx_files import INPUT, OUTPUT, POTENTIAL, PRODUCTS, SPIKES
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import SpikingLayer
 
-INPUT, OUTPUT = "images", "logits"
 OPSET = 21  # the first with float8 in every operator of Q/DQ pairs
 
 
@@ -76,7 +76,7 @@ def _name(network: ir.Model, model: SpikingNet) -> None:
             step = f"{neurons[module]}/{steps[module]}"
             steps[module] += 1
             (cast,) = (user for user in node.outputs[0].consumers() if user.op_type == "Cast")
-            data(node).name, cast.outputs[0].name = f"potential/{step}", f"spikes/{step}"
+            data(node).name, cast.outputs[0].name = POTENTIAL + step, SPIKES + step
 
 
 def _module(node: ir.Node) -> str:

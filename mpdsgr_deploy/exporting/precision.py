@@ -14,8 +14,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from mpdsgr_deploy.exporting.graph import PRODUCTS, constant, data, initializer, insert
+from mpdsgr_deploy.exporting.graph import constant, data, initializer, insert
 from mpdsgr_deploy.exporting.grid import Grid, grids
+from mpdsgr_deploy.onnx_files import PRODUCTS
 
 
 class Format(NamedTuple):

@@ -1,6 +1,5 @@
 """What a bundle promises: the torch network attacked on the test images, as the artefact will be when validated."""
 
-from mpdsgr_deploy.attack_graph import trained_surrogate
 from mpdsgr_deploy.attacks.run import outcomes
 from mpdsgr_deploy.attacks.suite import CLEAN, WORST, Source, Suite, tier_plan
 from mpdsgr_deploy.attacks.tiers import TIERS
@@ -9,6 +8,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import Promise, Reference, digests
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
+from mpdsgr_deploy.surrogates import trained_surrogate
 
 
 def measure(model: TorchModel, recipe: Recipe, images: Images, tier: str) -> tuple[Promise, Reference]:

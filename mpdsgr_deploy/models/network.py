@@ -9,10 +9,11 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.registry import Registry
-from mpdsgr_deploy.snn import LIF, SURROGATES, Encoding, Noise, Observer, SpikingLayer, TdBN, fold_time
+from mpdsgr_deploy.snn import LIF, Encoding, Noise, Observer, SpikingLayer, TdBN, fold_time, make_surrogate
 from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing
 from mpdsgr_deploy.snn.noise import in_turn
 from mpdsgr_deploy.snn.recompute import one_by_one
+from mpdsgr_deploy.surrogates import KINDS
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
 
@@ -120,9 +121,9 @@ def make_readout(recipe: Recipe, fan_in: int, classes: int) -> Readout:
 def make_neuron(recipe: Recipe) -> LIF:
     """The neuron a recipe describes."""
     config = recipe.neuron
-    surrogate = choose("surrogate", SURROGATES, config.surrogate)
-    shape = () if config.surrogate_parameter is None else (config.surrogate_parameter,)
-    return LIF(tau=config.tau, v_threshold=config.v_threshold, reset=config.reset, surrogate=surrogate(*shape))
+    KINDS.choose(config.surrogate)  # a kind without its width, and none of an attacker's
+    surrogate = make_surrogate(config.surrogate, config.surrogate_parameter)
+    return LIF(tau=config.tau, v_threshold=config.v_threshold, reset=config.reset, surrogate=surrogate)
 
 
 def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:

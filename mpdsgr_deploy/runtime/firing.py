@@ -13,10 +13,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mpdsgr_deploy.attack_graph import read
-from mpdsgr_deploy.attack_graph.neurons import SPIKES
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.onnx_files import SPIKES, layer_of, read_network
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.open import check_golden
@@ -42,7 +41,7 @@ class FiringRates:
         if backend not in PROVIDERS:
             raise InputError(f"backend {backend} does not show {OUTPUT}; choose one of: {', '.join(PROVIDERS)}")
         model, manifest = bundle.variant(precision), bundle.manifest
-        network = read(model)
+        network = read_network(model)
         steps = spike_names(network, model)
         self.layers = tuple(steps)
         # a CPU's as they were measured for the plain session: the means are a small part of the work
@@ -65,7 +64,7 @@ class FiringRates:
 
 def firing_rate_layers(model: Path) -> tuple[str, ...]:
     """The layers of an ONNX file in the order of the network. Raises InputError if it does not name its spikes."""
-    return tuple(spike_names(read(model), model))
+    return tuple(spike_names(read_network(model), model))
 
 
 def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]]:
@@ -74,7 +73,7 @@ def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]
     for node in network.graph.node:
         for name in node.output:
             if name.startswith(SPIKES):
-                layer = name.removeprefix(SPIKES).rpartition("/")[0]  # a layer's name may have slashes
+                layer = layer_of(name.removeprefix(SPIKES))
                 steps.setdefault(layer, []).append(name)
     if not steps:
         raise InputError(f"{source} does not name its spikes, so it has no {OUTPUT}; export the network again")

@@ -13,9 +13,9 @@ from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, dlr, input_gradient, margin
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
-from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient, State
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource

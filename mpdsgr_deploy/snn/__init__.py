@@ -2,14 +2,14 @@
 
 from mpdsgr_deploy.snn.encoding import Encoding
 from mpdsgr_deploy.snn.layer import Observer, Reader, SpikingLayer, Temporal, Trace, fold_time
-from mpdsgr_deploy.snn.neuron import LIF, DerivedLIF, LIFState, lif, lif_step
+from mpdsgr_deploy.snn.neuron import LIF, DerivedLIF, lif, lif_step
 from mpdsgr_deploy.snn.noise import Noise
-from mpdsgr_deploy.snn.surrogate import SURROGATES, Surrogate
+from mpdsgr_deploy.snn.state import LIFState
+from mpdsgr_deploy.snn.surrogate import Surrogate, make_surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN, frozen_statistics
 
 __all__ = [
     "LIF",
-    "SURROGATES",
     "DerivedLIF",
     "Encoding",
     "LIFState",
@@ -25,4 +25,5 @@ __all__ = [
     "frozen_statistics",
     "lif",
     "lif_step",
+    "make_surrogate",
 ]

@@ -1,6 +1,6 @@
 """E[surrogate'(V)] for V ~ N(mu, sigma^2): what a surrogate passes on to a Gaussian membrane, on average.
 
-Triangle and rectangular have closed forms. Sigmoid, exponential and superspike are scale mixtures of Gaussians,
+Triangle and rectangular have closed forms. The other kinds are scale mixtures of Gaussians,
 
     surrogate'(v) = integral of w(s) exp(-v^2 / 2 s^2) d ln s,
 
@@ -84,6 +84,13 @@ def superspike_mixture() -> Mixture:
     t, t_step = log_spaced(1e-6, 150.0, 600)
     inner = t_step * (t**3 * np.exp(-t - (t * s[:, None]) ** 2 / 2)).sum(1)
     return tuple(s), tuple(step * math.sqrt(2 / math.pi) * s * inner)
+
+
+@cache
+def cauchy_mixture() -> Mixture:
+    """1 / (1 + v^2), a mixture of Gaussians whose 1 / (2 s^2) is exponentially distributed."""
+    s, step = log_spaced(0.14, 200.0, 48)
+    return tuple(s), tuple(step * np.exp(-1 / (2 * s**2)) / s**2)
 
 
 def log_spaced(low: float, high: float, count: int) -> tuple[np.ndarray, float]:

@@ -10,19 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mpdsgr_deploy.snn.multistep import gpu_kernels
-from mpdsgr_deploy.snn.neuron import LIF, LIFState
+from mpdsgr_deploy.snn.neuron import LIF
 from mpdsgr_deploy.snn.noise import Noise
+from mpdsgr_deploy.snn.state import LIFState, StepMoments
 from mpdsgr_deploy.snn.tdbn import TdBN
-
-
-class StepMoments(NamedTuple):
-    """Of the potential U, per step and channel, float32 [T, C]: mean, variance (of the batch: divided by the number of
-    elements), and the mean of what the reset after the step takes away, which carries no gradient.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    removed: Tensor
 
 
 class Trace(NamedTuple):
@@ -107,7 +98,7 @@ class SpikingLayer(Temporal):
     def _in_one_kernel(self, kernels: Any, received: Tensor, observe: Observer | None) -> Tensor:
         neuron = self.neuron
         steps = neuron.hold if len(received) == 1 else len(received)
-        constants = kernels.Constants(steps, neuron.tau, neuron.v_threshold, neuron.reset == "hard", neuron.surrogate)
+        constants = neuron.constants(steps)
         seen = observe is not None
         spikes, u, moments = kernels.norm_lif(received, self.norm, constants, potentials=seen, moments=seen)
         if observe is not None:

@@ -20,30 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpdsgr_deploy.snn.state import Constants
 from mpdsgr_deploy.snn.surrogate import Surrogate
 
 
-def multistep_lif(
-    current: Tensor,
-    state: tuple[Tensor, Tensor] | None,
-    *,
-    steps: int,
-    tau: float | Tensor,
-    v_threshold: float,
-    hard: bool,
-    surrogate: Surrogate,
-    detach_reset: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Potentials and spikes [T, B, ...] of `steps` = T steps.
+def multistep_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: Constants) -> tuple[Tensor, Tensor]:
+    """Potentials and spikes [T, B, ...] of `constants.steps` = T steps.
 
     current [T, B, ...], or [1, B, ...], which then lasts for all steps. state: potential and spikes [B, ...] before
-    them, None at rest. tau: one leak, or a tensor [T, ...] of each step's, broadcast over the batch. A GPU runs the
-    kernels of `triton_lif`, wherever they know the case.
+    them, None at rest. A GPU runs the kernels of `triton_lif` where they know the case.
     """
+    steps, tau, v_threshold, hard, surrogate, detach_reset = constants
     kernels = gpu_kernels(current, tau, surrogate)
     if kernels is not None:
-        constants = kernels.Constants(steps, tau, v_threshold, hard, surrogate, detach_reset)
-        return kernels.triton_lif(current, state, constants)
+        potentials, spikes = kernels.triton_lif(current, state, constants)
+        return potentials, spikes
     before = (None, None) if state is None else state
     leaks = tau.to(current) if isinstance(tau, Tensor) else tau
     u, spikes = _MultiStep.apply(current, *before, leaks, steps, v_threshold, hard, surrogate, detach_reset)

@@ -8,23 +8,17 @@ with U_0 = O_0 = 0: the reset comes before the leak (as in the SNN-RAT family of
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mpdsgr_deploy.snn.multistep import multistep_lif
 from mpdsgr_deploy.snn.noise import Noise
+from mpdsgr_deploy.snn.state import Constants, LIFState
 from mpdsgr_deploy.snn.surrogate import Surrogate, spike
 
 Reset = Literal["hard", "soft"]
-
-
-class LIFState(NamedTuple):
-    """Membrane potential u and spikes [B, ...] after a time step."""
-
-    u: Tensor
-    spikes: Tensor
 
 
 def lif_step(
@@ -92,6 +86,10 @@ class LIF(nn.Module):
         """What `lif` takes as tau: one number, or a tensor [T, ...] in neurons that learn it."""
         return self.tau
 
+    def constants(self, steps: int) -> Constants:
+        """What the neurons do over `steps` time steps."""
+        return Constants(steps, self.leak, self.v_threshold, self.reset == "hard", self.surrogate)
+
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
     ) -> tuple[Tensor, list[LIFState]]:
@@ -99,15 +97,7 @@ class LIF(nn.Module):
         steps = current.unbind(0)
         if torch.is_grad_enabled() and self.stepwise is None:
             count = self.hold if len(steps) == 1 else len(steps)
-            potentials, spikes = multistep_lif(
-                current,
-                state,
-                steps=count,
-                tau=self.leak,
-                v_threshold=self.v_threshold,
-                hard=self.reset == "hard",
-                surrogate=self.surrogate,
-            )
+            potentials, spikes = multistep_lif(current, state, self.constants(count))
             return spikes, [LIFState(*both) for both in zip(potentials, spikes, strict=True)]
         states = lif(
             steps * self.hold if len(steps) == 1 else steps,

@@ -1,12 +1,8 @@
-"""Surrogate gradients: what stands in for dO/dU of the spike O = [U >= V_th] on the backward pass.
-
-Each is written once, as its derivative in v = U - V_th. `half_width` is half the window that MPD-SGR
-empties: the support where it is finite, else the interval that holds 95 % of the derivative's mass. `expected` is the
-derivative's mean over a Gaussian v.
-"""
+"""Surrogate gradients in torch: a kind of `mpdsgr_deploy.surrogates` with its width, and the spike that it serves."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +10,7 @@ from torch import Tensor
 
 from mpdsgr_deploy.snn.expectation import (
     Expectation,
+    cauchy_mixture,
     interval_mass,
     laplace_mixture,
     logistic_mixture,
@@ -21,12 +18,15 @@ from mpdsgr_deploy.snn.expectation import (
     superspike_mixture,
     triangle_mean,
 )
+from mpdsgr_deploy.surrogates import KINDS, STRAIGHT, parse_surrogate
 
 
 class Surrogate(NamedTuple):
-    """A named surrogate: `derivative` maps v of any shape to dO/dU of that shape, `expected` (mu, sigma) of any shape
-    to the mean of `derivative` over N(mu, sigma^2); None where that is not known. `parameter` is the number in the
-    formula of that name in `SURROGATES`, for those who write it again; None where it is no such formula.
+    """A surrogate of some width.
+
+    derivative maps v = U - V_th of any shape to dO/dU of that shape; half_width is as of `SurrogateKind`. expected maps
+    (mu, sigma) of any shape to the mean of `derivative` over N(mu, sigma^2); None where that is not known. parameter is
+    the width, for those who write the formula of that kind again; None where `name` is no kind.
     """
 
     name: str
@@ -36,65 +36,51 @@ class Surrogate(NamedTuple):
     parameter: float | None = None
 
 
-def triangle(g: float = 1.0) -> Surrogate:
-    """max(0, g - |v|) / g^2, support (-g, g) (Deng et al., arXiv 2202.11946)."""
-    return Surrogate(
-        "triangle", lambda v: (g - v.abs()).clamp(min=0) / g**2, g, lambda mu, sigma: triangle_mean(mu, sigma, g), g
-    )
+def make_surrogate(name: str, width: float | None = None) -> Surrogate:
+    """The surrogate "KIND" or "KIND:WIDTH", or a kind with the width given beside it.
+
+    Raises InputError for an unknown name or width, and for the attackers' surrogates that are no derivative of v.
+    """
+    kind, named = parse_surrogate(name)
+    if kind == STRAIGHT:
+        return Surrogate(kind, torch.ones_like, math.inf)
+    family, w = KINDS.choose(kind), named if width is None else width
+    expected = partial(EXPECTED[kind], w=w) if kind in EXPECTED else None
+    return Surrogate(kind, lambda v: family.derivative(v, w), family.half_width(w), expected, w)
 
 
-def rectangular(a: float = 1.0) -> Surrogate:
-    """1[|v| < a/2] / a, support (-a/2, a/2) (STBP, Wu et al., arXiv 1706.02609)."""
-    return Surrogate(
-        "rectangular",
-        lambda v: (v.abs() < a / 2).to(v.dtype) / a,
-        a / 2,
-        lambda mu, sigma: interval_mass(mu, sigma, a / 2) / a,
-        a,
-    )
+def _triangle(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
+    return triangle_mean(mu, sigma, w)
 
 
-def sigmoid(a: float = 4.0) -> Surrogate:
-    """a s (1 - s) with s = sigmoid(a v); mass within h is tanh(a h / 2)."""
-
-    def derivative(v: Tensor) -> Tensor:
-        s = torch.sigmoid(a * v)
-        return a * s * (1 - s)
-
-    def expected(mu: Tensor, sigma: Tensor) -> Tensor:
-        return mixture_mean(mu, sigma, logistic_mixture(), scale=1 / a, height=a)
-
-    return Surrogate("sigmoid", derivative, 2 * math.atanh(0.95) / a, expected, a)
+def _rectangular(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
+    return interval_mass(mu, sigma, w / 2) / w
 
 
-def superspike(k: float = 10.0) -> Surrogate:
-    """1 / (1 + k |v|)^2 (Zenke & Ganguli, arXiv 1705.11146); share of the mass within h is 1 - 1 / (1 + k h)."""
-    return Surrogate(
-        "superspike",
-        lambda v: (1 + k * v.abs()) ** -2,
-        19 / k,
-        lambda mu, sigma: mixture_mean(mu, sigma, superspike_mixture(), scale=1 / k),
-        k,
-    )
+def _sigmoid(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
+    return mixture_mean(mu, sigma, logistic_mixture(), scale=1 / w, height=w)
 
 
-def exponential(a: float = 0.5) -> Surrogate:
-    """exp(-|v| / a) / (2 a) (SLAYER, Shrestha & Orchard, arXiv 1810.08646); mass within h is 1 - exp(-h / a)."""
-    return Surrogate(
-        "exponential",
-        lambda v: torch.exp(-v.abs() / a) / (2 * a),
-        a * math.log(20),
-        lambda mu, sigma: mixture_mean(mu, sigma, laplace_mixture(), scale=a, height=1 / (2 * a)),
-        a,
-    )
+def _superspike(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
+    return mixture_mean(mu, sigma, superspike_mixture(), scale=1 / w)
 
 
-SURROGATES: dict[str, Callable[..., Surrogate]] = {
-    "triangle": triangle,
-    "rectangular": rectangular,
-    "sigmoid": sigmoid,
-    "superspike": superspike,
-    "exponential": exponential,
+def _exponential(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
+    return mixture_mean(mu, sigma, laplace_mixture(), scale=w, height=1 / (2 * w))
+
+
+def _arctan(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
+    return mixture_mean(mu, sigma, cauchy_mixture(), scale=2 / (math.pi * w), height=w / 2)
+
+
+# The mean of a kind's derivative over N(mu, sigma^2), for those whose mean is known
+EXPECTED: dict[str, Callable[..., Tensor]] = {
+    "triangle": _triangle,
+    "rectangular": _rectangular,
+    "sigmoid": _sigmoid,
+    "superspike": _superspike,
+    "exponential": _exponential,
+    "arctan": _arctan,
 }
 
 

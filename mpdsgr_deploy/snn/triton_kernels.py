@@ -12,6 +12,9 @@ is computed. An argument that is None switches off what it is for.
 import triton
 import triton.language as tl
 
+KINDS = frozenset({"triangle", "rectangular", "sigmoid", "superspike", "exponential", "arctan"})  # of `_derivative`
+HALF_PI = tl.constexpr(1.5707963267948966)
+
 
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr):
@@ -27,20 +30,19 @@ def _step(current, u, spikes, tau, v_threshold, HARD: tl.constexpr, DTYPE: tl.co
 
 @triton.jit
 def _derivative(v, parameter, KIND: tl.constexpr):
-    """The surrogate derivatives of `surrogate.py`, under the same names."""
+    """The derivatives of `mpdsgr_deploy.surrogates`, each as its `kernel` says; KINDS names them."""
     if KIND == "triangle":
         return tl.maximum(parameter - tl.abs(v), 0.0) / (parameter * parameter)
     elif KIND == "rectangular":
         return tl.where(tl.abs(v) < parameter / 2, 1.0 / parameter, 0.0)
     elif KIND == "sigmoid":
-        s = tl.sigmoid(parameter * v)
-        return parameter * s * (1 - s)
+        return parameter * tl.sigmoid(parameter * v) * (1 - tl.sigmoid(parameter * v))
     elif KIND == "superspike":
-        slow = 1 + parameter * tl.abs(v)
-        return 1 / (slow * slow)
-    else:
-        tl.static_assert(KIND == "exponential")
+        return 1 / ((1 + parameter * tl.abs(v)) * (1 + parameter * tl.abs(v)))
+    elif KIND == "exponential":
         return tl.exp(-tl.abs(v) / parameter) / (2 * parameter)
+    elif KIND == "arctan":
+        return parameter / 2 / (1 + (HALF_PI * parameter * v) * (HALF_PI * parameter * v))
 
 
 @triton.jit

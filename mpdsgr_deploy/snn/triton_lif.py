@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpdsgr_deploy.snn import triton_kernels as kernels
-from mpdsgr_deploy.snn.layer import StepMoments
+from mpdsgr_deploy.snn.state import Constants, StepMoments
 from mpdsgr_deploy.snn.surrogate import Surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN
 
@@ -33,20 +33,10 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 OPTIONS = {"enable_fp_fusion": False}
 
 
-class Constants(NamedTuple):
-    """What a neuron does, as the kernels take it; `steps` = T."""
-
-    steps: int
-    tau: float
-    v_threshold: float
-    hard: bool
-    surrogate: Surrogate
-    detach_reset: bool = False
-
-
 def takes(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> bool:
-    """Whether the kernels know this type, one leak for all and this surrogate."""
-    return x.dtype in _TYPES and not isinstance(tau, Tensor) and surrogate.parameter is not None
+    """Whether the kernels can run neurons on x: its type, one leak for all steps, and the kind of surrogate."""
+    known = surrogate.name in kernels.KINDS and surrogate.parameter is not None
+    return known and x.dtype in _TYPES and not isinstance(tau, Tensor)
 
 
 class NormLIF(NamedTuple):

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, take, to_unit
 from mpdsgr_deploy.defences import AnyDefence, Step
+from mpdsgr_deploy.diagnostics.layers import observe_layers
+from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.mpd import LayerStatistics, observe_layers
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import Observer, Reader, Trace, frozen_statistics

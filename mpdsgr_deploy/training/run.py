@@ -24,7 +24,6 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.tensorboard import SummaryWriter
 
-from mpdsgr_deploy.attack_graph import parse_surrogate
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.batches import to_device
@@ -37,6 +36,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe, Training
 from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.snn import TdBN
+from mpdsgr_deploy.surrogates import parse_surrogate
 from mpdsgr_deploy.training.board import log_epoch, log_pictures
 from mpdsgr_deploy.training.epoch import Learner, train_epoch, validate_epoch
 from mpdsgr_deploy.training.profile import Profile, peak_memory

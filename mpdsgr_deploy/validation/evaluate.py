@@ -5,16 +5,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mpdsgr_deploy.attack_graph import trained_surrogate
 from mpdsgr_deploy.attacks.run import outcomes
 from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan, tier_plan
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint, load_model, load_network
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.networks import load_model, load_network
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
+from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation import health
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.images import require_alike

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy import __version__
-from mpdsgr_deploy.attack_graph import ADAPTIVE
+from mpdsgr_deploy.attack_graph.artefact import Artefact
 from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import (
     CLEAN,
@@ -31,7 +31,7 @@ from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import Reference
 from mpdsgr_deploy.runtime import open_predictor, predict
-from mpdsgr_deploy.runtime.artefact import Artefact
+from mpdsgr_deploy.surrogates import ADAPTIVE
 from mpdsgr_deploy.validation import fidelity, health
 from mpdsgr_deploy.validation.gate import failures, limit, lost
 from mpdsgr_deploy.validation.health import Check

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.onnx_files import PRODUCTS
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.validation.fidelity import answer_faults
 
-PRODUCTS = {"Conv", "Gemm"}
 STORED = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import derived_attack_graph, trained_surrogate
+from mpdsgr_deploy.attack_graph import derived_attack_graph
+from mpdsgr_deploy.attack_graph.artefact import Artefact
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, Manifest, open_bundle
 from mpdsgr_deploy.checkpoint import FILE, find_checkpoint
@@ -21,10 +22,10 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime import NoiseSource, open_predictor
-from mpdsgr_deploy.runtime.artefact import Artefact
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.runtime.remote import RemoteModel
 from mpdsgr_deploy.runtime.session import CPU, CUDA
+from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation.images import require_alike
 
 REMOTE = "remote"

@@ -9,8 +9,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from faults.planted import Array, Planted, fault
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.protocols import Gradient, State
-from mpdsgr_deploy.runtime.attacker import GraphAttacker
 
 OWN = "check 10"
 

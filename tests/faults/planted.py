@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
 from faults.networks import Networks
-from mpdsgr_deploy.attack_graph import derived, trained_surrogate
+from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, WEIGHTS, Manifest, open_bundle
-from mpdsgr_deploy.checkpoint import load_model
 from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report
 

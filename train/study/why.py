@@ -17,10 +17,10 @@ from measure import trained  # noqa: E402
 from reproduce import RESULTS  # noqa: E402
 from study_table import load_study  # noqa: E402
 
-from mpdsgr_deploy.checkpoint import load_network  # noqa: E402
 from mpdsgr_deploy.cli import OneLineErrors  # noqa: E402
 from mpdsgr_deploy.data import load_test  # noqa: E402
 from mpdsgr_deploy.files import write_atomic  # noqa: E402
+from mpdsgr_deploy.networks import load_network  # noqa: E402
 from mpdsgr_deploy.progress import log, show_progress  # noqa: E402
 from mpdsgr_deploy.provenance import provenance  # noqa: E402
 

@@ -5,12 +5,12 @@ from contextlib import AbstractContextManager
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import ADAPTIVE
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.protocols import Differentiable, Predictor
-from mpdsgr_deploy.runtime.attacker import GraphAttacker, Loss
 from mpdsgr_deploy.runtime.session import CPU
+from mpdsgr_deploy.surrogates import ADAPTIVE
 
 LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
 

@@ -7,18 +7,19 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import attack_graph, parse_surrogate, read, trained_surrogate
+from mpdsgr_deploy.attack_graph.derive import attack_graph
 from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.onnx_files import CLASSES, GRADIENT, LOSS, MEAN, NEW, WIDTH, read_network
 from mpdsgr_deploy.protocols import Gradient, State
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
 from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 
 Loss = Literal["ce", "dlr"]
 CHUNK = 32  # images computed at once
-OWN = ("classes", "width", "loss")  # inputs that an attack graph adds
-NEW = "/new"  # what a state is called as an output
+OWN = (CLASSES, WIDTH, LOSS)  # inputs that an attack graph adds
 
 
 class GraphAttacker:
@@ -46,7 +47,7 @@ class GraphAttacker:
         settings: Settings | None = None,
     ) -> None:
         settings = Settings() if settings is None else settings
-        graph = attack_graph(read(model), surrogate)
+        graph = attack_graph(read_network(model), surrogate)
         self._session = Session(graph, provider, source=f"the attack graph of {model}", threads=settings.threads)
         (self._input, shape), *others = self._session.inputs.items()
         self._shape = shape[1:]
@@ -56,10 +57,10 @@ class GraphAttacker:
             raise InputError(f"{model} takes the noise {wanted or 'none'}; give its attacker the manifest's entries")
         self._noise, self._draws, self._random = tuple(noise), draws if noise else 1, np.random.default_rng([seed, 1])
         self._scalars = {
-            "width": np.array(parse_surrogate(surrogate).width, np.float32),
-            "loss": np.array(loss == "dlr", np.float32),
+            WIDTH: np.array(parse_surrogate(surrogate).width, np.float32),
+            LOSS: np.array(loss == "dlr", np.float32),
         }
-        self._outputs = [self._session.outputs[0], loss, "gradient", *(f"{name}{NEW}" for name in self._states)]
+        self._outputs = [self._session.outputs[0], loss, GRADIENT, *(f"{name}{NEW}" for name in self._states)]
         self._chunk = settings.chunk or CHUNK
 
     @classmethod
@@ -94,7 +95,7 @@ class GraphAttacker:
 
     def start(self, count: int) -> State:
         """What `adaptive` knows of `count` images before an attack's first step; nothing for other surrogates."""
-        initial = {name: float(name.startswith("mean/")) for name in self._states}
+        initial = {name: float(name.startswith(MEAN)) for name in self._states}
         return {name: np.full((count, *shape), initial[name], np.float32) for name, shape in self._states.items()}
 
     def step(self, x: NDArray[np.float32], y: NDArray[np.int64], state: State) -> tuple[Gradient, State]:
@@ -114,7 +115,7 @@ class GraphAttacker:
         """All outputs for one chunk, averaged over draws of the noise."""
         total: list[NDArray[np.float32]] = []
         for _ in range(self._draws):
-            given: dict[str, NDArray[Any]] = {self._input: x, "classes": y, **self._scalars}
+            given: dict[str, NDArray[Any]] = {self._input: x, CLASSES: y, **self._scalars}
             try:
                 found = self._session({**given, **state, **self._fresh(len(x))}, self._outputs)
             except Exception as error:  # onnxruntime's errors share no public base class

@@ -1,0 +1,36 @@
+"""Trained networks, rebuilt from the recipe and the weights that a checkpoint or a bundle holds."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mpdsgr_deploy.checkpoint import Checkpoint, load_checkpoint
+from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.recipe import Recipe
+
+
+def load_network(directory: Path) -> tuple[Checkpoint, SpikingNet]:
+    """The checkpoint in `directory` and its network, in eval mode, on the CPU.
+
+    Raises InputError as `load_checkpoint` and `load_model` do.
+    """
+    checkpoint = load_checkpoint(directory)
+    weights = directory / checkpoint.weights
+    return checkpoint, load_model(weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
+
+
+def load_model(weights: Path, recipe: Recipe, shape: tuple[int, int, int], classes: int) -> SpikingNet:
+    """Rebuild the network of a recipe and fill it with safetensors weights; in eval mode, on the CPU.
+
+    Raises InputError if the weights do not belong to that network.
+    """
+    model, _ = build_defended(recipe, shape, classes)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{weights} does not hold the weights of model {recipe.model.name!r}: {reason}") from None
+    return model.eval()

@@ -1,0 +1,261 @@
+"""Surrogate gradients: what stands in for dO/dU of the spike O = [U >= V_th] on the backward pass. No torch here.
+
+A surrogate is named "KIND" or "KIND:WIDTH", for example "triangle:0.5". Each kind is written once, as a derivative of
+v = U - V_th on the array API (training, attacks through torch), with the same formula as ONNX nodes (attacks on
+deployed networks) and as a line of the GPU kernels beside it. The tests hold the three together.
+
+Another package adds a kind through an entry point of the group "mpdsgr_deploy.surrogates": a `SurrogateKind`. Without
+`nodes` it trains, but no attack graph can be derived for it; without a line in the kernels it runs on torch's path.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from array_api_compat import array_namespace
+from onnx import TensorProto
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.onnx_files import WIDTH
+from mpdsgr_deploy.protocols import Array
+from mpdsgr_deploy.registry import Expected, Registry
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.recipe import Recipe
+
+# Kinds of an attacker alone, without a width: dO/dU = 1; a static activation of the mean current; and a sharpness of
+# each neuron's own (see `mpdsgr_deploy.attack_graph`, `neurons` and `adaptive`)
+STRAIGHT, RATE, ADAPTIVE = "straight-through", "rate", "adaptive"
+ATTACK_ONLY = (STRAIGHT, RATE, ADAPTIVE)
+# Of `adaptive` (ASSG, arXiv 2512.22522): the authors' values, with 0.4 for the share of the gradient that may vanish
+MEMORY, RELAXATION, FLOOR = 0.9, 1.5, 1e-4
+SHARPNESS = 2 / math.pi * math.tan(0.4 * math.pi)
+
+
+class GraphWriter(Protocol):
+    """What `Nodes` needs of the graph that it adds to; `mpdsgr_deploy.attack_graph.tape.Tape` is one."""
+
+    def emit(self, op_type: str, *inputs: str, **attributes: Any) -> str: ...
+
+    def constant(self, value: Any) -> str: ...
+
+
+class Nodes:
+    """Adds a surrogate's nodes to a graph. `width` names the graph's scalar input that holds the surrogate's width."""
+
+    width = WIDTH
+
+    def __init__(self, graph: GraphWriter) -> None:
+        self.emit, self.constant = graph.emit, graph.constant
+        self._scalars: dict[str, str] = {}
+
+    def once(self, key: str, make: Callable[[], str]) -> str:
+        """A scalar that depends on the width alone: `make` adds its nodes the first time that `key` is asked for."""
+        if key not in self._scalars:
+            self._scalars[key] = make()
+        return self._scalars[key]
+
+    def inverse(self) -> str:
+        """1 / width."""
+        return self.once("inverse", lambda: self.emit("Reciprocal", self.width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateKind:
+    """A family of surrogates that differ in their width w > 0.
+
+    derivative: v of any shape and w to dO/dU of v's shape and type.
+    nodes: the same as ONNX nodes, from the name of v to the name of dO/dU; None: not attackable as deployed.
+    half_width: of w; half the window of v that MPD-SGR empties, which is the support where that is finite and else the
+    interval that holds 95 % of the derivative's mass.
+    width: w where a name gives none. narrows: whether a larger w means a narrower window.
+    kernel: the line of `snn.triton_kernels`, of v and `parameter`; None: the GPU kernels do not know this kind.
+    source: the paper that it comes from.
+    """
+
+    derivative: Callable[[Array, float], Array]
+    half_width: Callable[[float], float]
+    width: float
+    nodes: Callable[[Nodes, str], str] | None = None
+    narrows: bool = False
+    kernel: str | None = None
+    source: str = ""
+
+
+def _triangle(v: Array, g: float) -> Array:
+    """max(0, g - |v|) / g^2."""
+    xp = array_namespace(v)
+    return xp.maximum(g - xp.abs(v), 0.0) / g**2
+
+
+def _triangle_nodes(nodes: Nodes, v: str) -> str:
+    square = nodes.once("square", lambda: nodes.emit("Mul", nodes.inverse(), nodes.inverse()))
+    return nodes.emit("Mul", nodes.emit("Relu", nodes.emit("Sub", nodes.width, nodes.emit("Abs", v))), square)
+
+
+def _rectangular(v: Array, a: float) -> Array:
+    """1[|v| < a/2] / a."""
+    xp = array_namespace(v)
+    return xp.astype(xp.abs(v) < a / 2, v.dtype) / a
+
+
+def _rectangular_nodes(nodes: Nodes, v: str) -> str:
+    half = nodes.once("half", lambda: nodes.emit("Mul", nodes.width, nodes.constant(0.5)))
+    inside = nodes.emit("Less", nodes.emit("Abs", v), half)
+    return nodes.emit("Mul", nodes.emit("Cast", inside, to=TensorProto.FLOAT), nodes.inverse())
+
+
+def _sigmoid(v: Array, a: float) -> Array:
+    """a s (1 - s) with s = sigmoid(a v), which is a e / (1 + e)^2 with e = exp(-|a v|)."""
+    xp = array_namespace(v)
+    e = xp.exp(-xp.abs(a * v))
+    return a * e / (1 + e) ** 2
+
+
+def _sigmoid_nodes(nodes: Nodes, v: str) -> str:
+    s = nodes.emit("Sigmoid", nodes.emit("Mul", v, nodes.width))
+    return nodes.emit("Mul", nodes.emit("Mul", s, nodes.emit("Sub", nodes.constant(1), s)), nodes.width)
+
+
+def _superspike(v: Array, k: float) -> Array:
+    """1 / (1 + k |v|)^2."""
+    return (1 + k * array_namespace(v).abs(v)) ** -2
+
+
+def _superspike_nodes(nodes: Nodes, v: str) -> str:
+    below = nodes.emit("Add", nodes.emit("Mul", nodes.emit("Abs", v), nodes.width), nodes.constant(1))
+    return nodes.emit("Reciprocal", nodes.emit("Mul", below, below))
+
+
+def _exponential(v: Array, a: float) -> Array:
+    """exp(-|v| / a) / (2 a)."""
+    xp = array_namespace(v)
+    return xp.exp(-xp.abs(v) / a) / (2 * a)
+
+
+def _exponential_nodes(nodes: Nodes, v: str) -> str:
+    minus = nodes.once("minus", lambda: nodes.emit("Neg", nodes.inverse()))
+    height = nodes.once("height", lambda: nodes.emit("Mul", nodes.inverse(), nodes.constant(0.5)))
+    return nodes.emit("Mul", nodes.emit("Exp", nodes.emit("Mul", nodes.emit("Abs", v), minus)), height)
+
+
+def _arctan(v: Array, a: float) -> Array:
+    """(a / 2) / (1 + (pi a v / 2)^2), the derivative of arctan(pi a v / 2) / pi + 1/2."""
+    return a / 2 / (1 + (math.pi / 2 * a * v) ** 2)
+
+
+def _arctan_nodes(nodes: Nodes, v: str) -> str:
+    slope = nodes.once("slope", lambda: nodes.emit("Mul", nodes.width, nodes.constant(math.pi / 2)))
+    peak = nodes.once("peak", lambda: nodes.emit("Mul", nodes.width, nodes.constant(0.5)))
+    angle = nodes.emit("Mul", v, slope)
+    return nodes.emit("Div", peak, nodes.emit("Add", nodes.emit("Mul", angle, angle), nodes.constant(1)))
+
+
+KINDS: Registry[SurrogateKind] = Registry(
+    "surrogate",
+    "mpdsgr_deploy.surrogates",
+    {
+        "triangle": SurrogateKind(
+            derivative=_triangle,
+            nodes=_triangle_nodes,
+            half_width=lambda g: g,
+            width=1.0,
+            kernel="tl.maximum(parameter - tl.abs(v), 0.0) / (parameter * parameter)",
+            source="Deng et al., arXiv 2202.11946",
+        ),
+        "rectangular": SurrogateKind(
+            derivative=_rectangular,
+            nodes=_rectangular_nodes,
+            half_width=lambda a: a / 2,
+            width=1.0,
+            kernel="tl.where(tl.abs(v) < parameter / 2, 1.0 / parameter, 0.0)",
+            source="STBP, Wu et al., arXiv 1706.02609",
+        ),
+        "sigmoid": SurrogateKind(  # the mass within h is tanh(a h / 2)
+            derivative=_sigmoid,
+            nodes=_sigmoid_nodes,
+            half_width=lambda a: 2 * math.atanh(0.95) / a,
+            width=4.0,
+            narrows=True,
+            kernel="parameter * tl.sigmoid(parameter * v) * (1 - tl.sigmoid(parameter * v))",
+        ),
+        "superspike": SurrogateKind(  # the share of the mass within h is 1 - 1 / (1 + k h)
+            derivative=_superspike,
+            nodes=_superspike_nodes,
+            half_width=lambda k: 19 / k,
+            width=10.0,
+            narrows=True,
+            kernel="1 / ((1 + parameter * tl.abs(v)) * (1 + parameter * tl.abs(v)))",
+            source="Zenke & Ganguli, arXiv 1705.11146",
+        ),
+        "exponential": SurrogateKind(  # the mass within h is 1 - exp(-h / a)
+            derivative=_exponential,
+            nodes=_exponential_nodes,
+            half_width=lambda a: a * math.log(20),
+            width=0.5,
+            kernel="tl.exp(-tl.abs(v) / parameter) / (2 * parameter)",
+            source="SLAYER, Shrestha & Orchard, arXiv 1810.08646",
+        ),
+        "arctan": SurrogateKind(  # the mass within h is (2 / pi) arctan(pi a h / 2); tails fall as 1 / v^2
+            derivative=_arctan,
+            nodes=_arctan_nodes,
+            half_width=lambda a: 2 / (math.pi * a) * math.tan(0.95 * math.pi / 2),
+            width=2.0,
+            narrows=True,
+            kernel="parameter / 2 / (1 + (HALF_PI * parameter * v) * (HALF_PI * parameter * v))",
+            source="Fang et al., arXiv 2007.05785; the ATan of SpikingJelly and snnTorch, with their default width",
+        ),
+    },
+    expected=Expected("a SurrogateKind", lambda entry: isinstance(entry, SurrogateKind)),
+)
+
+
+class SurrogateName(NamedTuple):
+    """A kind and its width; kinds without a width ignore it."""
+
+    kind: str
+    width: float
+
+
+def parse_surrogate(name: str) -> SurrogateName:
+    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default.
+
+    Raises InputError for an unknown kind and for a width that is no number above 0 or that the kind does not have.
+    """
+    kind, colon, text = name.partition(":")
+    if kind not in KINDS:
+        choose("surrogate", dict.fromkeys([*KINDS, *ATTACK_ONLY]), kind)
+    if not colon:
+        return SurrogateName(kind, KINDS[kind].width if kind in KINDS else 1.0)
+    try:
+        width = float(text)
+    except ValueError:
+        width = 0.0
+    if kind not in KINDS or not 0 < width < float("inf"):
+        raise InputError(f"surrogate {name!r}: write KIND or KIND:NUMBER above 0, for example triangle:0.5")
+    return SurrogateName(kind, width)
+
+
+def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
+    """The ONNX nodes of a kind's derivative. Raises InputError for a kind without them."""
+    nodes = KINDS.choose(kind).nodes
+    if nodes is None:
+        raise InputError(
+            f"surrogate {kind!r} has no ONNX nodes, so a network deployed with it could not be attacked; "
+            "give its SurrogateKind `nodes`"
+        )
+    return nodes
+
+
+def scaled(name: str, factor: float) -> str:
+    """The surrogate with a window `factor` times as wide: "triangle:1" scaled by 0.25 is "triangle:0.25"."""
+    kind, width = parse_surrogate(name)
+    return f"{kind}:{width / factor if KINDS.choose(kind).narrows else width * factor:g}"
+
+
+def trained_surrogate(recipe: "Recipe") -> str:
+    """The surrogate that a network was trained with, with its width: "triangle:1"."""
+    kind, width = parse_surrogate(recipe.neuron.surrogate)
+    return f"{kind}:{recipe.neuron.surrogate_parameter or width:g}"

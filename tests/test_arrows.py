@@ -1,0 +1,83 @@
+"""Imports run one way: no circles between modules or between packages, read from the sources, lazy imports included."""
+
+import ast
+import graphlib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mpdsgr_deploy"
+STAGES = {"training", "exporting", "adopt", "validation", "prediction", "serving", "experiments"}
+CIRCULAR = {"validation"}  # packages whose own circles are known and on their way out
+
+
+def module_name(file: Path) -> str:
+    """The dotted name below the package; the package itself is ""."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of this package that a file imports when it runs: those for type checking alone are left out."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    inside = {name.removeprefix("mpdsgr_deploy").lstrip(".") for name in names if name.split(".")[0] == "mpdsgr_deploy"}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in inside}
+
+
+IMPORTS = {name: imported(file) - {name} for name, file in MODULES.items()}
+
+
+def room(module: str) -> str:
+    """The package or single module right below `mpdsgr_deploy` that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one circle of a graph; empty if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_the_parser_sees_imports_of_every_form() -> None:
+    assert "surrogates" in IMPORTS["snn.surrogate"]
+    assert "snn.triton_lif" in IMPORTS["snn.multistep"]  # inside a function
+    assert "models" not in IMPORTS["checkpoint"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+
+
+@pytest.mark.parametrize("package", sorted({room(name) for name in MODULES if "." in name} - CIRCULAR))
+def test_no_circle_within_a_package(package: str) -> None:
+    inside = {name: set(targets) for name, targets in IMPORTS.items() if room(name) == package}
+    inside = {name: {target for target in targets if target in inside} for name, targets in inside.items()}
+    assert circle(inside) == []
+
+
+def test_no_circle_between_packages() -> None:
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for name, targets in IMPORTS.items():
+        rooms[room(name)] |= {room(target) for target in targets}
+    assert circle({name: targets - {name, ""} for name, targets in rooms.items() if name}) == []
+
+
+def test_stages_do_not_import_each_other() -> None:
+    for name, targets in IMPORTS.items():
+        if room(name) in STAGES - {"experiments"}:
+            others = {target for target in targets if room(target) in STAGES - {room(name)}}
+            assert not others, f"{name} imports {others}"
