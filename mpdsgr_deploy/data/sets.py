@@ -8,6 +8,7 @@ import numpy as np
 from mpdsgr_deploy.data.events import RECORDINGS, SIDE, read_frames
 from mpdsgr_deploy.data.files import IMAGE_SUFFIXES, files_below, read_image, read_labelled
 from mpdsgr_deploy.data.images import Images
+from mpdsgr_deploy.data.sampling import in_sampling_order
 from mpdsgr_deploy.data.tiny_imagenet import tiny_imagenet
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
@@ -94,8 +95,11 @@ DATASETS = Registry("data set", "mpdsgr_deploy.datasets", BUILT_IN)
 
 
 def load_test(config: Data) -> Images:
-    """The test images, never seen in training or model selection. Raises InputError where they are missing."""
-    return DATASETS.choose(config.name)(config, False)
+    """The test images, never seen in training or model selection, in an order whose every prefix samples all classes.
+
+    Raises InputError where they are missing.
+    """
+    return in_sampling_order(DATASETS.choose(config.name)(config, False))
 
 
 def load_training(config: Data) -> tuple[Images, Images]:
