@@ -6,7 +6,7 @@ checkpoint exists, so a crash at any time leaves the previous one whole.
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,12 +18,18 @@ from mpdsgr_deploy.schema import read_document
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "checkpoint.json"
+Choice = Literal["last", "best"]
+CHOICES: tuple[Choice, ...] = ("last", "best")  # the first is the default
 
 
 class Checkpoint(BaseModel):
-    """`shape` is (C, H, W) of the input; `history` has one entry an epoch; `weights` the file beside the JSON."""
+    """`shape` is (C, H, W) of the input; `history` has one entry per epoch; `weights` is the file beside the JSON.
+
+    choice: which epoch of its run this is: the last one, or the one with the best `metrics["score"]`; score_of says
+    what that score measures. Both are empty in checkpoints of schema version 1.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,11 +38,21 @@ class Checkpoint(BaseModel):
     shape: tuple[int, int, int]
     labels: tuple[str, ...]
     epoch: int
+    choice: Choice | Literal[""] = ""
+    score_of: str = ""
     metrics: dict[str, float]
     history: list[dict[str, Any]]
     provenance: dict[str, Any]
     weights: str = ""
     weights_sha256: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Which epoch of its run this is and why, for people."""
+        epoch = f"epoch {self.epoch} of {self.recipe.training.epochs}"
+        if self.choice == "best":
+            return f"best checkpoint ({epoch}; highest {self.score_of}: {self.metrics['score']:.1%})"
+        return f"last checkpoint ({epoch})" if self.choice else f"checkpoint of {epoch}"
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str, Tensor]") -> None:
@@ -55,12 +71,19 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str,
             old.unlink()
 
 
-def find_checkpoint(directory: Path) -> Path:
-    """The checkpoint directory meant: `directory` itself, or a training run's `best` below it."""
-    for candidate in (directory, directory / "best"):
-        if (candidate / FILE).is_file():
-            return candidate
-    raise InputError(f"no {FILE} in {directory} or its best/; give the directory that `mpdsgr train` wrote")
+def find_checkpoint(directory: Path, choice: Choice | None = None) -> Path:
+    """The checkpoint directory meant: `directory` itself, or a training run's `choice` below it, its last by default.
+
+    Raises InputError if there is none, or if `directory` is itself a checkpoint and not the one of `choice`.
+    """
+    if (directory / FILE).is_file():
+        if choice is not None and directory.name != choice:
+            raise InputError(f"{directory} is itself a checkpoint; give its training run to choose the {choice} one")
+        return directory
+    found = directory / (choice or CHOICES[0])
+    if not (found / FILE).is_file():
+        raise InputError(f"no {FILE} in {directory} or {found}; give the directory that `mpdsgr train` wrote")
+    return found
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:

@@ -173,7 +173,7 @@ def test_regularised_training_lowers_omega_and_adversarial_training_scores_attac
 
 
 def test_the_best_checkpoint_is_the_best_validation_score_and_never_saw_the_test_set(run_dir: Path) -> None:
-    last, best = load_checkpoint(run_dir / "last"), load_checkpoint(find_checkpoint(run_dir))
+    last, best = load_checkpoint(run_dir / "last"), load_checkpoint(find_checkpoint(run_dir, "best"))
     assert best.metrics["score"] == max(entry["score"] for entry in last.history)
     _, validation = load_training(best.recipe.data)
     model = load_model(run_dir / "best" / best.weights, best.recipe, best.shape, 10)
@@ -181,6 +181,19 @@ def test_the_best_checkpoint_is_the_best_validation_score_and_never_saw_the_test
         found = model(torch.from_numpy(validation.unit())).argmax(1).numpy()
     assert (found == validation.classes).mean() == pytest.approx(best.metrics["validation_accuracy"], abs=0.01)
     assert "/" not in best.recipe.data.root
+
+
+def test_the_last_checkpoint_is_the_default_and_each_says_which_it_is(run_dir: Path) -> None:
+    last, best = load_checkpoint(find_checkpoint(run_dir)), load_checkpoint(find_checkpoint(run_dir, "best"))
+    assert (last.choice, last.epoch, last.origin) == ("last", 3, "last checkpoint (epoch 3 of 3)")
+    assert best.choice == "best"
+    assert best.origin == (
+        f"best checkpoint (epoch {best.epoch} of 3; highest accuracy on 130 validation images, clean: "
+        f"{best.metrics['score']:.1%})"
+    )
+    assert find_checkpoint(run_dir / "best") == run_dir / "best"
+    with pytest.raises(InputError, match="is itself a checkpoint; give its training run"):
+        find_checkpoint(run_dir / "last", "best")
 
 
 def test_tensorboard_has_the_curves(run_dir: Path) -> None:
@@ -290,7 +303,7 @@ def test_damaged_checkpoints_are_refused(run_dir: Path, tmp_path: Path, damage: 
         path.write_text(text[:200])
         expected = "damaged"
     elif damage == "newer":
-        path.write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
+        path.write_text(text.replace('"schema_version": 2', '"schema_version": 99'))
         expected = "schema version 99"
     elif damage == "weights elsewhere":
         path.write_text(text.replace(checkpoint.weights, "../" + checkpoint.weights))

@@ -5,13 +5,20 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.checkpoint import CHOICES, Choice
 from mpdsgr_deploy.cli.output import json_option, print_json
 from mpdsgr_deploy.lookup import need
 
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory to write.")
+@click.option(
+    "--checkpoint",
+    "choice",
+    type=click.Choice(CHOICES),
+    help="Which epoch of RUN: the last, or the best by its validation score.  [default: last]",
+)
 @click.option("--precision", default="", metavar="P,...", help="Besides fp32: fp16, int8, fp8, comma-separated.")
 @click.option("--max-drop", type=click.FloatRange(0, 1), help="Largest loss of accuracy of each, clean and attacked.")
 @click.option("--root", help="Where the data set lies, for accuracy and golden inputs.  [default: the recipe's]")
@@ -20,8 +27,9 @@ from mpdsgr_deploy.lookup import need
 @click.option("--images/--no-images", default=True, show_default=True, help="Carry the test images in the bundle.")
 @json_option
 def command(
-    checkpoint: Path,
+    run: Path,
     out: Path,
+    choice: Choice | None,
     precision: str,
     max_drop: float | None,
     root: str | None,
@@ -30,7 +38,7 @@ def command(
     images: bool,
     as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT (a training run or one of its checkpoints) into a deployment bundle.
+    """Turn RUN (a training run or one of its checkpoints) into a deployment bundle.
 
     The ONNX file is compared with the torch model before anything is written. Other precisions also meet attacked
     images. The torch network is attacked as `mpdsgr validate` will attack the artefact, and its verdicts go into the
@@ -50,8 +58,9 @@ def command(
 
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
     bundle = export(
-        checkpoint,
+        run,
         out,
+        choice=choice,
         precisions=precisions,
         max_drop=max_drop,
         root=root,
@@ -61,8 +70,11 @@ def command(
     )
     variants = bundle.manifest.variants
     if as_json:
-        print_json({"bundle": str(out), "variants": {name: v.model_dump() for name, v in variants.items()}})
+        origin = bundle.manifest.provenance["checkpoint"]
+        variants_json = {name: variant.model_dump() for name, variant in variants.items()}
+        print_json({"bundle": str(out), "checkpoint": origin, "variants": variants_json})
         return
+    click.echo(f"exported the {bundle.manifest.provenance['checkpoint']}")
     for name, variant in variants.items():
         found = [(variant.accuracy, "test images correct"), (variant.attacked, "correct under attack (PGD)")]
         figures = [f"{a.correct} of {a.n} {a.data} {what} ({a.share:.1%})" for a, what in found if a]

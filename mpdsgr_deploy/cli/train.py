@@ -25,8 +25,8 @@ def command(
     """Train RECIPE: a built-in name (see `mpdsgr recipes`) or a .toml file; digits-robust without one.
 
     That is adversarial training with SR, which keeps most under all attacks of what was measured; the paper's own
-    method is cifar10-vgg11-mpdsgr, or digits-mpdsgr. Writes checkpoints (best, last), TensorBoard curves and what
-    --resume needs.
+    method is cifar10-vgg11-mpdsgr, or digits-mpdsgr. Writes checkpoints (last, best), TensorBoard curves and what
+    --resume needs. `mpdsgr export` takes the last epoch; --checkpoint best takes the one that validated best.
 
     \b
     Example:
@@ -37,17 +37,19 @@ def command(
     resolved = load_recipe(path, overrides)
     out = out or Path("runs") / path.stem
     need("lightning.fabric", "train")
-    from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+    from mpdsgr_deploy.checkpoint import load_checkpoint
     from mpdsgr_deploy.training import train
     from mpdsgr_deploy.training.pages import keep_pages
 
     keep_pages()
     train(resolved, out, resume=resume, profile=profile)
-    best = load_checkpoint(find_checkpoint(out))
+    last, best = load_checkpoint(out / "last"), load_checkpoint(out / "best")
     if as_json:
-        print_json({"out": str(out), "best_epoch": best.epoch, **best.metrics})
+        score = {"epoch": best.epoch, "score_of": best.score_of, **best.metrics}
+        print_json({"out": str(out), "epoch": last.epoch, **last.metrics, "best": score})
     else:
-        accuracy = best.metrics["validation_accuracy"]
-        click.echo(f"best epoch {best.epoch}, validation accuracy {accuracy:.1%}; checkpoints in {out}")
+        for checkpoint in (last, best):
+            accuracy = checkpoint.metrics["validation_accuracy"]
+            click.echo(f"{checkpoint.origin}: validation accuracy {accuracy:.1%}")
         root = "" if resolved.data.root == resolved.portable().data.root else f" --root {resolved.data.root}"
         click.echo(f"next: mpdsgr export {out} --out {out}/bundle{root}")

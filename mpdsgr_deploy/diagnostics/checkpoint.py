@@ -28,7 +28,7 @@ def plot_checkpoint(
     channels: Sequence[int] = (),
     images: int = 128,
 ) -> tuple[str, list[LayerStatistics]]:
-    """Measure a checkpoint's network (or a training run's best) on its first test images and write the pictures.
+    """Measure a checkpoint's network (or a training run's last) on its first test images and write the pictures.
 
     root overrides where the data set lies; layers are drawn (all, if none is named), each into LAYER.png and
     LAYER-channels.png, and each of `channels` that it has into LAYER-channel-N.png. Returns which images they were, and

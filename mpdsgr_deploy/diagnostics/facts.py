@@ -28,6 +28,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         **{f"noise {x.name}": f"{x.kind}, float32 [B, {', '.join(map(str, x.shape))}]" for x in manifest.noise},
         "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
         **describe(manifest.recipe),
+        "checkpoint": manifest.provenance.get("checkpoint", "not recorded"),
     }
     if manifest.reference is not None:
         facts["promised"] = promised(manifest.reference)
@@ -88,7 +89,7 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]
         "kind": "checkpoint, hash verified",
         "data": checkpoint.recipe.data.name,
         **describe(checkpoint.recipe),
-        "epoch": f"{checkpoint.epoch} of {checkpoint.recipe.training.epochs}",
+        "checkpoint": checkpoint.origin,
         **{name: f"{value:.4f}" for name, value in checkpoint.metrics.items()},
         "created": checkpoint.provenance.get("created", "unknown"),
     }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
-from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint
+from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
@@ -49,8 +49,9 @@ def export(
     limit: int | None = None,
     tier: str | None = None,
     carry_images: bool = True,
+    choice: Choice | None = None,
 ) -> Bundle:
-    """Write the bundle of a checkpoint (or of a training run: its best one) to directory `out`.
+    """Write the bundle of a checkpoint (or of a training run: its last one, or `choice`) to directory `out`.
 
     It has float32 and `precisions`. recipe: another one for attacks, gate and test images than the checkpoint's.
     max_drop bounds what each precision may lose of float32's accuracy on clean and on attacked images, as a share of
@@ -70,8 +71,9 @@ def export(
     if max_drop is not None and len(variants) == 1:
         raise InputError("--max-drop bounds what other precisions than fp32 lose; name them with --precision")
     out = out.resolve()  # a link is followed, not replaced
-    source = find_checkpoint(checkpoint_dir)
+    source = find_checkpoint(checkpoint_dir, choice)
     checkpoint, model = load_network(source)
+    log.info("exporting the %s", checkpoint.origin)
     if recipe is not None:
         checkpoint = checkpoint.model_copy(update={"recipe": recipe})
     tier = tier or checkpoint.recipe.gate.tier
@@ -125,7 +127,12 @@ def export(
             recipe=checkpoint.recipe,
             variants=written,
             reference=promise,
-            provenance={"export": provenance(), "training": checkpoint.provenance, "epoch": checkpoint.epoch},
+            provenance={
+                "export": provenance(),
+                "training": checkpoint.provenance,
+                "epoch": checkpoint.epoch,
+                "checkpoint": checkpoint.origin,
+            },
         )
 
 

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.batches import to_device
-from mpdsgr_deploy.defences import build_defended, resolved
+from mpdsgr_deploy.defences import Defence, build_defended, resolved
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import need
@@ -163,6 +163,8 @@ def _run(
                 shape=training.shape,
                 labels=training.labels,
                 epoch=epoch + 1,
+                choice="last",
+                score_of=score_of(learner, len(validation)),
                 metrics=validated,
                 history=history,
                 provenance=provenance(),
@@ -196,6 +198,12 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
     return Learner(fabric, recipe, wrapped, model, defences, optimizer)
 
 
+def score_of(learner: Learner, images: int) -> str:
+    """What selects the best checkpoint of a run: what `validate_epoch` measures as the score."""
+    attacked = any(type(defence).examples is not Defence.examples for defence in learner.defences)
+    return f"accuracy on {images} validation images, {'under the training attack' if attacked else 'clean'}"
+
+
 def _restore(learner: Learner, path: Path) -> list[dict[str, Any]]:
     """Fill the learner from a state file, if there is one; returns the history of the epochs it has behind it.
 
@@ -217,7 +225,7 @@ def _save(learner: Learner, checkpoint: Checkpoint, out: Path) -> None:
     """Checkpoints first, state last: whatever of this epoch was not written when a run dies, a resumed run repeats."""
     weights = learner.model.state_dict()
     if checkpoint.metrics["score"] >= max(entry["score"] for entry in checkpoint.history):
-        save_checkpoint(out / "best", checkpoint, weights)
+        save_checkpoint(out / "best", checkpoint.model_copy(update={"choice": "best"}), weights)
     save_checkpoint(out / "last", checkpoint, weights)
     state = {"model": weights, "optimizer": learner.optimizer.state_dict(), "history": checkpoint.history}
     buffer = io.BytesIO()

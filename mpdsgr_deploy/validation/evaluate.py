@@ -62,7 +62,7 @@ def evaluate(
     transfer: Path | None = None,
     tier: str | None = None,
 ) -> Evaluation:
-    """Attack the network of a checkpoint (or of a training run: its best one) as its recipe says.
+    """Attack the network of a checkpoint (or of a training run: its last one) as its recipe says.
 
     recipe: attacks and test images of another one instead. root and limit override the recipe's test images; transfer
     is the checkpoint of another network whose attacked images are tried as well; tier: of the gate, whose attacks are
