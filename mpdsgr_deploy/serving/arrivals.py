@@ -1,0 +1,89 @@
+"""Messages on their way in, where nothing can be seen of one before it is whole: a bounded number at a time."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from mpdsgr_deploy.serving.errors import Refused, Why
+
+PATIENCE = 1.0  # seconds that a message may take while others wait for its place
+Content = TypeVar("Content")
+
+
+class Arrivals:
+    """`places` messages arrive at once, so that together they fit the memory set aside for them.
+
+    Others wait for a place, `waiting` of them at most. A message that takes longer than PATIENCE while others wait
+    gives its place up: clients who send slowly, or nothing, hold up nobody for longer.
+    """
+
+    def __init__(self, places: int, waiting: int) -> None:
+        self.places, self.most_waiting = places, waiting
+        self._arriving: dict[asyncio.Timeout, float] = {}  # when each began, the oldest first
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._taken = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def read(self, receive: Callable[[], Awaitable[Content]], seconds: float) -> Content:
+        """What `receive` brings, in so many seconds. Raises Refused if it takes longer or too many wait."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(seconds) as timeout:
+                await self._enter()
+                self._arriving[timeout] = loop.time()
+                try:
+                    if self._waiting and self._timer is None:
+                        self._hurry()
+                    return await receive()
+                finally:
+                    self._arriving.pop(timeout, None)
+                    self._leave()
+        except TimeoutError:
+            raise Refused(Why.SLOW, "the message did not arrive in time") from None
+
+    async def _enter(self) -> None:
+        if self._taken < self.places and not self._waiting:
+            self._taken += 1
+            return
+        if len(self._waiting) >= self.most_waiting:
+            raise Refused(Why.BUSY, "too many messages are on their way; try again soon", retry_after=1)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        if self._timer is None:
+            self._hurry()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # the place was given to it in the same moment
+                self._leave()
+            with suppress(ValueError):
+                self._waiting.remove(turn)
+            raise
+
+    def _leave(self) -> None:
+        """Hand the place to whoever has waited longest."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._taken -= 1
+
+    def _hurry(self) -> None:
+        """End the oldest arrivals that had their time, as many as wait, and look again when the next one has."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now, needed = loop.time(), len(self._waiting)
+        for timeout, began in list(self._arriving.items()):
+            if not needed:
+                break
+            if now - began < PATIENCE:
+                self._timer = loop.call_later(began + PATIENCE - now + 0.001, self._hurry)
+                break
+            del self._arriving[timeout]
+            timeout.reschedule(now)
+            needed -= 1
+        if self._timer is None and needed:
+            self._timer = loop.call_later(PATIENCE, self._hurry)

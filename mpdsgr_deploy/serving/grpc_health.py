@@ -1,0 +1,122 @@
+"""The services beside the protocol's own that gRPC tools expect: grpc.health.v1, and reflection."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection as grpc_reflection
+from grpc_reflection.v1alpha import reflection_pb2
+
+from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.grpc import Call, Guard, Method
+from mpdsgr_deploy.serving.grpc_methods import SERVICE
+
+HEALTH = "grpc.health.v1.Health"
+REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")  # the same messages
+LOOK_EVERY = 0.5  # seconds between two looks of a Watch
+WATCHERS = 200  # streams of Watch and of reflection
+UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)  # of HealthCheckResponse.ServingStatus
+
+
+def health(guard: Guard) -> Any:
+    """As grpc.aio takes it. A service is "", the protocol's, or the name of a model."""
+    streams = Streams(guard)
+    check = guard.service(HEALTH, {"Check": Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)})
+    watch = grpc.stream_stream_rpc_method_handler(
+        streams.watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
+    )
+    return _Either(check, grpc.method_handlers_generic_handler(HEALTH, {"Watch": watch}))
+
+
+def reflection(guard: Guard) -> list[Any]:
+    """Both versions of the service, as grpc.aio takes them."""
+    reflect = grpc.stream_stream_rpc_method_handler(
+        Streams(guard).reflect, response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString
+    )
+    return [grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": reflect}) for name in REFLECTION]
+
+
+class _Either(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """A service whose methods stand in several handlers."""
+
+    def __init__(self, *handlers: Any) -> None:
+        self._handlers = handlers
+
+    def service(self, details: Any) -> Any:
+        return next(filter(None, (handler.service(details) for handler in self._handlers)), None)
+
+
+async def _check(server: Server, content: bytes, call: Call) -> Any:
+    status = _status(server, _service(content))
+    if status == SERVICE_UNKNOWN:
+        raise Refused(Why.NOT_FOUND, "no such service; ask for a model, or for the empty name")
+    return health_pb2.HealthCheckResponse(status=status)
+
+
+def _service(content: bytes) -> str:
+    try:
+        return str(health_pb2.HealthCheckRequest.FromString(content).service)
+    except DecodeError:
+        raise invalid("the message is no HealthCheckRequest") from None
+
+
+def _status(server: Server, service: str) -> int:
+    if service in ("", SERVICE):
+        return SERVING if server.ready else NOT_SERVING
+    try:
+        answers = server.repository.entry(service).model is not None
+    except Refused:
+        return SERVICE_UNKNOWN
+    return SERVING if answers and not server.draining else NOT_SERVING
+
+
+class Streams:
+    """Calls that stay open: a bounded number of them, which do not hold up the server's end."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard, self._server, self._open = guard, guard.server, 0
+
+    async def watch(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        """A service's status now, and whenever it is another."""
+        async with self._guard.call("Watch", context, open=True) as call:
+            service = _service(await self._guard.message(call, open=True))
+        before = None
+        self._take()
+        try:
+            while True:
+                status = _status(self._server, service)
+                if status != before:
+                    yield health_pb2.HealthCheckResponse(status=status)
+                before = status
+                if self._server.closing:
+                    return
+                await asyncio.sleep(LOOK_EVERY)
+        finally:
+            self._open -= 1
+
+    async def reflect(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        """An answer to each question on what the service consists of."""
+        servicer = grpc_reflection.ReflectionServicer((SERVICE, HEALTH, *REFLECTION))
+        self._take()
+        try:
+            while True:
+                async with self._guard.call("ServerReflectionInfo", context) as call:
+                    content = await self._guard.message(call)
+                    try:
+                        request = reflection_pb2.ServerReflectionRequest.FromString(content)
+                    except DecodeError:
+                        raise invalid("the message is no ServerReflectionRequest") from None
+                for answer in servicer.ServerReflectionInfo(iter([request]), context):
+                    yield answer
+        finally:
+            self._open -= 1
+
+    def _take(self) -> None:
+        if self._open >= WATCHERS:
+            raise Refused(Why.BUSY, "too many streams are open; ask again soon", retry_after=1)
+        self._open += 1

@@ -1,0 +1,159 @@
+"""The Open Inference Protocol over gRPC, with the stubs that tritonclient ships: own ones would clash with them."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2 as pb
+
+from mpdsgr_deploy.serving import tracing
+from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.grpc import Call, Method
+from mpdsgr_deploy.serving.grpc_wire import check_infer_request
+from mpdsgr_deploy.serving.inference import InferenceRequest, WantedOutput, infer
+from mpdsgr_deploy.serving.requests import classes, identifier, timeout
+from mpdsgr_deploy.serving.tensors import InputTensor
+
+SERVICE = "inference.GRPCInferenceService"
+CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
+
+
+async def _server_live(server: Server, request: Any, call: Call) -> Any:
+    return pb.ServerLiveResponse(live=True)
+
+
+async def _server_ready(server: Server, request: Any, call: Call) -> Any:
+    return pb.ServerReadyResponse(ready=server.ready)
+
+
+async def _model_ready(server: Server, request: Any, call: Call) -> Any:
+    try:
+        server.repository.model(request.name, request.version)
+    except Refused as error:
+        if error.why is Why.INVALID:
+            raise
+        return pb.ModelReadyResponse(ready=False)
+    return pb.ModelReadyResponse(ready=True)
+
+
+async def _server_metadata(server: Server, request: Any, call: Call) -> Any:
+    return ParseDict(server.metadata(), pb.ServerMetadataResponse())
+
+
+async def _model_metadata(server: Server, request: Any, call: Call) -> Any:
+    model = server.repository.model(request.name, request.version)
+    return ParseDict(model.metadata(), pb.ModelMetadataResponse())
+
+
+async def _model_config(server: Server, request: Any, call: Call) -> Any:
+    model = server.repository.model(request.name, request.version)
+    return ParseDict({"config": model.config()}, pb.ModelConfigResponse())
+
+
+async def _model_statistics(server: Server, request: Any, call: Call) -> Any:
+    return ParseDict(server.statistics(request.name, request.version), pb.ModelStatisticsResponse())
+
+
+async def _repository_index(server: Server, request: Any, call: Call) -> Any:
+    return ParseDict({"models": server.index(ready=request.ready)}, pb.RepositoryIndexResponse())
+
+
+async def _repository_model_load(server: Server, request: Any, call: Call) -> Any:
+    server.require_control()
+    if request.parameters:
+        raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
+    await server.repository.load(request.model_name)
+    return pb.RepositoryModelLoadResponse()
+
+
+async def _repository_model_unload(server: Server, request: Any, call: Call) -> Any:
+    server.require_control()
+    await server.repository.unload(request.model_name)
+    return pb.RepositoryModelUnloadResponse()
+
+
+async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
+    check_infer_request(content)
+    request = _parsed(pb.ModelInferRequest, content)
+    model = call.model = server.repository.model(request.model_name, request.model_version)
+    if len(content) > model.input.message_bytes:
+        raise Refused(Why.TOO_LARGE, f"a message to {request.model_name} may have {model.input.message_bytes} bytes")
+    outputs = [_wanted(output) for output in request.outputs]
+    limit = timeout(_parameter(request.parameters, "timeout"))
+    asked = InferenceRequest(identifier(request.id), _tensors(request), outputs, limit, binary=True)
+    with tracing.span(call.metadata, model, call.id):
+        answers = await infer(model, server.batcher, asked, server.limits.request_seconds)
+    call.images = answers[0].shape[0]
+    response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)
+    for answer in answers:
+        response.outputs.add(name=answer.wanted.name, datatype=answer.datatype, shape=answer.shape)
+        response.raw_output_contents.append(answer.raw())
+    return response
+
+
+def _tensors(request: Any) -> list[InputTensor]:
+    """The inputs, with their data in raw form or as typed contents; never both."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise invalid(f"{len(request.inputs)} inputs and {len(raw)} raw contents")
+    tensors: list[InputTensor] = []
+    for i, entry in enumerate(request.inputs):
+        if "shared_memory_region" in entry.parameters:
+            raise invalid("shared memory is not offered here; send the tensor")
+        typed = [field.name for field, _ in entry.contents.ListFields()]
+        if raw and typed:
+            raise invalid(f"input {entry.name[:100]!r} has its data twice, raw and typed")
+        field = CONTENTS.get(entry.datatype, "fp32_contents")
+        if not raw and typed not in ([], [field]):
+            raise invalid(f"the data of {entry.datatype[:40]!r} stand in {field}, not in {typed[0]}")
+        content = raw[i] if raw else getattr(entry.contents, field)  # not a list: its length is checked first
+        tensors.append(InputTensor(entry.name, entry.datatype, tuple(entry.shape), content))
+    return tensors
+
+
+def _wanted(output: Any) -> WantedOutput:
+    if "shared_memory_region" in output.parameters:
+        raise invalid("shared memory is not offered here; take the tensor from the answer")
+    return WantedOutput(output.name, True, classes(_parameter(output.parameters, "classification")))
+
+
+def _parameter(parameters: Any, name: str) -> Any:
+    """Its value, of whatever kind; 0 where it is not given."""
+    if name not in parameters:
+        return 0
+    kind = parameters[name].WhichOneof("parameter_choice")
+    return kind and getattr(parameters[name], kind)
+
+
+def _parsed(kind: Any, content: bytes) -> Any:
+    try:
+        return kind.FromString(content)
+    except DecodeError:
+        raise invalid(f"the message is no {kind.DESCRIPTOR.name}") from None
+
+
+def _method(name: str, handler: Callable[[Server, Any, Call], Awaitable[Any]], **options: bool) -> Method:
+    """The method of this name, whose handler takes a parsed message."""
+    request, response = getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response")
+
+    async def answer(server: Server, content: bytes, call: Call) -> Any:
+        return await handler(server, _parsed(request, content), call)
+
+    return Method(answer, response.SerializeToString, **options)
+
+
+METHODS: dict[str, Method] = {
+    "ServerLive": _method("ServerLive", _server_live, open=True, reads=False),
+    "ServerReady": _method("ServerReady", _server_ready, open=True, reads=False),
+    "ServerMetadata": _method("ServerMetadata", _server_metadata),
+    "ModelReady": _method("ModelReady", _model_ready),
+    "ModelMetadata": _method("ModelMetadata", _model_metadata),
+    "ModelConfig": _method("ModelConfig", _model_config),
+    "ModelStatistics": _method("ModelStatistics", _model_statistics),
+    "ModelInfer": Method(_model_infer, pb.ModelInferResponse.SerializeToString, large=True),
+    "RepositoryIndex": _method("RepositoryIndex", _repository_index),
+    "RepositoryModelLoad": _method("RepositoryModelLoad", _repository_model_load),
+    "RepositoryModelUnload": _method("RepositoryModelUnload", _repository_model_unload),
+}
