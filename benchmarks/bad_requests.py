@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
-from mpdsgr_deploy.serving.load.model import Model
+from mpdsgr_deploy.serving.load.model import TargetModel
 
 LENGTH = "Inference-Header-Content-Length"
 
 
-def http(model: Model) -> dict[str, bytes]:
+def http(model: TargetModel) -> dict[str, bytes]:
     """Whole requests by what is wrong with them. A server may close the connection after any."""
     return {**_tensors(model), **_bodies(model), **_heads(model)}
 
 
-def _tensors(model: Model) -> dict[str, bytes]:
+def _tensors(model: TargetModel) -> dict[str, bytes]:
     """One that would be good, with some claims of its JSON replaced, or other bytes behind it."""
     (tensor,) = model.inputs
     pixels = bytes(4 * prod(tensor.shape))
@@ -87,7 +87,7 @@ def _tensors(model: Model) -> dict[str, bytes]:
     }
 
 
-def _bodies(model: Model) -> dict[str, bytes]:
+def _bodies(model: TargetModel) -> dict[str, bytes]:
     return {
         "no body": _post(model, b""),
         "no JSON": _post(model, b"\xff\xfe\x00hello"),
@@ -104,7 +104,7 @@ def _bodies(model: Model) -> dict[str, bytes]:
     }
 
 
-def _heads(model: Model) -> dict[str, bytes]:
+def _heads(model: TargetModel) -> dict[str, bytes]:
     endpoint, path = model.endpoint, model.endpoint.at.path
     message = endpoint.message
     head = f"POST {path}/infer HTTP/1.1\r\nHost: {endpoint.authority}\r\n"
@@ -128,11 +128,11 @@ def _heads(model: Model) -> dict[str, bytes]:
     }
 
 
-def _post(model: Model, body: bytes, headers: dict[str, str] | None = None) -> bytes:
+def _post(model: TargetModel, body: bytes, headers: dict[str, str] | None = None) -> bytes:
     return model.endpoint.message("POST", f"{model.endpoint.at.path}/infer", body, headers or {})
 
 
-def grpc(model: Model) -> Iterator[tuple[str, Any]]:
+def grpc(model: TargetModel) -> Iterator[tuple[str, Any]]:
     """Calls of ModelInfer by what is wrong with them."""
     from tritonclient.grpc import service_pb2 as pb
 

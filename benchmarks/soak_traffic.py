@@ -15,8 +15,8 @@ from tritonclient.grpc import service_pb2 as pb
 from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.parity import TOLERANCE
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.serving.load.connection import Answer, Connection, NoAnswer
-from mpdsgr_deploy.serving.load.model import Model, Tensor
+from mpdsgr_deploy.serving.load.connection import Connection, HttpAnswer, NoAnswer
+from mpdsgr_deploy.serving.load.model import TargetModel, TensorSpec
 
 BATCHES, MOST = (1, 2, 5), 64
 MIX = {"http binary": 79, "http uint8": 5, "http json": 4, "http margin": 2, "bad http": 9, "left": 1}  # of HTTP
@@ -58,7 +58,7 @@ def sure(predictor: Predictor, shape: tuple[int, int, int]) -> np.ndarray:
     return pixels[good][: 2 * MOST]
 
 
-def over_http(model: Model, predictor: Predictor, pixels: np.ndarray, counts: Counts) -> dict[str, list[Ask]]:
+def over_http(model: TargetModel, predictor: Predictor, pixels: np.ndarray, counts: Counts) -> dict[str, list[Ask]]:
     """By kind, what a user may do on a connection."""
     deck: dict[str, list[Ask]] = {kind: [] for kind in MIX}
     (image,) = model.inputs
@@ -66,7 +66,7 @@ def over_http(model: Model, predictor: Predictor, pixels: np.ndarray, counts: Co
         "http binary": model,
         "http uint8": replace(model, inputs=(replace(image, datatype="UINT8"),)),
         "http json": replace(model, binary=False),
-        "http margin": replace(model, output=Tensor("margin", "FP32", ())),
+        "http margin": replace(model, output=TensorSpec("margin", "FP32", ())),
     }
     for kind, form in forms.items():
         for batch in BATCHES:
@@ -87,7 +87,7 @@ def _logits(predictor: Predictor, pixels: np.ndarray, start: int, batch: int) ->
     return predictor(to_unit(pixels[np.arange(start, start + batch) % len(pixels)]))
 
 
-def asking(kind: str, model: Model, message: bytes, batch: int, expected: np.ndarray, counts: Counts) -> Ask:
+def asking(kind: str, model: TargetModel, message: bytes, batch: int, expected: np.ndarray, counts: Counts) -> Ask:
     """A good request, whose answer is held against the logits expected."""
     exact = expected.astype("<f4").tobytes()
 
@@ -108,7 +108,7 @@ def asking(kind: str, model: Model, message: bytes, batch: int, expected: np.nda
     return ask
 
 
-def _numbers(answer: Answer, name: str) -> np.ndarray:
+def _numbers(answer: HttpAnswer, name: str) -> np.ndarray:
     if answer.json_size is not None:
         return np.frombuffer(answer.body[answer.json_size :], "<f4")
     (output,) = json.loads(answer.body)["outputs"]
@@ -146,7 +146,7 @@ def _leaving(part: bytes) -> Ask:
 
 
 def over_grpc(
-    model: Model, stub: Any, predictor: Predictor, pixels: np.ndarray, counts: Counts
+    model: TargetModel, stub: Any, predictor: Predictor, pixels: np.ndarray, counts: Counts
 ) -> tuple[list[Call], list[Call]]:
     """Calls that are answered, and calls that are refused."""
     (image,) = model.inputs

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpdsgr_deploy.serving.batcher import Batcher, Images, Lane, Outputs
+from mpdsgr_deploy.serving.batcher import Batcher, Images, ModelLane, Outputs
 from mpdsgr_deploy.serving.statistics import Statistics
 
 FAR = 1e9  # a deadline that no test sees pass
@@ -56,8 +56,8 @@ def images(*numbers: float) -> Images:
     return np.array(numbers, np.float32).reshape(-1, 1, 1, 1)
 
 
-def lane(network: Network, most: int = 8, room: int = 1000) -> Lane:
-    return Lane(network, Statistics(), most, room)
+def lane(network: Network, most: int = 8, room: int = 1000) -> ModelLane:
+    return ModelLane(network, Statistics(), most, room)
 
 
 def in_loop(test: Callable[[Batcher], Coroutine[Any, Any, None]]) -> None:

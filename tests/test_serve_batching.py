@@ -10,7 +10,7 @@ import pytest
 from counting import FAR, PATIENCE, Network, entered, images, in_loop, lane, outcome
 
 from mpdsgr_deploy.serving import batcher as batcher_module
-from mpdsgr_deploy.serving.batcher import Batcher, Lane, Outputs
+from mpdsgr_deploy.serving.batcher import Batcher, ModelLane, Outputs
 from mpdsgr_deploy.serving.errors import Refused, Why
 
 
@@ -103,7 +103,7 @@ def test_each_request_gets_its_own_rows() -> None:
     rng = np.random.default_rng(0)
     networks = [Network("a"), Network("b")]
 
-    async def ask(batcher: Batcher, to: Lane, numbers: list[float], rates: bool) -> None:
+    async def ask(batcher: Batcher, to: ModelLane, numbers: list[float], rates: bool) -> None:
         await asyncio.sleep(0)
         found = await batcher.submit(to, images(*numbers), FAR, rates=rates)
         assert found.logits.tolist() == [[number, 2 * number] for number in numbers]
@@ -291,7 +291,7 @@ class TestQuickNetworks:
         monkeypatch.setattr(batcher_module, "QUICK", PATIENCE)
 
     @staticmethod
-    async def trusted(batcher: Batcher, network: Network) -> Lane:
+    async def trusted(batcher: Batcher, network: Network) -> ModelLane:
         """A lane whose batches have been quick so often that the next is the loop's."""
         found = lane(network, most=4)
         for number in range(batcher_module.STREAK):

@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2_grpc
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.batcher import Images, Outputs
 from mpdsgr_deploy.serving.grpc import Grpc
-from mpdsgr_deploy.serving.settings import Settings
+from mpdsgr_deploy.serving.settings import ServerSettings
 
 
 class TestServer:
@@ -74,7 +74,7 @@ class TestServer:
 
     def test_the_servers_own_limit_is_a_deadline_too(self) -> None:
         async def test() -> None:
-            settings = Settings.model_validate({"limits": {"request_seconds": 0.02}})
+            settings = ServerSettings.model_validate({"limits": {"request_seconds": 0.02}})
             async with started(BUNDLE, settings=settings) as server, asyncio.timeout(PATIENCE):
                 network = self.held(server)
                 client = Client(server)
@@ -96,7 +96,7 @@ class TestServer:
 
     def test_a_full_queue_is_503_and_says_when_to_come_back(self) -> None:
         async def test() -> None:
-            settings = Settings.model_validate({"limits": {"queue": 2}})
+            settings = ServerSettings.model_validate({"limits": {"queue": 2}})
             async with started(BUNDLE, settings=settings) as server, asyncio.timeout(PATIENCE):
                 network = self.held(server)
                 client = Client(server)

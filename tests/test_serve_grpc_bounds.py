@@ -1,5 +1,6 @@
-"""What gRPC lets a client take: CPU, memory, connections, streams. Good calls go on through, and refusals are counted."""
+"""What gRPC lets a client take: CPU, memory, connections, streams. Good calls go through meanwhile."""
 
+import resource
 import threading
 import time
 from collections import Counter
@@ -39,7 +40,9 @@ def valid() -> bytes:
     return request.SerializeToString()
 
 
-def asked(server: Served, content: bytes | None = None, seconds: float = 20, method: str = SERVICE + "ModelInfer") -> Any:
+def asked(
+    server: Served, content: bytes | None = None, seconds: float = 20, method: str = SERVICE + "ModelInfer"
+) -> Any:
     """A call on a connection of its own, which came to an end."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(server.grpc, options=options) as channel:
@@ -51,7 +54,9 @@ def asked(server: Served, content: bytes | None = None, seconds: float = 20, met
 def assert_serves(server: Served) -> None:
     call = asked(server)
     assert call.code() is grpc.StatusCode.OK, call.details()
-    assert np.isfinite(np.frombuffer(pb.ModelInferResponse.FromString(call.result()).raw_output_contents[0], "f4")).all()
+    assert np.isfinite(
+        np.frombuffer(pb.ModelInferResponse.FromString(call.result()).raw_output_contents[0], "f4")
+    ).all()
 
 
 def cpu(pid: int) -> float:
@@ -185,7 +190,7 @@ def test_rapid_resets_take_nothing_from_others(server: Served) -> None:
 
 
 def test_idle_connections_are_bounded_and_closed() -> None:
-    with Served(limits={"connections": CONNECTIONS, "idle_seconds": 1}) as served:
+    with Served(limits={"connections": CONNECTIONS, "keep_alive_seconds": 1}) as served:
         before = served.descriptors()
         clients = [Http2(served.grpc_port) for _ in range(3 * CONNECTIONS)]
         assert eventually(lambda: served.descriptors() - before <= CONNECTIONS + 2)
@@ -197,7 +202,7 @@ def test_idle_connections_are_bounded_and_closed() -> None:
 
 
 def test_a_client_moves_on_when_its_connection_is_old() -> None:
-    with Served(limits={"age_seconds": 1}) as served, Http2(served.grpc_port) as client:
+    with Served(limits={"connection_age_seconds": 1}) as served, Http2(served.grpc_port) as client:
         stop = time.monotonic() + 10
         while not client.gone and time.monotonic() < stop:
             client.read(0.2)
@@ -206,7 +211,9 @@ def test_a_client_moves_on_when_its_connection_is_old() -> None:
 
 class TestHealth:
     def status(self, server: Served, service: str) -> Any:
-        call = asked(server, health_pb2.HealthCheckRequest(service=service).SerializeToString(), method=HEALTH + "Check")
+        call = asked(
+            server, health_pb2.HealthCheckRequest(service=service).SerializeToString(), method=HEALTH + "Check"
+        )
         if call.exception():
             return call.code()
         return health_pb2.HealthCheckResponse.FromString(call.result()).status
@@ -246,3 +253,18 @@ def test_models_of_several_sizes_share_the_largest_limit(tmp_path: Path) -> None
         tensor = request.inputs.add(name="images", datatype="FP32", shape=x.shape)
         tensor.contents.fp32_contents.extend(x.ravel().tolist())
         assert asked(served, request.SerializeToString()).code() is grpc.StatusCode.OK
+
+
+def test_the_limit_of_open_files_is_raised_or_told() -> None:
+    def open_files(served: Served) -> tuple[int, int]:
+        return resource.prlimit(served.pid, resource.RLIMIT_NOFILE)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with Served() as served:
+            assert open_files(served)[0] == 2200
+        with Served(limits={"connections": hard}) as served:
+            assert any("lower limits.connections" in line["message"] for line in served.lines)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -225,7 +225,7 @@ def test_versions_that_are_not_there(channel: grpc.Channel, version: str) -> Non
     assert refused(channel, "ModelInfer", infer(model_version=version)).code() is grpc.StatusCode.NOT_FOUND
 
 
-@pytest.mark.parametrize("method", ["ServerReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"])
+@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"])
 def test_bytes_that_are_no_message(channel: grpc.Channel, method: str) -> None:
     error = refused(channel, method, b"\x07\xff\xff")
     assert (error.code(), error.details()) == (INVALID, f"the message is no {method}Request")

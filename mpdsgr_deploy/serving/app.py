@@ -13,10 +13,10 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.logs import Told, log_request
-from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.repository import Entry, Repository
 from mpdsgr_deploy.serving.security import ApiKeys
-from mpdsgr_deploy.serving.settings import Settings
+from mpdsgr_deploy.serving.settings import ServerSettings
 from mpdsgr_deploy.serving.source import sources
 from mpdsgr_deploy.serving.statistics import WINDOW
 from mpdsgr_deploy.serving.tensors import too_large
@@ -66,13 +66,13 @@ class Server:
     def __init__(
         self,
         models: Sequence[str],
-        settings: Settings | None = None,
+        settings: ServerSettings | None = None,
         *,
         backend: str = DEFAULT_BACKEND,
         keys: Path | None = None,
         repository_control: bool = False,
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or ServerSettings()
         self.limits = self.settings.limits
         self.keys = None if keys is None else ApiKeys(keys)
         self.repository_control = repository_control
@@ -84,6 +84,11 @@ class Server:
         self.local = False  # it is for this machine alone, and asks nobody who they are
         self.closing = False  # connections that are open get their last answer
         self._born = time.monotonic()
+
+    @property
+    def largest_message(self) -> int:
+        """Bytes of the largest valid inference request over gRPC, of any model."""
+        return min(self.repository.largest_message, self.memory.limit)
 
     async def start(self) -> None:
         """Load every model. Raises MpdsgrError if one cannot serve."""
@@ -151,7 +156,7 @@ class Server:
         return {"server": server, "models": [_status(entry, self.repository.backend) for entry in self.repository]}
 
 
-def _statistics(model: Model) -> dict[str, Any]:
+def _statistics(model: ServedModel) -> dict[str, Any]:
     counts = model.statistics
 
     def duration(count: int, seconds: float) -> dict[str, int]:

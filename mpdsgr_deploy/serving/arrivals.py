@@ -8,15 +8,15 @@ from typing import TypeVar
 
 from mpdsgr_deploy.serving.errors import Refused, Why
 
-PATIENCE = 1.0  # seconds that a message may take while others wait for its place
+PATIENCE = 1.0  # seconds within which whoever waits gets a place
 Content = TypeVar("Content")
 
 
 class Arrivals:
     """`places` messages arrive at once, so that together they fit the memory set aside for them.
 
-    Others wait for a place, `waiting` of them at most. A message that takes longer than PATIENCE while others wait
-    gives its place up: clients who send slowly, or nothing, hold up nobody for longer.
+    Others wait for a place, `waiting` of them at most. While they do, a message has so little time that all of them
+    get a place within about PATIENCE: clients who send slowly, or nothing, hold up nobody for longer.
     """
 
     def __init__(self, places: int, waiting: int) -> None:
@@ -76,14 +76,15 @@ class Arrivals:
         self._timer = None
         loop = asyncio.get_running_loop()
         now, needed = loop.time(), len(self._waiting)
+        patience = PATIENCE / (1 + needed / self.places)
         for timeout, began in list(self._arriving.items()):
             if not needed:
                 break
-            if now - began < PATIENCE:
-                self._timer = loop.call_later(began + PATIENCE - now + 0.001, self._hurry)
+            if now - began < patience:
+                self._timer = loop.call_later(began + patience - now + 0.001, self._hurry)
                 break
             del self._arriving[timeout]
             timeout.reschedule(now)
             needed -= 1
         if self._timer is None and needed:
-            self._timer = loop.call_later(PATIENCE, self._hurry)
+            self._timer = loop.call_later(patience, self._hurry)

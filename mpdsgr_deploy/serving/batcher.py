@@ -33,7 +33,7 @@ STREAK = 20  # batches, one after the other, that have to be quick before it is
 Compute = Callable[[Images, bool], Outputs]  # the flag: with firing rates
 
 
-class Job:
+class QueuedRequest:
     """A request that waits. deadline: on the monotonic clock; what has passed it is not computed."""
 
     __slots__ = ("arrived", "deadline", "future", "images", "rates")
@@ -43,12 +43,12 @@ class Job:
         self.arrived = time.monotonic()
 
 
-class Lane:
+class ModelLane:
     """The queue of one model version. most: images a batch; room: images that may wait."""
 
     def __init__(self, compute: Compute, statistics: Statistics, most: int, room: int) -> None:
         self.compute, self.statistics, self.most, self.room = compute, statistics, most, room
-        self.jobs: deque[Job] = deque()
+        self.jobs: deque[QueuedRequest] = deque()
         self.images = 0  # that wait
         self.running = 0  # requests that wait or are computed
         self.streak = 0  # quick batches until now
@@ -58,10 +58,10 @@ class Lane:
         """Whether the event loop computes the next batch. The first with firing rates opens a network."""
         return self.streak >= STREAK and not self.jobs[0].rates
 
-    def take(self) -> tuple[list[Job], list[Job]]:
+    def take(self) -> tuple[list[QueuedRequest], list[QueuedRequest]]:
         """The next batch, from the front, and what is too late or given up on the way there."""
-        batch: list[Job] = []
-        dropped: list[Job] = []
+        batch: list[QueuedRequest] = []
+        dropped: list[QueuedRequest] = []
         images, now = 0, time.monotonic()
         while self.jobs:
             job = self.jobs[0]
@@ -83,17 +83,19 @@ class Batcher:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready = threading.Condition()
-        self._turns: deque[Lane] = deque()  # with jobs
+        self._turns: deque[ModelLane] = deque()  # with jobs
         self._closed = self._busy = self._called = False  # busy: the thread computes; called: `_turn` will be
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
-    def submit(self, lane: Lane, images: Images, deadline: float, *, rates: bool = False) -> "asyncio.Future[Outputs]":
+    def submit(
+        self, lane: ModelLane, images: Images, deadline: float, *, rates: bool = False
+    ) -> "asyncio.Future[Outputs]":
         """The outputs of the images [B <= lane.most, C, H, W], to come. Cancel the future to give up.
 
         The future raises Refused if the deadline passes first. Raises Refused at once if the lane is full.
         """
-        job = Job(images, rates, deadline, self._loop.create_future())
+        job = QueuedRequest(images, rates, deadline, self._loop.create_future())
         with self._ready:
             # an empty queue takes anything, or a request larger than `room` never had a chance
             if lane.images and lane.images + len(images) > lane.room:
@@ -125,7 +127,7 @@ class Batcher:
         if taken is not None:
             _deliver(*taken, *_timed(*taken))
 
-    def _next(self, *, quick: bool) -> tuple[Lane, list[Job], list[Job]] | None:
+    def _next(self, *, quick: bool) -> tuple[ModelLane, list[QueuedRequest], list[QueuedRequest]] | None:
         """The lane whose turn it is, its next batch, and what is dropped. quick: None if it is not."""
         if not self._turns or (quick and not self._turns[0].quick):
             return None
@@ -164,14 +166,16 @@ class Batcher:
         return True
 
 
-def _timed(lane: Lane, batch: list[Job], _: list[Job]) -> tuple[Outputs | Exception | None, float, float]:
+def _timed(
+    lane: ModelLane, batch: list[QueuedRequest], _: list[QueuedRequest]
+) -> tuple[Outputs | Exception | None, float, float]:
     """What comes out of a batch, when it began, and how many seconds it took."""
     start = time.monotonic()
     outcome = _computed(lane, batch) if batch else None
     return outcome, start, time.monotonic() - start
 
 
-def _computed(lane: Lane, batch: list[Job]) -> Outputs | Exception:
+def _computed(lane: ModelLane, batch: list[QueuedRequest]) -> Outputs | Exception:
     images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
     try:
         return lane.compute(images, batch[0].rates)
@@ -180,7 +184,12 @@ def _computed(lane: Lane, batch: list[Job]) -> Outputs | Exception:
 
 
 def _deliver(
-    lane: Lane, batch: list[Job], dropped: list[Job], outcome: Outputs | Exception | None, start: float, seconds: float
+    lane: ModelLane,
+    batch: list[QueuedRequest],
+    dropped: list[QueuedRequest],
+    outcome: Outputs | Exception | None,
+    start: float,
+    seconds: float,
 ) -> None:
     """In the event loop: hand each request its rows, or the reason why there are none."""
     lane.running -= len(batch) + len(dropped)

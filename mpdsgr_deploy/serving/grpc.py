@@ -18,11 +18,12 @@ from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.arrivals import Arrivals
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.listener import HEAD_BYTES, Tls
-from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE
 
 STREAMS = 100  # calls of a connection at once; clients hold back further ones themselves
 OPEN_PLACES = 8  # messages that arrive at once for calls without a key
+WAITING = 1000  # calls whose messages wait to arrive
 SMALL = 4096  # bytes of a message to a method that needs no key
 
 
@@ -65,8 +66,8 @@ def _options(server: Server) -> list[tuple[str, int]]:
         ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * 1000)),
         ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
         ("grpc.max_allowed_incoming_connections", limits.connections),
-        ("grpc.max_connection_idle_ms", int(limits.idle_seconds * 1000)),
-        ("grpc.max_connection_age_ms", int(limits.age_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", int(limits.keep_alive_seconds * 1000)),
+        ("grpc.max_connection_age_ms", int(limits.connection_age_seconds * 1000)),
         ("grpc.max_connection_age_grace_ms", int((limits.body_seconds + limits.request_seconds) * 1000)),
         ("grpc.max_concurrent_streams", STREAMS),
         # of streams that were reset: more make the core refuse new ones of that connection, fewer also honest bursts
@@ -88,7 +89,7 @@ class Call:
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
         }
         self.id = self.metadata.get("x-request-id", "")[:128] or fallback_id
-        self.model: Model | None = None
+        self.model: ServedModel | None = None
         self.images = 0
         self.start = time.monotonic()
 
@@ -116,8 +117,8 @@ class Guard:
         self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
         limits = server.limits
         places = max(1, limits.in_flight_bytes // server.largest_message)
-        self._arrivals = Arrivals(min(places, limits.connections), limits.connections)
-        self._open_arrivals = Arrivals(min(places, OPEN_PLACES), limits.connections)
+        self._arrivals = Arrivals(min(places, WAITING), WAITING)
+        self._open_arrivals = Arrivals(min(places, OPEN_PLACES), WAITING)
 
     def service(self, name: str, methods: Mapping[str, Method]) -> Any:
         """As grpc.aio takes it. Calls are streams to it, for their message to be waited for here: with a bound."""
@@ -132,7 +133,7 @@ class Guard:
     async def _unary(self, name: str, method: Method, _: Any, context: grpc.aio.ServicerContext) -> Any:
         if context.done():  # reset before its turn came
             self.server.other_codes["grpc", Why.CANCELLED.grpc] += 1
-            return None
+            raise asyncio.CancelledError
         async with self.call(name, context, open=method.open) as call:
             if not method.reads:
                 return await method.answer(self.server, b"", call)
@@ -169,11 +170,18 @@ class Guard:
             await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
 
     async def message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes:
-        """A call's next message. Raises Refused for one that is late, missing, or larger than its method needs."""
+        """A call's message. Raises Refused for one that is late, missing, or larger than its method needs."""
+        content = await self.next_message(call, open=open, large=large)
+        if content is None:
+            raise invalid("the call has no message")
+        return content
+
+    async def next_message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes | None:
+        """A stream's next message, or None at its end. Raises Refused as `message` does."""
         arrivals = self._open_arrivals if open else self._arrivals
         content = await arrivals.read(call.context.read, self.server.limits.body_seconds)
         if not isinstance(content, bytes):  # the client has closed its side
-            raise invalid("the call has no message")
+            return None
         most = SMALL if open else self.server.largest_message if large else JSON_ENVELOPE
         if len(content) > most:
             raise Refused(Why.TOO_LARGE, f"a message to {call.path} may have {most} bytes")

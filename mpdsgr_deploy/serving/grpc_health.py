@@ -26,7 +26,9 @@ UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)  # of HealthCheckRespo
 def health(guard: Guard) -> Any:
     """As grpc.aio takes it. A service is "", the protocol's, or the name of a model."""
     streams = Streams(guard)
-    check = guard.service(HEALTH, {"Check": Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)})
+    check = guard.service(
+        HEALTH, {"Check": Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)}
+    )
     watch = grpc.stream_stream_rpc_method_handler(
         streams.watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
     )
@@ -85,8 +87,8 @@ class Streams:
         """A service's status now, and whenever it is another."""
         async with self._guard.call("Watch", context, open=True) as call:
             service = _service(await self._guard.message(call, open=True))
+            self._take()
         before = None
-        self._take()
         try:
             while True:
                 status = _status(self._server, service)
@@ -102,11 +104,14 @@ class Streams:
     async def reflect(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         """An answer to each question on what the service consists of."""
         servicer = grpc_reflection.ReflectionServicer((SERVICE, HEALTH, *REFLECTION))
-        self._take()
+        async with self._guard.call("ServerReflectionInfo", context):
+            self._take()
         try:
             while True:
                 async with self._guard.call("ServerReflectionInfo", context) as call:
-                    content = await self._guard.message(call)
+                    content = await self._guard.next_message(call)
+                    if content is None:
+                        return
                     try:
                         request = reflection_pb2.ServerReflectionRequest.FromString(content)
                     except DecodeError:

@@ -27,7 +27,7 @@ class Scan:
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Number, start and end of each field's value. Raises Refused for too many, or what is no message."""
-        content, place = self._content, start
+        place = start
         while place < end:
             self._left -= 1
             if self._left < 0:

@@ -15,7 +15,7 @@ from mpdsgr_deploy.serving import metrics, tracing
 from mpdsgr_deploy.serving.app import Server, Share
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.inference import infer
-from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.page import page
 from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
 from mpdsgr_deploy.serving.security import check_caller
@@ -50,7 +50,7 @@ class Exchange:
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = self.headers.get("x-request-id", "")
         self.id = given if given.isprintable() and 0 < len(given) <= 128 else fallback_id
-        self.model: Model | None = None
+        self.model: ServedModel | None = None
         self.images = 0
         self.unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
         self.start = time.monotonic()

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.serving.batcher import STREAK, Batcher, Outputs
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
-from mpdsgr_deploy.serving.model import FIRING_RATE, MARGIN, Model
-from mpdsgr_deploy.serving.tensors import Tensor, best, bytes_tensor, margin
+from mpdsgr_deploy.serving.model import FIRING_RATE, MARGIN, ServedModel
+from mpdsgr_deploy.serving.tensors import InputTensor, best, bytes_tensor, margin
 
 MICROSECONDS = 1e-6  # of a request's parameter `timeout`
 
 
-class Wanted(NamedTuple):
+class WantedOutput(NamedTuple):
     """An output that is asked for. classes: the best so many as labels, in place of numbers (0)."""
 
     name: str
@@ -24,19 +24,20 @@ class Wanted(NamedTuple):
     classes: int = 0
 
 
-class Request(NamedTuple):
+class InferenceRequest(NamedTuple):
     """inputs: gone once they are images, as a list of numbers takes ten times the memory. timeout: seconds, or None."""
 
     id: str
-    inputs: list[Tensor]
-    outputs: Sequence[Wanted]
+    inputs: list[InputTensor]
+    outputs: Sequence[WantedOutput]
     timeout: float | None
+    binary: bool = False  # form of the output that is given unasked
 
 
-class Answer(NamedTuple):
+class OutputAnswer(NamedTuple):
     """An output's numbers, or its labels [B][k]."""
 
-    wanted: Wanted
+    wanted: WantedOutput
     content: NDArray[np.float32] | list[list[str]]
 
     @property
@@ -59,12 +60,12 @@ class Answer(NamedTuple):
 
 
 async def infer(
-    model: Model,
+    model: ServedModel,
     batcher: Batcher,
-    request: Request,
+    request: InferenceRequest,
     seconds: float,
     gone: Callable[[], Awaitable[Any]] | None = None,
-) -> list[Answer]:
+) -> list[OutputAnswer]:
     """Answer a request, in at most so many seconds from now unless it sets a shorter time itself.
 
     gone: awaits the client's leaving, after which nothing is computed for it. Raises Refused.
@@ -72,7 +73,7 @@ async def infer(
     start = time.monotonic()
     if len(request.inputs) != 1:
         raise invalid(f"give one input, {model.input.name!r}; this request has {len(request.inputs)}")
-    outputs = request.outputs or [Wanted(model.output)]
+    outputs = request.outputs or [WantedOutput(model.output, request.binary)]
     for wanted in outputs:
         model.require_output(wanted.name, wanted.classes)
     if len({wanted.name for wanted in outputs}) != len(outputs):
@@ -84,7 +85,7 @@ async def infer(
     future = batcher.submit(model.lane, images, start + limit, rates=rates)
     found = await _watched(future, limit if request.timeout is not None else None, gone if waits else None)
     model.statistics.answered(time.monotonic() - start, len(images))
-    return [Answer(wanted, _content(model, wanted, found)) for wanted in outputs]
+    return [OutputAnswer(wanted, _content(model, wanted, found)) for wanted in outputs]
 
 
 async def _watched(
@@ -115,7 +116,7 @@ def _late(future: "asyncio.Future[Outputs]") -> None:
         future.set_exception(Refused(Why.LATE, "the request's timeout passed before its answer was there"))
 
 
-def _content(model: Model, wanted: Wanted, found: Outputs) -> NDArray[np.float32] | list[list[str]]:
+def _content(model: ServedModel, wanted: WantedOutput, found: Outputs) -> NDArray[np.float32] | list[list[str]]:
     if wanted.classes:
         return best(found.logits, model.labels, min(wanted.classes, len(model.labels)))
     if wanted.name == MARGIN:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grpc
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -54,6 +55,12 @@ class Tls(NamedTuple):
                 context.load_verify_locations(self.client_ca)
         except (OSError, ssl.SSLError) as error:
             raise InputError(f"no TLS with {files}: {error}") from None
+
+    def grpc(self) -> grpc.ServerCredentials:
+        """As gRPC takes them."""
+        ca = None if self.client_ca is None else self.client_ca.read_bytes()
+        pair = (self.key.read_bytes(), self.certificate.read_bytes())
+        return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
 
     def options(self) -> dict[str, Any]:
         """As uvicorn takes them."""

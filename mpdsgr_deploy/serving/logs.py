@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused
-from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.model import ServedModel
 
 requests = logging.getLogger("mpdsgr_deploy.requests")
 
@@ -18,7 +18,7 @@ class Told(Protocol):
     id: str
     method: str
     path: str
-    model: Model | None
+    model: ServedModel | None
     images: int
     start: float
 

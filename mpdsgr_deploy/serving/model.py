@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, firing_rate_layers
-from mpdsgr_deploy.serving.batcher import Lane, Outputs
+from mpdsgr_deploy.serving.batcher import ModelLane, Outputs
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.settings import Limits
-from mpdsgr_deploy.serving.source import Source
+from mpdsgr_deploy.serving.source import ModelSource
 from mpdsgr_deploy.serving.statistics import Statistics
-from mpdsgr_deploy.serving.tensors import Input
+from mpdsgr_deploy.serving.tensors import ImageInput
 
 MARGIN, FIRING_RATE = "margin", "firing_rate"
 
 
-class Model:
+class ServedModel:
     """A served version. backend: what runs it. lane: where its requests wait. Raises as `open_predictor` does."""
 
-    def __init__(self, source: Source, backend: str, version: str, limits: Limits) -> None:
+    def __init__(self, source: ModelSource, backend: str, version: str, limits: Limits) -> None:
         self.source, self.backend, self.version = source, backend, version
         self._stack = ExitStack()
         try:
@@ -37,14 +37,14 @@ class Model:
         manifest = self._bundle.manifest
         self.digest, self.labels, self.output = manifest.digest, manifest.labels, manifest.output_name
         self._predictor = self._stack.enter_context(open_predictor(self._bundle, self.backend, self.source.precision))
-        self.input = Input(manifest.input_name, manifest.input_shape, most)
+        self.input = ImageInput(manifest.input_name, manifest.input_shape, most)
         self._rates: FiringRates | None = None
         self._rates_lock = threading.Lock()
         self.layers: tuple[str, ...] = ()
         if self.backend in PROVIDERS:
             self.layers = firing_rate_layers(self._bundle.variant(self.source.precision))
         self.statistics = Statistics()
-        self.lane = Lane(self._compute, self.statistics, most, room)
+        self.lane = ModelLane(self._compute, self.statistics, most, room)
 
     def _compute(self, images: NDArray[np.float32], rates: bool) -> Outputs:
         if not rates:

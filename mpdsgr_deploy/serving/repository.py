@@ -5,16 +5,15 @@ requests that it accepted are answered. A version that fails leaves the old one 
 """
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 
-from mpdsgr_deploy.bundle import MANIFEST
 from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.settings import Limits
-from mpdsgr_deploy.serving.source import Source
+from mpdsgr_deploy.serving.source import ModelSource
+from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, ImageInput
 
 LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
 
@@ -22,9 +21,9 @@ LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
 class Entry:
     """A name that is served. model: the version that answers, if there is one; reason: why it is not, or not newer."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self.source = source
-        self.model: Model | None = None
+        self.model: ServedModel | None = None
         self.state, self.reason = LOADING, "not loaded yet"
         self.versions = 0  # opened so far
         self.lock = asyncio.Lock()
@@ -33,9 +32,10 @@ class Entry:
 class Repository:
     """All models of a server. backend: what runs them."""
 
-    def __init__(self, sources: Sequence[Source], backend: str, limits: Limits) -> None:
+    def __init__(self, sources: Sequence[ModelSource], backend: str, limits: Limits) -> None:
         self.backend, self._limits = backend, limits
         self._entries = {source.name: Entry(source) for source in sources}
+        self.largest_message = max((_message_bytes(source, limits.batch) for source in sources), default=JSON_ENVELOPE)
         self._draining: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Entry]:
@@ -53,7 +53,7 @@ class Repository:
         except KeyError:
             raise Refused(Why.NOT_FOUND, f"there is no model {name[:100]!r}") from None
 
-    def model(self, name: str, version: str = "") -> Model:
+    def model(self, name: str, version: str = "") -> ServedModel:
         """The model that answers now. Raises Refused if there is none of this name and version."""
         entry = self.entry(name)
         if entry.model is None:
@@ -83,7 +83,7 @@ class Repository:
     async def reload_changed(self) -> None:
         """Load every model whose bundle is another than the one served; what fails is logged."""
         for entry in self:
-            if entry.model is None or _digest(entry.source) != entry.model.digest:
+            if entry.model is None or entry.source.on_disk().get("digest") != entry.model.digest:
                 try:
                     await self._load(entry)
                 except Exception as error:  # whatever a backend raises at a file that is no network
@@ -95,7 +95,7 @@ class Repository:
             entry.reason = "loading"
             version = str(entry.versions + 1)
             try:
-                model = await asyncio.to_thread(Model, entry.source, self.backend, version, self._limits)
+                model = await asyncio.to_thread(ServedModel, entry.source, self.backend, version, self._limits)
             except BaseException as error:
                 entry.state = UNAVAILABLE if entry.model is None else READY
                 entry.reason = f"version {version} failed: {one_line(error)}"
@@ -103,6 +103,8 @@ class Repository:
             entry.versions += 1
             old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""
             log.info("model %s version %s is ready (%s)", entry.source.name, version, model.source.precision)
+            if model.input.message_bytes > self.largest_message:
+                log.warning("gRPC takes messages up to %d bytes until the next start", self.largest_message)
             self._retire(old)
 
     async def unload(self, name: str) -> None:
@@ -112,7 +114,7 @@ class Repository:
             old, entry.model, entry.state, entry.reason = entry.model, None, UNAVAILABLE, "unloaded"
             self._retire(old)
 
-    def _retire(self, model: Model | None) -> None:
+    def _retire(self, model: ServedModel | None) -> None:
         if model is not None:
             task = asyncio.get_running_loop().create_task(_drained(model))
             self._draining.add(task)  # a reference, or the loop may forget it
@@ -126,15 +128,16 @@ class Repository:
         await asyncio.gather(*self._draining)
 
 
-async def _drained(model: Model) -> None:
+async def _drained(model: ServedModel) -> None:
     while model.lane.running:
         await asyncio.sleep(0.01)
     model.close()
 
 
-def _digest(source: Source) -> str | None:
-    """What the manifest on disk calls itself; whether that is true is seen when it is opened."""
+def _message_bytes(source: ModelSource, most: int) -> int:
+    """Of the largest gRPC request that the bundle on disk takes."""
     try:
-        return str(json.loads((source.path / MANIFEST).read_bytes())["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        channels, height, width = map(int, source.on_disk()["input_shape"])
+    except (KeyError, TypeError, ValueError):
+        return JSON_ENVELOPE  # what is no bundle is not served
+    return ImageInput("", (channels, height, width), most).message_bytes

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpdsgr_deploy.serving.errors import invalid
-from mpdsgr_deploy.serving.inference import MICROSECONDS, Answer, Request, Wanted
-from mpdsgr_deploy.serving.model import Model
-from mpdsgr_deploy.serving.tensors import Input, Tensor
+from mpdsgr_deploy.serving.inference import MICROSECONDS, InferenceRequest, OutputAnswer, WantedOutput
+from mpdsgr_deploy.serving.model import ServedModel
+from mpdsgr_deploy.serving.tensors import ImageInput, InputTensor
 
 BINARY = "binary_data"
 SHARED_MEMORY = "shared_memory_region"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no encoding writes
 
 
-def parse_request(body: bytes, header_length: str | None, taken: Input) -> Request:
+def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> InferenceRequest:
     """Raises Refused for anything that is no inference request. header_length: of the JSON, where tensors follow."""
     place = len(body) if header_length is None else _length(header_length, len(body))
     head = body[:place]
@@ -23,7 +23,7 @@ def parse_request(body: bytes, header_length: str | None, taken: Input) -> Reque
     content = parse_json(head)
     _only(content, "the request", {"id", "parameters", "inputs", "outputs"})
     parameters = _mapping(content.get("parameters", {}), "parameters")
-    inputs: list[Tensor] = []
+    inputs: list[InputTensor] = []
     for entry in _list(content.get("inputs"), "inputs"):
         tensor, place = _tensor(_mapping(entry, "an input"), body, place)
         inputs.append(tensor)
@@ -31,7 +31,7 @@ def parse_request(body: bytes, header_length: str | None, taken: Input) -> Reque
         raise invalid(f"{len(body) - place} bytes are left behind the tensors")
     binary = _flag(parameters, "binary_data_output", otherwise=False)
     outputs = [_wanted(_mapping(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
-    return Request(identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)))
+    return InferenceRequest(identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)))
 
 
 def identifier(value: Any) -> str:
@@ -69,7 +69,7 @@ def _length(text: str, most: int) -> int:
     return int(text)
 
 
-def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[Tensor, int]:
+def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor, int]:
     """An input, and where in the body the next one's bytes begin."""
     _only(entry, "an input", {"name", "datatype", "shape", "parameters", "data"})
     name, datatype, shape = (entry.get(key) for key in ("name", "datatype", "shape"))
@@ -82,22 +82,22 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[Tensor, int
         raise invalid("shared memory is not offered here; send the tensor")
     size = parameters.get("binary_data_size")
     if size is None:
-        return Tensor(name, datatype, tuple(shape), _list(entry.get("data"), "data")), place
+        return InputTensor(name, datatype, tuple(shape), _list(entry.get("data"), "data")), place
     if "data" in entry:
         raise invalid(f"input {name[:100]!r} has its data twice, in JSON and in binary form")
     if type(size) is not int or not 0 <= size <= len(body) - place:
         raise invalid(f"binary_data_size {str(size)[:20]} of {name[:100]!r} does not fit the body")
-    return Tensor(name, datatype, tuple(shape), memoryview(body)[place : place + size]), place + size
+    return InputTensor(name, datatype, tuple(shape), memoryview(body)[place : place + size]), place + size
 
 
-def _wanted(entry: dict[str, Any], binary: bool) -> Wanted:
+def _wanted(entry: dict[str, Any], binary: bool) -> WantedOutput:
     _only(entry, "an output", {"name", "parameters"})
     name, parameters = entry.get("name"), _mapping(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
     if SHARED_MEMORY in parameters:
         raise invalid("shared memory is not offered here; take the tensor from the answer")
-    return Wanted(name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0)))
+    return WantedOutput(name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0)))
 
 
 def _flag(parameters: dict[str, Any], key: str, *, otherwise: bool) -> bool:
@@ -125,7 +125,7 @@ def _list(value: Any, what: str) -> list[Any]:
     return value
 
 
-def response(model: Model, request: Request, answers: Sequence[Answer]) -> tuple[bytes, bytes]:
+def response(model: ServedModel, request: InferenceRequest, answers: Sequence[OutputAnswer]) -> tuple[bytes, bytes]:
     """The JSON of an answer, and what follows it in binary form."""
     outputs: list[dict[str, Any]] = []
     binary: list[bytes] = []

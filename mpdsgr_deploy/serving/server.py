@@ -1,6 +1,7 @@
 """The process: listeners, signals, and an end that loses no accepted request."""
 
 import asyncio
+import resource
 import signal
 import socket
 import time
@@ -18,6 +19,7 @@ from mpdsgr_deploy.serving.listener import Listener, Tls, listener
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
 
 LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
+OTHER_FILES = 200  # that a server has open beside its connections
 BACKLOG = 2048  # connections that wait to be accepted
 
 
@@ -38,8 +40,26 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
         tls.check()
     elif server.keys is not None and not is_loopback(address.host):
         log.warning("keys travel in clear text; give --tls-certificate and --tls-key, or end TLS before this server")
+    _raise_file_limit(server.limits.connections)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(server, address, tls))
+
+
+def _raise_file_limit(connections: int) -> None:
+    """Let every connection that is allowed have its file descriptor, as far as the machine does."""
+    needed = 2 * connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        log.warning(
+            "this process may open %d files; %d connections over HTTP and gRPC each need %d: raise the limit "
+            "(ulimit -n, LimitNOFILE) or lower limits.connections",
+            hard,
+            connections,
+            needed,
+        )
+        needed = hard
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 async def _serve(server: Server, address: Address, tls: Tls | None) -> None:

@@ -12,8 +12,11 @@ MiB = 1 << 20
 class Limits(Section):
     """batch: images of a request, and of an inference. queue: images that wait for a model. in_flight_bytes: of request
     bodies, inflated, in all. connections: at once. header_seconds, body_seconds: for a client to send
-    them. request_seconds: from a request's arrival to its inference. grace_seconds: how long a server told to end
-    answers "not ready" and goes on, so that balancers turn away. drain_seconds: then, for accepted requests to end.
+    them. keep_alive_seconds: for its next request on an open connection; longer than a balancer's own, or requests get
+    lost between the two. connection_age_seconds: after which a connection is ended between two requests, so that
+    clients find new servers. request_seconds: from a request's arrival to its inference. grace_seconds: how long a
+    server told to end answers "not ready" and goes on, so that balancers turn away. drain_seconds: then, for accepted
+    requests to end.
     """
 
     batch: Count = 64
@@ -22,6 +25,8 @@ class Limits(Section):
     connections: Count = 1000
     header_seconds: Positive = 10.0
     body_seconds: Positive = 30.0
+    keep_alive_seconds: Positive = 75.0
+    connection_age_seconds: Positive = 600.0
     request_seconds: Positive = 20.0
     grace_seconds: NonNegative = 3.0
     drain_seconds: Positive = 30.0
@@ -33,19 +38,19 @@ class Log(Section):
     requests: bool = False
 
 
-class Settings(Section):
+class ServerSettings(Section):
     """The whole file."""
 
     limits: Limits = Limits()
     log: Log = Log()
 
 
-def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
+def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServerSettings:
     """The settings of a file, or the defaults, with `section.key=value` overrides.
 
     Raises InputError for a file that cannot be read, an unknown key or a value out of range.
     """
     values: dict[str, Any] = {} if path is None else read_toml(path)
     override(values, overrides, example="limits.batch=128")
-    settings: Settings = parse(Settings, values, str(path or "--set"))
+    settings: ServerSettings = parse(ServerSettings, values, str(path or "--set"))
     return settings

@@ -1,26 +1,36 @@
 """Which network of which bundle is served, and by what name: `[NAME=]BUNDLE[@PRECISION]`, as commands take it."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mpdsgr_deploy.bundle import MANIFEST
 from mpdsgr_deploy.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """The name a model is served by, its bundle, and one of the bundle's precisions."""
 
     name: str
     path: Path
     precision: str
 
+    def on_disk(self) -> dict[str, Any]:
+        """What the manifest says now, or nothing; whether that is true is seen when the bundle is opened."""
+        try:
+            content = json.loads((self.path / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
-def sources(texts: Sequence[str]) -> list[Source]:
+
+def sources(texts: Sequence[str]) -> list[ModelSource]:
     """What the texts name, in their order. Raises InputError for a name that no URL takes or that comes twice."""
-    found: dict[str, Source] = {}
+    found: dict[str, ModelSource] = {}
     for text in texts:
         source = _source(text)
         if source.name in found:
@@ -29,7 +39,7 @@ def sources(texts: Sequence[str]) -> list[Source]:
     return list(found.values())
 
 
-def _source(text: str) -> Source:
+def _source(text: str) -> ModelSource:
     """Without a name it is the directory's, with -PRECISION behind it where one other than fp32 is meant."""
     name, place = "", text
     if "=" in text and not Path(text).exists():
@@ -41,4 +51,4 @@ def _source(text: str) -> Source:
     name = name or (directory if precision == "fp32" else f"{directory}-{precision}")
     if not NAME.fullmatch(name):
         raise InputError(f"{text!r}: {name!r} cannot name a model (letters, digits, _ . - only); write NAME={place}")
-    return Source(name, Path(path), precision)
+    return ModelSource(name, Path(path), precision)

@@ -18,7 +18,7 @@ JSON_CHARACTERS = 32  # that a number may take in JSON, with what stands around 
 JSON_ENVELOPE = 1 << 16  # bytes for all of a request that is not numbers
 
 
-class Tensor(NamedTuple):
+class InputTensor(NamedTuple):
     """An input as a request claims it. content: raw little-endian bytes, or the (nested) list of a JSON request."""
 
     name: str
@@ -27,7 +27,7 @@ class Tensor(NamedTuple):
     content: bytes | memoryview | Sequence[Any]
 
 
-class Input(NamedTuple):
+class ImageInput(NamedTuple):
     """What a model takes: images float32 in [0, 1] or uint8, [B, *shape] with at most `most` of them."""
 
     name: str
@@ -39,6 +39,11 @@ class Input(NamedTuple):
         """The largest body that a valid request can have; in JSON."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * JSON_CHARACTERS
 
+    @property
+    def message_bytes(self) -> int:
+        """The largest message over gRPC that a valid request can have, raw or typed."""
+        return JSON_ENVELOPE + self.most * prod(self.shape) * 4
+
     def check_json(self, content: bytes) -> None:
         """Raise Refused for more values or lists than a valid request has, before each takes 50 bytes of memory."""
         channels, height, _ = self.shape
@@ -47,7 +52,7 @@ class Input(NamedTuple):
         if brackets > JSON_ENVELOPE + lists or content.count(b",") > JSON_ENVELOPE + self.most * prod(self.shape):
             raise invalid(f"the request has more values than {self.most} images need")
 
-    def images(self, tensor: Tensor) -> NDArray[np.float32]:
+    def images(self, tensor: InputTensor) -> NDArray[np.float32]:
         """The images [B, C, H, W] of a tensor. Raises Refused unless its claims fit the model and its numbers them."""
         if tensor.name != self.name:
             raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
@@ -66,7 +71,7 @@ class Input(NamedTuple):
             raise invalid(str(error)) from None
         return images
 
-    def _numbers(self, tensor: Tensor) -> NDArray[Any]:
+    def _numbers(self, tensor: InputTensor) -> NDArray[Any]:
         dtype, count = DTYPES[tensor.datatype], prod(tensor.shape)
         if not isinstance(tensor.content, bytes | memoryview):
             return _from_list(tensor.content, tensor.shape, dtype)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-from mpdsgr_deploy.serving.model import Model
+from mpdsgr_deploy.serving.model import ServedModel
 
 try:
     from opentelemetry import propagate, trace
@@ -13,7 +13,7 @@ except ImportError:
 NOTHING: AbstractContextManager[object] = nullcontext()
 
 
-def span(headers: Mapping[str, str], model: Model, request_id: str) -> AbstractContextManager[object]:
+def span(headers: Mapping[str, str], model: ServedModel, request_id: str) -> AbstractContextManager[object]:
     """A server's span around an inference, below the caller's if the headers name it (W3C Trace Context)."""
     if trace is None:
         return NOTHING

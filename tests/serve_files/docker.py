@@ -1,4 +1,4 @@
-"""Settings, Dockerfile and compose files."""
+"""ServerSettings, Dockerfile and compose files."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdsgr_deploy.cli.serve import command
-from mpdsgr_deploy.serving.settings import Settings, load_settings
+from mpdsgr_deploy.serving.settings import ServerSettings, load_settings
 from serve_files import BIN, GRPC, HTTP, READY, accepts, ending, load
 
 HARDENED = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
@@ -18,7 +18,7 @@ HARDENED = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-pri
 def settings_are_the_defaults(serve: Path) -> None:
     """Every key with its default, in the model's order, each with a word on it."""
     text = (serve / "settings.toml").read_text()
-    told, real = tomllib.loads(text), Settings().model_dump()
+    told, real = tomllib.loads(text), ServerSettings().model_dump()
     assert told == real
     assert [*told] == [*real]
     assert all([*told[section]] == [*real[section]] for section in real)

@@ -17,7 +17,7 @@ from mpdsgr_deploy.schema import Section
 from mpdsgr_deploy.serving.deploy.models import Chosen
 from mpdsgr_deploy.serving.deploy.output import output_directory
 from mpdsgr_deploy.serving.security import ApiKeys, check_exposure
-from mpdsgr_deploy.serving.settings import Settings
+from mpdsgr_deploy.serving.settings import ServerSettings
 
 SUMS, CONFIG = "mpdsgr-ray.sha256", "serve.yaml"
 APPLICATION, DEPLOYMENT = "mpdsgr", "server"
@@ -25,7 +25,7 @@ DEREGISTERED = 30 + 5  # seconds: how long Ray keeps a replica open for proxies 
 RETRIES = 2  # on other replicas; bounded, for a request that brings a process down must not bring down all of them
 
 
-class Network(Section):
+class RayNetwork(Section):
     """What a replica serves. digest: of the bundle that the config was written for."""
 
     name: str
@@ -37,10 +37,10 @@ class Network(Section):
 class Arguments(Section):
     """What a config tells each replica. api_key_file: its path on every node."""
 
-    networks: Annotated[list[Network], Field(min_length=1)]
+    networks: Annotated[list[RayNetwork], Field(min_length=1)]
     backend: str
     api_key_file: str | None
-    settings: Settings
+    settings: ServerSettings
 
 
 class Place(NamedTuple):
@@ -56,7 +56,7 @@ def write_config(
     models: Sequence[Chosen],
     out: Path,
     place: Place,
-    settings: Settings,
+    settings: ServerSettings,
     backend: str | None = None,
     keys: Path | None = None,
     *,
@@ -78,7 +78,7 @@ def write_config(
     if keys is not None:
         ApiKeys(keys)
     networks = [
-        Network(
+        RayNetwork(
             name=model.name,
             bundle=str(model.bundle.path.resolve()),
             precision=model.precision,
@@ -134,7 +134,7 @@ def _config(arguments: Arguments, place: Place) -> dict[str, Any]:
     }
 
 
-def _deployment(settings: Settings, place: Place) -> dict[str, Any]:
+def _deployment(settings: ServerSettings, place: Place) -> dict[str, Any]:
     limits = settings.limits
     least, most = place.replicas
     scaling: dict[str, Any] = {"num_replicas": least}

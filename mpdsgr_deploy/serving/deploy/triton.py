@@ -28,7 +28,7 @@ from mpdsgr_deploy.serving.deploy.triton_config import (
     PLATFORMS,
     VERSION,
     WARMUP,
-    Plan,
+    TritonPlan,
     config,
     library,
     problems,
@@ -100,7 +100,7 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
         "mpdsgr_deploy": __version__,
         "precision": model.precision,
     }
-    text = config(Plan(model.name, platform, largest, preferred, gpus, files, notes), network)
+    text = config(TritonPlan(model.name, platform, largest, preferred, gpus, files, notes), network)
     found = problems(text, directory, network)
     if found:
         raise InputError(f"{source} does not become a model of Triton: {'; '.join(found)}; nothing was written")

@@ -23,7 +23,7 @@ TYPES: dict[int, str] = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.FLOAT16: "T
 BYTES = {"TYPE_FP32": 4, "TYPE_FP16": 2}
 
 
-class Tensor(NamedTuple):
+class TritonTensor(NamedTuple):
     """An input or output as Triton describes it. dims: without the batch; 0 where a network leaves them open."""
 
     name: str
@@ -31,7 +31,7 @@ class Tensor(NamedTuple):
     dims: tuple[int, ...]
 
 
-class Plan(NamedTuple):
+class TritonPlan(NamedTuple):
     """How one network is to run. preferred: batches to fill; engines: file name by compute capability, if it matters.
 
     gpus: how many; 0: on the CPU. parameters: notes for people; backends skip what they do not know.
@@ -51,20 +51,20 @@ def library() -> Any:
     return need("tritonclient.grpc.model_config_pb2", "serve")
 
 
-def tensors(network: onnx.ModelProto) -> tuple[list[Tensor], list[Tensor]]:
+def tensors(network: onnx.ModelProto) -> tuple[list[TritonTensor], list[TritonTensor]]:
     """A network's inputs and outputs."""
     weights = {tensor.name for tensor in network.graph.initializer}
     inputs = [_tensor(value) for value in network.graph.input if value.name not in weights]
     return inputs, [_tensor(value) for value in network.graph.output]
 
 
-def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+def _tensor(value: onnx.ValueInfoProto) -> TritonTensor:
     kind = value.type.tensor_type
     dims = tuple(dim.dim_value for dim in kind.shape.dim)
-    return Tensor(value.name, TYPES.get(kind.elem_type, str(kind.elem_type)), dims[1:])
+    return TritonTensor(value.name, TYPES.get(kind.elem_type, str(kind.elem_type)), dims[1:])
 
 
-def config(plan: Plan, network: onnx.ModelProto) -> str:
+def config(plan: TritonPlan, network: onnx.ModelProto) -> str:
     """The text of config.pbtxt.
 
     `dynamic_batching` says no more than which batches to fill: a queue policy of any kind was seen to hold requests for
@@ -95,7 +95,7 @@ def config(plan: Plan, network: onnx.ModelProto) -> str:
     return str(text_format.MessageToString(message))
 
 
-def _described(pb2: Any, tensor: Tensor) -> dict[str, Any]:
+def _described(pb2: Any, tensor: TritonTensor) -> dict[str, Any]:
     return {"name": tensor.name, "data_type": pb2.DataType.Value(tensor.data_type), "dims": tensor.dims}
 
 
@@ -138,8 +138,8 @@ def _of_files(message: Any, directory: Path) -> list[str]:
     return found
 
 
-def _of_tensors(pb2: Any, kind: str, given: Any, wanted: Sequence[Tensor]) -> list[str]:
-    described = [Tensor(t.name, pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in given]
+def _of_tensors(pb2: Any, kind: str, given: Any, wanted: Sequence[TritonTensor]) -> list[str]:
+    described = [TritonTensor(t.name, pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in given]
     if Counter(described) == Counter(wanted):
         return [
             f"{kind} {t.name}: dimension {dim} is not fixed" for t in described for dim in t.dims if dim < 1
@@ -156,7 +156,7 @@ def _of_tensors(pb2: Any, kind: str, given: Any, wanted: Sequence[Tensor]) -> li
     return found + [f"{kind} {name!r} of the network is missing" for name in by_name if name not in names]
 
 
-def _said(tensor: Tensor) -> str:
+def _said(tensor: TritonTensor) -> str:
     return f"{tensor.name} {tensor.data_type} {list(tensor.dims)}"
 
 
@@ -206,12 +206,12 @@ def _of_instances(pb2: Any, message: Any) -> list[str]:
     return found
 
 
-def _of_warmup(pb2: Any, message: Any, inputs: Sequence[Tensor], directory: Path) -> list[str]:
+def _of_warmup(pb2: Any, message: Any, inputs: Sequence[TritonTensor], directory: Path) -> list[str]:
     found = []
     for sample in message.model_warmup:
         if not 1 <= sample.batch_size <= message.max_batch_size:
             found.append(f"warm-up batch {sample.batch_size} is not in 1 to {message.max_batch_size}")
-        given = {Tensor(k, pb2.DataType.Name(v.data_type), tuple(v.dims)): v for k, v in sample.inputs.items()}
+        given = {TritonTensor(k, pb2.DataType.Name(v.data_type), tuple(v.dims)): v for k, v in sample.inputs.items()}
         if set(given) != set(inputs):
             found.append(f"warm-up {sample.name!r} does not have the network's inputs")
         for tensor, value in given.items():

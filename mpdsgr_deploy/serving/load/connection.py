@@ -23,7 +23,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 JSON_SIZE = HEADER.lower().encode()
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     """status; body; json_size: bytes of JSON in the body, where binary tensors follow it."""
 
     status: int
@@ -72,7 +72,7 @@ class Connection:
         self._parsing = need("httptools", "serve")
         self._wire: _Wire | None = None
 
-    async def ask(self, message: bytes) -> Answer:
+    async def ask(self, message: bytes) -> HttpAnswer:
         """The answer to a whole HTTP request; raises NoAnswer."""
         wire = self._wire
         if wire is None or wire.closed:
@@ -109,7 +109,7 @@ class _Wire(asyncio.Protocol):
         self.closed = False
         self._parsing, self._parser = parsing, parsing.HttpResponseParser(self)
         self._loop = asyncio.get_running_loop()
-        self._waiting: asyncio.Future[Answer] | None = None
+        self._waiting: asyncio.Future[HttpAnswer] | None = None
         self._asked = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._begin()
@@ -119,7 +119,7 @@ class _Wire(asyncio.Protocol):
         self._size = 0
         self._json_size: int | None = None
 
-    async def ask(self, message: bytes) -> Answer:
+    async def ask(self, message: bytes) -> HttpAnswer:
         self._waiting = waiting = self._loop.create_future()
         self._asked = time.monotonic()
         self._transport.write(message)
@@ -172,7 +172,7 @@ class _Wire(asyncio.Protocol):
             self.close()
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._waiting.set_result(Answer(self._parser.get_status_code(), body, self._json_size))
+        self._waiting.set_result(HttpAnswer(self._parser.get_status_code(), body, self._json_size))
         self._begin()
         if not self._parser.should_keep_alive():
             self.close()

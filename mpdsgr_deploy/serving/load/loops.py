@@ -11,7 +11,7 @@ from itertools import cycle
 
 import numpy as np
 
-from mpdsgr_deploy.serving.load.connection import Answer, Connection, Endpoint, NoAnswer
+from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
 
 PAUSE = 0.1  # seconds before a user whose connection broke tries again
 MOST_CONNECTIONS = 512  # of an open loop
@@ -61,7 +61,9 @@ class Tally:
 class Traffic:
     """Sends the requests in turn and keeps the tally. problem: None for a good answer, else the kind of error."""
 
-    def __init__(self, endpoint: Endpoint, requests: Sequence[bytes], problem: Callable[[Answer], str | None]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, requests: Sequence[bytes], problem: Callable[[HttpAnswer], str | None]
+    ) -> None:
         self.endpoint, self.tally = endpoint, Tally()
         self._requests: Iterator[bytes] = cycle(requests)
         self._problem = problem

@@ -16,7 +16,7 @@ from mpdsgr_deploy.progress import LINE_EVERY, log
 from mpdsgr_deploy.runtime.remote import ModelUrl, told
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, NoAnswer
 from mpdsgr_deploy.serving.load.loops import Load, Tally, Traffic, run
-from mpdsgr_deploy.serving.load.model import Model, describe
+from mpdsgr_deploy.serving.load.model import TargetModel, describe
 from mpdsgr_deploy.serving.load.outcome import Outcome
 
 CPU_SECONDS = re.compile(rb"^process_cpu_seconds_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
@@ -27,7 +27,7 @@ WARM_UP = 0.1  # of a load's seconds and requests, one second at most, which is 
 class Measurement:
     """What is known so far: complete after `measure`, the loads up to then after an interrupt."""
 
-    model: Model | None = None
+    model: TargetModel | None = None
     outcomes: list[Outcome] = field(default_factory=list)
 
 
@@ -95,7 +95,7 @@ async def _tell(load: Load, tally: Tally) -> None:
         log.info("%s: %d requests, %d errors so far", load, tally.requests, tally.errors.total())
 
 
-async def _try(model: Model, request: bytes, batch: int) -> None:
+async def _try(model: TargetModel, request: bytes, batch: int) -> None:
     """One request before the load: what a server says to it tells more than a count of errors."""
     connection = Connection(model.endpoint)
     try:
@@ -123,7 +123,7 @@ async def _cpu_seconds(endpoint: Endpoint) -> float | None:
         connection.close()
 
 
-def perf_analyzer(model: Model, load: Load, batch: int) -> str:
+def perf_analyzer(model: TargetModel, load: Load, batch: int) -> str:
     """The command line of Triton's perf_analyzer for the same load; it measures windows until they agree."""
     at = model.endpoint.at
     name, _, version = at.path.removeprefix(at.root + "/models/").partition("/versions/")

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.runtime.remote import BINARY, HEADER, told
-from mpdsgr_deploy.serving.load.connection import Answer, Connection, Endpoint, NoAnswer
+from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
 from mpdsgr_deploy.serving.tensors import DTYPES
 
 DIFFERENT, MEMORY = 16, 1 << 26  # requests, and bytes of them: a server that keeps answers must not be lucky every time
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """An input or output as the server's metadata describe it; shape without the batch, -1 for what varies."""
 
     name: str
@@ -26,14 +26,14 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Model:
+class TargetModel:
     """What a server says of a model. server: its own name and version; binary: tensors may travel in that form."""
 
     url: str
     endpoint: Endpoint
     server: str
-    inputs: tuple[Tensor, ...]
-    output: Tensor
+    inputs: tuple[TensorSpec, ...]
+    output: TensorSpec
     binary: bool
 
     def requests(self, batch: int, images: NDArray[Any] | None, seed: int) -> list[bytes]:
@@ -66,7 +66,7 @@ class Model:
             headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
         return self.endpoint.message("POST", f"{self.endpoint.at.path}/infer", b"".join([head, *data]), headers)
 
-    def problem(self, answer: Answer, batch: int) -> str | None:
+    def problem(self, answer: HttpAnswer, batch: int) -> str | None:
         """None for logits of the right shape, else the status, or "wrong answer"."""
         if answer.status != 200:
             return str(answer.status)
@@ -88,7 +88,7 @@ class Model:
         return None if good else "wrong answer"
 
 
-async def describe(url: str, endpoint: Endpoint) -> Model:
+async def describe(url: str, endpoint: Endpoint) -> TargetModel:
     """Ask a server about a model; raises InputError if it does not answer or does not know the model."""
     connection = Connection(endpoint)
     try:
@@ -104,7 +104,9 @@ async def describe(url: str, endpoint: Endpoint) -> Model:
     try:
         content = json.loads(described.body)
         inputs, outputs = (
-            tuple(Tensor(str(t["name"]), str(t["datatype"]), tuple(map(int, t["shape"][1:]))) for t in content[kind])
+            tuple(
+                TensorSpec(str(t["name"]), str(t["datatype"]), tuple(map(int, t["shape"][1:]))) for t in content[kind]
+            )
             for kind in ("inputs", "outputs")
         )
         output = outputs[0]
@@ -117,10 +119,10 @@ async def describe(url: str, endpoint: Endpoint) -> Model:
         server, binary = f"{known['name']} {known['version']}", BINARY in known["extensions"]
     except (KeyError, TypeError, ValueError):
         pass  # behind a proxy that shows the model alone
-    return Model(url, endpoint, server, inputs, output, binary)
+    return TargetModel(url, endpoint, server, inputs, output, binary)
 
 
-def _values(tensor: Tensor, batch: int, rng: np.random.Generator) -> NDArray[Any]:
+def _values(tensor: TensorSpec, batch: int, rng: np.random.Generator) -> NDArray[Any]:
     """Random values [batch, *shape]: all bytes, or floats in [0, 1)."""
     if tensor.datatype not in DTYPES or any(size < 1 for size in tensor.shape):
         shape = [*map(int, tensor.shape)]
@@ -133,7 +135,7 @@ def _values(tensor: Tensor, batch: int, rng: np.random.Generator) -> NDArray[Any
     return rng.random((batch, *tensor.shape), np.float32)
 
 
-def _taken(tensor: Tensor, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
+def _taken(tensor: TensorSpec, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
     """`batch` of the images from `start` on, over and over, as the type that the model takes."""
     fits = len(tensor.shape) == images.ndim - 1 and all(
         wanted in (-1, size) for wanted, size in zip(tensor.shape, images.shape[1:], strict=True)
