@@ -24,7 +24,8 @@ from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving import security
-from mpdsgr_deploy.serving.grpc import METHODS, Grpc
+from mpdsgr_deploy.serving.grpc import Grpc
+from mpdsgr_deploy.serving.grpc_methods import METHODS
 from mpdsgr_deploy.serving.security import ApiKeys, check_exposure
 
 ALICE, BOB, CAROL = "alice-0123456789abcdef", "bob-0123456789abcdef", "carol-0123456789abcdef"
