@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.run import outcomes
-from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.suite import CLEAN, Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
@@ -83,14 +83,14 @@ def release(
 ) -> list[dict[str, Any]]:
     """The attacks of a release within eps, one by one and together."""
     trained = trained_surrogate(recipe)
-    plan = tier_plan(TIERS["release"], recipe.attack, trained)
-    suite = Suite(Source(TorchNetwork(network), trained), recipe.attack, plan, seed=recipe.validation.seed)
+    source, entries = Source(TorchNetwork(network), trained), TIERS["release"].entries
+    suite = Suite.of(source, entries, recipe.attack, seed=recipe.validation.seed)
     rows, union, begun = [], clean == y, time.perf_counter()
     for condition, attacked, predicted in outcomes(suite, x, y, clean, batch_size=BATCH):
         seconds, begun = time.perf_counter() - begun, time.perf_counter()
         if condition.eps is None:
             continue
-        asked = "queries" if condition.name == SQUARE else "gradients"
+        asked = "queries" if condition.kind == "query" else "gradients"
         rows.append(row(condition.name, predicted == y, seconds=seconds, **{asked: attacked.evaluations}))
         union &= predicted == y
     total = {key: sum(found[key] for found in rows) for key in ("gradients", "queries", "seconds")}

@@ -118,6 +118,7 @@ class Attack(Section):
     draws: Count = 8  # over which a stochastic network's gradient is averaged
     l2: Positive | None = None  # also CW-L2: an image is broken if it is fooled within this L2 distance
     gaussian_std: NonNegative = 0.1
+    also: Annotated[tuple[str, ...], Field(strict=False)] = ()  # other registered attacks, made beside those of a tier
 
     @model_validator(mode="after")
     def _reaches(self) -> "Attack":

@@ -12,7 +12,7 @@ from mpdsgr_deploy.attack_graph.adaptive import SHARPNESS
 from mpdsgr_deploy.attacks import SquareState, apgd, pgd, sa_pgd, square
 from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch, _adapting
 from mpdsgr_deploy.attacks.apgd import checkpoints
-from mpdsgr_deploy.attacks.suite import Counter
+from mpdsgr_deploy.attacks.counting import CountedGradients
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, dlr, input_gradient
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
@@ -136,7 +136,7 @@ def test_apgd_halves_the_step_size_until_it_meets_a_narrow_peak() -> None:
 
 def test_an_image_costs_gradients_only_until_it_is_broken() -> None:
     target, x, y = linear()
-    counted = {name: Counter(target) for name in ("apgd", "sa-pgd")}
+    counted = {name: CountedGradients(target) for name in ("apgd", "sa-pgd")}
     right = (y + 1) % 2  # every image is "broken" before the first step
     for name, target in counted.items():
         ATTACKS[name](target, x, right)
@@ -157,7 +157,7 @@ def test_restarts_reach_what_one_start_misses_and_leave_the_broken_alone() -> No
     for keep in ("last", "broken"):
         left, cost = [], []
         for restarts in (1, 2, 4):
-            target, rng = Counter(hills), np.random.default_rng(0)
+            target, rng = CountedGradients(hills), np.random.default_rng(0)
             found = pgd(
                 target, x, y, eps=EPS, step=EPS / 4, steps=8, keep=keep, restarts=restarts,
                 draw=lambda shape, rng=rng: rng.uniform(-1, 1, shape).astype(np.float32),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
@@ -226,8 +226,8 @@ def test_only_like_is_compared_with_like(bundle: Bundle, caplog: pytest.LogCaptu
         target = Target(Bundle(bundle.path, bundle.manifest.model_copy(update={"reference": promise})))
         recipe, images = bundle.manifest.recipe, load_test(bundle.manifest.recipe.data)[:20]
         with target.open() as artefact:
-            source, plan = Source(artefact, target.trained), tier_plan(TIERS["commit"], recipe.attack, target.trained)
-            suite = Suite(source, recipe.attack, plan, seed=0)
+            source = Source(artefact, target.trained)
+            suite = Suite.of(source, TIERS["commit"].entries, recipe.attack, seed=0)
             evaluation = Evaluation(target, artefact, suite, Gate(), images, "digits", target.bundle.reference())
         assert evaluation.names[-2:] == ["square", "worst"]
         warn_of_gaps(evaluation, target, "commit")

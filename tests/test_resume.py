@@ -16,7 +16,7 @@ import pytest
 from conftest import QUICK_GATE, assert_input_error, mpdsgr_here, perturbed, resealed
 
 from mpdsgr_deploy.attacks import run as attacks_run
-from mpdsgr_deploy.attacks.suite import Batch
+from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target, validate
@@ -72,8 +72,8 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> None:
         self.firsts: list[int] = []
-        self.most, self._real = most, attacks_run._carry_out
-        monkeypatch.setattr(attacks_run, "_carry_out", self)
+        self.most, self._real = most, attacks_run._attacked_rows
+        monkeypatch.setattr(attacks_run, "_attacked_rows", self)
 
     def __call__(self, attack: Any, batch: Batch, *rest: Any) -> Any:
         if len(self.firsts) == self.most:

@@ -17,7 +17,7 @@ from scipy.stats import binom, kstest
 from test_firing import observed
 
 from mpdsgr_deploy.attacks.run import Journal, run
-from mpdsgr_deploy.attacks.suite import Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.data import load_test
@@ -286,9 +286,9 @@ def test_a_batch_attacked_after_a_kill_meets_the_same_noise(stochastic: Bundle, 
     images, attack = load_test(stochastic.manifest.recipe.data)[:8], stochastic.manifest.recipe.attack
     x, y = images.unit(), images.classes
     with Target(stochastic).open() as artefact:
-        suite = Suite(Source(artefact, "triangle:1"), attack, tier_plan(TIERS["commit"], attack, "triangle:1"), seed=1)
-        for condition in (c for c in suite.conditions() if c.name in ("pgd", "strong adaptive")):
-            attacked = partial(run, condition, x, y, artefact, y, batch_size=4)
+        suite = Suite.of(Source(artefact, "triangle:1"), TIERS["commit"].entries, attack, seed=1)
+        for condition in (c for c in suite.conditions if c.name in ("pgd", "strong adaptive")):
+            attacked = partial(run, suite, condition, x, y, y, batch_size=4)
             whole = [part.attacked.images for part in attacked()]
             journal = Journal(tmp_path, condition.name)
             next(attacked(journal=journal))

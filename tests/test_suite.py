@@ -1,15 +1,22 @@
 """Conditions carried out: what is drawn depends on the image alone, finished batches are kept, broken images left."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from mpdsgr_deploy.attacks.run import Journal, gather, run
-from mpdsgr_deploy.attacks.suite import Attacked, Batch, Condition, Source, Suite, recipe_plan, required, tier_plan
-from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.attacks.condition import CONDITIONS, Attacked, Batch, Condition, Generators, Kind, Network, register
+from mpdsgr_deploy.attacks.run import Journal, Part, gather, run
+from mpdsgr_deploy.attacks.suite import Source, Suite
+from mpdsgr_deploy.attacks.tiers import BY_STRENGTH, TIERS, Entry, entry, recipe_entries, required_surrogates, resolved
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Attack
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 
 
@@ -25,90 +32,166 @@ def digits(bundle: Bundle, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_conditions_do_not_depend_on_the_batch_size(bundle: Bundle, network: TorchNetwork) -> None:
     x, y = digits(bundle, 30)
-    attack = bundle.manifest.recipe.attack
-    plan = tier_plan(TIERS["commit"], attack, "triangle:1")._replace(queries=20, strong_steps=4)
+    attack = bundle.manifest.recipe.attack.model_copy(update={"strong_steps": 4})
     clean = network(x).argmax(1)
-    for condition in Suite(Source(network, "triangle:1"), attack, plan, seed=1).conditions():
-        one, other = (gather(list(run(condition, x, y, network, clean, batch_size=size))) for size in (30, 7))
+    suite = Suite.of(Source(network, "triangle:1"), TIERS["commit"].entries, attack, seed=1)
+    for condition in suite.conditions:
+        if condition.kind == "query":
+            condition = replace(condition, queries=20)
+        one, other = (gather(list(run(suite, condition, x, y, clean, batch_size=size))) for size in (30, 7))
         same = np.abs(one[0].images - other[0].images).max((1, 2, 3)) < 1e-6
-        assert same.mean() > 0.9, condition.name  # sign flips of tiny gradients apart
+        assert same.mean() > 0.9, condition.name  # all but sign flips of tiny gradients
         assert (one[1] == other[1]).mean() > 0.9
 
 
 def test_seeds_and_conditions_draw_differently(bundle: Bundle, network: TorchNetwork) -> None:
     x, y = digits(bundle, 4)
-    attack, batch = bundle.manifest.recipe.attack, Batch(x, y, np.arange(4))
+    batch = Batch(x, y, np.arange(4))
 
     def noise(seed: int) -> dict[str, np.ndarray]:
-        suite = Suite(Source(network, "triangle:1"), attack, recipe_plan(attack), seed=seed)
-        found = {}
-        for condition in suite.conditions():
-            if condition.name in ("gaussian", "uniform"):
-                with condition.open() as attacked:
-                    found[condition.name] = attacked(batch).images - x
-        return found
+        suite = Suite.of(
+            Source(network, "triangle:1"), TIERS["commit"].entries, bundle.manifest.recipe.attack, seed=seed
+        )
+        added = {}
+        for condition in suite.conditions:
+            if condition.kind == "noise":
+                with suite.open(condition) as attack:
+                    added[condition.name] = attack(batch).images - x
+        return added
 
     first, again, other = noise(0), noise(0), noise(1)
+    assert set(first) == {"gaussian", "uniform"}
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["uniform"], other["uniform"])
     assert not np.allclose(np.sign(first["uniform"]), np.sign(first["gaussian"]))
 
 
-def test_the_recipes_plan_has_the_recipes_surrogates_and_a_tier_those_required(bundle: Bundle) -> None:
+def test_a_condition_draws_the_same_under_another_name_of_the_same_stream() -> None:
+    batch = Batch(np.zeros((2, 1, 2, 2), np.float32), np.zeros(2, np.int64), np.arange(2))
+    (one,) = resolved([entry("uniform", "uniform")], Attack(), "triangle:1", seed=3)
+    renamed = replace(one, name="uniform at 1", stream="uniform")
+    draws = [condition.attack(None, batch, condition.generators(batch)).images for condition in (one, renamed)]
+    assert np.array_equal(*draws)
+
+
+def names(entries: Iterable[Entry], attack: Attack, trained: str, **options: Any) -> list[str]:
+    return [condition.name for condition in resolved(entries, attack, trained, **options)]
+
+
+def test_entries_become_conditions_in_the_order_of_strength(bundle: Bundle) -> None:
     attack = bundle.manifest.recipe.attack
-    assert recipe_plan(attack).surrogates == ("triangle:0.5", "rate")
-    assert required("triangle:1") == ("triangle:0.25", "triangle:2.5", "rectangular:1")
-    assert required("sigmoid:4") == ("sigmoid:16", "sigmoid:1.6", "rectangular:1")  # there a larger one is narrower
-    assert required("rectangular:1")[-1] == "rectangular:1"
-    plan = tier_plan(TIERS["paper"], attack, "triangle:1")
-    assert {*required("triangle:1"), "triangle:0.5", "rate"} == set(plan.surrogates)
-    assert plan.adaptive
-    assert plan.strong_steps == attack.strong_steps
+    common = ["gaussian", "uniform", "fgsm", "bim", "pgd"]
+    sweep = ["strong triangle:0.25", "strong triangle:2.5", "strong rectangular:1"]
+    commit, release, paper = (TIERS[tier].entries for tier in ("commit", "release", "paper"))
+    assert names(commit, attack, "triangle:1") == [*common, "pgd-strong", *sweep, "strong adaptive", "square"]
+    assert {"apgd-ce", "apgd-dlr"} == set(names(release, attack, "triangle:1")) - set(
+        names(commit, attack, "triangle:1")
+    )
+    assert {"strong triangle:0.5", "strong rate"} <= set(names(paper, attack, "triangle:1"))
+    assert "strong triangle:0.5" not in names(paper, attack, "triangle:0.5")  # pgd-strong already is that
+    assert names(recipe_entries(attack), attack, "triangle:1") == [
+        *common,
+        "pgd-strong",
+        "strong triangle:0.5",
+        "strong rate",
+    ]
+    moved = names(commit, attack, "triangle:1", transfer={"transfer fp32": "triangle:1", "transfer": "sigmoid:4"})
+    assert moved[5:8] == ["transfer fp32", "transfer", "pgd-strong"]
+    assert BY_STRENGTH == ("uniform", "fgsm", "pgd", "pgd-strong", "worst")
 
 
-class Recorder:
+def test_the_required_surrogates_scale_with_the_trained_one() -> None:
+    assert required_surrogates("triangle:1") == ("adaptive", "triangle:0.25", "triangle:2.5", "rectangular:1")
+    assert required_surrogates("sigmoid:4")[1:3] == ("sigmoid:16", "sigmoid:1.6")  # there a larger one is narrower
+    assert required_surrogates("rectangular:1") == ("adaptive", "rectangular:0.25", "rectangular:2.5")
+
+
+def test_settings_say_everything_that_makes_an_attack_stronger() -> None:
+    """Equal text means equal strength: what is compared with a reference is decided by it."""
+    attack = Attack()
+    seen = {}
+    for tier in TIERS.values():
+        for condition in resolved(tier.entries, attack, "triangle:1"):
+            unlike = {
+                name: value for name, value in asdict(condition).items() if name not in ("name", "rank", "stream")
+            }
+            assert seen.setdefault((condition.method, condition.settings), unlike) == unlike
+    weaker = attack.model_copy(update={"eps": 0.01})
+    for one, other in zip(
+        resolved(TIERS["paper"].entries, attack, "triangle:1"),
+        resolved(TIERS["paper"].entries, weaker, "triangle:1"),
+        strict=True,
+    ):
+        assert one.settings != other.settings or one.eps is None
+
+
+def test_an_unknown_method_is_named_beside_those_there_are() -> None:
+    with pytest.raises(InputError, match="did you mean 'apgd'"):
+        list(resolved([entry("apdg", "mine")], Attack(), "triangle:1"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Darkening(Condition):
     """An attack that darkens images, and remembers which."""
 
-    def __init__(self) -> None:
-        self.seen: list[int] = []
+    method: ClassVar[str] = "darkening"
+    kind: ClassVar[Kind] = "query"
+    eps: float | None = None
+    seen: list[int] = field(default_factory=list)
 
-    def __call__(self, batch: Batch) -> Attacked:
-        self.seen += batch.places.tolist()
+    @property
+    def settings(self) -> str:
+        return "to black"
+
+    def target(self, network: Network) -> AbstractContextManager[Network]:
+        return nullcontext(network)
+
+    def attack(self, target: Network, batch: Batch, generators: Generators) -> Attacked:
+        self.seen.extend(batch.places.tolist())
         return Attacked(batch.x * 0, evaluations=2 * len(batch.x), zero=1)
 
 
-def darkness(x: np.ndarray) -> np.ndarray:
+def test_an_attack_of_ones_own_is_registered_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CONDITIONS, "loaded", dict(CONDITIONS.loaded))
+    register(Darkening)
+    (mine,) = resolved([], Attack(also=("darkening",)), "triangle:1")
+    assert (mine.name, mine.settings, mine.eps) == ("darkening", "to black", Attack().eps)
+
+
+class Brightness:
     """Class 1 for what is not black."""
-    light = (x.max((1, 2, 3)) > 0).astype(np.float32)
-    return np.stack([1 - light, light], 1)
+
+    stochastic = False
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        light = (x.max((1, 2, 3)) > 0).astype(np.float32)
+        return np.stack([1 - light, light], 1)
 
 
 def test_wrong_images_are_left_alone_and_finished_batches_kept(tmp_path: Path) -> None:
-    from contextlib import nullcontext
-
     x, y = np.ones((7, 1, 2, 2), np.float32), np.ones(7, np.int64)
     clean = np.array([1, 0, 1, 1, 0, 0, 1])
-    journal = Journal(tmp_path, "one")
-    first = Recorder()
-    condition = Condition("dark", "", None, 1, lambda: nullcontext(first))
-    parts = run(condition, x, y, darkness, clean, batch_size=3, journal=journal)
+    suite = Suite(Source(Brightness(), "triangle:1"), ())
+
+    def attacked(journal: Journal) -> tuple[Darkening, Iterator[Part]]:
+        condition = Darkening(name="dark")
+        return condition, run(suite, condition, x, y, clean, batch_size=3, journal=journal)
+
+    first, parts = attacked(Journal(tmp_path, "one"))
     next(parts)
     next(parts)
     del parts  # killed after two of three batches
-    second = Recorder()
-    condition = condition._replace(open=lambda: nullcontext(second))
-    attacked, predicted = gather(list(run(condition, x, y, darkness, clean, batch_size=3, journal=journal)))
+    second, parts = attacked(Journal(tmp_path, "one"))
+    images, predicted = gather(list(parts))
     assert (first.seen, second.seen) == ([0, 2, 3], [6])
     assert predicted.tolist() == [0, 0, 0, 0, 0, 0, 0]
-    assert [image.max() for image in attacked.images] == [0, 1, 0, 0, 1, 1, 0]
-    assert (attacked.evaluations, attacked.zero) == (8, 3)
-    third = Recorder()
-    condition = condition._replace(open=lambda: nullcontext(third))
-    list(run(condition, x, y, darkness, clean, batch_size=3, journal=Journal(tmp_path, "another")))
+    assert [image.max() for image in images.images] == [0, 1, 0, 0, 1, 1, 0]
+    assert (images.evaluations, images.zero) == (8, 3)
+    third, parts = attacked(Journal(tmp_path, "another"))
+    list(parts)
     assert third.seen == [0, 2, 3, 6]
     for file in tmp_path.rglob("*.npz"):
         file.write_bytes(b"damaged")
-    fourth = Recorder()
-    condition = condition._replace(open=lambda: nullcontext(fourth))
-    list(run(condition, x, y, darkness, clean, batch_size=3, journal=journal))
+    fourth, parts = attacked(Journal(tmp_path, "one"))
+    list(parts)
     assert fourth.seen == [0, 2, 3, 6]

@@ -10,7 +10,8 @@ from conftest import mpdsgr, perturbed
 from scipy.stats import binomtest
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
-from mpdsgr_deploy.attacks.suite import BY_STRENGTH, SA_PGD, Counter
+from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.tiers import BY_STRENGTH
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
@@ -183,7 +184,7 @@ def test_check_5_flags_an_attack_that_was_stopped_early() -> None:
 
 
 def test_check_6_flags_a_sweep_that_left_something_out() -> None:
-    done = ["strong triangle:0.25", "strong triangle:2.5", "strong rectangular:1", SA_PGD]
+    done = ["triangle:0.25", "triangle:2.5", "rectangular:1", "adaptive"]
     assert health.check_sweep(done, "triangle:1").passed
     for missing in done:
         found = health.check_sweep([name for name in done if name != missing], "triangle:1")
@@ -207,7 +208,7 @@ class Planted:
 @pytest.mark.parametrize(("zero", "bad", "passed"), [(0, 0, True), (5, 0, True), (6, 0, False), (0, 1, False)])
 def test_check_7_flags_gradients_that_vanish_or_explode(zero: int, bad: int, passed: bool) -> None:
     assert not health.check_gradients(0, 0, 0).passed  # nothing asked
-    counter = Counter(Planted(zero, bad))
+    counter = CountedGradients(Planted(zero, bad))
     x = np.zeros((100, 1, 2, 2), np.float32)
     assert np.array_equal(counter(x, np.zeros(100)).logits, np.zeros((100, 2)))
     assert health.check_gradients(counter.samples, counter.zero, counter.not_finite).passed is passed

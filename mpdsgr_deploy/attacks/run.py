@@ -8,14 +8,12 @@ from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.suite import GAUSSIAN, UNIFORM, Attacked, Batch, Condition, Suite
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Classes, Condition, Floats
+from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.files import atomic_file, writing
 from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.protocols import Predictor
-
-Classes = NDArray[np.int64]
 
 
 class Journal:
@@ -57,16 +55,16 @@ class Part(NamedTuple):
 
 
 def run(
+    suite: Suite,
     condition: Condition,
-    x: NDArray[np.float32],
+    x: Floats,
     y: Classes,
-    network: Predictor,
     clean: Classes,
     *,
     batch_size: int,
     journal: Journal | None = None,
 ) -> Iterator[Part]:
-    """Images x [N, C, H, W] with classes y [N] under a condition, in batches; `network` judges what comes out.
+    """Images x [N, C, H, W] with classes y [N] under a condition, in batches; the suite's network judges them after it.
 
     clean [N]: what it takes the images for as they are. Attacks leave alone what it gets wrong anyway, which is broken
     already; noise takes all.
@@ -76,28 +74,28 @@ def run(
         for start in range(0, len(x), batch_size):
             part = journal.get(condition.name, start) if journal else None
             if part is None:
-                attack = attack or stack.enter_context(condition.open())
+                attack = attack or stack.enter_context(suite.open(condition))
                 rows = slice(start, min(start + batch_size, len(x)))
                 batch = Batch(x[rows], y[rows], np.arange(rows.start, rows.stop))
-                noise = condition.name in (GAUSSIAN, UNIFORM)
-                chosen = np.arange(len(batch.y)) if noise else np.flatnonzero(clean[rows] == batch.y)
-                part = Part(rows, *_carry_out(attack, batch, chosen, clean[rows], network))
+                every, right = np.arange(len(batch.y)), np.flatnonzero(clean[rows] == batch.y)
+                chosen = every if condition.kind == "noise" else right
+                part = Part(rows, *_attacked_rows(attack, batch, chosen, clean[rows], suite.network))
                 if journal:
                     journal.put(condition.name, part)
             yield part
 
 
-def _carry_out(
+def _attacked_rows(
     attack: Callable[[Batch], Attacked], batch: Batch, chosen: Classes, before: Classes, network: Predictor
 ) -> tuple[Attacked, Classes]:
     """The batch with the `chosen` rows attacked, and what the network takes all of it for."""
     images, predicted = batch.x.copy(), before.copy()
     if not len(chosen):
         return Attacked(images), predicted
-    found = attack(batch.rows(chosen))
-    images[chosen] = found.images
+    attacked = attack(batch.rows(chosen))
+    images[chosen] = attacked.images
     predicted[chosen] = network(images[chosen]).argmax(1)
-    return found._replace(images=images), predicted
+    return attacked._replace(images=images), predicted
 
 
 def gather(parts: list[Part]) -> tuple[Attacked, Classes]:
@@ -108,13 +106,13 @@ def gather(parts: list[Part]) -> tuple[Attacked, Classes]:
 
 
 def outcomes(
-    suite: Suite, x: NDArray[np.float32], y: Classes, clean: Classes, *, batch_size: int, of: str = ""
+    suite: Suite, x: Floats, y: Classes, clean: Classes, *, batch_size: int, of: str = ""
 ) -> Iterator[tuple[Condition, Attacked, Classes]]:
     """Every condition of a suite on images x [N, C, H, W] with classes y [N]: attacked images, and what its network
     takes them for [N]. `clean` as in `run`; `of` begins what progress is called.
     """
-    for condition in suite.conditions():
-        parts = run(condition, x, y, suite.network, clean, batch_size=batch_size)
+    for condition in suite.conditions:
+        parts = run(suite, condition, x, y, clean, batch_size=batch_size)
         attacked, predicted = gather(list(track(parts, f"{of}{condition.name}", -(-len(y) // batch_size))))
         log.info("%-24s  %5.1f %%", f"{of}{condition.name}", 100 * (predicted == y).mean())
         yield condition, attacked, predicted

@@ -1,22 +1,190 @@
-"""Three sizes of evaluation: how many images, how strong the attacks are, and what such an evaluation can decide."""
+"""Which conditions an evaluation is made of, as data: the three tiers of the gate, and what recipes ask for."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from mpdsgr_deploy.attacks import conditions as _registered  # noqa: F401  (registers the conditions named here)
+from mpdsgr_deploy.attacks.condition import (
+    APGD_CE,
+    APGD_DLR,
+    BIM,
+    CONDITIONS,
+    CW,
+    FGSM,
+    GAUSSIAN,
+    PGD,
+    SA_PGD,
+    SQUARE,
+    STRONG,
+    TRANSFER,
+    UNIFORM,
+    WORST,
+    Condition,
+)
+from mpdsgr_deploy.recipe import Attack
+from mpdsgr_deploy.surrogates import ADAPTIVE, scaled
+
+TRAINED = "trained"  # the surrogate the network under attack was trained with
+EACH = "each"  # one condition for every surrogate that the recipe names
 
 
-class Tier(NamedTuple):
-    """How much is attacked, and how hard."""
+@dataclass(frozen=True)
+class Entry:
+    """One line of a tier: a registered condition, its name and what differs from the recipe.
 
-    images: int | None  # the first so many test images; None: all
-    probe: int  # images that the checks of growing eps and of convergence look at
-    max_drop: float  # loss of accuracy allowed where the gate does not say
-    queries: int  # of Square, an image
-    restarts: int = 1  # of the strong PGD through the trained surrogate
-    apgd_steps: int = 0  # 0: no APGD
-    sweep: bool = False  # also through every surrogate that the recipe names
+    name: `{surrogate}` in it stands for the surrogate. surrogate: by name, or TRAINED, or EACH; window: how many times
+    as wide as that. once: left out where an entry before it attacks through the same surrogate by the same method.
+    values: fields of the condition.
+    """
 
+    method: str
+    name: str
+    surrogate: str = TRAINED
+    window: float = 1.0
+    once: bool = False
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def surrogates(self, attack: Attack, trained: str) -> Sequence[str]:
+        """The surrogates that this entry attacks through, by name."""
+        if self.surrogate == EACH:
+            return attack.surrogates
+        name = trained if self.surrogate == TRAINED else self.surrogate
+        return (name if self.window == 1 else scaled(name, self.window),)
+
+
+def entry(
+    method: str, name: str, surrogate: str = TRAINED, *, window: float = 1.0, once: bool = False, **values: Any
+) -> Entry:
+    """An Entry, whose condition has these `values`."""
+    return Entry(method, name, surrogate, window, once, MappingProxyType(values))
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How many images are attacked, and how hard.
+
+    images: the first so many test images, None: all. probe: images on which growing eps and convergence are checked.
+    max_drop: largest loss of accuracy that the gate allows where it does not say, in [0, 1].
+    """
+
+    images: int | None
+    probe: int
+    max_drop: float
+    entries: tuple[Entry, ...]
+
+
+THROUGH = "strong {surrogate}"
+BASIC = (
+    entry("gaussian", GAUSSIAN),
+    entry("uniform", UNIFORM, rank=0),
+    entry("fgsm", FGSM, rank=1),
+    entry("pgd", BIM, random_start=False),
+    entry("pgd", PGD, rank=2),
+    entry("transfer", TRANSFER),
+)
+# The surrogates without which an evaluation is not believed: a quarter and 2.5 times as wide, and rectangular.
+SWEEP = (
+    entry("strong-pgd", THROUGH, window=0.25, once=True),
+    entry("strong-pgd", THROUGH, window=2.5, once=True),
+    entry("strong-pgd", THROUGH, "rectangular:1", once=True),
+)
+APGD = (entry("apgd", APGD_CE, loss="ce", steps=100), entry("apgd", APGD_DLR, loss="dlr", steps=100))
+# The adaptive attack goes on gaining where PGD has long stood still, so it has APGD's steps where there is APGD.
 
 TIERS = {
-    "commit": Tier(images=100, probe=50, max_drop=0.09, queries=100),
-    "release": Tier(images=1000, probe=200, max_drop=0.01, queries=1000, apgd_steps=100),
-    "paper": Tier(images=None, probe=500, max_drop=0.01, queries=5000, restarts=5, apgd_steps=100, sweep=True),
+    "commit": Tier(
+        images=100,
+        probe=50,
+        max_drop=0.09,
+        entries=(
+            *BASIC,
+            entry("strong-pgd", STRONG, rank=3),
+            *SWEEP,
+            entry("sa-pgd", SA_PGD),
+            entry("square", SQUARE, queries=100),
+        ),
+    ),
+    "release": Tier(
+        images=1000,
+        probe=200,
+        max_drop=0.01,
+        entries=(
+            *BASIC,
+            entry("strong-pgd", STRONG, rank=3),
+            *SWEEP,
+            entry("sa-pgd", SA_PGD, steps=100),
+            *APGD,
+            entry("square", SQUARE, queries=1000),
+        ),
+    ),
+    "paper": Tier(
+        images=None,
+        probe=500,
+        max_drop=0.01,
+        entries=(
+            *BASIC,
+            entry("strong-pgd", STRONG, rank=3, restarts=5),
+            *SWEEP,
+            entry("strong-pgd", THROUGH, EACH, once=True),
+            entry("sa-pgd", SA_PGD, steps=100),
+            *APGD,
+            entry("square", SQUARE, queries=5000),
+        ),
+    ),
 }
+
+
+# The names of conditions in the order in which accuracy must not rise, weakest attack first.
+BY_STRENGTH = (
+    *(
+        line.name
+        for line in sorted(TIERS["commit"].entries, key=lambda e: e.values.get("rank", 0))
+        if "rank" in line.values
+    ),
+    WORST,
+)
+
+
+def recipe_entries(attack: Attack) -> tuple[Entry, ...]:
+    """What a recipe asks for, as tables of trained networks have it."""
+    l2 = () if attack.l2 is None else (entry("cw-l2", CW),)
+    return (*BASIC, entry("strong-pgd", STRONG, rank=3), entry("strong-pgd", THROUGH, EACH), *l2)
+
+
+def resolved(
+    entries: Sequence[Entry],
+    attack: Attack,
+    trained: str,
+    *,
+    seed: int = 0,
+    stochastic: bool = False,
+    transfer: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Condition]:
+    """The conditions that entries stand for, weak ones first, on a network with the surrogate `trained`.
+
+    attack: the recipe's settings. transfer: for each other network whose images are tried, the name of its condition
+    and the surrogate it was trained with. Raises InputError for an unknown method or surrogate.
+    """
+    noisy = {"draws": attack.draws, "keep": "worst"} if stochastic else {}
+    attacked: set[tuple[str, str]] = set()
+    for line in [*entries, *(entry(method, method) for method in attack.also)]:
+        kind = CONDITIONS.choose(line.method)
+        fields = {**kind.recipe_values(attack), **line.values, "seed": seed, **noisy}
+        if kind.kind == "transfer":
+            for name, surrogate in transfer.items():
+                yield kind(name=name, **{**fields, "surrogate": surrogate})
+        elif kind.kind != "gradient":
+            yield kind(name=line.name, **fields)
+        else:
+            for surrogate in [fields.pop("surrogate")] if "surrogate" in fields else line.surrogates(attack, trained):
+                if not (line.once and (line.method, surrogate) in attacked):
+                    yield kind(name=line.name.format(surrogate=surrogate), surrogate=surrogate, **fields)
+                attacked.add((line.method, surrogate))
+
+
+def required_surrogates(trained: str) -> tuple[str, ...]:
+    """The surrogates that check 6 asks for, beside the trained one."""
+    sweep = [name for line in SWEEP for name in line.surrogates(Attack(), trained)]
+    return (ADAPTIVE, *(name for name in dict.fromkeys(sweep) if name != trained))

@@ -1,7 +1,7 @@
 """What a bundle promises: the torch network attacked on the test images, as the artefact will be when validated."""
 
 from mpdsgr_deploy.attacks.run import outcomes
-from mpdsgr_deploy.attacks.suite import CLEAN, WORST, Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.suite import CLEAN, WORST, Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.recipe import Recipe
@@ -15,8 +15,7 @@ def measure(model: TorchModel, recipe: Recipe, images: Images, tier: str) -> tup
     """Attack the torch network with everything a tier has; logits of other precisions are added by the caller."""
     network = TorchNetwork(model)
     attack, size, surrogate = recipe.attack, recipe.validation.batch_size, trained_surrogate(recipe)
-    plan = tier_plan(TIERS[tier], attack, surrogate)
-    suite = Suite(Source(network, surrogate), attack, plan, seed=recipe.validation.seed)
+    suite = Suite.of(Source(network, surrogate), TIERS[tier].entries, attack, seed=recipe.validation.seed)
     x, y = images.unit(), images.classes
     logits = predict(network, x, size, "clean")
     clean = logits.argmax(1)

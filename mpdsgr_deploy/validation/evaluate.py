@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from mpdsgr_deploy.attacks.run import outcomes
-from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Source, Suite, recipe_plan, tier_plan
-from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Source, Suite
+from mpdsgr_deploy.attacks.tiers import TIERS, recipe_entries
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.networks import load_model, load_network
@@ -76,8 +76,8 @@ def evaluate(
     images.require_kind(data.name, checkpoint.shape, checkpoint.labels)
     network = Source(TorchNetwork(TorchModel(model, checkpoint.shape, recipe.validation.seed)), surrogate)
     others = {} if transfer is None else {TRANSFER: other_network(transfer, images.shape, images.labels)}
-    plan = recipe_plan(recipe.attack) if tier is None else tier_plan(TIERS[tier], recipe.attack, surrogate)
-    suite = Suite(network, recipe.attack, plan, seed=recipe.validation.seed, transfer=others)
+    entries = recipe_entries(recipe.attack) if tier is None else TIERS[tier].entries
+    suite = Suite.of(network, entries, recipe.attack, seed=recipe.validation.seed, transfer=others)
     rule = f"the first {len(images)} test images of {data.name}"
     return Evaluation(
         images=rule,
@@ -100,7 +100,7 @@ def _measured(network: Source, suite: Suite, images: Images, size: int, rule: st
         verdicts[condition.name] = predicted == y
         if condition.eps is not None:
             worst &= predicted == y
-        if condition.surrogate == network.trained:
+        if condition.kind == "gradient" and condition.surrogate == network.trained:
             samples, zero = samples + attacked.evaluations, zero + attacked.zero
             not_finite += attacked.not_finite
         faults += health.budget_faults(condition.name, x, attacked.images, condition.eps)

@@ -10,19 +10,9 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.attack_graph.artefact import Artefact
+from mpdsgr_deploy.attacks.condition import Attacked, Condition
 from mpdsgr_deploy.attacks.run import Journal, gather, run
-from mpdsgr_deploy.attacks.suite import (
-    CLEAN,
-    SQUARE,
-    STRONG,
-    TRANSFER,
-    WORST,
-    Attacked,
-    Condition,
-    Source,
-    Suite,
-    tier_plan,
-)
+from mpdsgr_deploy.attacks.suite import CLEAN, STRONG, WORST, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.lookup import choose
@@ -31,7 +21,6 @@ from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import Reference
 from mpdsgr_deploy.runtime import open_predictor, predict
-from mpdsgr_deploy.surrogates import ADAPTIVE
 from mpdsgr_deploy.validation import fidelity, health
 from mpdsgr_deploy.validation.gate import failures, limit, lost
 from mpdsgr_deploy.validation.health import Check
@@ -73,7 +62,7 @@ class Evaluation:
         self.x, self.y, self.n = images.unit(), images.classes, len(images)
         self.data, self.reference = data, reference
         self.rule = f"the first {self.n} test images of {data}"
-        self.conditions = list(suite.conditions())
+        self.conditions = list(suite.conditions)
         self._promised = self._comparable()
         self.size = target.bundle.manifest.recipe.validation.batch_size
         self.rows: list[Row] = []
@@ -128,12 +117,12 @@ class Evaluation:
             log.info("%-24s %5.1f %%   about %.0f s left", condition.name, shown, left)
         bound = "; stopped early, so an upper bound" if self.stopped else ""
         settings = f"right under every condition within eps{bound}"
-        self._finish(WORST, settings, self.suite.eps, self.standing)
+        self._finish(WORST, settings, self.target.bundle.manifest.recipe.attack.eps, self.standing)
 
     def _carry_out(self, condition: Condition) -> None:
         """One condition on all images, or as many as it takes to know that the gate will fail."""
         parts = []
-        batches = run(condition, self.x, self.y, self.artefact, self.clean, batch_size=self.size, journal=self.journal)
+        batches = run(self.suite, condition, self.x, self.y, self.clean, batch_size=self.size, journal=self.journal)
         for part in track(batches, condition.name, -(-self.n // self.size)):
             parts.append(part)
             rows = part.rows
@@ -150,7 +139,7 @@ class Evaluation:
 
     def _note(self, condition: Condition, attacked: Attacked, predicted: NDArray[np.int64]) -> None:
         """What later checks and the report's pictures need of one condition."""
-        if condition.surrogate == self.target.trained:
+        if condition.kind == "gradient" and condition.surrogate == self.target.trained:
             counts = (a + b for a, b in zip(self._gradients[1:], attacked[1:], strict=True))
             self._gradients = Attacked(self.x[:0], *counts)
         if condition.name != STRONG:
@@ -185,12 +174,12 @@ class Evaluation:
         promise, recipe = self.target.bundle.manifest.reference, self.target.bundle.manifest.recipe
         if self.reference is None or promise is None:
             return {}
-        plan = tier_plan(choose("tier", TIERS, promise.tier), recipe.attack, self.target.trained)
-        then = Suite(Source(self.artefact, self.target.trained), recipe.attack, plan, seed=recipe.validation.seed)
-        met = {condition.name: condition.settings for condition in then.conditions()}
+        entries = choose("tier", TIERS, promise.tier).entries
+        then = Suite.of(self.suite.source, entries, recipe.attack, seed=recipe.validation.seed)
+        met = {condition.name: condition.settings for condition in then.conditions}
         names = [CLEAN, *(c.name for c in self.conditions if met.get(c.name) == c.settings)]
         found = {name: self.reference.verdicts[name][: self.n] for name in names if name in self.reference.verdicts}
-        within = [c.name for c in self.conditions if c.eps is not None and not c.name.startswith(TRANSFER)]
+        within = [c.name for c in self.conditions if c.eps is not None and c.kind != "transfer"]
         if found.keys() >= {CLEAN, *within}:
             found[WORST] = np.logical_and.reduce([found[name] for name in (CLEAN, *within)])
         return found
@@ -204,13 +193,13 @@ class Evaluation:
             return
         part = slice(0, count)
         x, y, clean = self.x[part], self.y[part], self.clean[part]
-        probe = Probe(self.suite, self.artefact, x, y, clean, batch_size=self.size, journal=self.journal)
-        grown = probe.growth(self.suite.eps, self.target.trained)
+        probe = Probe(self.suite, x, y, clean, batch_size=self.size, journal=self.journal)
+        grown = probe.growth()
         self.curves = [Curve(attack=name, points=_points(verdicts)) for name, verdicts in grown.items()]
-        strong = [c for c in self.conditions if c.name.startswith(("strong", STRONG)) and c.surrogate != ADAPTIVE]
+        strong = [c for c in self.conditions if c.method == "strong-pgd"]
         strongest = min(strong, key=lambda c: self._verdicts[c.name].mean())
-        steps = self.suite.strong_steps
-        broken = probe.convergence(strongest.name, str(strongest.surrogate), steps, self.standing[part])
+        steps = strongest.steps
+        broken = probe.convergence(strongest, self.standing[part])
         self._probes = [
             health.check_growth(grown[STRONG]),
             health.check_convergence(broken, len(x), steps, limit(self.gate, WORST)),
@@ -240,13 +229,13 @@ class Evaluation:
             health.check_function(self.artefact, self.target.fresh(), self.x),
         ]
         if not self.stopped:
-            white = [c.name for c in self.conditions if c.surrogate and c.eps is not None]
-            black = [c.name for c in self.conditions if c.name.startswith((SQUARE, TRANSFER))]
+            white = [c.name for c in self.conditions if c.kind == "gradient" and c.eps is not None]
+            black = [c.name for c in self.conditions if c.kind in ("query", "transfer")]
             checks += [
                 health.check_order(self._verdicts),
                 health.check_black_box(self._verdicts, black, white),
                 health.check_gradients(gradients.evaluations, gradients.zero, gradients.not_finite),
-                health.check_sweep(self._verdicts, self.target.trained),
+                health.check_sweep((c.surrogate for c in self.conditions), self.target.trained),
                 health.check_reach(self.rows[-1].flips, self.n, limit(self.gate, WORST)),
                 *self._probes,
             ]

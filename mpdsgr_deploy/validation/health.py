@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from mpdsgr_deploy.attacks.suite import BY_STRENGTH, required
-from mpdsgr_deploy.attacks.suite import SA_PGD as ADAPTIVE
+from mpdsgr_deploy.attacks.tiers import BY_STRENGTH, required_surrogates
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.validation.rows import Flips
@@ -148,15 +147,18 @@ def check_convergence(broken: int, n: int, steps: int, allowed: float = MAX_MORE
     )
 
 
-def check_sweep(done: Iterable[str], trained: str) -> Check:
-    """Check 6: the attacker tried surrogates of other widths and shapes than the trained one, adaptive ones too."""
-    wanted = [ADAPTIVE, *(f"strong {name}" for name in required(trained) if name != trained)]
-    missing = [name for name in wanted if name not in set(done)]
+def check_sweep(attacked: Iterable[str | None], trained: str) -> Check:
+    """Check 6: the attacker tried surrogates of other widths and shapes than the trained one, adaptive ones too.
+
+    attacked: the surrogates through which the network was attacked.
+    """
+    required, tried = required_surrogates(trained), set(attacked)
+    missing = [name for name in required if name not in tried]
     return Check(
         number=6,
         name="other surrogates were tried",
         passed=not missing,
-        saw=f"missing: {', '.join(missing)}" if missing else f"{trained} (trained), {', '.join(wanted)}",
+        saw=f"missing: {', '.join(missing)}" if missing else f"{trained} (trained), {', '.join(required)}",
         why="the attacker chooses the surrogate, and the trained one is seldom the strongest",
         advice="use a tier as it comes; all of them sweep",
     )

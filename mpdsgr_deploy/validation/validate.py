@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from mpdsgr_deploy.attacks.run import Journal
-from mpdsgr_deploy.attacks.suite import TRANSFER, Source, Suite, tier_plan
+from mpdsgr_deploy.attacks.suite import TRANSFER, Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
@@ -48,13 +48,8 @@ def validate(
     variant = manifest.variants[target.precision]
     found = digests(images)
     with target.open() as artefact, target.sources(transfer) as sources:
-        suite = Suite(
-            Source(artefact, target.trained),
-            recipe.attack,
-            tier_plan(tier, recipe.attack, target.trained),
-            seed=recipe.validation.seed,
-            transfer=sources,
-        )
+        network = Source(artefact, target.trained)
+        suite = Suite.of(network, tier.entries, recipe.attack, seed=recipe.validation.seed, transfer=sources)
         reference = target.bundle.reference() if data in (None, recipe.data.name) else None
         evaluation = Evaluation(target, artefact, suite, gate, images, data or recipe.data.name, reference)
         check_gate(gate, evaluation.names, len(images), evaluation.referenced)

@@ -5,17 +5,17 @@ from collections.abc import Callable
 import numpy as np
 
 from faults.planted import Array, Planted, fault
-from mpdsgr_deploy.attacks import suite
+from mpdsgr_deploy.attacks import conditions
 
 
 def spoil(copy: Planted, attack: str, how: Callable[[Array, Array], Array]) -> None:
     """Let an attack give what `how` makes of its images and of the clean ones."""
-    true = getattr(suite, attack)
+    true = getattr(conditions, attack)
 
     def spoilt(target: object, x: Array, y: Array, **options: object) -> Array:
         return how(true(target, x, y, **options), x).astype(np.float32)
 
-    copy.patch.setattr(suite, attack, spoilt)
+    copy.patch.setattr(conditions, attack, spoilt)
 
 
 @fault("evaluation", 3, "check 1")

@@ -6,7 +6,7 @@ import numpy as np
 
 from faults.artefact import noisy
 from faults.planted import Planted, fault
-from mpdsgr_deploy.attacks.suite import CLEAN, GAUSSIAN, WORST
+from mpdsgr_deploy.attacks.condition import CLEAN, GAUSSIAN, WORST
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.data.images import Images

@@ -1,0 +1,319 @@
+"""The conditions of this package, each registered under the name that tiers use."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from mpdsgr_deploy.attacks.apgd import apgd
+from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
+from mpdsgr_deploy.attacks.condition import (
+    Attacked,
+    Batch,
+    Condition,
+    Floats,
+    Generators,
+    Kind,
+    Network,
+    register,
+    starts,
+)
+from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.noise import gaussian, uniform
+from mpdsgr_deploy.attacks.pgd import Draw, Keep, bim, fgsm, pgd
+from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
+from mpdsgr_deploy.attacks.square import square
+from mpdsgr_deploy.protocols import Differentiable, Predictor
+from mpdsgr_deploy.recipe import Attack
+from mpdsgr_deploy.surrogates import ADAPTIVE
+
+KEPT: dict[Keep, str] = {"broken": "broken by any iterate", "worst": "the iterate of the largest loss"}
+ADAPTING = 32  # images at a time: an adaptive surrogate remembers two numbers per neuron, step and image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(Condition):
+    """Random perturbations, which no attack may be weaker than."""
+
+    kind: ClassVar[Kind] = "noise"
+
+    def target(self, network: Network) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
+        pairs = zip(batch.x, generators, strict=True)
+        return Attacked(np.stack([self.perturb(image, rng) for image, rng in pairs]))
+
+    @abstractmethod
+    def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
+        """One image [C, H, W] with noise of `rng`."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Gaussian(Noise):
+    """Normal noise, which no eps bounds."""
+
+    method: ClassVar[str] = "gaussian"
+
+    std: float
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": None, "std": attack.gaussian_std}
+
+    @property
+    def settings(self) -> str:
+        return f"N(0, {self.std:.4g}^2)"
+
+    def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
+        return gaussian(image, std=self.std, rng=rng)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Noise):
+    """Uniform noise in the ball of eps."""
+
+    method: ClassVar[str] = "uniform"
+
+    @property
+    def settings(self) -> str:
+        return f"U(-{self.eps:.4g}, {self.eps:.4g})"
+
+    def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
+        return uniform(image, eps=self.bound, rng=rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAttack(Condition):
+    """An attack that follows a gradient; subclasses say how it climbs."""
+
+    kind: ClassVar[Kind] = "gradient"
+
+    @property
+    def cost(self) -> int:
+        return (self.steps + 1) * self.restarts * self.draws
+
+    @property
+    def through(self) -> str:
+        """The surrogate in words."""
+        return f"through {self.surrogate}"
+
+    def target(self, network: Network) -> AbstractContextManager[Any]:
+        return network.attacker(str(self.surrogate), loss=self.loss, draws=self.draws)
+
+    def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
+        counted = CountedGradients(target)
+        images = self.climb(counted, batch, starts(generators))
+        return Attacked(images, counted.samples * self.draws, counted.zero, counted.not_finite)
+
+    @abstractmethod
+    def climb(self, target: Any, batch: Batch, draw: Draw) -> Floats:
+        """Attacked images. draw: where random starts come from."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FGSM(GradientAttack):
+    """One step of size eps (Goodfellow et al., arXiv 1412.6572)."""
+
+    method: ClassVar[str] = "fgsm"
+
+    @property
+    def settings(self) -> str:
+        return f"eps {self.eps:.4g}, {self.through}"
+
+    @property
+    def cost(self) -> int:
+        return self.draws
+
+    def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
+        return np.asarray(fgsm(target, batch.x, batch.y, eps=self.bound))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PaperPGD(GradientAttack):
+    """PGD as papers have it: few steps of a fixed size, the last iterate counts."""
+
+    method: ClassVar[str] = "pgd"
+
+    step: float
+    random_start: bool = True
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": attack.eps, "steps": attack.steps, "step": attack.step}
+
+    @property
+    def settings(self) -> str:
+        start = ", random start" if self.random_start else ""
+        return f"eps {self.eps:.4g}, {self.steps} steps of {self.step:.4g}{start}, last iterate, {self.through}"
+
+    @property
+    def cost(self) -> int:
+        return self.steps * self.draws
+
+    def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
+        eps, step, steps = self.bound, self.step, self.steps
+        if not self.random_start:
+            return np.asarray(bim(target, batch.x, batch.y, eps=eps, step=step, steps=steps))
+        return np.asarray(pgd(target, batch.x, batch.y, eps=eps, step=step, steps=steps, draw=draw))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Transfer(PaperPGD):
+    """The same on another network, whose attacked images are tried on this one."""
+
+    method: ClassVar[str] = "transfer"
+    kind: ClassVar[Kind] = "transfer"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class StrongPGD(GradientAttack):
+    """PGD with steps of eps/4 in which every iterate counts."""
+
+    method: ClassVar[str] = "strong-pgd"
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": attack.eps, "steps": attack.strong_steps}
+
+    @property
+    def settings(self) -> str:
+        begun = "random start" if self.restarts == 1 else f"{self.restarts} random starts"
+        return f"eps {self.eps:.4g}, {self.steps} steps of eps/4, {begun}, {KEPT[self.keep]}, {self.through}"
+
+    def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
+        adversarial = pgd(
+            target,
+            batch.x,
+            batch.y,
+            eps=self.bound,
+            step=self.bound / 4,
+            steps=self.steps,
+            draw=draw,
+            keep=self.keep,
+            restarts=self.restarts,
+        )
+        return np.asarray(adversarial)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AutoPGD(GradientAttack):
+    """PGD whose step size follows each image's loss."""
+
+    method: ClassVar[str] = "apgd"
+
+    @property
+    def settings(self) -> str:
+        loss = self.loss.upper()
+        return f"eps {self.eps:.4g}, {self.steps} steps of adaptive size on the {loss} loss, {self.through}"
+
+    def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
+        keep = kept_iterate(self.keep)
+        return np.asarray(apgd(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=keep))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AdaptivePGD(GradientAttack):
+    """SA-PGD through surrogates that adapt to each neuron's potentials."""
+
+    method: ClassVar[str] = "sa-pgd"
+
+    surrogate: str | None = ADAPTIVE
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": attack.eps, "steps": attack.strong_steps, "surrogate": ADAPTIVE}
+
+    @property
+    def settings(self) -> str:
+        return f"SA-PGD, eps {self.eps:.4g}, {self.steps} steps, surrogates as wide as each neuron's potentials spread"
+
+    @property
+    def cost(self) -> int:
+        return self.steps + 1
+
+    def target(self, network: Network) -> AbstractContextManager[Any]:
+        return network.adaptive(draws=self.draws)
+
+    def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
+        cuts = [slice(start, start + ADAPTING) for start in range(0, len(batch.y), ADAPTING)]
+        parts = [super(AdaptivePGD, self).attack(target, batch.rows(cut), generators[cut]) for cut in cuts]
+        counts = [sum(count) for count in zip(*(part[1:] for part in parts), strict=True)]
+        return Attacked(np.concatenate([part.images for part in parts]), *counts)
+
+    def climb(self, target: CountedGradients, batch: Batch, draw: Draw) -> Floats:
+        keep = kept_iterate(self.keep)
+        return np.asarray(sa_pgd(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=keep))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CarliniWagner(GradientAttack):
+    """CW-L2: an image counts as broken if it is fooled within the L2 distance `radius`."""
+
+    method: ClassVar[str] = "cw-l2"
+
+    radius: float
+    searches: int = 5
+    steps: int = 100
+    loss: str = "margin"
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": None, "radius": attack.l2}
+
+    @property
+    def settings(self) -> str:
+        return f"CW-L2 within an L2 distance of {self.radius:.4g}, {self.through}"
+
+    @property
+    def cost(self) -> int:
+        return self.steps * self.searches * self.draws
+
+    def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
+        nearest = cw_l2(target, batch.x, batch.y, steps=self.steps, searches=self.searches)
+        within = np.sqrt(((nearest - batch.x) ** 2).sum((1, 2, 3), keepdims=True)) <= self.radius
+        return np.asarray(np.where(within, nearest, batch.x))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Square(Condition):
+    """Random search on the network's answers alone."""
+
+    method: ClassVar[str] = "square"
+    kind: ClassVar[Kind] = "query"
+
+    queries: int
+
+    @property
+    def settings(self) -> str:
+        return f"eps {self.eps:.4g}, at most {self.queries} queries an image, no gradients"
+
+    @property
+    def cost(self) -> int:
+        return self.queries // 3
+
+    def target(self, network: Network) -> AbstractContextManager[Predictor]:
+        return nullcontext(network)
+
+    def attack(self, target: Predictor, batch: Batch, generators: Generators) -> Attacked:
+        search = square(
+            target, batch.x, batch.y, eps=self.bound, queries=self.queries, seed=self.seed, indices=batch.places
+        )
+        return Attacked(search.images, int(search.queries.sum()))
+
+
+def kept_iterate(keep: Keep) -> Literal["broken", "worst"]:
+    """For attacks that have no use for the last iterate."""
+    return "worst" if keep == "worst" else "broken"
