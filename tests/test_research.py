@@ -1,0 +1,63 @@
+"""The research attack runs on bundles and runs, goes on where it stopped, and aims as it says."""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_attacks_strong import EPS, linear
+
+from mpdsgr_deploy.attacks import apgd
+from mpdsgr_deploy.bundle import Bundle
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import research
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[research.Attempt]:
+    """A portfolio of one attempt per method."""
+    attempts = [
+        research.Attempt("apgd", "superspike:10", steps=2),
+        research.Attempt("apgd", "superspike:10", steps=2, wrong=0),
+        research.Attempt("sa-pgd", "adaptive", steps=2),
+        research.Attempt("pgd", "triangle:1", "dlr", steps=2),
+        research.Attempt("square", steps=3),
+    ]
+    monkeypatch.setitem(research.PORTFOLIOS, "research", lambda: attempts)
+    return attempts
+
+
+def attack(path: Path, out: Path) -> list[dict]:
+    done = CliRunner().invoke(research.main, [str(path), "--limit", "6", "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_each_attempt_meets_what_the_one_before_left(run_dir: Path, tmp_path: Path, small: list) -> None:
+    lines = attack(run_dir, tmp_path / "lines.jsonl")
+    assert [line["attempt"] for line in lines] == [attempt._asdict() for attempt in small]
+    for line, following in pairwise(lines):
+        assert following["before"] == line["left"]
+        assert set(line["left"]) <= set(line["before"])
+
+
+def test_a_killed_run_repeats_nothing(bundle: Bundle, tmp_path: Path, small: list) -> None:
+    out = tmp_path / "lines.jsonl"
+    lines = attack(bundle.path, out)
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    again = attack(bundle.path, out)
+    assert again[:2] == lines[:2]
+    assert [line["left"] for line in again] == [line["left"] for line in lines]
+    assert attack(bundle.path, out) == again
+
+
+def test_aimed_at_the_only_wrong_class_is_untargeted() -> None:
+    target, x, y = linear()
+    aimed = research.Aimed(target)
+    adversarial = apgd(aimed, x, research.Aimed.encoded(y, 1 - y), eps=EPS, steps=20)
+    assert np.array_equal(target(adversarial).argmax(1) != y, target.gap(x) < 0)
