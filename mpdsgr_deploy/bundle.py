@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from mpdsgr_deploy.data.likeness import PixelStatistics
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import (
     claim_directory,
@@ -41,7 +42,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import REFERENCE, Promise, Reference, load_reference
 from mpdsgr_deploy.schema import Count, read_document
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: no `pixels`, another name for the digests in reference.npz
 MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.safetensors", "golden.npz"
 ENGINES = "engines"
 
@@ -131,20 +132,22 @@ class Manifest(BaseModel):
     input_range: tuple[float, float] = (0.0, 1.0)
     noise: tuple[NoiseInput, ...] = ()
     labels: tuple[str, ...]
+    pixels: PixelStatistics | None = None  # of the training images; None: not known
     recipe: Recipe  # T, encoding and neuron among the rest
     variants: dict[str, Variant]
     reference: Promise | None = None  # None: the data set was not at hand
     prepared: tuple[Prepared, ...] = ()
     provenance: dict[str, Any]
     files: dict[str, str]  # relative path -> sha256
-    digest: str = ""  # of this document without its digest
+    digest: str = ""  # sha256 of this document, see `computed_digest`
 
     def computed_digest(self) -> str:
-        """sha256 of the canonical JSON of everything but `digest` and defaults.
+        """sha256 of the canonical JSON of everything but `digest`, `schema_version` and defaults.
 
         Without the defaults, so that a field which a later version adds leaves older bundles' digests as they are.
         """
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}, exclude_defaults=True), sort_keys=True)
+        left_out = {"digest", "schema_version"}
+        content = json.dumps(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -41,8 +41,9 @@ def command(
 ) -> None:
     """Classify INPUTS with BUNDLE: images, folders of images, .npy or .npz arrays, of any size.
 
-    Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]; images are resized and centre cropped. A network of
-    event frames takes .bin recordings in place of images.
+    Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]; images are resized and centre cropped, transparent
+    pixels laid on white. A network of event frames takes .bin recordings in place of images. A warning says if the
+    pixels' mean or spread is far from that of the training images, as those of inverted digits are.
 
     CSV, JSON lines and Parquet hold an image's labels and their probabilities, best first: label and probability; with
     --top 2 the columns label_1, probability_1, label_2, probability_2, in JSON the lists labels and probabilities. .npz

@@ -24,6 +24,8 @@ def files_below(folder: Path, suffixes: set[str]) -> list[Path]:
 def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
     """Decode to uint8 [C, H, W] = shape: resized to fill it, centre cropped; grey if C is 1, else RGB.
 
+    Transparent pixels are laid on white, as viewers and browsers show them.
+
     Raises InputError for a file that is no image.
     """
     channels, height, width = shape
@@ -31,13 +33,21 @@ def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise InputError(f"{path} has more than 8 bits a channel, which would be clipped; convert it first")
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            upright = opaque(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     except InputError:
         raise
     except Exception as error:  # pillow raises OSError, SyntaxError and more for a damaged file
         raise InputError(f"cannot decode image {path}: {error}") from None
     return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """The image itself if it has no transparency, else its colours laid on white."""
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
 def read_labelled(

@@ -15,12 +15,14 @@ from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.data.likeness import PixelStatistics
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.exporting.promise import measure
 from mpdsgr_deploy.exporting.trial import Trial
 from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
@@ -124,6 +126,7 @@ def export(
             input_shape=checkpoint.shape,
             noise=noise_inputs(model, checkpoint.shape),
             labels=checkpoint.labels,
+            pixels=_pixel_statistics(model),
             recipe=checkpoint.recipe,
             variants=written,
             reference=promise,
@@ -134,6 +137,12 @@ def export(
                 "checkpoint": checkpoint.origin,
             },
         )
+
+
+def _pixel_statistics(model: SpikingNet) -> PixelStatistics:
+    """What the network normalises its input by: mean and spread of its training images."""
+    mean, std = (values.flatten().tolist() for values in (model.normalize.mean, model.normalize.std))
+    return PixelStatistics(mean=tuple(mean), std=tuple(std))
 
 
 def _with_attack(variant: Variant, precision: str, folder: Path, recipe: Recipe) -> Variant:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data.likeness import Likeness
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import atomic_file
 from mpdsgr_deploy.prediction.inputs import Batch, Inputs
@@ -95,6 +96,8 @@ class Job:
         sizes = [len(batch) for batch in batches]
         worker = Worker(self.bundle, self.backend, self.precision, self.batch)
         fitted = self.batch
+        trained = self.bundle.manifest.pixels
+        likeness = Likeness(trained) if trained else None
         with (
             started(worker, self.processes) as submit,
             ThreadPoolExecutor(DECODERS) as decoders,
@@ -102,12 +105,16 @@ class Job:
             meter("predicting", "images", total=sum(sizes), done=sum(sizes[:done])) as advance,
         ):
             read = ahead(batches[done:], lambda batch: reader.submit(batch.read, decoders), READ_AHEAD)
-            for (batch, _), answer in ahead(read, lambda pair: submit(pair[1]), 2 * self.processes):
+            for (batch, images), answer in ahead(read, lambda pair: submit(pair[1]), 2 * self.processes):
                 if answer.batch < fitted:
                     fitted = answer.batch
                     log.info("out of memory: going on with batches of %d", fitted)
+                if likeness is not None:
+                    likeness.add(images)
                 yield batch, answer.logits
                 advance(len(batch))
+        if likeness is not None and (unlike := likeness.warning()):
+            log.warning("%s", unlike)
 
 
 def ahead(

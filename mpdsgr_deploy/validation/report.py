@@ -76,7 +76,7 @@ class Report(BaseModel):
     seconds: how long it took; stopped: why it ended before all conditions were tried; None: it did not.
     """
 
-    schema_version: int = 2
+    schema_version: int = 3
     verdict: Verdict
     reasons: list[str]
     bundle: str

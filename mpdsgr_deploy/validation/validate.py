@@ -7,14 +7,15 @@ from mpdsgr_deploy.attacks.run import Journal
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.data.likeness import Likeness
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
-from mpdsgr_deploy.reference import IMAGES, digests
+from mpdsgr_deploy.reference import IMAGES, images_sha256
 from mpdsgr_deploy.validation.evaluation import Evaluation
 from mpdsgr_deploy.validation.gate import check_gate, resolved
-from mpdsgr_deploy.validation.images import digest, evaluation_images
+from mpdsgr_deploy.validation.images import evaluation_images
 from mpdsgr_deploy.validation.report import PROGRESS, Report, Verdict
 from mpdsgr_deploy.validation.target import REMOTE, Target
 
@@ -46,7 +47,8 @@ def validate(
     tier = TIERS[gate.tier]
     images = chosen_images(target, limit or gate.images, tier.images, data, root)
     variant = manifest.variants[target.precision]
-    found = digests(images)
+    warn_if_unlike(target, images)
+    images_digest = images_sha256(images)
     with target.open() as artefact, target.sources(transfer) as sources:
         network = Source(artefact, target.trained)
         suite = Suite.of(network, tier.entries, recipe.attack, seed=recipe.validation.seed, transfer=sources)
@@ -55,7 +57,7 @@ def validate(
         check_gate(gate, evaluation.names, len(images), evaluation.referenced)
         warn_of_gaps(evaluation, target, gate.tier)
         if report_dir is not None:
-            evaluation.journal = Journal(report_dir / PROGRESS, evaluation.identity(digest(found), transfer))
+            evaluation.journal = Journal(report_dir / PROGRESS, evaluation.identity(images_digest, transfer))
         evaluation.attack()
         evaluation.probe(tier.probe)
         health = evaluation.health()
@@ -74,7 +76,7 @@ def validate(
         precision=target.precision,
         tier=gate.tier,
         images=evaluation.rule,
-        images_sha256=digest(found),
+        images_sha256=images_digest,
         seed=recipe.validation.seed,
         rows=evaluation.rows,
         curves=evaluation.curves,
@@ -87,6 +89,13 @@ def validate(
         seconds=round(time.monotonic() - started, 1),
         provenance=provenance(),
     )
+
+
+def warn_if_unlike(target: Target, images: Images) -> None:
+    """Say if the images' mean or spread is far from that of the training images: inverted, or of another scale."""
+    trained = target.bundle.manifest.pixels
+    if trained is not None and (unlike := Likeness(trained).add(images.pixels).warning()):
+        log.warning("%s", unlike)
 
 
 def warn_of_gaps(evaluation: Evaluation, target: Target, tier: str) -> None:

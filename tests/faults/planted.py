@@ -124,7 +124,7 @@ class Planted:
         if name == REFERENCE:
             verdicts = {key.partition("/")[2]: v for key, v in arrays.items() if key.startswith("verdict/")}
             self.manifest["reference"]["correct"] = {key: int(v.sum()) for key, v in verdicts.items()}
-            self.manifest["reference"]["n"] = len(arrays["digests"])
+            self.manifest["reference"]["n"] = len(arrays["blake2b_64"])
 
     def seal(self, *, attack: bool = True) -> None:
         """Golden logits, int8's kept answers, attack graphs and hashes as an exporter that made this file writes them.
