@@ -34,13 +34,15 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
     from mpdsgr_deploy.training import train
     from mpdsgr_deploy.validation import Target, validate
 
+    origins: dict[str, str] = {}
     reports: dict[str, Report] = {}
     pages: dict[str, Path] = {}
     for method, name in RECIPES.items():
         folder = out / name
         claim_report(folder / "report")
         train(load_recipe(find_recipe(name)), folder / "run", resume=True)
-        export(folder / "run", folder / "bundle")
+        bundle = export(folder / "run", folder / "bundle")
+        origins[method] = bundle.manifest.provenance["checkpoint"]
         target = Target(open_bundle(folder / "bundle"))
         reports[method] = validate(target, report_dir=folder / "report")
         pages[method] = write_report(reports[method], folder / "report")
@@ -49,7 +51,7 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
     else:
         print_demo(reports)
         for method, page in pages.items():
-            click.echo(f"{method}: {reports[method].verdict.upper()}, report in {page}")
+            click.echo(f"{method}: {reports[method].verdict.upper()}, {origins[method]}, report in {page}")
     ctx.exit(max(EXIT_CODES[report.verdict] for report in reports.values()))
 
 
