@@ -63,8 +63,8 @@ def digests(images: Images) -> NDArray[np.uint64]:
 
 def images_sha256(images: Images) -> str:
     """sha256 of all pixels, uint8 [N, C, H, W], followed by all classes, little-endian int64 [N]."""
-    content = sha256(np.ascontiguousarray(images.pixels))
-    content.update(np.ascontiguousarray(images.classes, "<i8"))
+    content = sha256(np.ascontiguousarray(images.pixels).data)
+    content.update(np.ascontiguousarray(images.classes, "<i8").data)
     return content.hexdigest()
 
 
