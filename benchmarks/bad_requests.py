@@ -61,7 +61,6 @@ def _tensors(model: TargetModel) -> dict[str, bytes]:
         "a negative size": request(parameters={"binary_data_size": -1}),
         "a size that is text": request(parameters={"binary_data_size": "12288"}),
         "data twice": request(data=[0.5]),
-        "an unknown key": request(top=[("extra", 1)]),
         "shared memory": request(parameters={"shared_memory_region": "x", "shared_memory_byte_size": 4}),
         "NaN": request(nan + pixels[4:]),
         "infinity": request(infinite + pixels[4:]),

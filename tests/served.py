@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUNDLE = Path(__file__).parent.parent / "export" / "doctor" / "bundle"  # images [1, 8, 8] named "images", 10 labels
+VERSION = json.loads((BUNDLE / "manifest.json").read_text())["digest"][:12]  # that BUNDLE is served as
 INFER = "/v2/models/bundle/infer"  # of BUNDLE
 
 

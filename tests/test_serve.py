@@ -1,6 +1,7 @@
 """A real server answers stock clients of the Open Inference Protocol as the network itself would."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,10 +123,11 @@ def test_what_the_server_says_of_itself(client: Any, bundle: Bundle) -> None:
     assert client.is_model_ready("bundle-int8")
     assert not client.is_model_ready("nobody")
     assert not client.is_model_ready("bundle", "2")
+    version = bundle.manifest.digest[:12]
     metadata = told(client.get_server_metadata())
     assert {"binary_tensor_data", "classification", "statistics", "model_repository"} <= set(metadata["extensions"])
-    model = told(client.get_model_metadata("bundle", "1"))
-    assert (model["name"], model["versions"]) == ("bundle", ["1"])
+    model = told(client.get_model_metadata("bundle", version))
+    assert (model["name"], model["versions"]) == ("bundle", [version])
     assert [tensor["name"] for tensor in model["outputs"]] == ["logits", "margin", "firing_rate"]
     assert [int(size) for size in model["inputs"][0]["shape"]] == [-1, 1, 8, 8]
     index = told(client.get_model_repository_index())
@@ -183,12 +185,31 @@ def test_json_may_be_flat_or_nested(served: Served, predictor: Predictor) -> Non
         assert np.array_equal(served.post(INFER, body).output(), predictor(x))
 
 
-def test_a_version_can_be_named(served: Served) -> None:
-    body = request(images())
-    assert served.post("/v2/models/bundle/versions/1/infer", body).status == 200
+def test_tensors_are_binary_where_that_is_wanted_for_all(served: Served, predictor: Predictor) -> None:
+    """What tritonclient asks for by default: no outputs by name, and all of them in binary form."""
+    x = images(2)
+    answer = served.post(INFER, request(x, parameters={"binary_data_output": True}))
+    size = int(answer.headers["inference-header-content-length"])
+    assert json.loads(answer.body[:size])["outputs"][0]["parameters"] == {"binary_data_size": 80}
+    assert np.array_equal(np.frombuffer(answer.body[size:], "<f4").reshape(2, 10), predictor(x))
+
+
+def test_what_kserves_sdk_sends(served: Served, predictor: Predictor) -> None:
+    """A model's name at the top level, and null for all that is not given."""
+    x = images(2)
+    body = request(x, model_name="bundle", model_version=None, id=None, parameters=None, outputs=None)
+    body["inputs"][0] |= {"parameters": None, "from_an_extension": [1, 2]}
+    assert np.array_equal(served.post(INFER, body).output(), predictor(x))
+    body["outputs"] = [{"name": "logits", "parameters": {"binary_data": None, "classification": None}, "data": None}]
+    assert np.array_equal(served.post(INFER, body).output(), predictor(x))
+
+
+def test_a_version_can_be_named(served: Served, bundle: Bundle) -> None:
+    body, version = request(images()), bundle.manifest.digest[:12]
+    assert served.post(f"/v2/models/bundle/versions/{version}/infer", body).status == 200
     refused = served.post("/v2/models/bundle/versions/2/infer", body)
     assert refused.status == 404
-    assert "has version 1, not '2'" in refused.json()["error"]
+    assert f"has version {version}, not '2'" in refused.json()["error"]
 
 
 def test_status_is_what_the_page_needs(served: Served, bundle: Bundle) -> None:

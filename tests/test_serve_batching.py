@@ -294,8 +294,8 @@ class TestQuickNetworks:
     async def trusted(batcher: Batcher, network: Network) -> ModelLane:
         """A lane whose batches have been quick so often that the next is the loop's."""
         found = lane(network, most=4)
-        for number in range(batcher_module.STREAK):
-            await batcher.submit(found, images(number), FAR)
+        for _ in range(batcher_module.STREAK):
+            await batcher.submit(found, images(0, 1, 2, 3), FAR)
         assert set(network.threads) == {"inference"}
         await asyncio.sleep(0.05)  # until the thread waits again
         network.log.clear()
@@ -328,6 +328,35 @@ class TestQuickNetworks:
 
         in_loop(test)
         assert network.threads == ["MainThread", "MainThread", "inference"]
+
+    def test_dropped_requests_teach_nothing(self) -> None:
+        network = Network()
+
+        async def test(batcher: Batcher) -> None:
+            slow = lane(network)
+            for number in range(3 * batcher_module.STREAK):
+                assert isinstance(await outcome(batcher.submit(slow, images(number), time.monotonic() - 1)), Refused)
+            await batcher.submit(slow, images(1), FAR)
+            assert slow.streak <= 1
+
+        in_loop(test)
+        assert network.threads == ["inference"]
+
+    def test_a_batch_much_larger_than_those_that_were_quick_is_the_threads(self) -> None:
+        network = Network()
+
+        async def test(batcher: Batcher) -> None:
+            found = lane(network, most=64)
+            for number in range(batcher_module.STREAK):
+                await batcher.submit(found, images(number), FAR)
+            await asyncio.sleep(0.05)
+            network.threads.clear()
+            for size in (2, 64, 3, 6):
+                await batcher.submit(found, images(*range(size)), FAR)
+                await asyncio.sleep(0.05)
+
+        in_loop(test)
+        assert network.threads == ["MainThread", "inference", "MainThread", "MainThread"]
 
     def test_firing_rates_may_open_a_network_first_and_stay_with_the_thread(self) -> None:
         network = Network()

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 from asgi import Client, started
 from counting import PATIENCE, Network, entered
-from served import BUNDLE, INFER, Served, http, request
+from served import BUNDLE, INFER, VERSION, Served, http, request
 from served import images as served_images
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
@@ -189,7 +189,7 @@ def test_a_flooded_server_fills_batches_and_gives_each_client_its_own_answer() -
         after = served.metrics()
 
         def more(name: str, **labels: str) -> float:
-            inner = ",".join(f'{k}="{v}"' for k, v in sorted({"model": "bundle", "version": "1", **labels}.items()))
+            inner = ",".join(f'{k}="{v}"' for k, v in sorted({"model": "bundle", "version": VERSION, **labels}.items()))
             return after[f"mpdsgr_{name}{{{inner}}}"] - before[f"mpdsgr_{name}{{{inner}}}"]
 
         assert more("images_total") == more("batch_images_sum") == 48

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
-from served import BUNDLE, INFER, Served, eventually, http, images, request
+from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
 from served_clients import OTHER, Clients, answers, messages, mismatched
 
 from mpdsgr_deploy.errors import InputError
@@ -88,7 +88,7 @@ class TestStart:
             gate.touch()
             served.wait()
             assert served.get("/v2/health/ready").status == 200
-            assert served.get("/v2/models/bundle").json()["versions"] == ["1"]
+            assert served.get("/v2/models/bundle").json()["versions"] == [VERSION]
 
     def test_a_wrong_golden_batch_is_never_ready(self, tmp_path: Path) -> None:
         with Served(mismatched(tmp_path / "wrong"), wait=False) as served:

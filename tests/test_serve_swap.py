@@ -6,19 +6,24 @@ import shutil
 import signal
 import weakref
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from asgi import Client, started
 from conftest import perturbed, resealed
-from served import BUNDLE, INFER, Served, eventually, http, images, request
+from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
 from served_clients import OTHER, Clients, mismatched, right
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.serving import model as model_module
 
 
 def placed(directory: Path, bundle: Path) -> None:
@@ -32,6 +37,12 @@ def placed(directory: Path, bundle: Path) -> None:
 def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """BUNDLE with other weights, golden batch and all."""
     return perturbed(open_bundle(BUNDLE), tmp_path_factory.mktemp("second") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def newer(second: Path) -> str:
+    """The version that `second` is served as."""
+    return open_bundle(second).manifest.digest[:12]
 
 
 @pytest.fixture
@@ -67,42 +78,91 @@ def version(served: Served) -> str:
 
 
 class TestHotSwap:
-    def test_another_version_takes_over_under_load_and_no_request_fails(self, current: Path, second: Path) -> None:
+    def test_another_version_takes_over_under_load_and_no_request_fails(
+        self, current: Path, second: Path, newer: str
+    ) -> None:
         with Served(current, "--repository-control") as served:
             x = images()
-            logits = {"1": served.post(INFER, request(x)).output()}
+            logits = {VERSION: served.post(INFER, request(x)).output()}
             with Clients(served, ["http"] * 3 + ["grpc"] * 2) as clients:
                 assert clients.seen(3)
                 placed(current, second)
                 served.signal(signal.SIGHUP)
-                assert eventually(lambda: version(served) == "2", 30)
+                assert eventually(lambda: version(served) == newer, 30)
                 assert clients.seen(3)
                 placed(current, BUNDLE)
                 load = served.post("/v2/repository/models/bundle/load", b"")
                 assert load.status == 200
                 assert clients.seen(3)
-            logits["2"] = right(second, x)
-            logits["3"] = logits["1"]
-            assert np.abs(logits["1"] - logits["2"]).max() > 0.01
+            logits[newer] = right(second, x)
+            assert np.abs(logits[VERSION] - logits[newer]).max() > 0.01
             for tales in clients.tales:
                 assert {tale.code for tale in tales} == {"200"}
-                versions = [tale.version for tale in tales]
-                assert versions == sorted(versions), "an old version answered after a newer one"
-                assert set(versions) == {"1", "2", "3"}
+                versions = [version for version, _ in groupby(tale.version for tale in tales)]
+                assert versions == [VERSION, newer, VERSION], "an old version answered after a newer one"
                 for tale in tales:
                     np.testing.assert_allclose(tale.logits, logits[tale.version], atol=1e-4)
-            assert served.get("/v2/models/bundle").json()["versions"] == ["3"]
-            assert served.get("/v2/models/bundle/versions/2").status == 404
+            assert served.get("/v2/models/bundle").json()["versions"] == [VERSION]
+            assert served.get(f"/v2/models/bundle/versions/{newer}").status == 404
 
-    def test_a_bundle_that_is_as_it_was_is_not_loaded_again(self, current: Path, second: Path) -> None:
+    @pytest.mark.parametrize("change", ["replaced", "rewritten in place", "deleted"])
+    def test_what_happens_on_disk_changes_nothing_that_is_served(
+        self, tmp_path: Path, second: Path, change: str
+    ) -> None:
+        place = tmp_path / "bundle"
+        shutil.copytree(BUNDLE, place)
+
+        async def test() -> None:
+            async with started(place) as server:
+                if change == "deleted":
+                    shutil.rmtree(place)
+                elif change == "replaced":
+                    place.rename(tmp_path / "old")
+                    shutil.copytree(second, place)
+                else:
+                    for file in filter(Path.is_file, second.rglob("*")):
+                        (place / file.relative_to(second)).write_bytes(file.read_bytes())
+                x, client = images(3), Client(server)
+                both = [{"name": "logits"}, {"name": "firing_rate"}]
+                for outputs in ([{"name": "logits"}], both):
+                    answer = await client.post(INFER, request(x, outputs=outputs))
+                    assert answer.status == 200, answer.body
+                    told = answer.json()
+                    assert told["model_version"] == VERSION
+                    logits = np.array(told["outputs"][0]["data"]).reshape(3, -1)
+                    np.testing.assert_allclose(logits, right(BUNDLE, x), atol=1e-5)
+
+        asyncio.run(test())
+
+    def test_a_bundle_that_changes_while_it_is_opened_is_refused(
+        self, tmp_path: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = tmp_path / "bundle"
+        shutil.copytree(BUNDLE, place)
+
+        def swap(*arguments: Any) -> Any:
+            shutil.rmtree(place)
+            shutil.copytree(second, place)
+            return open_predictor(*arguments)
+
+        monkeypatch.setattr(model_module, "open_predictor", swap)
+
+        async def test() -> None:
+            async with started(place):
+                pytest.fail("it serves")
+
+        with pytest.raises(MpdsgrError, match=r"changed while it was opened|golden"):
+            asyncio.run(test())
+
+    def test_a_bundle_that_is_as_it_was_is_not_loaded_again(self, current: Path, second: Path, newer: str) -> None:
         with Served(current, f"other={BUNDLE}") as served:
             placed(current, second)
             served.signal(signal.SIGHUP)
-            assert eventually(lambda: version(served) == "2", 30)
-            assert served.get("/v2/models/other").json()["versions"] == ["1"]
+            assert eventually(lambda: version(served) == newer, 30)
+            assert served.get("/v2/models/other").json()["versions"] == [VERSION]
 
     def test_a_bad_version_leaves_the_old_one_serving_and_says_why(
-        self, tmp_path: Path, current: Path, second: Path
+        self, tmp_path: Path, current: Path, second: Path, newer: str
     ) -> None:
         with Served(current, "--repository-control") as served:
             before = served.post(INFER, request(images())).output()
@@ -117,8 +177,8 @@ class TestHotSwap:
                 assert load.status == 400
                 assert reason in load.json()["error"]
                 (listed,) = served.post("/v2/repository/index", b"").json()
-                assert (listed["version"], listed["state"]) == ("1", "READY")
-                assert listed["reason"].startswith("version 2 failed: ")
+                assert (listed["version"], listed["state"]) == (VERSION, "READY")
+                assert listed["reason"].startswith("the last load failed: ")
                 assert reason in listed["reason"]
                 assert served.get("/status").json()["models"][0]["reason"] == listed["reason"]
                 known = len(served.lines)
@@ -129,7 +189,7 @@ class TestHotSwap:
                 np.testing.assert_array_equal(served.post(INFER, request(images())).output(), before)
             placed(current, second)
             served.signal(signal.SIGHUP)
-            assert eventually(lambda: version(served) == "2", 30)
+            assert eventually(lambda: version(served) == newer, 30)
             assert served.get("/status").json()["models"][0]["reason"] == ""
 
     def test_unload_and_load(self, current: Path, tmp_path: Path) -> None:
@@ -149,13 +209,13 @@ class TestHotSwap:
             assert served.post("/v2/repository/models/bundle/load", b"").status == 400
             assert served.get("/v2/health/ready").status == 200, "what was unloaded makes nobody wait"
             assert served.post("/v2/repository/models/other/load", b"").status == 200
-            assert served.get(OTHER).json()["versions"] == ["2"]
+            assert served.get(OTHER).json()["versions"] == [VERSION]
             assert served.post(f"{OTHER}/infer", request(images())).status == 200
             assert served.post("/v2/repository/models/nobody/load", b"").status == 404
             assert served.post("/v2/repository/models/nobody/unload", b"").status == 404
 
     def test_a_request_whose_body_comes_slowly_is_answered_by_the_version_that_is_there_then(
-        self, current: Path, second: Path
+        self, current: Path, second: Path, newer: str
     ) -> None:
         with Served(current, "--repository-control") as served, served.connect() as connection:
             message = http("POST", INFER, request(images()))
@@ -163,11 +223,11 @@ class TestHotSwap:
             assert eventually(lambda: served.counted("mpdsgr_in_flight_bytes") > 0)
             placed(current, second)
             assert served.post("/v2/repository/models/bundle/load", b"").status == 200
-            assert served.post(INFER, request(images())).json()["model_version"] == "2"
+            assert served.post(INFER, request(images())).json()["model_version"] == newer
             connection.send(message[-10:])
             reply = connection.reply()
             assert reply.status == 200, reply
-            assert reply.json()["model_version"] == "2"
+            assert reply.json()["model_version"] == newer
 
     def test_models_are_not_loaded_by_request_unless_that_is_wanted(self) -> None:
         with Served() as served:
@@ -182,9 +242,9 @@ class TestHotSwap:
                     with pytest.raises(grpc.RpcError) as refused:
                         ask(asked)
                     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
-            assert served.post(INFER, request(images())).json()["model_version"] == "1"
+            assert served.post(INFER, request(images())).json()["model_version"] == VERSION
 
-    def test_the_old_version_is_freed(self, current: Path, second: Path) -> None:
+    def test_the_old_version_is_freed(self, current: Path, second: Path, newer: str) -> None:
         async def test() -> None:
             async with started(current) as server:
                 old = weakref.ref(server.repository.model("bundle"))
@@ -192,7 +252,7 @@ class TestHotSwap:
                 assert (await Client(server).post(INFER, asked)).status == 200
                 placed(current, second)
                 await server.repository.reload_changed()
-                assert server.repository.model("bundle").version == "2"
+                assert server.repository.model("bundle").version == newer
                 async with asyncio.timeout(30):
                     while old() is not None:
                         gc.collect()

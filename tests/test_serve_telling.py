@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
-from served import BUNDLE, INFER, Served, images, request
+from served import BUNDLE, INFER, VERSION, Served, images, request
 from served_clients import asked
 from tritonclient.grpc import service_pb2_grpc
 
@@ -58,7 +58,7 @@ def test_a_known_sequence_of_requests_is_counted_and_logged() -> None:
         status = {one["name"]: one for one in served.get("/status").json()["models"]}
 
     def metric(name: str, model: str | None = None, **labels: str) -> float:
-        told = {**({} if model is None else {"model": model, "version": "1" if model else ""}), **labels}
+        told = {**({} if model is None else {"model": model, "version": VERSION if model else ""}), **labels}
         inner = ",".join(f'{key}="{value}"' for key, value in sorted(told.items()))
         return metrics[f"mpdsgr_{name}{{{inner}}}" if told else f"mpdsgr_{name}"]
 
@@ -98,7 +98,7 @@ def test_a_known_sequence_of_requests_is_counted_and_logged() -> None:
     assert {"mine", made, long, "over-grpc"} <= lines.keys()
     mine = lines["mine"]
     assert (mine["protocol"], mine["method"], mine["path"]) == ("http", "POST", "/v2/models/a/infer")
-    assert (mine["model"], mine["version"], mine["code"], mine["images"]) == ("a", "1", "200", 3)
+    assert (mine["model"], mine["version"], mine["code"], mine["images"]) == ("a", VERSION, "200", 3)
     assert 0 < mine["ms"] < 60_000
     assert (lines["over-grpc"]["model"], lines["over-grpc"]["code"], lines["over-grpc"]["images"]) == ("b", "OK", 2)
     (refused,) = (line for line in lines.values() if line["code"] == "400")
@@ -202,7 +202,7 @@ def test_an_inference_is_a_span_below_the_callers(spans: InMemorySpanExporter) -
         assert span.name == "infer"
         assert span.kind is trace.SpanKind.SERVER
         assert span.attributes
-        assert (span.attributes["model"], span.attributes["version"]) == ("bundle", "1")
+        assert (span.attributes["model"], span.attributes["version"]) == ("bundle", VERSION)
     for span in (below, over_grpc):
         assert span.parent
         assert f"{span.context.trace_id:032x}-{span.parent.span_id:016x}" == PARENT[3:-3]
@@ -217,7 +217,7 @@ import asyncio, sys
 sys.modules["opentelemetry"] = None
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from asgi import Client, started
-from served import BUNDLE, INFER, images, request
+from served import BUNDLE, VERSION, INFER, images, request
 async def test():
     async with started(BUNDLE) as server:
         print((await Client(server).post(INFER, request(images()), traceparent={PARENT!r})).status)

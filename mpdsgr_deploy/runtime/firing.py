@@ -33,15 +33,23 @@ class FiringRates:
     order of the network. In a network with gates (StoG) these are the spikes in front of the gates, those that reset
     the membrane. A stochastic network meets the noise that `open_predictor` gives it.
 
-    A context manager: the session ends with the block. Threads may share it. Raises InputError for a backend that does
+    network: the bundle's, if it is read already. A context manager: the session ends with the block. Threads may share
+    it. Raises InputError for a backend that does
     not show spikes or cannot run here, or a file without their names; EvaluationError as `open_predictor` does.
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "onnxruntime-cpu", precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str = "onnxruntime-cpu",
+        precision: str = "fp32",
+        *,
+        network: onnx.ModelProto | None = None,
+    ) -> None:
         if backend not in PROVIDERS:
             raise InputError(f"backend {backend} does not show {OUTPUT}; choose one of: {', '.join(PROVIDERS)}")
         model, manifest = bundle.variant(precision), bundle.manifest
-        network = read_network(model)
+        network = read_network(model) if network is None else network
         steps = spike_names(network, model)
         self.layers = tuple(steps)
         # a CPU's as they were measured for the plain session: the means are a small part of the work

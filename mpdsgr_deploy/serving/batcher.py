@@ -52,11 +52,20 @@ class ModelLane:
         self.images = 0  # that wait
         self.running = 0  # requests that wait or are computed
         self.streak = 0  # quick batches until now
+        self.quick_images = 0.0  # in a batch that is known to be quick
 
     @property
     def quick(self) -> bool:
         """Whether the event loop computes the next batch. The first with firing rates opens a network."""
-        return self.streak >= STREAK and not self.jobs[0].rates
+        return self.streak >= STREAK and min(self.images, self.most) <= self.quick_images and not self.jobs[0].rates
+
+    def learn(self, images: int, seconds: float) -> None:
+        """How long a batch took. Up to twice as many images as were quick may be, if that much time was left."""
+        if seconds >= QUICK:
+            self.streak, self.quick_images = 0, 0.0
+            return
+        self.streak += 1
+        self.quick_images = max(self.quick_images, images * min(2.0, QUICK / max(seconds, 1e-9)))
 
     def take(self) -> tuple[list[QueuedRequest], list[QueuedRequest]]:
         """The next batch, from the front, and what is too late or given up on the way there."""
@@ -193,7 +202,8 @@ def _deliver(
 ) -> None:
     """In the event loop: hand each request its rows, or the reason why there are none."""
     lane.running -= len(batch) + len(dropped)
-    lane.streak = lane.streak + 1 if seconds < QUICK else 0
+    if batch:  # what was only dropped says nothing about the network
+        lane.learn(sum(len(job.images) for job in batch), seconds)
     for job in dropped:
         lane.statistics.dropped["cancelled" if job.future.cancelled() else "deadline"] += 1
         if not job.future.done():

@@ -1,15 +1,17 @@
 """One version of a model: a bundle's network, opened and proved on its golden batch, and what it says of itself."""
 
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.onnx_files import read_network
 from mpdsgr_deploy.runtime import open_predictor
-from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, firing_rate_layers
+from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, spike_names
 from mpdsgr_deploy.serving.batcher import ModelLane, Outputs
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.settings import Limits
@@ -20,11 +22,31 @@ from mpdsgr_deploy.serving.tensors import ImageInput
 MARGIN, FIRING_RATE = "margin", "firing_rate"
 
 
+VERSION_DIGITS = 12  # of the bundle's digest: replicas and restarts agree on it
+
+
+def version_of(manifest: Manifest) -> str:
+    """The version that a bundle is served as, on whatever machine."""
+    return manifest.digest[:VERSION_DIGITS]
+
+
+class OpenedBundle(Bundle):
+    """A bundle whose golden batch of one precision is in memory: what happens to its files later changes nothing."""
+
+    def __init__(self, bundle: Bundle, precision: str) -> None:
+        super().__init__(bundle.path, bundle.manifest)
+        self._precision, self._golden = precision, bundle.golden(precision)
+
+    def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """As of any bundle."""
+        return self._golden if precision == self._precision else super().golden(precision)
+
+
 class ServedModel:
     """A served version. backend: what runs it. lane: where its requests wait. Raises as `open_predictor` does."""
 
-    def __init__(self, source: ModelSource, backend: str, version: str, limits: Limits) -> None:
-        self.source, self.backend, self.version = source, backend, version
+    def __init__(self, source: ModelSource, backend: str, limits: Limits) -> None:
+        self.source, self.backend = source, backend
         self._stack = ExitStack()
         try:
             self._open(limits.batch, limits.queue)
@@ -33,16 +55,21 @@ class ServedModel:
             raise
 
     def _open(self, most: int, room: int) -> None:
-        self._bundle = open_bundle(self.source.path)
+        self._bundle = OpenedBundle(open_bundle(self.source.path), self.source.precision)
         manifest = self._bundle.manifest
         self.digest, self.labels, self.output = manifest.digest, manifest.labels, manifest.output_name
+        self.version = version_of(manifest)
         self._predictor = self._stack.enter_context(open_predictor(self._bundle, self.backend, self.source.precision))
         self.input = ImageInput(manifest.input_name, manifest.input_shape, most)
         self._rates: FiringRates | None = None
         self._rates_lock = threading.Lock()
         self.layers: tuple[str, ...] = ()
         if self.backend in PROVIDERS:
-            self.layers = firing_rate_layers(self._bundle.variant(self.source.precision))
+            self._network = read_network(self._bundle.variant(self.source.precision))
+            with suppress(InputError):  # a network from elsewhere need not name its spikes
+                self.layers = tuple(spike_names(self._network, self.source.path))
+        if open_bundle(self.source.path).manifest.digest != self.digest:
+            raise InputError(f"{self.source.path} was changed while it was opened; load it again")
         self.statistics = Statistics()
         self.lane = ModelLane(self._compute, self.statistics, most, room)
 
@@ -51,7 +78,8 @@ class ServedModel:
             return Outputs(self._predictor(images))
         with self._rates_lock:  # a second network in memory, only once somebody asks for it
             if self._rates is None:
-                self._rates = self._stack.enter_context(FiringRates(self._bundle, self.backend, self.source.precision))
+                firing = FiringRates(self._bundle, self.backend, self.source.precision, network=self._network)
+                self._rates = self._stack.enter_context(firing)
         return Outputs(*self._rates(images))
 
     def close(self) -> None:

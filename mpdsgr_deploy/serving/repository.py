@@ -25,7 +25,7 @@ class Entry:
         self.source = source
         self.model: ServedModel | None = None
         self.state, self.reason = LOADING, "not loaded yet"
-        self.versions = 0  # opened so far
+        self.loads = self.failed_loads = 0
         self.lock = asyncio.Lock()
 
 
@@ -44,7 +44,7 @@ class Repository:
     @property
     def ready(self) -> bool:
         """Whether every model has answered its golden batch; what was unloaded since makes nobody wait."""
-        return all(entry.versions for entry in self)
+        return all(entry.loads for entry in self)
 
     def entry(self, name: str) -> Entry:
         """Raises Refused for a name that is not served."""
@@ -93,16 +93,16 @@ class Repository:
         async with entry.lock:
             entry.state = LOADING if entry.model is None else entry.state
             entry.reason = "loading"
-            version = str(entry.versions + 1)
             try:
-                model = await asyncio.to_thread(ServedModel, entry.source, self.backend, version, self._limits)
+                model = await asyncio.to_thread(ServedModel, entry.source, self.backend, self._limits)
             except BaseException as error:
                 entry.state = UNAVAILABLE if entry.model is None else READY
-                entry.reason = f"version {version} failed: {one_line(error)}"
+                entry.reason = f"the last load failed: {one_line(error)}"
+                entry.failed_loads += 1
                 raise
-            entry.versions += 1
+            entry.loads += 1
             old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""
-            log.info("model %s version %s is ready (%s)", entry.source.name, version, model.source.precision)
+            log.info("model %s version %s is ready (%s)", entry.source.name, model.version, model.source.precision)
             if model.input.message_bytes > self.largest_message:
                 log.warning("gRPC takes messages up to %d bytes until the next start", self.largest_message)
             self._retire(old)

@@ -21,7 +21,6 @@ def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> 
     head = body[:place]
     taken.check_json(head)
     content = parse_json(head)
-    _only(content, "the request", {"id", "parameters", "inputs", "outputs"})
     parameters = _mapping(content.get("parameters", {}), "parameters")
     inputs: list[InputTensor] = []
     for entry in _list(content.get("inputs"), "inputs"):
@@ -31,7 +30,9 @@ def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> 
         raise invalid(f"{len(body) - place} bytes are left behind the tensors")
     binary = _flag(parameters, "binary_data_output", otherwise=False)
     outputs = [_wanted(_mapping(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
-    return InferenceRequest(identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)))
+    return InferenceRequest(
+        identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)), binary
+    )
 
 
 def identifier(value: Any) -> str:
@@ -58,9 +59,14 @@ def classes(value: Any) -> int:
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object. Raises Refused for anything else."""
     try:
-        return _mapping(json.loads(content.decode()), "the request")
+        return _mapping(json.loads(content.decode(), object_pairs_hook=_present), "the request")
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
         raise invalid(f"the request is not JSON: {str(error)[:100] or 'nested too deeply'}") from None
+
+
+def _present(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; those that are null are as good as absent, as some clients send all there might be."""
+    return {key: value for key, value in pairs if value is not None}
 
 
 def _length(text: str, most: int) -> int:
@@ -71,7 +77,6 @@ def _length(text: str, most: int) -> int:
 
 def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor, int]:
     """An input, and where in the body the next one's bytes begin."""
-    _only(entry, "an input", {"name", "datatype", "shape", "parameters", "data"})
     name, datatype, shape = (entry.get(key) for key in ("name", "datatype", "shape"))
     if not isinstance(name, str) or not isinstance(datatype, str):
         raise invalid("an input needs a name and a datatype")
@@ -91,7 +96,6 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor
 
 
 def _wanted(entry: dict[str, Any], binary: bool) -> WantedOutput:
-    _only(entry, "an output", {"name", "parameters"})
     name, parameters = entry.get("name"), _mapping(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
@@ -105,12 +109,6 @@ def _flag(parameters: dict[str, Any], key: str, *, otherwise: bool) -> bool:
     if not isinstance(value, bool):
         raise invalid(f"{key} must be true or false")
     return value
-
-
-def _only(entry: dict[str, Any], what: str, keys: set[str]) -> None:
-    unknown = entry.keys() - keys
-    if unknown:
-        raise invalid(f"{what} has no {sorted(unknown)[0][:100]!r}; it may have {', '.join(sorted(keys))}")
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
