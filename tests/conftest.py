@@ -1,13 +1,17 @@
 """One small trained network, its bundle, and the command, shared by all tests."""
 
+import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,14 +22,23 @@ from onnx import numpy_helper
 from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.cli import main
-from mpdsgr_deploy.exporting import export
-from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.surrogates import trained_surrogate
-from mpdsgr_deploy.training import train
 
+HAS_TORCH = find_spec("torch") is not None
+TRAIN = {
+    "torch",
+    "torchvision",
+    "lightning",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "sklearn",
+    "tensorboard",
+    "foolbox",
+}
 SMALL = {
     "data": {"name": "digits", "augment": "none"},
     "model": {"name": "vgg-small", "width": 0.25},
@@ -91,26 +104,71 @@ def perturbed(bundle: Bundle, out: Path) -> Path:
     return resealed(out)
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once in a test run, by whichever worker needs it first.
+
+    Every worker gets a copy of its own, so that a test that writes into it disturbs no other worker.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    common = base / "common"
+    common.mkdir(exist_ok=True)
+    with (common / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, also when `make` fails
+        if not (common / name).exists():
+            make(common / f"{name}.new")
+            (common / f"{name}.new").rename(common / name)
+    mine = tmp_path_factory.mktemp("copies") / name
+    shutil.copytree(common / name, mine)
+    return mine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Without the extra `train`, leave out the test files that import what it brings."""
+    report = yield
+    missing = re.search(r"No module named '([a-z_]+)", str(report.longrepr)) if report.failed else None
+    if missing and not HAS_TORCH and missing[1] in TRAIN:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[1]} of the extra `train`")
+    return report
+
+
+def trained(recipe: Recipe, out: Path) -> None:
+    if not HAS_TORCH:
+        pytest.skip("needs the extra `train`")
+    from mpdsgr_deploy.training import train
+
+    train(recipe, out)
+
+
+def exported(run: Path, out: Path, **options: Any) -> None:
+    from mpdsgr_deploy.exporting import export
+
+    export(run, out, **options)
+
+
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("trained") / "run"
-    train(small_recipe(), out)
-    return out
+    """A training run of the small recipe."""
+    return once(tmp_path_factory, "run", lambda out: trained(small_recipe(), out))
 
 
 @pytest.fixture(scope="session")
-def bundle(run_dir: Path) -> Bundle:
-    out = run_dir.parent / "bundle"
-    export(run_dir, out)
-    return open_bundle(out)
+def bundle(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Its bundle, in float32."""
+    return open_bundle(once(tmp_path_factory, "bundle", lambda out: exported(run_dir, out)))
 
 
 @pytest.fixture(scope="session")
-def precise(run_dir: Path) -> Bundle:
+def precise(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same network in every precision."""
-    out = run_dir.parent / "precise"
-    export(run_dir, out, precisions=PRECISIONS)
-    return open_bundle(out)
+    from mpdsgr_deploy.exporting.precision import PRECISIONS
+
+    return open_bundle(once(tmp_path_factory, "precise", lambda out: exported(run_dir, out, precisions=PRECISIONS)))
 
 
 @pytest.fixture

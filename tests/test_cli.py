@@ -100,14 +100,14 @@ def test_errors_of_other_commands_are_one_line(bundle: Bundle, run_dir: Path, tm
     assert_input_error(mpdsgr_here("inspect", tmp_path / "mine"), "checkpoint.json")
 
 
-def test_a_missing_extra_is_named(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_missing_extra_is_named(bundle: Bundle, run_dir: Path, tmp_path: Path) -> None:
     """A process that cannot import torch, onnxruntime or matplotlib, as where the extra was not installed."""
     np.save(tmp_path / "x.npy", np.zeros((1, 1, 8, 8), np.uint8))
     for module, extra, arguments in (
         ("lightning", "train", ["train", "digits-reg", "--out", str(tmp_path / "run")]),
         ("onnxruntime", "cpu", ["predict", str(bundle.path), str(tmp_path / "x.npy")]),
         ("pyarrow", "parquet", ["predict", str(bundle.path), str(tmp_path), "--out", str(tmp_path / "x.parquet")]),
-        ("matplotlib", "report", ["inspect", str(bundle.path.parent / "run"), "--plots", str(tmp_path / "plots")]),
+        ("matplotlib", "report", ["inspect", str(run_dir), "--plots", str(tmp_path / "plots")]),
     ):
         (tmp_path / module).mkdir()
         (tmp_path / module / "__init__.py").write_text("raise ImportError('not installed')")
