@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # each neuron's own (see `mpdsgr_deploy.attack_graph`, `neurons` and `adaptive`)
 STRAIGHT, RATE, ADAPTIVE = "straight-through", "rate", "adaptive"
 ATTACK_ONLY = (STRAIGHT, RATE, ADAPTIVE)
+DETACHED = "+detached"  # ends a name by which resets pass no gradient on
 # Of `adaptive` (ASSG, arXiv 2512.22522): the authors' values, with 0.4 for the share of the gradient that may vanish
 MEMORY, RELAXATION, FLOOR = 0.9, 1.5, 1e-4
 SHARPNESS = 2 / math.pi * math.tan(0.4 * math.pi)
@@ -213,29 +214,36 @@ KINDS: Registry[SurrogateKind] = Registry(
 
 
 class SurrogateName(NamedTuple):
-    """A kind and its width; kinds without a width ignore it."""
+    """A kind, its width, which kinds without one ignore, and whether resets are detached: they pass no gradient on."""
 
     kind: str
     width: float
+    detached: bool = False
+
+    def __str__(self) -> str:
+        width = "" if self.kind in ATTACK_ONLY else f":{self.width:g}"
+        return f"{self.kind}{width}{DETACHED if self.detached else ''}"
 
 
 def parse_surrogate(name: str) -> SurrogateName:
-    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default.
+    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default; "+detached" may follow.
 
     Raises InputError for an unknown kind and for a width that is no number above 0 or that the kind does not have.
     """
-    kind, colon, text = name.partition(":")
+    named = name.removesuffix(DETACHED)
+    kind, colon, text = named.partition(":")
+    detached = named != name
     if kind not in KINDS:
         choose("surrogate", dict.fromkeys([*KINDS, *ATTACK_ONLY]), kind)
     if not colon:
-        return SurrogateName(kind, KINDS[kind].width if kind in KINDS else 1.0)
+        return SurrogateName(kind, KINDS[kind].width if kind in KINDS else 1.0, detached)
     try:
         width = float(text)
     except ValueError:
         width = 0.0
     if kind not in KINDS or not 0 < width < float("inf"):
         raise InputError(f"surrogate {name!r}: write KIND or KIND:NUMBER above 0, for example triangle:0.5")
-    return SurrogateName(kind, width)
+    return SurrogateName(kind, width, detached)
 
 
 def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
@@ -251,11 +259,12 @@ def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
 
 def scaled(name: str, factor: float) -> str:
     """The surrogate with a window `factor` times as wide: "triangle:1" scaled by 0.25 is "triangle:0.25"."""
-    kind, width = parse_surrogate(name)
-    return f"{kind}:{width / factor if KINDS.choose(kind).narrows else width * factor:g}"
+    parsed = parse_surrogate(name)
+    width = parsed.width / factor if KINDS.choose(parsed.kind).narrows else parsed.width * factor
+    return str(parsed._replace(width=width))
 
 
 def trained_surrogate(recipe: "Recipe") -> str:
     """The surrogate that a network was trained with, with its width: "triangle:1"."""
-    kind, width = parse_surrogate(recipe.neuron.surrogate)
-    return f"{kind}:{recipe.neuron.surrogate_parameter or width:g}"
+    named = parse_surrogate(recipe.neuron.surrogate)
+    return str(named._replace(width=recipe.neuron.surrogate_parameter or named.width))

@@ -42,7 +42,17 @@ from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import Surrogate, Trace
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 
-KINDS = (*SWEEP, "rectangular:0.5", "sigmoid", "sigmoid:2", "superspike", "superspike:3", "exponential:1", "arctan")
+KINDS = (
+    *SWEEP,
+    "rectangular:0.5",
+    "sigmoid",
+    "sigmoid:2",
+    "superspike",
+    "superspike:3",
+    "exponential:1",
+    "arctan",
+    "arctan+detached",
+)
 SMALL = (1, 8, 8)
 
 
@@ -149,7 +159,13 @@ def test_the_surrogate_of_training_is_named_with_its_width() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("triangel", "did you mean 'triangle'"), ("triangle:0", "above 0"), ("sigmoid:x", "KIND:NUM"), ("rate:2", "KIND")],
+    [
+        ("triangle:1+dettached", "above 0"),
+        ("triangel", "did you mean 'triangle'"),
+        ("triangle:0", "above 0"),
+        ("sigmoid:x", "KIND:NUM"),
+        ("rate:2", "KIND"),
+    ],
 )
 def test_a_wrong_surrogate_is_one_line(name: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
@@ -208,8 +224,8 @@ def test_finite_differences_of_the_losses() -> None:
 
 
 def test_an_operator_without_a_rule_is_named() -> None:
-    with pytest.raises(InputError, match=r"node changed \(Tanh\) is an operator without a rule"):
-        attack_graph(logits_network(3, "Tanh"), "triangle")
+    with pytest.raises(InputError, match=r"node changed \(Cos\) is an operator without a rule"):
+        attack_graph(logits_network(3, "Cos"), "triangle")
 
 
 def test_parts_that_do_not_tile_are_padded() -> None:

@@ -34,7 +34,7 @@ def adaptive_slopes(tape: Tape, layer: str, vs: Sequence[str], shape: tuple[int 
     angle = tape.emit("Mul", tape.emit("Mul", sharpness, v), tape.constant(pi / 2))
     below = tape.emit("Add", tape.emit("Mul", angle, angle), tape.constant(1))
     slopes = tape.emit("Mul", tape.emit("Div", sharpness, below), tape.constant(0.5))
-    parts = tape.emit_many("Split", slopes, names=len(vs), axis=1, num_outputs=len(vs))
+    parts = tape.split(slopes, [1] * len(vs), 1)
     return [tape.emit("Squeeze", part, tape.integers(1)) for part in parts]
 
 

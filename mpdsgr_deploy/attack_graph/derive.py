@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 from onnx import TensorProto, helper
 
+from mpdsgr_deploy.attack_graph.jumps import find_jumps
+from mpdsgr_deploy.attack_graph.layers import group
 from mpdsgr_deploy.attack_graph.losses import losses
 from mpdsgr_deploy.attack_graph.neurons import Neurons
 from mpdsgr_deploy.attack_graph.rules import RULES
@@ -27,26 +30,32 @@ def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
 
     The forward nodes stand there as they are, in the precision they have. The backward pass is float32 throughout. It
     takes the weights from the artefact itself, once stored, so an int8 network is attacked through its rounded weights;
-    rounding itself is taken for the identity, which it is for the exact activations that export quantises. Noise counts
-    as constant; spikes of the image against noise (Poisson encoding) pass the gradient straight through.
+    rounding itself is taken for the identity, which it is for the exact activations that export quantises. Noise, the
+    network's further inputs, counts as constant; spikes of the image against noise (Poisson encoding) pass the gradient
+    straight through. All other jumps are found by pattern, in networks of any origin: see `jumps`.
+
+    Resets pass their gradient on, unless the surrogate's name ends in "+detached".
 
     The width is an input, so one graph serves any; the kind is not, for a choice at run time would compute every kind
     at every neuron, and the neurons are what a backward pass spends its time on. To try another kind, derive another
     graph: it takes a fraction of a second. The result depends on `network` and the kind alone, to the last byte.
 
-    Raises InputError for an unknown surrogate and for a node that no rule differentiates.
+    Raises InputError for an unknown surrogate, for a node that no rule differentiates, and for a comparison between
+    images and logits that no surrogate stands for.
     """
-    kind = parse_surrogate(surrogate).kind
+    kind, _, detached = parse_surrogate(surrogate)
+    network = inlined(network)
     images, logits = network.graph.input[0], network.graph.output[0]
     tape = Tape(network, images.name)
-    neurons = Neurons(tape, kind)
+    jumps = find_jumps(tape)
+    neurons = Neurons(tape, jumps, group(tape, jumps), kind, detached=detached)
     states = list(tape.graph.input)[len(network.graph.input) :] if kind == ADAPTIVE else []
     batch, count = tape.shape(images.name)[0], tape.shape(logits.name)[-1]
     if not isinstance(count, int) or not tape.depends(logits.name):
         raise InputError("no attack graph: the network's output is no vector of logits that depends on its input")
-    found = losses(tape, logits.name, CLASSES, count)
+    both = losses(tape, logits.name, CLASSES, count)
     other = tape.emit("Sub", tape.constant(1), LOSS)
-    parts = tape.emit("Mul", found.ce_gradient, other), tape.emit("Mul", found.dlr_gradient, LOSS)
+    parts = tape.emit("Mul", both.ce_gradient, other), tape.emit("Mul", both.dlr_gradient, LOSS)
     tape.give(logits.name, tape.emit("Add", *parts))
     for node in reversed(tape.forward):
         _differentiate(tape, neurons, node)
@@ -76,26 +85,21 @@ def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
 
 def _differentiate(tape: Tape, neurons: Neurons, node: onnx.NodeProto) -> None:
     """Give a node's inputs their cotangents, if any of its outputs has one."""
+    tape.node = node
     cotangents = [tape.take(output) for output in node.output]
     if any(cotangent is not None for cotangent in cotangents):
-        fires = tape.makers.get(node.input[0]) if node.op_type == "Cast" else None
         if node in neurons:
             neurons(node, str(cotangents[0]))
-        elif fires is not None and fires.op_type == "GreaterOrEqual":
-            _straight_through(tape, fires, str(cotangents[0]))
-        elif node.op_type in RULES:
+        elif node.op_type in RULES and node.domain in ("", "ai.onnx"):
             RULES[node.op_type](tape, node, cotangents)
         elif any(tape.depends(value) for value in node.input):
             raise refuse(node, "is an operator without a rule for its gradient")
     neurons.before(node)
 
 
-def _straight_through(tape: Tape, fires: onnx.NodeProto, cotangent: str) -> None:
-    """Spikes [x >= noise] of an encoding, whose mean is x."""
-    pixels, noise = fires.input
-    if tape.depends(noise):
-        raise refuse(fires, "compares with what depends on the images")
-    tape.give(pixels, tape.unbroadcast(cotangent, pixels, fires.output[0]))
+def inlined(network: onnx.ModelProto) -> onnx.ModelProto:
+    """The network without functions of its own: their nodes stand where they were called."""
+    return onnx.inliner.inline_local_functions(network) if network.functions else network
 
 
 def derived(model: Path, surrogate: str) -> bytes:

@@ -41,10 +41,10 @@ def _dlr(tape: Tape, logits: str, classes: str, onehot: str, true: str, count: i
     if count == 1:
         nothing = tape.emit("Mul", logits, tape.constant(0))
         return tape.emit("Squeeze", nothing, tape.integers(1), name=DLR), nothing
-    kept = min(count, 3)
-    values, places = tape.emit_many("TopK", logits, tape.integers(kept), names=2)  # [B, 3]
-    largest = tape.emit_many("Split", values, names=kept, axis=1, num_outputs=kept)  # each [B, 1]
-    where = tape.emit_many("Split", places, names=kept, axis=1, num_outputs=kept)
+    ranks = min(count, 3)
+    values, places = tape.emit_many("TopK", logits, tape.integers(ranks), names=2)  # [B, 3]
+    largest = tape.split(values, [1] * ranks, 1)  # each [B, 1]
+    where = tape.split(places, [1] * ranks, 1)
     hots = [_onehot(tape, tape.emit("Squeeze", place, tape.integers(1)), count) for place in where]
     same = tape.emit("Equal", where[0], tape.emit("Unsqueeze", classes, tape.integers(1)))
     best_wrong = tape.emit("Where", same, largest[1], largest[0])

@@ -1,101 +1,143 @@
-"""The backward pass of spiking neurons, which are known by the names that export gives potentials and spikes."""
+"""The backward pass where a network jumps: a surrogate in place of the derivative."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import onnx
 from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes
+from mpdsgr_deploy.attack_graph.jumps import Jump
+from mpdsgr_deploy.attack_graph.layers import Layers, Step
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
-from mpdsgr_deploy.onnx_files import SPIKES
 from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, RATE, STRAIGHT, Nodes, surrogate_nodes
 
 
-class Step(NamedTuple):
-    """A time step of a layer: its potential U [B, ...], the threshold V_th [] and the node that makes its spikes."""
-
-    potential: str
-    threshold: str
-    node: onnx.NodeProto
-
-
 class Neurons:
-    """The rule of every node that makes spikes, for one kind of surrogate."""
+    """The rule of every node that jumps, for one kind of surrogate.
 
-    def __init__(self, tape: Tape, kind: str) -> None:
-        self._tape, self._kind, self._nodes = tape, kind, Nodes(tape)
-        self._derivative = None if kind in ATTACK_ONLY else surrogate_nodes(kind)
-        self.layers: dict[str, list[Step]] = {}
-        self._place: dict[str, tuple[str, int]] = {}  # spikes to layer and step
-        for node in tape.forward:
-            if node.op_type == "Cast" and node.output[0].startswith(SPIKES):
-                self._add(node)
-        self._slopes: dict[str, str] = {}  # of `adaptive`, by spikes
+    detached: resets pass no gradient on, as in libraries that detach them. An attacker may choose, and either may be
+    the stronger.
+    """
+
+    def __init__(self, tape: Tape, jumps: Sequence[Jump], layers: Layers, kind: str, *, detached: bool) -> None:
+        self._tape, self._kind, self._nodes, self._detached = tape, kind, Nodes(tape), detached
+        # a layer that is not one row per image has no state of its own for each image; it takes the arctan as it is
+        self._derivative = surrogate_nodes("arctan" if kind in ATTACK_ONLY else kind)
+        self._jumps = {jump.node.output[0]: jump for jump in jumps}
+        self._layers = layers.steps
+        self._place = {  # spikes to layer and step
+            jump.node.output[0]: (layer, t)
+            for layer, steps in layers.steps.items()
+            for t, step in enumerate(steps)
+            for jump in step.jumps
+        }
+        self._slopes: dict[str, str] = {}  # by jump, where several share one or `adaptive` has made them
         if kind == ADAPTIVE:
-            for layer, steps in self.layers.items():
-                vs = [self._v(step) for step in steps]
-                slopes = adaptive_slopes(tape, layer, vs, tape.shape(steps[0].potential))
-                self._slopes |= {step.node.output[0]: slope for step, slope in zip(steps, slopes, strict=True)}
+            for layer, steps in self._layers.items():
+                self._adapt(layer, steps)
         self._waiting: dict[str, list[str]] = {}  # for `rate`: cotangents of a layer's spikes
+        if detached:
+            tape.unpaid |= layers.resets
 
-    def _add(self, node: onnx.NodeProto) -> None:
-        layer, _, step = node.output[0].removeprefix(SPIKES).rpartition("/")  # a layer's name may have slashes
-        steps = self.layers.setdefault(layer, [])
-        fires = self._tape.makers.get(node.input[0])
-        if fires is None or fires.op_type != "GreaterOrEqual" or self._tape.array(fires.input[1]) is None:
-            raise refuse(node, "does not compare a potential with a threshold")
-        if step != str(len(steps)):
-            raise refuse(node, f"comes where step {len(steps)} of layer {layer} is expected")
-        self._place[node.output[0]] = layer, len(steps)
-        steps.append(Step(fires.input[0], fires.input[1], node))
+    def _adapt(self, layer: str, steps: Sequence[Step]) -> None:
+        shape = self._tape.shape(steps[0].jumps[0].node.output[0])
+        if not shape or shape[0] != self._tape.shape(self._tape.source)[0]:
+            return
+        slopes = adaptive_slopes(self._tape, layer, [self._v(step.jumps[0]) for step in steps], shape)
+        for step, slope in zip(steps, slopes, strict=True):
+            self._slopes |= dict.fromkeys((jump.node.output[0] for jump in step.jumps), slope)
 
     def __contains__(self, node: onnx.NodeProto) -> bool:
-        return node.output[0] in self._place
+        return node.output[0] in self._jumps
 
     def __call__(self, node: onnx.NodeProto, cotangent: str) -> None:
-        """Give the potential, or with `rate` the currents, what follows from the spikes' cotangent."""
-        layer, t = self._place[node.output[0]]
-        step = self.layers[layer][t]
-        if self._kind == RATE:
-            self._waiting.setdefault(layer, []).append(cotangent)
-        elif self._kind == STRAIGHT:
-            self._tape.give(step.potential, cotangent)
+        """Give what the node compares, or with `rate` the currents, what follows from the cotangent of its output."""
+        jump = self._jumps[node.output[0]]
+        place = self._place.get(node.output[0])
+        if jump.size == "branches":
+            self._branches(jump, cotangent)
+        elif self._kind == RATE and place is not None:
+            self._waiting.setdefault(place[0], []).append(cotangent)
         else:
-            slope = self._slopes.get(node.output[0]) or self._slope(step)
-            self._tape.give(step.potential, self._tape.emit("Mul", cotangent, slope))
+            self._give(jump, self._sized(jump, cotangent), node.output[0])
 
-    def _slope(self, step: Step) -> str:
-        assert self._derivative is not None  # the other kinds have no slope
-        return self._derivative(self._nodes, self._v(step))
+    def _sized(self, jump: Jump, cotangent: str) -> str:
+        """The cotangent times the size of the jump."""
+        if jump.size == "one":
+            return cotangent
+        if jump.size == "two":
+            return self._tape.emit("Mul", cotangent, self._tape.constant(2))
+        _, yes, no = jump.node.input
+        high, low = self._tape.array(yes), self._tape.array(no)
+        assert high is not None  # or it would be a jump between branches
+        assert low is not None
+        return self._tape.emit("Mul", cotangent, self._tape.constant(high.astype("f4") - low.astype("f4")))
 
-    def _v(self, step: Step) -> str:
-        """U - V_th."""
-        return self._tape.emit("Sub", self._tape.float32(step.potential), self._tape.float32(step.threshold))
+    def _give(self, jump: Jump, cotangent: str, like: str) -> None:
+        """Pass the cotangent of a jump of size 1, of the shape of value `like`, on to what is compared."""
+        tape, (above, below, passes) = self._tape, jump.compared
+        if not passes and self._kind != STRAIGHT:
+            cotangent = tape.emit("Mul", cotangent, self._slope(jump))
+        for value, sign in ((above, 1), (below, -1)):
+            if value is not None and tape.depends(value):
+                tape.give(value, tape.unbroadcast(cotangent, value, like), sign)
+
+    def _slope(self, jump: Jump) -> str:
+        key = jump.node.output[0]
+        if key in self._slopes:
+            return self._slopes[key]
+        slope = self._derivative(self._nodes, self._v(jump))
+        place = self._place.get(key)
+        if place is not None:  # the other jumps at this potential: surrogates are even
+            self._slopes |= dict.fromkeys((j.node.output[0] for j in self._layers[place[0]][place[1]].jumps), slope)
+        return slope
+
+    def _v(self, jump: Jump) -> str:
+        """What is compared: U - V_th."""
+        above, below, _ = jump.compared
+        parts = [None if value is None else self._tape.float32(value) for value in (above, below)]
+        if parts[0] is None:
+            assert parts[1] is not None
+            return self._tape.emit("Neg", parts[1])
+        return parts[0] if parts[1] is None else self._tape.emit("Sub", parts[0], parts[1])
+
+    def _branches(self, jump: Jump, cotangent: str) -> None:
+        """A choice between two values: each gets its share, and what is compared the difference that it makes.
+
+        A choice that resets makes no difference where resets are detached; torch's own `where` never passes it on.
+        """
+        tape, (condition, yes, no), output = self._tape, jump.node.input, jump.node.output[0]
+        choose(tape, jump.node, cotangent)
+        if not self._detached:
+            difference = tape.emit("Sub", tape.float32(yes), tape.float32(no))
+            share = tape.unbroadcast(tape.emit("Mul", cotangent, difference), condition, output)
+            self._give(jump, share, condition)
 
     def before(self, node: onnx.NodeProto) -> None:
         """Called when all behind a node is done: with `rate`, the time for the first step's layer to pass on."""
-        if node in self and self._place[node.output[0]][1] == 0:
-            layer = self._place[node.output[0]][0]
-            if layer in self._waiting:
-                self._rate(self.layers[layer], self._waiting.pop(layer))
+        layer, t = self._place.get(node.output[0], ("", -1)) if node.output else ("", -1)
+        if t == 0 and layer in self._waiting:
+            self._rate(self._layers[layer], self._waiting.pop(layer))
 
-    def _rate(self, steps: list[Step], waiting: list[str]) -> None:
+    def _rate(self, steps: Sequence[Step], waiting: list[str]) -> None:
         """mean_t(cotangent of spikes) [0 < mean current < V_th] / V_th to the current of every step alike.
 
         As if the neuron were the static activation clip(mean current / V_th, 0, 1); nothing passes through membrane,
         leak or reset (rate gradient approximation attack, Bu et al., CVPR 2023). A current is what the potential
-        receives, behind learned gains.
+        receives, behind learned gains. For networks that this package exported.
         """
-        tape, threshold = self._tape, self._tape.float32(steps[0].threshold)
-        currents = [steps[0].potential, *(self._current(step) for step in steps[1:])]
+        tape = self._tape
+        potentials = [self._potential(step) for step in steps]
+        threshold = tape.float32(potentials[0][1])
+        currents = [potentials[0][0], *(self._current(*both) for both in zip(potentials[1:], steps[1:], strict=True))]
         distinct = list(dict.fromkeys(currents))  # one, where the current lasts
         mean = self._mean([tape.float32(current) for current in distinct], len(distinct))
         inside = tape.emit("And", tape.emit("Greater", mean, tape.constant(0)), tape.emit("Less", mean, threshold))
         responsive = tape.emit("Div", tape.emit("Cast", inside, to=TensorProto.FLOAT), threshold)
-        given = tape.emit("Mul", self._mean(waiting, len(steps)), responsive)
+        share = tape.emit("Mul", self._mean(waiting, len(steps)), responsive)
         for current in distinct:
             held = currents.count(current)
-            tape.give(current, given if held == 1 else tape.emit("Mul", given, tape.constant(held)))
+            tape.give(current, share if held == 1 else tape.emit("Mul", share, tape.constant(held)))
 
     def _mean(self, values: list[str], count: int) -> str:
         """The sum of values divided by count."""
@@ -104,9 +146,26 @@ class Neurons:
             total = self._tape.emit("Add", total, value)
         return total if count == 1 else self._tape.emit("Mul", total, self._tape.constant(1 / count))
 
-    def _current(self, step: Step) -> str:
+    def _potential(self, step: Step) -> tuple[str, str]:
+        """A step's potential and constant threshold."""
+        jump = step.jumps[0]
+        above, below, _ = jump.compared
+        if above is None or below is None or self._tape.array(below) is None or len(step.jumps) > 1:
+            raise refuse(jump.node, "compares otherwise than exported networks do; leave rate out")
+        return above, below
+
+    def _current(self, potential: tuple[str, str], step: Step) -> str:
         """The summand of a potential that is not what was left of the last one."""
-        made = self._tape.makers.get(step.potential)
+        made = self._tape.makers.get(potential[0])
         if made is None or made.op_type != "Add":
-            raise refuse(step.node, "has a potential that is not what was left of the last one plus a current")
+            raise refuse(step.jumps[0].node, "has a potential that is not what was left of the last one plus a current")
         return made.input[1]
+
+
+def choose(tape: Tape, node: onnx.NodeProto, cotangent: str) -> None:
+    """Where(condition, yes, no): the cotangent goes to the value that was chosen."""
+    condition, yes, no = node.input
+    zero = tape.constant(0)
+    for value, parts in ((yes, (cotangent, zero)), (no, (zero, cotangent))):
+        if tape.depends(value):
+            tape.give(value, tape.unbroadcast(tape.emit("Where", condition, *parts), value, node.output[0]))

@@ -8,17 +8,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mpdsgr_deploy.attack_graph.values import Constants, ValueType, value_types
 from mpdsgr_deploy.errors import InputError
 
 PREFIX = "backward/"  # of everything that is added
-SMALL = 1024  # elements; larger constants are weights, whose values no shape depends on
-
-
-class Kind(NamedTuple):
-    """Shape and element type of a value of the forward graph; a dimension without a number is a str or None."""
-
-    shape: tuple[int | str | None, ...]
-    dtype: int
 
 
 class Piece(NamedTuple):
@@ -42,12 +35,15 @@ class Tape:
         self.graph = self.network.graph
         self.forward = list(network.graph.node)
         self.makers = {name: node for node in self.forward for name in node.output}
-        self.kinds = _kinds(network)
-        self._initializers = {tensor.name: tensor for tensor in network.graph.initializer}
-        self._depends = {source}
-        for node in self.forward:
-            if not self._depends.isdisjoint(node.input):
-                self._depends.update(node.output)
+        self.source = source
+        self.opset = max(
+            (entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")), default=0
+        )
+        self._types = value_types(network)
+        self._constant_values = Constants(network)
+        self.smooth: set[str] = set()  # values with a cotangent, set by `find_jumps`
+        self.unpaid: set[tuple[str, str]] = set()  # (a node's first output, its input): gradients that do not count
+        self.node: onnx.NodeProto | None = None  # the one that is being differentiated
         self._constants: dict[tuple[Any, ...], str] = {}
         self._floats: dict[str, str] = {}
         self._cotangents: dict[str, tuple[int, str]] = {}  # sign and name
@@ -84,28 +80,52 @@ class Tape:
 
     def float32(self, value: str) -> str:
         """A value of the forward graph in float32."""
-        if self.kinds[value].dtype == TensorProto.FLOAT:
+        if self.type(value).dtype == TensorProto.FLOAT:
             return value
         if value not in self._floats:
             self._floats[value] = self.emit("Cast", value, to=TensorProto.FLOAT)
         return self._floats[value]
 
     def array(self, value: str) -> NDArray[Any] | None:
-        """The value of a constant of the forward graph; None if it is computed."""
-        tensor = self._initializers.get(value)
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        """The value of a constant of the forward graph; None if it depends on an input."""
+        return self._constant_values.get(value)
+
+    def scalar(self, value: str) -> float | None:
+        """The number that a constant of one element holds; None for any other value."""
+        array = self.array(value)
+        return float(array.item()) if array is not None and array.size == 1 else None
 
     def depends(self, value: str) -> bool:
         """Whether a value of the forward graph depends on the source, and so has a cotangent."""
-        return value in self._depends
+        return value in self.smooth
+
+    def type(self, value: str) -> ValueType:
+        """Shape and type of a value of the forward graph. Raises InputError where they cannot be inferred."""
+        if value not in self._types:
+            raise InputError(f"no attack graph: the shape of value {value!r} cannot be inferred; export it with shapes")
+        return self._types[value]
 
     def shape(self, value: str) -> tuple[int | str | None, ...]:
         """The shape of a value of the forward graph."""
-        return self.kinds[value].shape
+        return self.type(value).shape
+
+    def split(self, value: str, sizes: Sequence[int], axis: int) -> list[str]:
+        """Parts of a value of the given sizes along an axis."""
+        if len(set(sizes)) == 1 and self.opset >= 18:
+            return self.emit_many("Split", value, names=len(sizes), axis=axis, num_outputs=len(sizes))
+        return self.emit_many("Split", value, self.integers(*sizes), names=len(sizes), axis=axis)
+
+    def pad(self, value: str, before: Sequence[int], after: Sequence[int], axes: Sequence[int], rank: int) -> str:
+        """A value with zeros around it along some of its axes."""
+        if self.opset >= 18:
+            return self.emit("Pad", value, self.integers(*before, *after), "", self.integers(*axes))
+        pads = np.zeros((2, rank), int)
+        pads[0, list(axes)], pads[1, list(axes)] = before, after
+        return self.emit("Pad", value, self.integers(*pads.ravel().tolist()))
 
     def give(self, value: str, cotangent: str, sign: int = 1) -> None:
         """Add sign * cotangent to what `value` has; nothing if it does not depend on the source."""
-        if not self.depends(value):
+        if not self.depends(value) or (self.node is not None and (self.node.output[0], value) in self.unpaid):
             return
         if value in self._taken:
             raise InputError(f"no attack graph: value {value} gets a gradient from a node that comes before its own")
@@ -146,8 +166,8 @@ class Tape:
         for piece in pieces:
             size = self.shape(value)[piece.axis]
             assert isinstance(size, int)  # or there would be no piece
-            pads = self.integers(piece.start, size - piece.stop)
-            padded.append(self.emit("Pad", piece.cotangent, pads, "", self.integers(piece.axis)))
+            around = [piece.start], [size - piece.stop], [piece.axis]
+            padded.append(self.pad(piece.cotangent, *around, len(self.shape(value))))
         return padded
 
     def unbroadcast(self, cotangent: str, value: str, result: str) -> str:
@@ -172,24 +192,3 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
             value = helper.get_attribute_value(found)
             return tuple(value) if isinstance(default, tuple) else value
     return default
-
-
-def _kinds(network: onnx.ModelProto) -> dict[str, Kind]:
-    """Shape and type of every value. Weights are left out of the inference, which would copy them."""
-    bare = onnx.ModelProto(ir_version=network.ir_version, opset_import=network.opset_import)
-    bare.graph.name = network.graph.name
-    for field in ("node", "input", "output", "value_info"):
-        getattr(bare.graph, field).extend(getattr(network.graph, field))
-    for tensor in network.graph.initializer:
-        if np.prod(tensor.dims) <= SMALL:
-            bare.graph.initializer.append(tensor)
-        else:
-            bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    graph = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph
-    kinds = {tensor.name: Kind(tuple(tensor.dims), tensor.data_type) for tensor in network.graph.initializer}
-    for entry in (*graph.input, *graph.value_info, *graph.output):
-        tensor = entry.type.tensor_type
-        if tensor.HasField("shape"):
-            dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
-            kinds[entry.name] = Kind(tuple(dims), tensor.elem_type)
-    return kinds

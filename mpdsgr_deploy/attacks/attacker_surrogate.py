@@ -1,6 +1,7 @@
 """The attacker chooses the surrogate: a network with the same forward pass and another backward pass.
 
-Named "KIND" or "KIND:PARAMETER": the surrogates of training, `straight-through` (gradient 1 everywhere) and `rate`.
+Named as in `mpdsgr_deploy.surrogates`: the kinds of training, `straight-through` (gradient 1 everywhere) and `rate`;
+"+detached" at the end detaches the reset.
 """
 
 import copy
@@ -9,24 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.snn import LIF, LIFState, Noise, make_surrogate
-from mpdsgr_deploy.surrogates import RATE
+from mpdsgr_deploy.surrogates import DETACHED, RATE, parse_surrogate
 
 
 def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     """A copy of `model` that answers the same and whose input gradient passes through the surrogate `name`.
 
-    Raises InputError for an unknown name or parameter.
+    Raises InputError for an unknown name or parameter, and for detached resets of neurons that a defence changed.
     """
     attacked = copy.deepcopy(model)
-    if name == RATE:
+    kind, _, detached = parse_surrogate(name)
+    if detached and any(type(layer.neuron) is not LIF for layer in attacked.layers()):
+        raise InputError(f"surrogate {name!r}: only plain LIF neurons can detach their reset; leave {DETACHED} out")
+    if kind == RATE:
         for layer in attacked.layers():
             layer.neuron = RateBackward(layer.neuron)
         return attacked
     surrogate = make_surrogate(name)
     for layer in attacked.layers():
-        layer.neuron.surrogate = surrogate
+        layer.neuron.surrogate, layer.neuron.detach_reset = surrogate, detached
     return attacked
 
 

@@ -73,6 +73,7 @@ class LIF(nn.Module):
     stochastic: bool = False  # draws from `noise`
     binary: bool = True  # hands on nothing but 0 and 1
     hold: int = 1  # for how many steps a current of one step lasts
+    detach_reset: bool = False  # an attacker's: spikes that reset pass no gradient on
     stepwise: Callable[[int], Surrogate] | None = None  # an attacker's: from t to what replaces `surrogate` in step t
 
     def __init__(
@@ -88,7 +89,8 @@ class LIF(nn.Module):
 
     def constants(self, steps: int) -> Constants:
         """What the neurons do over `steps` time steps."""
-        return Constants(steps, self.leak, self.v_threshold, self.reset == "hard", self.surrogate)
+        hard = self.reset == "hard"
+        return Constants(steps, self.leak, self.v_threshold, hard, self.surrogate, self.detach_reset)
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None

@@ -1,0 +1,101 @@
+"""Which jumps are the time steps of one layer of neurons, and through which edges a spike resets its own membrane."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mpdsgr_deploy.attack_graph.jumps import Jump
+from mpdsgr_deploy.attack_graph.tape import Tape, refuse
+from mpdsgr_deploy.onnx_files import SPIKES
+
+# What a membrane does between two steps; a synapse (convolution, product, pooling) ends the walk back in time
+MEMBRANE = {
+    *("Add", "Cast", "Clip", "Div", "Expand", "Identity", "Mul", "Neg", "Reshape", "Squeeze", "Sub", "Sum"),
+    *("Unsqueeze", "Where"),
+}
+
+
+class Step(NamedTuple):
+    """A time step of a layer: the jumps at one potential. A library may compare it twice, to fire and to reset."""
+
+    jumps: list[Jump]
+
+
+class Layers(NamedTuple):
+    """steps: those of each layer, by its name, in the order of time. resets: (first output of the node that reads a
+    spike, the spike), for the edges through which a spike reaches a later potential of its own layer.
+    """
+
+    steps: dict[str, list[Step]]
+    resets: set[tuple[str, str]]
+
+
+def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
+    """The layers of a network: by the names that export gives spikes, else by who resets whom.
+
+    A spike whose potential is computed from an earlier spike by elementwise operations alone is a later step of that
+    one's layer. Jumps that select (Where) belong to no layer. Raises InputError for exported names out of order.
+    """
+    spikes = [jump for jump in jumps if jump.size != "branches" and not jump.compared.passes]
+    named = [jump for jump in spikes if jump.node.output[0].startswith(SPIKES)]
+    walk = _Walk(tape, spikes)
+    if named:
+        return Layers(_by_name(named), walk.resets)
+    steps: dict[int, Step] = {}  # by the first jump at a potential
+    first: dict[tuple[str | None, str | None], int] = {}
+    for number, jump in enumerate(spikes):
+        twin = first.setdefault(jump.compared[:2], number)
+        steps.setdefault(twin, Step([])).jumps.append(jump)
+    places: dict[int, tuple[int, int]] = {}  # layer and time step
+    for number in steps:
+        earlier = walk.previous[number]
+        previous = None if earlier is None else first[spikes[earlier].compared[:2]]
+        places[number] = (number, 0) if previous is None else (places[previous][0], places[previous][1] + 1)
+    layers: dict[int, list[Step]] = {}
+    for number, (layer, _) in places.items():
+        layers.setdefault(layer, []).append(steps[number])
+    return Layers({f"neurons{n}": found for n, found in enumerate(layers.values())}, walk.resets)
+
+
+def _by_name(spikes: Sequence[Jump]) -> dict[str, list[Step]]:
+    layers: dict[str, list[Step]] = {}
+    for jump in spikes:
+        layer, _, step = jump.node.output[0].removeprefix(SPIKES).rpartition("/")
+        steps = layers.setdefault(layer, [])
+        if step != str(len(steps)):
+            raise refuse(jump.node, f"comes where step {len(steps)} of layer {layer} is expected")
+        steps.append(Step([jump]))
+    return layers
+
+
+class _Walk:
+    """Back from each spike's potential to the latest earlier spike, through what a membrane does."""
+
+    def __init__(self, tape: Tape, spikes: Sequence[Jump]) -> None:
+        self._tape = tape
+        self._numbers = {jump.node.output[0]: number for number, jump in enumerate(spikes)}
+        self.previous: list[int | None] = []
+        self.resets: set[tuple[str, str]] = set()
+        for number, jump in enumerate(spikes):
+            shape = tape.shape(jump.node.output[0])
+            reached = self._back(jump, number)
+            same = {n: edges for n, edges in reached.items() if tape.shape(spikes[n].node.output[0]) == shape}
+            self.previous.append(max(same, default=None))
+            self.resets |= {edge for edges in same.values() for edge in edges}
+
+    def _back(self, jump: Jump, number: int) -> dict[int, set[tuple[str, str]]]:
+        """The earlier spikes that a potential is computed from, each with the edges that read it."""
+        found: dict[int, set[tuple[str, str]]] = {}
+        waiting = [value for value in jump.compared[:2] if value is not None]
+        seen = set(waiting)
+        while waiting:
+            node = self._tape.makers.get(waiting.pop())
+            if node is None or node.op_type not in MEMBRANE:
+                continue
+            for value in node.input:
+                spike = self._numbers.get(value)
+                if spike is not None and spike < number:
+                    found.setdefault(spike, set()).add((node.output[0], value))
+                elif value not in seen and self._tape.depends(value):
+                    seen.add(value)
+                    waiting.append(value)
+        return found

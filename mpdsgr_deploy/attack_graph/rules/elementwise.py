@@ -1,0 +1,248 @@
+"""Operators that treat every element alike, after broadcasting."""
+
+from collections.abc import Callable, Sequence
+from math import pi, sqrt
+
+import onnx
+from onnx import TensorProto
+
+from mpdsgr_deploy.attack_graph.neurons import choose
+from mpdsgr_deploy.attack_graph.rules.common import Rule, only
+from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
+
+
+def _sign(sign: int) -> Rule:
+    """a + b or a - b."""
+
+    def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+        for value, own in zip(node.input, (1, sign), strict=True):
+            if tape.depends(value):
+                tape.give(value, tape.unbroadcast(only(cotangents), value, node.output[0]), own)
+
+    return rule
+
+
+def _sum(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Sum and Mean of any number of values."""
+    cotangent = only(cotangents)
+    if node.op_type == "Mean":
+        cotangent = tape.emit("Mul", cotangent, tape.constant(1 / len(node.input)))
+    for value in node.input:
+        if tape.depends(value):
+            tape.give(value, tape.unbroadcast(cotangent, value, node.output[0]))
+
+
+def _mul(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    for value, other in (node.input, reversed(node.input)):
+        if tape.depends(value):
+            product = tape.emit("Mul", only(cotangents), tape.float32(other))
+            tape.give(value, tape.unbroadcast(product, value, node.output[0]))
+
+
+def _div(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    above, below = node.input
+    if tape.depends(above) or not tape.depends(below):
+        quotient = tape.emit("Div", only(cotangents), tape.float32(below))
+        tape.give(above, tape.unbroadcast(quotient, above, node.output[0]))
+    if tape.depends(below):  # -(a / b) / b
+        ratio = tape.emit("Div", tape.float32(node.output[0]), tape.float32(below))
+        tape.give(below, tape.unbroadcast(tape.emit("Mul", only(cotangents), ratio), below, node.output[0]), -1)
+
+
+def _pow(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    base, exponent = node.input
+    if tape.depends(exponent):
+        raise refuse(node, "has an exponent that depends on the images")
+    n = tape.float32(exponent)
+    lowered = tape.emit("Pow", tape.float32(base), tape.emit("Sub", n, tape.constant(1)))
+    slope = tape.emit("Mul", n, lowered)
+    tape.give(base, tape.unbroadcast(tape.emit("Mul", only(cotangents), slope), base, node.output[0]))
+
+
+def _same(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """A change of number format: the rounding of weights and exact activations is no function of the images."""
+    tape.give(node.input[0], only(cotangents))
+
+
+def _extreme(op_type: str) -> Rule:
+    """Max or Min of two values; where they are equal the first one gets the cotangent."""
+
+    def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+        if len(node.input) != 2:
+            raise refuse(node, "compares more than two values")
+        first, second = node.input
+        chosen = tape.emit(op_type, tape.float32(first), tape.float32(second))
+        for value, parts in ((first, (True, False)), (second, (False, True))):
+            if tape.depends(value):
+                zero, cotangent = tape.constant(0), only(cotangents)
+                options = [cotangent if part else zero for part in parts]
+                masked = tape.emit("Where", chosen, *options)
+                tape.give(value, tape.unbroadcast(masked, value, node.output[0]))
+
+    return rule
+
+
+def _clip(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Inside the bounds, which belong to the inside as in torch."""
+    x, cotangent = tape.float32(node.input[0]), only(cotangents)
+    for position, outside in ((1, "Less"), (2, "Greater")):
+        bound = node.input[position] if len(node.input) > position else ""
+        if bound:
+            beyond = tape.emit(outside, x, tape.float32(bound))
+            cotangent = tape.emit("Where", beyond, tape.constant(0), cotangent)
+    tape.give(node.input[0], cotangent)
+
+
+def _where(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    choose(tape, node, only(cotangents))
+
+
+Slope = Callable[[Tape, onnx.NodeProto, str, str], str]  # x and y, both float32, to dy/dx
+
+
+def _pointwise(slope: Slope) -> Rule:
+    """y = f(x), by its derivative."""
+
+    def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+        if any(tape.depends(value) for value in node.input[1:]):
+            raise refuse(node, "has a parameter that depends on the images")
+        x, y = tape.float32(node.input[0]), tape.float32(node.output[0])
+        tape.give(node.input[0], tape.emit("Mul", only(cotangents), slope(tape, node, x, y)))
+
+    return rule
+
+
+def _positive(tape: Tape, x: str) -> str:
+    """1 where x > 0, else 0."""
+    return tape.emit("Cast", tape.emit("Greater", x, tape.constant(0)), to=TensorProto.FLOAT)
+
+
+def _relu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return _positive(tape, x)
+
+
+def _leaky_relu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    below = tape.constant(attribute(node, "alpha", 0.01))
+    return tape.emit("Where", tape.emit("Greater", x, tape.constant(0)), tape.constant(1), below)
+
+
+def _prelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    above = tape.emit("Greater", x, tape.constant(0))
+    return tape.emit("Where", above, tape.constant(1), tape.float32(node.input[1]))
+
+
+def _elu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    alpha = tape.constant(attribute(node, "alpha", 1.0))  # below 0 the slope is y + alpha
+    above = tape.emit("Greater", x, tape.constant(0))
+    return tape.emit("Where", above, tape.constant(1), tape.emit("Add", y, alpha))
+
+
+def _sigmoid(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return tape.emit("Mul", y, tape.emit("Sub", tape.constant(1), y))
+
+
+def _tanh(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return tape.emit("Sub", tape.constant(1), tape.emit("Mul", y, y))
+
+
+def _hard_sigmoid(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    """alpha where 0 < alpha x + beta < 1."""
+    inside = tape.emit("And", tape.emit("Greater", y, tape.constant(0)), tape.emit("Less", y, tape.constant(1)))
+    slope = tape.constant(attribute(node, "alpha", 0.2))
+    return tape.emit("Mul", tape.emit("Cast", inside, to=TensorProto.FLOAT), slope)
+
+
+def _hard_swish(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    """x clip(x / 6 + 1/2, 0, 1): 0 up to -3, 1 from 3, x / 3 + 1/2 between."""
+    slope = tape.emit("Add", tape.emit("Mul", x, tape.constant(1 / 3)), tape.constant(0.5))
+    above = tape.emit("Where", tape.emit("Less", x, tape.constant(3)), slope, tape.constant(1))
+    return tape.emit("Where", tape.emit("Greater", x, tape.constant(-3)), above, tape.constant(0))
+
+
+def _softplus(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return tape.emit("Sigmoid", x)
+
+
+def _gaussian(tape: Tape, x: str, factor: float) -> str:
+    """factor exp(-x^2)."""
+    return tape.emit("Mul", tape.emit("Exp", tape.emit("Neg", tape.emit("Mul", x, x))), tape.constant(factor))
+
+
+def _erf(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return _gaussian(tape, x, 2 / sqrt(pi))
+
+
+def _gelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    """Phi(x) + x phi(x); with approximate = "tanh", the derivative of x (1 + tanh(z)) / 2, z = c (x + 0.044715 x^3)."""
+    half, one = tape.constant(0.5), tape.constant(1)
+    if attribute(node, "approximate", b"none") == b"none":
+        scaled = tape.emit("Mul", x, tape.constant(sqrt(0.5)))
+        phi = tape.emit("Mul", tape.emit("Add", tape.emit("Erf", scaled), one), half)
+        return tape.emit("Add", phi, tape.emit("Mul", x, _gaussian(tape, scaled, 1 / sqrt(2 * pi))))
+    c, square = sqrt(2 / pi), tape.emit("Mul", x, x)
+    cubic = tape.emit("Add", tape.emit("Mul", square, tape.constant(0.044715 * c)), tape.constant(c))
+    t = tape.emit("Tanh", tape.emit("Mul", x, cubic))
+    inner = tape.emit("Add", tape.emit("Mul", square, tape.constant(3 * 0.044715 * c)), tape.constant(c))
+    rising = tape.emit("Mul", tape.emit("Mul", x, tape.emit("Sub", one, tape.emit("Mul", t, t))), inner)
+    return tape.emit("Mul", tape.emit("Add", tape.emit("Add", one, t), rising), half)
+
+
+def _exp(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return y
+
+
+def _log(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return tape.emit("Reciprocal", x)
+
+
+def _sqrt(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return tape.emit("Div", tape.constant(0.5), y)
+
+
+def _reciprocal(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return tape.emit("Neg", tape.emit("Mul", y, y))
+
+
+def _abs(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
+    return tape.emit("Sign", x)
+
+
+def _neg(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    tape.give(node.input[0], only(cotangents), -1)
+
+
+RULES: dict[str, Rule] = {
+    "Abs": _pointwise(_abs),
+    "Add": _sign(1),
+    "Cast": _same,  # of booleans, see `jumps`
+    "Clip": _clip,
+    "DequantizeLinear": _same,
+    "Div": _div,
+    "Dropout": _same,
+    "Elu": _pointwise(_elu),
+    "Erf": _pointwise(_erf),
+    "Exp": _pointwise(_exp),
+    "Gelu": _pointwise(_gelu),
+    "HardSigmoid": _pointwise(_hard_sigmoid),
+    "HardSwish": _pointwise(_hard_swish),
+    "Identity": _same,
+    "LeakyRelu": _pointwise(_leaky_relu),
+    "Log": _pointwise(_log),
+    "Max": _extreme("GreaterOrEqual"),
+    "Mean": _sum,
+    "Min": _extreme("LessOrEqual"),
+    "Mul": _mul,
+    "Neg": _neg,
+    "PRelu": _pointwise(_prelu),
+    "Pow": _pow,
+    "QuantizeLinear": _same,
+    "Reciprocal": _pointwise(_reciprocal),
+    "Relu": _pointwise(_relu),
+    "Sigmoid": _pointwise(_sigmoid),
+    "Softplus": _pointwise(_softplus),
+    "Sqrt": _pointwise(_sqrt),
+    "Sub": _sign(-1),
+    "Sum": _sum,
+    "Tanh": _pointwise(_tanh),
+    "Where": _where,
+}

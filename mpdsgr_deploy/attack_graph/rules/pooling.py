@@ -1,0 +1,188 @@
+"""Pooling, and resizing of maps."""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from mpdsgr_deploy.attack_graph.rules.common import Rule, only, plane
+from mpdsgr_deploy.attack_graph.rules.products import explicit_pads
+from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
+
+
+def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Each window passes its share on to all its values."""
+    kernel = attribute(node, "kernel_shape", ())
+    x, y = plane(tape, node, node.input[0]), plane(tape, node, node.output[0])
+    plain = not any(attribute(node, "pads", ())) and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    if not plain or attribute(node, "strides", ()) != kernel or attribute(node, "ceil_mode", 0):
+        tape.give(node.input[0], _overlapping_average(tape, node, only(cotangents)))
+        return
+    share = _scaled(tape, only(cotangents), 1 / prod(kernel))
+    scales = tape.constant([1, 1, *kernel])
+    options = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+    spread = tape.emit("Resize", share, "", scales, **options)
+    left = [n - k * m for n, k, m in zip(x, kernel, y, strict=True)]  # rows and columns that no window covers
+    if any(left):
+        spread = tape.pad(spread, [0] * len(left), left, range(2, len(x) + 2), len(x) + 2)
+    tape.give(node.input[0], spread)
+
+
+def _overlapping_average(tape: Tape, node: onnx.NodeProto, cotangent: str) -> str:
+    """Windows of any stride and padding: the cotangent over the number of values of its window, spread back."""
+    x, y, kernel, strides, dilations, before = _windows(tape, node)
+    if attribute(node, "count_include_pad", 0) and not attribute(node, "ceil_mode", 0):
+        share = tape.emit("Mul", cotangent, tape.constant(1 / prod(kernel)))
+    else:
+        before_and_after = [before, explicit_pads(node, x, kernel)[1]]
+        padded = bool(attribute(node, "count_include_pad", 0))
+        counts = []
+        for axis in range(len(x)):
+            low, high = (-before[axis], x[axis] + before_and_after[1][axis]) if padded else (0, x[axis])
+            starts = [n * strides[axis] - before[axis] for n in range(y[axis])]
+            counts.append([sum(low <= s + j * dilations[axis] < high for j in range(kernel[axis])) for s in starts])
+        total = np.ones((), np.float32)
+        for count in counts:
+            total = total[..., None] * np.array(count, np.float32)
+        share = tape.emit("Div", cotangent, tape.constant(total[None, None]))
+    channels = tape.shape(node.input[0])[1]
+    if not isinstance(channels, int):
+        raise refuse(node, "pools an unknown number of channels")
+    weights = tape.constant(np.ones((channels, 1, *kernel)))
+    return _placed(tape, share, weights, channels, (x, y, kernel, strides, dilations, before))
+
+
+Windows = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], list[int]]
+
+
+def _windows(tape: Tape, node: onnx.NodeProto) -> Windows:
+    """Sizes of input and output, kernel, strides, dilations, and padding before the first value."""
+    kernel = attribute(node, "kernel_shape", ())
+    x, y = plane(tape, node, node.input[0]), plane(tape, node, node.output[0])
+    ones = (1,) * len(x)
+    strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
+    return x, y, kernel, strides, dilations, explicit_pads(node, x, kernel)[0]
+
+
+def _placed(tape: Tape, value: str, weights: str, channels: int, windows: Windows) -> str:
+    """What each window holds, put where its values came from and added up: a transposed convolution by channel."""
+    x, y, kernel, strides, dilations, before = windows
+    covered = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(strides, y, kernel, dilations, strict=True)]
+    # what lies beyond the input on either side is cut off, what no window reaches is added as zeros
+    after = [max(0, c - b - n) for c, b, n in zip(covered, before, x, strict=True)]
+    spread = tape.emit(
+        "ConvTranspose",
+        value,
+        weights,
+        kernel_shape=kernel,
+        strides=strides,
+        dilations=dilations,
+        pads=[*before, *after],
+        group=channels,
+    )
+    missing = [n - (c - b - a) for n, c, b, a in zip(x, covered, before, after, strict=True)]
+    if any(missing):
+        return tape.pad(spread, [0] * len(x), missing, range(2, len(x) + 2), len(x) + 2)
+    return spread
+
+
+def _max_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """The whole cotangent of a window goes to the first of its largest values, as in torch.
+
+    Spikes are full of ties; sharing among them would be another gradient. Only with comparisons and a transposed
+    convolution, since not every backend has indices of maxima.
+    """
+    windows = x, y, kernel, strides, dilations, before = _windows(tape, node)
+    channels = tape.shape(node.input[0])[1]
+    if not isinstance(channels, int) or attribute(node, "storage_order", 0):
+        raise refuse(node, "pools an unknown number of channels, or by columns")
+    axes = tape.integers(*range(2, len(x) + 2))
+    covered = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(strides, y, kernel, dilations, strict=True)]
+    after = [max(0, c - b - n) for c, b, n in zip(covered, before, x, strict=True)]
+    padded = tape.float32(node.input[0])
+    if any(before) or any(after):
+        pads = tape.integers(0, 0, *before, 0, 0, *after)
+        padded = tape.emit("Pad", padded, pads, tape.constant(-np.finfo(np.float32).max))
+    largest, free, parts = tape.float32(node.output[0]), only(cotangents), []
+    for offset in np.ndindex(*kernel):
+        starts = [o * d for o, d in zip(offset, dilations, strict=True)]
+        ends = [a + s * (n - 1) + 1 for a, s, n in zip(starts, strides, y, strict=True)]
+        cut = [tape.integers(*numbers) for numbers in (starts, ends)]
+        values = tape.emit("Slice", padded, *cut, axes, tape.integers(*strides))
+        chosen, zero = tape.emit("Equal", values, largest), tape.constant(0)
+        parts.append(tape.emit("Where", chosen, free, zero))
+        free = tape.emit("Where", chosen, zero, free)  # nothing is left for the values that follow
+    stacked = tape.emit("Concat", *(tape.emit("Unsqueeze", part, tape.integers(2)) for part in parts), axis=2)
+    flat = tape.emit("Reshape", stacked, tape.integers(-1, channels * len(parts), *y))
+    weights = np.zeros((channels * len(parts), 1, *kernel), np.float32)
+    for number, offset in enumerate(np.ndindex(*kernel)):
+        weights[number :: len(parts), 0][(slice(None), *offset)] = 1
+    tape.give(node.input[0], _placed(tape, flat, tape.constant(weights), channels, windows))
+
+
+def _global_average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    sizes = plane(tape, node, node.input[0])
+    share = tape.emit("Mul", only(cotangents), tape.constant(1 / prod(sizes)))
+    tape.give(node.input[0], tape.emit("Expand", share, tape.integers(1, 1, *sizes)))
+
+
+def _scaled(tape: Tape, cotangent: str, factor: float) -> str:
+    """factor * cotangent. Right behind a product its weights are scaled instead: once, not in every run."""
+    last = tape.graph.node[-1]
+    if last.op_type not in ("Conv", "Gemm") or last.output[0] != cotangent:
+        return tape.emit("Mul", cotangent, tape.constant(factor))
+    product = tape.graph.node.pop()
+    product.input[1] = tape.emit("Mul", product.input[1], tape.constant(factor))
+    tape.graph.node.append(product)
+    return cotangent
+
+
+def _resize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Nearest and linear: one matrix for each axis that changes, by which the cotangent is multiplied from behind."""
+    x, y = tape.shape(node.input[0]), tape.shape(node.output[0])
+    mode = attribute(node, "mode", b"nearest")
+    if mode not in (b"nearest", b"linear") or attribute(node, "axes", ()) or x[:2] != y[:2]:
+        raise refuse(node, "is no resizing of height and width by nearest or linear interpolation")
+    sizes = zip(plane(tape, node, node.input[0]), plane(tape, node, node.output[0]), strict=True)
+    cotangent, rank = only(cotangents), len(x)
+    for axis, (old, new) in enumerate(sizes, 2):
+        if old == new:
+            continue
+        matrix = _interpolation(tape, node, axis, old, new)  # [new, old]
+        order = list(range(rank))
+        order[axis], order[-1] = order[-1], order[axis]
+        last = cotangent if axis == rank - 1 else tape.emit("Transpose", cotangent, perm=order)
+        moved = tape.emit("MatMul", last, tape.constant(matrix))
+        cotangent = moved if axis == rank - 1 else tape.emit("Transpose", moved, perm=order)
+    tape.give(node.input[0], cotangent)
+
+
+def _interpolation(tape: Tape, node: onnx.NodeProto, axis: int, old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] of a Resize along one axis, from its answers to unit vectors."""
+    one = onnx.NodeProto()
+    one.CopyFrom(node)
+    scales = tape.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    by_scale = scales is not None and scales.size > 0
+    del one.input[:], one.output[:]
+    one.input.extend(["x", "", "scales"] if by_scale else ["x", "", "", "sizes"])
+    one.output.append("y")
+    graph = helper.make_graph([one], "resize", [onnx.ValueInfoProto(name="x")], [onnx.ValueInfoProto(name="y")])
+    if scales is not None and by_scale:
+        graph.initializer.append(numpy_helper.from_array(np.array([1, 1, scales[axis]], np.float32), "scales"))
+    else:
+        graph.initializer.append(numpy_helper.from_array(np.array([old, 1, new]), "sizes"))
+    model = helper.make_model(graph, opset_imports=tape.network.opset_import, ir_version=10)
+    units = np.eye(old, dtype=np.float32)[:, None]  # [old, 1, old]
+    (answer,) = ReferenceEvaluator(model).run(None, {"x": units})
+    return np.asarray(answer)[:, 0].T
+
+
+RULES: dict[str, Rule] = {
+    "AveragePool": _average_pool,
+    "GlobalAveragePool": _global_average_pool,
+    "MaxPool": _max_pool,
+    "Resize": _resize,
+}

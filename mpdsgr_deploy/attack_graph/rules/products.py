@@ -1,0 +1,129 @@
+"""Products with weights: convolutions, linear layers, matrix products."""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import onnx
+
+from mpdsgr_deploy.attack_graph.rules.common import Rule, constant_weights, only, plane
+from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
+
+
+def explicit_pads(node: onnx.NodeProto, x: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The padding of a convolution or pooling of maps of size x, before and after, also where it is automatic."""
+    ones = (1,) * len(x)
+    strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
+    automatic = attribute(node, "auto_pad", b"NOTSET")
+    if automatic in (b"SAME_UPPER", b"SAME_LOWER"):
+        wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        total = [max(0, (-(-n // s) - 1) * s + w - n) for n, s, w in zip(x, strides, wide, strict=True)]
+        smaller, larger = [t // 2 for t in total], [t - t // 2 for t in total]
+        return (smaller, larger) if automatic == b"SAME_UPPER" else (larger, smaller)
+    pads = attribute(node, "pads", (0, 0) * len(x)) if automatic == b"NOTSET" else (0, 0) * len(x)
+    return list(pads[: len(x)]), list(pads[len(x) :])
+
+
+def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Stride 1: a convolution with the weights transposed and flipped. Else a transposed convolution."""
+    weights = constant_weights(tape, node)
+    x, y, kernel = (plane(tape, node, value) for value in (node.input[0], node.output[0], node.input[1]))
+    ones = (1,) * len(x)
+    strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
+    groups = attribute(node, "group", 1)
+    before, after = explicit_pads(node, x, kernel)
+    if strides == ones and dilations == ones and groups == 1:
+        flipped = tape.emit("Transpose", weights, perm=[1, 0, *range(2, len(x) + 2)])
+        if prod(kernel) > 1:
+            ends = tape.integers(*(np.iinfo(np.int64).min,) * len(x))
+            axes, back = tape.integers(*range(2, len(x) + 2)), tape.integers(*(-1,) * len(x))
+            flipped = tape.emit("Slice", flipped, tape.integers(*(-1,) * len(x)), ends, axes, back)
+        around = [k - 1 - p for k, p in zip((*kernel, *kernel), (*before, *after), strict=True)]
+        if min(around) >= 0:
+            tape.give(node.input[0], tape.emit("Conv", only(cotangents), flipped, kernel_shape=kernel, pads=around))
+            return
+    wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    covered = [s * (n - 1) + w for s, n, w in zip(strides, y, wide, strict=True)]
+    left = [n + a + b - c for n, a, b, c in zip(x, before, after, covered, strict=True)]  # beyond the last window
+    further = {name: value for name, value in (("dilations", dilations), ("group", groups)) if value not in (ones, 1)}
+    spread = tape.emit(
+        "ConvTranspose",
+        only(cotangents),
+        weights,
+        kernel_shape=kernel,
+        strides=strides,
+        pads=[*before, *after],
+        output_padding=left,
+        **further,
+    )
+    tape.give(node.input[0], spread)
+
+
+def _conv_transpose(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """A convolution with the same weights."""
+    weights = constant_weights(tape, node)
+    kernel = plane(tape, node, node.input[1])
+    ones = (1,) * len(kernel)
+    if attribute(node, "auto_pad", b"NOTSET") != b"NOTSET" or attribute(node, "output_shape", ()):
+        raise refuse(node, "pads automatically")
+    gathered = tape.emit(
+        "Conv",
+        only(cotangents),
+        weights,
+        kernel_shape=kernel,
+        strides=attribute(node, "strides", ones),
+        pads=attribute(node, "pads", (0, 0) * len(kernel)),
+        dilations=attribute(node, "dilations", ones),
+        group=attribute(node, "group", 1),
+    )
+    tape.give(node.input[0], gathered)
+
+
+def _gemm(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    if len(node.input) > 2 and tape.depends(node.input[2]):
+        beta = tape.emit("Mul", only(cotangents), tape.constant(attribute(node, "beta", 1.0)))
+        tape.give(node.input[2], tape.unbroadcast(beta, node.input[2], node.output[0]))
+    if not tape.depends(node.input[0]):
+        if tape.depends(node.input[1]):
+            raise refuse(node, "has weights that depend on the images")
+        return
+    if tape.depends(node.input[1]):
+        raise refuse(node, "has weights that depend on the images")
+    weights, turned = tape.float32(node.input[1]), attribute(node, "transB", 0)
+    if attribute(node, "transA", 0):
+        raise refuse(node, "is no linear layer: transA")
+    alpha = attribute(node, "alpha", 1.0)
+    scale = {} if alpha == 1.0 else {"alpha": alpha}
+    tape.give(node.input[0], tape.emit("Gemm", only(cotangents), weights, transB=int(not turned), **scale))
+
+
+def _matmul(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Products of matrices in the last two axes; those before are broadcast."""
+    left, right = node.input
+    cotangent = only(cotangents)
+    if tape.depends(left):
+        if len(tape.shape(right)) < 2:
+            raise refuse(node, "multiplies by a vector")
+        tape.give(left, _unstacked(tape, tape.emit("MatMul", cotangent, _turned(tape, right)), left, right))
+    if tape.depends(right):
+        if len(tape.shape(left)) < 2:
+            raise refuse(node, "multiplies a vector")
+        tape.give(right, _unstacked(tape, tape.emit("MatMul", _turned(tape, left), cotangent), right, left))
+
+
+def _turned(tape: Tape, matrix: str) -> str:
+    rank = len(tape.shape(matrix))
+    return tape.emit("Transpose", tape.float32(matrix), perm=[*range(rank - 2), rank - 1, rank - 2])
+
+
+def _unstacked(tape: Tape, cotangent: str, value: str, other: str) -> str:
+    """Summed over the leading axes along which a product broadcast `value`."""
+    own, others = tape.shape(value)[:-2], tape.shape(other)[:-2]
+    missing = max(0, len(others) - len(own))
+    if missing:
+        cotangent = tape.emit("ReduceSum", cotangent, tape.integers(*range(missing)), keepdims=0)
+    spread = [i for i, size in enumerate(own) if size == 1 and others[i - len(own) :][:1] not in ((), (1,))]
+    return tape.emit("ReduceSum", cotangent, tape.integers(*spread), keepdims=1) if spread else cotangent
+
+
+RULES: dict[str, Rule] = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}

@@ -1,0 +1,314 @@
+"""Every operator's gradient against torch, and smooth ones against onnx-ad, an independent derivation."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpdsgr_deploy.attack_graph import attack_graph
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.runtime.session import CPU, Session
+
+SHAPE, COUNT, CLASSES = (4, 7, 6), 5, 3
+DRAW = np.random.default_rng(0)
+W = {
+    "w": DRAW.normal(0, 0.4, (6, 4, 3, 2)).astype(np.float32),  # of a convolution from 4 to 6 channels
+    "g": DRAW.normal(0, 0.4, (6, 2, 3, 3)).astype(np.float32),  # in two groups
+    "t": DRAW.normal(0, 0.4, (4, 2, 3, 3)).astype(np.float32),  # transposed
+    "m": DRAW.normal(0, 0.4, (6, 5)).astype(np.float32),
+    "c": DRAW.normal(0, 1, (4, 1, 1)).astype(np.float32),
+    "row": DRAW.normal(1, 0.2, (6,)).astype(np.float32),
+    "bias": DRAW.normal(0, 0.2, (6,)).astype(np.float32),
+}
+T = {name: torch.from_numpy(array) for name, array in W.items()}
+Node = tuple[str, list[object], dict[str, object]]  # operator, inputs (x, y1, y2... or constants), attributes
+
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    nodes: list[Node]
+    torch: Function
+    opset: int = 21
+    smooth: bool = True  # onnx-ad knows it
+
+
+def one(
+    op: str, *inputs: object, opset: int = 21, smooth: bool = True, f: Callable[[Tensor], Tensor], **attrs: object
+) -> Case:
+    return Case([(op, ["x", *inputs], attrs)], f, opset, smooth)
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+CASES = {
+    "relu": one("Relu", f=F.relu),
+    "leaky relu": one("LeakyRelu", alpha=0.2, f=lambda x: F.leaky_relu(x, 0.2)),
+    "prelu": one("PRelu", "c", f=lambda x: torch.where(x > 0, x, x * T["c"])),
+    "elu": one("Elu", alpha=0.7, f=lambda x: F.elu(x, 0.7)),
+    "clip": one("Clip", np.float32(-0.5), np.float32(0.6), f=lambda x: x.clamp(-0.5, 0.6)),
+    "sigmoid": one("Sigmoid", f=torch.sigmoid),
+    "hard sigmoid": one("HardSigmoid", alpha=1 / 6, beta=0.5, f=F.hardsigmoid),
+    "hard swish": one("HardSwish", f=F.hardswish),
+    "softplus": one("Softplus", f=F.softplus),
+    "tanh": one("Tanh", f=torch.tanh),
+    "erf": one("Erf", f=torch.erf),
+    "gelu": one("Gelu", f=F.gelu),
+    "gelu by tanh": one("Gelu", approximate="tanh", f=lambda x: F.gelu(x, approximate="tanh")),
+    "exp": one("Exp", f=torch.exp),
+    "log": Case(
+        [("Exp", ["x"], {}), ("Add", ["y0", np.float32(1)], {}), ("Log", ["y1"], {})], lambda x: (x.exp() + 1).log()
+    ),
+    "sqrt": Case([("Exp", ["x"], {}), ("Sqrt", ["y0"], {})], lambda x: x.exp().sqrt()),
+    "reciprocal": Case([("Exp", ["x"], {}), ("Reciprocal", ["y0"], {})], lambda x: 1 / x.exp()),
+    "abs and neg": Case([("Abs", ["x"], {}), ("Neg", ["y0"], {})], lambda x: -x.abs()),
+    "pow": one("Pow", np.float32(3), f=lambda x: x**3),
+    "divided by": Case([("Exp", ["x"], {}), ("Div", ["x", "y0"], {})], lambda x: x / x.exp()),
+    "max of two": Case([("Mul", ["x", "x"], {}), ("Max", ["x", "y0"], {})], lambda x: torch.maximum(x, x * x)),
+    "min with a constant": one("Min", np.float32(0.3), f=lambda x: x.clamp(max=0.3)),
+    "sum and mean": Case(
+        [("Sum", ["x", "x", "c"], {}), ("Mean", ["y0", "x"], {})], lambda x: (2 * x + T["c"] + x) / 2, smooth=False
+    ),
+    "broadcast": Case(
+        [("ReduceMean", ["x", i64(1)], {}), ("Mul", ["x", "y0"], {})], lambda x: x * x.mean(1, keepdim=True)
+    ),
+    "softmax": one("Softmax", axis=1, f=lambda x: x.softmax(1)),
+    "log softmax": one("LogSoftmax", axis=-1, f=lambda x: x.log_softmax(-1)),
+    "layer norm": one("LayerNormalization", "row", "bias", f=lambda x: F.layer_norm(x, (6,), T["row"], T["bias"])),
+    "instance norm": one(
+        "InstanceNormalization",
+        W["row"][:4],
+        W["bias"][:4],
+        f=lambda x: F.instance_norm(x, None, None, T["row"][:4], T["bias"][:4]),
+    ),
+    "batch norm": one(
+        "BatchNormalization",
+        W["row"][:4],
+        W["bias"][:4],
+        W["bias"][:4],
+        W["row"][:4],
+        f=lambda x: F.batch_norm(x, T["bias"][:4], T["row"][:4], T["row"][:4], T["bias"][:4]),
+    ),
+    "conv": one("Conv", "w", pads=[1, 0, 1, 0], f=lambda x: F.conv2d(x, T["w"], padding=(1, 0))),
+    "conv with much padding": one("Conv", "w", pads=[3, 3, 3, 3], f=lambda x: F.conv2d(x, T["w"], padding=3)),
+    "conv in steps": one(
+        "Conv", "w", strides=[2, 3], pads=[1, 1, 1, 1], f=lambda x: F.conv2d(x, T["w"], stride=(2, 3), padding=1)
+    ),
+    "conv in groups": one(
+        "Conv",
+        "g",
+        group=2,
+        dilations=[2, 1],
+        pads=[1, 1, 1, 1],
+        f=lambda x: F.conv2d(x, T["g"], groups=2, dilation=(2, 1), padding=1),
+    ),
+    "conv by channel": one(
+        "Conv", W["g"][:4, :1], group=4, strides=[2, 2], f=lambda x: F.conv2d(x, T["g"][:4, :1], groups=4, stride=2)
+    ),
+    "conv same": one("Conv", "w", auto_pad="SAME_UPPER", f=lambda x: F.conv2d(F.pad(x, (0, 1, 1, 1)), T["w"])),
+    "conv transposed": one(
+        "ConvTranspose",
+        "t",
+        strides=[2, 2],
+        pads=[1, 1, 1, 1],
+        output_padding=[1, 1],
+        f=lambda x: F.conv_transpose2d(x, T["t"], stride=2, padding=1, output_padding=1),
+    ),
+    "matmul": one("MatMul", "m", f=lambda x: x @ T["m"]),
+    "attention": Case(
+        [("Transpose", ["x"], {"perm": [0, 1, 3, 2]}), ("MatMul", ["x", "y0"], {})], lambda x: x @ x.transpose(2, 3)
+    ),
+    "max pool": one("MaxPool", kernel_shape=[2, 2], strides=[2, 2], smooth=False, f=lambda x: F.max_pool2d(x, 2)),
+    "max pool that overlaps": one(
+        "MaxPool",
+        kernel_shape=[3, 3],
+        strides=[2, 2],
+        pads=[1, 1, 1, 1],
+        smooth=False,
+        f=lambda x: F.max_pool2d(x, 3, 2, 1),
+    ),
+    "max pool rounded up": one(
+        "MaxPool",
+        kernel_shape=[3, 2],
+        strides=[2, 2],
+        ceil_mode=1,
+        smooth=False,
+        f=lambda x: F.max_pool2d(x, (3, 2), 2, ceil_mode=True),
+    ),
+    "max pool dilated": one(
+        "MaxPool",
+        kernel_shape=[2, 2],
+        dilations=[2, 3],
+        smooth=False,
+        f=lambda x: F.max_pool2d(x, 2, 1, dilation=(2, 3)),
+    ),
+    "average pool": one("AveragePool", kernel_shape=[2, 2], strides=[2, 2], f=lambda x: F.avg_pool2d(x, 2)),
+    "average pool that overlaps": one(
+        "AveragePool",
+        kernel_shape=[3, 3],
+        strides=[2, 1],
+        pads=[1, 1, 1, 1],
+        f=lambda x: F.avg_pool2d(x, 3, (2, 1), 1, count_include_pad=False),
+    ),
+    "average pool with zeros": one(
+        "AveragePool",
+        kernel_shape=[3, 3],
+        strides=[2, 2],
+        pads=[1, 1, 1, 1],
+        count_include_pad=1,
+        f=lambda x: F.avg_pool2d(x, 3, 2, 1),
+    ),
+    "global average": one("GlobalAveragePool", f=lambda x: x.mean((2, 3), keepdim=True)),
+    "reduce over two": one("ReduceSum", i64(1, 3), keepdims=0, f=lambda x: x.sum((1, 3))),
+    "reduce max": one("ReduceMax", i64(2), keepdims=0, smooth=False, f=lambda x: x.amax(2)),
+    "pad": one("Pad", i64(0, 0, 1, 2, 0, 0, 2, 0), np.float32(0.5), f=lambda x: F.pad(x, (2, 0, 1, 2), value=0.5)),
+    "pad by reflection": one(
+        "Pad", i64(0, 0, 2, 1, 0, 0, 1, 2), mode="reflect", f=lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect")
+    ),
+    "gather one": one("Gather", np.array(2), axis=1, f=lambda x: x[:, 2]),
+    "gather many": one("Gather", i64(3, 0, 0), axis=2, f=lambda x: x[:, :, [3, 0, 0]]),
+    "slice in steps": one(
+        "Slice", i64(1, 5), i64(7, -7), i64(2, 3), i64(2, -2), f=lambda x: x[:, :, 1:7:2].flip(3)[..., ::2]
+    ),
+    "expand": Case(
+        [("ReduceMean", ["x", i64(2, 3)], {}), ("Expand", ["y0", i64(1, 4, 7, 6)], {}), ("Mul", ["y1", "x"], {})],
+        lambda x: x * x.mean((2, 3), keepdim=True),
+    ),
+    "where": Case(
+        [("Where", [np.arange(6) > 2, "x", np.float32(0.1)], {})], lambda x: torch.where(torch.arange(6) > 2, x, 0.1)
+    ),
+    "relu by where": Case([("Greater", ["x", np.float32(0)], {}), ("Where", ["y0", "x", np.float32(0)], {})], F.relu),
+    "concat": Case(
+        [("Mul", ["x", "c"], {}), ("Concat", ["x", "y0"], {"axis": 1})], lambda x: torch.cat([x, x * T["c"]], 1)
+    ),
+    "flatten": one("Flatten", axis=1, f=lambda x: x.flatten(1)),
+    "resize nearest": one(
+        "Resize",
+        None,
+        np.array([1, 1, 2, 3], np.float32),
+        mode="nearest",
+        smooth=False,
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+        f=lambda x: F.interpolate(x, scale_factor=(2, 3)),
+    ),
+    "resize linear": one(
+        "Resize",
+        None,
+        None,
+        i64(COUNT, 4, 5, 9),
+        mode="linear",
+        coordinate_transformation_mode="half_pixel",
+        smooth=False,
+        f=lambda x: F.interpolate(x, (5, 9), mode="bilinear"),
+    ),
+    "older reduce": one("ReduceMean", axes=[2, 3], keepdims=1, opset=13, f=lambda x: x.mean((2, 3), keepdim=True)),
+    "older split of the loss": one("Tanh", opset=13, f=torch.tanh),
+}
+
+
+def network(case: Case) -> onnx.ModelProto:
+    """Images through the nodes of a case, then flattened into a linear layer."""
+    x = torch.zeros(2, *SHAPE)
+    size = case.torch(x).flatten(1).shape[1]
+    initializers = {**W, "head": head(size)}
+    nodes = []
+    for number, (op, inputs, attrs) in enumerate(case.nodes):
+        names = []
+        for position, value in enumerate(inputs):
+            if isinstance(value, str):
+                names.append(value)
+            elif value is None:
+                names.append("")
+            else:
+                array = np.asarray(value)
+                if op == "Resize" and array.dtype == np.int64:
+                    array = array.clip(COUNT) if False else np.array([COUNT, *array[1:]], np.int64)
+                names.append(f"k{number}_{position}")
+                initializers[names[-1]] = array
+        nodes.append(helper.make_node(op, names, [f"y{number}"], **attrs))
+    nodes.append(helper.make_node("Flatten", [f"y{len(case.nodes) - 1}"], ["flat"], axis=1))
+    nodes.append(helper.make_node("Gemm", ["flat", "head"], ["logits"]))
+    used = {name for node in nodes for name in node.input}
+    batch = COUNT if any(op == "Resize" for op, _, _ in case.nodes) else "batch"  # its sizes name the batch too
+    graph = helper.make_graph(
+        nodes,
+        "case",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *SHAPE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
+        [numpy_helper.from_array(array, name) for name, array in initializers.items() if name in used],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=10)
+
+
+def head(size: int) -> np.ndarray:
+    return np.random.default_rng(size).normal(0, 1, (size, CLASSES)).astype(np.float32)
+
+
+def gradient(
+    model: onnx.ModelProto, x: np.ndarray, y: np.ndarray, surrogate: str = "triangle", width: float = 1
+) -> np.ndarray:
+    graph = attack_graph(model, surrogate)
+    onnx.checker.check_model(graph, full_check=True)
+    session = Session(graph, CPU, source="the test")
+    scalars = {"width": np.array(1, np.float32), "loss": np.array(0, np.float32)}
+    return session({model.graph.input[0].name: x, "classes": y, **scalars}, ["gradient"])[0]
+
+
+def images() -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(1)
+    return draw.normal(0, 1, (COUNT, *SHAPE)).astype(np.float32), draw.integers(0, CLASSES, COUNT)
+
+
+def by_torch(case: Case, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The gradient of the cross-entropy by autograd."""
+    tensor = torch.from_numpy(x).requires_grad_()
+    features = case.torch(tensor).flatten(1)
+    logits = features @ torch.from_numpy(head(features.shape[1]))
+    F.cross_entropy(logits, torch.from_numpy(y), reduction="sum").backward()
+    return tensor.grad.numpy()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operators_gradient_is_torchs(name: str) -> None:
+    case, (x, y) = CASES[name], images()
+    tensor = torch.from_numpy(x).requires_grad_()
+    features = case.torch(tensor).flatten(1)
+    F.cross_entropy(
+        features @ torch.from_numpy(head(features.shape[1])), torch.from_numpy(y), reduction="sum"
+    ).backward()
+    expected = tensor.grad.numpy()
+    found = gradient(network(case), x, y)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "ReduceMax"])
+def test_ties_go_to_the_first_as_in_torch(op: str) -> None:
+    """Spikes tie everywhere: sharing would be another gradient."""
+    if op == "MaxPool":
+        case = one(op, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], f=lambda x: F.max_pool2d(x, 3, 2, 1))
+    else:
+        case = one(op, i64(3), keepdims=0, f=lambda x: x.max(3).values)
+    x, y = images()
+    x = (x > 0).astype(np.float32)
+    tensor = torch.from_numpy(x).requires_grad_()
+    features = case.torch(tensor).flatten(1)
+    F.cross_entropy(
+        features @ torch.from_numpy(head(features.shape[1])), torch.from_numpy(y), reduction="sum"
+    ).backward()
+    np.testing.assert_allclose(gradient(network(case), x, y), tensor.grad, atol=1e-5)
+
+
+def test_an_unknown_operator_is_named() -> None:
+    with pytest.raises(InputError, match=r"node y0 \(Cos\) is an operator without a rule"):
+        attack_graph(network(one("Cos", f=torch.cos)), "triangle")
