@@ -83,6 +83,13 @@ class Encoding(Section):
     radii: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
 
 
+class Stage(Section):
+    """So many epochs at T time steps instead of encoding.T."""
+
+    epochs: Count
+    T: Count
+
+
 class Training(Section):
     """SGD with a cosine schedule to zero, and where it runs."""
 
@@ -92,6 +99,11 @@ class Training(Section):
     lr: Positive = 0.1
     momentum: UnitInterval = 0.9
     weight_decay: NonNegative = 5e-4
+    label_smoothing: UnitInterval = 0.0  # of the cross-entropy: the share of the target spread over all classes
+    # first epochs at other T, in this order; the rest of `epochs` runs at encoding.T. See mpdsgr_deploy.training.stages
+    stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
+    # decay per step of an exponential average of the weights, which is then what is validated and saved; 0: none
+    average: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Count = 1  # each normalises its own share of the batch, unless sync_norm
@@ -104,6 +116,13 @@ class Training(Section):
         parts = self.devices * self.accumulate
         if self.batch_size % parts:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of devices * accumulate = {parts}")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_at_the_encodings_steps(self) -> "Training":
+        staged = sum(stage.epochs for stage in self.stages)
+        if self.stages and staged >= self.epochs:
+            raise ValueError(f"stages take {staged} epochs and leave none of epochs = {self.epochs} at encoding.T")
         return self
 
 

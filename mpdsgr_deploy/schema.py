@@ -67,13 +67,25 @@ def override(values: dict[str, Any], overrides: Sequence[str], *, example: str) 
 
 
 def to_toml(values: dict[str, Any], table: str = "") -> str:
-    """Nested tables of strings, numbers, booleans and lists of these as TOML; `table` is the name of the outermost."""
+    """Nested tables of strings, numbers, booleans and lists as TOML; `table` is the name of the outermost.
+
+    Tables in a list are written inline.
+    """
     own = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    blocks = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in own.items()]
+    blocks = [f"{key} = {_inline(value)}\n" for key, value in own.items()]
     head = f"[{table}]\n" if table and (own or not values) else ""
     parts = [head + "".join(blocks)] if head or own else []
     inner = {key: value for key, value in values.items() if key not in own}
     return "\n".join(parts + [to_toml(value, f"{table}.{key}" if table else key) for key, value in inner.items()])
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML writes it on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_json(path: Path, *, otherwise: str) -> Any:

@@ -91,6 +91,7 @@ def test_a_copy_keeps_every_kind_of_value(tmp_path: Path) -> None:
         "n": 3,
         "small": 1e-05,
         "list": [1, 2],
+        "tables": [{"n": 1, "s": "x"}, {"n": 2}],
         "t": {"x": {}, "y": {"z-z": 1.0}},
     }
     assert read_toml(write(tmp_path / "all.toml", to_toml(values))) == values

@@ -17,10 +17,17 @@ DEFAULT = "digits-robust"  # of the methods measured, what keeps most under all 
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a recipe field.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run from its last finished epoch.")
+@click.option("--init", type=click.Path(path_type=Path), help="Start from this checkpoint's weights (fine-tuning).")
 @click.option("--profile", is_flag=True, help="Write where the time of the first steps went to OUT/profile.")
 @json_option
 def command(
-    recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, profile: bool, as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    init: Path | None,
+    profile: bool,
+    as_json: bool,
 ) -> None:
     """Train RECIPE: a built-in name (see `mpdsgr recipes`) or a .toml file; digits-robust without one.
 
@@ -42,7 +49,7 @@ def command(
     from mpdsgr_deploy.training.pages import keep_pages
 
     keep_pages()
-    train(resolved, out, resume=resume, profile=profile)
+    train(resolved, out, resume=resume, profile=profile, init=init)
     last, best = load_checkpoint(out / "last"), load_checkpoint(out / "best")
     if as_json:
         score = {"epoch": best.epoch, "score_of": best.score_of, **best.metrics}

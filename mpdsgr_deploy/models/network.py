@@ -113,9 +113,14 @@ def make_readout(recipe: Recipe, fan_in: int, classes: int) -> Readout:
     mean       the outputs' mean
     membrane   the potential of a leaky integrator without threshold after T steps: sum of tau^(T-t) y_t
     """
+    return Readout(readout_weights(recipe), fan_in, classes)
+
+
+def readout_weights(recipe: Recipe) -> Tensor:
+    """What each step's output counts in a recipe's readout, [T]."""
     T, tau = recipe.encoding.T, recipe.neuron.tau
     mean = recipe.model.readout == "mean"
-    return Readout(torch.tensor([1 / T if mean else tau ** (T - t) for t in range(1, T + 1)]), fan_in, classes)
+    return torch.tensor([1 / T if mean else tau ** (T - t) for t in range(1, T + 1)])
 
 
 def make_neuron(recipe: Recipe) -> LIF:

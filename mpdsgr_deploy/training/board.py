@@ -26,8 +26,9 @@ def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
             if isinstance(value, float):
                 board.add_scalar(f"{name}/{layer['layer']}", value, epoch)
     log.info(
-        "epoch %d  %.0f s  loss %.3f  train %.1f %%  validation %.1f %%%s  omega %.3f  firing rate %.3f",
+        "epoch %d  T %d  %.0f s  loss %.3f  train %.1f %%  validation %.1f %%%s  omega %.3f  firing rate %.3f",
         epoch,
+        entry["T"],
         entry["seconds"],
         entry["loss"],
         100 * entry["train_accuracy"],
@@ -52,10 +53,10 @@ def log_pictures(board: SummaryWriter, learner: Learner, data: Data, epoch: int)
 
     batch_size, seed = learner.recipe.validation.batch_size, learner.recipe.training.seed
     first, _ = take(data, torch.arange(min(batch_size, len(data[1]))), learner.fabric.device)
-    learner.model.eval()
+    model = learner.judged.eval()
     with learner.fabric.autocast():
         noise = generator(seed, "pictures", epoch)
-        layers = measure(learner.model, to_unit(first), batch_size=batch_size, noise=noise)
+        layers = measure(model, to_unit(first), batch_size=batch_size, noise=noise)
     statistics = [layer.statistics() for layer in layers]
     board.add_image("membrane/overview", pixels(overview(statistics)), epoch, dataformats="HWC")
     for layer in layers:

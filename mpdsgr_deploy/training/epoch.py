@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +20,10 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import Observer, Reader, Trace, frozen_statistics
+from mpdsgr_deploy.training.average import measure_statistics, update_average
 from mpdsgr_deploy.training.profile import Profile, span
 
+STATISTICS_BATCHES = 32  # of the training's batch size, which the averaged network's statistics are measured on
 Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
 
@@ -33,12 +37,25 @@ class Learner(NamedTuple):
     defences: list[AnyDefence]
     optimizer: Any
     profile: Profile | None = None
+    average: SpikingNet | None = None  # of `model` over the steps, if the recipe asks for it
 
-    def attacked(self, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
+    @property
+    def judged(self) -> SpikingNet:
+        """The network that is validated and saved."""
+        return self.model if self.average is None else self.average
+
+    def images(self, pixels: Tensor, draw: torch.Generator) -> Tensor:
+        """Pixels uint8 [B, C, H, W] as training sees them before any attack: varied, in [0, 1]."""
+        config = self.recipe.data
+        if config.augment != "none":
+            pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
+        return to_unit(pixels)
+
+    def attacked(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         """The images the run trains on in place of x; x itself where no defence attacks."""
         with self.fabric.autocast():
             for defence in self.defences:
-                x = defence.examples(self.model, x, y, draw)
+                x = defence.examples(model, x, y, draw)
         return x
 
 
@@ -72,6 +89,8 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
             learner.optimizer.zero_grad()
             for defence in learner.defences:
                 defence.after_step(learner.model, generator(config.seed, "after step", epoch, step))
+        if learner.average is not None:
+            update_average(learner.average, learner.model, decay=config.average, step=epoch * steps + step)
         if learner.profile is not None:
             learner.profile.step()
     means = torch.as_tensor(fabric.all_reduce(torch.stack(list(totals.values())), reduce_op="mean")).tolist()
@@ -85,13 +104,10 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
 def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: torch.Generator) -> dict[str, Tensor]:
     """`loss` of one batch as the defences make it, and what it is made of: cross_entropy, train_accuracy, each term and
     its weight."""
-    config = learner.recipe.data
     with span("data"):
-        if config.augment != "none":
-            pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
-        clean = to_unit(pixels)
+        clean = learner.images(pixels, draw)
     with span("attack"):
-        x = learner.attacked(clean, y, draw)
+        x = learner.attacked(learner.model, clean, y, draw)
 
     seed = int(torch.randint(2**62, (), generator=draw))
 
@@ -111,7 +127,7 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
     readings: list[list[Any]] = []  # a layer's, one a defence
     logits = run(learner.wrapped, x, Reader(read, readings.append))
     with span("loss"):
-        loss = cross_entropy = F.cross_entropy(logits, y)
+        loss = cross_entropy = F.cross_entropy(logits, y, label_smoothing=learner.recipe.training.label_smoothing)
         measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
     for number, defence in enumerate(learner.defences):
         own = [layer[number] for layer in readings if layer[number] is not None]
@@ -122,6 +138,23 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
             measured[f"{term.name}_weight"] = torch.full_like(term.value, term.weight)
             loss = loss + term.weight * term.value
     return {"loss": loss, **measured}
+
+
+def settle_average(learner: Learner, data: Data, epoch: int) -> None:
+    """Measure the running statistics of the averaged network on images of the epoch, as the run trains on them."""
+    average, config = learner.average, learner.recipe.training
+    if average is None:
+        return
+    draw = generator(config.seed, "average", epoch)
+    batches = islice(shuffled_batches(len(data[1]), config.batch_size, draw), STATISTICS_BATCHES)
+
+    def images() -> Iterator[Tensor]:
+        for index in batches:
+            pixels, y = take(data, index, learner.fabric.device)
+            yield learner.attacked(learner.model, learner.images(pixels, draw), y, draw)
+
+    with learner.fabric.autocast():
+        measure_statistics(average, images(), draw)
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
@@ -137,6 +170,7 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
     """
     fabric, recipe = learner.fabric, learner.recipe
     learner.wrapped.eval()
+    model = learner.judged
     layers: list[LayerStatistics] = []
     correct = torch.zeros(2, device=fabric.device)
     batches = torch.arange(len(data[1])).split(recipe.validation.batch_size)
@@ -147,11 +181,11 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
         clean = to_unit(pixels)
         draw = generator(recipe.training.seed, "validation", epoch, number)
         observe = observe_layers(layers) if number == 0 else None
-        attacked = learner.attacked(clean, y, draw)
+        attacked = learner.attacked(model, clean, y, draw)
         # the bare network: DDP's would wait in every forward pass for ranks that have fewer batches
         with fabric.autocast():
-            right = (learner.model(clean, observe, draw).argmax(1) == y).sum()
+            right = (model(clean, observe, draw).argmax(1) == y).sum()
             correct[0] += right
-            correct[1] += right if attacked is clean else (learner.model(attacked, None, draw).argmax(1) == y).sum()
+            correct[1] += right if attacked is clean else (model(attacked, None, draw).argmax(1) == y).sum()
     accuracies = torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum")) / len(data[1])
     return dict(zip(("validation_accuracy", "score"), accuracies.tolist(), strict=True)), layers

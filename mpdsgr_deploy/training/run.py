@@ -1,8 +1,7 @@
 """A training run: its output directory, its devices, its epochs, its resumption.
 
     OUT/recipe.json       the resolved recipe; marks the directory as ours
-    OUT/state.pt          everything a resumed run needs, replaced atomically after every epoch
-    OUT/best  OUT/last    checkpoints, by validation score and by age
+    OUT/state.pt          what a resumed run needs; with OUT/best and OUT/last, the checkpoints, see training.state
     OUT/tensorboard       curves, warnings, pictures of the membrane
     OUT/profile           where the time went, if asked for
 
@@ -10,7 +9,7 @@ Randomness is a function of (seed, purpose, epoch, step), so a resumed run repea
 for bit, on a GPU up to the order in which cuDNN adds.
 """
 
-import io
+import copy
 import logging
 import re
 import time
@@ -24,7 +23,7 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.tensorboard import SummaryWriter
 
-from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
+from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.batches import to_device
 from mpdsgr_deploy.defences import Defence, build_defended, resolved
@@ -38,17 +37,20 @@ from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.surrogates import parse_surrogate
 from mpdsgr_deploy.training.board import log_epoch, log_pictures
-from mpdsgr_deploy.training.epoch import Learner, train_epoch, validate_epoch
+from mpdsgr_deploy.training.epoch import Learner, settle_average, train_epoch, validate_epoch
 from mpdsgr_deploy.training.profile import Profile, peak_memory
+from mpdsgr_deploy.training.stages import check_stages, recipe_at, set_time_steps
+from mpdsgr_deploy.training.state import STATE, begin, save
 
-RECIPE, STATE = "recipe.json", "state.pt"
+RECIPE = "recipe.json"
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False) -> None:
+def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False, init: Path | None = None) -> None:
     """Train what `recipe` describes into directory `out`.
 
     resume continues an interrupted run of the same recipe from its last finished epoch (or starts one). profile writes
-    where the time of its first steps went into out/profile.
+    where the time of its first steps went into out/profile. init: the directory of a checkpoint to start from instead
+    of random weights; a resumed run goes on from its own.
     Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
     hardware, a full disk.
     """
@@ -73,7 +75,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = Fa
         )
     except Exception as error:  # Fabric has no common error type for hardware that is not there
         raise InputError(f"training.accelerator={config.accelerator}, devices={config.devices}: {error}") from error
-    arguments = (recipe, training, validation, out, log.isEnabledFor(logging.INFO), profile)
+    arguments = (recipe, training, validation, out, init, log.isEnabledFor(logging.INFO), profile)
     try:
         # a module-level function, because devices > 1 pickles it to new processes; Fabric's hint knows no arguments
         fabric.launch(_run, *arguments)  # type: ignore[arg-type]
@@ -97,6 +99,7 @@ def strategy(config: Training) -> Strategy | str:
 
 def _check(recipe: Recipe, training: Images) -> None:
     """Mistakes that would otherwise surface inside the processes of a run."""
+    check_stages(recipe)
     with torch.device("meta"):
         build_defended(recipe, training.shape, len(training.labels))
     for name in recipe.attack.surrogates:  # of `validate`: better said before the training than after
@@ -121,7 +124,14 @@ def _refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
 
 
 def _run(
-    fabric: Fabric, recipe: Recipe, training: Images, validation: Images, out: Path, verbose: bool, profile: bool
+    fabric: Fabric,
+    recipe: Recipe,
+    training: Images,
+    validation: Images,
+    out: Path,
+    init: Path | None,
+    verbose: bool,
+    profile: bool,
 ) -> None:
     """What every process of the run does."""
     if not fabric.is_global_zero:
@@ -129,7 +139,7 @@ def _run(
     elif verbose:
         show_progress()  # a spawned process starts without the caller's logging
     learner = _learner(fabric, recipe, training)
-    history = _restore(learner, out / STATE)
+    history, started_from = begin(learner, training, out, init)
     if profile and fabric.is_global_zero:
         learner = learner._replace(profile=Profile(learner.model, out / "profile"))
     train_data, validation_data = to_device(training, fabric.device), to_device(validation, fabric.device)
@@ -146,20 +156,24 @@ def _run(
     )
     for epoch in range(len(history), recipe.training.epochs):
         started = time.perf_counter()
+        staged = recipe_at(recipe, epoch)
+        for model in {learner.model, learner.judged}:
+            set_time_steps(model, staged, training.shape)
         for defence in learner.defences:
             defence.begin_epoch(history)
         learned = train_epoch(learner, train_data, epoch)
+        settle_average(learner, train_data, epoch)
         validated, layers = validate_epoch(learner, validation_data, epoch)
         seconds = round(time.perf_counter() - started, 2)
         statistics = [layer._asdict() for layer in layers]
         peak = round(peak_memory() / 2**20, 1)
-        counted = {"epoch": epoch + 1, "seconds": seconds, "peak_mib": peak}
+        counted = {"epoch": epoch + 1, "T": staged.encoding.T, "seconds": seconds, "peak_mib": peak}
         history.append({**counted, **learned, **validated, "layers": statistics})
         if board is not None:
             log_epoch(board, history)
             log_pictures(board, learner, validation_data, epoch + 1)
             checkpoint = Checkpoint(
-                recipe=recipe.portable(),
+                recipe=staged.portable(),
                 shape=training.shape,
                 labels=training.labels,
                 epoch=epoch + 1,
@@ -168,8 +182,9 @@ def _run(
                 metrics=validated,
                 history=history,
                 provenance=provenance(),
+                init=started_from,
             )
-            _save(learner, checkpoint, out)
+            save(learner, checkpoint, out)
         fabric.barrier()
     if learner.profile is not None:
         learner.profile.close()
@@ -194,40 +209,12 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
     if undecayed:
         groups.append({"params": undecayed, "weight_decay": 0.0})
     plain = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    average = copy.deepcopy(model).requires_grad_(False).to(fabric.device) if config.average else None
     wrapped, optimizer = fabric.setup(model, plain)
-    return Learner(fabric, recipe, wrapped, model, defences, optimizer)
+    return Learner(fabric, recipe, wrapped, model, defences, optimizer, average=average)
 
 
 def score_of(learner: Learner, images: int) -> str:
     """What selects the best checkpoint of a run: what `validate_epoch` measures as the score."""
     attacked = any(type(defence).examples is not Defence.examples for defence in learner.defences)
     return f"accuracy on {images} validation images, {'under the training attack' if attacked else 'clean'}"
-
-
-def _restore(learner: Learner, path: Path) -> list[dict[str, Any]]:
-    """Fill the learner from a state file, if there is one; returns the history of the epochs it has behind it.
-
-    After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to.
-    """
-    if not path.exists():
-        return []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        learner.model.load_state_dict(state["model"])
-        learner.optimizer.load_state_dict(state["optimizer"])
-        history: list[dict[str, Any]] = state["history"]
-    except Exception as error:  # torch raises many types for a damaged file
-        raise InputError(f"{path} is damaged ({type(error).__name__}); start again in another --out") from error
-    return history
-
-
-def _save(learner: Learner, checkpoint: Checkpoint, out: Path) -> None:
-    """Checkpoints first, state last: whatever of this epoch was not written when a run dies, a resumed run repeats."""
-    weights = learner.model.state_dict()
-    if checkpoint.metrics["score"] >= max(entry["score"] for entry in checkpoint.history):
-        save_checkpoint(out / "best", checkpoint.model_copy(update={"choice": "best"}), weights)
-    save_checkpoint(out / "last", checkpoint, weights)
-    state = {"model": weights, "optimizer": learner.optimizer.state_dict(), "history": checkpoint.history}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(out / STATE, buffer.getvalue())

@@ -1,0 +1,46 @@
+"""Time steps that grow while a network is trained: most epochs at few steps, which are cheap, the last at encoding.T.
+
+A network of LIF neurons has the same weights at every T, so that a stage starts from those of the one before. What
+belongs to T are the encoding, the readout's average over time, and tdBN's running statistics, joint over time, which
+momentum 0.1 replaces within the first tens of a stage's batches.
+"""
+
+from mpdsgr_deploy.defences import make_defences
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.network import Shape, make_encoding, readout_weights
+from mpdsgr_deploy.recipe import Recipe
+
+ANY_LENGTH = ("direct", "poisson", "rsc")  # encodings whose steps all see the same
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Raise InputError for stages in a recipe whose encoding or neurons belong to one number of time steps."""
+    if not recipe.training.stages:
+        return
+    if recipe.encoding.name not in ANY_LENGTH:
+        raise InputError(
+            f"training.stages need an encoding whose steps are alike ({', '.join(ANY_LENGTH)}), not "
+            f"{recipe.encoding.name!r}; leave stages out"
+        )
+    if not all(defence.time_invariant for defence in make_defences(recipe)):
+        raise InputError(
+            f"training.stages cannot change the time steps of neurons that learn one value for each "
+            f"({', '.join(recipe.defence)}); leave stages out"
+        )
+
+
+def recipe_at(recipe: Recipe, epoch: int) -> Recipe:
+    """The recipe with the time steps of `epoch`, counted from 0, as its encoding.T."""
+    for stage in recipe.training.stages:
+        if epoch < stage.epochs:
+            return recipe.model_copy(update={"encoding": recipe.encoding.model_copy(update={"T": stage.T})})
+        epoch -= stage.epochs
+    return recipe
+
+
+def set_time_steps(model: SpikingNet, recipe: Recipe, shape: Shape) -> None:
+    """Let a model compute encoding.T time steps of `recipe`; its weights stay."""
+    if model.T != recipe.encoding.T:
+        model.encode, model.T = make_encoding(recipe, shape), recipe.encoding.T
+        model.readout.over_time = readout_weights(recipe).to(model.readout.over_time)

@@ -1,0 +1,114 @@
+"""What a run leaves after every epoch, and how it starts: from nothing, from a checkpoint, or where it was interrupted.
+
+OUT/state.pt          everything a resumed run needs, replaced atomically after every epoch
+OUT/best  OUT/last    checkpoints, by validation score and by age
+"""
+
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.models import build_model
+from mpdsgr_deploy.training.epoch import Learner
+
+STATE = "state.pt"
+
+
+class Past(NamedTuple):
+    """What lies behind a run: the history entries of its epochs so far, and the checkpoint whose weights it started
+    from, if there was one: their hash, epoch, recipe, provenance and own `init`.
+    """
+
+    history: list[dict[str, Any]]
+    init: dict[str, Any] | None = None
+
+
+def begin(learner: Learner, training: Images, out: Path, init: Path | None) -> Past:
+    """Fill the learner from the run's state, if `out` holds one, else from checkpoint `init`, if there is one.
+
+    After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to.
+    Raises InputError for a damaged state, a checkpoint of another network, or another `init` than the run started from.
+    """
+    if not (out / STATE).exists():
+        return Past([], None if init is None else load_init(learner, training, init))
+    past = _restore(learner, out / STATE)
+    if init is not None:
+        sha256 = load_checkpoint(find_checkpoint(init)).weights_sha256
+        if past.init is None or past.init["weights_sha256"] != sha256:
+            raise InputError(f"{out} did not start from the weights in {init}; resume without --init")
+    return past
+
+
+def _restore(learner: Learner, path: Path) -> Past:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        learner.model.load_state_dict(state["model"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        if learner.average is not None:
+            learner.average.load_state_dict(state["average"])
+        return Past(state["history"], state.get("init"))
+    except Exception as error:  # torch raises many types for a damaged file
+        raise InputError(f"{path} is damaged ({type(error).__name__}); start again in another --out") from error
+
+
+def load_init(learner: Learner, training: Images, directory: Path) -> dict[str, Any]:
+    """Fill the learner with the weights of the checkpoint in `directory`; returns the run's `Past.init`.
+
+    What a defence adds to the network (StoG's gates, DLIF's gains) and the checkpoint lacks keeps its initial value.
+    """
+    from safetensors.torch import load_file
+
+    recipe, path = learner.recipe, find_checkpoint(directory)
+    checkpoint = load_checkpoint(path)
+    training.require_kind(recipe.data.name, checkpoint.shape, checkpoint.labels)
+    weights, own = load_file(path / checkpoint.weights), learner.model.state_dict()
+    with torch.device("meta"):
+        needed = build_model(recipe, training.shape, len(training.labels)).state_dict()
+    misfits = [name for name in weights if name not in own or own[name].shape != weights[name].shape]
+    misfits += [name for name in needed if name not in weights]
+    if misfits:
+        raise InputError(
+            f"the weights in {path} are of {described(checkpoint)} and do not fit this recipe (first at {misfits[0]}); "
+            f"give both the same sections model and neuron, and the defences that change neurons"
+        )
+    for model in (learner.model, *([] if learner.average is None else [learner.average])):
+        model.load_state_dict(weights, strict=False)
+    return {
+        "weights_sha256": checkpoint.weights_sha256,
+        "epoch": checkpoint.epoch,
+        "recipe": checkpoint.recipe.model_dump(mode="json"),
+        "provenance": checkpoint.provenance,
+        "init": checkpoint.init,
+    }
+
+
+def described(checkpoint: Checkpoint) -> str:
+    """A checkpoint's network in words: its model, width and method."""
+    model = checkpoint.recipe.model
+    return f"{model.name!r} of width {model.width:g} ({checkpoint.recipe.method})"
+
+
+def save(learner: Learner, checkpoint: Checkpoint, out: Path) -> None:
+    """Checkpoints first, state last: whatever of this epoch was not written when a run dies, a resumed run repeats."""
+    weights = learner.judged.state_dict()
+    T = checkpoint.recipe.encoding.T  # at another T it is another network, whose scores say nothing about this one
+    scores = [entry["score"] for entry in checkpoint.history if entry.get("T", T) == T]
+    if checkpoint.metrics["score"] >= max(scores):
+        save_checkpoint(out / "best", checkpoint.model_copy(update={"choice": "best"}), weights)
+    save_checkpoint(out / "last", checkpoint, weights)
+    state = {
+        "model": learner.model.state_dict(),
+        "average": None if learner.average is None else weights,
+        "optimizer": learner.optimizer.state_dict(),
+        "history": checkpoint.history,
+        "init": checkpoint.init,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(out / STATE, buffer.getvalue())
