@@ -1,24 +1,30 @@
-"""What the README shows works as written."""
+"""What the README and the manuals of train/, export/ and serve/ show works as written."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 from served import Served
 
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.cli import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-CLIENTS = [block for block in PYTHON if "tritonclient" in block]
-CURL = re.findall(r"^curl .*?(?:\nEOF)?$(?=\n(?:curl|```))", README, re.DOTALL | re.MULTILINE)
-COMMANDS = re.findall(r"^ {4}(mpdsgr .*?)(?: {2,}#.*)?$", README, re.MULTILINE)
+ROOT = Path(__file__).parent.parent
+NAMES = ("README.md", "train/README.md", "export/README.md", "serve/README.md")
+TEXTS = {name: (ROOT / name).read_text() for name in NAMES}
+BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+CLIENTS = [block for block in BLOCKS if "tritonclient" in block]
+CURL = re.findall(r"^curl .*?(?:\nEOF)?$(?=\n(?:curl|```))", TEXTS["serve/README.md"], re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^(?: {4}|)(mpdsgr [a-z].*?)(?: {2,}.*)?$", re.MULTILINE)
+PATH = re.findall(r"^ {4}(mpdsgr .*?)(?: {2,}#.*)?$", TEXTS["README.md"], re.MULTILINE)
 
 
 def test_the_path_of_commands(tmp_path: Path) -> None:
@@ -26,8 +32,8 @@ def test_the_path_of_commands(tmp_path: Path) -> None:
     Image.new("L", (20, 30), 128).save(tmp_path / "photos" / "grey.png")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     names = ["recipes", "train", "inspect", "export", "inspect", "validate", "predict", "build", "doctor"]
-    assert [line.split()[1] for line in COMMANDS] == names
-    for line in COMMANDS:
+    assert [line.split()[1] for line in PATH] == names
+    for line in PATH:
         done = subprocess.run(
             line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
@@ -36,29 +42,57 @@ def test_the_path_of_commands(tmp_path: Path) -> None:
     assert "grey.png" in (tmp_path / "labels.csv").read_text()
 
 
-def test_nothing_is_left_to_fill_in() -> None:
-    assert not re.findall(r"@[A-Z]+@", README)
-    assert not re.findall(r"<!-- table: .* -->\n<!-- end of table -->", README)
-    root = Path(__file__).parent.parent
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+def shown_commands() -> list[tuple[str, str]]:
+    return [(name, line.strip()) for name, text in TEXTS.items() for line in COMMAND.findall(text)]
+
+
+def test_every_command_that_is_shown_can_be_parsed() -> None:
+    lines = shown_commands()
+    assert len(lines) > 20
+    for name, line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        command, context = main, click.Context(main)
+        while isinstance(command, click.Group):
+            found = command.get_command(context, words.pop(0))
+            assert found is not None, f"{name}: {line}"
+            command = found
+            context = click.Context(command)
+        try:
+            command.make_parser(context).parse_args(args=words)
+        except click.UsageError as error:
+            pytest.fail(f"{name}: {line}: {error.message}")
+
+
+def test_every_command_has_an_entry() -> None:
+    shown = " ".join(TEXTS.values())
+    commands = main.list_commands(click.Context(main))
+    entries = {command for command in commands if f"mpdsgr {command}" in shown or f"make {command}" in shown}
+    assert set(commands) == entries
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_left_to_fill_in_and_links_lead_somewhere(name: str) -> None:
+    text = TEXTS[name]
+    assert not re.findall(r"@[A-Z]+@", text)
+    assert not re.findall(r"<!-- table: .* -->\n<!-- end of table -->", text)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     assert links
-    assert [link for link in links if not (root / link).exists()] == []
+    assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
 
 
-def test_figures_in_the_text_stand_in_a_page_that_was_rendered_from_results() -> None:
-    root = Path(__file__).parent.parent
+@pytest.mark.parametrize("name", ["README.md", "train/README.md"])
+def test_figures_in_the_text_stand_in_a_page_that_was_rendered_from_results(name: str) -> None:
     folders = ("train/results", "benchmarks", "export/results")
-    pages = "".join(page.read_text() for folder in folders for page in sorted((root / folder).rglob("*.md")))
-    code = r"```.*?```|<!-- table:.*?<!-- end of table -->|`[^`]*`|^ {4}.*?$|arXiv [\d.]+|Python 3[\d.]+|3\.12"
-    text = re.sub(code, "", README, flags=re.DOTALL | re.MULTILINE)
-    figures = re.findall(r"(?<![\w.])\d+\.\d+", text)
-    assert len(figures) >= 10
+    pages = "".join(page.read_text() for folder in folders for page in sorted((ROOT / folder).rglob("*.md")))
+    code = r"```.*?```|<!-- table:.*?<!-- end of table -->|`[^`]*`|^ {4}.*?$|arXiv [\d.]+|Python 3[\d.]+|3\.1[123]"
+    text = re.sub(code, "", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
+    figures = re.findall(r"(?<![\w.])\d+\.\d+(?! GB)", text)
     assert [figure for figure in figures if figure not in pages] == []
 
 
 @pytest.fixture(scope="module")
 def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """What the README serves, on ports of this test's own."""
+    """What the manual serves, on ports of this test's own."""
     digits = tmp_path_factory.mktemp("bundles") / "digits"
     digits.symlink_to(bundle.path)
     with Served(digits) as server:
@@ -93,8 +127,9 @@ def test_curl_lines(served: Served) -> None:
     assert margin["data"][0] == pytest.approx(values[0] - values[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("block", [block for block in PYTHON if block not in CLIENTS])
-def test_python_blocks(block: str, bundle: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "bundles").mkdir()
-    (tmp_path / "bundles" / "digits").symlink_to(bundle.path)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block not in CLIENTS])
+def test_python_blocks(block: str, bundle: Bundle, run_dir: Path, tmp_path: Path) -> None:
+    for folder, target in (("bundles", bundle.path), ("runs", run_dir)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "digits").symlink_to(target)
     subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)

@@ -101,7 +101,7 @@ def test_a_committed_page_is_what_its_files_give(name: str) -> None:
     measured = page.load_results(found, folder)
     assert sum(map(len, measured.values())) == len(list(folder.glob("*.json"))) > 0  # no file is left out
     assert (folder / page.PAGE).read_text() == page.render(name, found, measured)
-    readme = (TRAIN.parent / "README.md").read_text()
+    readme = (TRAIN / "README.md").read_text()
     assert page.quote(name, measured, readme) == readme
     pictures = page.pictures(found, measured)
     assert pictures == page.pictures(found, measured)

@@ -114,7 +114,7 @@ def main(ctx: click.Context, table: str, rows: tuple[str, ...], how: How) -> Non
     failures, folder = how.measure(name, found, chosen), how.out / name
     click.echo(f"page in {write_page(name, found, folder)}")
     if how.out == RESULTS:
-        readme = RESULTS.parent.parent / "README.md"
+        readme = RESULTS.parent / "README.md"
         quoted = quote(name, load_results(found, folder), readme.read_text(encoding="utf-8"))
         write_atomic(readme, quoted.encode())
     ctx.exit(told(failures))
