@@ -5,7 +5,7 @@
 
 Takes bundles and training runs; a run's best network is exported to ONNX first, so that every gradient comes from the
 attack graph in onnxruntime. One line of JSON per attempt goes to benchmarks/results/research.jsonl; an attempt that has
-a line already is not made again, so a killed run resumes. `benchmarks/strength_page.py` renders the lines.
+a line already is not made again, so a killed run resumes. `research_page.py` renders the lines.
 
 research   many surrogates, losses and random starts with 500 steps each; each attempt meets what still stands
 each       many kinds of attempt with 100 steps on the same images, those that the first attempt leaves
@@ -166,7 +166,7 @@ class Laboratory:
         self._file, self.eps = network.file, network.recipe.attack.eps
         self.x, self.y = network.images.unit(), network.images.classes
         self._predict = OnnxRuntime(network.file, settings=ONE_THREAD)
-        self.sha256 = hashlib.sha256(network.file.read_bytes()).hexdigest()
+        self.sha256 = sha256(network.file)
         logits = self._predict(self.x)
         logits[np.arange(len(self.y)), self.y] = -np.inf
         self._wrong = logits.argsort(1)[:, ::-1]  # wrong classes, likeliest first
@@ -233,6 +233,11 @@ class Aimed:
         answers = np.zeros((len(x), int(pairs.max()) + 2), np.float32)  # the last column is no pair
         answers[np.arange(len(x)), np.where(fooled, -1, pairs)] = 1
         return Gradient(answers, -loss, -gradient)
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def starts(seed: int, places: Sequence[int] | NDArray[np.int64]) -> Draw:

@@ -235,9 +235,9 @@ def test_only_like_is_compared_with_like(bundle: Bundle, caplog: pytest.LogCaptu
 
     assert referenced("commit") == []
     assert not caplog.messages
-    assert referenced("release") == ["strong adaptive", "square", "worst"]  # more steps of SA-PGD, more queries
+    assert referenced("release") == ["mpd-apgd", "square", "worst"]  # more steps of MPD-APGD, more queries
     (told,) = caplog.messages
-    assert "nothing is compared under strong adaptive, square, worst; validate with --tier release" in told
+    assert "nothing is compared under mpd-apgd, square, worst; validate with --tier release" in told
 
 
 def test_gate_files(tmp_path: Path) -> None:

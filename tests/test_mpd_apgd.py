@@ -1,12 +1,19 @@
 """MPD-APGD against a linear model's closed form, against APGD, and on what it does with images that broke."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import pytest
 import torch
 from test_attacks_strong import EPS, Linear, draw, linear
 
 from mpdsgr_deploy.attacks import apgd, mpd_apgd
+from mpdsgr_deploy.attacks.condition import Condition
+from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attacks.suite import Source, Suite
+from mpdsgr_deploy.attacks.tiers import entry, resolved
 from mpdsgr_deploy.protocols import Array, Gradient
+from mpdsgr_deploy.recipe import Attack
 
 
 class Counted:
@@ -90,3 +97,44 @@ def test_restarts_need_a_draw() -> None:
     target, x, y = linear()
     with pytest.raises(ValueError, match="draw"):
         mpd_apgd([target], x, y, eps=EPS, restarts=2)
+
+
+class Linears:
+    """A `Network` whose gradients are a linear model's through the sharpness 20, and point the wrong way otherwise."""
+
+    stochastic = False
+
+    def __init__(self, target: Linear) -> None:
+        self.linear, self.opened = target, list[str]()
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.linear(x)
+
+    def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager:
+        self.opened.append(surrogate)
+        return nullcontext(self.linear if surrogate.endswith(":20") else Blind(self.linear))
+
+    def adaptive(self, *, draws: int) -> AbstractContextManager:
+        raise NotImplementedError
+
+
+def condition(**values: object) -> Condition:
+    attack = Attack(eps=EPS, step=EPS / 4)
+    (made,) = resolved([entry("mpd-apgd", "mpd-apgd", steps=20, **values)], attack, "triangle:1")
+    return made
+
+
+def test_the_condition_goes_through_every_sharpness() -> None:
+    target, x, y = linear()
+    network, made = Linears(target), condition()
+    suite = Suite(Source(network, "triangle:1"), (made,))
+    attacked, predicted = gather(list(run(suite, made, x, y, y, batch_size=50)))
+    assert network.opened == ["superspike:10", "superspike:20", "superspike:30"]
+    assert np.array_equal(predicted != y, target.gap(x) < 0)
+    assert attacked.evaluations <= made.cost * len(x)
+    assert attacked.evaluations > len(x)
+
+
+def test_the_settings_tell_all_that_makes_it_stronger() -> None:
+    variants = [condition(), condition(sharpnesses=(10.0,)), condition(restarts=2), condition(loss="dlr")]
+    assert len({made.settings for made in variants}) == len(variants)

@@ -48,7 +48,7 @@ def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) 
     assert report.verdict == "pass", report.reasons
     rows = {row.name: row for row in report.rows}
     sweep = ["strong triangle:0.25", "strong triangle:2.5", "strong rectangular:1", "strong adaptive"]
-    attacks = ["fgsm", "bim", "pgd", "pgd-strong", *sweep, "square"]
+    attacks = ["fgsm", "bim", "pgd", "pgd-strong", *sweep, "mpd-apgd", "square"]
     assert list(rows) == ["clean", "gaussian", "uniform", *attacks, "worst"]
     assert all(row.n == 100 for row in report.rows)
     assert rows["clean"].reference.accuracy > rows["fgsm"].reference.accuracy >= rows["worst"].reference.accuracy
@@ -95,10 +95,11 @@ def test_other_precisions_are_attacked_through_their_own_weights(precise: Bundle
     assert found.attack_sha256 == sha256(precise.attack("int8"))
 
 
-def test_tier_release_adds_apgd_and_the_gate_says_what_it_takes(bundle: Bundle) -> None:
+def test_tier_release_attacks_longer_and_the_gate_says_what_it_takes(bundle: Bundle) -> None:
     gate = Gate(tier="release", max_drop=0.4)
     found = validate(Target(bundle), gate=gate, limit=25)
-    assert {"apgd-ce", "apgd-dlr"} <= {row.name for row in found.rows}
+    (longer,) = [row for row in found.rows if row.name == "mpd-apgd"]
+    assert "300 steps" in longer.settings
     with pytest.raises(InputError, match="100 images cannot decide this gate: it takes 900"):
         validate(Target(bundle), gate=Gate(tier="release"))
 

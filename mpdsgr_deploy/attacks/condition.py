@@ -28,7 +28,7 @@ Kind = Literal["noise", "gradient", "transfer", "query"]
 
 CLEAN, GAUSSIAN, UNIFORM, FGSM, BIM, PGD, STRONG = "clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "pgd-strong"
 SA_PGD, APGD_CE, APGD_DLR, SQUARE, CW = "strong adaptive", "apgd-ce", "apgd-dlr", "square", "cw-l2"
-TRANSFER, WORST = "transfer", "worst"
+MPD_APGD, TRANSFER, WORST = "mpd-apgd", "transfer", "worst"
 
 
 class Network(Protocol):

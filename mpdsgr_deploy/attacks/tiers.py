@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mpdsgr_deploy.attacks import conditions as _registered  # noqa: F401  (registers the conditions named here)
+from mpdsgr_deploy.attacks import mpd_apgd_condition as _too  # noqa: F401
 from mpdsgr_deploy.attacks.condition import (
     APGD_CE,
     APGD_DLR,
@@ -14,6 +15,7 @@ from mpdsgr_deploy.attacks.condition import (
     CW,
     FGSM,
     GAUSSIAN,
+    MPD_APGD,
     PGD,
     SA_PGD,
     SQUARE,
@@ -90,9 +92,8 @@ SWEEP = (
     entry("strong-pgd", THROUGH, window=2.5, once=True),
     entry("strong-pgd", THROUGH, "rectangular:1", once=True),
 )
-APGD = (entry("apgd", APGD_CE, loss="ce", steps=100), entry("apgd", APGD_DLR, loss="dlr", steps=100))
-# The adaptive attack goes on gaining where PGD has long stood still, so it has APGD's steps where there is APGD.
-
+# Sizes follow benchmarks/MPD_APGD.md: MPD-APGD leaves what no other attack here breaks, APGD through the surrogate of
+# training breaks nothing beside it, and the longer it runs, the less the rest adds.
 TIERS = {
     "commit": Tier(
         images=100,
@@ -103,20 +104,21 @@ TIERS = {
             entry("strong-pgd", STRONG, rank=3),
             *SWEEP,
             entry("sa-pgd", SA_PGD),
+            entry("mpd-apgd", MPD_APGD, steps=50, sharpnesses=(10.0, 30.0)),
             entry("square", SQUARE, queries=100),
         ),
     ),
     "release": Tier(
         images=1000,
-        probe=200,
+        probe=100,
         max_drop=0.01,
         entries=(
             *BASIC,
             entry("strong-pgd", STRONG, rank=3),
             *SWEEP,
-            entry("sa-pgd", SA_PGD, steps=100),
-            *APGD,
-            entry("square", SQUARE, queries=1000),
+            entry("sa-pgd", SA_PGD),
+            entry("mpd-apgd", MPD_APGD, steps=300),
+            entry("square", SQUARE, queries=500),
         ),
     ),
     "paper": Tier(
@@ -128,8 +130,10 @@ TIERS = {
             entry("strong-pgd", STRONG, rank=3, restarts=5),
             *SWEEP,
             entry("strong-pgd", THROUGH, EACH, once=True),
-            entry("sa-pgd", SA_PGD, steps=100),
-            *APGD,
+            entry("sa-pgd", SA_PGD, steps=200),
+            entry("apgd", APGD_CE, loss="ce", steps=100),
+            entry("apgd", APGD_DLR, loss="dlr", steps=100),
+            entry("mpd-apgd", MPD_APGD, steps=500, restarts=3),
             entry("square", SQUARE, queries=5000),
         ),
     ),

@@ -1,0 +1,76 @@
+"""MPD-APGD as a condition of evaluations."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
+from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
+from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.mpd_apgd import SHARPNESSES, mpd_apgd
+from mpdsgr_deploy.attacks.pgd import Draw
+from mpdsgr_deploy.protocols import Differentiable
+from mpdsgr_deploy.recipe import Attack
+
+HEAVY_TAILED = "superspike"  # 1 / (1 + k |U - V_th|)^2
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MPDAutoPGD(GradientAttack):
+    """APGD through heavy-tailed surrogates, one sharpness after the other, on images that still stand."""
+
+    method: ClassVar[str] = "mpd-apgd"
+
+    sharpnesses: tuple[float, ...] = SHARPNESSES
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": attack.eps, "surrogate": HEAVY_TAILED}
+
+    @property
+    def settings(self) -> str:
+        names = ", ".join(f"{k:g}" for k in self.sharpnesses)
+        rounds = "" if self.restarts == 1 else f", {self.restarts} rounds"
+        return (
+            f"MPD-APGD, eps {self.eps:.4g}, {self.steps} steps of adaptive size on the {self.loss.upper()} loss "
+            f"through {self.surrogate} of sharpness {names} in turn{rounds}"
+        )
+
+    @property
+    def cost(self) -> int:
+        return (self.steps + 2) * len(self.sharpnesses) * self.restarts * self.draws
+
+    def target(self, network: Network) -> AbstractContextManager[Sequence[Differentiable]]:
+        return self._targets(network)
+
+    @contextmanager
+    def _targets(self, network: Network) -> Iterator[Sequence[Differentiable]]:
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(network.attacker(f"{self.surrogate}:{k:g}", loss=self.loss, draws=self.draws))
+                for k in self.sharpnesses
+            ]
+
+    def attack(self, target: Sequence[Differentiable], batch: Batch, generators: Generators) -> Attacked:
+        counted = [CountedGradients(one) for one in target]
+        images = self.climb(counted, batch, starts(generators))
+        counts = (sum(values) for values in zip(*((c.samples, c.zero, c.not_finite) for c in counted), strict=True))
+        samples, zero, not_finite = counts
+        return Attacked(images, samples * self.draws, zero, not_finite)
+
+    def climb(self, target: Sequence[CountedGradients], batch: Batch, draw: Draw) -> Floats:
+        adversarial = mpd_apgd(
+            target,
+            batch.x,
+            batch.y,
+            eps=self.bound,
+            steps=self.steps,
+            draw=draw,
+            keep=kept_iterate(self.keep),
+            restarts=self.restarts,
+        )
+        return np.asarray(adversarial)
