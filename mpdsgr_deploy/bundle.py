@@ -13,13 +13,11 @@ Opening a bundle verifies every hash and refuses paths that leave it. Hashes pro
 bundle from a stranger needs a signature on manifest.json as well.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -32,12 +30,14 @@ from mpdsgr_deploy.data.likeness import PixelStatistics
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import (
     claim_directory,
+    followed,
     recover_directory,
     replace_directory,
     scratch_directory,
     sha256,
     write_atomic,
 )
+from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import REFERENCE, Promise, Reference, load_reference
 from mpdsgr_deploy.schema import Count, read_document
@@ -197,7 +197,7 @@ class Bundle:
         since this one was opened stays. Raises InputError if the bundle was changed or cannot be written.
         """
         same = ("backend", "precision", "machine", "batch")
-        with _locked(self.path):
+        with exclusive(self.path / LOCK, "mpdsgr build", wait=True):
             current = _read_manifest(self.path, "export again")
             kept = [p for p in current.prepared if any(getattr(p, k) != getattr(prepared, k) for k in same)]
             files = dict(current.files)
@@ -216,6 +216,11 @@ class Bundle:
                 if f"{ENGINES}/{file.name}" not in files:
                     file.unlink()
         return bundle
+
+    def refuse_output(self, out: Path, option: str = "--out") -> None:
+        """Raise InputError if `out`, which an option names, leads into this bundle: outputs belong elsewhere."""
+        if followed(out).is_relative_to(self.path.resolve()):
+            raise InputError(f"{option} {out} lies in the bundle {self.path}; choose another place")
 
     def reference(self) -> Reference | None:
         """How the torch network answered, if that is in the bundle. Raises InputError as `load_reference` does."""
@@ -281,7 +286,7 @@ def staged(out: Path) -> Iterator[Path]:
     claim_directory(out, MANIFEST, "bundle")
     if (out / MANIFEST).exists():
         manifest: Manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
-        known = {*manifest.files, MANIFEST}
+        known = {*manifest.files, MANIFEST, LOCK}
         strangers = [p for p in out.rglob("*") if not p.is_dir() and p.relative_to(out).as_posix() not in known]
         if strangers:
             raise InputError(f"{out} holds {strangers[0].name}, which is not part of the bundle; choose another --out")
@@ -304,18 +309,6 @@ def _read_manifest(directory: Path, otherwise: str) -> Manifest:
     if manifest.digest != manifest.computed_digest():
         raise InputError(f"{path} does not match its own digest: it was changed or damaged; copy it again")
     return manifest
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """For one process at a time, where the file system has locks."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write_manifest(directory: Path, draft: Manifest) -> Manifest:

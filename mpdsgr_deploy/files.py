@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.locks import LOCK, exclusive
 
 
 def sha256(path: Path) -> str:
@@ -24,18 +25,39 @@ def writing(path: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG)
         advice = f"free some space and run again; {kept}" if full else "choose another place"
         raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+def followed(path: Path) -> Path:
+    """The absolute path that links lead to. Raises InputError for links in a circle."""
+    try:
+        found = path.resolve()
+        if found.is_symlink():  # Python 3.13 gives up where earlier versions raise
+            raise RuntimeError
+    except RuntimeError:
+        raise InputError(f"cannot write {path}: its links lead in a circle; choose another place") from None
+    return found
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is a pipe, a terminal or another thing that is written to and not replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, so that `path` holds either its old content or all of the new, whenever the process dies.
 
-    Raises InputError if the disk is full or the path cannot be written; the old file is then untouched, as it is when
-    the block raises.
+    A symbolic link is followed, not replaced; a pipe or a device is written to directly. Raises InputError if the disk
+    is full or the path cannot be written; the old file is then untouched, as it is when the block raises.
     """
+    path = followed(path)
+    if is_stream(path):
+        with writing(path, "what was written is with its reader"), path.open("wb") as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed run leaves at most one behind
     with writing(path, "what was there before is untouched"):
         try:
@@ -48,11 +70,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the renaming itself survives a power cut
-        finally:
-            os.close(directory)
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """Let a renaming in a directory survive a power cut. Windows has no such call."""
+    if os.name == "nt":
+        return
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -70,8 +99,8 @@ def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") ->
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        leftover = f".{marker}.tmp"  # of a run killed while it wrote its first file
-        foreign = not (path / marker).exists() and any(p.name not in (leftover, partial) for p in path.iterdir())
+        ours = {f".{marker}.tmp", LOCK, partial}  # of a run killed while it wrote its first file
+        foreign = not (path / marker).exists() and any(p.name not in ours for p in path.iterdir())
     except OSError as error:
         raise InputError(f"cannot use {path} as a directory: {error.strerror}; choose another place") from None
     if foreign:
@@ -88,19 +117,22 @@ def recover_directory(out: Path) -> None:
 def scratch_directory(out: Path, what: str) -> Iterator[Path]:
     """An empty directory beside `out`, which was claimed, to make `what` in; `replace_directory` puts it in place.
 
-    It is gone after the block, and `out` too if it is still empty. Raises InputError where the system refuses to write.
+    It is gone after the block, and `out` too if it is still empty. Raises InputError where the system refuses to write,
+    and while another process makes something for the same `out`.
     """
     scratch = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir()
-        yield scratch
-    except OSError as error:
-        raise InputError(f"cannot write {what} {out}: {error.strerror or error}; an older one is untouched") from error
-    finally:
+    with exclusive(out.with_name(f".{out.name}{LOCK}"), f"process that makes {what} {out}"):
         shutil.rmtree(scratch, ignore_errors=True)
-        with suppress(OSError):  # only an empty directory, the one claimed for nothing, can be removed so
-            out.rmdir()
+        try:
+            scratch.mkdir()
+            yield scratch
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"cannot write {what} {out}: {reason}; an older one is untouched") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):  # only an empty directory, the one claimed for nothing, can be removed so
+                out.rmdir()
 
 
 def replace_directory(scratch: Path, out: Path) -> None:

@@ -1,6 +1,5 @@
 """Finished logits on disk, so that a run that was killed goes on where it stopped."""
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,11 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import writing
+from mpdsgr_deploy.locks import lock
 from mpdsgr_deploy.prediction.inputs import Batch
 
 MAGIC = b"mpdsgr predictions 1\n"
+BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 KEPT = "what was finished is kept"
 
 
@@ -42,9 +43,10 @@ class Partial:
         self.path, self._classes, self._finished = path, classes, False
         self._head = self._digest = MAGIC + hashlib.sha256(settings.encode()).digest()
         with writing(path, KEPT):
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), "r+b")
         try:
-            self._lock()
+            if not lock(self._file):
+                raise InputError(f"{path} is being written by another mpdsgr predict; choose another --out")
             start = self._file.read(len(MAGIC))
             if not MAGIC.startswith(start):
                 raise InputError(f"{path} is not a partial output of ours; rename it or choose another --out")
@@ -97,14 +99,6 @@ class Partial:
 
     def _next(self, batch: Batch, data: bytes) -> bytes:
         return hashlib.sha256(self._digest + os.fsencode(batch.stamp()) + data).digest()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.path} is being written by another mpdsgr predict; choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
 
     def __enter__(self) -> Self:
         return self

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data.likeness import Likeness
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import atomic_file
+from mpdsgr_deploy.files import atomic_file, followed, is_stream
 from mpdsgr_deploy.prediction.inputs import Batch, Inputs
 from mpdsgr_deploy.prediction.partial import Chunk, Partial
 from mpdsgr_deploy.prediction.workers import Worker, started
-from mpdsgr_deploy.prediction.writers import find_writer
+from mpdsgr_deploy.prediction.writers import SEVERAL_PASSES, find_writer
 from mpdsgr_deploy.progress import log, meter
 
 Item = TypeVar("Item")
@@ -45,7 +45,14 @@ class Job:
 
     def to_csv(self, file: BinaryIO) -> int:
         """Write CSV as the answers come; returns the number of images. Raises InputError as `to_file` does."""
-        write = find_writer(".csv", self.bundle.manifest.labels, self.top)
+        return self.to_stream(file, ".csv")
+
+    def to_stream(self, file: BinaryIO, suffix: str) -> int:
+        """Write the format of a suffix as the answers come; returns the number of images.
+
+        The format must be one that is written in a single pass. Raises InputError as `to_file` does.
+        """
+        write = find_writer(suffix, self.bundle.manifest.labels, self.top)
         with self._inputs() as inputs:
             batches = inputs.batches(self.batch)
             write(file, lambda: (Chunk(batch.names(), logits) for batch, logits in self._answers(batches)))
@@ -60,9 +67,17 @@ class Job:
         """
         if out.is_dir():
             raise InputError(f"--out {out} is a directory; give the name of a file")
+        self._refuse_overwriting(out)
+        if is_stream(out):
+            suffix = out.suffix or ".csv"
+            if suffix in SEVERAL_PASSES:
+                raise InputError(f"{suffix} is written in several passes, which {out} does not take; name a file")
+            with atomic_file(out) as file:
+                return self.to_stream(file, suffix)
+        out = followed(out)
         labels = self.bundle.manifest.labels
         write = find_writer(out.suffix, labels, self.top)
-        place = out.with_name(f"{out.name}.partial")
+        place = place_of_partial(out)
         with self._inputs() as inputs, Partial(place, self._settings(), len(labels)) as partial:
             batches = inputs.batches(self.batch)
             done = partial.resume(batches)
@@ -81,6 +96,14 @@ class Job:
         """Logits [N, K] of all inputs, held in memory together. Raises InputError as `to_file` does."""
         with self._inputs() as inputs:
             return np.concatenate([logits for _, logits in self._answers(inputs.batches(self.batch))])
+
+    def _refuse_overwriting(self, out: Path) -> None:
+        """Raise InputError if writing `out`, or its partial, would replace an input or a file of the bundle."""
+        self.bundle.refuse_output(out)
+        for written in (out, place_of_partial(out)):
+            for path in self.paths:
+                if written.exists() and path.is_file() and written.samefile(path):
+                    raise InputError(f"--out {out} would overwrite the input {path}; choose another --out")
 
     def _inputs(self) -> Inputs:
         return Inputs(self.paths, self.bundle.manifest.input_shape)
@@ -115,6 +138,12 @@ class Job:
                 advance(len(batch))
         if likeness is not None and (unlike := likeness.warning()):
             log.warning("%s", unlike)
+
+
+def place_of_partial(out: Path) -> Path:
+    """Where the finished logits of output `out` are kept until all are."""
+    out = followed(out)
+    return out.with_name(f"{out.name}.partial")
 
 
 def ahead(

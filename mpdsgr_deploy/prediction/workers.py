@@ -97,18 +97,28 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
         stack.callback(workers.shutdown, cancel_futures=True)
         try:
             # all begin now, with interrupts blocked: the parent gets one too, and ends them
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with _interrupts_blocked():
                 for _ in range(processes):
                     workers.submit(_open)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield lambda images: workers.submit(_answer, images)
         except BrokenProcessPool as error:
             raise InputError(
                 "a process died, perhaps killed because memory was short; run again with fewer --processes or a "
                 "smaller --batch"
             ) from error
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """What begins in this block inherits that; Windows has no such mask."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def visible_gpus() -> list[str]:

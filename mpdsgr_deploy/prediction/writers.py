@@ -18,6 +18,7 @@ from mpdsgr_deploy.prediction.partial import Chunk
 
 Chunks = Callable[[], Iterator[Chunk]]  # called once for every pass over the predictions
 Writer = Callable[[BinaryIO, Chunks], None]
+SEVERAL_PASSES = {".npz"}
 ROW_GROUP = 65536  # rows that a Parquet reader decodes together
 
 

@@ -11,6 +11,7 @@ for bit, on a GPU up to the order in which cuDNN adds.
 
 import copy
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from mpdsgr_deploy.data.batches import to_device
 from mpdsgr_deploy.defences import Defence, build_defended, resolved
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
+from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
@@ -38,6 +40,7 @@ from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.surrogates import parse_surrogate
 from mpdsgr_deploy.training.board import log_epoch, log_pictures
 from mpdsgr_deploy.training.epoch import Learner, settle_average, train_epoch, validate_epoch
+from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refuse_launchers
 from mpdsgr_deploy.training.profile import Profile, peak_memory
 from mpdsgr_deploy.training.stages import check_stages, recipe_at, set_time_steps
 from mpdsgr_deploy.training.state import STATE, begin, save
@@ -56,15 +59,24 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = Fa
     """
     need("matplotlib", "train")  # draws after the first epoch, too late to find it missing
     recipe = resolved(recipe)
+    refuse_launchers(os.environ)
     claim_directory(out, RECIPE, "training run")
-    if (out / STATE).exists():
-        if not resume:
-            raise InputError(f"{out} already holds a training run; continue it with --resume or choose another --out")
-        before = parse(Recipe, read_json(out / RECIPE, otherwise="start again in another --out"), str(out / RECIPE))
-        _refuse_changes(resolved(before), recipe.portable(), out)
-    write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
-    training, validation = load_training(recipe.data)
-    _check(recipe, training)
+    with exclusive(out / LOCK, "mpdsgr train"):
+        if (out / STATE).exists():
+            if not resume:
+                raise InputError(
+                    f"{out} already holds a training run; continue it with --resume or choose another --out"
+                )
+            before = parse(Recipe, read_json(out / RECIPE, otherwise="start again in another --out"), str(out / RECIPE))
+            refuse_changes(resolved(before), recipe.portable(), out)
+        write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
+        training, validation = load_training(recipe.data)
+        _check(recipe, training)
+        _launch(recipe, training, validation, out, init, profile)
+
+
+def _launch(recipe: Recipe, training: Images, validation: Images, out: Path, init: Path | None, profile: bool) -> None:
+    """Run `_run` in every process of the run."""
     config = recipe.training
     try:
         fabric = Fabric(
@@ -109,20 +121,6 @@ def _check(recipe: Recipe, training: Images) -> None:
         raise InputError(f"training.batch_size is {batch_size}, but there are only {len(training)} training images")
 
 
-def _refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
-    """Only what training depends on has to stay; `attack` and `validation` come later, `recompute` changes no bit."""
-    ignored: Any = {"attack": True, "validation": True, "training": {"recompute"}}
-    old, new = (recipe.model_dump(exclude=ignored) for recipe in (before, now))
-    changed = [
-        f"{section}.{key}"
-        for section in new
-        for key in sorted({*old[section], *new[section]})
-        if old[section].get(key) != new[section].get(key)
-    ]
-    if changed:
-        raise InputError(f"{out} was trained with other values of {', '.join(changed)}; resume with the same recipe")
-
-
 def _run(
     fabric: Fabric,
     recipe: Recipe,
@@ -139,7 +137,8 @@ def _run(
     elif verbose:
         show_progress()  # a spawned process starts without the caller's logging
     learner = _learner(fabric, recipe, training)
-    history, started_from = begin(learner, training, out, init)
+    data = data_identity(training, validation)
+    history, started_from = begin(learner, training, out, init, data)
     if profile and fabric.is_global_zero:
         learner = learner._replace(profile=Profile(learner.model, out / "profile"))
     train_data, validation_data = to_device(training, fabric.device), to_device(validation, fabric.device)
@@ -184,7 +183,7 @@ def _run(
                 provenance=provenance(),
                 init=started_from,
             )
-            save(learner, checkpoint, out)
+            save(learner, checkpoint, data, out)
         fabric.barrier()
     if learner.profile is not None:
         learner.profile.close()

@@ -16,6 +16,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.training.epoch import Learner
+from mpdsgr_deploy.training.identity import refuse_other_data
 
 STATE = "state.pt"
 
@@ -29,15 +30,17 @@ class Past(NamedTuple):
     init: dict[str, Any] | None = None
 
 
-def begin(learner: Learner, training: Images, out: Path, init: Path | None) -> Past:
+def begin(learner: Learner, training: Images, out: Path, init: Path | None, data: dict[str, Any]) -> Past:
     """Fill the learner from the run's state, if `out` holds one, else from checkpoint `init`, if there is one.
 
-    After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to.
-    Raises InputError for a damaged state, a checkpoint of another network, or another `init` than the run started from.
+    After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to. data: the
+    `identity.data_identity` of the run's images.
+    Raises InputError for a damaged state, a checkpoint of another network, and for other images or another `init` than
+    the run started from.
     """
     if not (out / STATE).exists():
         return Past([], None if init is None else load_init(learner, training, init))
-    past = _restore(learner, out / STATE)
+    past = _restore(learner, out / STATE, data)
     if init is not None:
         sha256 = load_checkpoint(find_checkpoint(init)).weights_sha256
         if past.init is None or past.init["weights_sha256"] != sha256:
@@ -45,14 +48,17 @@ def begin(learner: Learner, training: Images, out: Path, init: Path | None) -> P
     return past
 
 
-def _restore(learner: Learner, path: Path) -> Past:
+def _restore(learner: Learner, path: Path, data: dict[str, Any]) -> Past:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_other_data(state.get("data"), data, path.parent)
         learner.model.load_state_dict(state["model"])
         learner.optimizer.load_state_dict(state["optimizer"])
         if learner.average is not None:
             learner.average.load_state_dict(state["average"])
         return Past(state["history"], state.get("init"))
+    except InputError:
+        raise
     except Exception as error:  # torch raises many types for a damaged file
         raise InputError(f"{path} is damaged ({type(error).__name__}); start again in another --out") from error
 
@@ -94,7 +100,7 @@ def described(checkpoint: Checkpoint) -> str:
     return f"{model.name!r} of width {model.width:g} ({checkpoint.recipe.method})"
 
 
-def save(learner: Learner, checkpoint: Checkpoint, out: Path) -> None:
+def save(learner: Learner, checkpoint: Checkpoint, data: dict[str, Any], out: Path) -> None:
     """Checkpoints first, state last: whatever of this epoch was not written when a run dies, a resumed run repeats."""
     weights = learner.judged.state_dict()
     T = checkpoint.recipe.encoding.T  # at another T it is another network, whose scores say nothing about this one
@@ -108,6 +114,7 @@ def save(learner: Learner, checkpoint: Checkpoint, out: Path) -> None:
         "optimizer": learner.optimizer.state_dict(),
         "history": checkpoint.history,
         "init": checkpoint.init,
+        "data": data,
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)

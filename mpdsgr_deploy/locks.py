@@ -1,0 +1,76 @@
+"""Locks between processes, by files, on POSIX systems and Windows."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from mpdsgr_deploy.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
+LOCK = ".lock"  # a directory's lock file
+
+
+def lock(file: IO[Any], *, wait: bool = False) -> bool:
+    """Take the exclusive lock of an open file, which closing it gives back; False: another process has it.
+
+    wait: until it is free. On a file system without locks it is as if nobody else had it.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            # one byte far behind the content, since Windows keeps others from reading what is locked
+            position = file.tell()
+            file.seek(2**31 - 2)
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+            finally:
+                file.seek(position)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold lock file `path` for the length of the block; the file is gone after it.
+
+    Raises InputError, in which `holder` says who has it, unless `wait`.
+    """
+    while True:
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+        if not lock(file, wait=wait):
+            file.close()
+            raise InputError(f"{path.parent} is being written by another {holder}; wait for it or choose another --out")
+        if _is_at(file, path):
+            break
+        file.close()  # its holder removed it just now: that lock is nobody's
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if fcntl is not None:  # while it is locked, so that it is never another process's; Windows forbids that
+                path.unlink()
+        file.close()
+        if fcntl is None:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
