@@ -67,9 +67,10 @@ def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any], out: P
     if before is None or not different:
         return
     what = different[0]
-    was, value = before.get(what), now[what]
+    was: Any = before.get(what)
+    value: Any = now[what]
     if what == "labels":
-        gone, new = sorted({*was} - {*value}), sorted({*value} - {*was})
+        gone, new = sorted(set(was) - set(value)), sorted(set(value) - set(was))
         changes = [f"{word} {', '.join(names[:5])}" for word, names in (("without", gone), ("with", new)) if names]
         detail = f"its classes are now {' and '.join(changes) or 'in another order'}"
     elif what.startswith("sha256"):
