@@ -1,8 +1,6 @@
-"""Tables of exported networks, the script that reproduces them a few minutes at a time, and how rows are compared."""
+"""Tables of exported networks, measured a few minutes at a time, and how rows are compared."""
 
-import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,22 +8,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import mpdsgr
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.experiments import compare, deployed_page, eta_page, table_page
+from mpdsgr_deploy.experiments.records import (
+    Attacked,
+    Measured,
+    PackedVerdicts,
+    Record,
+    load_measured,
+    outdated,
+    records_of,
+)
+from mpdsgr_deploy.experiments.table import ExportSpec, TableSpec, load_table
 from mpdsgr_deploy.networks import load_network
-from mpdsgr_deploy.validation.rows import Score
 
-TRAIN = Path(__file__).parent.parent / "train"
-sys.path.insert(0, str(TRAIN))
-
-import deployed_page  # noqa: E402
-import eta_page  # noqa: E402
-import measured  # noqa: E402
-import page  # noqa: E402
-import reproduce  # noqa: E402
-import result  # noqa: E402
-import table  # noqa: E402
+RESULTS = Path(__file__).parent.parent / "train" / "results"
 
 SMALL = """
 title = "Exported networks of the tests"
@@ -35,6 +34,7 @@ set = ["model.width=0.25", "encoding.T=2", "training.epochs=3", "attack.strong_s
 [artefact]
 tier = "commit"
 precisions = ["fp32", "int8"]
+membranes = "mpd-sgr"
 
 [[rows]]
 recipe = "digits-reg"
@@ -45,10 +45,9 @@ recipe = "digits-mpdsgr"
 
 
 def run(folder: Path, minutes: float) -> subprocess.CompletedProcess[str]:
-    """The script as a person starts it, for so long."""
-    places = ["--runs", folder / "runs", "--results", folder / "results", "--out", folder / "home"]
-    command = [sys.executable, TRAIN / "gpu" / "run.py", folder / "small.toml", "--minutes", minutes, *places]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, check=False)
+    """The command as a person starts it, for so long."""
+    places = ["--runs", folder / "runs", "--out", folder / "results", "--pack", folder / "home"]
+    return mpdsgr("table", folder / "small.toml", "--minutes", minutes, *places)
 
 
 @pytest.fixture(scope="module")
@@ -59,55 +58,50 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = run(folder, 0.02)
     assert first.returncode == 0, first.stderr
     assert "the same command continues" in first.stderr
-    assert not list((folder / "results").rglob("*.json"))
+    assert not list((folder / "results").rglob("*.jsonl"))
     second = run(folder, 4)
     assert second.returncode == 0, second.stderr
     return folder
 
 
-def load(home: Path) -> tuple[table.Table, measured.Measured]:
-    found = table.load_table(str(home / "small.toml"))[1]
-    return found, measured.load_results(found, home / "results" / "small")
+def load(home: Path) -> tuple[TableSpec, Measured]:
+    spec = load_table(str(home / "small.toml"))[1]
+    return spec, load_measured(spec, home / "results" / "small")
 
 
 def test_every_precision_of_every_row_was_attacked(home: Path) -> None:
-    found, rows = load(home)
+    _, rows = load(home)
     assert list(rows) == ["digits-reg", "digits-mpdsgr"]
-    for ((got,),) in zip(rows.values(), strict=True):
-        assert [(p, r.precision, r.tier) for p, r in got.artefacts.items()] == [
-            (p, p, "commit") for p in ("fp32", "int8")
+    for ((record,),) in zip(rows.values(), strict=True):
+        assert [(p, artefact.tier) for p, artefact in record.artefacts.items()] == [
+            ("fp32", "commit"),
+            ("int8", "commit"),
         ]
-        hashes = {report.artefact_sha256 for report in got.artefacts.values()}
-        assert len(hashes) == 2
-        for report in got.artefacts.values():
-            assert {"clean", "pgd", "pgd-strong", "strong adaptive", "square", "worst"} <= {r.name for r in report.rows}
-            assert all(row.n == 100 for row in report.rows)
-            assert report.health
-            assert report.curves
-        fp32 = got.artefacts["fp32"]
-        assert [(r.name, r.score) for r in got.evaluation.rows] == [(r.name, r.artefact) for r in fp32.rows]
-        for membrane in got.membranes:
-            assert sum(membrane.share) == pytest.approx(1, abs=1e-3)
+        assert len({artefact.artefact_sha256 for artefact in record.artefacts.values()}) == 2
+        for artefact in record.artefacts.values():
+            assert {"clean", "pgd", "pgd-strong", "strong adaptive", "square", "worst"} <= artefact.conditions.keys()
+            assert artefact.n == 100
+            assert artefact.health
+            assert artefact.curves
+        assert record.attacked is record.artefacts["fp32"]
+        assert record.torch is None
+        first = record.membranes[0]
         inside = [
             share
-            for place, share in enumerate(got.membranes[0].share)
-            if abs(got.membranes[0].start + (place + 0.5) * got.membranes[0].width) < got.membranes[0].half_width
+            for place, share in enumerate(first.share)
+            if abs(first.start + (place + 0.5) * first.width) < first.half_width
         ]
-        assert sum(inside) == pytest.approx(got.layers[0]["in_window"], abs=0.1)  # there: of other images
-    assert found.artefact is not None
+        assert sum(inside) == pytest.approx(record.layers[0]["in_window"], abs=0.1)  # there: of other images
 
 
 def test_the_page_shows_what_the_exported_networks_did(home: Path) -> None:
     _, rows = load(home)
-    text = (home / "results" / "small" / page.PAGE).read_text()
-    (got,) = rows["digits-mpdsgr"]
-    before, after = (got.artefacts[p].row("clean") for p in ("fp32", "int8"))
-    assert before is not None
-    assert after is not None
-    old, new = (row.artefact.verdicts(100) for row in (before, after))
+    text = (home / "results" / "small" / table_page.PAGE).read_text()
+    (record,) = rows["digits-mpdsgr"]
+    old, new = (record.artefacts[p].verdicts("clean") for p in ("fp32", "int8"))
     flips = f"{(old & ~new).sum()} / {(~old & new).sum()}"
     (line,) = (line for line in text.splitlines() if line.startswith("| digits-mpdsgr | int8 |"))
-    assert line.split(" | ")[2] == f"{100 * after.artefact.accuracy:.1f}"
+    assert line.split(" | ")[2] == f"{100 * new.mean():.1f}"
     assert line.split(" | ")[5] == flips
     assert {p.name for p in (home / "results" / "small").glob("*.png")} == {"plot.png", "growth.png", "membranes.png"}
 
@@ -129,40 +123,42 @@ def test_what_is_brought_home_is_all_there_is(home: Path) -> None:
             assert torch.equal(small[name], value.half().to(value.dtype))
 
 
-def test_results_of_another_evaluation_are_measured_again(home: Path) -> None:
-    found, _ = load(home)
-    path = result.result_path(home / "results" / "small", "digits-reg", 0)
-    assert result.read_result(path, found).artefacts
-    more = found.model_copy(update={"artefact": table.Artefact(tier="release", precisions=("fp32", "int8"))})
-    for changed in (more, found.model_copy(update={"artefact": None})):
-        with pytest.raises(InputError, match="does not have the exported networks"):
-            result.read_result(path, changed)
-    assert json.loads(path.read_text())["artefacts"]
+def test_records_of_another_evaluation_are_outdated(home: Path) -> None:
+    spec, _ = load(home)
+    record = records_of(home / "results" / "small")["digits-reg", 0]
+    assert outdated(record, spec) is None
+    more = spec.model_copy(update={"artefact": ExportSpec(tier="release", precisions=("fp32", "int8"))})
+    for changed in (more, spec.model_copy(update={"artefact": None})):
+        assert "does not have the exported networks" in str(outdated(record, changed))
 
 
 def test_a_row_whose_evaluation_ended_early_is_named_and_not_compared(home: Path) -> None:
-    found, rows = load(home)
-    (got,) = rows["digits-mpdsgr"]
-    cut = {p: r.model_copy(update={"stopped": "check 1 failed", "curves": []}) for p, r in got.artefacts.items()}
-    rows["digits-mpdsgr"] = [got.model_copy(update={"artefacts": cut})]
-    text = deployed_page.order(found, rows)
+    spec, rows = load(home)
+    (record,) = rows["digits-mpdsgr"]
+    cut = {p: a.model_copy(update={"stopped": "check 1 failed", "curves": {}}) for p, a in record.artefacts.items()}
+    rows["digits-mpdsgr"] = [record.model_copy(update={"artefacts": cut})]
+    text = deployed_page.order(spec, rows)
     assert "Ended early, so not compared: digits-mpdsgr." in text
     assert "| digits-mpdsgr |" not in text + deployed_page.precisions(rows)
-    assert page.pictures(found, rows).keys() == {"plot.png", "growth.png", "membranes.png"}
+    assert table_page.pictures(spec, rows).keys() == {"plot.png", "growth.png", "membranes.png"}
     rows["digits-reg"] = [rows["digits-reg"][0].model_copy(update={"artefacts": cut})]
-    assert page.pictures(found, rows).keys() == {"plot.png", "membranes.png"}
-    assert deployed_page.GROWTH not in page.render("small", found, rows)
+    assert table_page.pictures(spec, rows).keys() == {"plot.png", "membranes.png"}
+    assert deployed_page.GROWTH not in table_page.render("small", spec, rows)
 
 
-def fake(row: str, defence: list[str], verdicts: list[list[int]]) -> list[result.Result]:
-    """Results of one condition, a list of verdicts a seed: as much of them as a comparison reads."""
+def fake(row: str, defence: list[str], verdicts: list[list[int]]) -> list[Record]:
+    """Records of one condition, a list of verdicts a seed: as much of them as a comparison reads."""
     return [
         SimpleNamespace(  # type: ignore[misc]
             row=row,
             seed=seed,
             recipe=SimpleNamespace(defence=dict.fromkeys(defence)),
-            evaluation=SimpleNamespace(
-                rows=[SimpleNamespace(name="pgd", n=len(own), score=Score.of(np.array(own, bool)))]
+            attacked=Attacked(
+                images="",
+                seed=0,
+                n=len(own),
+                conditions={"pgd": PackedVerdicts.of("", np.array(own, bool))},
+                provenance={},
             ),
         )
         for seed, own in enumerate(verdicts)
@@ -171,35 +167,35 @@ def fake(row: str, defence: list[str], verdicts: list[list[int]]) -> list[result
 
 def test_rows_are_compared_on_the_same_images_and_seeds() -> None:
     ours, theirs = fake("a", [], [[1, 1, 1, 0], [1, 1, 0, 0]]), fake("b", [], [[1, 0, 1, 0], [0, 0, 0, 1]])
-    found = measured.difference(ours, theirs, "pgd")
+    found = compare.difference(ours, theirs, "pgd")
     gained = np.array([0.5, 1.0, 0.0, -0.5]) * 100  # of each image, mean over the seeds
     assert found.mean == pytest.approx(gained.mean()) == 25
     assert found.seeds == pytest.approx([25, 25])
     half = 1.96 * gained.std(ddof=1) / 2
     assert found.interval == pytest.approx((25 - half, 25 + half), abs=0.01)
-    only_one = measured.difference(ours, theirs[1:], "pgd")  # another seed says nothing of this one
+    only_one = compare.difference(ours, theirs[1:], "pgd")  # another seed says nothing of this one
     assert only_one.seeds == pytest.approx([25])
-    same = measured.difference(ours, ours, "pgd")
+    same = compare.difference(ours, ours, "pgd")
     assert (same.mean, same.interval) == (0, (0, 0))
     nothing = fake("c", [], [[0, 0, 0, 0]])
-    assert str(measured.difference(nothing, nothing, "pgd")) == "none right"
+    assert str(compare.difference(nothing, nothing, "pgd")) == "none right"
 
 
 def test_the_baseline_is_the_row_without_the_defence() -> None:
     names = {"reg": [], "sr": ["sr"], "at": ["at"], "at-sr": ["at", "sr"]}
     rows = {name: fake(name, defence, [[1]]) for name, defence in names.items()}
-    assert measured.baseline(rows, rows["sr"]) is rows["reg"]
-    assert measured.baseline(rows, rows["at-sr"]) is rows["at"]
-    assert measured.baseline(rows, rows["reg"]) is None
-    assert measured.baseline(rows, rows["at"]) is None
+    assert compare.baseline(rows, rows["sr"]) is rows["reg"]
+    assert compare.baseline(rows, rows["at-sr"]) is rows["at"]
+    assert compare.baseline(rows, rows["reg"]) is None
+    assert compare.baseline(rows, rows["at"]) is None
     del rows["at"]
-    assert measured.baseline(rows, rows["at-sr"]) is None
+    assert compare.baseline(rows, rows["at-sr"]) is None
 
 
 def test_the_largest_eta_within_the_budget_is_chosen() -> None:
-    def row(accuracy: float, **settings: object) -> list[result.Result]:
+    def row(accuracy: float, **settings: object) -> list[Record]:
         recipe = SimpleNamespace(defence={"mpd-sgr": settings} if settings else {})
-        return [SimpleNamespace(recipe=recipe, curve=[{"validation_accuracy": accuracy}])]  # type: ignore[list-item]
+        return [SimpleNamespace(recipe=recipe, curve={"validation_accuracy": [accuracy]})]  # type: ignore[list-item]
 
     rows = {
         "reg": row(0.500),
@@ -215,12 +211,12 @@ def test_the_largest_eta_within_the_budget_is_chosen() -> None:
 
 
 def test_the_small_table_takes_the_eta_that_its_sweep_chose() -> None:
-    sweep = table.load_table("cifar10-cpu-eta")[1]
+    sweep = load_table("cifar10-cpu-eta")[1]
     assert sweep.eta_budget is not None
-    rows = measured.load_results(sweep, reproduce.RESULTS / "cifar10-cpu-eta")
+    rows = load_measured(sweep, RESULTS / "cifar10-cpu-eta")
     etas = eta_page.chosen(rows, sweep.eta_budget)
     assert etas.keys() == {"theorem", "empirical"}
-    found = table.load_table("cifar10-cpu")[1]
+    found = load_table("cifar10-cpu")[1]
     settings = [found.recipe(row, 0).defence.get("mpd-sgr") for row in found.rows]
     assert [s["eta"] for s in settings if s] == [etas[s["estimator"]] for s in settings if s]
     assert sum(s is not None for s in settings) == 4

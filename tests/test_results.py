@@ -1,46 +1,40 @@
-"""Tables, the script that reproduces them, and the committed results: a page shows what was measured, nothing else."""
+"""Tables, the command that measures them, and the committed results: a page shows what was measured, nothing else."""
 
 import json
 import re
-import subprocess
-import sys
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from conftest import mpdsgr
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.cli.table import command
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.experiments import flip_records, flips, flips_page, page_parts, table_page
+from mpdsgr_deploy.experiments.records import Record, load_measured, outdated, records_of
+from mpdsgr_deploy.experiments.sensitivity import sensitivity
+from mpdsgr_deploy.experiments.store import RECORDS, put_record, read_records
+from mpdsgr_deploy.experiments.table import built_in_tables, load_table
 from mpdsgr_deploy.exporting import precision
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
-from mpdsgr_deploy.validation.statistics import mcnemar, wilson
+from mpdsgr_deploy.validation.statistics import wilson
 
-TRAIN = Path(__file__).parent.parent / "train"
-sys.path.insert(0, str(TRAIN))
-
-import flips  # noqa: E402
-import flips_page  # noqa: E402
-import page  # noqa: E402
-import reproduce  # noqa: E402
-import result  # noqa: E402
-import sensitivity  # noqa: E402
-import table  # noqa: E402
-
-TABLES = sorted(path.stem for path in table.TABLES.glob("*.toml"))
-MEASURED = sorted(
-    path.name
-    for path in reproduce.RESULTS.iterdir()
-    if path.is_dir() and path != flips_page.RESULTS and not path.name.startswith("study-")
-)
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "train" / "results"
+TABLES = list(built_in_tables())
+MEASURED = [name for name in TABLES if (RESULTS / name / RECORDS).exists()]
 
 IMAGES = {  # shape and number of classes
     "digits": ((1, 8, 8), 10),
@@ -62,146 +56,185 @@ recipe = "digits-mpdsgr"
 name = "empirical"
 set = ["defence.mpd-sgr.estimator=empirical"]
 """
+TOO_LARGE = 'recipe = "digits-reg"\nname = "too-large"\nset = ["training.batch_size=5000"]'
 
 
-def arguments(file: Path, *options: object) -> list[str]:
-    """For the script, on a table file; everything it writes lies beside that file."""
-    return [str(a) for a in (file, *options, "--runs", file.parent / "runs", "--out", file.parent / "results")]
+def table(file: Path, *options: object) -> Result:
+    """The command in this process, on a table file; everything it writes lies beside that file."""
+    places = ("--runs", file.parent / "runs", "--out", file.parent / "results")
+    return CliRunner().invoke(command, [str(a) for a in (file, *options, *places)])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small table, measured by the command."""
+    file = tmp_path_factory.mktemp("measured") / "small.toml"
+    file.write_text(SMALL)
+    done = table(file)
+    assert done.exit_code == 0, done.output
+    return file
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(reproduce, "show_progress", lambda: None)  # pytest has the log
+def small(tmp_path: Path) -> Path:
     (tmp_path / "small.toml").write_text(SMALL)
     return tmp_path / "small.toml"
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_rows_of_a_table_exist_and_are_what_they_say(name: str) -> None:
-    found = table.load_table(name)[1]
-    for row in found.rows:
-        recipe = load_recipe(find_recipe(row.recipe), found.overrides(row))
+    spec = load_table(name)[1]
+    for row in spec.rows:
+        recipe = load_recipe(find_recipe(row.recipe), spec.overrides(row))
         assert recipe.defence.keys() == load_recipe(find_recipe(row.recipe)).defence.keys()  # none added, none lost
-        resolved = found.recipe(row, seed=7)
+        resolved = spec.recipe(row, seed=7)
         assert resolved.training.seed == 7
         with torch.device("meta"):
             model, defences = build_defended(resolved, *IMAGES[resolved.data.name])
         assert len(model.layers()) > 0
         assert len(defences) == len(resolved.defence)
-    defended = [tuple(sorted(load_recipe(find_recipe(row.recipe)).defence)) for row in found.rows]
+    defended = [tuple(sorted(load_recipe(find_recipe(row.recipe)).defence)) for row in spec.rows]
     if name in ("digits", "cifar10-small"):
         vanilla = [(), ("rat",), ("sr",), ("stog",), ("dlif",), ("feel",), ("mpd-sgr",)]
         assert defended == [*vanilla, *(tuple(sorted(("at", *names))) for names in vanilla)]
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_a_committed_page_is_what_its_files_give(name: str) -> None:
-    found = table.load_table(name)[1]
-    folder = reproduce.RESULTS / name
-    measured = page.load_results(found, folder)
-    assert sum(map(len, measured.values())) == len(list(folder.glob("*.json"))) > 0  # no file is left out
-    assert (folder / page.PAGE).read_text() == page.render(name, found, measured)
-    readme = (TRAIN / "README.md").read_text()
-    assert page.quote(name, measured, readme) == readme
-    pictures = page.pictures(found, measured)
-    assert pictures == page.pictures(found, measured)
+def test_a_committed_page_is_what_its_records_give(name: str) -> None:
+    spec = load_table(name)[1]
+    folder = RESULTS / name
+    rows = load_measured(spec, folder)
+    kept = [record for records in rows.values() for record in records]
+    assert len(kept) == len(records_of(folder)) > 0  # none is left out
+    assert (folder / table_page.PAGE).read_text() == table_page.render(name, spec, rows)
+    readme = (ROOT / "train" / "README.md").read_text()
+    assert table_page.quote(name, rows, readme) == readme
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    assert pictures == sorted(table_page.pictures(spec, rows))
     for picture in pictures:
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
-        assert f"]({picture})" in (folder / page.PAGE).read_text()
-    for results in measured.values():
-        for got in results:
-            assert result.result_path(folder, got.row, got.seed).exists()
-            assert got.table == name
-            assert got.recipe.data.root == "data"
-            for origin in (got.provenance, got.evaluation.provenance):
-                assert origin["hardware"]["cpu"]
-                assert origin["packages"]["torch"]
-            assert all(row.n == got.evaluation.rows[0].n > 0 for row in got.evaluation.rows)
-            assert got.seconds == pytest.approx(sum(entry["seconds"] for entry in got.curve), abs=0.06)
+        assert f"]({picture})" in (folder / table_page.PAGE).read_text()
+    for record in kept:
+        assert record.table == name
+        assert record.recipe.data.root == "data"
+        assert record.checkpoint == "last"
+        for origin in (record.provenance, record.attacked.provenance):
+            assert origin["hardware"]["cpu"]
+            assert origin["packages"]["torch"]
+        assert record.seconds == pytest.approx(sum(record.curve["seconds"]), abs=0.06)
 
 
-def test_the_findings_of_the_small_tables_quote_their_pages() -> None:
-    pages = "".join((folder / page.PAGE).read_text() for folder in reproduce.RESULTS.iterdir() if folder.is_dir())
-    figures = re.findall(r"(?<![\w:.])\d+\.\d+(?![\w.])", (reproduce.RESULTS / "FINDINGS.md").read_text())
-    assert len(figures) > 40
+def test_results_stay_small() -> None:
+    files = [path for folder in ("train", "export") for path in (ROOT / folder / "results").rglob("*.*")]
+    assert len(files) < 70
+    assert sum(path.stat().st_size for path in files) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "pages", "least"),
+    [("FINDINGS.md", "*/README.md", 40), ("cifar10-cpu/FINDINGS.md", "cifar10-cpu/README.md", 30)],
+)
+def test_findings_quote_their_pages(text: str, pages: str, least: int) -> None:
+    shown = "".join(page.read_text() for page in RESULTS.glob(pages))
+    figures = re.findall(r"(?<![\w:.])\d+\.\d+(?![\w.])", (RESULTS / text).read_text())
+    assert len(figures) > least
     settings = {"0.1", "0.5", "0.35"}  # of eta and of the target, which the pages write into names
-    assert [figure for figure in figures if figure not in pages and figure not in settings] == []
+    assert [figure for figure in figures if figure not in shown and figure not in settings] == []
 
 
-def test_the_findings_of_exported_networks_quote_their_page() -> None:
-    folder = reproduce.RESULTS / "cifar10-cpu"
-    shown = (folder / page.PAGE).read_text()
-    figures = re.findall(r"(?<![\w:.])[-+]?\d+\.\d+(?![\w.])", (folder / "FINDINGS.md").read_text())
-    assert len(figures) > 30
-    assert [figure for figure in figures if figure not in shown] == []
-
-
-def test_the_findings_quote_the_paired_verdicts() -> None:
-    measured = page.load_results(table.load_table("cifar10-quarter")[1], reproduce.RESULTS / "cifar10-quarter")
-
-    def verdicts(row: str) -> np.ndarray:
-        (got,) = measured[f"cifar10-vgg11-quarter-{row}"]
-        (fgsm,) = (r for r in got.evaluation.rows if r.name == "fgsm")
-        return fgsm.score.verdicts(fgsm.n)
-
-    reg, theorem = verdicts("reg"), verdicts("mpdsgr-theorem")
-    worse, better = int((reg & ~theorem).sum()), int((~reg & theorem).sum())
-    text = " ".join((reproduce.RESULTS / "cifar10-quarter" / "FINDINGS.md").read_text().split())
-    assert f"theorem breaks {worse} images that REG survives and survives {better} that REG loses" in text
-    assert f"(p = {mcnemar(worse, better):.3f})" in text
-
-
-def test_reproduce_measures_resumes_and_renders(small: Path, caplog: pytest.LogCaptureFixture) -> None:
-    command = [sys.executable, str(TRAIN / "reproduce.py"), *arguments(small, "--jobs", 2)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "4 of 4" in done.stderr
-    folder = small.parent / "results" / "small"
-    files = sorted(folder.glob("*.json"))
-    assert [f.stem for f in files] == [f"{row}-seed{seed}" for row in ("digits-reg", "empirical") for seed in (0, 1)]
-    written = {f: f.read_bytes() for f in files}
-    got = json.loads(written[folder / "empirical-seed1.json"])
-    settings = got["recipe"]["defence"]["mpd-sgr"]
-    assert (settings["estimator"], settings["eta"], got["recipe"]["training"]["seed"]) == ("empirical", 0.25, 1)
-    assert {row["n"] for row in got["evaluation"]["rows"]} == {40}
-
-    # the page's figures are the means of the files'
-    clean = []
-    for seed in (0, 1):
-        rows = json.loads(written[folder / f"digits-reg-seed{seed}.json"])["evaluation"]["rows"]
-        clean += [row["score"]["accuracy"] for row in rows if row["name"] == "clean"]
+def test_a_table_is_measured_and_its_page_has_the_means_of_the_records(measured: Path) -> None:
+    folder = measured.parent / "results" / "small"
+    records = records_of(folder)
+    assert list(records) == [(row, seed) for row in ("digits-reg", "empirical") for seed in (0, 1)]
+    record = records["empirical", 1]
+    settings = record.recipe.defence["mpd-sgr"]
+    assert (settings["estimator"], settings["eta"], record.recipe.training.seed) == ("empirical", 0.25, 1)
+    assert (record.attacked.n, record.checkpoint, record.suite) == (40, "last", page_parts.SUITE_VERSION)
+    clean = [records["digits-reg", seed].attacked.accuracy("clean") for seed in (0, 1)]
     mean, deviation = sum(clean) / 2, abs(clean[0] - clean[1]) / 2**0.5
     low, high = wilson(40 * mean, 40)
     expected = f"{100 * mean:.1f} ± {100 * deviation:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    assert f"| digits-reg | REG | 0, 1 | 40 | {expected} |" in (folder / page.PAGE).read_text()
+    assert f"| digits-reg | REG | 0, 1 | 40 | {expected} |" in (folder / table_page.PAGE).read_text()
 
-    # another attack: measured again, not trained again; what is still right is kept
-    small.write_text(SMALL.replace('["defence.mpd-sgr.est', '["attack.eps=0.05", "defence.mpd-sgr.est'))
-    assert CliRunner().invoke(reproduce.main, arguments(small)).exit_code == 0
-    assert "empirical-seed0.json was measured with another recipe (other values in attack)" in caplog.text
-    assert len(list((small.parent / "runs" / "small").iterdir())) == 4
-    for file, before in written.items():
-        assert (file.read_bytes() == before) == file.name.startswith("digits-reg")
-    assert "eps 0.05" in (folder / "empirical-seed0.json").read_text()
 
-    # a row whose results are of another recipe is not shown
-    small.write_text(SMALL.replace("limit = 40", "limit = 30"))
-    assert CliRunner().invoke(reproduce.main, arguments(small, "--render-only")).exit_code == 0
-    text = (folder / page.PAGE).read_text()
+def test_only_what_changed_is_measured_again(measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(measured.parent, tmp_path, dirs_exist_ok=True)
+    file, folder = tmp_path / "small.toml", tmp_path / "results" / "small"
+    before = (folder / RECORDS).read_text().splitlines()
+    file.write_text(SMALL.replace('["defence.mpd-sgr.est', '["attack.eps=0.05", "defence.mpd-sgr.est'))
+    assert table(file, "--seeds", "0").exit_code == 0
+    assert "empirical, seed 0, was measured with another recipe (other values in attack)" in caplog.text
+    assert len(list((tmp_path / "runs" / "small").iterdir())) == 4  # attacked again, not trained again
+    after = (folder / RECORDS).read_text().splitlines()
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False, True]
+    assert "eps 0.05" in after[2]
+
+    file.write_text(SMALL.replace("limit = 40", "limit = 30"))  # every record is of another recipe
+    assert table(file, "--render-only").exit_code == 0
+    text = (folder / table_page.PAGE).read_text()
     assert "Not measured: digits-reg, empirical." in text
     assert "±" not in text
+
+
+def test_processes_that_write_at_once_lose_nothing(measured: Path, tmp_path: Path) -> None:
+    record = next(iter(records_of(measured.parent / "results" / "small").values()))
+    many = [record.model_copy(update={"seed": seed}) for seed in [*range(20), *range(10)]]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda own: put_record(tmp_path / RECORDS, own, ("row", "seed")), many))
+    assert [own.seed for own in read_records(tmp_path / RECORDS, Record, 2)] == list(range(20))
+    assert [path.name for path in tmp_path.iterdir()] == [RECORDS]
+    text = (tmp_path / RECORDS).read_text()
+    for broken, expected in (
+        (text[:-20], r"line 20 is damaged; remove the line"),
+        ("{}\n" + text, "line 1 is damaged"),
+        (text.replace('"schema_version":2', '"schema_version":3', 1), "line 1 has schema version 3"),
+    ):
+        (tmp_path / RECORDS).write_text(broken)
+        with pytest.raises(InputError, match=expected):
+            read_records(tmp_path / RECORDS, Record, 2)
+
+
+def test_numbers_are_rounded_where_they_were_measured_and_nowhere_else(measured: Path) -> None:
+    record = next(iter(records_of(measured.parent / "results" / "small").values()))
+    exact = record.model_copy(update={"curve": {"loss": [1 / 3]}, "layers": [{"omega_empirical": 2 / 3}]})
+    values = json.loads(exact.model_dump_json())
+    assert (values["curve"], values["layers"]) == ({"loss": [0.333333]}, [{"omega_empirical": 0.666667}])
+    eps = record.recipe.model_copy(update={"attack": record.recipe.attack.model_copy(update={"eps": 8 / 255})})
+    again = Record.model_validate_json(record.model_copy(update={"recipe": eps}).model_dump_json())
+    assert again.recipe.attack.eps == 8 / 255
+
+
+def test_a_page_says_which_suite_attacked(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_table(str(measured))[1]
+    rows = load_measured(spec, measured.parent / "results" / "small")
+    now = page_parts.SUITE_VERSION
+    assert f"Attacks: measured with suite {now}." in table_page.render("small", spec, rows)
+    monkeypatch.setattr(page_parts, "SUITE_VERSION", now + 1)
+    text = table_page.render("small", spec, rows)
+    assert f"measured with suite {now}, an upper bound: suite {now + 1} attacks more strongly." in text
+    rows["empirical"] = [record.model_copy(update={"suite": now + 1}) for record in rows["empirical"]]
+    text = table_page.render("small", spec, rows)
+    assert f"measured with suite {now} and {now + 1}; an upper bound for digits-reg (seed 0, suite {now})" in text
+
+
+def test_a_defence_of_the_users_own_is_shown_without_editing_anything(measured: Path) -> None:
+    spec = load_table(str(measured))[1]
+    rows = load_measured(spec, measured.parent / "results" / "small")
+    own = rows["empirical"][0].recipe.model_copy(update={"defence": {"my-defence": {}}})
+    rows["empirical"] = [record.model_copy(update={"recipe": own}) for record in rows["empirical"]]
+    assert "| empirical | MY-DEFENCE | 0, 1 |" in table_page.render("small", spec, rows)
+    assert table_page.pictures(spec, rows)["plot.png"][:4] == b"\x89PNG"
 
 
 def test_mistakes_are_one_line(small: Path) -> None:
     for options, expected in (
         ([small, "digits-rag"], "unknown row 'digits-rag'; allowed: digits-reg, empirical; did you mean 'digits-reg'?"),
         ([small, "--seeds", "0;1"], "--seeds '0;1'"),
-        (["cifar11"], f"unknown table 'cifar11'; allowed: {', '.join(TABLES)}"),
+        (["cifar11"], f"unknown table 'cifar11'; allowed: {', '.join(sorted(TABLES))}"),
     ):
-        done = CliRunner().invoke(reproduce.main, [str(option) for option in options])
-        assert done.exit_code == 2
-        assert expected in done.output
-        assert done.output.count("\n") == 1
+        with pytest.raises(InputError) as error:
+            CliRunner().invoke(command, [str(option) for option in options], catch_exceptions=False)
+        assert expected in str(error.value)
+        assert "\n" not in str(error.value)
     for broken, expected in (
         (SMALL.replace("defence.mpd-sgr.eta", "defence.rat.b"), "no row has the defence"),
         (SMALL + '[[rows]]\nrecipe = "digits-reg"\n', "digits-reg appear twice"),
@@ -212,27 +245,35 @@ def test_mistakes_are_one_line(small: Path) -> None:
     ):
         small.write_text(broken)
         with pytest.raises(InputError, match=expected):
-            table.load_table(str(small))
+            load_table(str(small))
 
 
-def test_one_failed_run_does_not_stop_the_others(small: Path) -> None:
-    large = 'recipe = "digits-reg"\nname = "too-large"\nset = ["training.batch_size=5000"]'
-    small.write_text(SMALL.replace('recipe = "digits-reg"', large))
-    done = CliRunner().invoke(reproduce.main, arguments(small, "--seeds", "0"))
-    assert done.exit_code == 2
-    assert "error: too-large, seed 0: training.batch_size is 5000" in done.output
-    text = (small.parent / "results" / "small" / page.PAGE).read_text()
+def test_one_failed_run_of_two_processes_does_not_stop_the_other(small: Path) -> None:
+    small.write_text(SMALL.replace('recipe = "digits-reg"', TOO_LARGE))
+    places = ("--runs", small.parent / "runs", "--out", small.parent / "results")
+    done = mpdsgr("table", small, "--seeds", "0", "--jobs", 2, *places)
+    assert done.returncode == 2
+    assert "error: too-large, seed 0: training.batch_size is 5000" in done.stderr
+    assert "2 of 2" in done.stderr
+    text = (small.parent / "results" / "small" / table_page.PAGE).read_text()
     assert "| empirical | MPD-SGR | 0 | 40 |" in text
     assert "Not measured: too-large." in text
 
 
 def test_a_run_that_another_keeps_from_being_measured_is_said(small: Path) -> None:
-    large = 'recipe = "digits-reg"\nname = "too-large"\nset = ["training.batch_size=5000"]'
     attacked = 'name = "empirical"\ntransfer = "too-large"'
-    small.write_text(SMALL.replace('recipe = "digits-reg"', large).replace('name = "empirical"', attacked))
-    done = CliRunner().invoke(reproduce.main, arguments(small, "empirical", "--seeds", "0"))
+    small.write_text(SMALL.replace('recipe = "digits-reg"', TOO_LARGE).replace('name = "empirical"', attacked))
+    done = table(small, "empirical", "--seeds", "0")
     assert done.exit_code == 2
     assert "error: empirical, seed 0: not measured, since too-large, seed 1 failed" in done.output
+
+
+def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:
+    spec = load_table(str(measured))[1]
+    record = records_of(measured.parent / "results" / "small")["empirical", 0]
+    assert outdated(record, spec) is None
+    assert "another recipe" in outdated(record.model_copy(update={"seed": 1}), spec)
+    assert "under the attacks" in outdated(record, spec.model_copy(update={"tier": "commit"}))
 
 
 def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:
@@ -242,7 +283,7 @@ def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:
     images = load_test(checkpoint.recipe.data)[:50]
     validation = checkpoint.recipe.validation
     whole, split = (
-        sensitivity.sensitivity(
+        sensitivity(
             model,
             images,
             checkpoint.recipe.model_copy(update={"validation": validation.model_copy(update={"batch_size": size})}),
@@ -262,30 +303,31 @@ def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:
     assert split["flipped_pgd"] == pytest.approx(whole["flipped_pgd"], rel=1e-2, abs=1e-4)
 
 
-def test_the_page_of_flips_is_what_its_files_give() -> None:
-    rows = flips_page.load(flips_page.RESULTS)
-    assert sum(map(len, rows.values())) == len(list(flips_page.RESULTS.glob("*.json"))) > 0
-    text = (flips_page.RESULTS / page.PAGE).read_text()
+def test_the_page_of_flips_is_what_its_records_give() -> None:
+    folder = RESULTS / flip_records.FOLDER
+    rows = flip_records.load(folder)
+    text = (folder / flips_page.PAGE).read_text()
     assert text == flips_page.render(rows)
-    assert (flips_page.RESULTS / page.PLOT).read_bytes()[:4] == b"\x89PNG"
-    figures = re.findall(r"(?<![\w:.])\d+\.\d+(?![\w.])", (flips_page.RESULTS / "FINDINGS.md").read_text())
+    assert (folder / flips_page.PLOT).read_bytes()[:4] == b"\x89PNG"
+    figures = re.findall(r"(?<![\w:.])\d+\.\d+(?![\w.])", (folder / "FINDINGS.md").read_text())
     assert len(figures) > 20
     assert [figure for figure in figures if figure not in text] == []
-    for found in flips_page.every(rows):
-        assert found.n >= 490
-        assert found.provenance["packages"]["onnxruntime"]
-        assert "dirty" not in found.provenance["revision"]
+    for record in flips_page.every(rows):
+        assert record.n >= 490
+        assert record.provenance["packages"]["onnxruntime"]
+        assert "dirty" not in record.provenance["revision"]
 
 
 def test_pairs_are_of_one_seed_and_ratios_of_it() -> None:
-    def result(row: str, seed: int, scale: float) -> flips_page.FlipResult:
-        layer = dict.fromkeys(flips_page.LayerFlips.model_fields, scale)
+    def network(row: str, seed: int, scale: float) -> flip_records.FlipRecord:
+        layer = dict.fromkeys(flip_records.LayerFlips.model_fields, scale)
         variant = {"labels_changed": round(10 * scale), "unflipped": 0, "logits_moved": scale, "layers": {"a": layer}}
         names = [f"{precision}, neurons {n}" for precision in flips_page.PRECISIONS for n in ("fp32", "fp16")]
-        return flips_page.FlipResult(
+        return flip_records.FlipRecord(
             table="t",
             row=row,
             seed=seed,
+            checkpoint="last",
             method=row,
             network="net",
             weights_sha256="",
@@ -296,8 +338,8 @@ def test_pairs_are_of_one_seed_and_ratios_of_it() -> None:
         )
 
     rows = {
-        ("t", "reg"): [result("reg", 0, 0.1), result("reg", 1, 0.8), result("reg", 7, 0.9)],
-        ("t", "mpdsgr"): [result("mpdsgr", 0, 0.2), result("mpdsgr", 1, 0.4)],
+        ("t", "reg"): [network("reg", 0, 0.1), network("reg", 1, 0.8), network("reg", 7, 0.9)],
+        ("t", "mpdsgr"): [network("mpdsgr", 0, 0.2), network("mpdsgr", 1, 0.4)],
     }
     text = flips_page.pairs(rows)
     ratio = "1.00 [0.50, 2.00]"  # 2 and 1/2
@@ -305,25 +347,18 @@ def test_pairs_are_of_one_seed_and_ratios_of_it() -> None:
     assert "reg, " not in text
 
 
-def test_the_script_measures_a_run_in_every_variant(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flips, "show_progress", lambda: None)  # pytest has the log
-    (tmp_path / "small").mkdir()
-    run = tmp_path / "small" / "reg-seed3-01234567"
-    run.symlink_to(run_dir)
-    arguments = [str(run), "--images", "20", "--out", str(tmp_path / "results")]
-    done = CliRunner().invoke(flips.main, arguments)
+def test_flips_are_counted_in_every_variant_of_a_trained_row(measured: Path) -> None:
+    done = table(measured, "digits-reg", "--seeds", "1", "--flips", "--images", "20")
     assert done.exit_code == 0, done.output
-    (result,) = flips_page.every(flips_page.load(tmp_path / "results"))
-    assert (result.table, result.row, result.seed, result.n) == ("small", "reg", 3, 20)
-    assert len(result.variants) == 6 + 4
-    first = {name: variant.layers["conv1"].rate for name, variant in result.variants.items()}
+    folder = measured.parent / "results" / "flips"
+    (record,) = flips_page.every(flip_records.load(folder))
+    assert (record.table, record.row, record.seed, record.n) == ("small", "digits-reg", 1, 20)
+    assert len(record.variants) == 6 + 4
+    first = {name: variant.layers["conv1"].rate for name, variant in record.variants.items()}
     assert first["int8, neurons fp32"] == 0 < first["first product int8"]  # its default leaves the first layer alone
-    assert result.variants["last product int8"].layers == result.variants["int8, neurons fp32"].layers
-    assert result.variants["last product int8"].logits_moved != result.variants["int8, neurons fp32"].logits_moved
-    assert "| small | reg | REG | 3 | 20 |" in (tmp_path / "results" / page.PAGE).read_text()
-    assert "is not called ROW-seedN-HASH" in CliRunner().invoke(flips.main, [str(run_dir)]).output
+    assert record.variants["last product int8"].layers == record.variants["int8, neurons fp32"].layers
+    assert record.variants["last product int8"].logits_moved != record.variants["int8, neurons fp32"].logits_moved
+    assert "| small | digits-reg | REG | 1 | 20 |" in (folder / flips_page.PAGE).read_text()
 
 
 def test_a_product_in_int8_is_rounded_as_numpy_rounds_it(bundle: Bundle) -> None:

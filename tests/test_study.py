@@ -1,40 +1,35 @@
-"""Studies: how settings and methods become runs, what an effect is, what the variants do, and why.py's factors."""
+"""Studies: how settings and methods become runs, what an effect is, what the variants do, and the factors of --why."""
 
-import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from conftest import small_recipe
 from scipy.stats import norm as normal
 from scipy.stats import t as student
 from torch import nn
 
+from mpdsgr_deploy.cli.study import command
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.defences.base import Step, Term
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.experiments import effect, explain, study_page, variants, why_page
+from mpdsgr_deploy.experiments.records import Attacked, PackedVerdicts, load_measured, records_of
+from mpdsgr_deploy.experiments.store import RECORDS
+from mpdsgr_deploy.experiments.study import PREFIX, built_in_studies, load_study
+from mpdsgr_deploy.experiments.table import TableSpec, checked
 from mpdsgr_deploy.snn import LIF, SpikingLayer, TdBN, Trace
 from mpdsgr_deploy.snn.surrogate import make_surrogate
-from mpdsgr_deploy.validation.rows import Score
 
-TRAIN = Path(__file__).parent.parent / "train"
-sys.path[:0] = [str(TRAIN), str(TRAIN / "study")]
-
-import effect  # noqa: E402
-import explain  # noqa: E402
-import measured as tables  # noqa: E402
-import reproduce  # noqa: E402
-import study_page  # noqa: E402
-import study_table  # noqa: E402
-import variants  # noqa: E402
-import why_page  # noqa: E402
+RESULTS = Path(__file__).parent.parent / "train" / "results"
+STUDIES = list(built_in_studies())
+MEASURED = [name for name in STUDIES if (RESULTS / f"{PREFIX}{name}" / RECORDS).exists()]
 
 SMALL = """
 title = "A study of the tests"
@@ -76,16 +71,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def start(script: str, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script of the studies as a person starts it."""
-    places = ["--runs", file.parent / "runs", "--out", file.parent / "results"]
-    command = [sys.executable, TRAIN / "study" / script, file, *arguments, *places]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, check=False)
+def study(file: Path, *options: object) -> Result:
+    """The command in this process, on a study file; everything it writes lies beside that file."""
+    places = ("--runs", file.parent / "runs", "--out", file.parent / "results")
+    return CliRunner().invoke(command, [str(a) for a in (file, *options, *places)])
 
 
 def test_settings_and_methods_become_rows(small: Path) -> None:
-    name, study = study_table.load_study(str(small))
-    table = study.table()
+    name, spec = load_study(str(small))
+    table = spec.table()
     assert name == "study-small"
     assert [row.title for row in table.rows] == ["base.reg", "base.overlap", "eta-2.overlap", "at.reg", "at.overlap"]
     # a baseline's images of the next seed; where a setting has no baseline, the base's
@@ -104,9 +98,9 @@ def test_settings_and_methods_become_rows(small: Path) -> None:
     assert table.source(table.row("at.overlap"), 0)[1].training.seed == 1
 
 
-@pytest.mark.parametrize("name", [path.stem for path in study_table.STUDIES.glob("*.toml")])
+@pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_recipes_that_can_be_trained(name: str) -> None:
-    table = study_table.load_study(name)[1].table()
+    table = load_study(name)[1].table()
     recipes = [table.recipe(row, seed) for row in table.rows for seed in table.seeds]
     assert len({recipe.model_dump_json() for recipe in recipes}) > len(table.seeds)
     assert len(table.seeds) >= 3
@@ -119,12 +113,12 @@ def test_what_cannot_be_compared_is_refused(small: Path, tmp_path: Path) -> None
     twice = tmp_path / "twice.toml"
     twice.write_text(SMALL + '[[settings]]\nfactor = "x"\nname = "at"\n')
     with pytest.raises(InputError, match=r"at\.overlap, at\.reg appear twice"):
-        study_table.load_study(str(twice))[1].table()
+        load_study(str(twice))[1].table()
     unknown = tmp_path / "unknown.toml"
     unknown.write_text(SMALL + '[[settings]]\nfactor = "x"\nname = "y"\nmethods = ["regg"]\n')
     with pytest.raises(InputError, match="unknown method 'regg'"):
-        study_table.load_study(str(unknown))[1].table()
-    row = study_table.load_study(str(small))[1].table().rows[0]
+        load_study(str(unknown))[1].table()
+    row = load_study(str(small))[1].table().rows[0]
     with pytest.raises(InputError, match="two seeds, and the table has one"):
         tables_of(row, seeds=(0,))
     with pytest.raises(InputError, match="leave out transfer or \\[artefact\\]"):
@@ -132,17 +126,14 @@ def test_what_cannot_be_compared_is_refused(small: Path, tmp_path: Path) -> None
 
 
 def tables_of(row: object, **fields: object) -> object:
-    from table import Table, checked
-
-    return checked(Table.model_validate({"title": "t", "rows": (row,), **fields}), "t")
+    return checked(TableSpec.model_validate({"title": "t", "rows": (row,), **fields}), "t")
 
 
 def a_result(seed: int, **right: list[int]) -> SimpleNamespace:
-    rows = [
-        SimpleNamespace(name=name, n=len(verdicts), score=Score.of(np.array(verdicts, bool)))
-        for name, verdicts in right.items()
-    ]
-    return SimpleNamespace(seed=seed, evaluation=SimpleNamespace(rows=rows))
+    """As much of a record as a comparison reads."""
+    conditions = {name: PackedVerdicts.of("", np.array(verdicts, bool)) for name, verdicts in right.items()}
+    n = len(next(iter(right.values())))
+    return SimpleNamespace(seed=seed, attacked=Attacked(images="", seed=0, n=n, conditions=conditions, provenance={}))
 
 
 def test_an_effect_counts_seeds_and_images_by_hand() -> None:
@@ -155,7 +146,6 @@ def test_an_effect_counts_seeds_and_images_by_hand() -> None:
     assert found == pytest.approx((100 / 3, 100 / 3 - half, 100 / 3 + half), rel=1e-3)
     assert effect.effect(ours, theirs, "worst") is None
     assert effect.effect(ours[:1], theirs[:1], "pgd") is None  # seeds 0 and 2
-    assert {df: round(float(student.ppf(0.975, df)), 3) for df in effect.STUDENT} == effect.STUDENT
 
 
 @pytest.mark.parametrize(
@@ -366,47 +356,46 @@ def test_factors_of_a_layer_by_hand() -> None:
 
 
 def test_a_study_is_run_explained_and_shown(small: Path) -> None:
-    done = start("study.py", small, "base", "eta-2")
-    assert done.returncode == 0, done.stderr
+    done = study(small, "base", "eta-2")
+    assert done.exit_code == 0, done.output
     folder = small.parent / "results" / "study-small"
-    assert {path.name for path in folder.glob("*-seed*.json")} == {
-        f"{row}-seed{seed}.json" for row in ("base.reg", "base.overlap", "eta-2.overlap") for seed in (0, 1)
-    }
-    one = json.loads((folder / "eta-2.overlap-seed1.json").read_text())
-    assert {"transfer", "square", "strong adaptive", "worst"} <= {row["name"] for row in one["evaluation"]["rows"]}
+    records = records_of(folder)
+    assert set(records) == {(row, seed) for row in ("base.reg", "base.overlap", "eta-2.overlap") for seed in (0, 1)}
+    tried = records["eta-2.overlap", 1].attacked.conditions
+    assert {"transfer", "square", "strong adaptive", "worst"} <= tried.keys()
     page = (folder / "README.md").read_text()
     assert "| eta | eta-2 | overlap |" in page
     assert "Not measured: at.reg, at.overlap." in page
-    why = start("why.py", small, "base", "--images", "20")
-    assert why.returncode == 0, why.stderr
-    document = json.loads((folder / "why.json").read_text())
-    assert [(n["row"], n["seed"]) for n in document["networks"]] == [
+    why = study(small, "base", "--why", "--images", "20")
+    assert why.exit_code == 0, why.output
+    networks = [
+        network for row in why_page.load_networks(load_study(str(small))[1], folder).values() for network in row
+    ]
+    assert [(n.row, n.seed) for n in networks] == [
         (row, seed) for row in ("base.reg", "base.overlap") for seed in (0, 1)
     ]
-    assert [round(size["eps"] / 0.1, 3) for size in document["networks"][0]["sizes"]] == list(explain.SIZES)
+    assert [round(size["eps"] / 0.1, 3) for size in networks[0].sizes] == list(explain.SIZES)
     assert "| base.overlap | promised |" in (folder / "WHY.md").read_text()
     assert (folder / "why.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("path", sorted(reproduce.RESULTS.glob("study-*")), ids=lambda path: path.name)
-def test_a_committed_study_is_what_its_files_give(path: Path) -> None:
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_committed_study_is_what_its_records_give(name: str) -> None:
     assert variants.DEPTHS  # registered, so that their recipes can be read
-    name, study = study_table.load_study(path.name.removeprefix("study-"))
-    measured = tables.load_results(study.table(), path)
-    assert sum(map(len, measured.values())) == len(list(path.glob("*-seed*.json"))) > 0
-    assert (path / "README.md").read_text() == study_page.render(name, study, measured)
+    stem, spec = load_study(name)
+    path = RESULTS / stem
+    measured = load_measured(spec.table(), path)
+    assert sum(map(len, measured.values())) == len(records_of(path)) > 0
+    assert (path / "README.md").read_text() == study_page.render(stem, spec, measured)
     for picture in (study_page.EFFECTS, study_page.DOSE, study_page.FRONT):
         assert (path / picture).read_bytes()[:4] == b"\x89PNG"
-    if (path / "why.json").exists():
-        why = explain.Why.model_validate_json((path / "why.json").read_bytes())
-        assert (path / "WHY.md").read_text() == why_page.render(study, why, why_page.by_row(why))
+    if (path / explain.RECORDS).exists():
+        assert (path / "WHY.md").read_text() == why_page.render(spec, why_page.load_networks(spec, path))
 
 
 def test_what_the_studies_show_quotes_their_pages() -> None:
     """Whole: an effect with its interval, and any other number that the pages have as one."""
-    text, pages = (
-        "".join(page.read_text() for page in reproduce.RESULTS.glob(g)) for g in ("STUDY.md", "study-*/*.md")
-    )
+    text, pages = ("".join(page.read_text() for page in RESULTS.glob(g)) for g in ("STUDY.md", "study-*/*.md"))
     number = r"(?<![\w:.])[-+]?\d+\.\d+(?!\w|\.\d)"
     effects = r"[-+]\d+\.\d \[[-+]\d+\.\d, [-+]\d+\.\d\]"
     text = re.sub(r"\s+", " ", text)

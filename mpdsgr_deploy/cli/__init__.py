@@ -25,6 +25,8 @@ COMMANDS = (
     "doctor",
     "recipes",
     "bundles",
+    "table",
+    "study",
 )
 
 

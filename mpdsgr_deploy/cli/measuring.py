@@ -1,0 +1,95 @@
+"""The options that `mpdsgr table` and `mpdsgr study` share."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import reduce, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
+from mpdsgr_deploy.recipes import shipped
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.experiments.jobs import Places
+
+OPTIONS = (
+    click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: those of the file]"),
+    click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time."),
+    click.option(
+        "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs."
+    ),
+    click.option("--root", default="data", show_default=True, help="Where the data set lies."),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Folder of the results.  [default: train/results in a checkout, else results]",
+    ),
+    click.option("--render-only", is_flag=True, help="Measure nothing, render the page (without NAME: every page)."),
+)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What these options say."""
+
+    seeds: str | None
+    jobs: int
+    runs: Path
+    root: str
+    out: Path | None
+    render_only: bool
+
+    @property
+    def results(self) -> Path:
+        """The folder of all results."""
+        own = shipped("train") / "results"
+        return self.out or (own if own.is_dir() else Path("results"))
+
+    @property
+    def places(self) -> "Places":
+        """Where training runs, data sets and results lie."""
+        from mpdsgr_deploy.experiments.jobs import Places
+
+        return Places(self.runs, self.root, self.results)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The seeds; none where the option was not given. Raises InputError for what is not a list of numbers."""
+        try:
+            return sorted({int(part) for part in self.seeds.split(",")}) if self.seeds is not None else []
+        except ValueError:
+            raise InputError(f"--seeds {self.seeds!r}: write whole numbers with commas, for example 0,1,2") from None
+
+    def measured(self, stems: Iterable[str]) -> list[str]:
+        """Those of some tables that have records."""
+        from mpdsgr_deploy.experiments.store import RECORDS
+
+        return [stem for stem in stems if (self.results / stem / RECORDS).exists()]
+
+    def update(self, name: str, table: TableSpec, rows: Sequence[RowSpec]) -> int:
+        """Bring the records of rows up to date, unless only pages are asked for. Prints what failed.
+
+        Returns the exit code.
+        """
+        if self.render_only:
+            return 0
+        from mpdsgr_deploy.experiments.jobs import bring_up_to_date
+
+        failures = bring_up_to_date(name, table, rows, self.places, seeds=self.numbers, jobs=self.jobs)
+        for run, error in failures:
+            click.echo(f"error: {run}: {error}", err=True)
+        return max((error.exit_code for _, error in failures), default=0)
+
+
+def measuring(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with these options, which it gets as `how`."""
+
+    @wraps(command)
+    def bundled(**values: Any) -> None:
+        how = Measuring(**{field.name: values.pop(field.name) for field in fields(Measuring)})
+        command(how=how, **values)
+
+    return reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), bundled)

@@ -1,0 +1,61 @@
+"""mpdsgr study"""
+
+import sys
+
+import click
+
+from mpdsgr_deploy.cli.measuring import Measuring, measuring
+from mpdsgr_deploy.cli.output import print_table
+from mpdsgr_deploy.experiments.study import PREFIX, Study, built_in_studies, load_study
+from mpdsgr_deploy.lookup import need
+
+
+@click.command("study")
+@click.argument("name", required=False)
+@click.argument("rows", nargs=-1)
+@measuring
+@click.option("--why", is_flag=True, help="Measure what perturbations and gradients do in the networks of the rows.")
+@click.option("--images", type=click.IntRange(1), default=200, show_default=True, help="Test images of --why.")
+def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, images: int) -> None:
+    """Compare methods in several settings: run the ROWS (all without any) of the study NAME, and render its page.
+
+    NAME is one that `mpdsgr study` lists, or a .toml file; ROWS are settings or SETTING.METHOD. Records are kept as
+    those of `mpdsgr table` are.
+
+    \b
+    Example:
+      mpdsgr study digits depth-7 --seeds 0 --jobs 2
+      mpdsgr study digits base at --why
+    """
+    if name is None:
+        studies = dict(load_study(own) for own in built_in_studies())
+        if how.render_only:
+            for stem in how.measured(studies):
+                write_pages(stem, studies[stem], how)
+        else:
+            print_table(("study", "what it asks"), [(s.removeprefix(PREFIX), v.title) for s, v in studies.items()])
+        return
+    stem, study = load_study(name)
+    chosen = study.chosen(rows)
+    need("lightning.fabric", "train")
+    code = 0
+    if not why:
+        code = how.update(stem, study.table(), chosen)
+    elif not how.render_only:
+        from mpdsgr_deploy.experiments.explain import explain_rows
+
+        explain_rows(stem, study, chosen, how.places, seeds=how.numbers, images=images)
+    write_pages(stem, study, how)
+    sys.exit(code)
+
+
+def write_pages(stem: str, study: Study, how: Measuring) -> None:
+    """Render the study's page, and that of --why where there are records of it."""
+    need("matplotlib", "report")
+    from mpdsgr_deploy.experiments import explain, study_page, variants, why_page
+
+    assert variants.DEPTHS  # imported to register what its recipes name
+    folder = how.results / stem
+    click.echo(f"page in {study_page.write_page(stem, study, folder)}")
+    if (folder / explain.RECORDS).exists():
+        click.echo(f"page in {why_page.write_why(study, folder)}")

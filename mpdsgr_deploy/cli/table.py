@@ -1,0 +1,101 @@
+"""mpdsgr table"""
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from mpdsgr_deploy.cli.measuring import Measuring, measuring
+from mpdsgr_deploy.cli.output import print_table
+from mpdsgr_deploy.experiments.table import RowSpec, TableSpec, built_in_tables, load_table
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.lookup import need
+
+
+@click.command("table")
+@click.argument("name", required=False)
+@click.argument("rows", nargs=-1)
+@measuring
+@click.option("--flips", is_flag=True, help="Count the spikes that each precision flips in the trained networks.")
+@click.option("--images", type=click.IntRange(1), default=500, show_default=True, help="Test images of --flips.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after so long; run again to continue.")
+@click.option("--pack", type=click.Path(path_type=Path), help="Pack results and networks as tar files into a folder.")
+def command(
+    name: str | None,
+    rows: tuple[str, ...],
+    how: Measuring,
+    flips: bool,
+    images: int,
+    minutes: float | None,
+    pack: Path | None,
+) -> None:
+    """Train and attack the ROWS (all without any) of the table NAME, and render its page.
+
+    NAME is one that `mpdsgr table` lists, or a .toml file. What was measured is kept, what was interrupted continues,
+    and what was measured with another recipe is measured again.
+
+    \b
+    Example:
+      mpdsgr table digits --jobs 2
+      mpdsgr table cifar10 cifar10-vgg11-reg --seeds 0 --root /data
+    """
+    if name is None:
+        tables = {stem: load_table(stem)[1] for stem in built_in_tables()}
+        if how.render_only:
+            for stem in how.measured(tables):
+                write_pages(stem, tables[stem], how)
+        else:
+            print_table(("table", "what it is"), [(stem, table.title) for stem, table in tables.items()])
+        return
+    stem, table = load_table(name)
+    chosen = [table.row(title) for title in rows] or list(table.rows)
+    need("lightning.fabric", "train")
+    need("matplotlib", "report")
+    if minutes is not None:
+        code = run_for(minutes, name, rows, how)
+    elif flips:
+        code = count_flips(stem, table, chosen, how, images)
+    else:
+        code = how.update(stem, table, chosen)
+        write_pages(stem, table, how)
+    if pack is not None:
+        from mpdsgr_deploy.experiments import lent
+
+        lent.pack(stem, runs=how.runs, results=how.results, out=pack)
+    sys.exit(code)
+
+
+def write_pages(stem: str, table: TableSpec, how: Measuring) -> None:
+    """Render the page, and the short form of the table in train/README.md of a checkout."""
+    from mpdsgr_deploy.experiments.records import load_measured
+    from mpdsgr_deploy.experiments.table_page import quote, write_page
+
+    folder = how.results / stem
+    click.echo(f"page in {write_page(stem, table, folder)}")
+    readme = how.results.parent / "README.md"
+    if how.out is None and how.results.parent.name == "train" and readme.exists():
+        quoted = quote(stem, load_measured(table, folder), readme.read_text(encoding="utf-8"))
+        write_atomic(readme, quoted.encode())
+
+
+def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring, images: int) -> int:
+    """Measure and render flipped spikes. Returns the exit code."""
+    from mpdsgr_deploy.experiments import flips_page
+    from mpdsgr_deploy.experiments.flip_records import FOLDER
+    from mpdsgr_deploy.experiments.flips import measure_flips
+
+    if not how.render_only:
+        measure_flips(stem, table, rows, how.places, seeds=how.numbers, images=images)
+    click.echo(f"page in {flips_page.write_page(how.results / FOLDER)}")
+    return 0
+
+
+def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) -> int:
+    """The same command in a process of its own, which is ended when the time is up. Returns its exit code, or 0."""
+    from mpdsgr_deploy.experiments.lent import until
+
+    options = {"--runs": how.runs, "--root": how.root, "--out": how.out, "--jobs": how.jobs, "--seeds": how.seeds}
+    given = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
+    child = [sys.executable, "-m", "mpdsgr_deploy", "table", name, *rows, *given]
+    return until(child, time.monotonic() + 60 * minutes) or 0

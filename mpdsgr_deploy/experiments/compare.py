@@ -1,0 +1,134 @@
+"""How the rows of a table compare: accuracies over seeds, and paired differences between rows."""
+
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.suite import STRONG as STRONG_PGD
+from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.table import TableSpec
+from mpdsgr_deploy.recipe import load_recipe
+from mpdsgr_deploy.recipes import Published, find_recipe, published
+from mpdsgr_deploy.validation.statistics import Z95, wilson
+
+SHOWN = {"clean": "clean", "gaussian": "gaussian", "FGSM": "fgsm", "PGD": "pgd", "BIM": "bim"}  # heading -> condition
+STRONG = {"strong": "pgd-strong", "union": "worst"}
+
+
+class Cell(NamedTuple):
+    """Accuracy of one row under one condition in %: mean over seeds, deviation between them, interval over images."""
+
+    mean: float
+    deviation: float | None
+    interval: tuple[float, float]
+
+    @property
+    def short(self) -> str:
+        """Without the interval."""
+        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+    def __str__(self) -> str:
+        return f"{self.short} [{self.interval[0]:.1f}, {self.interval[1]:.1f}]"
+
+
+def cell(records: list[Record], condition: str) -> Cell | None:
+    """What a row's seeds measured under a condition; None if one of them did not."""
+    if not all(condition in record.attacked.conditions for record in records):
+        return None
+    n = records[0].attacked.n
+    accuracies = [record.attacked.accuracy(condition) for record in records]
+    mean = fmean(accuracies)
+    low, high = wilson(mean * n, n)
+    return Cell(100 * mean, 100 * stdev(accuracies) if len(records) > 1 else None, (100 * low, 100 * high))
+
+
+def shorts(records: list[Record], conditions: dict[str, str]) -> list[str]:
+    """Accuracies under conditions, without intervals; "-" for those not measured."""
+    return [own.short if (own := cell(records, condition)) else "-" for condition in conditions.values()]
+
+
+def published_figures(table: TableSpec, title: str) -> Published | None:
+    """What was published for a row's recipe; None if this table gives it other data or another network."""
+    path = find_recipe(table.row(title).recipe)
+    own, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
+    network = {"model", "neuron", "encoding"}
+    same = own.data.name == used.data.name and own.model_dump(include=network) == used.model_dump(include=network)
+    return published(path) if same else None
+
+
+def defences(record: Record) -> list[str]:
+    """Names of what a row was trained with."""
+    return list(record.recipe.defence)
+
+
+def groups(measured: Measured) -> dict[str, Measured]:
+    """The rows without and with adversarial training; a group without rows is not there."""
+    split = {
+        title: {row: records for row, records in measured.items() if ("at" in defences(records[0])) == adversarial}
+        for title, adversarial in (("without adversarial training", False), ("with adversarial training", True))
+    }
+    return {title: rows for title, rows in split.items() if rows}
+
+
+def baseline(measured: Measured, records: list[Record]) -> list[Record] | None:
+    """The row that the defences of `records` are compared with: none, or AT alone for what trains with it too."""
+    ours = ["at"] if "at" in defences(records[0]) else []
+    candidates = [other for other in measured.values() if defences(other[0]) == ours]
+    return candidates[0] if candidates and candidates[0] is not records else None
+
+
+def strong_curves(records: list[Record]) -> list[list[tuple[float, int, int]]]:
+    """(eps, correct images, images) of the strong PGD, one curve a seed."""
+    curves = (next(iter(record.artefacts.values())).curves for record in records if record.artefacts)
+    return [by_attack[STRONG_PGD] for by_attack in curves if STRONG_PGD in by_attack]
+
+
+def by_eps(records: list[Record]) -> dict[float, float]:
+    """Accuracy in % by eps, means over seeds, up to four times the eps of the recipe."""
+    curves, largest = strong_curves(records), 4.001 * records[0].recipe.attack.eps
+    points = zip(*curves, strict=True)
+    return {p[0][0]: 100 * fmean(correct / n for _, correct, n in p) for p in points if p[0][0] <= largest}
+
+
+class Difference(NamedTuple):
+    """Points of accuracy that a row has more than another on the same images and seeds.
+
+    mean over the seeds both have, with a 95 % interval for the choice of images; None if neither gets any image right,
+    which says nothing of the images not tried. seeds: the difference of each.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: list[float]
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return "none right"
+        return f"{self.mean:+.1f} [{self.interval[0]:+.1f}, {self.interval[1]:+.1f}]"
+
+
+def difference(records: list[Record], others: list[Record], condition: str) -> Difference:
+    """`records` minus `others` under a condition; normal approximation over images, each averaged over its seeds."""
+    gained, any_right = paired(records, others, condition)
+    each = gained.mean(0)
+    half = Z95 * each.std(ddof=1) / len(each) ** 0.5
+    mean = float(each.mean())
+    return Difference(mean, (mean - half, mean + half) if any_right else None, [float(row.mean()) for row in gained])
+
+
+def paired(records: list[Record], others: list[Record], condition: str) -> tuple[NDArray[np.float64], bool]:
+    """Points that `records` have more than `others` by common seed and image, [seeds, n] in -100, 0, 100.
+
+    And whether either gets any image right: if not, they say nothing of the images not tried.
+    """
+    ours, theirs = ({r.seed: r.attacked.verdicts(condition) for r in rows} for rows in (records, others))
+    common = sorted(ours.keys() & theirs.keys())
+    gained = 100 * np.array([ours[seed].astype(float) - theirs[seed] for seed in common])
+    return gained, any(ours[seed].any() or theirs[seed].any() for seed in common)
+
+
+def omega(records: list[Record]) -> float:
+    """Omega of the trained networks in [0, 1], of the potentials' own moments; mean over layers and seeds."""
+    return fmean(fmean(layer["omega_empirical"] for layer in record.layers) for record in records)

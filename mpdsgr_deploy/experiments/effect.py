@@ -1,0 +1,123 @@
+"""What a method changes against its baseline in one setting: points of accuracy, with an interval, and a verdict."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from mpdsgr_deploy.attacks.suite import PGD, WORST
+from mpdsgr_deploy.experiments.compare import omega, paired
+from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.study import Method, Setting, Study
+from mpdsgr_deploy.validation.statistics import Z95
+
+CONDITIONS = {
+    "clean": "clean",
+    "noise": "gaussian",
+    "PGD": "pgd",
+    "transfer": "transfer",
+    "Square": "square",
+    "strong": "pgd-strong",
+    "union": WORST,
+}
+HELPS, MASKS, HURTS, OPEN = "helps", "masks", "hurts", "undecided"
+
+
+class Effect(NamedTuple):
+    """Points that a method has more than its baseline: mean over seeds, and a 95 % interval for seeds and images."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def effect(records: list[Record], baseline: list[Record], condition: str) -> Effect | None:
+    """`records` minus `baseline`, paired by seed and image; None without a seed in common or the condition.
+
+    None too where neither gets an image right. The half-width is the root of two squares: the quantile of Student's t
+    times the standard error over seeds, and 1.96 times that over images, each averaged over its seeds. With one seed it
+    is that of the images alone.
+    """
+    measured = all(condition in record.attacked.conditions for record in (*records, *baseline))
+    if not measured or not common_seeds(records, baseline):
+        return None
+    gained, any_right = paired(records, baseline, condition)
+    return estimated(gained) if any_right else None
+
+
+def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Effect | None:
+    """The mean effect of several pairs of records and baseline, over the seeds that all have; None without any."""
+    seeds = set.intersection(*(set(common_seeds(*pair)) for pair in pairs))
+    if not seeds:
+        return None
+    same = [[[record for record in rows if record.seed in seeds] for rows in pair] for pair in pairs]
+    return estimated(np.mean([paired(records, baseline, condition)[0] for records, baseline in same], axis=0))
+
+
+def common_seeds(records: list[Record], baseline: list[Record]) -> list[int]:
+    """The seeds that both were measured with."""
+    return sorted({record.seed for record in records} & {record.seed for record in baseline})
+
+
+def estimated(gained: NDArray[np.float64]) -> Effect:
+    """Mean and interval of points gained [seeds, n]."""
+    seeds, images = gained.shape
+    square = (Z95 * gained.mean(0).std(ddof=1)) ** 2 / images
+    if seeds > 1:
+        square += (student_quantile(seeds - 1) * gained.mean(1).std(ddof=1)) ** 2 / seeds
+    mean, half = float(gained.mean()), float(square**0.5)
+    return Effect(mean, mean - half, mean + half)
+
+
+def student_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to the three decimals that tables print: so intervals stay as published."""
+    return round(float(student.ppf(0.975, freedom)), 3)
+
+
+def verdict(records: list[Record], baseline: list[Record]) -> str:
+    """What the intervals say.
+
+    helps: more images survive every attack. hurts: fewer do. masks: no more do, more survive PGD in the paper's
+    setting, and the difference between the two is significant. undecided: none of these, or a single seed, which says
+    nothing of how seeds differ.
+    """
+    union, paper = (effect(records, baseline, condition) for condition in (WORST, PGD))
+    if union is None or paper is None or len(common_seeds(records, baseline)) < 2:
+        return OPEN
+    if union.low > 0:
+        return HELPS
+    if union.high < 0:
+        return HURTS
+    lost = estimated(paired(records, baseline, PGD)[0] - paired(records, baseline, WORST)[0])
+    return MASKS if union.mean <= 0 < min(paper.low, lost.low) else OPEN
+
+
+def emptied(records: list[Record], baseline: list[Record]) -> float:
+    """By how much Omega is lower than the baseline's, over the seeds both have."""
+    common = common_seeds(records, baseline)
+    ours, theirs = ([record for record in rows if record.seed in common] for rows in (records, baseline))
+    return omega(theirs) - omega(ours)
+
+
+class Pair(NamedTuple):
+    """A method in a setting, with the records of it and of the baseline that it is compared with."""
+
+    setting: Setting
+    method: Method
+    records: list[Record]
+    baseline: list[Record]
+
+
+def pairs(study: Study, measured: Measured) -> list[Pair]:
+    """Each setting's methods that were measured and whose baseline was."""
+    compared = []
+    for setting in study.settings:
+        for method in study.methods_of(setting):
+            row, baseline = study.title_of(setting, method), study.baseline_of(setting)
+            if row != baseline and row in measured and baseline in measured:
+                compared.append(Pair(setting, method, measured[row], measured[baseline]))
+    return compared

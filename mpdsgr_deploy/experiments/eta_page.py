@@ -1,0 +1,43 @@
+"""Which eta a sweep recommends: for each estimator the largest that costs little on the validation split."""
+
+from mpdsgr_deploy.experiments.compare import baseline
+from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.records import Measured, Record
+
+
+def validation_accuracy(records: list[Record]) -> float:
+    """On clean validation images after the last epoch, in %: mean over the seeds."""
+    return 100 * sum(record.curve["validation_accuracy"][-1] for record in records) / len(records)
+
+
+def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
+    """Points of clean validation accuracy that each estimator loses at each eta, against the row without MPD-SGR."""
+    lost: dict[str, dict[float, float]] = {}
+    for records in measured.values():
+        settings, reference = records[0].recipe.defence.get("mpd-sgr"), baseline(measured, records)
+        if settings is not None and reference is not None:
+            points = validation_accuracy(reference) - validation_accuracy(records)
+            lost.setdefault(settings["estimator"], {})[settings["eta"]] = points
+    return lost
+
+
+def chosen(measured: Measured, budget: float) -> dict[str, float]:
+    """The largest eta of each estimator that loses at most `budget` points; an estimator without one is left out."""
+    lost = lost_by_eta(measured)
+    within = {name: [eta for eta, cost in points.items() if cost <= budget] for name, points in lost.items()}
+    return {name: max(etas) for name, etas in within.items() if etas}
+
+
+def choice(measured: Measured, budget: float) -> str:
+    """The section of the page."""
+    recommended, lost = chosen(measured, budget), lost_by_eta(measured)
+    columns = sorted({eta for points in lost.values() for eta in points})
+    rows = [
+        [name, *(f"{points[eta]:+.2f}" if eta in points else "-" for eta in columns), f"{recommended.get(name, '-')}"]
+        for name, points in lost.items()
+    ]
+    return (
+        "## The choice of eta\n\nPoints of clean accuracy on the validation split lost against the row without "
+        f"MPD-SGR, and the largest eta that loses at most {budget:g}:\n\n"
+        + markdown(["estimator", *(f"eta {eta:g}" for eta in columns), "chosen"], rows)
+    )

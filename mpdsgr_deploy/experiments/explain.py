@@ -1,0 +1,163 @@
+"""What makes a network robust or not: perturbations of growing size, and the factors of its surrogate gradient.
+
+A network meets random and adversarial steps of growing size; `sensitivity.py` says what is compared. And for each layer
+the factors that MPD-SGR (arXiv 2511.12199) bounds the surrogate gradient with, measured so that their product is an
+estimate of it and no bound:
+
+leak        sum of tau^k over T steps: what a potential remembers of its currents, without resets
+weights     largest singular value of the map from the layer's input to its current, normalisation included
+surrogate   root mean square of the surrogate's derivative over images, neurons and steps
+
+The weights' factor is a product of three again, since a normalised layer gains what its input lacks:
+
+scale       root mean square of what tdBN multiplies a normalised current with; 1 without normalisation
+density     1 / the deviation of the layer's input over images, space and steps, root mean square over channels:
+            the sparser spikes are, the smaller their deviation and the more tdBN multiplies them with
+filter      the rest: the largest gain from an input to a current of deviation one
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.experiments.jobs import Places, runs_of
+from mpdsgr_deploy.experiments.measure import CHECKPOINT, trained
+from mpdsgr_deploy.experiments.records import KEY
+from mpdsgr_deploy.experiments.sensitivity import sensitivity
+from mpdsgr_deploy.experiments.store import Rounded, put_record
+from mpdsgr_deploy.experiments.study import Study
+from mpdsgr_deploy.experiments.table import RowSpec
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.mpd import leak_sum
+from mpdsgr_deploy.networks import load_network
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.snn import SpikingLayer, TdBN, Trace
+
+RECORDS = "why.jsonl"
+SCHEMA_VERSION = 1
+SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # times the recipe's eps
+ITERATIONS = 200  # of the power method
+
+
+class LayerFactors(BaseModel):
+    """Factors of one layer; see above. firing_rate: spikes a neuron and step."""
+
+    layer: str
+    leak: float
+    weights: float
+    surrogate: float
+    scale: float
+    density: float
+    firing_rate: float
+
+    @property
+    def filter(self) -> float:
+        """What of the weights' factor is neither scale nor density."""
+        return self.weights / (self.scale * self.density)
+
+
+class Explained(BaseModel):
+    """One network: `sizes` as `sensitivity` gives them, one an eps, and the factors of its layers.
+
+    images: which they were; checkpoint: which of the run's was explained.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    row: str
+    seed: int
+    checkpoint: str
+    images: str
+    sizes: Annotated[list[dict[str, Any]], Rounded]
+    layers: Annotated[list[LayerFactors], Rounded]
+    provenance: dict[str, Any]
+
+
+def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpoint: str) -> Explained:
+    """Measure all of this on one network in eval mode."""
+    sizes = []
+    for size in SIZES:
+        eps = size * recipe.attack.eps
+        steps = {"eps": eps, "step": eps / 4, "steps": recipe.attack.strong_steps}
+        sizes.append(
+            sensitivity(model, images, recipe.model_copy(update={"attack": recipe.attack.model_copy(update=steps)}))
+        )
+    return Explained(
+        row=row,
+        seed=recipe.training.seed,
+        checkpoint=checkpoint,
+        images=f"the first {len(images)} test images of {recipe.data.name}",
+        sizes=sizes,
+        layers=factors(model, images),
+        provenance=provenance(),
+    )
+
+
+def explain_rows(
+    name: str, study: Study, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], images: int
+) -> None:
+    """Explain the networks of rows on the first `images` test images, training those that are not trained yet.
+
+    Writes a record of each into the folder of the study's table.
+    """
+    for run in runs_of(name, study.table(), rows, places, seeds or study.seeds):
+        log.info("explaining %s", run)
+        _, model = load_network(trained(run))
+        test = load_test(run.recipe.data.at(run.root))[:images]
+        put_record(run.folder / RECORDS, explain(run.row, model, test, run.recipe, CHECKPOINT), KEY)
+
+
+def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
+    """The factors of every layer, in the order of the forward pass."""
+    inputs: dict[str, Tensor] = {}
+    seen: dict[str, tuple[float, float, float]] = {}
+
+    def observe(trace: Trace) -> None:
+        v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
+        rate = torch.stack([spikes for _, spikes in trace.states]).mean()
+        rms = trace.neuron.surrogate.derivative(v).square().mean().sqrt()
+        seen[trace.layer] = (leak_sum(trace.neuron.tau, len(trace.states))[-1].item(), rms.item(), rate.item())
+
+    def remember(layer: SpikingLayer) -> Any:
+        return layer.synapse.register_forward_pre_hook(lambda _, x: inputs.update({layer.name: x[0]}))
+
+    hooks = [remember(layer) for layer in model.layers()]
+    with torch.no_grad():
+        model(torch.from_numpy(images.unit()), observe, torch.Generator().manual_seed(0))
+    for hook in hooks:
+        hook.remove()
+    return [
+        LayerFactors(
+            layer=layer.name,
+            leak=seen[layer.name][0],
+            weights=largest_gain(layer, tuple(inputs[layer.name].shape[1:])),
+            surrogate=seen[layer.name][1],
+            scale=layer.norm.scale.square().mean().sqrt().item() if isinstance(layer.norm, TdBN) else 1.0,
+            density=inputs[layer.name]
+            .transpose(0, 1)
+            .flatten(1)
+            .var(1, correction=0)
+            .mean()
+            .clamp(min=1e-12)
+            .rsqrt()
+            .item(),
+            firing_rate=seen[layer.name][2],
+        )
+        for layer in model.layers()
+    ]
+
+
+def largest_gain(layer: SpikingLayer, shape: tuple[int, ...]) -> float:
+    """The largest singular value of a layer's affine map from input to current, by the power method on A^T A."""
+    v = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    offset = layer.current(torch.zeros(1, *shape)).detach()
+    for _ in range(ITERATIONS):
+        (product,) = torch.autograd.grad((layer.current(v) - offset).square().sum() / 2, v)  # A^T A v
+        gain = product.norm() / v.detach().norm()
+        v = (product / product.norm()).detach().requires_grad_()
+    return float(gain.sqrt())

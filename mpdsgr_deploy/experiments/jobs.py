@@ -1,0 +1,149 @@
+"""Bring the records of a table up to date: which runs are missing or outdated, and several of them at a time.
+
+What is finished is kept, what was interrupted continues, what was measured with another recipe is measured again.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from mpdsgr_deploy.errors import InputError, MpdsgrError
+from mpdsgr_deploy.experiments.measure import Run, measure, trained
+from mpdsgr_deploy.experiments.records import outdated, records_of
+from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.training.pages import keep_pages
+
+Task = Callable[[Run], MpdsgrError | None]
+Failures = list[tuple[Run, MpdsgrError]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where training runs, data sets and results lie."""
+
+    runs: Path
+    root: str
+    out: Path
+
+
+def bring_up_to_date(
+    name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], jobs: int
+) -> Failures:
+    """Measure what is missing or outdated of the rows, with the table's seeds where `seeds` names none.
+
+    Returns the runs that failed, each with the error.
+    """
+    return measure_all(list(missing_runs(name, table, rows, places, seeds or table.seeds)), jobs)
+
+
+def runs_of(
+    name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
+) -> Iterator[Run]:
+    """Every row with every seed, seed by seed."""
+    run = partial(
+        Run,
+        name,
+        artefact=table.artefact,
+        tier=table.tier,
+        runs=places.runs,
+        root=places.root,
+        folder=places.out / name,
+    )
+    for seed in seeds:
+        for row in rows:
+            source = table.source(row, seed)
+            sender = None if source is None else run(source[0].title, source[1], sender=None)
+            yield run(row.title, table.recipe(row, seed), sender=sender)
+
+
+def missing_runs(
+    name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
+) -> Iterator[Run]:
+    """The runs whose records are not there yet or are outdated."""
+    records = records_of(places.out / name)
+    for run in runs_of(name, table, rows, places, seeds):
+        record = records.get((run.row, run.recipe.training.seed))
+        reason = "" if record is None else outdated(record, table)
+        if reason:
+            log.warning("again: %s", reason)
+        if reason is not None:
+            yield run
+
+
+def measure_all(todo: list[Run], jobs: int) -> Failures:
+    """Measure all, after the networks are trained whose attacked images they are tried with. Returns what failed."""
+    senders = {str(run.sender): run.sender for run in todo if run.sender is not None}
+    failures = work([*senders.values()], jobs, train_one)
+    failed = {str(run) for run, _ in failures}
+    left_out = [run for run in todo if str(run.sender) in failed]
+    failures += [(run, InputError(f"not measured, since {run.sender} failed")) for run in left_out]
+    return failures + work([run for run in todo if run not in left_out], jobs, measure_one)
+
+
+def work(todo: list[Run], jobs: int, task: Task) -> Failures:
+    """Do a task for all; logs after each how many are done and how long the rest may take. Returns what failed."""
+    failures: Failures = []
+    if not todo:
+        return failures
+    started = time.monotonic()
+    log.info("%s: %d runs, %d at a time", task.__name__.replace("_", " "), len(todo), jobs)
+    for number, (run, error) in enumerate(as_finished(todo, jobs, task), 1):
+        if error is not None:
+            failures.append((run, error))
+        left = (time.monotonic() - started) / number * (len(todo) - number)
+        status = "FAILED" if error else "done"
+        log.info("%d of %d: %s %s; about %.0f min left", number, len(todo), run, status, left / 60)
+    return failures
+
+
+def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, MpdsgrError | None]]:
+    """The runs as they finish, each with what went wrong."""
+    if jobs == 1:
+        yield from ((run, task(run)) for run in todo)
+        return
+    # read by torch and BLAS when a new process loads them: together the processes use each core once
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=die_on_interrupt) as pool:
+        pending = {pool.submit(task, run): run for run in todo}
+        try:
+            for future in as_completed(pending):
+                if crash := future.exception():  # what it is follows once the pool has shut down
+                    log.error("%s: %s; waiting for what is under way", pending[future], type(crash).__name__)
+                yield pending[future], future.result()
+        except BrokenProcessPool:
+            raise InputError("a run's process was killed, perhaps for memory; start again with fewer --jobs") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def die_on_interrupt() -> None:
+    """Let Ctrl-C end a worker; the parent says and does what is to be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def train_one(run: Run) -> MpdsgrError | None:
+    """Train one run; returns the error, which other runs need not suffer from."""
+    return error_of(trained, run)
+
+
+def measure_one(run: Run) -> MpdsgrError | None:
+    """Train and measure one run; returns the error, which other runs need not suffer from."""
+    return error_of(measure, run)
+
+
+def error_of(task: Callable[[Run], object], run: Run) -> MpdsgrError | None:
+    """Do a task, keeping memory pages on a CPU; returns an error of this package, and raises any other."""
+    keep_pages()
+    try:
+        task(run)
+    except MpdsgrError as error:
+        return error
+    return None

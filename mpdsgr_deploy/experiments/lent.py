@@ -1,0 +1,89 @@
+"""Measure a table on a machine that is lent for minutes: stop in time, continue next time, take home what matters."""
+
+import io
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors.torch import load_file
+
+from mpdsgr_deploy.checkpoint import FILE, load_checkpoint, save_checkpoint
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.progress import log
+
+PIECE = 15 * 2**20  # bytes of a packed file
+SMALL = 40 * 2**20  # bytes of the largest float16 checkpoint that is packed
+GRACE = 20.0  # seconds between the request to stop and the end
+
+
+def until(command: Sequence[str], deadline: float) -> int | None:
+    """Run a command; its exit status, or None if it was ended because the time was up."""
+    with subprocess.Popen(command) as child:
+        try:
+            return child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            log.info("the time is up; the same command continues")
+            child.terminate()  # not SIGINT, which a command in the background of a shell ignores
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+    return None
+
+
+def pack(name: str, *, runs: Path, results: Path, out: Path) -> None:
+    """Pack a table's results and page as `results.tar` into `out`, and its networks as `weights.tar.NN`.
+
+    The networks are those of runs that finished and are small enough, as float16 checkpoints in pieces.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "results.tar", tar({f"{name}/{path.name}": path for path in sorted((results / name).glob("*"))}))
+    pack_weights(runs / name, out)
+
+
+def tar(files: dict[str, Path]) -> bytes:
+    """An archive of files under the names given."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, path in files.items():
+            archive.add(path, name)
+    return buffer.getvalue()
+
+
+def pack_weights(runs: Path, out: Path) -> None:
+    """The last checkpoints of all runs that finished and are small enough, in pieces; the others are named."""
+    files: dict[str, Path] = {}
+    with TemporaryDirectory() as scratch:
+        for run in finished(runs):
+            checkpoint = halved(run / "last", Path(scratch) / run.name)
+            size = sum(path.stat().st_size for path in checkpoint.iterdir())
+            if size > SMALL:
+                log.info("%s stays here: %.0f MiB in float16", run.name, size / 2**20)
+                continue
+            files |= {f"{run.name}/{path.name}": path for path in checkpoint.iterdir()}
+        packed = tar(files)
+    for old in out.glob("weights.tar.*"):
+        old.unlink()
+    for number, start in enumerate(range(0, len(packed) if files else 0, PIECE)):
+        write_atomic(out / f"weights.tar.{number:02}", packed[start : start + PIECE])
+
+
+def finished(runs: Path) -> Iterator[Path]:
+    """Runs whose last epoch is done."""
+    for run in sorted(runs.glob("*")):
+        if (run / "last" / FILE).exists():
+            checkpoint = load_checkpoint(run / "last")
+            if checkpoint.epoch == checkpoint.recipe.training.epochs:
+                yield run
+
+
+def halved(source: Path, target: Path) -> Path:
+    """A checkpoint with float16 weights, which `mpdsgr export` takes like any other."""
+    checkpoint = load_checkpoint(source)
+    weights = load_file(source / checkpoint.weights)
+    small = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    save_checkpoint(target, checkpoint, small)
+    return target

@@ -1,0 +1,177 @@
+"""One row of a table with one seed: train its network, evaluate it, write its record."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from mpdsgr_deploy.attacks.version import SUITE_VERSION
+from mpdsgr_deploy.bundle import MANIFEST, open_bundle
+from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.diagnostics.measure import measure as layer_potentials
+from mpdsgr_deploy.experiments import variants
+from mpdsgr_deploy.experiments.records import Attacked, AttackedExport, Membrane, Record, put
+from mpdsgr_deploy.experiments.sensitivity import sensitivity
+from mpdsgr_deploy.experiments.table import ExportSpec
+from mpdsgr_deploy.exporting import export
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.networks import load_network
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime.session import CUDA
+from mpdsgr_deploy.training import train
+from mpdsgr_deploy.validation import Target, validate
+from mpdsgr_deploy.validation.evaluate import evaluate
+from mpdsgr_deploy.validation.report import Report
+
+CHECKPOINT = "last"
+LOOKED_AT = 500  # at most so many of the test images, for what explains the accuracies
+EVALUATION = {"attack", "validation"}  # sections of a recipe that training does not depend on
+UNRECORDED = {"epoch", "layers", "peak_mib", "score"}  # of the training history
+MEMBRANE_RANGE = (-4.5, 3.5)  # of U - V_th in a record: what the page draws
+
+assert variants.DEPTHS  # imported to register the defences and models that studies name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed, and where its files lie: training runs, data sets, records.
+
+    tier: the gate's, whose attacks torch's network meets; None: those of its recipe. sender: the run whose network's
+    attacked images are tried too.
+    """
+
+    table: str
+    row: str
+    recipe: Recipe
+    artefact: ExportSpec | None
+    tier: str | None
+    sender: "Run | None"
+    runs: Path
+    root: str
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.recipe.training.seed}"
+
+    @property
+    def directory(self) -> Path:
+        """Where it is trained. Another recipe trains elsewhere; one that is only attacked otherwise is the same."""
+        content = self.recipe.model_dump(mode="json", exclude=EVALUATION)
+        return self.runs / self.table / f"{self.row}-seed{self.recipe.training.seed}-{digest(content)}"
+
+
+def digest(content: Any) -> str:
+    """A short name for a JSON-ready value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def trained(run: Run) -> Path:
+    """The checkpoint of a run's last epoch, which is trained (or continued) if it is not there yet.
+
+    Evaluated is the last epoch's network, at the end of the schedule: which epoch scores best on few validation images
+    is chance, and rows that stopped at different ages would differ in more than their method.
+    """
+    train(run.recipe.model_copy(update={"data": run.recipe.data.at(run.root)}), run.directory, resume=True)
+    return run.directory / CHECKPOINT
+
+
+def measure(run: Run) -> Record:
+    """Train (or continue, or take the trained) network of a run, evaluate it, and write its record.
+
+    With `artefact` it is exported and the exported networks are attacked; without, torch's network is, as `tier` says,
+    and with the images that fool the sender's network. Raises InputError as training, export and evaluation do.
+    """
+    recipe, checkpoint_dir = run.recipe, trained(run)
+    evaluation, artefacts = None, {}
+    if run.artefact is None:  # with the table's attack, whatever the recipe named when this trained
+        sender = None if run.sender is None else run.sender.directory / CHECKPOINT
+        evaluated = evaluate(checkpoint_dir, recipe=recipe, root=run.root, transfer=sender, tier=run.tier)
+        evaluation = Attacked.of(evaluated)
+    else:
+        reports = validated_exports(run, run.artefact, checkpoint_dir)
+        artefacts = {precision: AttackedExport.of_report(report) for precision, report in reports.items()}
+    checkpoint, model = load_network(checkpoint_dir)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    n = (evaluation or next(iter(artefacts.values()))).n
+    images = load_test(recipe.data.at(run.root))[: min(n, LOOKED_AT)]
+    history = checkpoint.history
+    names = dict.fromkeys(key for entry in history for key in entry if key not in UNRECORDED)
+    drawn = run.artefact is not None and run.artefact.membranes is not None
+    record = Record(
+        table=run.table,
+        row=run.row,
+        seed=recipe.training.seed,
+        suite=SUITE_VERSION,
+        checkpoint=CHECKPOINT,
+        epoch=checkpoint.epoch,
+        recipe=recipe,
+        seconds=round(sum(entry["seconds"] for entry in history), 1),
+        curve={name: [entry.get(name) for entry in history] for name in names},
+        layers=history[-1]["layers"],
+        membranes=membranes(model, images, recipe) if drawn else [],
+        tier=run.tier,
+        torch=evaluation,
+        artefacts=artefacts,
+        sensitivity=sensitivity(model, images, recipe),
+        provenance=checkpoint.provenance,
+    )
+    put(run.folder, record)
+    return record
+
+
+def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:
+    """Export a run's network and attack every precision of it through its own graph; reports without pictures.
+
+    On a GPU where onnxruntime has one. What is finished is kept beside the run, what was interrupted continues.
+    """
+    backend = "onnxruntime-cuda" if CUDA in onnxruntime.get_available_providers() else "onnxruntime-cpu"
+    settings = artefact.model_dump(mode="json", exclude={"membranes"})
+    asked = [run.recipe.model_dump(mode="json", include={*EVALUATION, "gate"}), settings, backend]
+    folder = run.directory / f"deployed-{digest(asked)}"
+    bundle = folder / "bundle"
+    if not (bundle / MANIFEST).exists():
+        names = [name for name in artefact.precisions if name != "fp32"]
+        limit = run.recipe.validation.limit
+        export(checkpoint, bundle, recipe=run.recipe, precisions=names, root=run.root, limit=limit, tier=artefact.tier)
+    reports = {}
+    for precision in artefact.precisions:
+        kept = folder / f"{precision}.json"
+        if not kept.exists():
+            log.info("%s: %s on %s", run.directory.name, precision, backend)
+            target = Target(open_bundle(bundle), backend, precision)
+            report = validate(target, gate=artefact.gate, report_dir=folder / precision)
+            without_pictures = report.model_copy(update={"examples": []})
+            write_atomic(kept, without_pictures.model_dump_json().encode())
+        reports[precision] = Report.model_validate_json(kept.read_bytes())
+    return reports
+
+
+def membranes(model: SpikingNet, images: Images, recipe: Recipe) -> list[Membrane]:
+    """Where every layer's membrane potentials lie, over all steps and channels, within `MEMBRANE_RANGE`."""
+    noise = torch.Generator().manual_seed(recipe.validation.seed)
+    device = next(model.parameters()).device
+    x = torch.from_numpy(images.unit()).to(device)
+    histograms = []
+    for layer in layer_potentials(model, x, batch_size=recipe.validation.batch_size, noise=noise):
+        counts = layer.counts.sum((0, 1)).double()
+        share = (counts / (layer.size * layer.counts.shape[0] * layer.counts.shape[1])).numpy()
+        edges = layer.edges.double().numpy() - layer.v_threshold
+        inside = np.flatnonzero((share > 0) & (edges[:-1] >= MEMBRANE_RANGE[0]) & (edges[1:] <= MEMBRANE_RANGE[1]))
+        used = slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
+        histograms.append(
+            Membrane(
+                layer=layer.layer,
+                half_width=layer.half_width,
+                start=float(edges[used.start or 0]),
+                width=float(edges[1] - edges[0]),
+                share=[round(float(value), 6) for value in share[used]],
+            )
+        )
+    return histograms

@@ -1,0 +1,84 @@
+"""The sections that the pages of tables and of studies share."""
+
+from statistics import fmean
+
+from mpdsgr_deploy.attacks.version import SUITE_VERSION
+from mpdsgr_deploy.experiments.compare import omega
+from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.table import TableSpec
+
+
+def seeds(records: list[Record]) -> str:
+    """The seeds of a row's records."""
+    return ", ".join(map(str, sorted(record.seed for record in records)))
+
+
+def unmeasured(table: TableSpec, measured: Measured) -> str:
+    """Which rows have no record."""
+    missing = [row.title for row in table.rows if row.title not in measured]
+    return f"Not measured: {', '.join(missing)}." if missing else ""
+
+
+def unhealthy(measured: Measured) -> str:
+    """Which evaluations prove nothing, and why, and what the attack suite was."""
+    records = [record for row in measured.values() for record in row]
+    checked = [record for record in records if record.attacked.health]
+    lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. Attacks: {suites(records)}."]
+    for record in checked:
+        failed = [check for check in record.attacked.health if not check.passed]
+        lines += [f"- {record.row}, seed {record.seed}: check {c.number} ({c.name}) failed: {c.saw}" for c in failed]
+    return "\n".join([lines[0], "", *lines[1:]] if lines[1:] else lines)
+
+
+def behaviour(measured: Measured) -> str:
+    """Membrane statistics, and what perturbations do in units of the network's own margin; means over seeds."""
+    rows = []
+    for title, records in measured.items():
+        effects = [record.sensitivity for record in records if record.sensitivity["n"]]
+        layers = [record.layers for record in records]
+
+        def mean(values: list[float]) -> str:
+            return f"{fmean(values):.2f}" if values else "-"
+
+        firing = [fmean(own[end]["firing_rate"] for own in layers) for end in (0, -1)]
+        drops = [mean([e[kind] / e["margin"] for e in effects]) for kind in ("promised", "noise", "pgd")]
+        flipped = [list(e["flipped_pgd"].values()) for e in effects]
+        flips = " / ".join(f"{fmean(own[end] for own in flipped):.3f}" for end in (0, -1)) if flipped else "-"
+        cells = [f"{omega(records):.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}", mean([e["margin"] for e in effects])]
+        rows.append([title, *cells, *drops, flips])
+    columns = ["row", "Omega", "firing rate, first / last layer", "margin", "promised / margin", "noise / margin"]
+    note = (
+        "`promised` is the drop of the margin (true logit minus the best other) that the surrogate gradient announces "
+        "for a step of eps, `noise` and `pgd` the drop that really follows, on images the network gets right; see "
+        "`mpdsgr_deploy/experiments/sensitivity.py`."
+    )
+    return markdown([*columns, "pgd / margin", "flipped by pgd, first / last layer"], rows) + f"\n\n{note}"
+
+
+def sources(measured: Measured) -> str:
+    """The checkpoint, then images, hardware, versions and revisions, each distinct one once."""
+    records = [record for row in measured.values() for record in row]
+    lines = set()
+    for record in records:
+        attacked = record.attacked
+        for what, origin in (("training", record.provenance), ("evaluation", attacked.provenance)):
+            machine = origin["hardware"]
+            devices = ", ".join([f"{machine['cpu']}, {machine['cores']} cores", *machine.get("gpus", [])])
+            subject = f" of {origin.get('network', 'the trained network')} on {attacked.images}"
+            versions = f"torch {origin['packages']['torch']}, revision {origin['revision']}"
+            lines.add(f"- {what}{subject if what == 'evaluation' else ''}: {devices}; {versions}")
+    checkpoints = " and ".join(sorted({f"`{record.checkpoint}`" for record in records}))
+    return "\n".join([f"- evaluated checkpoint: {checkpoints}", *sorted(lines)])
+
+
+def suites(records: list[Record]) -> str:
+    """Which versions of the attack suite the accuracies were measured with, and what that means for the union."""
+    versions = sorted({record.suite for record in records})
+    measured_with = f"measured with suite {' and '.join(map(str, versions))}"
+    if versions[-1] < SUITE_VERSION:
+        return f"{measured_with}, an upper bound: suite {SUITE_VERSION} attacks more strongly"
+    if len(versions) > 1:
+        rows = dict.fromkeys(f"{r.row} (seed {r.seed}, suite {r.suite})" for r in records if r.suite < SUITE_VERSION)
+        return f"{measured_with}; an upper bound for {', '.join(rows)}"
+    return measured_with

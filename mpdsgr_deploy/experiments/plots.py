@@ -1,0 +1,166 @@
+"""The pictures of a table's page, as PNG files. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, by_eps, cell, defences, groups, published_figures
+from mpdsgr_deploy.experiments.compare import strong_curves as curves_of
+from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.table import TableSpec
+
+DOTS = {"clean": "#8a94a6", "FGSM": "#2563eb", "PGD": "#d97706", "union": "#b91c1c"}
+PALETTE = (
+    "#000000",
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#999999",
+    "#B2A300",
+    "#7F3C8D",
+)
+LINES = ("-", "--", ":", "-.")
+WINDOW = "#F0E442"
+COLOURS_OF_A_FILE = 128
+
+
+def png(figure: Figure) -> bytes:
+    """A small file; the same bytes for the same figure."""
+    drawn, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(COLOURS_OF_A_FILE, dither=Image.Dither.NONE).save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def plain(axes: Axes, grid: Any = "both") -> None:
+    """A light grid, and no frame above and to the right."""
+    axes.grid(axis=grid, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def accuracies(table: TableSpec, measured: Measured) -> bytes:
+    """Each row's accuracy by condition with its interval; hollow where a figure is published."""
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(measured)), layout="constrained")
+    axes = figure.subplots()
+    stated = {title: published_figures(table, title) for title in measured}
+    for offset, (heading, colour) in enumerate(DOTS.items()):
+        for position, (title, records) in enumerate(measured.items()):
+            height = position + 0.16 * (offset - 1.5)
+            label = heading if position == 0 else None
+            if own := cell(records, {**SHOWN, **STRONG}[heading]):
+                axes.plot(own.interval, [height, height], color=colour, linewidth=1)
+                axes.plot([own.mean], [height], "o", color=colour, markersize=4, label=label)
+            value = getattr(stated[title], SHOWN.get(heading, ""), None)
+            if value is not None:
+                axes.plot([value], [height], "o", color=colour, markersize=4, markerfacecolor="white")
+    axes.set_yticks(range(len(measured)), list(measured))
+    axes.invert_yaxis()
+    axes.set_xlim(-2, 102)
+    hollow = "; filled: measured, hollow: published" if any(stated.values()) else ""
+    axes.set_xlabel(f"accuracy (%){hollow}")
+    plain(axes, "x")
+    figure.legend(loc="outside upper center", ncols=len(DOTS), frameon=False)
+    return png(figure)
+
+
+def labels(records: Sequence[Record]) -> dict[str, str]:
+    """Row to what a legend calls it: its method, with the row's title where several rows have that method."""
+    methods = [record.recipe.method for record in records]
+    return {r.row: m if methods.count(m) == 1 else f"{m} ({r.row})" for r, m in zip(records, methods, strict=True)}
+
+
+def styles(measured: Measured) -> dict[str, tuple[str, str]]:
+    """Row to colour and line: a colour for each set of defences apart from AT, a line for each row of one colour."""
+    methods: dict[tuple[str, ...], int] = {}
+    rows_of: dict[tuple[tuple[str, ...], bool], int] = {}
+    found = {}
+    for title, records in measured.items():
+        names = defences(records[0])
+        method = tuple(name for name in names if name != "at")
+        colour = methods.setdefault(method, len(methods))
+        number = rows_of.setdefault((method, "at" in names), 0)
+        rows_of[method, "at" in names] += 1
+        found[title] = PALETTE[colour % len(PALETTE)], LINES[number % len(LINES)]
+    return found
+
+
+def growth(measured: Measured) -> bytes | None:
+    """Accuracy of the first exported network of every row under the strong PGD, against eps; means over seeds.
+
+    None where no evaluation came so far.
+    """
+    panels = groups({title: records for title, records in measured.items() if curves_of(records)})
+    if not panels:
+        return None
+    look = styles(measured)
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, group) in zip(columns, panels.items(), strict=True):
+        names = labels([records[0] for records in group.values()])
+        for row, records in group.items():
+            values, (colour, line) = by_eps(records), look[row]
+            eps = [255 * value for value in values]
+            axes.plot(eps, [*values.values()], line, color=colour, marker="o", markersize=3, label=names[row])
+            axes.set_xticks(eps, [f"{value:.3g}" for value in eps])
+        axes.set(title=title, xlabel="eps (1/255)", ylim=(0, None))
+        plain(axes)
+        axes.legend(frameon=False, fontsize=8)
+    columns[0].set_ylabel("accuracy under the strong PGD (%)")
+    return png(figure)
+
+
+def with_and_without(measured: Measured, defence: str | None) -> list[list[Record]]:
+    """First seeds of the rows with no other defence than `defence`, in two groups: without and with AT.
+
+    A group needs a row with the defence and one without; `defence` None: no groups.
+    """
+    if defence is None:
+        return []
+    first = [records[0] for records in measured.values() if records[0].membranes]
+    pairs = []
+    for at in (set(), {"at"}):
+        group = [record for record in first if set(defences(record)) - {defence} == at]
+        if len({defence in defences(record) for record in group}) == 2:
+            pairs.append(group)
+    return pairs
+
+
+def membranes(measured: Measured, defence: str | None) -> bytes | None:
+    """Every layer's membrane potentials with a defence and without, of the first seed; None without such a pair."""
+    rows = with_and_without(measured, defence)
+    if not rows:
+        return None
+    layers, look = [membrane.layer for membrane in rows[0][0].membranes], styles(measured)
+    figure = Figure(figsize=(1 + 2.4 * len(layers), 2.6 * len(rows)), layout="constrained")
+    for line, group in zip(figure.subplots(len(rows), len(layers), squeeze=False), rows, strict=True):
+        for number, axes in enumerate(line):
+            draw_layer(axes, group, number, look)
+        line[0].set_ylabel("density")
+        line[0].legend(frameon=False, fontsize=7, loc="upper left")
+    figure.supxlabel("U - V_th; yellow: where the surrogate passes a gradient", fontsize=9)
+    return png(figure)
+
+
+def draw_layer(axes: Axes, group: Sequence[Record], number: int, look: dict[str, tuple[str, str]]) -> None:
+    """One layer of several networks."""
+    names = labels(group)
+    for record in group:
+        membrane = record.membranes[number]
+        edges = [membrane.start + membrane.width * step for step in range(len(membrane.share) + 1)]
+        colour, line = look[record.row]
+        density = [share / membrane.width for share in membrane.share]
+        axes.stairs(density, edges, color=colour, linestyle=line, label=names[record.row])
+    half = group[0].membranes[number].half_width
+    axes.axvspan(-half, half, color=WINDOW, alpha=0.35, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title(f"{group[0].membranes[number].layer}", fontsize=9)
+    axes.set_xlim(-4, 3)
+    plain(axes, "y")

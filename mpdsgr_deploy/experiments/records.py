@@ -1,0 +1,226 @@
+"""Result records: what one row of a table measured with one seed, a line of the table's JSON-lines file."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from mpdsgr_deploy.attacks.suite import TRANSFER
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.experiments.store import RECORDS, Rounded, put_record, read_records
+from mpdsgr_deploy.experiments.table import TableSpec
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.validation.evaluate import Evaluation
+from mpdsgr_deploy.validation.report import Report
+
+SCHEMA_VERSION = 2
+KEY = ("row", "seed")
+Bools = NDArray[np.bool_]
+
+
+class PackedVerdicts(BaseModel):
+    """One condition: `settings` says how it attacks; `right` has a bit for each image, packed, in base64."""
+
+    settings: str
+    right: str
+
+    @classmethod
+    def of(cls, settings: str, right: Bools) -> "PackedVerdicts":
+        """Pack verdicts [n]."""
+        return cls(settings=settings, right=base64.b64encode(np.packbits(right).tobytes()).decode())
+
+
+class CheckOutcome(BaseModel):
+    """What a health check saw."""
+
+    number: int
+    name: str
+    passed: bool
+    saw: str
+
+
+class AnyCheck(Protocol):
+    """A health check as the validation states it."""
+
+    number: int
+    name: str
+    passed: bool
+    saw: str
+
+
+class Attacked(BaseModel):
+    """A network under every condition, in the order in which they were tried.
+
+    images: which they were, and by which rule; n: how many.
+    """
+
+    images: str
+    seed: int
+    n: int
+    conditions: dict[str, PackedVerdicts]
+    health: list[CheckOutcome] = []
+    provenance: dict[str, Any]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> "Attacked":
+        """From what `evaluate` returns."""
+        rows = evaluation.rows
+        n = rows[0].n
+        return cls(
+            images=evaluation.images,
+            seed=evaluation.seed,
+            n=n,
+            conditions={row.name: PackedVerdicts.of(row.settings, row.score.verdicts(n)) for row in rows},
+            health=outcomes(evaluation.health),
+            provenance=evaluation.provenance,
+        )
+
+    def verdicts(self, condition: str) -> Bools:
+        """Which images the network gets right under a condition [n]. Raises KeyError for one that was not tried."""
+        packed = np.frombuffer(base64.b64decode(self.conditions[condition].right), np.uint8)
+        return np.unpackbits(packed)[: self.n].astype(bool)
+
+    def accuracy(self, condition: str) -> float:
+        """The share of images it gets right under a condition. Raises KeyError as `verdicts`."""
+        return int(self.verdicts(condition).sum()) / self.n
+
+
+class AttackedExport(Attacked):
+    """An exported network as `validate` judged it.
+
+    curves: by attack, (eps, correct images, images) of growing eps; stopped: why it ended before all conditions were
+    tried; None: it did not.
+    """
+
+    verdict: str
+    reasons: list[str]
+    tier: str
+    artefact_sha256: str
+    curves: dict[str, list[tuple[float, int, int]]] = {}
+    stopped: str | None = None
+
+    @classmethod
+    def of_report(cls, report: Report) -> "AttackedExport":
+        """From a validation report."""
+        n = report.rows[0].n
+        origin = {**report.provenance, "network": f"the {report.precision} network on {report.backend}"}
+        return cls(
+            images=report.images,
+            seed=report.seed,
+            n=n,
+            conditions={row.name: PackedVerdicts.of(row.settings, row.artefact.verdicts(n)) for row in report.rows},
+            health=outcomes(report.health),
+            provenance=origin,
+            verdict=report.verdict,
+            reasons=[str(reason) for reason in report.reasons],
+            tier=report.tier,
+            artefact_sha256=report.artefact_sha256,
+            curves={curve.attack: [(p.eps, p.correct, p.n) for p in curve.points] for curve in report.curves},
+            stopped=None if report.stopped is None else str(report.stopped),
+        )
+
+
+def outcomes(checks: Sequence[AnyCheck]) -> list[CheckOutcome]:
+    """Health checks without their explanations, which are the same in every record."""
+    return [CheckOutcome(number=c.number, name=c.name, passed=c.passed, saw=c.saw) for c in checks]
+
+
+class Membrane(BaseModel):
+    """A layer's membrane potentials over all steps and channels: the share of them in each bin of v = U - V_th.
+
+    The first bin begins at `start`; all are `width` wide. half_width: of the surrogate's window around v = 0.
+    """
+
+    layer: str
+    half_width: float
+    start: float
+    width: float
+    share: list[float]
+
+
+class Record(BaseModel):
+    """One row with one seed.
+
+    checkpoint: which of the run's was evaluated, after `epoch` epochs; suite: version of the attack suite; tier: whose
+    attacks torch's network met, None: those its recipe names. curve: what training logged, by name, a value an epoch;
+    seconds: wall time of the training; layers: membrane statistics of its last epoch. `torch` is the evaluation of the
+    torch network, or else `artefacts` those of the exported network by precision. `provenance` is that of the training.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    table: str
+    row: str
+    seed: int
+    suite: int
+    checkpoint: str
+    epoch: int
+    recipe: Recipe
+    seconds: float
+    curve: Annotated[dict[str, list[Any]], Rounded]
+    layers: Annotated[list[dict[str, Any]], Rounded]
+    membranes: Annotated[list[Membrane], Rounded] = []
+    tier: str | None = None
+    torch: Attacked | None = None
+    artefacts: dict[str, AttackedExport] = {}
+    sensitivity: Annotated[dict[str, Any], Rounded]
+    provenance: dict[str, Any]
+
+    @property
+    def attacked(self) -> Attacked:
+        """The evaluation that the row's accuracies are from: the torch network's, or the first precision's."""
+        return self.torch or next(iter(self.artefacts.values()))
+
+
+def put(folder: Path, record: Record) -> None:
+    """Write a record into the file of its table."""
+    put_record(folder / RECORDS, record, KEY)
+
+
+def records_of(folder: Path) -> dict[tuple[str, int], Record]:
+    """All records of a table's folder by row and seed. Raises InputError as `read_records`."""
+    return {(r.row, r.seed): r for r in read_records(folder / RECORDS, Record, SCHEMA_VERSION)}
+
+
+def outdated(record: Record, table: TableSpec) -> str | None:
+    """Why a record is not what its table asks for now; None if it is.
+
+    A recipe field added since then does not make it another recipe, as long as its default is how things were.
+    """
+    from mpdsgr_deploy.defences import resolved
+
+    who = f"{record.row}, seed {record.seed},"
+    row = table.row(record.row)
+    now, before = table.recipe(row, record.seed).model_dump(), resolved(record.recipe).model_dump()
+    if changed := [section for section in now if before[section] != now[section]]:
+        return f"{who} was measured with another recipe (other values in {', '.join(changed)})"
+    asked = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
+    if asked != {precision: artefact.tier for precision, artefact in record.artefacts.items()}:
+        return f"{who} does not have the exported networks that its table asks for"
+    transferred = TRANSFER in record.attacked.conditions
+    if table.artefact is None and (table.tier, row.transfer is not None) != (record.tier, transferred):
+        return f"{who} was not measured under the attacks that its table asks for"
+    return None
+
+
+Measured = dict[str, list[Record]]  # row -> its records, one a seed; a row that was not measured is not in it
+
+
+def load_measured(table: TableSpec, folder: Path) -> Measured:
+    """The records of every row with all seeds there are. One that is outdated is left out, and logged."""
+    known = {row.title for row in table.rows}
+    by_row: Measured = {}
+    for (row, _), record in sorted(records_of(folder).items()):
+        try:
+            reason = outdated(record, table) if row in known else f"{row} is no row of the table"
+        except InputError as error:
+            reason = f"{row}, seed {record.seed}: {error}"
+        if reason is None:
+            by_row.setdefault(row, []).append(record)
+        else:
+            log.warning("left out: %s", reason)
+    return {row.title: by_row[row.title] for row in table.rows if row.title in by_row}

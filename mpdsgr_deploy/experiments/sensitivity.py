@@ -1,0 +1,103 @@
+"""Robust, or only hard to differentiate? What a perturbation does to a network beside what its gradient promises.
+
+margin        logit of the true class minus the best other, mean over the images the network gets right
+promised      eps * |d margin / d x|_1: the drop an attacker expects who trusts the surrogate gradient
+noise, pgd    the drop that really follows from U(-eps, eps) noise and from PGD in the recipe's setting
+flipped       share of a layer's spikes that differ from those of the clean image, first to last layer
+
+A defence that masks lowers `promised` alone; one that protects lowers `pgd / margin` and `flipped` too. Drops are given
+in units of the network's own margin, since logit scales differ. A stochastic network draws the same noise for the clean
+and the perturbed image, so that what differs is the perturbation.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpdsgr_deploy.attacks import pgd, uniform
+from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime.torch_model import exact_convolutions
+from mpdsgr_deploy.snn import Observer, Trace
+
+
+class FixedNoise:
+    """A network in eval mode that draws the same noise in every forward pass."""
+
+    def __init__(self, model: SpikingNet, seed: int) -> None:
+        self.model, self.seed = model, seed
+
+    def __call__(self, x: Tensor, observe: Observer | None = None) -> Tensor:
+        with exact_convolutions():  # a rounded product flips spikes that no perturbation has flipped
+            return self.model(x, observe, torch.Generator().manual_seed(self.seed))
+
+    def observe(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Margin [N] and each layer's spikes [T, N, ...] as booleans."""
+        spikes: dict[str, Tensor] = {}
+
+        def keep(trace: Trace) -> None:
+            spikes[trace.layer] = torch.stack([state.spikes > 0 for state in trace.states])
+
+        with torch.no_grad():
+            return -margin(self(x, keep), y), spikes
+
+    def margin_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """d margin / d x through the training surrogate [N, C, H, W]."""
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(-margin(self(x), y).sum(), x)[0]
+
+
+def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, Any]:
+    """The means above over those of `images` that the model, in eval mode, gets right, as JSON-ready numbers."""
+    attack, seed = recipe.attack, recipe.validation.seed
+    device = next(model.parameters()).device
+    probe = FixedNoise(model, seed)
+    clean = images.unit()
+    noisy = uniform(clean, eps=attack.eps, rng=np.random.default_rng(seed))
+    start = 2 * torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed)) - 1
+    sums: dict[str, float] = defaultdict(float)
+    for index in torch.arange(len(images)).split(recipe.validation.batch_size):
+        x, noise = (torch.from_numpy(array)[index].to(device) for array in (clean, noisy))
+        y, first = torch.from_numpy(images.classes)[index].to(device), start[index].to(device)
+        for name, value in batch_sums(probe, x, y, noise, first, recipe).items():
+            sums[name] += value
+    n = int(sums.pop("n", 0))
+    means: dict[str, Any] = {"n": n, "eps": attack.eps, "flipped_noise": {}, "flipped_pgd": {}}
+    for name, total in sums.items():
+        kind, _, layer = name.partition("/")
+        (means[kind] if layer else means)[layer or kind] = total / n
+    return means
+
+
+def batch_sums(
+    probe: FixedNoise, x: Tensor, y: Tensor, noisy: Tensor, start: Tensor, recipe: Recipe
+) -> dict[str, float]:
+    """What `sensitivity` averages, summed over what the network gets right of a batch; flips as flipped_KIND/LAYER.
+
+    The whole batch passes through the network each time, since the noise of an image depends on its place in it. The
+    attack draws noise of its own.
+    """
+    attack = recipe.attack
+    noise = torch.Generator().manual_seed(probe.seed + 1)
+
+    def target(x: Tensor, y: Tensor) -> Any:
+        with exact_convolutions():
+            return input_gradient(lambda x: probe.model(x, None, noise), x, y)
+
+    attacked = pgd(target, x, y, eps=attack.eps, step=attack.step, steps=attack.steps, draw=lambda _: start)
+    clean_margin, clean_spikes = probe.observe(x, y)
+    right = clean_margin > 0
+    promised = attack.eps * probe.margin_gradient(x, y).abs().sum((1, 2, 3))
+    n = int(right.sum())
+    sums = {"n": float(n), "margin": clean_margin[right].sum().item(), "promised": promised[right].sum().item()}
+    for name, perturbed in (("noise", noisy), ("pgd", attacked)):
+        after, spikes = probe.observe(perturbed, y)
+        sums[name] = (clean_margin - after)[right].sum().item()
+        for layer, clean in clean_spikes.items() if n else ():
+            sums[f"flipped_{name}/{layer}"] = (spikes[layer] != clean)[:, right].float().mean().item() * n
+    return sums

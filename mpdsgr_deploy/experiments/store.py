@@ -1,0 +1,85 @@
+"""Records in a JSON-lines file, one a line, found by a key. Several processes may write into one file."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, PlainSerializer
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.schema import parse
+
+RECORDS = "results.jsonl"
+DIGITS = 6  # significant ones of a measured number
+R = TypeVar("R", bound=BaseModel)
+
+
+def rounded(value: Any) -> Any:
+    """A JSON-ready value with its floats rounded to so many significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+Rounded = PlainSerializer(rounded)  # annotates a field of measured numbers
+
+
+def read_records(path: Path, model: type[R], version: int) -> list[R]:
+    """The records of a file, in its order; none if there is no file.
+
+    Raises InputError that names the line for one that is damaged, does not fit `model`, or was written by a later
+    version of this package (its schema_version is above `version`).
+    """
+    records = []
+    for number, line in enumerate(read_lines(path), 1):
+        source = f"{path}, line {number}"
+        try:
+            values = json.loads(line)
+            found = values["schema_version"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{source} is damaged; remove the line and measure again") from None
+        if found > version:
+            raise InputError(f"{source} has schema version {found}, this mpdsgr-deploy reads {version}; upgrade it")
+        records.append(parse(model, values, source))
+    return records
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that may not be there."""
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
+    """Write a record into a file, in place of that with the same values of the fields `key`; sorted by these.
+
+    The file is replaced as a whole, so that a process killed at any time leaves the old or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = record.model_dump_json()
+    with locked(path.parent):
+        kept = {key_of(other, key): other for other in read_lines(path)} | {key_of(line, key): line}
+        write_atomic(path, "".join(f"{kept[own]}\n" for own in sorted(kept)).encode())
+
+
+def key_of(line: str, key: Sequence[str]) -> tuple[Any, ...]:
+    """The values of a line's key."""
+    values = json.loads(line)
+    return tuple(values[name] for name in key)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock from writing into a folder meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,153 @@
+"""The pictures of a study's page, as PNG files."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mpdsgr_deploy.attacks.suite import WORST
+from mpdsgr_deploy.experiments.compare import cell
+from mpdsgr_deploy.experiments.effect import (
+    CONDITIONS,
+    HELPS,
+    HURTS,
+    MASKS,
+    OPEN,
+    Effect,
+    Pair,
+    effect,
+    emptied,
+    verdict,
+)
+from mpdsgr_deploy.experiments.plots import plain, png
+from mpdsgr_deploy.experiments.records import Measured
+from mpdsgr_deploy.experiments.study import Study
+
+DRAWN = ("PGD", "Square", "union")
+BASELINE = "#000000"
+COLOURS = {HELPS: "#009E73", MASKS: "#E69F00", HURTS: "#D55E00", OPEN: "#999999"}
+LINE_HEIGHT = 9.0  # points between two labels
+Label = tuple[float, float, str]  # x, y, text
+
+
+def method_names(study: Study) -> dict[str, str]:
+    """Method's name in the file to what a reader sees: its label, or else the names of its defences."""
+    table = study.table()
+    titles = {}
+    for setting in study.settings:
+        for method in study.methods_of(setting):
+            if method.name not in titles:
+                training = table.recipe(table.row(study.title_of(setting, method)), study.seeds[0]).method
+                titles[method.name] = method.label or training
+    values = list(titles.values())
+    return {name: title if values.count(title) == 1 else f"{title} ({name})" for name, title in titles.items()}
+
+
+def effects(study: Study, compared: list[Pair]) -> bytes:
+    """Differences with intervals: by gradients as the paper attacks, without gradients, and under all attacks."""
+    names = method_names(study)
+    figure = Figure(figsize=(13, 1.2 + 0.24 * len(compared)), layout="constrained")
+    panels = figure.subplots(1, len(DRAWN), sharex=True, sharey=True)
+    for axes, heading in zip(panels, DRAWN, strict=True):
+        for position, pair in enumerate(compared):
+            draw_effect(axes, position, effect(pair.records, pair.baseline, CONDITIONS[heading]))
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(f"points under {heading}")
+        plain(axes, "x")
+    panels[0].set_yticks(range(len(compared)), [f"{p.setting.name}: {names[p.method.name]}" for p in compared])
+    panels[0].set_ylim(len(compared) - 0.5, -0.5)
+    figure.suptitle("colour: the interval excludes zero", fontsize=9)
+    return png(figure)
+
+
+def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
+    """One line of it; nothing without an effect."""
+    if points is not None:
+        colour = COLOURS[HELPS if points.low > 0 else HURTS if points.high < 0 else OPEN]
+        axes.plot([points.low, points.high], [position, position], color=colour)
+        axes.plot([points.mean], [position], "o", color=colour, markersize=4)
+
+
+def dose(study: Study, compared: list[Pair]) -> bytes:
+    """What survives all attacks against how much Omega falls, one point a method and setting."""
+    names = method_names(study)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    texts: list[Label] = []
+    for setting, method, records, baseline in compared:
+        if (union := effect(records, baseline, WORST)) is None:
+            continue
+        colour, x = COLOURS[verdict(records, baseline)], emptied(records, baseline)
+        axes.plot([x, x], [union.low, union.high], color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot([x], [union.mean], "o", color=colour, markersize=5)
+        if colour != COLOURS[OPEN]:
+            texts.append((x, union.mean, f"{setting.name}: {names[method.name]}"))
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="Omega less than the baseline's", ylabel="points more under all attacks")
+    finish(figure, axes, texts)
+    return png(figure)
+
+
+def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
+    """Clean accuracy against what survives all attacks, one point a row, with the intervals over images.
+
+    Named are the rows that no other beats in both.
+    """
+    names = {study.title_of(s, m): f"{s.name}: {method_names(study)[m.name]}" for s, m in study.pairs()}
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    verdicts = {pair.records[0].row: verdict(pair.records, pair.baseline) for pair in compared}
+    points: list[Label] = []
+    for title, records in measured.items():
+        clean, union = cell(records, "clean"), cell(records, WORST)
+        if clean is None or union is None:
+            continue
+        colour = COLOURS[verdicts[title]] if title in verdicts else BASELINE
+        axes.plot([clean.mean] * 2, union.interval, color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot([clean.mean], [union.mean], "o", color=colour, markersize=5)
+        points.append((clean.mean, union.mean, names[title]))
+    best = [p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points)]
+    axes.plot(*zip(*sorted((x, y) for x, y, _ in best), strict=True), color=BASELINE, linewidth=0.5, linestyle=":")
+    axes.set(xlabel="clean accuracy (%)", ylabel="right under all attacks (%)")
+    axes.plot([], [], "o", color=BASELINE, label="baseline")
+    finish(figure, axes, best)
+    return png(figure)
+
+
+def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
+    """A legend of the colours beside the axes, and the labels."""
+    for name, colour in COLOURS.items():
+        axes.plot([], [], "o", color=colour, label=name)
+    plain(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.draw_without_rendering()  # the layout is settled: pixels are what they will be
+    place(figure, axes, texts)
+
+
+def place(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
+    """Labels to the right of their points, moved down until none covers another, with a line to the point.
+
+    A label that would leave the axes to the right is set to the left of its point.
+    """
+    scale = 72 / figure.dpi
+    right = axes.bbox.x1 * scale
+    boxes: list[tuple[float, float, float]] = []  # left, right, y of those placed, in points
+    for x, y, text in sorted(texts, key=lambda label: -label[1]):
+        at_x, at_y = (value * scale for value in axes.transData.transform((x, y)))
+        width = 3.4 * len(text)
+        to_left = at_x + 8 + width > right
+        left = at_x - 8 - width if to_left else at_x + 8
+        height = at_y
+        while any(b[0] < left + width and left < b[1] and abs(b[2] - height) < LINE_HEIGHT for b in boxes):
+            height -= 1
+        boxes.append((left, left + width, height))
+        axes.annotate(
+            text,
+            (x, y),
+            fontsize=6,
+            xytext=(-8 if to_left else 8, height - at_y),
+            textcoords="offset points",
+            ha="right" if to_left else "left",
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "#555555"},
+        )

@@ -1,0 +1,146 @@
+"""The page of a table: its records as Markdown and as plots."""
+
+from pathlib import Path
+from statistics import fmean
+
+from mpdsgr_deploy.experiments import deployed_page, eta_page, plots
+from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
+from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, unmeasured
+from mpdsgr_deploy.experiments.records import Measured, load_measured
+from mpdsgr_deploy.experiments.table import TableSpec
+from mpdsgr_deploy.files import write_atomic
+
+OTHERS = ("transfer", "cw-l2", "apgd-ce", "apgd-dlr", "square")  # attacks that not every table has
+PAGE, PLOT = "README.md", "plot.png"
+
+
+def write_page(name: str, table: TableSpec, folder: Path) -> Path:
+    """Render the page and the plots of the records in `folder` into it."""
+    measured = load_measured(table, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if measured:
+        for file, picture in pictures(table, measured).items():
+            write_atomic(folder / file, picture)
+    write_atomic(folder / PAGE, render(name, table, measured).encode())
+    return folder / PAGE
+
+
+def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
+    """PNG files by name."""
+    drawn: dict[str, bytes | None] = {PLOT: plots.accuracies(table, measured)}
+    if table.artefact is not None:
+        drawn[deployed_page.GROWTH] = plots.growth(measured)
+        drawn[deployed_page.MEMBRANES] = plots.membranes(measured, table.artefact.membranes)
+    return {name: picture for name, picture in drawn.items() if picture is not None}
+
+
+def render(name: str, table: TableSpec, measured: Measured) -> str:
+    """The whole page."""
+    parts = [f"# {table.title}", f"Rendered from `results.jsonl` by `mpdsgr table {name}`."]
+    if table.set:
+        parts.append(f"All rows: {', '.join(f'`{override}`' for override in table.set)}.")
+    named = [row for row in table.rows if row.name]
+    meanings = [
+        f"`{r.title}` is `{r.recipe}`{' with ' if r.set else ''}{', '.join(f'`{o}`' for o in r.set)}" for r in named
+    ]
+    parts += [f"Rows: {'; '.join(meanings)}."] if named else []
+    if measured:
+        parts += [
+            accuracies(measured),
+            by_attack(measured),
+            unhealthy(measured),
+            f"![accuracy of every row]({PLOT})",
+            beside_published(table, measured),
+        ]
+        if table.eta_budget is not None:
+            parts.append(eta_page.choice(measured, table.eta_budget))
+        parts += exported(table, measured)
+        parts += ["## Where it was measured", sources(measured)]
+    parts.append(unmeasured(table, measured))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def exported(table: TableSpec, measured: Measured) -> list[str]:
+    """The sections about exported networks, where there are any, and what explains the accuracies."""
+    explained = ["## Behind the accuracies", behaviour(measured)]
+    if table.artefact is None:
+        return explained
+    parts = [deployed_page.order(table, measured)]
+    if any(map(strong_curves, measured.values())):
+        parts.append(deployed_page.growth(measured))
+    parts += [deployed_page.precisions(measured), *explained]
+    defence = table.artefact.membranes
+    if plots.with_and_without(measured, defence):
+        parts.append(
+            f"![membrane potentials with {defence and defence.upper()} and without]({deployed_page.MEMBRANES})"
+        )
+    return parts
+
+
+def quote(name: str, measured: Measured, text: str) -> str:
+    """`text` with the short form of a table between its markers, `<!-- table: NAME -->` and `<!-- end of table -->`."""
+    begin, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+    if begin not in text:
+        return text
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{short(measured)}\n{end}{after}"
+
+
+def short(measured: Measured) -> str:
+    """Mean accuracies of every row, with the deviation between seeds, under the conditions that decide."""
+    columns = {"clean": "clean", "FGSM": "fgsm", "PGD": "pgd", **STRONG}
+    methods = [records[0].recipe.method for records in measured.values()]
+    rows = []
+    for (title, records), method in zip(measured.items(), methods, strict=True):
+        rows.append([method if methods.count(method) == 1 else f"{method} ({title})", *shorts(records, columns)])
+    return markdown(["method", *columns], rows)
+
+
+def accuracies(measured: Measured) -> str:
+    """Every condition with its uncertainty, and the wall time of training."""
+    columns = {**SHOWN, **STRONG}
+    rows = []
+    for title, records in measured.items():
+        cells = [str(cell(records, condition) or "-") for condition in columns.values()]
+        minutes = fmean(record.seconds for record in records) / 60
+        n = str(records[0].attacked.n)
+        rows.append([title, records[0].recipe.method, seeds(records), n, *cells, f"{minutes:.1f} min"])
+    note = (
+        "Accuracy in %: the mean over the seeds, ± the standard deviation between them, [95 % Wilson interval for the "
+        "choice of the n test images, which are the same for every seed and row]. `strong`: broken by any iterate of "
+        "the strong PGD; `union`: right under every condition within eps. `training`: wall time of one run."
+    )
+    return markdown(["row", "method", "seeds", "n", *columns, "training"], rows) + f"\n\n{note}"
+
+
+def by_attack(measured: Measured) -> str:
+    """The strong PGD through each of the attacker's surrogates, and other attacks that not every table has."""
+    names = dict.fromkeys(name for records in measured.values() for name in records[0].attacked.conditions)
+    extra = {name: name for name in names if name.startswith("strong ") or name in OTHERS}
+    if not extra:
+        return ""
+    rows = [[title, *shorts(records, extra)] for title, records in measured.items()]
+    heading = "What the attacker's choice of surrogate does to the strong PGD"
+    others = ", and what other attacks leave" if any(name in OTHERS for name in extra) else ""
+    return f"{heading}{others}:\n\n{markdown(['row', *extra], rows)}"
+
+
+def beside_published(table: TableSpec, measured: Measured) -> str:
+    """Measured against published means, for the rows and conditions that have both."""
+    stated = {title: figures for title in measured if (figures := published_figures(table, title))}
+    shown = {h: c for h, c in SHOWN.items() if any(getattr(figures, c) is not None for figures in stated.values())}
+    if not shown:
+        return ""
+    rows = []
+    for title, figures in stated.items():
+        cells = []
+        for condition in shown.values():
+            value, own = getattr(figures, condition), cell(measured[title], condition)
+            cells += [f"{own.mean:.1f}" if own else "-", "-" if value is None else f"{value:.2f}"]
+        rows.append([title, *cells, figures.table])
+    columns = [heading for h in shown for heading in (h, f"{h}, published")]
+    changed = " This table changes what is listed above, so the two differ in more than chance." if table.set else ""
+    note = f"Published figures are those of the unchanged recipes.{changed}"
+    return f"## Beside the published figures\n\n{markdown(['row', *columns, 'published in'], rows)}\n\n{note}"

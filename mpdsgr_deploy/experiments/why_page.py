@@ -1,0 +1,202 @@
+"""The page and the plot of what explains a study: `mpdsgr study NAME ROWS --why`."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained, LayerFactors
+from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.plots import LINES, PALETTE, plain, png
+from mpdsgr_deploy.experiments.store import read_records
+from mpdsgr_deploy.experiments.study import Study
+from mpdsgr_deploy.files import write_atomic
+
+PAGE, PLOT = "WHY.md", "why.png"
+FACTORS = ("leak", "weights", "surrogate")
+KINDS = {"pgd": "strong PGD", "noise": "noise"}
+PARTS = ("scale", "density", "filter")  # of the weights
+DROPS = {"promised": "promised by the gradient", "pgd": "real: strong PGD", "noise": "real: random noise"}
+DRAWN = {
+    "surrogate": "surrogate's rms derivative",
+    "weights": "weights: largest gain of the layer",
+    "density": "of it, density: sparser spikes",
+    "filter": "of it, the filters",
+}
+Networks = dict[str, list[Explained]]  # row -> its networks, one a seed
+
+
+def load_networks(study: Study, folder: Path) -> Networks:
+    """The explained networks of a study, in the order of its rows."""
+    records = read_records(folder / RECORDS, Explained, SCHEMA_VERSION)
+    rows = {row.title: [r for r in records if r.row == row.title] for row in study.table().rows}
+    return {row: networks for row, networks in rows.items() if networks}
+
+
+def write_why(study: Study, folder: Path) -> Path:
+    """Render the page and its plot from the records in `folder`."""
+    rows = load_networks(study, folder)
+    write_atomic(folder / PLOT, draw(rows))
+    write_atomic(folder / PAGE, render(study, rows).encode())
+    return folder / PAGE
+
+
+def render(study: Study, rows: Networks) -> str:
+    """The whole page."""
+    networks = [network for row in rows.values() for network in row]
+    seeds = sorted({network.seed for network in networks})
+    images = " and ".join(dict.fromkeys(network.images for network in networks))
+    checkpoints = " and ".join(sorted({f"`{network.checkpoint}`" for network in networks}))
+    parts = [
+        f"# Why: {study.title}",
+        f"Rendered from `{RECORDS}`, which `mpdsgr study NAME ROWS --why` writes. Means over seeds "
+        f"{', '.join(map(str, seeds))}, on {images} that a network gets right; checkpoint: {checkpoints}.",
+        f"![what perturbations promise and do, and the factors of the gradient]({PLOT})",
+        "## What a perturbation promises and does",
+        drops(rows),
+        "## Spikes that a perturbation flips",
+        flips(rows),
+        "## What the surrogate gradient is made of",
+        made_of(rows),
+        "## Where it was measured",
+        sources(networks),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def sources(networks: list[Explained]) -> str:
+    """Hardware, versions and revisions, each distinct one once."""
+    origins = (network.provenance for network in networks)
+    lines = (
+        f"{o['hardware']['cpu']}, {o['hardware']['cores']} cores; torch {o['packages']['torch']}, revision "
+        f"{o['revision']}."
+        for o in origins
+    )
+    return "\n".join(dict.fromkeys(lines))
+
+
+def by_size(networks: list[Explained], value: Callable[[dict[str, Any]], float]) -> dict[float, float]:
+    """Means over seeds by eps; a network that got nothing right says nothing."""
+    values: dict[float, list[float]] = {}
+    for network in networks:
+        for size in network.sizes:
+            if size["n"]:
+                values.setdefault(size["eps"], []).append(value(size))
+    return {eps: fmean(each) for eps, each in values.items()}
+
+
+def drop(kind: str) -> Callable[[dict[str, Any]], float]:
+    """A drop of the margin in margins."""
+    return lambda size: size[kind] / size["margin"]
+
+
+def flipped(kind: str) -> Callable[[dict[str, Any]], float]:
+    """The share of spikes that flip, mean over layers."""
+    return lambda size: fmean(size[f"flipped_{kind}"].values())
+
+
+def drops(rows: Networks) -> str:
+    """Drops of the margin by eps, as a table."""
+    sizes = [*by_size(next(iter(rows.values())), drop("pgd"))]
+    lines = []
+    for row, networks in rows.items():
+        for kind, name in (("promised", "promised"), *KINDS.items()):
+            values = by_size(networks, drop(kind))
+            lines.append([row, name, *(f"{values[eps]:.2f}" for eps in sizes)])
+    note = (
+        "Drops of the margin, in margins of the clean image: `promised` by the surrogate gradient; what follows from "
+        "`strong PGD`, as many steps of eps / 4 as the study's strong attack has, and from `noise`. What lowers the "
+        "promise alone masks; above 1 the image is lost on average."
+    )
+    return markdown(["row", "drop", *(f"eps {eps:.3g}" for eps in sizes)], lines) + f"\n\n{note}"
+
+
+def flips(rows: Networks) -> str:
+    """Shares of flipped spikes by eps, as a table."""
+    sizes = [*by_size(next(iter(rows.values())), flipped("pgd"))]
+    lines = []
+    for row, networks in rows.items():
+        for kind, name in KINDS.items():
+            values = by_size(networks, flipped(kind))
+            lines.append([row, name, *(f"{values[eps]:.4f}" for eps in sizes)])
+    note = "Share of spikes that differ from those of the clean image, mean over layers."
+    return markdown(["row", "by", *(f"eps {eps:.3g}" for eps in sizes)], lines) + f"\n\n{note}"
+
+
+def mean_of(networks: list[Explained], number: int, factor: str) -> float:
+    """The mean over seeds of a factor of one layer."""
+    return fmean(getattr(network.layers[number], factor) for network in networks)
+
+
+def made_of(rows: Networks) -> str:
+    """The factors, multiplied over layers, as powers of two."""
+    lines = []
+    for row, networks in rows.items():
+        totals = {factor: total(networks, factor) for factor in (*FACTORS, *PARTS)}
+        product = sum(totals[factor] for factor in FACTORS)
+        powers = [*(totals[factor] for factor in FACTORS), product, *(totals[part] for part in PARTS)]
+        rates = [mean_of(networks, end, "firing_rate") for end in (0, -1)]
+        margin = fmean(network.sizes[0]["margin"] for network in networks)
+        lines.append([row, *(f"{power:+.1f}" for power in powers), f"{rates[0]:.3f} / {rates[1]:.3f}", f"{margin:.2f}"])
+    note = (
+        "Powers of two, over all layers: +1 doubles the estimate; `mpdsgr_deploy/experiments/explain.py` says what "
+        "each factor is. "
+        "Weights are scale, density and filter together: tdBN's scale, how much it multiplies sparse spikes with to "
+        "give them the deviation it wants, and the filters themselves. A method whose surrogate factor falls while "
+        "its weights' factor rises has moved the gradient, not removed it."
+    )
+    columns = ["row", *FACTORS, "product", *(f"weights: {part}" for part in PARTS)]
+    return markdown([*columns, "firing rate, first / last layer", "margin"], lines) + f"\n\n{note}"
+
+
+def total(networks: list[Explained], factor: str) -> float:
+    """The binary logarithm of a factor's product over layers, each layer's a mean over seeds."""
+    return sum(math.log2(mean_of(networks, number, factor)) for number in range(len(networks[0].layers)))
+
+
+def draw(rows: Networks) -> bytes:
+    """Drops by eps and flips by layer; below, the factors by layer. A colour a method, a line a setting."""
+    figure = Figure(figsize=(16, 7.5), layout="constrained")
+    panels = figure.subplots(2, 4)
+    for (row, networks), (colour, line) in zip(rows.items(), styles([*rows]), strict=True):
+        style: Any = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3}
+        for axes, kind in zip(panels[0], DROPS, strict=False):
+            values = by_size(networks, drop(kind))
+            axes.plot([*values], [*values.values()], label=row, **style)
+        draw_flips(panels[0][3], networks, style)
+        layers: list[LayerFactors] = networks[0].layers
+        for axes, factor in zip(panels[1], DRAWN, strict=True):
+            means = [mean_of(networks, number, factor) for number in range(len(layers))]
+            axes.plot([layer.layer for layer in layers], means, **style)
+    for axes, title in zip(panels[0], DROPS.values(), strict=False):
+        axes.set(title=title, xlabel="eps", ylabel="drop of the margin / clean margin")
+    for axes in panels[0][:2]:
+        axes.axhline(1, color="black", linewidth=0.6)  # above it the image is lost on average
+    panels[0][3].set(title="flipped by strong PGD at eps", ylabel="share of spikes")
+    for axes, title in zip(panels[1], DRAWN.values(), strict=True):
+        axes.set(title=title)
+    for axes in (panels[0][3], *panels[1]):
+        axes.set_ylim(0, None)
+        axes.tick_params(axis="x", rotation=60, labelsize=8)
+    for axes in panels.flat:
+        plain(axes)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    return png(figure)
+
+
+def styles(rows: list[str]) -> list[tuple[str, str]]:
+    """Colour and line of rows SETTING.METHOD; settings and methods in the order in which they come."""
+    named = [row.split(".", 1) for row in rows]
+    settings, methods = (list(dict.fromkeys(names)) for names in zip(*named, strict=True))
+    return [(PALETTE[methods.index(m) % len(PALETTE)], LINES[settings.index(s) % len(LINES)]) for s, m in named]
+
+
+def draw_flips(axes: Axes, networks: list[Explained], style: Any) -> None:
+    """Share of each layer's spikes that PGD flips at the recipe's eps, which is the last size but one."""
+    at = [network.sizes[-2]["flipped_pgd"] for network in networks if network.sizes[-2]["n"]]
+    if at:
+        axes.plot([*at[0]], [fmean(flips[layer] for flips in at) for layer in at[0]], **style)
