@@ -1,7 +1,6 @@
 """One small trained network, its bundle, and the command, shared by all tests."""
 
 import fcntl
-import json
 import logging
 import os
 import re
@@ -13,19 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import numpy_helper
 
-from mpdsgr_deploy.attack_graph import derived
-from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
+from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
-from mpdsgr_deploy.files import sha256
+from mpdsgr_deploy.damage import cover_up, damage
+from mpdsgr_deploy.damage import seal_again as resealed
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.runtime import OnnxRuntime
-from mpdsgr_deploy.surrogates import trained_surrogate
 
 HAS_TORCH = find_spec("torch") is not None
 TRAIN = {
@@ -39,6 +33,7 @@ TRAIN = {
     "tensorboard",
     "foolbox",
 }
+__all__ = ["resealed"]
 SMALL = {
     "data": {"name": "digits", "augment": "none"},
     "model": {"name": "vgg-small", "width": 0.25},
@@ -79,29 +74,9 @@ def assert_input_error(done: subprocess.CompletedProcess[str], *parts: str) -> N
         assert part in line, line
 
 
-def resealed(bundle: Path) -> Path:
-    """Make the manifest's hashes those of the files as they are now, as somebody who tampers with a bundle would."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"] = {name: sha256(bundle / name) for name in manifest["files"]}
-    manifest["digest"] = Manifest.model_validate(manifest).computed_digest()
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    return bundle
-
-
 def perturbed(bundle: Bundle, out: Path) -> Path:
     """A copy in which the network's weights are off, and golden batch, attack graph and hashes go along with that."""
-    shutil.copytree(bundle.path, out)
-    file = out / "model.fp32.onnx"
-    network = onnx.load(file)
-    (readout,) = (i for i in network.graph.initializer if i.name == "readout.weight")
-    noise = np.random.default_rng(0).normal(0, 0.3, tuple(readout.dims)).astype(np.float32)
-    readout.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(readout) + noise, readout.name))
-    onnx.save(network, file)
-    (out / "attack.fp32.onnx").write_bytes(derived(file, trained_surrogate(bundle.manifest.recipe)))
-    inputs, _ = bundle.golden()
-    with OnnxRuntime(file) as broken:
-        np.savez(out / "golden.npz", inputs=inputs, fp32=broken(inputs))
-    return resealed(out)
+    return cover_up(damage(bundle, out), bundle)
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -1,0 +1,60 @@
+"""Damaged copies of a bundle, by which the demo and the tests show that damage is noticed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, Bundle, Manifest
+from mpdsgr_deploy.files import sha256
+from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
+from mpdsgr_deploy.surrogates import trained_surrogate
+
+READOUT = "readout.weight"
+
+
+def damage(bundle: Bundle, out: Path, *, noise: float = 1.0) -> Path:
+    """A copy of `bundle` in directory `out` whose float32 network has other weights in its last layer.
+
+    noise: the standard deviation of what is added to these weights, in units of their own. Nothing else is changed, so
+    `open_bundle` refuses the copy.
+    """
+    shutil.copytree(bundle.path, out)
+    file = out / bundle.manifest.variants["fp32"].file
+    network = onnx.load(file)
+    (readout,) = (tensor for tensor in network.graph.initializer if tensor.name == READOUT)
+    weights = numpy_helper.to_array(readout)
+    added = np.random.default_rng(0).normal(0, noise * weights.std(), weights.shape)
+    readout.CopyFrom(numpy_helper.from_array((weights + added).astype(weights.dtype), READOUT))
+    onnx.save(network, file)
+    return out
+
+
+def cover_up(damaged: Path, bundle: Bundle) -> Path:
+    """Make golden batch, attack graph and hashes of a copy of `bundle` those of its damaged float32 network.
+
+    `open_bundle` and the golden batch then accept the copy, as they would one from somebody who meant to deceive.
+    """
+    variant, recipe = bundle.manifest.variants["fp32"], bundle.manifest.recipe
+    if variant.attack:
+        (damaged / variant.attack).write_bytes(derived(damaged / variant.file, trained_surrogate(recipe)))
+    with np.load(damaged / GOLDEN) as arrays:
+        golden = dict(arrays)
+    noise = NoiseSource(bundle.manifest.noise, recipe.validation.seed)
+    with OnnxRuntime(damaged / variant.file, noise=noise) as network:
+        golden["fp32"] = network(golden["inputs"])
+    np.savez(damaged / GOLDEN, **golden)
+    return seal_again(damaged)
+
+
+def seal_again(bundle: Path) -> Path:
+    """Make the hashes in a bundle's manifest those of its files as they are."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["files"] = {name: sha256(bundle / name) for name in manifest["files"]}
+    manifest["digest"] = Manifest.model_validate(manifest).computed_digest()
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    return bundle
