@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.http import Http
+from mpdsgr_deploy.serving.asgi import Asgi
 
 
 @asynccontextmanager
@@ -36,7 +36,7 @@ class Client:
     """One that sends whole bodies and waits for its answer, until it leaves."""
 
     def __init__(self, server: Server) -> None:
-        self._app = Http(server)
+        self._app = Asgi(server)
         self._left = asyncio.Event()
 
     def leave(self) -> None:

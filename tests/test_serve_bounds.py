@@ -1,7 +1,10 @@
 """What a server lets a client take: places in the queue, connections, memory, time. Good requests go on through."""
 
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +25,13 @@ QUEUE, CONNECTIONS = 16, 40
 X = images()
 GOOD = http("POST", INFER, request(X))
 QUEUED = 'mpdsgr_queued_images{model="bundle"}'
-HASTY = {"header_seconds": 0.6, "body_seconds": 0.8, "request_seconds": 0.2}
+HASTY = {
+    "header_seconds": 0.6,
+    "body_seconds": 0.8,
+    "request_seconds": 0.2,
+    "keep_alive_seconds": 1,
+    "connection_age_seconds": 2,
+}
 EXHAUSTED, LATE = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED
 
 
@@ -191,6 +200,46 @@ def test_connections(server: Served) -> None:
     assert_right(server.ask(GOOD))
 
 
+def test_probes_of_health_have_a_way_in_of_their_own(server: Served) -> None:
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            stack.enter_context(server.connect()).send(GOOD[:-5])
+        assert eventually(lambda: server.ask(GOOD).status == 503)
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert server.get(path).status == 200
+    assert eventually(lambda: server.ask(GOOD).status == 200)
+
+
+def test_a_body_above_the_limit_gets_its_answer_while_it_is_still_sent(server: Served) -> None:
+    whole = http("POST", INFER, bytes(4 * len(long())))
+    for _ in range(5):
+        with server.connect(20) as connection:
+            connection.send(whole)
+            assert connection.reply().status == 413
+
+
+def test_a_log_that_nobody_reads_stops_nothing() -> None:
+    command = [sys.executable, "-m", "mpdsgr_deploy", "serve", BUNDLE, "--port", "0", "--grpc-port", "0"]
+    command += ["--set", "log.requests=true", "--set", "limits.grace_seconds=0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, b"")
+    port = next(int(found[1]) for line in lines if (found := re.search(rb"serving on \S+:(\d+)", line)))
+    for number in range(3):  # 65,536 bytes are a full pipe
+        with Connection(port, 20) as connection:
+            connection.send(http("GET", f"/v2/{'x' * 5000}") * 60)
+            for _ in range(60):
+                assert connection.reply().status == 404
+            connection.send(http("GET", "/v2") * 60)
+            for _ in range(60):
+                assert connection.reply().status == 200, number
+    process.terminate()
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 0
+    told = [json.loads(line) for line in rest.splitlines()]
+    assert all(len(line["path"]) <= 200 and line["peer"].startswith("127.0.0.1:") for line in told if "path" in line)
+
+
 def test_lists_that_would_fill_the_memory(server: Served) -> None:
     """A list takes sixty bytes once it is parsed, and two or three in JSON."""
     before = server.rss()
@@ -256,13 +305,19 @@ def test_slow_clients(hasty: Served) -> None:
     assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1)
 
 
-def test_idle_connections_are_closed(hasty: Served) -> None:
+def test_idle_and_old_connections_are_closed(hasty: Served) -> None:
     with hasty.connect(10) as connection:
         connection.send(GOOD)
         assert_right(connection.reply())
         start = time.monotonic()
         assert connection.closed()
-        assert time.monotonic() - start > 4
+        assert time.monotonic() - start > 0.5
+    with hasty.connect(10) as connection:
+        start = time.monotonic()
+        while connection.send(GOOD) or connection.reply().headers.get("connection") != "close":
+            assert time.monotonic() - start < 8
+            time.sleep(0.2)
+        assert connection.closed()
 
 
 def test_calls_whose_message_does_not_come(hasty: Served) -> None:

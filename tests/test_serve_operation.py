@@ -164,6 +164,23 @@ class TestEnd:
         assert {tale.id for tale in tales if tale.code == "200"} <= mine.keys()
         assert messages(served)[-1] == "stopped; every accepted request was answered"
 
+    def test_what_waits_to_be_accepted_is_answered_too(self) -> None:
+        """The system accepts connections before the server does; they die with a listener that is just closed."""
+        with Served() as served:
+            right = served.post(INFER, request(images())).output()
+            served.signal(signal.SIGSTOP)
+            connections = [served.connect(30) for _ in range(300)]
+            for connection in connections:
+                connection.send(http("POST", INFER, request(images())))
+            served.signal(signal.SIGTERM)
+            served.signal(signal.SIGCONT)
+            for connection in connections:
+                reply = connection.reply()
+                assert (reply.status, reply.headers["connection"]) == (200, "close")
+                np.testing.assert_allclose(reply.output(), right, atol=1e-5)
+                connection.close()
+            assert served.stop() == 0
+
     def test_a_request_that_arrives_slowly_is_answered_after_sigterm(self) -> None:
         with Served() as served, served.connect() as connection:
             message = http("POST", INFER, request(images()))
@@ -181,7 +198,7 @@ class TestEnd:
             connection.send(http("POST", INFER, request(images()))[:-10])
             assert eventually(lambda: served.counted("mpdsgr_in_flight_bytes") > 0)
             start = time.monotonic()
-            assert served.stop() == 0
+            assert served.stop() == 4
             assert time.monotonic() - start < 10
             assert messages(served)[-1] == "stopped with 1 requests unanswered after 0.3 s"
 

@@ -5,11 +5,14 @@ import hmac
 import http.client
 import json
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +118,7 @@ class TestKeys:
     def test_no_file_is_refused(self, tmp_path: Path) -> None:
         assert_input_error(mpdsgr_here("serve", BUNDLE, "--api-key-file", tmp_path / "none"), "none")
 
-    def test_a_file_that_changed_is_read_again_and_a_bad_one_is_not(
+    def test_a_file_that_changed_is_read_again_and_a_bad_one_lets_nobody_in(
         self, keys: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(security, "CHECK_EVERY", 0.0)
@@ -125,8 +128,10 @@ class TestKeys:
         assert not known.accepts(f"Bearer {ALICE}")
         for spoil in (lambda: keys.write_text("short\n"), lambda: keys.write_text(""), keys.unlink):
             spoil()
+            for key in (ALICE, BOB, CAROL, "short", ""):
+                assert not known.accepts(f"Bearer {key}")
+            keys.write_text(f"{CAROL}\n")
             assert known.accepts(f"Bearer {CAROL}")
-            assert not known.accepts("Bearer short")
         keys.write_text(KEYS)
         assert known.accepts(f"Bearer {ALICE}")
         assert not known.accepts(f"Bearer {CAROL}")
@@ -291,6 +296,48 @@ class TestTls:
                 assert refused(lambda shown=shown: https(served, authority, shown))
                 assert refused(lambda shown=shown: over_grpc(served, authority, shown))
             assert https(served, authority, client, "/metrics") == 200
+
+    def test_a_renewed_certificate_is_shown_and_a_stop_waits_for_no_idle_client(
+        self, authority: Authority, tmp_path: Path
+    ) -> None:
+        def subject(port: int) -> str:
+            context = ssl.create_default_context(cafile=authority.own.certificate)
+            with socket.create_connection(("127.0.0.1", port), 10) as plain:
+                context.set_alpn_protocols(["h2"])
+                with context.wrap_socket(plain, server_hostname="127.0.0.1") as wrapped:
+                    return str(wrapped.getpeercert()["serialNumber"])  # type: ignore[index]
+
+        def place(pair: Pair) -> None:
+            shutil.copy(pair.certificate, certificate)
+            shutil.copy(pair.key, key)
+
+        certificate, key = tmp_path / "certificate", tmp_path / "key"
+        place(authority.server())
+        told = ["--tls-certificate", certificate, "--tls-key", key]
+        with Served(BUNDLE, *told, limits={"header_seconds": 2, "connections": 3}) as served:
+            before = [subject(served.port), subject(served.grpc_port)]
+            assert before[0] == before[1]
+            place(authority.server())
+            served.signal(signal.SIGHUP)
+            assert eventually(lambda: subject(served.port) != before[0])
+            assert subject(served.grpc_port) == subject(served.port)
+            key.write_text("no key")
+            served.signal(signal.SIGHUP)
+            assert eventually(lambda: any("the certificate read before stays" in x["message"] for x in served.lines))
+            assert subject(served.grpc_port) == subject(served.port) != before[0]
+            with ExitStack() as stack:
+                for _ in range(60):  # without a handshake
+                    stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+                assert eventually(lambda: served.descriptors() < 60)
+                assert eventually(lambda: not refused(lambda: https(served, authority)))
+            context = ssl.create_default_context(cafile=authority.own.certificate)
+            with (
+                socket.create_connection(("127.0.0.1", served.port)) as plain,
+                context.wrap_socket(plain, server_hostname="127.0.0.1"),
+            ):
+                start = time.monotonic()
+                assert served.stop() == 0
+                assert time.monotonic() - start < 8
 
     @pytest.mark.usefixtures("loggers")
     def test_files_that_make_no_tls_server_end_with_one_line(self, authority: Authority, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """mpdsgr serve"""
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 
+LOST = 4  # the exit code of a stop that left accepted requests without an answer
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -47,7 +49,8 @@ def command(
 
     A model is called NAME, or as its bundle's directory, with -PRECISION behind it where one other than fp32 is named.
     Each answers its bundle's golden batch before the server is ready. SIGTERM ends the server without losing a request
-    it accepted; SIGHUP loads bundles that changed, and switches to them once they are proved.
+    it accepted (exit code 4 if some could not be answered in time); SIGHUP loads bundles that changed, and switches to
+    them once they are proved, and reads TLS certificates anew.
 
     On a machine with several GPUs start one server for each, with CUDA_VISIBLE_DEVICES.
 
@@ -57,7 +60,7 @@ def command(
       mpdsgr serve bundles/digits bundles/digits@int8 --host 0.0.0.0 --api-key-file keys.txt
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its core's lines are not for the user
-    need("uvicorn", "serve")
+    need("httptools", "serve")
     need("tritonclient.grpc", "serve")
     from mpdsgr_deploy.serving.app import Server
     from mpdsgr_deploy.serving.listener import Tls
@@ -78,4 +81,6 @@ def command(
         keys=api_key_file,
         repository_control=repository_control,
     )
-    run(server, Address(host, port, grpc_port), tls, insecure=insecure)
+    lost = run(server, Address(host, port, grpc_port), tls, insecure=insecure)
+    if lost:
+        sys.exit(LOST)

@@ -12,7 +12,7 @@ from mpdsgr_deploy import __version__
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.logs import Told, log_request
+from mpdsgr_deploy.serving.logs import RequestLog, log_request
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.repository import Entry, Repository
 from mpdsgr_deploy.serving.security import ApiKeys
@@ -108,17 +108,21 @@ class Server:
     def authorize(self, authorization: str) -> None:
         """Raise Refused unless no keys are needed or this names one."""
         if self.keys is not None and not self.keys.accepts(authorization):
-            raise Refused(Why.UNAUTHENTICATED, "give an API key: Authorization: Bearer KEY")
+            raise Refused(
+                Why.UNAUTHENTICATED,
+                "give an API key: Authorization: Bearer KEY",
+                headers={"www-authenticate": 'Bearer realm="mpdsgr"'},
+            )
 
-    def count(self, protocol: str, told: Told, code: str, refused: Refused | None) -> None:
+    def count(self, protocol: str, request: RequestLog, code: str, refused: Refused | None) -> None:
         """A request was answered, by whatever protocol: into the statistics, and the log if that is wanted."""
         codes = self.other_codes
-        if told.model is not None:
-            codes = told.model.statistics.codes
-            told.model.statistics.failed += refused is not None
+        if request.model is not None:
+            codes = request.model.statistics.codes
+            request.model.statistics.failed += refused is not None
         codes[protocol, code] += 1
         if refused is not None or self.settings.log.requests:
-            log_request(protocol, told, code, refused)
+            log_request(protocol, request, code, refused)
 
     def require_control(self) -> None:
         """Raise Refused where models may not be loaded and unloaded by request."""

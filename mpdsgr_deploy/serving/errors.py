@@ -1,6 +1,10 @@
 """What a request can be refused for, and how each protocol says it."""
 
+from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Why(Enum):
@@ -27,12 +31,16 @@ class Why(Enum):
 class Refused(Exception):  # noqa: N818 - a refusal is an answer
     """A request that gets no other answer than this one line.
 
-    retry_after: in how many seconds a server that is busy may be asked again.
+    retry_after: in how many seconds a server that is busy may be asked again. headers: of the answer over HTTP.
     """
 
-    def __init__(self, why: Why, message: str, *, retry_after: int | None = None) -> None:
+    def __init__(
+        self, why: Why, message: str, *, retry_after: int | None = None, headers: Mapping[str, str] = NO_HEADERS
+    ) -> None:
         super().__init__(message)
-        self.why, self.retry_after = why, retry_after
+        self.why, self.headers = why, dict(headers)
+        if retry_after is not None:
+            self.headers["retry-after"] = str(retry_after)
 
 
 def invalid(message: str) -> Refused:

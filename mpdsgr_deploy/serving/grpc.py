@@ -17,7 +17,8 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.arrivals import Arrivals
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
-from mpdsgr_deploy.serving.listener import HEAD_BYTES, Tls
+from mpdsgr_deploy.serving.http_connection import HEAD_BYTES
+from mpdsgr_deploy.serving.listener import Tls
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE
 

@@ -1,15 +1,14 @@
-"""The Open Inference Protocol over HTTP, as a raw ASGI application: no framework between a request and its model."""
+"""The Open Inference Protocol over HTTP: from a request's head and body to its answer, whatever moves the bytes."""
 
 import asyncio
 import json
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from secrets import token_hex
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving import metrics, tracing
 from mpdsgr_deploy.serving.app import Server, Share
@@ -26,9 +25,19 @@ JSON, BINARY = b"application/json", b"application/octet-stream"
 PLAIN, HTML = b"text/plain; version=0.0.4", b"text/html; charset=utf-8"
 OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
 
-Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+class Body(Protocol):
+    """A request's body as it comes."""
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all of it was read."""
+
+    async def read(self) -> bytes:
+        """The next part. Raises Refused if the client leaves before it is there."""
+
+    async def left(self) -> None:
+        """Return when the client has left."""
 
 
 class Reply(NamedTuple):
@@ -41,53 +50,41 @@ class Reply(NamedTuple):
 
 
 class Exchange:
-    """One request: its headers, what it holds of the memory, and the model it reached, if any."""
+    """One request: its head, its body, and the model it reached, if any."""
 
-    __slots__ = ("headers", "id", "images", "method", "model", "path", "receive", "share", "start", "unread")
+    __slots__ = ("_peer", "body", "headers", "id", "images", "method", "model", "path", "share", "start")
 
-    def __init__(self, scope: Scope, receive: Receive, share: Share, fallback_id: str) -> None:
-        self.method, self.path, self.receive, self.share = scope["method"], scope["path"], receive, share
-        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        given = self.headers.get("x-request-id", "")
-        self.id = given if given.isprintable() and 0 < len(given) <= 128 else fallback_id
+    def __init__(self, method: str, path: str, headers: Mapping[str, str], body: Body, peer: Callable[[], str]) -> None:
+        self.method, self.path, self.headers, self.body = method, path, headers, body
+        self._peer = peer
+        self.id = headers.get("x-request-id", "")
+        self.share: Share
         self.model: ServedModel | None = None
         self.images = 0
-        self.unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
         self.start = time.monotonic()
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+        return self._peer()
 
 
 class Http:
-    """The ASGI application of a server."""
+    """What a server answers over HTTP."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        """For servers other than our own, which start and end the models by these messages."""
-        await receive()
-        try:
-            await self.server.start()
-        except MpdsgrError as error:
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await self.server.close()
-        await send({"type": "lifespan.shutdown.complete"})
-
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(self, exchange: Exchange) -> Reply:
+        """The answer to a request, which is counted and logged; a refusal where there is no other."""
         server = self.server
+        if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
+            exchange.id = next(self._ids)
+        refused = None
+        server.requests += 1
         with server.memory.share() as share:
-            exchange = Exchange(scope, receive, share, next(self._ids))
-            server.requests += 1
-            refused = None
+            exchange.share = share
             try:
                 reply = await self._reply(exchange)
             except Refused as error:
@@ -98,9 +95,8 @@ class Http:
                 reply = _refusal(refused)
             finally:
                 server.requests -= 1
-            server.count("http", exchange, str(reply.status), refused)
-            # an unread rest of a body is not worth reading
-            await _send(send, exchange, reply, close=server.draining or exchange.unread)
+        server.count("http", exchange, str(reply.status), refused)
+        return reply
 
     async def _reply(self, exchange: Exchange) -> Reply:
         path, method = exchange.path.rstrip("/") or "/", exchange.method
@@ -159,7 +155,7 @@ class Http:
         model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
         request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()), model.input)
         with tracing.span(exchange.headers, model, exchange.id):
-            answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.receive)
+            answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.body.left)
         head, binary = response(model, request, answers)
         exchange.images = answers[0].shape[0]
         if not binary:
@@ -188,6 +184,8 @@ class Http:
         if length is not None and int(length) > most:  # servers let only numbers through
             raise too_large(most)
         inflate = _inflater(exchange.headers.get("content-encoding"))
+        if inflate is None and exchange.body.at_end:
+            return b""
         try:
             async with asyncio.timeout(self.server.limits.body_seconds):
                 return await _read(exchange, most, inflate)
@@ -208,13 +206,8 @@ def _inflater(encoding: str | None) -> "zlib._Decompress | None":
 async def _read(exchange: Exchange, most: int, inflate: "zlib._Decompress | None") -> bytes:
     parts: list[bytes] = []
     sent = size = 0  # bytes as they came, and inflated
-    more = True
-    while more:
-        message = await exchange.receive()
-        if message["type"] == "http.disconnect":
-            raise Refused(Why.CANCELLED, "the client left before its body was there")
-        part: bytes = message.get("body", b"")
-        more = message.get("more_body", False)
+    while not exchange.body.at_end:
+        part = await exchange.body.read()
         sent += len(part)
         if inflate is not None:
             part = _inflated(inflate, part, most - size + 1)  # never more than shows that it is too much
@@ -223,7 +216,6 @@ async def _read(exchange: Exchange, most: int, inflate: "zlib._Decompress | None
             raise too_large(most)
         exchange.share.take(len(part))
         parts.append(part)
-    exchange.unread = False
     if inflate is not None and not inflate.eof:
         raise invalid("the compressed body ends too early")
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -241,7 +233,7 @@ def _inflated(inflate: "zlib._Decompress", part: bytes, most: int) -> bytes:
 
 def _require(method: str, wanted: str) -> None:
     if method != wanted and not (method == "HEAD" and wanted == "GET"):
-        raise Refused(Why.METHOD, f"use {wanted}, not {method[:20]}")
+        raise Refused(Why.METHOD, f"use {wanted}, not {method[:20]}", headers={"allow": wanted})
 
 
 def _json(content: Any) -> Reply:
@@ -254,19 +246,16 @@ def _page() -> Reply:
 
 
 def _refusal(error: Refused) -> Reply:
-    headers = () if error.retry_after is None else ((b"retry-after", str(error.retry_after).encode()),)
+    headers = tuple((name.encode(), value.encode()) for name, value in error.headers.items())
     return Reply(error.why.status, json.dumps({"error": str(error)}).encode(), headers=headers)
 
 
-async def _send(send: Send, exchange: Exchange, reply: Reply, *, close: bool) -> None:
-    headers = [
+def response_headers(exchange: Exchange, reply: Reply) -> list[tuple[bytes, bytes]]:
+    """All of an answer but what says whether the connection stays open."""
+    return [
         (b"content-type", reply.kind),
         (b"content-length", str(len(reply.body)).encode()),
         (b"x-request-id", exchange.id.encode("latin-1")),
         (b"x-content-type-options", b"nosniff"),
         *reply.headers,
     ]
-    if close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await send({"type": "http.response.body", "body": b"" if exchange.method == "HEAD" else reply.body})

@@ -2,17 +2,24 @@
 
 import json
 import logging
+import os
+import select
+import sys
 import time
-from typing import Any, Protocol
+from collections import deque
+from contextlib import nullcontext, suppress
+from typing import Any, Protocol, TextIO
 
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.model import ServedModel
 
+MOST_WAITING = 10_000  # lines
+LONGEST_PATH = 200  # characters of a path in a line
 requests = logging.getLogger("mpdsgr_deploy.requests")
 
 
-class Told(Protocol):
+class RequestLog(Protocol):
     """What is known of a request, whatever protocol it came by."""
 
     id: str
@@ -21,6 +28,10 @@ class Told(Protocol):
     model: ServedModel | None
     images: int
     start: float
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
 
 
 class JsonLines(logging.Formatter):
@@ -33,9 +44,59 @@ class JsonLines(logging.Formatter):
         return json.dumps(told | getattr(record, "fields", {}))
 
 
+class Lines(logging.Handler):
+    """Writes lines to a stream as long as somebody reads them.
+
+    A pipe that nobody reads would stop the process: what it does not take waits here, MOST_WAITING lines at most, and
+    is written before the next line that it takes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream, self._waiting, self._lost = stream, deque[bytes](), 0
+        self._poll: select.poll | None = None
+        with suppress(OSError, ValueError):  # a stream in memory has no file
+            self._file = stream.fileno()
+            self._poll = select.poll()
+            self._poll.register(self._file, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        if self._poll is None:
+            self._stream.write(line)
+            return
+        if len(self._waiting) >= MOST_WAITING:
+            self._waiting.popleft()
+            self._lost += 1
+        self._waiting.append(line.encode())
+        self._write()
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            self._write()
+
+    def _write(self) -> None:
+        while self._waiting and self._takes():
+            if self._lost:
+                told = {
+                    "time": round(time.time(), 3),
+                    "level": "warning",
+                    "message": f"{self._lost} log lines are lost",
+                }
+                self._waiting.appendleft(json.dumps(told).encode() + b"\n")
+                self._lost = 0
+            line = self._waiting.popleft()
+            written = os.write(self._file, line[: select.PIPE_BUF])  # so much is taken at once, or nothing
+            if written < len(line):
+                self._waiting.appendleft(line[written:])
+
+    def _takes(self) -> bool:
+        return self._poll is not None and any(event & select.POLLOUT for _, event in self._poll.poll(0))
+
+
 def log_json() -> None:
     """Send all log lines and warnings to stderr as JSON; of other packages, only warnings and errors."""
-    handler = logging.StreamHandler()
+    handler = Lines(sys.stderr)
     handler.setFormatter(JsonLines())
     log.setLevel(logging.INFO)
     log.handlers.clear()
@@ -43,20 +104,21 @@ def log_json() -> None:
     logging.captureWarnings(True)
 
 
-def log_request(protocol: str, told: Told, code: str, refused: Refused | None) -> None:
+def log_request(protocol: str, request: RequestLog, code: str, refused: Refused | None) -> None:
     """One line for a request; a warning if the server is at fault or overloaded."""
     fields: dict[str, Any] = {
-        "request_id": told.id,
+        "request_id": request.id,
         "protocol": protocol,
-        "method": told.method,
-        "path": told.path,
+        "method": request.method,
+        "path": request.path[:LONGEST_PATH],
+        "peer": request.peer,
         "code": code,
-        "ms": round((time.monotonic() - told.start) * 1000, 3),
+        "ms": round((time.monotonic() - request.start) * 1000, 3),
     }
-    if told.model is not None:
-        fields |= {"model": told.model.source.name, "version": told.model.version}
+    if request.model is not None:
+        fields |= {"model": request.model.source.name, "version": request.model.version}
     if refused is None:
-        requests.info("answered", extra={"fields": {**fields, "images": told.images}})
+        requests.info("answered", extra={"fields": {**fields, "images": request.images}})
     else:
         level = logging.WARNING if refused.why.status >= 500 else logging.INFO
         requests.log(level, "%s", refused, extra={"fields": fields})

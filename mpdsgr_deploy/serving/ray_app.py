@@ -7,16 +7,16 @@ from ray import serve
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.asgi import Asgi, Receive, Scope, Send
 from mpdsgr_deploy.serving.deploy.ray import DEPLOYMENT, Arguments
-from mpdsgr_deploy.serving.http import Http, Receive, Scope, Send
 from mpdsgr_deploy.serving.logs import log_json
 
 
 class Application:
-    """`Http` between Ray's messages: the replica has loaded the models, and Ray adds the request's id to a response."""
+    """`Asgi` between Ray's messages: the replica has loaded the models, and Ray adds the request's id to a response."""
 
     def __init__(self, server: Server) -> None:
-        self._http, self._server = Http(server), server
+        self._asgi, self._server = Asgi(server), server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -32,7 +32,7 @@ class Application:
                 message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
             await send(message)
 
-        await self._http(scope, receive, send_without_id)
+        await self._asgi(scope, receive, send_without_id)
 
 
 async def started(arguments: Arguments) -> Server:

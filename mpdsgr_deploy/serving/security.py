@@ -17,13 +17,15 @@ CHECK_EVERY = 1.0  # seconds between looks at the file
 class ApiKeys:
     """The keys of a file, one a line, # for comments; read again when the file changes.
 
-    Raises InputError for a file without a key or with one that is too short to be a secret.
+    While the file is missing or holds no proper keys, nobody is let in: to delete it is to revoke every key. Raises
+    InputError for a file without a key or with one that is too short to be a secret.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp, self._digests = self._read()
         self._next = 0.0
+        self._trouble = ""  # that was logged last
 
     def _read(self) -> tuple[tuple[int, int], list[bytes]]:
         try:
@@ -57,8 +59,12 @@ class ApiKeys:
             if (status.st_mtime_ns, status.st_size) != self._stamp:
                 self._stamp, self._digests = self._read()
                 log.info("read %d keys anew from %s", len(self._digests), self._path)
+                self._trouble = ""
         except (OSError, InputError) as error:
-            log.error("the keys read before stay valid: %s", error)
+            self._stamp, self._digests = (0, 0), []
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.error("every key is refused until this is mended: %s", error)
 
 
 def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:

@@ -6,7 +6,6 @@ import signal
 import socket
 import time
 from contextlib import ExitStack, suppress
-from math import ceil
 from typing import NamedTuple
 
 import uvloop
@@ -15,7 +14,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.grpc import Grpc
-from mpdsgr_deploy.serving.listener import Listener, Tls, listener
+from mpdsgr_deploy.serving.listener import Listener, Tls
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
 
 LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
@@ -31,18 +30,21 @@ class Address(NamedTuple):
     grpc_port: int | None
 
 
-def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT. Raises InputError if an address cannot be used or a model cannot serve."""
+def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: bool = False) -> int:
+    """Serve until SIGTERM or SIGINT; returns how many accepted requests got no answer.
+
+    Raises InputError if an address cannot be used or a model cannot serve.
+    """
     mutual = tls is not None and tls.client_ca is not None
     check_exposure(address.host, authenticated=server.keys is not None or mutual, insecure=insecure)
     server.local = is_loopback(address.host) and server.keys is None and not insecure
     if tls is not None:
-        tls.check()
+        tls.context()
     elif server.keys is not None and not is_loopback(address.host):
         log.warning("keys travel in clear text; give --tls-certificate and --tls-key, or end TLS before this server")
     _raise_file_limit(server.limits.connections)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(server, address, tls))
+        return runner.run(_serve(server, address, tls))
 
 
 def _raise_file_limit(connections: int) -> None:
@@ -62,7 +64,7 @@ def _raise_file_limit(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-async def _serve(server: Server, address: Address, tls: Tls | None) -> None:
+async def _serve(server: Server, address: Address, tls: Tls | None) -> int:
     loop = asyncio.get_running_loop()
     end, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -74,28 +76,30 @@ async def _serve(server: Server, address: Address, tls: Tls | None) -> None:
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGHUP, reload.set)  # before the models are loaded too, or it ends the process
     with _bound(address.host, address.port) as sock:
-        http = listener(server, tls)
+        http = Listener(server, sock, tls)
         grpc = None if address.grpc_port is None else await Grpc.start(server, address.host, address.grpc_port, tls)
-        listening = loop.create_task(http.serve([sock]))
-        listening.add_done_callback(lambda _: end.set())  # if it fails, the process ends with its error
+        http.start()
         left, lost = 0.0, 0
         try:
             if await _load(server, end):
                 _announce(sock, grpc, tls)
-                reloading = loop.create_task(_reload(server, reload))
+                reloading = loop.create_task(_reload(server, http, reload))
                 await end.wait()
                 reloading.cancel()
             left, lost = await _drain(server, http, hurry)
         finally:
             server.draining = True
-            http.config.timeout_graceful_shutdown = max(1, ceil(left))
-            http.should_exit = True
-            await asyncio.gather(listening, *([grpc.stop(left)] if grpc else []))
+            http.stop_accepting()
+            await asyncio.gather(http.close(left), *([grpc.stop(left)] if grpc else []))
     await server.close()
+    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # another one must not change how this ends
+        loop.remove_signal_handler(one)
+        signal.signal(one, signal.SIG_IGN)
     if lost:
         log.error("stopped with %d requests unanswered after %g s", lost, server.limits.drain_seconds)
     else:
         log.info("stopped; every accepted request was answered")
+    return lost
 
 
 async def _load(server: Server, end: asyncio.Event) -> bool:
@@ -111,9 +115,10 @@ async def _load(server: Server, end: asyncio.Event) -> bool:
     return True
 
 
-async def _reload(server: Server, asked: asyncio.Event) -> None:
+async def _reload(server: Server, http: Listener, asked: asyncio.Event) -> None:
     while await asked.wait():
         asked.clear()
+        http.renew_certificate()  # gRPC looks for itself
         await server.repository.reload_changed()
 
 
@@ -125,11 +130,10 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     with suppress(TimeoutError):
         await asyncio.wait_for(hurry.wait(), limits.grace_seconds)
     end = clock() + limits.drain_seconds
-    for listening in getattr(http, "servers", ()):  # none yet if it ends as it starts
-        listening.close()
+    http.stop_accepting()
     server.closing = True
     await asyncio.sleep(LAST_CALL)
-    while server.requests and clock() < end:
+    while (server.requests or http.expecting) and clock() < end:
         await asyncio.sleep(0.01)
     return max(end - clock(), 0.0), server.requests
 

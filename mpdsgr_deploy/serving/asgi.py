@@ -1,0 +1,69 @@
+"""The server as an ASGI application, for servers other than our own listener: Ray Serve's, for example."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.http import Exchange, Http, response_headers
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class AsgiBody:
+    """A request's body, in messages of ASGI."""
+
+    def __init__(self, receive: Receive, *, at_end: bool) -> None:
+        self._receive, self.at_end = receive, at_end
+
+    async def read(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(Why.CANCELLED, "the client left before its body was there")
+        self.at_end = not message.get("more_body", False)
+        body: bytes = message.get("body", b"")
+        return body
+
+    async def left(self) -> None:
+        await self._receive()
+
+
+class Asgi:
+    """The application. The lifespan messages start the models and end them."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self._http = server, Http(server)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._exchange(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.server.start()
+        except MpdsgrError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.server.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        empty = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        body = AsgiBody(receive, at_end=empty)
+        client = scope.get("client") or ("",)
+        exchange = Exchange(scope["method"], scope["path"], headers, body, lambda: str(client[0]))
+        reply = await self._http.answer(exchange)
+        lines = response_headers(exchange, reply)
+        if self.server.draining or not body.at_end:  # an unread rest of a body is not worth reading
+            lines.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": reply.status, "headers": lines})
+        await send({"type": "http.response.body", "body": b"" if exchange.method == "HEAD" else reply.body})
