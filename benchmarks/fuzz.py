@@ -104,7 +104,7 @@ def run(cases: int, seed: int, seconds: float) -> dict[str, Any]:
         uvloop.run(_traffic(server, found, cases, seed, start + seconds))
         took = time.monotonic() - start
         after = {"memory": server.memory(), "files": server.files()}
-    versions = ("uvicorn", "httptools", "uvloop", "grpcio", "protobuf", "tritonclient", "onnxruntime")
+    versions = ("httptools", "uvloop", "grpcio", "protobuf", "tritonclient", "onnxruntime")
     return {
         "cases": sum(found.codes.values()),
         "seed": seed,

@@ -36,7 +36,7 @@ from mpdsgr_deploy.serving.load import Load, Measurement, Outcome, measure
 USERS, BATCHES, LARGE = (1, 8, 32), (1, 2, 4, 8, 16, 32), 32
 NETWORKS = {"tiny": ("vgg-small", 0.03, 1), "large": ("vgg11", 0.25, 4)}  # model, width, T
 GOALS = {"cpu": {"1": 0.28, "8": 0.19, "32": 0.17}, "memory": 90.0, "ready": 1.5, "throughput": 0.95}
-PACKAGES = ("grpcio", "httptools", "onnxruntime", "tritonclient", "uvicorn", "uvloop")
+PACKAGES = ("grpcio", "httptools", "onnxruntime", "tritonclient", "uvloop")
 
 
 @click.command()

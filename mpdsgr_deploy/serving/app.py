@@ -1,4 +1,4 @@
-"""A server's state and life, whatever listens for it: uvicorn and gRPC here, Ray Serve elsewhere."""
+"""A server's state and life, whatever listens for it: HTTP and gRPC here, Ray Serve elsewhere."""
 
 import asyncio
 import time

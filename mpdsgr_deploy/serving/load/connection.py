@@ -1,7 +1,7 @@
 """An HTTP/1.1 client light enough to load a server with: whole messages in, checked answers out.
 
 Of an answered 12 kB request this takes about 15 microseconds of CPU, aiohttp and geventhttpclient about 100, as much as
-a good server. httptools (the parser of Node.js) reads what comes, uvloop moves it; both come with uvicorn.
+a good server. httptools (the parser of Node.js) reads what comes, uvloop moves it.
 """
 
 import asyncio
