@@ -113,7 +113,10 @@ def test_an_interrupted_run_repeats_its_etas(
             train(recipe, tmp_path / "parts")
     train(recipe, tmp_path / "parts", resume=True)
     whole, parts = (
-        [{**entry, "seconds": 0, "peak_mib": 0} for entry in load_checkpoint(tmp_path / name / "last").history]
+        [
+            {**entry, "seconds": 0, "cpu_seconds": 0, "peak_mib": 0}
+            for entry in load_checkpoint(tmp_path / name / "last").history
+        ]
         for name in ("whole", "parts")
     )
     assert whole == parts

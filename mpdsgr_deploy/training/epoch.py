@@ -60,7 +60,10 @@ class Learner(NamedTuple):
 
 
 def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
-    """One pass over the training images; returns the means of all that `batch_loss` measures."""
+    """One pass over the training images; returns the epoch's means of all that `batch_loss` returns.
+
+    Raises InputError if the loss or a weight is no longer finite.
+    """
     fabric, recipe = learner.fabric, learner.recipe
     config = recipe.training
     count = len(data[1])
@@ -89,8 +92,8 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
             learner.optimizer.zero_grad()
             for defence in learner.defences:
                 defence.after_step(learner.model, generator(config.seed, "after step", epoch, step))
-        if learner.average is not None:
-            update_average(learner.average, learner.model, decay=config.average, step=epoch * steps + step)
+            if learner.average is not None:
+                update_average(learner.average, learner.model, decay=config.average, step=epoch * steps + step)
         if learner.profile is not None:
             learner.profile.step()
     means = torch.as_tensor(fabric.all_reduce(torch.stack(list(totals.values())), reduce_op="mean")).tolist()
@@ -102,8 +105,10 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
 
 
 def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """`loss` of one batch as the defences make it, and what it is made of: cross_entropy, train_accuracy, each term and
-    its weight."""
+    """One batch's `loss`, its parts (cross_entropy, and each defence's term and weight), and train_accuracy.
+
+    pixels uint8 [B, C, H, W], y [B]; all values are scalars.
+    """
     with span("data"):
         clean = learner.images(pixels, draw)
     with span("attack"):

@@ -38,16 +38,16 @@ def span(name: str) -> AbstractContextManager[Any]:
 
 
 def parts_of(model: SpikingNet) -> dict[str, nn.Module]:
-    """The modules whose time is told apart, by the names of their rows, in the order of the forward pass."""
-    found: dict[str, nn.Module] = {"encoding": model.encode}
+    """The modules that get a row of their own, by its name, in the order of the forward pass."""
+    parts: dict[str, nn.Module] = {"encoding": model.encode}
     for number, module in enumerate(model.body, 1):
         if not isinstance(module, SpikingLayer):
-            found[f"{number} {type(module).__name__}"] = module
+            parts[f"{number} {type(module).__name__}"] = module
         for layer in module.modules():
             if isinstance(layer, SpikingLayer):
                 own = {"synapse": layer.synapse, "norm": layer.norm, "neuron": layer.neuron, "rest": layer}
-                found |= {f"{layer.name} {name}": part for name, part in own.items() if part is not None}
-    return {**found, "readout": model.readout}
+                parts |= {f"{layer.name} {name}": part for name, part in own.items() if part is not None}
+    return {**parts, "readout": model.readout}
 
 
 class Profile:
@@ -101,35 +101,37 @@ class Profile:
         self._finish()
         self._out.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._out / "trace.json.gz"))
-        found = summary(list(profiler.events()), self._names)
-        write_atomic(self._out / "profile.json", (json.dumps(found, indent=1) + "\n").encode())
-        write_atomic(self._out / "profile.txt", table(found).encode())
-        log.info("profile of %d training steps in %s", found["steps"], self._out)
+        profile = summary(list(profiler.events()), self._names)
+        write_atomic(self._out / "profile.json", (json.dumps(profile, indent=1) + "\n").encode())
+        write_atomic(self._out / "profile.txt", table(profile).encode())
+        log.info("profile of %d training steps in %s", profile["steps"], self._out)
 
 
 def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
-    """Of an average step: its milliseconds and those of each row, forward and backward, and what memory grew by."""
+    """An average step: its milliseconds, and for each row those of its forward and backward pass, and the MiB by which
+    memory grew in its forward pass.
+    """
     whole = [event for event in events if event.name.startswith(STEP) and event.device_type.name == "CPU"]
     count, on_gpu = len(whole), any(event.device_type.name == "CUDA" for event in events)
     milliseconds = sum(event.time_range.elapsed_us() for event in whole) / 1000 / count
-    taken: dict[Place, float] = defaultdict(float)
+    spent: dict[Place, float] = defaultdict(float)
     grown: dict[str, float] = defaultdict(float)
     for event, place in placed(events, names):
         name, back = place
-        taken[place] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000 / count
+        spent[place] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000 / count
         if not back:
             memory = event.self_device_memory_usage if on_gpu else event.self_cpu_memory_usage
             grown[name] += memory / 2**20 / count
     rows = [
         {
             "part": name,
-            "forward_ms": taken[name, False],
-            "backward_ms": taken[name, True],
-            "share": (taken[name, False] + taken[name, True]) / milliseconds,
+            "forward_ms": spent[name, False],
+            "backward_ms": spent[name, True],
+            "share": (spent[name, False] + spent[name, True]) / milliseconds,
             "grown_mib": grown[name],
         }
         for name in names
-        if (name, False) in taken or (name, True) in taken
+        if (name, False) in spent or (name, True) in spent
     ]
     return {
         "steps": count,
@@ -142,7 +144,7 @@ def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
 
 
 def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[FunctionEvent, Place]]:
-    """Each event that belongs to a row, with its place."""
+    """Each CPU event that belongs to a row, with its place."""
     known = set(names)
     created: dict[tuple[int, int], FunctionEvent] = {}  # of a thread and sequence number: the operation that took it
     for event in sorted(events, key=lambda event: event.time_range.start):
@@ -152,26 +154,26 @@ def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[Func
 
     def place(event: FunctionEvent) -> Place | None:
         if id(event) not in places:
-            places[id(event)] = found(event)
+            places[id(event)] = located(event)
         return places[id(event)]
 
-    def found(event: FunctionEvent) -> Place | None:
+    def located(event: FunctionEvent) -> Place | None:
         parent = place(event.cpu_parent) if event.cpu_parent is not None else None
         if parent is not None and parent[0] in WHOLE:
             return parent
         if event.name in known:
             return event.name, event.name == BACKWARD or (parent is not None and parent[1])
         if event.name.startswith(NODE):
-            origin = created.get((event.fwd_thread or event.thread, event.sequence_nr))
-            of = None if origin is None else place(origin)
-            return (BACKWARD if of is None else of[0]), True
+            differentiated = created.get((event.fwd_thread or event.thread, event.sequence_nr))
+            forward = None if differentiated is None else place(differentiated)
+            return (BACKWARD if forward is None else forward[0]), True
         return parent
 
     for event in events:
         if event.device_type.name == "CPU" and not event.name.startswith(STEP):
-            where = place(event)
-            if where is not None:
-                yield event, where
+            own = place(event)
+            if own is not None:
+                yield event, own
 
 
 def within(event: FunctionEvent | None, kind: Callable[[FunctionEvent], bool]) -> bool:
@@ -182,25 +184,25 @@ def within(event: FunctionEvent | None, kind: Callable[[FunctionEvent], bool]) -
 
 
 def peak_memory() -> int:
-    """Bytes: the most that torch has held on the GPU since the last reset, or, without one, this process in memory."""
+    """Peak memory in bytes: what torch held on the GPU since the last reset, or, without a GPU, this process's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def table(found: dict[str, Any]) -> str:
-    """The summary as text."""
-    width = max(len(row["part"]) for row in found["parts"])
+def table(profile: dict[str, Any]) -> str:
+    """A summary as text, a line per row."""
+    width = max(len(row["part"]) for row in profile["parts"])
     lines = [
-        f"a training step: {found['step_ms']:.1f} ms, mean of {found['steps']}; {found['time_of']} time; "
-        f"peak memory {found['peak_mib']:.0f} MiB",
+        f"a training step: {profile['step_ms']:.1f} ms, mean of {profile['steps']}; {profile['time_of']} time; "
+        f"peak memory {profile['peak_mib']:.0f} MiB",
         "",
         f"{'part':{width}}  {'forward ms':>10}  {'backward ms':>11}  {'% of step':>9}  {'memory grown, MiB':>17}",
     ]
-    for row in found["parts"]:
+    for row in profile["parts"]:
         lines.append(
             f"{row['part']:{width}}  {row['forward_ms']:10.2f}  {row['backward_ms']:11.2f}  "
             f"{100 * row['share']:9.1f}  {row['grown_mib']:17.1f}"
         )
-    lines.append(f"{'not in any of them':{width}}  {'':10}  {'':11}  {100 * (1 - found['explained']):9.1f}")
+    lines.append(f"{'not in any of them':{width}}  {'':10}  {'':11}  {100 * (1 - profile['explained']):9.1f}")
     return "\n".join([*lines, ""])
