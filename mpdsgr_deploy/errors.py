@@ -11,6 +11,10 @@ class InputError(MpdsgrError):
     """A wrong option, recipe, file or environment (exit code 2)."""
 
 
+class MissingData(InputError):  # noqa: N818 - the name says what is the matter
+    """A data set that is not on this machine at all, which is not the same as one that is damaged (exit code 2)."""
+
+
 class OutOfMemory(InputError):  # noqa: N818 - the name says what happened
     """The device's memory does not hold a batch; a smaller one may fit (exit code 2)."""
 

@@ -12,13 +12,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import track
 
 Shape = tuple[int, int, int]  # channels, height, width
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
-
-
-def files_below(folder: Path, suffixes: set[str]) -> list[Path]:
-    """Every file with one of the suffixes in a folder and its subfolders, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
 
 
 def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:

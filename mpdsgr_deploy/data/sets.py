@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from mpdsgr_deploy.data.events import RECORDINGS, SIDE, read_frames
-from mpdsgr_deploy.data.files import IMAGE_SUFFIXES, files_below, read_image, read_labelled
+from mpdsgr_deploy.data.files import read_labelled
+from mpdsgr_deploy.data.folders import files_below
+from mpdsgr_deploy.data.imagefolder import imagefolder
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.data.sampling import in_sampling_order
 from mpdsgr_deploy.data.tiny_imagenet import tiny_imagenet
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.registry import Registry
@@ -35,11 +37,14 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
         try:
             found = dataset_class(config.root, train=train)
         except (RuntimeError, ValueError, AssertionError, EOFError, OSError):  # torchvision's for missing or damaged
-            raise InputError(
-                f"{config.name} is not under {config.root!r}, or damaged there; point data.root (or --root) to it, or "
-                f"fetch it with: "
+            advice = (
+                f"point data.root (or --root) to it, or fetch it with: "
                 f'python -c "import torchvision; torchvision.datasets.{class_name}({config.root!r}, download=True)"'
-            ) from None
+            )
+            folder = Path(config.root) / getattr(dataset_class, "base_folder", class_name)
+            if folder.is_dir():
+                raise InputError(f"{config.name} is damaged or incomplete in {folder}; {advice}") from None
+            raise MissingData(f"{config.name} is not under {config.root!r}; {advice}") from None
         pixels = np.asarray(found.data)
         # MNIST's are [N, H, W], CIFAR's [N, H, W, C]
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
@@ -48,30 +53,19 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
     return load
 
 
-def imagefolder(config: Data, train: bool) -> Images:
-    """`root/train/CLASS/*.png` and `root/test/CLASS/*.png`, decoded to RGB once and kept in memory."""
-    if config.image_size is None:
-        raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels the images are brought to")
-    folder = Path(config.root) / ("train" if train else "test")
-    labels = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    files = [(path, k) for k, label in enumerate(labels) for path in files_below(folder / label, IMAGE_SUFFIXES)]
-    if not files:
-        raise InputError(f"no images under {folder}; expected {folder}/CLASS/NAME.png, one folder a class")
-    shape = (3, config.image_size, config.image_size)
-    return read_labelled(files, read_image, shape=shape, labels=tuple(labels), name=config.name)
-
-
 def n_mnist(config: Data, train: bool) -> Images:
     """`root/Train/DIGIT/*.bin` and `root/Test/DIGIT/*.bin`: event recordings, each binned to data.frames frames."""
     if config.frames is None:
         raise InputError(f"data set {config.name!r} needs data.frames, how many frames a recording is cut into")
     labels = tuple("0123456789")
     files = []
+    root = Path(config.root)
+    is_missing = not ((root / "Train").is_dir() or (root / "Test").is_dir())
     for k, label in enumerate(labels):
-        folder = Path(config.root) / ("Train" if train else "Test") / label
+        folder = root / ("Train" if train else "Test") / label
         found = files_below(folder, {RECORDINGS})
         if not found:
-            raise InputError(
+            raise (MissingData if is_missing else InputError)(
                 f"no recordings in {folder}; point data.root (or --root) to where Train.zip and Test.zip of "
                 f"{config.name} are unpacked (https://www.garrickorchard.com/datasets/n-mnist)"
             )
@@ -94,17 +88,22 @@ BUILT_IN: dict[str, Loader] = {
 DATASETS = Registry("data set", "mpdsgr_deploy.datasets", BUILT_IN)
 
 
+def at_home(config: Data) -> Data:
+    """The same data set with a leading ~ of its root, the user's home directory, written out."""
+    return config.at(str(Path(config.root).expanduser()))
+
+
 def load_test(config: Data) -> Images:
     """The test images, never seen in training or model selection, in an order whose every prefix samples all classes.
 
-    Raises InputError where they are missing.
+    Raises MissingData where the data set is not on this machine, InputError where it is damaged or incomplete.
     """
-    return in_sampling_order(DATASETS.choose(config.name)(config, False))
+    return in_sampling_order(DATASETS.choose(config.name)(at_home(config), False))
 
 
 def load_training(config: Data) -> tuple[Images, Images]:
     """Training images and the validation images held out of them. Raises InputError where they are missing."""
-    images = DATASETS.choose(config.name)(config, True)
+    images = DATASETS.choose(config.name)(at_home(config), True)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     held_out = round(config.validation_share * len(images))
     rest = order[held_out:]

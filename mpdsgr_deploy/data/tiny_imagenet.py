@@ -11,9 +11,10 @@ The test split's labels were never published, so `val` is what networks are test
 from collections import Counter
 from pathlib import Path
 
-from mpdsgr_deploy.data.files import IMAGE_SUFFIXES, files_below, read_image, read_labelled
+from mpdsgr_deploy.data.files import read_image, read_labelled
+from mpdsgr_deploy.data.folders import files_below, image_suffixes
 from mpdsgr_deploy.data.images import Images
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.recipe import Data
 
 FOLDER = "tiny-imagenet-200"
@@ -29,7 +30,7 @@ def tiny_imagenet(config: Data, train: bool) -> Images:
     if (folder / FOLDER).is_dir():
         folder /= FOLDER
     if not (folder / "wnids.txt").is_file():
-        raise InputError(
+        raise MissingData(
             f"{config.name} is not under {config.root!r}; point data.root (or --root) to it, or unpack there: "
             f"http://cs231n.stanford.edu/{FOLDER}.zip"
         )
@@ -42,7 +43,7 @@ def tiny_imagenet(config: Data, train: bool) -> Images:
 def _training_files(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
     files = []
     for k, wnid in enumerate(wnids):
-        found = files_below(folder / "train" / wnid, IMAGE_SUFFIXES)
+        found = files_below(folder / "train" / wnid, image_suffixes())
         if not found:
             raise InputError(f"no images under {folder / 'train' / wnid}; unpack {FOLDER}.zip again")
         files += [(path, k) for path in found]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, Steps, batches
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.runtime import NoiseSource
 
 REFERENCE = "fp32"
@@ -90,7 +90,7 @@ def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[
     data = manifest.recipe.data
     try:
         found = load_test(data.at(root))
-    except InputError as error:
+    except MissingData as error:
         if root is not None:
             raise
         golden, _ = bundle.golden()

@@ -16,7 +16,7 @@ from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.data.likeness import PixelStatistics
-from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.errors import EvaluationError, InputError, MissingData
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.exporting.promise import measure
@@ -60,8 +60,8 @@ def export(
     them; layers go back to a finer precision until it holds. root overrides where the data set lies, limit the number
     of test images accuracy is measured on (default: the recipe's). tier: how hard, and on how many of these images, the
     torch network is attacked for the reference that `validate` holds the artefact against (default: the tier of the
-    recipe's gate); carry_images: these images go into the bundle too; if not, noise serves as golden inputs. Without
-    the data set the bundle is written all the same, so too, with no accuracy and no reference.
+    recipe's gate); carry_images: these images go into the bundle too; if not, noise serves as golden inputs. Where
+    the data set is not on this machine, and `root` is not given, noise serves too, with no accuracy and no reference.
 
     Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
     other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
@@ -170,7 +170,9 @@ def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) ->
     config = checkpoint.recipe.data.at(root)
     try:
         images = load_test(config)
-    except InputError as error:
+    except MissingData as error:
+        if root is not None:  # it was asked for
+            raise
         log.warning("accuracy is not measured and noise serves as golden input: %s", error)
         return None
     images.require_kind(config.name, checkpoint.shape, checkpoint.labels)

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.data.events import RECORDINGS, read_frames
-from mpdsgr_deploy.data.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES, Shape, files_below, read_image
+from mpdsgr_deploy.data.files import ARRAY_SUFFIXES, Shape, read_image
+from mpdsgr_deploy.data.folders import image_suffixes, passed_over, walk
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.images import check_images
 
 Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
@@ -202,11 +204,15 @@ def _takes_images(shape: Shape) -> bool:
 def _files(path: Path, shape: Shape) -> list[str]:
     if not path.is_dir():
         return [str(path)]
-    suffixes = IMAGE_SUFFIXES if _takes_images(shape) else {RECORDINGS}
-    found = [str(file) for file in files_below(path, suffixes)]
-    if not found:
-        raise InputError(f"no images in folder {path}; looked for {', '.join(sorted(suffixes))}")
-    return found
+    suffixes = image_suffixes() if _takes_images(shape) else {RECORDINGS}
+    found = walk(path, suffixes)
+    others = passed_over(found.passed_over)
+    if not found.files:
+        seen = f", only others: {others}" if others else ""
+        raise InputError(f"no images in folder {path}{seen}; looked for {', '.join(sorted(suffixes))}")
+    if others:
+        log.info("%s: %d images; passed over %s", path, len(found.files), others)
+    return [str(file) for file in found.files]
 
 
 def _stamp(file: str) -> str:

@@ -37,12 +37,12 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe, Training
 from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.snn import TdBN
-from mpdsgr_deploy.surrogates import parse_surrogate
 from mpdsgr_deploy.training.board import log_epoch, log_pictures
 from mpdsgr_deploy.training.epoch import Data, Learner, settle_average, train_epoch, validate_epoch
 from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refuse_launchers
+from mpdsgr_deploy.training.preflight import preflight
 from mpdsgr_deploy.training.profile import Profile, peak_memory
-from mpdsgr_deploy.training.stages import check_stages, recipe_at, set_time_steps
+from mpdsgr_deploy.training.stages import recipe_at, set_time_steps
 from mpdsgr_deploy.training.state import STATE, begin, save
 
 RECIPE = "recipe.json"
@@ -71,7 +71,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = Fa
             refuse_changes(resolved(before), recipe.portable(), out)
         write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
         training, validation = load_training(recipe.data)
-        _check(recipe, training)
+        preflight(recipe, training)
         _launch(recipe, training, validation, out, init, profile)
 
 
@@ -107,18 +107,6 @@ def strategy(config: Training) -> Strategy | str:
     if config.devices == 1:
         return "auto"
     return DDPStrategy(start_method="spawn", find_unused_parameters=False, gradient_as_bucket_view=True)
-
-
-def _check(recipe: Recipe, training: Images) -> None:
-    """Mistakes that would otherwise surface inside the processes of a run."""
-    check_stages(recipe)
-    with torch.device("meta"):
-        build_defended(recipe, training.shape, len(training.labels))
-    for name in recipe.attack.surrogates:  # of `validate`: better said before the training than after
-        parse_surrogate(name)
-    batch_size = recipe.training.batch_size
-    if batch_size > len(training):
-        raise InputError(f"training.batch_size is {batch_size}, but there are only {len(training)} training images")
 
 
 def _run(

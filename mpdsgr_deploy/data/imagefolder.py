@@ -1,0 +1,75 @@
+"""Folders of images, one subfolder per class, in the layout of torchvision's ImageFolder.
+
+    root/train/CLASS/NAME.png
+    root/test/CLASS/NAME.png        or val/, valid/, validation/
+
+The classes are the subfolders of train/, sorted; where there is no train/, those of the test split.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from mpdsgr_deploy.data.files import read_image, read_labelled
+from mpdsgr_deploy.data.folders import class_folders, image_suffixes, passed_over, walk
+from mpdsgr_deploy.data.images import Images
+from mpdsgr_deploy.errors import InputError, MissingData
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipe import Data
+
+TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # of the test split's names the first that is there
+
+
+def imagefolder(config: Data, train: bool) -> Images:
+    """One split, decoded to RGB once and kept in memory.
+
+    Raises MissingData if `root` has no split at all, InputError for a missing split, a damaged image, a class that is
+    empty or in one split only. Training images are refused for a wrong test split too, before anything is trained.
+    """
+    if config.image_size is None:
+        raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels the images are brought to")
+    root = Path(config.root)
+    training, test = root / TRAIN, _test_folder(root)
+    if not training.is_dir() and test is None:
+        raise MissingData(
+            f"no images under {root}; expected {training}/CLASS/NAME.png and {root / TEST[0]}/CLASS/NAME.png, one "
+            f"folder for each class"
+        )
+    folder = training if train else test
+    if folder is None or not folder.is_dir():
+        raise InputError(f"{root} has no {TRAIN}/" if train else f"{root} has none of {', '.join(TEST)}")
+    labels = class_folders(training if training.is_dir() else folder)
+    files = _files(folder, labels)
+    if train and test is None:
+        log.warning("%s has no test split (%s): what is trained cannot be validated on it", root, ", ".join(TEST))
+    elif train and test is not None:
+        _files(test, labels)
+    shape = (3, config.image_size, config.image_size)
+    return read_labelled(files, read_image, shape=shape, labels=tuple(labels), name=config.name)
+
+
+def _test_folder(root: Path) -> Path | None:
+    return next((root / name for name in TEST if (root / name).is_dir()), None)
+
+
+def _files(folder: Path, labels: list[str]) -> list[tuple[Path, int]]:
+    """The images of a split with their classes. Raises InputError unless it has images of exactly these classes."""
+    unknown = [name for name in class_folders(folder) if name not in labels]
+    if unknown:
+        raise InputError(f"{folder} has a class {unknown[0]!r} that {TRAIN}/ has not; rename or remove it")
+    files, counts = [], Counter[str]()
+    for k, label in enumerate(labels):
+        found = walk(folder / label, image_suffixes()) if (folder / label).is_dir() else None
+        if found is None or not found.files:
+            others = passed_over(found.passed_over) if found else ""
+            seen = f" (passed over: {others})" if others else ""
+            raise InputError(
+                f"{folder / label} has no images{seen}: each class needs some in every split, in a format that Pillow "
+                f"reads"
+            )
+        files += [(path, k) for path in found.files]
+        counts += found.passed_over
+    if not files:
+        raise InputError(f"no images under {folder}; expected {folder}/CLASS/NAME.png, one folder for each class")
+    if counts:
+        log.warning("%s: %d images; passed over %s", folder, len(files), passed_over(counts))
+    return files

@@ -1,0 +1,87 @@
+"""What export and validation will need of a network, checked before its first epoch rather than after its last.
+
+Everything runs on the meta device, which computes shapes and no values, but for models and defences of other packages:
+these are exported once, untrained, because an operator without a rule for its gradient shows in the ONNX graph alone.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.nn import functional as F
+
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.defences import DEFENCES, build_defended
+from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.models import MODELS, SpikingNet
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.surrogates import ATTACK_ONLY, parse_surrogate, surrogate_nodes, trained_surrogate
+from mpdsgr_deploy.training.stages import check_stages
+
+# A protobuf message, which an ONNX file is, ends at 2 GiB; an attack graph holds the weights once, and some more nodes
+LARGEST = 2**31 - 2**26  # bytes
+OURS = __name__.partition(".")[0]
+
+
+def preflight(recipe: Recipe, training: Images) -> None:
+    """Raise InputError for a recipe whose network cannot be trained on these images, exported, or attacked."""
+    check_stages(recipe)
+    batch_size, classes = recipe.training.batch_size, len(training.labels)
+    if batch_size > len(training):
+        raise InputError(f"training.batch_size is {batch_size}, but there are only {len(training)} training images")
+    _check_surrogates(recipe)
+    with torch.device("meta"):
+        model, _ = build_defended(recipe, training.shape, classes)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    if size > LARGEST:
+        raise InputError(
+            f"the network has {size / 2**30:.1f} GiB of weights; an ONNX file holds 2 GiB at most: reduce model.width"
+        )
+    _check_step(recipe, model, training)
+    if _is_foreign(recipe):
+        _check_export(recipe, training.shape, classes)
+
+
+def _check_surrogates(recipe: Recipe) -> None:
+    """Raise InputError for a surrogate, of training or of the attacks, that no attack graph can be derived for."""
+    for name in (trained_surrogate(recipe), *recipe.attack.surrogates):
+        kind = parse_surrogate(name).kind
+        if kind not in ATTACK_ONLY:
+            surrogate_nodes(kind)
+
+
+def _check_step(recipe: Recipe, model: SpikingNet, training: Images) -> None:
+    """Raise InputError if a training step on one device's share of a batch fails for its shapes."""
+    config = recipe.training
+    share = config.batch_size // (config.devices * config.accumulate)
+    try:
+        x = torch.zeros(share, *training.shape, device="meta")
+        logits = model.train()(x, None, torch.Generator().manual_seed(0))
+        F.cross_entropy(logits, torch.zeros(share, dtype=torch.long, device="meta")).backward()
+    except (RuntimeError, ValueError, IndexError) as error:
+        advice = "raise training.batch_size" if share == 1 else "change the model or the images' size"
+        raise InputError(f"a training step on {share} images would fail: {one_line(error)}; {advice}") from error
+
+
+def _is_foreign(recipe: Recipe) -> bool:
+    """Whether another package's model or defence takes part."""
+    parts = [MODELS[recipe.model.name], *(DEFENCES[name] for name in recipe.defence)]
+    return any(str(part.__module__).partition(".")[0] != OURS for part in parts)
+
+
+def _check_export(recipe: Recipe, shape: tuple[int, int, int], classes: int) -> None:
+    """Raise InputError if the untrained network cannot be exported, or no attack graph be derived of it."""
+    from mpdsgr_deploy.attack_graph import derived
+    from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+    from mpdsgr_deploy.models.simplify import simplify
+
+    model, _ = build_defended(recipe, shape, classes)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        try:
+            save(to_graph(simplify(model.eval()), shape), file)
+        except InputError:
+            raise
+        except Exception as error:  # torch's exporter raises many types
+            raise InputError(f"model {recipe.model.name!r} cannot be exported: {one_line(error)[:500]}") from error
+        derived(file, trained_surrogate(recipe))
