@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.run import outcomes
+from mpdsgr_deploy.attacks.measure import measure as measure_suite
 from mpdsgr_deploy.attacks.suite import CLEAN, Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.checkpoint import find_checkpoint
@@ -85,16 +85,19 @@ def release(
     trained = trained_surrogate(recipe)
     source, entries = Source(TorchNetwork(network), trained), TIERS["release"].entries
     suite = Suite.of(source, entries, recipe.attack, seed=recipe.validation.seed)
-    rows, union, begun = [], clean == y, time.perf_counter()
-    for condition, attacked, predicted in outcomes(suite, x, y, clean, batch_size=BATCH):
-        seconds, begun = time.perf_counter() - begun, time.perf_counter()
-        if condition.eps is None:
-            continue
-        asked = "queries" if condition.kind == "query" else "gradients"
-        rows.append(row(condition.name, predicted == y, seconds=seconds, **{asked: attacked.evaluations}))
-        union &= predicted == y
+    measurement = measure_suite(suite, x, y, clean, batch_size=BATCH)
+    rows = [
+        row(
+            outcome.condition.name,
+            outcome.correct,
+            seconds=outcome.seconds,
+            **{"queries" if outcome.condition.kind == "query" else "gradients": outcome.evaluations},
+        )
+        for outcome in measurement.outcomes
+        if outcome.condition.eps is not None
+    ]
     total = {key: sum(found[key] for found in rows) for key in ("gradients", "queries", "seconds")}
-    return [*rows, {"attack": UNION, "correct": int(union.sum()), **total}]
+    return [*rows, {"attack": UNION, "correct": int(measurement.standing.sum()), **total}]
 
 
 class Counting(torch.nn.Module):

@@ -89,7 +89,12 @@ def _healthy(networks: Networks, seed: int, precision: str, backend: str, *, fre
         return case | {"ended": error.exit_code, "said": [str(error)]}
     rows = {row.name: (row.artefact.correct, row.reference and row.reference.correct) for row in report.rows}
     code = EXIT_CODES[report.verdict]
-    return case | {"ended": code, "said": report.reasons, "n": report.rows[0].n, "rows": rows}
+    return case | {
+        "ended": code,
+        "said": [reason.line for reason in report.reasons],
+        "n": report.rows[0].n,
+        "rows": rows,
+    }
 
 
 def kept(file: Path) -> dict[str, Any] | None:
@@ -146,10 +151,10 @@ def catcher(fault: dict[str, Any]) -> tuple[str, str]:
     """What caught a fault, by name, and its words."""
     if not fault["said"]:
         return "nothing", ""
-    reasons = sorted(fault["said"], key=lambda reason: not reason.startswith(f"{fault['caught']} ("))
+    reasons = sorted(fault["said"], key=lambda reason: not reason.startswith(f"{fault['caught']},"))
     said = next((reason for reason in reasons if fault["caught"] in reason), reasons[0])
     if said.startswith("check "):
-        name, _, saw = said.partition(" failed: ")
+        name, _, saw = said.partition(": ")
         return name, saw.partition("; ")[0]
     if fault["ended"] == 1:
         rules = {"newly wrong": "gate", "does not answer": "kept answers"}

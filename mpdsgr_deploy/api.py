@@ -115,7 +115,7 @@ def validate(
     from mpdsgr_deploy.validation import Target
     from mpdsgr_deploy.validation import validate as evaluate
     from mpdsgr_deploy.validation.gate import load_gate
-    from mpdsgr_deploy.validation.report import claim_report, write_report
+    from mpdsgr_deploy.validation.writing import claim_report, write_report
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     rules = opened.manifest.recipe.gate if gate is None else load_gate(Path(gate))

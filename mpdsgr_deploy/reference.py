@@ -20,13 +20,27 @@ from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 
 REFERENCE, IMAGES = "reference.npz", "images.npz"
-LOGITS, VERDICT = "logits/", "verdict/"
+LOGITS, VERDICT, NESTED = "logits/", "verdict/", "nested/"
 DIGESTS, DIGESTS_V1 = "blake2b_64", "digests"  # the array of the images' digests; its name in schema version 1
 DAMAGED = (OSError, ValueError, KeyError, BadZipFile)  # what numpy raises for a file that is not as we wrote it
 
 
+class Nested(BaseModel):
+    """A condition of a smaller tier that differs from that of the same name in the reference's own tier."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    settings: str
+    correct: int
+
+
 class Promise(BaseModel):
-    """A reference's figures: how many of the first n test images of a data set it gets right, by condition."""
+    """A reference's figures: how many of the first n test images of a data set it gets right, by condition.
+
+    settings: how strong each attack was, by condition (`Condition.settings`). nested: conditions of smaller tiers, so
+    that a bundle exported with one tier can be validated with those below it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,6 +48,8 @@ class Promise(BaseModel):
     n: int
     tier: str
     correct: dict[str, int]
+    settings: dict[str, str] = {}  # empty in bundles of earlier versions, whose attacks cannot be compared
+    nested: tuple[Nested, ...] = ()
 
 
 class Reference(NamedTuple):
@@ -42,11 +58,22 @@ class Reference(NamedTuple):
     digests: uint64 [n], the images' 64-bit blake2b. logits: float32 [n, K] of each precision whose answers do not
     depend on the machine, fp32's being torch's own. verdicts: bool [n] by condition, each attack made on the torch
     network.
+
+    settings: how strong each attack was, by condition. nested: verdicts bool [n] by name and settings of the conditions
+    of smaller tiers that differ.
     """
 
     digests: NDArray[np.uint64]
     logits: Mapping[str, NDArray[np.float32]]
     verdicts: Mapping[str, NDArray[np.bool_]]
+    settings: Mapping[str, str] = {}
+    nested: Mapping[tuple[str, str], NDArray[np.bool_]] = {}
+
+    def under(self, name: str, settings: str) -> NDArray[np.bool_] | None:
+        """Its verdicts [n] under the condition of that name with those settings; None: it never met that."""
+        if self.settings.get(name) == settings:
+            return self.verdicts.get(name)
+        return self.nested.get((name, settings))
 
 
 def digests(images: Images) -> NDArray[np.uint64]:
@@ -72,21 +99,29 @@ def save_reference(reference: Reference, path: Path) -> None:
     """Write reference.npz."""
     logits = {LOGITS + name: found for name, found in reference.logits.items()}
     verdicts = {VERDICT + name: found for name, found in reference.verdicts.items()}
-    np.savez_compressed(path, **{DIGESTS: reference.digests}, **logits, **verdicts)  # type: ignore[arg-type]
+    nested = {f"{NESTED}{place}": correct for place, correct in enumerate(reference.nested.values())}
+    everything = {DIGESTS: reference.digests, **logits, **verdicts, **nested}
+    np.savez_compressed(path, **everything)  # type: ignore[arg-type]
 
 
 def load_reference(path: Path, promise: Promise) -> Reference:
     """Read reference.npz. Raises InputError if it is damaged or the manifest promises other figures than it holds."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-        logits = {name[len(LOGITS) :]: array for name, array in found.items() if name.startswith(LOGITS)}
-        verdicts = {name[len(VERDICT) :]: array for name, array in found.items() if name.startswith(VERDICT)}
-        reference = Reference(found[DIGESTS if DIGESTS in found else DIGESTS_V1], logits, verdicts)
+            arrays_read = {name: arrays[name] for name in arrays.files}
+        logits = {name[len(LOGITS) :]: array for name, array in arrays_read.items() if name.startswith(LOGITS)}
+        verdicts = {name[len(VERDICT) :]: array for name, array in arrays_read.items() if name.startswith(VERDICT)}
+        nested = {(one.name, one.settings): arrays_read[f"{NESTED}{place}"] for place, one in enumerate(promise.nested)}
+        reference = Reference(
+            arrays_read[DIGESTS if DIGESTS in arrays_read else DIGESTS_V1], logits, verdicts, promise.settings, nested
+        )
     except DAMAGED as error:
         raise InputError(f"{path} does not hold a reference ({error}); export again") from None
     counted = {name: int(verdict.sum()) for name, verdict in verdicts.items()}
-    if counted != promise.correct or {len(array) for array in found.values()} != {promise.n}:
+    counts = counted == promise.correct and [int(correct.sum()) for correct in nested.values()] == [
+        one.correct for one in promise.nested
+    ]
+    if not counts or {len(array) for array in arrays_read.values()} != {promise.n}:
         raise InputError(f"the manifest beside {path} promises other figures than that file holds; export again")
     return reference
 

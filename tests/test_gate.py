@@ -10,14 +10,12 @@ import pytest
 from scipy.stats import binomtest
 
 from mpdsgr_deploy.attacks.suite import Source, Suite
-from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.attacks.tiers import TIERS, resolved
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.recipe import Gate
-from mpdsgr_deploy.validation import Target
+from mpdsgr_deploy.recipe import Gate, Recipe
+from mpdsgr_deploy.reference import Reference
 from mpdsgr_deploy.validation import gate as rules_of_the_gate
-from mpdsgr_deploy.validation.evaluation import Evaluation
+from mpdsgr_deploy.validation.comparison import Comparison, compare_conditions
 from mpdsgr_deploy.validation.gate import (
     FEWEST,
     SIGNIFICANT,
@@ -30,7 +28,6 @@ from mpdsgr_deploy.validation.gate import (
 )
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import wilson
-from mpdsgr_deploy.validation.validate import warn_of_gaps
 
 GATES = Path(__file__).parent.parent / "export" / "gates"
 SHARES = ["0", "0.01", "0.05", "0.1", "0.15", "1/3", "0.35", "0.5", "0.7", "0.8", "0.9", "0.95", "1"]
@@ -147,7 +144,7 @@ def test_lost_without_a_reference_knows_floors_alone() -> None:
     rules = gate("0", "0.5")
     assert lost(rules, "pgd", np.zeros(4, bool), None, 10) is None
     told = lost(rules, "pgd", np.zeros(6, bool), None, 10)
-    assert told == "pgd: after 6 of 10 images the floor 50.00% cannot be reached any more"
+    assert told == "after 6 of 10 images the floor 50.00% cannot be reached any more"
     assert lost(rules, "fgsm", np.zeros(6, bool), None, 10) is None
 
 
@@ -160,7 +157,8 @@ def row(name: str, right: int, n: int = 100, *, of: int = 100) -> Row:
 def test_rules_of_single_conditions_go_before_the_general_one() -> None:
     rules = Gate(max_drop=0.1, drops={"clean": 0.05, "pgd": 0.5}, floors={"fgsm": 0.9})
     assert failures(rules, [row("clean", 95), row("fgsm", 90), row("pgd", 50)]) == []
-    assert failures(rules, [row("clean", 94), row("fgsm", 89), row("pgd", 49)]) == [
+    broken = failures(rules, [row("clean", 94), row("fgsm", 89), row("pgd", 49)])
+    assert [reason.line for reason in broken] == [
         "clean: 6 images newly wrong and 0 newly right of 100, a drop of 6.00%; 5.00% allowed",
         "fgsm: 11 images newly wrong and 0 newly right of 100, a drop of 11.00%; 10.00% allowed",
         "fgsm: accuracy 89.00% is below the floor 90.00%",
@@ -218,26 +216,56 @@ def test_gates_that_can_decide_are_taken() -> None:
     check_gate(Gate(max_drop=0.01, drops={"clean": 0.2}), NAMES, 20, ("clean",))
 
 
-def test_only_like_is_compared_with_like(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
-    """A reference that met other steps, or more queries, says nothing of the weaker attack, nor its union of this."""
+class Silent:
+    """A network that is never asked."""
 
-    def referenced(tier: str) -> list[str]:
-        promise = bundle.manifest.reference.model_copy(update={"tier": tier})
-        target = Target(Bundle(bundle.path, bundle.manifest.model_copy(update={"reference": promise})))
-        recipe, images = bundle.manifest.recipe, load_test(bundle.manifest.recipe.data)[:20]
-        with target.open() as artefact:
-            source = Source(artefact, target.trained)
-            suite = Suite.of(source, TIERS["commit"].entries, recipe.attack, seed=0)
-            evaluation = Evaluation(target, artefact, suite, Gate(), images, "digits", target.bundle.reference())
-        assert evaluation.names[-2:] == ["square", "worst"]
-        warn_of_gaps(evaluation, target, "commit")
-        return [name for name in evaluation.names if name not in evaluation.referenced]
+    stochastic = False
 
-    assert referenced("commit") == []
-    assert not caplog.messages
-    assert referenced("release") == ["mpd-apgd", "square", "worst"]  # more steps of MPD-APGD, more queries
-    (told,) = caplog.messages
-    assert "nothing is compared under mpd-apgd, square, worst; validate with --tier release" in told
+
+def comparable(tier: str, reference: Reference, recipe: Recipe) -> Comparison:
+    """What of a tier can be held against a reference."""
+    suite = Suite.of(Source(Silent(), "triangle:1"), TIERS[tier].entries, recipe.attack, seed=0)
+    return compare_conditions(reference, suite.conditions, 20)
+
+
+def met(tiers: list[str], recipe: Recipe) -> Reference:
+    """A reference that met the conditions of the last of these tiers, and nested those of the others."""
+    *smaller, own = [list(resolved(TIERS[tier].entries, recipe.attack, "triangle:1")) for tier in tiers]
+    right = np.ones(20, bool)
+    settings = {condition.name: condition.settings for condition in own}
+    nested = {
+        (c.name, c.settings): right for conditions in smaller for c in conditions if settings[c.name] != c.settings
+    }
+    verdicts = {"clean": right, **dict.fromkeys(settings, right), "worst": right}
+    return Reference(np.zeros(20, np.uint64), {}, verdicts, settings, nested)
+
+
+def test_only_like_is_compared_with_like() -> None:
+    """A reference that met other steps, or more queries, says nothing of the weaker attack."""
+    recipe = Recipe()
+    assert comparable("commit", met(["commit"], recipe), recipe).alone == ()
+    release = comparable("commit", met(["release"], recipe), recipe)
+    assert release.alone == ("mpd-apgd", "square")  # more steps of MPD-APGD, more queries
+    assert release.missing == ()
+    assert "worst" in release.names  # over the attacks that both met
+
+
+def test_references_nest() -> None:
+    """What was exported for a release can be validated with each smaller tier, all of it compared."""
+    recipe = Recipe()
+    tiers = list(TIERS)
+    for place, tier in enumerate(tiers):
+        reference = met(tiers, recipe) if tier != tiers[-1] else met([tier], recipe)
+        assert comparable(tier, reference, recipe).alone == (), (place, tier)
+
+
+def test_a_reference_that_met_other_settings_supports_no_verdict() -> None:
+    recipe = Recipe()
+    reference = met(["commit"], recipe)
+    weaker = recipe.model_copy(update={"attack": recipe.attack.model_copy(update={"eps": 0.01})})
+    assert "pgd-strong" in comparable("commit", reference, weaker).missing
+    old = reference._replace(settings={})
+    assert comparable("commit", old, recipe).names == ["clean"]
 
 
 def test_gate_files(tmp_path: Path) -> None:

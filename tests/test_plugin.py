@@ -51,7 +51,7 @@ with mpd.open_predictor(bundle, "reference") as predictor:
     images, _ = mpd.open_bundle("bundle").golden()
     logits = predictor(images)
 assert abs(mpd.predict("bundle", images, backend="reference") - logits).max() == 0
-print(json.dumps({"verdict": report.verdict, "reasons": report.reasons, "network": report.network,
+print(json.dumps({"verdict": report.verdict, "reasons": [r.line for r in report.reasons], "network": report.network,
                   "backend": report.backend, "conditions": [row.name for row in report.rows],
                   "accuracy": report.rows[0].artefact.accuracy, "logits": logits.shape}))
 """

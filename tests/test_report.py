@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,17 +26,11 @@ from mpdsgr_deploy.validation.figures import MOST, sweep
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.page import page, plain
 from mpdsgr_deploy.validation.pictures import SIDE, chosen, examples, magnified, picture
-from mpdsgr_deploy.validation.report import (
-    Curve,
-    Point,
-    Report,
-    VariantFlips,
-    claim_report,
-    findings,
-    write_report,
-)
+from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
+from mpdsgr_deploy.validation.report import Curve, Point, Report, VariantFlips, findings
 from mpdsgr_deploy.validation.rows import Flips, Row
 from mpdsgr_deploy.validation.summary import badge, junit, summary
+from mpdsgr_deploy.validation.writing import claim_report, write_report
 
 EVIL = "<script>alert(1)</script>"
 FILES = {"report.json", "report.html", "junit.xml", "summary.md", "badge.json"}
@@ -43,17 +38,23 @@ CHROMIUM = shutil.which("chromium")
 N = 200
 
 
-def row(name: str, correct: int, *, reference: int | None = None, eps: float | None = 0.1) -> Row:
+def row(name: str, correct: int, *, reference: int | None = None, eps: float | None = 0.1, **fields: Any) -> Row:
     """A condition under which the first so many of N images are right."""
-    promised = None if reference is None else np.arange(N) < reference
-    return Row.of(name, f"eps {eps}, 10 steps", np.arange(N) < correct, eps=eps, reference=promised, evaluations=10 * N)
+    promised, right = None if reference is None else np.arange(N) < reference, np.arange(N) < correct
+    settings = f"eps {eps}, 10 steps"
+    return Row.of(name, settings, right, eps=eps, reference=promised, evaluations=10 * N, **fields)
+
+
+def strong(surrogate: str, correct: int) -> Row:
+    """A strong attack through a surrogate."""
+    return row(f"strong {surrogate}", correct, surrogate=surrogate)
 
 
 def check(number: int, *, passed: bool = True) -> Check:
     return Check(
         number=number,
         name=f"rule {number} holds",
-        passed=passed,
+        state="passed" if passed else "failed",
         saw="what it saw",
         why="numbers would mislead",
         advice="mend it and validate again",
@@ -73,7 +74,7 @@ def broken_images(labels: list[str]) -> list:
 def sample(**changes: object) -> Report:
     """A report in which every part of the page has something to show."""
     flips = Flips.of(np.arange(N) < 100, np.arange(N) < 97)
-    attackers = [row(f"strong {name}", 110 + i) for i, name in enumerate(("triangle:0.25", "rectangular", "adaptive"))]
+    attackers = [strong(name, 110 + i) for i, name in enumerate(("triangle:0.25", "rectangular", "adaptive"))]
     values = {
         "verdict": "pass",
         "reasons": [],
@@ -92,7 +93,7 @@ def sample(**changes: object) -> Report:
             row("clean", 198, reference=199, eps=0.0),
             row("gaussian", 195, eps=None),
             row("fgsm", 150, reference=151),
-            row("pgd-strong", 120, reference=120),
+            row("pgd-strong", 120, reference=120, surrogate="triangle:1"),
             *attackers,
             row("worst", 113, reference=115),
         ],
@@ -114,8 +115,11 @@ def sample(**changes: object) -> Report:
 def failed(verdict: str = "fail", **changes: object) -> Report:
     """The gate refuses it; invalid: two health checks do too."""
     health = [check(1, passed=verdict == "fail"), check(2), check(7, passed=verdict == "fail")]
-    reasons = [f"check {c.number} ({c.name}) failed: {c.saw}; {c.advice}" for c in health if not c.passed]
-    complaints = ["worst: accuracy 56.50% is below the floor 60.00%", "200 images, at least 1000 are required"]
+    reasons = [Reason(check=c.number, text=f"{c.name}: {c.saw}; {c.advice}") for c in health if c.failed]
+    complaints = [
+        Reason(condition="worst", text="accuracy 56.50% is below the floor 60.00%"),
+        Reason(text="200 images, at least 1000 are required"),
+    ]
     return sample(verdict=verdict, health=health, reasons=[*reasons, *complaints], **changes)
 
 
@@ -238,11 +242,11 @@ def test_the_page_does_without_what_was_not_measured() -> None:
         examples=[],
         variants=[],
         parity=None,
-        stopped="the budget is spent",
+        stopped=EarlyStop(after="bim", why="the budget is spent"),
     )
     text = page(bare)
     Elements(text)
-    assert "Ended early: the budget is spent" in text
+    assert "Ended early, stopped after bim: the budget is spent." in text
     assert "<svg" not in text
     nothing = sample(rows=[], curves=[Curve(attack="fgsm", points=[])], health=[])
     Elements(page(nothing))
@@ -255,8 +259,8 @@ def test_untrusted_names_stay_text() -> None:
         network=EVIL,
         artefact_file=EVIL,
         images=f"{EVIL}\x00\x1b[31m",
-        stopped=EVIL,
-        rows=[row(f"strong {EVIL}", 10), row("worst", 5)],
+        stopped=EarlyStop(after=EVIL, why=EVIL),
+        rows=[strong(EVIL, 10), row("worst", 5)],
         curves=[Curve(attack=f"$x^{{ {EVIL}", points=[Point(eps=0.1, correct=1, n=2)])],
         examples=broken_images([EVIL, f'" onerror="{EVIL}']),
         variants=[],
@@ -286,7 +290,7 @@ def test_markdown_of_untrusted_names_is_one_line_of_text() -> None:
         failed(
             "invalid",
             bundle="an-artefact-with-a-name-as-long-as-pipelines-make-them" * 4,
-            rows=[row(f"strong {'long' * 30}{i}", i) for i in range(200)],
+            rows=[strong(f"{'long' * 30}{i}", i) for i in range(200)],
             examples=broken_images(["W" * 120, "i" * 120]),
         ),
     ],
@@ -313,7 +317,7 @@ def test_a_telephone_shows_the_page_without_scrolling_sideways(report: Report, t
 
 
 def test_figures_show_the_strongest_attackers_only() -> None:
-    many = sample(rows=[*(row(f"strong {i}", i) for i in range(100)), row("worst", 0)])
+    many = sample(rows=[*(strong(str(i), i) for i in range(100)), row("worst", 0)])
     assert [found.artefact.correct for found in sweep(many)] == [*reversed(range(MOST))]
     assert "worst: the union" in page(many)
     assert "Which attacker is the strongest? 24 of 100" in page(many)
@@ -344,19 +348,63 @@ def test_junit_says_which_rule_failed_and_what_to_do() -> None:
 
 
 def test_the_summary_says_what_to_do() -> None:
-    text = summary(failed(stopped="the gate cannot be met any more"))
+    text = summary(failed(stopped=EarlyStop(after="fgsm", why="the gate cannot be met any more")))
     assert text.startswith("## FAIL: digits (int8, onnxruntime-cpu)\n")
     assert (
         "- worst: accuracy 56.50% is below the floor 60.00%\n- 200 images, at least 1000 are required\n  - **do:** find"
         in text
     )
-    assert "- ended early: the gate cannot be met any more\n" in text
+    assert "- ended early, stopped after fgsm: the gate cannot be met any more\n" in text
     assert "| **worst** | 56.5 [49.6, 63.2] | 57.5 [50.6, 64.1] | 2 | 0 | 0.5 |\n" in text
-    assert "| gaussian | 97.5 [94.3, 98.9] | - | - | - | - |\n" in text
+    assert "| gaussian | 97.5 [94.3, 98.9] | not compared | - | - | - |\n" in text
+    assert "- not compared with the reference, which met no such attack: gaussian, strong triangle:0.25," in text
+
+
+def stopped_early() -> Report:
+    """The gate refused it after BIM."""
+    rows = [row("clean", 198, reference=199), row("bim", 150, reference=180), row("worst", 150, at_most=True)]
+    return failed(stopped=EarlyStop(after="bim", why="clean: lost"), rows=rows)
+
+
+def test_an_upper_bound_is_called_one_everywhere(tmp_path: Path) -> None:
+    report = stopped_early()
+    write_report(report, tmp_path)
+    bound = "at most 75.0, stopped after bim"
+    assert f"| **worst** | {bound} | not compared |" in (tmp_path / "summary.md").read_text()
+    assert bound in (tmp_path / "report.html").read_text()
+    (case,) = ElementTree.parse(tmp_path / "junit.xml").getroot().findall("testcase[@name='gate: worst']")
+    assert case.find("failure") is not None
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["rows"][-1]["at_most"]
+    assert saved["stopped"] == {"after": "bim", "why": "clean: lost"}
+    message = json.loads((tmp_path / "badge.json").read_text())["message"]
+    assert message == "robust at most 75.0 % @ eps 0.1, clean 99.0 %, stopped after bim"
+    undecided = ElementTree.fromstring(junit(report.model_copy(update={"reasons": []})))
+    (skipped,) = undecided.findall("testcase[@name='gate: worst']/skipped")
+    assert skipped.get("message") == bound
+
+
+def test_what_is_not_compared_is_not_green() -> None:
+    report = sample()
+    assert json.loads(badge(report))["color"] == "yellow"
+    cases = {case.get("name"): case.find("skipped") for case in ElementTree.fromstring(junit(report))}
+    assert "not compared" in cases["gate: gaussian"].get("message")
+    assert cases["gate: fgsm"] is None
+    alone = Check(number=13, name="reach", state="not compared", saw="no reference", advice="")
+    assert "check 13, reach: NOT COMPARED" in summary(sample(health=[alone]))
+
+
+def test_reports_of_earlier_versions_are_read() -> None:
+    old = json.loads(sample().model_dump_json())
+    old |= {"schema_version": 2, "reasons": ["pgd: lost"], "stopped": "pgd: lost"}
+    old["health"] = [{"number": 1, "name": "one", "passed": False, "saw": "", "advice": ""}]
+    report = Report.model_validate(old)
+    assert (report.reasons[0].line, report.stopped.why, report.health[0].state) == ("pgd: lost", "pgd: lost", "failed")
 
 
 def test_the_badge_follows_the_endpoint_schema() -> None:
-    good = json.loads(badge(sample()))
+    rows = [row("clean", 198, reference=199), row("fgsm", 150, reference=151), row("worst", 113, reference=115)]
+    good = json.loads(badge(sample(rows=rows)))
     assert good == {
         "schemaVersion": 1,
         "label": "mpdsgr",

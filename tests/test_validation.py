@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.measure import budget_faults, rounded_to_bytes
 from mpdsgr_deploy.attacks.tiers import BY_STRENGTH
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
@@ -20,7 +21,10 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Array, Gradient
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel
-from mpdsgr_deploy.validation import Target, health, validate
+from mpdsgr_deploy.validation import Target, validate
+from mpdsgr_deploy.validation.health import CHECKS, Compared, Convergence, Reach
+from mpdsgr_deploy.validation.health import artefact as artefact_checks
+from mpdsgr_deploy.validation.health import attacks as attack_checks
 from mpdsgr_deploy.validation.rows import Flips
 from mpdsgr_deploy.validation.statistics import exceeds, mcnemar, wilson
 
@@ -61,7 +65,8 @@ def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) 
         assert int((bits[0] & ~bits[1]).sum()) == row.flips.newly_wrong
         everything &= bits[1] if row.eps is not None else True
     assert rows["worst"].artefact.correct == everything.sum()
-    assert [check.number for check in report.health] == list(range(1, 14))
+    assert [check.number for check in report.health] == sorted(CHECKS)[: len(report.health)]
+    assert all(check.passed for check in report.health)
     assert report.parity.holds
     assert report.artefact_sha256 == sha256(bundle.variant("fp32"))
     assert rows["fgsm"].evaluations == rows["clean"].artefact.accuracy  # one gradient for each image not wrong anyway
@@ -111,7 +116,10 @@ def test_an_evaluation_stops_once_the_gate_cannot_be_passed(bundle: Bundle) -> N
     )
     found = validate(Target(Bundle(bundle.path, manifest)), gate=Gate(floors={"fgsm": 0.95}))
     assert found.verdict == "fail"
-    assert "floor 95.00% cannot be reached" in found.stopped
+    assert "floor 95.00% cannot be reached" in found.stopped.why
+    assert found.stopped.after == "fgsm"
+    assert [reason.condition for reason in found.reasons] == ["fgsm"]
+    assert [row.at_most for row in found.rows] == [False, False, False, True, True]
     assert [row.name for row in found.rows] == ["clean", "gaussian", "uniform", "fgsm", "worst"]
     assert found.rows[3].n < 100
 
@@ -126,19 +134,19 @@ def test_exceeds_against_scipy(k: int, n: int, share: float) -> None:
 
 def test_check_1_flags_images_that_cheat() -> None:
     clean = np.full((2, 1, 2, 2), 0.5, np.float32)
-    assert health.budget_faults("a", clean, clean + np.float32(0.1), 0.1) == []
-    assert health.budget_faults("noise", clean, clean + np.float32(0.4), None) == []
+    assert budget_faults("a", clean, clean + np.float32(0.1), 0.1) == []
+    assert budget_faults("noise", clean, clean + np.float32(0.4), None) == []
     for images, expected in (
         (clean + np.float32(0.1001), "more than eps"),
         (clean + np.float32(0.6), "leaves"),
         (clean * np.float32(np.nan), "non-finite"),
     ):
-        (fault,) = health.budget_faults("a", clean, images, 0.1)
+        (fault,) = budget_faults("a", clean, images, 0.1)
         assert expected in fault
-    assert not health.check_budget(["fault"], "rule").passed
+    assert not attack_checks.check_budget(["fault"], "rule").passed
     exact = np.random.default_rng(0).random((3, 1, 4, 4), np.float32)
-    assert not health.rounded_to_bytes(exact)
-    assert health.rounded_to_bytes(np.rint(exact * 255) / np.float32(255))
+    assert not rounded_to_bytes(exact)
+    assert rounded_to_bytes(np.rint(exact * 255) / np.float32(255))
 
 
 def verdicts(**broken: list[int]) -> dict[str, np.ndarray]:
@@ -151,9 +159,11 @@ def verdicts(**broken: list[int]) -> dict[str, np.ndarray]:
 
 def test_check_2_flags_a_stronger_attack_that_does_less() -> None:
     order = list(range(0, 100)), list(range(0, 120)), list(range(0, 150))
-    assert health.check_order(verdicts(fgsm=order[0], pgd=order[1], pgd_strong=order[2])).passed
-    assert health.check_order(verdicts(fgsm=order[0], pgd=[*range(3, 100)], pgd_strong=order[1])).passed  # chance
-    masked = health.check_order(verdicts(fgsm=order[1], pgd=order[0], pgd_strong=order[2]))
+    assert attack_checks.check_order(verdicts(fgsm=order[0], pgd=order[1], pgd_strong=order[2])).passed
+    assert attack_checks.check_order(
+        verdicts(fgsm=order[0], pgd=[*range(3, 100)], pgd_strong=order[1])
+    ).passed  # chance
+    masked = attack_checks.check_order(verdicts(fgsm=order[1], pgd=order[0], pgd_strong=order[2]))
     assert not masked.passed
     assert "fgsm breaks 20" in masked.saw
 
@@ -161,34 +171,37 @@ def test_check_2_flags_a_stronger_attack_that_does_less() -> None:
 def test_check_3_flags_a_network_that_the_blind_break_better() -> None:
     sound = verdicts(pgd_strong=list(range(100))) | {"square": np.arange(200) >= 40}
     masked = verdicts(pgd_strong=list(range(10))) | {"square": np.arange(200) < 150}
-    assert health.check_black_box(sound, ["square"], ["pgd-strong"]).passed
-    found = health.check_black_box(masked, ["square"], ["pgd-strong"])
+    assert attack_checks.check_black_box(sound, ["square"], ["pgd-strong"]).passed
+    found = attack_checks.check_black_box(masked, ["square"], ["pgd-strong"])
     assert not found.passed
     assert "square breaks 50" in found.saw
 
 
 def test_check_4_flags_accuracy_that_outlives_any_eps() -> None:
     falling = {eps: np.arange(100) < left for eps, left in ((0.0, 99), (0.1, 60), (0.5, 8), (1.0, 0))}
-    assert health.check_growth(falling).passed
-    assert not health.check_growth(falling | {1.0: np.arange(100) < 30}).passed
-    rising = health.check_growth(falling | {0.5: np.arange(100) < 80})
+    assert attack_checks.check_growth(falling).passed
+    assert not attack_checks.check_growth(falling | {1.0: np.arange(100) < 30}).passed
+    rising = attack_checks.check_growth(falling | {0.5: np.arange(100) < 80})
     assert not rising.passed
     assert "eps 0.1 breaks" in rising.saw
 
 
 def test_check_5_flags_an_attack_that_was_stopped_early() -> None:
-    assert health.check_convergence(0, 50, 20).passed
-    assert health.check_convergence(3, 50, 20).passed  # by chance one time in 70, where 1 % are left to break
-    assert not health.check_convergence(5, 50, 20).passed
-    assert health.check_convergence(5, 50, 20, 0.05).passed  # as fine as a gate that lets 5 % pass
-    assert not health.check_convergence(9, 50, 20, 0.05).passed
+    def passed(broken: int, allowed: float = 0.0) -> bool:
+        return attack_checks.check_convergence(Convergence(broken, 40, 50, {"apgd-ce": 20}, allowed)).passed
+
+    assert passed(0)
+    assert passed(3)  # by chance one time in 70, where 1 % are left to break
+    assert not passed(5)
+    assert passed(5, 0.05)  # as fine as a gate that lets 5 % pass
+    assert not passed(9, 0.05)
 
 
 def test_check_6_flags_a_sweep_that_left_something_out() -> None:
     done = ["triangle:0.25", "triangle:2.5", "rectangular:1", "adaptive"]
-    assert health.check_sweep(done, "triangle:1").passed
+    assert attack_checks.check_sweep(done, "triangle:1").passed
     for missing in done:
-        found = health.check_sweep([name for name in done if name != missing], "triangle:1")
+        found = attack_checks.check_sweep([name for name in done if name != missing], "triangle:1")
         assert not found.passed
         assert missing in found.saw
 
@@ -208,11 +221,11 @@ class Planted:
 
 @pytest.mark.parametrize(("zero", "bad", "passed"), [(0, 0, True), (5, 0, True), (6, 0, False), (0, 1, False)])
 def test_check_7_flags_gradients_that_vanish_or_explode(zero: int, bad: int, passed: bool) -> None:
-    assert not health.check_gradients(0, 0, 0).passed  # nothing asked
+    assert not attack_checks.check_gradients((0, 0, 0)).passed  # nothing asked
     counter = CountedGradients(Planted(zero, bad))
     x = np.zeros((100, 1, 2, 2), np.float32)
     assert np.array_equal(counter(x, np.zeros(100)).logits, np.zeros((100, 2)))
-    assert health.check_gradients(counter.samples, counter.zero, counter.not_finite).passed is passed
+    assert attack_checks.check_gradients((counter.samples, counter.zero, counter.not_finite)).passed is passed
 
 
 def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundle: Bundle) -> None:
@@ -234,11 +247,11 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
     def order_dependent(x: np.ndarray) -> np.ndarray:
         return model(x) + np.arange(len(x), dtype=np.float32)[:, None] * np.eye(1, 10, dtype=np.float32) * 9
 
-    assert health.check_function(model, model, x).passed
-    assert "asked again" in health.check_function(Leaky(), model, x).saw
-    assert "in two batches" in health.check_function(batch_dependent, batch_dependent, x).saw
-    assert "in reverse order" in health.check_function(order_dependent, order_dependent, x).saw
-    stranger = health.check_function(model, lambda x: model(x) * 2, x)
+    assert artefact_checks.check_function(model, x, model).passed
+    assert "asked again" in artefact_checks.check_function(Leaky(), x, model).saw
+    assert "in two batches" in artefact_checks.check_function(batch_dependent, x, batch_dependent).saw
+    assert "in reverse order" in artefact_checks.check_function(order_dependent, x, order_dependent).saw
+    stranger = artefact_checks.check_function(model, x, lambda x: model(x) * 2)
     assert not stranger.passed
     assert "in a fresh process" in stranger.saw
 
@@ -251,32 +264,44 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
             self.calls += 1
             return model(x) + np.eye(len(x), 10, dtype=np.float32)[:, :1] * np.float32(self.calls * 1e-3)
 
-    assert "asked again" in health.check_function(Counting(), model, x).saw
+    assert "asked again" in artefact_checks.check_function(Counting(), x, model).saw
     gone = Target(Bundle(bundle.path / "nowhere", bundle.manifest)).fresh()
-    assert "it failed: error:" in health.check_function(model, gone, x).saw
+    assert "it failed: error:" in artefact_checks.check_function(model, x, gone).saw
     assert compare(model(x[:5]), Target(bundle).fresh()(x[:5])).holds
 
 
 def test_check_13_flags_an_artefact_that_gains_robustness() -> None:
     for worse, better, passed in ((0, 5, True), (4, 12, True), (0, 7, False), (2, 30, False), (30, 2, True)):
         flips = Flips(newly_wrong=worse, newly_right=better, p_value=1.0)
-        assert health.check_reach(flips, 100, 0.05).passed is passed
-    assert health.check_reach(None, 100, 0.05).passed
+        assert attack_checks.check_reach(Reach(True, flips, allowed=0.05), 100).passed is passed
+    assert attack_checks.check_reach(Reach(False), 100).state == "not compared"
+
+
+def test_check_13_flags_a_reference_that_met_none_of_the_attacks() -> None:
+    sound = Flips(newly_wrong=0, newly_right=0, p_value=1.0)
+    assert attack_checks.check_reach(Reach(True), 100).failed
+    found = attack_checks.check_reach(Reach(True, sound, missing=["pgd-strong"]), 100)
+    assert found.failed
+    assert "no verdicts under pgd-strong" in found.saw
+    part = attack_checks.check_reach(Reach(True, sound, alone=["apgd-ce"]), 100)
+    assert part.passed
+    assert "only the artefact met apgd-ce" in part.saw
 
 
 def test_check_9_flags_an_empty_comparison() -> None:
-    assert health.check_compared(1).passed
-    assert not health.check_compared(0).passed
-    assert not health.check_compared(100, "").passed
+    reference = Compared(reference=True, floors=False)
+    assert artefact_checks.check_compared(1, reference).passed
+    assert not artefact_checks.check_compared(0, reference).passed
+    assert not artefact_checks.check_compared(100, Compared(reference=False, floors=False)).passed
     assert not compare(np.zeros((0, 10), np.float32), np.zeros((0, 10), np.float32)).holds
 
 
 def test_check_12_flags_probabilities_and_counts() -> None:
     logits = np.random.default_rng(0).normal(size=(100, 10)).astype(np.float32)
-    assert health.check_logits(logits).passed
+    assert artefact_checks.check_logits(logits).passed
     softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert "probabilities" in health.check_logits(softmax).saw
-    assert "counts" in health.check_logits(np.rint(logits * 4) / 4).saw
+    assert "probabilities" in artefact_checks.check_logits(softmax).saw
+    assert "counts" in artefact_checks.check_logits(np.rint(logits * 4) / 4).saw
 
 
 # Exit codes of the command, on real bundles.
@@ -302,8 +327,8 @@ def test_a_wrong_artefact_with_consistent_hashes_fails_the_gate(bundle: Bundle, 
     """Weights of the artefact perturbed, golden logits and attack graph made to match: only the reference can tell."""
     found = validate(Target(open_bundle(perturbed(bundle, tmp_path / "bundle"))))
     assert found.verdict == "fail"
-    assert any("newly wrong" in reason for reason in found.reasons)
-    assert any("does not answer as the exported network did" in reason for reason in found.reasons)
+    assert any("newly wrong" in reason.text for reason in found.reasons)
+    assert any("does not answer as the exported network did" in reason.text for reason in found.reasons)
 
 
 def test_a_masked_gradient_is_an_invalid_evaluation(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +342,7 @@ def test_a_masked_gradient_is_an_invalid_evaluation(bundle: Bundle, monkeypatch:
     monkeypatch.setattr(GraphAttacker, "__call__", masked)
     found = validate(Target(bundle), gate=LOOSE, limit=30)
     assert found.verdict == "invalid"
-    assert any(reason.startswith("check 7") for reason in found.reasons)
+    assert any(reason.check == 7 for reason in found.reasons)
 
 
 def test_data_of_another_kind_is_refused(bundle: Bundle, tmp_path: Path) -> None:

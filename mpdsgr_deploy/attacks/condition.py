@@ -121,6 +121,11 @@ class Condition(ABC):
         """How strong it is, for people. Derived from the fields: equal text means equal strength."""
 
     @property
+    def swept(self) -> bool:
+        """Whether it is a strong white-box attack, of which there is one per surrogate."""
+        return self.kind == "gradient" and self.method in ("strong-pgd", "sa-pgd")
+
+    @property
     def cost(self) -> int:
         """Gradients per image at most, as an estimate of its time; three queries count as one."""
         return 0

@@ -12,7 +12,6 @@ import numpy as np
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Classes, Condition, Floats
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.files import atomic_file, writing
-from mpdsgr_deploy.progress import log, track
 from mpdsgr_deploy.protocols import Predictor
 
 
@@ -103,16 +102,3 @@ def gather(parts: list[Part]) -> tuple[Attacked, Classes]:
     counts = np.sum([part.attacked[1:] for part in parts], axis=0)
     attacked = Attacked(np.concatenate([part.attacked.images for part in parts]), *map(int, counts))
     return attacked, np.concatenate([part.predicted for part in parts])
-
-
-def outcomes(
-    suite: Suite, x: Floats, y: Classes, clean: Classes, *, batch_size: int, of: str = ""
-) -> Iterator[tuple[Condition, Attacked, Classes]]:
-    """Every condition of a suite on images x [N, C, H, W] with classes y [N]: attacked images, and what its network
-    takes them for [N]. `clean` as in `run`; `of` begins what progress is called.
-    """
-    for condition in suite.conditions:
-        parts = run(suite, condition, x, y, clean, batch_size=batch_size)
-        attacked, predicted = gather(list(track(parts, f"{of}{condition.name}", -(-len(y) // batch_size))))
-        log.info("%-24s  %5.1f %%", f"{of}{condition.name}", 100 * (predicted == y).mean())
-        yield condition, attacked, predicted

@@ -140,6 +140,12 @@ TIERS = {
 }
 
 
+def smaller_tiers(tier: str) -> list[str]:
+    """The tiers below this one, smallest first."""
+    names = list(TIERS)
+    return names[: names.index(tier)]
+
+
 # The names of conditions in the order in which accuracy must not rise, weakest attack first.
 BY_STRENGTH = (
     *(

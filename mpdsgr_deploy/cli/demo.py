@@ -12,7 +12,8 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
-from mpdsgr_deploy.validation.report import Report, claim_report, write_report
+from mpdsgr_deploy.validation.report import Report
+from mpdsgr_deploy.validation.writing import claim_report, write_report
 
 RECIPE = "digits-robust"
 COLUMNS = ("clean", "gaussian", "fgsm", "pgd-strong", "worst")

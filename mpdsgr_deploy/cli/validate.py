@@ -10,7 +10,8 @@ from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.validation.gate import load_gate
-from mpdsgr_deploy.validation.report import EXIT_CODES, Report, claim_report, percent, write_report
+from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared
+from mpdsgr_deploy.validation.writing import claim_report, write_report
 
 
 @click.command("validate")
@@ -93,8 +94,8 @@ def print_report(report: Report) -> None:
     rows = [
         (
             row.name,
-            f"{100 * row.reference.accuracy:.1f}" if row.reference else "-",
-            percent(row.artefact),
+            f"{100 * row.reference.accuracy:.1f}" if row.reference else NOT_COMPARED,
+            accuracy_text(row, report.stopped),
             f"{row.flips.newly_wrong} / {row.flips.newly_right}" if row.flips else "-",
             f"{row.evaluations:.0f}",
         )
@@ -104,4 +105,8 @@ def print_report(report: Report) -> None:
     print_table(columns, rows, f"{report.bundle}: {report.precision} on {report.backend}, {report.images}")
     click.echo(f"verdict: {report.verdict.upper()}")
     for reason in report.reasons:
-        click.echo(f"  {reason}")
+        click.echo(f"  {reason.line}")
+    if report.stopped:
+        click.echo(f"  {report.stopped.moment}: {report.stopped.why}")
+    for name in not_compared(report):
+        click.echo(f"  {name}: {NOT_COMPARED} with the reference, which met no such attack")

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.validation.evaluate import Evaluation
+from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.report import Report
 
 SCHEMA_VERSION = 2
@@ -37,15 +38,6 @@ class PackedVerdicts(BaseModel):
 
 class CheckOutcome(BaseModel):
     """What a health check saw."""
-
-    number: int
-    name: str
-    passed: bool
-    saw: str
-
-
-class AnyCheck(Protocol):
-    """A health check as the validation states it."""
 
     number: int
     name: str
@@ -125,7 +117,7 @@ class AttackedExport(Attacked):
         )
 
 
-def outcomes(checks: Sequence[AnyCheck]) -> list[CheckOutcome]:
+def outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:
     """Health checks without their explanations, which are the same in every record."""
     return [CheckOutcome(number=c.number, name=c.name, passed=c.passed, saw=c.saw) for c in checks]
 

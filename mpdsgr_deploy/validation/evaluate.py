@@ -5,22 +5,23 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mpdsgr_deploy.attacks.run import outcomes
-from mpdsgr_deploy.attacks.suite import CLEAN, SQUARE, STRONG, TRANSFER, WORST, Source, Suite
+from mpdsgr_deploy.attacks.condition import CLEAN, TRANSFER, WORST, Source
+from mpdsgr_deploy.attacks.measure import measure
+from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS, recipe_entries
-from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.networks import load_model, load_network
+from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.surrogates import trained_surrogate
-from mpdsgr_deploy.validation import health
-from mpdsgr_deploy.validation.health import Check
-from mpdsgr_deploy.validation.images import require_alike
+from mpdsgr_deploy.validation.evidence import of_attacks
+from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import Score
+from mpdsgr_deploy.validation.transfer import other_network
 
 
 class EvaluatedRow(BaseModel):
@@ -79,53 +80,20 @@ def evaluate(
     entries = recipe_entries(recipe.attack) if tier is None else TIERS[tier].entries
     suite = Suite.of(network, entries, recipe.attack, seed=recipe.validation.seed, transfer=others)
     rule = f"the first {len(images)} test images of {data.name}"
-    return Evaluation(
-        images=rule,
-        seed=recipe.validation.seed,
-        provenance=provenance(),
-        **_measured(network, suite, images, recipe.validation.batch_size, rule),
-    )
+    rows, health = _measured(suite, images, recipe.validation.batch_size, rule)
+    return Evaluation(images=rule, seed=recipe.validation.seed, rows=rows, health=health, provenance=provenance())
 
 
-def _measured(network: Source, suite: Suite, images: Images, size: int, rule: str) -> dict[str, Any]:
-    """Rows and health checks."""
+def _measured(suite: Suite, images: Images, size: int, rule: str) -> tuple[list[EvaluatedRow], list[Check]]:
+    """Rows and health checks of the suite's network."""
     x, y, n = images.unit(), images.classes, len(images)
-    clean = predict(network.network, x, size, "clean").argmax(1)
-    verdicts = {CLEAN: clean == y}
-    rows = [EvaluatedRow(name=CLEAN, settings="test images as they are", n=n, score=Score.of(clean == y))]
-    faults: list[str] = []
-    samples = zero = not_finite = 0
-    worst = clean == y
-    for condition, attacked, predicted in outcomes(suite, x, y, clean, batch_size=size):
-        verdicts[condition.name] = predicted == y
-        if condition.eps is not None:
-            worst &= predicted == y
-        if condition.kind == "gradient" and condition.surrogate == network.trained:
-            samples, zero = samples + attacked.evaluations, zero + attacked.zero
-            not_finite += attacked.not_finite
-        faults += health.budget_faults(condition.name, x, attacked.images, condition.eps)
-        score = Score.of(predicted == y)
-        rows.append(EvaluatedRow(name=condition.name, settings=condition.settings, n=n, score=score))
-    verdicts[WORST] = worst
-    rows.append(EvaluatedRow(name=WORST, settings="right under every condition within eps", n=n, score=Score.of(worst)))
-    white = [name for name in verdicts if name.startswith((STRONG, "strong"))]
-    blind = [name for name in (TRANSFER, SQUARE) if name in verdicts]
-    checks = [
-        health.check_budget(faults, rule),
-        health.check_order(verdicts),
-        *([health.check_black_box(verdicts, blind, white)] if blind else []),
-        health.check_gradients(samples, zero, not_finite),
-        health.check_compared(n),
+    clean = predict(suite.network, x, size, CLEAN).argmax(1)
+    measurement = measure(suite, x, y, clean, batch_size=size)
+    settings = {condition.name: condition.settings for condition in suite.conditions}
+    named = {CLEAN: "test images as they are", **settings, WORST: "right under every condition within eps"}
+    rows = [
+        EvaluatedRow(name=name, settings=named[name], n=n, score=Score.of(correct))
+        for name, correct in measurement.verdicts.items()
     ]
-    return {"rows": rows, "health": checks}
-
-
-def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:
-    """A checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
-    source = find_checkpoint(checkpoint_dir)
-    found = load_checkpoint(source)
-    require_alike(checkpoint_dir, (found.shape, found.labels), (shape, labels))
-    network = load_model(source / found.weights, found.recipe, found.shape, len(found.labels))
-    return Source(
-        TorchNetwork(TorchModel(network, found.shape, found.recipe.validation.seed)), trained_surrogate(found.recipe)
-    )
+    evidence = of_attacks(Evidence(rule=rule, n=n), measurement, suite.conditions, suite.source.trained)
+    return rows, run_checks(evidence)

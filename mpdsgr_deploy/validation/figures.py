@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mpdsgr_deploy.attacks.condition import STRONG
 from mpdsgr_deploy.validation.report import Curve, Report
 from mpdsgr_deploy.validation.rows import Row
 
@@ -99,8 +100,8 @@ def by_attacker(report: Report) -> Figure:
 
 
 def attackers(report: Report) -> list[Row]:
-    """The strong PGD through each surrogate."""
-    return [row for row in report.rows if row.name == "pgd-strong" or row.name.startswith("strong ")]
+    """The white-box attacks with many steps, through each surrogate."""
+    return [row for row in report.rows if row.surrogate is not None]
 
 
 def sweep(report: Report) -> list[Row]:
@@ -112,7 +113,7 @@ def named(row: Row) -> str:
     """A condition as readers of the figure know it."""
     if row.name == "worst":
         return "worst: the union"
-    return "trained surrogate" if row.name == "pgd-strong" else short(row.name.removeprefix("strong "))
+    return "trained surrogate" if row.name == STRONG else short(str(row.surrogate))
 
 
 def final(curve: Curve) -> float:

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.suite import SQUARE
+from mpdsgr_deploy.attacks.condition import SQUARE
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.schema import parse, read_toml
+from mpdsgr_deploy.validation.reasons import Reason
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import Z95, binomial_tail
 
@@ -93,22 +94,22 @@ def regressed(allowed: float, n: int, worse: int, better: int) -> bool:
     return worse - better > allowed * n + 1e-9 and binomial_tail(worse, worse + better) < SIGNIFICANT
 
 
-def failures(gate: Gate, rows: list[Row]) -> list[str]:
-    """One line for each rule the artefact breaks. A row that was cut short is not judged: `lost` says what it shows."""
-    found = []
+def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
+    """One reason for each rule the artefact breaks. A row that was cut short is judged by `lost`."""
+    reasons = []
     n = max((row.n for row in rows), default=0)
     for row in (row for row in rows if row.n == n):
         if row.flips is not None:
             worse, better, allowed = row.flips.newly_wrong, row.flips.newly_right, limit(gate, row.name)
             if regressed(allowed, row.n, worse, better):
-                found.append(
-                    f"{row.name}: {worse} images newly wrong and {better} newly right of {row.n}, a drop of "
-                    f"{(worse - better) / row.n:.2%}; {allowed:.2%} allowed"
-                )
+                text = f"{worse} images newly wrong and {better} newly right of {row.n}"
+                drop = f"a drop of {(worse - better) / row.n:.2%}; {allowed:.2%} allowed"
+                reasons.append(Reason(condition=row.name, text=f"{text}, {drop}"))
         floor = gate.floors.get(row.name)
         if floor is not None and row.artefact.accuracy < floor:
-            found.append(f"{row.name}: accuracy {row.artefact.accuracy:.2%} is below the floor {floor:.2%}")
-    return found
+            text = f"accuracy {row.artefact.accuracy:.2%} is below the floor {floor:.2%}"
+            reasons.append(Reason(condition=row.name, text=text))
+    return reasons
 
 
 def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int) -> str | None:
@@ -119,10 +120,10 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
     done = len(correct)
     floor = gate.floors.get(name)
     if floor is not None and correct.sum() + n - done < math.ceil(floor * n - 1e-9):
-        return f"{name}: after {done} of {n} images the floor {floor:.2%} cannot be reached any more"
+        return f"after {done} of {n} images the floor {floor:.2%} cannot be reached any more"
     if reference is not None:
         worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
         best = better + int((~reference[done:]).sum())  # every image left that the reference gets wrong comes out right
         if regressed(limit(gate, name), n, worse, best):
-            return f"{name}: after {done} of {n} images the drop cannot come back within the limit"
+            return f"after {done} of {n} images the drop cannot come back within the limit"
     return None

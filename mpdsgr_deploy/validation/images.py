@@ -33,6 +33,25 @@ def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Ima
     return images
 
 
+def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: str | None, root: str | None) -> Images:
+    """The first `limit` test images; without a limit as many as usual, or as there are and the reference answered.
+
+    Raises InputError where there are fewer than `limit`.
+    """
+    manifest = bundle.manifest
+    images = evaluation_images(bundle, data, root)
+    carried = data is None and root is None and IMAGES in manifest.files
+    counts = {"the bundle carries" if carried else "the data set has": len(images)}
+    if manifest.reference is not None and data in (None, manifest.recipe.data.name):
+        counts["the bundle's reference answered"] = manifest.reference.n
+    for what, count in counts.items():
+        if limit is not None and limit > count:
+            more = "say with --root where the data set lies" if carried else "use fewer with --limit"
+            advice = more if count == len(images) else "export again with more --limit or --tier"
+            raise InputError(f"{what} {count} test images, not {limit}; {advice}")
+    return images[: min([*counts.values(), limit or usual or len(images)])]
+
+
 def image_faults(name: str, images: Images, reference: Reference | None) -> list[str]:
     """How these images, the first of data set `name`, differ from those that were promised."""
     found, faults = digests(images), []

@@ -1,13 +1,14 @@
 """report.html: one file that needs no script, no network and no other file."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpdsgr_deploy.validation.figures import figures
-from mpdsgr_deploy.validation.report import MEANING, Report, findings
+from mpdsgr_deploy.validation.report import MEANING, Report, accuracy_text, findings, not_compared
 
 
 def page(report: Report) -> str:
@@ -24,6 +25,8 @@ def page(report: Report) -> str:
         figures={title: Markup(drawn) for title, drawn in figures(report).items()},
         gate=[(name, plain(value)) for name, value in report.gate],
         provenance=list(provenance(report)),
+        accuracy_text=partial(accuracy_text, stopped=report.stopped),
+        not_compared=not_compared(report),
     )
 
 

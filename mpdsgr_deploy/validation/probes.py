@@ -1,66 +1,74 @@
 """Looks at a part of the images that health checks need and figures show: growing eps, and twice the steps."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.condition import FGSM, STRONG, Condition
+from mpdsgr_deploy.attacks.condition import FGSM, STRONG, Classes, Condition, Floats
+from mpdsgr_deploy.attacks.measure import Measurement, Outcome
 from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.progress import track
+from mpdsgr_deploy.validation.health import Convergence
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's eps
 GROWTH_STEPS = 20  # of the strong PGD
 LARGE = (0.5, 1.0)  # where any image can be painted
 
 Bools = NDArray[np.bool_]
-Classes = NDArray[np.int64]
 
 
-class Probe:
-    """Some images x [m, C, H, W] with classes y [m], which the suite's network takes, as they are, for `clean` [m]."""
+def growth(
+    suite: Suite, x: Floats, y: Classes, clean: Classes, *, batch_size: int, journal: Journal | None
+) -> dict[str, dict[float, Bools]]:
+    """Verdicts [m] on images x [m, C, H, W] under FGSM and under the strong PGD by eps, from 0 to 1."""
+    fgsm, strong = (next(c for c in suite.conditions if c.name == name) for name in (FGSM, STRONG))
+    quick = {FGSM: fgsm, STRONG: replace(strong, steps=GROWTH_STEPS, restarts=1)}
+    eps = fgsm.bound
+    radii = sorted({round(multiple * eps, 9) for multiple in MULTIPLES if multiple * eps < 1} | set(LARGE))
+    left: dict[str, dict[float, Bools]] = {name: {0.0: clean == y} for name in quick}
+    for radius in track(radii, "growing eps"):
+        for name, attack in quick.items():
+            grown = replace(attack, name=f"{name} at {radius:g}", eps=radius, stream=name)
+            batches = run(suite, grown, x, y, clean, batch_size=batch_size, journal=journal)
+            left[name][radius] = gather(list(batches))[1] == y
+    return left
 
-    def __init__(
-        self,
-        suite: Suite,
-        x: NDArray[np.float32],
-        y: Classes,
-        clean: Classes,
-        *,
-        batch_size: int,
-        journal: Journal | None,
-    ) -> None:
-        self._suite, self._x, self._y, self._clean = suite, x, y, clean
-        self._size, self._journal = batch_size, journal
 
-    def growth(self) -> dict[str, dict[float, Bools]]:
-        """Verdicts [m] under FGSM and under the strong PGD by eps, from 0 to 1."""
-        attacks = {c.name: c for c in self._suite.conditions if c.name in (FGSM, STRONG)}
-        eps = attacks[FGSM].bound
-        radii = sorted({round(multiple * eps, 9) for multiple in MULTIPLES if multiple * eps < 1} | set(LARGE))
-        left: dict[str, dict[float, Bools]] = {name: {0.0: self._clean == self._y} for name in (FGSM, STRONG)}
-        quick = {FGSM: attacks[FGSM], STRONG: replace(attacks[STRONG], steps=GROWTH_STEPS, restarts=1)}
-        for radius in track(radii, "growing eps"):
-            for name, attack in quick.items():
-                grown = replace(attack, name=f"{name} at {radius:g}", eps=radius, stream=name)
-                left[name][radius] = self._verdicts(grown, self._clean)
-        return left
+def convergence(
+    suite: Suite, measurement: Measurement, x: Floats, *, allowed: float, batch_size: int, journal: Journal | None
+) -> Convergence:
+    """What twice the steps of every attack that the worst case rests on do to the first m images, x [m, C, H, W].
 
-    def convergence(self, condition: Condition, standing: Bools) -> int:
-        """How many of the images `standing` [m] after all attacks this one breaks with twice the steps.
-
-        It starts at the same points.
-        """
+    Each starts at the same points as before, on the images that all attacks before it left. allowed: as of the check.
+    """
+    m = len(x)
+    y, clean = measurement.y[:m], measurement.clean[:m]
+    standing = measurement.standing[:m].copy()
+    survived, longer = int(standing.sum()), {}
+    for condition in contributing(measurement.outcomes, measurement.clean == measurement.y):
         steps = 2 * condition.steps
-        longer = replace(
+        more = replace(
             condition, name=f"{condition.name} {steps} steps", steps=steps, restarts=1, stream=condition.name
         )
-        left = np.where(standing, self._clean, -1)  # what is broken already counts as wrong from the start
-        after = self._verdicts(longer, left)
-        return int((standing & ~after).sum())
+        longer[condition.name] = condition.steps
+        attackable = np.where(standing, clean, -1)  # what is broken already counts as wrong from the start
+        batches = run(suite, more, x, y, attackable, batch_size=batch_size, journal=journal)
+        standing &= gather(list(batches))[1] == y
+    return Convergence(survived - int(standing.sum()), survived, m, longer, allowed)
 
-    def _verdicts(self, condition: Condition, clean: Classes) -> Bools:
-        batches = run(self._suite, condition, self._x, self._y, clean, batch_size=self._size, journal=self._journal)
-        _, predicted = gather(list(batches))
-        return predicted == self._y
+
+def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:
+    """The attacks with many steps that the worst case rests on: those that alone break an image of `right` [n], and the
+    strongest of them, which is there if no other is.
+    """
+    attacks = [o for o in outcomes if o.condition.kind == "gradient" and o.condition.eps and o.condition.steps > 1]
+    strong = [o for o in attacks if o.condition.rank is None or o.condition.name == STRONG]
+    if not strong:
+        return []
+    breaks = np.array([right & ~o.correct for o in outcomes if o.condition.eps is not None])
+    alone = {o.condition.name for o in strong if (right & ~o.correct & (breaks.sum(0) == 1)).any()}
+    strongest = min(strong, key=lambda o: o.correct.mean())
+    return [o.condition for o in strong if o.condition.name in alone or o is strongest]

@@ -1,19 +1,16 @@
-"""The report: one record, written as report.json, junit.xml, summary.md, badge.json and, for people, report.html."""
+"""The report: one record, from which every file that `writing` makes is derived."""
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import claim_directory, write_atomic
-from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import Parity
-from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation.health import Check
+from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
 from mpdsgr_deploy.validation.rows import Flips, Row, Score
 
 REPORT, PAGE, SUMMARY = "report.json", "report.html", "summary.md"
@@ -29,7 +26,7 @@ GATE_ADVICE = (
     "find the condition in the table; clean images newly wrong: export again, in a finer precision or with --max-drop; "
     "attacked accuracy too low: train with a stronger defence; too few images: give more; or change the gate, knowingly"
 )
-OF_A_CHECK = "check "  # how a reason begins that a health check gave
+NOT_COMPARED = "not compared"
 
 
 class Point(BaseModel):
@@ -45,6 +42,12 @@ class Curve(BaseModel):
 
     attack: str
     points: list[Point]
+
+    @classmethod
+    def of(cls, attack: str, verdicts: Mapping[float, NDArray[np.bool_]]) -> "Curve":
+        """From verdicts [n] by eps."""
+        points = [Point(eps=eps, correct=int(right.sum()), n=len(right)) for eps, right in sorted(verdicts.items())]
+        return cls(attack=attack, points=points)
 
 
 class Example(BaseModel):
@@ -73,12 +76,12 @@ class VariantFlips(BaseModel):
 class Report(BaseModel):
     """Everything a verdict rests on. `images` states which images were used and by which rule.
 
-    seconds: how long it took; stopped: why it ended before all conditions were tried; None: it did not.
+    seconds: how long it took; stopped: it ended early, so accuracy under all attacks is an upper bound.
     """
 
     schema_version: int = 3
     verdict: Verdict
-    reasons: list[str]
+    reasons: list[Reason]
     bundle: str
     network: str
     artefact_file: str
@@ -97,7 +100,7 @@ class Report(BaseModel):
     parity: Parity | None
     health: list[Check]
     gate: Gate
-    stopped: str | None = None
+    stopped: EarlyStop | None = None
     seconds: float
     provenance: dict[str, Any]
 
@@ -122,15 +125,22 @@ class Finding(NamedTuple):
 def findings(report: Report) -> Iterator[Finding]:
     """Failed health checks, then the gate's complaints."""
     for check in report.health:
-        if not check.passed:
+        if check.failed:
             yield Finding([f"check {check.number}, {check.name}: {check.saw}"], check.advice)
     if reasons := gate_reasons(report):
-        yield Finding(reasons, GATE_ADVICE)
+        yield Finding([reason.line for reason in reasons], GATE_ADVICE)
 
 
-def gate_reasons(report: Report) -> list[str]:
-    """The reasons that no health check gave. That of a condition begins with its name and a colon."""
-    return [reason for reason in report.reasons if not reason.startswith(OF_A_CHECK)]
+def gate_reasons(report: Report) -> list[Reason]:
+    """The reasons that no health check gave."""
+    return [reason for reason in report.reasons if reason.check is None]
+
+
+def not_compared(report: Report) -> list[str]:
+    """The conditions without a reference, though there is one for these images; transferred images have none."""
+    if not any(row.reference for row in report.rows):
+        return []
+    return [row.name for row in report.rows if row.reference is None and row.name != "worst" and row.comparable]
 
 
 def percent(score: Score) -> str:
@@ -139,40 +149,9 @@ def percent(score: Score) -> str:
     return f"{100 * score.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def claim_report(directory: Path) -> None:
-    """Fail early, before hours of attacks: the directory is usable. Raises InputError if it is somebody else's."""
-    claim_directory(directory, REPORT, "report", partial=PROGRESS)
-
-
-def write_report(report: Report, directory: Path) -> Path:
-    """Write all files into `directory` and return the one to read: report.html, or summary.md without jinja2.
-
-    report.json comes last, since it marks the directory as complete.
-    """
-    from mpdsgr_deploy.validation import summary  # it reads this module
-
-    write_atomic(directory / SUMMARY, summary.summary(report).encode())
-    write_atomic(directory / "junit.xml", summary.junit(report))
-    write_atomic(directory / "badge.json", summary.badge(report))
-    best = directory / SUMMARY
-    if drawable():
-        from mpdsgr_deploy.validation.page import page
-
-        best = directory / PAGE
-        write_atomic(best, page(report).encode())
-    else:
-        (directory / PAGE).unlink(missing_ok=True)  # of an earlier run: it would contradict the others
-    write_atomic(directory / REPORT, report.model_dump_json(indent=1).encode())
-    shutil.rmtree(directory / PROGRESS, ignore_errors=True)
-    return best
-
-
-def drawable() -> bool:
-    """Is what the page needs installed? Everything else is written without it."""
-    try:
-        need("jinja2", "report")
-        need("matplotlib", "report")
-    except InputError:
-        log.warning("no report.html: it takes jinja2 and matplotlib; pip install 'mpdsgr-deploy[report]' brings them")
-        return False
-    return True
+def accuracy_text(row: Row, stopped: EarlyStop | None = None) -> str:
+    """A row's accuracy with its interval, or that it is an upper bound and since when."""
+    if not row.at_most:
+        return percent(row.artefact)
+    moment = f", {stopped.moment}" if stopped and row.name == "worst" else f", of {row.n} images attacked"
+    return f"at most {100 * row.artefact.accuracy:.1f}{moment}"

@@ -6,6 +6,8 @@ from pydantic import BaseModel
 
 from mpdsgr_deploy.validation.statistics import mcnemar, wilson
 
+TRANSFERRED = "transferred images"  # why nothing is compared under them
+
 
 class Score(BaseModel):
     """Correct images of n with a 95 % Wilson interval; `bitmap` holds each image's verdict, packed, as hex."""
@@ -41,10 +43,19 @@ class Flips(BaseModel):
         worse, better = int((reference & ~artefact).sum()), int((~reference & artefact).sum())
         return cls(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better))
 
+    @property
+    def p_text(self) -> str:
+        """The p-value for people; nothing where no image differs, since then nothing was tested."""
+        return f"{self.p_value:.2g}" if self.newly_wrong + self.newly_right else "-"
+
 
 class Row(BaseModel):
     """One condition. eps: the L-infinity bound, None where there is none; reference: the torch network under the same
     attack on itself; evaluations: gradients, or queries, that an image cost on average.
+
+    surrogate: through which a strong white-box attack saw the network. at_most: the accuracy is an upper bound, since
+    not all attacks were made or not all images attacked. not_compared: why there is no reference. detectable: the
+    smallest drop of accuracy that the gate refuses with a probability of 90 %, at the rate at which verdicts flip here.
     """
 
     name: str
@@ -55,6 +66,15 @@ class Row(BaseModel):
     reference: Score | None = None
     flips: Flips | None = None
     evaluations: float = 0.0
+    surrogate: str | None = None
+    at_most: bool = False
+    not_compared: str | None = None
+    detectable: float | None = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether a reference could have met this condition: transferred images are the artefact's alone."""
+        return self.not_compared != TRANSFERRED
 
     @classmethod
     def of(
@@ -65,9 +85,17 @@ class Row(BaseModel):
         *,
         eps: float | None = None,
         reference: NDArray[np.bool_] | None = None,
+        flips: Flips | None = None,
         evaluations: int = 0,
+        surrogate: str | None = None,
+        at_most: bool = False,
+        not_compared: str | None = None,
     ) -> "Row":
-        """From the artefact's verdicts [N], and the reference's [N] on the same images."""
+        """From the artefact's verdicts [N], and the reference's [N] on the same images.
+
+        flips: of other verdicts than these two.
+        """
+        paired = None if reference is None else Flips.of(reference, artefact)
         return cls(
             name=name,
             settings=settings,
@@ -75,6 +103,9 @@ class Row(BaseModel):
             n=len(artefact),
             artefact=Score.of(artefact),
             reference=None if reference is None else Score.of(reference),
-            flips=None if reference is None else Flips.of(reference, artefact),
+            flips=flips or paired,
             evaluations=evaluations / max(1, len(artefact)),
+            surrogate=surrogate,
+            at_most=at_most,
+            not_compared=None if reference is not None else not_compared,
         )

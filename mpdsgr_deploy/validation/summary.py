@@ -2,15 +2,29 @@
 
 import json
 import re
+from collections.abc import Iterable
+from typing import NamedTuple
 from xml.etree import ElementTree
 
-from mpdsgr_deploy.validation.report import GATE_ADVICE, Report, findings, gate_reasons, percent
+from mpdsgr_deploy.validation.reasons import Reason
+from mpdsgr_deploy.validation.report import (
+    GATE_ADVICE,
+    NOT_COMPARED,
+    Report,
+    accuracy_text,
+    findings,
+    gate_reasons,
+    not_compared,
+    percent,
+)
 from mpdsgr_deploy.validation.rows import Row
 
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 MARKUP = re.compile(r"([\\`*_\[\]|~#])")
 LONGEST = 500  # characters of a name or a reason in Markdown: hosts refuse long comments
 COLOURS = {"pass": "brightgreen", "fail": "red", "invalid": "orange"}
+IN_PART = "yellow"  # of the badge of a verdict in which something was not compared
+STATES = {"passed": "ok", "failed": "FAILED", "not compared": "NOT COMPARED"}
 
 
 def markdown(text: str) -> str:
@@ -24,69 +38,102 @@ def summary(report: Report) -> str:
     """A Markdown page, fit for a pull request comment and for GitHub's step summary."""
     how = f"{markdown(report.precision)}, {markdown(report.backend)}"
     about = f"{report.network}; {report.images}; tier {report.tier}; seed {report.seed}."
-    lines = [
-        f"## {report.verdict.upper()}: {markdown(report.bundle)} ({how})",
-        "",
-        *(
-            line
-            for found in findings(report)
-            for line in (*(f"- {markdown(what)}" for what in found.what), f"  - **do:** {found.advice}")
-        ),
-        *([f"- ended early: {markdown(report.stopped)}"] if report.stopped else []),
+    lines = [f"## {report.verdict.upper()}: {markdown(report.bundle)} ({how})", ""]
+    for finding in findings(report):
+        lines += [f"- {markdown(what)}" for what in finding.what]
+        lines.append(f"  - **do:** {finding.advice}")
+    if report.stopped:
+        lines.append(f"- ended early, {markdown(report.stopped.moment)}: {markdown(report.stopped.why)}")
+    if alone := not_compared(report):
+        lines.append(f"- {NOT_COMPARED} with the reference, which met no such attack: {markdown(', '.join(alone))}")
+    lines += [
         "",
         f"{markdown(about)} Accuracy in % with its 95 % interval.",
         "",
         "| condition | artefact | reference | newly wrong | newly right | McNemar p |",
         "|---|---|---|---|---|---|",
-        *(line(row) for row in report.rows),
+        *(line(row, report) for row in report.rows),
         "",
     ]
     if report.parity is not None:
         lines += [f"Clean logits, reference against artefact: {report.parity}.", ""]
     for check in report.health:
-        lines.append(
-            f"- check {check.number}, {check.name}: {'ok' if check.passed else 'FAILED'}, {markdown(check.saw)}"
-        )
+        lines.append(f"- check {check.number}, {check.name}: {STATES[check.state]}, {markdown(check.saw)}")
     return "\n".join(lines) + "\n"
 
 
-def line(row: Row) -> str:
+def line(row: Row, report: Report) -> str:
     """One condition as a line of the table."""
     name = f"**{row.name}**" if row.name == "worst" else markdown(row.name)
-    reference = percent(row.reference) if row.reference else "-"
-    flips = f"{row.flips.newly_wrong} | {row.flips.newly_right} | {row.flips.p_value:.2g}" if row.flips else "- | - | -"
-    return f"| {name} | {percent(row.artefact)} | {reference} | {flips} |"
+    accuracy = accuracy_text(row, report.stopped)
+    reference = percent(row.reference) if row.reference else NOT_COMPARED
+    flips = f"{row.flips.newly_wrong} | {row.flips.newly_right} | {row.flips.p_text}" if row.flips else "- | - | -"
+    return f"| {name} | {markdown(accuracy) if row.at_most else accuracy} | {reference} | {flips} |"
+
+
+class Case(NamedTuple):
+    """A JUnit test case. failure: what is wrong and what to do; skipped: why nothing was compared."""
+
+    name: str
+    failure: str | None = None
+    skipped: str | None = None
 
 
 def junit(report: Report) -> bytes:
-    """One test case a health check, one a condition under the gate, one for the gate's other rules."""
+    """One test case per health check, one per condition under the gate, one for the gate's other rules."""
     suite = ElementTree.Element("testsuite", name=f"mpdsgr validate {readable(report.bundle)}")
     tests = cases(report)
-    for name, failure in tests:
-        case = ElementTree.SubElement(suite, "testcase", classname="mpdsgr", name=readable(name))
-        if failure is not None:
-            message = readable(failure)
-            ElementTree.SubElement(case, "failure", message=message).text = message
+    for case in tests:
+        element = ElementTree.SubElement(suite, "testcase", classname="mpdsgr", name=readable(case.name))
+        if case.failure is not None:
+            message = readable(case.failure)
+            ElementTree.SubElement(element, "failure", message=message).text = message
+        elif case.skipped is not None:
+            ElementTree.SubElement(element, "skipped", message=readable(case.skipped))
     suite.set("tests", str(len(tests)))
-    suite.set("failures", str(sum(failure is not None for _, failure in tests)))
+    suite.set("failures", str(sum(case.failure is not None for case in tests)))
+    suite.set("skipped", str(sum(case.failure is None and case.skipped is not None for case in tests)))
     suite.set("time", f"{report.seconds:.1f}")
     return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
 
 
-def cases(report: Report) -> list[tuple[str, str | None]]:
-    """Name of every test case, with what is wrong and what to do if it failed."""
-    found = [(f"check {c.number}: {c.name}", None if c.passed else f"{c.saw}; {c.advice}") for c in report.health]
-    left = gate_reasons(report)
-    for row in report.rows:
-        own = [reason for reason in left if reason.startswith(f"{row.name}: ")]
-        left = [reason for reason in left if reason not in own]
-        found.append((f"gate: {row.name}", f"{'; '.join(own)}; {GATE_ADVICE}" if own else None))
-    return [*found, ("gate: everything else", f"{'; '.join(left)}; {GATE_ADVICE}" if left else None)]
+def cases(report: Report) -> list[Case]:
+    """The health checks, the conditions, and whatever else the gate found."""
+    checks = [
+        Case(
+            f"check {check.number}: {check.name}",
+            f"{check.saw}; {check.advice}" if check.failed else None,
+            check.saw if check.state == NOT_COMPARED else None,
+        )
+        for check in report.health
+    ]
+    reasons = gate_reasons(report)
+    names = {row.name for row in report.rows}
+    conditions = [
+        Case(f"gate: {row.name}", _complaint(r for r in reasons if r.condition == row.name), _undecided(row, report))
+        for row in report.rows
+    ]
+    others = _complaint(reason for reason in reasons if reason.condition not in names)
+    return [*checks, *conditions, Case("gate: everything else", others)]
+
+
+def _complaint(reasons: Iterable[Reason]) -> str | None:
+    lines = [reason.line for reason in reasons]
+    return f"{'; '.join(lines)}; {GATE_ADVICE}" if lines else None
+
+
+def _undecided(row: Row, report: Report) -> str | None:
+    """Why a condition says nothing final."""
+    if row.at_most:
+        return accuracy_text(row, report.stopped)
+    if row.reference is None and row.name not in report.gate.floors:
+        return f"{NOT_COMPARED}: {row.not_compared or 'there is no reference'}"
+    return None
 
 
 def readable(text: str) -> str:
     """Without the characters that XML cannot hold."""
-    return NOT_IN_XML.sub("�", text)
+    return NOT_IN_XML.sub("\ufffd", text)
 
 
 def badge(report: Report) -> bytes:
@@ -94,10 +141,15 @@ def badge(report: Report) -> bytes:
     clean, worst = report.row("clean"), report.row("worst")
     parts = []
     if worst is not None and report.eps is not None:
-        parts.append(f"robust {100 * worst.artefact.accuracy:.1f} % @ eps {report.eps:.3g}")
+        bound = "at most " if worst.at_most else ""
+        parts.append(f"robust {bound}{100 * worst.artefact.accuracy:.1f} % @ eps {report.eps:.3g}")
     if clean is not None:
         parts.append(f"clean {100 * clean.artefact.accuracy:.1f} %")
+    if report.stopped is not None:
+        parts.append(report.stopped.moment)
+    in_part = bool(not_compared(report)) or any(check.state == NOT_COMPARED for check in report.health)
+    if in_part:
+        parts.append("not all compared")
     message = ", ".join(parts) if parts and report.verdict != "invalid" else "evaluation not valid"
-    colour = COLOURS[report.verdict]
-    shown = {"schemaVersion": 1, "label": "mpdsgr", "message": message, "color": colour}
-    return json.dumps(shown).encode()
+    colour = IN_PART if in_part and report.verdict == "pass" else COLOURS[report.verdict]
+    return json.dumps({"schemaVersion": 1, "label": "mpdsgr", "message": message, "color": colour}).encode()

@@ -124,7 +124,7 @@ def _other(path: Path, mine: Manifest) -> Iterator[Source]:
     """Another network for images like mine's. Raises InputError if it was made for others."""
     if not (path / MANIFEST).is_file():
         need("torch", "train")
-        from mpdsgr_deploy.validation.evaluate import other_network
+        from mpdsgr_deploy.validation.transfer import other_network
 
         yield other_network(path, mine.input_shape, mine.labels)
         return

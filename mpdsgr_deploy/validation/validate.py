@@ -1,23 +1,61 @@
 """The validation stage: bundle in, report out. The artefact is attacked through itself; nothing here needs torch."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST, Source
+from mpdsgr_deploy.attacks.measure import Measurement, Stopped, measure
 from mpdsgr_deploy.attacks.run import Journal
-from mpdsgr_deploy.attacks.suite import TRANSFER, Source, Suite
+from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.data import Images
-from mpdsgr_deploy.data.likeness import Likeness
-from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
-from mpdsgr_deploy.reference import IMAGES, images_sha256
-from mpdsgr_deploy.validation.evaluation import Evaluation
-from mpdsgr_deploy.validation.gate import check_gate, resolved
-from mpdsgr_deploy.validation.images import evaluation_images
-from mpdsgr_deploy.validation.report import PROGRESS, Report, Verdict
+from mpdsgr_deploy.reference import images_sha256
+from mpdsgr_deploy.runtime import predict
+from mpdsgr_deploy.validation import comparison, fidelity, probes
+from mpdsgr_deploy.validation.comparison import compare_conditions
+from mpdsgr_deploy.validation.evidence import attacked_evidence, without_attack
+from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, resolved
+from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
+from mpdsgr_deploy.validation.images import chosen_images
+from mpdsgr_deploy.validation.pictures import examples
+from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
+from mpdsgr_deploy.validation.report import PROGRESS, Curve, Example, Report, VariantFlips, Verdict
+from mpdsgr_deploy.validation.rounding import rounding_faults
+from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.subject import Subject, identity, warn_if_unlike, warn_of_gaps
 from mpdsgr_deploy.validation.target import REMOTE, Target
+from mpdsgr_deploy.validation.variants import variant_flips
+
+TRIED = 100  # images that a precision's rounding is tried on
+Floats = NDArray[np.float32]
+
+
+class Judged(NamedTuple):
+    """What came out: everything the report needs beside the subject."""
+
+    measurement: Measurement
+    rows: list[Row]
+    health: list[Check]
+    reasons: list[Reason]
+    curves: list[Curve]
+    examples: list[Example]
+    parity: Parity | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """`invalid` if a health check failed, else `fail` if the gate refuses, else `pass`."""
+        if any(check.failed for check in self.health):
+            return "invalid"
+        return "fail" if self.reasons else "pass"
 
 
 def validate(
@@ -40,90 +78,146 @@ def validate(
     Raises InputError for missing data, an unusable backend, or too few images for what the gate asks.
     """
     started = time.monotonic()
-    manifest = target.bundle.manifest
-    sha256 = target.bundle.model_sha256(target.precision)
-    recipe = manifest.recipe
-    gate = gate or recipe.gate
-    tier = TIERS[gate.tier]
-    images = chosen_images(target, limit or gate.images, tier.images, data, root)
-    variant = manifest.variants[target.precision]
+    recipe = target.bundle.manifest.recipe
+    rules = gate or recipe.gate
+    tier = TIERS[rules.tier]
+    target.bundle.model_sha256(target.precision)  # refused before any data is read
+    images = chosen_images(target.bundle, limit or rules.images, tier.images, data, root)
     warn_if_unlike(target, images)
-    images_digest = images_sha256(images)
+    reference = target.bundle.reference() if data in (None, recipe.data.name) else None
     with target.open() as artefact, target.sources(transfer) as sources:
         network = Source(artefact, target.trained)
         suite = Suite.of(network, tier.entries, recipe.attack, seed=recipe.validation.seed, transfer=sources)
-        reference = target.bundle.reference() if data in (None, recipe.data.name) else None
-        evaluation = Evaluation(target, artefact, suite, gate, images, data or recipe.data.name, reference)
-        check_gate(gate, evaluation.names, len(images), evaluation.referenced)
-        warn_of_gaps(evaluation, target, gate.tier)
+        compared = compare_conditions(reference, suite.conditions, len(images))
+        subject = Subject(target, suite, rules, images, data or recipe.data.name, reference, compared, None)
+        check_gate(rules, subject.names, len(images), compared.names)
+        warn_of_gaps(compared, rules.tier, target.bundle)
         if report_dir is not None:
-            evaluation.journal = Journal(report_dir / PROGRESS, evaluation.identity(images_digest, transfer))
-        evaluation.attack()
-        evaluation.probe(tier.probe)
-        health = evaluation.health()
-        failures = evaluation.failures()
-    invalid = [f"check {c.number} ({c.name}) failed: {c.saw}; {c.advice}" for c in health if not c.passed]
-    verdict: Verdict = "invalid" if invalid else "fail" if failures else "pass"
+            subject = subject._replace(journal=Journal(report_dir / PROGRESS, identity(subject, transfer)))
+        judged = judge(subject)
+        stopped, x = judged.measurement.stopped, images.unit()
+        flips = [] if stopped else variant_flips(target.bundle, x, judged.measurement, subject.batch_size)
+    return _report(subject, judged, flips, round(time.monotonic() - started, 1))
+
+
+def judge(subject: Subject) -> Judged:
+    """Answers, then attacks, then looks at a part of the images, then checks and rules: each from what came before."""
+    target, suite, images = subject.target, subject.suite, subject.images
+    x, y, size = images.unit(), images.classes, subject.batch_size
+    logits = predict(suite.network, x, size, CLEAN)
+    clean = logits.argmax(1)
+    parity = fidelity.check_answers(subject.reference, target.precision, logits)
+    wrong = _not_the_network(target, parity, x)
+    evidence = without_attack(subject, logits)
+    measurement = measure(
+        suite,
+        x,
+        y,
+        clean,
+        batch_size=size,
+        journal=subject.journal,
+        hopeless=partial(_lost, subject),
+        stopped=_not_worth_attacking(subject, clean, wrong, run_checks(evidence)),
+    )
+    rows = comparison.rows(measurement, subject.comparison, target.bundle.manifest.recipe.attack.eps)
+    evidence = attacked_evidence(evidence, subject, measurement)
+    curves: list[Curve] = []
+    if measurement.stopped is None:
+        curves, evidence = _probed(subject, measurement, evidence, x[: TIERS[subject.gate.tier].probe])
+    health = run_checks(evidence)
+    reasons = [*_invalid(health), *_failures(subject.gate, rows, wrong, measurement.stopped)]
+    return Judged(measurement, rows, health, reasons, curves, _examples(subject, measurement, x), parity)
+
+
+def _not_the_network(target: Target, parity: Parity | None, x: Floats) -> list[Reason]:
+    """How the artefact differs from the network that was exported."""
+    rounding = [] if target.precision == "fp32" else rounding_faults(target.bundle, target.precision, x[:TRIED])
+    return [Reason(text=text) for text in (*fidelity.answer_faults(parity), *rounding)]
+
+
+def _lost(subject: Subject, name: str, correct: NDArray[np.bool_]) -> str | None:
+    reference = None if name == WORST else subject.comparison.verdicts.get(name)
+    return lost(subject.gate, name, correct, reference, len(subject.images))
+
+
+def _not_worth_attacking(
+    subject: Subject, clean: NDArray[np.int64], wrong: Sequence[Reason], checks: Sequence[Check]
+) -> Stopped | None:
+    """Why no attack can change the verdict."""
+    if why := _lost(subject, CLEAN, clean == subject.images.classes):
+        return Stopped(None, CLEAN, why)
+    invalid = [f"check {check.number} ({check.name}) failed" for check in checks if check.failed]
+    return next((Stopped(None, None, why) for why in (*(reason.text for reason in wrong), *invalid)), None)
+
+
+def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: Floats) -> tuple[list[Curve], Evidence]:
+    """What growing eps and twice the steps do to images x [m, C, H, W], the first ones."""
+    suite, size, journal = subject.suite, subject.batch_size, subject.journal
+    y, clean = measurement.y[: len(x)], measurement.clean[: len(x)]
+    grown = probes.growth(suite, x, y, clean, batch_size=size, journal=journal)
+    allowed = limit(subject.gate, WORST)
+    more = probes.convergence(suite, measurement, x, allowed=allowed, batch_size=size, journal=journal)
+    curves = [Curve.of(name, verdicts) for name, verdicts in grown.items()]
+    return curves, replace(evidence, growth=grown[STRONG], convergence=more)
+
+
+def _invalid(checks: Sequence[Check]) -> list[Reason]:
+    return [Reason(check=c.number, text=f"{c.name}: {c.saw}; {c.advice}") for c in checks if c.failed]
+
+
+def _failures(gate: Gate, rows: list[Row], wrong: Sequence[Reason], stopped: Stopped | None) -> list[Reason]:
+    """What the artefact does worse than allowed."""
+    broken = [*failures(gate, rows), *wrong]
+    if stopped and stopped.condition and stopped.condition not in {reason.condition for reason in broken}:
+        broken.append(Reason(condition=stopped.condition, text=stopped.why))
+    return broken
+
+
+def _examples(subject: Subject, measurement: Measurement, x: Floats) -> list[Example]:
+    """Images that the strong PGD broke."""
+    strong = measurement.outcome(STRONG)
+    if strong is None or strong.images is None:
+        return []
+    done = len(strong.correct)
+    return examples(
+        x[:done],
+        strong.images,
+        measurement.y[:done],
+        before=measurement.clean[:done],
+        after=strong.predicted,
+        labels=subject.images.labels,
+        attack=STRONG,
+        eps=strong.condition.eps,
+    )
+
+
+def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], seconds: float) -> Report:
+    target, gate = subject.target, subject.gate
+    manifest, stopped = target.bundle.manifest, judged.measurement.stopped
+    recipe, variant = manifest.recipe, manifest.variants[target.precision]
+    why = "" if stopped is None else ": ".join(filter(None, [stopped.condition, stopped.why]))
     return Report(
-        verdict=verdict,
-        reasons=[*invalid, *failures],
+        verdict=judged.verdict,
+        reasons=judged.reasons,
         bundle=target.bundle.path.name,
         network=f"{recipe.model.name} for {recipe.data.name}, trained with {recipe.method}, T = {recipe.encoding.T}",
         artefact_file=target.url or variant.file,
-        artefact_sha256=sha256,
+        artefact_sha256=target.bundle.model_sha256(target.precision),
         attack_sha256=manifest.files.get(variant.attack),
         backend=REMOTE if target.url else target.backend,
         precision=target.precision,
         tier=gate.tier,
-        images=evaluation.rule,
-        images_sha256=images_digest,
+        images=subject.rule,
+        images_sha256=images_sha256(subject.images),
         seed=recipe.validation.seed,
-        rows=evaluation.rows,
-        curves=evaluation.curves,
-        examples=evaluation.examples,
-        variants=evaluation.variants(),
-        parity=evaluation.parity,
-        health=health,
-        gate=resolved(gate, len(images)),
-        stopped=evaluation.stopped,
-        seconds=round(time.monotonic() - started, 1),
+        rows=judged.rows,
+        curves=judged.curves,
+        examples=judged.examples,
+        variants=flips,
+        parity=judged.parity,
+        health=judged.health,
+        gate=resolved(gate, len(subject.images)),
+        stopped=None if stopped is None else EarlyStop(after=stopped.during, why=why),
+        seconds=seconds,
         provenance=provenance(),
     )
-
-
-def warn_if_unlike(target: Target, images: Images) -> None:
-    """Say if the images' mean or spread is far from that of the training images: inverted, or of another scale."""
-    trained = target.bundle.manifest.pixels
-    if trained is not None and (unlike := Likeness(trained).add(images.pixels).warning()):
-        log.warning("%s", unlike)
-
-
-def warn_of_gaps(evaluation: Evaluation, target: Target, tier: str) -> None:
-    """Say under which conditions nothing is compared, since the reference never met them or not with these settings."""
-    promise = target.bundle.manifest.reference
-    alone = [n for n in evaluation.names if n not in evaluation.referenced and not n.startswith(TRANSFER)]
-    if promise is not None and evaluation.referenced and alone:
-        log.warning(
-            "the reference was attacked with tier %s, the artefact is with tier %s: nothing is compared under %s; "
-            "validate with --tier %s, or export with --tier %s",
-            *(promise.tier, tier, ", ".join(alone), promise.tier, tier),
-        )
-
-
-def chosen_images(target: Target, limit: int | None, usual: int | None, data: str | None, root: str | None) -> Images:
-    """The first `limit` test images; without a limit as many as usual, or as there are and the reference answered.
-
-    Raises InputError where there are fewer than `limit`.
-    """
-    manifest = target.bundle.manifest
-    images = evaluation_images(target.bundle, data, root)
-    carried = data is None and root is None and IMAGES in manifest.files
-    counts = {"the bundle carries" if carried else "the data set has": len(images)}
-    if manifest.reference is not None and data in (None, manifest.recipe.data.name):
-        counts["the bundle's reference answered"] = manifest.reference.n
-    for what, count in counts.items():
-        if limit is not None and limit > count:
-            more = "say with --root where the data set lies" if carried else "use fewer with --limit"
-            advice = more if count == len(images) else "export again with more --limit or --tier"
-            raise InputError(f"{what} {count} test images, not {limit}; {advice}")
-    return images[: min([*counts.values(), limit or usual or len(images)])]

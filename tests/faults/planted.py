@@ -230,4 +230,4 @@ def judge(copy: Planted, kind: type[Target] = Target) -> Outcome:
         report = validate(kind(open_bundle(copy.path), copy.backend, copy.precision), limit=copy.limit)
     except MpdsgrError as error:
         return Outcome(error.exit_code, [str(error)])
-    return Outcome(EXIT_CODES[report.verdict], report.reasons, report)
+    return Outcome(EXIT_CODES[report.verdict], [reason.line for reason in report.reasons], report)

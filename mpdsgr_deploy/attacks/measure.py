@@ -1,0 +1,200 @@
+"""A network under every condition of a suite: the one engine behind references, tables and validation.
+
+`measure` goes through the conditions, weak ones first, and returns a frozen `Measurement`; nothing of it changes
+afterwards. Torch networks and exported artefacts are measured alike.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST, Classes, Condition, Floats
+from mpdsgr_deploy.attacks.run import Journal, gather, run
+from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.progress import log, track
+
+Bools = NDArray[np.bool_]
+EPS_SLACK = 1e-6  # float32 rounding of x + eps
+
+# Asked after every batch with a condition's name and its verdicts so far: why no more is needed, or None.
+Hopeless = Callable[[str, Bools], str | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A network under one condition, on the first m of n images: all of them, unless the measurement stopped here.
+
+    correct [m]; evaluations: gradients or queries over all images; zero, not_finite: gradients that were no use.
+    faults: how attacked images break the attack's rules. images [m, C, H, W]: kept of the strong PGD alone.
+    seconds: wall-clock time in this run, which finished batches of an earlier one take none of.
+    """
+
+    condition: Condition
+    correct: Bools
+    predicted: Classes
+    evaluations: int
+    zero: int
+    not_finite: int
+    faults: tuple[str, ...]
+    images: Floats | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Why a measurement ended before all conditions were done. during: the condition under way; None: before any."""
+
+    during: str | None
+    condition: str | None  # whose verdicts decided it: `during`, "clean" or "worst"; None: not the verdicts
+    why: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `measure` saw. clean [n]: classes predicted without attack; standing [n]: right under all of the outcomes
+    within eps, and without attack. With `stopped` set, more attacks may leave fewer.
+    """
+
+    y: Classes
+    clean: Classes
+    outcomes: tuple[Outcome, ...]
+    standing: Bools
+    stopped: Stopped | None = None
+
+    @property
+    def n(self) -> int:
+        """Images."""
+        return len(self.y)
+
+    @cached_property
+    def verdicts(self) -> Mapping[str, Bools]:
+        """Verdicts [m] by condition, with "clean" first and "worst" last."""
+        attacked = {outcome.condition.name: outcome.correct for outcome in self.outcomes}
+        return {CLEAN: self.clean == self.y, **attacked, WORST: self.standing}
+
+    def outcome(self, name: str) -> Outcome | None:
+        """The outcome of the condition of that name, if it was measured."""
+        return next((outcome for outcome in self.outcomes if outcome.condition.name == name), None)
+
+
+def union(verdicts: Mapping[str, Bools], names: Iterable[str]) -> Bools:
+    """Which images [n] are right under all of these conditions: the worst case over them."""
+    return np.logical_and.reduce([verdicts[name] for name in names])
+
+
+def within_eps(conditions: Iterable[Condition]) -> list[str]:
+    """The conditions that count in the worst case: those with an L-infinity bound."""
+    return [condition.name for condition in conditions if condition.eps is not None]
+
+
+def measure(
+    suite: Suite,
+    x: Floats,
+    y: Classes,
+    clean: Classes,
+    *,
+    batch_size: int,
+    journal: Journal | None = None,
+    hopeless: Hopeless = lambda name, correct: None,
+    stopped: Stopped | None = None,
+    of: str = "",
+) -> Measurement:
+    """Images x [n, C, H, W] in [0, 1] with classes y [n] under all conditions of a suite, unless `hopeless` stops it.
+
+    clean [n]: what the suite's network takes the images for without attack. journal: where finished batches are kept.
+    stopped: a reason not to begin. of: begins what progress is called. Raises InputError as the attacks do.
+    """
+    standing, outcomes = clean == y, list[Outcome]()
+    left = _Remaining(sum(condition.cost + 1 for condition in suite.conditions))
+    for condition in suite.conditions:
+        if stopped is not None:
+            break
+        outcome, standing, stopped = _outcome(
+            suite, condition, x, y, clean, standing, batch_size, journal, hopeless, of
+        )
+        outcomes.append(outcome)
+        seconds = left.after(condition.cost + 1)
+        share = 100 * outcome.correct.mean()
+        log.info("%-24s %5.1f %%   about %.0f s left", f"{of}{condition.name}", share, seconds)
+    if stopped is not None:
+        log.warning("stopped early: %s", stopped.why)
+    return Measurement(y, clean, tuple(outcomes), standing, stopped)
+
+
+def _outcome(
+    suite: Suite,
+    condition: Condition,
+    x: Floats,
+    y: Classes,
+    clean: Classes,
+    before: Bools,
+    batch_size: int,
+    journal: Journal | None,
+    hopeless: Hopeless,
+    of: str,
+) -> tuple[Outcome, Bools, Stopped | None]:
+    """One condition on all images, or on as many as it takes to know better; what stands after it [n]."""
+    name, standing, stopped = condition.name, before.copy(), None
+    parts, faults, begun = [], list[str](), time.perf_counter()
+    batches = run(suite, condition, x, y, clean, batch_size=batch_size, journal=journal)
+    for part in track(batches, f"{of}{name}", -(-len(y) // batch_size)):
+        parts.append(part)
+        rows = part.rows
+        faults += budget_faults(name, x[rows], part.attacked.images, condition.eps)
+        if condition.eps is not None:
+            standing[rows] &= part.predicted == y[rows]
+        done = np.concatenate([p.predicted == y[p.rows] for p in parts])
+        stopped = _stop(name, [(name, done), (WORST, standing)], hopeless)
+        if stopped is not None:
+            break
+    attacked, predicted = gather(parts)
+    done = predicted == y[: len(predicted)]
+    kept = attacked.images if name == STRONG else None
+    if kept is not None and _rounded(kept, broken=(clean == y)[: len(done)] & ~done):
+        faults.append(f"{name} left every pixel on the 8-bit grid, from random starts")
+    seconds = time.perf_counter() - begun
+    return Outcome(condition, done, predicted, *attacked[1:], tuple(faults), kept, seconds), standing, stopped
+
+
+def _stop(during: str, verdicts: Iterable[tuple[str, Bools]], hopeless: Hopeless) -> Stopped | None:
+    for name, correct in verdicts:
+        if why := hopeless(name, correct):
+            return Stopped(during, name, why)
+    return None
+
+
+class _Remaining:
+    """An estimate of the time that is left, from the cost of what is done."""
+
+    def __init__(self, total: int) -> None:
+        self._started, self._total, self._spent = time.monotonic(), total, 0
+
+    def after(self, cost: int) -> float:
+        """Seconds that are left once `cost` more is spent."""
+        self._spent += cost
+        return (time.monotonic() - self._started) / self._spent * (self._total - self._spent)
+
+
+def budget_faults(name: str, clean: Floats, attacked: Floats, eps: float | None) -> list[str]:
+    """What is wrong with attacked images: not finite, outside [0, 1], or further than eps from the clean ones."""
+    if not np.isfinite(attacked).all():
+        return [f"{name} has non-finite pixels"]
+    if attacked.min() < 0 or attacked.max() > 1:
+        return [f"{name} leaves [0, 1]"]
+    if eps is not None and (change := float(np.abs(attacked - clean).max())) > eps + EPS_SLACK:
+        return [f"{name} moves a pixel by {change:.6g}, more than eps {eps:.6g}"]
+    return []
+
+
+def rounded_to_bytes(attacked: Floats) -> bool:
+    """Whether every pixel lies on the 8-bit grid; random starts leave it, so such images were saved as bytes."""
+    levels = attacked * 255
+    return bool((np.abs(levels - np.rint(levels)) < 1e-3).all())
+
+
+def _rounded(images: Floats, broken: Bools) -> bool:
+    return bool(broken.any()) and rounded_to_bytes(images[broken])

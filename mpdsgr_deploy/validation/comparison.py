@@ -1,0 +1,116 @@
+"""What of a measurement can be held against the reference in the bundle: equal attacks on equal images, nothing else.
+
+A reference met the conditions of the tier it was exported with, and those of the smaller tiers. Where settings
+differ, verdicts are not compared; the worst case is compared over the attacks that both met.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST, Condition
+from mpdsgr_deploy.attacks.measure import Measurement, union
+from mpdsgr_deploy.reference import Reference
+from mpdsgr_deploy.validation.rows import TRANSFERRED, Flips, Row
+
+Bools = NDArray[np.bool_]
+MUST_BE_COMPARED = "strong-pgd"  # the method that has no settings a tier changes, but for the restarts of one
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """verdicts [n]: the reference's, by condition, where it met the same; empty without a reference.
+
+    attacks: the conditions within eps that both met. alone: those that only the artefact meets. transfer: those that
+    have no counterpart, since the reference is not attacked from elsewhere.
+    """
+
+    verdicts: Mapping[str, Bools]
+    attacks: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+    transfer: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # attacks that must be compared, or the verdict rests on nothing
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that is compared, the worst case included."""
+        return [*self.verdicts, *([WORST] if self.attacks else [])]
+
+    @property
+    def worst(self) -> Bools | None:
+        """The reference's worst case [n] over the attacks that both met; None: there are none."""
+        return union(self.verdicts, (CLEAN, *self.attacks)) if self.attacks else None
+
+    def paired_worst(self, measurement: Measurement) -> Flips | None:
+        """The worst case of both over the same attacks, and transferred images; None: nothing to compare."""
+        mine, theirs = measurement.verdicts, self.worst
+        if theirs is None or measurement.stopped is not None:
+            return None
+        return Flips.of(theirs, union(mine, (CLEAN, *self.attacks, *self.transfer)))
+
+
+def compare_conditions(reference: Reference | None, conditions: Sequence[Condition], n: int) -> Comparison:
+    """What the reference says of the first n images under these conditions. reference: None for other images."""
+    within = [c for c in conditions if c.eps is not None]
+    transfer = tuple(c.name for c in within if c.kind == "transfer")
+    if reference is None:
+        return Comparison({}, alone=tuple(c.name for c in conditions if c.kind != "transfer"), transfer=transfer)
+    met = {c.name: reference.under(c.name, c.settings) for c in conditions if c.kind != "transfer"}
+    verdicts = {name: correct[:n] for name, correct in met.items() if correct is not None}
+    attacks = tuple(c.name for c in within if c.name in verdicts)
+    return Comparison(
+        {CLEAN: reference.verdicts[CLEAN][:n], **verdicts},
+        attacks,
+        alone=tuple(name for name, correct in met.items() if correct is None),
+        transfer=transfer,
+        missing=tuple(c.name for c in within if c.method == MUST_BE_COMPARED and c.name not in verdicts),
+    )
+
+
+def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[Row]:
+    """The report's rows: the clean images, every condition that was measured, and the worst case within eps."""
+    stopped, n = measurement.stopped, measurement.n
+    other = "the reference met no such attack" if comparison.verdicts else "no reference for these images"
+    made = [
+        Row.of(
+            CLEAN,
+            "test images as they are",
+            measurement.verdicts[CLEAN],
+            eps=0.0,
+            reference=comparison.verdicts.get(CLEAN),
+            not_compared=other,
+        )
+    ]
+    for outcome in measurement.outcomes:
+        condition, done = outcome.condition, len(outcome.correct)
+        promised = comparison.verdicts.get(condition.name)
+        made.append(
+            Row.of(
+                condition.name,
+                condition.settings,
+                outcome.correct,
+                eps=condition.eps,
+                reference=None if promised is None else promised[:done],
+                evaluations=outcome.evaluations,
+                surrogate=condition.surrogate if condition.swept else None,
+                at_most=done < n,
+                not_compared=TRANSFERRED if condition.kind == "transfer" else other,
+            )
+        )
+    bound = "; stopped early, so an upper bound" if stopped else ""
+    over = ""
+    if comparison.attacks and comparison.alone:
+        over = f"; compared over {len(comparison.attacks)} of the attacks, those that the reference met"
+    worst = Row.of(
+        WORST,
+        f"right under every condition within eps{bound}{over}",
+        measurement.standing,
+        eps=eps,
+        reference=None if stopped else comparison.worst,
+        flips=comparison.paired_worst(measurement),
+        at_most=stopped is not None,
+        not_compared="stopped early" if stopped else other,
+    )
+    return [*made, worst]

@@ -1,0 +1,72 @@
+"""The evidence for health checks, gathered from what was answered and measured."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.condition import WORST, Condition
+from mpdsgr_deploy.attacks.measure import Measurement
+from mpdsgr_deploy.validation.gate import limit
+from mpdsgr_deploy.validation.health import Compared, Evidence, Reach
+from mpdsgr_deploy.validation.images import image_faults
+from mpdsgr_deploy.validation.subject import Subject
+
+
+def without_attack(subject: Subject, logits: NDArray[np.float32]) -> Evidence:
+    """What can be checked before any attack, from the answers [n, K] to the images as they are."""
+    images, compared = subject.images, subject.comparison
+    reach = Reach(reference=True, missing=compared.missing) if compared.missing else None
+    return Evidence(
+        rule=subject.rule,
+        n=len(images),
+        compared=Compared(reference=subject.reference is not None, floors=bool(subject.gate.floors)),
+        reach=reach,
+        logits=logits,
+        attack_graph_faults=subject.target.attack_graph_faults(),
+        image_faults=image_faults(subject.data, images, subject.reference),
+    )
+
+
+def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measurement) -> Evidence:
+    """The same with what the attacks showed; of a measurement that stopped early only what does not need all of it."""
+    evidence = replace(
+        of_attacks(evidence, measurement, subject.suite.conditions, subject.target.trained),
+        artefact=subject.suite.network,
+        fresh=subject.target.fresh(),
+        x=subject.images.unit(),
+    )
+    if measurement.stopped is not None:
+        return evidence
+    compared = subject.comparison
+    reach = Reach(
+        reference=subject.reference is not None,
+        flips=compared.paired_worst(measurement),
+        missing=compared.missing,
+        alone=compared.alone,
+        allowed=limit(subject.gate, WORST),
+    )
+    return replace(evidence, reach=reach)
+
+
+def of_attacks(evidence: Evidence, measurement: Measurement, conditions: Sequence[Condition], trained: str) -> Evidence:
+    """What the attacks themselves show, of a torch network as of an artefact. trained: its surrogate."""
+    evidence = replace(evidence, budget_faults=[f for outcome in measurement.outcomes for f in outcome.faults])
+    if measurement.stopped is not None:
+        return evidence
+    own = [o for o in measurement.outcomes if o.condition.kind == "gradient" and o.condition.surrogate == trained]
+    within = [condition for condition in conditions if condition.eps is not None]
+    return replace(
+        evidence,
+        verdicts=measurement.verdicts,
+        black_box=[condition.name for condition in within if condition.kind in ("query", "transfer")],
+        white_box=[condition.name for condition in within if condition.kind == "gradient"],
+        surrogates=[condition.surrogate for condition in conditions if condition.kind == "gradient"],
+        trained=trained,
+        gradients=(
+            sum(outcome.evaluations for outcome in own),
+            sum(outcome.zero for outcome in own),
+            sum(outcome.not_finite for outcome in own),
+        ),
+    )

@@ -1,0 +1,182 @@
+"""Health checks by number: registered with a name, what they need, why they matter and what to do if one fails.
+
+A check is a function whose parameters name parts of the `Evidence`; it is made wherever all of them are at hand. One
+that failed makes the verdict invalid, never a pass.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, Literal, NamedTuple, ParamSpec
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, computed_field, model_validator
+
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.validation.rows import Flips
+
+P = ParamSpec("P")
+Bools = NDArray[np.bool_]
+Verdicts = Mapping[str, Bools]
+State = Literal["passed", "failed", "not compared"]
+
+
+class Seen(NamedTuple):
+    """What a check saw: `faults` in words, none if it passed; otherwise what it found in order.
+
+    not_compared: there was nothing to hold this against, which is neither good nor bad.
+    """
+
+    faults: Sequence[str]
+    otherwise: str
+    not_compared: bool = False
+
+
+class Check(BaseModel):
+    """One health check: what it saw, why that matters, and what to do if it failed."""
+
+    number: int
+    name: str
+    state: State
+    saw: str
+    why: str = ""  # absent from results of earlier versions
+    advice: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_passed(cls, values: Any) -> Any:
+        """Earlier versions know two states."""
+        if isinstance(values, dict) and "state" not in values:
+            return {**values, "state": "passed" if values.get("passed") else "failed"}
+        return values
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether it looked and found nothing wrong."""
+        return self.state == "passed"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it found something wrong."""
+        return self.state == "failed"
+
+
+class Convergence(NamedTuple):
+    """What more steps do: of n images, `standing` survived all attacks, and `broken` of these twice the steps broke.
+
+    attacks: which were made longer, with the steps they had. allowed: share of the images that may be left to break.
+    """
+
+    broken: int
+    standing: int
+    n: int
+    attacks: Mapping[str, int]
+    allowed: float = 0.0
+
+
+class Compared(NamedTuple):
+    """What the verdict rests on. reference: there is one for these images; floors: the gate has some."""
+
+    reference: bool
+    floors: bool
+
+
+class Reach(NamedTuple):
+    """The worst case of artefact and reference over the attacks that both met.
+
+    reference: there is one for these images. flips: None if no attack was met by both. missing: attacks that the
+    reference must have met; alone: those it has not. allowed: change of accuracy that the gate allows, in [0, 1].
+    """
+
+    reference: bool
+    flips: Flips | None = None
+    missing: Sequence[str] = ()
+    alone: Sequence[str] = ()
+    allowed: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What checks look at. None: not at hand in this evaluation, so checks that need it are not made.
+
+    rule: which images, in words; budget_faults: how attacked images break the rules; verdicts: of a measurement that
+    did not stop early; black_box, white_box: names of conditions by what they know; gradients: how many were computed
+    through the trained surrogate, how many vanished, how many were not finite; artefact, fresh: the network here and in
+    a new process.
+    """
+
+    rule: str
+    n: int
+    compared: Compared | None = None
+    reach: Reach | None = None
+    budget_faults: Sequence[str] | None = None
+    verdicts: Verdicts | None = None
+    black_box: Sequence[str] | None = None
+    white_box: Sequence[str] | None = None
+    growth: Mapping[float, Bools] | None = None
+    convergence: Convergence | None = None
+    surrogates: Sequence[str | None] | None = None
+    trained: str | None = None
+    gradients: tuple[int, int, int] | None = None
+    artefact: Predictor | None = None
+    fresh: Predictor | None = None
+    x: NDArray[np.float32] | None = None
+    batch_sizes: Sequence[int] | None = None
+    logits: NDArray[np.float32] | None = None
+    attack_graph_faults: Sequence[str] | None = None
+    image_faults: Sequence[str] | None = None
+    classes: NDArray[np.int64] | None = None
+    labels: Sequence[str] | None = None
+    rebuild_faults: Sequence[str] | None = None
+    slopes: Any = None
+
+
+class Registered(NamedTuple):
+    """A registered check; needs: the parts of the evidence it cannot do without, may_use: those it can."""
+
+    number: int
+    name: str
+    needs: tuple[str, ...]
+    may_use: tuple[str, ...]
+    make: Callable[..., Check]
+
+
+CHECKS: dict[int, Registered] = {}
+
+
+def health_check(number: int, name: str, *, why: str, advice: str) -> Callable[[Callable[P, Seen]], Callable[P, Check]]:
+    """Decorator: register a function of parts of the evidence as the check of that number, which must be free."""
+
+    def register(look: Callable[P, Seen]) -> Callable[P, Check]:
+        parameters = inspect.signature(look).parameters
+        known = {field.name for field in fields(Evidence)}
+        assert number not in CHECKS, f"check {number} is registered twice"
+        assert set(parameters) <= known, f"check {number} needs {set(parameters) - known}, which no evidence has"
+
+        @wraps(look)
+        def make(*args: P.args, **kwargs: P.kwargs) -> Check:
+            seen = look(*args, **kwargs)
+            state: State = "failed" if seen.faults else "not compared" if seen.not_compared else "passed"
+            saw = "; ".join(seen.faults) or seen.otherwise
+            return Check(number=number, name=name, state=state, saw=saw, why=why, advice=advice)
+
+        needs = tuple(p for p, value in parameters.items() if value.default is inspect.Parameter.empty)
+        CHECKS[number] = Registered(number, name, needs, tuple(set(parameters) - set(needs)), make)
+        return make
+
+    return register
+
+
+def run_checks(evidence: Evidence, numbers: Sequence[int] | None = None) -> list[Check]:
+    """All checks, or those of `numbers`, for which the evidence has what they need, in the order of their numbers."""
+    at_hand = {field.name: value for field in fields(evidence) if (value := getattr(evidence, field.name)) is not None}
+    made = []
+    for number in sorted(CHECKS) if numbers is None else numbers:
+        check = CHECKS[number]
+        if set(check.needs) <= at_hand.keys():
+            arguments = {name: at_hand[name] for name in (*check.needs, *check.may_use) if name in at_hand}
+            made.append(check.make(**arguments))
+    return made

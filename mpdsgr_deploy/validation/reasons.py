@@ -1,0 +1,59 @@
+"""Why a validation did not pass, or ended early: values, each with the condition or the health check that it is of."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Reason(BaseModel):
+    """One thing that is wrong. condition: under which, where it is one of the gate's; check: the number of the health
+    check that failed; neither: the artefact as a whole.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    condition: str | None = None
+    check: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """Reports before schema 3 hold lines of text."""
+        return {"text": value} if isinstance(value, str) else value
+
+    def __str__(self) -> str:
+        return self.line
+
+    @property
+    def line(self) -> str:
+        """All of it in a line."""
+        if self.check is not None:
+            return f"check {self.check}, {self.text}"
+        return self.text if self.condition is None else f"{self.condition}: {self.text}"
+
+
+class EarlyStop(BaseModel):
+    """An evaluation that ended before all attacks were made. after: the condition it ended under, None: before any.
+
+    The accuracy under all attacks is then an upper bound: at most so many images are left.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    after: str | None
+    why: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """Reports before schema 3 hold a line of text."""
+        return {"after": None, "why": value} if isinstance(value, str) else value
+
+    def __str__(self) -> str:
+        return f"{self.moment}: {self.why}"
+
+    @property
+    def moment(self) -> str:
+        """When it ended, in words."""
+        return f"stopped after {self.after}" if self.after else "stopped before any attack"

@@ -1,0 +1,78 @@
+"""Everything that one validation is about."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from mpdsgr_deploy import __version__
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
+from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.data.likeness import Likeness
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.reference import Reference, images_sha256
+from mpdsgr_deploy.validation.comparison import Comparison
+from mpdsgr_deploy.validation.target import Target, fingerprint
+
+
+class Subject(NamedTuple):
+    """Everything a validation is about, complete before the first attack.
+
+    data: the data set that images are the first of, by name; reference: what the bundle promises for them, None for
+    others; comparison: what of it can be held against the attacks of `suite`.
+    """
+
+    target: Target
+    suite: Suite
+    gate: Gate
+    images: Images
+    data: str
+    reference: Reference | None
+    comparison: Comparison
+    journal: Journal | None
+
+    @property
+    def rule(self) -> str:
+        """Which images, in words."""
+        return f"the first {len(self.images)} test images of {self.data}"
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time, which results do not depend on but for rounding."""
+        return self.target.bundle.manifest.recipe.validation.batch_size
+
+    @property
+    def names(self) -> list[str]:
+        """What a gate can have rules for."""
+        return [CLEAN, *(condition.name for condition in self.suite.conditions), WORST]
+
+
+def identity(subject: Subject, transfer: Path | None) -> str:
+    """Everything that the result of a batch depends on."""
+    target, manifest = subject.target, subject.target.bundle.manifest
+    networks = [target.bundle.model_sha256(precision) for precision in (target.precision, "fp32")]
+    other = None if transfer is None else fingerprint(transfer)
+    images = images_sha256(subject.images)
+    what = [__version__, *networks, manifest.recipe.model_dump(mode="json"), target.backend, target.url]
+    return json.dumps([*what, subject.gate.tier, subject.batch_size, len(subject.images), images, other])
+
+
+def warn_of_gaps(compared: Comparison, tier: str, bundle: Bundle) -> None:
+    """Say under which conditions nothing is compared, since the reference never met them or not with these settings."""
+    promise = bundle.manifest.reference
+    if promise is not None and compared.verdicts and compared.alone:
+        log.warning(
+            "the reference was attacked with tier %s, the artefact is with tier %s: nothing is compared under %s; "
+            "validate with --tier %s, or export with --tier %s",
+            *(promise.tier, tier, ", ".join(compared.alone), promise.tier, tier),
+        )
+
+
+def warn_if_unlike(target: Target, images: Images) -> None:
+    """Say if the images' mean or spread is far from that of the training images: inverted, or of another scale."""
+    trained = target.bundle.manifest.pixels
+    if trained is not None and (unlike := Likeness(trained).add(images.pixels).warning()):
+        log.warning("%s", unlike)

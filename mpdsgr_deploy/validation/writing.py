@@ -1,0 +1,48 @@
+"""Writes a report as report.json, junit.xml, summary.md, badge.json and, for people, report.html."""
+
+import shutil
+from pathlib import Path
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import claim_directory, write_atomic
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.validation import summary
+from mpdsgr_deploy.validation.report import PAGE, PROGRESS, REPORT, SUMMARY, Report
+
+
+def claim_report(directory: Path) -> None:
+    """Fail early, before hours of attacks: the directory is usable. Raises InputError if it is somebody else's."""
+    claim_directory(directory, REPORT, "report", partial=PROGRESS)
+
+
+def write_report(report: Report, directory: Path) -> Path:
+    """Write all files into `directory` and return the one to read: report.html, or summary.md without jinja2.
+
+    report.json comes last, since it marks the directory as complete.
+    """
+    write_atomic(directory / SUMMARY, summary.summary(report).encode())
+    write_atomic(directory / "junit.xml", summary.junit(report))
+    write_atomic(directory / "badge.json", summary.badge(report))
+    best = directory / SUMMARY
+    if drawable():
+        from mpdsgr_deploy.validation.page import page
+
+        best = directory / PAGE
+        write_atomic(best, page(report).encode())
+    else:
+        (directory / PAGE).unlink(missing_ok=True)  # of an earlier run: it would contradict the others
+    write_atomic(directory / REPORT, report.model_dump_json(indent=1).encode())
+    shutil.rmtree(directory / PROGRESS, ignore_errors=True)
+    return best
+
+
+def drawable() -> bool:
+    """Is what the page needs installed? Everything else is written without it."""
+    try:
+        need("jinja2", "report")
+        need("matplotlib", "report")
+    except InputError:
+        log.warning("no report.html: it takes jinja2 and matplotlib; pip install 'mpdsgr-deploy[report]' brings them")
+        return False
+    return True
