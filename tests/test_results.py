@@ -207,7 +207,7 @@ def test_a_page_says_which_suite_attacked(measured: Path, monkeypatch: pytest.Mo
     spec = load_table(str(measured))[1]
     rows = load_measured(spec, measured.parent / "results" / "small")
     now = page_parts.SUITE_VERSION
-    assert f"Attacks: measured with suite {now}." in table_page.render("small", spec, rows)
+    assert f"Union: measured with suite {now}." in table_page.render("small", spec, rows)
     monkeypatch.setattr(page_parts, "SUITE_VERSION", now + 1)
     text = table_page.render("small", spec, rows)
     assert f"measured with suite {now}, an upper bound: suite {now + 1} attacks more strongly." in text

@@ -24,7 +24,7 @@ def unhealthy(measured: Measured) -> str:
     """Which evaluations prove nothing, and why, and what the attack suite was."""
     records = [record for row in measured.values() for record in row]
     checked = [record for record in records if record.attacked.health]
-    lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. Attacks: {suites(records)}."]
+    lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. Union: {suites(records)}."]
     for record in checked:
         failed = [check for check in record.attacked.health if not check.passed]
         lines += [f"- {record.row}, seed {record.seed}: check {c.number} ({c.name}) failed: {c.saw}" for c in failed]
@@ -73,7 +73,7 @@ def sources(measured: Measured) -> str:
 
 
 def suites(records: list[Record]) -> str:
-    """Which versions of the attack suite the accuracies were measured with, and what that means for the union."""
+    """Which versions of the attack suite the union was measured with, and what that means."""
     versions = sorted({record.suite for record in records})
     measured_with = f"measured with suite {' and '.join(map(str, versions))}"
     if versions[-1] < SUITE_VERSION:

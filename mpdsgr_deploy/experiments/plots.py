@@ -95,7 +95,8 @@ def styles(measured: Measured) -> dict[str, tuple[str, str]]:
 def growth(measured: Measured) -> bytes | None:
     """Accuracy of the first exported network of every row under the strong PGD, against eps; means over seeds.
 
-    None where no evaluation came so far.
+    The sizes of eps stand at equal distances, since rows differ most at small ones. None where no evaluation came so
+    far.
     """
     panels = groups({title: records for title, records in measured.items() if curves_of(records)})
     if not panels:
@@ -107,9 +108,8 @@ def growth(measured: Measured) -> bytes | None:
         names = labels([records[0] for records in group.values()])
         for row, records in group.items():
             values, (colour, line) = by_eps(records), look[row]
-            eps = [255 * value for value in values]
-            axes.plot(eps, [*values.values()], line, color=colour, marker="o", markersize=3, label=names[row])
-            axes.set_xticks(eps, [f"{value:.3g}" for value in eps])
+            axes.plot([*values.values()], line, color=colour, marker="o", markersize=3, label=names[row])
+            axes.set_xticks(range(len(values)), [f"{255 * value:.3g}" for value in values])
         axes.set(title=title, xlabel="eps (1/255)", ylim=(0, None))
         plain(axes)
         axes.legend(frameon=False, fontsize=8)

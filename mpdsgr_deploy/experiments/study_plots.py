@@ -26,6 +26,7 @@ from mpdsgr_deploy.experiments.study import Study
 DRAWN = ("PGD", "Square", "union")
 BASELINE = "#000000"
 COLOURS = {HELPS: "#009E73", MASKS: "#E69F00", HURTS: "#D55E00", OPEN: "#999999"}
+NAMED = 6  # of the largest losses
 LINE_HEIGHT = 9.0  # points between two labels
 Label = tuple[float, float, str]  # x, y, text
 
@@ -69,11 +70,14 @@ def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
 
 
 def dose(study: Study, compared: list[Pair]) -> bytes:
-    """What survives all attacks against how much Omega falls, one point a method and setting."""
+    """What survives all attacks against how much Omega falls, one point a method and setting.
+
+    Named are those that help or mask, and the largest losses.
+    """
     names = method_names(study)
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    texts: list[Label] = []
+    decided: list[tuple[str, Label]] = []
     for setting, method, records, baseline in compared:
         if (union := effect(records, baseline, WORST)) is None:
             continue
@@ -81,17 +85,19 @@ def dose(study: Study, compared: list[Pair]) -> bytes:
         axes.plot([x, x], [union.low, union.high], color=colour, linewidth=0.6, alpha=0.5)
         axes.plot([x], [union.mean], "o", color=colour, markersize=5)
         if colour != COLOURS[OPEN]:
-            texts.append((x, union.mean, f"{setting.name}: {names[method.name]}"))
+            decided.append((colour, (x, union.mean, f"{setting.name}: {names[method.name]}")))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="Omega less than the baseline's", ylabel="points more under all attacks")
-    finish(figure, axes, texts)
+    exceptions = [label for colour, label in decided if colour != COLOURS[HURTS]]
+    largest = sorted((label for colour, label in decided if colour == COLOURS[HURTS]), key=lambda label: label[1])
+    finish(figure, axes, [*exceptions, *largest[:NAMED]])
     return png(figure)
 
 
 def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
     """Clean accuracy against what survives all attacks, one point a row, with the intervals over images.
 
-    Named are the rows that no other beats in both.
+    Named are the rows that no other beats in both, and those that help or mask.
     """
     names = {study.title_of(s, m): f"{s.name}: {method_names(study)[m.name]}" for s, m in study.pairs()}
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -110,7 +116,8 @@ def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
     axes.plot(*zip(*sorted((x, y) for x, y, _ in best), strict=True), color=BASELINE, linewidth=0.5, linestyle=":")
     axes.set(xlabel="clean accuracy (%)", ylabel="right under all attacks (%)")
     axes.plot([], [], "o", color=BASELINE, label="baseline")
-    finish(figure, axes, best)
+    noted = {names[row] for row, word in verdicts.items() if word in (HELPS, MASKS)}
+    finish(figure, axes, [point for point in points if point in best or point[2] in noted])
     return png(figure)
 
 

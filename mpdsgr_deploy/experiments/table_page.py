@@ -6,7 +6,7 @@ from statistics import fmean
 from mpdsgr_deploy.experiments import deployed_page, eta_page, plots
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.markdown import markdown
-from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, unmeasured
+from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, suites, unhealthy, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.files import write_atomic
@@ -95,7 +95,8 @@ def short(measured: Measured) -> str:
     rows = []
     for (title, records), method in zip(measured.items(), methods, strict=True):
         rows.append([method if methods.count(method) == 1 else f"{method} ({title})", *shorts(records, columns)])
-    return markdown(["method", *columns], rows)
+    records = [record for row in measured.values() for record in row]
+    return f"{markdown(['method', *columns], rows)}\n\nUnion: {suites(records)}."
 
 
 def accuracies(measured: Measured) -> str:
