@@ -19,6 +19,7 @@ from referencing import Registry, Resource
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.serving.deploy.kserve import HTTP, MODELS, RUNTIME, SUMS
 from mpdsgr_deploy.serving.deploy.triton import IMAGE
+from mpdsgr_deploy.serving.settings import Limits
 
 KUBERNETES = "1.37.0"
 SCHEMA = json.loads((Path(__file__).parent / "schemas" / "kserve-0.21.0.json").read_text())
@@ -63,7 +64,7 @@ def on_triton(precise: Bundle, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def on_mpdsgr(precise: Bundle, tmp_path: Path) -> dict[str, Any]:
     options = ("--runtime", "mpdsgr", "--image", "registry.local/mpdsgr-serve:cpu")
-    done = deploy(tmp_path / "own", precise.path, f"{precise.path}@int8", *options, uri="pvc://bundles/")
+    done = deploy(tmp_path / "own", precise.path, f"{precise.path}@int8", *options, uri="pvc://bundles/robust/")
     assert done.returncode == 0, done.stderr
     return resources(tmp_path / "own")
 
@@ -120,10 +121,48 @@ def test_our_own_server_gets_its_bundle_and_precision(on_mpdsgr: dict[str, Any])
         predictor = service["spec"]["predictor"]
         (server,) = predictor["containers"]
         precision = "int8" if name.endswith("int8") else "fp32"
-        assert server["command"] == ["mpdsgr", "serve", f"{name}={MODELS}/{name}@{precision}"]
-        assert predictor["storageUris"] == [{"uri": "pvc://bundles/precise", "mountPath": f"{MODELS}/{name}"}]
+        assert server["command"] == ["mpdsgr", "serve", f"{name}={MODELS}@{precision}"]
+        assert {"name": "STORAGE_URI", "value": "pvc://bundles/robust/precise"} in server["env"]
+        assert {"name": "OMP_NUM_THREADS", "value": "2"} in server["env"]
+        assert "storageUris" not in predictor  # which drops a claim's path
         assert f"--port={HTTP}" in server["args"]
         assert "nvidia.com/gpu" not in server["resources"]["limits"]
+
+
+def test_one_model_on_triton_comes_by_storage_uri(precise: Bundle, tmp_path: Path) -> None:
+    assert deploy(tmp_path / "out", precise.path, uri="pvc://models/triton").returncode == 0
+    predictor = resources(tmp_path / "out")["precise"]["spec"]["predictor"]
+    assert predictor["model"]["storageUri"] == "pvc://models/triton"
+    assert "storageUris" not in predictor
+
+
+def test_services_can_be_created_and_end_after_what_they_accepted(
+    on_triton: dict[str, Any], on_mpdsgr: dict[str, Any]
+) -> None:
+    """KServe's default deployment mode refuses what is written here."""
+    limits = Limits()
+    for service in [s for s in (*on_triton.values(), *on_mpdsgr.values()) if s["kind"] == "InferenceService"]:
+        assert service["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "Standard"
+        ending = service["spec"]["predictor"]["terminationGracePeriodSeconds"]
+        assert ending > limits.grace_seconds + limits.drain_seconds
+
+
+def test_a_replica_is_sized_by_options(
+    precise: Bundle, tmp_path: Path, schemas: dict[str, Draft202012Validator]
+) -> None:
+    options = ("--cpus", 4, "--memory", "8Gi", "--replicas", "2,6", "--service-account", "reader")
+    for runtime in (["triton"], ["mpdsgr", "--image", "a:b"]):
+        out = tmp_path / runtime[0]
+        done = deploy(out, precise.path, "--runtime", *runtime, *options)
+        assert done.returncode == 0, done.stderr
+        predictor = resources(out)["precise"]["spec"]["predictor"]
+        assert errors(schemas, resources(out)["precise"]) == []
+        assert (predictor["minReplicas"], predictor["maxReplicas"]) == (2, 6)
+        assert predictor["serviceAccountName"] == "reader"
+        server = predictor.get("model") or predictor["containers"][0]
+        assert server["resources"]["limits"] == {"cpu": "4", "memory": "8Gi"}
+    environment = resources(tmp_path / "triton")[RUNTIME]["spec"]["containers"][0]["env"]
+    assert {"name": "OMP_NUM_THREADS", "value": "4"} in environment
 
 
 def test_nothing_runs_as_root_and_every_container_is_probed(
@@ -155,8 +194,7 @@ def test_names_become_those_of_kubernetes(precise: Bundle, tmp_path: Path) -> No
     assert deploy(tmp_path / "out", bundle).returncode == 0
     found = resources(tmp_path / "out")["vgg-11-v2"]
     assert found["metadata"]["name"] == "vgg-11-v2"
-    uris = found["spec"]["predictor"]["storageUris"]
-    assert uris == [{"uri": f"{URI}/VGG_11.v2", "mountPath": f"{MODELS}/VGG_11.v2"}]  # Triton's name stays
+    assert found["spec"]["predictor"]["model"]["storageUri"] == URI
 
 
 def test_kubectl_reads_nothing_else_and_a_second_call_replaces_the_first(precise: Bundle, tmp_path: Path) -> None:
@@ -168,8 +206,15 @@ def test_kubectl_reads_nothing_else_and_a_second_call_replaces_the_first(precise
     assert not re.search(r"\.(json|ya?ml)$", SUMS)  # what kubectl apply -f would read
     assert not re.search(r"[&*]id\d", (out / f"{RUNTIME}.yaml").read_text())
     text = (out / "precise.yaml").read_text()
-    (out / "precise.yaml").write_text(text.replace("2Gi", "8Gi"))
-    assert_input_error(deploy(out, precise.path), "precise.yaml was changed since", "--out")
+    edited = text.replace("2Gi", "8Gi")
+    (out / "precise.yaml").write_text(edited)
+    for _ in range(2):  # an edit stays, and what would be there is shown
+        done = deploy(out, precise.path, "--cpus", 3)
+        assert done.returncode == 0, done.stderr
+        assert (out / "precise.yaml").read_text() == edited
+        assert "cpu: '3'" in (out / "precise.yaml.new").read_text()
+    (out / "mine.yaml").write_text("a: b\n")
+    assert_input_error(deploy(out, precise.path), "mine.yaml, which this command did not write")
 
 
 def test_wrong_choices_are_one_line(precise: Bundle, tmp_path: Path) -> None:
@@ -183,4 +228,9 @@ def test_wrong_choices_are_one_line(precise: Bundle, tmp_path: Path) -> None:
     assert_input_error(deploy(out, *twins), "two resources would be called 'a-b'")
     assert_input_error(deploy(out, precise.path, "--runtime", "trition"), "did you mean 'triton'?")
     assert_input_error(deploy(out, precise.path, "--runtime", "mpdsgr"), "--runtime mpdsgr needs --image")
+    both = (precise.path, f"{precise.path}@int8")
+    assert_input_error(deploy(out, *both, uri="pvc://a/b"), "does not fetch several pvc:// directories")
+    assert_input_error(deploy(out, *both, uri="oci://a/b"), "does not fetch several oci:// directories")
+    assert_input_error(deploy(out, precise.path, "--replicas", "3,1"), "the least and the most")
+    assert_input_error(deploy(out, precise.path, "--memory", "much"), "--memory")
     assert not out.exists()

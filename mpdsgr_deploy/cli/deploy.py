@@ -80,22 +80,36 @@ def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, a
 )
 @click.option("--image", help="Its container image.  [triton: NVIDIA's; mpdsgr: yours, from serve/docker]")
 @click.option("--gpus", type=click.IntRange(0, 64), default=0, show_default=True, help="Of each replica; 0: a CPU.")
+@click.option("--cpus", type=click.IntRange(1, 256), default=2, show_default=True, help="Cores of each replica.")
+@click.option("--memory", default="2Gi", show_default=True, help="Of each replica.")
+@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help="Fixed, or scaled by load.")
+@click.option("--service-account", help="That reads the storage: it names the credentials.")
 @json_option
-def kserve(as_json: bool, models: tuple[str, ...], **options: Any) -> None:
+def kserve(
+    as_json: bool,
+    models: tuple[str, ...],
+    out: Path,
+    storage_uri: str,
+    runtime: str,
+    replicas: str,
+    **replica: Any,
+) -> None:
     """Write KServe resources: one InferenceService a model, and the ServingRuntime they use.
 
     With --runtime triton, URI is where you put what `mpdsgr deploy triton` wrote of the same bundles, with the same
     --gpus; with --runtime mpdsgr it is where the bundles themselves lie, each under its directory's name. It is a place
-    that KServe reads, such as s3://BUCKET/PATH, gs://BUCKET/PATH or pvc://CLAIM/PATH. KServe 0.16 or newer.
+    that KServe reads, such as s3://BUCKET/PATH, gs://BUCKET/PATH or pvc://CLAIM/PATH. Several models on Triton need
+    KServe 0.17 and s3 or gs; everything else works from 0.16 on. A file in --out that you edited stays, and the
+    difference is shown.
 
     \b
     Example:
       mpdsgr deploy kserve bundles/digits bundles/digits@int8 --out kserve --storage-uri s3://models/triton
       mpdsgr deploy kserve bundles/digits --runtime mpdsgr --image mpdsgr-serve:cpu --out kserve \\
-        --storage-uri pvc://bundles
+        --storage-uri pvc://bundles/robust --replicas 2,8
     """
-    out = options["out"]
-    written = kserve_files.write_resources(choose_models(models), **options)
+    chosen = kserve_files.Replica(replicas=_span(replicas), **replica)
+    written = kserve_files.write_resources(choose_models(models), out, storage_uri, runtime, chosen)
     if as_json:
         print_json({"directory": str(out), "files": written, "next": f"kubectl apply -f {out}"})
         return
@@ -143,10 +157,7 @@ def ray(
     """
     from mpdsgr_deploy.serving.settings import load_settings
 
-    least, comma, most = replicas.partition(",")
-    if not least.isdecimal() or (comma and not most.isdecimal()):
-        raise InputError(f"--replicas {replicas}: write a number, or the least and the most, for example 1,4")
-    place = ray_files.Place((int(least), int(most or least)), gpu, host, port)
+    place = ray_files.Place(_span(replicas), gpu, host, port)
     config = ray_files.write_config(
         choose_models(models),
         out,
@@ -161,3 +172,11 @@ def ray(
         print_json({"config": str(config), "next": following})
         return
     click.echo(f"Ray Serve config in {config}; next, on a node of a running Ray cluster: {following}")
+
+
+def _span(replicas: str) -> tuple[int, int]:
+    """The least and the most of N or MIN,MAX. Raises InputError for anything else."""
+    least, comma, most = replicas.partition(",")
+    if not least.isdecimal() or (comma and not most.isdecimal()):
+        raise InputError(f"--replicas {replicas}: write a number, or the least and the most, for example 1,4")
+    return int(least), int(most or least)

@@ -1,8 +1,10 @@
 """An onnxruntime session, with its silent fallback refused: asked for CUDA it uses CUDA or raises."""
 
+import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +36,8 @@ class Session:
         self, network: Path | onnx.ModelProto, provider: str, *, source: object, threads: int | None = None
     ) -> None:
         ort = need("onnxruntime", EXTRAS[provider])
+        if provider != CPU:
+            preload_libraries(ort)
         if provider not in ort.get_available_providers():
             raise InputError(
                 f"this onnxruntime has no {provider}; install it with: pip install 'mpdsgr-deploy[{EXTRAS[provider]}]' "
@@ -79,6 +83,15 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self._session = None
+
+
+def preload_libraries(ort: Any) -> None:
+    """Load CUDA and cuDNN from NVIDIA's wheels, as the provider, which has no path to them, finds loaded ones alone.
+
+    What is missing is said by the provider itself, when it does not load.
+    """
+    with redirect_stdout(io.StringIO()), suppress(RuntimeError, OSError):  # what it prints is no line of ours
+        getattr(ort, "preload_dlls", lambda: None)()
 
 
 def usual_threads() -> int:

@@ -46,6 +46,10 @@ class Counts:
         images = CounterMetricFamily("mpdsgr_images", "Images computed.", labels=MODEL)
         dropped = CounterMetricFamily("mpdsgr_dropped", "Requests not computed.", labels=(*MODEL, "reason"))
         ready = GaugeMetricFamily("mpdsgr_model_ready", "1 if the model answers.", labels=MODEL)
+        info = GaugeMetricFamily(
+            "mpdsgr_model_info", "1; what is served.", labels=(*MODEL, "digest", "precision", "backend")
+        )
+        loads = CounterMetricFamily("mpdsgr_loads", "Times a bundle was opened.", labels=("model", "result"))
         queued = GaugeMetricFamily("mpdsgr_queued_images", "Images that wait.", labels=("model",))
         histograms = {
             name: HistogramMetricFamily(f"mpdsgr_{name}", told, labels=MODEL) for name, (_, told) in HISTOGRAMS.items()
@@ -54,8 +58,11 @@ class Counts:
             name, model = entry.source.name, entry.model
             labels = [name, model.version if model else ""]
             ready.add_metric(labels, float(model is not None))
+            loads.add_metric([name, "ok"], entry.loads)
+            loads.add_metric([name, "failed"], entry.failed_loads)
             if model is None:
                 continue
+            info.add_metric([*labels, model.digest, model.source.precision, model.backend], 1)
             counts = model.statistics
             for (protocol, code), number in dict(counts.codes).items():
                 requests.add_metric([*labels, protocol, code], number)
@@ -68,7 +75,7 @@ class Counts:
                 histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
         for (protocol, code), number in dict(self._server.other_codes).items():
             requests.add_metric(["", "", protocol, code], number)
-        yield from (requests, images, dropped, ready, queued, *histograms.values())
+        yield from (requests, images, dropped, ready, info, loads, queued, *histograms.values())
         yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)
         yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.connections)
         yield from _gpu_memory()

@@ -1,13 +1,14 @@
 """KServe resources for bundles: an InferenceService each, on Triton or on our own server.
 
-An InferenceService fetches its own model alone, to /mnt/models/NAME: for Triton /mnt/models is then a repository of one
-model, which it serves under its own name, with the interface that loads and unloads models switched off.
+Our own server gets its bundle by `storageUri`, as /mnt/models. Triton needs a directory above its model: for one model
+that is the repository, by `storageUri`; of several each gets its own, as /mnt/models/NAME, by `storageUris`.
+They ask for the deployment mode Standard: KServe's default one forbids volumes and a time to end.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose, need
@@ -21,8 +22,32 @@ CONTAINER, MODELS = "kserve-container", "/mnt/models"  # KServe's own names
 HTTP, GRPC, METRICS = 8080, 9000, 8002
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/]\S*")
 LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+STANDARD = {"serving.kserve.io/deploymentMode": "Standard"}
+ENDING = 45  # seconds until a pod is killed: more than either server takes to answer what it accepted
+SINGLE_ONLY = ("pvc", "oci", "hf", "https", "http")  # schemes that storageUris does not fetch, or not with a path
 LONGEST = 50  # of a name, to which KServe appends -predictor and more, 63 in all
 Resource = dict[str, Any]
+
+
+class Replica(NamedTuple):
+    """Of one model: server's image, devices, cores, memory as Kubernetes writes it, how many, and as whom."""
+
+    image: str | None = None
+    gpus: int = 0
+    cpus: int = 2
+    memory: str = "2Gi"
+    replicas: tuple[int, int] = (1, 1)
+    service_account: str | None = None
+
+    def check(self) -> None:
+        """Raise InputError for what Kubernetes does not take."""
+        least, most = self.replicas
+        if not 0 <= least <= most or most < 1:
+            raise InputError(f"--replicas {least},{most}: write the least and the most, for example 1,4")
+        if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi|M|G)", self.memory):
+            raise InputError(f"--memory {self.memory!r}: write for example 2Gi")
+        if self.service_account is not None and not LABEL.fullmatch(self.service_account):
+            raise InputError(f"--service-account {self.service_account!r} is no name of Kubernetes")
 
 
 def write_resources(
@@ -30,28 +55,29 @@ def write_resources(
     out: Path,
     storage_uri: str,
     runtime: str = "triton",
-    image: str | None = None,
-    gpus: int = 0,
+    replica: Replica = Replica(),  # noqa: B008 - it cannot change
 ) -> list[str]:
     """Write the resources of each model to `out`, fresh or an earlier one; the names of the files.
 
     storage_uri: the parent of what each model needs: of its directory in a model repository, or of its bundle.
-    runtime: of RUNTIMES; image: the server's; gpus: of a replica. Raises InputError for a URI that is none, a name that
-    Kubernetes does not take or that two would have, an image that is missing, and where `out` cannot be written.
+    runtime: of RUNTIMES. Raises InputError for a URI that is none or that KServe cannot fetch so, a name that
+    Kubernetes does not take or that two would have, an image that is missing, and where `out` cannot be written. A file
+    that was edited since an earlier call stays; what would have been written lies beside it, as NAME.new.
     """
     make = choose("runtime", RUNTIMES, runtime)
+    replica.check()
     if not SCHEME.fullmatch(storage_uri):
         raise InputError(f"--storage-uri {storage_uri!r} is no place KServe reads; write for example s3://BUCKET/PATH")
-    resources = make(models, storage_uri.rstrip("/"), image, gpus)
+    resources = make(models, storage_uri.rstrip("/"), replica)
     yaml = need("yaml", "serve")
-    with output_directory(out, SUMS, "directory of KServe resources") as scratch:
+    with output_directory(out, SUMS, "directory of KServe resources", keep_edits=True) as scratch:
         for name, resource in resources.items():
             text = yaml.safe_dump(resource, sort_keys=False, width=120)
             (scratch / name).write_text(text, encoding="utf-8")
     return list(resources)
 
 
-def _on_triton(models: Sequence[Chosen], uri: str, image: str | None, gpus: int) -> dict[str, Resource]:
+def _on_triton(models: Sequence[Chosen], uri: str, replica: Replica) -> dict[str, Resource]:
     command = [
         "tritonserver",
         f"--model-repository={MODELS}",
@@ -62,10 +88,10 @@ def _on_triton(models: Sequence[Chosen], uri: str, image: str | None, gpus: int)
     ]
     server = {
         "name": CONTAINER,
-        "image": image or IMAGE,
+        "image": replica.image or IMAGE,
         "args": command,
-        "env": [{"name": "NVIDIA_TF32_OVERRIDE", "value": "0"}],  # TF32 would flip spikes
-        **_common(),
+        "env": [{"name": "NVIDIA_TF32_OVERRIDE", "value": "0"}, _threads(replica)],  # TF32 would flip spikes
+        **_common(replica),
     }
     spec = {
         "annotations": {"prometheus.kserve.io/path": "/metrics", "prometheus.kserve.io/port": str(METRICS)},
@@ -75,56 +101,68 @@ def _on_triton(models: Sequence[Chosen], uri: str, image: str | None, gpus: int)
         "volumes": [_scratch()],
     }
     resources = {f"{RUNTIME}.yaml": _resource("v1alpha1", "ServingRuntime", RUNTIME, spec)}
+    scheme = uri.partition(":")[0]
+    if len(models) > 1 and scheme in SINGLE_ONLY:
+        raise InputError(
+            f"KServe does not fetch several {scheme}:// directories for Triton; write one repository a model, and call "
+            "this once for each"
+        )
     for model in models:
-        network = {
+        network: Resource = {
             "modelFormat": {"name": "triton", "version": "2"},
             "runtime": RUNTIME,
             "protocolVersion": "v2",
-            "resources": _resources(gpus),
+            "resources": _resources(replica),
         }
-        predictor = {**_pod(1000), "model": network, "storageUris": _from(f"{uri}/{model.name}", model)}
+        predictor = {**_pod(1000, replica), "model": network}
+        if len(models) == 1:
+            network["storageUri"] = uri
+        else:
+            predictor["storageUris"] = [{"uri": f"{uri}/{model.name}", "mountPath": f"{MODELS}/{model.name}"}]
         _add(resources, model, predictor)
     return resources
 
 
-def _on_mpdsgr(models: Sequence[Chosen], uri: str, image: str | None, gpus: int) -> dict[str, Resource]:
-    if not image:
+def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: Replica) -> dict[str, Resource]:
+    if not replica.image:
         raise InputError(
             "--runtime mpdsgr needs --image: the one you built from serve/docker, where the cluster finds it"
         )
-    backend = "onnxruntime-cuda" if gpus else "onnxruntime-cpu"
+    backend = "onnxruntime-cuda" if replica.gpus else "onnxruntime-cpu"
     resources: dict[str, Resource] = {}
     for model in models:
-        bundle = f"{model.name}={MODELS}/{model.name}@{model.precision}"
+        bundle = f"{model.name}={MODELS}@{model.precision}"
         server = {
             "name": CONTAINER,
-            "image": image,
+            "image": replica.image,
             "command": ["mpdsgr", "serve", bundle],
             # --insecure: plain HTTP inside the cluster, whose gateway decides who comes in
             "args": ["--host=0.0.0.0", f"--port={HTTP}", f"--grpc-port={GRPC}", f"--backend={backend}", "--insecure"],
-            **_common(),
-            "resources": _resources(gpus),
+            # KServe's webhook puts there what STORAGE_URI names, for containers too
+            "env": [{"name": "STORAGE_URI", "value": f"{uri}/{model.bundle.path.resolve().name}"}, _threads(replica)],
+            **_common(replica),
         }
-        directory = model.bundle.path.resolve().name
         predictor = {
             "annotations": {"prometheus.kserve.io/path": "/metrics", "prometheus.kserve.io/port": str(HTTP)},
-            **_pod(10001),
+            **_pod(10001, replica),
             "containers": [server],
-            "storageUris": _from(f"{uri}/{directory}", model),
             "volumes": [_scratch()],
         }
         _add(resources, model, predictor)
     return resources
 
 
-RUNTIMES: dict[str, Callable[[Sequence[Chosen], str, str | None, int], dict[str, Resource]]] = {
+RUNTIMES: dict[str, Callable[[Sequence[Chosen], str, Replica], dict[str, Resource]]] = {
     "triton": _on_triton,
     "mpdsgr": _on_mpdsgr,
 }
 
 
 def _resource(version: str, kind: str, name: str, spec: Resource) -> Resource:
-    return {"apiVersion": f"serving.kserve.io/{version}", "kind": kind, "metadata": {"name": name}, "spec": spec}
+    metadata: Resource = {"name": name}
+    if kind == "InferenceService":
+        metadata["annotations"] = dict(STANDARD)
+    return {"apiVersion": f"serving.kserve.io/{version}", "kind": kind, "metadata": metadata, "spec": spec}
 
 
 def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> None:
@@ -140,24 +178,28 @@ def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> 
     resources[file] = _resource("v1beta1", "InferenceService", name, {"predictor": predictor})
 
 
-def _from(uri: str, model: Chosen) -> list[Resource]:
-    return [{"uri": uri, "mountPath": f"{MODELS}/{model.name}"}]
+def _threads(replica: Replica) -> Resource:
+    """As many as the limit of cores: a thread a core of the node would be stopped and started by the quota."""
+    return {"name": "OMP_NUM_THREADS", "value": str(replica.cpus)}
 
 
-def _pod(user: int) -> Resource:
-    """Of every predictor: not root, one replica at least, so that no request waits for a start."""
+def _pod(user: int, replica: Replica) -> Resource:
+    """Of every predictor: not root, and ended only after what it accepted is answered."""
     identity = {"runAsNonRoot": True, "runAsUser": user, "fsGroup": user, "seccompProfile": {"type": "RuntimeDefault"}}
-    return {"minReplicas": 1, "terminationGracePeriodSeconds": 30, "securityContext": identity}
+    least, most = replica.replicas
+    account = {} if replica.service_account is None else {"serviceAccountName": replica.service_account}
+    scale = {"minReplicas": least, "maxReplicas": most}
+    return {**scale, "terminationGracePeriodSeconds": ENDING, "securityContext": identity, **account}
 
 
-def _common() -> Resource:
+def _common(replica: Replica) -> Resource:
     """Of every container: ports, probes, resources and no rights. Loading may take five minutes."""
     return {
         "ports": [{"name": "http1", "containerPort": HTTP, "protocol": "TCP"}],
         "startupProbe": _probe("ready", period=5, failures=60),
         "readinessProbe": _probe("ready", period=5, failures=2),
         "livenessProbe": _probe("live", period=10, failures=3),
-        "resources": _resources(0),
+        "resources": _resources(replica),
         "securityContext": {
             "runAsNonRoot": True,
             "allowPrivilegeEscalation": False,
@@ -178,6 +220,7 @@ def _scratch() -> Resource:
     return {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 
-def _resources(gpus: int) -> Resource:
-    devices = {"nvidia.com/gpu": str(gpus)} if gpus else {}
-    return {"requests": {"cpu": "1", "memory": "2Gi", **devices}, "limits": {"cpu": "2", "memory": "2Gi", **devices}}
+def _resources(replica: Replica) -> Resource:
+    devices = {"nvidia.com/gpu": str(replica.gpus)} if replica.gpus else {}
+    amount = {"cpu": str(replica.cpus), "memory": replica.memory, **devices}
+    return {"requests": amount, "limits": dict(amount)}

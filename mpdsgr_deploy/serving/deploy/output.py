@@ -3,6 +3,7 @@
 Its checksums lie in it in the format of sha256sum, so that `sha256sum -c` checks what was copied somewhere else.
 """
 
+import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,38 +11,62 @@ from pathlib import Path
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, recover_directory, replace_directory, scratch_directory, sha256
+from mpdsgr_deploy.progress import log
 
+NEW = ".new"
 LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
 
 @contextmanager
-def output_directory(out: Path, sums: str, what: str) -> Iterator[Path]:
+def output_directory(out: Path, sums: str, what: str, *, keep_edits: bool = False) -> Iterator[Path]:
     """A scratch directory, which takes the place of `out` when the block ends well.
 
     sums: the file of checksums, by which a later call knows `out` for `what` it may replace. Raises InputError where
-    `out` holds a file that no earlier call wrote or that was changed since.
+    `out` holds a file that no earlier call wrote or, unless `keep_edits`, that was changed since. With `keep_edits` a
+    changed file stays as it is, what it would be now lies beside it, as NAME.new, and the log shows the difference.
     """
     out = out.resolve()  # a link is followed, not replaced
     recover_directory(out)
     claim_directory(out, sums, what)
-    if (out / sums).exists():
-        _refuse_foreign(out, sums)
+    edited = _edited(out, sums) if (out / sums).exists() else []
+    if edited and not keep_edits:
+        raise InputError(f"{out / edited[0]} was changed since this command wrote it; choose another --out")
     with scratch_directory(out, what) as scratch:
         yield scratch
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
         lines = [f"{sha256(path)}  {path.relative_to(scratch).as_posix()}\n" for path in files]
+        for name in edited:
+            _keep(out / name, scratch / name)
         (scratch / sums).write_text("".join(lines), encoding="utf-8")
         replace_directory(scratch, out)
 
 
-def _refuse_foreign(out: Path, sums: str) -> None:
+def _edited(out: Path, sums: str) -> list[str]:
+    """Files of an earlier call that were changed since. Raises InputError for files that no call wrote."""
     text = (out / sums).read_text(encoding="utf-8", errors="replace")
     known = {name: digest for digest, name in LINE.findall(text)}
+    changed = []
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if path.is_dir() or name == sums:
+        if path.is_dir() or name == sums or (name.removesuffix(NEW) in known and name.endswith(NEW)):
             continue
         if name not in known:
             raise InputError(f"{out} holds {name}, which this command did not write; choose another --out")
         if sha256(path) != known[name]:
-            raise InputError(f"{out / name} was changed since this command wrote it; choose another --out")
+            changed.append(name)
+    return changed
+
+
+def _keep(edited: Path, written: Path) -> None:
+    """Let `written` be as it was edited, with what it would be beside it."""
+    theirs = edited.read_text(encoding="utf-8", errors="replace")
+    ours = written.read_text(encoding="utf-8") if written.exists() else ""
+    if theirs != ours:
+        lines = difflib.unified_diff(
+            theirs.splitlines(), ours.splitlines(), edited.name, edited.name + NEW, lineterm=""
+        )
+        log.warning("%s was edited and stays; what it would be now is in %s:", edited, edited.name + NEW)
+        for line in lines:
+            log.warning("  %s", line)
+        written.with_name(written.name + NEW).write_text(ours, encoding="utf-8")
+    written.write_text(theirs, encoding="utf-8")
