@@ -1,19 +1,34 @@
-# The two commands of the README. Each makes .venv on first use; PYTHON chooses the interpreter (3.11 or 3.12).
+# The two commands of the README are `make demo` and `make test`. Each makes .venv on first use and installs what it
+# needs; PYTHON chooses the interpreter (3.11, 3.12 or 3.13).
 PYTHON ?= python3
-STAMP := .venv/.installed
+DEMO_EXTRAS := cpu,report,train
+LOWEST := .venv-lowest
+# Builds of torch without CUDA. PyPI has none for Linux, so this index is used where it can be reached.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test bench install clean
+.PHONY: demo test test-lowest bench clean
 
-demo: install
+demo: .venv/.demo
 	.venv/bin/mpdsgr demo
 
-test: install
+test: .venv/.dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal
 
-bench: install
+# The oldest versions that pyproject.toml allows, in an environment of their own: the tests that need no torch.
+# Old releases use what newer ones of their own dependencies deprecate: these warnings are not errors here.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
+	  --extra cpu --extra openvino --extra parquet --extra report --extra serve pyproject.toml -o $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt -r tests/requirements.txt
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist worksteal \
+	  -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning
+
+bench: .venv/.dev
 	.venv/bin/python benchmarks/step.py
 	.venv/bin/python benchmarks/training.py
 	.venv/bin/python benchmarks/linear.py
@@ -24,15 +39,26 @@ bench: install
 	.venv/bin/python benchmarks/attack.py
 	.venv/bin/python benchmarks/serving.py
 
-install: $(STAMP)
+# $(call install,EXTRAS): into .venv. Without an NVIDIA GPU, torch comes without CUDA where the index of CPU builds can be
+# reached, else from PyPI with CUDA.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+  { echo "Python 3.11, 3.12 or 3.13 is needed; say which with: make PYTHON=python3.12"; exit 1; }
+@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+@index=; if nvidia-smi >/dev/null 2>&1; then echo "installing into .venv, torch with CUDA ..."; \
+  elif $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; \
+  then index="--extra-index-url $(CPU_INDEX)"; echo "installing into .venv, torch for the CPU ..."; \
+  else echo "installing into .venv, torch with CUDA, which PyPI has only: some GB, some minutes ..."; fi; \
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check $$index -c constraints.txt -e '.[$(1)]'
+@touch $@
+endef
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or later is needed; say which with: make PYTHON=python3.12"; exit 1; }
-	@echo "installing into .venv (torch and its CUDA libraries are about 5 GB; some minutes) ..."
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+.venv/.demo: pyproject.toml constraints.txt
+	$(call install,$(DEMO_EXTRAS))
+
+.venv/.dev: pyproject.toml constraints.txt
+	$(call install,dev)
+	@touch .venv/.demo
 
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv $(LOWEST) runs/demo

@@ -35,6 +35,12 @@ def test_wheel_and_sdist_contain_the_recipes(built: Path) -> None:
     assert RECIPES | {"README.md", "LICENSE", "pyproject.toml", "test_packaging.py"} <= names
 
 
+def test_the_metadata_would_be_accepted_by_an_index(built: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.fixture(scope="module")
 def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of a new environment with the wheel and its extra `cpu`, and nothing else."""
