@@ -238,6 +238,7 @@ def test_mistakes_are_one_line(small: Path) -> None:
     for broken, expected in (
         (SMALL.replace("defence.mpd-sgr.eta", "defence.rat.b"), "no row has the defence"),
         (SMALL + '[[rows]]\nrecipe = "digits-reg"\n', "digits-reg appear twice"),
+        (SMALL + 'init = "empirical"\n', "with an init of its own"),
         (SMALL.replace('"empirical"', '"../empirical"'), "name"),
         (SMALL.replace("limit", "limits"), "unknown key 'limits'"),
         (SMALL.replace("[0, 1]", "[]"), "seeds"),
@@ -266,6 +267,20 @@ def test_a_run_that_another_keeps_from_being_measured_is_said(small: Path) -> No
     done = table(small, "empirical", "--seeds", "0")
     assert done.exit_code == 2
     assert "error: empirical, seed 0: not measured, since too-large, seed 1 failed" in done.output
+
+
+def test_a_row_starts_from_the_network_of_another(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured.parent, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "small.toml"
+    file.write_text(SMALL + '[[rows]]\nrecipe = "digits-reg"\nname = "tuned"\ninit = "digits-reg"\n')
+    done = table(file, "tuned", "--seeds", "1")
+    assert done.exit_code == 0, done.output
+    record = records_of(tmp_path / "results" / "small")["tuned", 1]
+    (start,) = (tmp_path / "runs" / "small").glob("digits-reg-seed1-*")
+    assert record.init == {"weights_sha256": load_checkpoint(start / "last").weights_sha256, "epoch": 1}
+    spec = load_table(str(file))[1]
+    assert outdated(record, spec) is None
+    assert "from other weights" in str(outdated(record.model_copy(update={"init": None}), spec))
 
 
 def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,11 +57,17 @@ def runs_of(
         root=places.root,
         folder=places.out / name,
     )
+
+    def alone(row: RowSpec, seed: int) -> Run:
+        """A row's run without a sender."""
+        init = None if row.init is None else alone(table.row(row.init), seed)
+        return run(row.title, table.recipe(row, seed), init=init, sender=None)
+
     for seed in seeds:
         for row in rows:
             source = table.source(row, seed)
-            sender = None if source is None else run(source[0].title, source[1], sender=None)
-            yield run(row.title, table.recipe(row, seed), sender=sender)
+            sender = None if source is None else alone(source[0], source[1].training.seed)
+            yield replace(alone(row, seed), sender=sender)
 
 
 def missing_runs(
@@ -79,13 +85,22 @@ def missing_runs(
 
 
 def measure_all(todo: list[Run], jobs: int) -> Failures:
-    """Measure all, after the networks are trained whose attacked images they are tried with. Returns what failed."""
-    senders = {str(run.sender): run.sender for run in todo if run.sender is not None}
-    failures = work([*senders.values()], jobs, train_one)
-    failed = {str(run) for run, _ in failures}
-    left_out = [run for run in todo if str(run.sender) in failed]
-    failures += [(run, InputError(f"not measured, since {run.sender} failed")) for run in left_out]
-    return failures + work([run for run in todo if run not in left_out], jobs, measure_one)
+    """Measure all, after the networks are trained that they start from or whose attacked images they are tried with.
+
+    Returns what failed.
+    """
+    senders = [run.sender for run in todo if run.sender is not None]
+    inits = [run.init for run in (*todo, *senders) if run.init is not None]
+    failures: Failures = []
+    for group in (inits, senders, todo):
+        failed = {str(run) for run, _ in failures}
+        ready = {str(run): run for run in group if not {str(run.init), str(run.sender)} & failed}
+        for run in todo if group is todo else ():
+            missing = sorted({str(run.init), str(run.sender)} & failed)
+            if missing:
+                failures.append((run, InputError(f"not measured, since {missing[0]} failed")))
+        failures += work([*ready.values()], jobs, measure_one if group is todo else train_one)
+    return failures
 
 
 def work(todo: list[Run], jobs: int, task: Task) -> Failures:

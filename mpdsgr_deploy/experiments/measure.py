@@ -12,6 +12,7 @@ import torch
 
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
+from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.diagnostics.measure import measure as layer_potentials
 from mpdsgr_deploy.experiments import variants
@@ -43,8 +44,8 @@ assert variants.DEPTHS  # imported to register the defences and models that stud
 class Run:
     """One row with one seed, and where its files lie: training runs, data sets, records.
 
-    tier: the gate's, whose attacks torch's network meets; None: those of its recipe. sender: the run whose network's
-    attacked images are tried too.
+    tier: the gate's, whose attacks torch's network meets; None: those of its recipe. init: the run whose network
+    training starts from; None: random weights. sender: the run whose network's attacked images are tried too.
     """
 
     table: str
@@ -52,6 +53,7 @@ class Run:
     recipe: Recipe
     artefact: ExportSpec | None
     tier: str | None
+    init: "Run | None"
     sender: "Run | None"
     runs: Path
     root: str
@@ -64,6 +66,8 @@ class Run:
     def directory(self) -> Path:
         """Where it is trained. Another recipe trains elsewhere; one that is only attacked otherwise is the same."""
         content = self.recipe.model_dump(mode="json", exclude=EVALUATION)
+        if self.init is not None:
+            content["init"] = self.init.directory.name
         return self.runs / self.table / f"{self.row}-seed{self.recipe.training.seed}-{digest(content)}"
 
 
@@ -78,7 +82,8 @@ def trained(run: Run) -> Path:
     Evaluated is the last epoch's network, at the end of the schedule: which epoch scores best on few validation images
     is chance, and rows that stopped at different ages would differ in more than their method.
     """
-    train(run.recipe.model_copy(update={"data": run.recipe.data.at(run.root)}), run.directory, resume=True)
+    init = None if run.init is None else trained(run.init)
+    train(run.recipe.model_copy(update={"data": run.recipe.data.at(run.root)}), run.directory, resume=True, init=init)
     return run.directory / CHECKPOINT
 
 
@@ -121,9 +126,15 @@ def measure(run: Run) -> Record:
         artefacts=artefacts,
         sensitivity=sensitivity(model, images, recipe),
         provenance=checkpoint.provenance,
+        init=started_from(checkpoint),
     )
     put(run.folder, record)
     return record
+
+
+def started_from(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What a record says of the checkpoint whose weights training started from."""
+    return checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")}
 
 
 def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:

@@ -142,6 +142,7 @@ class Record(BaseModel):
     attacks torch's network met, None: those its recipe names. curve: what training logged, by name, a value an epoch;
     seconds: wall time of the training; layers: membrane statistics of its last epoch. `torch` is the evaluation of the
     torch network, or else `artefacts` those of the exported network by precision. `provenance` is that of the training.
+    init: hash and epoch of the weights that training started from; None: random ones.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -161,6 +162,7 @@ class Record(BaseModel):
     artefacts: dict[str, AttackedExport] = {}
     sensitivity: Annotated[dict[str, Any], Rounded]
     provenance: dict[str, Any]
+    init: dict[str, Any] | None = None
 
     @property
     def attacked(self) -> Attacked:
@@ -190,6 +192,8 @@ def outdated(record: Record, table: TableSpec) -> str | None:
     now, before = table.recipe(row, record.seed).model_dump(), resolved(record.recipe).model_dump()
     if changed := [section for section in now if before[section] != now[section]]:
         return f"{who} was measured with another recipe (other values in {', '.join(changed)})"
+    if (row.init is None) != (record.init is None):
+        return f"{who} was trained from other weights than its table asks for"
     asked = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
     if asked != {precision: artefact.tier for precision, artefact in record.artefacts.items()}:
         return f"{who} does not have the exported networks that its table asks for"

@@ -20,12 +20,14 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists only
 class RowSpec(Section):
     """A recipe. `set` changes it for this row alone, which then needs a `name` of its own.
 
-    transfer: title of a row. Its network of the table's next seed is attacked, and those images are tried on this one.
+    init: title of a row from whose network of the same seed training starts, instead of random weights. transfer: title
+    of a row. Its network of the table's next seed is attacked, and those images are tried on this one.
     """
 
     recipe: FileName
     name: FileName | None = None
     set: Names = ()
+    init: FileName | None = None
     transfer: FileName | None = None
 
     @property
@@ -123,8 +125,8 @@ def load_table(name: str) -> tuple[str, TableSpec]:
 def checked(table: TableSpec, source: str) -> TableSpec:
     """The table itself.
 
-    Raises InputError for row titles that are not unique, an override that concerns no row, or a transfer between
-    networks that are not there or not two.
+    Raises InputError for row titles that are not unique, an override that concerns no row, a row that starts from one
+    that is not there or itself starts from another, or a transfer between networks that are not there or not two.
     """
     titles = [row.title for row in table.rows]
     if repeated := {title for title in titles if titles.count(title) > 1}:
@@ -132,6 +134,8 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     used = {override for row in table.rows for override in table.overrides(row)}
     if unused := [override for override in table.set if override not in used]:
         raise InputError(f"{source}: no row has the defence that {', '.join(unused)} changes")
+    if chained := [row.title for row in table.rows if row.init and table.row(row.init).init]:
+        raise InputError(f"{source}: {', '.join(chained)} would start from a row with an init of its own")
     senders = [table.row(row.transfer) for row in table.rows if row.transfer is not None]
     if senders and len(set(table.seeds)) < 2:
         raise InputError(f"{source}: transfer is between networks of two seeds, and the table has one; give it another")
