@@ -21,13 +21,15 @@ def apgd(
     *,
     eps: float,
     steps: int = 100,
+    step: float | None = None,
     draw: Draw | None = None,
     keep: Literal["broken", "worst"] = "broken",
 ) -> Array:
     """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after steps + 1 gradients an image at most.
 
-    The step size of an image starts at 2 eps. At a checkpoint it halves, and the image goes back to where its loss was
-    largest, if too few steps raised the loss, or if the largest loss is still that of a checkpoint that did not halve.
+    The step size of an image starts at `step`, by default 2 eps. At a checkpoint it halves, and the image goes back to
+    where its loss was largest, if too few steps raised the loss, or if the largest loss is still that of a checkpoint
+    that did not halve.
     draw, keep: as of `pgd`. "broken" also drops an image from the batch as soon as it fools the target, and returns the
     iterate of the largest loss for those that never do.
     """
@@ -35,7 +37,7 @@ def apgd(
     start = begin(xp, x, eps, draw)
     found = xp.asarray(start, copy=True)
     logits, loss, gradient = target(start, y)
-    state = _at_start(xp, start, x, y, loss, gradient, eps)
+    state = _at_start(xp, start, x, y, loss, gradient, 2 * eps if step is None else step)
     last_check, checks = 0, checkpoints(steps)
     for number in range(steps + 1):
         if keep == "broken":
@@ -89,11 +91,11 @@ class _State(NamedTuple):
         return _State(*(part[chosen] for part in self))
 
 
-def _at_start(xp: Array, start: Array, x: Array, y: Array, loss: Array, gradient: Array, eps: float) -> _State:
+def _at_start(xp: Array, start: Array, x: Array, y: Array, loss: Array, gradient: Array, step: float) -> _State:
     zero, index = xp.zeros_like(loss), xp.arange(x.shape[0], device=device(x))
     return _State(
         index, x, y, current=start, previous=start, gradient=gradient, best=start, best_gradient=gradient,
-        largest=loss, loss=loss, eta=zero + 2 * eps, rises=zero, largest_at_check=loss, halved=zero == 0,
+        largest=loss, loss=loss, eta=zero + step, rises=zero, largest_at_check=loss, halved=zero == 0,
     )  # fmt: skip
 
 

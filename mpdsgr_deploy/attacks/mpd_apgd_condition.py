@@ -21,10 +21,12 @@ HEAVY_TAILED = "superspike"  # 1 / (1 + k |U - V_th|)^2
 @register
 @dataclass(frozen=True, kw_only=True)
 class MPDAutoPGD(GradientAttack):
-    """APGD through heavy-tailed surrogates, one sharpness after the other, on images that still stand."""
+    """Adaptive steps through heavy-tailed surrogates, round after round on the images that still stand."""
 
     method: ClassVar[str] = "mpd-apgd"
 
+    steps: int = 150
+    rounds: int = 6
     sharpnesses: tuple[float, ...] = SHARPNESSES
 
     @classmethod
@@ -34,15 +36,14 @@ class MPDAutoPGD(GradientAttack):
     @property
     def settings(self) -> str:
         names = ", ".join(f"{k:g}" for k in self.sharpnesses)
-        rounds = "" if self.restarts == 1 else f", {self.restarts} rounds"
         return (
-            f"MPD-APGD, eps {self.eps:.4g}, {self.steps} steps of adaptive size on the {self.loss.upper()} loss "
-            f"through {self.surrogate} of sharpness {names} in turn{rounds}"
+            f"MPD-APGD, eps {self.eps:.4g}, {self.rounds} rounds of {self.steps} adaptive steps on the "
+            f"{self.loss.upper()} loss through {self.surrogate} of sharpness {names} in turn"
         )
 
     @property
     def cost(self) -> int:
-        return (self.steps + 2) * len(self.sharpnesses) * self.restarts * self.draws
+        return (self.steps + 2) * self.rounds * self.draws
 
     def target(self, network: Network) -> AbstractContextManager[Sequence[Differentiable]]:
         return self._targets(network)
@@ -71,6 +72,6 @@ class MPDAutoPGD(GradientAttack):
             steps=self.steps,
             draw=draw,
             keep=kept_iterate(self.keep),
-            restarts=self.restarts,
+            rounds=self.rounds,
         )
         return np.asarray(adversarial)
