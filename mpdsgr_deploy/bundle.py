@@ -3,7 +3,7 @@
     manifest.json         what this is, and the sha256 of every other file
     model.fp32.onnx       one network per precision
     attack.fp32.onnx      each network's derivative, by which it is attacked
-    weights.safetensors   the torch weights, from which all of it was made
+    weights.safetensors   the torch weights, from which all of it was made, unless the network comes from elsewhere
     reference.npz         how the torch network answered the test images, clean and attacked
     images.npz            these images, if the bundle carries them
     golden.npz            a few inputs and each precision's logits, checked whenever a predictor is opened
@@ -134,6 +134,7 @@ class Manifest(BaseModel):
     labels: tuple[str, ...]
     pixels: PixelStatistics | None = None  # of the training images; None: not known
     recipe: Recipe  # T, encoding and neuron among the rest
+    origin: Literal["trained", "module", "adopted"] = "trained"  # here, as a torch module, or only as an ONNX file
     variants: dict[str, Variant]
     reference: Promise | None = None  # None: the data set was not at hand
     prepared: tuple[Prepared, ...] = ()
@@ -258,7 +259,8 @@ def open_bundle(path: Path) -> Bundle:
             raise InputError(f"{path} is incomplete: {name} is missing; copy the bundle again")
         if sha256(file) != digest:
             raise InputError(f"{file} does not match its hash in {MANIFEST}: it was changed or damaged; copy it again")
-    for needed in (WEIGHTS, GOLDEN, *(variant.file for variant in manifest.variants.values())):
+    weights = [WEIGHTS] if manifest.origin == "trained" else []
+    for needed in (*weights, GOLDEN, *(variant.file for variant in manifest.variants.values())):
         bundle.file(needed)
     return bundle
 

@@ -1,11 +1,14 @@
 """Do two sets of logits say the same? One definition for export, the golden check and validation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 TOLERANCE = 1e-5  # what float32 rounding alone may do to a logit
 MINIMUM_SHARE = 0.95
+GOLDEN_ROWS = 8
 
 
 class Parity(BaseModel):
@@ -45,3 +48,15 @@ def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Pari
         within_tolerance=int((difference <= TOLERANCE).sum()),
         labels_differ=int((reference.argmax(1) != logits.argmax(1)).sum()),
     )
+
+
+def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32]]) -> NDArray[np.intp]:
+    """The images that another machine should answer alike, at most GOLDEN_ROWS, of all N.
+
+    agreeing [N]: where the reference and the file agree, so that no potential lies within rounding of the threshold.
+    logits [N, K] of each precision: among those, the widest margins between the two best logits in all of them.
+    """
+    rows = np.flatnonzero(agreeing)
+    best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
+    margins = (best[..., -1] - best[..., 0]).min(0)  # 0 where there is one label only
+    return np.sort(rows[np.argsort(-margins[rows], kind="stable")][:GOLDEN_ROWS])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mpdsgr_deploy"
-STAGES = {"training", "exporting", "adopt", "validation", "prediction", "serving", "experiments"}
+STAGES = {"training", "exporting", "validation", "prediction", "serving", "experiments"}
 
 
 def module_name(file: Path) -> str:

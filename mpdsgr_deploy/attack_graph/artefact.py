@@ -1,6 +1,7 @@
 """An exported network under attack: a backend's answers, and gradients of its own ONNX file."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +46,23 @@ class Artefact:
         return GraphAttacker.from_bundle(
             self._bundle, self._precision, surrogate, loss=loss, draws=draws, provider=self._provider
         )
+
+
+class NetworkFile:
+    """An ONNX file under attack before it is in a bundle; `predictor` answers, and it draws no noise."""
+
+    stochastic = False
+
+    def __init__(self, model: Path, predictor: Predictor) -> None:
+        self._model, self._predictor = model, predictor
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._predictor(x)
+
+    def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
+        """Raises InputError for an unknown surrogate, or a loss that attack graphs do not have."""
+        return GraphAttacker(self._model, surrogate, loss=choose("loss of attack graphs", LOSSES, loss))
+
+    def adaptive(self, *, draws: int) -> GraphAttacker:
+        """Through surrogates that adapt."""
+        return GraphAttacker(self._model, ADAPTIVE)

@@ -27,7 +27,7 @@ from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.attacks.square import square
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 from mpdsgr_deploy.recipe import Attack
-from mpdsgr_deploy.surrogates import ADAPTIVE
+from mpdsgr_deploy.surrogates import ADAPTIVE, DETACHED
 
 KEPT: dict[Keep, str] = {"broken": "broken by any iterate", "worst": "the iterate of the largest loss"}
 ADAPTING = 32  # images at a time: an adaptive surrogate remembers two numbers per neuron, step and image
@@ -202,6 +202,21 @@ class StrongPGD(GradientAttack):
             restarts=self.restarts,
         )
         return np.asarray(adversarial)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DetachedPGD(StrongPGD):
+    """Strong PGD whose gradient does not pass through resets, as libraries that detach them have it."""
+
+    method: ClassVar[str] = "strong-pgd-detached"
+
+    @property
+    def through(self) -> str:
+        return f"through {self.surrogate} with detached resets"
+
+    def target(self, network: Network) -> AbstractContextManager[Any]:
+        return network.attacker(f"{self.surrogate}{DETACHED}", loss=self.loss, draws=self.draws)
 
 
 @register

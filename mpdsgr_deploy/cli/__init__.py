@@ -15,6 +15,7 @@ COMMANDS = (
     "demo",
     "train",
     "export",
+    "adopt",
     "build",
     "validate",
     "predict",

@@ -17,6 +17,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import Promise
 from mpdsgr_deploy.runtime import NoiseSource
+from mpdsgr_deploy.surrogates import trained_surrogate
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
@@ -27,11 +28,11 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "input": f"{manifest.input_name}: float32 [B, {', '.join(map(str, manifest.input_shape))}] in [0, 1]",
         **{f"noise {x.name}": f"{x.kind}, float32 [B, {', '.join(map(str, x.shape))}]" for x in manifest.noise},
         "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
-        **describe(manifest.recipe),
+        **(describe(manifest.recipe) if manifest.origin == "trained" else described_elsewhere(bundle)),
         "checkpoint": manifest.provenance.get("checkpoint", "not recorded"),
     }
     if manifest.reference is not None:
-        facts["promised"] = promised(manifest.reference)
+        facts["promised"] = promised(manifest.reference, manifest.recipe.attack.eps)
     for precision in manifest.variants:
         found = variant_facts(bundle, precision)
         facts.update({f"{precision} {name}": value for name, value in found.items()})
@@ -67,10 +68,11 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
     return facts
 
 
-def promised(promise: Promise) -> str:
-    """What the torch network kept under each attack when it was exported."""
+def promised(promise: Promise, eps: float) -> str:
+    """What the reference network kept under each attack when it was exported."""
     kept = ", ".join(f"{name} {100 * correct / promise.n:.1f} %" for name, correct in promise.correct.items())
-    return f"on the first {promise.n} test images of {promise.data}, tier {promise.tier}: {kept}"
+    images = f"on the first {promise.n} test images of {promise.data}"
+    return f"{images}, tier {promise.tier}, eps {eps * 255:.3g}/255: {kept}"
 
 
 def spans(layers: Mapping[str, str]) -> str:
@@ -95,6 +97,22 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]
     }
     layers = checkpoint.history[-1]["layers"] if checkpoint.history else []
     return facts, [LayerStatistics(**layer) for layer in layers]
+
+
+def described_elsewhere(bundle: Bundle) -> dict[str, Any]:
+    """What was recognised in a network that was not trained here."""
+    manifest = bundle.manifest
+    adopted = manifest.provenance["adopted"]
+    layers = ", ".join(f"{name} x {steps}" for name, steps in adopted["layers"].items()) or "none: no spiking network"
+    before = {key: value for key, value in adopted["preprocessing"].items() if value}
+    return {
+        "model": manifest.recipe.model.name,
+        "spiking layers x time steps": layers,
+        "attacked through": trained_surrogate(manifest.recipe),
+        "in front of its nodes": "nothing"
+        if adopted["unchanged"]
+        else ", ".join(f"{k} {v}" for k, v in before.items()),
+    }
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.attacks.tiers import TIERS
@@ -26,7 +25,7 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
-from mpdsgr_deploy.parity import TOLERANCE, compare
+from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import provenance
@@ -37,7 +36,6 @@ from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
 from mpdsgr_deploy.surrogates import trained_surrogate
 
 PARITY_BATCHES = (1, 2, 5, 33)
-GOLDEN_ROWS = 8
 
 
 def export(
@@ -114,7 +112,7 @@ def export(
             promise = _promise(reference, checkpoint.recipe, promised, tier, written, scratch)
             if carry_images:
                 save_images(promised, scratch / IMAGES)
-        rows = _golden_rows(expected, found, [*logits.values()])
+        rows = golden_rows(np.abs(expected - found).max(1) <= TOLERANCE, [*logits.values()])
         arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
         np.savez(scratch / GOLDEN, **arrays)
         shutil.copyfile(source / checkpoint.weights, scratch / WEIGHTS)
@@ -205,13 +203,3 @@ def _untried(graph: ir.Model, precision: str, folder: Path) -> Variant:
     layers, file = plan(graph, precision), f"model.{precision}.onnx"
     save(convert(graph, layers), folder / file)
     return Variant(file=file, layers=layers)
-
-
-def _golden_rows(torch: np.ndarray, onnx: np.ndarray, logits: Sequence[np.ndarray]) -> NDArray[np.intp]:
-    """The images another machine should answer alike: no potential within rounding of the threshold (torch and ONNX
-    agree) and, among those, the widest margins between the two best logits in every precision.
-    """
-    agreeing = np.flatnonzero(np.abs(torch - onnx).max(1) <= TOLERANCE)
-    best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
-    margins = (best[..., -1] - best[..., 0]).min(0)  # 0 where there is one label only
-    return np.sort(agreeing[np.argsort(-margins[agreeing], kind="stable")][:GOLDEN_ROWS])

@@ -79,8 +79,12 @@ class TorchModel:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, noise: NoiseSource | None = None) -> Self:
-        """The network of the bundle's recipe with the bundle's weights."""
+        """The network of the bundle's recipe with its weights. Raises InputError if it was not trained here."""
         manifest = bundle.manifest
+        if manifest.origin != "trained":
+            raise InputError(
+                f"{bundle.path} holds no torch weights, its network comes from elsewhere; use another backend"
+            )
         shape = manifest.input_shape
         model = load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels))
         return cls(model, shape, manifest.recipe.validation.seed, noise)

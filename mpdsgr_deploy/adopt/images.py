@@ -1,0 +1,72 @@
+"""Labelled images for a network from elsewhere: a data set by name, a folder of classes, or an .npz file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.data.files import IMAGE_SUFFIXES, files_below, read_image, read_labelled
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Data
+
+
+def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int], limit: int | None) -> Images:
+    """At most `limit` images of a shape (C, H, W), with their classes.
+
+    source: a folder CLASS/NAME.png, an .npz file with pixels (uint8 [N, C, H, W]), classes (int [N]) and, if it has
+    them, labels (str [K]); else a registered data set, whose files lie in `root`. Raises InputError for images of
+    another shape and for what cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        images = _folder(path, shape)
+    elif path.suffix == ".npz":
+        images = _archive(path)
+    else:
+        images = load_test(Data(name=source, image_size=shape[1]).at(root))
+    if images.shape != shape:
+        raise InputError(f"the images of {source} have shape {images.shape}; the network takes {shape} (C, H, W)")
+    return images[:limit] if limit else images
+
+
+def _folder(path: Path, shape: tuple[int, int, int]) -> Images:
+    labels = tuple(sorted(p.name for p in path.iterdir() if p.is_dir()))
+    files = [(file, k) for k, label in enumerate(labels) for file in files_below(path / label, IMAGE_SUFFIXES)]
+    if not files:
+        raise InputError(f"no images under {path}; expected {path}/CLASS/NAME.png, one folder a class")
+    order = np.random.default_rng(0).permutation(len(files))  # the first so many are then of all classes
+    chosen = [files[i] for i in order]
+    return read_labelled(chosen, read_image, shape=shape, labels=labels, name=path.name)
+
+
+def _archive(path: Path) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pixels, classes = arrays["pixels"], arrays["classes"]
+            labels = tuple(map(str, arrays["labels"])) if "labels" in arrays else ()
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise InputError(f"{path} does not hold the arrays pixels and classes ({error})") from None
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or classes.shape != pixels.shape[:1]:
+        raise InputError(f"{path}: pixels must be uint8 [N, C, H, W] and classes int [N]")
+    if classes.dtype.kind not in "iu" or (len(classes) and classes.min() < 0):
+        raise InputError(f"{path}: classes must be whole numbers from 0")
+    count = int(classes.max(initial=-1)) + 1
+    return Images(pixels, classes.astype(np.int64), labels or tuple(map(str, range(count))))
+
+
+def relabelled(images: Images, labels: Sequence[str], classes: int) -> Images:
+    """The images with the names of the network's classes. Raises InputError unless there is one name per logit."""
+    names = tuple(labels)
+    if not names and len(images.labels) < classes and all(label.isdecimal() for label in images.labels):
+        names = tuple(map(str, range(classes)))  # the archive names no classes and does not show all of them
+    names = names or images.labels
+    if len(names) != classes:
+        raise InputError(
+            f"the network has {classes} logits and there are {len(names)} labels ({', '.join(names[:5])}, ...); give "
+            "one label per logit with --labels"
+        )
+    if int(images.classes.max(initial=0)) >= classes:
+        raise InputError(f"an image has class {images.classes.max()}; the network has {classes} logits, from 0")
+    return Images(images.pixels, images.classes, names)

@@ -1,0 +1,209 @@
+"""A foreign ONNX classifier: what is asked of it, and what is put in front of it so that it takes images in [0, 1].
+
+A file that takes float32 [batch, C, H, W] in [0, 1] with a free batch dimension is deployed byte for byte. Otherwise
+its nodes and weights stay as they are, and nodes in front of them do what the user said happens before: a range of
+pixels, a normalisation, the order of the axes. A batch dimension that was fixed at export is made free where nothing
+depends on it.
+"""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mpdsgr_deploy.errors import InputError, one_line
+
+LARGEST = 2**31 - 1  # bytes that protobuf writes
+OLDEST = 13  # opset
+PROBABILITIES = {"Softmax", "Sigmoid", "Hardmax"}
+PREFIX = "adopted/"  # of everything that is put in front
+
+
+class Preprocessing(NamedTuple):
+    """What the network expects of an image in [0, 1], in this order: another range, or (x - mean) / std per channel.
+
+    layout: the order of its input's axes.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    layout: Literal["nchw", "nhwc"] = "nchw"
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the network takes images as they are."""
+        return self == Preprocessing()
+
+
+class Classifier(NamedTuple):
+    """A network float32 [batch, C, H, W] in [0, 1] to logits [batch, K].
+
+    unchanged: whether it is the user's file byte for byte; batch: the size that its batch was fixed to, None if free.
+    """
+
+    network: onnx.ModelProto
+    shape: tuple[int, int, int]
+    classes: int
+    unchanged: bool
+    batch: int | None
+
+
+def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> Classifier:
+    """A classifier from the user's ONNX file. Raises InputError, saying what to do, for a file that is none."""
+    before = Preprocessing() if preprocessing is None else preprocessing
+    network = _load(file)
+    _check_operators(file, network)
+    images = _only_input(file, network)
+    dims = [d.dim_value if d.HasField("dim_value") else None for d in images.type.tensor_type.shape.dim]
+    batch, *sizes = dims
+    height, width, channels = sizes if before.layout == "nhwc" else (*sizes[1:], sizes[0])
+    if channels is None or height is None or width is None:
+        raise InputError(f"{file}: input {images.name!r} has no fixed channels, height and width; export it with them")
+    if batch is not None:
+        _free_batch(network, batch)
+    classes = _classes(file, network)
+    shape = channels, height, width
+    if not before.nothing:
+        _put_in_front(file, network, before, shape)
+    return Classifier(network, shape, classes, before.nothing and batch is None, batch)
+
+
+def _load(file: Path) -> onnx.ModelProto:
+    try:
+        size = file.stat().st_size
+        network = onnx.load(file, load_external_data=False)
+    except Exception as error:  # an OSError, or protobuf's DecodeError, of a package without types
+        raise InputError(f"{file} is not an ONNX file ({type(error).__name__}: {one_line(error)})") from None
+    if size > LARGEST:
+        raise InputError(f"{file} is larger than 2 GB, which one ONNX file cannot hold; adopt a smaller network")
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in network.graph.initializer):
+        raise InputError(
+            f"{file} keeps its weights in other files; save it as one: "
+            f"python -c \"import onnx; onnx.save(onnx.load('{file.name}'), 'one-file.onnx')\""
+        )
+    if not network.graph.node or not network.graph.output:
+        raise InputError(f"{file} is not an ONNX network: it has no nodes or no output")
+    return network
+
+
+def _check_operators(file: Path, network: onnx.ModelProto) -> None:
+    opset = next((entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < OLDEST:
+        raise InputError(f"{file} has opset {opset}; export again with opset {OLDEST} or later (21 is best)")
+    own = {function.domain for function in network.functions}
+    for node in network.graph.node:
+        if node.domain not in ("", "ai.onnx", *own):
+            raise InputError(
+                f"{file}: node {node.name or node.output[0]} is a custom operator ({node.domain}.{node.op_type}); "
+                "export with standard ONNX operators only"
+            )
+
+
+def _only_input(file: Path, network: onnx.ModelProto) -> onnx.ValueInfoProto:
+    stored = {tensor.name for tensor in network.graph.initializer}
+    inputs = [entry for entry in network.graph.input if entry.name not in stored]
+    if len(inputs) != 1:
+        names = ", ".join(entry.name for entry in inputs) or "none"
+        raise InputError(f"{file} has {len(inputs)} inputs ({names}); export a network of images alone, state inside")
+    images, tensor = inputs[0], inputs[0].type.tensor_type
+    if tensor.elem_type != TensorProto.FLOAT or len(tensor.shape.dim) != 4:
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        raise InputError(
+            f"{file}: input {images.name!r} is {kind} with {len(tensor.shape.dim)} axes and no batch of images; export "
+            "a network that takes float32 [batch, channels, height, width] and unrolls its time steps itself"
+        )
+    return images
+
+
+def _classes(file: Path, network: onnx.ModelProto) -> int:
+    """The number of logits. Raises InputError for several outputs, and for probabilities."""
+    if len(network.graph.output) != 1:
+        names = ", ".join(entry.name for entry in network.graph.output)
+        raise InputError(f"{file} has {len(network.graph.output)} outputs ({names}); export the logits alone")
+    logits = network.graph.output[0]
+    makers = {name: node for node in network.graph.node for name in node.output}
+    last = makers.get(logits.name)
+    while last is not None and last.op_type in ("Identity", "Reshape", "Squeeze", "Flatten"):
+        last = makers.get(last.input[0])
+    if last is not None and last.op_type in PROBABILITIES:
+        raise InputError(
+            f"{file}: output {logits.name!r} holds probabilities, not logits; cut node {last.name or last.output[0]} "
+            f"({last.op_type}) off and make its input {last.input[0]!r} the output"
+        )
+    graph = onnx.shape_inference.infer_shapes(network).graph
+    dims = graph.output[0].type.tensor_type.shape.dim
+    if len(dims) != 2 or not dims[1].HasField("dim_value"):
+        raise InputError(f"{file}: output {logits.name!r} is no batch of logits [batch, classes]; export those alone")
+    return int(dims[1].dim_value)
+
+
+def _free_batch(network: onnx.ModelProto, batch: int) -> None:
+    """Name the batch dimension, and let constant shapes that begin with its size take it from their input."""
+    graph = network.graph
+    del graph.value_info[:]
+    stored = {tensor.name for tensor in graph.initializer}
+    for entry in (*(entry for entry in graph.input if entry.name not in stored), *graph.output):
+        if entry.type.tensor_type.shape.dim:
+            entry.type.tensor_type.shape.dim[0].dim_param = "batch"
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in list(graph.node):
+        if node.op_type != "Reshape":
+            continue
+        target = _constant(graph, makers, node.input[1])
+        if target is not None and target.ndim == 1 and len(target) and target[0] == batch and (target[1:] > 0).all():
+            name = f"{PREFIX}{node.output[0]}/shape"
+            graph.initializer.append(numpy_helper.from_array(np.array([-1, *target[1:]], np.int64), name))
+            node.input[1] = name
+
+
+def _constant(graph: onnx.GraphProto, makers: dict[str, onnx.NodeProto], value: str) -> np.ndarray | None:
+    for tensor in graph.initializer:
+        if tensor.name == value:
+            return numpy_helper.to_array(tensor)
+    maker = makers.get(value)
+    if maker is None or maker.op_type != "Constant" or not maker.attribute:
+        return None
+    held = helper.get_attribute_value(maker.attribute[0])
+    return numpy_helper.to_array(held) if isinstance(held, onnx.TensorProto) else np.asarray(held)
+
+
+def _put_in_front(file: Path, network: onnx.ModelProto, before: Preprocessing, shape: tuple[int, int, int]) -> None:
+    """Nodes between images [batch, C, H, W] in [0, 1] and the network's own input."""
+    graph, channels = network.graph, shape[0]
+    stored = {tensor.name for tensor in graph.initializer}
+    own = next(entry for entry in graph.input if entry.name not in stored)
+    steps: list[tuple[str, np.ndarray | None]] = []
+    if before.high - before.low != 1:
+        steps.append(("Mul", np.array(before.high - before.low)))
+    if before.low:
+        steps.append(("Add", np.array(before.low)))
+    for op_type, values in (("Sub", before.mean), ("Div", before.std)):
+        if values and len(values) not in (1, channels):
+            raise InputError(f"{file} takes {channels} channels; give one number per channel, not {len(values)}")
+        if values:
+            steps.append((op_type, np.array(values).reshape(-1, 1, 1)))
+    if before.layout == "nhwc":
+        steps.append(("Transpose", None))
+    value, nodes = f"{PREFIX}images", []
+    batch = own.type.tensor_type.shape.dim[0].dim_param or "batch"
+    images = helper.make_tensor_value_info(value, TensorProto.FLOAT, [batch, *shape])
+    for number, (op_type, array) in enumerate(steps):
+        last = number == len(steps) - 1
+        output, name = own.name if last else f"{PREFIX}{op_type.lower()}", f"{PREFIX}{op_type}"
+        if array is None:
+            nodes.append(helper.make_node(op_type, [value], [output], name=name, perm=[0, 2, 3, 1]))
+        else:
+            graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), f"{name}/by"))
+            nodes.append(helper.make_node(op_type, [value, f"{name}/by"], [output], name=name))
+        value = output
+    others = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *others])
+    kept = [entry for entry in graph.input if entry.name != own.name]
+    graph.value_info.append(own)
+    del graph.input[:]
+    graph.input.extend([images, *kept])

@@ -1,0 +1,107 @@
+"""What an attack can and cannot follow in a network, node by node, before anything is written."""
+
+from collections import Counter
+from typing import Literal, NamedTuple
+
+import onnx
+
+from mpdsgr_deploy.attack_graph.derive import attack_graph, inlined
+from mpdsgr_deploy.attack_graph.jumps import Jump, find_jumps
+from mpdsgr_deploy.attack_graph.layers import group
+from mpdsgr_deploy.attack_graph.rules import RULES
+from mpdsgr_deploy.attack_graph.tape import Tape
+from mpdsgr_deploy.errors import InputError
+
+Status = Literal["faithful", "approximate", "unsupported"]
+ROUNDED = {"QuantizeLinear", "DequantizeLinear"}
+STANDS_FOR = {
+    "one": "spikes, through the surrogate",
+    "two": "a sign, through the surrogate",
+    "constants": "spikes, through the surrogate",
+    "branches": "a choice, whose jump passes through the surrogate",
+}
+
+
+class Finding(NamedTuple):
+    """One node between images and logits: its name, its operator, and what an attack makes of it."""
+
+    node: str
+    operator: str
+    status: Status
+    why: str
+
+
+class Survey(NamedTuple):
+    """All nodes that an attack differentiates; refused: why no attack graph can be derived, "" if one can.
+
+    spikes: nodes that make spikes. layers: time steps of each layer of neurons. resets: spikes that reset a membrane.
+    """
+
+    findings: list[Finding]
+    spikes: int
+    layers: dict[str, int]
+    resets: int
+    refused: str
+
+    @property
+    def steps(self) -> int:
+        """Time steps: of the layer that has most, 1 without spikes."""
+        return max(self.layers.values(), default=1)
+
+    def counts(self) -> Counter[str]:
+        """How many nodes are faithful, approximate, unsupported."""
+        return Counter(finding.status for finding in self.findings)
+
+
+def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
+    """Which nodes of a network can be attacked through a surrogate. Raises InputError for an unknown surrogate."""
+    network = inlined(network)
+    tape = Tape(network, network.graph.input[0].name)
+    refused, jumps = "", []
+    try:
+        jumps = find_jumps(tape)
+        attack_graph(network, surrogate)
+    except InputError as error:
+        refused = str(error)
+    if not jumps and refused:
+        return Survey([_unsupported(refused, network)], 0, {}, 0, refused)
+    layers = group(tape, jumps)
+    made = {jump.node.output[0]: jump for jump in jumps}
+    needed = _needed(network)
+    findings = [
+        _finding(node, made.get(node.output[0]), refused)
+        for node in network.graph.node
+        if node.output[0] in needed and any(tape.depends(name) for name in node.output)
+    ]
+    spikes = sum(jump.size != "branches" and not jump.compared.passes for jump in jumps)
+    steps = {name: len(found) for name, found in layers.steps.items()}
+    return Survey(findings, spikes, steps, len(layers.resets), refused)
+
+
+def _needed(network: onnx.ModelProto) -> set[str]:
+    """Values on the way to the logits."""
+    needed = {network.graph.output[0].name}
+    for node in reversed(network.graph.node):
+        if not needed.isdisjoint(node.output):
+            needed.update(node.input)
+    return needed
+
+
+def _finding(node: onnx.NodeProto, jump: Jump | None, refused: str) -> Finding:
+    name = node.name or node.output[0]
+    if f"node {name} ({node.op_type})" in refused or (jump is None and node.op_type not in RULES):
+        why = refused if name in refused else "is an operator without a rule for its gradient"
+        return Finding(name, node.op_type, "unsupported", why)
+    if jump is not None:
+        return Finding(name, node.op_type, "approximate", STANDS_FOR[jump.size])
+    if node.op_type in ROUNDED:
+        return Finding(name, node.op_type, "approximate", "rounding, taken for the identity")
+    return Finding(name, node.op_type, "faithful", "")
+
+
+def _unsupported(refused: str, network: onnx.ModelProto) -> Finding:
+    """The node that a refusal names."""
+    for node in network.graph.node:
+        if f"node {node.name or node.output[0]} ({node.op_type})" in refused:
+            return Finding(node.name or node.output[0], node.op_type, "unsupported", refused)
+    return Finding(network.graph.name, "", "unsupported", refused)

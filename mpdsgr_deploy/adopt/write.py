@@ -1,0 +1,231 @@
+"""An ordinary bundle around somebody's own ONNX file."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.adopt.images import relabelled
+from mpdsgr_deploy.adopt.network import Classifier, Preprocessing, read_classifier
+from mpdsgr_deploy.adopt.survey import Survey, survey
+from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.attack_graph.artefact import NetworkFile
+from mpdsgr_deploy.attacks.promise import promise
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.bundle import GOLDEN, Accuracy, Bundle, Variant, seal, staged
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import EvaluationError, InputError, one_line
+from mpdsgr_deploy.files import sha256
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_reference
+from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
+
+BATCHES = (1, 2, 5)  # sizes in which the first images are asked, alone and together
+DETACHED_ATTACK = "strong-pgd-detached"
+Origin = Literal["adopted", "module"]
+
+
+class Part(NamedTuple):
+    """A precision: the user's file, the classifier made of it, and its logits [N, K] of the images."""
+
+    file: Path
+    classifier: Classifier
+    logits: NDArray[np.float32]
+
+
+def adopt(
+    model: Path,
+    images: Images,
+    out: Path,
+    *,
+    surrogate: str = "triangle",
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] = (),
+    variants: Mapping[str, Path] = MappingProxyType({}),
+    reference: NDArray[np.float32] | None = None,
+    recipe: Recipe | None = None,
+    tier: str | None = None,
+    carry_images: bool = True,
+    origin: Origin = "adopted",
+) -> Bundle:
+    """Write a bundle whose network is the ONNX file `model`, byte for byte wherever it takes images in [0, 1].
+
+    images: with which the reference is made, in [0, 1] as all of this package's; preprocessing: what the network
+    expects instead. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first. variants: other files
+    of the same network by name, such as int8. reference: logits [N, K] of the images by the framework that the network
+    was trained in, which the file then has to match. recipe: attack settings and gate; its neuron and model are filled
+    in.
+
+    Raises InputError for files or images that do not fit or that cannot be attacked, EvaluationError if the network
+    does not answer as its reference, or not finitely.
+    """
+    out, base = out.resolve(), Recipe() if recipe is None else recipe
+    main = read_classifier(model, preprocessing)
+    images = relabelled(images, labels, main.classes)
+    if images.shape != main.shape:
+        raise InputError(f"the images have shape {images.shape}; {model} takes {main.shape} (C, H, W)")
+    seen = survey(main.network, surrogate)
+    if seen.refused:
+        raise InputError(seen.refused)
+    filled = _recipe(base, model, surrogate, seen)
+    tier = tier or filled.gate.tier
+    promised = images[: choose("tier", TIERS, tier).images]
+    with staged(out) as scratch:
+        parts = {"fp32": _placed(model, main, scratch / "model.fp32.onnx", promised, filled)}
+        for name, file in variants.items():
+            other = _same_kind(file, read_classifier(file, preprocessing), main)
+            parts[name] = _placed(file, other, scratch / f"model.{name}.onnx", promised, filled)
+        exact = _agrees(model, parts["fp32"].logits, reference)
+        _warn_of_chance(parts["fp32"].logits, promised)
+        written = {name: _variant(name, part, promised, filled, scratch) for name, part in parts.items()}
+        with OnnxRuntime(scratch / "model.fp32.onnx") as predictor:
+            network = NetworkFile(scratch / "model.fp32.onnx", predictor)
+            logits = parts["fp32"].logits if reference is None else reference[: len(promised)].astype(np.float32)
+            figures, verdicts = promise(network, filled, promised, tier, logits, of="fp32")
+        save_reference(verdicts, scratch / REFERENCE)
+        if carry_images:
+            save_images(promised, scratch / IMAGES)
+        _save_golden(scratch, parts, promised if carry_images else None, exact)
+        return seal(
+            scratch,
+            out,
+            input_name=main.network.graph.input[0].name,
+            output_name=main.network.graph.output[0].name,
+            input_shape=main.shape,
+            labels=images.labels,
+            recipe=filled,
+            variants=written,
+            reference=figures,
+            origin=origin,
+            provenance=_provenance(parts, preprocessing, seen, origin),
+        )
+
+
+def _recipe(base: Recipe, model: Path, surrogate: str, seen: Survey) -> Recipe:
+    """How to attack: through which surrogate, and also with detached resets where spikes reset a membrane."""
+    named = parse_surrogate(surrogate)
+    also = dict.fromkeys([*base.attack.also, *([DETACHED_ATTACK] if seen.resets else [])])
+    return base.model_copy(
+        update={
+            "model": base.model.model_copy(update={"name": model.stem}),
+            "neuron": base.neuron.model_copy(update={"surrogate": named.kind, "surrogate_parameter": named.width}),
+            "encoding": base.encoding.model_copy(update={"T": seen.steps}),
+            "attack": base.attack.model_copy(update={"also": tuple(also)}),
+        }
+    )
+
+
+def _placed(file: Path, classifier: Classifier, target: Path, images: Images, recipe: Recipe) -> Part:
+    """Put a network into the bundle and let it answer. Raises InputError where answers depend on the batch."""
+    if classifier.unchanged:
+        target.write_bytes(file.read_bytes())
+    else:
+        onnx.checker.check_model(classifier.network, full_check=True)
+        onnx.save(classifier.network, target)
+    x = images[: sum(BATCHES)].unit()
+    advice = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
+    with OnnxRuntime(target, source=file) as network:
+        try:
+            together = network(x)
+            bounds = np.cumsum((0, *BATCHES))
+            pieces = [network(x[a:b]) for a, b in pairwise(bounds) if a < len(x)]
+        except InputError as error:
+            size = "" if classifier.batch is None else f" than {classifier.batch}"
+            raise InputError(f"{file} runs on no batch of another size{size} ({one_line(error)}); {advice}") from None
+        parity = compare(together, np.concatenate(pieces)[: len(x)])
+        if not parity.holds:
+            raise InputError(f"{file} answers an image otherwise in another batch ({parity}); {advice}")
+        logits = predict(network, images.unit(), recipe.validation.batch_size, f"{target.stem}, clean")
+    if logits.shape != (len(images), classifier.classes) or not np.isfinite(logits).all():
+        raise EvaluationError(f"{file} does not answer with {classifier.classes} finite logits an image")
+    return Part(file, classifier, logits)
+
+
+def _same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:
+    if (other.shape, other.classes) != (main.shape, main.classes):
+        raise InputError(
+            f"{file} takes {other.shape} to {other.classes} logits; the network {main.shape} to {main.classes}"
+        )
+    return other
+
+
+def _agrees(model: Path, logits: NDArray[np.float32], reference: NDArray[np.float32] | None) -> NDArray[np.bool_]:
+    """Which rows of the file's logits are the reference's. Raises EvaluationError unless nearly all are."""
+    if reference is None:
+        return np.ones(len(logits), np.bool_)
+    expected = reference[: len(logits)]
+    if expected.shape != logits.shape:
+        raise InputError(
+            f"the reference holds logits {list(reference.shape)}; at least {list(logits.shape)} are needed"
+        )
+    parity = compare(expected.astype(np.float32), logits)
+    if not parity.holds:
+        raise EvaluationError(f"{model} does not answer as the framework it comes from: {parity}; no bundle written")
+    log.info("the file against the reference: %s", parity)
+    return np.asarray(np.abs(expected - logits).max(1) <= TOLERANCE)
+
+
+def _warn_of_chance(logits: NDArray[np.float32], images: Images) -> None:
+    accuracy, chance = float((logits.argmax(1) == images.classes).mean()), 1 / logits.shape[1]
+    if accuracy <= 1.5 * chance:
+        log.warning(
+            "only %.1f %% of the images are classified correctly, no better than chance: the network may expect "
+            "another range (--range 0,255), a normalisation (--mean, --std), other axes (--layout) or other labels",
+            100 * accuracy,
+        )
+
+
+def _variant(name: str, part: Part, images: Images, recipe: Recipe, folder: Path) -> Variant:
+    """Write a precision's attack graph, and say how accurate it is."""
+    network, attack = folder / f"model.{name}.onnx", f"attack.{name}.onnx"
+    (folder / attack).write_bytes(derived(network, trained_surrogate(recipe)))
+    correct = int((part.logits.argmax(1) == images.classes).sum())
+    accuracy = Accuracy(data=recipe.data.name, correct=correct, n=len(images))
+    layers = {} if name == "fp32" else {"all": "as its file says"}
+    return Variant(file=network.name, attack=attack, layers=layers, accuracy=accuracy)
+
+
+def _save_golden(folder: Path, parts: Mapping[str, Part], images: Images | None, exact: NDArray[np.bool_]) -> None:
+    """A few inputs, or noise where no image may be carried, with each precision's logits."""
+    if images is not None:
+        logits = {name: part.logits for name, part in parts.items()}
+        x = images.unit()
+    else:
+        x = np.random.default_rng(0).random((32, *parts["fp32"].classifier.shape), np.float32)
+        logits = {}
+        for name in parts:
+            with OnnxRuntime(folder / f"model.{name}.onnx") as network:
+                logits[name] = network(x)
+        exact = np.ones(len(x), np.bool_)
+    rows = golden_rows(exact, [*logits.values()])
+    arrays: dict[str, Any] = {name: answers[rows] for name, answers in logits.items()}
+    np.savez(folder / GOLDEN, inputs=x[rows], **arrays)
+
+
+def _provenance(
+    parts: Mapping[str, Part], preprocessing: Preprocessing | None, seen: Survey, origin: Origin
+) -> dict[str, Any]:
+    main = parts["fp32"]
+    kept = "byte for byte" if main.classifier.unchanged else "with what stands in front of its nodes"
+    return {
+        "export": provenance(),
+        "checkpoint": f"{'adopted' if origin == 'adopted' else 'module exported'} from {main.file.name}, {kept}",
+        "adopted": {
+            "files": {name: {"name": part.file.name, "sha256": sha256(part.file)} for name, part in parts.items()},
+            "preprocessing": {} if preprocessing is None else preprocessing._asdict(),
+            "unchanged": main.classifier.unchanged,
+            "batch fixed at export": main.classifier.batch,
+            "spike nodes": seen.spikes,
+            "layers": seen.layers,
+        },
+    }

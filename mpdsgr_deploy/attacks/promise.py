@@ -1,0 +1,46 @@
+"""What a bundle promises: how a network answers the test images, clean and under every attack of a tier."""
+
+from mpdsgr_deploy.attacks.condition import WORST, Floats, Network
+from mpdsgr_deploy.attacks.measure import measure
+from mpdsgr_deploy.attacks.suite import Source, Suite
+from mpdsgr_deploy.attacks.tiers import TIERS, smaller_tiers
+from mpdsgr_deploy.data.images import Images
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.reference import Nested, Promise, Reference, digests
+from mpdsgr_deploy.surrogates import trained_surrogate
+
+
+def promise(
+    network: Network, recipe: Recipe, images: Images, tier: str, logits: Floats, *, of: str
+) -> tuple[Promise, Reference]:
+    """Attack `network` with all conditions of a tier, and with those of smaller tiers that differ from them.
+
+    logits [N, K]: its answers to the clean images [N, C, H, W]; the caller adds those of other precisions. of: how
+    progress bars call the network. Raises InputError as the attacks do.
+    """
+    source = Source(network, trained_surrogate(recipe))
+    size, seed = recipe.validation.batch_size, recipe.validation.seed
+    suite = Suite.of(source, TIERS[tier].entries, recipe.attack, seed=seed)
+    x, y, clean = images.unit(), images.classes, logits.argmax(1)
+    own = measure(suite, x, y, clean, batch_size=size, of=f"{of}, ")
+    settings = {condition.name: condition.settings for condition in suite.conditions}
+    others = {
+        (condition.name, condition.settings): condition
+        for smaller in smaller_tiers(tier)
+        for condition in Suite.of(source, TIERS[smaller].entries, recipe.attack, seed=seed).conditions
+        if settings.get(condition.name) != condition.settings
+    }
+    rest = Suite(source, tuple(others.values()))
+    below = measure(rest, x, y, clean, batch_size=size, of=f"{of}, smaller tiers: ")
+    nested = dict(zip(others, (outcome.correct for outcome in below.outcomes), strict=True))
+    figures = Promise(
+        data=recipe.data.name,
+        n=len(images),
+        tier=tier,
+        correct={name: int(correct.sum()) for name, correct in own.verdicts.items()},
+        settings=settings | {WORST: "right under every condition within eps"},
+        nested=tuple(
+            Nested(name=name, settings=how, correct=int(correct.sum())) for (name, how), correct in nested.items()
+        ),
+    )
+    return figures, Reference(digests(images), {"fp32": logits}, own.verdicts, figures.settings, nested)

@@ -1,0 +1,177 @@
+"""mpdsgr adopt"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import override, parse
+
+SHOWN = 20  # nodes that a report lists one by one
+
+
+@click.command("adopt")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--images", metavar="DATA", help="A data set's name, a folder of CLASS/NAME.png, or an .npz file.")
+@click.option("--root", help="Where the files of a data set lie.")
+@click.option("--surrogate", default="triangle:1", show_default=True, help="KIND or KIND:WIDTH that stands for spikes.")
+@click.option("--labels", help="The classes in the order of the logits: comma-separated, or a file of one per line.")
+@click.option("--mean", metavar="M,...", help="The network takes (x - mean) / std of pixels x in [0, 1].")
+@click.option("--std", metavar="S,...", help="See --mean; one number per channel, or one for all.")
+@click.option("--range", "pixels", metavar="LOW,HIGH", help="The network takes pixels in another range: 0,255.")
+@click.option("--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", show_default=True, help="Of its input.")
+@click.option("--variant", "variants", multiple=True, metavar="NAME=FILE", help="The network in another precision.")
+@click.option("--reference", type=click.Path(path_type=Path), help=".npz with `logits` of the framework it comes from.")
+@click.option("--limit", type=click.IntRange(1), help="Take the first so many images only.")
+@click.option("--tier", help=f"How hard the reference is attacked: {', '.join(TIERS)}.  [default: commit]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the recipe, such as attack.eps=4/255.")
+@click.option("--out", type=click.Path(path_type=Path), help="Bundle directory to write.")
+@click.option("--check", is_flag=True, help="Only report which nodes can be attacked, and how; write nothing.")
+@json_option
+def command(
+    model: Path,
+    images: str | None,
+    root: str | None,
+    surrogate: str,
+    labels: str | None,
+    mean: str | None,
+    std: str | None,
+    pixels: str | None,
+    layout: str,
+    variants: tuple[str, ...],
+    reference: Path | None,
+    limit: int | None,
+    tier: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    check: bool,
+    as_json: bool,
+) -> None:
+    """Turn MODEL, any ONNX classifier, into a deployment bundle: attacked, gated and served as it is.
+
+    The file may come from SpikingJelly, snnTorch, Norse or sinabs, its time steps unrolled, or be an ordinary network.
+    It is deployed byte for byte if it takes float32 [batch, C, H, W] in [0, 1]; otherwise say with --mean and --std,
+    --range or --layout what stands in front of its nodes. Spikes are found by pattern; a comparison that no surrogate
+    stands for is an error, since an attack would see no gradient and the network would look robust.
+
+    --check reports every node between images and logits as faithful, approximate or unsupported.
+
+    \b
+    Example:
+      mpdsgr adopt net.onnx --check
+      mpdsgr adopt net.onnx --images cifar10 --root data --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --out bundles/net
+      mpdsgr validate bundles/net --report reports/net
+    """
+    from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
+    from mpdsgr_deploy.adopt.images import evaluation_images
+
+    low, high = _numbers("--range", pixels, 2) or (0.0, 1.0)
+    before = Preprocessing(low, high, _numbers("--mean", mean), _numbers("--std", std), layout)  # type: ignore[arg-type]
+    if bool(before.mean) != bool(before.std):
+        raise InputError("--mean and --std belong together; give both or neither")
+    classifier = read_classifier(model, before)
+    if check:
+        _report(survey(classifier.network, surrogate), str(model), as_json)
+        return
+    if images is None or out is None:
+        raise InputError("give --images, on which the network is attacked, and --out; or --check to look only")
+    found = evaluation_images(images, root, classifier.shape, limit)
+    values: dict[str, Any] = {"data": {"name": Path(images).stem}}
+    override(values, overrides, example="attack.eps=4/255")
+    bundle = adopt(
+        model,
+        found,
+        out,
+        surrogate=surrogate,
+        preprocessing=before,
+        labels=_labels(labels),
+        variants=dict(_variant(text) for text in variants),
+        reference=None if reference is None else _logits(reference),
+        recipe=parse(Recipe, values, "--set"),
+        tier=tier,
+    )
+    manifest = bundle.manifest
+    if as_json:
+        print_json({"bundle": str(out), **manifest.provenance["adopted"], "reference": _promised(manifest.reference)})
+        return
+    for name, variant in manifest.variants.items():
+        if variant.accuracy:
+            a = variant.accuracy
+            click.echo(f"{name}: {a.correct} of {a.n} {a.data} images correct ({a.share:.1%})")
+    if manifest.reference is not None:
+        worst = manifest.reference.correct["worst"]
+        click.echo(f"under every attack of tier {manifest.reference.tier}: {worst} of {manifest.reference.n} correct")
+    click.echo(f"bundle in {out}; next: mpdsgr validate {out} --report {out}-report")
+
+
+def _promised(reference: Any) -> Any:
+    return None if reference is None else reference.model_dump()
+
+
+def _numbers(option: str, text: str | None, count: int | None = None) -> tuple[float, ...]:
+    """The numbers of a comma-separated option; () if it is not given."""
+    if text is None:
+        return ()
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or (count is not None and len(numbers) != count) or (option == "--std" and min(numbers) <= 0):
+        raise InputError(f"{option} {text!r}: write numbers with commas between them, such as 0.49,0.48,0.45")
+    return numbers
+
+
+def _labels(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    lines = Path(text).read_text().splitlines() if Path(text).is_file() else text.split(",")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _variant(text: str) -> tuple[str, Path]:
+    name, equals, file = text.partition("=")
+    if not equals or not name.isidentifier() or name == "fp32":
+        raise InputError(f"--variant {text!r}: write NAME=FILE, for example int8=net.int8.onnx; fp32 is MODEL itself")
+    return name, Path(file)
+
+
+def _logits(path: Path) -> Any:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            logits = arrays["logits"]
+    except Exception as error:  # numpy's for files that are none of its own are many
+        raise InputError(f"{path} does not hold an array `logits` ({error}); write it with numpy.savez") from None
+    if logits.ndim != 2 or logits.dtype.kind != "f":
+        raise InputError(f"{path}: logits must be numbers [N, K], these are {logits.dtype} {list(logits.shape)}")
+    return logits
+
+
+def _report(found: Any, source: str, as_json: bool) -> None:
+    """What a survey found. Raises InputError, behind the report, if the network cannot be attacked."""
+    counts = found.counts()
+    if as_json:
+        print_json(
+            {
+                "attackable": not found.refused,
+                "nodes": [finding._asdict() for finding in found.findings],
+                "spike nodes": found.spikes,
+                "layers": found.layers,
+                "time steps": found.steps,
+            }
+        )
+    else:
+        kinds = Counter((f.status, f.operator, f.why) for f in found.findings if f.status == "approximate")
+        rows = [(operator, status, count, why) for (status, operator, why), count in kinds.items()]
+        unsupported = [f for f in found.findings if f.status == "unsupported"]
+        rows += [(f"{f.operator} {f.node}", f.status, 1, f.why) for f in unsupported[:SHOWN]]
+        click.echo(f"{source}: " + ", ".join(f"{n} nodes {status}" for status, n in counts.items()))
+        click.echo(f"{found.spikes} spike nodes in {len(found.layers)} layers, up to {found.steps} time steps")
+        print_table(("operator", "gradient", "nodes", "why"), rows)
+    if found.refused:
+        raise InputError(found.refused)

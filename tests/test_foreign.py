@@ -1,0 +1,281 @@
+"""Networks that other libraries trained: recognised, differentiated as their own autograd does, adopted as bundles.
+
+The files under `foreign/` are written by `foreign/make.py`, which names the versions that made them.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import numpy_helper
+
+from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
+from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.cli import main
+from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.recipe import Data, Recipe
+from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
+
+FOREIGN = Path(__file__).parent / "foreign"
+# The surrogate of each library as it was trained. Norse 1.1 divides by (|x| + 1)^2 whatever its alpha.
+SURROGATES = {
+    "spikingjelly-hard": "arctan:2",
+    "spikingjelly-soft": "arctan:2",
+    "spikingjelly-plif-maxpool": "arctan:2",
+    "spikingjelly-detached": "arctan:2+detached",
+    "snntorch-subtract": "arctan:2+detached",
+    "snntorch-zero": "arctan:2+detached",
+    "norse-lif": "superspike:1",
+    "sinabs-lif": "exponential:0.25",
+}
+STEPS = {"norse-lif": 8}
+HELD_OUT = ("spikingjelly-soft", "snntorch-subtract", "norse-lif", "sinabs-lif")  # one network of each library
+
+
+def file(name: str) -> Path:
+    return FOREIGN / f"{name}.onnx"
+
+
+def record(name: str) -> dict[str, np.ndarray]:
+    with np.load(FOREIGN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def digits(count: int) -> Images:
+    return load_test(Data(name="digits"))[:count]
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_gradients_are_those_of_the_librarys_own_autograd(name: str) -> None:
+    recorded = record(name)
+    with GraphAttacker(file(name), SURROGATES[name]) as attacker:
+        found = attacker(recorded["images"], recorded["classes"])
+    np.testing.assert_allclose(found.logits, recorded["logits"], atol=1e-5)
+    expected = recorded["gradient"]
+    np.testing.assert_allclose(found.gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    other = SURROGATES[name].removesuffix("+detached") + ("" if "+" in SURROGATES[name] else "+detached")
+    with GraphAttacker(file(name), other) as attacker:
+        unlike = attacker(recorded["images"], recorded["classes"]).gradient
+    assert np.abs(unlike - expected).max() > 0.01 * np.abs(expected).max()  # attached is not passed off as detached
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_layers_and_time_steps_are_recognised(name: str) -> None:
+    seen = survey(read_classifier(file(name)).network, SURROGATES[name])
+    assert not seen.refused
+    assert list(seen.layers.values()) == [STEPS.get(name, 4)] * 2
+    assert seen.spikes == 2 * STEPS.get(name, 4)
+    assert seen.counts()["approximate"] == seen.spikes
+    assert seen.resets
+
+
+@pytest.fixture(scope="module")
+def adopted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A SpikingJelly network as a bundle, by the command."""
+    out = tmp_path_factory.mktemp("adopted") / "bundle"
+    reference = out.parent / "logits.npz"
+    with open_onnx(file("spikingjelly-soft")) as network:
+        np.savez(reference, logits=network(digits(50).unit()))
+    command = ["adopt", file("spikingjelly-soft"), "--images", "digits", "--surrogate", "arctan:2", "--limit", 50]
+    options = ["--reference", reference, "--set", "attack.strong_steps=10", "--out", out]
+    done = CliRunner().invoke(main, [str(word) for word in (*command, *options)])
+    assert done.exit_code == 0, done.output
+    assert "next: mpdsgr validate" in done.output
+    return open_bundle(out)
+
+
+def open_onnx(path: Path) -> OnnxRuntime:
+    return OnnxRuntime(path)
+
+
+def test_the_users_file_is_deployed_byte_for_byte(adopted: Bundle) -> None:
+    assert adopted.variant("fp32").read_bytes() == file("spikingjelly-soft").read_bytes()
+    manifest = adopted.manifest
+    assert manifest.origin == "adopted"
+    assert manifest.recipe.encoding.T == 4
+    assert manifest.recipe.attack.also == ("strong-pgd-detached",)
+    assert manifest.variants["fp32"].accuracy.share > 0.9
+    assert manifest.reference.correct["worst"] <= manifest.reference.correct["strong-pgd-detached"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "predict", "validate", "deploy"])
+def test_every_command_takes_the_bundle(adopted: Bundle, command: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", digits(5).unit())
+    (tmp_path / "gate.toml").write_text('tier = "commit"\nimages = 50\nmax_drop = 0.2\n')
+    bundle = str(adopted.path)
+    words = {
+        "inspect": ["inspect", bundle],
+        "predict": ["predict", bundle, str(tmp_path / "images.npy"), "--out", str(tmp_path / "out.csv")],
+        "validate": ["validate", bundle, "--gate", str(tmp_path / "gate.toml"), "--report", str(tmp_path / "report")],
+        "deploy": ["deploy", "triton", bundle, "--out", str(tmp_path / "triton")],
+    }[command]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "REG" not in done.output
+
+
+def test_the_torch_backend_says_that_there_are_no_weights(adopted: Bundle) -> None:
+    with pytest.raises(InputError, match="no torch weights"), open_predictor(adopted, "torch"):
+        pass
+
+
+def test_check_reports_node_by_node_and_writes_nothing(tmp_path: Path) -> None:
+    words = ["adopt", str(file("norse-lif")), "--check", "--json"]
+    found = json.loads(CliRunner().invoke(main, words).output)
+    assert found["attackable"]
+    assert found["time steps"] == 8
+    assert {node["status"] for node in found["nodes"]} == {"faithful", "approximate"}
+    network = onnx.load(file("norse-lif"))
+    network.graph.node.extend([onnx.helper.make_node("Cos", ["logits"], ["cos"])])
+    network.graph.output[0].name = "cos"
+    onnx.save(network, tmp_path / "cos.onnx")
+    done = CliRunner().invoke(main, ["adopt", str(tmp_path / "cos.onnx"), "--check"])
+    assert done.exit_code == 2
+    assert "unsupported" in done.output
+    assert "cos (Cos) is an operator without a rule" in done.output
+    assert list(tmp_path.iterdir()) == [tmp_path / "cos.onnx"]
+
+
+def test_what_stands_in_front_of_a_network_is_put_there(tmp_path: Path) -> None:
+    """A network of pixels from 0 to 255, one that normalises, and one of other axes answer as the plain one."""
+    x = digits(6).unit()
+    with open_onnx(file("snntorch-zero")) as network:
+        plain = network(x)
+    for before, undo in (
+        (Preprocessing(0, 255), ("Div", np.array(255, np.float32))),
+        (Preprocessing(mean=(0.3,), std=(0.2,)), ("Mul", np.array(0.2, np.float32))),
+    ):
+        network = onnx.load(file("snntorch-zero"))
+        network.graph.node[0].input[0] = "own"
+        shift = np.array(before.mean or 0, np.float32).reshape(-1)
+        network.graph.initializer.extend(
+            [numpy_helper.from_array(undo[1], "by"), numpy_helper.from_array(shift, "shift")]
+        )
+        nodes = [onnx.helper.make_node(undo[0], ["images", "by"], ["scaled"])]
+        nodes.append(onnx.helper.make_node("Add", ["scaled", "shift"], ["own"]))
+        rest = list(network.graph.node)
+        del network.graph.node[:]
+        network.graph.node.extend([*nodes, *rest])
+        for node in network.graph.node[2:]:
+            node.input[:] = ["own" if name == "images" else name for name in node.input]
+        onnx.save(network, tmp_path / "scaled.onnx")
+        made = read_classifier(tmp_path / "scaled.onnx", before)
+        assert not made.unchanged
+        assert list(made.network.graph.node)[-len(network.graph.node) :] == list(network.graph.node)
+        with OnnxRuntime(made.network, source="made") as answered:
+            np.testing.assert_allclose(answered(x), plain, atol=1e-4)
+
+
+def test_a_fixed_batch_is_freed_or_refused(tmp_path: Path) -> None:
+    fixed = onnx.load(file("snntorch-subtract"))
+    for entry in (fixed.graph.input[0], fixed.graph.output[0]):
+        entry.type.tensor_type.shape.dim[0].dim_value = 4
+    for value in fixed.graph.value_info:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = 4
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    bundle = adopt(tmp_path / "fixed.onnx", digits(12), tmp_path / "bundle", recipe=quick())
+    assert bundle.manifest.provenance["adopted"]["batch fixed at export"] == 4
+    mixed = onnx.load(tmp_path / "fixed.onnx")
+    mixed.graph.node.append(onnx.helper.make_node("ReduceMean", ["logits", "rows"], ["m"], keepdims=1))
+    mixed.graph.initializer.append(numpy_helper.from_array(np.array([0]), "rows"))
+    mixed.graph.node.append(onnx.helper.make_node("Sub", ["logits", "m"], ["out"]))
+    mixed.graph.output[0].name = "out"
+    onnx.save(mixed, tmp_path / "mixed.onnx")
+    with pytest.raises(InputError, match=r"answers an image otherwise in another batch|sizes"):
+        adopt(tmp_path / "mixed.onnx", digits(12), tmp_path / "no", recipe=quick())
+    assert not (tmp_path / "no").exists()
+
+
+def quick() -> Recipe:
+    return Recipe.model_validate({"attack": {"strong_steps": 2, "steps": 2, "step": 0.02}, "data": {"name": "digits"}})
+
+
+def test_a_framework_that_answers_otherwise_is_an_invalid_evaluation(tmp_path: Path) -> None:
+    logits = np.random.default_rng(0).normal(size=(12, 10)).astype(np.float32)
+    with pytest.raises(EvaluationError, match="does not answer as the framework it comes from"):
+        adopt(file("norse-lif"), digits(12), tmp_path / "out", reference=logits, recipe=quick())
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_pixels_are_seen_by_accuracy_at_chance(tmp_path: Path) -> None:
+    words = ["adopt", str(file("norse-lif")), "--images", "digits", "--range", "40,41", "--limit", "12"]
+    options = ["--set", "attack.strong_steps=2", "--out", str(tmp_path / "out")]
+    assert "no better than chance" in CliRunner().invoke(main, words + options).output
+
+
+def changed(network: onnx.ModelProto, how: str) -> None:
+    """Makes of a good network one that cannot be adopted."""
+    graph = network.graph
+    match how:
+        case "probabilities":
+            graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["p"]))
+            graph.output[0].name = "p"
+        case "two outputs":
+            graph.output.append(onnx.helper.make_tensor_value_info("conv2d", 1, None))
+        case "an integer input":
+            graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+        case "a flat input":
+            del graph.input[0].type.tensor_type.shape.dim[2:]
+        case "two inputs":
+            graph.input.append(onnx.helper.make_tensor_value_info("state", 1, ["batch", 4]))
+        case "a custom operator":
+            graph.node[1].domain = "my.own"
+        case "an old opset":
+            network.opset_import[0].version = 11
+        case "external data":
+            graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+
+
+BAD = {
+    "probabilities": r"holds probabilities, not logits; cut node p \(Softmax\) off and make its input 'logits'",
+    "two outputs": "has 2 outputs",
+    "an integer input": "is uint8 with 4 axes",
+    "a flat input": "with 2 axes and no batch of images",
+    "two inputs": r"has 2 inputs \(images, state\)",
+    "a custom operator": r"is a custom operator \(my.own",
+    "an old opset": "has opset 11; export again with opset 13",
+    "external data": "keeps its weights in other files; save it as one",
+    "no file": "is not an ONNX file",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_bad_input_is_one_line_that_says_what_to_do(how: str, tmp_path: Path) -> None:
+    network = onnx.load(file("snntorch-zero"))
+    changed(network, how)
+    if how != "no file":
+        (tmp_path / "bad.onnx").write_bytes(network.SerializeToString())
+    words = ["adopt", str(tmp_path / "bad.onnx"), "--images", "digits", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert len(done.output.strip().splitlines()) == 1, done.output
+    with pytest.raises(InputError, match=BAD[how]):
+        read_classifier(tmp_path / "bad.onnx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "a,b"], "10 logits and there are 2 labels"),
+        (["--mean", "0.5"], "--mean and --std belong together"),
+        (["--mean", "1,2", "--std", "1,1"], "takes 1 channels"),
+        (["--range", "0-255"], "write numbers with commas"),
+        (["--surrogate", "triangel"], "did you mean 'triangle'"),
+        (["--variant", "int8"], "write NAME=FILE"),
+        (["--layout", "nhwc"], "shape"),
+    ],
+)
+def test_bad_options_are_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    words = ["adopt", str(file("snntorch-zero")), "--images", "digits", "--out", str(tmp_path / "out"), *options]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not (tmp_path / "out").exists()
