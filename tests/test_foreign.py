@@ -204,10 +204,9 @@ def test_a_framework_that_answers_otherwise_is_an_invalid_evaluation(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_pixels_are_seen_by_accuracy_at_chance(tmp_path: Path) -> None:
-    words = ["adopt", str(file("norse-lif")), "--images", "digits", "--range", "40,41", "--limit", "12"]
-    options = ["--set", "attack.strong_steps=2", "--out", str(tmp_path / "out")]
-    assert "no better than chance" in CliRunner().invoke(main, words + options).output
+def test_wrong_pixels_are_seen_by_accuracy_at_chance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adopt(file("norse-lif"), digits(12), tmp_path / "out", preprocessing=Preprocessing(40, 41), recipe=quick())
+    assert "no better than chance" in caplog.text
 
 
 def changed(network: onnx.ModelProto, how: str) -> None:
