@@ -7,7 +7,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.data.files import IMAGE_SUFFIXES, files_below, read_image, read_labelled
+from mpdsgr_deploy.data.files import read_image, read_labelled
+from mpdsgr_deploy.data.folders import class_folders, files_below, image_suffixes
+from mpdsgr_deploy.data.sampling import in_sampling_order
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Data
 
@@ -32,13 +34,11 @@ def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int]
 
 
 def _folder(path: Path, shape: tuple[int, int, int]) -> Images:
-    labels = tuple(sorted(p.name for p in path.iterdir() if p.is_dir()))
-    files = [(file, k) for k, label in enumerate(labels) for file in files_below(path / label, IMAGE_SUFFIXES)]
+    labels = tuple(class_folders(path))
+    files = [(file, k) for k, label in enumerate(labels) for file in files_below(path / label, image_suffixes())]
     if not files:
         raise InputError(f"no images under {path}; expected {path}/CLASS/NAME.png, one folder a class")
-    order = np.random.default_rng(0).permutation(len(files))  # the first so many are then of all classes
-    chosen = [files[i] for i in order]
-    return read_labelled(chosen, read_image, shape=shape, labels=labels, name=path.name)
+    return in_sampling_order(read_labelled(files, read_image, shape=shape, labels=labels, name=path.name))
 
 
 def _archive(path: Path) -> Images:
@@ -53,7 +53,7 @@ def _archive(path: Path) -> Images:
     if classes.dtype.kind not in "iu" or (len(classes) and classes.min() < 0):
         raise InputError(f"{path}: classes must be whole numbers from 0")
     count = int(classes.max(initial=-1)) + 1
-    return Images(pixels, classes.astype(np.int64), labels or tuple(map(str, range(count))))
+    return in_sampling_order(Images(pixels, classes.astype(np.int64), labels or tuple(map(str, range(count)))))
 
 
 def relabelled(images: Images, labels: Sequence[str], classes: int) -> Images:
