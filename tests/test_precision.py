@@ -15,12 +15,12 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import load_checkpoint, save_checkpoint
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export
-from mpdsgr_deploy.exporting.bundle_writer import _golden_rows
 from mpdsgr_deploy.exporting.grid import Grid, grids
 from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
 from mpdsgr_deploy.exporting.trial import drop
 from mpdsgr_deploy.models import MODELS
+from mpdsgr_deploy.parity import TOLERANCE, golden_rows
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 
 SHAPE = (3, 16, 16)
@@ -239,10 +239,14 @@ def test_golden_rows_agree_and_have_the_widest_margins() -> None:
     torch_logits = np.array([[3, 0], [9, 0], [1, 0], [2, 0]], np.float32)
     onnx_logits = torch_logits + np.float32([[0], [1], [0], [0]])  # a spike flipped on the second image
     rounded = np.array([[3, 0], [9, 0], [1, 0], [2, 1.5]], np.float32)
-    assert _golden_rows(torch_logits, onnx_logits, [torch_logits, rounded]).tolist() == [0, 2, 3]
+    assert golden_rows(np.abs(torch_logits - onnx_logits).max(1) <= TOLERANCE, [torch_logits, rounded]).tolist() == [
+        0,
+        2,
+        3,
+    ]
     many = np.stack([np.arange(12), np.zeros(12)], 1).astype(np.float32)
-    assert _golden_rows(many, many, [many]).tolist() == list(range(4, 12))
-    assert _golden_rows(many[:3, :1], many[:3, :1], [many[:3, :1]]).tolist() == [0, 1, 2]  # a single label
+    assert golden_rows(np.ones(len(many), bool), [many]).tolist() == list(range(4, 12))
+    assert golden_rows(np.ones(3, bool), [many[:3, :1]]).tolist() == [0, 1, 2]  # a single label
 
 
 def test_bad_precisions_are_refused(
