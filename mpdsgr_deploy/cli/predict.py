@@ -7,14 +7,28 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
+from mpdsgr_deploy.prediction.faults import place_of_faults
+from mpdsgr_deploy.prediction.selection import parse_shard, read_list
 from mpdsgr_deploy.prediction.writers import FORMATS
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 
 
 @click.command("predict")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--list", "listed", type=click.Path(path_type=Path), help="File with more INPUTS, one per line; - is stdin."
+)
+@click.option("--shard", metavar="I/N", default="1/1", help="Only share I of N, for machine I of N machines.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="What an input that cannot be read does: end the run, or be left out and named in OUT.skipped.csv.",
+)
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the network.")
 @click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images per inference.")
@@ -32,6 +46,9 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 def command(
     bundle: Path,
     inputs: tuple[Path, ...],
+    listed: Path | None,
+    shard: str,
+    on_error: str,
     backend: str,
     precision: str,
     batch: int,
@@ -50,16 +67,32 @@ def command(
     holds the names, logits and class numbers.
 
     With --out, what is finished lies in OUT.partial until all is. After a kill, a crash or a full disk the same command
-    goes on there. An image that cannot be read ends the run in the same way: mend or remove it and run again. A
-    batch too large for the memory is halved.
+    goes on there. An image that cannot be read ends the run in the same way: mend or remove it and run again, or leave
+    such inputs out with --on-error skip. A batch too large for the memory is halved. Several machines share a job with
+    --shard 1/N to N/N: their rows in this order are those of a single run, bit for bit.
 
     \b
     Example:
       mpdsgr predict bundles/digits photos/ --out labels.csv
     """
-    job = Job(open_bundle(bundle), inputs, backend, precision, batch, processes, top)
+    paths = [*inputs, *(read_list(listed) if listed else [])]
+    if not paths:
+        raise InputError("nothing to predict; give INPUTS, or a file that names them with --list")
+    job = Job(
+        open_bundle(bundle),
+        paths,
+        backend,
+        precision,
+        batch,
+        processes,
+        top,
+        skip=on_error == "skip",
+        shard=parse_shard(shard),
+    )
     if out is not None:
-        click.echo(f"{job.to_file(out)} predictions in {out}")
+        count, skipped = job.to_file(out), place_of_faults(out)
+        also = f"; what was skipped is in {skipped}" if skipped.exists() else ""
+        click.echo(f"{count} predictions in {out}{also}")
         return
     try:
         job.to_csv(sys.stdout.buffer)

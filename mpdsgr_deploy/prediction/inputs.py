@@ -4,12 +4,12 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Protocol, Self
+from typing import IO, Any, NamedTuple, Protocol, Self
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.data.events import RECORDINGS, read_frames
 from mpdsgr_deploy.data.files import ARRAY_SUFFIXES, Shape, read_image
 from mpdsgr_deploy.data.folders import image_suffixes, passed_over, walk
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.images import check_images
 
@@ -30,6 +30,8 @@ class Source(Protocol):
     """Images in a fixed order. `read` is called for one stretch after another; it may use the pool's threads."""
 
     def __len__(self) -> int: ...
+    @property
+    def shape(self) -> Shape: ...
     def names(self, start: int, stop: int) -> list[str]: ...
     def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
     def stamp(self, start: int, stop: int) -> str:
@@ -43,6 +45,7 @@ class ImageFiles:
     """Image files, or event recordings where the network's input has other than 1 or 3 channels."""
 
     def __init__(self, files: list[str], shape: Shape) -> None:
+        self.shape = shape
         self._files = files  # strings: a million paths take a fraction of the memory so
         self._decode = partial(read_image if _takes_images(shape) else read_frames, shape=shape)
 
@@ -68,7 +71,7 @@ class ArrayFile:
     """
 
     def __init__(self, path: Path, shape: Shape) -> None:
-        self._path, self._shape = path, shape
+        self._path, self.shape = path, shape
         self._file: IO[bytes] | None = None
         with self._reading(), self._open() as file:
             version = np.lib.format.read_magic(file)
@@ -94,7 +97,7 @@ class ArrayFile:
         return [f"{self._path}[{i}]" for i in range(start, stop)]
 
     def read(self, start: int, stop: int, pool: Executor) -> Pixels:
-        images: Pixels = np.empty((stop - start, *self._shape), self._dtype)
+        images: Pixels = np.empty((stop - start, *self.shape), self._dtype)
         with self._reading():
             if self._file is None:
                 self._file = self._open()
@@ -104,7 +107,7 @@ class ArrayFile:
                 raise EOFError("the file is cut off")
         if images.dtype == np.float32:
             try:
-                check_images(images, self._shape)
+                check_images(images, self.shape)
             except InputError as error:
                 raise InputError(f"{self._path}[{start}] to [{stop - 1}]: {error}") from None
         if stop == len(self):
@@ -137,6 +140,13 @@ class ArrayFile:
             raise InputError(f"cannot read array {self._path}: {error}") from None
 
 
+class Read(NamedTuple):
+    """Pixels [B, C, H, W] of a batch, and by position the reason why an image is none: its pixels are 0."""
+
+    pixels: Pixels
+    faults: dict[int, str]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Images `start` to `stop` of a source."""
@@ -156,6 +166,22 @@ class Batch:
         """The images [B, C, H, W]. Raises InputError naming the file that cannot be used."""
         return self.source.read(self.start, self.stop, pool)
 
+    def read_usable(self, pool: Executor) -> Read:
+        """The images, with faults in place of those that cannot be used."""
+        with suppress(InputError):
+            return Read(self.read(pool), {})
+        images, faults = {}, {}
+        for i in range(len(self)):
+            try:
+                (images[i],) = self.source.read(self.start + i, self.start + i + 1, pool)
+            except InputError as error:
+                faults[i] = one_line(error)
+        dtype = next(iter(images.values())).dtype if images else np.uint8
+        pixels: Pixels = np.zeros((len(self), *self.source.shape), dtype)
+        for i, image in images.items():
+            pixels[i] = image
+        return Read(pixels, faults)
+
     def stamp(self) -> str:
         """Changes when the files behind the images do."""
         return self.source.stamp(self.start, self.stop)
@@ -164,19 +190,29 @@ class Batch:
 class Inputs:
     """Image files, folders of images and array files, in the order given. A context manager: closes what it opened.
 
-    Raises InputError for a path that does not exist, an empty folder, or an array of another shape.
+    unusable: the paths that cannot be opened, with the reason, if `skip`. Else InputError is raised for a path that
+    does not exist, an empty folder, or an array of another shape.
     """
 
-    def __init__(self, paths: Sequence[Path], shape: Shape) -> None:
-        for path in paths:
-            if not path.exists():
-                raise InputError(f"{path} does not exist")
+    def __init__(self, paths: Sequence[Path], shape: Shape, *, skip: bool = False) -> None:
         self._sources: list[Source] = []
+        self.unusable: dict[str, str] = {}
         for arrays, group in groupby(paths, lambda path: path.suffix.lower() in ARRAY_SUFFIXES):
-            if arrays:
-                self._sources += [ArrayFile(path, shape) for path in group]
-            else:  # in one, so that batches are full when images are given one by one
-                self._sources.append(ImageFiles([file for path in group for file in _files(path, shape)], shape))
+            files: list[str] = []  # in one source, so that batches are full when images are given one by one
+            for path in group:
+                try:
+                    if not path.exists():
+                        raise InputError(f"{path} does not exist")
+                    if arrays:
+                        self._sources.append(ArrayFile(path, shape))
+                    else:
+                        files += _files(path, shape)
+                except InputError as error:
+                    if not skip:
+                        raise
+                    self.unusable[str(path)] = one_line(error)
+            if files:
+                self._sources.append(ImageFiles(files, shape))
 
     def __len__(self) -> int:
         return sum(map(len, self._sources))
@@ -216,5 +252,8 @@ def _files(path: Path, shape: Shape) -> list[str]:
 
 
 def _stamp(file: str) -> str:
-    found = os.stat(file)
+    try:
+        found = os.stat(file)
+    except OSError:
+        return f"{file}\0missing\0"
     return f"{file}\0{found.st_size}\0{found.st_mtime_ns}\0"

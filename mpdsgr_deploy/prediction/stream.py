@@ -4,7 +4,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data.likeness import Likeness
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.files import atomic_file, followed, is_stream
-from mpdsgr_deploy.prediction.inputs import Batch, Inputs
+from mpdsgr_deploy.prediction.faults import Faults, place_of_faults
+from mpdsgr_deploy.prediction.inputs import Batch, Inputs, Read
 from mpdsgr_deploy.prediction.partial import Chunk, Partial
+from mpdsgr_deploy.prediction.selection import WHOLE, Shard
 from mpdsgr_deploy.prediction.workers import Worker, started
 from mpdsgr_deploy.prediction.writers import SEVERAL_PASSES, find_writer
 from mpdsgr_deploy.progress import log, meter
@@ -32,7 +34,9 @@ DECODERS = min(8, os.cpu_count() or 1)  # threads
 class Job:
     """Paths of images, folders and arrays to classify: by which network, on what, how.
 
-    batch: images per inference; processes: how many infer; top: how many labels an image gets.
+    batch: images per inference; processes: how many infer; top: how many labels an image gets. skip: inputs that cannot
+    be used are left out, and named with the reason in `place_of_faults`; else they end the run. shard: which share of
+    the batches is done here; all shares in order are the rows of the whole, bit for bit.
     """
 
     bundle: Bundle
@@ -42,6 +46,8 @@ class Job:
     batch: int
     processes: int = 1
     top: int = 1
+    skip: bool = False
+    shard: Shard = WHOLE
 
     def to_csv(self, file: BinaryIO) -> int:
         """Write CSV as the answers come; returns the number of images. Raises InputError as `to_file` does."""
@@ -54,9 +60,12 @@ class Job:
         """
         write = find_writer(suffix, self.bundle.manifest.labels, self.top)
         with self._inputs() as inputs:
-            batches = inputs.batches(self.batch)
-            write(file, lambda: (Chunk(batch.names(), logits) for batch, logits in self._answers(batches)))
-            return len(inputs)
+            batches = self.shard.of(inputs.batches(self.batch))
+            faults = Faults(inputs.unusable if self.shard.number == 1 else {})
+            write(file, lambda: faults.without(self._answers(batches)))
+            for name, reason in faults.reasons.items():
+                log.warning("skipped %s: %s", name, reason)
+            return sum(map(len, batches)) - faults.rows
 
     def to_file(self, out: Path) -> int:
         """Write `out` in the format of its suffix; returns the number of images.
@@ -79,41 +88,43 @@ class Job:
         write = find_writer(out.suffix, labels, self.top)
         place = place_of_partial(out)
         with self._inputs() as inputs, Partial(place, self._settings(), len(labels)) as partial:
-            batches = inputs.batches(self.batch)
+            batches = self.shard.of(inputs.batches(self.batch))
             done = partial.resume(batches)
             if done:
                 log.info("going on after the %d images in %s", sum(map(len, batches[:done])), place)
             elif not partial.was_empty:
                 log.info("%s is of another bundle, other inputs or settings; starting anew", place)
-            for batch, logits in self._answers(batches, done):
-                partial.append(batch, logits)
+            for batch, chunk in self._answers(batches, done):
+                partial.append(batch, chunk.logits)
+            faults = Faults(inputs.unusable if self.shard.number == 1 else {})
             with atomic_file(out) as file:
-                write(file, lambda: partial.chunks(batches))
+                write(file, lambda: faults.without(zip(batches, partial.chunks(batches), strict=True)))
+            faults.save(place_of_faults(out))
             partial.finish()
-            return len(inputs)
+            return sum(map(len, batches)) - faults.rows
 
     def logits(self) -> NDArray[np.float32]:
         """Logits [N, K] of all inputs, held in memory together. Raises InputError as `to_file` does."""
         with self._inputs() as inputs:
-            return np.concatenate([logits for _, logits in self._answers(inputs.batches(self.batch))])
+            return np.concatenate([logits for _, (_, logits) in self._answers(inputs.batches(self.batch))])
 
     def _refuse_overwriting(self, out: Path) -> None:
         """Raise InputError if writing `out`, or its partial, would replace an input or a file of the bundle."""
         self.bundle.refuse_output(out)
-        for written in (out, place_of_partial(out)):
+        for written in filter(Path.exists, (out, place_of_partial(out), place_of_faults(out))):
             for path in self.paths:
-                if written.exists() and path.is_file() and written.samefile(path):
+                if path.is_file() and written.samefile(path):
                     raise InputError(f"--out {out} would overwrite the input {path}; choose another --out")
 
     def _inputs(self) -> Inputs:
-        return Inputs(self.paths, self.bundle.manifest.input_shape)
+        return Inputs(self.paths, self.bundle.manifest.input_shape, skip=self.skip)
 
     def _settings(self) -> str:
         """What the logits depend on beside the inputs: the last bits on the batch, too."""
         return json.dumps([self.bundle.manifest.digest, self.backend, self.precision, self.batch])
 
-    def _answers(self, batches: Sequence[Batch], done: int = 0) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
-        """Batches and their logits [B, K] in order, from batch `done` on."""
+    def _answers(self, batches: Sequence[Batch], done: int = 0) -> Iterator[tuple[Batch, Chunk]]:
+        """Batches and their logits [B, K] in order, from batch `done` on; NaN stands for images that are skipped."""
         if done == len(batches):
             return
         sizes = [len(batch) for batch in batches]
@@ -127,17 +138,26 @@ class Job:
             ThreadPoolExecutor(1) as reader,
             meter("predicting", "images", total=sum(sizes), done=sum(sizes[:done])) as advance,
         ):
-            read = ahead(batches[done:], lambda batch: reader.submit(batch.read, decoders), READ_AHEAD)
-            for (batch, images), answer in ahead(read, lambda pair: submit(pair[1]), 2 * self.processes):
+            read = ahead(batches[done:], lambda batch: reader.submit(self._read, batch, decoders), READ_AHEAD)
+            for (batch, (images, bad)), answer in ahead(read, lambda pair: submit(pair[1].pixels), 2 * self.processes):
                 if answer.batch < fitted:
                     fitted = answer.batch
                     log.info("out of memory: going on with batches of %d", fitted)
                 if likeness is not None:
-                    likeness.add(images)
-                yield batch, answer.logits
+                    likeness.add(np.delete(images, list(bad), axis=0) if bad else images)
+                logits = answer.logits
+                if bad:
+                    logits[list(bad)] = np.nan
+                elif not self.skip and not np.isfinite(logits).all():
+                    name = batch.names()[int(np.flatnonzero(~np.isfinite(logits).all(1))[0])]
+                    raise EvaluationError(f"the network's logits for {name} are not finite; export it again")
+                yield batch, Chunk(batch.names(), logits)
                 advance(len(batch))
         if likeness is not None and (unlike := likeness.warning()):
             log.warning("%s", unlike)
+
+    def _read(self, batch: Batch, pool: Executor) -> Read:
+        return batch.read_usable(pool) if self.skip else Read(batch.read(pool), {})
 
 
 def place_of_partial(out: Path) -> Path:

@@ -1,0 +1,55 @@
+"""Inputs that were skipped: which, and why."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from mpdsgr_deploy.files import followed, write_atomic
+from mpdsgr_deploy.prediction.inputs import Batch
+from mpdsgr_deploy.prediction.partial import Chunk
+
+NOT_FINITE = "the network's logits are not finite"
+
+
+def place_of_faults(out: Path) -> Path:
+    """The file that names the skipped inputs of output `out`, with the columns input and reason."""
+    out = followed(out)
+    return out.with_name(f"{out.name}.skipped.csv")
+
+
+class Faults:
+    """Leaves skipped images out of answers. reasons: by input, beginning with `unusable`; rows: images left out."""
+
+    def __init__(self, unusable: Mapping[str, str]) -> None:
+        self.reasons, self.rows = dict(unusable), 0
+
+    def without(self, answers: Iterable[tuple[Batch, Chunk]]) -> Iterator[Chunk]:
+        """The answers without the images whose logits are NaN; their files are read once more for the reason.
+
+        A second pass over the same answers counts nothing twice.
+        """
+        self.rows = 0
+        for batch, chunk in answers:
+            usable = np.isfinite(chunk.logits).all(1)
+            if usable.all():
+                yield chunk
+                continue
+            with ThreadPoolExecutor(1) as pool:
+                reasons = batch.read_usable(pool).faults
+            for i in np.flatnonzero(~usable).tolist():
+                self.reasons[chunk.names[i]] = reasons.get(i, NOT_FINITE)
+                self.rows += 1
+            yield Chunk([chunk.names[i] for i in np.flatnonzero(usable)], chunk.logits[usable])
+
+    def save(self, path: Path) -> None:
+        """Write `path`, or remove what an earlier run left there if nothing was skipped."""
+        if not self.reasons:
+            path.unlink(missing_ok=True)
+            return
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("input", "reason"), *self.reasons.items()])
+        write_atomic(path, text.getvalue().encode(errors="surrogateescape"))
