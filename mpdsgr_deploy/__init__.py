@@ -1,16 +1,18 @@
 """mpdsgr-deploy: train robust spiking networks, export them, and prove the exported artefact is still robust."""
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpdsgr_deploy.api import export, open_bundle, open_predictor, predict, train, validate
 
-# onnxruntime's wheels for Linux, and Ray, call home unless this is said before their first import; who wants it sets
-# the variables the other way
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# onnxruntime's wheels for Linux, Ray and OpenVINO call home unless this is said before their first import
+if os.environ.get("MPDSGR_TELEMETRY") != "1":
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO does without it then
 
 __version__ = "0.1.0"
 __all__ = ["export", "open_bundle", "open_predictor", "predict", "train", "validate"]

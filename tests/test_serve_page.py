@@ -19,10 +19,11 @@ from browser import CHROMIUM, Browser
 from conftest import resealed
 from PIL import Image
 
-from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data.files import read_image
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.firing import FiringRates
+from mpdsgr_deploy.serving.evidence import evidence
 from mpdsgr_deploy.serving.page import page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
@@ -119,9 +120,55 @@ def test_every_model_is_listed_with_what_it_is_and_how_it_does(shown: Browser) -
     assert shown.run("document.title") == "mpdsgr: ready"
     cards = shown.run("[...document.querySelectorAll('.model')].map((card) => card.innerText)")
     for card, name, precision in zip(cards, ("digits", "exact", "hostile"), ("fp32", "int8", "fp32"), strict=True):
-        for part in (name, "version 1", "READY", f"{precision} on onnxruntime-cpu", "1 × 8 × 8 to 10 classes", "p50"):
+        for part in (
+            name,
+            "version ",
+            "READY",
+            "of 100 images of digits: clean",
+            "under all attacks",
+            "(eps 0.1)",
+            "bundle ",
+            f"{precision} on onnxruntime-cpu",
+            "1 × 8 × 8 to 10 classes",
+            "p50",
+        ):
             assert part in card
     assert shown.text("#result") == "The prediction of an image appears here."
+
+
+def test_the_curl_line_is_one_that_a_shell_takes(shown: Browser, port: int) -> None:
+    line = shown.run("rows.get('digits').curl.textContent")
+    assert f"http://127.0.0.1:{port}/v2/models/digits/infer" in line
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["outputs"][0]["shape"] == [1, 10]
+
+
+def test_a_negative_is_noticed_and_can_be_inverted(shown: Browser, precise: Bundle, tmp_path: Path) -> None:
+    golden = precise.golden()[0][0, 0]
+    Image.fromarray((255 - golden * 255).round().astype(np.uint8)).save(tmp_path / "negative.png")
+    with open_predictor(precise) as predictor:
+        label = precise.manifest.labels[int(predictor(precise.golden()[0][:1]).argmax())]
+    choose_model(shown, "digits")
+    shown.choose_file("#file", tmp_path / "negative.png")
+    shown.wait(ANSWERED)
+    assert "light on dark, this one is not" in shown.text("#tone")
+    shown.run("byId('invert').click()")
+    shown.wait(f"{ANSWERED} && byId('tone').textContent === 'invert'")
+    assert shown.text("#label") == label
+
+
+def test_a_report_beside_a_bundle_is_told_if_it_is_of_the_same_network(precise: Bundle, tmp_path: Path) -> None:
+    bundle = open_bundle(shutil.copytree(precise.path, tmp_path / "bundle"))
+    report = {"verdict": "pass", "tier": "commit", "backend": "onnxruntime-cpu", "images": "first 100"}
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(
+        json.dumps(report | {"artefact_sha256": bundle.model_sha256("int8")})
+    )
+    x = bundle.golden()[0]
+    assert evidence(bundle, "fp32", x)["validation"] is None
+    assert evidence(bundle, "int8", x)["validation"] == report
+    (tmp_path / "report" / "report.json").write_text("[]")
+    assert evidence(bundle, "int8", x)["validation"] is None
 
 
 @pytest.mark.parametrize(("model", "precision"), [("digits", "fp32"), ("exact", "int8")])
@@ -149,9 +196,9 @@ def test_an_image_is_predicted_as_in_process(
     np.testing.assert_allclose(figures, 100 * shares[order[:5]], atol=0.051)
     assert [name for name, _ in items(shown, "rates")] == ["conv1", "conv2", "conv3"]
     np.testing.assert_allclose([float(text) for _, text in items(shown, "rates")], rates, atol=0.00006)
-    assert f"{model} version 1 answered in" in shown.text("#took")
+    assert f"{model} version {precise.manifest.digest[:12]} answered in" in shown.text("#took")
     # and the server's own figures follow
-    shown.wait(f"rows.get('{model}').served.textContent !== '0' && rows.get('{model}').p99.textContent.endsWith('ms')")
+    shown.wait(f"rows.get('{model}').served.textContent !== '0' && rows.get('{model}').p50.textContent.endsWith('ms')")
     assert shown.run(f"rows.get('{model}').latencies.children[1].getAttribute('d')").startswith("M")
 
 
@@ -197,10 +244,10 @@ def test_the_keyboard_reaches_everything_in_order(shown: Browser, photo: Path) -
     shown.choose_file("#file", photo)
     shown.wait(ANSWERED)
     reached = []
-    for _ in range(3):
+    for _ in range(7):
         shown.press("Tab")
         reached.append(shown.run("document.activeElement.id"))
-    assert reached == ["model", "file", "again"]
+    assert reached == ["", "", "", "model", "file", "invert", "again"]  # the first are those that show a curl line
     shown.run("byId('label').textContent = ''")
     shown.press("Enter", "\r")
     shown.wait("byId('label').textContent !== ''")

@@ -21,6 +21,7 @@ from mpdsgr_deploy.serving.source import sources
 from mpdsgr_deploy.serving.statistics import WINDOW
 from mpdsgr_deploy.serving.tensors import too_large
 
+ENOUGH = 100  # requests for one of them to be above the 99th percentile
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 
 
@@ -204,6 +205,7 @@ def _status(entry: Entry, backend: str) -> dict[str, Any]:
         **told,
         "input": {"name": model.input.name, "shape": list(model.input.shape)},
         "labels": list(model.labels),
+        **model.evidence,
         "firing_rate_layers": list(model.layers),
         "queued_images": model.lane.images,
         "inferences": counts.images,
@@ -212,6 +214,13 @@ def _status(entry: Entry, backend: str) -> dict[str, Any]:
             "seconds": span,
             "requests_per_second": len(recent) / span if recent else 0.0,
             "images_per_second": sum(m.images for m in recent) / span if recent else 0.0,
-            "latency_ms": {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)]} if times else None,
+            "latency_ms": _percentiles(times),
         },
     }
+
+
+def _percentiles(times: list[float]) -> dict[str, float | None] | None:
+    """Of sorted times; None for a percentile that too few of them stand behind."""
+    if not times:
+        return None
+    return {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)] if len(times) >= ENOUGH else None}

@@ -14,6 +14,7 @@ from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, spike_names
 from mpdsgr_deploy.serving.batcher import ModelLane, Outputs
 from mpdsgr_deploy.serving.errors import invalid
+from mpdsgr_deploy.serving.evidence import evidence
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import ModelSource
 from mpdsgr_deploy.serving.statistics import Statistics
@@ -70,6 +71,7 @@ class ServedModel:
                 self.layers = tuple(spike_names(self._network, self.source.path))
         if open_bundle(self.source.path).manifest.digest != self.digest:
             raise InputError(f"{self.source.path} was changed while it was opened; load it again")
+        self.evidence = evidence(self._bundle, self.source.precision, self._bundle.golden(self.source.precision)[0])
         self.statistics = Statistics()
         self.lane = ModelLane(self._compute, self.statistics, most, room)
 

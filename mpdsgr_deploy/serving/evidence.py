@@ -1,0 +1,53 @@
+"""What a bundle and a report beside it say of a served network: how it was trained, and what it withstood."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.bundle import Bundle
+
+
+def evidence(bundle: Bundle, precision: str, golden: NDArray[np.float32]) -> dict[str, Any]:
+    """For /status. methods: of the training, by the names of recipes; reference: right answers of the torch network.
+
+    golden: float32 [G, C, H, W]; their mean tells a viewer whether images are light on dark. validation: of the newest
+    report that lies beside the bundle and is of this very network, or None.
+    """
+    manifest, promise = bundle.manifest, bundle.manifest.reference
+    reference = None
+    if promise is not None:
+        reference = {
+            "data": promise.data,
+            "n": promise.n,
+            "clean": promise.correct.get("clean"),
+            "worst": promise.correct.get("worst"),
+            "eps": manifest.recipe.attack.eps,
+        }
+    return {
+        "digest": manifest.digest,
+        "methods": sorted(name for name, settings in dict(manifest.recipe.defence).items() if settings is not None),
+        "reference": reference,
+        "golden_mean": round(float(golden.mean()), 4),
+        "validation": _validation(bundle, precision),
+    }
+
+
+def _validation(bundle: Bundle, precision: str) -> dict[str, Any] | None:
+    path, sha = bundle.path.absolute(), bundle.model_sha256(precision)
+    places = [path.with_name(f"{path.name}-report"), path.parent / "report", *_inside(path.parent / "reports")]
+    reports = [file for place in places if (file := place / "report.json").is_file()]
+    for file in sorted(reports, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            report = json.loads(file.read_bytes())
+            if report["artefact_sha256"] == sha:
+                return {key: str(report[key]) for key in ("verdict", "tier", "backend", "images")}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no report of ours
+    return None
+
+
+def _inside(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []

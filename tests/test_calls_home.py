@@ -1,0 +1,105 @@
+"""No command reaches another machine unless it is told to: watched where programs in C++ ask the system too."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from served import BUNDLE, INFER, Served, images, request
+
+VARIABLES = ("ORT_DISABLE_TELEMETRY", "RAY_USAGE_STATS_ENABLED")
+COMPILER = shutil.which("cc")
+WATCH = r"""
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dlfcn.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <stdlib.h>
+static void note(const char *call, const char *where) {
+  FILE *file = fopen(getenv("SOCKET_WATCH"), "a");
+  if (file) { fprintf(file, "%s %s\n", call, where ? where : "0.0.0.0"); fclose(file); }
+}
+static void address(const char *call, const struct sockaddr *to) {
+  char text[64] = "";
+  if (to && to->sa_family == AF_INET) inet_ntop(AF_INET, &((struct sockaddr_in *)to)->sin_addr, text, sizeof text);
+  if (to && to->sa_family == AF_INET6) inet_ntop(AF_INET6, &((struct sockaddr_in6 *)to)->sin6_addr, text, sizeof text);
+  if (*text) note(call, text);
+}
+int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
+  note("getaddrinfo", node);
+  return ((__typeof__(&getaddrinfo))dlsym(RTLD_NEXT, "getaddrinfo"))(node, service, hints, found);
+}
+int connect(int file, const struct sockaddr *to, socklen_t length) {
+  address("connect", to);
+  return ((__typeof__(&connect))dlsym(RTLD_NEXT, "connect"))(file, to, length);
+}
+ssize_t sendto(int file, const void *data, size_t size, int flags, const struct sockaddr *to, socklen_t length) {
+  address("sendto", to);
+  return ((__typeof__(&sendto))dlsym(RTLD_NEXT, "sendto"))(file, data, size, flags, to, length);
+}
+"""
+LOOPBACK = re.compile(r"\w+ (127\.\S+|::1|localhost|0\.0\.0\.0|::|::ffff:127\.\S+)")
+
+
+class Home:
+    """A user's directory, and what the processes started with it asked of the network."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self._log = directory, directory / "watch.log"
+        library = directory / "watch.so"
+        (directory / "watch.c").write_text(WATCH)
+        command = [str(COMPILER), "-shared", "-fPIC", "-o", str(library), str(directory / "watch.c"), "-ldl"]
+        subprocess.run(command, check=True, capture_output=True)
+        self.variables = {"HOME": str(directory), "LD_PRELOAD": str(library), "SOCKET_WATCH": str(self._log)}
+
+    def run(self, *arguments: object) -> None:
+        command = [sys.executable, "-m", "mpdsgr_deploy", *map(str, arguments)]
+        environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+        done = subprocess.run(command, env=environment | self.variables, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr
+
+    @property
+    def asked(self) -> list[str]:
+        """Where anything but this machine was asked for, and what telemetry keeps in the user's cache."""
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        kept = [str(path) for path in self.directory.rglob("*") if "onnxruntime" in path.name.lower()]
+        return [line for line in lines if not LOOPBACK.fullmatch(line)] + kept
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    if COMPILER is None:
+        pytest.skip("no C compiler to build the watch with")
+    return Home(tmp_path)
+
+
+def test_commands_ask_nobody(home: Home, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", images(2))
+    home.run("inspect", BUNDLE)
+    home.run("predict", BUNDLE, tmp_path / "images.npy")
+    home.run("deploy", "triton", BUNDLE, "--out", tmp_path / "triton")
+    home.run("doctor")
+    assert home.asked == []
+
+
+def test_a_server_asks_nobody(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in home.variables.items():
+        monkeypatch.setenv(key, value)
+    with Served() as served:
+        for _ in range(20):
+            assert served.post(INFER, request(images())).status == 200
+        assert served.get("/metrics").status == 200
+    assert home.asked == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its wheels for Linux alone have telemetry")
+def test_the_watch_sees_telemetry_that_somebody_asked_for(home: Home, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", images(2))
+    home.variables["MPDSGR_TELEMETRY"] = "1"
+    home.run("predict", BUNDLE, tmp_path / "images.npy")
+    assert home.asked != []
