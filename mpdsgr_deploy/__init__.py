@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpdsgr_deploy.api import export, open_bundle, open_predictor, predict, train, validate
+    from mpdsgr_deploy.api import adopt, export, export_module, open_bundle, open_predictor, predict, train, validate
 
 # onnxruntime's wheels for Linux, Ray and OpenVINO call home unless this is said before their first import
 if os.environ.get("MPDSGR_TELEMETRY") != "1":
@@ -15,7 +15,7 @@ if os.environ.get("MPDSGR_TELEMETRY") != "1":
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO does without it then
 
 __version__ = "0.1.0"
-__all__ = ["export", "open_bundle", "open_predictor", "predict", "train", "validate"]
+__all__ = ["adopt", "export", "export_module", "open_bundle", "open_predictor", "predict", "train", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.bundle import open_bundle as _open_bundle
-from mpdsgr_deploy.data.images import to_unit
+from mpdsgr_deploy.data.images import Images, to_unit
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import Recipe, load_recipe
@@ -25,7 +25,7 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND, open_predictor
 if TYPE_CHECKING:
     from mpdsgr_deploy.validation.report import Report
 
-__all__ = ["export", "open_bundle", "open_predictor", "predict", "train", "validate"]
+__all__ = ["adopt", "export", "export_module", "open_bundle", "open_predictor", "predict", "train", "validate"]
 
 AnyPath = str | PathLike[str]
 
@@ -87,6 +87,56 @@ def export(
         limit=limit,
         carry_images=carry_images,
     )
+
+
+def export_module(
+    module: Any,
+    images: str | Images,
+    out: AnyPath,
+    *,
+    surrogate: str = "triangle",
+    precisions: Sequence[str] = (),
+    tier: str | None = None,
+    root: str | None = None,
+    limit: int | None = None,
+    **details: Any,
+) -> Bundle:
+    """Write the bundle of any torch module that maps images to logits to directory `out`, and open it.
+
+    images: labelled images, or a data set's name, or an .npz file, with which the reference is made. surrogate: what
+    stands for its spikes under attack. Further arguments are those of `mpdsgr_deploy.exporting.export_module`.
+    Raises InputError for a module that cannot be exported or attacked, EvaluationError if its ONNX file answers
+    otherwise, or if a state is left over from one call to the next.
+    """
+    need("onnxscript", "train")
+    from mpdsgr_deploy.adopt.images import evaluation_images
+    from mpdsgr_deploy.exporting import export_module as write
+
+    labelled = evaluation_images(images, root, None, limit) if isinstance(images, str) else images
+    return write(module, labelled, Path(out), surrogate=surrogate, precisions=precisions, tier=tier, **details)
+
+
+def adopt(
+    model: AnyPath,
+    images: str | Images,
+    out: AnyPath,
+    *,
+    surrogate: str = "triangle",
+    tier: str | None = None,
+    root: str | None = None,
+    limit: int | None = None,
+    **details: Any,
+) -> Bundle:
+    """Write the bundle of any ONNX classifier, which stays as it is, to directory `out`, and open it.
+
+    Arguments as of `export_module`; further ones are those of `mpdsgr_deploy.adopt.adopt`.
+    Raises InputError for a network or images that do not fit or cannot be attacked.
+    """
+    from mpdsgr_deploy.adopt import adopt as write
+    from mpdsgr_deploy.adopt.images import evaluation_images
+
+    labelled = evaluation_images(images, root, None, limit) if isinstance(images, str) else images
+    return write(Path(model), labelled, Path(out), surrogate=surrogate, tier=tier, **details)
 
 
 def open_bundle(path: AnyPath) -> Bundle:

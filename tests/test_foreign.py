@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
@@ -18,6 +19,7 @@ from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.exporting import export_module, find_module
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 
@@ -278,3 +280,64 @@ def test_bad_options_are_one_line(options: list[str], message: str, tmp_path: Pa
     assert done.exit_code == 2
     assert message in done.output
     assert not (tmp_path / "out").exists()
+
+
+class Net(torch.nn.Module):
+    """Three spiking layers over three steps, for `export_module`."""
+
+    def __init__(self, *, leaks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.between = torch.nn.Conv2d(1, 6, 3), torch.nn.Linear(216, 20)
+        self.head, self.leaks, self.kept = torch.nn.Linear(20, 10), leaks, torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u = self.kept if self.leaks else torch.zeros(())
+        v, outputs = torch.zeros(()), []
+        for _ in range(3):
+            u = u * 0.5 + self.conv(x)
+            spikes = (u > 0.2).float()
+            u = u - 0.2 * spikes
+            v = v * 0.5 + self.between(spikes.flatten(1))
+            fired = (v > 0.1).float()
+            v = v - 0.1 * fired
+            outputs.append(self.head(fired))
+        if self.leaks:
+            self.kept = u.mean()
+        return torch.stack(outputs).mean(0)
+
+
+def test_a_module_is_exported_with_torch_as_its_reference(tmp_path: Path) -> None:
+    module = Net()
+    with torch.no_grad():
+        logits = module(torch.from_numpy(digits(12).unit())).numpy()
+    bundle = export_module(module, digits(12), tmp_path / "out", precisions=("int8",), recipe=quick())
+    assert bundle.manifest.origin == "module"
+    assert list(bundle.manifest.variants) == ["fp32", "int8"]
+    np.testing.assert_allclose(bundle.reference().logits["fp32"], logits, atol=1e-5)
+    operators = {node.op_type for node in onnx.load(bundle.variant("int8")).graph.node}
+    assert "QuantizeLinear" in operators
+    with open_predictor(bundle, precision="int8") as predictor:
+        assert np.abs(predictor(digits(12).unit()) - logits).max() < 0.5
+
+
+def test_a_state_that_is_left_over_is_found(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="a state is left over from one call to the next"):
+        export_module(Net(leaks=True), digits(200), tmp_path / "out")
+
+
+def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_net.py").write_text("from test_foreign import Net\ndef build(): return Net()\nword = str\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert isinstance(find_module("own_net:build"), torch.nn.Module)
+    for name, message in (
+        ("own_net:none", "AttributeError"),
+        ("own_net:word", "gives a str"),
+        ("no_net:x", "ModuleNot"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_module(name)
+    done = CliRunner().invoke(main, ["export", "own_net:build", "--out", "out"])
+    assert done.exit_code == 2
+    assert "give --data" in done.output

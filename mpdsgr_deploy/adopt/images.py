@@ -14,8 +14,8 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Data
 
 
-def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int], limit: int | None) -> Images:
-    """At most `limit` images of a shape (C, H, W), with their classes.
+def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int] | None, limit: int | None) -> Images:
+    """At most `limit` images of a shape (C, H, W), None: of any, with their classes.
 
     source: a folder CLASS/NAME.png, an .npz file with pixels (uint8 [N, C, H, W]), classes (int [N]) and, if it has
     them, labels (str [K]); else a registered data set, whose files lie in `root`. Raises InputError for images of
@@ -23,12 +23,14 @@ def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int]
     """
     path = Path(source)
     if path.is_dir():
+        if shape is None:
+            raise InputError(f"{path} is a folder, whose images have no size of their own; give an .npz file or a name")
         images = _folder(path, shape)
     elif path.suffix == ".npz":
         images = _archive(path)
     else:
-        images = load_test(Data(name=source, image_size=shape[1]).at(root))
-    if images.shape != shape:
+        images = load_test(Data(name=source, image_size=None if shape is None else shape[1]).at(root))
+    if shape is not None and images.shape != shape:
         raise InputError(f"the images of {source} have shape {images.shape}; the network takes {shape} (C, H, W)")
     return images[:limit] if limit else images
 

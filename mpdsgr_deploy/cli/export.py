@@ -1,13 +1,18 @@
 """mpdsgr export"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.checkpoint import CHOICES, Choice
 from mpdsgr_deploy.cli.output import json_option, print_json
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.bundle import Bundle
 
 
 @click.command("export")
@@ -24,6 +29,8 @@ from mpdsgr_deploy.lookup import need
 @click.option("--root", help="Where the data set lies, for accuracy and golden inputs.  [default: the recipe's]")
 @click.option("--limit", type=click.IntRange(1), help="Measure accuracy on the first so many test images only.")
 @click.option("--tier", help=f"How hard the reference is attacked: {', '.join(TIERS)}.  [default: the recipe's gate's]")
+@click.option("--data", help="Of a module: a data set's name, a folder of CLASS/NAME.png, or an .npz file.")
+@click.option("--surrogate", default="triangle:1", show_default=True, help="Of a module: what stands for its spikes.")
 @click.option("--images/--no-images", default=True, show_default=True, help="Carry the test images in the bundle.")
 @json_option
 def command(
@@ -35,10 +42,12 @@ def command(
     root: str | None,
     limit: int | None,
     tier: str | None,
+    data: str | None,
+    surrogate: str,
     images: bool,
     as_json: bool,
 ) -> None:
-    """Turn RUN (a training run or one of its checkpoints) into a deployment bundle.
+    """Turn RUN (a training run, one of its checkpoints, or package.module:function) into a deployment bundle.
 
     The ONNX file is compared with the torch model before anything is written. Other precisions also meet attacked
     images. The torch network is attacked as `mpdsgr validate` will attack the artefact, and its verdicts go into the
@@ -47,6 +56,9 @@ def command(
 
     With --max-drop 0.005 none may lose more than half a point of accuracy: layers go back to fp16 (those of
     fp16 to fp32), the worst first, until that holds.
+
+    package.module:function returns any torch module that maps images to logits; --data says with which images it is
+    attacked. Its ONNX file has to answer as it does.
 
     \b
     Example:
@@ -57,17 +69,22 @@ def command(
     from mpdsgr_deploy.exporting import export
 
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
-    bundle = export(
-        run,
-        out,
-        choice=choice,
-        precisions=precisions,
-        max_drop=max_drop,
-        root=root,
-        limit=limit,
-        tier=tier,
-        carry_images=images,
-    )
+    if ":" in run.name and not run.exists():
+        if data is None or choice is not None or max_drop is not None:
+            raise InputError(f"{run} is a module: give --data, and neither --checkpoint nor --max-drop")
+        bundle = _of_module(str(run), out, data, root, limit, surrogate, precisions, tier, images)
+    else:
+        bundle = export(
+            run,
+            out,
+            choice=choice,
+            precisions=precisions,
+            max_drop=max_drop,
+            root=root,
+            limit=limit,
+            tier=tier,
+            carry_images=images,
+        )
     variants = bundle.manifest.variants
     if as_json:
         origin = bundle.manifest.provenance["checkpoint"]
@@ -80,3 +97,34 @@ def command(
         figures = [f"{a.correct} of {a.n} {a.data} {what} ({a.share:.1%})" for a, what in found if a]
         click.echo(f"{name}: {'; '.join(figures) or 'accuracy not measured'}")
     click.echo(f"bundle in {out}; next: mpdsgr validate {out} --report {out}-report")
+
+
+def _of_module(
+    name: str,
+    out: Path,
+    data: str,
+    root: str | None,
+    limit: int | None,
+    surrogate: str,
+    precisions: list[str],
+    tier: str | None,
+    carry: bool,
+) -> "Bundle":
+    """The bundle of a module by its name, attacked on the images of `data`."""
+    from mpdsgr_deploy.adopt.images import evaluation_images
+    from mpdsgr_deploy.exporting import export_module, find_module
+    from mpdsgr_deploy.recipe import Recipe
+
+    recipe = Recipe.model_validate({"data": {"name": Path(data).stem}})
+    images = evaluation_images(data, root, None, limit)
+    module = find_module(name)
+    return export_module(
+        module,
+        images,
+        out,
+        surrogate=surrogate,
+        precisions=precisions,
+        recipe=recipe,
+        tier=tier,
+        carry_images=carry,
+    )

@@ -1,5 +1,6 @@
-"""From a checkpoint to a deployment bundle."""
+"""From a checkpoint, or any torch module, to a deployment bundle."""
 
 from mpdsgr_deploy.exporting.bundle_writer import export
+from mpdsgr_deploy.exporting.module import export_module, find_module
 
-__all__ = ["export"]
+__all__ = ["export", "export_module", "find_module"]

@@ -1,0 +1,165 @@
+"""Any torch module that maps images to logits, as a bundle: its ONNX file is adopted, torch is its paired reference."""
+
+import contextlib
+import importlib
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from mpdsgr_deploy.adopt import Preprocessing, adopt
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import EvaluationError, InputError, one_line
+from mpdsgr_deploy.exporting.onnx_writer import OPSET, save
+from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipe import Recipe
+
+BATCH = 64  # images that torch answers at once
+
+
+def export_module(
+    module: nn.Module,
+    images: Images,
+    out: Path,
+    *,
+    surrogate: str = "triangle",
+    labels: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+    recipe: Recipe | None = None,
+    tier: str | None = None,
+    carry_images: bool = True,
+) -> Bundle:
+    """Write the bundle of a torch module to directory `out`. The module unrolls its own time steps.
+
+    module: float32 [B, C, H, W] to logits [B, K], and nothing that it keeps from one call to the next. images: with
+    which the reference is made. precisions: besides fp32; int8 and fp8 quantise the products of spikes, whose scales
+    are exact. The other arguments are as of `adopt`.
+
+    Raises InputError for a module that cannot be exported or attacked, EvaluationError if its ONNX file answers
+    otherwise, or if it answers the same images otherwise when asked again.
+    """
+    for name in precisions:
+        choose("precision", dict.fromkeys(PRECISIONS), name)
+    before = Preprocessing() if preprocessing is None else preprocessing
+    module = module.eval().cpu()
+    x = torch.from_numpy(_prepared(images.unit(), before))
+    logits = _answers(module, x)
+    graph = _exported(module, x[:2])
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / f"{type(module).__name__}.onnx"
+        save(graph, file)
+        variants = {name: _variant(graph, name, file) for name in precisions if name != "fp32"}
+        return adopt(
+            file,
+            images,
+            out,
+            surrogate=surrogate,
+            preprocessing=before,
+            labels=labels,
+            variants=variants,
+            reference=logits,
+            recipe=recipe,
+            tier=tier,
+            carry_images=carry_images,
+            origin="module",
+        )
+
+
+def find_module(name: str) -> nn.Module:
+    """The module that "package.module:attribute" names: itself, or what that function returns without arguments.
+
+    Modules of the working directory are found too. Raises InputError for what cannot be imported and for no module.
+    """
+    package, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(package), attribute)
+        made = found if isinstance(found, nn.Module) else found()
+    except Exception as error:  # whatever the other package's code raises
+        raise InputError(f"{name} cannot be imported and called: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} gives a {type(made).__name__}; give a torch module, or a function that returns one")
+    return made
+
+
+def _prepared(x: NDArray[np.float32], before: Preprocessing) -> NDArray[np.float32]:
+    """Images [N, C, H, W] in [0, 1] as the module expects them."""
+    x = x * np.float32(before.high - before.low) + np.float32(before.low)
+    if before.mean:
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (before.mean, before.std))
+        x = (x - mean) / std
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if before.layout == "nhwc" else x
+
+
+def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
+    """Logits [N, K]. Raises EvaluationError where a state is left over between two calls."""
+    try:
+        with torch.no_grad():
+            logits = torch.cat([module(part) for part in x.split(BATCH)]).float().numpy()
+            again = torch.cat([module(part) for part in x.split(BATCH - 1)]).float().numpy()
+    except Exception as error:  # whatever the module raises
+        raise InputError(f"the module does not take images {list(x.shape[1:])}: {one_line(error)}") from error
+    parity = compare(logits, again)
+    if not parity.holds:
+        raise EvaluationError(
+            f"the module answers the same images otherwise when asked again ({parity}): a state is left over from one "
+            "call to the next, or it draws noise; reset it at the beginning of `forward`"
+        )
+    return np.asarray(logits)
+
+
+def _exported(module: nn.Module, example: Tensor) -> ir.Model:
+    """The module's graph with a free batch, its products named one by one."""
+    batch = {0: torch.export.Dim("batch")}
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter's notes about its own internals
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=(batch,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's errors share no public base class
+        raise InputError(f"torch cannot export the module: {one_line(error)[:300]}") from error
+    assert program is not None  # None only where a path is given
+    graph = program.model
+    common.ClearMetadataAndDocStringPass()(graph)
+    for number, node in enumerate(graph.graph):
+        node.name = node.name or f"{node.op_type}_{number}"
+    return graph
+
+
+def _variant(graph: ir.Model, precision: str, fp32: Path) -> Path:
+    """Write another precision beside the float32 file."""
+    layers = plan(graph, precision)
+    chosen = sum(own == precision for own in layers.values())
+    if not chosen:
+        raise InputError(
+            f"{precision} would change no product: none between the first and the last takes spikes, whose scale is "
+            f"exact; leave {precision} out, or quantise the ONNX file yourself and adopt it with --variant"
+        )
+    log.info("%s: %d of %d products", precision, chosen, len(layers))
+    file = fp32.with_name(f"{precision}.onnx")
+    save(convert(graph, layers), file)
+    return file
