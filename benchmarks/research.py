@@ -67,17 +67,14 @@ class Network(NamedTuple):
 
 def research() -> list[Attempt]:
     """Every kind of attempt that was seen to break an image, strongest first, most of them with several starts."""
-    heavy = [Attempt("apgd", f"superspike:{k}", seed=seed) for seed in range(3) for k in (10, 20, 30)]
+    sharp = [f"superspike:{k}" for k in (10, 20, 30)]
+    heavy = [Attempt(method, name, seed=seed) for seed in (0, 1) for method in ("apgd", "sa-pgd") for name in sharp]
     other = [Attempt("apgd", name) for name in ("superspike:5", "superspike:50", "superspike:100", "exponential:0.1")]
     dlr = [Attempt("apgd", f"superspike:{k}", "dlr") for k in (10, 30)]
     aimed = [Attempt("apgd", "superspike:20", wrong=rank) for rank in range(3)]
     narrow = [Attempt("apgd", name) for name in ("triangle:0.25", "rectangular:1", "sigmoid:20", "rate")]
-    rest = [
-        Attempt("sa-pgd", "adaptive"),
-        Attempt("sa-pgd", "superspike:20"),
-        Attempt("pgd", "superspike:20", steps=200),
-    ]
-    return [*heavy, *other, *dlr, *aimed, *narrow, *rest, Attempt("square", steps=2000)]
+    rest = [Attempt("sa-pgd", "adaptive"), Attempt("pgd", "superspike:20", steps=200), Attempt("square", steps=2000)]
+    return [*heavy, *dlr, *rest, *aimed, *other, *narrow]
 
 
 def each() -> list[Attempt]:
@@ -155,7 +152,7 @@ def attempts(network: Network, portfolio: str, out: Path) -> Iterator[dict[str, 
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if portfolio == "research" or (portfolio == "each" and not number):
-            standing = np.array(line["left"], np.int64)
+            standing = np.intersect1d(standing, np.array(line["left"], np.int64))
         yield line
 
 

@@ -108,5 +108,7 @@ def print_report(report: Report) -> None:
         click.echo(f"  {reason.line}")
     if report.stopped:
         click.echo(f"  {report.stopped.moment}: {report.stopped.why}")
+    for remark in report.remarks:
+        click.echo(f"  {remark}")
     for name in not_compared(report):
         click.echo(f"  {name}: {NOT_COMPARED} with the reference, which met no such attack")

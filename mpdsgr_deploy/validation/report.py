@@ -76,7 +76,8 @@ class VariantFlips(BaseModel):
 class Report(BaseModel):
     """Everything a verdict rests on. `images` states which images were used and by which rule.
 
-    seconds: how long it took; stopped: it ended early, so accuracy under all attacks is an upper bound.
+    seconds: how long it took; stopped: it ended early, so accuracy under all attacks is an upper bound. remarks: what a
+    reader of `worst` should know beside it.
     """
 
     schema_version: int = 3
@@ -99,6 +100,7 @@ class Report(BaseModel):
     variants: list[VariantFlips] = []
     parity: Parity | None
     health: list[Check]
+    remarks: list[str] = []  # absent from results of earlier versions
     gate: Gate
     stopped: EarlyStop | None = None
     seconds: float

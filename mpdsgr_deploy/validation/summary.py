@@ -46,6 +46,7 @@ def summary(report: Report) -> str:
         lines.append(f"- ended early, {markdown(report.stopped.moment)}: {markdown(report.stopped.why)}")
     if alone := not_compared(report):
         lines.append(f"- {NOT_COMPARED} with the reference, which met no such attack: {markdown(', '.join(alone))}")
+    lines += [f"- {markdown(remark)}" for remark in report.remarks]
     lines += [
         "",
         f"{markdown(about)} Accuracy in % with its 95 % interval.",

@@ -28,6 +28,7 @@ from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.images import chosen_images
 from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
+from mpdsgr_deploy.validation.remarks import remarks
 from mpdsgr_deploy.validation.report import PROGRESS, Curve, Example, Report, VariantFlips, Verdict
 from mpdsgr_deploy.validation.rounding import rounding_faults
 from mpdsgr_deploy.validation.rows import Row
@@ -216,6 +217,7 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], seconds
         variants=flips,
         parity=judged.parity,
         health=judged.health,
+        remarks=remarks(subject, judged.measurement),
         gate=resolved(gate, len(subject.images)),
         stopped=None if stopped is None else EarlyStop(after=stopped.during, why=why),
         seconds=seconds,

@@ -1,0 +1,45 @@
+"""What a reader of `worst` should know beside it: findings about the network and the tier, not faults."""
+
+from collections.abc import Iterator
+
+from mpdsgr_deploy.attacks.condition import STRONG, WORST
+from mpdsgr_deploy.attacks.measure import Measurement
+from mpdsgr_deploy.attacks.tiers import smaller_tiers
+from mpdsgr_deploy.validation.subject import Subject
+
+MASKED = 0.1  # share of images between the trained surrogate's gradient and all attacks, from which masking is reported
+
+
+def remarks(subject: Subject, measurement: Measurement) -> list[str]:
+    """Sentences for the report; none about a measurement that stopped early."""
+    if measurement.stopped is not None:
+        return []
+    return [*_masking(measurement), *_upper_bound(subject)]
+
+
+def _masking(measurement: Measurement) -> Iterator[str]:
+    strong, worst, n = measurement.verdicts[STRONG], measurement.standing, measurement.n
+    gap = (int(strong.sum()) - int(worst.sum())) / n
+    if gap >= MASKED:
+        yield (
+            f"gradient masking: strong PGD through the surrogate of training leaves {strong.mean():.1%} of {n} images, "
+            f"all attacks together leave {worst.mean():.1%}; an evaluation with that gradient alone would overstate "
+            f"robustness by {100 * gap:.1f} points"
+        )
+
+
+def _upper_bound(subject: Subject) -> Iterator[str]:
+    """By how much more attacks lowered the reference's worst case at export, on the same images."""
+    reference, here = subject.reference, subject.comparison.worst
+    promise = subject.target.bundle.manifest.reference
+    if reference is None or promise is None or here is None:
+        return
+    tier, n = subject.gate.tier, len(subject.images)
+    if tier in smaller_tiers(promise.tier):
+        there = int((reference.verdicts[WORST][:n] & here).sum())
+        yield (
+            f"worst is an upper bound: at export the attacks of tier {tier} left {int(here.sum())} of these {n} images "
+            f"right, those of tier {promise.tier} {there}"
+        )
+    elif smaller_tiers(tier) == []:
+        yield f"worst is an upper bound: tier {tier} is the quick one; export with --tier release to learn by how much"

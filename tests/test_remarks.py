@@ -1,0 +1,60 @@
+"""What a report says beside `worst`: masking by nature, and how far a quick tier's union lies above a longer one's."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST
+from mpdsgr_deploy.attacks.measure import Measurement, Stopped
+from mpdsgr_deploy.validation.comparison import Comparison
+from mpdsgr_deploy.validation.remarks import remarks
+
+N = 20
+
+
+def first(count: int) -> np.ndarray:
+    """Verdicts on N images: the first `count` are right."""
+    return np.arange(N) < count
+
+
+def measured(strong: int, worst: int, stopped: Stopped | None = None) -> Measurement:
+    y = np.zeros(N, np.int64)
+    outcome = SimpleNamespace(condition=SimpleNamespace(name=STRONG), correct=first(strong))
+    return Measurement(y, y, (outcome,), first(worst), stopped)
+
+
+def subject(tier: str, exported: str, here: int, there: int) -> SimpleNamespace:
+    promise = SimpleNamespace(tier=exported)
+    verdicts = {CLEAN: first(N), "square": first(here)}
+    return SimpleNamespace(
+        target=SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(reference=promise))),
+        gate=SimpleNamespace(tier=tier),
+        images=range(N),
+        reference=SimpleNamespace(verdicts={WORST: first(there)}),
+        comparison=Comparison(verdicts, attacks=("square",)),
+    )
+
+
+def test_a_gap_between_the_trained_surrogate_and_all_attacks_is_reported() -> None:
+    (masked,) = remarks(subject("release", "release", 9, 9), measured(strong=15, worst=9))
+    assert "leaves 75.0% of 20 images, all attacks together leave 45.0%" in masked
+    assert "by 30.0 points" in masked
+    assert remarks(subject("release", "release", 9, 9), measured(strong=10, worst=9)) == []
+
+
+@pytest.mark.parametrize("exported", ["release", "paper"])
+def test_a_quick_tier_says_by_how_much_a_longer_one_went_below_it(exported: str) -> None:
+    (bound,) = remarks(subject("commit", exported, here=12, there=10), measured(strong=10, worst=10))
+    assert f"tier commit left 12 of these 20 images right, those of tier {exported} 10" in bound
+
+
+def test_without_a_longer_tier_at_export_it_says_how_to_learn() -> None:
+    (bound,) = remarks(subject("commit", "commit", 12, 12), measured(strong=10, worst=10))
+    assert "upper bound" in bound
+    assert "--tier release" in bound
+
+
+def test_nothing_is_said_of_a_measurement_that_stopped_early() -> None:
+    stopped = Stopped(STRONG, WORST, "too few")
+    assert remarks(subject("commit", "release", 12, 10), measured(strong=20, worst=3, stopped=stopped)) == []
