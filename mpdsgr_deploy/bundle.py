@@ -14,19 +14,16 @@ bundle from a stranger needs a signature on manifest.json as well.
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from mpdsgr_deploy.data.likeness import PixelStatistics
+from mpdsgr_deploy.address import local_copy, parse_address
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import (
     claim_directory,
@@ -38,118 +35,24 @@ from mpdsgr_deploy.files import (
     write_atomic,
 )
 from mpdsgr_deploy.locks import LOCK, exclusive
-from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.reference import REFERENCE, Promise, Reference, load_reference
-from mpdsgr_deploy.schema import Count, read_document
+from mpdsgr_deploy.manifest import SCHEMA_VERSION, Accuracy, Manifest, NoiseInput, Prepared, Variant
+from mpdsgr_deploy.reference import REFERENCE, Reference, load_reference
+from mpdsgr_deploy.schema import read_document
 
-SCHEMA_VERSION = 2  # 1: no `pixels`, another name for the digests in reference.npz
+__all__ = [
+    "Accuracy",
+    "Bundle",
+    "Manifest",
+    "NoiseInput",
+    "Prepared",
+    "Variant",
+    "open_bundle",
+    "seal",
+    "staged",
+]
+
 MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.safetensors", "golden.npz"
 ENGINES = "engines"
-
-
-class Accuracy(BaseModel):
-    """Correctly classified images out of n of a data set's test images."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: str
-    correct: int
-    n: int
-
-    @property
-    def share(self) -> float:
-        """In [0, 1]."""
-        return self.correct / self.n
-
-
-class Variant(BaseModel):
-    """One precision of the network, and how accurate it was on clean and on attacked images when it was exported.
-
-    layers: the precision each layer multiplies in, by name, `readout` the last.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    file: str
-    attack: str = ""  # the file of its attack graph
-    layers: dict[str, str] = {}
-    accuracy: Accuracy | None = None  # None: the data set was not at hand
-    attacked: Accuracy | None = None  # None: not measured
-
-    @property
-    def exact(self) -> bool:
-        """Whether every backend computes the same but for float32 rounding: int8 sums are exact, others round."""
-        return set(self.layers.values()) <= {"fp32", "int8"}
-
-
-class Prepared(BaseModel):
-    """What `mpdsgr build` made of one variant for one backend on one kind of machine.
-
-    machine: what must be the same where it is used (names of devices, versions); batch: the smallest, best and largest
-    batch it takes; None: any. file: an engine; settings: what was measured fastest, for a backend without engines.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    backend: str
-    precision: str
-    model_sha256: str  # of the ONNX file it was made from
-    machine: dict[str, str]
-    batch: tuple[int, int, int] | None = None
-    file: str | None = None
-    settings: dict[str, Any] = {}
-
-    @property
-    def key(self) -> str:
-        """What tells it from the others of a bundle, as the beginning of a file name."""
-        profile = "-".join(map(str, self.batch or ("any",)))
-        words = (self.backend, *self.machine.values(), self.precision, f"batch-{profile}", self.model_sha256[:8])
-        return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower())
-
-
-class NoiseInput(BaseModel):
-    """A further input of a stochastic network, float32 [B, *shape]: what one of its parts draws in a pass.
-
-    shape: (T, ...), a draw for every step; kind: of U[0, 1) or of N(0, 1). `runtime.noise` makes the values.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    kind: Literal["uniform", "normal"]
-    shape: tuple[Count, ...]
-
-
-class Manifest(BaseModel):
-    """input_shape is (C, H, W); input is float32 [B, C, H, W] in [0, 1], output float32 logits [B, K]."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int = SCHEMA_VERSION
-    input_name: str
-    output_name: str
-    input_shape: tuple[int, int, int]
-    input_range: tuple[float, float] = (0.0, 1.0)
-    noise: tuple[NoiseInput, ...] = ()
-    labels: tuple[str, ...]
-    pixels: PixelStatistics | None = None  # of the training images; None: not known
-    recipe: Recipe  # T, encoding and neuron among the rest
-    origin: Literal["trained", "module", "adopted"] = "trained"  # here, as a torch module, or only as an ONNX file
-    variants: dict[str, Variant]
-    reference: Promise | None = None  # None: the data set was not at hand
-    prepared: tuple[Prepared, ...] = ()
-    provenance: dict[str, Any]
-    files: dict[str, str]  # relative path -> sha256
-    digest: str = ""  # sha256 of this document, see `computed_digest`
-
-    def computed_digest(self) -> str:
-        """sha256 of the canonical JSON of everything but `digest`, `schema_version` and defaults.
-
-        Without the defaults, so that a field which a later version adds leaves older bundles' digests as they are.
-        """
-        left_out = {"digest", "schema_version"}
-        content = json.dumps(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Bundle:
@@ -243,11 +146,17 @@ class Bundle:
         return inputs, logits
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Read and verify a bundle directory.
+def open_bundle(path: Path | str) -> Bundle:
+    """Read and verify a bundle: a directory, or as a string an address of `mpdsgr_deploy.address` without a precision.
 
     Raises InputError if it is no bundle, a newer schema, damaged, incomplete, or names files outside itself.
     """
+    if isinstance(path, str):
+        address = parse_address(path)
+        if address.precision is not None:
+            raise InputError(f"{path!r}: a bundle is opened with all its precisions; leave @{address.precision} out")
+        path = local_copy(address)
+    path = path.expanduser()
     advice = "make a bundle with `mpdsgr export`"
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a bundle (it has no {MANIFEST}); {advice}")

@@ -223,7 +223,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
         as_json = mpdsgr_here(*base, "--rate", "400", "--json", "--batch", "2", "--images", tmp_path / "images.npy")
         stranger = mpdsgr_here("bench", "--url", server.url)
     assert table.returncode == as_json.returncode == 0, table.stderr + as_json.stderr
-    assert "│ 2     │ 20       │" in table.stdout
+    assert any(line.split()[:2] == ["2", "20"] for line in table.stdout.splitlines())
     where = f"perf_analyzer -m net -u 127.0.0.1:{server.port} -i http -b"
     shape, bearer = "--shape=images:1,8,8", '-H "Authorization: Bearer $KEY"'
     line = f"{where} 1 --concurrency-range=2 --measurement-interval=10000 --percentile=99 {shape} {bearer}"

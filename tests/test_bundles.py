@@ -26,10 +26,10 @@ def test_they_are_listed_with_what_they_promise() -> None:
     for name, manifest in found.items():
         assert manifest["recipe"]["data"]["name"] == name
         promise = manifest["reference"]
-        shown = CliRunner().invoke(main, ["bundles"], env={"COLUMNS": "200"}).output
-        (line,) = (line for line in shown.splitlines() if f" {name} " in line and "│" in line)
+        shown = CliRunner().invoke(main, ["bundles"]).output
+        (line,) = (line for line in shown.splitlines() if line.startswith(f"{name} "))
         for condition in ("clean", "worst"):
-            assert f" {100 * promise['correct'][condition] / promise['n']:.1f} " in line
+            assert f"{100 * promise['correct'][condition] / promise['n']:.1f}" in line.split()
 
 
 @pytest.mark.parametrize("name", SHIPPED)

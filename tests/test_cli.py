@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -150,8 +151,9 @@ def test_demo_shows_that_the_exported_network_is_equal_and_damaged_ones_are_refu
     monkeypatch.setenv("COLUMNS", "120")
     done = mpdsgr_here("demo", "--out", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
-    shown = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
-    torch, exported, damaged = ([cell.strip() for cell in row] for row in shown)
+    names = ("torch ", "exported to ONNX ", "damaged copy  ")
+    shown = [re.split(r" {2,}", line) for line in done.stdout.splitlines() if line.startswith(names)]
+    torch, exported, damaged = shown
     assert (torch[0], exported[0], damaged[0]) == ("torch", "exported to ONNX", "damaged copy")
     assert torch[1:] == exported[1:]
     assert float(damaged[1]) < float(exported[1])

@@ -1,8 +1,12 @@
 """The `mpdsgr` command: one module a subcommand, loaded when it is called, so that --help stays quick."""
 
 import importlib
+import os
 import sys
 import traceback
+import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -36,7 +40,12 @@ class OneLineErrors(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where an error still has a line of its own
+            return result
+        except BrokenPipeError:  # the reader has seen enough, as `| head` has
+            drop_output()
+            sys.exit(0)
         except MpdsgrError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
@@ -45,6 +54,7 @@ class OneLineErrors(click.Command):
             sys.exit(130)
         except OSError as error:
             click.echo(f"error: {error}", err=True)
+            drop_output()
             sys.exit(InputError.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -54,8 +64,28 @@ class OneLineErrors(click.Command):
             sys.exit(EvaluationError.exit_code)
 
 
+def drop_output() -> None:
+    """Let what is still to be written to stdout go nowhere: Python would try once more at its end, and complain."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def at_home(argument: str) -> str:
+    """The argument with the user's home directory for a leading ~, also behind OPTION=, where shells leave it."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--") and value.startswith("~"):
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument) if argument.startswith("~") else argument
+
+
 class LazyGroup(OneLineErrors, click.Group):
     """Imports a subcommand's module when it is asked for."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [at_home(text) for text in args])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -79,4 +109,9 @@ def main() -> None:
     \b
     Start here:  mpdsgr demo
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, with >&- for example
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it lasts as long as the process
+    if not sys.warnoptions:  # of the libraries: for their developers, and in no words of ours
+        warnings.simplefilter("ignore")
     show_progress()

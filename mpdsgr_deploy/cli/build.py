@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import click
 
-from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
-from mpdsgr_deploy.cli.output import json_option, print_json
+from mpdsgr_deploy.bundle import Bundle, Prepared
+from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
@@ -25,12 +24,12 @@ BUILDERS: dict[str, Builder] = {
 
 
 @click.command("build")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle")
 @click.option("--backend", required=True, help=f"What will run the network: {', '.join(BUILDERS)}.")
-@click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
+@precision_option
 @click.option("--batch", metavar="MIN,OPT,MAX", help="TensorRT: smallest, best, largest batch.  [default: 1,32,128]")
 @json_option
-def command(bundle: Path, backend: str, precision: str, batch: str | None, as_json: bool) -> None:
+def command(bundle: str, backend: str, precision: str | None, batch: str | None, as_json: bool) -> None:
     """Prepare BUNDLE for a backend and keep the result in it. Run this on the machine that will serve it.
 
     A TensorRT engine works on this model of GPU with this version of TensorRT. A TensorRT-RTX engine is built without
@@ -45,20 +44,19 @@ def command(bundle: Path, backend: str, precision: str, batch: str | None, as_js
     """
     builder = choose("backend", BUILDERS, backend)
     wanted = None if batch is None else parse_batch(batch)
-    opened = open_bundle(bundle)
-    opened.variant(precision)
-    log.info("building %s of %s for %s ...", precision, bundle, backend)
+    opened, chosen = opened_bundle(bundle, precision)
+    opened.variant(chosen)
+    log.info("building %s of %s for %s ...", chosen, opened.path, backend)
     started = time.perf_counter()
-    _, prepared = builder(opened, precision, wanted)
+    _, prepared = builder(opened, chosen, wanted)
     seconds = time.perf_counter() - started
     if as_json:
-        print_json({"bundle": str(bundle), "seconds": round(seconds, 3), **prepared.model_dump()})
+        print_json({"bundle": str(opened.path), "seconds": round(seconds, 3), **prepared.model_dump()})
         return
     made = f"engine {prepared.file}" if prepared.file else f"settings {prepared.settings}"
-    click.echo(f"{made} in {bundle}, after {seconds:.1f} s")
-    click.echo(
-        f"next: mpdsgr validate {bundle} --backend {backend} --precision {precision} --report {bundle}-{backend}"
-    )
+    click.echo(f"{made} in {opened.path}, after {seconds:.1f} s")
+    report = f"{opened.path}-{backend}"
+    click.echo(f"next: mpdsgr validate {opened.path}@{chosen} --backend {backend} --report {report}")
 
 
 def parse_batch(text: str) -> Batch:

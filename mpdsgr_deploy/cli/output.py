@@ -1,6 +1,8 @@
-"""What subcommands share: the --json switch and a table on stdout."""
+"""What subcommands share: how a bundle is named, the --json switch, and tables on stdout."""
 
 import json
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +11,83 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mpdsgr_deploy.address import local_copy, parse_address
+from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.errors import InputError
+
+NARROWEST = 16  # columns of text that a folded cell keeps
+
+precision_option = click.option(
+    "--precision", help="Which of the bundle's networks.  [default: that of BUNDLE@PRECISION, else fp32]"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 
 
+def opened_bundle(text: str, precision: str | None) -> tuple[Bundle, str]:
+    """The bundle of an argument BUNDLE[@PRECISION][@sha256:DIGEST], and the precision that it or --precision names.
+
+    Raises InputError as `open_bundle` does, and where the two name different precisions.
+    """
+    address = parse_address(text)
+    if precision is not None and address.precision not in (None, precision):
+        raise InputError(f"{text!r} and --precision {precision} name two precisions; leave one out")
+    return open_bundle(local_copy(address)), precision or address.precision or "fp32"
+
+
 def print_json(value: Any) -> None:
-    """One machine-readable object on stdout."""
-    click.echo(json.dumps(value))
+    """One machine-readable object on stdout. JSON has no NaN and no infinity: null stands for them."""
+    click.echo(json.dumps(_strict(value), allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """A table for people on stdout; long cells fold instead of being cut, except the first column's names."""
+    """Rows for people on stdout.
+
+    On a terminal a table with borders, in which the widest columns fold; one entry a block where that would leave a
+    column no room. Elsewhere, in pipes and logs, one plain line for each row.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    if not (sys.stdout and sys.stdout.isatty()):
+        _print_lines(columns, cells, widths, title)
+        return
+    console = Console()
+    borders = 3 * len(columns) + 1
+    least = widths[0] + sum(min(width, NARROWEST) for width in widths[1:])
+    if least + borders > console.width:
+        _print_blocks(columns, cells, title)
+        return
     table = Table(title=title and Text(title), title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # Text: square brackets are ours, not rich's markup
-    Console().print(table)
+    for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        least_width = None if number == 0 else min(width, NARROWEST)
+        table.add_column(Text(column), overflow="fold", no_wrap=number == 0, min_width=least_width)
+    for row in cells:
+        table.add_row(*map(Text, row))  # Text: square brackets are ours, not rich's markup
+    console.print(table)
+
+
+def _print_lines(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int], title: str | None
+) -> None:
+    if title:
+        click.echo(title)
+    for row in (columns, *cells):
+        padded = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
+
+
+def _print_blocks(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None) -> None:
+    if title:
+        click.echo(title)
+    for row in cells:
+        click.echo(row[0])
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            if cell:
+                click.echo(f"  {column}: {cell}" if column else f"  {cell}")

@@ -1,12 +1,11 @@
 """mpdsgr predict"""
 
-import os
 import sys
 from pathlib import Path
 
 import click
 
-from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.cli.output import opened_bundle, precision_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
 from mpdsgr_deploy.prediction.faults import place_of_faults
@@ -16,7 +15,7 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 
 
 @click.command("predict")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle")
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--list", "listed", type=click.Path(path_type=Path), help="File with more INPUTS, one per line; - is stdin."
@@ -30,7 +29,7 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
     help="What an input that cannot be read does: end the run, or be left out and named in OUT.skipped.csv.",
 )
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the network.")
-@click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
+@precision_option
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images per inference.")
 @click.option(
     "--processes",
@@ -44,13 +43,13 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
     "--out", type=click.Path(path_type=Path), help=f"{', '.join(FORMATS)} file to write.  [default: CSV on stdout]"
 )
 def command(
-    bundle: Path,
+    bundle: str,
     inputs: tuple[Path, ...],
     listed: Path | None,
     shard: str,
     on_error: str,
     backend: str,
-    precision: str,
+    precision: str | None,
     batch: int,
     processes: int,
     top: int,
@@ -78,11 +77,12 @@ def command(
     paths = [*inputs, *(read_list(listed) if listed else [])]
     if not paths:
         raise InputError("nothing to predict; give INPUTS, or a file that names them with --list")
+    opened, chosen = opened_bundle(bundle, precision)
     job = Job(
-        open_bundle(bundle),
+        opened,
         paths,
         backend,
-        precision,
+        chosen,
         batch,
         processes,
         top,
@@ -94,13 +94,4 @@ def command(
         also = f"; what was skipped is in {skipped}" if skipped.exists() else ""
         click.echo(f"{count} predictions in {out}{also}")
         return
-    try:
-        job.to_csv(sys.stdout.buffer)
-        sys.stdout.flush()
-    except OSError as error:
-        try:
-            sys.stdout.flush()
-        except OSError:  # nothing more can be written, but Python would try once more at its end, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # which is what `| head` causes
-            raise
+    job.to_csv(sys.stdout.buffer)

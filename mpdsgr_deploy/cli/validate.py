@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.bundle import open_bundle
-from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json, print_table
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.validation.gate import load_gate
@@ -15,9 +14,9 @@ from mpdsgr_deploy.validation.writing import claim_report, write_report
 
 
 @click.command("validate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle")
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the artefact.")
-@click.option("--precision", default="fp32", show_default=True, help="Which of the bundle's networks.")
+@precision_option
 @click.option("--url", help="Validate the server there: http://HOST:PORT/v2/models/NAME, which serves BUNDLE.")
 @click.option(
     "--rate",
@@ -32,14 +31,19 @@ from mpdsgr_deploy.validation.writing import claim_report, write_report
 @click.option("--root", help="Where the data set lies, whose images are then used.")
 @click.option("--limit", type=click.IntRange(1), help="Use the first so many test images.  [default: the tier's]")
 @click.option("--transfer", type=click.Path(path_type=Path), help="Bundle or checkpoint to attack from too.")
-@click.option("--report", "report_dir", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "--report",
+    "report_dir",
+    type=click.Path(path_type=Path),
+    help="Directory to write.  [default: reports/NAME-PRECISION of the bundle]",
+)
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context,
-    bundle: Path,
+    bundle: str,
     backend: str,
-    precision: str,
+    precision: str | None,
     url: str | None,
     rate: float,
     tier: str | None,
@@ -48,7 +52,7 @@ def command(
     root: str | None,
     limit: int | None,
     transfer: Path | None,
-    report_dir: Path,
+    report_dir: Path | None,
     as_json: bool,
 ) -> None:
     """Attack BUNDLE's exported network and decide whether it is still as accurate and as robust as promised.
@@ -65,14 +69,16 @@ def command(
     """
     from mpdsgr_deploy.validation import Target, validate
 
+    opened, chosen = opened_bundle(bundle, precision)
+    report_dir = report_dir or Path("reports") / f"{opened.path.resolve().name}-{chosen}"
+    opened.refuse_output(report_dir, "--report")
     claim_report(report_dir)
-    opened = open_bundle(bundle)
     rules = load_gate(gate) if gate else opened.manifest.recipe.gate
     if tier is not None:
         choose("tier", TIERS, tier)
         rules = rules.model_copy(update={"tier": tier})
     report = validate(
-        Target(opened, backend, precision, url, rate),
+        Target(opened, backend, chosen, url, rate),
         gate=rules,
         data=data,
         root=root,

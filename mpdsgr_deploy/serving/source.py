@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpdsgr_deploy.address import local_copy, parse_address
 from mpdsgr_deploy.bundle import MANIFEST
 from mpdsgr_deploy.errors import InputError
 
@@ -44,11 +45,10 @@ def _source(text: str) -> ModelSource:
     name, place = "", text
     if "=" in text and not Path(text).exists():
         name, _, place = text.partition("=")
-    path, precision = place, "fp32"
-    if "@" in place and not Path(place).exists():
-        path, _, precision = place.rpartition("@")
-    directory = Path(path).absolute().name  # a link is called as it is, whatever it points to now
+    address = parse_address(place)
+    path, precision = local_copy(address), address.precision or "fp32"
+    directory = Path(address.place).absolute().name  # a link is called as it is, whatever it points to now
     name = name or (directory if precision == "fp32" else f"{directory}-{precision}")
     if not NAME.fullmatch(name):
         raise InputError(f"{text!r}: {name!r} cannot name a model (letters, digits, _ . - only); write NAME={place}")
-    return ModelSource(name, Path(path), precision)
+    return ModelSource(name, path, precision)

@@ -127,6 +127,9 @@ def _run(
     learner = _learner(fabric, recipe, training)
     data = data_identity(training, validation)
     history, started_from = begin(learner, training, out, init, data)
+    if len(history) >= recipe.training.epochs:
+        log.info("%s has all of its %d epochs; nothing is left to train", out, recipe.training.epochs)
+        return
     if profile and fabric.is_global_zero:
         learner = learner._replace(profile=Profile(learner.model, out / "profile"))
     train_data, validation_data = to_device(training, fabric.device), to_device(validation, fabric.device)

@@ -1,0 +1,102 @@
+"""Where a bundle is, as commands take it: PLACE[@PRECISION][@sha256:DIGEST].
+
+PLACE is a directory, or an address that fsspec knows: hf://OWNER/NAME, s3://BUCKET/NAME, gs://... An address needs the
+bundle's digest, the `digest` in its manifest.json. The copy is verified by it before anything in it is used, and kept
+in the user's cache, where later runs find it without a network.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.locks import LOCK, exclusive
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.progress import log
+
+MANIFEST = "manifest.json"
+SHA256 = re.compile(r"@sha256:([0-9a-f]{64})$")
+PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
+
+
+class Address(NamedTuple):
+    """A directory or an address with a protocol, the precision meant, and the digest that its manifest must have."""
+
+    place: str
+    precision: str | None = None
+    sha256: str | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is to be fetched."""
+        return PROTOCOL.match(self.place) is not None
+
+
+def parse_address(text: str) -> Address:
+    """PLACE[@PRECISION][@sha256:DIGEST]. An existing path is itself, whatever characters it has."""
+    if Path(text).expanduser().exists():
+        return Address(text)
+    digest = SHA256.search(text)
+    place = SHA256.sub("", text)
+    precision = None
+    if "@" in place.rpartition("/")[2] and not Path(place).expanduser().exists():
+        place, _, precision = place.rpartition("@")
+    return Address(place, precision, digest[1] if digest else None)
+
+
+def local_copy(address: Address) -> Path:
+    """The directory of a bundle, fetched into the cache if it is elsewhere.
+
+    Raises InputError for an address without a digest, one that cannot be read, and a bundle with another digest.
+    """
+    if not address.is_remote:
+        path = Path(address.place).expanduser()
+        if address.sha256 is not None:
+            _verify(path, address)
+        return path
+    if address.sha256 is None:
+        raise InputError(
+            f"{address.place} needs the bundle's digest behind it, @sha256:DIGEST: what is fetched is verified by it"
+        )
+    cache = cache_directory() / address.sha256
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(cache.with_name(f"{cache.name}{LOCK}"), "download", wait=True):
+        if not (cache / MANIFEST).is_file():
+            _fetch(address, cache)
+    _verify(cache, address)
+    return cache
+
+
+def cache_directory() -> Path:
+    """Where fetched bundles are kept: below MPDSGR_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    own, base = os.environ.get("MPDSGR_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(base or Path.home() / ".cache") / "mpdsgr-deploy" / "bundles"
+
+
+def _fetch(address: Address, cache: Path) -> None:
+    """Copy a remote bundle's files; the manifest comes last, so that only a whole copy is found later."""
+    fsspec = need("fsspec", "remote")
+    log.info("fetching %s into %s", address.place, cache)
+    scratch = cache.with_name(f"{cache.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        files, root = fsspec.url_to_fs(address.place)
+        files.get(root.rstrip("/") + "/", f"{scratch}/", recursive=True)
+    except Exception as error:  # every file system of fsspec has its own
+        raise InputError(f"cannot fetch {address.place}: {type(error).__name__}: {one_line(error)}") from error
+    _verify(scratch, address)
+    shutil.rmtree(cache, ignore_errors=True)
+    scratch.rename(cache)
+
+
+def _verify(directory: Path, address: Address) -> None:
+    """Raise InputError unless the manifest states the digest; that this is true is verified when it is opened."""
+    try:
+        stated = json.loads((directory / MANIFEST).read_bytes())["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{address.place} is not a bundle (it has no readable {MANIFEST})") from None
+    if stated != address.sha256:
+        raise InputError(f"{address.place} is another bundle than the address says: its digest is {stated}")
