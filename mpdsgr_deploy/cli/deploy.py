@@ -41,6 +41,9 @@ def command() -> None:
 def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, as_json: bool) -> None:
     """Write a Triton model repository: called as `mpdsgr serve` calls its models.
 
+    Triton checks no pixel values. An ONNX network is written with a check in it, and answers NaN to an image with NaN
+    or values outside [0, 1], which mpdsgr serve refuses; an engine answers such an image as if it were valid.
+
     With --backend tensorrt they are the engines that `mpdsgr build`
     put into the bundles; those for GPUs of different compute capability go side by side. --out is fresh or holds what
     this command wrote before.
@@ -62,6 +65,8 @@ def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, a
         told = [{**model._asdict(), "noise": [entry.model_dump() for entry in model.noise]} for model in written]
         print_json({"repository": str(out), "models": told, "next": following})
         return
+    if backend == "tensorrt":
+        click.echo("warning: engines check no pixel values: 0..255 or NaN is answered as if it were an image", err=True)
     for model in written:
         engines = [f"TensorRT {version} for {capability}" for capability, version in model.engines.items()]
         click.echo(f"{model.name}: {model.precision}, {' and '.join(engines) or 'ONNX'}, batches to {model.largest}")

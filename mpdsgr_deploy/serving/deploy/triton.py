@@ -4,6 +4,9 @@ NAME/config.pbtxt     what goes in and out, batches, devices
 NAME/labels.txt       for Triton's classification extension
 NAME/warmup/          a golden image, which every instance answers before the model is ready
 NAME/1/model.onnx     or model.plan, or one plan a compute capability
+
+Triton checks no values. An ONNX network is written with a check in it: images outside [0, 1] get NaN. An engine cannot
+have one, so it answers them as if they were images.
 """
 
 import shutil
@@ -33,6 +36,7 @@ from mpdsgr_deploy.serving.deploy.triton_config import (
     library,
     problems,
 )
+from mpdsgr_deploy.serving.deploy.triton_guard import guarded
 
 BACKENDS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 SUMS = "mpdsgr-triton.sha256"
@@ -88,8 +92,9 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
         largest = max(built, default=LARGEST)
         content = source if gpus else for_cpu(source)  # on a CPU float16 is rounded only where it is written down
         target = directory / VERSION / PLATFORMS[platform]
-        target.write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
-        network = onnx.load(target)
+        loaded = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
+        network = guarded(loaded, manifest.input_name)
+        onnx.save(network, target)
     labels = [" ".join(label.split()) for label in manifest.labels]
     (directory / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     golden = np.ascontiguousarray(bundle.golden(model.precision)[0][0], dtype="<f4")
