@@ -111,7 +111,7 @@ TIERS = {
     "release": Tier(
         images=1000,
         probe=100,
-        max_drop=0.01,
+        max_drop=0.02,  # the bundles that come with the package have some 500 test images, 0.01 takes 900
         entries=(
             *BASIC,
             entry("strong-pgd", STRONG, rank=3),

@@ -2,9 +2,9 @@
 
 A drop fails if the artefact loses more than the limit and the loss is no chance: worse images of the discordant ones
 are more than half by an exact one-sided McNemar test (p < 0.001: with a dozen conditions, a healthy artefact is refused
-less than once in a hundred times). Ten images that only the artefact gets wrong are the
-fewest that can show that, so a limit of 1 % takes 900 images. Square is left out unless the gate names it in `drops`:
-its random search takes another way on any other network, and then decides a dozen of 100 images otherwise by chance;
+less than once in a hundred times). Ten images that only the artefact gets wrong are the fewest that can show that, so a
+limit of 2 % takes 450 images, 1 % takes 900. Square is left out unless the gate names it in `drops`: its random
+search takes another way on any other network, and then decides a dozen of 100 images otherwise by chance;
 what it breaks counts in the worst case. A floor fails if the artefact's accuracy is below it;
 n images, all of them right, prove it where their 95 % Wilson interval begins above.
 """

@@ -1,0 +1,116 @@
+"""Renders benchmarks/MPD_APGD.md and its plot from what `research.py` and `tier_strength.py` wrote.
+
+python benchmarks/research_page.py
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import research
+import tier_strength
+from matplotlib.figure import Figure
+
+from mpdsgr_deploy.files import write_atomic
+
+FOLDER = Path(__file__).parent
+PAGE, PLOT = FOLDER / "MPD_APGD.md", FOLDER / "results" / "mpd_apgd.svg"
+BEGIN, END = "<!-- tables: python benchmarks/research_page.py -->\n", "<!-- end of tables -->\n"
+Lines = list[dict[str, Any]]
+
+
+@click.command()
+def main() -> None:
+    """Write the tables into the page, and the plot."""
+    attempts, tiers = read(research.RESULTS), read(tier_strength.RESULTS)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    write_atomic(PAGE, f"{before}{BEGIN}{render(attempts, tiers)}{END}{rest.partition(END)[2]}".encode())
+    plot([line for line in attempts if line["portfolio"] == "grid"])
+
+
+def read(file: Path) -> Lines:
+    """The lines of a results file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def render(attempts: Lines, tiers: Lines) -> str:
+    """All tables as Markdown."""
+    parts = [union_table(attempts, tiers), each_table(attempts), source([*attempts, *tiers])]
+    return "\n".join(filter(None, parts)) + "\n"
+
+
+def union_table(attempts: Lines, tiers: Lines) -> str:
+    """What every tier's union leaves of a network's images, and the research attack's."""
+    lines = [
+        "| network | tier | right without attack | MPD-APGD leaves | union leaves | research attack leaves "
+        "| gradients per image | queries per image | processor s |",
+        "|---" * 9 + "|",
+    ]
+    for name, tier in dict.fromkeys((line["network"], line["tier"]) for line in tiers):
+        rows = [line for line in tiers if (line["network"], line["tier"]) == (name, tier)]
+        n = rows[0]["n"]
+        own = [row for row in rows if row["condition"] == "mpd-apgd"]
+        union = np.logical_and.reduce([row["clean"] for row in rows] + [row["correct"] for row in rows])
+        gradients, queries = (
+            sum(row["evaluations"] for row in rows if (row["kind"] == "query") == asked) / n for asked in (False, True)
+        )
+        cells = [f"{sum(rows[0]['clean'])} of {n}", str(sum(own[0]["correct"])) if own else "-", str(union.sum())]
+        cells += [floor(attempts, name), f"{gradients:.0f}", f"{queries:.0f}", f"{sum(r['seconds'] for r in rows):.1f}"]
+        lines.append(f"| {name} | {tier} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def floor(attempts: Lines, network: str) -> str:
+    """How many images all attempts of the research attack left, and how many attempts there were."""
+    made = [line for line in attempts if line["network"] == network and line["portfolio"] == "research"]
+    if not made:
+        return "-"
+    left = set.intersection(*(set(line["left"]) for line in made))
+    return f"{len(left)} ({len(made)} attempts)"
+
+
+def each_table(attempts: Lines) -> str:
+    """What each kind of attempt breaks of the images that APGD through superspike:10 left."""
+    made = [line for line in attempts if line["portfolio"] == "each"]
+    if not made:
+        return ""
+    lines = ["| network | attempt, 100 steps | breaks | per 1,000 gradients |", "|---" * 4 + "|"]
+    for line in made:
+        broken, kind = len(line["before"]) - len(line["left"]), research.Attempt(**line["attempt"])
+        aimed = "" if kind.wrong is None else ", aimed"
+        what = f"{kind.method} {kind.surrogate}, {kind.loss.upper()}{aimed}"
+        rate = 1000 * broken / max(line["gradients"], 1)
+        lines.append(f"| {line['network']} | {what} | {broken} of {len(line['before'])} | {rate:.2f} |")
+    return "\n".join([*lines, ""])
+
+
+def source(lines: Iterable[dict[str, Any]]) -> str:
+    """Where the figures come from."""
+    places = {
+        f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}, onnxruntime {made['packages']['onnxruntime']}"
+        for made in (line["provenance"] for line in lines)
+    }
+    return f"{'; '.join(sorted(places))}; one thread, seconds of processor time on a machine with other work."
+
+
+def plot(grid: Lines) -> None:
+    """Images left against sharpness, a line per number of steps, a panel per network."""
+    networks = list(dict.fromkeys(line["network"] for line in grid))
+    if not networks:
+        return
+    figure = Figure(figsize=(4.5 * len(networks), 3.4), layout="constrained")
+    for axes, network in zip(np.atleast_1d(figure.subplots(1, len(networks))), networks, strict=True):
+        mine = [(research.Attempt(**line["attempt"]), line) for line in grid if line["network"] == network]
+        for steps in sorted({attempt.steps for attempt, _ in mine}):
+            points = sorted((float(a.surrogate.split(":")[1]), len(b["left"])) for a, b in mine if a.steps == steps)
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{steps} steps")
+        axes.set(xscale="log", xlabel="sharpness k", ylabel="images left", title=f"{network}, n = {mine[0][1]['n']}")
+        axes.legend()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
