@@ -4,6 +4,7 @@ The files under `foreign/` are written by `foreign/make.py`, which names the ver
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,12 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
+from mpdsgr_deploy.attack_graph import derive
+from mpdsgr_deploy.attack_graph import jumps as finding
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
+from mpdsgr_deploy.attack_graph.jumps import Comparison, Jump
+from mpdsgr_deploy.attack_graph.neurons import Neurons
+from mpdsgr_deploy.attack_graph.tape import Tape
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import Images, load_test
@@ -341,3 +347,44 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     done = CliRunner().invoke(main, ["export", "own_net:build", "--out", "out"])
     assert done.exit_code == 2
     assert "give --data" in done.output
+
+
+def missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spikes of the second layer pass no gradient on."""
+    give = Neurons._give
+
+    def silent(self: Neurons, jump: Jump, cotangent: str, like: str) -> None:
+        if self._place[jump.node.output[0]][0] != "neurons1":
+            give(self, jump, cotangent, like)
+        else:
+            give(self, jump, self._tape.emit("Mul", cotangent, self._tape.constant(0)), like)
+
+    monkeypatch.setattr(Neurons, "_give", silent)
+
+
+def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer's potential and threshold change places: its gradient points the other way."""
+    find = finding.find_jumps
+
+    def turned(tape: Tape) -> list[Jump]:
+        jumps = find(tape)
+        half = len(jumps) // 2
+        first = [jump._replace(compared=Comparison(*jump.compared[1::-1])) for jump in jumps[:half:2]]
+        return sorted([*first, *jumps[1:half:2], *jumps[half:]], key=lambda jump: tape.forward.index(jump.node))
+
+    monkeypatch.setattr(derive, "find_jumps", turned)
+
+
+@pytest.mark.parametrize("plant", [missed, swapped])
+def test_a_faulty_derivation_does_not_pass_the_gate(
+    plant: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted when the bundle is made and when it is validated, so that no comparison of files shows it."""
+    plant(monkeypatch)
+    out, gate = tmp_path / "bundle", tmp_path / "gate.toml"
+    gate.write_text('tier = "commit"\nimages = 50\nmax_drop = 0.2\n')
+    words = ["adopt", file("spikingjelly-soft"), "--images", "digits", "--surrogate", "arctan:2", "--limit", 50]
+    done = CliRunner().invoke(main, [str(word) for word in (*words, "--out", out)])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["validate", str(out), "--gate", str(gate), "--report", str(tmp_path / "report")])
+    assert done.exit_code in (1, 3), done.output
