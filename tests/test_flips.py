@@ -269,6 +269,10 @@ def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str
         assert len(drawn) == 3 + 1
         np.testing.assert_allclose(drawn[1], [100 * s.rate for s in flips.steps if s.t == 1])
         np.testing.assert_allclose(drawn[3], [100 * flips.mean("fresh", layer) for layer in flips.layers()])
+    figure.draw_without_rendering()
+    inside, legend = figure.bbox.extents, figure.legends[0].get_window_extent().extents
+    assert inside[0] <= legend[0]
+    assert legend[2] <= inside[2]  # a legend that is cut off loses the first step
     right = by_density(list(measured.values())).axes[1]
     assert len(right.lines) == 3 + 1
     assert all(np.all(np.asarray(line.get_ydata()) > 0) for line in right.lines)

@@ -3,12 +3,15 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart; markers and dashes differ too.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
 
 from mpdsgr_deploy.diagnostics.flips import Flips
 from mpdsgr_deploy.diagnostics.picture import png
@@ -16,6 +19,7 @@ from mpdsgr_deploy.files import claim_directory, write_atomic
 
 BY_LAYER, BY_DENSITY = "flips.png", "density.png"
 COLOURS, MARKERS, FRESH = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^", "black"
+ENTRY = 2.3  # inches that an entry of the legend takes
 SMALLEST = 0.6  # of the smallest rate drawn: where a logarithmic axis begins
 
 
@@ -30,16 +34,17 @@ def by_layer(found: Sequence[Flips]) -> Figure:
     """Flip rate against layer, one panel a precision and one line a step; dashed: each layer's own rounding."""
     layers = found[0].layers()
     T = len(found[0].steps) // len(layers)
-    size = (1.5 + len(found) * max(3.2, 0.55 * len(layers)), 4.2)
-    figure = Figure(figsize=size, layout="constrained")
+    width = max(ENTRY * 2, 1.5 + len(found) * max(3.2, 0.55 * len(layers)))
+    columns = int(width / ENTRY)  # of the legend, whose longest entry is the last
+    figure = Figure(figsize=(width, 4.0 + 0.2 * math.ceil((T + 1) / columns)), layout="constrained")
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    places, shades = np.arange(len(layers)), colormaps["viridis_r"](np.linspace(0.15, 1, T))
+    places, shades = np.arange(len(layers)), colormaps["viridis_r"](np.linspace(0.2, 1, T))
     for axes, flips in zip(panels, found, strict=True):
         rates = 100 * np.array([step.rate for step in flips.steps]).reshape(len(layers), T)
         for t in range(T):
             axes.plot(places, rates[:, t], "o-", color=shades[t], markersize=3, label=f"all flips, t = {t + 1}")
         own = [100 * flips.mean("fresh", layer) for layer in layers]
-        axes.plot(places, own, "x--", color=FRESH, label="by the layer's own rounding, all steps")
+        axes.plot(places, own, "x--", color=FRESH, label="own rounding, all steps")
         axes.set_title(f"{flips.precision}: {flips.labels_changed} of {flips.n} labels changed")
         axes.set_xticks(places, layers, rotation=45 if len(layers) > 6 else 0)
         axes.set(xlabel="layer", yscale="symlog")
@@ -50,7 +55,7 @@ def by_layer(found: Sequence[Flips]) -> Figure:
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("spikes that differ from fp32 (%)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure
 
 
@@ -70,10 +75,13 @@ def by_density(found: Sequence[Flips]) -> Figure:
         )
         for axes, x in ((left, density), (right, density * moved)):
             axes.plot(x, fresh, marker, color=colour, markersize=5, alpha=0.7, label=flips.precision)
+    left.xaxis.set_major_locator(MaxNLocator(5))
     if rates:
         ends = SMALLEST * min(rates), max(rates) / SMALLEST
         right.plot(ends, ends, color="black", linewidth=0.8, label="equal")
         right.set(xscale="log", yscale="log")
+        for axis in (right.xaxis, right.yaxis):
+            _label_decades(axis)
     left.set(xlabel="density of fp32 potentials at the threshold", ylabel="flips by a layer's own rounding (share)")
     right.set(xlabel="density × mean |difference| of potentials")
     for axes in (left, right):
@@ -82,3 +90,12 @@ def by_density(found: Sequence[Flips]) -> Figure:
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     return figure
+
+
+def _label_decades(axis: Axis) -> None:
+    """Labels at powers of ten; within less than two of them also at 2 and 5 times these, and nowhere else."""
+    low, high = axis.get_view_interval()
+    narrow = high < 100 * low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
+    axis.set_minor_formatter(NullFormatter())
