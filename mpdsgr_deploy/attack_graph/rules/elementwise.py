@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from math import pi, sqrt
+from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.neurons import choose
 from mpdsgr_deploy.attack_graph.rules.common import Rule, only
 from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
+from mpdsgr_deploy.onnx_files import SPIKES
 
 
 def _sign(sign: int) -> Rule:
@@ -62,6 +66,36 @@ def _pow(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> 
 def _same(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
     """A change of number format: the rounding of weights and exact activations is no function of the images."""
     tape.give(node.input[0], only(cotangents))
+
+
+def _quantize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Rounding is taken for the identity and saturation for a clip, which is how quantisers write Relu.
+
+    Networks that this package exported quantise spikes, which lie inside the range.
+    """
+    value, cotangent = node.input[0], only(cotangents)
+    exact = any(name.startswith(SPIKES) for name in tape.makers)
+    if not exact and (bounds := _bounds(tape, node)) is not None:
+        for bound, outside in zip(bounds, ("Less", "Greater"), strict=True):
+            beyond = tape.emit(outside, tape.float32(value), tape.constant(bound))
+            cotangent = tape.emit("Where", beyond, tape.constant(0), cotangent)
+    tape.give(value, cotangent)
+
+
+def _bounds(tape: Tape, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """The smallest and the largest value that does not saturate; None for formats that are no whole numbers."""
+    scale = tape.array(node.input[1])
+    zero = tape.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
+    if scale is None or zero is None:
+        raise refuse(node, "quantises by a scale that is known only at run time; quantise statically")
+    if zero.dtype.kind not in "iu":
+        return None
+    info, offset = np.iinfo(zero.dtype), zero.astype(np.float64)
+    low, high = ((bound - offset) * scale for bound in (info.min, info.max))
+    if scale.ndim:
+        axis, rank = attribute(node, "axis", 1), len(tape.shape(node.input[0]))
+        low, high = (bound.reshape([-1 if i == axis % rank else 1 for i in range(rank)]) for bound in (low, high))
+    return low, high
 
 
 def _extreme(op_type: str) -> Rule:
@@ -235,7 +269,7 @@ RULES: dict[str, Rule] = {
     "Neg": _neg,
     "PRelu": _pointwise(_prelu),
     "Pow": _pow,
-    "QuantizeLinear": _same,
+    "QuantizeLinear": _quantize,
     "Reciprocal": _pointwise(_reciprocal),
     "Relu": _pointwise(_relu),
     "Sigmoid": _pointwise(_sigmoid),
