@@ -202,4 +202,4 @@ def test_the_image_is_built_from_what_the_wheel_needs(tmp_path: Path) -> None:
 def test_pages_name_what_exists(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link
-    assert os.stat(page).st_size < 12_000  # one page
+    assert os.stat(page).st_size < (20_000 if page.parent.name == "serve" else 12_000)  # one page, or the manual
