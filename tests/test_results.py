@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,6 +317,17 @@ def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:
     for key in ("margin", "promised", "noise", "pgd"):
         assert split[key] == pytest.approx(whole[key], rel=1e-3)
     assert split["flipped_pgd"] == pytest.approx(whole["flipped_pgd"], rel=1e-2, abs=1e-4)
+
+
+def test_a_network_that_gets_nothing_right_has_no_sensitivity(run_dir: Path) -> None:
+    checkpoint = load_checkpoint(find_checkpoint(run_dir))
+    model, _ = build_defended(checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
+    model.eval()
+    images = load_test(checkpoint.recipe.data)[:5]
+    with torch.no_grad():
+        silent = model(torch.from_numpy(images.unit())).argmax(1).numpy()
+    wrong = replace(images, classes=(silent + 1) % 10)
+    assert sensitivity(model, wrong, checkpoint.recipe)["n"] == 0
 
 
 def test_the_page_of_flips_is_what_its_records_give() -> None:

@@ -8,6 +8,7 @@ import click
 
 from mpdsgr_deploy.cli.measuring import Measuring, measuring
 from mpdsgr_deploy.cli.output import print_table
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec, built_in_tables, load_table
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.lookup import need
@@ -20,6 +21,7 @@ from mpdsgr_deploy.lookup import need
 @click.option("--flips", is_flag=True, help="Count the spikes that each precision flips in the trained networks.")
 @click.option("--images", type=click.IntRange(1), default=500, show_default=True, help="Test images of --flips.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after so long; run again to continue.")
+@click.option("--from", "from_reports", is_flag=True, help="Rank the validation reports that NAME and ROWS are.")
 @click.option("--pack", type=click.Path(path_type=Path), help="Pack results and networks as tar files into a folder.")
 def command(
     name: str | None,
@@ -28,6 +30,7 @@ def command(
     flips: bool,
     images: int,
     minutes: float | None,
+    from_reports: bool,
     pack: Path | None,
 ) -> None:
     """Train and attack the ROWS (all without any) of the table NAME, and render its page.
@@ -39,7 +42,11 @@ def command(
     Example:
       mpdsgr table digits --jobs 2
       mpdsgr table cifar10 cifar10-vgg11-reg --seeds 0 --root /data
+      mpdsgr table --from reports/reg reports/robust > leaderboard.md
     """
+    if from_reports:
+        rank([Path(path) for path in (name, *rows) if path is not None])
+        return
     if name is None:
         tables = {stem: load_table(stem)[1] for stem in built_in_tables()}
         if how.render_only:
@@ -64,6 +71,15 @@ def command(
 
         lent.pack(stem, runs=how.runs, results=how.results, out=pack)
     sys.exit(code)
+
+
+def rank(reports: list[Path]) -> None:
+    """Print a leaderboard of validation reports, as Markdown."""
+    from mpdsgr_deploy.experiments.leaderboard import read_report, render
+
+    if not reports:
+        raise InputError("--from takes validation reports: report.json, or the directory it lies in")
+    click.echo(render([read_report(path) for path in reports]), nl=False)
 
 
 def write_pages(stem: str, table: TableSpec, how: Measuring) -> None:
@@ -96,6 +112,6 @@ def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) ->
     from mpdsgr_deploy.experiments.lent import until
 
     options = {"--runs": how.runs, "--root": how.root, "--out": how.out, "--jobs": how.jobs, "--seeds": how.seeds}
-    given = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
-    child = [sys.executable, "-m", "mpdsgr_deploy", "table", name, *rows, *given]
+    passed_on = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
+    child = [sys.executable, "-m", "mpdsgr_deploy", "table", name, *rows, *passed_on]
     return until(child, time.monotonic() + 60 * minutes) or 0

@@ -9,7 +9,7 @@ from scipy.stats import t as student
 from mpdsgr_deploy.attacks.suite import PGD, WORST
 from mpdsgr_deploy.experiments.compare import omega, paired
 from mpdsgr_deploy.experiments.records import Measured, Record
-from mpdsgr_deploy.experiments.study import Method, Setting, Study
+from mpdsgr_deploy.experiments.study import Setting, Study, StudyMethod
 from mpdsgr_deploy.validation.statistics import Z95
 
 CONDITIONS = {
@@ -107,7 +107,7 @@ class Pair(NamedTuple):
     """A method in a setting, with the records of it and of the baseline that it is compared with."""
 
     setting: Setting
-    method: Method
+    method: StudyMethod
     records: list[Record]
     baseline: list[Record]
 

@@ -16,7 +16,7 @@ from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.diagnostics.measure import measure as layer_potentials
 from mpdsgr_deploy.experiments import variants
-from mpdsgr_deploy.experiments.records import Attacked, AttackedExport, Membrane, Record, put
+from mpdsgr_deploy.experiments.records import AttackedExport, AttackedNetwork, Membrane, Record, put
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.experiments.table import ExportSpec
 from mpdsgr_deploy.exporting import export
@@ -98,7 +98,7 @@ def measure(run: Run) -> Record:
     if run.artefact is None:  # with the table's attack, whatever the recipe named when this trained
         sender = None if run.sender is None else run.sender.directory / CHECKPOINT
         evaluated = evaluate(checkpoint_dir, recipe=recipe, root=run.root, transfer=sender, tier=run.tier)
-        evaluation = Attacked.of(evaluated)
+        evaluation = AttackedNetwork.of(evaluated)
     else:
         reports = validated_exports(run, run.artefact, checkpoint_dir)
         artefacts = {precision: AttackedExport.of_report(report) for precision, report in reports.items()}
@@ -153,14 +153,14 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
         export(checkpoint, bundle, recipe=run.recipe, precisions=names, root=run.root, limit=limit, tier=artefact.tier)
     reports = {}
     for precision in artefact.precisions:
-        kept = folder / f"{precision}.json"
-        if not kept.exists():
+        file = folder / f"{precision}.json"
+        if not file.exists():
             log.info("%s: %s on %s", run.directory.name, precision, backend)
             target = Target(open_bundle(bundle), backend, precision)
             report = validate(target, gate=artefact.gate, report_dir=folder / precision)
             without_pictures = report.model_copy(update={"examples": []})
-            write_atomic(kept, without_pictures.model_dump_json().encode())
-        reports[precision] = Report.model_validate_json(kept.read_bytes())
+            write_atomic(file, without_pictures.model_dump_json().encode())
+        reports[precision] = Report.model_validate_json(file.read_bytes())
     return reports
 
 

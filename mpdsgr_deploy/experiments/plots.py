@@ -81,15 +81,15 @@ def styles(measured: Measured) -> dict[str, tuple[str, str]]:
     """Row to colour and line: a colour for each set of defences apart from AT, a line for each row of one colour."""
     methods: dict[tuple[str, ...], int] = {}
     rows_of: dict[tuple[tuple[str, ...], bool], int] = {}
-    found = {}
+    looks = {}
     for title, records in measured.items():
         names = defences(records[0])
         method = tuple(name for name in names if name != "at")
         colour = methods.setdefault(method, len(methods))
         number = rows_of.setdefault((method, "at" in names), 0)
         rows_of[method, "at" in names] += 1
-        found[title] = PALETTE[colour % len(PALETTE)], LINES[number % len(LINES)]
-    return found
+        looks[title] = PALETTE[colour % len(PALETTE)], LINES[number % len(LINES)]
+    return looks
 
 
 def growth(measured: Measured) -> bytes | None:

@@ -45,7 +45,7 @@ class CheckOutcome(BaseModel):
     saw: str
 
 
-class Attacked(BaseModel):
+class AttackedNetwork(BaseModel):
     """A network under every condition, in the order in which they were tried.
 
     images: which they were, and by which rule; n: how many.
@@ -59,7 +59,7 @@ class Attacked(BaseModel):
     provenance: dict[str, Any]
 
     @classmethod
-    def of(cls, evaluation: Evaluation) -> "Attacked":
+    def of(cls, evaluation: Evaluation) -> "AttackedNetwork":
         """From what `evaluate` returns."""
         rows = evaluation.rows
         n = rows[0].n
@@ -82,7 +82,7 @@ class Attacked(BaseModel):
         return int(self.verdicts(condition).sum()) / self.n
 
 
-class AttackedExport(Attacked):
+class AttackedExport(AttackedNetwork):
     """An exported network as `validate` judged it.
 
     curves: by attack, (eps, correct images, images) of growing eps; stopped: why it ended before all conditions were
@@ -158,14 +158,14 @@ class Record(BaseModel):
     layers: Annotated[list[dict[str, Any]], Rounded]
     membranes: Annotated[list[Membrane], Rounded] = []
     tier: str | None = None
-    torch: Attacked | None = None
+    torch: AttackedNetwork | None = None
     artefacts: dict[str, AttackedExport] = {}
     sensitivity: Annotated[dict[str, Any], Rounded]
     provenance: dict[str, Any]
     init: dict[str, Any] | None = None
 
     @property
-    def attacked(self) -> Attacked:
+    def attacked(self) -> AttackedNetwork:
         """The evaluation that the row's accuracies are from: the torch network's, or the first precision's."""
         return self.torch or next(iter(self.artefacts.values()))
 

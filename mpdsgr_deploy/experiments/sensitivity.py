@@ -53,7 +53,10 @@ class FixedNoise:
 
 
 def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, Any]:
-    """The means above over those of `images` that the model, in eval mode, gets right, as JSON-ready numbers."""
+    """The means above over those of `images` that the model, in eval mode, gets right, as JSON-ready numbers.
+
+    `n` is how many those are; without any there are no means.
+    """
     attack, seed = recipe.attack, recipe.validation.seed
     device = next(model.parameters()).device
     probe = FixedNoise(model, seed)
@@ -68,7 +71,7 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
             sums[name] += value
     n = int(sums.pop("n", 0))
     means: dict[str, Any] = {"n": n, "eps": attack.eps, "flipped_noise": {}, "flipped_pgd": {}}
-    for name, total in sums.items():
+    for name, total in sums.items() if n else ():
         kind, _, layer = name.partition("/")
         (means[kind] if layer else means)[layer or kind] = total / n
     return means

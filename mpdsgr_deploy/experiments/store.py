@@ -1,4 +1,4 @@
-"""Records in a JSON-lines file, one a line, found by a key. Several processes may write into one file."""
+"""Records in a JSON-lines file, one a line, written by a key. Several processes may write into one file."""
 
 import fcntl
 import json
@@ -42,11 +42,11 @@ def read_records(path: Path, model: type[R], version: int) -> list[R]:
         source = f"{path}, line {number}"
         try:
             values = json.loads(line)
-            found = values["schema_version"]
+            written = values["schema_version"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{source} is damaged; remove the line and measure again") from None
-        if found > version:
-            raise InputError(f"{source} has schema version {found}, this mpdsgr-deploy reads {version}; upgrade it")
+        if written > version:
+            raise InputError(f"{source} has schema version {written}, this mpdsgr-deploy reads {version}; upgrade it")
         records.append(parse(model, values, source))
     return records
 
@@ -64,8 +64,8 @@ def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = record.model_dump_json()
     with locked(path.parent):
-        kept = {key_of(other, key): other for other in read_lines(path)} | {key_of(line, key): line}
-        write_atomic(path, "".join(f"{kept[own]}\n" for own in sorted(kept)).encode())
+        lines = {key_of(other, key): other for other in read_lines(path)} | {key_of(line, key): line}
+        write_atomic(path, "".join(f"{lines[own]}\n" for own in sorted(lines)).encode())
 
 
 def key_of(line: str, key: Sequence[str]) -> tuple[Any, ...]:

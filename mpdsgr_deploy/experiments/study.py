@@ -15,7 +15,7 @@ from mpdsgr_deploy.schema import Count, Section, Seed, parse, read_toml
 PREFIX = "study-"  # of the names of their tables
 
 
-class Method(Section):
+class StudyMethod(Section):
     """A recipe, changed by `set`. label: what pictures call it; None: its defences."""
 
     name: FileName
@@ -46,19 +46,19 @@ class Study(Section):
     limit: Count | None = None
     tier: TierName = "release"
     set: Names = ()
-    methods: Annotated[tuple[Method, ...], Field(strict=False, min_length=1)]
+    methods: Annotated[tuple[StudyMethod, ...], Field(strict=False, min_length=1)]
     settings: Annotated[tuple[Setting, ...], Field(strict=False, min_length=1)]
 
-    def methods_of(self, setting: Setting) -> list[Method]:
+    def methods_of(self, setting: Setting) -> list[StudyMethod]:
         """The methods that a setting is run with. Raises InputError for an unknown one."""
         known = {method.name: method for method in self.methods}
         return [choose("method", known, name) for name in setting.methods or known]
 
-    def pairs(self) -> list[tuple[Setting, Method]]:
+    def pairs(self) -> list[tuple[Setting, StudyMethod]]:
         """Every setting with every method of it."""
         return [(setting, method) for setting in self.settings for method in self.methods_of(setting)]
 
-    def title_of(self, setting: Setting, method: Method) -> str:
+    def title_of(self, setting: Setting, method: StudyMethod) -> str:
         """The title of the table's row."""
         return f"{setting.name}.{method.name}"
 
@@ -84,7 +84,7 @@ class Study(Section):
         )
         return checked(table, self.title)
 
-    def _row(self, setting: Setting, method: Method) -> RowSpec:
+    def _row(self, setting: Setting, method: StudyMethod) -> RowSpec:
         others = {name for other in self.methods_of(setting) for name in defences_of(other)}
         foreign = others - defences_of(method)
         own = [override for override in setting.set if defence_of(override) not in foreign]
@@ -93,7 +93,7 @@ class Study(Section):
         return RowSpec(recipe=method.recipe, name=title, set=(*method.set, *own), transfer=sender)
 
 
-def defences_of(method: Method) -> set[str | None]:
+def defences_of(method: StudyMethod) -> set[str | None]:
     """Names of the defences of a method's recipe, and those it adds."""
     return {*load_recipe(find_recipe(method.recipe)).defence, *map(defence_of, method.set)}
 

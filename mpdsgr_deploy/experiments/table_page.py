@@ -131,17 +131,17 @@ def by_attack(measured: Measured) -> str:
 def beside_published(table: TableSpec, measured: Measured) -> str:
     """Measured against published means, for the rows and conditions that have both."""
     stated = {title: figures for title in measured if (figures := published_figures(table, title))}
-    shown = {h: c for h, c in SHOWN.items() if any(getattr(figures, c) is not None for figures in stated.values())}
-    if not shown:
+    published = {h: c for h, c in SHOWN.items() if any(getattr(figures, c) is not None for figures in stated.values())}
+    if not published:
         return ""
     rows = []
     for title, figures in stated.items():
         cells = []
-        for condition in shown.values():
+        for condition in published.values():
             value, own = getattr(figures, condition), cell(measured[title], condition)
             cells += [f"{own.mean:.1f}" if own else "-", "-" if value is None else f"{value:.2f}"]
         rows.append([title, *cells, figures.table])
-    columns = [heading for h in shown for heading in (h, f"{h}, published")]
+    columns = [heading for h in published for heading in (h, f"{h}, published")]
     changed = " This table changes what is listed above, so the two differ in more than chance." if table.set else ""
     note = f"Published figures are those of the unchanged recipes.{changed}"
     return f"## Beside the published figures\n\n{markdown(['row', *columns, 'published in'], rows)}\n\n{note}"

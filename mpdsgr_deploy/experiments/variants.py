@@ -50,7 +50,7 @@ class VariantSettings(Section):
 
 
 @register("mpd-sgr-variant", VariantSettings)
-class Variant(Defence[VariantSettings]):
+class OverlapVariant(Defence[VariantSettings]):
     """eta * the mean over layers of an overlap."""
 
     def check(self, recipe: Recipe) -> None:

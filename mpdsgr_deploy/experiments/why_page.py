@@ -89,6 +89,16 @@ def by_size(networks: list[Explained], value: Callable[[dict[str, Any]], float])
     return {eps: fmean(each) for eps, each in values.items()}
 
 
+def all_sizes(rows: Networks) -> list[float]:
+    """The eps that networks met, ascending."""
+    return sorted({size["eps"] for networks in rows.values() for network in networks for size in network.sizes})
+
+
+def cells(values: dict[float, float], sizes: list[float], digits: int) -> list[str]:
+    """A value for each eps; "-" where no network got an image right."""
+    return [f"{values[eps]:.{digits}f}" if eps in values else "-" for eps in sizes]
+
+
 def drop(kind: str) -> Callable[[dict[str, Any]], float]:
     """A drop of the margin in margins."""
     return lambda size: size[kind] / size["margin"]
@@ -101,12 +111,12 @@ def flipped(kind: str) -> Callable[[dict[str, Any]], float]:
 
 def drops(rows: Networks) -> str:
     """Drops of the margin by eps, as a table."""
-    sizes = [*by_size(next(iter(rows.values())), drop("pgd"))]
+    sizes = all_sizes(rows)
     lines = []
     for row, networks in rows.items():
         for kind, name in (("promised", "promised"), *KINDS.items()):
             values = by_size(networks, drop(kind))
-            lines.append([row, name, *(f"{values[eps]:.2f}" for eps in sizes)])
+            lines.append([row, name, *cells(values, sizes, 2)])
     note = (
         "Drops of the margin, in margins of the clean image: `promised` by the surrogate gradient; what follows from "
         "`strong PGD`, as many steps of eps / 4 as the study's strong attack has, and from `noise`. What lowers the "
@@ -117,12 +127,12 @@ def drops(rows: Networks) -> str:
 
 def flips(rows: Networks) -> str:
     """Shares of flipped spikes by eps, as a table."""
-    sizes = [*by_size(next(iter(rows.values())), flipped("pgd"))]
+    sizes = all_sizes(rows)
     lines = []
     for row, networks in rows.items():
         for kind, name in KINDS.items():
             values = by_size(networks, flipped(kind))
-            lines.append([row, name, *(f"{values[eps]:.4f}" for eps in sizes)])
+            lines.append([row, name, *cells(values, sizes, 4)])
     note = "Share of spikes that differ from those of the clean image, mean over layers."
     return markdown(["row", "by", *(f"eps {eps:.3g}" for eps in sizes)], lines) + f"\n\n{note}"
 
@@ -140,8 +150,9 @@ def made_of(rows: Networks) -> str:
         product = sum(totals[factor] for factor in FACTORS)
         powers = [*(totals[factor] for factor in FACTORS), product, *(totals[part] for part in PARTS)]
         rates = [mean_of(networks, end, "firing_rate") for end in (0, -1)]
-        margin = fmean(network.sizes[0]["margin"] for network in networks)
-        lines.append([row, *(f"{power:+.1f}" for power in powers), f"{rates[0]:.3f} / {rates[1]:.3f}", f"{margin:.2f}"])
+        margins = [network.sizes[0]["margin"] for network in networks if network.sizes[0]["n"]]
+        margin = f"{fmean(margins):.2f}" if margins else "-"
+        lines.append([row, *(f"{power:+.1f}" for power in powers), f"{rates[0]:.3f} / {rates[1]:.3f}", margin])
     note = (
         "Powers of two, over all layers: +1 doubles the estimate; `mpdsgr_deploy/experiments/explain.py` says what "
         "each factor is. "

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation.health import Check
+from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
 from mpdsgr_deploy.validation.rows import Flips, Row, Score
 
@@ -76,6 +77,7 @@ class VariantFlips(BaseModel):
 class Report(BaseModel):
     """Everything a verdict rests on. `images` states which images were used and by which rule.
 
+    suite: version of the attack suite, 1 in reports that do not say; model: None in reports before it was recorded.
     seconds: how long it took; stopped: it ended early, so accuracy under all attacks is an upper bound. remarks: what a
     reader of `worst` should know beside it.
     """
@@ -85,12 +87,14 @@ class Report(BaseModel):
     reasons: list[Reason]
     bundle: str
     network: str
+    model: ModelFacts | None = None
     artefact_file: str
     artefact_sha256: str
     attack_sha256: str | None = None
     backend: str
     precision: str
     tier: str
+    suite: int = 1
     images: str
     images_sha256: str
     seed: int

@@ -15,6 +15,7 @@ from mpdsgr_deploy.attacks.measure import Measurement, Stopped, measure
 from mpdsgr_deploy.attacks.run import Journal
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
@@ -26,6 +27,7 @@ from mpdsgr_deploy.validation.evidence import attacked_evidence, without_attack
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, resolved
 from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.images import chosen_images
+from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
 from mpdsgr_deploy.validation.remarks import remarks
@@ -202,12 +204,14 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], seconds
         reasons=judged.reasons,
         bundle=target.bundle.path.name,
         network=f"{recipe.model.name} for {recipe.data.name}, trained with {recipe.method}, T = {recipe.encoding.T}",
+        model=ModelFacts.of(target.bundle, target.precision),
         artefact_file=target.url or variant.file,
         artefact_sha256=target.bundle.model_sha256(target.precision),
         attack_sha256=manifest.files.get(variant.attack),
         backend=REMOTE if target.url else target.backend,
         precision=target.precision,
         tier=gate.tier,
+        suite=SUITE_VERSION,
         images=subject.rule,
         images_sha256=images_sha256(subject.images),
         seed=recipe.validation.seed,

@@ -1,0 +1,122 @@
+"""A leaderboard: validation reports of several networks, ranked by what survives every attack.
+
+Only what can be compared is: the same images, eps, tier and version of the attack suite, complete and valid.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, CLEAN, MPD_APGD, PGD, SQUARE, WORST
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.schema import read_document
+from mpdsgr_deploy.validation.report import REPORT, Report, percent
+from mpdsgr_deploy.validation.statistics import mcnemar
+
+SCHEMA_VERSION: int = Report.model_fields["schema_version"].default
+CONDITIONS = {"PGD": PGD, "APGD-CE": APGD_CE, "APGD-DLR": APGD_DLR, "Square": SQUARE, "MPD-APGD": MPD_APGD}
+COMPARED: dict[str, Callable[[Report], Any]] = {
+    "images": lambda report: f"{report.images}, sha256 {report.images_sha256[:16]}",
+    "number of images": lambda report: report.rows[0].n,
+    "eps": lambda report: report.eps,
+    "tier": lambda report: report.tier,
+    "attack suite": lambda report: report.suite,
+}
+
+
+class RankedReport(NamedTuple):
+    """A report and where it was read from."""
+
+    source: str
+    report: Report
+
+    def right(self, condition: str) -> NDArray[np.bool_]:
+        """Which images the network gets right under a condition that was tried [n]."""
+        row = self.report.row(condition)
+        assert row is not None, condition
+        return row.artefact.verdicts(row.n)
+
+
+def read_report(path: Path) -> RankedReport:
+    """A report: its file, or the directory that `mpdsgr validate` wrote it into.
+
+    Raises InputError for one that is missing or damaged, that ended before all attacks were tried, or in which a health
+    check failed: the accuracies of such reports cannot be ranked.
+    """
+    file = path / REPORT if path.is_dir() else path
+    report: Report = read_document(file, Report, SCHEMA_VERSION, otherwise="validate again")
+    if report.stopped is not None or report.row(WORST) is None:
+        raise InputError(f"{file} ended early ({report.stopped}), so its accuracy under all attacks is only a bound")
+    if report.verdict == "invalid":
+        raise InputError(f"{file} is not valid: {report.reasons[0]}; it proves nothing, so it cannot be ranked")
+    return RankedReport(str(path), report)
+
+
+def ranked(entries: Sequence[RankedReport]) -> list[RankedReport]:
+    """The entries by accuracy under all attacks, then clean accuracy, the best first.
+
+    Raises InputError that names two reports and what they differ in, where they cannot be compared.
+    """
+    first, *others = entries
+    for what, value in COMPARED.items():
+        for other in others:
+            if value(other.report) != value(first.report):
+                raise InputError(
+                    f"{first.source} and {other.source} cannot be ranked together: {what} {value(first.report)} and "
+                    f"{value(other.report)}; validate both with the same images, tier and version"
+                )
+    return sorted(entries, key=lambda entry: (-entry.right(WORST).sum(), -entry.right(CLEAN).sum(), entry.source))
+
+
+def render(entries: Sequence[RankedReport]) -> str:
+    """The page, as Markdown. Raises InputError as `ranked`."""
+    order = ranked(entries)
+    report = order[0].report
+    tried = {title: name for title, name in CONDITIONS.items() if all(e.report.row(name) for e in order)}
+    rows = [line(place, order, tried) for place in range(len(order))]
+    columns = ["", "method", "network", "T", "parameters", "MACs", "precision", "clean", *tried, "union", "p", "cost"]
+    eps = f"{report.eps:.4g}" if report.eps is not None else "none"
+    parts = [
+        "# Leaderboard",
+        f"Rendered by `mpdsgr table --from` from {len(order)} validation reports: {report.images}, eps {eps}, tier "
+        f"`{report.tier}`, attack suite {report.suite}. Accuracy in % with its 95 % Wilson interval, of the exported "
+        "networks.",
+        markdown(columns, rows),
+        "Ranked by `union`: right under every condition within eps. `p`: exact McNemar test of the union against the "
+        "row above on the same images; a large one means that the order of the two may be chance. `cost`: gradients or "
+        "queries an image took, all attacks together. `MACs`: multiply-accumulates for an image.",
+        "\n".join(sorted({origin(entry.report) for entry in order})),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def line(place: int, order: Sequence[RankedReport], tried: dict[str, str]) -> list[str]:
+    """The cells of one row."""
+    entry = order[place]
+    report, model = entry.report, entry.report.model
+    facts = ["-"] * 5
+    if model is not None:
+        facts = [model.method, model.architecture, str(model.steps), f"{model.parameters:,}", f"{model.macs:,}"]
+    accuracies = [percent(row.artefact) for name in (CLEAN, *tried.values(), WORST) if (row := report.row(name))]
+    p = "" if place == 0 else f"{significance(order[place - 1], entry):.2g}"
+    cost = sum(row.evaluations for row in report.rows)
+    return [str(place + 1), *facts, report.precision, *accuracies, p, f"{cost:.0f}"]
+
+
+def significance(above: RankedReport, below: RankedReport) -> float:
+    """p-value of the difference between two networks under all attacks, on the same images."""
+    ours, theirs = above.right(WORST), below.right(WORST)
+    return mcnemar(int((ours & ~theirs).sum()), int((~ours & theirs).sum()))
+
+
+def origin(report: Report) -> str:
+    """What a report was measured on."""
+    machine, packages = report.provenance["hardware"], report.provenance["packages"]
+    return (
+        f"- {report.network}: {report.backend}, seed {report.seed}; {machine['cpu']}, {machine['cores']} cores; "
+        f"onnxruntime {packages.get('onnxruntime', '-')}; revision {report.provenance['revision']}"
+    )

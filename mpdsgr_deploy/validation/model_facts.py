@@ -1,0 +1,29 @@
+"""The network under validation in numbers, for whoever compares reports."""
+
+import onnx
+from pydantic import BaseModel
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.diagnostics.cost import macs, parameters
+
+
+class ModelFacts(BaseModel):
+    """How it was trained, its time steps, parameters, and multiply-accumulates for an image."""
+
+    architecture: str
+    method: str
+    steps: int
+    parameters: int
+    macs: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, precision: str) -> "ModelFacts":
+        """Of one precision of a bundle."""
+        recipe, network = bundle.manifest.recipe, onnx.load(bundle.variant(precision))
+        return cls(
+            architecture=f"{recipe.model.name}, width {recipe.model.width:g}",
+            method=recipe.method,
+            steps=recipe.encoding.T,
+            parameters=parameters(network),
+            macs=macs(network, recipe.encoding.T).exported,
+        )
