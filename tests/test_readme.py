@@ -133,3 +133,12 @@ def test_python_blocks(block: str, bundle: Bundle, run_dir: Path, tmp_path: Path
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "digits").symlink_to(target)
     subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["export", "validate", "predict", "build", "inspect", "bundles", "adopt"])
+def test_the_manual_of_export_has_every_option(name: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+    words = set(re.findall(r"--[a-z][a-z-]*", TEXTS["export/README.md"]))
+    assert [option for option in options if option not in words] == []

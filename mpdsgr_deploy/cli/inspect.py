@@ -22,7 +22,13 @@ IMAGES = 128
 @click.option("--flips", is_flag=True, help="Compare a bundle's precisions with fp32, spike by spike.")
 @click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw the flips or the membrane into.")
 @click.option("--root", help="Where the data set lies.  [default: the recipe's]")
-@click.option("--images", type=click.IntRange(1), help=f"How many test images are measured.  [default: {IMAGES}]")
+@click.option(
+    "--limit",
+    "--images",
+    "images",
+    type=click.IntRange(1),
+    help=f"How many test images are measured.  [default: {IMAGES}]",
+)
 @click.option("--layer", "layers", multiple=True, metavar="NAME", help="Draw a checkpoint's layer, not all.")
 @click.option("--channel", "channels", multiple=True, type=click.IntRange(0), help="Draw a channel of it too.")
 @json_option

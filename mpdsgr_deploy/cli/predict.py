@@ -34,10 +34,13 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 @click.option(
     "--processes",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Processes that infer, each on a GPU of its own where there are some.",
+    help="Processes that infer, each on a GPU of its own where there are some.  [default: 1; on Ray as fit]",
 )
+@click.option(
+    "--ray", "cluster", metavar="ADDRESS", help="Run on the Ray cluster there, or with local on one of this machine."
+)
+@click.option("--ray-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs of a Ray actor.")
+@click.option("--ray-gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="GPUs of a Ray actor.")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="How many labels an image gets.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help=f"{', '.join(FORMATS)} file to write.  [default: CSV on stdout]"
@@ -51,7 +54,10 @@ def command(
     backend: str,
     precision: str | None,
     batch: int,
-    processes: int,
+    processes: int | None,
+    cluster: str | None,
+    ray_cpus: float,
+    ray_gpus: float,
     top: int,
     out: Path | None,
 ) -> None:
@@ -70,9 +76,14 @@ def command(
     such inputs out with --on-error skip. A batch too large for the memory is halved. Several machines share a job with
     --shard 1/N to N/N: their rows in this order are those of a single run, bit for bit.
 
+    With --ray the job is shared by the machines of a Ray cluster, which all see BUNDLE, INPUTS and OUT under these
+    paths. OUT is then a directory of Parquet files with the rows of a single machine, bit for bit, and _SUCCESS at the
+    end; after a kill the same command computes the parts that are missing.
+
     \b
     Example:
       mpdsgr predict bundles/digits photos/ --out labels.csv
+      mpdsgr predict bundles/digits photos/ --ray auto --ray-gpus 0.5 --out labels/
     """
     paths = [*inputs, *(read_list(listed) if listed else [])]
     if not paths:
@@ -84,11 +95,19 @@ def command(
         backend,
         chosen,
         batch,
-        processes,
+        processes or 1,
         top,
         skip=on_error == "skip",
         shard=parse_shard(shard),
     )
+    if cluster is not None:
+        from mpdsgr_deploy.prediction.ray_data import Resources, predict_on_cluster
+
+        if out is None:
+            raise InputError("--ray writes a directory of Parquet files; name it with --out")
+        rows = predict_on_cluster(job, out, Resources(cluster, processes, ray_cpus, ray_gpus))
+        click.echo(f"{rows} predictions in {out}")
+        return
     if out is not None:
         count, skipped = job.to_file(out), place_of_faults(out)
         also = f"; what was skipped is in {skipped}" if skipped.exists() else ""

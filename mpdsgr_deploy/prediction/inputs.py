@@ -32,6 +32,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     @property
     def shape(self) -> Shape: ...
+    def part(self, start: int, stop: int) -> tuple["Source", int]:
+        """A source that holds these images, to be sent elsewhere, and where in it they start."""
+        ...
+
     def names(self, start: int, stop: int) -> list[str]: ...
     def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
     def stamp(self, start: int, stop: int) -> str:
@@ -51,6 +55,9 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def part(self, start: int, stop: int) -> tuple[Source, int]:
+        return ImageFiles(self._files[start:stop], self.shape), 0
 
     def names(self, start: int, stop: int) -> list[str]:
         return self._files[start:stop]
@@ -92,6 +99,9 @@ class ArrayFile:
 
     def __len__(self) -> int:
         return self._count
+
+    def part(self, start: int, stop: int) -> tuple[Source, int]:
+        return self, start
 
     def names(self, start: int, stop: int) -> list[str]:
         return [f"{self._path}[{i}]" for i in range(start, stop)]
@@ -161,6 +171,11 @@ class Batch:
     def names(self) -> list[str]:
         """What each image is called in the output."""
         return self.source.names(self.start, self.stop)
+
+    def alone(self) -> "Batch":
+        """The same batch with no more of its source than it needs."""
+        source, start = self.source.part(self.start, self.stop)
+        return Batch(source, start, start + len(self))
 
     def read(self, pool: Executor) -> Pixels:
         """The images [B, C, H, W]. Raises InputError naming the file that cannot be used."""

@@ -20,7 +20,7 @@ from mpdsgr_deploy.prediction.faults import Faults, place_of_faults
 from mpdsgr_deploy.prediction.inputs import Batch, Inputs, Read
 from mpdsgr_deploy.prediction.partial import Chunk, Partial
 from mpdsgr_deploy.prediction.selection import WHOLE, Shard
-from mpdsgr_deploy.prediction.workers import Worker, started
+from mpdsgr_deploy.prediction.workers import Submit, Worker, started
 from mpdsgr_deploy.prediction.writers import SEVERAL_PASSES, find_writer
 from mpdsgr_deploy.progress import log, meter
 
@@ -59,7 +59,7 @@ class Job:
         The format must be one that is written in a single pass. Raises InputError as `to_file` does.
         """
         write = find_writer(suffix, self.bundle.manifest.labels, self.top)
-        with self._inputs() as inputs:
+        with self.open_inputs() as inputs:
             batches = self.shard.of(inputs.batches(self.batch))
             faults = Faults(inputs.unusable if self.shard.number == 1 else {})
             write(file, lambda: faults.without(self._answers(batches)))
@@ -87,7 +87,7 @@ class Job:
         labels = self.bundle.manifest.labels
         write = find_writer(out.suffix, labels, self.top)
         place = place_of_partial(out)
-        with self._inputs() as inputs, Partial(place, self._settings(), len(labels)) as partial:
+        with self.open_inputs() as inputs, Partial(place, self.settings(), len(labels)) as partial:
             batches = self.shard.of(inputs.batches(self.batch))
             done = partial.resume(batches)
             if done:
@@ -105,7 +105,7 @@ class Job:
 
     def logits(self) -> NDArray[np.float32]:
         """Logits [N, K] of all inputs, held in memory together. Raises InputError as `to_file` does."""
-        with self._inputs() as inputs:
+        with self.open_inputs() as inputs:
             return np.concatenate([logits for _, (_, logits) in self._answers(inputs.batches(self.batch))])
 
     def _refuse_overwriting(self, out: Path) -> None:
@@ -116,10 +116,11 @@ class Job:
                 if path.is_file() and written.samefile(path):
                     raise InputError(f"--out {out} would overwrite the input {path}; choose another --out")
 
-    def _inputs(self) -> Inputs:
+    def open_inputs(self) -> Inputs:
+        """The inputs, listed. Raises InputError as `Inputs` does."""
         return Inputs(self.paths, self.bundle.manifest.input_shape, skip=self.skip)
 
-    def _settings(self) -> str:
+    def settings(self) -> str:
         """What the logits depend on beside the inputs: the last bits on the batch, too."""
         return json.dumps([self.bundle.manifest.digest, self.backend, self.precision, self.batch])
 
@@ -127,13 +128,17 @@ class Job:
         """Batches and their logits [B, K] in order, from batch `done` on; NaN stands for images that are skipped."""
         if done == len(batches):
             return
-        sizes = [len(batch) for batch in batches]
         worker = Worker(self.bundle, self.backend, self.precision, self.batch)
+        with started(worker, self.processes) as submit:
+            yield from self.answers_through(submit, batches, done)
+
+    def answers_through(self, submit: Submit, batches: Sequence[Batch], done: int = 0) -> Iterator[tuple[Batch, Chunk]]:
+        """The same from workers that run already."""
+        sizes = [len(batch) for batch in batches]
         fitted = self.batch
         trained = self.bundle.manifest.pixels
         likeness = Likeness(trained) if trained else None
         with (
-            started(worker, self.processes) as submit,
             ThreadPoolExecutor(DECODERS) as decoders,
             ThreadPoolExecutor(1) as reader,
             meter("predicting", "images", total=sum(sizes), done=sum(sizes[:done])) as advance,
