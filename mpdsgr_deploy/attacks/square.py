@@ -127,7 +127,9 @@ def _propose(
 
 
 def _judge(logits: Floats, y: Ints) -> tuple[Floats, NDArray[np.bool_]]:
-    """The margin of each image [B], and whether the network is right about it [B]."""
+    """The margin of each image [B], and whether the network is right about it [B]. Of one class the margin is 0."""
+    if logits.shape[1] == 1:
+        return np.zeros(len(logits), np.float32), np.ones(len(logits), bool)
     true = np.take_along_axis(logits, y[:, None], 1)[:, 0]
     others = logits.copy()
     np.put_along_axis(others, y[:, None], -np.inf, 1)

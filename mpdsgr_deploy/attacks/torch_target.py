@@ -18,7 +18,9 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the true one [B]: positive once the network is fooled."""
+    """Best wrong logit minus the true one [B]: positive once the network is fooled. 0 where there is one class."""
+    if logits.shape[1] == 1:
+        return 0 * logits[:, 0]
     true = logits.gather(1, y[:, None]).squeeze(1)
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - true
 
@@ -26,8 +28,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio [B] (Croce & Hein, arXiv 2003.01690): the margin over the spread of the top three.
 
-    Positive once the network is fooled; scaling the logits does not change it. Needs three classes.
+    Positive once the network is fooled; scaling the logits does not change it. It needs three classes: with fewer it is
+    the margin. `attack_graph.losses` has the same as ONNX nodes.
     """
+    if logits.shape[1] < 3:
+        return margin(logits, y)
     first, _, third = logits.topk(3, dim=1).values.unbind(1)
     return margin(logits, y) / (first - third + 1e-12)
 
