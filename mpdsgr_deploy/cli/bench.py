@@ -9,8 +9,10 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.cli.bench_bundle import bench_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.load import Load, Measurement, measure
 from mpdsgr_deploy.serving.load.outcome import COLUMNS, LEGEND
 
@@ -18,14 +20,21 @@ CONCURRENCY = "1,8,32"
 
 
 @click.command("bench")
-@click.option("--url", required=True, help="Of the model: http://HOST:PORT/v2/models/NAME.")
+@click.argument("bundle", required=False)
+@click.option("--url", help="Measure a server in place of BUNDLE: http://HOST:PORT/v2/models/NAME.")
+@click.option("--backend", "backends", multiple=True, help=f"Of BUNDLE; again for more.  [default: {DEFAULT_BACKEND}]")
+@click.option("--precision", "precisions", multiple=True, help="Of BUNDLE; again for more.  [default: all it has]")
+@click.option("--total", type=click.IntRange(1), help="Of BUNDLE: say how long so many images take.")
+@click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True, help="For --total.")
 @click.option("--concurrency", help=f"Closed loop: users who wait for their answers.  [default: {CONCURRENCY}]")
 @click.option("--rate", help="Open loop instead: requests a second, which arrive at random and wait for nobody.")
 @click.option("--seconds", type=click.FloatRange(0.1, 86400), default=10.0, show_default=True, help="Of each load.")
 @click.option(
     "--requests", type=click.IntRange(1, 10_000_000), default=1_000_000, show_default=True, help="Of each, at most."
 )
-@click.option("--batch", type=click.IntRange(1, 65536), default=1, show_default=True, help="Images a request.")
+@click.option(
+    "--batch", "sizes", default="1", show_default=True, help="Images per request; of BUNDLE several, as 1,32,256."
+)
 @click.option(
     "--images", type=click.Path(path_type=Path), help=".npy of shape [N, C, H, W], uint8 or float32.  [default: random]"
 )
@@ -33,18 +42,28 @@ CONCURRENCY = "1,8,32"
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="Its first line goes with every request.")
 @json_option
 def command(
-    url: str,
+    bundle: str | None,
+    url: str | None,
+    backends: tuple[str, ...],
+    precisions: tuple[str, ...],
+    total: int | None,
+    hours: float,
     concurrency: str | None,
     rate: str | None,
     seconds: float,
     requests: int,
-    batch: int,
+    sizes: str,
     images: Path | None,
     seed: int,
     api_key_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure a running server of the Open Inference Protocol: this one's, Triton, any other.
+    """Measure what an image costs: with BUNDLE on this machine, or a running server of the Open Inference Protocol.
+
+    With BUNDLE every --backend, --precision and --batch is tried for --seconds: images a second, the time of a batch,
+    memory, energy where the machine tells, and with --total how long a job takes and how many machines it needs.
+
+    With --url any server of the protocol is measured: this package's, Triton, any other.
 
     Several loads run one after another: --concurrency 1,8,32 or --rate 100,500. Latency in an open loop counts from
     when a request was due, so that a server which falls behind cannot hide it. A percentile that too few requests stand
@@ -54,8 +73,28 @@ def command(
 
     \b
     Example:
+      mpdsgr bench bundles/digits --backend onnxruntime-cpu --backend openvino --batch 1,32 --total 2000000
       mpdsgr bench --url http://127.0.0.1:8000/v2/models/digits --rate 200 --seconds 30
     """
+    batches = [int(size) for size in _numbers("--batch", sizes, 1, 65536, whole=True)]
+    if (bundle is None) == (url is None):
+        raise InputError("give BUNDLE to measure this machine, or --url to measure a server")
+    if bundle is not None:
+        bench_bundle(
+            bundle,
+            backends or [DEFAULT_BACKEND],
+            precisions,
+            batches,
+            seconds=seconds,
+            total=total,
+            hours=hours,
+            as_json=as_json,
+        )
+        return
+    if len(batches) > 1 or backends or precisions or total:
+        raise InputError("--backend, --precision, --total and several batches are for BUNDLE; a server has its own")
+    assert url is not None
+    (batch,) = batches
     if concurrency and rate:
         raise InputError("--concurrency is a closed loop and --rate an open one; give one of them")
     loads = (

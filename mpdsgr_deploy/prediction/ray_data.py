@@ -13,6 +13,7 @@ paths.
 
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,7 @@ def _claim_job(job: Job, out: Path, batches: Sequence[Batch]) -> None:
 def _run(job: Job, out: Path, parts: dict[int, Sequence[Batch]], resources: Resources) -> None:
     """Compute parts on the cluster."""
     ray, data = need("ray", "ray"), need("ray.data", "ray")
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its plans and pools are no news to the user
     items = [{"part": i, "batches": ray.cloudpickle.dumps([b.alone() for b in part])} for i, part in parts.items()]
     with _connected(ray, resources.address):
         data.DataContext.get_current().enable_progress_bars = False
@@ -101,7 +103,7 @@ def _run(job: Job, out: Path, parts: dict[int, Sequence[Batch]], resources: Reso
             _Actor,
             fn_constructor_args=(job, str(out)),
             batch_size=1,
-            concurrency=(1, min(most, len(items))),
+            compute=data.ActorPoolStrategy(min_size=1, max_size=min(most, len(items))),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
         )

@@ -1,0 +1,98 @@
+"""What an image costs on this machine: time, memory and energy of a bundle's networks, by backend, precision, batch."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.errors import MpdsgrError, one_line
+from mpdsgr_deploy.progress import track
+from mpdsgr_deploy.runtime.open import open_predictor
+
+RAPL = Path("/sys/class/powercap")  # energy counters of the processor packages, in microjoules
+ROUNDS = 5  # batches at least, after the first one, which is not counted
+
+
+class Cost(NamedTuple):
+    """What was measured with one backend, precision and batch.
+
+    latency_ms, latency_p95_ms: median and 95th percentile of a batch; memory_mib: resident memory of the process while
+    it ran; joules: of the processor packages, per image, None where the machine does not tell. error: why nothing was
+    measured, else empty.
+    """
+
+    backend: str
+    precision: str
+    batch: int
+    images_per_second: float = math.nan
+    latency_ms: float = math.nan
+    latency_p95_ms: float = math.nan
+    memory_mib: float | None = None
+    joules: float | None = None
+    error: str = ""
+
+
+class Estimate(NamedTuple):
+    """How long `images` take on one machine, and how many machines do them within the hours asked for."""
+
+    images: int
+    hours: float
+    machines: int
+
+
+def measure_costs(
+    bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int], *, seconds: float
+) -> list[Cost]:
+    """Every combination, `seconds` each, on the bundle's golden inputs. One that cannot run says why in its error."""
+    combinations = [(b, p, n) for b in backends for p in precisions for n in batches]
+    return [_measured(bundle, *combination, seconds) for combination in track(combinations, "measuring")]
+
+
+def estimate(cost: Cost, images: int, hours: float) -> Estimate:
+    """For `images` at a measured rate."""
+    alone = images / cost.images_per_second / 3600
+    return Estimate(images, alone, math.ceil(alone / hours))
+
+
+def _measured(bundle: Bundle, backend: str, precision: str, batch: int, seconds: float) -> Cost:
+    try:
+        golden, _ = bundle.golden()
+        x = np.ascontiguousarray(np.resize(golden, (batch, *golden.shape[1:])))
+        with open_predictor(bundle, backend, precision) as predictor:
+            predictor(x)
+            times: list[float] = []
+            energy, started = package_energy(), time.perf_counter()
+            while len(times) < ROUNDS or time.perf_counter() - started < seconds:
+                before = time.perf_counter()
+                predictor(x)
+                times.append(time.perf_counter() - before)
+            spent, used = time.perf_counter() - started, package_energy()
+            memory = resident_memory()
+    except MpdsgrError as error:
+        return Cost(backend, precision, batch, error=one_line(error))
+    images = batch * len(times)
+    joules = None if energy is None or used is None or used < energy else (used - energy) / images
+    median, late = np.percentile(times, (50, 95)) * 1000
+    return Cost(backend, precision, batch, images / spent, float(median), float(late), memory, joules)
+
+
+def resident_memory() -> float | None:
+    """Of this process, in MiB; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), None)
+
+
+def package_energy(root: Path = RAPL) -> float | None:
+    """Joules that all processor packages have used since some moment; None where they cannot be read."""
+    try:
+        counters = [int((zone / "energy_uj").read_text()) for zone in sorted(root.glob("intel-rapl:[0-9]"))]
+    except OSError:
+        return None
+    return sum(counters) / 1e6 if counters else None
