@@ -168,12 +168,10 @@ def validate(
     from mpdsgr_deploy.validation.writing import claim_report, write_report
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    rules = opened.manifest.recipe.gate if gate is None else load_gate(Path(gate))
-    if tier is not None:
-        rules = rules.model_copy(update={"tier": tier})
+    rules = None if gate is None else load_gate(Path(gate))
     claim_report(Path(report_dir))
     target = Target(opened, backend, precision)
-    report = evaluate(target, gate=rules, limit=limit, root=root, report_dir=Path(report_dir))
+    report = evaluate(target, gate=rules, tier=tier, limit=limit, root=root, report_dir=Path(report_dir))
     write_report(report, Path(report_dir))
     return report
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.schema import (
@@ -154,6 +154,16 @@ class Validation(Section):
     seed: Seed = 0
 
 
+def _decides(value: float) -> float:
+    if value >= 1:
+        raise ValueError("a drop of 1 is all of the accuracy, so this decides nothing; write 0.01 for 1 %")
+    return value
+
+
+Drop = Annotated[UnitInterval, AfterValidator(_decides)]  # of accuracy, a share of the images
+Floor = Annotated[Number, Field(gt=0, le=1)]
+
+
 class Gate(Section):
     """What an artefact must keep to pass `mpdsgr validate`; shares of the images, in [0, 1]. See validation.gate.
 
@@ -161,13 +171,18 @@ class Gate(Section):
     max_drop: largest loss of accuracy against the reference, in every condition but Square; None: the tier's. drops:
     the same for single conditions, Square too. floors: the least accuracy of single conditions; "worst" is the union of
     all attacks within eps.
+
+    eps, images_sha256, least_images: what the figures were chosen for; another evaluation is refused.
     """
 
     tier: Literal["commit", "release", "paper"] = "commit"
     images: Count | None = None
-    max_drop: UnitInterval | None = None
-    drops: dict[str, UnitInterval] = Field(default_factory=dict)
-    floors: dict[str, UnitInterval] = Field(default_factory=dict)
+    max_drop: Drop | None = None
+    drops: dict[str, Drop] = Field(default_factory=dict)
+    floors: dict[str, Floor] = Field(default_factory=dict)
+    eps: Annotated[Number, Field(gt=0, le=1)] | None = None
+    images_sha256: str | None = None
+    least_images: Count | None = None
 
 
 class Recipe(Section):

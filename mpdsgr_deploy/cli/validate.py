@@ -6,10 +6,9 @@ import click
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json, print_table
-from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.validation.gate import load_gate
-from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared
+from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared, sensitivity
 from mpdsgr_deploy.validation.writing import claim_report, write_report
 
 
@@ -25,7 +24,7 @@ from mpdsgr_deploy.validation.writing import claim_report, write_report
     show_default=True,
     help="Requests a second to --url, at most.",
 )
-@click.option("--tier", help=f"How much is attacked: {', '.join(TIERS)}.  [default: the gate's]")
+@click.option("--tier", help=f"How much is attacked: {', '.join(TIERS)}.  [default: the gate's, else the reference's]")
 @click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the rules.  [default: the recipe's]")
 @click.option("--data", help="Data set whose test images are used.  [default: the images in the bundle]")
 @click.option("--root", help="Where the data set lies, whose images are then used.")
@@ -73,13 +72,10 @@ def command(
     report_dir = report_dir or Path("reports") / f"{opened.path.resolve().name}-{chosen}"
     opened.refuse_output(report_dir, "--report")
     claim_report(report_dir)
-    rules = load_gate(gate) if gate else opened.manifest.recipe.gate
-    if tier is not None:
-        choose("tier", TIERS, tier)
-        rules = rules.model_copy(update={"tier": tier})
     report = validate(
         Target(opened, backend, chosen, url, rate),
-        gate=rules,
+        gate=load_gate(gate) if gate else None,
+        tier=tier,
         data=data,
         root=root,
         limit=limit,
@@ -116,5 +112,9 @@ def print_report(report: Report) -> None:
         click.echo(f"  {report.stopped.moment}: {report.stopped.why}")
     for remark in report.remarks:
         click.echo(f"  {remark}")
+    for rule in report.rules:
+        click.echo(f"  {rule.name} {rule.value} ({rule.origin})")
+    if seen := sensitivity(report):
+        click.echo(f"  {seen}")
     for name in not_compared(report):
         click.echo(f"  {name}: {NOT_COMPARED} with the reference, which met no such attack")

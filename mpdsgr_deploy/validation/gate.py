@@ -1,12 +1,14 @@
 """The gate: what an artefact must keep. Decided by paired verdicts, and only by as many as can decide it.
 
-A drop fails if the artefact loses more than the limit and the loss is no chance: worse images of the discordant ones
-are more than half by an exact one-sided McNemar test (p < 0.001: with a dozen conditions, a healthy artefact is refused
-less than once in a hundred times). Ten images that only the artefact gets wrong are the fewest that can show that, so a
-limit of 2 % takes 450 images, 1 % takes 900. Square is left out unless the gate names it in `drops`: its random
-search takes another way on any other network, and then decides a dozen of 100 images otherwise by chance;
-what it breaks counts in the worst case. A floor fails if the artefact's accuracy is below it;
-n images, all of them right, prove it where their 95 % Wilson interval begins above.
+A drop fails if the artefact loses more than the limit and the loss is significant: of the images whose verdict differs,
+more than half are newly wrong by an exact one-sided McNemar test. The accuracy without attack and that under all
+attacks are tested at p < 0.003, where most damage shows, each single attack at p < 0.0005: with a dozen of them a
+healthy artefact is refused less than once in a hundred times (exactly, for 100 to 1,000 images, flips up to 20 %).
+Eleven images that only the artefact gets wrong are the fewest that can show a drop under a single attack, so a limit of
+1 % takes 1,000 images; `power` says which drops a run can see. Square is left out unless the gate names it in `drops`:
+its random search takes another way on any other network, and then decides a dozen of 100 images otherwise by chance;
+what it breaks counts in the worst case. A floor fails if the artefact's accuracy is below it; n images, all of them
+right, prove it where their 95 % Wilson interval begins above.
 """
 
 import math
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.condition import SQUARE
+from mpdsgr_deploy.attacks.condition import CLEAN, SQUARE, WORST
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate
@@ -25,9 +27,10 @@ from mpdsgr_deploy.validation.reasons import Reason
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.statistics import Z95, binomial_tail
 
-SIGNIFICANT = 0.001
+SIGNIFICANT = 0.0005  # p-value below which a drop under one attack is significant
+SIGNIFICANT_OVERALL = 0.003  # the same for the accuracies in OVERALL
+OVERALL = (CLEAN, WORST)
 CHANCY = (SQUARE,)
-FEWEST = 10  # flips, all one way, that are significant: 2^-10 < 0.001
 
 Bools = NDArray[np.bool_]
 
@@ -36,11 +39,6 @@ def load_gate(path: Path) -> Gate:
     """Read a gate file. Raises InputError for a missing file or an unknown key."""
     gate: Gate = parse(Gate, read_toml(path), str(path))
     return gate
-
-
-def resolved(gate: Gate, n: int) -> Gate:
-    """The gate with what its tier adds, for n images: nothing in it is left open."""
-    return gate.model_copy(update={"images": n, "max_drop": usual_limit(gate)})
 
 
 def usual_limit(gate: Gate) -> float:
@@ -53,10 +51,25 @@ def limit(gate: Gate, name: str) -> float:
     return gate.drops.get(name, 1.0 if name in CHANCY else usual_limit(gate))
 
 
+def significant(name: str) -> float:
+    """The p-value below which a drop in a condition is significant."""
+    return SIGNIFICANT_OVERALL if name in OVERALL else SIGNIFICANT
+
+
+def fewest_flips(p: float) -> int:
+    """The smallest number of flips, all one way, that is significant at this p-value."""
+    return math.floor(-math.log2(p)) + 1
+
+
+def least_decidable(n: int) -> float:
+    """The smallest limit on a drop, in [0, 1], that n images can decide in every condition."""
+    return (fewest_flips(SIGNIFICANT) - 1) / n if n else 1.0
+
+
 def fewest_images(gate: Gate, names: Iterable[str]) -> int:
     """The smallest n with which every rule of the gate can be decided, for the conditions `names`."""
-    limits = {limit(gate, name) for name in names}
-    drops = [FEWEST if not share else math.ceil((FEWEST - 1) / share - 1e-9) for share in limits if share < 1]
+    limits = {(limit(gate, name), fewest_flips(significant(name))) for name in names}
+    drops = [flips if not share else math.ceil((flips - 1) / share - 1e-9) for share, flips in limits if share < 1]
     floors = [math.ceil(Z95**2 * floor / (1 - floor)) for floor in gate.floors.values() if floor < 1]
     return max([1, *drops, *floors])
 
@@ -89,9 +102,10 @@ def check_gate(gate: Gate, names: Sequence[str], n: int, referenced: Collection[
         )
 
 
-def regressed(allowed: float, n: int, worse: int, better: int) -> bool:
-    """Whether the loss exceeds what is allowed, and is no chance."""
-    return worse - better > allowed * n + 1e-9 and binomial_tail(worse, worse + better) < SIGNIFICANT
+def regressed(gate: Gate, name: str, n: int, worse: int, better: int) -> bool:
+    """Whether the loss in a condition exceeds what is allowed there, and is significant."""
+    excess = worse - better > limit(gate, name) * n + 1e-9
+    return excess and binomial_tail(worse, worse + better) < significant(name)
 
 
 def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
@@ -101,7 +115,7 @@ def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
     for row in (row for row in rows if row.n == n):
         if row.flips is not None:
             worse, better, allowed = row.flips.newly_wrong, row.flips.newly_right, limit(gate, row.name)
-            if regressed(allowed, row.n, worse, better):
+            if regressed(gate, row.name, row.n, worse, better):
                 text = f"{worse} images newly wrong and {better} newly right of {row.n}"
                 drop = f"a drop of {(worse - better) / row.n:.2%}; {allowed:.2%} allowed"
                 reasons.append(Reason(condition=row.name, text=f"{text}, {drop}"))
@@ -124,6 +138,6 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
     if reference is not None:
         worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
         best = better + int((~reference[done:]).sum())  # every image left that the reference gets wrong comes out right
-        if regressed(limit(gate, name), n, worse, best):
+        if regressed(gate, name, n, worse, best):
             return f"after {done} of {n} images the drop cannot come back within the limit"
     return None

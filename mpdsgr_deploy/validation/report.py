@@ -13,6 +13,7 @@ from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
 from mpdsgr_deploy.validation.rows import Flips, Row, Score
+from mpdsgr_deploy.validation.rules import Rule
 
 REPORT, PAGE, SUMMARY = "report.json", "report.html", "summary.md"
 PROGRESS = ".progress"  # finished batches of a validation under way
@@ -106,6 +107,7 @@ class Report(BaseModel):
     health: list[Check]
     remarks: list[str] = []  # absent from results of earlier versions
     gate: Gate
+    rules: list[Rule] = []
     stopped: EarlyStop | None = None
     seconds: float
     provenance: dict[str, Any]
@@ -147,6 +149,13 @@ def not_compared(report: Report) -> list[str]:
     if not any(row.reference for row in report.rows):
         return []
     return [row.name for row in report.rows if row.reference is None and row.name != "worst" and row.comparable]
+
+
+def sensitivity(report: Report) -> str:
+    """The smallest drops that this run could have seen, in words; empty where nothing was compared."""
+    named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]
+    seen = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
+    return f"a true drop of {', of '.join(seen)} would have been refused with 90 % probability" if seen else ""
 
 
 def percent(score: Score) -> str:

@@ -16,6 +16,7 @@ from mpdsgr_deploy.validation.report import (
     gate_reasons,
     not_compared,
     percent,
+    sensitivity,
 )
 from mpdsgr_deploy.validation.rows import Row
 
@@ -58,6 +59,9 @@ def summary(report: Report) -> str:
     ]
     if report.parity is not None:
         lines += [f"Clean logits, reference against artefact: {report.parity}.", ""]
+    lines += [f"- rule: {markdown(f'{rule.name} {rule.value} ({rule.origin})')}" for rule in report.rules]
+    if seen := sensitivity(report):
+        lines.append(f"- {seen}")
     for check in report.health:
         lines.append(f"- check {check.number}, {check.name}: {STATES[check.state]}, {markdown(check.saw)}")
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from mpdsgr_deploy.attacks.run import Journal
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
+from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
@@ -24,16 +25,18 @@ from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.validation import comparison, fidelity, probes
 from mpdsgr_deploy.validation.comparison import compare_conditions
 from mpdsgr_deploy.validation.evidence import attacked_evidence, without_attack
-from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, resolved
+from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
 from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.images import chosen_images
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.pictures import examples
+from mpdsgr_deploy.validation.power import smallest_drop
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
 from mpdsgr_deploy.validation.remarks import remarks
 from mpdsgr_deploy.validation.report import PROGRESS, Curve, Example, Report, VariantFlips, Verdict
 from mpdsgr_deploy.validation.rounding import rounding_faults
 from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.rules import Rule, check_pins, chosen_tier, settled, stated_rules
 from mpdsgr_deploy.validation.subject import Subject, identity, warn_if_unlike, warn_of_gaps
 from mpdsgr_deploy.validation.target import REMOTE, Target
 from mpdsgr_deploy.validation.variants import variant_flips
@@ -65,6 +68,7 @@ def validate(
     target: Target,
     *,
     gate: Gate | None = None,
+    tier: str | None = None,
     data: str | None = None,
     root: str | None = None,
     limit: int | None = None,
@@ -73,7 +77,8 @@ def validate(
 ) -> Report:
     """Attack the artefact through its own gradient, compare with the reference in its bundle, and decide.
 
-    gate: other rules than the recipe's. data, root: the data set's images instead of those in the bundle; limit: the
+    gate: other rules than the recipe's. tier: how much is attacked; default: the gate's, else that of the reference.
+    data, root: the data set's images instead of those in the bundle; limit: the
     first so many. transfer: a bundle or checkpoint whose adversarial images are tried too. report_dir: where finished
     batches are kept, so that the same call goes on after a kill. The verdict is `invalid` if a health check failed,
     else `fail` if the gate refuses, else `pass`.
@@ -82,15 +87,19 @@ def validate(
     """
     started = time.monotonic()
     recipe = target.bundle.manifest.recipe
-    rules = gate or recipe.gate
-    tier = TIERS[rules.tier]
+    promise = target.bundle.manifest.reference if data in (None, recipe.data.name) else None
+    name, tier_from = chosen_tier(tier, gate, recipe, promise.tier if promise else None)
+    entries, usual = choose("tier", TIERS, name).entries, TIERS[name].images
+    given = gate or recipe.gate
     target.bundle.model_sha256(target.precision)  # refused before any data is read
-    images = chosen_images(target.bundle, limit or rules.images, tier.images, data, root)
+    images = chosen_images(target.bundle, limit or given.images, usual, data, root)
+    rules = settled(given, name, len(images))
+    check_pins(rules, recipe, images_sha256(images), len(images))
     warn_if_unlike(target, images)
     reference = target.bundle.reference() if data in (None, recipe.data.name) else None
     with target.open() as artefact, target.sources(transfer) as sources:
         network = Source(artefact, target.trained)
-        suite = Suite.of(network, tier.entries, recipe.attack, seed=recipe.validation.seed, transfer=sources)
+        suite = Suite.of(network, entries, recipe.attack, seed=recipe.validation.seed, transfer=sources)
         compared = compare_conditions(reference, suite.conditions, len(images))
         subject = Subject(target, suite, rules, images, data or recipe.data.name, reference, compared, None)
         check_gate(rules, subject.names, len(images), compared.names)
@@ -100,7 +109,8 @@ def validate(
         judged = judge(subject)
         stopped, x = judged.measurement.stopped, images.unit()
         flips = [] if stopped else variant_flips(target.bundle, x, judged.measurement, subject.batch_size)
-    return _report(subject, judged, flips, round(time.monotonic() - started, 1))
+    stated = list(stated_rules(gate, rules, recipe, tier_from=tier_from, data=subject.data, n=len(images)))
+    return _report(subject, judged, flips, stated, round(time.monotonic() - started, 1))
 
 
 def judge(subject: Subject) -> Judged:
@@ -123,6 +133,7 @@ def judge(subject: Subject) -> Judged:
         stopped=_not_worth_attacking(subject, clean, wrong, run_checks(evidence)),
     )
     rows = comparison.rows(measurement, subject.comparison, target.bundle.manifest.recipe.attack.eps)
+    rows = [_with_power(row, subject.gate) for row in rows]
     evidence = attacked_evidence(evidence, subject, measurement)
     curves: list[Curve] = []
     if measurement.stopped is None:
@@ -164,6 +175,15 @@ def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: F
     return curves, replace(evidence, growth=grown[STRONG], convergence=more)
 
 
+def _with_power(row: Row, gate: Gate) -> Row:
+    """The row with the smallest drop that the gate would have refused reliably."""
+    if row.flips is None or row.at_most:
+        return row
+    allowed, flips = limit(gate, row.name), row.flips
+    drop = smallest_drop(row.n, allowed, flips.newly_wrong, flips.newly_right, significant(row.name))
+    return row.model_copy(update={"detectable": drop})
+
+
 def _invalid(checks: Sequence[Check]) -> list[Reason]:
     return [Reason(check=c.number, text=f"{c.name}: {c.saw}; {c.advice}") for c in checks if c.failed]
 
@@ -194,7 +214,7 @@ def _examples(subject: Subject, measurement: Measurement, x: Floats) -> list[Exa
     )
 
 
-def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], seconds: float) -> Report:
+def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: list[Rule], seconds: float) -> Report:
     target, gate = subject.target, subject.gate
     manifest, stopped = target.bundle.manifest, judged.measurement.stopped
     recipe, variant = manifest.recipe, manifest.variants[target.precision]
@@ -222,7 +242,8 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], seconds
         parity=judged.parity,
         health=judged.health,
         remarks=remarks(subject, judged.measurement),
-        gate=resolved(gate, len(subject.images)),
+        gate=gate,
+        rules=rules,
         stopped=None if stopped is None else EarlyStop(after=stopped.during, why=why),
         seconds=seconds,
         provenance=provenance(),

@@ -1,0 +1,67 @@
+"""What a run of n images could have seen: the smallest true drop of accuracy that the gate refuses reliably.
+
+A true drop of d turns an image wrong with probability s + d and right with probability s, where s is the rate at which
+verdicts flip either way by rounding alone. The number of flips is binomial, and so is the share of them that are for
+the worse; the gate's own test decides each outcome, so the probability is exact.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+RELIABLE = 0.9  # probability with which such a drop is refused
+SPREAD = 8.0  # standard deviations of the number of flips that are looked at
+RESOLUTION = 5e-4  # of the drop that is returned
+
+Floats = NDArray[np.float64]
+
+
+def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: float) -> float | None:
+    """The smallest drop in [0, 1] refused with a probability of 90 %, given the flips of this run; None: there is none.
+
+    allowed: the gate's limit, in [0, 1]; worse, better: flips seen among the n images; significant: the p-value below
+    which the gate calls a drop significant.
+    """
+    flips = min(worse, better) / n  # by rounding alone, each way
+    low, high = 0.0, 1.0 - 2 * flips
+    if allowed >= 1 or refused(n, allowed, flips, high, significant) < RELIABLE:
+        return None
+    while high - low > RESOLUTION:
+        middle = (low + high) / 2
+        if refused(n, allowed, flips, middle, significant) < RELIABLE:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def refused(n: int, allowed: float, flips: float, drop: float, significant: float) -> float:
+    """The probability in [0, 1] that the gate refuses a true drop; flips: probability of a flip by chance, each way."""
+    rate = 2 * flips + drop
+    if rate <= 0:
+        return 0.0
+    spread = SPREAD * math.sqrt(n * rate * (1 - rate)) + 1
+    fewest, most = max(0, math.floor(n * rate - spread)), min(n, math.ceil(n * rate + spread))
+    counts = np.arange(fewest, most + 1)
+    weights = np.exp(_log_binomial(n, counts, rate))
+    chances = [_refused_of(int(count), n, allowed, (flips + drop) / rate, significant) for count in counts]
+    return float(weights @ np.array(chances))
+
+
+def _refused_of(discordant: int, n: int, allowed: float, share: float, significant: float) -> float:
+    """The same for a known number of flips, each for the worse with probability `share`."""
+    worse = np.arange(discordant + 1)
+    tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[::-1]  # P(at least so many) by chance
+    refuses = (tails < significant) & (2 * worse - discordant > allowed * n + 1e-9)
+    return float(np.exp(_log_binomial(discordant, worse[refuses], share)).sum())
+
+
+def _log_binomial(n: int, k: NDArray[np.int64], p: float) -> Floats:
+    """log P(X = k) for X ~ Binomial(n, p)."""
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    ways = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hits = np.where(k > 0, k * np.log(p), 0.0)
+        misses = np.where(n - k > 0, (n - k) * np.log1p(-p), 0.0)
+    return np.asarray(ways + hits + misses)

@@ -1,0 +1,88 @@
+"""Which rules a verdict rests on, complete, and where each came from."""
+
+import math
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Gate, Recipe
+from mpdsgr_deploy.validation.gate import least_decidable
+
+
+class Rule(BaseModel):
+    """One rule in words; origin: who set it."""
+
+    name: str
+    value: str
+    origin: str
+
+
+def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: str | None) -> tuple[str, str]:
+    """The tier, and who chose it: the caller, else the gate, else the reference (`promised`), else the recipe."""
+    if tier is not None:
+        return tier, "the caller"
+    if gate is not None and "tier" in gate.model_fields_set:
+        return gate.tier, "the gate"
+    if promised is not None:
+        return promised, "the bundle's reference"
+    return recipe.gate.tier, "the recipe"
+
+
+def settled(gate: Gate, tier: str, n: int) -> Gate:
+    """The gate for n images with nothing left open.
+
+    Where it bounds no drop, its tier does, or the smallest limit that so few images can decide.
+    """
+    usual = max(TIERS[tier].max_drop, least_decidable(n))
+    return gate.model_copy(
+        update={"tier": tier, "images": n, "max_drop": usual if gate.max_drop is None else gate.max_drop}
+    )
+
+
+def check_pins(gate: Gate, recipe: Recipe, images_sha256: str, n: int) -> None:
+    """Raise InputError where the evaluation is not the one that the gate's figures were chosen for."""
+    if gate.eps is not None and not math.isclose(gate.eps, recipe.attack.eps, rel_tol=1e-6):
+        raise InputError(
+            f"the gate is for attacks with eps {gate.eps:.6g}, the bundle's recipe has {recipe.attack.eps:.6g}; export "
+            "with the gate's eps, or change the gate"
+        )
+    if gate.images_sha256 is not None and gate.images_sha256 != images_sha256:
+        raise InputError(
+            f"the gate is for the images with sha256 {gate.images_sha256}, these have {images_sha256}; validate on "
+            "those, or change the gate"
+        )
+    if gate.least_images is not None and n < gate.least_images:
+        raise InputError(f"the gate asks for {gate.least_images} images or more, not {n}; give more with --limit")
+
+
+def stated_rules(
+    given: Gate | None, rules: Gate, recipe: Recipe, *, tier_from: str, data: str, n: int
+) -> Iterator[Rule]:
+    """Every rule of a settled gate. given: the gate that replaces the recipe's, None: the recipe's own; data: the data
+    set that is evaluated, by name.
+    """
+    source = "the gate" if given is not None else "the recipe"
+    if given is None and data != recipe.data.name:
+        source = f"the recipe, which is for {recipe.data.name}"
+    own = given if given is not None else recipe.gate
+    yield Rule(name="tier", value=rules.tier, origin=tier_from)
+    if own.max_drop is not None:
+        origin = source
+    elif rules.max_drop is not None and rules.max_drop > TIERS[rules.tier].max_drop:
+        origin = f"the least that {n} images can decide; tier {rules.tier} asks for {TIERS[rules.tier].max_drop:.2%}"
+    else:
+        origin = f"tier {rules.tier}"
+    yield Rule(name="max drop", value=f"{rules.max_drop:.2%}", origin=origin)
+    for kind, values in (("max drop", rules.drops), ("floor", rules.floors)):
+        for name, value in values.items():
+            yield Rule(name=f"{kind} of {name}", value=f"{value:.2%}", origin=source)
+    for name in ("eps", "images_sha256", "least_images"):
+        if (value := getattr(rules, name)) is not None:
+            yield Rule(name=name, value=str(value), origin=source)
+    if given is not None:
+        for name, value in recipe.gate.floors.items():
+            if name not in given.floors:
+                left = "the recipe; not applied, since the gate replaces the recipe's"
+                yield Rule(name=f"floor of {name}", value=f"{value:.2%}", origin=left)
