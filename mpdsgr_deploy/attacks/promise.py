@@ -2,6 +2,7 @@
 
 from mpdsgr_deploy.attacks.condition import WORST, Floats, Network
 from mpdsgr_deploy.attacks.measure import measure
+from mpdsgr_deploy.attacks.run import classes_of
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS, smaller_tiers
 from mpdsgr_deploy.data.images import Images
@@ -21,7 +22,7 @@ def promise(
     source = Source(network, trained_surrogate(recipe))
     size, seed = recipe.validation.batch_size, recipe.validation.seed
     suite = Suite.of(source, TIERS[tier].entries, recipe.attack, seed=seed)
-    x, y, clean = images.unit(), images.classes, logits.argmax(1)
+    x, y, clean = images.unit(), images.classes, classes_of(logits)
     own = measure(suite, x, y, clean, batch_size=size, of=f"{of}, ")
     settings = {condition.name: condition.settings for condition in suite.conditions}
     others = {

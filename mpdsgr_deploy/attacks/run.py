@@ -14,6 +14,8 @@ from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.files import atomic_file, writing
 from mpdsgr_deploy.protocols import Predictor
 
+NOT_FINITE = -1  # the class of an image for which the network has no finite answer
+
 
 class Journal:
     """Finished batches in a directory, so that a killed evaluation goes on where it stopped.
@@ -93,8 +95,13 @@ def _attacked_rows(
         return Attacked(images), predicted
     attacked = attack(batch.rows(chosen))
     images[chosen] = attacked.images
-    predicted[chosen] = network(images[chosen]).argmax(1)
+    predicted[chosen] = classes_of(network(images[chosen]))
     return attacked._replace(images=images), predicted
+
+
+def classes_of(logits: Floats) -> Classes:
+    """The class of the largest logit of each row of logits [n, K]; NOT_FINITE where one of them is NaN or infinite."""
+    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), NOT_FINITE)
 
 
 def gather(parts: list[Part]) -> tuple[Attacked, Classes]:

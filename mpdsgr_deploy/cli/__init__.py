@@ -22,6 +22,7 @@ COMMANDS = (
     "adopt",
     "build",
     "validate",
+    "verify",
     "predict",
     "serve",
     "bench",

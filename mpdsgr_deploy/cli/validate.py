@@ -1,12 +1,15 @@
 """mpdsgr validate"""
 
+import importlib.util
 from pathlib import Path
 
 import click
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json, print_table
+from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
+from mpdsgr_deploy.validation.evidence import Rebuild
 from mpdsgr_deploy.validation.gate import load_gate
 from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared, sensitivity
 from mpdsgr_deploy.validation.writing import claim_report, write_report
@@ -36,6 +39,11 @@ from mpdsgr_deploy.validation.writing import claim_report, write_report
     type=click.Path(path_type=Path),
     help="Directory to write.  [default: reports/NAME-PRECISION of the bundle]",
 )
+@click.option(
+    "--rebuild/--no-rebuild",
+    default=None,
+    help="Export again from the bundle's weights and compare the files.  [default: where torch is installed]",
+)
 @json_option
 @click.pass_context
 def command(
@@ -52,6 +60,7 @@ def command(
     limit: int | None,
     transfer: Path | None,
     report_dir: Path | None,
+    rebuild: bool | None,
     as_json: bool,
 ) -> None:
     """Attack BUNDLE's exported network and decide whether it is still as accurate and as robust as promised.
@@ -81,6 +90,7 @@ def command(
         limit=limit,
         transfer=transfer,
         report_dir=report_dir,
+        rebuild=rebuilding(rebuild),
     )
     best = write_report(report, report_dir)
     if as_json:
@@ -89,6 +99,16 @@ def command(
         print_report(report)
         click.echo(f"report in {best}")
     ctx.exit(EXIT_CODES[report.verdict])
+
+
+def rebuilding(asked: bool | None) -> Rebuild | None:
+    """What exports again, where torch is installed, unless `asked` says otherwise. Raises InputError without torch."""
+    if asked is False or (asked is None and importlib.util.find_spec("torch") is None):
+        return None
+    need("torch", "train")
+    from mpdsgr_deploy.exporting.rebuild import check_rebuilt
+
+    return check_rebuilt
 
 
 def print_report(report: Report) -> None:

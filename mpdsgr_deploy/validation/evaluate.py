@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from mpdsgr_deploy.attacks.condition import CLEAN, TRANSFER, WORST, Source
 from mpdsgr_deploy.attacks.measure import measure
+from mpdsgr_deploy.attacks.run import classes_of
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS, recipe_entries
 from mpdsgr_deploy.checkpoint import find_checkpoint
@@ -87,7 +88,7 @@ def evaluate(
 def _measured(suite: Suite, images: Images, size: int, rule: str) -> tuple[list[EvaluatedRow], list[Check]]:
     """Rows and health checks of the suite's network."""
     x, y, n = images.unit(), images.classes, len(images)
-    clean = predict(suite.network, x, size, CLEAN).argmax(1)
+    clean = classes_of(predict(suite.network, x, size, CLEAN))
     measurement = measure(suite, x, y, clean, batch_size=size)
     settings = {condition.name: condition.settings for condition in suite.conditions}
     named = {CLEAN: "test images as they are", **settings, WORST: "right under every condition within eps"}

@@ -1,20 +1,25 @@
 """The evidence for health checks, gathered from what was answered and measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.condition import WORST, Condition
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST, Condition
 from mpdsgr_deploy.attacks.measure import Measurement
+from mpdsgr_deploy.attacks.run import NOT_FINITE
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.validation.gate import limit
-from mpdsgr_deploy.validation.health import Compared, Evidence, Reach
+from mpdsgr_deploy.validation.health import Compared, Evidence, Reach, Rebuilt
 from mpdsgr_deploy.validation.images import image_faults
 from mpdsgr_deploy.validation.subject import Subject
 
+Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from what its weights give
 
-def without_attack(subject: Subject, logits: NDArray[np.float32]) -> Evidence:
+
+def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebuild | None = None) -> Evidence:
     """What can be checked before any attack, from the answers [n, K] to the images as they are."""
     images, compared = subject.images, subject.comparison
     reach = Reach(reference=True, missing=compared.missing) if compared.missing else None
@@ -26,7 +31,20 @@ def without_attack(subject: Subject, logits: NDArray[np.float32]) -> Evidence:
         logits=logits,
         attack_graph_faults=subject.target.attack_graph_faults(),
         image_faults=image_faults(subject.data, images, subject.reference),
+        not_finite={CLEAN: np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()},
+        foreign=subject.target.foreign_parts(),
+        classes=images.classes,
+        labels=images.labels,
+        rebuilt=None if rebuild is None else rebuilt(rebuild, subject.target.bundle),
     )
+
+
+def rebuilt(rebuild: Rebuild, bundle: Bundle) -> Rebuilt:
+    """What `rebuild` says, or why it cannot say anything."""
+    try:
+        return Rebuilt(rebuild(bundle))
+    except InputError as error:
+        return Rebuilt(unknown=str(error))
 
 
 def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measurement) -> Evidence:
@@ -36,6 +54,7 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
         artefact=subject.suite.network,
         fresh=subject.target.fresh(),
         x=subject.images.unit(),
+        batch_size=subject.batch_size,
     )
     if measurement.stopped is not None:
         return evidence
@@ -52,7 +71,13 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
 
 def of_attacks(evidence: Evidence, measurement: Measurement, conditions: Sequence[Condition], trained: str) -> Evidence:
     """What the attacks themselves show, of a torch network as of an artefact. trained: its surrogate."""
-    evidence = replace(evidence, budget_faults=[f for outcome in measurement.outcomes for f in outcome.faults])
+    attacked = {o.condition.name: np.flatnonzero(o.predicted == NOT_FINITE).tolist() for o in measurement.outcomes}
+    clean = np.flatnonzero(measurement.clean == NOT_FINITE).tolist()
+    evidence = replace(
+        evidence,
+        budget_faults=[fault for outcome in measurement.outcomes for fault in outcome.faults],
+        not_finite={CLEAN: clean, **attacked},
+    )
     if measurement.stopped is not None:
         return evidence
     own = [o for o in measurement.outcomes if o.condition.kind == "gradient" and o.condition.surrogate == trained]

@@ -38,7 +38,7 @@ def examples(
             image=int(i),
             label=labels[classes[i]],
             clean=labels[before[i]],
-            attacked=labels[after[i]],
+            attacked=labels[after[i]] if after[i] >= 0 else "nothing finite",
             attack=attack,
             pictures=(picture(clean[i]), picture(attacked[i]), picture(magnified(clean[i], attacked[i], eps))),
         )

@@ -20,13 +20,8 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.validation.fidelity import answer_faults
+from mpdsgr_deploy.validation.parts import QUANTIZING, STANDARD, STORED
 
-STORED = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "int8": TensorProto.INT8,
-    "fp8": TensorProto.FLOAT8E4M3FN,
-}
 # half a unit in the last place of each format, relative to the number (float) or to its channel's scale (int8)
 FLOAT_ROUNDING = {"fp16": 2.0**-11, "fp8": 2.0**-4}
 
@@ -47,7 +42,7 @@ class Step(NamedTuple):
     """
 
     name: str
-    operator: str
+    operator: tuple[str, str]  # domain and name
     attributes: tuple[bytes, ...]
     inputs: tuple[Constant | tuple[int, int] | str, ...]
 
@@ -67,15 +62,15 @@ def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) 
         yield f"it is no network of float32's {len(ours)} operators"
         return
     for one, other in zip(ours, theirs, strict=True):
-        name, form = one.name, layers.get(one.name, "fp32") if one.operator in PRODUCTS else "fp32"
+        name, form = one.name, layers.get(one.name, "fp32") if one.operator[1] in PRODUCTS else "fp32"
         if (one.attributes, len(one.inputs)) != (other.attributes, len(other.inputs)):
-            yield f"{name} is not float32's {one.operator}"
+            yield f"{name} is not float32's {one.operator[1]}"
             continue
         for place, (a, b) in enumerate(zip(one.inputs, other.inputs, strict=True)):
             if not isinstance(a, Constant) or not isinstance(b, Constant):
                 if a != b:
                     yield f"{name} reads something else than in float32"
-            elif one.operator in PRODUCTS and place == 1:
+            elif one.operator[1] in PRODUCTS and place == 1:
                 if b.stored != STORED[form]:
                     yield f"the weights of {name} are not stored in {form}"
                 if not is_rounded(a.value, b.value, form):
@@ -106,17 +101,27 @@ def steps(network: ModelProto) -> list[Step]:
             continue
         attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
         serial = tuple(attribute.SerializeToString(deterministic=True) for attribute in attributes)
-        found.append(Step(node.name, node.op_type, serial, tuple(resolved(name) for name in node.input)))
+        found.append(Step(node.name, operator(node), serial, tuple(resolved(name) for name in node.input)))
         places |= {output: (len(found), k) for k, output in enumerate(node.output)}
     return found
 
 
+def operator(node: NodeProto) -> tuple[str, str]:
+    """What a node computes: its domain, where that is not ONNX's own, and its name."""
+    return ("" if node.domain in STANDARD else node.domain, node.op_type)
+
+
 def _converts(node: NodeProto, makers: dict[str, NodeProto]) -> bool:
-    """Whether a node changes the format of numbers only; a spike is a comparison made a number, which is more."""
+    """Whether a node changes the format of numbers only, to one that a precision has.
+
+    A spike is a comparison made a number, which is more.
+    """
+    if node.domain not in STANDARD:
+        return False
     if node.op_type == "Cast":
-        maker = makers.get(node.input[0])
-        return maker is None or maker.op_type != "GreaterOrEqual"
-    return node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        maker, to = makers.get(node.input[0]), next((a.i for a in node.attribute if a.name == "to"), 0)
+        return to in (STORED["fp32"], STORED["fp16"]) and (maker is None or maker.op_type != "GreaterOrEqual")
+    return node.op_type in QUANTIZING
 
 
 def _dequantised(node: NodeProto, constants: dict[str, TensorProto]) -> Array:

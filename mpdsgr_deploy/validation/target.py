@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph import derived_attack_graph
@@ -27,6 +28,7 @@ from mpdsgr_deploy.runtime.remote import RemoteModel
 from mpdsgr_deploy.runtime.session import CPU, CUDA
 from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation.images import require_alike
+from mpdsgr_deploy.validation.parts import foreign_parts
 
 REMOTE = "remote"
 ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # there gradients are computed beside the answers
@@ -93,6 +95,16 @@ class Target:
         if stored.read_bytes() == derived_attack_graph(self.bundle, self.precision):
             return []
         return [f"{stored.name} is not what {self.bundle.variant(self.precision).name} gives"]
+
+    def foreign_parts(self) -> list[str]:
+        """What in the network's file, or in float32's, is not made of ONNX's own parts."""
+        variants, faults = self.bundle.manifest.variants, []
+        for precision in dict.fromkeys(("fp32", self.precision)):
+            network = onnx.load(self.bundle.variant(precision), load_external_data=False)
+            known = set(variants[precision].layers.values()) | {precision}
+            promised = known if self.bundle.manifest.origin == "trained" else None
+            faults += [f"{precision}: {fault}" for fault in foreign_parts(network, promised)]
+        return faults
 
     def fresh(self) -> Predictor | None:
         """Answers from a new `mpdsgr predict` process for each batch; None for a server."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST, Source
 from mpdsgr_deploy.attacks.measure import Measurement, Stopped, measure
-from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.run import Journal, classes_of
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
@@ -24,7 +24,7 @@ from mpdsgr_deploy.reference import images_sha256
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.validation import comparison, fidelity, probes
 from mpdsgr_deploy.validation.comparison import compare_conditions
-from mpdsgr_deploy.validation.evidence import attacked_evidence, without_attack
+from mpdsgr_deploy.validation.evidence import Rebuild, attacked_evidence, without_attack
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
 from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.images import chosen_images
@@ -74,13 +74,15 @@ def validate(
     limit: int | None = None,
     transfer: Path | None = None,
     report_dir: Path | None = None,
+    rebuild: Rebuild | None = None,
 ) -> Report:
     """Attack the artefact through its own gradient, compare with the reference in its bundle, and decide.
 
     gate: other rules than the recipe's. tier: how much is attacked; default: the gate's, else that of the reference.
     data, root: the data set's images instead of those in the bundle; limit: the
     first so many. transfer: a bundle or checkpoint whose adversarial images are tried too. report_dir: where finished
-    batches are kept, so that the same call goes on after a kill. The verdict is `invalid` if a health check failed,
+    batches are kept, so that the same call goes on after a kill. rebuild: compares the bundle with what its weights
+    give (`exporting.rebuild.check_rebuilt`, which needs torch). The verdict is `invalid` if a health check failed,
     else `fail` if the gate refuses, else `pass`.
 
     Raises InputError for missing data, an unusable backend, or too few images for what the gate asks.
@@ -106,22 +108,22 @@ def validate(
         warn_of_gaps(compared, rules.tier, target.bundle)
         if report_dir is not None:
             subject = subject._replace(journal=Journal(report_dir / PROGRESS, identity(subject, transfer)))
-        judged = judge(subject)
+        judged = judge(subject, rebuild)
         stopped, x = judged.measurement.stopped, images.unit()
         flips = [] if stopped else variant_flips(target.bundle, x, judged.measurement, subject.batch_size)
     stated = list(stated_rules(gate, rules, recipe, tier_from=tier_from, data=subject.data, n=len(images)))
     return _report(subject, judged, flips, stated, round(time.monotonic() - started, 1))
 
 
-def judge(subject: Subject) -> Judged:
+def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     """Answers, then attacks, then looks at a part of the images, then checks and rules: each from what came before."""
     target, suite, images = subject.target, subject.suite, subject.images
     x, y, size = images.unit(), images.classes, subject.batch_size
     logits = predict(suite.network, x, size, CLEAN)
-    clean = logits.argmax(1)
+    clean = classes_of(logits)
     parity = fidelity.check_answers(subject.reference, target.precision, logits)
     wrong = _not_the_network(target, parity, x)
-    evidence = without_attack(subject, logits)
+    evidence = without_attack(subject, logits, rebuild)
     measurement = measure(
         suite,
         x,

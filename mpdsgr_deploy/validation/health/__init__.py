@@ -1,6 +1,26 @@
 """Is the evaluation itself believable? Health checks, registered by number; importing this package registers all."""
 
 from mpdsgr_deploy.validation.health import artefact, attacks
-from mpdsgr_deploy.validation.health.registry import CHECKS, Check, Compared, Convergence, Evidence, Reach, run_checks
+from mpdsgr_deploy.validation.health.registry import (
+    CHECKS,
+    Check,
+    Compared,
+    Convergence,
+    Evidence,
+    Reach,
+    Rebuilt,
+    run_checks,
+)
 
-__all__ = ["CHECKS", "Check", "Compared", "Convergence", "Evidence", "Reach", "artefact", "attacks", "run_checks"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "Compared",
+    "Convergence",
+    "Evidence",
+    "Reach",
+    "Rebuilt",
+    "artefact",
+    "attacks",
+    "run_checks",
+]

@@ -1,17 +1,20 @@
 """Checks of what is evaluated: is the artefact a function, the network that was exported, on the promised images?"""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.validation.health.registry import Compared, Seen, health_check
+from mpdsgr_deploy.validation.fidelity import answer_faults
+from mpdsgr_deploy.validation.health.registry import Compared, Rebuilt, Seen, health_check
 
 Floats = NDArray[np.float32]
 PROBE = 32  # images the artefact is asked about repeatedly
+ALONE = 8  # images it is asked about one by one
+EACH = 5  # images per class from which on every class must be there
 FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a linear readout has about one an image
 
 
@@ -21,8 +24,11 @@ FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a 
     why="answers that depend on the batch, on earlier images or on chance are not those that were attacked",
     advice="state leaks between batches or the backend is not deterministic; export again, or use another backend",
 )
-def check_function(artefact: Predictor, x: Floats, fresh: Predictor | None = None) -> Seen:
-    """The artefact answers the same again, in other batches, in another order, and in a fresh process."""
+def check_function(artefact: Predictor, x: Floats, batch_size: int = PROBE, fresh: Predictor | None = None) -> Seen:
+    """The artefact answers the same again, in other batches, in another order, and in a fresh process.
+
+    batch_size: the recipe's, which is tried too, and one more.
+    """
     probe, other = x[:PROBE], x[-PROBE:]
     first = artefact(probe)
     artefact(other)
@@ -36,14 +42,31 @@ def check_function(artefact: Predictor, x: Floats, fresh: Predictor | None = Non
             continue
         if parity.within_tolerance < parity.rows:  # the same kernels on the same batch: every row must agree
             faults.append(f"{how}: {parity}")
-    pieces = [artefact(piece) for piece in (probe[:half], probe[half:]) if len(piece)]
-    splits = (("in two batches", np.concatenate(pieces)), ("in reverse order", artefact(probe[::-1])[::-1]))
-    for how, logits in splits:
+    for how, logits in _otherwise(artefact, probe, half):
         parity = compare(first, logits)
         if not parity.holds:
             faults.append(f"{how}: {parity}")
-    asked = "again, in two batches, in reverse order" + (" and in a fresh process" if fresh else "")
+    for how, rows, logits in _other_sizes(artefact, x, batch_size):
+        parity = compare(first[:rows], logits[:rows])
+        if answer_faults(parity):
+            faults.append(f"{how}: {parity}")
+    asked = "again, in other batches of one and more, in reverse order" + (" and in a fresh process" if fresh else "")
     return Seen(faults, f"{len(probe)} images {asked}: same answers")
+
+
+def _otherwise(artefact: Predictor, probe: Floats, half: int) -> Iterator[tuple[str, Floats]]:
+    """Answers [m, K] to the same images in other batches and in another order."""
+    yield "in two batches", np.concatenate([artefact(piece) for piece in (probe[:half], probe[half:]) if len(piece)])
+    yield "in reverse order", artefact(probe[::-1])[::-1]
+
+
+def _other_sizes(artefact: Predictor, x: Floats, batch_size: int) -> Iterator[tuple[str, int, Floats]]:
+    """Answers [m, K] to batches of other sizes, whose kernels may round otherwise, and how many rows to compare."""
+    alone = x[:ALONE]
+    yield "one by one", len(alone), np.concatenate([artefact(alone[i : i + 1]) for i in range(len(alone))])
+    for size in sorted({3, 7, batch_size, batch_size + 1}):
+        batch = x[: min(size, len(x))]
+        yield f"in a batch of {len(batch)}", min(len(batch), PROBE), artefact(batch)
 
 
 @health_check(
@@ -91,9 +114,76 @@ def check_logits(logits: Floats) -> Seen:
     """The outputs [n, K] are logits: no probabilities, no counts of spikes."""
     sums = logits.sum(axis=1)
     faults = []
+    if len(logits) and (logits == logits[0]).all():
+        return Seen(["every image has the same outputs: the network is dead, no spike depends on the image"], "")
     if len(logits) and (logits >= 0).all() and np.abs(sums - 1).max() < 1e-3:
         faults.append("every row is positive and adds up to 1: probabilities")
     distinct = len(np.unique(logits.round(5)))
     if logits.size > 4 * FEW_VALUES and distinct <= FEW_VALUES:
-        faults.append(f"{logits.size} outputs take {distinct} values only: counts of spikes")
+        faults.append(f"{logits.size} outputs take {distinct} values only, as counts of spikes do")
     return Seen(faults, f"{distinct} distinct values in {len(logits)} rows")
+
+
+@health_check(
+    14,
+    "every output is finite",
+    why="the largest of outputs with a NaN is chance, so what it says of an image means nothing",
+    advice="a layer overflows: export that precision again with other layers in float32 (--max-drop), or leave it out",
+)
+def check_finite(not_finite: Mapping[str, Sequence[int]]) -> Seen:
+    """No output of any image, clean or attacked, is NaN or infinite."""
+    faults = [f"{name}: not finite for image {first_few(images)}" for name, images in not_finite.items() if images]
+    return Seen(faults, f"outputs under {len(not_finite)} conditions are finite")
+
+
+@health_check(
+    15,
+    "the classes are represented",
+    why="the first images of a list sorted by class are of one class, and accuracy on one class is not accuracy",
+    advice="use more images (--limit), or a data set in mixed order; export again so that the reference has them too",
+)
+def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
+    """Every class has images where there are enough of them, else about as many classes as chance gives.
+
+    classes [n]: of the images; labels: the names of all K classes.
+    """
+    n, count = len(classes), len(labels)
+    counts = np.bincount(classes[(classes >= 0) & (classes < count)], minlength=count)
+    present = int((counts > 0).sum())
+    expected = count * (1 - (1 - 1 / count) ** n) if count else 0.0  # of n images drawn at random
+    saw = f"{present} of {count} classes among {n} images, {counts.min()} to {counts.max()} images each"
+    missing = [label for label, images in zip(labels, counts, strict=True) if not images]
+    few = present < expected / 2 or (n >= EACH * count and missing)
+    return Seen([f"{saw}; none of {first_few(missing)}"] if few else [], saw)
+
+
+@health_check(
+    16,
+    "the network is made of known parts",
+    why="an operator of another library, or a number in a type of its own, need not do what its name says",
+    advice="export again; if the bundle came from elsewhere, do not trust it",
+)
+def check_parts(foreign: Sequence[str]) -> Seen:
+    """The file holds standard operators and numbers in the types that its precision has, and all of its numbers."""
+    return Seen(foreign, "standard operators, numbers in the types of the precision, nothing outside the file")
+
+
+@health_check(
+    17,
+    "the files are what the weights give",
+    why="what the weights do not give was put there by hand: another training, a branch, an operator of one's own",
+    advice="export again from the checkpoint; do not use these files",
+)
+def check_rebuilt(rebuilt: Rebuilt) -> Seen:
+    """Exporting again from the bundle's weights and recipe gives the same files, byte for byte."""
+    return Seen(
+        rebuilt.faults,
+        rebuilt.unknown or "exported again from the weights, byte for byte the same",
+        not_compared=bool(rebuilt.unknown),
+    )
+
+
+def first_few(values: Sequence[object]) -> str:
+    """The first values and how many more there are."""
+    few = ", ".join(map(str, values[:5]))
+    return f"{few} and {len(values) - 5} more" if len(values) > 5 else few

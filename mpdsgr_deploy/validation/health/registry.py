@@ -98,6 +98,13 @@ class Reach(NamedTuple):
     allowed: float = 0.0
 
 
+class Rebuilt(NamedTuple):
+    """Files of the bundle that differ from what its weights give, or why that cannot be told here."""
+
+    faults: Sequence[str] = ()
+    unknown: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What checks look at. None: not at hand in this evaluation, so checks that need it are not made.
@@ -105,7 +112,7 @@ class Evidence:
     rule: which images, in words; budget_faults: how attacked images break the rules; verdicts: of a measurement that
     did not stop early; black_box, white_box: names of conditions by what they know; gradients: how many were computed
     through the trained surrogate, how many vanished, how many were not finite; artefact, fresh: the network here and in
-    a new process.
+    a new process; batch_size: the recipe's; not_finite: by condition the numbers of images whose logits are not finite.
     """
 
     rule: str
@@ -124,14 +131,15 @@ class Evidence:
     artefact: Predictor | None = None
     fresh: Predictor | None = None
     x: NDArray[np.float32] | None = None
-    batch_sizes: Sequence[int] | None = None
+    batch_size: int | None = None
     logits: NDArray[np.float32] | None = None
     attack_graph_faults: Sequence[str] | None = None
     image_faults: Sequence[str] | None = None
     classes: NDArray[np.int64] | None = None
     labels: Sequence[str] | None = None
-    rebuild_faults: Sequence[str] | None = None
-    slopes: Any = None
+    foreign: Sequence[str] | None = None
+    rebuilt: Rebuilt | None = None
+    not_finite: Mapping[str, Sequence[int]] | None = None
 
 
 class Registered(NamedTuple):
