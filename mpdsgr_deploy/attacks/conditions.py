@@ -108,7 +108,7 @@ class GradientAttack(Condition):
     def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
         counted = CountedGradients(target)
         images = self.climb(counted, batch, starts(generators))
-        return Attacked(images, counted.samples * self.draws, counted.zero, counted.not_finite)
+        return Attacked(images, *(count * self.draws for count in counted.counts))
 
     @abstractmethod
     def climb(self, target: Any, batch: Batch, draw: Draw) -> Floats:

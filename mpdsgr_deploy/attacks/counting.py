@@ -22,6 +22,11 @@ class CountedGradients:
         self._count(answer)
         return answer
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """samples, zero and not_finite; of a stochastic network each counts once for all draws that it averages."""
+        return self.samples, self.zero, self.not_finite
+
     def start(self, count: int) -> State:
         """As of an Adaptive."""
         return self._target.start(count)

@@ -59,9 +59,8 @@ class MPDAutoPGD(GradientAttack):
     def attack(self, target: Sequence[Differentiable], batch: Batch, generators: Generators) -> Attacked:
         counted = [CountedGradients(one) for one in target]
         images = self.climb(counted, batch, starts(generators))
-        counts = (sum(values) for values in zip(*((c.samples, c.zero, c.not_finite) for c in counted), strict=True))
-        samples, zero, not_finite = counts
-        return Attacked(images, samples * self.draws, zero, not_finite)
+        counts = (sum(values) for values in zip(*(one.counts for one in counted), strict=True))
+        return Attacked(images, *(count * self.draws for count in counts))
 
     def climb(self, target: Sequence[CountedGradients], batch: Batch, draw: Draw) -> Floats:
         adversarial = mpd_apgd(

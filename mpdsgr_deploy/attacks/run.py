@@ -26,12 +26,18 @@ class Journal:
     def __init__(self, directory: Path, identity: str) -> None:
         self._directory = directory / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
-    def get(self, name: str, start: int) -> "Part | None":
-        """What `put` kept, or None."""
+    def get(self, name: str, rows: slice, shape: tuple[int, ...]) -> "Part | None":
+        """What `put` kept of images `rows` of shape [b, C, H, W]; None if that is missing, damaged or of another shape."""
         try:
-            with np.load(self._file(name, start), allow_pickle=False) as found:
-                rows = slice(start, start + len(found["predicted"]))
-                return Part(rows, Attacked(found["images"], *map(int, found["counts"])), found["predicted"])
+            with np.load(self._file(name, rows.start), allow_pickle=False) as kept:
+                images, predicted, counts = kept["images"], kept["predicted"], kept["counts"]
+                if (
+                    images.shape != shape
+                    or predicted.shape != shape[:1]
+                    or counts.shape != (len(Attacked._fields) - 1,)
+                ):
+                    return None
+                return Part(rows, Attacked(images, *map(int, counts)), predicted)
         except (OSError, ValueError, KeyError, BadZipFile):
             return None
 
@@ -73,10 +79,10 @@ def run(
     with ExitStack() as stack:
         attack = None  # opened once something is left to do
         for start in range(0, len(x), batch_size):
-            part = journal.get(condition.name, start) if journal else None
+            rows = slice(start, min(start + batch_size, len(x)))
+            part = journal.get(condition.name, rows, x[rows].shape) if journal else None
             if part is None:
                 attack = attack or stack.enter_context(suite.open(condition))
-                rows = slice(start, min(start + batch_size, len(x)))
                 batch = Batch(x[rows], y[rows], np.arange(rows.start, rows.stop))
                 every, right = np.arange(len(batch.y)), np.flatnonzero(clean[rows] == batch.y)
                 chosen = every if condition.kind == "noise" else right

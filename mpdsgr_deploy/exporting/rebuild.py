@@ -52,8 +52,9 @@ def other_writers(bundle: Bundle) -> list[str]:
 
 
 def check_rebuilt(bundle: Bundle) -> list[str]:
-    """What `rebuild_faults` says. Raises InputError for a bundle without weights, and where files differ and the packages
-    that write them do as well.
+    """What `rebuild_faults` says.
+
+    Raises InputError for a bundle without weights, and where both files and the packages that write them differ.
     """
     if bundle.manifest.origin != "trained":
         raise InputError(f"{bundle.path} holds no weights to export again: its network is {bundle.manifest.origin}")

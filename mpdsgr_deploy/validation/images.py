@@ -1,5 +1,6 @@
 """Which images an artefact is evaluated on, and whether they are the promised ones."""
 
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
 
 # 64-bit blake2b of the first 100 test images, with their classes, of data sets that everybody has in the same order.
@@ -52,8 +54,24 @@ def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: st
     return images[: min([*counts.values(), limit or usual or len(images)])]
 
 
-def image_faults(name: str, images: Images, reference: Reference | None) -> list[str]:
-    """How these images, the first of data set `name`, differ from those that were promised."""
+def data_at_hand(data: Data, count: int) -> Images | None:
+    """The first `count` test images of the data set itself, or None where it is not on this machine.
+
+    A folder of images has no name by which it is known again, so it never is.
+    """
+    if data.name == "imagefolder":
+        return None
+    try:
+        return load_test(data)[:count]
+    except InputError:
+        return None
+
+
+def image_faults(name: str, images: Images, reference: Reference | None, own: Images | None = None) -> list[str]:
+    """How these images, the first of data set `name`, differ from those that were promised.
+
+    own: the data set's own, where they are at hand; without them images and classes are the bundle's word.
+    """
     found, faults = digests(images), []
     if len(images) and images.classes.max(initial=0) >= len(images.labels):
         faults.append("some classes have no label")
@@ -61,9 +79,20 @@ def image_faults(name: str, images: Images, reference: Reference | None) -> list
         common = min(len(found), len(reference.digests))
         if different := int((found[:common] != reference.digests[:common]).sum()):
             faults.append(f"{different} of {common} images are not those the reference answered")
+    if own is not None:
+        faults += _differences(images, own)
     if name in WELL_KNOWN and len(images) >= FIRST and blake2b_64(found[:FIRST]) != WELL_KNOWN[name]:
         faults.append(f"the first {FIRST} are not the first {FIRST} test images of {name}")
     return faults
+
+
+def _differences(images: Images, own: Images) -> Iterator[str]:
+    """How images and names of classes differ from those of the data set itself."""
+    common = min(len(images), len(own))
+    if different := int((digests(images[:common]) != digests(own[:common])).sum()):
+        yield f"{different} of {common} images are not those of the data set"
+    if images.labels != own.labels:
+        yield "the classes have other names, or another order, than in the data set"
 
 
 def blake2b_64(found: NDArray[np.uint64]) -> str:

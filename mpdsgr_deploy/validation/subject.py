@@ -54,9 +54,10 @@ def identity(subject: Subject, transfer: Path | None) -> str:
     """Everything that the result of a batch depends on."""
     target, manifest = subject.target, subject.target.bundle.manifest
     networks = [target.bundle.model_sha256(precision) for precision in (target.precision, "fp32")]
+    engines = [made.model_dump(mode="json") for made in target.bundle.prepared(target.backend, target.precision)]
     other = None if transfer is None else fingerprint(transfer)
     images = images_sha256(subject.images)
-    what = [__version__, *networks, manifest.recipe.model_dump(mode="json"), target.backend, target.url]
+    what = [__version__, *networks, manifest.recipe.model_dump(mode="json"), target.backend, target.url, engines]
     return json.dumps([*what, subject.gate.tier, subject.batch_size, len(subject.images), images, other])
 
 

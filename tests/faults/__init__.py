@@ -8,7 +8,7 @@ attacks.py      the attacks' images break the rules
 promise.py      figures, images and labels
 """
 
-from faults import artefact, attacks, gradients, precisions, promise, runtime  # noqa: F401 - they fill FAULTS
+from faults import artefact, attacks, files, gradients, precisions, promise, runtime  # noqa: F401 - they fill FAULTS
 from faults.networks import Networks
 from faults.planted import FAULTS, Fault, InProcess, Outcome, Planted, Target, judge, plant
 

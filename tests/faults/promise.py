@@ -152,6 +152,48 @@ def manifest_changed_after_its_digest(copy: Planted) -> None:
 
 
 @fault("promise", 3, "check 13")
+def verdicts_under_strong_attacks_deleted(copy: Planted) -> None:
+    """A reference in which only weak attacks are left, so that nothing strong is compared."""
+    weak = {VERDICT + name for name in (CLEAN, GAUSSIAN, "uniform", "fgsm", WORST)}
+    found = copy.arrays(REFERENCE)
+    copy.write(REFERENCE, {name: a for name, a in found.items() if name in weak or not name.startswith(VERDICT)})
+
+
+@fault("promise", 3, "check 13")
+def settings_of_the_promise_edited(copy: Planted) -> None:
+    """A promise that claims to have met other attacks than the gate makes."""
+    copy.manifest["reference"]["settings"] = dict.fromkeys(copy.manifest["reference"]["settings"], "a longer one")
+
+
+@fault("promise", 3, "check 13", thorough=True)
+def settings_of_the_promise_missing(copy: Planted) -> None:
+    """A bundle of an earlier version: nobody knows how strong its attacks were."""
+    copy.manifest["reference"]["settings"] = {}
+
+
+@fault("promise", 3, "check 13")
+def surrogate_of_the_recipe_edited(copy: Planted) -> None:
+    """An attack through a surrogate that was not trained with, in a manifest that is whole."""
+    copy.manifest["recipe"]["neuron"] |= {"surrogate": "triangle", "surrogate_parameter": 4.0}
+
+
+@fault("promise", 3, "check 15", kind="colour")
+def images_of_three_classes_only(copy: Planted) -> None:
+    """The first images of a list that is sorted by class, carried and promised."""
+    images = carried(copy)
+    few = np.flatnonzero(images.classes < 3)
+    promise_for(copy, Images(images.pixels[few], images.classes[few], images.labels))
+
+
+@fault("promise", 3, "data set")
+def classes_renamed_everywhere(copy: Planted) -> None:
+    """Names of the classes in another order, in the manifest and beside the images."""
+    copy.manifest["labels"] = copy.manifest["labels"][::-1]
+    images = copy.arrays(IMAGES)
+    copy.write(IMAGES, images | {"labels": images["labels"][::-1]})
+
+
+@fault("promise", 3, "check 13")
 def eps_of_the_recipe_lowered(copy: Planted) -> None:
     """A smaller eps than the promise was measured with, in a manifest that is whole: easy to keep."""
     copy.manifest["recipe"]["attack"] |= {"eps": 0.01, "step": 0.01}

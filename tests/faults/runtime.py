@@ -48,6 +48,42 @@ def images_beyond_the_profile_swapped(copy: Planted) -> None:
     answer(copy, swapped)
 
 
+@fault("runtime", 3, "one by one")
+def an_image_alone_is_answered_wrongly(copy: Planted) -> None:
+    """A dimension of one squeezed away: right in every batch, wrong for a single image."""
+
+    def alone(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        logits = true(network, x)
+        return logits if len(x) > 1 else logits[:, ::-1].copy()
+
+    answer(copy, alone)
+
+
+@fault("runtime", 3, "in a batch of 7", thorough=True)
+def odd_batches_are_answered_wrongly(copy: Planted) -> None:
+    """A kernel for pairs of images, whose last one is lost."""
+
+    def pairs(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        logits = true(network, x)
+        return np.roll(logits, 1, axis=1) if len(x) % 2 and len(x) > 1 else logits
+
+    answer(copy, pairs)
+
+
+@fault("runtime", 3, "check 14")
+def an_image_without_a_finite_answer(copy: Planted) -> None:
+    """An overflow for one image, beyond those that are asked about repeatedly: its class would be chance."""
+    pixels = copy.arrays("images.npz")["pixels"].astype(np.float32) / 255
+    dark = pixels[57].sum()
+
+    def overflows(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        logits = true(network, x)
+        logits[np.abs(x.sum((1, 2, 3)) - dark) < 1e-4] = np.nan
+        return logits
+
+    answer(copy, overflows)
+
+
 @fault("runtime", 3, "check 12")
 def softmax_behind_the_network(copy: Planted) -> None:
     """A server that returns probabilities."""
