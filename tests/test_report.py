@@ -22,7 +22,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target, validate
-from mpdsgr_deploy.validation.figures import MOST, sweep
+from mpdsgr_deploy.validation.figures import MOST, shown_eps, sweep
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.page import page, plain
 from mpdsgr_deploy.validation.pictures import SIDE, chosen, examples, magnified, picture
@@ -392,6 +392,27 @@ def test_what_is_not_compared_is_not_green() -> None:
     assert cases["gate: fgsm"] is None
     alone = Check(number=13, name="reach", state="not compared", saw="no reference", advice="")
     assert "check 13, reach: NOT COMPARED" in summary(sample(health=[alone]))
+
+
+def test_the_page_shows_the_headline_first_and_folds_what_is_sound() -> None:
+    text = page(failed("invalid"))
+    assert text.index("<td>worst<") < text.index("<td>clean<")
+    folded = re.findall(r"<details class=\"card\"><summary>.*?</summary>", text)
+    assert len(folded) == 1  # the only check of three that passed
+    assert "rule 2 holds" in folded[0]
+    assert "print-color-adjust: exact" in text
+    assert "break-inside: avoid" in text
+
+
+def test_the_axis_of_eps_ends_where_nothing_more_happens() -> None:
+    assert shown_eps(sample()) == pytest.approx(0.42)
+    few = [Curve(attack="fgsm", points=[Point(eps=0.2, correct=1, n=2)])]
+    assert shown_eps(sample(curves=few)) == 0.2
+
+
+def test_no_p_value_is_stated_where_nothing_differs() -> None:
+    assert Flips.of(np.ones(5, bool), np.ones(5, bool)).p_text == "-"
+    assert Flips.of(np.ones(5, bool), np.arange(5) > 0).p_text == "1"
 
 
 def test_reports_of_earlier_versions_are_read() -> None:

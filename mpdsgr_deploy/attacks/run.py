@@ -27,7 +27,7 @@ class Journal:
         self._directory = directory / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def get(self, name: str, rows: slice, shape: tuple[int, ...]) -> "Part | None":
-        """What `put` kept of images `rows` of shape [b, C, H, W]; None if that is missing, damaged or of another shape."""
+        """What `put` kept of images `rows`, `shape` [b, C, H, W]; None if missing, damaged or of another shape."""
         try:
             with np.load(self._file(name, rows.start), allow_pickle=False) as kept:
                 images, predicted, counts = kept["images"], kept["predicted"], kept["counts"]

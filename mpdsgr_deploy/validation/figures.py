@@ -21,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
 HEADLINE, ATTACKER = "#D55E00", "#0072B2"
 INK = "#010203"  # replaced by the page's own text colour
+WIDEST = 4.2  # times the evaluated eps
 MOST = 24  # attackers in one figure, the strongest
 LONGEST = 22  # characters of a name in a figure
 SETTINGS: Any = {
@@ -60,21 +61,27 @@ def by_eps(report: Report) -> Figure:
             "markersize": 4.5,
             "linewidth": 1.6,
         }
-        axes.plot([point.eps for point in points], accuracy, label=short(curve.attack), clip_on=False, **style)
+        axes.plot([point.eps for point in points], accuracy, label=short(curve.attack), **style)
     if report.eps is not None:
         axes.axvline(report.eps, color=INK, linewidth=1, linestyle=":", label=f"evaluated: eps {report.eps:.3g}")
     axes.set(xlabel="eps, the largest change of a pixel", ylabel="accuracy (%)", ylim=(0, 100))
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, shown_eps(report))
     axes.grid(axis="y", color="#888888", alpha=0.3, linewidth=0.6)
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
+def shown_eps(report: Report) -> float:
+    """How far the axis goes: a few times the evaluated eps. What lies beyond, where nothing is left, check 4 states."""
+    largest = max(point.eps for curve in report.curves for point in curve.points)
+    return largest if report.eps is None else min(largest, WIDEST * report.eps)
+
+
 def by_attacker(report: Report) -> Figure:
-    """Accuracy under every white-box attacker with its interval, and beneath them all what survives every attack."""
+    """Accuracy under every white-box attacker with its interval, and above them all what survives every attack."""
     rows = sweep(report)
     worst = report.row("worst")
-    shown = rows if worst is None else [*rows, worst]
+    shown = rows if worst is None else [worst, *rows]
     figure, axes = blank(0.9 + 0.3 * len(shown))
     for place, row in enumerate(shown):
         low, high = (100 * bound for bound in row.artefact.interval)

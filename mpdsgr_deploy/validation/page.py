@@ -8,7 +8,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpdsgr_deploy.validation.figures import figures
-from mpdsgr_deploy.validation.report import MEANING, Report, accuracy_text, findings, not_compared
+from mpdsgr_deploy.validation.report import (
+    MEANING,
+    Report,
+    accuracy_text,
+    findings,
+    headline_first,
+    not_compared,
+    sensitivity,
+)
 
 
 def page(report: Report) -> str:
@@ -27,6 +35,8 @@ def page(report: Report) -> str:
         provenance=list(provenance(report)),
         accuracy_text=partial(accuracy_text, stopped=report.stopped),
         not_compared=not_compared(report),
+        rows=headline_first(report),
+        sensitivity=sensitivity(report),
     )
 
 

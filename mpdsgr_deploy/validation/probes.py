@@ -11,11 +11,14 @@ from mpdsgr_deploy.attacks.measure import Measurement, Outcome
 from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.progress import track
-from mpdsgr_deploy.validation.health import Convergence
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.validation.health import Convergence, Slopes
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's eps
 GROWTH_STEPS = 20  # of the strong PGD
 LARGE = (0.5, 1.0)  # where any image can be painted
+STEPS = (0.125, 0.25, 0.5, 1.0)  # of eps, along the gradient and along random directions
+DIRECTIONS = 4  # random ones
 
 Bools = NDArray[np.bool_]
 
@@ -72,3 +75,42 @@ def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:
     alone = {o.condition.name for o in strong if (right & ~o.correct & (breaks.sum(0) == 1)).any()}
     strongest = min(strong, key=lambda o: o.correct.mean())
     return [o.condition for o in strong if o.condition.name in alone or o is strongest]
+
+
+def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, batch_size: int) -> Slopes | None:
+    """How the loss of the network's own answers changes along its gradient's signs, and along random ones.
+
+    Of the images x [m, C, H, W] those that are classified correctly. None for a stochastic network, whose answers
+    differ by more than small steps do.
+    """
+    network = suite.network
+    chosen = np.flatnonzero(clean == y)
+    if network.stochastic or not len(chosen):
+        return None
+    x, y = x[chosen], y[chosen]
+    with network.attacker(suite.source.trained, loss="ce", draws=1) as target:
+        parts = [slice(start, start + batch_size) for start in range(0, len(x), batch_size)]
+        uphill = np.sign(np.concatenate([np.asarray(target(x[part], y[part]).gradient) for part in parts]))
+    rng = np.random.default_rng(0)
+    random = [rng.choice(np.array([-1, 1], np.float32), x.shape) for _ in range(DIRECTIONS)]
+    before = losses(network, x, y, batch_size)
+    rises, further = {}, np.zeros(len(x))
+    for step in (share * eps for share in STEPS):
+
+        def rise(direction: Floats, step: float = step) -> Floats:
+            moved = np.clip(x + np.float32(step) * direction, 0, 1)
+            return losses(network, moved, y, batch_size) - before
+
+        along, aside = rise(uphill), np.mean([rise(direction) for direction in random], axis=0)
+        rises[step] = (float(along.mean()), float(aside.mean()))
+        further += along - aside
+    return Slopes(int((further > 0).sum()), len(x), rises)
+
+
+def losses(network: Predictor, x: Floats, y: Classes, batch_size: int) -> Floats:
+    """The cross-entropy [m] of a network's answers to images x [m, C, H, W] of classes y [m]."""
+    parts = [network(x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
+    logits = np.concatenate(parts).astype(np.float64)
+    largest = logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(logits - largest).sum(axis=1)) + largest[:, 0]
+    return np.asarray(total - logits[np.arange(len(y)), y])

@@ -151,6 +151,11 @@ def not_compared(report: Report) -> list[str]:
     return [row.name for row in report.rows if row.reference is None and row.name != "worst" and row.comparable]
 
 
+def headline_first(report: Report) -> list[Row]:
+    """The rows as people read them: what survives all attacks before the single conditions."""
+    return sorted(report.rows, key=lambda row: row.name != "worst")
+
+
 def sensitivity(report: Report) -> str:
     """The smallest drops that this run could have seen, in words; empty where nothing was compared."""
     named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]

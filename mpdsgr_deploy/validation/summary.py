@@ -14,6 +14,7 @@ from mpdsgr_deploy.validation.report import (
     accuracy_text,
     findings,
     gate_reasons,
+    headline_first,
     not_compared,
     percent,
     sensitivity,
@@ -54,7 +55,7 @@ def summary(report: Report) -> str:
         "",
         "| condition | artefact | reference | newly wrong | newly right | McNemar p |",
         "|---|---|---|---|---|---|",
-        *(line(row, report) for row in report.rows),
+        *(line(row, report) for row in headline_first(report)),
         "",
     ]
     if report.parity is not None:

@@ -174,7 +174,9 @@ def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: F
     allowed = limit(subject.gate, WORST)
     more = probes.convergence(suite, measurement, x, allowed=allowed, batch_size=size, journal=journal)
     curves = [Curve.of(name, verdicts) for name, verdicts in grown.items()]
-    return curves, replace(evidence, growth=grown[STRONG], convergence=more)
+    eps = subject.target.bundle.manifest.recipe.attack.eps
+    climb = probes.slopes(suite, x, y, clean, eps, batch_size=size)
+    return curves, replace(evidence, growth=grown[STRONG], convergence=more, slopes=climb)
 
 
 def _with_power(row: Row, gate: Gate) -> Row:

@@ -104,6 +104,19 @@ def gradients_downhill(copy: Planted) -> None:
     mislead(copy, np.negative)
 
 
+@fault("evaluation", 3, "check 18")
+def gradients_of_chance_for_some_images(copy: Planted) -> None:
+    """A decoy that leads astray where an image is dark: every other image seems robust."""
+    draw = np.random.default_rng(0)
+
+    def astray(gradient: Array) -> Array:
+        noise = draw.standard_normal(gradient.shape, np.float32)
+        weak = np.abs(gradient).mean((1, 2, 3)) < np.median(np.abs(gradient).mean((1, 2, 3))) * 1.2
+        return np.where(weak[:, None, None, None], noise, gradient)
+
+    mislead(copy, astray)
+
+
 @fault("evaluation", 3, "check 13")
 def gradients_of_half_the_image(copy: Planted) -> None:
     """A slice too few in the backward pass: the attack sees the upper half only."""

@@ -9,6 +9,7 @@ from mpdsgr_deploy.validation.health.registry import (
     Evidence,
     Reach,
     Rebuilt,
+    Slopes,
     run_checks,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "Evidence",
     "Reach",
     "Rebuilt",
+    "Slopes",
     "artefact",
     "attacks",
     "run_checks",

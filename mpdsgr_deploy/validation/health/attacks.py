@@ -10,6 +10,7 @@ from mpdsgr_deploy.validation.health.registry import (
     Convergence,
     Reach,
     Seen,
+    Slopes,
     Verdicts,
     health_check,
 )
@@ -18,6 +19,7 @@ from mpdsgr_deploy.validation.statistics import binomial_tail, exceeds
 ORDER_P = 0.01  # a stronger attack may leave more accuracy by chance, not beyond this p-value
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
 MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left where eps lets an attack paint any image
+MIN_STEEPER = 0.8  # share of images on which the gradient must beat random directions
 MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break, where the gate is no coarser
 
 
@@ -132,6 +134,19 @@ def check_gradients(gradients: tuple[int, int, int]) -> Seen:
     share = zero / samples if samples else 1.0
     saw = f"of {samples} gradients {100 * share:.2f} % were zero, {not_finite} not finite"
     return Seen([saw] if not_finite or share > MAX_ZERO_GRADIENTS else [], saw)
+
+
+@health_check(
+    18,
+    "the loss climbs along the gradient",
+    why="a branch that does nothing but add a gradient of its own leads attacks astray; the answers give it away",
+    advice="do not trust gradients of this file: compare it with the weights (--rebuild), attack it by queries",
+)
+def check_slopes(slopes: Slopes) -> Seen:
+    """Along the gradient's signs the loss rises further than along random signs, on nearly all images."""
+    steps = (f"{grad:+.2g} against {rand:+.2g} at {step:.3g}" for step, (grad, rand) in slopes.rises.items())
+    saw = f"further than along random directions on {slopes.steeper} of {slopes.n} images; mean rise {', '.join(steps)}"
+    return Seen([saw] if slopes.n and slopes.steeper < MIN_STEEPER * slopes.n else [], saw)
 
 
 @health_check(

@@ -98,6 +98,18 @@ class Reach(NamedTuple):
     allowed: float = 0.0
 
 
+class Slopes(NamedTuple):
+    """How far the loss rises along the gradient and along random directions, from the network's answers alone.
+
+    steeper: of n images, those whose loss rises further along the gradient. rises: by step size, the mean rise of the
+    loss along the gradient and along random directions.
+    """
+
+    steeper: int
+    n: int
+    rises: Mapping[float, tuple[float, float]]
+
+
 class Rebuilt(NamedTuple):
     """Files of the bundle that differ from what its weights give, or why that cannot be told here."""
 
@@ -137,6 +149,7 @@ class Evidence:
     image_faults: Sequence[str] | None = None
     classes: NDArray[np.int64] | None = None
     labels: Sequence[str] | None = None
+    slopes: Slopes | None = None
     foreign: Sequence[str] | None = None
     rebuilt: Rebuilt | None = None
     not_finite: Mapping[str, Sequence[int]] | None = None
