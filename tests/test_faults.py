@@ -4,6 +4,7 @@ benchmarks/verdicts.py runs them, and some more, through the whole validation an
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def networks(precise: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Netwo
 @pytest.fixture(autouse=True)
 def fewer_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Growing eps and twice the steps on 10 images, not on 50: they take half of the time."""
-    monkeypatch.setitem(TIERS, "commit", TIERS["commit"]._replace(probe=10))
+    monkeypatch.setitem(TIERS, "commit", replace(TIERS["commit"], probe=10))
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS.values() if not f.thorough], ids=lambda fault: fault.name)
