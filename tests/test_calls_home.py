@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from served import BUNDLE, INFER, Served, images, request
+
+from mpdsgr_deploy.runtime.session import preload_libraries
 
 VARIABLES = ("ORT_DISABLE_TELEMETRY", "RAY_USAGE_STATS_ENABLED")
 COMPILER = shutil.which("cc")
@@ -103,3 +106,19 @@ def test_the_watch_sees_telemetry_that_somebody_asked_for(home: Home, tmp_path: 
     home.variables["MPDSGR_TELEMETRY"] = "1"
     home.run("predict", BUNDLE, tmp_path / "images.npy")
     assert home.asked != []
+
+
+def test_cudas_libraries_are_loaded_from_their_wheels(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """onnxruntime-gpu's provider has no path to them; on the CPU package the call does nothing."""
+    calls = []
+
+    def preload_dlls() -> None:
+        print("Failed to load libcublas")
+        calls.append(1)
+        raise RuntimeError
+
+    preload_libraries(SimpleNamespace(preload_dlls=preload_dlls))
+    preload_libraries(SimpleNamespace())  # an older one
+    assert (calls, capsys.readouterr().out) == ([1], "")
