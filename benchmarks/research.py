@@ -78,7 +78,7 @@ def research() -> list[Attempt]:
 
 
 def each() -> list[Attempt]:
-    """Kinds of attempt that cost the same, for what each adds to APGD through superspike:10."""
+    """Kinds of attempt that cost the same, for what each adds to APGD through superspike:1."""
     heavy = ("superspike:1", "superspike:3", "superspike:10", "superspike:20", "superspike:30", "superspike:100")
     thin = ("triangle:1", "triangle:0.25", "rectangular:1", "sigmoid:4", "sigmoid:20", "exponential:0.1", "rate")
     untargeted = [Attempt("apgd", name, steps=100, seed=1) for name in (*heavy, *thin, "straight-through")]

@@ -58,14 +58,19 @@ def union_table(attempts: Lines, tiers: Lines) -> str:
             sum(row["evaluations"] for row in rows if (row["kind"] == "query") == asked) / n for asked in (False, True)
         )
         cells = [f"{sum(rows[0]['clean'])} of {n}", str(sum(own[0]["correct"])) if own else "-", str(union.sum())]
-        cells += [floor(attempts, name), f"{gradients:.0f}", f"{queries:.0f}", f"{sum(r['seconds'] for r in rows):.1f}"]
+        cells += [
+            floor(attempts, rows[0]["sha256"]),
+            f"{gradients:.0f}",
+            f"{queries:.0f}",
+            f"{sum(r['seconds'] for r in rows):.1f}",
+        ]
         lines.append(f"| {name} | {tier} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def floor(attempts: Lines, network: str) -> str:
+def floor(attempts: Lines, sha256: str) -> str:
     """How many images all attempts of the research attack left, and how many attempts there were."""
-    made = [line for line in attempts if line["network"] == network and line["portfolio"] == "research"]
+    made = [line for line in attempts if line["sha256"] == sha256 and line["portfolio"] == "research"]
     if not made:
         return "-"
     left = set.intersection(*(set(line["left"]) for line in made))
@@ -73,11 +78,12 @@ def floor(attempts: Lines, network: str) -> str:
 
 
 def each_table(attempts: Lines) -> str:
-    """What each kind of attempt breaks of the images that APGD through superspike:10 left."""
+    """What each kind of attempt breaks of the images that the first of them left."""
     made = [line for line in attempts if line["portfolio"] == "each"]
     if not made:
         return ""
-    lines = ["| network | attempt, 100 steps | breaks | per 1,000 gradients |", "|---" * 4 + "|"]
+    lines = ["What each kind of attempt breaks of the images that the first of them left:", ""]
+    lines += ["| network | attempt, 100 steps | breaks | per 1,000 gradients |", "|---" * 4 + "|"]
     for line in made:
         broken, kind = len(line["before"]) - len(line["left"]), research.Attempt(**line["attempt"])
         aimed = "" if kind.wrong is None else ", aimed"

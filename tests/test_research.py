@@ -16,6 +16,7 @@ from mpdsgr_deploy.bundle import Bundle
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import research
+import research_page
 
 
 @pytest.fixture
@@ -61,3 +62,10 @@ def test_aimed_at_the_only_wrong_class_is_untargeted() -> None:
     aimed = research.Aimed(target)
     adversarial = apgd(aimed, x, research.Aimed.encoded(y, 1 - y), eps=EPS, steps=20)
     assert np.array_equal(target(adversarial).argmax(1) != y, target.gap(x) < 0)
+
+
+def test_the_page_quotes_the_files() -> None:
+    shown = research_page.PAGE.read_text().partition(research_page.BEGIN)[2].partition(research_page.END)[0]
+    attempts, tiers = research_page.read(research.RESULTS), research_page.read(research_page.tier_strength.RESULTS)
+    assert shown == research_page.render(attempts, tiers)
+    assert research_page.PLOT.exists()
