@@ -82,10 +82,10 @@ def find_checkpoint(directory: Path, choice: Choice | None = None) -> Path:
         if choice is not None and directory.name != choice:
             raise InputError(f"{directory} is itself a checkpoint; give its training run to choose the {choice} one")
         return directory
-    found = directory / (choice or CHOICES[0])
-    if not (found / FILE).is_file():
-        raise InputError(f"no {FILE} in {directory} or {found}; give the directory that `mpdsgr train` wrote")
-    return found
+    chosen = directory / (choice or CHOICES[0])
+    if not (chosen / FILE).is_file():
+        raise InputError(f"no {FILE} in {directory} or {chosen}; give the directory that `mpdsgr train` wrote")
+    return chosen
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:

@@ -52,8 +52,8 @@ def reset_shift(trace: Trace) -> Tensor:
         if trace.moments is not None:
             removed = trace.moments.removed[t]
         else:
-            taken = u.detach() * spikes.detach() if neuron.reset == "hard" else neuron.v_threshold * spikes.detach()
-            removed = per_channel(taken)
+            reset = u.detach() * spikes.detach() if neuron.reset == "hard" else neuron.v_threshold * spikes.detach()
+            removed = per_channel(reset)
         shift = neuron.tau * (shift + removed)
         shifts.append(shift)
     return torch.stack(shifts)
@@ -174,8 +174,8 @@ def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     moves them. It grows with the weights as sigma does: larger weights, which empty a window of fixed width, do not
     empty this one.
     """
-    moved = [(u.float() - v.float()).square() for u, v in zip(potentials, others, strict=True)]
-    return (torch.stack([per_channel(square) for square in moved]) + SIGMA_FLOOR**2).sqrt()
+    squares = [(u.float() - v.float()).square() for u, v in zip(potentials, others, strict=True)]
+    return (torch.stack([per_channel(square) for square in squares]) + SIGMA_FLOOR**2).sqrt()
 
 
 def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:

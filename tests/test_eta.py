@@ -11,7 +11,7 @@ from conftest import small_recipe
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.defences import make_defences
-from mpdsgr_deploy.defences.eta import LARGEST_STEP, RANGE, moved, step_to_omega, step_within_drop
+from mpdsgr_deploy.defences.eta import LARGEST_STEP, RANGE, next_eta, step_to_omega, step_within_drop
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
@@ -30,7 +30,7 @@ def simulate(plant: Callable[[float, float, int], float], target: float, noise: 
         omega = plant(omega, eta, epoch)
         omegas.append(omega)
         seen.append(omega * math.exp(draw.gauss(0, noise)))
-        eta = moved(eta, step_to_omega(seen, target))
+        eta = next_eta(eta, step_to_omega(seen, target))
     return omegas
 
 
@@ -65,7 +65,7 @@ def test_a_budget_of_accuracy_is_spent_and_not_exceeded() -> None:
     for _ in range(EPOCHS):
         true.append(0.002 * eta)
         seen.append(true[-1] + draw.gauss(0, 0.003))
-        eta = moved(eta, step_within_drop(seen, 0.01))
+        eta = next_eta(eta, step_within_drop(seen, 0.01))
     assert sum(true[-6:]) / 6 == pytest.approx(0.01, rel=0.25)
     assert max(true) < 0.02
 
@@ -74,7 +74,7 @@ def test_steps_and_eta_are_bounded() -> None:
     assert step_to_omega([0.4], 1e-3) == step_within_drop([-0.5], 0.01) == LARGEST_STEP
     assert step_to_omega([0.0], 0.4) == step_within_drop([0.9], 0.01) == -LARGEST_STEP
     assert step_to_omega([0.2], 0.2) == step_within_drop([0.02, 0.0, 0.01], 0.01) == 0
-    assert (moved(RANGE[0], -0.5), moved(RANGE[1], 0.5)) == RANGE
+    assert (next_eta(RANGE[0], -0.5), next_eta(RANGE[1], 0.5)) == RANGE
 
 
 def budgeted(epochs: int = 3, **settings: object) -> Recipe:

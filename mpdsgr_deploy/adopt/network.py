@@ -203,7 +203,7 @@ def _put_in_front(file: Path, network: onnx.ModelProto, before: Preprocessing, s
     others = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *others])
-    kept = [entry for entry in graph.input if entry.name != own.name]
+    others_in = [entry for entry in graph.input if entry.name != own.name]
     graph.value_info.append(own)
     del graph.input[:]
-    graph.input.extend([images, *kept])
+    graph.input.extend([images, *others_in])

@@ -74,7 +74,7 @@ def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
         if node.output[0] in needed and any(tape.depends(name) for name in node.output)
     ]
     spikes = sum(jump.size != "branches" and not jump.compared.passes for jump in jumps)
-    steps = {name: len(found) for name, found in layers.steps.items()}
+    steps = {name: len(times) for name, times in layers.steps.items()}
     return Survey(findings, spikes, steps, len(layers.resets), refused)
 
 

@@ -216,10 +216,10 @@ def _provenance(
     parts: Mapping[str, Part], preprocessing: Preprocessing | None, seen: Survey, origin: Origin
 ) -> dict[str, Any]:
     main = parts["fp32"]
-    kept = "byte for byte" if main.classifier.unchanged else "with what stands in front of its nodes"
+    how = "byte for byte" if main.classifier.unchanged else "with what stands in front of its nodes"
     return {
         "export": provenance(),
-        "checkpoint": f"{'adopted' if origin == 'adopted' else 'module exported'} from {main.file.name}, {kept}",
+        "checkpoint": f"{'adopted' if origin == 'adopted' else 'module exported'} from {main.file.name}, {how}",
         "adopted": {
             "files": {name: {"name": part.file.name, "sha256": sha256(part.file)} for name, part in parts.items()},
             "preprocessing": {} if preprocessing is None else preprocessing._asdict(),

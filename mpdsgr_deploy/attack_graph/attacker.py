@@ -52,9 +52,11 @@ class GraphAttacker:
         (self._input, shape), *others = self._session.inputs.items()
         self._shape = shape[1:]
         self._states = {name: shape[1:] for name, shape in others if f"{name}{NEW}" in self._session.outputs}
-        wanted = {name: tuple(shape[1:]) for name, shape in others if name not in (*OWN, *self._states)}
-        if wanted != {entry.name: entry.shape for entry in noise}:
-            raise InputError(f"{model} takes the noise {wanted or 'none'}; give its attacker the manifest's entries")
+        expected_noise = {name: tuple(shape[1:]) for name, shape in others if name not in (*OWN, *self._states)}
+        if expected_noise != {entry.name: entry.shape for entry in noise}:
+            raise InputError(
+                f"{model} takes the noise {expected_noise or 'none'}; give its attacker the manifest's entries"
+            )
         self._noise, self._draws, self._random = tuple(noise), draws if noise else 1, np.random.default_rng([seed, 1])
         self._scalars = {
             WIDTH: np.array(parse_surrogate(surrogate).width, np.float32),
@@ -115,12 +117,12 @@ class GraphAttacker:
         """All outputs for one chunk, averaged over draws of the noise."""
         total: list[NDArray[np.float32]] = []
         for _ in range(self._draws):
-            given: dict[str, NDArray[Any]] = {self._input: x, CLASSES: y, **self._scalars}
+            inputs: dict[str, NDArray[Any]] = {self._input: x, CLASSES: y, **self._scalars}
             try:
-                found = self._session({**given, **state, **self._fresh(len(x))}, self._outputs)
+                outputs = self._session({**inputs, **state, **self._fresh(len(x))}, self._outputs)
             except Exception as error:  # onnxruntime's errors share no public base class
                 raise failure(f"fails on the gradients of {len(x)} images", error) from error
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            total = [a + b for a, b in zip(total, outputs, strict=True)] if total else outputs
         return [array / np.float32(self._draws) for array in total] if self._draws > 1 else total
 
     def _fresh(self, count: int) -> dict[str, NDArray[np.float32]]:

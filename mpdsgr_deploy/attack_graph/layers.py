@@ -53,7 +53,7 @@ def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
     layers: dict[int, list[Step]] = {}
     for number, (layer, _) in places.items():
         layers.setdefault(layer, []).append(steps[number])
-    return Layers({f"neurons{n}": found for n, found in enumerate(layers.values())}, walk.resets)
+    return Layers({f"neurons{n}": of_layer for n, of_layer in enumerate(layers.values())}, walk.resets)
 
 
 def _by_name(spikes: Sequence[Jump]) -> dict[str, list[Step]]:
@@ -84,7 +84,7 @@ class _Walk:
 
     def _back(self, jump: Jump, number: int) -> dict[int, set[tuple[str, str]]]:
         """The earlier spikes that a potential is computed from, each with the edges that read it."""
-        found: dict[int, set[tuple[str, str]]] = {}
+        earlier: dict[int, set[tuple[str, str]]] = {}
         waiting = [value for value in jump.compared[:2] if value is not None]
         seen = set(waiting)
         while waiting:
@@ -94,8 +94,8 @@ class _Walk:
             for value in node.input:
                 spike = self._numbers.get(value)
                 if spike is not None and spike < number:
-                    found.setdefault(spike, set()).add((node.output[0], value))
+                    earlier.setdefault(spike, set()).add((node.output[0], value))
                 elif value not in seen and self._tape.depends(value):
                     seen.add(value)
                     waiting.append(value)
-        return found
+        return earlier

@@ -187,8 +187,8 @@ def refuse(node: onnx.NodeProto, why: str) -> InputError:
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """An attribute of a node; a list as a tuple."""
-    for found in node.attribute:
-        if found.name == name:
-            value = helper.get_attribute_value(found)
+    for entry in node.attribute:
+        if entry.name == name:
+            value = helper.get_attribute_value(entry)
             return tuple(value) if isinstance(default, tuple) else value
     return default

@@ -81,17 +81,17 @@ def inspect_bundle(
 ) -> None:
     """Facts of a bundle and, with `flips`, where its precisions drift apart."""
     facts = bundle_facts(bundle)
-    where, found = flips_of(bundle, root=root, images=images) if flips else ("", [])
+    where, variants = flips_of(bundle, root=root, images=images) if flips else ("", [])
     if plots is not None:
         from mpdsgr_deploy.diagnostics.flip_plots import plot_flips
 
-        plot_flips(found, plots)
+        plot_flips(variants, plots)
     if as_json:
-        records = [{**variant._asdict(), "steps": [step._asdict() for step in variant.steps]} for variant in found]
+        records = [{**variant._asdict(), "steps": [step._asdict() for step in variant.steps]} for variant in variants]
         print_json(facts | ({"flips": records, "measured on": where} if flips else {}))
         return
     print_table(("", str(bundle.path)), list(facts.items()))
-    for variant in found:
+    for variant in variants:
         print_table(*flip_table(variant, bundle.manifest.variants[variant.precision].layers, where))
 
 

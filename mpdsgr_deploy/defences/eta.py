@@ -62,7 +62,7 @@ def clipped(step: float) -> float:
     return min(max(step, -LARGEST_STEP), LARGEST_STEP)
 
 
-def moved(eta: float, step: float) -> float:
+def next_eta(eta: float, step: float) -> float:
     """eta after a step, kept in RANGE."""
     return min(max(eta * math.exp(step), RANGE[0]), RANGE[1])
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mpdsgr_deploy.defences.base import DEFENCES, Defence, Step, Term, register
-from mpdsgr_deploy.defences.eta import accuracies, moved, reference_accuracies, step_to_omega, step_within_drop
+from mpdsgr_deploy.defences.eta import accuracies, next_eta, reference_accuracies, step_to_omega, step_within_drop
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, Moments, layer_moments, layer_value, mean_of_layers, reach
@@ -105,7 +105,7 @@ class MPDSGR(Defence[Settings]):
             step = step_within_drop(drops, config.max_drop)
         else:
             return
-        self.eta = moved(history[-1]["omega_weight"], step)
+        self.eta = next_eta(history[-1]["omega_weight"], step)
 
     def read(self, trace: Trace) -> Any:
         estimator = ESTIMATORS[self.settings.estimator]

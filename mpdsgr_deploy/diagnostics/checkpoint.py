@@ -40,10 +40,10 @@ def plot_checkpoint(
     known = {layer.name: layer for layer in model.layers()}
     chosen = {choose("layer", known, name).name for name in layers} or set(known)
     config = recipe.data.at(root)
-    found = load_test(config)
-    found.require_kind(config.name, checkpoint.shape, checkpoint.labels)
+    test_images = load_test(config)
+    test_images.require_kind(config.name, checkpoint.shape, checkpoint.labels)
     claim_directory(out, OVERVIEW, "set of plots")
-    pixels = torch.from_numpy(found[:images].unit())
+    pixels = torch.from_numpy(test_images[:images].unit())
     noise = generator(recipe.validation.seed, "inspect")
     measured = measure(model, pixels, batch_size=recipe.validation.batch_size, noise=noise)
     statistics = [layer.statistics() for layer in measured]

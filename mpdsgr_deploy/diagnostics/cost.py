@@ -58,7 +58,7 @@ def _shapes(network: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del one.graph.value_info[:]  # they speak of any batch
     graph = onnx.shape_inference.infer_shapes(one, strict_mode=True, data_prop=True).graph
-    found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.output):
-        found[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-    return found
+        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    return shapes

@@ -34,8 +34,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     if manifest.reference is not None:
         facts["promised"] = promised(manifest.reference, manifest.recipe.attack.eps)
     for precision in manifest.variants:
-        found = variant_facts(bundle, precision)
-        facts.update({f"{precision} {name}": value for name, value in found.items()})
+        lines = variant_facts(bundle, precision)
+        facts.update({f"{precision} {name}": value for name, value in lines.items()})
     return facts
 
 
@@ -70,9 +70,9 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
 
 def promised(promise: Promise, eps: float) -> str:
     """What the reference network kept under each attack when it was exported."""
-    kept = ", ".join(f"{name} {100 * correct / promise.n:.1f} %" for name, correct in promise.correct.items())
+    accuracies = ", ".join(f"{name} {100 * correct / promise.n:.1f} %" for name, correct in promise.correct.items())
     images = f"on the first {promise.n} test images of {promise.data}"
-    return f"{images}, tier {promise.tier}, eps {eps * 255:.3g}/255: {kept}"
+    return f"{images}, tier {promise.tier}, eps {eps * 255:.3g}/255: {accuracies}"
 
 
 def spans(layers: Mapping[str, str]) -> str:

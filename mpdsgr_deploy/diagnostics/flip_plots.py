@@ -23,23 +23,23 @@ ENTRY = 2.3  # inches that an entry of the legend takes
 SMALLEST = 0.6  # of the smallest rate drawn: where a logarithmic axis begins
 
 
-def plot_flips(found: Sequence[Flips], out: Path) -> None:
+def plot_flips(variants: Sequence[Flips], out: Path) -> None:
     """Write flips.png and density.png. Raises InputError for a directory `out` that is not ours."""
     claim_directory(out, BY_LAYER, "set of plots of flips")
-    write_atomic(out / BY_DENSITY, png(by_density(found)))
-    write_atomic(out / BY_LAYER, png(by_layer(found)))
+    write_atomic(out / BY_DENSITY, png(by_density(variants)))
+    write_atomic(out / BY_LAYER, png(by_layer(variants)))
 
 
-def by_layer(found: Sequence[Flips]) -> Figure:
+def by_layer(variants: Sequence[Flips]) -> Figure:
     """Flip rate against layer, one panel a precision and one line a step; dashed: each layer's own rounding."""
-    layers = found[0].layers()
-    T = len(found[0].steps) // len(layers)
-    width = max(ENTRY * 2, 1.5 + len(found) * max(3.2, 0.55 * len(layers)))
+    layers = variants[0].layers()
+    T = len(variants[0].steps) // len(layers)
+    width = max(ENTRY * 2, 1.5 + len(variants) * max(3.2, 0.55 * len(layers)))
     columns = int(width / ENTRY)  # of the legend, whose longest entry is the last
     figure = Figure(figsize=(width, 4.0 + 0.2 * math.ceil((T + 1) / columns)), layout="constrained")
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(variants), sharey=True, squeeze=False)[0]
     places, shades = np.arange(len(layers)), colormaps["viridis_r"](np.linspace(0.2, 1, T))
-    for axes, flips in zip(panels, found, strict=True):
+    for axes, flips in zip(panels, variants, strict=True):
         rates = 100 * np.array([step.rate for step in flips.steps]).reshape(len(layers), T)
         for t in range(T):
             axes.plot(places, rates[:, t], "o-", color=shades[t], markersize=3, label=f"all flips, t = {t + 1}")
@@ -49,7 +49,7 @@ def by_layer(found: Sequence[Flips]) -> Figure:
         axes.set_xticks(places, layers, rotation=45 if len(layers) > 6 else 0)
         axes.set(xlabel="layer", yscale="symlog")
         axes.spines[["top", "right"]].set_visible(False)
-    positive = [100 * rate for flips in found for s in flips.steps for rate in (s.rate, s.fresh) if rate > 0]
+    positive = [100 * rate for flips in variants for s in flips.steps for rate in (s.rate, s.fresh) if rate > 0]
     for axes in panels:  # linear, so that zero has a place, up to the smallest rate there is
         axes.set_yscale("symlog", linthresh=min(positive, default=1))
         axes.set_ylim(bottom=0)
@@ -59,7 +59,7 @@ def by_layer(found: Sequence[Flips]) -> Figure:
     return figure
 
 
-def by_density(found: Sequence[Flips]) -> Figure:
+def by_density(variants: Sequence[Flips]) -> Figure:
     """Flips by the layers' own rounding against the density at the threshold, and against density times movement.
 
     On the right the points lie on the line where a flip is a potential that rounding carries across the threshold.
@@ -67,13 +67,13 @@ def by_density(found: Sequence[Flips]) -> Figure:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     rates = []
-    for flips, colour, marker in zip(found, COLOURS, MARKERS, strict=False):
+    for flips, colour, marker in zip(variants, COLOURS, MARKERS, strict=False):
         steps = [step for step in flips.steps if step.fresh > 0]  # a logarithmic axis has no zero
         rates += [step.fresh for step in steps]
-        density, moved, fresh = (
+        density, movement, fresh = (
             np.array([getattr(step, name) for step in steps]) for name in ("density", "fresh_moved", "fresh")
         )
-        for axes, x in ((left, density), (right, density * moved)):
+        for axes, x in ((left, density), (right, density * movement)):
             axes.plot(x, fresh, marker, color=colour, markersize=5, alpha=0.7, label=flips.precision)
     left.xaxis.set_major_locator(MaxNLocator(5))
     if rates:

@@ -89,14 +89,14 @@ def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[
     manifest = bundle.manifest
     data = manifest.recipe.data
     try:
-        found = load_test(data.at(root))
+        test_images = load_test(data.at(root))
     except MissingData as error:
         if root is not None:
             raise
         golden, _ = bundle.golden()
         return f"{len(golden)} golden inputs ({error})", golden
-    found.require_kind(data.name, manifest.input_shape, manifest.labels)
-    return f"the first {len(found[:count])} test images of {data.name}", found[:count].unit()
+    test_images.require_kind(data.name, manifest.input_shape, manifest.labels)
+    return f"the first {len(test_images[:count])} test images of {data.name}", test_images[:count].unit()
 
 
 def compare_spikes(
@@ -118,8 +118,8 @@ def compare_spikes(
     counters = {name: _Counter(of_reference.steps, v_threshold) for name in variants}
     for batch in batches(images, "comparing spikes"):
         expected = of_reference(batch)
-        for name, (free, given) in recorders.items():
-            counters[name].add(expected, free(batch), given(batch, expected.spikes))
+        for name, (free, forced) in recorders.items():
+            counters[name].add(expected, free(batch), forced(batch, expected.spikes))
     return [counter.flips(name) for name, counter in counters.items()]
 
 
@@ -132,20 +132,20 @@ class _Counter:
         self.first = np.zeros(len(steps) + 1, np.int64)  # the last: images without a flip
         self.labels_changed, self.logits_moved = 0, 0.0
 
-    def add(self, expected: Recording, found: Recording, fresh: Recording) -> None:
+    def add(self, expected: Recording, recorded: Recording, fresh: Recording) -> None:
         """Count one batch: of float32, of the variant, of the variant's layers on float32's spikes."""
         size = len(expected.logits)
         width = NEAR * self.v_threshold
         flipped_images = []
         for step in self.steps:
-            flipped = expected.spikes[step] != found.spikes[step]
+            flipped = expected.spikes[step] != recorded.spikes[step]
             near = np.abs(expected.potentials[step] - self.v_threshold) < width
             self.sums[step] += size * np.array(
                 [
                     expected.spikes[step].mean(dtype=np.float64),
                     near.mean() / (2 * width),
                     flipped.mean(),
-                    _moved(expected.potentials, found.potentials, step),
+                    _moved(expected.potentials, recorded.potentials, step),
                     (expected.spikes[step] != fresh.spikes[step]).mean(),
                     _moved(expected.potentials, fresh.potentials, step),
                 ]
@@ -153,8 +153,8 @@ class _Counter:
             flipped_images.append(flipped.reshape(size, -1).any(1))
         first = np.stack([*flipped_images, np.ones(size, bool)]).argmax(0)  # [B]
         self.first += np.bincount(first, minlength=len(self.first))
-        self.labels_changed += int((expected.logits.argmax(1) != found.logits.argmax(1)).sum())
-        self.logits_moved += float(np.abs(expected.logits - found.logits).mean(1).sum())
+        self.labels_changed += int((expected.logits.argmax(1) != recorded.logits.argmax(1)).sum())
+        self.logits_moved += float(np.abs(expected.logits - recorded.logits).mean(1).sum())
         self.n += size
 
     def flips(self, precision: str) -> Flips:
@@ -167,5 +167,5 @@ class _Counter:
         return Flips(precision, self.n, self.labels_changed, int(self.first[-1]), self.logits_moved / self.n, steps)
 
 
-def _moved(expected: Steps, found: Steps, step: str) -> float:
-    return float(np.abs(expected[step] - found[step]).mean(dtype=np.float64))
+def _moved(expected: Steps, recorded: Steps, step: str) -> float:
+    return float(np.abs(expected[step] - recorded[step]).mean(dtype=np.float64))

@@ -84,9 +84,9 @@ def warnings_of(statistics: Sequence[LayerStatistics], before: Iterable[LayerSta
     lines = []
     for concern in CONCERNS:
         known = worried(concern, earlier)
-        found = {layer: value for layer, value in worried(concern, statistics).items() if layer not in known}
-        if found:
-            lines.append(f"{', '.join(f'{layer} ({value:.3g})' for layer, value in found.items())}: {concern.message}")
+        values = {layer: value for layer, value in worried(concern, statistics).items() if layer not in known}
+        if values:
+            lines.append(f"{', '.join(f'{layer} ({value:.3g})' for layer, value in values.items())}: {concern.message}")
     return lines
 
 

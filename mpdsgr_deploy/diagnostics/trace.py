@@ -48,16 +48,18 @@ class Recorder:
         self.steps = [name.removeprefix(SPIKES) for name in made if name.startswith(SPIKES)]
         if not self.steps or not {POTENTIAL + step for step in self.steps} <= set(made):
             raise InputError("the ONNX file does not name its potentials and spikes; export the network again")
-        shown = rounded_as_written(network)
+        observable = rounded_as_written(network)
         names = [prefix + step for prefix in (POTENTIAL, SPIKES) for step in self.steps]
-        shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)  # onnxruntime infers their types
+        observable.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in names
+        )  # onnxruntime infers their types
         if given_spikes:
-            _read_given_spikes(shown, self.steps)
+            _read_given_spikes(observable, self.steps)
         ort = need("onnxruntime", "cpu")
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self._session: Any = ort.InferenceSession(
-            shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            observable.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self._image, self._noise = network.graph.input[0].name, NoiseSource() if noise is None else noise
 
@@ -65,8 +67,8 @@ class Recorder:
         self, images: NDArray[np.float32], spikes: Mapping[str, NDArray[np.float32]] | None = None
     ) -> Recording:
         """Images [B, C, H, W] in [0, 1] and, for a recorder of `given_spikes`, the spikes of every step."""
-        given = {GIVEN + step: array for step, array in (spikes or {}).items()}
-        logits, *values = self._session.run(None, {self._image: images, **self._noise(images), **given})
+        forced = {GIVEN + step: array for step, array in (spikes or {}).items()}
+        logits, *values = self._session.run(None, {self._image: images, **self._noise(images), **forced})
         potentials, spiked = values[: len(self.steps)], values[len(self.steps) :]
         return Recording(
             logits, dict(zip(self.steps, potentials, strict=True)), dict(zip(self.steps, spiked, strict=True))
@@ -75,11 +77,11 @@ class Recorder:
 
 def _read_given_spikes(network: onnx.ModelProto, steps: list[str]) -> None:
     """Let every use of spikes read a new input of the graph, `given/LAYER/t`, in their place."""
-    given = {SPIKES + step: GIVEN + step for step in steps}
+    replacements = {SPIKES + step: GIVEN + step for step in steps}
     for node in network.graph.node:
         for index, name in enumerate(node.input):
-            node.input[index] = given.get(name, name)
-    new = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in given.values()]
+            node.input[index] = replacements.get(name, name)
+    new = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in replacements.values()]
     network.graph.input.extend(new)
 
 
@@ -99,4 +101,4 @@ def firing_rates(
     for batch in batches(images, "counting spikes"):
         for step, spikes in recorder(batch).spikes.items():
             total[layer_of(step)] += len(batch) * float(spikes.mean(dtype=np.float64))
-    return {layer: found / (layers.count(layer) * len(images)) for layer, found in total.items()}
+    return {layer: spikes / (layers.count(layer) * len(images)) for layer, spikes in total.items()}

@@ -55,8 +55,8 @@ class FiringRates:
         # a CPU's as they were measured for the plain session: the means are a small part of the work
         settings = prepared_settings(bundle, backend, precision) if PROVIDERS[backend] == CPU else None
         noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
-        shown = with_firing_rates(network, steps)
-        self._network = OnnxRuntime(shown, PROVIDERS[backend], noise, settings=settings, source=model)
+        observable = with_firing_rates(network, steps)
+        self._network = OnnxRuntime(observable, PROVIDERS[backend], noise, settings=settings, source=model)
         check_golden(bundle, backend, precision, lambda x: self(x)[0])
 
     def __call__(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -94,9 +94,9 @@ def with_firing_rates(network: onnx.ModelProto, steps: Mapping[str, list[str]]) 
     Means over neurons, step by step, times a matrix that takes the means over steps: in float32 also where spikes are
     float16, in which a mean would be rounded.
     """
-    shown = onnx.ModelProto()
-    shown.CopyFrom(network)
-    graph = shown.graph
+    observable = onnx.ModelProto()
+    observable.CopyFrom(network)
+    graph = observable.graph
     means = []
     for name in (name for names in steps.values() for name in names):
         exact, flat, mean = (f"{OUTPUT}/{name}/{part}" for part in ("float32", "flat", "mean"))
@@ -124,4 +124,4 @@ def with_firing_rates(network: onnx.ModelProto, steps: Mapping[str, list[str]]) 
     )
     batch = graph.output[0].type.tensor_type.shape.dim[0].dim_param or None
     graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch, len(steps)]))
-    return shown
+    return observable

@@ -48,14 +48,14 @@ class NoiseSource:
         """Of the inputs it supplies."""
         return [entry.name for entry in self._inputs]
 
-    def require(self, wanted: Mapping[str, Sequence[object]], network: object) -> None:
+    def require(self, required: Mapping[str, Sequence[object]], network: object) -> None:
         """Raise InputError unless `wanted`, names and shapes without the batch, is what this source supplies.
 
         network: what the message calls the one that takes these inputs beside its images.
         """
-        found = {entry.name: entry.shape for entry in self._inputs}
-        if {name: tuple(shape) for name, shape in wanted.items()} != found:
-            raise InputError(f"{network} takes the noise {_listed(wanted)}, but gets {_listed(found)}; export again")
+        made = {entry.name: entry.shape for entry in self._inputs}
+        if {name: tuple(shape) for name, shape in required.items()} != made:
+            raise InputError(f"{network} takes the noise {_listed(required)}, but gets {_listed(made)}; export again")
 
     def __call__(self, x: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         draws = {entry.name: np.empty((len(x), *entry.shape), np.float32) for entry in self._inputs}

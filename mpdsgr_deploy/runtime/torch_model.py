@@ -46,15 +46,15 @@ def telling_memory(what: str) -> Iterator[None]:
 @torch.no_grad()
 def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseInput, ...]:
     """What `model` (eval mode) draws in a pass over images [B, *shape], in its order; nothing if deterministic."""
-    found: list[NoiseInput] = []
+    draws: list[NoiseInput] = []
 
     def draw(kind: Kind, steps: int, x: torch.Tensor) -> torch.Tensor:
-        found.append(NoiseInput(name=f"{kind}_{len(found)}", kind=kind, shape=(steps, *x.shape[1:])))
+        draws.append(NoiseInput(name=f"{kind}_{len(draws)}", kind=kind, shape=(steps, *x.shape[1:])))
         return x.new_zeros(steps, *x.shape)
 
     if model.stochastic:
         model(torch.zeros(1, *shape, device=model.normalize.mean.device), None, draw)
-    return tuple(found)
+    return tuple(draws)
 
 
 class TorchModel:
@@ -111,9 +111,9 @@ class TorchModel:
             try:
                 logits: torch.Tensor = forward(*arguments)
             except InductorError as error:
-                told = one_line(str(error).partition("\n")[0])  # what follows is advice to developers
+                reason = one_line(str(error).partition("\n")[0])  # what follows is advice to developers
                 raise InputError(
-                    f"torch.compile cannot build the network here ({told}); install a C++ compiler and Python's "
+                    f"torch.compile cannot build the network here ({reason}); install a C++ compiler and Python's "
                     f"headers, or use the backend torch"
                 ) from error
             return logits
@@ -133,8 +133,8 @@ class TorchModel:
         def gradient(x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
             check_images(x, self.shape)
             with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
-                found = input_gradient(lambda x: model(x, None, noise), self.tensor(x), self.tensor(y), loss)
-            return Gradient(*(tensor.cpu().numpy() for tensor in found))
+                answer = input_gradient(lambda x: model(x, None, noise), self.tensor(x), self.tensor(y), loss)
+            return Gradient(*(tensor.cpu().numpy() for tensor in answer))
 
         return expectation(gradient, draws) if model.stochastic else gradient
 
@@ -174,9 +174,9 @@ class _AdaptiveArrays:
         before = {name: self._model.tensor(value) for name, value in state.items()}
         with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
             steps = [self._target.step(images, classes, before) for _ in range(self._draws)]
-        found = [torch.stack(parts).mean(0) for parts in zip(*(gradient for gradient, _ in steps), strict=True)]
-        moved = {name: torch.stack([after[name] for _, after in steps]).mean(0).cpu().numpy() for name in state}
-        return Gradient(*(part.cpu().numpy() for part in found)), moved
+        averaged = [torch.stack(parts).mean(0) for parts in zip(*(gradient for gradient, _ in steps), strict=True)]
+        next_state = {name: torch.stack([after[name] for _, after in steps]).mean(0).cpu().numpy() for name in state}
+        return Gradient(*(part.cpu().numpy() for part in averaged)), next_state
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}

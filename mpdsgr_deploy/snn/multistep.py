@@ -110,8 +110,8 @@ class _MultiStep(torch.autograd.Function):
                 d = -through if d is None else d - through
             d = None if d is None else d * ctx.surrogate.derivative(u[t] - v_threshold)
             if later is not None:
-                kept = later.masked_fill(spikes, 0) if hard else later
-                d = kept if d is None else d + kept
+                passed_on = later.masked_fill(spikes, 0) if hard else later
+                d = passed_on if d is None else d + passed_on
             if given_u is not None:
                 d = given_u[t] if d is None else d + given_u[t]
             d = torch.zeros_like(u[t]) if d is None else d

@@ -63,9 +63,9 @@ def in_turn(draws: Sequence[Tensor]) -> Draw:
     left = iter(draws)
 
     def draw(kind: Kind, steps: int, x: Tensor) -> Tensor:
-        found = next(left, None)
-        if found is None:
+        tensor = next(left, None)
+        if tensor is None:
             raise InputError(f"the network draws noise more often than {len(draws)} times; give it one tensor a draw")
-        return found.transpose(0, 1).to(x)
+        return tensor.transpose(0, 1).to(x)
 
     return draw

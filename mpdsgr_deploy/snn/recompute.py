@@ -21,12 +21,12 @@ def groups(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
 
     What a pooling layer receives is thus not kept. Stateless modules before the first temporal one join its run.
     """
-    found: list[list[nn.Module]] = [[]]
+    runs: list[list[nn.Module]] = [[]]
     for module in modules:
-        if isinstance(module, Temporal) and any(isinstance(other, Temporal) for other in found[-1]):
-            found.append([])
-        found[-1].append(module)
-    return found
+        if isinstance(module, Temporal) and any(isinstance(other, Temporal) for other in runs[-1]):
+            runs.append([])
+        runs[-1].append(module)
+    return runs
 
 
 def one(module: nn.Module, x: Tensor, observe: Observer | None, noise: Noise) -> Tensor:
@@ -77,6 +77,6 @@ def recomputed(modules: Sequence[nn.Module], x: Tensor, observe: Observer | None
     y, seen = checkpoint(run, x, use_reentrant=False, preserve_rng_state=noise is None)
     if observe is not None:
         keep = observe.keep if isinstance(observe, Reader) else observe
-        for found in seen:
-            keep(found)
+        for reading in seen:
+            keep(reading)
     return y

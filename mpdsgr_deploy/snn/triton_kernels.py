@@ -125,11 +125,11 @@ def lif_forward(
             count = tl.minimum(M - program * BLOCK_M, BLOCK_M).to(tl.float32)
             total = tl.sum(tl.where(inside, u, 0.0), 0)
             away = tl.where(inside, u - (total / count)[None, :], 0.0)
-            taken = u * fired if HARD else v_threshold * fired
+            reset = u * fired if HARD else v_threshold * fired
             place = (program * T + t) * C + column
             tl.store(sums + place, total, mask=column < C)
             tl.store(squares + place, tl.sum(away * away, 0), mask=column < C)
-            tl.store(removed + place, tl.sum(tl.where(inside, taken, 0.0), 0), mask=column < C)
+            tl.store(removed + place, tl.sum(tl.where(inside, reset, 0.0), 0), mask=column < C)
 
 
 @triton.jit

@@ -88,8 +88,8 @@ def norm_lif(
     frozen = norm is not None and not norm.training
     keep = torch.float32 if potentials else keep
     task = _Task(constants, rounded=False, potentials=potentials, keep=keep, moments=moments, frozen=frozen)
-    spikes, u, *found = _Lif.apply(x, None, None, scale, bias, mean, deviation, task)
-    return NormLIF(spikes, u, StepMoments(*found) if moments else None)
+    spikes, u, *moments_of_u = _Lif.apply(x, None, None, scale, bias, mean, deviation, task)
+    return NormLIF(spikes, u, StepMoments(*moments_of_u) if moments else None)
 
 
 class _Task(NamedTuple):
@@ -189,14 +189,14 @@ class _Lif(torch.autograd.Function):
             "DTYPE": _TYPES[x.dtype if task.rounded else torch.float32],
             **cut.constants,
         }
-        given = (x, u_first, spikes_first, mean, factor, bias)
+        inputs = (x, u_first, spikes_first, mean, factor, bias)
         numbers = (float(constants.tau), float(constants.v_threshold))
-        _launch(kernels.lif_forward, x, grid, *given, spikes, kept, *_each(partial, 3), *numbers, *cut[:4], **shared)
+        _launch(kernels.lif_forward, x, grid, *inputs, spikes, kept, *_each(partial, 3), *numbers, *cut[:4], **shared)
         moments = (None, None, None) if partial is None else _merged(partial, cut)
         statistics = scale is not None and not task.frozen
         # the sums of tdBN's backward pass: for the gradient in x under its own statistics, or in lambda and beta
         ctx.sums = statistics or any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(x if ctx.sums or kept is None else None, *given[1:], deviation, kept, moments[0])
+        ctx.save_for_backward(x if ctx.sums or kept is None else None, *inputs[1:], deviation, kept, moments[0])
         ctx.task, ctx.cut, ctx.shared, ctx.statistics = task, cut, shared, statistics
         ctx.x = x.to("meta")  # its type, shape and order in memory
         ctx.set_materialize_grads(False)
@@ -214,7 +214,7 @@ class _Lif(torch.autograd.Function):
         device = next(grad for grad in grads if grad is not None).device
         to_x = torch.empty_like(ctx.x, device=device)
         stride = (cut.N, *to_x.stride()[1:])
-        given = [None if grad is None else _like(grad, stride) for grad in (grads[1], grads[0])]
+        received = [None if grad is None else _like(grad, stride) for grad in (grads[1], grads[0])]
         slope = constant = None
         if grads[2] is not None or grads[3] is not None:
             slope = torch.zeros_like(mean_u) if grads[3] is None else grads[3] * (2 / cut.M)
@@ -227,7 +227,7 @@ class _Lif(torch.autograd.Function):
             kernels.lif_backward,
             to_x,
             grid,
-            *(x, u_first, spikes_first, mean, factor, bias, deviation, kept, *given, slope, constant),
+            *(x, u_first, spikes_first, mean, factor, bias, deviation, kept, *received, slope, constant),
             *(to_x, to_u, to_spikes, *_each(sums, 2)),
             *(float(constants.tau), float(constants.v_threshold), float(constants.surrogate.parameter), *cut[:4]),
             **ctx.shared,

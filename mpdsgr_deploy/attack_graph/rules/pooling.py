@@ -155,8 +155,8 @@ def _resize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
         order = list(range(rank))
         order[axis], order[-1] = order[-1], order[axis]
         last = cotangent if axis == rank - 1 else tape.emit("Transpose", cotangent, perm=order)
-        moved = tape.emit("MatMul", last, tape.constant(matrix))
-        cotangent = moved if axis == rank - 1 else tape.emit("Transpose", moved, perm=order)
+        spread = tape.emit("MatMul", last, tape.constant(matrix))
+        cotangent = spread if axis == rank - 1 else tape.emit("Transpose", spread, perm=order)
     tape.give(node.input[0], cotangent)
 
 

@@ -103,10 +103,10 @@ def _end(end: int, step: int) -> int | None:
     return None if step < 0 and end < -(2**31) + 2 else end
 
 
-def _put_back(tape: Tape, cotangent: str, axis: int, size: int, taken: list[int], rank: int) -> str:
+def _put_back(tape: Tape, cotangent: str, axis: int, size: int, places: list[int], rank: int) -> str:
     """A cotangent whose elements along an axis were taken at `taken` out of `size`: a product with unit vectors."""
-    units = np.zeros((len(taken), size), np.float32)
-    units[np.arange(len(taken)), taken] = 1
+    units = np.zeros((len(places), size), np.float32)
+    units[np.arange(len(places)), places] = 1
     order = list(range(rank))
     order[axis], order[-1] = order[-1], order[axis]
     last = cotangent if axis == rank - 1 else tape.emit("Transpose", cotangent, perm=order)
@@ -122,13 +122,13 @@ def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     size = shape[axis]
     if indices is None or indices.ndim > 1 or not isinstance(size, int):
         raise refuse(node, "takes elements that are known only at run time")
-    cotangent, taken = only(cotangents), [int(i) % size for i in indices.ravel()]
+    cotangent, places = only(cotangents), [int(i) % size for i in indices.ravel()]
     if indices.ndim == 0:
         cotangent = tape.emit("Unsqueeze", cotangent, tape.integers(axis))
-    if taken == list(range(taken[0], taken[0] + len(taken))):
-        tape.give_piece(value, Piece(axis, taken[0], taken[0] + len(taken), cotangent))
+    if places == list(range(places[0], places[0] + len(places))):
+        tape.give_piece(value, Piece(axis, places[0], places[0] + len(places), cotangent))
     else:
-        tape.give(value, _put_back(tape, cotangent, axis, size, taken, len(shape)))
+        tape.give(value, _put_back(tape, cotangent, axis, size, places, len(shape)))
 
 
 def _pad(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
@@ -152,8 +152,8 @@ def _pad(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> 
             cotangent = tape.emit("Slice", cotangent, *bounds)
         else:
             how = "reflect" if mode == b"reflect" else "edge"
-            taken = np.pad(np.arange(size), (int(before), int(after)), mode=how)  # type: ignore[call-overload]
-            cotangent = _put_back(tape, cotangent, axis, size, taken.tolist(), len(shape))
+            places = np.pad(np.arange(size), (int(before), int(after)), mode=how)  # type: ignore[call-overload]
+            cotangent = _put_back(tape, cotangent, axis, size, places.tolist(), len(shape))
     tape.give(value, cotangent)
 
 
