@@ -217,6 +217,16 @@ def test_a_page_says_which_suite_attacked(measured: Path, monkeypatch: pytest.Mo
     assert f"measured with suite {now} and {now + 1}; an upper bound for digits-reg (seed 0, suite {now})" in text
 
 
+def test_a_page_says_which_run_was_cut_and_which_started_from_weights(measured: Path) -> None:
+    record = next(iter(records_of(measured.parent / "results" / "small").values()))
+    assert page_parts.exceptions([record]) == []
+    cut = record.model_copy(update={"epoch": 0, "init": {"epoch": 7, "weights_sha256": "0123456789abcdef"}})
+    assert page_parts.exceptions([cut]) == [
+        "- digits-reg, seed 0: cut after epoch 0 of 1, at T = 2",
+        "- digits-reg, seed 0: started from weights of epoch 7 (0123456789ab)",
+    ]
+
+
 def test_a_defence_of_the_users_own_is_shown_without_editing_anything(measured: Path) -> None:
     spec = load_table(str(measured))[1]
     rows = load_measured(spec, measured.parent / "results" / "small")

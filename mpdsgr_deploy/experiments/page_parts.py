@@ -69,7 +69,21 @@ def sources(measured: Measured) -> str:
             versions = f"torch {origin['packages']['torch']}, revision {origin['revision']}"
             lines.add(f"- {what}{subject if what == 'evaluation' else ''}: {devices}; {versions}")
     checkpoints = " and ".join(sorted({f"`{record.checkpoint}`" for record in records}))
-    return "\n".join([f"- evaluated checkpoint: {checkpoints}", *sorted(lines)])
+    return "\n".join([f"- evaluated checkpoint: {checkpoints}", *exceptions(records), *sorted(lines)])
+
+
+def exceptions(records: list[Record]) -> list[str]:
+    """A line for each run that was cut before its recipe's last epoch, or that started from trained weights."""
+    lines = []
+    for record in records:
+        steps = record.curve.get("T", [record.recipe.encoding.T])[-1]
+        if record.epoch < (epochs := record.recipe.training.epochs):
+            cut = f"cut after epoch {record.epoch} of {epochs}, at T = {steps}"
+            lines.append(f"- {record.row}, seed {record.seed}: {cut}")
+        if record.init is not None:
+            start = f"started from weights of epoch {record.init['epoch']} ({record.init['weights_sha256'][:12]})"
+            lines.append(f"- {record.row}, seed {record.seed}: {start}")
+    return lines
 
 
 def suites(records: list[Record]) -> str:
