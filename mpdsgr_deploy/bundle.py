@@ -103,7 +103,7 @@ class Bundle:
         same = ("backend", "precision", "machine", "batch")
         with exclusive(self.path / LOCK, "mpdsgr build", wait=True):
             current = _read_manifest(self.path, "export again")
-            kept = [p for p in current.prepared if any(getattr(p, k) != getattr(prepared, k) for k in same)]
+            others = [p for p in current.prepared if any(getattr(p, k) != getattr(prepared, k) for k in same)]
             files = dict(current.files)
             if engine is not None:
                 digest = hashlib.sha256(engine).hexdigest()
@@ -112,9 +112,9 @@ class Bundle:
                 (self.path / ENGINES).mkdir(exist_ok=True)
                 write_atomic(self.path / name, engine)
                 files[name] = digest
-            unnamed = {p.file for p in current.prepared} - {p.file for p in (*kept, prepared)}
+            unnamed = {p.file for p in current.prepared} - {p.file for p in (*others, prepared)}
             files = {name: digest for name, digest in files.items() if name not in unnamed}
-            draft = current.model_copy(update={"prepared": (*kept, prepared), "files": files})
+            draft = current.model_copy(update={"prepared": (*others, prepared), "files": files})
             bundle = Bundle(self.path, _write_manifest(self.path, draft))
             for file in (self.path / ENGINES).glob("*.plan*"):
                 if f"{ENGINES}/{file.name}" not in files:

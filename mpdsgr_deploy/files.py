@@ -20,25 +20,28 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def writing(path: Path, kept: str) -> Iterator[None]:
-    """Turn what the system says of writing `path` into an InputError with advice; `kept` says what is not lost."""
+def writing(path: Path, reassurance: str) -> Iterator[None]:
+    """Turn what the system says of writing `path` into an InputError with advice.
+
+    reassurance: what is not lost when the disk is full.
+    """
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG)
-        advice = f"free some space and run again; {kept}" if full else "choose another place"
+        advice = f"free some space and run again; {reassurance}" if full else "choose another place"
         raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
 
 def followed(path: Path) -> Path:
     """The absolute path that links lead to. Raises InputError for links in a circle."""
     try:
-        found = path.resolve()
-        if found.is_symlink():  # Python 3.13 gives up where earlier versions raise
+        target = path.resolve()
+        if target.is_symlink():  # Python 3.13 gives up where earlier versions raise
             raise RuntimeError
     except RuntimeError:
         raise InputError(f"cannot write {path}: its links lead in a circle; choose another place") from None
-    return found
+    return target
 
 
 def is_stream(path: Path) -> bool:

@@ -81,11 +81,11 @@ def digests(images: Images) -> NDArray[np.uint64]:
 
     Enough against mix-ups; `images_sha256` is for those who must trust a list of images.
     """
-    found = [
+    hashes = [
         blake2b(pixels.tobytes() + int(k).to_bytes(8, "little"), digest_size=8).digest()
         for pixels, k in zip(np.ascontiguousarray(images.pixels), images.classes, strict=True)
     ]
-    return np.frombuffer(b"".join(found), "<u8")
+    return np.frombuffer(b"".join(hashes), "<u8")
 
 
 def images_sha256(images: Images) -> str:
@@ -97,8 +97,8 @@ def images_sha256(images: Images) -> str:
 
 def save_reference(reference: Reference, path: Path) -> None:
     """Write reference.npz."""
-    logits = {LOGITS + name: found for name, found in reference.logits.items()}
-    verdicts = {VERDICT + name: found for name, found in reference.verdicts.items()}
+    logits = {LOGITS + name: array for name, array in reference.logits.items()}
+    verdicts = {VERDICT + name: array for name, array in reference.verdicts.items()}
     nested = {f"{NESTED}{place}": correct for place, correct in enumerate(reference.nested.values())}
     everything = {DIGESTS: reference.digests, **logits, **verdicts, **nested}
     np.savez_compressed(path, **everything)  # type: ignore[arg-type]

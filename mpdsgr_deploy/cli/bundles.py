@@ -28,9 +28,9 @@ def command(name: str | None, as_json: bool) -> None:
       mpdsgr bundles --copy digits
       mpdsgr validate digits --report reports/digits
     """
-    found = {path.name: path for path in sorted(shipped("export").glob("bundles/*/"))}
+    bundles = {path.name: path for path in sorted(shipped("export").glob("bundles/*/"))}
     if name is not None:
-        source, target = choose("bundle", found, name), Path(name)
+        source, target = choose("bundle", bundles, name), Path(name)
         if target.exists():
             raise InputError(f"{target} already exists here; rename it first")
         open_bundle(source)  # whole, by its hashes
@@ -40,7 +40,7 @@ def command(name: str | None, as_json: bool) -> None:
         else:
             click.echo(f"copied to {target}; next: mpdsgr validate {target} --report {target}-report")
         return
-    manifests = {name: open_bundle(path).manifest for name, path in found.items()}
+    manifests = {name: open_bundle(path).manifest for name, path in bundles.items()}
     if as_json:
         print_json({name: manifest.model_dump(mode="json") for name, manifest in manifests.items()})
     else:

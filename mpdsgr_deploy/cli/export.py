@@ -93,8 +93,8 @@ def command(
         return
     click.echo(f"exported the {bundle.manifest.provenance['checkpoint']}")
     for name, variant in variants.items():
-        found = [(variant.accuracy, "test images correct"), (variant.attacked, "correct under attack (PGD)")]
-        figures = [f"{a.correct} of {a.n} {a.data} {what} ({a.share:.1%})" for a, what in found if a]
+        measured = [(variant.accuracy, "test images correct"), (variant.attacked, "correct under attack (PGD)")]
+        figures = [f"{a.correct} of {a.n} {a.data} {what} ({a.share:.1%})" for a, what in measured if a]
         click.echo(f"{name}: {'; '.join(figures) or 'accuracy not measured'}")
     click.echo(f"bundle in {out}; next: mpdsgr validate {out} --report {out}-report")
 

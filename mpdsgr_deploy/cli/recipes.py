@@ -33,15 +33,15 @@ def command(name: str | None, as_json: bool) -> None:
         else:
             click.echo(f"copied to {target}; next: mpdsgr train {target}")
         return
-    found = {name: (title(path), published(path)) for name, path in built_in_recipes().items()}
+    recipes = {name: (title(path), published(path)) for name, path in built_in_recipes().items()}
     if as_json:
-        print_json({name: {"title": what, "published": p and p.model_dump()} for name, (what, p) in found.items()})
+        print_json({name: {"title": what, "published": p and p.model_dump()} for name, (what, p) in recipes.items()})
     else:
-        rows = [(name, what, *figures(p)) for name, (what, p) in found.items()]
+        rows = [(name, what, *figures(p)) for name, (what, p) in recipes.items()]
         print_table(("recipe", "what it is", "clean", "noise", "FGSM", "PGD", "BIM"), rows, "published accuracies in %")
 
 
-def figures(found: Published | None) -> list[str]:
+def figures(stated: Published | None) -> list[str]:
     """The published accuracies clean, under Gaussian noise, FGSM, PGD and BIM; empty where none is stated."""
-    values = (found.clean, found.gaussian, found.fgsm, found.pgd, found.bim) if found else [None] * 5
+    values = (stated.clean, stated.gaussian, stated.fgsm, stated.pgd, stated.bim) if stated else [None] * 5
     return ["" if value is None else f"{value:.2f}" for value in values]

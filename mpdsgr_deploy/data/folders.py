@@ -35,15 +35,15 @@ def walk(folder: Path, suffixes: Collection[str]) -> Walk:
     Names that begin with a dot are hidden and passed over, as are files with other suffixes and links that lead nowhere
     or back to a folder above. Raises InputError for a folder that cannot be read.
     """
-    found = Walk([], Counter())
-    for path in _entries(folder, (), found.passed_over):
+    walked = Walk([], Counter())
+    for path in _entries(folder, (), walked.passed_over):
         suffix = path.suffix.lower()
         if suffix in suffixes:
-            found.files.append(path)
+            walked.files.append(path)
         else:
-            found.passed_over[suffix or "without a suffix"] += 1
-    found.files.sort()
-    return found
+            walked.passed_over[suffix or "without a suffix"] += 1
+    walked.files.sort()
+    return walked
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:

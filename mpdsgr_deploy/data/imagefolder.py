@@ -58,16 +58,16 @@ def _files(folder: Path, labels: list[str]) -> list[tuple[Path, int]]:
         raise InputError(f"{folder} has a class {unknown[0]!r} that {TRAIN}/ has not; rename or remove it")
     files, counts = [], Counter[str]()
     for k, label in enumerate(labels):
-        found = walk(folder / label, image_suffixes()) if (folder / label).is_dir() else None
-        if found is None or not found.files:
-            others = passed_over(found.passed_over) if found else ""
+        walked = walk(folder / label, image_suffixes()) if (folder / label).is_dir() else None
+        if walked is None or not walked.files:
+            others = passed_over(walked.passed_over) if walked else ""
             seen = f" (passed over: {others})" if others else ""
             raise InputError(
                 f"{folder / label} has no images{seen}: each class needs some in every split, in a format that Pillow "
                 f"reads"
             )
-        files += [(path, k) for path in found.files]
-        counts += found.passed_over
+        files += [(path, k) for path in walked.files]
+        counts += walked.passed_over
     if not files:
         raise InputError(f"no images under {folder}; expected {folder}/CLASS/NAME.png, one folder for each class")
     if counts:

@@ -35,7 +35,7 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
     def load(config: Data, train: bool) -> Images:
         dataset_class = getattr(need("torchvision.datasets", "train"), class_name)
         try:
-            found = dataset_class(config.root, train=train)
+            dataset = dataset_class(config.root, train=train)
         except (RuntimeError, ValueError, AssertionError, EOFError, OSError):  # torchvision's for missing or damaged
             advice = (
                 f"point data.root (or --root) to it, or fetch it with: "
@@ -45,10 +45,10 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
             if folder.is_dir():
                 raise InputError(f"{config.name} is damaged or incomplete in {folder}; {advice}") from None
             raise MissingData(f"{config.name} is not under {config.root!r}; {advice}") from None
-        pixels = np.asarray(found.data)
+        pixels = np.asarray(dataset.data)
         # MNIST's are [N, H, W], CIFAR's [N, H, W, C]
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-        return Images(np.ascontiguousarray(pixels), np.asarray(found.targets, np.int64), tuple(found.classes))
+        return Images(np.ascontiguousarray(pixels), np.asarray(dataset.targets, np.int64), tuple(dataset.classes))
 
     return load
 
@@ -63,13 +63,13 @@ def n_mnist(config: Data, train: bool) -> Images:
     is_missing = not ((root / "Train").is_dir() or (root / "Test").is_dir())
     for k, label in enumerate(labels):
         folder = root / ("Train" if train else "Test") / label
-        found = files_below(folder, {RECORDINGS})
-        if not found:
+        recordings = files_below(folder, {RECORDINGS})
+        if not recordings:
             raise (MissingData if is_missing else InputError)(
                 f"no recordings in {folder}; point data.root (or --root) to where Train.zip and Test.zip of "
                 f"{config.name} are unpacked (https://www.garrickorchard.com/datasets/n-mnist)"
             )
-        files += [(path, k) for path in found]
+        files += [(path, k) for path in recordings]
     shape = (2 * config.frames, SIDE, SIDE)
     return read_labelled(files, read_frames, shape=shape, labels=labels, name=config.name)
 

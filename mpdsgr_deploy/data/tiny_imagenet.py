@@ -43,10 +43,10 @@ def tiny_imagenet(config: Data, train: bool) -> Images:
 def _training_files(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
     files = []
     for k, wnid in enumerate(wnids):
-        found = files_below(folder / "train" / wnid, image_suffixes())
-        if not found:
+        images = files_below(folder / "train" / wnid, image_suffixes())
+        if not images:
             raise InputError(f"no images under {folder / 'train' / wnid}; unpack {FOLDER}.zip again")
-        files += [(path, k) for path in found]
+        files += [(path, k) for path in images]
     return files
 
 

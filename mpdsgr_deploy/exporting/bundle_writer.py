@@ -86,8 +86,8 @@ def export(
     graph = to_graph(simplify(model), checkpoint.shape)
     with staged(out) as scratch:
         save(graph, scratch / "model.fp32.onnx")
-        expected, found = _answers(reference, scratch / "model.fp32.onnx", inputs)
-        parity = compare(expected, found)
+        expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
+        parity = compare(expected, onnx_logits)
         if not parity.holds:
             raise EvaluationError(f"the exported network differs from the torch model: {parity}; no bundle written")
         log.info("onnxruntime against torch: %s", parity)
@@ -98,7 +98,7 @@ def export(
             written = {name: trial.variant(name, max_drop) for name in variants}
         if not carry_images:  # not as golden inputs either
             inputs = _probe(None, checkpoint.shape)
-            expected, found = _answers(reference, scratch / "model.fp32.onnx", inputs)
+            expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
         logits = {"fp32": expected}
         for name in variants[1:]:
             with OnnxRuntime(scratch / written[name].file, noise=reference.noise) as artefact:
@@ -112,7 +112,7 @@ def export(
             promise = _promise(reference, checkpoint.recipe, promised, tier, written, scratch)
             if carry_images:
                 save_images(promised, scratch / IMAGES)
-        rows = golden_rows(np.abs(expected - found).max(1) <= TOLERANCE, [*logits.values()])
+        rows = golden_rows(np.abs(expected - onnx_logits).max(1) <= TOLERANCE, [*logits.values()])
         arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
         np.savez(scratch / GOLDEN, **arrays)
         shutil.copyfile(source / checkpoint.weights, scratch / WEIGHTS)
@@ -174,6 +174,8 @@ def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) ->
         log.warning("accuracy is not measured and noise serves as golden input: %s", error)
         return None
     images.require_kind(config.name, checkpoint.shape, checkpoint.labels)
+    if limit is not None and limit > len(images):
+        raise InputError(f"{config.name} has {len(images)} test images, not {limit}; use fewer with --limit")
     return images[: limit or checkpoint.recipe.validation.limit or len(images)]
 
 

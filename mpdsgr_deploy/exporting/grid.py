@@ -23,12 +23,12 @@ class Grid(NamedTuple):
 
 def grids(model: ir.Model) -> dict[ir.Value, Grid]:
     """The grid of every value that provably has one."""
-    found: dict[ir.Value, Grid] = {}
+    known: dict[ir.Value, Grid] = {}
     for node in model.graph:
-        grid = _grid(node, found)
+        grid = _grid(node, known)
         if grid is not None:
-            found.update(dict.fromkeys(node.outputs, grid))
-    return found
+            known.update(dict.fromkeys(node.outputs, grid))
+    return known
 
 
 def _grid(node: ir.Node, known: dict[ir.Value, Grid]) -> Grid | None:

@@ -51,16 +51,16 @@ class Trial:
             max_drop = None
         if max_drop is not None and drop(self._exact, answers, self._classes) > max_drop:
             layers, answers = self._within(max_drop, precision, layers)
-        found = {name: self._accuracy(logits) for name, logits in answers.items()}
+        accuracies = {name: self._accuracy(logits) for name, logits in answers.items()}
         file = f"model.{precision}.onnx"
-        return Variant(file=file, layers=layers, accuracy=found["clean"], attacked=found.get("attacked"))
+        return Variant(file=file, layers=layers, accuracy=accuracies["clean"], attacked=accuracies.get("attacked"))
 
     def _within(self, max_drop: float, precision: str, layers: dict[str, str]) -> tuple[dict[str, str], Answers]:
         """Layers go back to a finer precision, that which alone moves the logits most first, until max_drop holds."""
         coarse = [name for name, chosen in layers.items() if chosen == precision]
         log.info("%s loses more than %.2f %% of accuracy: trying its %d layers", precision, 100 * max_drop, len(coarse))
-        moved = {name: self._moved(precision, name) for name in track(coarse, "each layer alone")}
-        for name in sorted(coarse, key=lambda name: -moved[name]):
+        shifts = {name: self._moved(precision, name) for name in track(coarse, "each layer alone")}
+        for name in sorted(coarse, key=lambda name: -shifts[name]):
             layers = {**layers, name: FINER[precision]}
             answers = self._answers(precision, layers)
             lost = drop(self._exact, answers, self._classes)
@@ -86,8 +86,8 @@ class Trial:
     def _moved(self, precision: str, layer: str) -> float:
         """How far the logits lie from float32's, on average, if only this layer has the precision (inf: overflow)."""
         answers = self._answers(precision, {**plan(self._graph, "fp32"), layer: precision})
-        moved = float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
-        return inf if isnan(moved) else moved
+        shift = float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
+        return inf if isnan(shift) else shift
 
 
 def right(logits: NDArray[np.float32], classes: NDArray[np.int64]) -> int:
@@ -95,12 +95,12 @@ def right(logits: NDArray[np.float32], classes: NDArray[np.int64]) -> int:
     return int((logits.argmax(1) == classes).sum())
 
 
-def drop(exact: Answers, found: Answers, classes: NDArray[np.int64]) -> float:
+def drop(exact: Answers, answers: Answers, classes: NDArray[np.int64]) -> float:
     """The largest loss of accuracy against `exact`, on clean or on attacked images, as a share of them.
 
     Divided once, so that 1 image of 100 is exactly the 0.01 that a user writes.
     """
-    return max(right(exact[name], classes) - right(logits, classes) for name, logits in found.items()) / len(classes)
+    return max(right(exact[name], classes) - right(logits, classes) for name, logits in answers.items()) / len(classes)
 
 
 def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.float32]:
@@ -111,7 +111,7 @@ def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.fl
 
     def batch(start: int) -> NDArray[np.float32]:
         part = images[start : start + size]
-        found: NDArray[np.float32] = pgd(
+        attacked: NDArray[np.float32] = pgd(
             target,
             part.unit(),
             part.classes,
@@ -120,6 +120,6 @@ def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.fl
             steps=config.steps,
             draw=lambda shape: draw.uniform(-1, 1, shape).astype(np.float32),
         )
-        return found
+        return attacked
 
     return np.concatenate([batch(start) for start in track(range(0, len(images), size), "attacking")])

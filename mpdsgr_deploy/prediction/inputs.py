@@ -84,18 +84,20 @@ class ArrayFile:
             version = np.lib.format.read_magic(file)
             if version not in HEADERS:
                 raise ValueError(f"unknown version {version} of the .npy format")
-            found, fortran_order, self._dtype = HEADERS[version](file)
+            array_shape, fortran_order, self._dtype = HEADERS[version](file)
             self._offset = file.tell()
-        wanted = ", ".join(map(str, shape))
-        if len(found) != 4 or not found[0] or found[1:] != shape:
-            raise InputError(f"{path}: images must have shape [N >= 1, {wanted}], these have {list(found)}")
+        expected_shape = ", ".join(map(str, shape))
+        if len(array_shape) != 4 or not array_shape[0] or array_shape[1:] != shape:
+            raise InputError(
+                f"{path}: images must have shape [N >= 1, {expected_shape}], these have {list(array_shape)}"
+            )
         if self._dtype not in (np.uint8, np.float32):
             raise InputError(f"{path}: images must be uint8, or float32 in [0, 1]; these are {self._dtype}")
         if fortran_order:
             raise InputError(
                 f"{path} is in Fortran order, so its images lie scattered; save np.ascontiguousarray of it"
             )
-        self._count = found[0]
+        self._count = array_shape[0]
 
     def __len__(self) -> int:
         return self._count
@@ -256,19 +258,19 @@ def _files(path: Path, shape: Shape) -> list[str]:
     if not path.is_dir():
         return [str(path)]
     suffixes = image_suffixes() if _takes_images(shape) else {RECORDINGS}
-    found = walk(path, suffixes)
-    others = passed_over(found.passed_over)
-    if not found.files:
+    walked = walk(path, suffixes)
+    others = passed_over(walked.passed_over)
+    if not walked.files:
         seen = f", only others: {others}" if others else ""
         raise InputError(f"no images in folder {path}{seen}; looked for {', '.join(sorted(suffixes))}")
     if others:
-        log.info("%s: %d images; passed over %s", path, len(found.files), others)
-    return [str(file) for file in found.files]
+        log.info("%s: %d images; passed over %s", path, len(walked.files), others)
+    return [str(file) for file in walked.files]
 
 
 def _stamp(file: str) -> str:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError:
         return f"{file}\0missing\0"
-    return f"{file}\0{found.st_size}\0{found.st_mtime_ns}\0"
+    return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"

@@ -50,10 +50,10 @@ def write_jsonl(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top:
     """An object an image: input, label, probability; for several labels input and the lists labels, probabilities."""
     for names, logits in chunks():
         for name, classes, probabilities in zip(names, *best(logits, top), strict=True):
-            found, shares = [labels[k] for k in classes], [round(float(p), 6) for p in probabilities]
-            row: dict[str, object] = {"labels": found, "probabilities": shares}
+            best_labels, shares = [labels[k] for k in classes], [round(float(p), 6) for p in probabilities]
+            row: dict[str, object] = {"labels": best_labels, "probabilities": shares}
             if top == 1:
-                row = {"label": found[0], "probability": shares[0]}
+                row = {"label": best_labels[0], "probability": shares[0]}
             file.write(json.dumps({"input": name, **row}).encode() + b"\n")
 
 
