@@ -4,8 +4,8 @@
 
 The surrogate of training ends a window's width from the threshold, so a silent neuron far below it has no gradient and
 an attack cannot wake it. A tail that falls with the square of the distance gives every neuron a weak gradient, the
-weaker the further its potential lies from V_th. A fixed step wastes it, since it moves pixels past the threshold
-crossings that the gradient announces; small steps use it. Rounds therefore take turns between SA-PGD's step (momentum
+weaker the further its potential lies from V_th. It takes many small steps to use it; a fixed step moves pixels past the
+threshold crossings that the gradient announces. Rounds therefore take turns between SA-PGD's step (momentum
 and a size per pixel) and APGD's (a size per image, halved when the loss stops rising), and between sharpnesses: no
 single one is best for all images. See benchmarks/MPD_APGD.md.
 """

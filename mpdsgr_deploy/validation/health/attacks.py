@@ -102,9 +102,9 @@ def check_convergence(convergence: Convergence) -> Seen:
 
     The share that may be left to break is what the gate lets pass in the worst case, but at least 1 %.
     """
-    broken, _, n, attacks, allowed = convergence
+    broken, standing, n, attacks, allowed = convergence
     names = ", ".join(f"{name} with {2 * steps} steps instead of {steps}" for name, steps in attacks.items())
-    saw = f"{names}: {broken} of {n} images more are broken"
+    saw = f"{names}: {broken} of {n} images more are broken, {standing - broken} are left"
     found = exceeds(broken, n, max(allowed, MAX_MORE_STEPS)) < ORDER_P
     return Seen([saw] if found else [], saw)
 
