@@ -214,7 +214,7 @@ class Recipe(Section):
     @property
     def method(self) -> str:
         """How the network is trained, as tables name it: REG, AT, MPD-SGR, AT + RAT."""
-        return " + ".join({"stog": "StoG"}.get(name, name.upper()) for name in self.defence) or "REG"
+        return " + ".join(name.upper() for name in self.defence) or "REG"
 
     def portable(self) -> "Recipe":
         """The same without what belongs to one machine: data.root back to its default."""

@@ -1,6 +1,8 @@
 """One small trained network, its bundle, and the command, shared by all tests."""
 
+import atexit
 import fcntl
+import json
 import logging
 import os
 import re
@@ -8,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -51,12 +55,35 @@ def small_recipe(**sections: dict[str, object]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def mpdsgr(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process, as a user would."""
-    command = [sys.executable, "-m", "mpdsgr_deploy", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
-    )
+@cache
+def zygote() -> subprocess.Popen[str]:
+    """The process that forks commands for the tests of this worker; it ends with its stdin, when the worker ends."""
+    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    atexit.register(process.communicate)  # closes its stdin, at which it ends
+    return process
+
+
+def mpdsgr(
+    *arguments: object, cwd: Path | None = None, prelude: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a user would. prelude: code that this process executes first."""
+    words, variables = [*map(str, arguments)], {**os.environ, **environment}
+    if not HAS_TORCH or "PYTHONPATH" in environment:  # a path decides what is imported
+        command = [sys.executable, "-m", "mpdsgr_deploy", *words]
+        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    process = zygote()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with TemporaryDirectory() as folder:
+        output = [Path(folder) / name for name in ("stdout", "stderr")]
+        job = {"arguments": words, "cwd": str(cwd or Path.cwd()), "environment": variables, "prelude": prelude}
+        process.stdin.write(json.dumps({**job, "output": [*map(str, output)]}) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in output))
 
 
 def mpdsgr_here(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,9 @@ augment = "none"
 [model]
 name = "mlp"
 
+[neuron]
+surrogate = "bell"
+
 [encoding]
 T = 2
 
@@ -35,6 +38,7 @@ eps = 0.05
 step = 0.02
 strong_steps = 4
 surrogates = []
+also = ["half-step"]
 
 [gate]
 images = 60
@@ -53,7 +57,8 @@ with mpd.open_predictor(bundle, "reference") as predictor:
 assert abs(mpd.predict("bundle", images, backend="reference") - logits).max() == 0
 print(json.dumps({"verdict": report.verdict, "reasons": [r.line for r in report.reasons], "network": report.network,
                   "backend": report.backend, "conditions": [row.name for row in report.rows],
-                  "accuracy": report.rows[0].artefact.accuracy, "logits": logits.shape}))
+                  "accuracy": report.rows[0].artefact.accuracy,
+                  "surrogate": bundle.manifest.recipe.neuron.surrogate, "logits": logits.shape}))
 """
 
 
@@ -84,6 +89,8 @@ def test_train_export_validate_and_predict_with_what_a_package_adds(
     assert outcome["network"] == "mlp for stripes, trained with CALM, T = 2"
     assert outcome["backend"] == "reference"
     assert outcome["accuracy"] > 0.9
+    assert "half-step" in outcome["conditions"]
+    assert outcome["surrogate"] == "bell"
     predict = ["-m", "mpdsgr_deploy", "predict", "bundle", "images.npy", "--backend", "reference"]
     python(
         "-c",

@@ -70,8 +70,8 @@ def test_killed_mid_epoch_and_resumed_is_bit_identical(uninterrupted: Path, tmp_
 # recipe.json, then weights and JSON of best and of last, then state.pt, epoch after epoch.
 @pytest.mark.parametrize("dies_before", [1, 3, 6, 7, 10])
 def test_killed_mid_write_and_resumed_is_bit_identical(uninterrupted: Path, tmp_path: Path, dies_before: int) -> None:
-    script = f"""
-import os, sys
+    dying = f"""
+import os
 count, replace = 0, os.replace
 def dying(source, target):
     global count
@@ -80,12 +80,8 @@ def dying(source, target):
         os._exit(9)
     replace(source, target)
 os.replace = dying
-sys.argv[0] = "mpdsgr"
-from mpdsgr_deploy.cli import main
-main()
 """
-    command = [sys.executable, "-c", script, "train", *TINY, "--out", str(tmp_path / "run")]
-    assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 9
+    assert mpdsgr("train", *TINY, "--out", tmp_path / "run", prelude=dying).returncode == 9
     assert mpdsgr("train", *TINY, "--out", tmp_path / "run", "--resume").returncode == 0
     assert_same_run(uninterrupted, tmp_path / "run")
 
@@ -101,14 +97,8 @@ def test_a_full_disk_is_one_line_and_what_was_there_survives(which: str, tmp_pat
     (tmp_path / "run" / "recipe.json").write_text(
         (tmp_path / "run" / "recipe.json").read_text().replace('"epochs": 1', '"epochs": 4')
     )
-    limited = f"""
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from mpdsgr_deploy.cli import main
-main()
-"""
-    command = [sys.executable, "-c", limited, "train", *arguments, "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    done = mpdsgr("train", *arguments, "--resume", prelude=limited)
     assert_input_error(done, "cannot write", "untouched")
     assert len(load_checkpoint(tmp_path / "run" / "last").history) == len(before.history) + (which == "state")
     assert len(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["history"]) == 1

@@ -1,0 +1,44 @@
+"""A process that has imported what the commands import, and forks a child for each command it is asked to run.
+
+Importing torch and Lightning takes seconds of processor time; so each command costs its own work alone. A line of JSON
+on stdin is a command, a line on stdout its exit code.
+"""
+
+import json
+import os
+import sys
+from importlib import import_module
+
+MODULES = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
+
+
+def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: str, output: list[str]) -> None:
+    """In a forked child: the command, as in a process of its own. prelude: code that is executed first."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for descriptor, path in enumerate([os.devnull, *output]):
+        opened = os.open(path, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    exec(prelude, {})
+    from mpdsgr_deploy.cli import main
+
+    main(arguments, prog_name="mpdsgr")
+
+
+def serve() -> None:
+    for name in MODULES:
+        import_module(f"mpdsgr_deploy.{name}")
+    print("ready", flush=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run(**json.loads(line))
+            sys.exit()
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
