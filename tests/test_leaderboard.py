@@ -14,6 +14,7 @@ from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import Row
 
+RESULTS = Path(__file__).parent.parent / "train" / "results" / "leaderboard"
 N = 40
 
 
@@ -101,3 +102,9 @@ def test_a_report_that_proves_nothing_is_refused(fields: dict[str, object], expe
 def test_nothing_to_rank_is_one_line() -> None:
     with pytest.raises(InputError, match="takes validation reports"):
         CliRunner().invoke(command, ["--from"], catch_exceptions=False)
+
+
+def test_the_committed_leaderboard_is_what_its_reports_give() -> None:
+    files = sorted(RESULTS.glob("*.json"))
+    assert len(files) > 2
+    assert (RESULTS / "README.md").read_text() == render([read_report(file) for file in files])

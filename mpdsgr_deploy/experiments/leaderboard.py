@@ -88,7 +88,8 @@ def render(entries: Sequence[RankedReport]) -> str:
         markdown(columns, rows),
         "Ranked by `union`: right under every condition within eps. `p`: exact McNemar test of the union against the "
         "row above on the same images; a large one means that the order of the two may be chance. `cost`: gradients or "
-        "queries an image took, all attacks together. `MACs`: multiply-accumulates for an image.",
+        "queries an image took, all attacks together. `MACs`: multiply-accumulates for an image. Each report is of one "
+        "trained network: how seeds differ does not show here.",
         "\n".join(sorted({origin(entry.report) for entry in order})),
     ]
     return "\n\n".join(parts) + "\n"
@@ -116,7 +117,9 @@ def significance(above: RankedReport, below: RankedReport) -> float:
 def origin(report: Report) -> str:
     """What a report was measured on."""
     machine, packages = report.provenance["hardware"], report.provenance["packages"]
+    revision = report.provenance.get("revision")
+    code = f"mpdsgr-deploy {report.provenance['mpdsgr_deploy']}" if revision is None else f"revision {revision}"
     return (
         f"- {report.network}: {report.backend}, seed {report.seed}; {machine['cpu']}, {machine['cores']} cores; "
-        f"onnxruntime {packages.get('onnxruntime', '-')}; revision {report.provenance['revision']}"
+        f"onnxruntime {packages.get('onnxruntime', '-')}; {code}"
     )
