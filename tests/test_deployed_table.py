@@ -34,7 +34,7 @@ set = ["model.width=0.125", "encoding.T=2", "training.epochs=1", "attack.strong_
 [artefact]
 tier = "commit"
 precisions = ["fp32", "int8"]
-max_drop = 0.45
+max_drop = 0.5
 membranes = "mpd-sgr"
 
 [[rows]]

@@ -23,7 +23,7 @@ from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.report import PROGRESS, Report
 from mpdsgr_deploy.validation.rows import Row
 
-GATE = Gate(images=20, max_drop=0.45)
+GATE = Gate(images=20, max_drop=0.5)
 TIMES = {"seconds", "provenance"}
 
 

@@ -24,7 +24,7 @@ FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a 
     why="answers that depend on the batch, on earlier images or on chance are not those that were attacked",
     advice="state leaks between batches or the backend is not deterministic; export again, or use another backend",
 )
-def check_function(artefact: Predictor, x: Floats, batch_size: int = PROBE, fresh: Predictor | None = None) -> Seen:
+def check_function(artefact: Predictor, x: Floats, fresh: Predictor | None = None, batch_size: int = PROBE) -> Seen:
     """The artefact answers the same again, in other batches, in another order, and in a fresh process.
 
     batch_size: the recipe's, which is tried too, and one more.
