@@ -99,7 +99,7 @@ def test_a_rerun_computes_what_is_missing_and_refuses_another_job(
     assert rows(out) == expected
     assert {path for path, changed in kept.items() if path.stat().st_mtime_ns != changed} == {gone}
     other = [*arguments(bundle, array, out), "--top", 2]
-    assert_input_error(mpdsgr_here(*other), "is of another bundle, other inputs or settings")
+    assert_input_error(mpdsgr_here(*other), "holds predictions of another bundle, other inputs or settings")
     assert sorted(path.name for path in out.glob(".*")) == []
 
 

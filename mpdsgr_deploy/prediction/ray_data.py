@@ -29,7 +29,7 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.faults import Faults
 from mpdsgr_deploy.prediction.inputs import Batch
 from mpdsgr_deploy.prediction.stream import Job
-from mpdsgr_deploy.prediction.workers import Worker
+from mpdsgr_deploy.prediction.workers import Halving, Worker
 from mpdsgr_deploy.prediction.writers import find_writer
 from mpdsgr_deploy.progress import log, meter
 
@@ -109,12 +109,10 @@ def _run(job: Job, out: Path, parts: dict[int, Sequence[Batch]], resources: Reso
         )
         total = sum(len(batch) for part in parts.values() for batch in part)
         with meter("predicting", "images", total=total) as advance:
-            try:
-                for row in answered.iter_rows():
-                    advance(int(row["images"]))
-            except Exception as error:  # Ray wraps what an actor raises in several of its own
-                ours = _ours(error)
-                raise InputError(str(ours) if ours else f"Ray: {one_line(error)[-500:]}") from error
+            for row in answered.iter_rows():
+                if row["error"]:
+                    raise InputError(str(row["error"]))
+                advance(int(row["images"]))
 
 
 @contextmanager
@@ -138,37 +136,37 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _ours(error: BaseException | None) -> MpdsgrError | None:
-    """The error of ours that others are wrapped around."""
-    while error is not None:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, MpdsgrError):
-            return cause
-        error = cause if isinstance(cause, BaseException) else error.__cause__
-    return None
-
-
 class _Actor:
-    """Holds a predictor on one machine of the cluster and writes one part after another."""
+    """Holds a predictor on one machine of the cluster and writes one part after another.
+
+    Our errors are returned, not raised: of those Ray keeps only a text with its own advice.
+    """
 
     def __init__(self, job: Job, out: str) -> None:
         self._job, self._out = job, Path(out)
         self._stack = ExitStack()
-        worker = Worker(job.bundle, job.backend, job.precision, job.batch)
-        self._answer = self._stack.enter_context(worker.open())
         self._pool = self._stack.enter_context(ThreadPoolExecutor(1))
+        self._answer: Halving | None = None
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         from ray import cloudpickle
 
         parts = zip(rows["part"].tolist(), map(cloudpickle.loads, rows["batches"]), strict=True)
-        return {"images": [self._write(number, batches) for number, batches in parts]}
+        try:
+            return {"images": [self._write(number, batches) for number, batches in parts], "error": [""]}
+        except MpdsgrError as error:
+            return {"images": [0], "error": [one_line(error)]}
 
     def _write(self, number: int, batches: Sequence[Batch]) -> int:
+        job = self._job
+        if self._answer is None:
+            worker = Worker(job.bundle, job.backend, job.precision, job.batch)
+            self._answer = self._stack.enter_context(worker.open())
+        answer = self._answer
         faults = Faults({})
-        write = find_writer(".parquet", self._job.bundle.manifest.labels, self._job.top)
+        write = find_writer(".parquet", job.bundle.manifest.labels, job.top)
         with _whole(part_file(self._out, number)) as file:
-            answers = self._job.answers_through(lambda images: self._pool.submit(self._answer, images), batches)
+            answers = job.answers_through(lambda images: self._pool.submit(answer, images), batches)
             write(file, lambda: faults.without(answers))
             faults.save(self._out / f"_skipped-{number:05}.csv")
         return sum(map(len, batches))
