@@ -175,7 +175,7 @@ def test_healthy_layers_and_layers_without_tdbn_are_not_warned_of() -> None:
 
 def test_training_logs_a_warning_when_it_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     silent = HEALTHY._replace(firing_rate=0.0)._asdict()
-    numbers = {"seconds": 1.0, "loss": 1.0, "train_accuracy": 0.5, "validation_accuracy": 0.5, "score": 0.5}
+    numbers = {"T": 8, "seconds": 1.0, "loss": 1.0, "train_accuracy": 0.5, "validation_accuracy": 0.5, "score": 0.5}
     states = [[HEALTHY._asdict()], [silent], [silent], [silent, {**silent, "layer": "conv2"}]]
     history: list[dict[str, Any]] = []
     caplog.set_level(logging.WARNING, "mpdsgr_deploy")
