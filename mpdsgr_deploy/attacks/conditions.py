@@ -1,7 +1,7 @@
-"""The conditions of this package, each registered under the name that tiers use."""
+"""Conditions that follow a gradient, each registered under the name that tiers use."""
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,70 +21,14 @@ from mpdsgr_deploy.attacks.condition import (
     starts,
 )
 from mpdsgr_deploy.attacks.counting import CountedGradients
-from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import Draw, Keep, bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
-from mpdsgr_deploy.attacks.square import square
-from mpdsgr_deploy.protocols import Differentiable, Predictor
+from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
 from mpdsgr_deploy.surrogates import ADAPTIVE, DETACHED
 
 KEPT: dict[Keep, str] = {"broken": "broken by any iterate", "worst": "the iterate of the largest loss"}
 ADAPTING = 32  # images at a time: an adaptive surrogate remembers two numbers per neuron, step and image
-
-
-@dataclass(frozen=True, kw_only=True)
-class Noise(Condition):
-    """Random perturbations, which no attack may be weaker than."""
-
-    kind: ClassVar[Kind] = "noise"
-
-    def target(self, network: Network) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
-        pairs = zip(batch.x, generators, strict=True)
-        return Attacked(np.stack([self.perturb(image, rng) for image, rng in pairs]))
-
-    @abstractmethod
-    def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
-        """One image [C, H, W] with noise of `rng`."""
-
-
-@register
-@dataclass(frozen=True, kw_only=True)
-class Gaussian(Noise):
-    """Normal noise, which no eps bounds."""
-
-    method: ClassVar[str] = "gaussian"
-
-    std: float
-
-    @classmethod
-    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
-        return {"eps": None, "std": attack.gaussian_std}
-
-    @property
-    def settings(self) -> str:
-        return f"N(0, {self.std:.4g}^2)"
-
-    def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
-        return gaussian(image, std=self.std, rng=rng)
-
-
-@register
-@dataclass(frozen=True, kw_only=True)
-class Uniform(Noise):
-    """Uniform noise in the ball of eps."""
-
-    method: ClassVar[str] = "uniform"
-
-    @property
-    def settings(self) -> str:
-        return f"U(-{self.eps:.4g}, {self.eps:.4g})"
-
-    def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
-        return uniform(image, eps=self.bound, rng=rng)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,34 +243,6 @@ class CarliniWagner(GradientAttack):
         nearest = cw_l2(target, batch.x, batch.y, steps=self.steps, searches=self.searches)
         within = np.sqrt(((nearest - batch.x) ** 2).sum((1, 2, 3), keepdims=True)) <= self.radius
         return np.asarray(np.where(within, nearest, batch.x))
-
-
-@register
-@dataclass(frozen=True, kw_only=True)
-class Square(Condition):
-    """Random search on the network's answers alone."""
-
-    method: ClassVar[str] = "square"
-    kind: ClassVar[Kind] = "query"
-
-    queries: int
-
-    @property
-    def settings(self) -> str:
-        return f"eps {self.eps:.4g}, at most {self.queries} queries an image, no gradients"
-
-    @property
-    def cost(self) -> int:
-        return self.queries // 3
-
-    def target(self, network: Network) -> AbstractContextManager[Predictor]:
-        return nullcontext(network)
-
-    def attack(self, target: Predictor, batch: Batch, generators: Generators) -> Attacked:
-        search = square(
-            target, batch.x, batch.y, eps=self.bound, queries=self.queries, seed=self.seed, indices=batch.places
-        )
-        return Attacked(search.images, int(search.queries.sum()))
 
 
 def kept_iterate(keep: Keep) -> Literal["broken", "worst"]:
