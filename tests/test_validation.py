@@ -65,7 +65,8 @@ def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) 
         assert int((bits[0] & ~bits[1]).sum()) == row.flips.newly_wrong
         everything &= bits[1] if row.eps is not None else True
     assert rows["worst"].artefact.correct == everything.sum()
-    assert [check.number for check in report.health] == sorted(CHECKS)[: len(report.health)]
+    made = {check.number for check in report.health}
+    assert {CHECKS[number].needs for number in CHECKS.keys() - made} == {("rebuilt",)}  # nobody asked to export again
     assert all(check.passed for check in report.health)
     assert report.parity.holds
     assert report.artefact_sha256 == sha256(bundle.variant("fp32"))
@@ -75,7 +76,7 @@ def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) 
 def test_white_box_through_the_artefact_is_white_box_through_torch(report) -> None:
     """The same attacks, on torch when exported and on the attack graph now: nearly every verdict is the same."""
     for row in report.rows:
-        few = 2 if row.name != "mpd-apgd" else 6  # its adaptive steps part at the first flipped spike
+        few = 6 if row.name in ("mpd-apgd", "worst") else 2  # adaptive steps part at the first flipped spike
         assert row.flips.newly_wrong + row.flips.newly_right <= few, row.name
         low, high = row.reference.interval
         assert low <= row.artefact.accuracy <= high
