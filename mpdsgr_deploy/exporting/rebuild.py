@@ -12,6 +12,7 @@ from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
+from mpdsgr_deploy.files import writing
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.provenance import provenance
@@ -36,7 +37,8 @@ def rebuild_faults(bundle: Bundle) -> list[str]:
             if missing:
                 faults.append(f"{variant.file}: the manifest and the weights differ in the layers {sorted(missing)}")
                 continue
-            save(convert(graph, variant.layers), again)
+            with writing(again, "what was finished is kept"):
+                save(convert(graph, variant.layers), again)
             if again.read_bytes() != bundle.variant(precision).read_bytes():
                 faults.append(f"{variant.file} is not what the weights and the recipe give")
             if variant.attack and derived(again, surrogate) != bundle.attack(precision).read_bytes():
