@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
 from mpdsgr_deploy.attack_graph import derive
@@ -388,3 +389,27 @@ def test_a_faulty_derivation_does_not_pass_the_gate(
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(main, ["validate", str(out), "--gate", str(gate), "--report", str(tmp_path / "report")])
     assert done.exit_code in (1, 3), done.output
+
+
+class Calibration(CalibrationDataReader):
+    """Images for onnxruntime's quantiser."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.batches = iter([{"images": images}])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.batches, None)
+
+
+def test_what_another_quantiser_wrote_is_gated_against_float32(tmp_path: Path) -> None:
+    """It fuses and rounds as it likes, so its file is not compared node by node, but image by image."""
+    quantised, out, gate = tmp_path / "int8.onnx", tmp_path / "bundle", tmp_path / "gate.toml"
+    quantize_static(file("snntorch-subtract"), quantised, Calibration(digits(100).unit()))
+    words = ["adopt", file("snntorch-subtract"), "--images", "digits", "--surrogate", "arctan:2", "--limit", 50]
+    done = CliRunner().invoke(main, [str(w) for w in (*words, "--variant", f"int8={quantised}", "--out", out)])
+    assert done.exit_code == 0, done.output
+    gate.write_text('tier = "commit"\nimages = 50\nmax_drop = 0.2\n')
+    words = ["validate", out, "--precision", "int8", "--gate", gate, "--report", tmp_path / "report"]
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    assert "transfer fp32" in done.output

@@ -48,7 +48,13 @@ class Step(NamedTuple):
 
 
 def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> list[str]:
-    """What in a precision's file is neither float32's nor rounded from it; x: images [n, C, H, W] to try it on."""
+    """What in a precision's file is neither float32's nor rounded from it; x: images [n, C, H, W] to try it on.
+
+    Nothing for a network from elsewhere: its other precisions are files of another quantiser, whose choices (operators
+    that it fuses, activations that it rounds) are not ours. These are held to float32's verdicts alone.
+    """
+    if bundle.manifest.origin != "trained":
+        return []
     network = onnx.load(bundle.variant(precision))
     layers = bundle.manifest.variants[precision].layers
     found = [f"{precision}: {fault}" for fault in file_faults(onnx.load(bundle.variant("fp32")), network, layers)]
