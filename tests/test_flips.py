@@ -21,7 +21,7 @@ from mpdsgr_deploy.diagnostics.facts import spans
 from mpdsgr_deploy.diagnostics.flip_plots import by_density, by_layer
 from mpdsgr_deploy.diagnostics.flips import Flips, StepFlips, compare_spikes, flips_of
 from mpdsgr_deploy.diagnostics.trace import Recorder, firing_rates
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import fold_norm, simplify
@@ -302,7 +302,7 @@ def test_what_cannot_be_compared_is_one_line(
         Recorder(unnamed)
 
     def no_data(config: object) -> None:
-        raise InputError("digits are not here")
+        raise MissingData("digits are not here")
 
     monkeypatch.setattr("mpdsgr_deploy.diagnostics.flips.load_test", no_data)
     where, found = flips_of(precise)
