@@ -122,7 +122,7 @@ def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Pat
     facts = json.loads(mpdsgr("inspect", bundle.path, "--json").stdout)
     assert facts["fp32 parameters"] > 1000
     assert "Conv" in facts["fp32 nodes"]
-    assert "on the first 100 test images of digits, tier commit: clean 9" in facts["promised"]
+    assert "on the first 100 test images of digits, tier commit, eps 25.5/255: clean 9" in facts["promised"]
     layers = json.loads(mpdsgr("inspect", run_dir, "--json").stdout)["layers"]
     assert [layer["layer"] for layer in layers] == ["conv1", "conv2", "conv3"]
     assert "firing rate" in mpdsgr("inspect", run_dir, COLUMNS="200").stdout

@@ -259,6 +259,6 @@ def test_the_manifest_records_what_was_measured(bundle: Bundle, run_dir: Path) -
 
 
 def test_without_the_data_set_there_is_a_bundle_but_no_accuracy(run_without_data: Path, tmp_path: Path) -> None:
-    written = export(run_without_data, tmp_path / "bundle", root=str(tmp_path / "nowhere"))
+    written = export(run_without_data, tmp_path / "bundle")
     assert written.manifest.variants["fp32"].accuracy is None
     assert written.golden()[0].shape == (8, 1, 8, 8)

@@ -189,7 +189,7 @@ def test_bad_choices_name_the_allowed_ones() -> None:
     with pytest.raises(InputError, match="did you mean 'vgg11'"):
         build_model(recipe(model={"name": "vgg-11"}), (3, 32, 32), 10)
     with pytest.raises(InputError, match="triangle"):
-        build_model(recipe(neuron={"surrogate": "arctan"}), (3, 32, 32), 10)
+        build_model(recipe(neuron={"surrogate": "arcsine"}), (3, 32, 32), 10)
     for name, side in (("vgg11", 4), ("vgg16", 28)):
         with pytest.raises(InputError, match="halves"):
             build_model(recipe(model={"name": name}), (3, side, side), 10)

@@ -261,7 +261,7 @@ def test_bad_precisions_are_refused(
     with pytest.raises(InputError, match="float32 reference only"), open_predictor(precise, "torch", "int8"):
         pass
     with pytest.raises(InputError, match="--max-drop needs the data set"):
-        export(run_without_data, tmp_path / "bundle", precisions=["int8"], max_drop=0.01, root=str(tmp_path))
+        export(run_without_data, tmp_path / "bundle", precisions=["int8"], max_drop=0.01)
 
 
 def test_rounding_is_symmetric_and_a_silent_channel_stays_silent() -> None:

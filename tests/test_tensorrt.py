@@ -358,7 +358,7 @@ def test_the_command_builds_and_says_what_is_next(copy: Bundle, tmp_path: Path) 
     assert open_bundle(copy.path).file(made["file"]).stat().st_size > 1000
     shown = mpdsgr("build", copy.path, "--backend", RTX).stdout
     assert "batch-1-32-128" in shown
-    assert f"mpdsgr validate {copy.path} --backend {RTX}" in shown
+    assert f"mpdsgr validate {copy.path}@fp32 --backend {RTX}" in shown
     for arguments, expected in (
         (["--backend", "tensorrt-rt"], "did you mean 'tensorrt-rtx'"),
         (["--backend", RTX, "--precision", "int4"], "it has fp32"),

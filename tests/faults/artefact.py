@@ -121,7 +121,7 @@ def spikes_counted_in_place_of_logits(copy: Planted) -> None:
     copy.append(*fires, *(helper.make_node("Add", [a, b], [c]) for a, b, c in sums), **levels)
 
 
-@fault("artefact", 2, "Softmax")
+@fault("artefact", 3, "probabilities")
 def softmax_at_the_end(copy: Planted) -> None:
     """An exporter that returns probabilities, since users like them."""
     copy.append(helper.make_node("Softmax", ["raw"], ["logits"]))
@@ -163,13 +163,6 @@ def images_rounded_to_bytes_inside(copy: Planted) -> None:
         helper.make_node("Div", ["rounded", "levels"], ["seen"]),
         levels=np.array(255, np.float32),
     )
-
-
-@fault("artefact", 2, "Clip")
-def images_clipped_inside(copy: Planted) -> None:
-    """A clamp of the input moved into the graph: the gradient of black and white pixels vanishes."""
-    bounds = {"low": np.array(0, np.float32), "high": np.array(1, np.float32)}
-    copy.prepend(helper.make_node("Clip", ["images", "low", "high"], ["seen"]), **bounds)
 
 
 @fault("artefact", 1, ANSWERS)
