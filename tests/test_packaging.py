@@ -107,11 +107,3 @@ def test_importing_without_torch_or_onnxruntime(module: str) -> None:
     script = f"import mpdsgr_deploy{module}, sys; print([m for m in ('torch', 'onnxruntime') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_stages_do_not_import_each_other() -> None:
-    stages = {"training", "exporting", "validation", "prediction"}
-    for stage in stages:
-        for file in (ROOT / "mpdsgr_deploy" / stage).glob("*.py"):
-            for other in stages - {stage}:
-                assert f"mpdsgr_deploy.{other}" not in file.read_text(), f"{file} imports {other}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data.likeness import Likeness
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.files import atomic_file, followed, is_stream
+from mpdsgr_deploy.files import atomic_file, followed, is_stream, writing
 from mpdsgr_deploy.prediction.faults import Faults, place_of_faults
 from mpdsgr_deploy.prediction.inputs import Batch, Inputs, Read
 from mpdsgr_deploy.prediction.partial import Chunk, Partial
@@ -111,7 +111,9 @@ class Job:
     def _refuse_overwriting(self, out: Path) -> None:
         """Raise InputError if writing `out`, or its partial, would replace an input or a file of the bundle."""
         self.bundle.refuse_output(out)
-        for written in filter(Path.exists, (out, place_of_partial(out), place_of_faults(out))):
+        with writing(out, "nothing was written yet"):
+            existing = [path for path in (out, place_of_partial(out), place_of_faults(out)) if path.exists()]
+        for written in existing:
             for path in self.paths:
                 if path.is_file() and written.samefile(path):
                     raise InputError(f"--out {out} would overwrite the input {path}; choose another --out")

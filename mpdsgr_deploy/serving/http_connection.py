@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HEAD_BYTES = 1 << 16  # of a request line and its headers, or of anything else that brings no body
 BODY_BYTES = 1 << 16  # of a body that may wait to be read before the client has to
 PIPELINED = 64  # requests on a connection that wait for the answer to the one before
+READ_AHEAD = 8  # of these that are read before the client has to wait; while reading stops, its leaving goes unseen
 LINGER = 2.0  # seconds that a client may go on sending what is not read, so that it gets the answer to it
 PROBE_SECONDS = 1.0  # for the head of a connection above the limit
 PROBES = ("/v2/health/live", "/v2/health/ready")
@@ -225,7 +226,8 @@ class HttpConnection(asyncio.Protocol):
             self._answer(request)
         else:
             self._queue.append(request)
-            self._pause_reading()
+            if len(self._queue) >= READ_AHEAD:
+                self._pause_reading()
 
     def on_body(self, body: bytes) -> None:
         self._idle_bytes = 0
@@ -363,9 +365,9 @@ class HttpConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def read_on(self) -> None:
-        """Take in more, unless requests wait or a body is not read yet."""
+        """Take in more, unless enough requests wait or a body is not read yet."""
         incoming = self._incoming
-        if self._read_paused and not (self._queue or (incoming is not None and incoming.full)):
+        if self._read_paused and not (len(self._queue) >= READ_AHEAD or (incoming is not None and incoming.full)):
             self._read_paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()
