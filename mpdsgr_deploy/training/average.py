@@ -1,4 +1,4 @@
-"""An exponential average of the weights over the steps of a run, which generalises better than the last weights.
+"""An exponential average of the weights over the steps of a run, in place of the last step's weights.
 
     a <- d_s a + (1 - d_s) w,    d_s = min(decay, (1 + s) / (10 + s))
 
