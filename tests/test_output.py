@@ -16,6 +16,7 @@ from conftest import assert_input_error, mpdsgr, mpdsgr_here
 from mpdsgr_deploy.address import Address, parse_address
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import at_home
+from mpdsgr_deploy.cli.doctor import grouped
 from mpdsgr_deploy.cli.output import opened_bundle, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 
@@ -197,3 +198,8 @@ def test_a_finished_run_says_that_nothing_is_left(run_dir: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "has all of its 3 epochs; nothing is left to train" in done.stderr
     assert "epochs 4 to 3" not in done.stderr
+
+
+def test_the_doctor_says_a_reason_that_precisions_share_once() -> None:
+    states = {("a", "fp32"): "works", ("a", "int8"): "no: old", ("a", "fp8"): "no: old", ("b", "fp32"): "no: old"}
+    assert grouped(states) == [("a", "fp32", "works"), ("a", "int8, fp8", "no: old"), ("b", "fp32", "no: old")]

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,11 +55,19 @@ def command(bundle: Path | None, as_json: bool) -> None:
         backends = {name: {p: states[name, p] for p in opened.manifest.variants} for name in BACKENDS}
         print_json({"backends": backends, "packages": packages, **machine})
         return
-    print_table(("backend", "precision", "state"), [(*pair, found) for pair, found in states.items()], "Backends")
+    print_table(("backend", "precision", "state"), grouped(states), "Backends")
     rows = [(f"[{e}]", ", ".join(f"{n} {v or 'missing'}" for n, v in found.items())) for e, found in packages.items()]
     print_table(("extra", "packages"), rows, "Packages")
     hardware = ", ".join(f"{name} {value}" for name, value in machine["hardware"].items())
     click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")
+
+
+def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]:
+    """Rows (backend, precisions, state) for states by (backend, precision): a state that several share is said once."""
+    precisions: dict[tuple[str, str], list[str]] = {}
+    for (backend, precision), state in states.items():
+        precisions.setdefault((backend, state), []).append(precision)
+    return [(backend, ", ".join(names), state) for (backend, state), names in precisions.items()]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def _onnxruntime_cpu(bundle: Bundle, precision: str, noise: NoiseSource) -> Onnx
 
 def _onnxruntime_gpu(bundle: Bundle, precision: str, noise: NoiseSource, *, provider: str) -> OnnxRuntime:
     if provider == TENSORRT and precision != "fp32":  # it chooses types itself once any but float32 is allowed
-        raise InputError(f"onnxruntime-tensorrt would compute neurons in {precision} too; use --backend tensorrt")
+        raise InputError("onnxruntime-tensorrt would compute neurons in reduced precision too; use --backend tensorrt")
     return OnnxRuntime(bundle.variant(precision), provider, noise)
 
 
@@ -39,7 +39,7 @@ def _openvino(bundle: Bundle, precision: str, noise: NoiseSource) -> OpenVino:
 def _torch(bundle: Bundle, precision: str, noise: NoiseSource, *, compiled: bool) -> AbstractContextManager[Predictor]:
     need("torch", "train")
     if precision != "fp32":
-        raise InputError(f"torch runs the float32 reference only, not {precision}; use onnxruntime-cpu for it")
+        raise InputError("torch runs the float32 reference only; use onnxruntime-cpu for other precisions")
     from mpdsgr_deploy.runtime.torch_model import TorchModel
 
     model = TorchModel.from_bundle(bundle, noise)
