@@ -30,7 +30,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.torch_model import TorchModel
-from mpdsgr_deploy.validation.rows import Flips
+from mpdsgr_deploy.validation.rows import VerdictFlips
 
 NAME = "agreement"
 
@@ -87,7 +87,7 @@ def compare(exact: NDArray[np.int64], found: NDArray[np.int64], classes: NDArray
         "n": len(found),
         "equal": int((exact == found).sum()),
         "correct": int((found == y).sum()),
-        **Flips.of(exact == y, found == y).model_dump(),
+        **VerdictFlips.of(exact == y, found == y).model_dump(),
     }
 
 

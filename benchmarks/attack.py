@@ -30,7 +30,7 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 
 EPS, STEPS = 8 / 255, 10
@@ -86,7 +86,7 @@ def opened(kind: str, name: str, setting: dict[str, Any], path: Path) -> Differe
     """What an attack asks for gradients, all images of a batch at once."""
     if kind == TORCH:
         return TorchModel(network(name, setting), SHAPE).attacker()
-    return GraphAttacker(path, "triangle", settings=Settings(threads=setting["threads"], chunk=setting["batch"]))
+    return GraphAttacker(path, "triangle", settings=RuntimeSettings(threads=setting["threads"], chunk=setting["batch"]))
 
 
 def images(batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import EXACT, OpenVino
-from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import SpikingLayer
 
@@ -71,7 +71,7 @@ def ours(model: SpikingNet, T: int, threads: int, folder: Path, stack: ExitStack
     save(graph, paths["fp32"])
     save(convert(graph, plan(graph, "int8")), paths["int8"])
     rows = write_limit(model, paths["limit"])
-    settings = Settings(threads=threads)
+    settings = RuntimeSettings(threads=threads)
     predictors = {
         "torch, eager": TorchModel(model, SHAPE),
         "onnxruntime, fp32": OnnxRuntime(paths["fp32"], settings=settings),

@@ -39,10 +39,10 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, load_images
 from mpdsgr_deploy.runtime import OnnxRuntime
-from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings
 
 RESULTS = Path(__file__).parent / "results" / "research.jsonl"
-ONE_THREAD = Settings(threads=1, chunk=32)
+ONE_THREAD = RuntimeSettings(threads=1, chunk=32)
 
 
 class Attempt(NamedTuple):

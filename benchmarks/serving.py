@@ -31,7 +31,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.runtime.tuning import tune
-from mpdsgr_deploy.serving.load import Load, Measurement, Outcome, measure
+from mpdsgr_deploy.serving.load import Load, LoadMeasurement, LoadOutcome, measure
 
 USERS, BATCHES, LARGE = (1, 8, 32), (1, 2, 4, 8, 16, 32), 32
 NETWORKS = {"tiny": ("vgg-small", 0.03, 1), "large": ("vgg11", 0.25, 4)}  # model, width, T
@@ -122,8 +122,8 @@ def _asked(url: str, users: int, seconds: float) -> dict[str, float]:
     }
 
 
-def _load(url: str, users: int, seconds: float, batch: int) -> Outcome:
-    found = Measurement()
+def _load(url: str, users: int, seconds: float, batch: int) -> LoadOutcome:
+    found = LoadMeasurement()
     measure(url, [Load(seconds, 10**6, concurrency=users)], found, batch=batch)
     (outcome,) = found.outcomes
     if outcome.tally.errors:

@@ -22,7 +22,7 @@ SHA256 = re.compile(r"@sha256:([0-9a-f]{64})$")
 PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
-class Address(NamedTuple):
+class BundleAddress(NamedTuple):
     """A directory or an address with a protocol, the precision meant, and the digest that its manifest must have."""
 
     place: str
@@ -35,19 +35,19 @@ class Address(NamedTuple):
         return PROTOCOL.match(self.place) is not None
 
 
-def parse_address(text: str) -> Address:
+def parse_address(text: str) -> BundleAddress:
     """PLACE[@PRECISION][@sha256:DIGEST]. An existing path is itself, whatever characters it has."""
     if Path(text).expanduser().exists():
-        return Address(text)
+        return BundleAddress(text)
     digest = SHA256.search(text)
     place = SHA256.sub("", text)
     precision = None
     if "@" in place.rpartition("/")[2] and not Path(place).expanduser().exists():
         place, _, precision = place.rpartition("@")
-    return Address(place, precision, digest[1] if digest else None)
+    return BundleAddress(place, precision, digest[1] if digest else None)
 
 
-def local_copy(address: Address) -> Path:
+def local_copy(address: BundleAddress) -> Path:
     """The directory of a bundle, fetched into the cache if it is elsewhere.
 
     Raises InputError for an address without a digest, one that cannot be read, and a bundle with another digest.
@@ -76,7 +76,7 @@ def cache_directory() -> Path:
     return Path(own) if own else Path(base or Path.home() / ".cache") / "mpdsgr-deploy" / "bundles"
 
 
-def _fetch(address: Address, cache: Path) -> None:
+def _fetch(address: BundleAddress, cache: Path) -> None:
     """Copy a remote bundle's files; the manifest comes last, so that only a whole copy is found later."""
     fsspec = need("fsspec", "remote")
     log.info("fetching %s into %s", address.place, cache)
@@ -92,7 +92,7 @@ def _fetch(address: Address, cache: Path) -> None:
     scratch.rename(cache)
 
 
-def _verify(directory: Path, address: Address) -> None:
+def _verify(directory: Path, address: BundleAddress) -> None:
     """Raise InputError unless the manifest states the digest; that this is true is verified when it is opened."""
     try:
         stated = json.loads((directory / MANIFEST).read_bytes())["digest"]

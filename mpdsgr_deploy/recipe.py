@@ -73,7 +73,7 @@ class Neuron(Section):
     surrogate_parameter: Positive | None = None  # g, a, a or k; None: the surrogate's own default
 
 
-class Encoding(Section):
+class EncodingSection(Section):
     """How an image becomes T time steps; see `mpdsgr_deploy.snn.encoding`."""
 
     name: str = "direct"
@@ -191,7 +191,7 @@ class Recipe(Section):
     data: Data = Data()
     model: Model = Model()
     neuron: Neuron = Neuron()
-    encoding: Encoding = Encoding()
+    encoding: EncodingSection = EncodingSection()
     training: Training = Training()
     defence: dict[str, dict[str, Any]] = Field(default_factory=dict)  # name -> settings, which the defence checks
     attack: Attack = Attack()

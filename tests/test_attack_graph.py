@@ -36,7 +36,7 @@ from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import SWEEP
 from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.session import CPU, Session
-from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.runtime.tensorrt import build_engine
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import Surrogate, Trace
@@ -365,8 +365,8 @@ def attacker(name: str, folder: Path, surrogate: str = "triangle", **options: An
 def test_chunks_do_not_change_the_answer(tmp_path: Path) -> None:
     x, y = images(33, (3, 16, 16))
     with (
-        attacker("vgg-small", tmp_path, settings=Settings(threads=1)) as whole,
-        attacker("vgg-small", tmp_path, settings=Settings(threads=1, chunk=4)) as parts,
+        attacker("vgg-small", tmp_path, settings=RuntimeSettings(threads=1)) as whole,
+        attacker("vgg-small", tmp_path, settings=RuntimeSettings(threads=1, chunk=4)) as parts,
     ):
         for a, b in zip(whole(x, y), parts(x, y), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)

@@ -26,7 +26,7 @@ from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, tuning
 from mpdsgr_deploy.runtime.openvino import OpenVino, chunks, unsigned
-from mpdsgr_deploy.runtime.settings import Settings, machine, prepared, prepared_settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings, machine, prepared, prepared_settings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.runtime.tuning import tune
 
@@ -45,9 +45,9 @@ def images(bundle: Bundle) -> np.ndarray:
 
 
 @pytest.mark.parametrize("backend", TUNED)
-@pytest.mark.parametrize("settings", [Settings(), Settings(threads=1, chunk=3)])
+@pytest.mark.parametrize("settings", [RuntimeSettings(), RuntimeSettings(threads=1, chunk=3)])
 def test_parity_with_torch_in_batches_of_every_kind(
-    copy: Bundle, images: np.ndarray, backend: str, settings: Settings
+    copy: Bundle, images: np.ndarray, backend: str, settings: RuntimeSettings
 ) -> None:
     expected = TorchModel.from_bundle(copy)(images)
     tuned = copy.add(prepared(copy, backend, "fp32", settings))
@@ -173,7 +173,7 @@ def test_activations_become_unsigned_and_weights_do_not(tmp_path: Path, images: 
 
 
 def test_openvino_rounds_nothing_and_uses_the_threads_it_is_given(bundle: Bundle, images: np.ndarray) -> None:
-    with OpenVino(bundle.variant("fp32"), settings=Settings(threads=1, chunk=4)) as predictor:
+    with OpenVino(bundle.variant("fp32"), settings=RuntimeSettings(threads=1, chunk=4)) as predictor:
         predictor(images[:7])
         assert set(predictor._requests) == {4, 2, 1}
         compiled = predictor._requests[4].get_compiled_model()
@@ -215,7 +215,7 @@ def test_tuned_settings_are_used_on_this_machine_only(copy: Bundle, backend: str
 
     for other in ({"machine": {**record.machine, "cores": "1024"}}, {"model_sha256": "0" * 64}):
         moved = Bundle(copy.path, copy.manifest.model_copy(update={"prepared": (record.model_copy(update=other),)}))
-        assert prepared_settings(moved, backend, "fp32") == Settings()
+        assert prepared_settings(moved, backend, "fp32") == RuntimeSettings()
     damaged = record.model_copy(update={"settings": {"threads": 0}})
     broken = Bundle(copy.path, copy.manifest.model_copy(update={"prepared": (damaged,)}))
     with pytest.raises(InputError, match=f"settings of {backend}, fp32.*threads"):
@@ -226,10 +226,10 @@ def test_tuning_keeps_the_fastest_and_stops_in_time(copy: Bundle, monkeypatch: p
     """A stand-in whose times are known: chunks of 16 are fastest, then one thread beats two."""
 
     @contextmanager
-    def opened(model: Path, *, noise: NoiseSource, settings: Settings) -> Iterator[Settings]:
+    def opened(model: Path, *, noise: NoiseSource, settings: RuntimeSettings) -> Iterator[RuntimeSettings]:
         yield settings
 
-    def known(settings: Settings, images: np.ndarray) -> float:
+    def known(settings: RuntimeSettings, images: np.ndarray) -> float:
         return abs(settings.chunk - 16) + settings.threads + len(images)
 
     monkeypatch.setitem(tuning.OPENERS, "openvino", opened)

@@ -18,7 +18,7 @@ from conftest import assert_input_error, mpdsgr_here
 from oip_server import Handler, OipServer
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.serving.load import Load, Measurement, Outcome, connection, loops, measure
+from mpdsgr_deploy.serving.load import Load, LoadMeasurement, LoadOutcome, connection, loops, measure
 from mpdsgr_deploy.serving.load.outcome import percentile
 
 INPUTS = {"images": (1, 8, 8)}
@@ -29,8 +29,8 @@ def linear(*tensors: np.ndarray) -> np.ndarray:
     return np.tile(tensors[0].reshape(len(tensors[0]), -1).sum(1, np.float32, keepdims=True), (1, 10))
 
 
-def load(server: OipServer, load: Load = SHORT, **options: Any) -> Outcome:
-    found = Measurement()
+def load(server: OipServer, load: Load = SHORT, **options: Any) -> LoadOutcome:
+    found = LoadMeasurement()
     measure(server.url, [load], found, **options)
     (outcome,) = found.outcomes
     return outcome
@@ -209,7 +209,7 @@ def test_cpu_comes_from_the_servers_metrics_and_warns_of_a_busy_tool() -> None:
     with OipServer(linear, INPUTS, metrics=lambda: page.format(next(spent))) as server:
         outcome = load(server)
     assert outcome.server_cpu_ms == pytest.approx(10.0)
-    busy = Outcome(outcome.load, 1, outcome.tally, None, 0.95 * outcome.tally.busy, "")
+    busy = LoadOutcome(outcome.load, 1, outcome.tally, None, 0.95 * outcome.tally.busy, "")
     assert busy.server_cpu_ms is None
     assert busy.warnings == ["concurrency 4: this tool took 95% of a core, so the figures are its own"]
 

@@ -6,7 +6,7 @@ from conftest import small_recipe
 from torch import Tensor
 
 from mpdsgr_deploy.defences import Step, build_defended
-from mpdsgr_deploy.defences.dlif import DynamicLIF, DynamicNeurons, Settings, leaky_integral
+from mpdsgr_deploy.defences.dlif import DynamicLIF, DynamicLIFSettings, DynamicNeurons, leaky_integral
 from mpdsgr_deploy.snn import LIF, Observer, Trace
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 
@@ -58,7 +58,7 @@ def step_on(x: Tensor, clean: Tensor) -> tuple[Step, list[int]]:
 def test_the_loss_by_hand() -> None:
     clean, x = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.4, 0.7]], requires_grad=True)
     step, passes = step_on(x, clean)
-    term = DynamicNeurons(Settings(rho=3.0, tau=0.5)).term(step)
+    term = DynamicNeurons(DynamicLIFSettings(rho=3.0, tau=0.5)).term(step)
     # the difference of the currents is (0.2, -0.4) at every step, and Y that times 1, 1.5, 1.75
     assert (term.name, term.weight, len(passes)) == ("perturbation", 3.0, 2)
     assert term.value.item() == pytest.approx((0.04 + 0.16) * (1 + 1.5**2 + 1.75**2) / 6)
@@ -72,7 +72,7 @@ def test_without_an_attack_or_a_weight_no_pass_is_spent() -> None:
     image = torch.rand(1, 2)
     for x, rho in ((image, 1.0), (image + 0.1, 0.0)):
         step, passes = step_on(x, image)
-        assert DynamicNeurons(Settings(rho=rho)).term(step) is None
+        assert DynamicNeurons(DynamicLIFSettings(rho=rho)).term(step) is None
         assert len(passes) == 1
 
 

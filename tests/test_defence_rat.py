@@ -6,7 +6,7 @@ from conftest import small_recipe
 from torch import nn
 
 from mpdsgr_deploy.defences import build_defended, make_defences
-from mpdsgr_deploy.defences.rat import Retraction, Settings, retracted
+from mpdsgr_deploy.defences.rat import Retraction, RetractionSettings, retracted
 from mpdsgr_deploy.errors import InputError
 
 
@@ -48,7 +48,7 @@ def test_every_convolution_and_linear_layer_moves_a_large_one_by_exactly_30_perc
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(12, 199), nn.Linear(12, 210), nn.BatchNorm2d(3), Simplex())
     model = model.to(memory_format=torch.channels_last)  # as in training
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    defence = Retraction(Settings(b=0.1))
+    defence = Retraction(RetractionSettings(b=0.1))
     defence.after_step(model, torch.Generator().manual_seed(0))
     conv = before["0.weight"].reshape(3, -1)
     torch.testing.assert_close(model[0].weight.reshape(3, -1), 1.1 * conv - 0.1 * conv @ conv.T @ conv)

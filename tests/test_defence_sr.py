@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from mpdsgr_deploy.defences import Step, build_defended
-from mpdsgr_deploy.defences.sr import Settings, SparseGradients, best_wrong, confidence
+from mpdsgr_deploy.defences.sr import SparseGradients, SparseGradientSettings, best_wrong, confidence
 from mpdsgr_deploy.training.epoch import Learner, batch_loss
 
 
@@ -24,7 +24,7 @@ def smooth_step() -> tuple[Step, nn.Module]:
 
 def test_value_against_a_loop_over_images() -> None:
     step, model = smooth_step()
-    term = SparseGradients(Settings(lam=0.5)).term(step)
+    term = SparseGradients(SparseGradientSettings(lam=0.5)).term(step)
     squares = []
     for image, label in zip(step.x, step.y.tolist(), strict=True):
         image = image[None].clone().requires_grad_()
@@ -49,7 +49,7 @@ def test_the_difference_is_the_1_norm_of_the_gradient_and_reaches_the_weights() 
         confidence(logits, step.y, best_wrong(logits, step.y)).sum(), x, create_graph=True
     )
     exact = gradient.flatten(1).abs().sum(1).square().mean()
-    term = SparseGradients(Settings(h=1e-6)).term(step)
+    term = SparseGradients(SparseGradientSettings(h=1e-6)).term(step)
     assert term.value.item() == pytest.approx(exact.item(), rel=1e-4)
     weights = [model[1].weight, model[3].weight]
     for found, expected in zip(

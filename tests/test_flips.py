@@ -19,7 +19,7 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.diagnostics.facts import spans
 from mpdsgr_deploy.diagnostics.flip_plots import by_density, by_layer
-from mpdsgr_deploy.diagnostics.flips import Flips, StepFlips, compare_spikes, flips_of
+from mpdsgr_deploy.diagnostics.flips import SpikeFlips, StepFlips, compare_spikes, flips_of
 from mpdsgr_deploy.diagnostics.trace import Recorder, firing_rates
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
@@ -33,7 +33,7 @@ PRECISIONS = ("fp16", "int8", "fp8")
 
 
 @pytest.fixture(scope="module")
-def measured(precise: Bundle) -> dict[str, Flips]:
+def measured(precise: Bundle) -> dict[str, SpikeFlips]:
     return {flips.precision: flips for flips in flips_of(precise, images=100)[1]}
 
 
@@ -141,7 +141,7 @@ def test_the_same_network_has_no_flips_and_batches_do_not_matter(precise: Bundle
 
 
 def test_int8_flips_the_spikes_that_torch_flips_with_rounded_weights(
-    precise: Bundle, measured: dict[str, Flips]
+    precise: Bundle, measured: dict[str, SpikeFlips]
 ) -> None:
     x = load_test(precise.manifest.recipe.data)[:100].unit()
     model = network(precise)
@@ -161,7 +161,7 @@ def test_int8_flips_the_spikes_that_torch_flips_with_rounded_weights(
     assert measured["int8"].mean("rate", "conv3") > 0
 
 
-def test_drift_starts_where_rounding_starts_and_grows(measured: dict[str, Flips]) -> None:
+def test_drift_starts_where_rounding_starts_and_grows(measured: dict[str, SpikeFlips]) -> None:
     for precision, start in (("fp16", "conv1"), ("int8", "conv2"), ("fp8", "conv2")):
         flips = measured[precision]
         begun = next(step for step in flips.steps if step.layer == start)
@@ -241,7 +241,7 @@ def test_inspect_shows_the_variants_and_their_flips(precise: Bundle, tmp_path: P
     expected = flips_of(precise, images=30)[1]
     for record, flips in zip(shown["flips"], expected, strict=True):
         steps = [StepFlips(**step) for step in record.pop("steps")]
-        assert Flips(**record, steps=steps) == flips
+        assert SpikeFlips(**record, steps=steps) == flips
     assert shown["int8 layers"] == "conv1 fp32, conv2 to conv3 int8, readout fp32"
     assert shown["fp16 layers"] == "conv1 to readout fp16"
     assert shown["int8 parameters"] == shown["fp32 parameters"]
@@ -261,7 +261,7 @@ def test_inspect_shows_the_variants_and_their_flips(precise: Bundle, tmp_path: P
     assert f"{expected[1].labels_changed} of 30 labels changed" in text.stdout
 
 
-def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str, Flips]) -> None:
+def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str, SpikeFlips]) -> None:
     figure = by_layer(list(measured.values()))
     assert len(figure.axes) == 3
     for axes, flips in zip(figure.axes, measured.values(), strict=True):
@@ -276,7 +276,7 @@ def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str
     right = by_density(list(measured.values())).axes[1]
     assert len(right.lines) == 3 + 1
     assert all(np.all(np.asarray(line.get_ydata()) > 0) for line in right.lines)
-    nothing = Flips("same", 1, 0, 1, 0.0, [StepFlips("a", 0, 0.1, 0.2, 0.0, 0.0, 0.0, 0.0, 0)])
+    nothing = SpikeFlips("same", 1, 0, 1, 0.0, [StepFlips("a", 0, 0.1, 0.2, 0.0, 0.0, 0.0, 0.0, 0)])
     assert by_layer([nothing]).axes[0].lines
     assert by_density([nothing]).axes
 

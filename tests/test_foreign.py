@@ -19,7 +19,7 @@ from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
 from mpdsgr_deploy.attack_graph import derive
 from mpdsgr_deploy.attack_graph import jumps as finding
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
-from mpdsgr_deploy.attack_graph.jumps import Comparison, Jump
+from mpdsgr_deploy.attack_graph.jumps import Inequality, Jump
 from mpdsgr_deploy.attack_graph.neurons import Neurons
 from mpdsgr_deploy.attack_graph.tape import Tape
 from mpdsgr_deploy.bundle import Bundle, open_bundle
@@ -370,7 +370,7 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     def turned(tape: Tape) -> list[Jump]:
         jumps = find(tape)
         half = len(jumps) // 2
-        first = [jump._replace(compared=Comparison(*jump.compared[1::-1])) for jump in jumps[:half:2]]
+        first = [jump._replace(compared=Inequality(*jump.compared[1::-1])) for jump in jumps[:half:2]]
         return sorted([*first, *jumps[1:half:2], *jumps[half:]], key=lambda jump: tape.forward.index(jump.node))
 
     monkeypatch.setattr(derive, "find_jumps", turned)

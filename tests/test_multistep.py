@@ -8,7 +8,7 @@ import torch
 
 from mpdsgr_deploy.snn.multistep import multistep_lif
 from mpdsgr_deploy.snn.neuron import LIFState, lif
-from mpdsgr_deploy.snn.state import Constants
+from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate, spike
 from mpdsgr_deploy.surrogates import KINDS
 
@@ -32,7 +32,7 @@ def run(given: dict[str, torch.Tensor], fused: bool, name: str, reset: Any) -> t
     state = LIFState(given["u"], given["spikes"]) if "u" in given else None
     if fused:
         hard = reset == "hard"
-        return multistep_lif(current, state, Constants(T, tau, 1.0, hard, surrogate))
+        return multistep_lif(current, state, LIFConstants(T, tau, 1.0, hard, surrogate))
     steps = current.unbind(0)
     steps = steps * T if len(steps) == 1 else steps
     states = lif(steps, state, tau=tau, v_threshold=1.0, reset=reset, surrogate=surrogate)
@@ -79,7 +79,7 @@ def test_a_detached_reset_passes_no_gradient_through_its_spikes(hard: bool, rest
         u, spikes = given.get("u", torch.zeros(())), given.get("spikes", torch.zeros(()))
         if fused:
             state = None if resting else (u, spikes)
-            constants = Constants(T, 0.5, 1.0, hard, surrogate, detach_reset=True)
+            constants = LIFConstants(T, 0.5, 1.0, hard, surrogate, detach_reset=True)
             _, out = multistep_lif(given["current"], state, constants)
         else:
             steps = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
 
-from mpdsgr_deploy.address import Address, parse_address
+from mpdsgr_deploy.address import BundleAddress, parse_address
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import at_home
 from mpdsgr_deploy.cli.doctor import grouped
@@ -84,14 +84,14 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("digits", Address("digits")),
-        ("digits@int8", Address("digits", "int8")),
-        (f"digits@sha256:{'a' * 64}", Address("digits", None, "a" * 64)),
-        (f"s3://b/n@int8@sha256:{'b' * 64}", Address("s3://b/n", "int8", "b" * 64)),
-        ("s3://user@host/n", Address("s3://user@host/n")),
+        ("digits", BundleAddress("digits")),
+        ("digits@int8", BundleAddress("digits", "int8")),
+        (f"digits@sha256:{'a' * 64}", BundleAddress("digits", None, "a" * 64)),
+        (f"s3://b/n@int8@sha256:{'b' * 64}", BundleAddress("s3://b/n", "int8", "b" * 64)),
+        ("s3://user@host/n", BundleAddress("s3://user@host/n")),
     ],
 )
-def test_addresses(text: str, expected: Address) -> None:
+def test_addresses(text: str, expected: BundleAddress) -> None:
     assert parse_address(text) == expected
 
 

@@ -28,7 +28,7 @@ from mpdsgr_deploy.validation.page import page, plain
 from mpdsgr_deploy.validation.pictures import SIDE, chosen, examples, magnified, picture
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
 from mpdsgr_deploy.validation.report import Curve, Point, Report, VariantFlips, findings
-from mpdsgr_deploy.validation.rows import Flips, Row
+from mpdsgr_deploy.validation.rows import Row, VerdictFlips
 from mpdsgr_deploy.validation.summary import badge, junit, summary
 from mpdsgr_deploy.validation.writing import claim_report, write_report
 
@@ -73,7 +73,7 @@ def broken_images(labels: list[str]) -> list:
 
 def sample(**changes: object) -> Report:
     """A report in which every part of the page has something to show."""
-    flips = Flips.of(np.arange(N) < 100, np.arange(N) < 97)
+    flips = VerdictFlips.of(np.arange(N) < 100, np.arange(N) < 97)
     attackers = [strong(name, 110 + i) for i, name in enumerate(("triangle:0.25", "rectangular", "adaptive"))]
     values = {
         "verdict": "pass",
@@ -411,8 +411,8 @@ def test_the_axis_of_eps_ends_where_nothing_more_happens() -> None:
 
 
 def test_no_p_value_is_stated_where_nothing_differs() -> None:
-    assert Flips.of(np.ones(5, bool), np.ones(5, bool)).p_text == "-"
-    assert Flips.of(np.ones(5, bool), np.arange(5) > 0).p_text == "1"
+    assert VerdictFlips.of(np.ones(5, bool), np.ones(5, bool)).p_text == "-"
+    assert VerdictFlips.of(np.ones(5, bool), np.arange(5) > 0).p_text == "1"
 
 
 def test_reports_of_earlier_versions_are_read() -> None:

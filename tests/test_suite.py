@@ -12,7 +12,15 @@ import pytest
 from mpdsgr_deploy.attacks.condition import CONDITIONS, Attacked, Batch, Condition, Generators, Kind, Network, register
 from mpdsgr_deploy.attacks.run import Journal, Part, gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
-from mpdsgr_deploy.attacks.tiers import BY_STRENGTH, TIERS, Entry, entry, recipe_entries, required_surrogates, resolved
+from mpdsgr_deploy.attacks.tiers import (
+    BY_STRENGTH,
+    TIERS,
+    TierEntry,
+    entry,
+    recipe_entries,
+    required_surrogates,
+    resolved,
+)
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
@@ -74,7 +82,7 @@ def test_a_condition_draws_the_same_under_another_name_of_the_same_stream() -> N
     assert np.array_equal(*draws)
 
 
-def names(entries: Iterable[Entry], attack: Attack, trained: str, **options: Any) -> list[str]:
+def names(entries: Iterable[TierEntry], attack: Attack, trained: str, **options: Any) -> list[str]:
     return [condition.name for condition in resolved(entries, attack, trained, **options)]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpdsgr_deploy.snn import TdBN, multistep
-from mpdsgr_deploy.snn.state import Constants
+from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 triton = pytest.importorskip("triton")
@@ -99,7 +99,7 @@ def test_neurons_compile(
     monkeypatch.setattr(multistep, "_on_gpu", lambda x: True)
     current = torch.zeros(1 if held else T, B, C, dtype=dtype, requires_grad=True)
     state = None if resting else (torch.zeros(B, C, dtype=dtype, requires_grad=True), torch.zeros(B, C, dtype=dtype))
-    u, spikes = multistep.multistep_lif(current, state, Constants(T, 0.5, 1.0, hard, make_surrogate(name)))
+    u, spikes = multistep.multistep_lif(current, state, LIFConstants(T, 0.5, 1.0, hard, make_surrogate(name)))
     (u + spikes).sum().backward()
     assert {*compiler.ptx} == {"lif_forward", "lif_backward"}
     assert "fma." not in compiler.ptx["lif_forward"]
@@ -122,7 +122,7 @@ def test_neurons_behind_tdbn_compile(
 
     x = torch.zeros(T * B, C, 8, 8).contiguous(memory_format=order).unflatten(0, (T, B)).requires_grad_()
     norm = TdBN(C, v_threshold=1.0).train(training)
-    found = norm_lif(x, norm, Constants(T, 0.5, 1.0, True, make_surrogate(name)), moments=True, keep=keep)
+    found = norm_lif(x, norm, LIFConstants(T, 0.5, 1.0, True, make_surrogate(name)), moments=True, keep=keep)
     (found.spikes.sum() + found.moments.mean.sum() + found.moments.variance.sum()).backward()
     assert {*compiler.ptx} == {"lif_forward", "lif_backward"} | ({"norm_backward"} if training else set())
     assert "fma" not in compiler.ptx["lif_forward"]
@@ -142,5 +142,5 @@ def test_what_the_kernels_do_not_know_is_left_to_torch(monkeypatch: pytest.Monke
 
 def test_tensors_on_the_cpu_never_meet_the_kernels(compiler: Compiler) -> None:
     surrogate = make_surrogate("triangle")
-    multistep.multistep_lif(torch.zeros(T, B), None, Constants(T, 0.5, 1.0, True, surrogate))
+    multistep.multistep_lif(torch.zeros(T, B), None, LIFConstants(T, 0.5, 1.0, True, surrogate))
     assert not compiler.ptx

@@ -25,7 +25,7 @@ from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.health import CHECKS, Compared, Convergence, Reach
 from mpdsgr_deploy.validation.health import artefact as artefact_checks
 from mpdsgr_deploy.validation.health import attacks as attack_checks
-from mpdsgr_deploy.validation.rows import Flips
+from mpdsgr_deploy.validation.rows import VerdictFlips
 from mpdsgr_deploy.validation.statistics import exceeds, mcnemar, wilson
 
 LOOSE = Gate(max_drop=0.35)  # what 30 images can decide
@@ -274,13 +274,13 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
 
 def test_check_13_flags_an_artefact_that_gains_robustness() -> None:
     for worse, better, passed in ((0, 5, True), (4, 12, True), (0, 7, False), (2, 30, False), (30, 2, True)):
-        flips = Flips(newly_wrong=worse, newly_right=better, p_value=1.0)
+        flips = VerdictFlips(newly_wrong=worse, newly_right=better, p_value=1.0)
         assert attack_checks.check_reach(Reach(True, flips, allowed=0.05), 100).passed is passed
     assert attack_checks.check_reach(Reach(False), 100).state == "not compared"
 
 
 def test_check_13_flags_a_reference_that_met_none_of_the_attacks() -> None:
-    sound = Flips(newly_wrong=0, newly_right=0, p_value=1.0)
+    sound = VerdictFlips(newly_wrong=0, newly_right=0, p_value=1.0)
     assert attack_checks.check_reach(Reach(True), 100).failed
     found = attack_checks.check_reach(Reach(True, sound, missing=["pgd-strong"]), 100)
     assert found.failed

@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 from mpdsgr_deploy.mpd import empirical, expected_gradient, layer_mean, theorem
 from mpdsgr_deploy.snn import LIF, LIFState, SpikingLayer, TdBN, Trace, lif, multistep, triton_lif
-from mpdsgr_deploy.snn.state import Constants
+from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.snn.tdbn import frozen_statistics
 from mpdsgr_deploy.snn.triton_lif import norm_lif
@@ -55,7 +55,7 @@ def close(found: Tensor, expected: Tensor, rtol: float = 1e-6) -> None:
     assert (found - expected).abs().max() <= rtol * expected.abs().max()
 
 
-def single_steps(current: Tensor, state: LIFState | None, how: Constants, reset: Any) -> tuple[Tensor, Tensor]:
+def single_steps(current: Tensor, state: LIFState | None, how: LIFConstants, reset: Any) -> tuple[Tensor, Tensor]:
     steps = current.unbind(0)
     steps = steps * how.steps if len(steps) == 1 else steps
     states = lif(steps, state, tau=how.tau, v_threshold=how.v_threshold, reset=reset, surrogate=how.surrogate)
@@ -67,7 +67,7 @@ def single_steps(current: Tensor, state: LIFState | None, how: Constants, reset:
     list(itertools.product(KINDS, ("hard", "soft"), (False, True), (False, True))),
 )
 def test_lif_is_that_of_single_steps_to_the_bit(name: str, reset: str, held: bool, resting: bool) -> None:
-    how = Constants(T, 0.6, 0.75, reset == "hard", make_surrogate(name))
+    how = LIFConstants(T, 0.6, 0.75, reset == "hard", make_surrogate(name))
     outputs, gradients = [], []
     for kernels in (False, True):
         given = {"current": drawn(1 if held else T, B, C, H, W, seed=0, order="channels-last").add_(0.5)}
@@ -97,7 +97,7 @@ def test_a_detached_reset_and_a_loss_of_one_output(
         given = [drawn(T, B, C, seed=0), drawn(B, C, seed=1).requires_grad_()]
         given[0].requires_grad_()
         state = None if resting else (given[1], (drawn(B, C, seed=2) > 0).float())
-        how = Constants(T, 0.5, 1.0, hard, make_surrogate("triangle"), detach_reset=True)
+        how = LIFConstants(T, 0.5, 1.0, hard, make_surrogate("triangle"), detach_reset=True)
         if kernels:
             found = triton_lif.triton_lif(given[0], state, how)
         else:
@@ -112,7 +112,7 @@ def test_a_detached_reset_and_a_loss_of_one_output(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_half_precision_rounds_where_torch_does(dtype: torch.dtype, reset: str) -> None:
-    how = Constants(T, 0.6, 0.75, reset == "hard", make_surrogate("triangle"))
+    how = LIFConstants(T, 0.6, 0.75, reset == "hard", make_surrogate("triangle"))
     outputs, gradients = [], []
     for kernels in (False, True):
         current = drawn(T, B, C, H, W, seed=0, dtype=dtype).requires_grad_()
@@ -127,7 +127,7 @@ def test_half_precision_rounds_where_torch_does(dtype: torch.dtype, reset: str) 
     close(gradients[1], gradients[0], rtol=4 * torch.finfo(dtype).eps)
 
 
-def moments_of(u: Tensor, spikes: Tensor, how: Constants) -> list[Tensor]:
+def moments_of(u: Tensor, spikes: Tensor, how: LIFConstants) -> list[Tensor]:
     """Plainly, and with autograd's own gradient."""
     u, spikes = u.transpose(1, 2).flatten(2), spikes.detach().transpose(1, 2).flatten(2)
     removed = u.detach() * spikes if how.hard else how.v_threshold * spikes
@@ -135,7 +135,7 @@ def moments_of(u: Tensor, spikes: Tensor, how: Constants) -> list[Tensor]:
 
 
 def run_norm(
-    kernels: bool, x: Tensor, norm: TdBN | None, how: Constants, keep: torch.dtype | None
+    kernels: bool, x: Tensor, norm: TdBN | None, how: LIFConstants, keep: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """Spikes, moments, and what a loss of all of them sends to x and the parameters; plainly in float64."""
     x = x.clone().requires_grad_()
@@ -170,7 +170,7 @@ def trained(training: bool, channels: int = C) -> TdBN:
 
 @pytest.mark.parametrize(("order", "held", "mode", "hard", "keep"), CASES)
 def test_tdbn_and_moments(order: str, held: bool, mode: str, hard: bool, keep: torch.dtype | None) -> None:
-    how = Constants(T, 0.5, 0.75, hard, make_surrogate("triangle"))
+    how = LIFConstants(T, 0.5, 0.75, hard, make_surrogate("triangle"))
     x = drawn(1 if held else T, *SHAPES[order], seed=0, order=order) * 1.5 + 0.3
     norms = [None if mode == "none" else trained(mode == "train") for _ in range(2)]
     plain, fused = (run_norm(kernels, x, norms[kernels], how, keep) for kernels in (False, True))
@@ -188,7 +188,7 @@ def test_tdbn_and_moments(order: str, held: bool, mode: str, hard: bool, keep: t
 
 @pytest.mark.parametrize("keep", [torch.bfloat16, torch.float16])
 def test_potentials_kept_in_half_precision(keep: torch.dtype) -> None:
-    how = Constants(T, 0.5, 0.75, True, make_surrogate("triangle"))
+    how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("triangle"))
     x = drawn(T, B, C, H, W, seed=0)
     exact, rounded = (run_norm(True, x, trained(True), how, kept) for kept in (torch.float32, keep))
     assert torch.equal(exact[0], rounded[0])
@@ -199,7 +199,7 @@ def test_potentials_kept_in_half_precision(keep: torch.dtype) -> None:
 @pytest.mark.parametrize("keep", [torch.bfloat16, torch.float16])
 def test_a_rounded_potential_stays_on_its_side_of_the_threshold(keep: torch.dtype) -> None:
     """The gradient of what fired and was reset is not that of what did not, though 2^-25 lies between the two."""
-    how = Constants(2, 0.5, 0.375, True, make_surrogate("rectangular"))
+    how = LIFConstants(2, 0.5, 0.375, True, make_surrogate("rectangular"))
     below = torch.nextafter(torch.tensor(0.375), torch.tensor(0.0)).item()
     gradients = []
     for kept in (torch.float32, keep):
@@ -212,7 +212,7 @@ def test_a_rounded_potential_stays_on_its_side_of_the_threshold(keep: torch.dtyp
 
 
 def test_bfloat16_input_of_tdbn_has_a_float32_membrane() -> None:
-    how = Constants(T, 0.5, 0.75, True, make_surrogate("sigmoid"))
+    how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("sigmoid"))
     x = drawn(T, B, C, H, W, seed=0, order="channels-last", dtype=torch.bfloat16)
     plain, fused = (run_norm(kernels, x, trained(True), how, None) for kernels in (False, True))
     assert fused[0].dtype == torch.bfloat16
@@ -226,7 +226,7 @@ def test_bfloat16_input_of_tdbn_has_a_float32_membrane() -> None:
 @pytest.mark.parametrize("shape", [(B, 20, 3, 2), (B, 20, 5, 4)])
 @pytest.mark.parametrize("order", ["contiguous", "channels-last"])
 def test_more_channels_than_a_program_takes(shape: tuple[int, ...], order: str) -> None:
-    how = Constants(T, 0.5, 0.75, True, make_surrogate("triangle"))
+    how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("triangle"))
     x = drawn(T, *shape, seed=0, order=order)
     plain, fused = (run_norm(kernels, x, trained(True, 20), how, None) for kernels in (False, True))
     assert torch.equal(plain[0], fused[0])
@@ -235,7 +235,7 @@ def test_more_channels_than_a_program_takes(shape: tuple[int, ...], order: str) 
 
 
 def test_memory_with_gaps_and_gradients_in_another_order() -> None:
-    how = Constants(T, 0.5, 0.75, True, make_surrogate("triangle"))
+    how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("triangle"))
     x = drawn(T, B, C, H, 2 * W, seed=0)[..., ::2]
     plain, fused = (run_norm(kernels, x, trained(True), how, None) for kernels in (False, True))
     assert torch.equal(plain[0], fused[0])
@@ -248,7 +248,7 @@ def test_memory_with_gaps_and_gradients_in_another_order() -> None:
 
 
 def test_parameters_that_need_no_gradient_and_statistics_that_stay() -> None:
-    how = Constants(T, 0.5, 0.75, True, make_surrogate("triangle"))
+    how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("triangle"))
     x, norm = drawn(T, B, C, H, W, seed=0), trained(False).requires_grad_(False)
     before = norm.running_mean.clone()
     for training in (False, True):
@@ -263,7 +263,7 @@ def test_parameters_that_need_no_gradient_and_statistics_that_stay() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     current = drawn(T, B, C, seed=0).requires_grad_()
-    _, spikes = triton_lif.triton_lif(current, None, Constants(T, 0.5, 1.0, True, make_surrogate("sigmoid")))
+    _, spikes = triton_lif.triton_lif(current, None, LIFConstants(T, 0.5, 1.0, True, make_surrogate("sigmoid")))
     weights = drawn(T, B, C, seed=1).requires_grad_()
     (gradient,) = torch.autograd.grad((weights * spikes).sum(), current, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

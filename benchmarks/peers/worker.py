@@ -93,10 +93,10 @@ class Ours:
         learner.optimizer.zero_grad()
 
     def attack(self, x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
-        from mpdsgr_deploy.defences.adversarial import AdversarialTraining, Settings
+        from mpdsgr_deploy.defences.adversarial import AdversarialSettings, AdversarialTraining
 
         learner = self.learner(precision)
-        attack = AdversarialTraining(Settings(eps=EPS, step=ALPHA, steps=STEPS))
+        attack = AdversarialTraining(AdversarialSettings(eps=EPS, step=ALPHA, steps=STEPS))
         with learner.fabric.autocast():
             attack.examples(learner.model, x, y, torch.Generator())
 

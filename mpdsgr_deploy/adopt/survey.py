@@ -22,7 +22,7 @@ STANDS_FOR = {
 }
 
 
-class Finding(NamedTuple):
+class NodeFinding(NamedTuple):
     """One node between images and logits: its name, its operator, and what an attack makes of it."""
 
     node: str
@@ -37,7 +37,7 @@ class Survey(NamedTuple):
     spikes: nodes that make spikes. layers: time steps of each layer of neurons. resets: spikes that reset a membrane.
     """
 
-    findings: list[Finding]
+    findings: list[NodeFinding]
     spikes: int
     layers: dict[str, int]
     resets: int
@@ -87,21 +87,21 @@ def _needed(network: onnx.ModelProto) -> set[str]:
     return needed
 
 
-def _finding(node: onnx.NodeProto, jump: Jump | None, refused: str) -> Finding:
+def _finding(node: onnx.NodeProto, jump: Jump | None, refused: str) -> NodeFinding:
     name = node.name or node.output[0]
     if f"node {name} ({node.op_type})" in refused or (jump is None and node.op_type not in RULES):
         why = refused if name in refused else "is an operator without a rule for its gradient"
-        return Finding(name, node.op_type, "unsupported", why)
+        return NodeFinding(name, node.op_type, "unsupported", why)
     if jump is not None:
-        return Finding(name, node.op_type, "approximate", STANDS_FOR[jump.size])
+        return NodeFinding(name, node.op_type, "approximate", STANDS_FOR[jump.size])
     if node.op_type in ROUNDED:
-        return Finding(name, node.op_type, "approximate", "rounding, taken for the identity")
-    return Finding(name, node.op_type, "faithful", "")
+        return NodeFinding(name, node.op_type, "approximate", "rounding, taken for the identity")
+    return NodeFinding(name, node.op_type, "faithful", "")
 
 
-def _unsupported(refused: str, network: onnx.ModelProto) -> Finding:
+def _unsupported(refused: str, network: onnx.ModelProto) -> NodeFinding:
     """The node that a refusal names."""
     for node in network.graph.node:
         if f"node {node.name or node.output[0]} ({node.op_type})" in refused:
-            return Finding(node.name or node.output[0], node.op_type, "unsupported", refused)
-    return Finding(network.graph.name, "", "unsupported", refused)
+            return NodeFinding(node.name or node.output[0], node.op_type, "unsupported", refused)
+    return NodeFinding(network.graph.name, "", "unsupported", refused)

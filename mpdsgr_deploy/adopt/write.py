@@ -35,7 +35,7 @@ DETACHED_ATTACK = "strong-pgd-detached"
 Origin = Literal["adopted", "module"]
 
 
-class Part(NamedTuple):
+class AdoptedVariant(NamedTuple):
     """A precision: the user's file, the classifier made of it, and its logits [N, K] of the images."""
 
     file: Path
@@ -125,7 +125,7 @@ def _recipe(base: Recipe, model: Path, surrogate: str, seen: Survey) -> Recipe:
     )
 
 
-def _placed(file: Path, classifier: Classifier, target: Path, images: Images, recipe: Recipe) -> Part:
+def _placed(file: Path, classifier: Classifier, target: Path, images: Images, recipe: Recipe) -> AdoptedVariant:
     """Put a network into the bundle and let it answer. Raises InputError where answers depend on the batch."""
     if classifier.unchanged:
         target.write_bytes(file.read_bytes())
@@ -148,7 +148,7 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
         logits = predict(network, images.unit(), recipe.validation.batch_size, f"{target.stem}, clean")
     if logits.shape != (len(images), classifier.classes) or not np.isfinite(logits).all():
         raise EvaluationError(f"{file} does not answer with {classifier.classes} finite logits an image")
-    return Part(file, classifier, logits)
+    return AdoptedVariant(file, classifier, logits)
 
 
 def _same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:
@@ -185,7 +185,7 @@ def _warn_of_chance(logits: NDArray[np.float32], images: Images) -> None:
         )
 
 
-def _variant(name: str, part: Part, images: Images, recipe: Recipe, folder: Path) -> Variant:
+def _variant(name: str, part: AdoptedVariant, images: Images, recipe: Recipe, folder: Path) -> Variant:
     """Write a precision's attack graph, and say how accurate it is."""
     network, attack = folder / f"model.{name}.onnx", f"attack.{name}.onnx"
     (folder / attack).write_bytes(derived(network, trained_surrogate(recipe)))
@@ -195,7 +195,9 @@ def _variant(name: str, part: Part, images: Images, recipe: Recipe, folder: Path
     return Variant(file=network.name, attack=attack, layers=layers, accuracy=accuracy)
 
 
-def _save_golden(folder: Path, parts: Mapping[str, Part], images: Images | None, exact: NDArray[np.bool_]) -> None:
+def _save_golden(
+    folder: Path, parts: Mapping[str, AdoptedVariant], images: Images | None, exact: NDArray[np.bool_]
+) -> None:
     """A few inputs, or noise where no image may be carried, with each precision's logits."""
     if images is not None:
         logits = {name: part.logits for name, part in parts.items()}
@@ -213,7 +215,7 @@ def _save_golden(folder: Path, parts: Mapping[str, Part], images: Images | None,
 
 
 def _provenance(
-    parts: Mapping[str, Part], preprocessing: Preprocessing | None, seen: Survey, origin: Origin
+    parts: Mapping[str, AdoptedVariant], preprocessing: Preprocessing | None, seen: Survey, origin: Origin
 ) -> dict[str, Any]:
     main = parts["fp32"]
     how = "byte for byte" if main.classifier.unchanged else "with what stands in front of its nodes"

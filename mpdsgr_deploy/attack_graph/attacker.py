@@ -14,7 +14,7 @@ from mpdsgr_deploy.onnx_files import CLASSES, GRADIENT, LOSS, MEAN, NEW, WIDTH, 
 from mpdsgr_deploy.protocols import Gradient, State
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
-from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 
 Loss = Literal["ce", "dlr"]
@@ -44,9 +44,9 @@ class GraphAttacker:
         seed: int = 0,
         draws: int = 1,
         provider: str = CPU,
-        settings: Settings | None = None,
+        settings: RuntimeSettings | None = None,
     ) -> None:
-        settings = Settings() if settings is None else settings
+        settings = RuntimeSettings() if settings is None else settings
         graph = attack_graph(read_network(model), surrogate)
         self._session = Session(graph, provider, source=f"the attack graph of {model}", threads=settings.threads)
         (self._input, shape), *others = self._session.inputs.items()
@@ -76,7 +76,7 @@ class GraphAttacker:
         draws: int | None = None,
         seed: int | None = None,
         provider: str = CPU,
-        settings: Settings | None = None,
+        settings: RuntimeSettings | None = None,
     ) -> Self:
         """The attacker of one precision; None: the surrogate of training, the recipe's draws and seed."""
         recipe = bundle.manifest.recipe

@@ -28,7 +28,7 @@ FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorPr
 MULTIPLE = {"Floor", "Round", "Ceil"}
 
 
-class Comparison(NamedTuple):
+class Inequality(NamedTuple):
     """[above >= below] or [above > below], where None is 0. passes: one of them is a spike itself, or noise."""
 
     above: str | None
@@ -44,7 +44,7 @@ class Jump(NamedTuple):
     """
 
     node: onnx.NodeProto
-    compared: Comparison
+    compared: Inequality
     size: Literal["one", "two", "constants", "branches"]
 
 
@@ -70,9 +70,9 @@ class _Finder:
 
     def __init__(self, tape: Tape) -> None:
         self.tape, self.smooth, self.jumps = tape, {tape.source}, list[Jump]()
-        self.decided: dict[str, Comparison | None] = {}
+        self.decided: dict[str, Inequality | None] = {}
         self.binary: set[str] = set()  # smooth values that are 0 or 1: spikes
-        self.signs: dict[str, Comparison] = {}  # smooth values that are -1, 0 or 1
+        self.signs: dict[str, Inequality] = {}  # smooth values that are -1, 0 or 1
         self.noise = {entry.name for entry in tape.network.graph.input[1:]}
 
     def read(self, node: onnx.NodeProto) -> None:
@@ -86,7 +86,7 @@ class _Finder:
         elif node.op_type in COMPARISONS:
             self.decided[node.output[0]] = self._compare(node)
         elif node.op_type == "Not" and (inner := self.decided.get(inputs[0])) is not None:
-            self.decided[node.output[0]] = Comparison(inner.below, inner.above, inner.passes)
+            self.decided[node.output[0]] = Inequality(inner.below, inner.above, inner.passes)
         elif node.op_type == "Identity" and inputs[0] in self.decided:
             self.decided[node.output[0]] = self.decided[inputs[0]]
         elif node.op_type == "Cast":
@@ -94,7 +94,7 @@ class _Finder:
         elif node.op_type == "Where" and inputs[0] in self.decided:
             self._where(node)
         elif node.op_type == "Sign":
-            self.signs[node.output[0]] = Comparison(inputs[0], None)
+            self.signs[node.output[0]] = Inequality(inputs[0], None)
             self._jump(node, self.signs[node.output[0]], "two")
         elif node.op_type == "Relu" and inputs[0] in self.signs:
             self._jump(node, self.signs[inputs[0]], "one")
@@ -102,16 +102,16 @@ class _Finder:
         else:
             self._other(node, inputs, reached)
 
-    def _compare(self, node: onnx.NodeProto) -> Comparison | None:
+    def _compare(self, node: onnx.NodeProto) -> Inequality | None:
         above, below = node.input if node.op_type.startswith("Greater") else reversed(node.input)
         if above in self.decided or below in self.decided:
             return None
         if below in self.noise or above in self.noise:  # an encoding draws spikes of mean x by x >= noise
-            return Comparison(above, below, passes=True) if below in self.noise else None
+            return Inequality(above, below, passes=True) if below in self.noise else None
         between = self.tape.scalar(below)
         if above in self.binary and between is not None and 0 <= between <= 1:
-            return Comparison(above, below, passes=True)
-        return Comparison(above, below)
+            return Inequality(above, below, passes=True)
+        return Inequality(above, below)
 
     def _cast(self, node: onnx.NodeProto) -> None:
         value, output = node.input[0], node.output[0]
@@ -124,7 +124,7 @@ class _Finder:
                 self._jump(node, compared, "one")
                 self.binary.add(output)
         elif to == TensorProto.BOOL:
-            self.decided[output] = Comparison(value, None, passes=True) if value in self.binary else None
+            self.decided[output] = Inequality(value, None, passes=True) if value in self.binary else None
         elif to in FLOATS or value in self.binary:
             self._keep(node)
         else:
@@ -144,7 +144,7 @@ class _Finder:
             if {self.tape.scalar(yes), self.tape.scalar(no)} == {0.0, 1.0}:
                 self.binary.add(node.output[0])
 
-    def _continuous(self, compared: Comparison, yes: str, no: str) -> bool:
+    def _continuous(self, compared: Inequality, yes: str, no: str) -> bool:
         """Whether both branches agree where the comparison changes: Relu and clipping, written with Where."""
         for value, other in ((compared.above, compared.below), (compared.below, compared.above)):
             threshold = 0.0 if other is None else self.tape.scalar(other)
@@ -179,7 +179,7 @@ class _Finder:
             if node.input[0] in self.signs:
                 self.signs |= dict.fromkeys(node.output, self.signs[node.input[0]])
 
-    def _jump(self, node: onnx.NodeProto, compared: Comparison, size: Literal["one", "two", "constants"]) -> None:
+    def _jump(self, node: onnx.NodeProto, compared: Inequality, size: Literal["one", "two", "constants"]) -> None:
         self.jumps.append(Jump(node, compared, size))
         self.smooth.add(node.output[0])
 

@@ -14,7 +14,7 @@ MEMBRANE = {
 }
 
 
-class Step(NamedTuple):
+class LayerStep(NamedTuple):
     """A time step of a layer: the jumps at one potential. A library may compare it twice, to fire and to reset."""
 
     jumps: list[Jump]
@@ -25,7 +25,7 @@ class Layers(NamedTuple):
     spike, the spike), for the edges through which a spike reaches a later potential of its own layer.
     """
 
-    steps: dict[str, list[Step]]
+    steps: dict[str, list[LayerStep]]
     resets: set[tuple[str, str]]
 
 
@@ -40,30 +40,30 @@ def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
     walk = _Walk(tape, spikes)
     if named:
         return Layers(_by_name(named), walk.resets)
-    steps: dict[int, Step] = {}  # by the first jump at a potential
+    steps: dict[int, LayerStep] = {}  # by the first jump at a potential
     first: dict[tuple[str | None, str | None], int] = {}
     for number, jump in enumerate(spikes):
         twin = first.setdefault(jump.compared[:2], number)
-        steps.setdefault(twin, Step([])).jumps.append(jump)
+        steps.setdefault(twin, LayerStep([])).jumps.append(jump)
     places: dict[int, tuple[int, int]] = {}  # layer and time step
     for number in steps:
         earlier = walk.previous[number]
         previous = None if earlier is None else first[spikes[earlier].compared[:2]]
         places[number] = (number, 0) if previous is None else (places[previous][0], places[previous][1] + 1)
-    layers: dict[int, list[Step]] = {}
+    layers: dict[int, list[LayerStep]] = {}
     for number, (layer, _) in places.items():
         layers.setdefault(layer, []).append(steps[number])
     return Layers({f"neurons{n}": of_layer for n, of_layer in enumerate(layers.values())}, walk.resets)
 
 
-def _by_name(spikes: Sequence[Jump]) -> dict[str, list[Step]]:
-    layers: dict[str, list[Step]] = {}
+def _by_name(spikes: Sequence[Jump]) -> dict[str, list[LayerStep]]:
+    layers: dict[str, list[LayerStep]] = {}
     for jump in spikes:
         layer, _, step = jump.node.output[0].removeprefix(SPIKES).rpartition("/")
         steps = layers.setdefault(layer, [])
         if step != str(len(steps)):
             raise refuse(jump.node, f"comes where step {len(steps)} of layer {layer} is expected")
-        steps.append(Step([jump]))
+        steps.append(LayerStep([jump]))
     return layers
 
 

@@ -7,7 +7,7 @@ from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes
 from mpdsgr_deploy.attack_graph.jumps import Jump
-from mpdsgr_deploy.attack_graph.layers import Layers, Step
+from mpdsgr_deploy.attack_graph.layers import Layers, LayerStep
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, RATE, STRAIGHT, Nodes, surrogate_nodes
 
@@ -39,7 +39,7 @@ class Neurons:
         if detached:
             tape.unpaid |= layers.resets
 
-    def _adapt(self, layer: str, steps: Sequence[Step]) -> None:
+    def _adapt(self, layer: str, steps: Sequence[LayerStep]) -> None:
         shape = self._tape.shape(steps[0].jumps[0].node.output[0])
         if not shape or shape[0] != self._tape.shape(self._tape.source)[0]:
             return
@@ -119,7 +119,7 @@ class Neurons:
         if t == 0 and layer in self._waiting:
             self._rate(self._layers[layer], self._waiting.pop(layer))
 
-    def _rate(self, steps: Sequence[Step], waiting: list[str]) -> None:
+    def _rate(self, steps: Sequence[LayerStep], waiting: list[str]) -> None:
         """mean_t(cotangent of spikes) [0 < mean current < V_th] / V_th to the current of every step alike.
 
         As if the neuron were the static activation clip(mean current / V_th, 0, 1); nothing passes through membrane,
@@ -146,7 +146,7 @@ class Neurons:
             total = self._tape.emit("Add", total, value)
         return total if count == 1 else self._tape.emit("Mul", total, self._tape.constant(1 / count))
 
-    def _potential(self, step: Step) -> tuple[str, str]:
+    def _potential(self, step: LayerStep) -> tuple[str, str]:
         """A step's potential and constant threshold."""
         jump = step.jumps[0]
         above, below, _ = jump.compared
@@ -154,7 +154,7 @@ class Neurons:
             raise refuse(jump.node, "compares otherwise than exported networks do; leave rate out")
         return above, below
 
-    def _current(self, potential: tuple[str, str], step: Step) -> str:
+    def _current(self, potential: tuple[str, str], step: LayerStep) -> str:
         """The summand of a potential that is not what was left of the last one."""
         made = self._tape.makers.get(potential[0])
         if made is None or made.op_type != "Add":

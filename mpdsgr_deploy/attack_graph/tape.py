@@ -8,7 +8,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mpdsgr_deploy.attack_graph.values import Constants, ValueType, value_types
+from mpdsgr_deploy.attack_graph.values import ConstantValues, ValueType, value_types
 from mpdsgr_deploy.errors import InputError
 
 PREFIX = "backward/"  # of everything that is added
@@ -40,7 +40,7 @@ class Tape:
             (entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")), default=0
         )
         self._types = value_types(network)
-        self._constant_values = Constants(network)
+        self._constant_values = ConstantValues(network)
         self.smooth: set[str] = set()  # values with a cotangent, set by `find_jumps`
         self.unpaid: set[tuple[str, str]] = set()  # (a node's first output, its input): gradients that do not count
         self.node: onnx.NodeProto | None = None  # the one that is being differentiated

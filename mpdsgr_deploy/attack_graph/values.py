@@ -20,7 +20,7 @@ class ValueType(NamedTuple):
     dtype: int
 
 
-class Constants:
+class ConstantValues:
     """The constant values of a network: initializers, and what nodes compute from constants alone."""
 
     def __init__(self, network: onnx.ModelProto) -> None:

@@ -22,7 +22,7 @@ from mpdsgr_deploy.attacks.condition import (
     Network,
     Source,
 )
-from mpdsgr_deploy.attacks.tiers import Entry, resolved
+from mpdsgr_deploy.attacks.tiers import TierEntry, resolved
 from mpdsgr_deploy.recipe import Attack
 
 __all__ = ["CLEAN", "PGD", "SQUARE", "STRONG", "TRANSFER", "WORST", "Source", "Suite"]
@@ -40,7 +40,7 @@ class Suite:
     def of(
         cls,
         source: Source,
-        entries: Sequence[Entry],
+        entries: Sequence[TierEntry],
         attack: Attack,
         *,
         seed: int,

@@ -34,7 +34,7 @@ EACH = "each"  # one condition for every surrogate that the recipe names
 
 
 @dataclass(frozen=True)
-class Entry:
+class TierEntry:
     """One line of a tier: a registered condition, its name and what differs from the recipe.
 
     name: `{surrogate}` in it stands for the surrogate. surrogate: by name, or TRAINED, or EACH; window: how many times
@@ -59,9 +59,9 @@ class Entry:
 
 def entry(
     method: str, name: str, surrogate: str = TRAINED, *, window: float = 1.0, once: bool = False, **values: Any
-) -> Entry:
+) -> TierEntry:
     """An Entry, whose condition has these `values`."""
-    return Entry(method, name, surrogate, window, once, MappingProxyType(values))
+    return TierEntry(method, name, surrogate, window, once, MappingProxyType(values))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Tier:
     images: int | None
     probe: int
     max_drop: float
-    entries: tuple[Entry, ...]
+    entries: tuple[TierEntry, ...]
 
 
 THROUGH = "strong {surrogate}"
@@ -159,14 +159,14 @@ BY_STRENGTH = (
 )
 
 
-def recipe_entries(attack: Attack) -> tuple[Entry, ...]:
+def recipe_entries(attack: Attack) -> tuple[TierEntry, ...]:
     """What a recipe asks for, as tables of trained networks have it."""
     l2 = () if attack.l2 is None else (entry("cw-l2", CW),)
     return (*BASIC, entry("strong-pgd", STRONG, rank=3), entry("strong-pgd", THROUGH, EACH), *l2)
 
 
 def resolved(
-    entries: Sequence[Entry],
+    entries: Sequence[TierEntry],
     attack: Attack,
     trained: str,
     *,

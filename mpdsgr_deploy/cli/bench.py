@@ -13,7 +13,7 @@ from mpdsgr_deploy.cli.bench_bundle import bench_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.serving.load import Load, Measurement, measure
+from mpdsgr_deploy.serving.load import Load, LoadMeasurement, measure
 from mpdsgr_deploy.serving.load.outcome import COLUMNS, LEGEND
 
 CONCURRENCY = "1,8,32"
@@ -105,7 +105,7 @@ def command(
             for value in _numbers("--concurrency", concurrency or CONCURRENCY, 1, 4096, whole=True)
         ]
     )
-    found, interrupted = Measurement(), False
+    found, interrupted = LoadMeasurement(), False
     given = None if images is None else _read(images)
     key = None if api_key_file is None else _key(api_key_file)
     try:
@@ -118,7 +118,7 @@ def command(
         sys.exit(130)
 
 
-def _show(found: Measurement, url: str, batch: int, as_json: bool) -> None:
+def _show(found: LoadMeasurement, url: str, batch: int, as_json: bool) -> None:
     model, outcomes = found.model, found.outcomes
     warnings = [warning for outcome in outcomes for warning in outcome.warnings]
     tensors = None if model is None else "binary" if model.binary else "json"

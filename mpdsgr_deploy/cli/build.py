@@ -11,11 +11,11 @@ from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_optio
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.tensorrt import Batch, prepare
+from mpdsgr_deploy.runtime.tensorrt import BatchSizes, prepare
 from mpdsgr_deploy.runtime.tuning import OPENERS, tune
 
 # bundle, precision and the batches wanted (None: the builder's own choice) to what was added to the bundle
-Builder = Callable[[Bundle, str, Batch | None], tuple[Bundle, Prepared]]
+Builder = Callable[[Bundle, str, BatchSizes | None], tuple[Bundle, Prepared]]
 BUILDERS: dict[str, Builder] = {
     "tensorrt": partial(prepare, "tensorrt"),
     "tensorrt-rtx": partial(prepare, "tensorrt-rtx"),
@@ -59,7 +59,7 @@ def command(bundle: str, backend: str, precision: str | None, batch: str | None,
     click.echo(f"next: mpdsgr validate {opened.path}@{chosen} --backend {backend} --report {report}")
 
 
-def parse_batch(text: str) -> Batch:
+def parse_batch(text: str) -> BatchSizes:
     """MIN,OPT,MAX as three numbers. Raises InputError for anything else."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):

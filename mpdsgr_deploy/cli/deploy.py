@@ -113,7 +113,7 @@ def kserve(
       mpdsgr deploy kserve bundles/digits --runtime mpdsgr --image mpdsgr-serve:cpu --out kserve \\
         --storage-uri pvc://bundles/robust --replicas 2,8
     """
-    chosen = kserve_files.Replica(replicas=_span(replicas), **replica)
+    chosen = kserve_files.ReplicaSpec(replicas=_span(replicas), **replica)
     written = kserve_files.write_resources(choose_models(models), out, storage_uri, runtime, chosen)
     if as_json:
         print_json({"directory": str(out), "files": written, "next": f"kubectl apply -f {out}"})

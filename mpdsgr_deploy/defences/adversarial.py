@@ -15,7 +15,7 @@ from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.schema import Count, Positive, Section, UnitInterval
 
 
-class Settings(Section):
+class AdversarialSettings(Section):
     """PGD with a random start in the L-infinity ball of radius eps, pixels in [0, 1]."""
 
     eps: UnitInterval = 2 / 255
@@ -23,8 +23,8 @@ class Settings(Section):
     step: Positive = 1 / 255
 
 
-@register("at", Settings)
-class AdversarialTraining(Defence[Settings]):
+@register("at", AdversarialSettings)
+class AdversarialTraining(Defence[AdversarialSettings]):
     """Trains on PGD examples, made for the model in eval mode.
 
     Eval mode: the examples are made for the network that will be deployed, and tdBN's statistics see no attack step.

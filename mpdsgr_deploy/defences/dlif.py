@@ -18,7 +18,7 @@ from mpdsgr_deploy.schema import NonNegative, Section, UnitInterval
 from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise, Trace
 
 
-class Settings(Section):
+class DynamicLIFSettings(Section):
     """The weight rho of the loss, which needs images under attack ([defence.at]), and its leak tau_y."""
 
     rho: NonNegative = 1.0
@@ -43,8 +43,8 @@ class DynamicLIF(DerivedLIF):
         return super().forward(gain * current, state, noise)
 
 
-@register("dlif", Settings)
-class DynamicNeurons(Defence[Settings]):
+@register("dlif", DynamicLIFSettings)
+class DynamicNeurons(Defence[DynamicLIFSettings]):
     """Learned input gains, and the loss where an attack perturbs the images: one pass more, without a graph."""
 
     time_invariant = False

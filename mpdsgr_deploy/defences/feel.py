@@ -15,7 +15,7 @@ from mpdsgr_deploy.schema import NonNegative, Section
 from mpdsgr_deploy.snn import LIF, DerivedLIF
 
 
-class Settings(Section):
+class FEELSettings(Section):
     """What every leak starts at, whatever neuron.tau; 1 is the authors'."""
 
     init: NonNegative = 1.0
@@ -41,8 +41,8 @@ class LeakyLIF(DerivedLIF):
         return self.leaks
 
 
-@register("feel", Settings)
-class FEEL(Defence[Settings]):
+@register("feel", FEELSettings)
+class FEEL(Defence[FEELSettings]):
     """Learned leaks, on images encoded by frequency."""
 
     time_invariant = False

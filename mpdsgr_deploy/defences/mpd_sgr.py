@@ -19,7 +19,7 @@ from mpdsgr_deploy.snn.expectation import interval_mass
 Share = Annotated[Number, Field(gt=0, lt=1)]
 
 
-class Settings(Section):
+class MPDSGRSettings(Section):
     """Estimator of the potentials' moments, measure of them (see `mpdsgr_deploy.mpd`), and the weight eta.
 
     window: what the overlap is with, the surrogate's as in the paper, or the reach of the training attack: how far it
@@ -37,7 +37,7 @@ class Settings(Section):
     reference: str | None = None  # directory of a run trained without the regulariser
 
     @model_validator(mode="after")
-    def _one_budget(self) -> "Settings":
+    def _one_budget(self) -> "MPDSGRSettings":
         if (self.max_drop is None) != (self.reference is None):
             raise ValueError("max_drop and reference belong together; give both or neither")
         if self.target_omega is not None and self.max_drop is not None:
@@ -47,7 +47,7 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _reach_is_a_window(self) -> "Settings":
+    def _reach_is_a_window(self) -> "MPDSGRSettings":
         if self.window == "reach" and self.measure != "overlap":
             raise ValueError("window 'reach' is a window of the overlap; leave out measure")
         return self
@@ -61,11 +61,11 @@ class Met(NamedTuple):
     potentials: list[Tensor]
 
 
-@register("mpd-sgr", Settings)
-class MPDSGR(Defence[Settings]):
+@register("mpd-sgr", MPDSGRSettings)
+class MPDSGR(Defence[MPDSGRSettings]):
     """eta * Omega, taken on the images the step trains on."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: MPDSGRSettings) -> None:
         super().__init__(settings)
         self.eta = settings.eta
         self.reference: list[float] = []  # validation accuracy an epoch

@@ -22,7 +22,7 @@ from mpdsgr_deploy.schema import Positive, Section
 SAMPLED_FROM, SHARE = 200, 0.3  # a linear layer of so many rows or more moves only this share of them at a step
 
 
-class Settings(Section):
+class RetractionSettings(Section):
     """The step size b; the family's are 5e-4 to 1e-3."""
 
     b: Positive = 1e-3
@@ -36,8 +36,8 @@ class Projected(Protocol):
         """Do so, in place."""
 
 
-@register("rat", Settings)
-class Retraction(Defence[Settings]):
+@register("rat", RetractionSettings)
+class Retraction(Defence[RetractionSettings]):
     """Retracts the weights of all convolutions and linear layers and projects convex combinations to the simplex."""
 
     def check(self, recipe: Recipe) -> None:

@@ -13,15 +13,15 @@ from mpdsgr_deploy.defences.base import Defence, Step, Term, register
 from mpdsgr_deploy.schema import NonNegative, Positive, Section
 
 
-class Settings(Section):
+class SparseGradientSettings(Section):
     """The weight lam, and the length h of the finite difference in pixel units."""
 
     lam: NonNegative = 0.002
     h: Positive = 0.01
 
 
-@register("sr", Settings)
-class SparseGradients(Defence[Settings]):
+@register("sr", SparseGradientSettings)
+class SparseGradients(Defence[SparseGradientSettings]):
     """Two forward passes more a step: one for v, of which only the input gradient is computed, and one at x + h v.
 
     Both run in train mode, normalised by their own batch, as in the authors' code: f(x) is taken from the step's

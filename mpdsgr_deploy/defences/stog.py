@@ -19,7 +19,7 @@ LOWEST = 0.1  # p stays in [LOWEST, 1]
 EDGE = 1e-3  # the relaxation sees p in [EDGE, 1 - EDGE], where its log-odds are finite
 
 
-class Settings(Section):
+class GatingSettings(Section):
     """The temperature of the relaxed gate; the weight of the prior, and for how many epochs it acts and p learns."""
 
     temperature: Positive = 0.5
@@ -60,8 +60,8 @@ def relaxed_gate(p: Tensor, u: Tensor, temperature: float) -> Tensor:
     return torch.sigmoid((torch.logit(p, EDGE) + torch.logit(u)) / temperature)
 
 
-@register("stog", Settings)
-class StochasticGating(Defence[Settings]):
+@register("stog", GatingSettings)
+class StochasticGating(Defence[GatingSettings]):
     """Gates behind every neuron, relaxed in training and 0 or 1 at test time, and a prior that closes them.
 
     An attack's gradient passes where the gates it drew are open: the gate is a factor that does not depend on the

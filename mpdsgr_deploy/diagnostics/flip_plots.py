@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
 
-from mpdsgr_deploy.diagnostics.flips import Flips
+from mpdsgr_deploy.diagnostics.flips import SpikeFlips
 from mpdsgr_deploy.diagnostics.picture import png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 
@@ -23,14 +23,14 @@ ENTRY = 2.3  # inches that an entry of the legend takes
 SMALLEST = 0.6  # of the smallest rate drawn: where a logarithmic axis begins
 
 
-def plot_flips(variants: Sequence[Flips], out: Path) -> None:
+def plot_flips(variants: Sequence[SpikeFlips], out: Path) -> None:
     """Write flips.png and density.png. Raises InputError for a directory `out` that is not ours."""
     claim_directory(out, BY_LAYER, "set of plots of flips")
     write_atomic(out / BY_DENSITY, png(by_density(variants)))
     write_atomic(out / BY_LAYER, png(by_layer(variants)))
 
 
-def by_layer(variants: Sequence[Flips]) -> Figure:
+def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
     """Flip rate against layer, one panel a precision and one line a step; dashed: each layer's own rounding."""
     layers = variants[0].layers()
     T = len(variants[0].steps) // len(layers)
@@ -59,7 +59,7 @@ def by_layer(variants: Sequence[Flips]) -> Figure:
     return figure
 
 
-def by_density(variants: Sequence[Flips]) -> Figure:
+def by_density(variants: Sequence[SpikeFlips]) -> Figure:
     """Flips by the layers' own rounding against the density at the threshold, and against density times movement.
 
     On the right the points lie on the line where a flip is a potential that rounding carries across the threshold.

@@ -45,7 +45,7 @@ class StepFlips(NamedTuple):
     first: int
 
 
-class Flips(NamedTuple):
+class SpikeFlips(NamedTuple):
     """A variant against float32 on the same n images; logits_moved: mean |difference| of the logits."""
 
     precision: str
@@ -64,7 +64,7 @@ class Flips(NamedTuple):
         return list(dict.fromkeys(step.layer for step in self.steps))
 
 
-def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> tuple[str, list[Flips]]:
+def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> tuple[str, list[SpikeFlips]]:
     """Every other precision of a bundle against its fp32, on the first test images, and which images these are.
 
     Without `root` and without the data set where the recipe has it the golden inputs serve. Raises InputError if there
@@ -105,7 +105,7 @@ def compare_spikes(
     images: NDArray[np.float32],
     v_threshold: float,
     noise: NoiseSource | None = None,
-) -> list[Flips]:
+) -> list[SpikeFlips]:
     """Each of `variants` against `reference`, float32, on images [N, C, H, W], stochastic networks on the same noise.
 
     Raises InputError as `Recorder` does.
@@ -157,14 +157,16 @@ class _Counter:
         self.logits_moved += float(np.abs(expected.logits - recorded.logits).mean(1).sum())
         self.n += size
 
-    def flips(self, precision: str) -> Flips:
+    def flips(self, precision: str) -> SpikeFlips:
         """What was counted so far."""
         steps = []
         for step, first in zip(self.steps, self.first[:-1].tolist(), strict=True):
             layer, _, t = step.rpartition("/")
             firing_rate, density, rate, moved, fresh, fresh_moved = (self.sums[step] / self.n).tolist()
             steps.append(StepFlips(layer, int(t), firing_rate, density, rate, moved, fresh, fresh_moved, first))
-        return Flips(precision, self.n, self.labels_changed, int(self.first[-1]), self.logits_moved / self.n, steps)
+        return SpikeFlips(
+            precision, self.n, self.labels_changed, int(self.first[-1]), self.logits_moved / self.n, steps
+        )
 
 
 def _moved(expected: Steps, recorded: Steps, step: str) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mpdsgr_deploy.diagnostics.flips import Flips
+from mpdsgr_deploy.diagnostics.flips import SpikeFlips
 from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 
 
@@ -24,7 +24,7 @@ def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
     return Table(columns, rows, f"membrane statistics on {where}")
 
 
-def flip_table(flips: Flips, precisions: Mapping[str, str], where: str) -> Table:
+def flip_table(flips: SpikeFlips, precisions: Mapping[str, str], where: str) -> Table:
     """One row a layer of a variant, its steps averaged; precisions: what each layer's product is computed in."""
     rows: list[dict[str, object]] = []
     for layer in flips.layers():

@@ -27,7 +27,7 @@ class LayerFlips(BaseModel):
 
 
 class PrecisionFlips(BaseModel):
-    """A variant against float32, as `Flips` has it, by layer."""
+    """A variant against float32, as `SpikeFlips` has it, by layer."""
 
     labels_changed: int
     unflipped: int

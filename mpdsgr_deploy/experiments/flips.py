@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.diagnostics.flips import Flips, compare_spikes
+from mpdsgr_deploy.diagnostics.flips import SpikeFlips, compare_spikes
 from mpdsgr_deploy.experiments.flip_records import FOLDER, KEY, FlipRecord, LayerFlips, PrecisionFlips, by_network
 from mpdsgr_deploy.experiments.jobs import Places, runs_of
 from mpdsgr_deploy.experiments.measure import CHECKPOINT, Run, trained
@@ -100,7 +100,7 @@ def flips_of(run: Run, images: int) -> FlipRecord:
     )
 
 
-def summary(flips: Flips) -> PrecisionFlips:
+def summary(flips: SpikeFlips) -> PrecisionFlips:
     """A variant's flips with the steps of each layer averaged."""
     fields = [name for name in LayerFlips.model_fields if name != "predicted"]
     layers = {}

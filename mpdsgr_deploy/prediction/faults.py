@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mpdsgr_deploy.files import followed, write_atomic
-from mpdsgr_deploy.prediction.inputs import Batch
+from mpdsgr_deploy.prediction.inputs import InputBatch
 from mpdsgr_deploy.prediction.partial import Chunk
 
 NOT_FINITE = "the network's logits are not finite"
@@ -27,7 +27,7 @@ class Faults:
     def __init__(self, unusable: Mapping[str, str]) -> None:
         self.reasons, self.rows = dict(unusable), 0
 
-    def without(self, answers: Iterable[tuple[Batch, Chunk]]) -> Iterator[Chunk]:
+    def without(self, answers: Iterable[tuple[InputBatch, Chunk]]) -> Iterator[Chunk]:
         """The answers without the images whose logits are NaN; their files are read once more for the reason.
 
         A second pass over the same answers counts nothing twice.

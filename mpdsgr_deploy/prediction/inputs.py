@@ -26,13 +26,13 @@ Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images in a fixed order. `read` is called for one stretch after another; it may use the pool's threads."""
 
     def __len__(self) -> int: ...
     @property
     def shape(self) -> Shape: ...
-    def part(self, start: int, stop: int) -> tuple["Source", int]:
+    def part(self, start: int, stop: int) -> tuple["ImageSource", int]:
         """A source that holds these images, to be sent elsewhere, and where in it they start."""
         ...
 
@@ -56,7 +56,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def part(self, start: int, stop: int) -> tuple[Source, int]:
+    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
         return ImageFiles(self._files[start:stop], self.shape), 0
 
     def names(self, start: int, stop: int) -> list[str]:
@@ -102,7 +102,7 @@ class ArrayFile:
     def __len__(self) -> int:
         return self._count
 
-    def part(self, start: int, stop: int) -> tuple[Source, int]:
+    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
         return self, start
 
     def names(self, start: int, stop: int) -> list[str]:
@@ -160,10 +160,10 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class InputBatch:
     """Images `start` to `stop` of a source."""
 
-    source: Source
+    source: ImageSource
     start: int
     stop: int
 
@@ -174,10 +174,10 @@ class Batch:
         """What each image is called in the output."""
         return self.source.names(self.start, self.stop)
 
-    def alone(self) -> "Batch":
+    def alone(self) -> "InputBatch":
         """The same batch with no more of its source than it needs."""
         source, start = self.source.part(self.start, self.stop)
-        return Batch(source, start, start + len(self))
+        return InputBatch(source, start, start + len(self))
 
     def read(self, pool: Executor) -> Pixels:
         """The images [B, C, H, W]. Raises InputError naming the file that cannot be used."""
@@ -212,7 +212,7 @@ class Inputs:
     """
 
     def __init__(self, paths: Sequence[Path], shape: Shape, *, skip: bool = False) -> None:
-        self._sources: list[Source] = []
+        self._sources: list[ImageSource] = []
         self.unusable: dict[str, str] = {}
         for arrays, group in groupby(paths, lambda path: path.suffix.lower() in ARRAY_SUFFIXES):
             files: list[str] = []  # in one source, so that batches are full when images are given one by one
@@ -234,10 +234,10 @@ class Inputs:
     def __len__(self) -> int:
         return sum(map(len, self._sources))
 
-    def batches(self, size: int) -> list[Batch]:
+    def batches(self, size: int) -> list[InputBatch]:
         """All images in batches of `size`, fewer in the last batch of an array file or of a row of image files."""
         return [
-            Batch(source, start, min(start + size, len(source)))
+            InputBatch(source, start, min(start + size, len(source)))
             for source in self._sources
             for start in range(0, len(source), size)
         ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import writing
 from mpdsgr_deploy.locks import lock
-from mpdsgr_deploy.prediction.inputs import Batch
+from mpdsgr_deploy.prediction.inputs import InputBatch
 
 MAGIC = b"mpdsgr predictions 1\n"
 BINARY = getattr(os, "O_BINARY", 0)  # of Windows
@@ -55,7 +55,7 @@ class Partial:
             self._file.close()
             raise
 
-    def resume(self, batches: Sequence[Batch]) -> int:
+    def resume(self, batches: Sequence[InputBatch]) -> int:
         """How many of the batches are finished; what follows them in the file is cut off."""
         done, end = 0, 0
         self._file.seek(0)
@@ -77,7 +77,7 @@ class Partial:
                 self._file.flush()
         return done
 
-    def append(self, batch: Batch, logits: NDArray[np.float32]) -> None:
+    def append(self, batch: InputBatch, logits: NDArray[np.float32]) -> None:
         """Add the next batch. It outlives the process from here on."""
         data = np.ascontiguousarray(logits, "<f4").tobytes()
         self._digest = self._next(batch, data)
@@ -85,7 +85,7 @@ class Partial:
             self._file.write(data + self._digest)
             self._file.flush()
 
-    def chunks(self, batches: Sequence[Batch]) -> Iterator[Chunk]:
+    def chunks(self, batches: Sequence[InputBatch]) -> Iterator[Chunk]:
         """The finished batches, all of them, read back one by one."""
         self._file.seek(len(self._head))
         for batch in batches:
@@ -97,7 +97,7 @@ class Partial:
         """The output is in its place: the file goes at the end of the block."""
         self._finished = True
 
-    def _next(self, batch: Batch, data: bytes) -> bytes:
+    def _next(self, batch: InputBatch, data: bytes) -> bytes:
         return hashlib.sha256(self._digest + os.fsencode(batch.stamp()) + data).digest()
 
     def __enter__(self) -> Self:

@@ -27,7 +27,7 @@ from mpdsgr_deploy.files import claim_directory, write_atomic, writing
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.faults import Faults
-from mpdsgr_deploy.prediction.inputs import Batch
+from mpdsgr_deploy.prediction.inputs import InputBatch
 from mpdsgr_deploy.prediction.stream import Job
 from mpdsgr_deploy.prediction.workers import Halving, Worker
 from mpdsgr_deploy.prediction.writers import find_writer
@@ -77,7 +77,7 @@ def part_file(out: Path, number: int) -> Path:
     return out / f"part-{number:05}.parquet"
 
 
-def _claim_job(job: Job, out: Path, batches: Sequence[Batch]) -> None:
+def _claim_job(job: Job, out: Path, batches: Sequence[InputBatch]) -> None:
     """Write _job.json, or raise InputError if `out` holds parts of another job."""
     inputs = hashlib.sha256()
     for batch in batches:
@@ -91,7 +91,7 @@ def _claim_job(job: Job, out: Path, batches: Sequence[Batch]) -> None:
     write_atomic(out / JOB, json.dumps(described).encode())
 
 
-def _run(job: Job, out: Path, parts: dict[int, Sequence[Batch]], resources: Resources) -> None:
+def _run(job: Job, out: Path, parts: dict[int, Sequence[InputBatch]], resources: Resources) -> None:
     """Compute parts on the cluster."""
     ray, data = need("ray", "ray"), need("ray.data", "ray")
     logging.getLogger("ray").setLevel(logging.ERROR)  # its plans and pools are no news to the user
@@ -157,7 +157,7 @@ class _Actor:
         except MpdsgrError as error:
             return {"images": [0], "error": [one_line(error)]}
 
-    def _write(self, number: int, batches: Sequence[Batch]) -> int:
+    def _write(self, number: int, batches: Sequence[InputBatch]) -> int:
         job = self._job
         if self._answer is None:
             worker = Worker(job.bundle, job.backend, job.precision, job.batch)

@@ -17,7 +17,7 @@ from mpdsgr_deploy.data.likeness import Likeness
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.files import atomic_file, followed, is_stream, writing
 from mpdsgr_deploy.prediction.faults import Faults, place_of_faults
-from mpdsgr_deploy.prediction.inputs import Batch, Inputs, Read
+from mpdsgr_deploy.prediction.inputs import InputBatch, Inputs, Read
 from mpdsgr_deploy.prediction.partial import Chunk, Partial
 from mpdsgr_deploy.prediction.selection import WHOLE, Shard
 from mpdsgr_deploy.prediction.workers import Submit, Worker, started
@@ -126,7 +126,7 @@ class Job:
         """What the logits depend on beside the inputs: the last bits on the batch, too."""
         return json.dumps([self.bundle.manifest.digest, self.backend, self.precision, self.batch])
 
-    def _answers(self, batches: Sequence[Batch], done: int = 0) -> Iterator[tuple[Batch, Chunk]]:
+    def _answers(self, batches: Sequence[InputBatch], done: int = 0) -> Iterator[tuple[InputBatch, Chunk]]:
         """Batches and their logits [B, K] in order, from batch `done` on; NaN stands for images that are skipped."""
         if done == len(batches):
             return
@@ -134,7 +134,9 @@ class Job:
         with started(worker, self.processes) as submit:
             yield from self.answers_through(submit, batches, done)
 
-    def answers_through(self, submit: Submit, batches: Sequence[Batch], done: int = 0) -> Iterator[tuple[Batch, Chunk]]:
+    def answers_through(
+        self, submit: Submit, batches: Sequence[InputBatch], done: int = 0
+    ) -> Iterator[tuple[InputBatch, Chunk]]:
         """The same from workers that run already."""
         sizes = [len(batch) for batch in batches]
         fitted = self.batch
@@ -163,7 +165,7 @@ class Job:
         if likeness is not None and (unlike := likeness.warning()):
             log.warning("%s", unlike)
 
-    def _read(self, batch: Batch, pool: Executor) -> Read:
+    def _read(self, batch: InputBatch, pool: Executor) -> Read:
         return batch.read_usable(pool) if self.skip else Read(batch.read(pool), {})
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
-from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings
 
 
 class OnnxRuntime:
@@ -28,10 +28,10 @@ class OnnxRuntime:
         provider: str = CPU,
         noise: NoiseSource | None = None,
         *,
-        settings: Settings | None = None,
+        settings: RuntimeSettings | None = None,
         source: object = None,
     ) -> None:
-        settings = Settings() if settings is None else settings
+        settings = RuntimeSettings() if settings is None else settings
         source = model if source is None else source
         self._session = Session(model, provider, source=source, threads=settings.threads)
         (self._input, shape), *others = self._session.inputs.items()

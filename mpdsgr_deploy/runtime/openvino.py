@@ -21,7 +21,7 @@ from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
-from mpdsgr_deploy.runtime.settings import Settings
+from mpdsgr_deploy.runtime.settings import RuntimeSettings
 
 CHUNK = 8  # images; about as fast as any larger batch, and its activations stay small
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}  # nothing below what the graph says
@@ -34,9 +34,11 @@ class OpenVino:
     none or holds an operator that OpenVINO does not know, or if `noise` does not fit a stochastic network's inputs.
     """
 
-    def __init__(self, model: Path, noise: NoiseSource | None = None, *, settings: Settings | None = None) -> None:
+    def __init__(
+        self, model: Path, noise: NoiseSource | None = None, *, settings: RuntimeSettings | None = None
+    ) -> None:
         openvino = need("openvino", "openvino")
-        settings = Settings() if settings is None else settings
+        settings = RuntimeSettings() if settings is None else settings
         self._model, self._core, self._lock = model, openvino.Core(), threading.Lock()
         self._chunk = settings.chunk or CHUNK
         self._options: dict[str, Any] = {**EXACT, "PERFORMANCE_HINT": "LATENCY"}  # one stream with every thread

@@ -11,7 +11,7 @@ from mpdsgr_deploy.schema import Count, Section, parse
 PACKAGES = {"openvino": "openvino", "onnxruntime-cpu": "onnxruntime"}  # the backends that have settings
 
 
-class Settings(Section):
+class RuntimeSettings(Section):
     """threads: of one inference; None: one a core. chunk: images computed at once, of a batch; None: the backend's own.
 
     milliseconds: what a batch of so many images took when these were chosen; for people.
@@ -28,7 +28,7 @@ def machine(backend: str) -> dict[str, str]:
     return {"cpu": found["cpu"], "cores": str(found["cores"]), package: package_version(package) or "unknown"}
 
 
-def prepared_settings(bundle: Bundle, backend: str, precision: str) -> Settings:
+def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSettings:
     """What was measured for this network on a machine like this one, or the defaults.
 
     Raises InputError if the bundle holds something else in their place.
@@ -36,12 +36,14 @@ def prepared_settings(bundle: Bundle, backend: str, precision: str) -> Settings:
     here, network = machine(backend), bundle.model_sha256(precision)
     for prepared in bundle.prepared(backend, precision):
         if prepared.machine == here and prepared.model_sha256 == network:
-            found: Settings = parse(Settings, prepared.settings, f"{bundle.path}: settings of {backend}, {precision}")
+            found: RuntimeSettings = parse(
+                RuntimeSettings, prepared.settings, f"{bundle.path}: settings of {backend}, {precision}"
+            )
             return found
-    return Settings()
+    return RuntimeSettings()
 
 
-def prepared(bundle: Bundle, backend: str, precision: str, settings: Settings) -> Prepared:
+def prepared(bundle: Bundle, backend: str, precision: str, settings: RuntimeSettings) -> Prepared:
     """The settings as the bundle keeps them."""
     values: dict[str, Any] = settings.model_dump(exclude_none=True)
     return Prepared(

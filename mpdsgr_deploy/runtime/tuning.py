@@ -17,7 +17,7 @@ from mpdsgr_deploy.provenance import hardware
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
-from mpdsgr_deploy.runtime.settings import Settings, prepared
+from mpdsgr_deploy.runtime.settings import RuntimeSettings, prepared
 
 BATCHES = (1, 8, 32)
 CHUNKS = (8, 4, 16, 32)  # the likely best first, in case time runs out
@@ -44,8 +44,8 @@ def tune(
     images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
     deadline = time.monotonic() + SECONDS
     cores = int(hardware()["cores"])
-    best = _fastest(opener, images, deadline, [Settings(threads=cores, chunk=chunk) for chunk in CHUNKS])
-    fewer = [Settings(threads=threads, chunk=best.chunk) for threads in halvings(cores)]
+    best = _fastest(opener, images, deadline, [RuntimeSettings(threads=cores, chunk=chunk) for chunk in CHUNKS])
+    fewer = [RuntimeSettings(threads=threads, chunk=best.chunk) for threads in halvings(cores)]
     best = _fastest(opener, images, deadline, [best, *fewer])
     found = prepared(bundle, backend, precision, best)
     return bundle.add(found), found
@@ -62,10 +62,10 @@ def _fastest(
     opener: Opener,
     images: NDArray[np.float32],
     deadline: float,
-    candidates: list[Settings],
-) -> Settings:
+    candidates: list[RuntimeSettings],
+) -> RuntimeSettings:
     """The fastest of the candidates that there is time for, the first in any case, with its milliseconds."""
-    measured: list[Settings] = []
+    measured: list[RuntimeSettings] = []
     for candidate in candidates:
         if measured and time.monotonic() > deadline:
             log.info("%.0f s are over, the rest is not measured", SECONDS)

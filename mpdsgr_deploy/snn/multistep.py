@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.snn.state import Constants
+from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import Surrogate
 
 
-def multistep_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: Constants) -> tuple[Tensor, Tensor]:
+def multistep_lif(
+    current: Tensor, state: tuple[Tensor, Tensor] | None, constants: LIFConstants
+) -> tuple[Tensor, Tensor]:
     """Potentials and spikes [T, B, ...] of `constants.steps` = T steps.
 
     current [T, B, ...], or [1, B, ...], which then lasts for all steps. state: potential and spikes [B, ...] before

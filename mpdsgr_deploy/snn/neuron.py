@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mpdsgr_deploy.snn.multistep import multistep_lif
 from mpdsgr_deploy.snn.noise import Noise
-from mpdsgr_deploy.snn.state import Constants, LIFState
+from mpdsgr_deploy.snn.state import LIFConstants, LIFState
 from mpdsgr_deploy.snn.surrogate import Surrogate, spike
 
 Reset = Literal["hard", "soft"]
@@ -87,10 +87,10 @@ class LIF(nn.Module):
         """What `lif` takes as tau: one number, or a tensor [T, ...] in neurons that learn it."""
         return self.tau
 
-    def constants(self, steps: int) -> Constants:
+    def constants(self, steps: int) -> LIFConstants:
         """What the neurons do over `steps` time steps."""
         hard = self.reset == "hard"
-        return Constants(steps, self.leak, self.v_threshold, hard, self.surrogate, self.detach_reset)
+        return LIFConstants(steps, self.leak, self.v_threshold, hard, self.surrogate, self.detach_reset)
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None

@@ -7,7 +7,7 @@ from torch import Tensor
 from mpdsgr_deploy.snn.surrogate import Surrogate
 
 
-class Constants(NamedTuple):
+class LIFConstants(NamedTuple):
     """What LIF neurons do over `steps` = T time steps; the equations are in `mpdsgr_deploy.snn.neuron`.
 
     tau: one leak, or a tensor [T, ...] of each step's, broadcast over the batch. hard: the reset; else it is soft.

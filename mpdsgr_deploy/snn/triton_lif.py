@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpdsgr_deploy.snn import triton_kernels as kernels
-from mpdsgr_deploy.snn.state import Constants, StepMoments
+from mpdsgr_deploy.snn.state import LIFConstants, StepMoments
 from mpdsgr_deploy.snn.surrogate import Surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN
 
@@ -47,7 +47,7 @@ class NormLIF(NamedTuple):
     moments: StepMoments | None
 
 
-def triton_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: Constants) -> tuple[Tensor, Tensor]:
+def triton_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: LIFConstants) -> tuple[Tensor, Tensor]:
     """Potentials and spikes [T, B, ...] of a current [T, B, ...], or [1, B, ...], which then lasts for all steps.
 
     state: potential and spikes [B, ...] before them, None at rest.
@@ -61,7 +61,7 @@ def triton_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: 
 def norm_lif(
     x: Tensor,
     norm: TdBN | None,
-    constants: Constants,
+    constants: LIFConstants,
     *,
     potentials: bool = False,
     moments: bool = False,
@@ -93,7 +93,7 @@ def norm_lif(
 
 
 class _Task(NamedTuple):
-    constants: Constants
+    constants: LIFConstants
     rounded: bool  # to the type of x, step by step, as torch does
     potentials: bool  # are an output
     keep: torch.dtype | None  # of the potentials

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST, Condition
 from mpdsgr_deploy.attacks.measure import Measurement, union
 from mpdsgr_deploy.reference import Reference
-from mpdsgr_deploy.validation.rows import TRANSFERRED, Flips, Row
+from mpdsgr_deploy.validation.rows import TRANSFERRED, Row, VerdictFlips
 
 Bools = NDArray[np.bool_]
 MUST_BE_COMPARED = "strong-pgd"  # the method that has no settings a tier changes, but for the restarts of one
@@ -43,12 +43,12 @@ class Comparison:
         """The reference's worst case [n] over the attacks that both met; None: there are none."""
         return union(self.verdicts, (CLEAN, *self.attacks)) if self.attacks else None
 
-    def paired_worst(self, measurement: Measurement) -> Flips | None:
+    def paired_worst(self, measurement: Measurement) -> VerdictFlips | None:
         """The worst case of both over the same attacks, and transferred images; None: nothing to compare."""
         mine, theirs = measurement.verdicts, self.worst
         if theirs is None or measurement.stopped is not None:
             return None
-        return Flips.of(theirs, union(mine, (CLEAN, *self.attacks, *self.transfer)))
+        return VerdictFlips.of(theirs, union(mine, (CLEAN, *self.attacks, *self.transfer)))
 
 
 def compare_conditions(reference: Reference | None, conditions: Sequence[Condition], n: int) -> Comparison:

@@ -12,7 +12,7 @@ from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
-from mpdsgr_deploy.validation.rows import Flips, Row, Score
+from mpdsgr_deploy.validation.rows import Row, Score, VerdictFlips
 from mpdsgr_deploy.validation.rules import Rule
 
 REPORT, PAGE, SUMMARY = "report.json", "report.html", "summary.md"
@@ -71,8 +71,8 @@ class VariantFlips(BaseModel):
 
     precision: str
     n: int
-    clean: Flips
-    attacked: Flips
+    clean: VerdictFlips
+    attacked: VerdictFlips
 
 
 class Report(BaseModel):

@@ -35,7 +35,7 @@ class Constant(NamedTuple):
     stored: int
 
 
-class Step(NamedTuple):
+class ResolvedNode(NamedTuple):
     """A node. An input is a constant, or the output of an earlier step as (step, output), or an input of the network.
 
     attributes: those that are set, in the order of their names.
@@ -85,12 +85,12 @@ def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) 
                 yield f"a constant of {name} is not float32's"
 
 
-def steps(network: ModelProto) -> list[Step]:
+def steps(network: ModelProto) -> list[ResolvedNode]:
     """A network without its changes of number format, in the order of the file."""
     constants = {tensor.name: tensor for tensor in network.graph.initializer}
     makers = {output: node for node in network.graph.node for output in node.output}
     places: dict[str, tuple[int, int]] = {}
-    found: list[Step] = []
+    found: list[ResolvedNode] = []
 
     def resolved(name: str) -> Constant | tuple[int, int] | str:
         maker = makers.get(name)
@@ -107,7 +107,7 @@ def steps(network: ModelProto) -> list[Step]:
             continue
         attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
         serial = tuple(attribute.SerializeToString(deterministic=True) for attribute in attributes)
-        found.append(Step(node.name, operator(node), serial, tuple(resolved(name) for name in node.input)))
+        found.append(ResolvedNode(node.name, operator(node), serial, tuple(resolved(name) for name in node.input)))
         places |= {output: (len(found), k) for k, output in enumerate(node.output)}
     return found
 

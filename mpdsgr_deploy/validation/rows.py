@@ -30,7 +30,7 @@ class Score(BaseModel):
         return np.unpackbits(np.frombuffer(bytes.fromhex(self.bitmap), np.uint8))[:n].astype(bool)
 
 
-class Flips(BaseModel):
+class VerdictFlips(BaseModel):
     """Images whose verdict differs between reference and artefact, and how surprising that is."""
 
     newly_wrong: int
@@ -38,7 +38,7 @@ class Flips(BaseModel):
     p_value: float
 
     @classmethod
-    def of(cls, reference: NDArray[np.bool_], artefact: NDArray[np.bool_]) -> "Flips":
+    def of(cls, reference: NDArray[np.bool_], artefact: NDArray[np.bool_]) -> "VerdictFlips":
         """Pair the verdicts [N] of both networks."""
         worse, better = int((reference & ~artefact).sum()), int((~reference & artefact).sum())
         return cls(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better))
@@ -64,7 +64,7 @@ class Row(BaseModel):
     n: int
     artefact: Score
     reference: Score | None = None
-    flips: Flips | None = None
+    flips: VerdictFlips | None = None
     evaluations: float = 0.0
     surrogate: str | None = None
     at_most: bool = False
@@ -85,7 +85,7 @@ class Row(BaseModel):
         *,
         eps: float | None = None,
         reference: NDArray[np.bool_] | None = None,
-        flips: Flips | None = None,
+        flips: VerdictFlips | None = None,
         evaluations: int = 0,
         surrogate: str | None = None,
         at_most: bool = False,
@@ -95,7 +95,7 @@ class Row(BaseModel):
 
         flips: of other verdicts than these two.
         """
-        paired = None if reference is None else Flips.of(reference, artefact)
+        paired = None if reference is None else VerdictFlips.of(reference, artefact)
         return cls(
             name=name,
             settings=settings,

@@ -8,7 +8,7 @@ from mpdsgr_deploy.attacks.measure import Measurement
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.runtime import open_predictor, predict
 from mpdsgr_deploy.validation.report import VariantFlips
-from mpdsgr_deploy.validation.rows import Flips
+from mpdsgr_deploy.validation.rows import VerdictFlips
 
 
 def variant_flips(
@@ -30,8 +30,8 @@ def variant_flips(
         VariantFlips(
             precision=precision,
             n=measurement.n,
-            clean=Flips.of(exact[0], own[0]),
-            attacked=Flips.of(exact[1], own[1]),
+            clean=VerdictFlips.of(exact[0], own[0]),
+            attacked=VerdictFlips.of(exact[1], own[1]),
         )
         for precision, own in verdicts.items()
     ]

@@ -15,14 +15,14 @@ from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.tensorrt.library import failure, listener, load, said, without_collection
 
-Batch = tuple[int, int, int]  # smallest, best, largest
+BatchSizes = tuple[int, int, int]  # smallest, best, largest
 # What TensorRT 10.16 to 11.4 are documented to read. Their parsers take newer ones without a word and read an operator
 # whose meaning changed as if it had not.
 MAX_OPSET = 24
 
 
 @without_collection()
-def build_engine(backend: str, model: Path, batch: Batch, timing_cache: Path | None = None) -> bytes:
+def build_engine(backend: str, model: Path, batch: BatchSizes, timing_cache: Path | None = None) -> bytes:
     """The serialized engine of `model` for batches of `batch`, which the first dimension of every input counts.
 
     timing_cache: where TensorRT keeps what it measured, so that the next build is quick; TensorRT-RTX measures nothing.
@@ -49,7 +49,7 @@ def build_engine(backend: str, model: Path, batch: Batch, timing_cache: Path | N
     return bytes(plan)
 
 
-def _check_batch(batch: Batch) -> None:
+def _check_batch(batch: BatchSizes) -> None:
     smallest, best, largest = batch
     if not 1 <= smallest <= best <= largest < 2**31:
         raise InputError(f"--batch {smallest},{best},{largest}: MIN,OPT,MAX must satisfy 1 <= MIN <= OPT <= MAX < 2^31")
@@ -78,7 +78,7 @@ def _parse(trt: ModuleType, heard: Any, network: Any, model: Path, backend: str)
     raise InputError(f"{backend} refuses {node} of {model}: {reason}, {detail}; use another backend or precision")
 
 
-def _profile(builder: Any, network: Any, batch: Batch) -> Any:
+def _profile(builder: Any, network: Any, batch: BatchSizes) -> Any:
     """The shapes to optimise for. Raises InputError where another dimension than the first is dynamic."""
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):

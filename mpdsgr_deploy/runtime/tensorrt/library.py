@@ -36,7 +36,7 @@ def listener(trt: ModuleType) -> Any:
 
     base: Any = trt.ILogger
 
-    class Listener(base):  # type: ignore[misc]
+    class ErrorListener(base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -47,7 +47,7 @@ def listener(trt: ModuleType) -> Any:
             elif severity == trt.ILogger.WARNING:
                 log.debug("%s: %s", trt.__name__, said(message))
 
-    return Listener()
+    return ErrorListener()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.runtime.images import check_images
 from mpdsgr_deploy.runtime.noise import NoiseSource
 from mpdsgr_deploy.runtime.tensorrt import cuda
-from mpdsgr_deploy.runtime.tensorrt.engine import Batch
+from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes
 from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine
 
 Array = NDArray[np.float32]
@@ -104,7 +104,7 @@ class TensorRT:
     def __init__(
         self,
         stream: Callable[[], Stream],
-        batch: Batch,
+        batch: BatchSizes,
         shape: tuple[int, int, int],
         name: str,
         noise: Noise = lambda x: {},

@@ -11,10 +11,10 @@ from pathlib import Path
 from mpdsgr_deploy.bundle import Bundle, Prepared
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime.tensorrt import cuda
-from mpdsgr_deploy.runtime.tensorrt.engine import Batch, build_engine
+from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes, build_engine
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES, load
 
-BATCH: Batch = (1, 32, 128)
+BATCH: BatchSizes = (1, 32, 128)
 
 
 def machine(backend: str) -> dict[str, str]:
@@ -26,7 +26,7 @@ def machine(backend: str) -> dict[str, str]:
     return {"gpu": gpu.name, "compute_capability": gpu.compute_capability, "tensorrt": version}
 
 
-def prepare(backend: str, bundle: Bundle, precision: str, batch: Batch | None = None) -> tuple[Bundle, Prepared]:
+def prepare(backend: str, bundle: Bundle, precision: str, batch: BatchSizes | None = None) -> tuple[Bundle, Prepared]:
     """Build an engine of a bundle's network for batches from the smallest to the largest, and add it to the bundle.
 
     Raises InputError as `build_engine` does, and where the precision, the library or, for TensorRT, a GPU is missing.

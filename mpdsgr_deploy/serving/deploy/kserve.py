@@ -29,7 +29,7 @@ LONGEST = 50  # of a name, to which KServe appends -predictor and more, 63 in al
 Resource = dict[str, Any]
 
 
-class Replica(NamedTuple):
+class ReplicaSpec(NamedTuple):
     """Of one model: server's image, devices, cores, memory as Kubernetes writes it, how many, and as whom."""
 
     image: str | None = None
@@ -55,7 +55,7 @@ def write_resources(
     out: Path,
     storage_uri: str,
     runtime: str = "triton",
-    replica: Replica = Replica(),  # noqa: B008 - it cannot change
+    replica: ReplicaSpec = ReplicaSpec(),  # noqa: B008 - it cannot change
 ) -> list[str]:
     """Write the resources of each model to `out`, fresh or an earlier one; the names of the files.
 
@@ -77,7 +77,7 @@ def write_resources(
     return list(resources)
 
 
-def _on_triton(models: Sequence[Chosen], uri: str, replica: Replica) -> dict[str, Resource]:
+def _on_triton(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict[str, Resource]:
     command = [
         "tritonserver",
         f"--model-repository={MODELS}",
@@ -123,7 +123,7 @@ def _on_triton(models: Sequence[Chosen], uri: str, replica: Replica) -> dict[str
     return resources
 
 
-def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: Replica) -> dict[str, Resource]:
+def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict[str, Resource]:
     if not replica.image:
         raise InputError(
             "--runtime mpdsgr needs --image: the one you built from serve/docker, where the cluster finds it"
@@ -152,7 +152,7 @@ def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: Replica) -> dict[str
     return resources
 
 
-RUNTIMES: dict[str, Callable[[Sequence[Chosen], str, Replica], dict[str, Resource]]] = {
+RUNTIMES: dict[str, Callable[[Sequence[Chosen], str, ReplicaSpec], dict[str, Resource]]] = {
     "triton": _on_triton,
     "mpdsgr": _on_mpdsgr,
 }
@@ -178,12 +178,12 @@ def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> 
     resources[file] = _resource("v1beta1", "InferenceService", name, {"predictor": predictor})
 
 
-def _threads(replica: Replica) -> Resource:
+def _threads(replica: ReplicaSpec) -> Resource:
     """As many as the limit of cores: a thread a core of the node would be stopped and started by the quota."""
     return {"name": "OMP_NUM_THREADS", "value": str(replica.cpus)}
 
 
-def _pod(user: int, replica: Replica) -> Resource:
+def _pod(user: int, replica: ReplicaSpec) -> Resource:
     """Of every predictor: not root, and ended only after what it accepted is answered."""
     identity = {"runAsNonRoot": True, "runAsUser": user, "fsGroup": user, "seccompProfile": {"type": "RuntimeDefault"}}
     least, most = replica.replicas
@@ -192,7 +192,7 @@ def _pod(user: int, replica: Replica) -> Resource:
     return {**scale, "terminationGracePeriodSeconds": ENDING, "securityContext": identity, **account}
 
 
-def _common(replica: Replica) -> Resource:
+def _common(replica: ReplicaSpec) -> Resource:
     """Of every container: ports, probes, resources and no rights. Loading may take five minutes."""
     return {
         "ports": [{"name": "http1", "containerPort": HTTP, "protocol": "TCP"}],
@@ -220,7 +220,7 @@ def _scratch() -> Resource:
     return {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 
-def _resources(replica: Replica) -> Resource:
+def _resources(replica: ReplicaSpec) -> Resource:
     devices = {"nvidia.com/gpu": str(replica.gpus)} if replica.gpus else {}
     amount = {"cpu": str(replica.cpus), "memory": replica.memory, **devices}
     return {"requests": amount, "limits": dict(amount)}

@@ -17,24 +17,24 @@ from mpdsgr_deploy.runtime.remote import ModelUrl, told
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, NoAnswer
 from mpdsgr_deploy.serving.load.loops import Load, Tally, Traffic, run
 from mpdsgr_deploy.serving.load.model import TargetModel, describe
-from mpdsgr_deploy.serving.load.outcome import Outcome
+from mpdsgr_deploy.serving.load.outcome import LoadOutcome
 
 CPU_SECONDS = re.compile(rb"^process_cpu_seconds_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 WARM_UP = 0.1  # of a load's seconds and requests, one second at most, which is not counted
 
 
 @dataclass
-class Measurement:
+class LoadMeasurement:
     """What is known so far: complete after `measure`, the loads up to then after an interrupt."""
 
     model: TargetModel | None = None
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[LoadOutcome] = field(default_factory=list)
 
 
 def measure(
     url: str,
     loads: Sequence[Load],
-    found: Measurement,
+    found: LoadMeasurement,
     *,
     batch: int = 1,
     images: NDArray[Any] | None = None,
@@ -57,7 +57,7 @@ async def _measure(
     url: str,
     endpoint: Endpoint,
     loads: Sequence[Load],
-    found: Measurement,
+    found: LoadMeasurement,
     batch: int,
     images: NDArray[Any] | None,
     seed: int,
@@ -84,7 +84,7 @@ async def _measure(
             lines.cancel()
             spent = None if before is None or after is None else after - before
             command = perf_analyzer(model, load, batch)
-            found.outcomes.append(Outcome(load, batch, counted.tally, spent, own, command))
+            found.outcomes.append(LoadOutcome(load, batch, counted.tally, spent, own, command))
         log.info("%s: %d requests, %.0f images/s", load, counted.tally.requests, found.outcomes[-1].images_per_second)
 
 

@@ -22,7 +22,7 @@ def percentile(seconds: Sequence[float], percent: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LoadOutcome:
     """server_cpu: seconds the server's process computed meanwhile, None where it does not say; own_cpu: this one."""
 
     load: Load

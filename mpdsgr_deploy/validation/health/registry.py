@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, computed_field, model_validator
 
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.validation.rows import Flips
+from mpdsgr_deploy.validation.rows import VerdictFlips
 
 P = ParamSpec("P")
 Bools = NDArray[np.bool_]
@@ -92,7 +92,7 @@ class Reach(NamedTuple):
     """
 
     reference: bool
-    flips: Flips | None = None
+    flips: VerdictFlips | None = None
     missing: Sequence[str] = ()
     alone: Sequence[str] = ()
     allowed: float = 0.0
