@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -182,22 +183,70 @@ def test_clients_that_leave_while_they_wait(server: Served) -> None:
     assert server.counted("mpdsgr_requests_total", code="499") >= 5
 
 
+def assert_too_many(reply: Reply) -> None:
+    assert (reply.status, reply.headers.get("retry-after")) == (503, "1"), reply
+    assert "too many connections" in reply.json()["error"]
+
+
 def test_connections(server: Served) -> None:
+    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
     with ExitStack() as stack:
         kept = [stack.enter_context(server.connect()) for _ in range(CONNECTIONS)]
         kept[0].send(http("GET", "/v2/health/live"))
         assert kept[0].reply().status == 200
         for _ in range(5):
             with server.connect() as connection:
-                refused = connection.reply()
-                assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-                assert "too many connections" in refused.json()["error"]
+                assert_too_many(connection.reply())
                 assert connection.closed()
         kept[-1].send(GOOD)
         assert_right(kept[-1].reply())
     assert eventually(lambda: server.get("/v2").status == 200)
     assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
     assert_right(server.ask(GOOD))
+
+
+REFUSED = {  # by status
+    400: b"no request\r\n\r\n",
+    404: http("GET", "/nothing"),
+    405: http("DELETE", INFER),
+    413: http("POST", "/v2/repository/index", bytes(1 << 17)),
+    415: http("POST", INFER, b"{}", {"Content-Encoding": "br"}),
+    431: http("GET", "/v2", headers={"X": "x" * (1 << 17)}),
+}
+
+
+def test_refusals_have_the_same_headers_whoever_writes_them(server: Served) -> None:
+    """Some are written before there is a request to answer."""
+    with ExitStack() as stack:
+        replies = {status: server.ask(request) for status, request in REFUSED.items()}
+        for _ in range(CONNECTIONS):
+            stack.enter_context(server.connect())
+        replies[503] = server.ask(GOOD)
+    assert {status: reply.status for status, reply in replies.items()} == {status: status for status in replies}
+    for status, reply in replies.items():
+        assert reply.headers["content-type"] == "application/json"
+        assert (reply.headers["x-content-type-options"], list(reply.json())) == ("nosniff", ["error"])
+        assert reply.headers["x-request-id"]
+        assert reply.headers.get("allow") == ("POST" if status == 405 else None)
+        assert reply.headers.get("retry-after") == ("1" if status == 503 else None)
+
+
+def test_a_burst_of_connections_takes_the_places_that_are_free(server: Served) -> None:
+    """Accepted all at once after a pause: each is judged by those before it, and who left in between is none."""
+    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
+    with ExitStack() as stack:
+        server.signal(signal.SIGSTOP)
+        try:
+            server.connect().close()
+            burst = [stack.enter_context(server.connect(5)) for _ in range(CONNECTIONS + 5)]
+        finally:
+            server.signal(signal.SIGCONT)
+        for refused in burst[CONNECTIONS:]:
+            assert_too_many(refused.reply())
+        for connection in burst[:CONNECTIONS]:
+            connection.send(GOOD)
+            assert_right(connection.reply())
+    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
 
 
 def test_probes_of_health_have_a_way_in_of_their_own(server: Served) -> None:

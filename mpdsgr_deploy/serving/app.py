@@ -53,7 +53,7 @@ class Share:
         if self.taken + count > memory.limit:
             raise too_large(memory.limit)
         if memory.used + count > memory.limit:
-            raise Refused(Why.BUSY, "too many bytes of requests are in memory; try again soon", retry_after=1)
+            raise Refused(Why.BUSY, "too many bytes of requests are in memory; try again soon")
         memory.used += count
         self.taken += count
 

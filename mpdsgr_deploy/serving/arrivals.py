@@ -48,7 +48,7 @@ class Arrivals:
             self._taken += 1
             return
         if len(self._waiting) >= self.most_waiting:
-            raise Refused(Why.BUSY, "too many messages are on their way; try again soon", retry_after=1)
+            raise Refused(Why.BUSY, "too many messages are on their way; try again soon")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         if self._timer is None:

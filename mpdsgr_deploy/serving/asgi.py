@@ -62,7 +62,7 @@ class Asgi:
         client = scope.get("client") or ("",)
         exchange = Exchange(scope["method"], scope["path"], headers, body, lambda: str(client[0]))
         reply = await self._http.answer(exchange)
-        lines = response_headers(exchange, reply)
+        lines = response_headers(exchange.id, reply)
         if self.server.draining or not body.at_end:  # an unread rest of a body is not worth reading
             lines.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": reply.status, "headers": lines})

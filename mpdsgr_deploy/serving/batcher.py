@@ -109,7 +109,7 @@ class Batcher:
             # an empty queue takes anything, or a request larger than `room` never had a chance
             if lane.images and lane.images + len(images) > lane.room:
                 lane.statistics.dropped["queue_full"] += 1
-                raise Refused(Why.BUSY, f"{lane.images} images wait, {lane.room} may; try again soon", retry_after=1)
+                raise Refused(Why.BUSY, f"{lane.images} images wait, {lane.room} may; try again soon")
             if not lane.jobs:
                 self._turns.append(lane)
             lane.jobs.append(job)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
 
+RETRY_AFTER = "1"  # seconds until a server that is busy, or not ready, should be asked again
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -18,6 +19,7 @@ class Why(Enum):
     SLOW = 408, "DEADLINE_EXCEEDED"
     TOO_LARGE = 413, "RESOURCE_EXHAUSTED"
     ENCODING = 415, "UNIMPLEMENTED"
+    HEADERS = 431, "RESOURCE_EXHAUSTED"
     CANCELLED = 499, "CANCELLED"  # nobody reads this answer; metrics and log do
     INTERNAL = 500, "INTERNAL"
     BUSY = 503, "RESOURCE_EXHAUSTED"
@@ -31,16 +33,14 @@ class Why(Enum):
 class Refused(Exception):  # noqa: N818 - a refusal is an answer
     """A request that gets no other answer than this one line.
 
-    retry_after: in how many seconds a server that is busy may be asked again. headers: of the answer over HTTP.
+    headers: of the answer over HTTP. A 503 always says when to ask again.
     """
 
-    def __init__(
-        self, why: Why, message: str, *, retry_after: int | None = None, headers: Mapping[str, str] = NO_HEADERS
-    ) -> None:
+    def __init__(self, why: Why, message: str, *, headers: Mapping[str, str] = NO_HEADERS) -> None:
         super().__init__(message)
         self.why, self.headers = why, dict(headers)
-        if retry_after is not None:
-            self.headers["retry-after"] = str(retry_after)
+        if why.status == 503:
+            self.headers["retry-after"] = RETRY_AFTER
 
 
 def invalid(message: str) -> Refused:

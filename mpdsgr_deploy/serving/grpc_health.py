@@ -123,5 +123,5 @@ class Streams:
 
     def _take(self) -> None:
         if self._open >= WATCHERS:
-            raise Refused(Why.BUSY, "too many streams are open; ask again soon", retry_after=1)
+            raise Refused(Why.BUSY, "too many streams are open; ask again soon")
         self._open += 1

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving import metrics, tracing
 from mpdsgr_deploy.serving.app import Server, Share
-from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, invalid
 from mpdsgr_deploy.serving.inference import infer
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.page import page
@@ -76,11 +76,15 @@ class Http:
         self.server = server
         self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
 
+    def new_id(self) -> str:
+        """An identifier for a request that brings none."""
+        return next(self._ids)
+
     async def answer(self, exchange: Exchange) -> Reply:
         """The answer to a request, which is counted and logged; a refusal where there is no other."""
         server = self.server
         if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
-            exchange.id = next(self._ids)
+            exchange.id = self.new_id()
         refused = None
         server.requests += 1
         with server.memory.share() as share:
@@ -88,11 +92,11 @@ class Http:
             try:
                 reply = await self._reply(exchange)
             except Refused as error:
-                refused, reply = error, _refusal(error)
+                refused, reply = error, refusal_reply(error)
             except Exception as error:  # a bug, of ours or of a backend: this request's answer, not the server's end
                 log.exception("request %s failed", exchange.id)
                 refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
-                reply = _refusal(refused)
+                reply = refusal_reply(refused)
             finally:
                 server.requests -= 1
         server.count("http", exchange, str(reply.status), refused)
@@ -126,8 +130,9 @@ class Http:
         return gets[path]()
 
     def _ready(self) -> Reply:
-        ready = self.server.ready
-        return Reply(200 if ready else 503, json.dumps({"ready": ready}).encode())
+        if self.server.ready:
+            return _json({"ready": True})
+        return Reply(503, json.dumps({"ready": False}).encode(), headers=((b"retry-after", RETRY_AFTER.encode()),))
 
     async def _model(self, exchange: Exchange, parts: list[str]) -> Reply:
         """parts: of the path, from the model's name on."""
@@ -245,17 +250,18 @@ def _page() -> Reply:
     return Reply(200, content, HTML, ((b"content-security-policy", policy), (b"cache-control", b"no-cache")))
 
 
-def _refusal(error: Refused) -> Reply:
+def refusal_reply(error: Refused) -> Reply:
+    """How HTTP says a refusal."""
     headers = tuple((name.encode(), value.encode()) for name, value in error.headers.items())
     return Reply(error.why.status, json.dumps({"error": str(error)}).encode(), headers=headers)
 
 
-def response_headers(exchange: Exchange, reply: Reply) -> list[tuple[bytes, bytes]]:
+def response_headers(request_id: str, reply: Reply) -> list[tuple[bytes, bytes]]:
     """All of an answer but what says whether the connection stays open."""
     return [
         (b"content-type", reply.kind),
         (b"content-length", str(len(reply.body)).encode()),
-        (b"x-request-id", exchange.id.encode("latin-1")),
+        (b"x-request-id", request_id.encode("latin-1")),
         (b"x-content-type-options", b"nosniff"),
         *reply.headers,
     ]

@@ -1,119 +1,43 @@
 """One HTTP/1.1 connection: httptools parses what comes, and every wait, every size and every queue has a bound."""
 
 import asyncio
-import json
-import re
 import socket
 from collections import deque
-from functools import lru_cache
-from http import HTTPStatus
-from math import inf
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import unquote
 
 import httptools
 
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.http import Exchange, Reply, response_headers
+from mpdsgr_deploy.serving.http import Exchange
+from mpdsgr_deploy.serving.http_request import IncomingRequest
+from mpdsgr_deploy.serving.http_timer import ClientTimer
+from mpdsgr_deploy.serving.http_wire import encode_reply, url_path, without_upgrade
 
 if TYPE_CHECKING:
     from mpdsgr_deploy.serving.listener import Listener
 
 HEAD_BYTES = 1 << 16  # of a request line and its headers, or of anything else that brings no body
-BODY_BYTES = 1 << 16  # of a body that may wait to be read before the client has to
 PIPELINED = 64  # requests on a connection that wait for the answer to the one before
 READ_AHEAD = 8  # of these that are read before the client has to wait; while reading stops, its leaving goes unseen
 LINGER = 2.0  # seconds that a client may go on sending what is not read, so that it gets the answer to it
 PROBE_SECONDS = 1.0  # for the head of a connection above the limit
 PROBES = ("/v2/health/live", "/v2/health/ready")
 TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
-UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-
-def _canned(status: str, error: str, *headers: str) -> bytes:
-    """An answer that is sent before there is a request to answer."""
-    body = json.dumps({"error": error})
-    lines = (f"HTTP/1.1 {status}", "content-type: application/json", f"content-length: {len(body)}", *headers)
-    return "\r\n".join((*lines, "connection: close", "", body)).encode()
-
-
-BAD = _canned("400 Bad Request", "this is no HTTP/1.1 request")
-SLOW = _canned("408 Request Timeout", "the request's head did not arrive in time")
-TOO_LONG = _canned("431 Request Header Fields Too Large", f"a request's head may have {HEAD_BYTES} bytes")
-BUSY = _canned("503 Service Unavailable", "too many connections; try again soon", "retry-after: 1")
-
-
-class IncomingRequest:
-    """A request whose head is here, and the part of its body that has arrived and was not read yet."""
-
-    __slots__ = ("_arrived", "_connection", "_size", "_waiter", "complete", "exchange", "expects", "gone", "keep_alive")
-
-    def __init__(self, connection: "HttpConnection", keep_alive: bool, expects: bool) -> None:
-        self._connection, self.keep_alive, self.expects = connection, keep_alive, expects
-        self._arrived: list[bytes] = []
-        self._size = 0
-        self._waiter: asyncio.Future[None] | None = None
-        self.complete = self.gone = False
-        self.exchange: Exchange
-
-    @property
-    def at_end(self) -> bool:
-        """Whether all of the body was read."""
-        return self.complete and not self._arrived
-
-    @property
-    def full(self) -> bool:
-        """Whether more of the body should not be taken in yet."""
-        return self._size > BODY_BYTES
-
-    def feed(self, part: bytes) -> None:
-        self._arrived.append(part)
-        self._size += len(part)
-        self._wake()
-
-    def finish(self) -> None:
-        """The body is complete."""
-        self.complete = True
-        self._wake()
-
-    def leave(self) -> None:
-        """The client has left."""
-        self.gone = True
-        self._wake()
-
-    async def read(self) -> bytes:
-        if self.expects and not self._arrived:
-            self._connection.write(CONTINUE)
-            self.expects = False
-        while not self._arrived and not self.complete:
-            if self.gone:
-                raise Refused(Why.CANCELLED, "the client left before its body was there")
-            await self._wait()
-        part = self._arrived[0] if len(self._arrived) == 1 else b"".join(self._arrived)
-        self._arrived.clear()
-        self._size = 0
-        self._connection.read_on()
-        return part
-
-    async def left(self) -> None:
-        while not self.gone:
-            await self._wait()
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+BAD = Refused(Why.INVALID, "this is no HTTP/1.1 request")
+SLOW = Refused(Why.SLOW, "the request's head did not arrive in time")
+TOO_LONG = Refused(Why.HEADERS, f"a request's head may have {HEAD_BYTES} bytes")
+PIPELINE_FULL = Refused(Why.BUSY, "too many requests wait on this connection; try again soon")
+BUSY = Refused(Why.BUSY, "too many connections; try again soon")
 
 
 class HttpConnection(asyncio.Protocol):
-    """Answers the requests of one client in their order. One above the limit may ask for health alone."""
+    """Answers the requests of one client in their order.
 
-    def __init__(self, listener: "Listener") -> None:
+    has_place: whether it is within the limit on connections. One that waits for a place may ask for health alone.
+    """
+
+    def __init__(self, listener: "Listener", *, has_place: bool) -> None:
         self._listener, self._limits = listener, listener.server.limits
         self._loop = asyncio.get_running_loop()
         self._parser: Any = httptools.HttpRequestParser(self)
@@ -125,12 +49,12 @@ class HttpConnection(asyncio.Protocol):
         self._incoming: IncomingRequest | None = None  # whose body comes in
         self._active: IncomingRequest | None = None  # which is being answered
         self._queue: deque[IncomingRequest] = deque()
-        self._last = b""  # what is sent behind the answers that are due, before the connection is closed
-        self._over = False  # nothing more is taken from this client
+        self._last: Refused | None = None  # sent behind the answers that are due, before the connection is closed
+        self.over = False  # nothing more is taken from this client
         self._write_paused = self._read_paused = False
-        self._due, self._late = inf, b""  # when the client has been silent for too long, and what it is told then
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = inf
+        self._timer = ClientTimer(self._time_passed)
+        self._late: Refused | None = None  # the answer to a client that lets its time pass; None: it is cut off
+        self.has_place = has_place
         self.connected = self.heard = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -140,15 +64,21 @@ class HttpConnection(asyncio.Protocol):
         if TCP_USER_TIMEOUT is not None:  # for a client to take its answer; its silence would hold the connection open
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(self._limits.body_seconds * 1000))
-        self._above = self._listener.server.connections > self._limits.connections
-        self._expect(PROBE_SECONDS if self._above else self._limits.header_seconds, BUSY if self._above else SLOW)
+        if self.has_place:
+            self._expect(self._limits.header_seconds, SLOW)
+        else:
+            self._expect(PROBE_SECONDS, BUSY)
+
+    def give_place(self) -> None:
+        """Another connection has ended: this one may ask for anything from now on."""
+        self.has_place = True
+        if self._late is BUSY:
+            self._expect(self._limits.header_seconds, SLOW)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._listener.server.connections -= 1
-        self._listener.connections.discard(self)
-        self._over = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._listener.connection_ended(self)
+        self.over = True
+        self._timer.cancel()
         if self._active is not None:
             self._active.leave()
         self._queue.clear()
@@ -166,11 +96,11 @@ class HttpConnection(asyncio.Protocol):
         return self._active is None and not self._head_open
 
     def data_received(self, data: bytes) -> None:
-        if self._over or self._last:
+        if self.over or self._last:
             return
         self.heard = True
         if self._incoming is None:
-            data = _without_upgrade(data)
+            data = without_upgrade(data)
         self._idle_bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -178,7 +108,7 @@ class HttpConnection(asyncio.Protocol):
             self._end(BAD)
         if self._idle_bytes > HEAD_BYTES:  # an endless head, or endless trailers
             self._end(TOO_LONG)
-        elif self._head_open and self._late not in (SLOW, BUSY):
+        elif self._head_open and self._late is None:
             self._expect(self._limits.header_seconds, SLOW)
 
     def eof_received(self) -> None:
@@ -199,7 +129,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._idle_bytes, self._head_open = 0, False
-        if self._over or self._last:  # but the parser goes on to the end of what it was given
+        if self.over or self._last:  # but the parser goes on to the end of what it was given
             return
         parser, version = self._parser, self._parser.get_http_version()
         if self._head_bytes > HEAD_BYTES:
@@ -208,18 +138,19 @@ class HttpConnection(asyncio.Protocol):
             # after an upgrade the parser takes what follows, even a body, for another protocol or another request
             self._end(BAD)
         elif len(self._queue) >= PIPELINED:
-            self._end(BUSY)
+            self._end(PIPELINE_FULL)
         else:
-            path = _path(self._url)
-            if self._above and path not in PROBES:
+            path = url_path(self._url)
+            if not self.has_place and path not in PROBES:
                 self._end(BUSY)
                 return
-            self._due, self._late = inf, b""
+            self._timer.rest()
+            self._late = None
             self._begin(path, parser.get_method().decode(), version == "1.1" and parser.should_keep_alive())
 
     def _begin(self, path: str, method: str, keep_alive: bool) -> None:
         expects = self._headers.get("expect", "").lower() == "100-continue"
-        request = IncomingRequest(self, keep_alive and not self._above, expects)
+        request = IncomingRequest(self, keep_alive and self.has_place, expects)
         request.exchange = Exchange(method, path, self._headers, request, lambda: self.peer)
         self._incoming = request
         if self._active is None:
@@ -232,7 +163,7 @@ class HttpConnection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._idle_bytes = 0
         request = self._incoming
-        if request is not None and not self._over and not request.gone:
+        if request is not None and not self.over and not request.gone:
             request.feed(body)
             if request.full:
                 self._pause_reading()
@@ -253,11 +184,13 @@ class HttpConnection(asyncio.Protocol):
 
     async def _answered(self, request: IncomingRequest) -> None:
         reply = await self._listener.http.answer(request.exchange)
-        if self._over:
+        if self.over:
             return
         keep = request.keep_alive and request.at_end and not self._listener.server.draining
         keep = keep and self._loop.time() - self.opened < self._limits.connection_age_seconds
-        self._send(request.exchange, reply, keep)
+        exchange = request.exchange
+        with_body = exchange.method != "HEAD"
+        self._transport.write(encode_reply(reply, exchange.id, keep_alive=keep, with_body=with_body))
         self._active = None
         if not keep:
             self._close(clean=request.at_end and not self._queue)
@@ -269,43 +202,35 @@ class HttpConnection(asyncio.Protocol):
         if self._queue:
             self._answer(self._queue.popleft())
         elif self._last:
-            self._transport.write(self._last)
-            self._close(clean=False)
+            self._refuse(self._last)
         elif not self._head_open:
-            self._expect(self._limits.keep_alive_seconds, b"")
+            self._expect(self._limits.keep_alive_seconds, None)
         self.read_on()
-
-    def _send(self, exchange: Exchange, reply: Reply, keep: bool) -> None:
-        parts = [STATUS_LINES.get(reply.status) or b"HTTP/1.1 %d Closed\r\n" % reply.status]
-        for name, value in response_headers(exchange, reply):
-            parts += (name, b": ", value, b"\r\n")
-        parts.append(b"\r\n" if keep else b"connection: close\r\n\r\n")
-        if exchange.method != "HEAD":
-            parts.append(reply.body)
-        self._transport.write(b"".join(parts))
 
     def write(self, data: bytes) -> None:
         """Something before the answer."""
-        if not self._over:
+        if not self.over:
             self._transport.write(data)
 
-    def _end(self, answer: bytes) -> None:
+    def _end(self, error: Refused) -> None:
         """Answer what cannot be a request, in its turn, and close."""
-        if self._over or self._last:
+        if self.over or self._last:
             return
-        self._listener.server.other_codes["http", answer[9:12].decode()] += 1
         wrong, self._incoming = self._incoming, None  # a request whose rest is wrong gets this answer
         if wrong is not None and wrong in self._queue:
             self._queue.remove(wrong)
         if self._active is None or self._active is wrong:
-            self._transport.write(answer)
-            self._close(clean=False)
+            self._refuse(error)
         else:
-            self._last = answer
+            self._last = error
+
+    def _refuse(self, error: Refused) -> None:
+        self._transport.write(self._listener.refusal(error))
+        self._close(clean=False)
 
     def _close(self, *, clean: bool) -> None:
         """End the connection; where more may be on its way, not before the client had time to read the answer."""
-        self._over = True
+        self.over = True
         self._queue.clear()
         if self._active is not None:
             self._active.leave()
@@ -315,11 +240,11 @@ class HttpConnection(asyncio.Protocol):
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self.read_on()
-        self._expect(LINGER, b"")
+        self._expect(LINGER, None)
 
     def shut(self) -> None:
         """Close a connection on which nothing is in work; others close behind their answer."""
-        if self.idle and not self._over:
+        if self.idle and not self.over:
             self._close(clean=True)
 
     def abort(self) -> None:
@@ -328,27 +253,16 @@ class HttpConnection(asyncio.Protocol):
 
     # bounds on time and on what is buffered
 
-    def _expect(self, seconds: float, late: bytes) -> None:
-        """Something within so many seconds, or this answer and the end. One timer serves, moved on when it fires."""
-        self._due, self._late = self._loop.time() + seconds, late
-        if self._timer is None or self._timer_at > self._due:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._look_at_due()
+    def _expect(self, seconds: float, late: Refused | None) -> None:
+        """Something of the client within so many seconds, or this answer and the end."""
+        self._late = late
+        self._timer.expect(seconds)
 
-    def _look_at_due(self) -> None:
-        self._timer, self._timer_at = self._loop.call_at(self._due, self._look), self._due
-
-    def _look(self) -> None:
-        self._timer = None
-        if self._due == inf:
-            return
-        if self._loop.time() < self._due:
-            self._look_at_due()
-        elif self._late:
+    def _time_passed(self) -> None:
+        if self._late is not None:
             self._end(self._late)
         else:
-            self._over = True
+            self.over = True
             self._transport.close()
 
     def pause_writing(self) -> None:
@@ -356,7 +270,7 @@ class HttpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._write_paused = False
-        if self._active is None and not self._over:
+        if self._active is None and not self.over:
             self._go_on()
 
     def _pause_reading(self) -> None:
@@ -371,16 +285,3 @@ class HttpConnection(asyncio.Protocol):
             self._read_paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()
-
-
-@lru_cache(maxsize=1024)
-def _path(url: bytes) -> str:
-    """Raises an error, which the parser reports, for a URL without a path or not in ASCII."""
-    path: str = httptools.parse_url(url).path.decode("ascii")
-    return unquote(path) if "%" in path else path
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """A request that offers another protocol is answered in this one: the parser must not see the offer."""
-    end = data.find(b"\r\n\r\n") + 2  # of the last header that is here
-    return UPGRADE.sub(b"\r\nignored:", data[:end]) + data[end:] if UPGRADE.search(data, 0, end) else data

@@ -15,8 +15,10 @@ import grpc
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import BUSY, HttpConnection
+from mpdsgr_deploy.serving.http_wire import encode_refusal
 
 RESERVE = 32  # connections above the limit, for probes of health alone
 AT_ONCE = 200  # connections accepted before others get their turn
@@ -82,6 +84,8 @@ class Listener:
         self.server, self.http = server, Http(server)
         self.connections: set[HttpConnection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
+        self._places_taken = 0  # of `limits.connections`
+        self._without_place: dict[HttpConnection, None] = {}  # above that limit, the oldest first
         self._sock, self._tls = sock, tls
         self._context = None if tls is None else tls.context()
         self._loop = asyncio.get_running_loop()
@@ -157,22 +161,45 @@ class Listener:
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         if self.server.connections >= self.server.limits.connections + RESERVE:
-            self.server.other_codes["http", "503"] += 1
+            answer = self.refusal(BUSY)
             if self._context is None:
                 with suppress(OSError):
-                    sock.send(BUSY)
+                    sock.send(answer)
             sock.close()
             return
         self.server.connections += 1  # its handshake counts too
-        self._keep(self._connect(sock))
+        connection = HttpConnection(self, has_place=self._places_taken < self.server.limits.connections)
+        if connection.has_place:
+            self._places_taken += 1
+        else:
+            self._without_place[connection] = None
+        self._keep(self._connect(sock, connection))
+
+    def connection_ended(self, connection: HttpConnection) -> None:
+        """Give its place to the connection that has waited longest for one."""
+        self.server.connections -= 1
+        self.connections.discard(connection)
+        self._without_place.pop(connection, None)
+        if not connection.has_place:
+            return
+        waiting = next((other for other in self._without_place if not other.over), None)
+        if waiting is None:
+            self._places_taken -= 1
+        else:
+            del self._without_place[waiting]
+            waiting.give_place()
+
+    def refusal(self, error: Refused) -> bytes:
+        """The whole response to what never became a request, which is counted."""
+        self.server.other_codes["http", str(error.why.status)] += 1
+        return encode_refusal(error, self.http.new_id())
 
     def _keep(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
         task = self._loop.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _connect(self, sock: socket.socket) -> None:
-        connection = HttpConnection(self)
+    async def _connect(self, sock: socket.socket, connection: HttpConnection) -> None:
         options: dict[str, Any] = {}
         if self._context is not None:
             options = {
@@ -188,7 +215,7 @@ class Listener:
         finally:
             if not connection.connected:
                 sock.close()
-                self.server.connections -= 1
+                self.connection_ended(connection)
 
 
 def _itself(connection: HttpConnection) -> HttpConnection:

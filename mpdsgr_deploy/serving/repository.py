@@ -58,7 +58,7 @@ class Repository:
         entry = self.entry(name)
         if entry.model is None:
             why = Why.NOT_READY if entry.state == LOADING else Why.NOT_FOUND
-            raise Refused(why, f"model {name!r} is not ready: {entry.reason}", retry_after=1)
+            raise Refused(why, f"model {name!r} is not ready: {entry.reason}")
         if version not in ("", entry.model.version):
             raise Refused(Why.NOT_FOUND, f"model {name!r} has version {entry.model.version}, not {version[:100]!r}")
         return entry.model

@@ -1,0 +1,85 @@
+"""An HTTP request on its way in: its head is here, its body may still come."""
+
+import asyncio
+from typing import Protocol
+
+from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.http import Exchange
+from mpdsgr_deploy.serving.http_wire import CONTINUE
+
+BODY_BYTES = 1 << 16  # of a body that may wait to be read before the client has to
+
+
+class Wire(Protocol):
+    """What a request needs of its connection."""
+
+    def write(self, data: bytes) -> None:
+        """Send something before the answer."""
+
+    def read_on(self) -> None:
+        """Take in more of what the client sends."""
+
+
+class IncomingRequest:
+    """A request whose head is here, and the part of its body that has arrived and was not read yet."""
+
+    __slots__ = ("_arrived", "_connection", "_size", "_waiter", "complete", "exchange", "expects", "gone", "keep_alive")
+
+    def __init__(self, connection: Wire, keep_alive: bool, expects: bool) -> None:
+        self._connection, self.keep_alive, self.expects = connection, keep_alive, expects
+        self._arrived: list[bytes] = []
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self.complete = self.gone = False
+        self.exchange: Exchange
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all of the body was read."""
+        return self.complete and not self._arrived
+
+    @property
+    def full(self) -> bool:
+        """Whether more of the body should not be taken in yet."""
+        return self._size > BODY_BYTES
+
+    def feed(self, part: bytes) -> None:
+        self._arrived.append(part)
+        self._size += len(part)
+        self._wake()
+
+    def finish(self) -> None:
+        """The body is complete."""
+        self.complete = True
+        self._wake()
+
+    def leave(self) -> None:
+        """The client has left."""
+        self.gone = True
+        self._wake()
+
+    async def read(self) -> bytes:
+        if self.expects and not self._arrived:
+            self._connection.write(CONTINUE)
+            self.expects = False
+        while not self._arrived and not self.complete:
+            if self.gone:
+                raise Refused(Why.CANCELLED, "the client left before its body was there")
+            await self._wait()
+        part = self._arrived[0] if len(self._arrived) == 1 else b"".join(self._arrived)
+        self._arrived.clear()
+        self._size = 0
+        self._connection.read_on()
+        return part
+
+    async def left(self) -> None:
+        while not self.gone:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

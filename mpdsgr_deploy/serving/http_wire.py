@@ -1,0 +1,44 @@
+"""HTTP/1.1 as bytes: whole responses, and repairs of what httptools would misread in a request."""
+
+import re
+from functools import lru_cache
+from http import HTTPStatus
+from urllib.parse import unquote
+
+import httptools
+
+from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.http import Reply, refusal_reply, response_headers
+
+UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: bool = True) -> bytes:
+    """A whole response. with_body: False for the response to HEAD, which names the body's length and omits it."""
+    parts = [STATUS_LINES.get(reply.status) or b"HTTP/1.1 %d Closed\r\n" % reply.status]
+    for name, value in response_headers(request_id, reply):
+        parts += (name, b": ", value, b"\r\n")
+    parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+    if with_body:
+        parts.append(reply.body)
+    return b"".join(parts)
+
+
+def encode_refusal(error: Refused, request_id: str) -> bytes:
+    """The response to what never became a request, with the headers of every other; the connection ends with it."""
+    return encode_reply(refusal_reply(error), request_id, keep_alive=False)
+
+
+@lru_cache(maxsize=1024)
+def url_path(url: bytes) -> str:
+    """The decoded path of a request's URL. Raises an error that httptools reports unless it has one, in ASCII."""
+    path: str = httptools.parse_url(url).path.decode("ascii")
+    return unquote(path) if "%" in path else path
+
+
+def without_upgrade(data: bytes) -> bytes:
+    """The same bytes with every `Upgrade` header renamed, as httptools would take what follows for another protocol."""
+    end = data.find(b"\r\n\r\n") + 2  # of the last header that is here
+    return UPGRADE.sub(b"\r\nignored:", data[:end]) + data[end:] if UPGRADE.search(data, 0, end) else data
