@@ -142,8 +142,9 @@ BY_DESIGN = [
 
 
 def render(result: dict[str, Any]) -> str:
-    """The page: every fault, how it ended and what caught it; then the healthy ones."""
-    faults, healthy = result["faults"], result["healthy"]
+    """The page: every fault that is still planted, how it ended and what caught it; then the healthy ones."""
+    faults = [fault for fault in result["faults"] if fault["name"] in FAULTS]
+    healthy = result["healthy"]
     passed = [case for case in healthy if case["ended"] == 0]
     caught = [fault for fault in faults if fault["ended"]]
     lines = [
@@ -180,14 +181,15 @@ def render(result: dict[str, Any]) -> str:
 
 
 def since(faults: list[dict[str, Any]]) -> list[str]:
-    """The faults that were planted after the run, which `make test` runs but the table does not have yet."""
-    known = {fault["name"] for fault in faults}
-    return [
-        "## Planted since this run",
-        "",
-        *(f"- {f.name} ({f.precision}): {f.story}" for f in FAULTS.values() if f.name not in known),
-        "",
+    """The faults that were planted after the run, which `make test` runs but the table does not have yet, and those
+    that end in another code now.
+    """
+    ended = {fault["name"]: fault["ended"] for fault in faults}
+    new = [f"- {f.name} ({f.precision}): {f.story}" for f in FAULTS.values() if f.name not in ended]
+    other = [
+        f"- {name}: refused with {FAULTS[name].code} now" for name, code in ended.items() if code != FAULTS[name].code
     ]
+    return ["## Planted or changed since this run", "", *new, *other, ""] if new or other else []
 
 
 def catcher(fault: dict[str, Any]) -> tuple[str, str]:

@@ -18,6 +18,9 @@ from typing import Any, Self
 from urllib.request import urlopen
 
 MARK = "MPDSGR_TEST_CLUSTER"
+# Said aloud, since the first node of a cluster otherwise asks for the token that any earlier ray.init() left in the
+# user's home, and the second node does not send it.
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
 NODE = [
     "--block",
     "--node-ip-address=127.0.0.2",  # Ray would replace 127.0.0.1 with an address that others reach
@@ -79,6 +82,7 @@ class Cluster:
         haproxy = self._place / str(number)
         environment = {
             MARK: self._mark,
+            **NO_TOKEN,
             "OMP_NUM_THREADS": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # not 30
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # not 3
@@ -104,7 +108,7 @@ class Cluster:
         """The command `serve`, which must succeed."""
         command = [sys.executable, "-m", "ray.serve.scripts", *map(str, arguments)]
         address = ["--address", f"http://127.0.0.1:{self._dashboard}"]
-        environment = {**os.environ, MARK: self._mark}
+        environment = {**os.environ, **NO_TOKEN, MARK: self._mark}
         for _ in range(3):  # on a busy machine Ray gives up a proxy before it has started, and is to be asked again
             done = subprocess.run([*command, *address], env=environment, capture_output=True, text=True, timeout=120)
             if done.returncode == 0:

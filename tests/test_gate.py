@@ -322,6 +322,16 @@ def test_a_gate_that_bounds_no_drop_has_the_least_that_its_images_can_decide(mon
     assert settled(Gate(max_drop=0.005), "release", 497).max_drop == 0.005  # and is refused, as it cannot be decided
 
 
+@pytest.mark.parametrize("n", [0, 1, 10, 99])
+@pytest.mark.parametrize("tier", TIERS)
+def test_too_few_images_are_not_given_a_limit_that_decides_nothing(
+    n: int, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules_of_the_gate, "SIGNIFICANT", SIGNIFICANT)
+    with pytest.raises(InputError, match=rf"{n} images cannot decide this gate: it takes 100 "):
+        check_gate(settled(Gate(), tier, n), NAMES, n, NAMES)
+
+
 def test_every_rule_says_where_it_comes_from() -> None:
     recipe = Recipe(gate=Gate(floors={"clean": 0.9}))
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 from conftest import assert_input_error, mpdsgr_here
 from predicting import folder
+from ray_cluster import NO_TOKEN
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.prediction.ray_data import JOB, SUCCESS, part_file
@@ -28,11 +29,13 @@ MARK = "MPDSGR_TEST_RAY"  # tells the processes of this cluster from those of ot
 def cluster() -> Iterator[str]:
     """One small cluster for all tests, which the command finds connected; yields the mark of its processes."""
     ray = pytest.importorskip("ray")
-    mark = os.environ[MARK] = secrets.token_hex(8)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
-    yield mark
-    ray.shutdown()
-    del os.environ[MARK]
+    mark = secrets.token_hex(8)
+    with pytest.MonkeyPatch.context() as environment:
+        for key, value in {MARK: mark, **NO_TOKEN}.items():
+            environment.setenv(key, value)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
+        yield mark
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.validation.gate import least_decidable
 
+WIDEST_USUAL_LIMIT = 0.10  # the largest drop that is allowed without being asked for: 100 images decide it
+
 
 class Rule(BaseModel):
     """One rule in words; origin: who set it."""
@@ -33,9 +35,10 @@ def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: s
 def settled(gate: Gate, tier: str, n: int) -> Gate:
     """The gate for n images with nothing left open.
 
-    Where it bounds no drop, its tier does, or the smallest limit that so few images can decide.
+    Where it bounds no drop, its tier does, or the smallest limit that so few images can decide, up to
+    WIDEST_USUAL_LIMIT: fewer images decide nothing, unless a gate allows more.
     """
-    usual = max(TIERS[tier].max_drop, least_decidable(n))
+    usual = max(TIERS[tier].max_drop, min(least_decidable(n), WIDEST_USUAL_LIMIT))
     return gate.model_copy(
         update={"tier": tier, "images": n, "max_drop": usual if gate.max_drop is None else gate.max_drop}
     )
