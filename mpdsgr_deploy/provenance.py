@@ -21,7 +21,7 @@ def provenance() -> dict[str, Any]:
         "mpdsgr_deploy": __version__,
         "revision": source_revision(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
+        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "platform": platform.platform(terse=True),
         "hardware": hardware(),
     }
@@ -55,11 +55,11 @@ def _git(directory: Path, *arguments: str) -> str:
 def hardware() -> dict[str, Any]:
     """CPU model and usable cores; GPU names where torch is already loaded and sees any."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
+    machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+        machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return machine
 
 
 def _cpu_name() -> str:

@@ -104,11 +104,11 @@ def read_document(path: Path, model: type[BaseModel], version: int, *, otherwise
     Raises InputError if it is missing, damaged, of no schema version or one above `version`, or does not fit the model.
     """
     values = read_json(path, otherwise=otherwise)
-    found = values.get("schema_version") if isinstance(values, dict) else None
-    if type(found) is not int or found < 1:
+    written = values.get("schema_version") if isinstance(values, dict) else None
+    if type(written) is not int or written < 1:
         raise InputError(f"{path} has no valid schema_version; {otherwise}")
-    if found > version:
-        raise InputError(f"{path} has schema version {found}, this mpdsgr-deploy reads {version}; upgrade it")
+    if written > version:
+        raise InputError(f"{path} has schema version {written}, this mpdsgr-deploy reads {version}; upgrade it")
     return parse(model, values, str(path))
 
 

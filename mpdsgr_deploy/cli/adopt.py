@@ -81,12 +81,12 @@ def command(
         return
     if images is None or out is None:
         raise InputError("give --images, on which the network is attacked, and --out; or --check to look only")
-    found = evaluation_images(images, root, classifier.shape, limit)
+    test_images = evaluation_images(images, root, classifier.shape, limit)
     values: dict[str, Any] = {"data": {"name": Path(images).stem}}
     override(values, overrides, example="attack.eps=4/255")
     bundle = adopt(
         model,
-        found,
+        test_images,
         out,
         surrogate=surrogate,
         preprocessing=before,
@@ -152,26 +152,26 @@ def _logits(path: Path) -> Any:
     return logits
 
 
-def _report(found: Any, source: str, as_json: bool) -> None:
+def _report(surveyed: Any, source: str, as_json: bool) -> None:
     """What a survey found. Raises InputError, behind the report, if the network cannot be attacked."""
-    counts = found.counts()
+    counts = surveyed.counts()
     if as_json:
         print_json(
             {
-                "attackable": not found.refused,
-                "nodes": [finding._asdict() for finding in found.findings],
-                "spike nodes": found.spikes,
-                "layers": found.layers,
-                "time steps": found.steps,
+                "attackable": not surveyed.refused,
+                "nodes": [finding._asdict() for finding in surveyed.findings],
+                "spike nodes": surveyed.spikes,
+                "layers": surveyed.layers,
+                "time steps": surveyed.steps,
             }
         )
     else:
-        kinds = Counter((f.status, f.operator, f.why) for f in found.findings if f.status == "approximate")
+        kinds = Counter((f.status, f.operator, f.why) for f in surveyed.findings if f.status == "approximate")
         rows = [(operator, status, count, why) for (status, operator, why), count in kinds.items()]
-        unsupported = [f for f in found.findings if f.status == "unsupported"]
+        unsupported = [f for f in surveyed.findings if f.status == "unsupported"]
         rows += [(f"{f.operator} {f.node}", f.status, 1, f.why) for f in unsupported[:SHOWN]]
         click.echo(f"{source}: " + ", ".join(f"{n} nodes {status}" for status, n in counts.items()))
-        click.echo(f"{found.spikes} spike nodes in {len(found.layers)} layers, up to {found.steps} time steps")
+        click.echo(f"{surveyed.spikes} spike nodes in {len(surveyed.layers)} layers, up to {surveyed.steps} time steps")
         print_table(("operator", "gradient", "nodes", "why"), rows)
-    if found.refused:
-        raise InputError(found.refused)
+    if surveyed.refused:
+        raise InputError(surveyed.refused)

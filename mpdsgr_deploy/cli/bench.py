@@ -105,21 +105,21 @@ def command(
             for value in _numbers("--concurrency", concurrency or CONCURRENCY, 1, 4096, whole=True)
         ]
     )
-    found, interrupted = LoadMeasurement(), False
-    given = None if images is None else _read(images)
+    results, interrupted = LoadMeasurement(), False
+    sent_images = None if images is None else _read(images)
     key = None if api_key_file is None else _key(api_key_file)
     try:
-        measure(url, loads, found, batch=batch, images=given, seed=seed, key=key)
+        measure(url, loads, results, batch=batch, images=sent_images, seed=seed, key=key)
     except KeyboardInterrupt:
         interrupted = True
-    _show(found, url, batch, as_json)
+    _show(results, url, batch, as_json)
     if interrupted:
         click.echo("interrupted; the figures are of what was measured until then", err=True)
         sys.exit(130)
 
 
-def _show(found: LoadMeasurement, url: str, batch: int, as_json: bool) -> None:
-    model, outcomes = found.model, found.outcomes
+def _show(results: LoadMeasurement, url: str, batch: int, as_json: bool) -> None:
+    model, outcomes = results.model, results.outcomes
     warnings = [warning for outcome in outcomes for warning in outcome.warnings]
     tensors = None if model is None else "binary" if model.binary else "json"
     if as_json:

@@ -43,12 +43,12 @@ def command(bundle: str, backend: str, precision: str | None, batch: str | None,
       mpdsgr build bundles/digits --backend openvino --precision int8
     """
     builder = choose("backend", BUILDERS, backend)
-    wanted = None if batch is None else parse_batch(batch)
+    batch_sizes = None if batch is None else parse_batch(batch)
     opened, chosen = opened_bundle(bundle, precision)
     opened.variant(chosen)
     log.info("building %s of %s for %s ...", chosen, opened.path, backend)
     started = time.perf_counter()
-    _, prepared = builder(opened, chosen, wanted)
+    _, prepared = builder(opened, chosen, batch_sizes)
     seconds = time.perf_counter() - started
     if as_json:
         print_json({"bundle": str(opened.path), "seconds": round(seconds, 3), **prepared.model_dump()})

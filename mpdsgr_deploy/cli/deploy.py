@@ -62,8 +62,8 @@ def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, a
         f"{triton_files.IMAGE} tritonserver --model-repository=/models"
     )
     if as_json:
-        told = [{**model._asdict(), "noise": [entry.model_dump() for entry in model.noise]} for model in written]
-        print_json({"repository": str(out), "models": told, "next": following})
+        facts = [{**model._asdict(), "noise": [entry.model_dump() for entry in model.noise]} for model in written]
+        print_json({"repository": str(out), "models": facts, "next": following})
         return
     if backend == "tensorrt":
         click.echo("warning: engines check no pixel values: 0..255 or NaN is answered as if it were an image", err=True)

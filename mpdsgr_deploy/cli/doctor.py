@@ -56,7 +56,9 @@ def command(bundle: Path | None, as_json: bool) -> None:
         print_json({"backends": backends, "packages": packages, **machine})
         return
     print_table(("backend", "precision", "state"), grouped(states), "Backends")
-    rows = [(f"[{e}]", ", ".join(f"{n} {v or 'missing'}" for n, v in found.items())) for e, found in packages.items()]
+    rows = [
+        (f"[{e}]", ", ".join(f"{n} {v or 'missing'}" for n, v in versions.items())) for e, versions in packages.items()
+    ]
     print_table(("extra", "packages"), rows, "Packages")
     hardware = ", ".join(f"{name} {value}" for name, value in machine["hardware"].items())
     click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")

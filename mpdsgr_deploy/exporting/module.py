@@ -89,8 +89,8 @@ def find_module(name: str) -> nn.Module:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(package), attribute)
-        made = found if isinstance(found, nn.Module) else found()
+        attribute_value = getattr(importlib.import_module(package), attribute)
+        made = attribute_value if isinstance(attribute_value, nn.Module) else attribute_value()
     except Exception as error:  # whatever the other package's code raises
         raise InputError(f"{name} cannot be imported and called: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(made, nn.Module):

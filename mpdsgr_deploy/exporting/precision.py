@@ -140,12 +140,12 @@ def rounded_weights(weights: NDArray[Any], form: Format, scale: np.dtype[Any]) -
 
 def _restore(graph: ir.Graph) -> None:
     """The output in float32 under its own name again."""
-    (found,) = graph.outputs
-    if found.dtype == FLOATS["fp32"]:
+    (logits_in,) = graph.outputs
+    if logits_in.dtype == FLOATS["fp32"]:
         return
-    name, found.name = found.name, f"{found.name}/{found.dtype}"
-    cast = ir.node("Cast", [found], {"to": FLOATS["fp32"]})
+    name, logits_in.name = logits_in.name, f"{logits_in.name}/{logits_in.dtype}"
+    cast = ir.node("Cast", [logits_in], {"to": FLOATS["fp32"]})
     graph.append(cast)
     (logits,) = cast.outputs
-    logits.name, logits.shape, logits.dtype = name, found.shape, FLOATS["fp32"]
+    logits.name, logits.shape, logits.dtype = name, logits_in.shape, FLOATS["fp32"]
     graph.outputs[0] = logits

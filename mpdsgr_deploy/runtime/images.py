@@ -13,8 +13,8 @@ def check_images(x: NDArray[np.float32], shape: tuple[int, int, int]) -> None:
     if x.dtype != np.float32:
         raise InputError(f"images must be float32 in [0, 1], these are {x.dtype}")
     if x.ndim != 4 or x.shape[1:] != shape or not len(x):
-        wanted = ", ".join(map(str, shape))
-        raise InputError(f"images must have shape [batch >= 1, {wanted}], these have {list(x.shape)}")
+        expected = ", ".join(map(str, shape))
+        raise InputError(f"images must have shape [batch >= 1, {expected}], these have {list(x.shape)}")
     low, high = x.min(), x.max()
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
         raise InputError(f"pixels must be finite and in [0, 1], these range from {low} to {high}")

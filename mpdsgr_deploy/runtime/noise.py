@@ -49,7 +49,7 @@ class NoiseSource:
         return [entry.name for entry in self._inputs]
 
     def require(self, required: Mapping[str, Sequence[object]], network: object) -> None:
-        """Raise InputError unless `wanted`, names and shapes without the batch, is what this source supplies.
+        """Raise InputError unless `required`, names and shapes without the batch, is what this source supplies.
 
         network: what the message calls the one that takes these inputs beside its images.
         """

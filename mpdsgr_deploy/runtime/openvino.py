@@ -70,10 +70,10 @@ class OpenVino:
             request = self._requests.get(len(x)) or self._compile(len(x))
             request.infer(feeds, share_inputs=True)
         except Exception as error:  # OpenVINO's share no base class
-            told = f"OpenVINO cannot run {self._model} in batches of {len(x)}: {reason(error)}"
-            if isinstance(error, MemoryError) or "bad_alloc" in told:
-                raise OutOfMemory(f"{told}; free some memory or use a smaller batch") from error
-            raise InputError(told) from error
+            message = f"OpenVINO cannot run {self._model} in batches of {len(x)}: {reason(error)}"
+            if isinstance(error, MemoryError) or "bad_alloc" in message:
+                raise OutOfMemory(f"{message}; free some memory or use a smaller batch") from error
+            raise InputError(message) from error
         logits: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
         return logits
 
@@ -118,7 +118,7 @@ def unsigned(network: onnx.ModelProto) -> onnx.ModelProto:
 def reason(error: Exception) -> str:
     """What OpenVINO says, in one line and without the places in its own source it came from."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [
+    sentences = [
         line for line in lines if line and not line.startswith(("Exception from", "Check ", "FrontEnd API", "To fac"))
     ]
-    return one_line(" ".join(told) or error)
+    return one_line(" ".join(sentences) or error)

@@ -75,8 +75,8 @@ class Session:
         for name in outputs:
             binding.bind_output(name, self._device)
         self._session.run_with_iobinding(binding)
-        found: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
-        return found
+        arrays: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return arrays
 
     def __enter__(self) -> Self:
         return self

@@ -24,8 +24,8 @@ class RuntimeSettings(Section):
 
 def machine(backend: str) -> dict[str, str]:
     """What settings of a backend depend on: the CPU, how many cores this process may use, the library's version."""
-    found, package = hardware(), PACKAGES[backend]
-    return {"cpu": found["cpu"], "cores": str(found["cores"]), package: package_version(package) or "unknown"}
+    here, package = hardware(), PACKAGES[backend]
+    return {"cpu": here["cpu"], "cores": str(here["cores"]), package: package_version(package) or "unknown"}
 
 
 def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSettings:
@@ -36,10 +36,10 @@ def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSe
     here, network = machine(backend), bundle.model_sha256(precision)
     for prepared in bundle.prepared(backend, precision):
         if prepared.machine == here and prepared.model_sha256 == network:
-            found: RuntimeSettings = parse(
+            settings: RuntimeSettings = parse(
                 RuntimeSettings, prepared.settings, f"{bundle.path}: settings of {backend}, {precision}"
             )
-            return found
+            return settings
     return RuntimeSettings()
 
 

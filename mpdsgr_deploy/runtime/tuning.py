@@ -47,8 +47,8 @@ def tune(
     best = _fastest(opener, images, deadline, [RuntimeSettings(threads=cores, chunk=chunk) for chunk in CHUNKS])
     fewer = [RuntimeSettings(threads=threads, chunk=best.chunk) for threads in halvings(cores)]
     best = _fastest(opener, images, deadline, [best, *fewer])
-    found = prepared(bundle, backend, precision, best)
-    return bundle.add(found), found
+    addition = prepared(bundle, backend, precision, best)
+    return bundle.add(addition), addition
 
 
 def halvings(cores: int) -> Iterator[int]:
@@ -74,18 +74,18 @@ def _fastest(
             measured.append(candidate)
             continue
         with opener(settings=candidate) as predictor:
-            found = {str(batch): milliseconds(predictor, images[:batch]) for batch in BATCHES}
-        log.info("%d threads, chunks of %d: %s ms", candidate.threads, candidate.chunk, found)
-        measured.append(candidate.model_copy(update={"milliseconds": found}))
+            timings = {str(batch): milliseconds(predictor, images[:batch]) for batch in BATCHES}
+        log.info("%d threads, chunks of %d: %s ms", candidate.threads, candidate.chunk, timings)
+        measured.append(candidate.model_copy(update={"milliseconds": timings}))
     return min(measured, key=lambda settings: math.prod(settings.milliseconds.values()))
 
 
 def milliseconds(predictor: Predictor, images: NDArray[np.float32]) -> float:
     """The shortest of a few inferences, which other work on the machine disturbed least."""
     predictor(images)  # compiles, allocates
-    taken = []
+    seconds = []
     for _ in range(REPETITIONS):
         started = time.perf_counter()
         predictor(images)
-        taken.append(time.perf_counter() - started)
-    return round(1000 * min(taken), 3)
+        seconds.append(time.perf_counter() - started)
+    return round(1000 * min(seconds), 3)

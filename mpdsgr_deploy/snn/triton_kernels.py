@@ -73,7 +73,7 @@ def lif_forward(
     factor,
     bias,
     spikes,  # [T, N]
-    kept,  # [T, N] or None: U_t, or U_t - V_th if CENTRED
+    u_saved,  # [T, N] or None: U_t, or U_t - V_th if CENTRED
     sums,  # [P, T, C] or None, as the two below: a program's sum of U_t,
     squares,  # of the squared distance of U_t to the program's own mean,
     removed,  # and of what the reset after step t takes away
@@ -114,13 +114,13 @@ def lif_forward(
         fired = (u >= v_threshold).to(tl.float32)
         tl.store(spikes + at, fired.to(spikes.dtype.element_ty), mask=inside)
         spikes += N
-        if kept is not None:
+        if u_saved is not None:
             keep = u
             if CENTRED:
                 # what did not fire stays below 0: float16 knows no number between 0 and -2^-24
                 keep = tl.where(u < v_threshold, tl.minimum(u - v_threshold, -(2.0**-24)), u - v_threshold)
-            tl.store(kept + at, keep.to(kept.dtype.element_ty), mask=inside)
-            kept += N
+            tl.store(u_saved + at, keep.to(u_saved.dtype.element_ty), mask=inside)
+            u_saved += N
         if sums is not None:
             count = tl.minimum(M - program * BLOCK_M, BLOCK_M).to(tl.float32)
             total = tl.sum(tl.where(inside, u, 0.0), 0)
@@ -175,7 +175,7 @@ def lif_backward(
     factor,
     bias,
     deviation,  # [C]: 1 / sqrt(variance + eps)
-    kept,  # None: the potentials are computed again, and live in registers
+    u_saved,  # None: the potentials are computed again, and live in registers
     given_u,  # [T, N] or None, as given_spikes: gradients of the loss in potentials and spikes
     given_spikes,
     slope,  # [T, C] or None, as constant: slope U_t + constant is the gradient in U_t through the moments
@@ -219,7 +219,7 @@ def lif_backward(
     u_rest, spikes_rest = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
     later = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # tau d of the step after
     total, product, held = later, later, later
-    if kept is None:
+    if u_saved is None:
         u, fired = u_rest, spikes_rest
         potentials = ()
         if HELD:
@@ -239,7 +239,7 @@ def lif_backward(
     else:
         for i in range(T):
             t = T - 1 - i
-            u = tl.load(kept + tl.cast(N, tl.int64) * t + at, mask=inside, other=0).to(tl.float32)
+            u = tl.load(u_saved + tl.cast(N, tl.int64) * t + at, mask=inside, other=0).to(tl.float32)
             v = u if CENTRED else u - v_threshold
             u = u + v_threshold if CENTRED else u
             later, total, product, held = _step_backward(

@@ -176,7 +176,7 @@ class _Lif(torch.autograd.Function):
             u_first, spikes_first = _like(u_first, stride[1:]), _like(spikes_first, stride[1:])
         spikes = x.new_empty_strided(shape, stride)
         stored = task.keep is not None and (task.potentials or any(ctx.needs_input_grad))
-        kept = torch.empty_like(spikes, dtype=task.keep) if stored else None
+        u_saved = torch.empty_like(spikes, dtype=task.keep) if stored else None
         centred = stored and not task.potentials and task.keep != torch.float32
         factor = None if scale is None or deviation is None else scale * deviation
         grid = cut.grid()
@@ -191,25 +191,27 @@ class _Lif(torch.autograd.Function):
         }
         inputs = (x, u_first, spikes_first, mean, factor, bias)
         numbers = (float(constants.tau), float(constants.v_threshold))
-        _launch(kernels.lif_forward, x, grid, *inputs, spikes, kept, *_each(partial, 3), *numbers, *cut[:4], **shared)
+        _launch(
+            kernels.lif_forward, x, grid, *inputs, spikes, u_saved, *_each(partial, 3), *numbers, *cut[:4], **shared
+        )
         moments = (None, None, None) if partial is None else _merged(partial, cut)
         statistics = scale is not None and not task.frozen
         # the sums of tdBN's backward pass: for the gradient in x under its own statistics, or in lambda and beta
         ctx.sums = statistics or any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(x if ctx.sums or kept is None else None, *inputs[1:], deviation, kept, moments[0])
+        ctx.save_for_backward(x if ctx.sums or u_saved is None else None, *inputs[1:], deviation, u_saved, moments[0])
         ctx.task, ctx.cut, ctx.shared, ctx.statistics = task, cut, shared, statistics
         ctx.x = x.to("meta")  # its type, shape and order in memory
         ctx.set_materialize_grads(False)
         if moments[2] is not None:
             ctx.mark_non_differentiable(moments[2])
-        return spikes, kept if task.potentials else None, *moments
+        return spikes, u_saved if task.potentials else None, *moments
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * 8
-        x, u_first, spikes_first, mean, factor, bias, deviation, kept, mean_u = ctx.saved_tensors
+        x, u_first, spikes_first, mean, factor, bias, deviation, u_saved, mean_u = ctx.saved_tensors
         cut, constants = ctx.cut, ctx.task.constants
         device = next(grad for grad in grads if grad is not None).device
         to_x = torch.empty_like(ctx.x, device=device)
@@ -227,7 +229,7 @@ class _Lif(torch.autograd.Function):
             kernels.lif_backward,
             to_x,
             grid,
-            *(x, u_first, spikes_first, mean, factor, bias, deviation, kept, *received, slope, constant),
+            *(x, u_first, spikes_first, mean, factor, bias, deviation, u_saved, *received, slope, constant),
             *(to_x, to_u, to_spikes, *_each(sums, 2)),
             *(float(constants.tau), float(constants.v_threshold), float(constants.surrogate.parameter), *cut[:4]),
             **ctx.shared,

@@ -12,11 +12,11 @@ SAME_LABELS = 0.99
 
 def check_answers(reference: Reference | None, precision: str, logits: NDArray[np.float32]) -> Parity | None:
     """The artefact's clean logits [N, K] against the kept ones; None for a precision that every machine rounds anew."""
-    kept = reference.logits.get(precision) if reference else None
-    if kept is None:
+    expected = reference.logits.get(precision) if reference else None
+    if expected is None:
         return None
-    common = min(len(kept), len(logits))
-    return compare(kept[:common], logits[:common])
+    common = min(len(expected), len(logits))
+    return compare(expected[:common], logits[:common])
 
 
 def answer_faults(parity: Parity | None) -> list[str]:

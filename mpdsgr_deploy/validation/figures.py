@@ -36,15 +36,15 @@ SETTINGS: Any = {
 
 def figures(report: Report) -> dict[str, str]:
     """Whatever can be drawn, by title."""
-    found = {}
+    pictures = {}
     with rc_context(SETTINGS):
         if any(curve.points for curve in report.curves):
             left = f", the {len(COLOURS)} strongest attacks" if len(report.curves) > len(COLOURS) else ""
-            found[f"Accuracy against eps{left}"] = svg(by_eps(report), "eps")
+            pictures[f"Accuracy against eps{left}"] = svg(by_eps(report), "eps")
         if sweep(report):
             left = f" {MOST} of {len(attackers(report))}" if len(attackers(report)) > MOST else ""
-            found[f"Which attacker is the strongest?{left}"] = svg(by_attacker(report), "attackers")
-    return found
+            pictures[f"Which attacker is the strongest?{left}"] = svg(by_attacker(report), "attackers")
+    return pictures
 
 
 def by_eps(report: Report) -> Figure:
@@ -81,9 +81,9 @@ def by_attacker(report: Report) -> Figure:
     """Accuracy under every white-box attacker with its interval, and above them all what survives every attack."""
     rows = sweep(report)
     worst = report.row("worst")
-    shown = rows if worst is None else [worst, *rows]
-    figure, axes = blank(0.9 + 0.3 * len(shown))
-    for place, row in enumerate(shown):
+    bars = rows if worst is None else [worst, *rows]
+    figure, axes = blank(0.9 + 0.3 * len(bars))
+    for place, row in enumerate(bars):
         low, high = (100 * bound for bound in row.artefact.interval)
         accuracy = 100 * row.artefact.accuracy
         colour, marker, size = (HEADLINE, "D", 7.0) if row is worst else (ATTACKER, "o", 5.0)
@@ -100,8 +100,8 @@ def by_attacker(report: Report) -> Figure:
         )
     if worst is not None:
         axes.axvline(100 * worst.artefact.accuracy, color=HEADLINE, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(shown)), [named(row) for row in shown])
-    axes.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 100), ylim=(len(shown) - 0.5, -0.5))
+    axes.set_yticks(range(len(bars)), [named(row) for row in bars])
+    axes.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5))
     axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
     return figure
 

@@ -72,16 +72,16 @@ def image_faults(name: str, images: Images, reference: Reference | None, own: Im
 
     own: the data set's own, where they are at hand; without them images and classes are the bundle's word.
     """
-    found, faults = digests(images), []
+    image_digests, faults = digests(images), []
     if len(images) and images.classes.max(initial=0) >= len(images.labels):
         faults.append("some classes have no label")
     if reference is not None:
-        common = min(len(found), len(reference.digests))
-        if different := int((found[:common] != reference.digests[:common]).sum()):
+        common = min(len(image_digests), len(reference.digests))
+        if different := int((image_digests[:common] != reference.digests[:common]).sum()):
             faults.append(f"{different} of {common} images are not those the reference answered")
     if own is not None:
         faults += _differences(images, own)
-    if name in WELL_KNOWN and len(images) >= FIRST and blake2b_64(found[:FIRST]) != WELL_KNOWN[name]:
+    if name in WELL_KNOWN and len(images) >= FIRST and blake2b_64(image_digests[:FIRST]) != WELL_KNOWN[name]:
         faults.append(f"the first {FIRST} are not the first {FIRST} test images of {name}")
     return faults
 
@@ -95,15 +95,15 @@ def _differences(images: Images, own: Images) -> Iterator[str]:
         yield "the classes have other names, or another order, than in the data set"
 
 
-def blake2b_64(found: NDArray[np.uint64]) -> str:
+def blake2b_64(image_digests: NDArray[np.uint64]) -> str:
     """The 64-bit blake2b of a sequence of images, in hex, from that of each."""
-    return blake2b(found.astype("<u8").tobytes(), digest_size=8).hexdigest()
+    return blake2b(image_digests.astype("<u8").tobytes(), digest_size=8).hexdigest()
 
 
 Kind = tuple[tuple[int, int, int], tuple[str, ...]]  # shape of an image, class names
 
 
-def require_alike(path: Path, found: Kind, wanted: Kind) -> None:
+def require_alike(path: Path, theirs: Kind, expected: Kind) -> None:
     """Raise InputError unless another network, that of `path`, was made for images of the same kind."""
-    if found != wanted:
+    if theirs != expected:
         raise InputError(f"{path} was not trained on images like those under attack; take another")

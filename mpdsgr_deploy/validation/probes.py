@@ -98,8 +98,8 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
     for step in (share * eps for share in STEPS):
 
         def rise(direction: Floats, step: float = step) -> Floats:
-            moved = np.clip(x + np.float32(step) * direction, 0, 1)
-            return losses(network, moved, y, batch_size) - before
+            stepped = np.clip(x + np.float32(step) * direction, 0, 1)
+            return losses(network, stepped, y, batch_size) - before
 
         along, aside = rise(uphill), np.mean([rise(direction) for direction in random], axis=0)
         rises[step] = (float(along.mean()), float(aside.mean()))

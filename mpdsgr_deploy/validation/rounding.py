@@ -57,13 +57,13 @@ def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> l
         return []
     network = onnx.load(bundle.variant(precision))
     layers = bundle.manifest.variants[precision].layers
-    found = [f"{precision}: {fault}" for fault in file_faults(onnx.load(bundle.variant("fp32")), network, layers)]
-    return [*found, *_activation_faults(bundle, precision, network, x)]
+    faults = [f"{precision}: {fault}" for fault in file_faults(onnx.load(bundle.variant("fp32")), network, layers)]
+    return [*faults, *_activation_faults(bundle, precision, network, x)]
 
 
 def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) -> Iterator[str]:
     """Differences between a float32 network and its rounded form, other than the rounding of `layers` itself."""
-    ours, theirs = steps(exact), steps(rounded)
+    ours, theirs = resolve_nodes(exact), resolve_nodes(rounded)
     if [step.operator for step in ours] != [step.operator for step in theirs]:
         yield f"it is no network of float32's {len(ours)} operators"
         return
@@ -85,12 +85,12 @@ def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) 
                 yield f"a constant of {name} is not float32's"
 
 
-def steps(network: ModelProto) -> list[ResolvedNode]:
+def resolve_nodes(network: ModelProto) -> list[ResolvedNode]:
     """A network without its changes of number format, in the order of the file."""
     constants = {tensor.name: tensor for tensor in network.graph.initializer}
     makers = {output: node for node in network.graph.node for output in node.output}
     places: dict[str, tuple[int, int]] = {}
-    found: list[ResolvedNode] = []
+    resolved_nodes: list[ResolvedNode] = []
 
     def resolved(name: str) -> Constant | tuple[int, int] | str:
         maker = makers.get(name)
@@ -107,9 +107,11 @@ def steps(network: ModelProto) -> list[ResolvedNode]:
             continue
         attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
         serial = tuple(attribute.SerializeToString(deterministic=True) for attribute in attributes)
-        found.append(ResolvedNode(node.name, operator(node), serial, tuple(resolved(name) for name in node.input)))
-        places |= {output: (len(found), k) for k, output in enumerate(node.output)}
-    return found
+        resolved_nodes.append(
+            ResolvedNode(node.name, operator(node), serial, tuple(resolved(name) for name in node.input))
+        )
+        places |= {output: (len(resolved_nodes), k) for k, output in enumerate(node.output)}
+    return resolved_nodes
 
 
 def operator(node: NodeProto) -> tuple[str, str]:
@@ -139,17 +141,17 @@ def _dequantised(node: NodeProto, constants: dict[str, TensorProto]) -> Array:
     return values * (scale.reshape([-1 if i == axis else 1 for i in range(values.ndim)]) if scale.ndim else scale)
 
 
-def is_rounded(exact: Array, found: Array, form: str) -> bool:
-    """Whether found [O, ...] is within half a step of exact, in the steps of `form`; equal in fp32."""
-    if exact.shape != found.shape:
+def is_rounded(exact: Array, rounded: Array, form: str) -> bool:
+    """Whether rounded [O, ...] is within half a step of exact, in the steps of `form`; equal in fp32."""
+    if exact.shape != rounded.shape:
         return False
     if form == "fp32":
-        return np.array_equal(exact, found)
-    exact, found = exact.astype(np.float32), found.astype(np.float32)
+        return np.array_equal(exact, rounded)
+    exact, rounded = exact.astype(np.float32), rounded.astype(np.float32)
     largest = np.abs(exact).reshape(len(exact), -1).max(1).reshape(-1, *[1] * (exact.ndim - 1))
     # of floats also what lies below the smallest normal number, relative to the channel's largest
     step = largest / 254 if form == "int8" else np.abs(exact) * FLOAT_ROUNDING[form] + largest * 2.0**-14
-    return bool((np.abs(exact - found) <= 1.001 * step + 1e-6).all())  # scales are rounded too
+    return bool((np.abs(exact - rounded) <= 1.001 * step + 1e-6).all())  # scales are rounded too
 
 
 def _activation_faults(bundle: Bundle, precision: str, network: ModelProto, x: NDArray[np.float32]) -> list[str]:

@@ -80,14 +80,14 @@ class Target:
         """Networks whose adversarial images are tried on the artefact: the float32 one of its own bundle where it has
         another precision, and `other`, a bundle or (with torch) a checkpoint.
         """
-        found: dict[str, Source] = {}
+        networks: dict[str, Source] = {}
         with ExitStack() as stack:
             if self.precision != "fp32":
                 own = stack.enter_context(open_predictor(self.bundle))
-                found[f"{TRANSFER} fp32"] = Source(Artefact(self.bundle, "fp32", own), self.trained)
+                networks[f"{TRANSFER} fp32"] = Source(Artefact(self.bundle, "fp32", own), self.trained)
             if other is not None:
-                found[TRANSFER] = stack.enter_context(_other(other, self.bundle.manifest))
-            yield found
+                networks[TRANSFER] = stack.enter_context(_other(other, self.bundle.manifest))
+            yield networks
 
     def attack_graph_faults(self) -> list[str]:
         """How the stored attack graph differs from the one that the network itself gives."""
@@ -141,7 +141,7 @@ def _other(path: Path, mine: Manifest) -> Iterator[Source]:
         yield other_network(path, mine.input_shape, mine.labels)
         return
     bundle = open_bundle(path)
-    found = bundle.manifest
-    require_alike(path, (found.input_shape, found.labels), (mine.input_shape, mine.labels))
+    manifest = bundle.manifest
+    require_alike(path, (manifest.input_shape, manifest.labels), (mine.input_shape, mine.labels))
     with open_predictor(bundle) as predictor:
-        yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(found.recipe))
+        yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(manifest.recipe))

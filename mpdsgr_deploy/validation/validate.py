@@ -92,10 +92,10 @@ def validate(
     promise = target.bundle.manifest.reference if data in (None, recipe.data.name) else None
     name, tier_from = chosen_tier(tier, gate, recipe, promise.tier if promise else None)
     entries, usual = choose("tier", TIERS, name).entries, TIERS[name].images
-    given = gate or recipe.gate
+    own_gate = gate or recipe.gate
     target.bundle.model_sha256(target.precision)  # refused before any data is read
-    images = chosen_images(target.bundle, limit or given.images, usual, data, root)
-    rules = settled(given, name, len(images))
+    images = chosen_images(target.bundle, limit or own_gate.images, usual, data, root)
+    rules = settled(own_gate, name, len(images))
     check_pins(rules, recipe, images_sha256(images), len(images))
     warn_if_unlike(target, images)
     reference = target.bundle.reference() if data in (None, recipe.data.name) else None

@@ -104,7 +104,7 @@ def _end(end: int, step: int) -> int | None:
 
 
 def _put_back(tape: Tape, cotangent: str, axis: int, size: int, places: list[int], rank: int) -> str:
-    """A cotangent whose elements along an axis were taken at `taken` out of `size`: a product with unit vectors."""
+    """A cotangent whose elements along an axis stood at `places` out of `size`: a product with unit vectors."""
     units = np.zeros((len(places), size), np.float32)
     units[np.arange(len(places)), places] = 1
     order = list(range(rank))

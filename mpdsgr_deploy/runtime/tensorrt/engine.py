@@ -71,8 +71,8 @@ def _parse(trt: ModuleType, heard: Any, network: Any, model: Path, backend: str)
         raise failure(heard, f"{backend} cannot read {model}", "export again")
     refused = parser.get_error(0)
     reason = str(refused.code()).partition(".")[2].replace("_", " ").lower()
-    told = [said(line) for line in refused.desc().splitlines()]
-    detail = told[-1] if len(told) < 2 else told[1]  # the first of several lines only repeats the node's name
+    lines = [said(line) for line in refused.desc().splitlines()]
+    detail = lines[-1] if len(lines) < 2 else lines[1]  # the first of several lines only repeats the node's name
     node = f"node {refused.node_name() or refused.node()} ({refused.node_operator()})"
     detail = "an operator it does not have" if detail == "false" else detail
     raise InputError(f"{backend} refuses {node} of {model}: {reason}, {detail}; use another backend or precision")

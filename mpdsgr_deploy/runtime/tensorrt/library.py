@@ -68,12 +68,11 @@ def without_collection() -> Iterator[None]:
 
 def failure(listener: Any, what: str, advice: str) -> InputError:
     """The error to raise where a call failed: `what`, the first thing the library said about it, `advice`."""
-    told = [
-        message for message in listener.errors if "catchCudaError" not in message
-    ]  # follows any error, adds nothing
-    text = said((told or listener.errors or ["it does not say why"])[0])
+    # "catchCudaError" follows any error and adds nothing
+    messages = [message for message in listener.errors if "catchCudaError" not in message]
+    text = said((messages or listener.errors or ["it does not say why"])[0])
     listener.errors.clear()  # or a later failure would be told by this one's reason
-    kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(told), re.IGNORECASE) else InputError
+    kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(messages), re.IGNORECASE) else InputError
     return kind(f"{what}: {text}; {advice}")
 
 

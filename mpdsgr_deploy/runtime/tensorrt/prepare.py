@@ -55,13 +55,13 @@ def find(backend: str, bundle: Bundle, precision: str, here: dict[str, str]) -> 
     """
     command = f"mpdsgr build {bundle.path} --backend {backend} --precision {precision}"
     sha = bundle.model_sha256(precision)
-    found = bundle.prepared(backend, precision)
-    if not found:
+    engines = bundle.prepared(backend, precision)
+    if not engines:
         raise InputError(f"{bundle.path} holds no {backend} engine of {precision}; build it here with: {command}")
-    fitting = [p for p in found if p.model_sha256 == sha and p.machine == here and p.batch and p.file]
+    fitting = [p for p in engines if p.model_sha256 == sha and p.machine == here and p.batch and p.file]
     if fitting:
         return min(fitting, key=lambda p: (p.batch[0], -p.batch[2]) if p.batch else (0, 0))
-    last = found[-1]
+    last = engines[-1]
     profile = ",".join(map(str, last.batch or BATCH))
     if last.model_sha256 != sha:
         why = f"was built from another {bundle.manifest.variants[precision].file}"

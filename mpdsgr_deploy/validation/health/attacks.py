@@ -105,8 +105,8 @@ def check_convergence(convergence: Convergence) -> Seen:
     broken, standing, n, attacks, allowed = convergence
     names = ", ".join(f"{name} with {2 * steps} steps instead of {steps}" for name, steps in attacks.items())
     saw = f"{names}: {broken} of {n} images more are broken, {standing - broken} are left"
-    found = exceeds(broken, n, max(allowed, MAX_MORE_STEPS)) < ORDER_P
-    return Seen([saw] if found else [], saw)
+    too_many = exceeds(broken, n, max(allowed, MAX_MORE_STEPS)) < ORDER_P
+    return Seen([saw] if too_many else [], saw)
 
 
 @health_check(
