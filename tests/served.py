@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.client import parse_headers
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+HELD_BACKEND = Path(__file__).parent / "held_backend"
+LARGE = 10_000  # images: a batch at which that backend can be made to stand still
 BUNDLE = Path(__file__).parent.parent / "export" / "doctor" / "bundle"  # images [1, 8, 8] named "images", 10 labels
 VERSION = json.loads((BUNDLE / "manifest.json").read_text())["digest"][:12]  # that BUNDLE is served as
 INFER = "/v2/models/bundle/infer"  # of BUNDLE
@@ -26,17 +29,29 @@ class Served:
     """The command with these arguments, ready when the constructor returns; ended at the end of a with block.
 
     arguments: models and options; ports are free ones unless given. limits: settings of the section `limits`.
-    lines: of the log so far, parsed. wait: False returns while the server still loads, without ports.
+    lines: of the log so far, parsed. wait: False returns while the server still loads, without ports. gate: a file;
+    the server's backend stands still at a large batch while it exists (see held_backend), as `hold` makes it do.
     """
 
-    def __init__(self, *arguments: object, limits: dict[str, object] | None = None, wait: bool = True) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        limits: dict[str, object] | None = None,
+        wait: bool = True,
+        gate: Path | None = None,
+    ) -> None:
         told = [*map(str, arguments or [BUNDLE])]
         for option in ("--port", "--grpc-port"):
             told += [] if option in told else [option, "0"]
         for key, value in {"grace_seconds": 0, **(limits or {})}.items():
             told += ["--set", f"limits.{key}={value}"]
+        self._gate, environment = gate, dict(os.environ)
+        if gate is not None:
+            told += ["--backend", "held"]
+            path = [str(HELD_BACKEND), *filter(None, [environment.get("PYTHONPATH")])]
+            environment |= {"HELD_GATE": str(gate), "PYTHONPATH": os.pathsep.join(path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mpdsgr_deploy", "serve", *told], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "mpdsgr_deploy", "serve", *told], stderr=subprocess.PIPE, text=True, env=environment
         )
         self.pid, self.port, self.grpc_port = self._process.pid, 0, 0
         self.lines: list[dict[str, Any]] = []
@@ -101,6 +116,23 @@ class Served:
     def signal(self, how: signal.Signals) -> None:
         """Send it a signal and go on."""
         self._process.send_signal(how)
+
+    @contextmanager
+    def hold(self) -> Iterator["Connection"]:
+        """While the network stands still at a large batch, whose answer is the next on this connection behind it."""
+        assert self._gate is not None
+        entered = self._gate.with_suffix(".entered")
+        entered.unlink(missing_ok=True)
+        self._gate.touch()
+        try:
+            with self.connect(60) as connection:
+                connection.send(large_request())
+                assert eventually(entered.exists)
+                yield connection
+                self._gate.unlink()
+                assert connection.reply().status == 200
+        finally:
+            self._gate.unlink(missing_ok=True)
 
     def rss(self) -> int:
         """Resident bytes."""
@@ -220,6 +252,20 @@ def request(x: NDArray[np.float32], **entries: Any) -> dict[str, Any]:
     """An inference request in JSON; entries: further ones of the request."""
     tensor = {"name": "images", "datatype": "FP32", "shape": list(x.shape), "data": x.ravel().tolist()}
     return {"inputs": [tensor], **entries}
+
+
+def large_request() -> bytes:
+    """An inference request of LARGE images in binary form."""
+    size = LARGE * 64
+    tensor = {
+        "name": "images",
+        "datatype": "UINT8",
+        "shape": [LARGE, 1, 8, 8],
+        "parameters": {"binary_data_size": size},
+    }
+    outputs = [{"name": "margin", "parameters": {"binary_data": True}}]
+    head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+    return http("POST", INFER, head + bytes(size), {"Inference-Header-Content-Length": len(head)})
 
 
 def eventually(condition: Any, seconds: float = 10) -> bool:

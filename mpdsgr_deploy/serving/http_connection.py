@@ -232,6 +232,7 @@ class HttpConnection(asyncio.Protocol):
         """End the connection; where more may be on its way, not before the client had time to read the answer."""
         self.over = True
         self._queue.clear()
+        self._incoming = None  # so that reading goes on, for nothing: bytes left unread would reset the connection
         if self._active is not None:
             self._active.leave()
         if clean or self._transport.is_closing():
