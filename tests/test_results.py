@@ -355,33 +355,47 @@ def test_the_page_of_flips_is_what_its_records_give() -> None:
         assert "dirty" not in record.provenance["revision"]
 
 
-def test_pairs_are_of_one_seed_and_ratios_of_it() -> None:
-    def network(row: str, seed: int, scale: float) -> flip_records.FlipRecord:
-        layer = dict.fromkeys(flip_records.LayerFlips.model_fields, scale)
-        variant = {"labels_changed": round(10 * scale), "unflipped": 0, "logits_moved": scale, "layers": {"a": layer}}
-        names = [f"{precision}, neurons {n}" for precision in flips_page.PRECISIONS for n in ("fp32", "fp16")]
-        return flip_records.FlipRecord(
-            table="t",
-            row=row,
-            seed=seed,
-            checkpoint="last",
-            method=row,
-            network="net",
-            weights_sha256="",
-            data="digits",
-            n=50,
-            variants=dict.fromkeys([*names, *flips_page.PLACES], variant),
-            provenance={},
-        )
+def flip_record(row: str, seed: int, scale: float, eta: float | None = None) -> flip_records.FlipRecord:
+    layer = dict.fromkeys(flip_records.LayerFlips.model_fields, scale)
+    variant = {"labels_changed": round(10 * scale), "unflipped": 0, "logits_moved": scale, "layers": {"a": layer}}
+    names = [f"{precision}, neurons {n}" for precision in flips_page.PRECISIONS for n in ("fp32", "fp16")]
+    return flip_records.FlipRecord(
+        table="t",
+        row=row,
+        seed=seed,
+        checkpoint="last",
+        method=row,
+        defence={} if eta is None else {"mpd-sgr": {"eta": eta}},
+        network="net",
+        weights_sha256="",
+        data="digits",
+        n=50,
+        variants=dict.fromkeys([*names, *flips_page.PLACES], variant),
+        provenance={},
+    )
 
+
+def test_pairs_are_of_one_seed_and_ratios_of_it() -> None:
     rows = {
-        ("t", "reg"): [network("reg", 0, 0.1), network("reg", 1, 0.8), network("reg", 7, 0.9)],
-        ("t", "mpdsgr"): [network("mpdsgr", 0, 0.2), network("mpdsgr", 1, 0.4)],
+        ("t", "reg"): [flip_record("reg", 0, 0.1), flip_record("reg", 1, 0.8), flip_record("reg", 7, 0.9)],
+        ("t", "mpdsgr"): [flip_record("mpdsgr", 0, 0.2, 0.5), flip_record("mpdsgr", 1, 0.4, 0.5)],
     }
     text = flips_page.pairs(rows)
     ratio = "1.00 [0.50, 2.00]"  # 2 and 1/2
     assert f"| t | mpdsgr | int8 | {ratio} | {ratio} | {ratio} | {ratio} | 1 of 2 seeds | 9 of 100 | 6 of 100 |" in text
     assert "reg, " not in text
+    assert flip_records.sweep(rows) == []
+
+
+def test_a_sweep_is_what_differs_by_eta_alone_and_no_pair() -> None:
+    rows = {("t", row): [flip_record(row, 0, 0.1, eta)] for row, eta in (("high", 10), ("low", 2), ("without", None))}
+    rows["other", "mpdsgr"] = [flip_record("mpdsgr", 0, 0.1, 0.5)]  # no network without it in its table
+    assert [(record.row, record.eta) for record in flip_records.sweep(rows)] == [
+        ("without", 0),
+        ("low", 2),
+        ("high", 10),
+    ]
+    assert flips_page.pair_up(rows) == {}
 
 
 def test_flips_are_counted_in_every_variant_of_a_trained_row(measured: Path) -> None:

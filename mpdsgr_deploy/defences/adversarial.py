@@ -30,6 +30,8 @@ class AdversarialTraining(Defence[AdversarialSettings]):
     Eval mode: the examples are made for the network that will be deployed, and tdBN's statistics see no attack step.
     """
 
+    adversarial = True
+
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         config = self.settings
 

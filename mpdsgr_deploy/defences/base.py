@@ -55,6 +55,7 @@ class Defence(Generic[S]):
 
     Settings: ClassVar[type[Section]]  # S again, for parsing; `register` sets it
     time_invariant: ClassVar[bool] = True  # leaves every step the same leak and input gain, as Theorem 1 assumes
+    adversarial: ClassVar[bool] = False  # trains on attacked images; tables group rows by it
 
     def __init__(self, settings: S) -> None:
         self.settings = settings

@@ -1,7 +1,4 @@
-"""Pictures of where precisions drift from float32; torch is not needed.
-
-Colours are Okabe and Ito's, which colour-blind readers tell apart; markers and dashes differ too.
-"""
+"""Pictures of where precisions drift from float32; torch is not needed. Shapes of markers differ too."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +10,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
 
+from mpdsgr_deploy.colours import BLUE, GREEN, PURPLE, VERMILION
 from mpdsgr_deploy.diagnostics.flips import SpikeFlips
 from mpdsgr_deploy.diagnostics.picture import png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 
 BY_LAYER, BY_DENSITY = "flips.png", "density.png"
-COLOURS, MARKERS, FRESH = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^", "black"
+COLOURS, MARKERS, FRESH = (BLUE, VERMILION, GREEN, PURPLE), "osD^", "black"
 ENTRY = 2.3  # inches that an entry of the legend takes
 SMALLEST = 0.6  # of the smallest rate drawn: where a logarithmic axis begins
 

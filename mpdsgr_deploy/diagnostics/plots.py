@@ -1,6 +1,6 @@
 """Pictures of measured distributions: an overview of all layers, and each layer's steps and channels.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in their dashes too.
+Lines differ in their dashes as well as in colour.
 """
 
 import math
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure, FigureBase
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpdsgr_deploy.colours import BLUE, LIGHT_GREY, MIDDLE_GREY, VERMILION, YELLOW
 from mpdsgr_deploy.diagnostics.measure import Distribution
 from mpdsgr_deploy.diagnostics.statistics import INFLATED_SCALE, SATURATED_RATE, SILENT_RATE, LayerStatistics
 from mpdsgr_deploy.mpd import Moments
@@ -18,7 +19,7 @@ from mpdsgr_deploy.mpd import Moments
 COLUMNS = 4  # panels in a row, at most
 WIDTH, MAP, PANEL = 13.0, 2.4, 1.6  # inches: a page, the height of a heat map and of a panel
 ABOVE, BETWEEN, BELOW = 0.8, 0.55, 0.8  # inches around panels, for their titles, their axis and the legend
-COUNTED, IN_WINDOW, THEOREM, EMPIRICAL, WINDOW = "#BBBBBB", "#777777", "#D55E00", "#0072B2", "#F0E442"
+COUNTED, IN_WINDOW, THEOREM, EMPIRICAL, WINDOW = LIGHT_GREY, MIDDLE_GREY, VERMILION, BLUE, YELLOW
 TAIL = 5e-4  # share of the potentials on either side that the horizontal axis may leave out
 
 

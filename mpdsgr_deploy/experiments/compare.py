@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.suite import STRONG as STRONG_PGD
+from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipe import load_recipe
@@ -59,23 +60,29 @@ def published_figures(table: TableSpec, title: str) -> Published | None:
 
 
 def defences(record: Record) -> list[str]:
-    """Names of what a row was trained with."""
+    """The names of a row's defences, in the order of its recipe."""
     return list(record.recipe.defence)
+
+
+def adversarial(record: Record) -> list[str]:
+    """Those of a row's defences that train on attacked images."""
+    kinds = ((name, DEFENCES.get(name)) for name in record.recipe.defence)
+    return [name for name, kind in kinds if kind is not None and kind.adversarial]
 
 
 def groups(measured: Measured) -> dict[str, Measured]:
     """The rows without and with adversarial training; a group without rows is not there."""
     split = {
-        title: {row: records for row, records in measured.items() if ("at" in defences(records[0])) == adversarial}
-        for title, adversarial in (("without adversarial training", False), ("with adversarial training", True))
+        title: {row: records for row, records in measured.items() if bool(adversarial(records[0])) == attacked}
+        for title, attacked in (("without adversarial training", False), ("with adversarial training", True))
     }
     return {title: rows for title, rows in split.items() if rows}
 
 
 def baseline(measured: Measured, records: list[Record]) -> list[Record] | None:
-    """The row that the defences of `records` are compared with: none, or AT alone for what trains with it too."""
-    ours = ["at"] if "at" in defences(records[0]) else []
-    candidates = [other for other in measured.values() if defences(other[0]) == ours]
+    """The row that `records` are compared with: its adversarial training alone, or no defence; None if not measured."""
+    expected = adversarial(records[0])
+    candidates = [other for other in measured.values() if defences(other[0]) == expected]
     return candidates[0] if candidates and candidates[0] is not records else None
 
 

@@ -1,5 +1,7 @@
 """Which eta a sweep recommends: for each estimator the largest that costs little on the validation split."""
 
+from typing import Any
+
 from mpdsgr_deploy.experiments.compare import baseline
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record
@@ -10,12 +12,19 @@ def validation_accuracy(records: list[Record]) -> float:
     return 100 * sum(record.curve["validation_accuracy"][-1] for record in records) / len(records)
 
 
+def swept(record: Record) -> list[dict[str, Any]]:
+    """The settings of those defences that are weighted by an eta: MPD-SGR, and what other packages weigh so."""
+    return [settings for settings in record.recipe.defence.values() if {"eta", "estimator"} <= settings.keys()]
+
+
 def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
-    """Points of clean validation accuracy that each estimator loses at each eta, against the row without MPD-SGR."""
+    """Points of clean validation accuracy that each estimator loses at each eta, against its baseline."""
     lost: dict[str, dict[float, float]] = {}
     for records in measured.values():
-        settings, reference = records[0].recipe.defence.get("mpd-sgr"), baseline(measured, records)
-        if settings is not None and reference is not None:
+        reference = baseline(measured, records)
+        if reference is None:
+            continue
+        for settings in swept(records[0]):
             points = validation_accuracy(reference) - validation_accuracy(records)
             lost.setdefault(settings["estimator"], {})[settings["eta"]] = points
     return lost

@@ -35,7 +35,7 @@ class PrecisionFlips(BaseModel):
     layers: dict[str, LayerFlips]
 
     def mean(self, field: str) -> float:
-        """Of a field over layers, each with the same weight."""
+        """The mean of a field of `LayerFlips` over the layers, each with the same weight."""
         return fmean(getattr(layer, field) for layer in self.layers.values())
 
 
@@ -48,12 +48,18 @@ class FlipRecord(BaseModel):
     seed: int
     checkpoint: str
     method: str
+    defence: dict[str, dict[str, Any]]  # as in the run's recipe
     network: str
     weights_sha256: str
     data: str
     n: int
     variants: Annotated[dict[str, PrecisionFlips], Rounded]
     provenance: dict[str, Any]
+
+    @property
+    def eta(self) -> float:
+        """The weight of its regulariser, as the one axis of a sweep; 0 where no defence has such a weight."""
+        return max((settings["eta"] for settings in self.defence.values() if "eta" in settings), default=0.0)
 
     def of(self, precision: str) -> PrecisionFlips:
         """The variant of a precision whose neurons compute in float32."""
@@ -71,17 +77,26 @@ def by_network(folder: Path) -> dict[tuple[str, str, int], FlipRecord]:
 def load(folder: Path) -> FlipRows:
     """All records of a folder."""
     rows: FlipRows = {}
-    for record in sorted(by_network(folder).values(), key=lambda r: (r.table, strength(r), r.row, r.seed)):
+    for record in sorted(by_network(folder).values(), key=lambda r: (r.table, r.eta, r.row, r.seed)):
         rows.setdefault((record.table, record.row), []).append(record)
     return rows
 
 
-def is_sweep(key: tuple[str, str]) -> bool:
-    """Whether a row is one of the sweep over eta, its network without MPD-SGR included."""
-    table, row = key
-    return table == "mpdsgr-cifar10" and (row.startswith("eta-") or row.endswith("-reg"))
+def baselines(rows: FlipRows) -> dict[tuple[str, str], tuple[str, str]]:
+    """Each row with a regulariser to the row of its table that lacks this regulariser and nothing else."""
+    by_defences = {(table, frozenset(records[0].defence)): (table, row) for (table, row), records in rows.items()}
+    paired = {}
+    for (table, row), records in rows.items():
+        regularised = {name for name, settings in records[0].defence.items() if "eta" in settings}
+        without = by_defences.get((table, frozenset(records[0].defence.keys() - regularised)))
+        if regularised and without is not None:
+            paired[table, row] = without
+    return paired
 
 
-def strength(result: FlipRecord) -> float:
-    """eta, which a row of the sweep has in its name; 0 without MPD-SGR."""
-    return float(result.row.removeprefix("eta-")) if result.row.startswith("eta-") else 0.0
+def sweep(rows: FlipRows) -> list[FlipRecord]:
+    """The first seeds of rows that differ by eta alone, and of the row without, by eta; empty where there are none."""
+    paired = baselines(rows)
+    shared = [without for without in paired.values() if list(paired.values()).count(without) > 1]
+    swept = dict.fromkeys([*shared, *(row for row, without in paired.items() if without in shared)])
+    return sorted((rows[row][0] for row in swept), key=lambda record: record.eta)

@@ -91,6 +91,7 @@ def flips_of(run: Run, images: int) -> FlipRecord:
         seed=recipe.training.seed,
         checkpoint=CHECKPOINT,
         method=recipe.method,
+        defence=recipe.defence,
         network=f"{recipe.model.name}, width {recipe.model.width:g}, T = {recipe.encoding.T}",
         weights_sha256=checkpoint.weights_sha256,
         data=recipe.data.name,

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from mpdsgr_deploy.experiments.flip_records import EXPORTED, FlipRecord, FlipRows, is_sweep, load, strength
+from mpdsgr_deploy.colours import BLUE, GREEN, VERMILION
+from mpdsgr_deploy.experiments.flip_records import EXPORTED, FlipRecord, FlipRows, baselines, load, sweep
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.plots import plain, png
 from mpdsgr_deploy.files import write_atomic
 
 PAGE, PLOT = "README.md", "plot.png"
 PRECISIONS = ("fp16", "int8", "fp8")
-COLOURS = dict(zip(PRECISIONS, ("#0072B2", "#D55E00", "#009E73"), strict=True))  # Okabe and Ito's
+COLOURS = dict(zip(PRECISIONS, (BLUE, VERMILION, GREEN), strict=True))
 PLACES = ("first product fp16", "first product int8", "last product fp16", "last product int8")
-PAIRS = (("reg", "mpdsgr"), ("at", "at-mpdsgr"))  # rows that differ by MPD-SGR alone
 
 
 def write_page(folder: Path) -> Path:
@@ -82,13 +82,13 @@ class FlipPair(NamedTuple):
 
 
 def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[FlipPair]]:
-    """The pairs of every table, by table and row with MPD-SGR."""
+    """The pairs of every table, by table and row with MPD-SGR; a sweep over its weight is not among them."""
     paired: dict[tuple[str, str], list[FlipPair]] = {}
-    for table, row in rows:
-        for without, regularised in PAIRS:
-            if row == regularised and (table, without) in rows:
-                by_seed = {r.seed: r for r in rows[table, without]}
-                paired[table, row] = [FlipPair(by_seed[r.seed], r) for r in rows[table, row] if r.seed in by_seed]
+    swept = {(record.table, record.row) for record in sweep(rows)}
+    for row, without in baselines(rows).items():
+        if row not in swept:
+            by_seed = {r.seed: r for r in rows[without]}
+            paired[row] = [FlipPair(by_seed[r.seed], r) for r in rows[row] if r.seed in by_seed]
     return paired
 
 
@@ -212,16 +212,15 @@ def plot(rows: FlipRows) -> bytes:
     """A PNG: own flips of every layer against what the density predicts, and flips against eta."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    both = []
+    both, swept = [], sweep(rows)
     for precision, colour in COLOURS.items():
         layers = [layer for r in every(rows) for layer in r.of(precision).layers.values() if layer.fresh > 0]
         x, y = [layer.predicted for layer in layers], [layer.fresh for layer in layers]
         both += x + y
         left.plot(x, y, "o", color=colour, markersize=4, alpha=0.6, label=precision)
-        sweep = sorted(((strength(r[0]), r[0]) for key, r in rows.items() if is_sweep(key)), key=lambda pair: pair[0])
-        means = [100 * r.of(precision).mean("rate") for _, r in sweep]
-        right.plot(range(len(sweep)), means, "o-", color=colour, markersize=4, label=precision)
-        right.set_xticks(range(len(sweep)), [f"{eta:g}" for eta, _ in sweep])
+        means = [100 * record.of(precision).mean("rate") for record in swept]
+        right.plot(range(len(swept)), means, "o-", color=colour, markersize=4, label=precision)
+        right.set_xticks(range(len(swept)), [f"{record.eta:g}" for record in swept])
     left.plot([min(both), max(both)], [min(both), max(both)], color="black", linewidth=0.8, label="equal")
     left.set(xscale="log", yscale="log", xlabel="density at the threshold × own mean |difference| of potentials")
     left.set(ylabel="flips by a layer's own rounding (share)", title="every layer of every network")

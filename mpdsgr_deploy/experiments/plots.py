@@ -1,4 +1,4 @@
-"""The pictures of a table's page, as PNG files. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
+"""The pictures of a table's page, as PNG files."""
 
 import io
 from collections.abc import Sequence
@@ -8,26 +8,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, by_eps, cell, defences, groups, published_figures
+from mpdsgr_deploy import colours
+from mpdsgr_deploy.colours import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PURPLE, SKY_BLUE, VERMILION, VIOLET, YELLOW
+from mpdsgr_deploy.experiments.compare import (
+    SHOWN,
+    STRONG,
+    adversarial,
+    by_eps,
+    cell,
+    defences,
+    groups,
+    published_figures,
+)
 from mpdsgr_deploy.experiments.compare import strong_curves as curves_of
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
 
-DOTS = {"clean": "#8a94a6", "FGSM": "#2563eb", "PGD": "#d97706", "union": "#b91c1c"}
-PALETTE = (
-    "#000000",
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#999999",
-    "#B2A300",
-    "#7F3C8D",
-)
+DOTS = {"clean": colours.CLEAN, "FGSM": colours.FGSM, "PGD": colours.PGD, "union": colours.UNION}
+PALETTE = (BLACK, VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY_BLUE, GREY, OLIVE, VIOLET)
 LINES = ("-", "--", ":", "-.")
-WINDOW = "#F0E442"
 COLOURS_OF_A_FILE = 128
 
 
@@ -78,16 +77,16 @@ def labels(records: Sequence[Record]) -> dict[str, str]:
 
 
 def styles(measured: Measured) -> dict[str, tuple[str, str]]:
-    """Row to colour and line: a colour for each set of defences apart from AT, a line for each row of one colour."""
+    """Colour and line of every row: rows whose defences differ by adversarial training alone share a colour."""
     methods: dict[tuple[str, ...], int] = {}
     rows_of: dict[tuple[tuple[str, ...], bool], int] = {}
     looks = {}
     for title, records in measured.items():
-        names = defences(records[0])
-        method = tuple(name for name in names if name != "at")
+        attacked = adversarial(records[0])
+        method = tuple(name for name in defences(records[0]) if name not in attacked)
         colour = methods.setdefault(method, len(methods))
-        number = rows_of.setdefault((method, "at" in names), 0)
-        rows_of[method, "at" in names] += 1
+        number = rows_of.setdefault((method, bool(attacked)), 0)
+        rows_of[method, bool(attacked)] += 1
         looks[title] = PALETTE[colour % len(PALETTE)], LINES[number % len(LINES)]
     return looks
 
@@ -118,16 +117,17 @@ def growth(measured: Measured) -> bytes | None:
 
 
 def with_and_without(measured: Measured, defence: str | None) -> list[list[Record]]:
-    """First seeds of the rows with no other defence than `defence`, in two groups: without and with AT.
+    """First seeds of the rows with no other defence than `defence`, in two groups: without and with attacked images.
 
-    A group needs a row with the defence and one without; `defence` None: no groups.
+    A group needs a row with the defence and one without it; with `defence` None there are no groups.
     """
     if defence is None:
         return []
     first = [records[0] for records in measured.values() if records[0].membranes]
     pairs = []
-    for at in (set(), {"at"}):
-        group = [record for record in first if set(defences(record)) - {defence} == at]
+    for attacked in (False, True):
+        plain_rows = [record for record in first if set(defences(record)) - {defence} == set(adversarial(record))]
+        group = [record for record in plain_rows if bool(adversarial(record)) == attacked]
         if len({defence in defences(record) for record in group}) == 2:
             pairs.append(group)
     return pairs
@@ -159,7 +159,7 @@ def draw_layer(axes: Axes, group: Sequence[Record], number: int, look: dict[str,
         density = [share / membrane.width for share in membrane.share]
         axes.stairs(density, edges, color=colour, linestyle=line, label=names[record.row])
     half = group[0].membranes[number].half_width
-    axes.axvspan(-half, half, color=WINDOW, alpha=0.35, linewidth=0)
+    axes.axvspan(-half, half, color=YELLOW, alpha=0.35, linewidth=0)
     axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
     axes.set_title(f"{group[0].membranes[number].layer}", fontsize=9)
     axes.set_xlim(-4, 3)

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.attacks.suite import WORST
+from mpdsgr_deploy.colours import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION
 from mpdsgr_deploy.experiments.compare import cell
 from mpdsgr_deploy.experiments.effect import (
     CONDITIONS,
@@ -24,8 +25,8 @@ from mpdsgr_deploy.experiments.records import Measured
 from mpdsgr_deploy.experiments.study import Study
 
 DRAWN = ("PGD", "Square", "union")
-BASELINE = "#000000"
-COLOURS = {HELPS: "#009E73", MASKS: "#E69F00", HURTS: "#D55E00", OPEN: "#999999"}
+BASELINE = BLACK
+COLOURS = {HELPS: GREEN, MASKS: ORANGE, HURTS: VERMILION, OPEN: GREY}
 NAMED = 6  # of the largest losses
 LINE_HEIGHT = 9.0  # points between two labels
 Label = tuple[float, float, str]  # x, y, text
@@ -156,5 +157,5 @@ def place(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
             textcoords="offset points",
             ha="right" if to_left else "left",
             va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "#555555"},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": DARK_GREY},
         )

@@ -1,7 +1,7 @@
 """The report's figures, as SVG that stands in the page: its text is text and takes the page's colour, day or night.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in markers and dashes too. Figures are
-narrow, so that a telephone need not shrink their text; a wide page sets them side by side.
+Lines differ in markers and dashes as well as in colour. Figures are narrow, so that a telephone does not shrink their
+text; a wide page sets them side by side.
 """
 
 import io
@@ -13,13 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.attacks.condition import STRONG
+from mpdsgr_deploy.colours import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY_BLUE, VERMILION
 from mpdsgr_deploy.validation.report import Curve, Report
 from mpdsgr_deploy.validation.rows import Row
 
 WIDTH = 4.1  # inches
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, GREY)
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
-HEADLINE, ATTACKER = "#D55E00", "#0072B2"
+HEADLINE, ATTACKER = VERMILION, BLUE
 INK = "#010203"  # replaced by the page's own text colour
 WIDEST = 4.2  # times the evaluated eps
 MOST = 24  # attackers in one figure, the strongest
@@ -66,7 +67,7 @@ def by_eps(report: Report) -> Figure:
         axes.axvline(report.eps, color=INK, linewidth=1, linestyle=":", label=f"evaluated: eps {report.eps:.3g}")
     axes.set(xlabel="eps, the largest change of a pixel", ylabel="accuracy (%)", ylim=(0, 100))
     axes.set_xlim(0, shown_eps(report))
-    axes.grid(axis="y", color="#888888", alpha=0.3, linewidth=0.6)
+    axes.grid(axis="y", color=GRID, alpha=0.3, linewidth=0.6)
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     return figure
 
@@ -102,7 +103,7 @@ def by_attacker(report: Report) -> Figure:
         axes.axvline(100 * worst.artefact.accuracy, color=HEADLINE, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(bars)), [named(row) for row in bars])
     axes.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5))
-    axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
+    axes.grid(axis="x", color=GRID, alpha=0.3, linewidth=0.6)
     return figure
 
 
