@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import figures
+import harness
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,28 +25,21 @@ from mpdsgr_deploy.exporting.trial import attack
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import show_progress
-from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation.rows import VerdictFlips
 
-NAME = "agreement"
 
-
-@click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
 @click.option("--images", type=click.IntRange(1), default=10_000, show_default=True, help="Clean test images.")
 @click.option("--attacked", type=click.IntRange(1), default=1000, show_default=True, help="Attacked test images.")
-def main(runs: tuple[Path, ...], root: str, images: int, attacked: int) -> None:
-    """Compare the precisions of each run's best network, write the result and the table."""
+def run(runs: tuple[Path, ...], root: str, images: int, attacked: int) -> dict[str, Any]:
+    """Compare the precisions of each run's best network."""
     show_progress()
-    networks = [measure(run, root, images, attacked) for run in runs]
-    result = {"networks": networks, "provenance": provenance()}
-    figures.publish(NAME, result, render(result))
-    click.echo(render(result))
+    return {"networks": [measure(run, root, images, attacked) for run in runs]}
 
 
 def measure(run: Path, root: str, images: int, attacked: int) -> dict[str, Any]:
@@ -73,45 +66,44 @@ def measure(run: Path, root: str, images: int, attacked: int) -> dict[str, Any]:
         "epoch": checkpoint.epoch,
         "attack": f"PGD, eps {recipe.attack.eps:.4g}, {recipe.attack.steps} steps of {recipe.attack.step:.4g}",
         "rows": [
-            {"precision": precision, "images": name, **compare(labels["fp32"][name], found[name], test.classes)}
+            {"precision": precision, "images": name, **compare(labels["fp32"][name], classes[name], test.classes)}
             for name in x
-            for precision, found in labels.items()
+            for precision, classes in labels.items()
         ],
     }
 
 
-def compare(exact: NDArray[np.int64], found: NDArray[np.int64], classes: NDArray[np.int64]) -> dict[str, Any]:
+def compare(exact: NDArray[np.int64], rounded: NDArray[np.int64], classes: NDArray[np.int64]) -> dict[str, Any]:
     """Labels [N] of a precision beside those of float32, and the verdicts of both paired."""
     y = classes[: len(exact)]
     return {
-        "n": len(found),
-        "equal": int((exact == found).sum()),
-        "correct": int((found == y).sum()),
-        **VerdictFlips.of(exact == y, found == y).model_dump(),
+        "n": len(rounded),
+        "equal": int((exact == rounded).sum()),
+        "correct": int((rounded == y).sum()),
+        **VerdictFlips.of(exact == y, rounded == y).model_dump(),
     }
 
 
 def render(result: dict[str, Any]) -> str:
     """The Markdown table, and what its networks are."""
-    lines = [
-        "| network | images | precision | n | labels as in fp32 | correct | newly wrong | newly right | McNemar's p |",
-        "|---" * 9 + "|",
-    ]
-    told = []
+    rows, notes = [], []
     for network in result["networks"]:
         recipe = Recipe.model_validate(network["recipe"])
         for row in network["rows"]:
             n = row["n"]
             cells = [recipe.method, row["images"], row["precision"], n, f"{row['equal']} ({row['equal'] / n:.2%})"]
             cells += [f"{row['correct']} ({row['correct'] / n:.2%})", row["newly_wrong"], row["newly_right"]]
-            lines.append(f"| {' | '.join(map(str, cells))} | {row['p_value']:.2g} |")
+            rows.append([*cells, f"{row['p_value']:.2g}"])
         model, epoch = recipe.model, f"epoch {network['epoch']} of {recipe.training.epochs}"
-        told.append(
+        notes.append(
             f"- {recipe.method}: {model.name}, width {model.width:g}, T = {recipe.encoding.T}, on "
             f"{recipe.data.train_images or 'all'} images of {recipe.data.name}, {epoch}. {network['attack']}."
         )
-    return "\n".join([*lines, "", *told, "", figures.source(result), ""])
+    header = ["network", "images", "precision", "n", "labels as in fp32", "correct", "newly wrong", "newly right"]
+    return harness.table([*header, "McNemar's p"], rows, *notes, "", harness.source(result))
 
+
+main = harness.command("agreement", run, render)
 
 if __name__ == "__main__":
     main()

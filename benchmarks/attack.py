@@ -3,21 +3,20 @@
     python benchmarks/attack.py      writes benchmarks/results/attack.json and the table of benchmarks/README.md
 
 The same network with random weights, the same images, ten steps of PGD, the training surrogate. torch runs eagerly and
-computes no gradient of weights, which are frozen. The two take turns, the first of them changing, so that a busy
-machine disturbs them alike; the table shows medians, and medians of the paired ratios. Peak memory is that of a process
-which does nothing else than open one of them and attack once.
+computes no gradient of weights, which are frozen. Peak memory is that of a process that only opens one of them and
+attacks once.
 """
 
 import multiprocessing
 import os
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import figures
+import harness
 import numpy as np
 import torch
 from networks import SHAPE, settled
@@ -28,7 +27,7 @@ from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Differentiable
-from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
@@ -37,21 +36,18 @@ EPS, STEPS = 8 / 255, 10
 GRAPH, TORCH = "attack graph, onnxruntime", "torch, eager"
 
 
-@click.command()
 @click.option("--model", "models", multiple=True, default=("vgg11", "wrn16-4", "vgg-small"), show_default=True)
 @click.option("--width", default=0.5, show_default=True, help="Of every model.")
 @click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=len(os.sched_getaffinity(0)), show_default="one a core", type=click.IntRange(1))
 @click.option("--turns", default=5, show_default=True, type=click.IntRange(2))
-def main(models: tuple[str, ...], width: float, T: int, batch: int, threads: int, turns: int) -> None:
-    """Measure and publish."""
+def run(models: tuple[str, ...], width: float, T: int, batch: int, threads: int, turns: int) -> dict[str, Any]:
+    """Time PGD on networks of random weights."""
     setting = {"width": width, "T": T, "batch": batch, "threads": threads, "steps": STEPS}
-    found = {name: measure(name, setting, turns) for name in models}
+    measured = {name: measure(name, setting, turns) for name in models}
     versions = {name: package_version(name) for name in ("torch", "onnxruntime")}
-    result = {"setting": setting, "models": found, "versions": versions, "provenance": provenance()}
-    figures.publish("attack", result, render(result))
-    click.echo(render(result))
+    return {"setting": setting, "models": measured, "versions": versions}
 
 
 def measure(name: str, setting: dict[str, Any], turns: int) -> dict[str, Any]:
@@ -69,10 +65,8 @@ def measure(name: str, setting: dict[str, Any], turns: int) -> dict[str, Any]:
         x, y = images(setting["batch"])
         gradients = [target(x, y).gradient for target in targets.values()]
         differing = np.abs(gradients[0] - gradients[1]).max((1, 2, 3)) / np.abs(gradients[1]).max((1, 2, 3))
-        seconds: dict[str, list[float]] = {kind: [] for kind in targets}
-        for turn in range(turns):
-            for kind in list(targets)[:: 1 if turn % 2 else -1]:
-                seconds[kind].append(round(attack(targets[kind], setting), 6))
+        contenders = {kind: partial(attack, target, setting) for kind, target in targets.items()}
+        seconds = harness.take_turns(contenders, turns, warm_up=0)  # the gradients above have warmed up
     return {"seconds": seconds, "peak_bytes": peaks, "median_difference": float(np.median(differing))}
 
 
@@ -97,9 +91,7 @@ def images(batch: int) -> tuple[np.ndarray, np.ndarray]:
 def attack(target: Differentiable, setting: dict[str, Any]) -> float:
     """Seconds of one attack."""
     x, y = images(setting["batch"])
-    started = time.perf_counter()
-    pgd(target, x, y, eps=EPS, step=EPS / 4, steps=setting["steps"])
-    return time.perf_counter() - started
+    return harness.timed(lambda: pgd(target, x, y, eps=EPS, step=EPS / 4, steps=setting["steps"]))
 
 
 def peak(kind: str, name: str, setting: dict[str, Any], path: Path) -> int:
@@ -118,33 +110,26 @@ def high_water() -> int:
 
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with its setting."""
-    setting = result["setting"]
-    lines = [
-        "| network | attacker | images/s | times torch | peak MiB | MiB per image |",
-        "|---" * 6 + "|",
-    ]
-    for name, found in result["models"].items():
-        for kind, seconds in found["seconds"].items():
-            ratios = [a / b for a, b in zip(found["seconds"][TORCH], seconds, strict=True)]
-            peak_mib = found["peak_bytes"][kind] / 2**20
+    setting, rows = result["setting"], []
+    for name, measured in result["models"].items():
+        for kind, seconds in measured["seconds"].items():
+            peak_mib = measured["peak_bytes"][kind] / 2**20
             cells = [name, kind, f"{setting['batch'] / statistics.median(seconds):.2f}"]
-            cells += [f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"]
-            cells += [f"{peak_mib:.0f}", f"{peak_mib / setting['batch']:.1f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells += [harness.spread(measured["seconds"][TORCH], seconds)]
+            rows.append([*cells, f"{peak_mib:.0f}", f"{peak_mib / setting['batch']:.1f}"])
     turns = len(next(iter(result["models"].values()))["seconds"][TORCH])
-    versions = result["versions"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"PGD of {setting['steps']} steps on {setting['batch']} images of 32x32, networks of width "
-            f"{setting['width']:g}, T = {setting['T']}, {setting['threads']} threads; medians [least, most] of {turns} "
-            f"paired turns; weights included in the peak. onnxruntime {versions['onnxruntime']}.",
-            figures.source(result),
-            "",
-        ]
+    return harness.table(
+        ["network", "attacker", "images/s", "times torch", "peak MiB", "MiB per image"],
+        rows,
+        f"PGD of {setting['steps']} steps on {setting['batch']} images of 32x32, networks of width "
+        f"{setting['width']:g}, T = {setting['T']}, {setting['threads']} threads; medians "
+        f"[{harness.interval(turns)[1]:.0%} interval] of {turns} paired turns; weights included in the peak. "
+        f"onnxruntime {result['versions']['onnxruntime']}.",
+        harness.source(result),
     )
 
+
+main = harness.command("attack", run, render)
 
 if __name__ == "__main__":
     main()

@@ -8,14 +8,12 @@ Networks are built and differentiated on tensors without data: operations are th
 
 from typing import Any
 
-import click
-import figures
+import harness
 import torch
 from memory import step
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpdsgr_deploy.models import build_model
-from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import TdBN
 
@@ -29,13 +27,10 @@ NETWORKS = {
 }
 
 
-@click.command()
-def main() -> None:
-    """Count and publish."""
+def run() -> dict[str, Any]:
+    """Count operations and bytes of training steps."""
     counted = {name: measure(*network) for name, network in NETWORKS.items()}
-    result = {"T": T, "batch": BATCH, "gpus": GPUS, "networks": counted, "provenance": provenance()}
-    figures.publish("estimate", result, render(result))
-    click.echo(render(result))
+    return {"T": T, "batch": BATCH, "gpus": GPUS, "networks": counted}
 
 
 def measure(model: str, side: int, classes: int, *, steps: int = T, batch: int = BATCH) -> dict[str, Any]:
@@ -72,33 +67,37 @@ def normalised(channels: int, gpus: int) -> float:
     return (gpus - 1) * 8 * channels + 2 * (gpus - 1) / gpus * 8 * channels
 
 
+HEADER = [
+    *("network", "parameters, M", "GFLOP an image, forward + backward", "+ recompute", "activations at the peak, GiB"),
+    *("with recompute", "weights, gradients, momentum, GiB", "gradients sent a GPU and step, MB", "sync_norm, kB"),
+    "backward FLOP a byte sent",
+]
+
+
 def render(result: dict[str, Any]) -> str:
     """One row a network."""
-    batch, gpus = result["batch"], result["gpus"]
-    lines = [
-        "| network | parameters, M | GFLOP an image, forward + backward | + recompute | activations at the peak, GiB | "
-        "with recompute | weights, gradients, momentum, GiB | gradients sent a GPU and step, MB | sync_norm, kB | "
-        "backward FLOP a byte sent |",
-        "|---" * 10 + "|",
-    ]
-    for name, found in result["networks"].items():
-        parameters, forward, backward = found["parameters"], found["forward_flop"], found["backward_flop"]
+    batch, gpus, rows = result["batch"], result["gpus"], []
+    for name, counted in result["networks"].items():
+        parameters, forward, backward = counted["parameters"], counted["forward_flop"], counted["backward_flop"]
         sent = exchanged(parameters, gpus)
-        cells = [
-            name,
-            f"{parameters / 1e6:.1f}",
-            f"{forward / 1e9:.1f} + {backward / 1e9:.1f}",
-            f"{forward / 1e9:.1f}",
-            *(f"{found['bytes'][mode]['peak'] / 2**30:.2f}" for mode in ("none", "layers")),
-            f"{12 * parameters / 2**30:.2f}",
-            f"{sent / 1e6:.0f}",
-            f"{normalised(found['channels'], gpus) / 1e3:.0f}",
-            f"{batch * backward / sent:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    setting = f"T = {result['T']}, float32, {batch} images a GPU, {gpus} GPUs. {figures.source(result)}"
-    return "\n".join([*lines, "", setting, ""])
+        rows.append(
+            [
+                name,
+                f"{parameters / 1e6:.1f}",
+                f"{forward / 1e9:.1f} + {backward / 1e9:.1f}",
+                f"{forward / 1e9:.1f}",
+                *(f"{counted['bytes'][mode]['peak'] / 2**30:.2f}" for mode in ("none", "layers")),
+                f"{12 * parameters / 2**30:.2f}",
+                f"{sent / 1e6:.0f}",
+                f"{normalised(counted['channels'], gpus) / 1e3:.0f}",
+                f"{batch * backward / sent:.0f}",
+            ]
+        )
+    setting = f"T = {result['T']}, float32, {batch} images a GPU, {gpus} GPUs. {harness.source(result)}"
+    return harness.table(HEADER, rows, setting)
 
+
+main = harness.command("estimate", run, render)
 
 if __name__ == "__main__":
     main()

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import figures
 import grpc.aio
+import harness
 import numpy as np
 import uvloop
 from fuzz_cases import MODEL, MOST, Case, case
@@ -81,17 +81,15 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
 
 
-@click.command()
 @click.option("--cases", default=100_000, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--minutes", default=20.0, show_default=True, help="At most.", type=click.FloatRange(0.01, 240))
-def main(cases: int, seed: int, minutes: float) -> None:
-    """Run and publish."""
+def measure(cases: int, seed: int, minutes: float) -> dict[str, Any]:
+    """Send requests changed at random to a server."""
     result = run(cases, seed, 60 * minutes)
-    figures.publish("fuzz", result, render(result))
-    click.echo(render(result))
     for example in result["examples"]:
         click.echo(example[:1000], err=True)
+    return result
 
 
 def run(cases: int, seed: int, seconds: float) -> dict[str, Any]:
@@ -236,8 +234,10 @@ def render(result: dict[str, Any]) -> str:
         "exit code after SIGTERM": result["exit_code"],
     }
     lines = ["| what | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    return "\n".join([*lines, "", figures.source(result), ""])
+    return "\n".join([*lines, "", harness.source(result), ""])
 
+
+main = harness.command("fuzz", measure, render)
 
 if __name__ == "__main__":
     main()

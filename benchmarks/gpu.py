@@ -4,24 +4,24 @@
 
 VGG11 as torch runs it, eagerly and compiled, as onnxruntime runs its ONNX file with the CUDA and the TensorRT provider,
 as TensorRT and TensorRT-RTX run it themselves in every precision, and, where it is installed, the same architecture in
-SpikingJelly. Every one takes host memory and gives host memory, copies included. They take turns in an order that
-rotates; the table shows the median of the paired ratios to eager torch, the share that the network's multiplications
-reach of the GPU's measured float32 matrix product, and the rows and labels that differ from eager torch. Weights are
-random, of a fixed seed, with tdBN settled on random images. What this machine cannot run stands in the results with its
-reason.
+SpikingJelly. Every one takes host memory and gives host memory, copies included. The table shows the paired ratios to
+eager torch, the share that the network's multiplications reach of the GPU's measured float32 matrix product, and the
+rows and labels that differ from eager torch. Weights are random, of a fixed seed, with tdBN settled on random images.
+What this machine cannot run stands in the results with its reason.
 """
 
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import figures
+import harness
+import machine
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -37,7 +37,7 @@ from mpdsgr_deploy.models.simplify import fold_norm, simplify
 from mpdsgr_deploy.onnx_files import INPUT
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.tensorrt import TensorRT, build_engine, cuda
@@ -48,22 +48,19 @@ PACKAGES = ("cuda-bindings", "onnxruntime", "onnxruntime-gpu", "spikingjelly", "
 Opener = Callable[[SpikingNet, Path, Sequence[int], ExitStack], Predictor]
 
 
-@click.command()
 @click.option("--width", default=1.0, show_default=True, help="Of VGG11.")
 @click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
 @click.option(
     "--batch", "batches", multiple=True, default=(1, 32, 256, 1024), show_default=True, type=click.IntRange(1)
 )
 @click.option("--repetitions", default=30, show_default=True, type=click.IntRange(2), help="Timed runs of each.")
-def main(width: float, T: int, batches: tuple[int, ...], repetitions: int) -> None:
-    """Measure and publish. Needs a GPU."""
+def run(width: float, T: int, batches: tuple[int, ...], repetitions: int) -> dict[str, Any]:
+    """Time what runs a network on a GPU, and compare its answers. Needs a GPU."""
     if not torch.cuda.is_available():
         click.echo("error: no GPU here; run this on a machine with an NVIDIA GPU and a CUDA build of torch", err=True)
         sys.exit(2)
     recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
-    result = measure(recipe, sorted(batches), repetitions, BACKENDS)
-    figures.publish("gpu", result, render(result))
-    click.echo(render(result))
+    return measure(recipe, sorted(batches), repetitions, BACKENDS)
 
 
 def measure(recipe: Recipe, batches: Sequence[int], repetitions: int, backends: dict[str, Opener]) -> dict[str, Any]:
@@ -83,7 +80,7 @@ def measure(recipe: Recipe, batches: Sequence[int], repetitions: int, backends: 
             "batches": {str(n): compared(running, x, repetitions) for n, x in images.items()},
         }
     versions = {name: version for name in PACKAGES if (version := package_version(name))}
-    return {**result, "versions": versions, "provenance": provenance()}
+    return {**result, "versions": versions}
 
 
 def opened(
@@ -107,25 +104,21 @@ def compared(running: dict[str, Predictor], x: np.ndarray, repetitions: int) -> 
 
     Of one that fails at this batch, its memory too small perhaps: the reason.
     """
-    answers, found = {}, {}
+    answers, outcomes = {}, {}
     for name, predictor in running.items():
         try:
             answers[name] = predictor(x)
         except Exception as error:  # whatever another library raises is the finding
-            found[name] = {"refused": reason(error)}
+            outcomes[name] = {"refused": reason(error)}
     if REFERENCE not in answers:
-        raise InputError(f"torch cannot run a batch of {len(x)}: {found[REFERENCE]['refused']}; use a smaller --batch")
-    names, seconds = list(answers), {name: [] for name in answers}
-    for repetition in range(-3, repetitions):  # three to warm up: compiled kernels, captured graphs
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            running[name](x)
-            if repetition >= 0:
-                seconds[name].append(round(time.perf_counter() - started, 7))
-    for name in names:
-        found[name] = {"seconds": seconds[name], "parity": compare(answers[REFERENCE], answers[name]).model_dump()}
-    return found
+        raise InputError(
+            f"torch cannot run a batch of {len(x)}: {outcomes[REFERENCE]['refused']}; use a smaller --batch"
+        )
+    contenders = {name: partial(harness.timed, partial(running[name], x)) for name in answers}
+    seconds = harness.take_turns(contenders, repetitions, warm_up=3)  # compiles kernels, captures graphs
+    for name, logits in answers.items():
+        outcomes[name] = {"seconds": seconds[name], "parity": compare(answers[REFERENCE], logits).model_dump()}
+    return outcomes
 
 
 def reason(error: Exception) -> str:
@@ -133,20 +126,11 @@ def reason(error: Exception) -> str:
     return one_line(error)[:300]
 
 
-def gemm_flops(size: int | None = None, repetitions: int = 10) -> float:
-    """Operations a second of the device's float32 matrix product, TF32 off: the best of several."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = size or (8192 if device == "cuda" else 256)
-    a = torch.rand(size, size, device=device)
-    best = 0.0
+def gemm_flops() -> float:
+    """Operations a second of the device's float32 matrix product, TF32 off."""
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 256)
     with exact_products():
-        for _ in range(repetitions):
-            synchronise()
-            started = time.perf_counter()
-            a @ a
-            synchronise()
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+        return machine.product_rate("fp32", device, size, repetitions=10)
 
 
 @contextmanager
@@ -158,12 +142,6 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def synchronise() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def eager(model: SpikingNet, path: Path, batches: Sequence[int], stack: ExitStack) -> Predictor:
@@ -258,31 +236,32 @@ BACKENDS: dict[str, Opener] = {
 
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with its setting, and what did not run."""
-    lines = [
-        "| batch | backend | ms | times torch | % of GEMM | rows that differ | labels that differ |",
-        "|---" * 7 + "|",
-    ]
-    for n, found in result["batches"].items():
-        for name, one in found.items():
-            if "refused" in one:
-                lines.append(f"| {n} | {name} | {one['refused']} | | | | |")
+    rows = []
+    for n, outcomes in result["batches"].items():
+        for name, outcome in outcomes.items():
+            if "refused" in outcome:
+                rows.append([n, name, outcome["refused"], "", "", "", ""])
                 continue
-            median = statistics.median(one["seconds"])
-            ratios = [theirs / ours for ours, theirs in zip(one["seconds"], found[REFERENCE]["seconds"], strict=True)]
+            median, parity = statistics.median(outcome["seconds"]), outcome["parity"]
             share = 2 * result["multiplications"] * int(n) / median / result["gemm_flops"]
-            rows, parity = int(n), one["parity"]
-            cells = [n, name, f"{1000 * median:.3f}", f"{statistics.median(ratios):.2f}", f"{100 * share:.1f}"]
-            cells += [f"{rows - parity['within_tolerance']} of {rows}", str(parity["labels_differ"])]
-            lines.append(f"| {' | '.join(cells)} |")
-    setting = result["setting"]
-    lines += [
+            ratio = harness.spread(outcomes[REFERENCE]["seconds"], outcome["seconds"])
+            cells = [n, name, f"{1000 * median:.3f}", ratio, f"{100 * share:.1f}"]
+            rows.append([*cells, f"{int(n) - parity['within_tolerance']} of {n}", parity["labels_differ"]])
+    setting, (some, *_) = result["setting"], result["batches"].values()
+    turns = len(some[REFERENCE]["seconds"])
+    return harness.table(
+        ["batch", "backend", "ms", "times torch", "% of GEMM", "rows that differ", "labels that differ"],
+        rows,
+        f"{setting['name']} at width {setting['width']}, T = {setting['T']}; medians [{harness.interval(turns)[1]:.0%} "
+        f"interval] of {turns} paired turns; higher is faster in `times torch`.",
         "",
-        f"{setting['name']} at width {setting['width']}, T = {setting['T']}; higher is faster in `times torch`.",
+        *(f"- {name} did not run: {why}" for name, why in result["refused"].items()),
         "",
-    ]
-    lines += [f"- {name} did not run: {why}" for name, why in result["refused"].items()]
-    return "\n".join([*lines, "", figures.source(result), ""])
+        harness.source(result),
+    )
 
+
+main = harness.command("gpu", run, render)
 
 if __name__ == "__main__":
     main()

@@ -10,16 +10,18 @@ anything keep exponents below that.
 
 import math
 import statistics
+from functools import partial
 from typing import Any
 
 import click
-import figures
+import harness
 import memory
 import step
 import torch
+from networks import CLASSES, SHAPE
 
 from mpdsgr_deploy.data.batches import generator
-from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.training.epoch import Learner
 
 BASE = {"T": 8, "batch": 16, "width": 0.5}
 VARIED: dict[str, tuple[float, ...]] = {"T": (4, 8, 16, 32), "batch": (8, 16, 32, 64), "width": (0.25, 0.5, 1, 2)}
@@ -27,20 +29,16 @@ MODEL, TRAINING = "vgg-small", "empirical"
 BOUNDS = {"T": (1, 1), "batch": (1, 1), "width": (2, 1)}  # exponents of time and of memory not to be exceeded
 
 
-@click.command()
 @click.option("--turns", default=7, show_default=True, type=click.IntRange(1), help="Of each setting.")
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-def main(turns: int, accelerator: str) -> None:
-    """Measure and publish."""
-    result = {
+def run(turns: int, accelerator: str) -> dict[str, Any]:
+    """Time and count training steps at doubled T, batch and width."""
+    return {
         "accelerator": accelerator,
         "threads": torch.get_num_threads(),
         "seconds": {name: measure(name, turns, accelerator) for name in VARIED},
         "kept": {name: {str(value): kept(name, value) for value in values} for name, values in VARIED.items()},
-        "provenance": provenance(),
     }
-    figures.publish("growth", result, render(result))
-    click.echo(render(result))
 
 
 def measure(name: str, turns: int, accelerator: str) -> dict[str, list[float]]:
@@ -49,58 +47,50 @@ def measure(name: str, turns: int, accelerator: str) -> dict[str, list[float]]:
     defence = step.VARIANTS["empirical, overlap"]
     learners = {value: step.learner(s, "32-true", defence, MODEL) for value, s in settings.items()}
     draw = generator(0, "benchmark")
-    seconds: dict[str, list[float]] = {value: [] for value in settings}
-    values = list(settings)
-    for turn in range(-1, turns):  # one to warm up
-        for value in values[turn % len(values) :] + values[: turn % len(values)]:
-            batch = int(settings[value]["batch"])
-            pixels = torch.randint(256, (batch, *step.SHAPE), dtype=torch.uint8, generator=draw)
-            y = torch.randint(step.CLASSES, (batch,), generator=draw)
-            taken = step.timed_step(learners[value], pixels, y)
-            if turn >= 0:
-                seconds[value].append(round(taken, 6))
-    return seconds
+
+    def seconds(learner: Learner, batch: int) -> float:
+        pixels = torch.randint(256, (batch, *SHAPE), dtype=torch.uint8, generator=draw)
+        y = torch.randint(CLASSES, (batch,), generator=draw)
+        return step.timed_step(learner, pixels, y)
+
+    contenders = {value: partial(seconds, learners[value], int(s["batch"])) for value, s in settings.items()}
+    return harness.take_turns(contenders, turns)
 
 
 def kept(name: str, value: float) -> int:
     """Bytes that a step keeps for its backward pass; counted, not timed."""
     setting = {**BASE, name: value}
     counted = memory.measure(
-        MODEL, step.SHAPE, TRAINING, int(setting["T"]), "none", int(setting["batch"]), width=setting["width"]
+        MODEL, SHAPE, TRAINING, int(setting["T"]), "none", int(setting["batch"]), width=setting["width"]
     )
     return counted["kept"]
 
 
-def exponent(found: dict[str, float]) -> float:
+def exponent(measured: dict[str, float]) -> float:
     """Slope of log(y) over log(x) by least squares, for {x: y}."""
-    points = [(math.log(float(x)), math.log(y)) for x, y in found.items()]
+    points = [(math.log(float(x)), math.log(y)) for x, y in measured.items()]
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def render(result: dict[str, Any]) -> str:
     """Exponents and what they come from as a Markdown table."""
-    lines = ["| varied | values | ms a step | exponent | MB kept | exponent | not above |", "|---" * 7 + "|"]
-    for name, found in result["seconds"].items():
-        seconds = {value: statistics.median(taken) for value, taken in found.items()}
-        counted = result["kept"][name]
-        cells = [
-            name,
-            ", ".join(seconds),
-            ", ".join(f"{1000 * s:.0f}" for s in seconds.values()),
-            f"{exponent(seconds):.2f}",
-            ", ".join(f"{value / 1e6:.0f}" for value in counted.values()),
-            f"{exponent(counted):.2f}",
-            " and ".join(map(str, BOUNDS[name])),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = []
+    for name, samples in result["seconds"].items():
+        seconds, counted = {v: statistics.median(s) for v, s in samples.items()}, result["kept"][name]
+        times, sizes = (f"{1000 * s:.0f}" for s in seconds.values()), (f"{n / 1e6:.0f}" for n in counted.values())
+        cells = [name, ", ".join(seconds), ", ".join(times), f"{exponent(seconds):.2f}"]
+        rows.append([*cells, ", ".join(sizes), f"{exponent(counted):.2f}", " and ".join(map(str, BOUNDS[name]))])
     base = ", ".join(f"{name} {value:g}" for name, value in BASE.items())
     turns = len(next(iter(result["seconds"]["T"].values())))
-    note = (
+    return harness.table(
+        ["varied", "values", "ms a step", "exponent", "MB kept", "exponent", "not above"],
+        rows,
         f"{MODEL} on 32x32 images with the empirical regulariser, float32; what is not varied is {base}; medians of "
-        f"{turns} turns, {result['threads']} threads. {figures.source(result)}"
+        f"{turns} turns, {result['threads']} threads. {harness.source(result)}",
     )
-    return "\n".join([*lines, "", note, ""])
 
+
+main = harness.command("growth", run, render)
 
 if __name__ == "__main__":
     main()

@@ -4,21 +4,20 @@
 
 The whole network of the paper (T = 8, 32x32 images, two hidden layers of 4096) with random weights. `int8 limit` is
 OpenVINO on nothing but the network's int8 products, on T * B rows, each followed by a rounding to 8 bits: what a
-network without neurons would take. The variants take turns, in an order that rotates, so that a busy machine disturbs
-them alike; the table shows medians, and medians of the paired ratios. SpikingJelly is a process of its own.
+network without neurons would take. SpikingJelly is a process of its own.
 """
 
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import figures
+import harness
 import numpy as np
 import onnx
 import torch
@@ -30,7 +29,7 @@ from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import EXACT, OpenVino
@@ -42,13 +41,12 @@ REFERENCE, INT8, LIMIT = "SpikingJelly, eager", "OpenVINO, int8", "int8 limit"
 Inference = Callable[[int], float]  # batch to seconds
 
 
-@click.command()
 @click.option("--width", default=1.0, show_default=True, help="Of VGG11.")
 @click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
 @click.option("--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=60.0, show_default=True, help="Of taking turns at each batch.")
-def main(width: float, T: int, batches: tuple[int, ...], seconds: float) -> None:
-    """Measure and publish."""
+def run(width: float, T: int, batches: tuple[int, ...], seconds: float) -> dict[str, Any]:
+    """Time batches of inferences."""
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -56,12 +54,10 @@ def main(width: float, T: int, batches: tuple[int, ...], seconds: float) -> None
         variants: dict[str, Inference] = {REFERENCE: lambda batch: peer("infer", batch, "fp32")["seconds"]}
         recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
         variants |= ours(settled(recipe), T, threads, Path(folder), stack)
-        taken = {str(batch): take_turns(variants, batch, seconds) for batch in batches}
+        measured = {str(batch): measure(variants, batch, seconds) for batch in batches}
     setting = {"width": width, "T": T, "threads": threads}
     versions = {name: package_version(name) for name in ("torch", "onnxruntime", "openvino")}
-    result = {"setting": setting, "seconds": taken, "versions": versions, "provenance": provenance()}
-    figures.publish("inference", result, render(result))
-    click.echo(render(result))
+    return {"setting": setting, "seconds": measured, "versions": versions}
 
 
 def ours(model: SpikingNet, T: int, threads: int, folder: Path, stack: ExitStack) -> dict[str, Inference]:
@@ -81,19 +77,12 @@ def ours(model: SpikingNet, T: int, threads: int, folder: Path, stack: ExitStack
 
     def inference(predictor: Any) -> Inference:
         images = np.random.default_rng(0).random((64, *SHAPE), np.float32)
-        return lambda batch: timed(lambda: predictor(images[:batch]))
+        return lambda batch: harness.timed(lambda: predictor(images[:batch]))
 
     return {
         **{name: inference(stack.enter_context(p)) for name, p in predictors.items()},
         LIMIT: limit(paths["limit"], T, threads, rows),
     }
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def write_limit(model: SpikingNet, path: Path) -> tuple[int, ...]:
@@ -158,56 +147,40 @@ def limit(path: Path, T: int, threads: int, row: tuple[int, ...]) -> Inference:
             network.reshape([T * batch, *row])
             options = {**EXACT, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
             requests[batch] = core.compile_model(network, "CPU", options).create_infer_request()
-        return timed(lambda: requests[batch].infer([rows], share_inputs=True))
+        return harness.timed(lambda: requests[batch].infer([rows], share_inputs=True))
 
     return infer
 
 
-def take_turns(variants: dict[str, Inference], batch: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each variant's inferences in the order they were taken, equally many of each, two at least."""
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for inference in variants.values():
-        inference(batch)  # compiles, allocates
-    names, started, turn = list(variants), time.monotonic(), 0
-    while turn < 2 or time.monotonic() - started < seconds:
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            taken[name].append(round(variants[name](batch), 7))
-        turn += 1
-    return taken
+def measure(variants: dict[str, Inference], batch: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each variant's inferences, two at least; warming up compiles and allocates."""
+    return harness.take_turns({name: partial(infer, batch) for name, infer in variants.items()}, 2, seconds=seconds)
 
 
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with its setting."""
-    lines = ["| batch | variant | ms | images/s | times SpikingJelly | share of the int8 limit |", "|---" * 6 + "|"]
-    for batch, taken in result["seconds"].items():
-        for name, seconds in taken.items():
+    rows = []
+    for batch, samples in result["seconds"].items():
+        for name, seconds in samples.items():
             middle = statistics.median(seconds)
             cells = [batch, name, f"{1000 * middle:.1f}", f"{int(batch) / middle:.0f}"]
-            cells.append("" if name == LIMIT else ratio(taken[REFERENCE], seconds, "{:.1f}"))
-            cells.append(ratio(taken[LIMIT], seconds, "{:.0%}") if name == INT8 else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    counts = ", ".join(f"{len(taken[REFERENCE])} at batch {batch}" for batch, taken in result["seconds"].items())
+            cells.append("" if name == LIMIT else harness.spread(samples[REFERENCE], seconds, "{:.1f}"))
+            rows.append([*cells, harness.spread(samples[LIMIT], seconds, "{:.0%}") if name == INT8 else ""])
+    counts = {batch: len(samples[REFERENCE]) for batch, samples in result["seconds"].items()}
+    turns = ", ".join(f"{n} at batch {batch}" for batch, n in counts.items())
+    least = min(harness.interval(n)[1] for n in counts.values())
     setting, versions = result["setting"], result["versions"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"VGG11 at width {setting['width']:g}, 32x32 images, T = {setting['T']}, {setting['threads']} threads; "
-            f"medians [quartiles] of paired turns: {counts}. onnxruntime {versions['onnxruntime']}, "
-            f"OpenVINO {versions['openvino']}, {PACKAGES[0].replace('==', ' ')}.",
-            figures.source(result),
-            "",
-        ]
+    return harness.table(
+        ["batch", "variant", "ms", "images/s", "times SpikingJelly", "share of the int8 limit"],
+        rows,
+        f"VGG11 at width {setting['width']:g}, 32x32 images, T = {setting['T']}, {setting['threads']} threads; "
+        f"medians [interval of at least {least:.0%}] of paired turns: {turns}. onnxruntime {versions['onnxruntime']}, "
+        f"OpenVINO {versions['openvino']}, {PACKAGES[0].replace('==', ' ')}.",
+        harness.source(result),
     )
 
 
-def ratio(above: list[float], below: list[float], form: str) -> str:
-    """Median and quartiles of the paired ratios."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    low, middle, high = (form.format(value) for value in statistics.quantiles(ratios, n=4))
-    return f"{middle} [{low}, {high}]"
-
+main = harness.command("inference", run, render)
 
 if __name__ == "__main__":
     main()

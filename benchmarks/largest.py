@@ -6,33 +6,27 @@ It takes minutes on a few cores and is no measure of speed. Needing more than `-
 """
 
 import resource
-import time
 from typing import Any
 
 import click
-import figures
+import harness
 import torch
 from memory import forward, step
+from networks import CLASSES, SHAPE
 
 from mpdsgr_deploy.defences import build_defended
-from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 
-SHAPE, CLASSES = (3, 32, 32), 10
 
-
-@click.command()
 @click.option("--limit", default=24.0, show_default=True, help="GiB that the process may have.")
 @click.option("--steps", "T", default=32, show_default=True, help="Time steps T.")
 @click.option("--batch", default=128, show_default=True, help="Images.")
 @click.option("--width", default=1.0, show_default=True, help="Of VGG11.")
-def main(limit: float, T: int, batch: int, width: float) -> None:
-    """Measure and publish."""
+def run(limit: float, T: int, batch: int, width: float) -> dict[str, Any]:
+    """Take one training step."""
     size = int(limit * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))  # a step that needs more fails instead of being swapped
-    result = {"limit_gib": limit, **measure(T, batch, width), "provenance": provenance()}
-    figures.publish("largest", result, render(result))
-    click.echo(render(result))
+    return {"limit_gib": limit, **measure(T, batch, width)}
 
 
 def measure(T: int, batch: int, width: float) -> dict[str, Any]:
@@ -45,14 +39,17 @@ def measure(T: int, batch: int, width: float) -> dict[str, Any]:
     net = net.to(memory_format=torch.channels_last)
     net.recompute = True
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    started = time.perf_counter()
-    loss = forward(net, defences, torch.rand(batch, *SHAPE))
-    loss.backward()
-    optimizer.step()
+    losses: list[torch.Tensor] = []
+
+    def one_step() -> None:
+        losses.append(forward(net, defences, torch.rand(batch, *SHAPE)))
+        losses[0].backward()
+        optimizer.step()
+
     return {
         "setting": {"T": T, "batch": batch, "width": width, "threads": torch.get_num_threads()},
-        "seconds": time.perf_counter() - started,
-        "loss": loss.item(),
+        "seconds": harness.timed(one_step),
+        "loss": losses[0].item(),
         "counted_bytes": counted,
         "kept_for_good_bytes": 12 * sum(p.numel() for p in net.parameters()),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -67,9 +64,11 @@ def render(result: dict[str, Any]) -> str:
         f"One step of VGG11 at width {setting['width']:g} with T = {setting['T']}, {setting['batch']} images, "
         f"empirical regulariser, float32, layers computed again: {peak:.2f} GiB at the peak, all of the process, of "
         f"{result['limit_gib']:g} allowed; counted were {counted:.2f} GiB of activations and {always:.2f} of weights, "
-        f"gradients and momentum.\n{figures.source(result)}\n"
+        f"gradients and momentum.\n{harness.source(result)}\n"
     )
 
+
+main = harness.command("largest", run, render)
 
 if __name__ == "__main__":
     main()

@@ -9,14 +9,12 @@ anyway; what a kernel needs for a moment is not seen. `largest.py` has the opera
 
 from typing import Any
 
-import click
-import figures
+import harness
 import torch
 from live import Live
 
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import Reader
 
@@ -31,9 +29,8 @@ DEFENCES: dict[str, dict[str, dict[str, str]]] = {
 RECOMPUTE = ("none", "layers")
 
 
-@click.command()
-def main() -> None:
-    """Measure and publish."""
+def run() -> dict[str, Any]:
+    """Count the bytes of training steps."""
     counted = {
         name: {
             training: {r: {str(T): measure(*network, training, T, r) for T in STEPS} for r in RECOMPUTE}
@@ -41,9 +38,7 @@ def main() -> None:
         }
         for name, network in NETWORKS.items()
     }
-    result = {"batch": BATCH, "bytes": counted, "provenance": provenance()}
-    figures.publish("memory", result, render(result))
-    click.echo(render(result))
+    return {"batch": BATCH, "bytes": counted}
 
 
 def measure(
@@ -55,7 +50,7 @@ def measure(
 
 
 def step(recipe: Recipe, shape: tuple[int, int, int], batch: int, classes: int = 10) -> dict[str, int]:
-    """The bytes of one training step of this recipe's network and regularisers, weights and their gradients apart."""
+    """The bytes of one training step of this recipe's network and regularisers, without weights and their gradients."""
     with torch.device("meta"):
         net, defences = build_defended(recipe, shape, classes)
         x = torch.empty(batch, *shape)
@@ -84,28 +79,26 @@ def forward(net: SpikingNet, defences: list[Any], x: torch.Tensor) -> torch.Tens
 def fit(counted: dict[str, dict[str, int]], what: str) -> tuple[float, float, float]:
     """Offset and slope of bytes over T by least squares, and the largest deviation as a share of the value."""
     T = torch.tensor([[1.0, float(t)] for t in counted], dtype=torch.float64)
-    y = torch.tensor([float(found[what]) for found in counted.values()], dtype=torch.float64)
+    y = torch.tensor([float(sizes[what]) for sizes in counted.values()], dtype=torch.float64)
     line = torch.linalg.lstsq(T, y).solution
     return line[0].item(), line[1].item(), ((T @ line - y) / y).abs().max().item()
 
 
 def render(result: dict[str, Any]) -> str:
     """KiB per image and step as a Markdown table, and how far from linear the growth is."""
-    lines = [
-        "| network | training | recompute | kept, KiB per image and step | off the line | "
-        + " | ".join(f"T = {T}, GiB kept (peak)" for T in STEPS)
-        + " |",
-        "|---" * (5 + len(STEPS)) + "|",
-    ]
+    rows = []
     for name, trainings in result["bytes"].items():
         for training, modes in trainings.items():
             for recompute, counted in modes.items():
                 _, slope, off = fit(counted, "kept")
                 cells = [name, training, recompute, f"{slope / result['batch'] / 2**10:.1f}", f"{off:.1%}"]
-                cells += [f"{c['kept'] / 2**30:.2f} ({c['peak'] / 2**30:.2f})" for c in counted.values()]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"float32, batch {result['batch']}. {figures.source(result)}", ""])
+                rows.append(cells + [f"{c['kept'] / 2**30:.2f} ({c['peak'] / 2**30:.2f})" for c in counted.values()])
+    header = ["network", "training", "recompute", "kept, KiB per image and step", "off the line"]
+    header += [f"T = {T}, GiB kept (peak)" for T in STEPS]
+    return harness.table(header, rows, f"float32, batch {result['batch']}. {harness.source(result)}")
 
+
+main = harness.command("memory", run, render)
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ Server and load tool share the machine, over the loopback. CPU: of the server's 
 `mpdsgr bench`, binary, less what the same network takes in this process for batches as large as those the server
 formed; of a network so small that the rest is seen. Memory, and time from the start to ready: beyond a process that
 does nothing but open the network and compute batches as large. Throughput: of 32-image requests beside this process's
-own predictor, on a network of some size. All of it in turns, round after round; the table shows medians and quartiles.
+own predictor, on a network of some size. All of it in turns, round after round.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import figures
+import harness
 import numpy as np
 from networks import untrained_bundle
 from numpy.typing import NDArray
@@ -26,12 +26,13 @@ from processes import holding, serving
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.runtime.tuning import tune
-from mpdsgr_deploy.serving.load import Load, LoadMeasurement, LoadOutcome, measure
+from mpdsgr_deploy.serving import load
+from mpdsgr_deploy.serving.load import Load, LoadMeasurement, LoadOutcome
 
 USERS, BATCHES, LARGE = (1, 8, 32), (1, 2, 4, 8, 16, 32), 32
 NETWORKS = {"tiny": ("vgg-small", 0.03, 1), "large": ("vgg11", 0.25, 4)}  # model, width, T
@@ -39,43 +40,50 @@ GOALS = {"cpu": {"1": 0.28, "8": 0.19, "32": 0.17}, "memory": 90.0, "ready": 1.5
 PACKAGES = ("grpcio", "httptools", "onnxruntime", "tritonclient", "uvloop")
 
 
-@click.command()
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(2), help="Of everything.")
 @click.option("--seconds", default=4.0, show_default=True, type=click.FloatRange(0.1), help="Of each load.")
-def main(rounds: int, seconds: float) -> None:
-    """Measure and publish."""
+def run(rounds: int, seconds: float) -> dict[str, Any]:
+    """Measure the server beside the networks that it serves."""
     with tempfile.TemporaryDirectory() as folder:
         tiny, large = (_bundle(name, Path(folder)) for name in NETWORKS)
-        result = run(tiny, large, rounds, seconds)
-    figures.publish("serving", result, render(result))
-    click.echo(render(result))
-
-
-def run(tiny: Bundle, large: Bundle, rounds: int, seconds: float) -> dict[str, Any]:
-    """Every sample of every round."""
-    samples: list[dict[str, Any]] = []
-    with open_predictor(tiny) as tiny_here, open_predictor(large) as large_here:
-        for number in range(rounds):
-            click.echo(f"round {number + 1} of {rounds} ...", err=True)
-            sample: dict[str, Any] = {"holding": _held(tiny.path)}
-            with serving(tiny.path) as server:
-                sample["ready_seconds"] = server.started
-                sample["model_cpu_ms"] = {str(n): _cpu(tiny_here, _images(tiny, n)) for n in BATCHES}
-                sample["server"] = {
-                    str(users): _asked(f"{server.url}/v2/models/{tiny.path.name}", users, seconds) for users in USERS
-                }
-                sample["memory"] = server.memory()
-            with serving(large.path) as server:
-                url = f"{server.url}/v2/models/{large.path.name}"
-                pair = [
-                    lambda: ("predictor", _own_rate(large_here, _images(large, LARGE), seconds)),
-                    lambda url=url: ("served", _load(url, 2, seconds, LARGE).images_per_second),
-                ]
-                sample["images_per_second"] = dict(turn() for turn in pair[:: 1 if number % 2 else -1])
-            samples.append(sample)
+        samples = measure(tiny, large, rounds, seconds)
     versions = {name: package_version(name) for name in PACKAGES}
     networks = {name: {"model": model, "width": width, "T": T} for name, (model, width, T) in NETWORKS.items()}
-    return {"networks": networks, "rounds": samples, "versions": versions, "provenance": provenance()}
+    return {"networks": networks, "rounds": samples, "versions": versions}
+
+
+def measure(tiny: Bundle, large: Bundle, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """The samples of every round."""
+    with open_predictor(tiny) as tiny_here, open_predictor(large) as large_here:
+        contenders = {
+            "holding": lambda: _held(tiny.path),
+            "server": lambda: _served(tiny, tiny_here, seconds),
+            "predictor": lambda: _own_rate(large_here, _images(large, LARGE), seconds),
+            "served": lambda: _served_rate(large, seconds),
+        }
+        samples = harness.take_turns(contenders, rounds, warm_up=0)
+    return [
+        {"holding": holding, **server, "images_per_second": {"predictor": predictor, "served": served}}
+        for holding, server, predictor, served in zip(*samples.values(), strict=True)
+    ]
+
+
+def _served(tiny: Bundle, predictor: Predictor, seconds: float) -> dict[str, Any]:
+    """A server's time to be ready, CPU per number of users, and memory, with the network's own CPU per batch."""
+    with serving(tiny.path) as server:
+        url = f"{server.url}/v2/models/{tiny.path.name}"
+        return {
+            "ready_seconds": server.started,
+            "model_cpu_ms": {str(n): _cpu(predictor, _images(tiny, n)) for n in BATCHES},
+            "server": {str(users): _asked(url, users, seconds) for users in USERS},
+            "memory": server.memory(),
+        }
+
+
+def _served_rate(large: Bundle, seconds: float) -> float:
+    """Images per second of a server."""
+    with serving(large.path) as server:
+        return _load(f"{server.url}/v2/models/{large.path.name}", 2, seconds, LARGE).images_per_second
 
 
 def _bundle(name: str, folder: Path) -> Bundle:
@@ -123,9 +131,9 @@ def _asked(url: str, users: int, seconds: float) -> dict[str, float]:
 
 
 def _load(url: str, users: int, seconds: float, batch: int) -> LoadOutcome:
-    found = LoadMeasurement()
-    measure(url, [Load(seconds, 10**6, concurrency=users)], found, batch=batch)
-    (outcome,) = found.outcomes
+    measurement = LoadMeasurement()
+    load.measure(url, [Load(seconds, 10**6, concurrency=users)], measurement, batch=batch)
+    (outcome,) = measurement.outcomes
     if outcome.tally.errors:
         raise click.ClickException(f"the server refused some: {dict(outcome.tally.errors)}")
     return outcome
@@ -156,40 +164,32 @@ def beyond(sample: dict[str, Any], users: str) -> float:
 
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with its setting."""
-    rounds, goals = result["rounds"], GOALS["cpu"]
-    lines = ["| what | median [quartiles] | goal |", "|---|---|---|"]
-
-    def row(what: str, values: list[float], form: str, goal: str) -> None:
-        low, middle, high = (form.format(value) for value in statistics.quantiles(values, n=4))
-        lines.append(f"| {what} | {middle} [{low}, {high}] | {goal} |")
-
+    rounds, goals, rows = result["rounds"], GOALS["cpu"], []
     for users in map(str, USERS):
-        values = [beyond(sample, users) for sample in rounds]
         batch = statistics.median(sample["server"][users]["batch"] for sample in rounds)
         what = f"CPU, ms a one-image request, {users} at once (batches of {batch:.1f})"
-        row(what, values, "{:.2f}", f"at most {goals[users]}")
+        rows.append([what, harness.spread([beyond(s, users) for s in rounds]), f"at most {goals[users]}"])
     memory = [(sample["memory"] - sample["holding"]["memory"]) / 1e6 for sample in rounds]
-    row("memory, MB", memory, "{:.0f}", f"at most {GOALS['memory']:.0f}")
+    rows.append(["memory, MB", harness.spread(memory, form="{:.0f}"), f"at most {GOALS['memory']:.0f}"])
     ready = [sample["ready_seconds"] - sample["holding"]["ready_seconds"] for sample in rounds]
-    row("time to be ready, s", ready, "{:.2f}", f"at most {GOALS['ready']}")
-    rates = [sample["images_per_second"] for sample in rounds]
-    shares = [rate["served"] / rate["predictor"] for rate in rates]
-    row("throughput of 32-image requests, of the predictor's", shares, "{:.0%}", f"at least {GOALS['throughput']:.0%}")
+    rows.append(["time to be ready, s", harness.spread(ready), f"at most {GOALS['ready']}"])
+    served, predictor = ([s["images_per_second"][name] for s in rounds] for name in ("served", "predictor"))
+    what = "throughput of 32-image requests, of the predictor's"
+    rows.append([what, harness.spread(served, predictor, "{:.0%}"), f"at least {GOALS['throughput']:.0%}"])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     tiny, large = result["networks"]["tiny"], result["networks"]["large"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Beyond the network's own, {len(rounds)} rounds; {tiny['model']} on 32x32 images, width {tiny['width']}, "
-            f"T = {tiny['T']}, for throughput {large['model']}, width {large['width']}, T = {large['T']}; as `mpdsgr "
-            f"build` prepares them; server and load on the same cores. "
-            f"{versions}.",
-            figures.source(result),
-            "",
-        ]
+    return harness.table(
+        ["what", f"median [{harness.interval(len(rounds))[1]:.0%} interval]", "goal"],
+        rows,
+        f"Beyond the network's own, {len(rounds)} rounds; {tiny['model']} on 32x32 images, width {tiny['width']}, "
+        f"T = {tiny['T']}, for throughput {large['model']}, width {large['width']}, T = {large['T']}; as `mpdsgr "
+        f"build` prepares them; server and load on the same cores. "
+        f"{versions}.",
+        harness.source(result),
     )
 
+
+main = harness.command("serving", run, render)
 
 if __name__ == "__main__":
     main()

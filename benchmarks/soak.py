@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import figures
 import grpc.aio
+import harness
 import numpy as np
 import uvloop
 from networks import untrained_bundle
@@ -42,17 +42,14 @@ BAD_CALLS = 8  # one gRPC call in so many
 SAMPLES = 120  # of memory and files
 
 
-@click.command()
 @click.option("--minutes", default=30.0, show_default=True, type=click.FloatRange(0.05, 240))
 @click.option("--requests", default=20_000_000, show_default=True, type=click.IntRange(1), help="At most.")
-def main(minutes: float, requests: int) -> None:
-    """Run and publish."""
+def measure(minutes: float, requests: int) -> dict[str, Any]:
+    """Send good and bad traffic to a server."""
     with tempfile.TemporaryDirectory() as folder:
         values = {"data": {"name": "cifar10", "root": f"{folder}/none"}, "model": {"name": "vgg-small", "width": 0.03}}
         network = Recipe.model_validate({**values, "encoding": {"T": 1}})
-        result = run(untrained_bundle(network, Path(folder) / "net"), 60 * minutes, requests)
-    figures.publish("soak", result, render(result))
-    click.echo(render(result))
+        return run(untrained_bundle(network, Path(folder) / "net"), 60 * minutes, requests)
 
 
 def run(bundle: Bundle, seconds: float, requests: int) -> dict[str, Any]:
@@ -155,8 +152,10 @@ def render(result: dict[str, Any]) -> str:
         "exit code after SIGTERM": result["exit_code"],
     }
     lines = ["| what | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())]
-    return "\n".join([*lines, "", figures.source(result), ""])
+    return "\n".join([*lines, "", harness.source(result), ""])
 
+
+main = harness.command("soak", measure, render)
 
 if __name__ == "__main__":
     main()

@@ -2,27 +2,25 @@
 
     python benchmarks/step.py      writes benchmarks/results/step.json and the table of benchmarks/README.md
 
-A step is what the training loop does with a batch: forward, loss, backward, optimiser. The variants live in one process
-and take turns, in an order that rotates, so that a busy machine disturbs them alike. Each repetition gives one ratio to
-REG a variant; the table shows median and quartiles. The images are random: the time does not depend on what they show.
+A step is what the training loop does with a batch: forward, loss, backward, optimiser. The images are random: the time
+does not depend on what they show.
 """
 
 import statistics
-import time
+from functools import partial
 from typing import Any
 
 import click
-import figures
+import harness
 import torch
 from lightning.fabric import Fabric
+from networks import CLASSES, SHAPE
 
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.defences import build_defended
-from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.training.epoch import Learner, batch_loss
 
-SHAPE, CLASSES = (3, 32, 32), 10
 PRECISIONS = ("32-true", "bf16-mixed")
 VARIANTS: dict[str, dict[str, dict[str, str]]] = {
     "REG": {},
@@ -32,19 +30,15 @@ VARIANTS: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
-@click.command()
 @click.option("--width", default=0.25, show_default=True, help="Of VGG11.")
 @click.option("--steps", "T", default=4, show_default=True, help="Time steps T.")
 @click.option("--batch", default=32, show_default=True, help="Images a step.")
 @click.option("--repetitions", default=40, show_default=True, help="Steps timed of each variant.")
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-def main(width: float, T: int, batch: int, repetitions: int, accelerator: str) -> None:
-    """Measure and publish."""
+def run(width: float, T: int, batch: int, repetitions: int, accelerator: str) -> dict[str, Any]:
+    """Time training steps."""
     setting = {"width": width, "T": T, "batch": batch, "accelerator": accelerator, "threads": torch.get_num_threads()}
-    seconds = {precision: measure(setting, precision, repetitions) for precision in PRECISIONS}
-    result = {"setting": setting, "seconds": seconds, "provenance": provenance()}
-    figures.publish("step", result, render(result))
-    click.echo(render(result))
+    return {"setting": setting, "seconds": {name: measure(setting, name, repetitions) for name in PRECISIONS}}
 
 
 def measure(setting: dict[str, Any], precision: str, repetitions: int) -> dict[str, list[float]]:
@@ -53,14 +47,8 @@ def measure(setting: dict[str, Any], precision: str, repetitions: int) -> dict[s
     draw = generator(0, "benchmark")
     pixels = torch.randint(256, (setting["batch"], *SHAPE), dtype=torch.uint8, generator=draw)
     y = torch.randint(CLASSES, (setting["batch"],), generator=draw)
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
-    for repetition in range(-2, repetitions):  # two to warm up
-        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-            taken = timed_step(learners[name], pixels, y)
-            if repetition >= 0:
-                seconds[name].append(round(taken, 6))
-    return seconds
+    contenders = {name: partial(timed_step, learner, pixels, y) for name, learner in learners.items()}
+    return harness.take_turns(contenders, repetitions, warm_up=2)
 
 
 def learner(
@@ -81,43 +69,35 @@ def timed_step(learner: Learner, pixels: torch.Tensor, y: torch.Tensor) -> float
     """Seconds of one training step on this batch."""
     device = learner.fabric.device
     pixels, y = pixels.to(device), y.to(device)
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronise()
-    started = time.perf_counter()
-    learner.fabric.backward(batch_loss(learner, pixels, y, 0, generator(0, "draw"))["loss"])
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    synchronise()
-    return time.perf_counter() - started
+
+    def step() -> None:
+        learner.fabric.backward(batch_loss(learner, pixels, y, 0, generator(0, "draw"))["loss"])
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+
+    return harness.timed(step)
 
 
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with its setting."""
-    setting = result["setting"]
-    lines = [
-        "| training | " + " | ".join(f"{p}, ms | {p}, times REG" for p in result["seconds"]) + " |",
-        "|---" * (1 + 2 * len(result["seconds"])) + "|",
-    ]
+    setting, rows = result["setting"], []
     for name in VARIANTS:
         cells = [name if name == "REG" else f"MPD-SGR {name}"]
         for seconds in result["seconds"].values():
-            cells.append(f"{1000 * statistics.median(seconds[name]):.0f}")
-            ratios = [ours / reg for ours, reg in zip(seconds[name], seconds["REG"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            cells.append("1" if name == "REG" else f"{middle:.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(f"| {' | '.join(cells)} |")
+            ratio = "1" if name == "REG" else harness.spread(seconds[name], seconds["REG"], "{:.3f}")
+            cells += [f"{1000 * statistics.median(seconds[name]):.0f}", ratio]
+        rows.append(cells)
     n = len(next(iter(result["seconds"].values()))["REG"])
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"VGG11 at width {setting['width']}, 32x32 images, T = {setting['T']}, batch {setting['batch']}, "
-            f"{setting['threads']} threads; median [quartiles] of n = {n} paired steps.",
-            figures.source(result),
-            "",
-        ]
+    return harness.table(
+        ["training", *(column for p in result["seconds"] for column in (f"{p}, ms", f"{p}, times REG"))],
+        rows,
+        f"VGG11 at width {setting['width']}, 32x32 images, T = {setting['T']}, batch {setting['batch']}, "
+        f"{setting['threads']} threads; median [{harness.interval(n)[1]:.0%} interval] of n = {n} paired steps.",
+        harness.source(result),
     )
 
+
+main = harness.command("step", run, render)
 
 if __name__ == "__main__":
     main()

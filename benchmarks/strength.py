@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import figures
+import harness
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import show_progress
-from mpdsgr_deploy.provenance import package_version, provenance
+from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
@@ -37,18 +37,15 @@ UNION, AUTOATTACK = "union", "AutoAttack standard"
 BATCH = 200
 
 
-@click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
 @click.option("--limit", type=click.IntRange(1), default=200, show_default=True, help="Test images.")
 @click.option("--eps", type=click.FloatRange(0, 1, min_open=True), help="Default: the recipe's.")
-def main(runs: tuple[Path, ...], root: str, limit: int, eps: float | None) -> None:
-    """Attack each run's best network both ways, write the result and the table."""
+def run(runs: tuple[Path, ...], root: str, limit: int, eps: float | None) -> dict[str, Any]:
+    """Attack each run's best network both ways."""
     show_progress()
     networks = [measure(run, root, limit, eps) for run in runs]
-    result = {"networks": networks, "pyautoattack": package_version("pyautoattack"), "provenance": provenance()}
-    figures.publish(NAME, result, render(result))
-    click.echo(render(result))
+    return {"networks": networks, "pyautoattack": package_version("pyautoattack")}
 
 
 def measure(run: Path, root: str, limit: int, eps: float | None = None) -> dict[str, Any]:
@@ -148,8 +145,10 @@ def render(result: dict[str, Any]) -> str:
             f"n = {n} first test images."
         )
     told.append(f"- pyautoattack {result['pyautoattack']}; seconds on a machine with other work.")
-    return "\n".join([*lines, "", *told, "", figures.source(result), ""])
+    return "\n".join([*lines, "", *told, "", harness.source(result), ""])
 
+
+main = harness.command("strength", run, render)
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import figures
+import harness
 import pytest
 
 from mpdsgr_deploy.errors import MpdsgrError
@@ -51,7 +51,7 @@ def main(cache: Path, seeds: int, part: str) -> None:
     healthy = list(whole(networks, cache, seeds)) if part != "faults" else []
     if part == "all":
         result = {"faults": faults, "healthy": healthy, "provenance": provenance()}
-        write_atomic(figures.FOLDER / "results" / f"{NAME}.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_atomic(harness.RESULTS / f"{NAME}.json", (json.dumps(result, indent=1) + "\n").encode())
         write_atomic(PAGE, render(result).encode())
 
 
@@ -176,7 +176,7 @@ def render(result: dict[str, Any]) -> str:
         f"- seed {c['seed']}, {c['precision']}, {c['backend']}: {'; '.join(c['said'])}" for c in healthy if c["ended"]
     ]
     network = "vgg-small at width 0.25, T = 3, on the first 100 test images of digits, tier commit"
-    about = f"{network}. {figures.source(result)}"
+    about = f"{network}. {harness.source(result)}"
     return "\n".join([*lines, "", *odd, *([""] if odd else []), about, "", *since(faults), *BY_DESIGN, ""])
 
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import figures
+import harness
 
-ENVIRONMENT = figures.FOLDER.parent / "runs" / "peers"
+ENVIRONMENT = harness.FOLDER.parent / "runs" / "peers"
 # what they import beside what this environment has; their own lists would bring another torch
 PACKAGES = (
     *("spikingjelly==2.0.0", "loguru<1,>=0.7", "h5py", "requests", "SciencePlots"),
@@ -49,7 +49,7 @@ class Worker:
 def worker(name: str, width: float, T: int, threads: int, accelerator: str) -> Iterator[Worker]:
     """Start it; it ends with the block."""
     python = Path(sys.executable) if name == "ours" else environment() / "bin" / "python"
-    script = figures.FOLDER / "peers" / "worker.py"
+    script = harness.FOLDER / "peers" / "worker.py"
     command = [python, script, *map(str, (name, width, T, threads, accelerator))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env={**os.environ, **MALLOC}, **pipes) as process:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy.stats import binom
 
 from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.models import build_model
@@ -17,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import agreement
 import attack
 import estimate
-import figures
 import gpu
 import growth
+import harness
 import largest
 import linear
 import memory
@@ -35,8 +36,8 @@ from networks import CLASSES
     "benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, strength, training]
 )
 def test_the_page_quotes_the_files(benchmark: object) -> None:
-    result = figures.load(benchmark.__name__)
-    assert figures.shown(benchmark.__name__) == benchmark.render(result)
+    result = harness.load(benchmark.__name__)
+    assert harness.page(benchmark.__name__) == benchmark.render(result)
     assert result["provenance"]["hardware"]["cpu"]
     assert result["provenance"]["revision"]
 
@@ -63,16 +64,85 @@ def test_the_floor_counts_every_product_of_every_step() -> None:
 
 
 def test_every_sample_of_every_variant_is_there() -> None:
-    for seconds in figures.load("step")["seconds"].values():
+    for seconds in harness.load("step")["seconds"].values():
         assert seconds.keys() == step.VARIANTS.keys()
         assert len({len(samples) for samples in seconds.values()}) == 1
         assert min(map(min, seconds.values())) > 0
 
 
-def test_a_small_benchmark_runs() -> None:
-    setting = {"width": 0.02, "T": 2, "batch": 4, "accelerator": "cpu"}
-    seconds = step.measure(setting, "32-true", 3)
-    assert {name: len(samples) for name, samples in seconds.items()} == dict.fromkeys(step.VARIANTS, 3)
+class Clock:
+    """Time that passes only while a contender works."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_everyone_has_a_turn_in_every_place_and_warming_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(), []
+    monkeypatch.setattr(harness, "clock", clock)
+
+    def work(name: str, seconds: float) -> float:
+        def call() -> None:
+            order.append(name)
+            clock.now += seconds
+
+        return harness.timed(call)
+
+    contenders = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 2.0), "c": lambda: work("c", 4.0)}
+    assert harness.take_turns(contenders, 3, warm_up=2) == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
+    assert "".join(order) == "bca" + "cab" + "abc" + "bca" + "cab"
+    # a turn takes 7 s; the one to warm up does not count among the 20 s
+    assert {len(samples) for samples in harness.take_turns(contenders, 2, seconds=20.0).values()} == {3}
+    assert {len(samples) for samples in harness.take_turns(contenders, 2, warm_up=0, seconds=1.0).values()} == {2}
+
+
+def test_ratios_are_of_the_same_turn_and_their_interval_is_that_of_the_median() -> None:
+    assert harness.spread([2.0, 30.0, 4.0], [1.0, 10.0, 1.0], "{:.1f}") == "3.0 [2.0, 4.0]"
+    ranks = [float(rank) for rank in range(1, 41)]
+    assert harness.spread(ranks[::-1], form="{:g}") == "20.5 [14, 27]"
+    with pytest.raises(ValueError, match="shorter"):
+        harness.spread([1.0, 2.0], [1.0])
+
+
+def test_an_interval_covers_the_median_as_often_as_the_binomial_distribution_says() -> None:
+    """It misses where k - 1 samples or fewer lie on one side; one sample less a side would fall below 95 %."""
+    for n in range(1, 60):
+        below = binom(n, 0.5).cdf
+        k, coverage = harness.interval(n)
+        assert coverage == pytest.approx(1 - 2 * below(k))
+        assert coverage >= 0.95 or (n < 6 and k == 0)
+        assert 1 - 2 * below(k + 1) < 0.95
+
+
+def test_a_table_has_a_line_for_each_row_and_its_notes() -> None:
+    text = harness.table(["what", "ms"], [["a", 1], ["b", "2 [1, 3]"]], "one", "two")
+    assert text == "| what | ms |\n|---|---|\n| a | 1 |\n| b | 2 [1, 3] |\n\none\ntwo\n"
+
+
+def test_the_smallest_benchmark_measures_publishes_and_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "PAGE", page := tmp_path / "README.md")
+    page.write_text("before\n<!-- table: python benchmarks/step.py -->\nold\n<!-- end of step -->\nafter\n")
+    small = ["--width", "0.02", "--steps", "2", "--batch", "4", "--repetitions", "3"]
+    attempt = CliRunner().invoke(step.main, [*small, "--mode", "try"], catch_exceptions=False)
+    assert attempt.exit_code == 0
+    assert harness.page("step") == "old\n"
+    assert not (tmp_path / "step.json").exists()
+    published = CliRunner().invoke(step.main, small, catch_exceptions=False)
+    assert published.exit_code == 0
+    result = harness.load("step")
+    assert harness.page("step") + "\n" == published.output
+    assert page.read_text().startswith("before\n<!--")
+    assert page.read_text().endswith("-->\nafter\n")
+    assert {len(seconds) for variants in result["seconds"].values() for seconds in variants.values()} == {3}
+    assert result["setting"]["batch"] == 4
+    assert result["provenance"]["hardware"]["cpu"]
+    assert "[75% interval] of n = 3 paired steps" in published.output
+    harness.page("step", "lost\n")
+    again = CliRunner().invoke(step.main, [*small, "--mode", "render"], catch_exceptions=False)
+    assert again.output == published.output == harness.page("step") + "\n"
 
 
 def test_a_small_attack_benchmark_runs() -> None:
@@ -87,7 +157,7 @@ def test_a_small_attack_benchmark_runs() -> None:
 @pytest.mark.parametrize("training", memory.DEFENCES)
 def test_the_bytes_quoted_are_the_bytes_kept(training: str, recompute: str) -> None:
     name = "vgg-small on 8x8 digits"
-    quoted = figures.load("memory")["bytes"][name][training][recompute]["4"]
+    quoted = harness.load("memory")["bytes"][name][training][recompute]["4"]
     assert memory.measure(*memory.NETWORKS[name], training, 4, recompute) == pytest.approx(quoted, rel=0.02)
 
 
@@ -133,7 +203,7 @@ def test_counting_without_data_is_counting_with_data() -> None:
 def test_a_real_step_takes_what_was_counted_and_the_largest_fits() -> None:
     found = largest.measure(2, 2, 0.05)
     assert found["peak_bytes"] > found["counted_bytes"] + found["kept_for_good_bytes"] > 0
-    quoted = largest.figures.load("largest")
+    quoted = harness.load("largest")
     assert (quoted["setting"]["T"], quoted["setting"]["batch"], quoted["setting"]["width"]) == (32, 128, 1)
     assert quoted["peak_bytes"] < 24 * 2**30
 
@@ -149,7 +219,7 @@ def test_the_estimate_counts_what_a_hand_can_count() -> None:
     assert found["backward_flop"] == 2 * forward - 2 * 2 * convolutions[0]
     assert found["channels"] == 64 + 128 + 256 + 5 * 512
     assert found["parameters"] / 1e6 == pytest.approx(61.4, abs=0.05)
-    quoted = estimate.figures.load("estimate")["networks"]["VGG11, 32x32, 10 classes"]
+    quoted = harness.load("estimate")["networks"]["VGG11, 32x32, 10 classes"]
     assert quoted["forward_flop"] == 4 * forward
     assert estimate.exchanged(100, 2) == 400
     assert estimate.normalised(10, 2) == 80 + 80
@@ -192,7 +262,7 @@ def test_the_gpu_benchmark_rehearsed_on_a_cpu() -> None:
             assert found["wrong"]["parity"]["within_tolerance"] == 0
         else:
             assert found["wrong"] == {"refused": "too large"}
-    table = gpu.render(result)
+    table = gpu.render({**result, "provenance": harness.load("step")["provenance"]})
     assert "| 1 | torch |" in table
     assert "| 3 | wrong | too large |" in table
     assert "- tensorrt did not run: tensorrt is needed" in table
@@ -207,7 +277,7 @@ def test_gradients_and_queries_are_counted_apart_and_rows_add_up() -> None:
     counting(x)
     counting(x[:2].clone().requires_grad_())
     assert (counting.gradients, counting.queries) == (2, 6)
-    for network in strength.figures.load("strength")["networks"]:
+    for network in harness.load("strength")["networks"]:
         rows = {found["attack"]: found for found in network["rows"]}
         union, clean = rows.pop(strength.UNION), rows.pop("clean")
         audit = rows.pop(strength.AUTOATTACK)
@@ -225,7 +295,7 @@ def test_our_worker_answers_time_and_memory(task: str) -> None:
             assert sample["bytes"] > sample["before"] > 1e7
 
 
-def test_a_training_benchmark_is_drawn_and_tabled(tmp_path: Path) -> None:
+def test_a_training_benchmark_is_tabled() -> None:
     samples = {
         task: {
             precision: {
@@ -239,9 +309,7 @@ def test_a_training_benchmark_is_drawn_and_tabled(tmp_path: Path) -> None:
     floor = {"flops_an_image": 1e9, "flops_a_second": {"fp32": 2e11, "bf16": 4e11}, "copy_bytes_a_second": 1e10}
     setting = {"width": 1.0, "T": 8, "batch": 32, "threads": 2}
     result = {"samples": samples, "floor": floor, "setting": setting, "versions": {}}
-    result["provenance"] = figures.load("step")["provenance"]
-    training.plot(result, tmp_path / "plot.svg")
-    assert (tmp_path / "plot.svg").stat().st_size > 1000
+    result["provenance"] = harness.load("step")["provenance"]
     row = next(line for line in training.render(result).splitlines() if "mpdsgr-deploy" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # 32 images in 2.1 s; SpikingJelly takes 3.1; 3 passes of 1 GFLOP an image of 200 GFLOP/s
@@ -252,8 +320,8 @@ def test_every_way_of_a_linear_layer_computes_the_same() -> None:
     x, weight = torch.rand(5, 7), torch.rand(3, 7)
     for way in linear.WAYS.values():
         torch.testing.assert_close(way(x, weight), x @ weight.t())
-    taken = linear.measure(torch.float32, 2, shape=(4, 6, 5))
-    assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(linear.WAYS, 2)
+    samples = linear.measure(torch.float32, 2, shape=(4, 6, 5))
+    assert {name: len(seconds) for name, seconds in samples.items()} == dict.fromkeys(linear.WAYS, 2)
 
 
 def test_growth_is_the_slope_of_the_logarithms() -> None:
@@ -262,7 +330,7 @@ def test_growth_is_the_slope_of_the_logarithms() -> None:
 
 
 def test_a_step_grows_no_worse_than_it_must() -> None:
-    found = figures.load("growth")
+    found = harness.load("growth")
     for name, (most_time, most_memory) in growth.BOUNDS.items():
         seconds = {value: sorted(taken)[len(taken) // 2] for value, taken in found["seconds"][name].items()}
         assert growth.exponent(seconds) < most_time + 0.1

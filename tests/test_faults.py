@@ -15,7 +15,7 @@ from mpdsgr_deploy.bundle import Bundle
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import figures
+import harness
 import verdicts
 
 
@@ -57,7 +57,7 @@ def test_there_are_enough_of_them_and_each_says_what_went_wrong() -> None:
 
 
 def test_the_page_quotes_the_file_and_the_file_has_every_fault() -> None:
-    result = figures.load(verdicts.NAME)
+    result = harness.load(verdicts.NAME)
     assert verdicts.PAGE.read_text() == verdicts.render(result)
     assert all(fault["ended"] for fault in result["faults"])
     assert len(result["healthy"]) >= 100

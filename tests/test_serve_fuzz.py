@@ -9,16 +9,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import figures
 import fuzz
+import harness
 from fuzz_cases import case
 
 NOTHING = {"5xx": 0, "hung": 0, "wrong": 0, "accepted": 0}
 
 
 def test_the_page_quotes_the_file() -> None:
-    result = figures.load("fuzz")
-    assert figures.shown("fuzz") == fuzz.render(result)
+    result = harness.load("fuzz")
+    assert harness.page("fuzz") == fuzz.render(result)
     assert result["cases"] >= 100_000
     assert result["wrong"] == NOTHING
     assert result["provenance"]["revision"]

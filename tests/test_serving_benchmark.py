@@ -11,7 +11,7 @@ from oip_server import Handler, OipServer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import figures
+import harness
 import serving
 import soak
 import soak_traffic
@@ -25,18 +25,17 @@ from mpdsgr_deploy.serving.load.model import describe
 @pytest.mark.parametrize("benchmark", [serving, soak], ids=lambda module: module.__name__)
 def test_the_page_quotes_the_file(benchmark: Any) -> None:
     name = benchmark.__name__
-    assert figures.shown(name) == benchmark.render(figures.load(name))
+    assert harness.page(name) == benchmark.render(harness.load(name))
 
 
 def test_a_small_benchmark_measures_everything(bundle: Bundle) -> None:
-    result = serving.run(bundle, bundle, 1, 0.3)
-    (sample,) = result["rounds"]
+    (sample,) = serving.measure(bundle, bundle, 1, 0.3)
     assert sample["server"]["1"]["batch"] == 1
     assert 1 < sample["server"]["32"]["batch"] <= 32
     assert 0 < serving.beyond(sample, "1") < sample["server"]["1"]["cpu_ms"]
     assert sample["memory"] > sample["holding"]["memory"] > 0
     assert min(sample["images_per_second"].values()) > 0
-    lines = serving.render({**result, "rounds": [sample, sample]}).splitlines()
+    lines = serving.render({**harness.load("serving"), "rounds": [sample, sample]}).splitlines()
     assert len([line for line in lines if "| at " in line]) == 6  # figures that have a goal
 
 
