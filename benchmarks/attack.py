@@ -29,7 +29,7 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.runtime.settings import RuntimeSettings
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 
 EPS, STEPS = 8 / 255, 10

@@ -32,8 +32,8 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.openvino import EXACT, OpenVino
-from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import SpikingLayer
 

@@ -39,7 +39,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, load_images
 from mpdsgr_deploy.runtime import OnnxRuntime
-from mpdsgr_deploy.runtime.settings import RuntimeSettings
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 
 RESULTS = Path(__file__).parent / "results" / "research.jsonl"
 ONE_THREAD = RuntimeSettings(threads=1, chunk=32)

@@ -19,7 +19,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
-from mpdsgr_deploy.runtime.images import predict as _predict_batches
+from mpdsgr_deploy.runtime.image_batches import predict as _predict_batches
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND, open_predictor
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def export_module(
     otherwise, or if a state is left over from one call to the next.
     """
     need("onnxscript", "train")
-    from mpdsgr_deploy.adopt.images import evaluation_images
+    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
     from mpdsgr_deploy.exporting import export_module as write
 
     labelled = evaluation_images(images, root, None, limit) if isinstance(images, str) else images
@@ -133,7 +133,7 @@ def adopt(
     Raises InputError for a network or images that do not fit or cannot be attacked.
     """
     from mpdsgr_deploy.adopt import adopt as write
-    from mpdsgr_deploy.adopt.images import evaluation_images
+    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
 
     labelled = evaluation_images(images, root, None, limit) if isinstance(images, str) else images
     return write(Path(model), labelled, Path(out), surrogate=surrogate, tier=tier, **details)

@@ -78,7 +78,7 @@ class Prepared(BaseModel):
 class NoiseInput(BaseModel):
     """A further input of a stochastic network, float32 [B, *shape]: what one of its parts draws in a pass.
 
-    shape: (T, ...), a draw for every step; kind: of U[0, 1) or of N(0, 1). `runtime.noise` makes the values.
+    shape: (T, ...), a draw for every step; kind: of U[0, 1) or of N(0, 1). `runtime.image_noise` makes the values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -35,8 +35,8 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import SWEEP
 from mpdsgr_deploy.runtime import NoiseSource
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session
-from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.runtime.tensorrt import build_engine
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import Surrogate, Trace

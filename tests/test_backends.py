@@ -25,8 +25,8 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, tuning
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, machine, prepared, prepared_settings
 from mpdsgr_deploy.runtime.openvino import OpenVino, chunks, unsigned
-from mpdsgr_deploy.runtime.settings import RuntimeSettings, machine, prepared, prepared_settings
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.runtime.tuning import tune
 

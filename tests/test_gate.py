@@ -30,9 +30,9 @@ from mpdsgr_deploy.validation.gate import (
     regressed,
 )
 from mpdsgr_deploy.validation.power import refused, smallest_drop
+from mpdsgr_deploy.validation.proportions import binomial_tail, wilson
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.rules import check_pins, chosen_tier, settled, stated_rules
-from mpdsgr_deploy.validation.statistics import binomial_tail, wilson
 
 GATES = Path(__file__).parent.parent / "export" / "gates"
 SHARES = ["0", "0.01", "0.05", "0.1", "0.15", "1/3", "0.35", "0.5", "0.7", "0.8", "0.9", "0.95"]

@@ -30,7 +30,7 @@ from mpdsgr_deploy.exporting import precision
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
-from mpdsgr_deploy.validation.statistics import wilson
+from mpdsgr_deploy.validation.proportions import wilson
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "train" / "results"

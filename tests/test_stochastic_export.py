@@ -34,10 +34,10 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.firing import FiringRates
-from mpdsgr_deploy.runtime.noise import normal, uniform
+from mpdsgr_deploy.runtime.image_noise import normal, uniform
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
+from mpdsgr_deploy.snn.draws import in_turn
 from mpdsgr_deploy.snn.encoding import Poisson
-from mpdsgr_deploy.snn.noise import in_turn
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.validation import Target, validate
 
@@ -205,7 +205,7 @@ def test_the_draws_by_hand() -> None:
 def test_a_fresh_process_without_torch_makes_the_same_noise() -> None:
     script = (
         "import sys, numpy as np; from mpdsgr_deploy.bundle import NoiseInput; "
-        "from mpdsgr_deploy.runtime.noise import NoiseSource; "
+        "from mpdsgr_deploy.runtime.image_noise import NoiseSource; "
         "source = NoiseSource([NoiseInput(name='a', kind='normal', shape=(4,))], 9); "
         "print(source(np.full((1, 1, 2, 2), 0.5, np.float32))['a'].tobytes().hex(), 'torch' in sys.modules)"
     )

@@ -25,8 +25,8 @@ from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.health import CHECKS, Compared, Convergence, Reach
 from mpdsgr_deploy.validation.health import artefact as artefact_checks
 from mpdsgr_deploy.validation.health import attacks as attack_checks
+from mpdsgr_deploy.validation.proportions import exceeds, mcnemar, wilson
 from mpdsgr_deploy.validation.rows import VerdictFlips
-from mpdsgr_deploy.validation.statistics import exceeds, mcnemar, wilson
 
 LOOSE = Gate(max_drop=0.35)  # what 30 images can decide
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.adopt.images import relabelled
+from mpdsgr_deploy.adopt.evaluation_images import relabelled
 from mpdsgr_deploy.adopt.network import Classifier, Preprocessing, read_classifier
 from mpdsgr_deploy.adopt.survey import Survey, survey
 from mpdsgr_deploy.attack_graph import derived

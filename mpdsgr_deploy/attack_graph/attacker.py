@@ -12,9 +12,9 @@ from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import CLASSES, GRADIENT, LOSS, MEAN, NEW, WIDTH, read_network
 from mpdsgr_deploy.protocols import Gradient, State
-from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
-from mpdsgr_deploy.runtime.settings import RuntimeSettings
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 
 Loss = Literal["ce", "dlr"]

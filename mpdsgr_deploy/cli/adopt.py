@@ -69,7 +69,7 @@ def command(
       mpdsgr validate bundles/net --report reports/net
     """
     from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
-    from mpdsgr_deploy.adopt.images import evaluation_images
+    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
 
     low, high = _numbers("--range", pixels, 2) or (0.0, 1.0)
     before = Preprocessing(low, high, _numbers("--mean", mean), _numbers("--std", std), layout)  # type: ignore[arg-type]

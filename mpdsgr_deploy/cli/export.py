@@ -111,7 +111,7 @@ def _of_module(
     carry: bool,
 ) -> "Bundle":
     """The bundle of a module by its name, attacked on the images of `data`."""
-    from mpdsgr_deploy.adopt.images import evaluation_images
+    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
     from mpdsgr_deploy.exporting import export_module, find_module
     from mpdsgr_deploy.recipe import Recipe
 

@@ -8,7 +8,7 @@ from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.diagnostics.facts import bundle_facts, checkpoint_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
-from mpdsgr_deploy.diagnostics.statistics import warnings_of
+from mpdsgr_deploy.diagnostics.layer_statistics import warnings_of
 from mpdsgr_deploy.diagnostics.tables import flip_table, membrane_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need

@@ -13,7 +13,7 @@ from mpdsgr_deploy.defences.base import Defence, Shape, Step, Term, register, re
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section
 from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise, Trace
-from mpdsgr_deploy.snn.noise import uniform
+from mpdsgr_deploy.snn.draws import uniform
 
 LOWEST = 0.1  # p stays in [LOWEST, 1]
 EDGE = 1e-3  # the relaxation sees p in [EDGE, 1 - EDGE], where its log-odds are finite

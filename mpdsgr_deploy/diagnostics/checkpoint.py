@@ -8,10 +8,10 @@ import torch
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
-from mpdsgr_deploy.diagnostics.measure import measure
+from mpdsgr_deploy.diagnostics.distribution import measure
+from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.picture import png
 from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, one_channel, overview
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.networks import load_network

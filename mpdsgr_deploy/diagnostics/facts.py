@@ -11,7 +11,7 @@ import onnx
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.diagnostics.cost import macs, parameters
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.trace import firing_rates
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe

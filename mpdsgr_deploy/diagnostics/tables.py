@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mpdsgr_deploy.diagnostics.flips import SpikeFlips
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 
 
 class Table(NamedTuple):

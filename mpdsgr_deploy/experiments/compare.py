@@ -12,7 +12,7 @@ from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import Published, find_recipe, published
-from mpdsgr_deploy.validation.statistics import Z95, wilson
+from mpdsgr_deploy.validation.proportions import Z95, wilson
 
 SHOWN = {"clean": "clean", "gaussian": "gaussian", "FGSM": "fgsm", "PGD": "pgd", "BIM": "bim"}  # heading -> condition
 STRONG = {"strong": "pgd-strong", "union": "worst"}

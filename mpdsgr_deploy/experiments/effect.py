@@ -10,7 +10,7 @@ from mpdsgr_deploy.attacks.suite import PGD, WORST
 from mpdsgr_deploy.experiments.compare import omega, paired
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.study import Setting, Study, StudyMethod
-from mpdsgr_deploy.validation.statistics import Z95
+from mpdsgr_deploy.validation.proportions import Z95
 
 CONDITIONS = {
     "clean": "clean",

@@ -14,8 +14,8 @@ from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, CLEAN, MPD_APGD, 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.schema import read_document
+from mpdsgr_deploy.validation.proportions import mcnemar
 from mpdsgr_deploy.validation.report import REPORT, Report, percent
-from mpdsgr_deploy.validation.statistics import mcnemar
 
 SCHEMA_VERSION: int = Report.model_fields["schema_version"].default
 CONDITIONS = {"PGD": PGD, "APGD-CE": APGD_CE, "APGD-DLR": APGD_DLR, "Square": SQUARE, "MPD-APGD": MPD_APGD}

@@ -14,7 +14,7 @@ from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.diagnostics.measure import measure as layer_potentials
+from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
 from mpdsgr_deploy.experiments import variants
 from mpdsgr_deploy.experiments.records import AttackedExport, AttackedNetwork, Membrane, Record, put
 from mpdsgr_deploy.experiments.sensitivity import sensitivity

@@ -10,8 +10,8 @@ from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.registry import Registry
 from mpdsgr_deploy.snn import LIF, Encoding, Noise, Observer, SpikingLayer, TdBN, fold_time, make_surrogate
+from mpdsgr_deploy.snn.draws import in_turn
 from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing
-from mpdsgr_deploy.snn.noise import in_turn
 from mpdsgr_deploy.snn.recompute import one_by_one
 from mpdsgr_deploy.surrogates import KINDS
 

@@ -20,7 +20,7 @@ from mpdsgr_deploy.data.files import ARRAY_SUFFIXES, Shape, read_image
 from mpdsgr_deploy.data.folders import image_suffixes, passed_over, walk
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.image_batches import check_images
 
 Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

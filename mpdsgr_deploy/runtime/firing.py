@@ -16,11 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import SPIKES, layer_of, read_network
-from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.runtime.machine_settings import prepared_settings
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.open import check_golden
 from mpdsgr_deploy.runtime.session import CPU, CUDA
-from mpdsgr_deploy.runtime.settings import prepared_settings
 
 OUTPUT = "firing_rate"
 PROVIDERS = {"onnxruntime-cpu": CPU, "onnxruntime-cuda": CUDA}  # the backends that can show it

@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.runtime.images import check_images
-from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
-from mpdsgr_deploy.runtime.settings import RuntimeSettings
 
 
 class OnnxRuntime:

@@ -11,11 +11,11 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.registry import Registry
-from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.runtime.machine_settings import prepared_settings
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.session import CPU, CUDA, TENSORRT
-from mpdsgr_deploy.runtime.settings import prepared_settings
 from mpdsgr_deploy.runtime.tensorrt import TensorRT
 
 

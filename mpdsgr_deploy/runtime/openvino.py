@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.runtime.images import check_images
-from mpdsgr_deploy.runtime.noise import NoiseSource
-from mpdsgr_deploy.runtime.settings import RuntimeSettings
+from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 
 CHUNK = 8  # images; about as fast as any larger batch, and its activations stay small
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}  # nothing below what the graph says

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError, one_line
-from mpdsgr_deploy.runtime.images import check_images
-from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
 
 TIMEOUT = 60.0  # seconds a request may take
 ATTEMPTS = 5  # at a server that says it is too busy

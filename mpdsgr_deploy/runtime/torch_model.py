@@ -17,9 +17,9 @@ from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient, State
-from mpdsgr_deploy.runtime.images import check_images
-from mpdsgr_deploy.runtime.noise import NoiseSource
-from mpdsgr_deploy.snn.noise import Kind
+from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.snn.draws import Kind
 
 NO_MEMORY = "can't allocate memory"  # of the CPU, which has no error class of its own
 

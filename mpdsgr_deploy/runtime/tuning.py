@@ -14,10 +14,10 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import hardware
-from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, prepared
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
-from mpdsgr_deploy.runtime.settings import RuntimeSettings, prepared
 
 BATCHES = (1, 8, 32)
 CHUNKS = (8, 4, 16, 32)  # the likely best first, in case time runs out

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.runtime.images import check_images
+from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mpdsgr_deploy.snn.noise import Noise, normal, uniform
+from mpdsgr_deploy.snn.draws import Noise, normal, uniform
 
 Normalize = Callable[[Tensor], Tensor]
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mpdsgr_deploy.snn.draws import Noise
 from mpdsgr_deploy.snn.multistep import multistep_lif
-from mpdsgr_deploy.snn.noise import Noise
 from mpdsgr_deploy.snn.state import LIFConstants, LIFState
 from mpdsgr_deploy.snn.surrogate import Surrogate, spike
 

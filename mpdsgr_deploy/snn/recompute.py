@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mpdsgr_deploy.snn.draws import Noise, repeatable
 from mpdsgr_deploy.snn.layer import Observer, Reader, Temporal, Trace, fold_time
-from mpdsgr_deploy.snn.noise import Noise, repeatable
 from mpdsgr_deploy.snn.saved import in_bytes, levels
 from mpdsgr_deploy.snn.tdbn import frozen_statistics
 

@@ -6,8 +6,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from mpdsgr_deploy.data.batches import generator, take, to_unit
-from mpdsgr_deploy.diagnostics.measure import measure
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics, warnings_of
+from mpdsgr_deploy.diagnostics.distribution import measure
+from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics, warnings_of
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.training.epoch import Data, Learner
 

@@ -14,7 +14,7 @@ from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.validation.gate import limit
 from mpdsgr_deploy.validation.health import Compared, Evidence, Reach, Rebuilt
-from mpdsgr_deploy.validation.images import data_at_hand, image_faults
+from mpdsgr_deploy.validation.image_checks import data_at_hand, image_faults
 from mpdsgr_deploy.validation.subject import Subject
 
 Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from what its weights give

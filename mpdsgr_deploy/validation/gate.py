@@ -23,9 +23,9 @@ from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.schema import parse, read_toml
+from mpdsgr_deploy.validation.proportions import Z95, binomial_tail
 from mpdsgr_deploy.validation.reasons import Reason
 from mpdsgr_deploy.validation.rows import Row
-from mpdsgr_deploy.validation.statistics import Z95, binomial_tail
 
 SIGNIFICANT = 0.0005  # p-value below which a drop under one attack is significant
 SIGNIFICANT_OVERALL = 0.003  # the same for the accuracies in OVERALL

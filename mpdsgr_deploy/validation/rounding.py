@@ -18,7 +18,7 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.onnx_files import PRODUCTS
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.runtime import OnnxRuntime
-from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.validation.fidelity import answer_faults
 from mpdsgr_deploy.validation.parts import QUANTIZING, STANDARD, STORED
 

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from mpdsgr_deploy.validation.statistics import mcnemar, wilson
+from mpdsgr_deploy.validation.proportions import mcnemar, wilson
 
 TRANSFERRED = "transferred images"  # why nothing is compared under them
 

@@ -7,7 +7,7 @@ from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.surrogates import trained_surrogate
-from mpdsgr_deploy.validation.images import require_alike
+from mpdsgr_deploy.validation.image_checks import require_alike
 
 
 def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:

@@ -27,7 +27,7 @@ from mpdsgr_deploy.validation.comparison import compare_conditions
 from mpdsgr_deploy.validation.evidence import Rebuild, attacked_evidence, without_attack
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
 from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
-from mpdsgr_deploy.validation.images import chosen_images
+from mpdsgr_deploy.validation.image_checks import chosen_images
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.power import smallest_drop

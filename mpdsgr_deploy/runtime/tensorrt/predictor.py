@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError, OutOfMemory
-from mpdsgr_deploy.runtime.images import check_images
-from mpdsgr_deploy.runtime.noise import NoiseSource
+from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.tensorrt import cuda
 from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes
 from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine

@@ -14,7 +14,7 @@ from mpdsgr_deploy.validation.health.registry import (
     Verdicts,
     health_check,
 )
-from mpdsgr_deploy.validation.statistics import binomial_tail, exceeds
+from mpdsgr_deploy.validation.proportions import binomial_tail, exceeds
 
 ORDER_P = 0.01  # a stronger attack may leave more accuracy by chance, not beyond this p-value
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether

@@ -2,7 +2,7 @@
 
 import torch
 
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.mpd import empirical, overlap, per_channel, theorem
 from mpdsgr_deploy.snn import Observer, TdBN, Trace
 

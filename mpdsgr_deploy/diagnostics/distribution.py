@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.diagnostics.statistics import LayerStatistics
+from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import SIGMA_FLOOR, Moments, empirical, per_channel, theorem
 from mpdsgr_deploy.snn import Noise, TdBN, Trace
