@@ -14,6 +14,7 @@ POTENTIAL, SPIKES = "potential/", "spikes/"  # potential/LAYER/t and spikes/LAYE
 # Inputs that an attack graph adds, and its outputs beside the logits
 CLASSES, WIDTH, LOSS = "classes", "width", "loss"
 CE, DLR, GRADIENT = "ce", "dlr", "gradient"
+WEIGHTED = "weights"  # input of an attack graph for any loss: d loss / d logits
 # State of the surrogate `adaptive`: inputs mean/LAYER and deviation/LAYER, outputs mean/LAYER/new, deviation/LAYER/new
 MEAN, DEVIATION, NEW = "mean/", "deviation/", "/new"
 

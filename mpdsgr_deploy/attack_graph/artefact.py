@@ -13,7 +13,7 @@ from mpdsgr_deploy.protocols import Differentiable, Predictor
 from mpdsgr_deploy.runtime.session import CPU
 from mpdsgr_deploy.surrogates import ADAPTIVE
 
-LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr"}
+LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr", "weighted": "weighted"}
 
 
 class Artefact:

@@ -10,23 +10,24 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attack_graph.derive import attack_graph
 from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.onnx_files import CLASSES, GRADIENT, LOSS, MEAN, NEW, WIDTH, read_network
+from mpdsgr_deploy.onnx_files import CLASSES, GRADIENT, LOSS, MEAN, NEW, WEIGHTED, WIDTH, read_network
 from mpdsgr_deploy.protocols import Gradient, State
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 
-Loss = Literal["ce", "dlr"]
+Loss = Literal["ce", "dlr", "weighted"]
 CHUNK = 32  # images computed at once
-OWN = (CLASSES, WIDTH, LOSS)  # inputs that an attack graph adds
+OWN = (CLASSES, WIDTH, LOSS, WEIGHTED)  # inputs that an attack graph adds
 
 
 class GraphAttacker:
     """A Differentiable on an ONNX file, through the surrogate "KIND" or "KIND:WIDTH" of the attacker's choice.
 
     A context manager: the session ends with the block. The attack graph is derived here, in memory, from the file that
-    is under attack. loss: what is climbed, cross-entropy or the difference of logits ratio. A stochastic network meets
+    is under attack. loss: what is climbed, cross-entropy or the difference of logits ratio, or "weighted": calls then
+    take weights [B, K] in the place of classes, and climb weights . logits. A stochastic network meets
     the noise of its inputs `noise` (`Manifest.noise`) fresh in every evaluation, from a generator of `seed`, and is
     averaged over `draws` of it (EOT). settings: threads of the CPU provider (default: one a core) and images computed
     at once (default: 32), which bounds the memory: see benchmarks/README.md.
@@ -47,7 +48,8 @@ class GraphAttacker:
         settings: RuntimeSettings | None = None,
     ) -> None:
         settings = RuntimeSettings() if settings is None else settings
-        graph = attack_graph(read_network(model), surrogate)
+        self._weighted = loss == "weighted"
+        graph = attack_graph(read_network(model), surrogate, weighted=self._weighted)
         self._session = Session(graph, provider, source=f"the attack graph of {model}", threads=settings.threads)
         (self._input, shape), *others = self._session.inputs.items()
         self._shape = shape[1:]
@@ -58,11 +60,11 @@ class GraphAttacker:
                 f"{model} takes the noise {expected_noise or 'none'}; give its attacker the manifest's entries"
             )
         self._noise, self._draws, self._random = tuple(noise), draws if noise else 1, np.random.default_rng([seed, 1])
-        self._scalars = {
-            WIDTH: np.array(parse_surrogate(surrogate).width, np.float32),
-            LOSS: np.array(loss == "dlr", np.float32),
-        }
-        self._outputs = [self._session.outputs[0], loss, GRADIENT, *(f"{name}{NEW}" for name in self._states)]
+        self._scalars = {WIDTH: np.array(parse_surrogate(surrogate).width, np.float32)}
+        if not self._weighted:
+            self._scalars[LOSS] = np.array(loss == "dlr", np.float32)
+        losses = [] if self._weighted else [loss]
+        self._outputs = [self._session.outputs[0], *losses, GRADIENT, *(f"{name}{NEW}" for name in self._states)]
         self._chunk = settings.chunk or CHUNK
 
     @classmethod
@@ -91,8 +93,10 @@ class GraphAttacker:
             settings=settings,
         )
 
-    def __call__(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
-        """Images x [B, C, H, W] in [0, 1] and classes y [B]; `adaptive` as at the first step of an attack."""
+    def __call__(self, x: NDArray[np.float32], y: NDArray[Any]) -> Gradient:
+        """Images x [B, C, H, W] in [0, 1] and classes y [B], or weights [B, K]; `adaptive` as at the first step of an
+        attack.
+        """
         return self.step(x, y, self.start(len(x)))[0]
 
     def start(self, count: int) -> State:
@@ -100,7 +104,7 @@ class GraphAttacker:
         initial = {name: float(name.startswith(MEAN)) for name in self._states}
         return {name: np.full((count, *shape), initial[name], np.float32) for name, shape in self._states.items()}
 
-    def step(self, x: NDArray[np.float32], y: NDArray[np.int64], state: State) -> tuple[Gradient, State]:
+    def step(self, x: NDArray[np.float32], y: NDArray[Any], state: State) -> tuple[Gradient, State]:
         """One evaluation of an attack, and the state for the next.
 
         Every attack begins with `start`; if images leave the batch, take the same rows of everything in the state.
@@ -110,14 +114,19 @@ class GraphAttacker:
         for start in range(0, len(x), self._chunk):
             rows = slice(start, start + self._chunk)
             parts.append(self._averaged(x[rows], y[rows], {name: value[rows] for name, value in state.items()}))
-        logits, loss, gradient, *states = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        logits, *rest = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        loss, gradient, *states = [(y * logits).sum(axis=1), *rest] if self._weighted else rest
         return Gradient(logits, loss, gradient), dict(zip(self._states, states, strict=True))
 
-    def _averaged(self, x: NDArray[np.float32], y: NDArray[np.int64], state: State) -> list[NDArray[np.float32]]:
+    def _averaged(self, x: NDArray[np.float32], y: NDArray[Any], state: State) -> list[NDArray[np.float32]]:
         """All outputs for one chunk, averaged over draws of the noise."""
         total: list[NDArray[np.float32]] = []
         for _ in range(self._draws):
-            inputs: dict[str, NDArray[Any]] = {self._input: x, CLASSES: y, **self._scalars}
+            inputs: dict[str, NDArray[Any]] = {
+                self._input: x,
+                WEIGHTED if self._weighted else CLASSES: y,
+                **self._scalars,
+            }
             try:
                 outputs = self._session({**inputs, **state, **self._fresh(len(x))}, self._outputs)
             except Exception as error:  # onnxruntime's errors share no public base class

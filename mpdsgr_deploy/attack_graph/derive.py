@@ -13,13 +13,13 @@ from mpdsgr_deploy.attack_graph.neurons import Neurons
 from mpdsgr_deploy.attack_graph.rules import RULES
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.onnx_files import CE, CLASSES, DLR, GRADIENT, LOSS, WIDTH, read_network
+from mpdsgr_deploy.onnx_files import CE, CLASSES, DLR, GRADIENT, LOSS, WEIGHTED, WIDTH, read_network
 from mpdsgr_deploy.surrogates import ADAPTIVE, parse_surrogate
 
 OUTPUTS = (CE, DLR, GRADIENT)  # beside the logits
 
 
-def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
+def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = False) -> onnx.ModelProto:
     """The attack graph of an exported network, through a surrogate "KIND" or "KIND:WIDTH".
 
     inputs   images float32 [batch, C, H, W], then the network's noise, as they are; classes int64 [batch]; width
@@ -27,6 +27,8 @@ def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
     outputs  logits [batch, K]; ce and dlr [batch], as `losses` defines them; gradient [batch, C, H, W] of
              (1 - loss) ce + loss dlr, each image's own
     `adaptive` has a state for each layer beside them, in and out; see `adaptive.py`.
+    weighted: the input weights float32 [batch, K] takes the place of classes and loss, and the gradient is that of
+    weights . logits; ce and dlr are no outputs. It serves losses that are computed outside the graph.
 
     The forward nodes stand there as they are, in the precision they have. The backward pass is float32 throughout. It
     takes the weights from the artefact itself, once stored, so an int8 network is attacked through its rounded weights;
@@ -53,10 +55,7 @@ def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
     batch, count = tape.shape(images.name)[0], tape.shape(logits.name)[-1]
     if not isinstance(count, int) or not tape.depends(logits.name):
         raise InputError("no attack graph: the network's output is no vector of logits that depends on its input")
-    both = losses(tape, logits.name, CLASSES, count)
-    other = tape.emit("Sub", tape.constant(1), LOSS)
-    parts = tape.emit("Mul", both.ce_gradient, other), tape.emit("Mul", both.dlr_gradient, LOSS)
-    tape.give(logits.name, tape.emit("Add", *parts))
+    tape.give(logits.name, WEIGHTED if weighted else _loss_gradient(tape, logits.name, count))
     for node in reversed(tape.forward):
         _differentiate(tape, neurons, node)
     gradient = tape.take(images.name)
@@ -64,23 +63,30 @@ def attack_graph(network: onnx.ModelProto, surrogate: str) -> onnx.ModelProto:
         raise InputError("no attack graph: no gradient reaches the images")
     tape.emit("Identity", gradient, name=GRADIENT)
     del tape.graph.input[len(network.graph.input) :]
-    tape.graph.input.extend(
-        [
-            helper.make_tensor_value_info(CLASSES, TensorProto.INT64, [batch]),
-            helper.make_tensor_value_info(WIDTH, TensorProto.FLOAT, []),
-            helper.make_tensor_value_info(LOSS, TensorProto.FLOAT, []),
-            *states,
-        ]
-    )
-    shapes = [[batch], [batch], tape.shape(images.name)]
+    width = helper.make_tensor_value_info(WIDTH, TensorProto.FLOAT, [])
+    if weighted:
+        own = [helper.make_tensor_value_info(WEIGHTED, TensorProto.FLOAT, [batch, count]), width]
+    else:
+        classes = helper.make_tensor_value_info(CLASSES, TensorProto.INT64, [batch])
+        own = [classes, width, helper.make_tensor_value_info(LOSS, TensorProto.FLOAT, [])]
+    tape.graph.input.extend([*own, *states])
+    shapes = {CE: [batch], DLR: [batch], GRADIENT: tape.shape(images.name)}
     new = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in zip(OUTPUTS, shapes, strict=True)
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name])
+        for name in (OUTPUTS[-1:] if weighted else OUTPUTS)
     ]
     further = list(tape.graph.output)[1:]  # states
     del tape.graph.output[1:]
     tape.graph.output.extend([*new, *further])
     return tape.network
+
+
+def _loss_gradient(tape: Tape, logits: str, count: int) -> str:
+    """(1 - loss) d ce / d logits + loss d dlr / d logits [batch, K]."""
+    both = losses(tape, logits, CLASSES, count)
+    other = tape.emit("Sub", tape.constant(1), LOSS)
+    parts = tape.emit("Mul", both.ce_gradient, other), tape.emit("Mul", both.dlr_gradient, LOSS)
+    return tape.emit("Add", *parts)
 
 
 def _differentiate(tape: Tape, neurons: Neurons, node: onnx.NodeProto) -> None:

@@ -1,8 +1,10 @@
 """Attacks as pure functions on the protocols; numpy arrays and torch tensors alike. Nothing here imports torch."""
 
 from mpdsgr_deploy.attacks.apgd import apgd
+from mpdsgr_deploy.attacks.apgd_t import apgd_t
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.expectation import expectation
+from mpdsgr_deploy.attacks.fab import fab_t
 from mpdsgr_deploy.attacks.mpd_apgd import mpd_apgd
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import bim, fgsm, pgd
@@ -12,9 +14,11 @@ from mpdsgr_deploy.attacks.square import SquareState, square
 __all__ = [
     "SquareState",
     "apgd",
+    "apgd_t",
     "bim",
     "cw_l2",
     "expectation",
+    "fab_t",
     "fgsm",
     "gaussian",
     "mpd_apgd",

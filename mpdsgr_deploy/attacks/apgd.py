@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from mpdsgr_deploy.attacks.pgd import Draw, begin, project, wide
+from mpdsgr_deploy.attacks.pgd import Draw, begin, project, still_right, wide
 from mpdsgr_deploy.protocols import Array, Differentiable
 
 MOMENTUM = 0.75  # share of the new step; the rest is the last move's
@@ -30,8 +30,9 @@ def apgd(
     The step size of an image starts at `step`, by default 2 eps. At a checkpoint it halves, and the image goes back to
     where its loss was largest, if too few steps raised the loss, or if the largest loss is still that of a checkpoint
     that did not halve.
-    draw, keep: as of `pgd`. "broken" also drops an image from the batch as soon as it fools the target, and returns the
-    iterate of the largest loss for those that never do.
+    y may be pairs [B, 2] for a target that aims at a class, see `targets.Aimed`. draw, keep: as of `pgd`. "broken" also
+    drops an image from the batch as soon as it fools the target, and returns the iterate of the largest loss for those
+    that never do.
     """
     xp = array_namespace(x)
     start = begin(xp, x, eps, draw)
@@ -41,7 +42,7 @@ def apgd(
     last_check, checks = 0, checkpoints(steps)
     for number in range(steps + 1):
         if keep == "broken":
-            state = state.only(xp.argmax(logits, axis=1) == state.y)
+            state = state.only(still_right(xp, logits, state.y))
             if not state.y.shape[0]:
                 break
         if number in checks:

@@ -28,14 +28,15 @@ Kind = Literal["noise", "gradient", "transfer", "query"]
 
 CLEAN, GAUSSIAN, UNIFORM, FGSM, BIM, PGD, STRONG = "clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "pgd-strong"
 SA_PGD, APGD_CE, APGD_DLR, SQUARE, CW = "strong adaptive", "apgd-ce", "apgd-dlr", "square", "cw-l2"
-MPD_APGD, TRANSFER, WORST = "mpd-apgd", "transfer", "worst"
+APGD_T, FAB_T, MPD_APGD, TRANSFER, WORST = "apgd-t", "fab-t", "mpd-apgd", "transfer", "worst"
 
 
 class Network(Protocol):
     """A network under attack: a Predictor that can be differentiated as its attackers please.
 
     `stochastic`: it draws noise, and gradients are averages over `draws` of it. What `attacker` and `adaptive` return
-    can be used inside the with block that opens it. loss: "ce", "dlr" or "margin".
+    can be used inside the with block that opens it. loss: "ce", "dlr" or "margin"; or "weighted", where calls take
+    weights [B, K] in the place of classes and the loss is weights . logits.
     """
 
     @property

@@ -78,6 +78,11 @@ def wide(per_image: Array) -> Array:
     return per_image[:, None, None, None]
 
 
+def still_right(xp: Array, logits: Array, y: Array) -> Array:
+    """Which images are classified correctly [B]: logits [B, K]; y [B] classes, or pairs [B, 2] that begin with them."""
+    return xp.argmax(logits, axis=1) == (y if y.ndim == 1 else y[:, 0])
+
+
 def _last(
     xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
 ) -> Array:

@@ -8,12 +8,15 @@ from typing import Any
 from mpdsgr_deploy.attacks import blind as _blind  # noqa: F401
 from mpdsgr_deploy.attacks import conditions as _registered  # noqa: F401  (registers the conditions named here)
 from mpdsgr_deploy.attacks import mpd_apgd_condition as _too  # noqa: F401
+from mpdsgr_deploy.attacks import targeted_conditions as _targeted  # noqa: F401
 from mpdsgr_deploy.attacks.condition import (
     APGD_CE,
     APGD_DLR,
+    APGD_T,
     BIM,
     CONDITIONS,
     CW,
+    FAB_T,
     FGSM,
     GAUSSIAN,
     MPD_APGD,
@@ -135,6 +138,8 @@ TIERS = {
             entry("sa-pgd", SA_PGD, steps=200),
             entry("apgd", APGD_CE, loss="ce", steps=100),
             entry("apgd", APGD_DLR, loss="dlr", steps=100),
+            entry("apgd-t", APGD_T),
+            entry("fab-t", FAB_T),
             entry("mpd-apgd", MPD_APGD, steps=300),
             entry("square", SQUARE, queries=5000),
         ),

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.protocols import Gradient
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, K] and classes [B] to a loss per sample [B]
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, K] and classes [B] (or weights [B, K]) to losses [B]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -35,6 +35,11 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
         return margin(logits, y)
     first, _, third = logits.topk(3, dim=1).values.unbind(1)
     return margin(logits, y) / (first - third + 1e-12)
+
+
+def weighted(logits: Tensor, weights: Tensor) -> Tensor:
+    """weights . logits [B], for losses whose gradient in the logits is computed elsewhere; weights [B, K]."""
+    return (weights * logits).sum(1)
 
 
 def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Gradient:

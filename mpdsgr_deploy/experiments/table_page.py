@@ -11,7 +11,7 @@ from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.files import write_atomic
 
-OTHERS = ("transfer", "cw-l2", "apgd-ce", "apgd-dlr", "square")  # attacks that not every table has
+OTHERS = ("transfer", "cw-l2", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # attacks that not every table has
 PAGE, PLOT = "README.md", "plot.png"
 
 

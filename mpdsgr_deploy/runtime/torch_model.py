@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks import expectation
 from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
-from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, dlr, input_gradient, margin
+from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, dlr, input_gradient, margin, weighted
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
@@ -179,7 +179,7 @@ class _AdaptiveArrays:
         return Gradient(*(part.cpu().numpy() for part in averaged)), next_state
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin, "weighted": weighted}
 
 
 class TorchNetwork:

@@ -1,0 +1,96 @@
+"""The targeted attacks of AutoAttack's standard version as conditions of evaluations."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mpdsgr_deploy.attacks.apgd_t import apgd_t
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
+from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
+from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.fab import fab_t
+from mpdsgr_deploy.attacks.pgd import Draw
+from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT
+from mpdsgr_deploy.protocols import Predictor
+
+Target = tuple[Predictor, Any]  # a network, and its gradients of weighted logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class AimedAttack(GradientAttack):
+    """An attack that aims at each of the likeliest wrong classes in turn."""
+
+    loss: str = "weighted"
+    steps: int = 100
+    classes: int = CLASSES_AIMED_AT
+
+    @property
+    def cost(self) -> int:
+        return (self.steps + 1) * self.classes * self.draws
+
+    def target(self, network: Network) -> AbstractContextManager[Target]:
+        return self._pair(network)
+
+    @contextmanager
+    def _pair(self, network: Network) -> Iterator[Target]:
+        with network.attacker(str(self.surrogate), loss=self.loss, draws=self.draws) as gradients:
+            yield network, gradients
+
+    def attack(self, target: Target, batch: Batch, generators: Generators) -> Attacked:
+        network, gradients = target
+        counted = CountedGradients(gradients)
+        images = self.climb((network, counted), batch, starts(generators))
+        return Attacked(images, *(count * self.draws for count in counted.counts))
+
+    @abstractmethod
+    def climb(self, target: Target, batch: Batch, draw: Draw) -> Floats: ...
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TargetedAutoPGD(AimedAttack):
+    """APGD on the targeted DLR loss."""
+
+    method: ClassVar[str] = "apgd-t"
+
+    @property
+    def settings(self) -> str:
+        return (
+            f"APGD-T, eps {self.eps:.4g}, {self.steps} steps of adaptive size on the targeted DLR loss at each of the "
+            f"{self.classes} likeliest wrong classes, {self.through}"
+        )
+
+    def climb(self, target: Target, batch: Batch, draw: Draw) -> Floats:
+        adversarial = apgd_t(
+            *target,
+            batch.x,
+            batch.y,
+            eps=self.bound,
+            steps=self.steps,
+            classes=self.classes,
+            draw=draw,
+            keep=kept_iterate(self.keep),
+        )
+        return np.asarray(adversarial)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TargetedFAB(AimedAttack):
+    """FAB, which looks for the smallest change: an image is broken if that is at most eps."""
+
+    method: ClassVar[str] = "fab-t"
+
+    @property
+    def settings(self) -> str:
+        return (
+            f"FAB-T, smallest change within eps {self.eps:.4g}, {self.steps} steps from the clean image towards each "
+            f"of the {self.classes} likeliest wrong classes, {self.through}"
+        )
+
+    def climb(self, target: Target, batch: Batch, draw: Draw) -> Floats:
+        return fab_t(*target, batch.x, batch.y, eps=self.bound, steps=self.steps, classes=self.classes)

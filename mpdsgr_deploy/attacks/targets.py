@@ -1,0 +1,106 @@
+"""Losses aimed at a wrong class, and the images that still stand while several of them are tried.
+
+z are logits, y the true class, t the class aimed at, z_(k) the k-th largest logit. A loss is computed here, in numpy,
+with its gradient in the logits; the network turns that into the gradient in the image.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.protocols import Differentiable, Gradient, Predictor
+
+Floats = NDArray[np.float32]
+Classes = NDArray[np.int64]
+
+CLASSES_AIMED_AT = 9  # the likeliest wrong ones, as in AutoAttack's standard version
+TINY = 1e-12  # keeps the ratio finite where the logits are equal
+
+
+class AimedLoss(NamedTuple):
+    """A loss [B] and its gradient in the logits [B, K]."""
+
+    value: Floats
+    weights: Floats
+
+
+def difference(logits: Floats, y: Classes, aim: Classes) -> AimedLoss:
+    """z_t - z_y of logits [B, K], positive where the class aimed at beats the true one; y, aim [B]."""
+    rows = np.arange(len(y))
+    return AimedLoss(logits[rows, aim] - logits[rows, y], from_to(y, aim, logits.shape[1]))
+
+
+def from_to(y: Classes, aim: Classes, count: int) -> Floats:
+    """The gradient of z_t - z_y in `count` logits, [B, count]."""
+    rows, weights = np.arange(len(y)), np.zeros((len(y), count), np.float32)
+    weights[rows, aim] = 1
+    weights[rows, y] = -1
+    return weights
+
+
+def targeted_dlr(logits: Floats, y: Classes, aim: Classes) -> AimedLoss:
+    """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), the targeted difference of logits ratio (arXiv 2003.01690, eq. 7).
+
+    It needs four classes: with fewer it is the difference, undivided.
+    """
+    gap, slope = difference(logits, y, aim)
+    if logits.shape[1] < 4:
+        return AimedLoss(gap, slope)
+    rows, ranked = np.arange(len(y)), np.argsort(-logits, axis=1, kind="stable")
+    spread_slope = np.zeros_like(logits)
+    for rank, share in ((0, 1.0), (2, -0.5), (3, -0.5)):
+        spread_slope[rows, ranked[:, rank]] = share
+    spread = (spread_slope * logits).sum(axis=1) + np.float32(TINY)
+    ratio = gap / spread
+    return AimedLoss(ratio, (slope - ratio[:, None] * spread_slope) / spread[:, None])
+
+
+class Aimed:
+    """A Differentiable whose classes are pairs [B, 2]: the true class, and the one that `loss` aims at.
+
+    network: answers; gradients: the same network with the loss "weighted" (see `attacks.condition.Network`).
+    """
+
+    def __init__(
+        self,
+        network: Predictor,
+        gradients: Differentiable,
+        loss: Callable[[Floats, Classes, Classes], AimedLoss] = targeted_dlr,
+    ) -> None:
+        self._network, self._gradients, self._loss = network, gradients, loss
+
+    def __call__(self, x: Floats, pairs: Classes) -> Gradient:
+        value, weights = self._loss(self._network(x), pairs[:, 0], pairs[:, 1])
+        answer = self._gradients(x, weights)
+        return Gradient(answer.logits, value, answer.gradient)
+
+
+def try_each_class(
+    network: Predictor,
+    x: Floats,
+    y: Classes,
+    attempt: Callable[[Floats, Classes, Classes], Floats],
+    classes: int = CLASSES_AIMED_AT,
+) -> Floats:
+    """Images x [B, C, H, W] of classes y [B] under an attack aimed at each of the likeliest wrong classes in turn.
+
+    attempt: from the images that still stand [b, C, H, W], pairs of their true class and the one aimed at [b, 2], and
+    their places in x [b], to attacked images. An image leaves the batch once the network gets it wrong. A network with
+    K classes has K - 1 wrong ones, so with a single class x comes back as it is.
+    """
+    adversarial, active = x.copy(), np.arange(len(x))
+    for aims in likeliest_wrong(network(x), y)[:, :classes].T:
+        if not len(active):
+            break
+        pairs = np.stack([y[active], aims[active]], axis=1)
+        adversarial[active] = attempt(x[active], pairs, active)
+        active = active[network(adversarial[active]).argmax(axis=1) == y[active]]
+    return adversarial
+
+
+def likeliest_wrong(logits: Floats, y: Classes) -> Classes:
+    """All classes but the true one, largest logit first, [B, K - 1], for logits [B, K]."""
+    ranked = np.argsort(-logits, axis=1, kind="stable")
+    return ranked[ranked != y[:, None]].reshape(len(y), -1)
