@@ -26,7 +26,7 @@ class Accuracy(BaseModel):
 
     @property
     def share(self) -> float:
-        """In [0, 1]."""
+        """The accuracy in [0, 1]."""
         return self.correct / self.n
 
 

@@ -161,7 +161,7 @@ def layer_moments(trace: Trace, estimator: Estimator) -> Moments | None:
 
 
 def unrounded(trace: Trace) -> torch.autocast:
-    """Without autocast, where a layer's tensors lie."""
+    """A context without autocast, on the device of a layer's tensors."""
     u = trace.states[0].u
     return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast knows no meta device
 
@@ -179,7 +179,7 @@ def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
 
 
 def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:
-    """The last step of `layer_mean`."""
+    """The mean over the layers [L] that were measured in a step."""
     layers = [value for value in values if value is not None]
     if not layers:
         raise InputError(

@@ -96,7 +96,6 @@ def images_sha256(images: Images) -> str:
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Write reference.npz."""
     logits = {LOGITS + name: array for name, array in reference.logits.items()}
     verdicts = {VERDICT + name: array for name, array in reference.verdicts.items()}
     nested = {f"{NESTED}{place}": correct for place, correct in enumerate(reference.nested.values())}
@@ -127,7 +126,6 @@ def load_reference(path: Path, promise: Promise) -> Reference:
 
 
 def save_images(images: Images, path: Path) -> None:
-    """Write images.npz."""
     np.savez_compressed(path, pixels=images.pixels, classes=images.classes, labels=np.array(images.labels))
 
 

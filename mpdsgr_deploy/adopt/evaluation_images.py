@@ -15,7 +15,7 @@ from mpdsgr_deploy.recipe import Data
 
 
 def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int] | None, limit: int | None) -> Images:
-    """At most `limit` images of a shape (C, H, W), None: of any, with their classes.
+    """Labelled images of shape (C, H, W) (None: of any shape), at most `limit` of them.
 
     source: a folder CLASS/NAME.png, an .npz file with pixels (uint8 [N, C, H, W]), classes (int [N]) and, if it has
     them, labels (str [K]); else a registered data set, whose files lie in `root`. Raises InputError for images of

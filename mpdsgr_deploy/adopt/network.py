@@ -35,7 +35,6 @@ class Preprocessing(NamedTuple):
 
     @property
     def nothing(self) -> bool:
-        """Whether the network takes images as they are."""
         return self == Preprocessing()
 
 

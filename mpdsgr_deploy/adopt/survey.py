@@ -79,7 +79,7 @@ def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
 
 
 def _needed(network: onnx.ModelProto) -> set[str]:
-    """Values on the way to the logits."""
+    """The names of all values from which the logits are computed."""
     needed = {network.graph.output[0].name}
     for node in reversed(network.graph.node):
         if not needed.isdisjoint(node.output):
@@ -100,7 +100,7 @@ def _finding(node: onnx.NodeProto, jump: Jump | None, refused: str) -> NodeFindi
 
 
 def _unsupported(refused: str, network: onnx.ModelProto) -> NodeFinding:
-    """The node that a refusal names."""
+    """The entry of the survey for the node that a refusal names."""
     for node in network.graph.node:
         if f"node {node.name or node.output[0]} ({node.op_type})" in refused:
             return NodeFinding(node.name or node.output[0], node.op_type, "unsupported", refused)

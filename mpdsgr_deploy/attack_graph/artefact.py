@@ -39,7 +39,7 @@ class Artefact:
         return self._open(surrogate, kind, draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
-        """Through surrogates that adapt."""
+        """Gradients through surrogates that adapt to each image."""
         return self._open(ADAPTIVE, "ce", draws)
 
     def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
@@ -64,5 +64,4 @@ class NetworkFile:
         return GraphAttacker(self._model, surrogate, loss=choose("loss of attack graphs", LOSSES, loss))
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
-        """Through surrogates that adapt."""
         return GraphAttacker(self._model, ADAPTIVE)

@@ -135,7 +135,6 @@ class GraphAttacker:
         return [array / np.float32(self._draws) for array in total] if self._draws > 1 else total
 
     def _fresh(self, count: int) -> dict[str, NDArray[np.float32]]:
-        """New noise for `count` images."""
         draws: dict[str, NDArray[np.float32]] = {}
         for entry in self._noise:
             draw = self._random.random if entry.kind == "uniform" else self._random.standard_normal

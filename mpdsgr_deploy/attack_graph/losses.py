@@ -61,11 +61,11 @@ def _dlr(tape: Tape, logits: str, classes: str, onehot: str, true: str, count: i
 
 
 def _onehot(tape: Tape, classes: str, count: int) -> str:
-    """Classes int64 [B] to float32 [B, K]."""
+    """One-hot float32 [B, K] of classes int64 [B]."""
     wide = tape.emit("Unsqueeze", classes, tape.integers(1))
     return tape.emit("Cast", tape.emit("Equal", wide, tape.constant(np.arange(count), np.int64)), to=TensorProto.FLOAT)
 
 
 def _total(tape: Tape, value: str) -> str:
-    """Sums over classes [B, 1]."""
+    """The sum over classes: [B, K] to [B, 1]."""
     return tape.emit("ReduceSum", value, tape.integers(1), keepdims=1)

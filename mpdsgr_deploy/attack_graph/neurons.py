@@ -93,7 +93,7 @@ class Neurons:
         return slope
 
     def _v(self, jump: Jump) -> str:
-        """What is compared: U - V_th."""
+        """The value that the node compares with zero: U - V_th."""
         above, below, _ = jump.compared
         parts = [None if value is None else self._tape.float32(value) for value in (above, below)]
         if parts[0] is None:
@@ -147,7 +147,7 @@ class Neurons:
         return total if count == 1 else self._tape.emit("Mul", total, self._tape.constant(1 / count))
 
     def _potential(self, step: LayerStep) -> tuple[str, str]:
-        """A step's potential and constant threshold."""
+        """The names of a step's membrane potential and of its constant threshold."""
         jump = step.jumps[0]
         above, below, _ = jump.compared
         if above is None or below is None or self._tape.array(below) is None or len(step.jumps) > 1:

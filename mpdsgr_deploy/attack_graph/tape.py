@@ -52,7 +52,7 @@ class Tape:
         self._count = 0
 
     def emit(self, op_type: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """The output of a new node behind all others."""
+        """Append a node and return the name of its output."""
         return self.emit_many(op_type, *inputs, names=[name or self._fresh(op_type)], **attributes)[0]
 
     def emit_many(self, op_type: str, *inputs: str, names: Sequence[str] | int, **attributes: Any) -> list[str]:
@@ -79,7 +79,7 @@ class Tape:
         return self.constant(values, np.int64)
 
     def float32(self, value: str) -> str:
-        """A value of the forward graph in float32."""
+        """The name of a forward value in float32, cast if necessary."""
         if self.type(value).dtype == TensorProto.FLOAT:
             return value
         if value not in self._floats:
@@ -106,7 +106,6 @@ class Tape:
         return self._types[value]
 
     def shape(self, value: str) -> tuple[int | str | None, ...]:
-        """The shape of a value of the forward graph."""
         return self.type(value).shape
 
     def split(self, value: str, sizes: Sequence[int], axis: int) -> list[str]:

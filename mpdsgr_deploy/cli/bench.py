@@ -142,7 +142,7 @@ def _show(results: LoadMeasurement, url: str, batch: int, as_json: bool) -> None
 
 
 def _numbers(option: str, text: str, low: float, high: float, whole: bool = False) -> list[float]:
-    """Numbers between commas."""
+    """The numbers of a comma-separated option, each between `low` and `high`. Raises InputError otherwise."""
     try:
         values = [float(int(part) if whole else float(part)) for part in text.split(",")]
     except ValueError:
@@ -153,7 +153,7 @@ def _numbers(option: str, text: str, low: float, high: float, whole: bool = Fals
 
 
 def _read(path: Path) -> NDArray[Any]:
-    """Images [N, C, H, W]."""
+    """Images [N, C, H, W] of an .npy or .npz file."""
     try:
         images = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -49,7 +49,6 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def described(manifest: Manifest) -> tuple[str, ...]:
-    """What a bundle holds, and what it promises."""
     recipe, promise = manifest.recipe, manifest.reference
     network = f"{recipe.model.name} for {recipe.data.name}, T = {recipe.encoding.T}"
     carried = "yes" if IMAGES in manifest.files else "no"

@@ -58,7 +58,6 @@ def command(out: Path, as_json: bool) -> None:
 
 
 def judge(bundle: Bundle, report_dir: Path) -> Report:
-    """Validate a bundle and write its report."""
     from mpdsgr_deploy.validation import Target, validate
 
     report = validate(Target(bundle), report_dir=report_dir)

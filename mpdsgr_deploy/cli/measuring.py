@@ -44,13 +44,11 @@ class Measuring:
 
     @property
     def results(self) -> Path:
-        """The folder of all results."""
         own = shipped("train") / "results"
         return self.out or (own if own.is_dir() else Path("results"))
 
     @property
     def places(self) -> "Places":
-        """Where training runs, data sets and results lie."""
         from mpdsgr_deploy.experiments.jobs import Places
 
         return Places(self.runs, self.root, self.results)
@@ -64,7 +62,7 @@ class Measuring:
             raise InputError(f"--seeds {self.seeds!r}: write whole numbers with commas, for example 0,1,2") from None
 
     def measured(self, stems: Iterable[str]) -> list[str]:
-        """Those of some tables that have records."""
+        """The records of those of `names` that have any."""
         from mpdsgr_deploy.experiments.store import RECORDS
 
         return [stem for stem in stems if (self.results / stem / RECORDS).exists()]

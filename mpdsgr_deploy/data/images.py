@@ -29,7 +29,6 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
         _, channels, height, width = self.pixels.shape
         return channels, height, width
 

@@ -58,12 +58,12 @@ def step_within_drop(drops: Sequence[float], max_drop: float) -> float:
 
 
 def clipped(step: float) -> float:
-    """A step bounded to LARGEST_STEP either way."""
+    """The step, limited to [-LARGEST_STEP, LARGEST_STEP]."""
     return min(max(step, -LARGEST_STEP), LARGEST_STEP)
 
 
 def next_eta(eta: float, step: float) -> float:
-    """eta after a step, kept in RANGE."""
+    """eta after a step, limited to RANGE."""
     return min(max(eta * math.exp(step), RANGE[0]), RANGE[1])
 
 

@@ -37,13 +37,13 @@ class LeakyLIF(DerivedLIF):
 
     @property
     def leak(self) -> Tensor:
-        """The learned leaks [T, C, ...]."""
+        """The learned leaks [T, C, ...] in (0, 1)."""
         return self.leaks
 
 
 @register("feel", FEELSettings)
 class FEEL(Defence[FEELSettings]):
-    """Learned leaks, on images encoded by frequency."""
+    """Trains a leak per layer, step and channel, on images encoded by frequency."""
 
     time_invariant = False
 

@@ -128,5 +128,5 @@ def reached(step: Step, met: Sequence[Met]) -> list[Tensor]:
 
 
 def potentials(trace: Trace) -> list[Tensor]:
-    """Of a layer, [B, C, ...] at every step."""
+    """The membrane potentials of a layer, T tensors [B, C, ...]."""
     return [u for u, _ in trace.states]

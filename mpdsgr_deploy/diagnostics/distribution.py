@@ -40,11 +40,11 @@ class Distribution(NamedTuple):
 
     @property
     def window(self) -> tuple[float, float]:
-        """Where the surrogate passes a gradient."""
+        """The interval of potentials in which the surrogate passes a gradient."""
         return self.v_threshold - self.half_width, self.v_threshold + self.half_width
 
     def omega(self, moments: Moments) -> Tensor:
-        """Omega [T, C] of one of the two estimates."""
+        """Omega [T, C] under one of the two estimates: the probability of the window."""
         return self.mass(moments, torch.tensor(self.window, dtype=torch.float64))[..., 0]
 
     def gaussian(self, moments: Moments) -> Tensor:
@@ -57,7 +57,7 @@ class Distribution(NamedTuple):
         return torch.special.ndtr((edges.double() - self.v_threshold - mu) / sigma).diff()
 
     def statistics(self) -> LayerStatistics:
-        """The layer in one line."""
+        """The layer's means over steps and channels."""
         return LayerStatistics(
             layer=self.layer,
             firing_rate=self.firing_rate.mean().item(),
@@ -84,7 +84,6 @@ class LayerCounter:
         self.images = self.size = 0
 
     def add(self, trace: Trace) -> None:
-        """Count one batch."""
         u, _ = trace.states[0]
         half_width = self.neuron.surrogate.half_width
         near = [(state.u.float() - self.neuron.v_threshold).abs() < half_width for state in trace.states]
@@ -103,7 +102,6 @@ class LayerCounter:
         self.size += u.numel() // u.shape[1]
 
     def distribution(self) -> Distribution:
-        """What was counted so far."""
         firing_rate, in_window, mu, square, *predicted = (total.cpu() / self.images for total in self.totals)
         sigma = (square - mu**2).clamp(min=SIGMA_FLOOR**2).sqrt()
         return Distribution(

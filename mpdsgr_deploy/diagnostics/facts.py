@@ -40,7 +40,6 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
-    """What there is to say of one precision."""
     variant, file = bundle.manifest.variants[precision], bundle.variant(precision)
     network = onnx.load(file)
     products = macs(network, bundle.manifest.recipe.encoding.T)
@@ -116,7 +115,7 @@ def described_elsewhere(bundle: Bundle) -> dict[str, Any]:
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The network and its training in a few lines."""
+    """The facts of a recipe's network and training, as label and text."""
     model, neuron, encoding = recipe.model, recipe.neuron, recipe.encoding
     return {
         "model": f"{model.name}, width {model.width:g}, T = {encoding.T}, {encoding.name} encoding",

@@ -158,7 +158,6 @@ class _Counter:
         self.n += size
 
     def flips(self, precision: str) -> SpikeFlips:
-        """What was counted so far."""
         steps = []
         for step, first in zip(self.steps, self.first[:-1].tolist(), strict=True):
             layer, _, t = step.rpartition("/")

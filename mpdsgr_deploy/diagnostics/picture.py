@@ -9,7 +9,6 @@ from PIL import Image
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()

@@ -53,7 +53,6 @@ def overview(layers: list[LayerStatistics]) -> Figure:
 
 
 def layer_steps(layer: Distribution) -> Figure:
-    """The whole layer's potentials at every step."""
     figure = Figure(figsize=(WIDTH, height(layer)))
     draw_steps(figure, layer, None)
     figure.suptitle(f"{layer.layer}: membrane potentials, all {layer.counts.shape[1]} channels")
@@ -80,7 +79,6 @@ def layer_channels(layer: Distribution) -> Figure:
 
 
 def one_channel(layer: Distribution, channel: int) -> Figure:
-    """One channel's potentials at every step."""
     figure = Figure(figsize=(WIDTH, height(layer)))
     draw_steps(figure, layer, channel)
     figure.suptitle(f"{layer.layer}: membrane potentials, channel {channel}")
@@ -88,7 +86,6 @@ def one_channel(layer: Distribution, channel: int) -> Figure:
 
 
 def rows(layer: Distribution) -> int:
-    """How many rows of panels a layer's steps take."""
     return math.ceil(len(layer.counts) / COLUMNS)
 
 
@@ -102,7 +99,7 @@ def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> 
     chosen = slice(None) if channel is None else slice(channel, channel + 1)
 
     def mean(values: Tensor) -> NDArray[np.float64]:
-        """[T, C, ...] to [T, ...]."""
+        """The mean over the chosen channels: [T, C, ...] to [T, ...]."""
         return values[:, chosen].double().mean(1).numpy()
 
     estimates: list[tuple[str, str, str, Moments]] = [("empirical", EMPIRICAL, "--", layer.empirical)]

@@ -8,7 +8,7 @@ from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 
 
 class Table(NamedTuple):
-    """Rows with a cell a column."""
+    """A table to print; each row has one cell per column."""
 
     columns: list[str]
     rows: list[list[object]]

@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
     @property
     def short(self) -> str:
-        """Without the interval."""
+        """The mean and deviation without the interval."""
         return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
 
     def __str__(self) -> str:

@@ -32,7 +32,6 @@ def order(table: TableSpec, measured: Measured) -> str:
 
 
 def ranking(table: TableSpec, measured: Measured, group: Measured) -> str:
-    """One group as a table."""
     places = {c: sorted(group, key=lambda title: -mean(group[title], c)) for c in (PAPER, UNION)}
     rows = []
     for title in places[UNION]:
@@ -56,7 +55,6 @@ def complete(records: list[Record]) -> bool:
 
 
 def mean(records: list[Record], condition: str) -> float:
-    """Accuracy in %, mean over the seeds."""
     accuracy = cell(records, condition)
     assert accuracy is not None, condition
     return accuracy.mean

@@ -59,7 +59,6 @@ def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Ef
 
 
 def common_seeds(records: list[Record], baseline: list[Record]) -> list[int]:
-    """The seeds that both were measured with."""
     return sorted({record.seed for record in records} & {record.seed for record in baseline})
 
 
@@ -97,7 +96,7 @@ def verdict(records: list[Record], baseline: list[Record]) -> str:
 
 
 def emptied(records: list[Record], baseline: list[Record]) -> float:
-    """By how much Omega is lower than the baseline's, over the seeds both have."""
+    """How much lower Omega is than the baseline's, averaged over the seeds that both have."""
     common = common_seeds(records, baseline)
     ours, theirs = ([record for record in rows if record.seed in common] for rows in (records, baseline))
     return omega(theirs) - omega(ours)

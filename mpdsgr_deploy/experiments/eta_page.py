@@ -8,7 +8,7 @@ from mpdsgr_deploy.experiments.records import Measured, Record
 
 
 def validation_accuracy(records: list[Record]) -> float:
-    """On clean validation images after the last epoch, in %: mean over the seeds."""
+    """Accuracy on clean validation images after the last epoch, in %, averaged over seeds."""
     return 100 * sum(record.curve["validation_accuracy"][-1] for record in records) / len(records)
 
 
@@ -38,7 +38,6 @@ def chosen(measured: Measured, budget: float) -> dict[str, float]:
 
 
 def choice(measured: Measured, budget: float) -> str:
-    """The section of the page."""
     recommended, lost = chosen(measured, budget), lost_by_eta(measured)
     columns = sorted({eta for points in lost.values() for eta in points})
     rows = [

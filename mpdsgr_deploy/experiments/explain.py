@@ -79,7 +79,6 @@ class Explained(BaseModel):
 
 
 def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpoint: str) -> Explained:
-    """Measure all of this on one network in eval mode."""
     sizes = []
     for size in SIZES:
         eps = size * recipe.attack.eps

@@ -75,7 +75,6 @@ def by_network(folder: Path) -> dict[tuple[str, str, int], FlipRecord]:
 
 
 def load(folder: Path) -> FlipRows:
-    """All records of a folder."""
     rows: FlipRows = {}
     for record in sorted(by_network(folder).values(), key=lambda r: (r.table, r.eta, r.row, r.seed)):
         rows.setdefault((record.table, record.row), []).append(record)

@@ -29,7 +29,6 @@ def write_page(folder: Path) -> Path:
 
 
 def render(rows: FlipRows) -> str:
-    """The whole page."""
     parts = [
         "# Flips: what float16, int8 and float8 change in trained networks",
         "Rendered from `results.jsonl` by `mpdsgr table NAME ROWS --flips`. What it shows: [FINDINGS](FINDINGS.md).",
@@ -50,7 +49,6 @@ def render(rows: FlipRows) -> str:
 
 
 def rates(rows: FlipRows) -> str:
-    """Flips of every row in every precision."""
     columns = ["table", "row", "method", "seeds", "n", "density"]
     columns += [f"{precision} {what}" for precision in PRECISIONS for what in ("flips", "own", "labels")]
     lines = []
@@ -69,7 +67,7 @@ def rates(rows: FlipRows) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean ± deviation between seeds."""
+    """Mean and standard deviation over seeds; the mean alone for one seed."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{deviation}"
 
@@ -93,7 +91,7 @@ def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[FlipPair]]:
 
 
 def pairs(rows: FlipRows) -> str:
-    """With MPD-SGR over without, seed by seed."""
+    """The ratios of a network with MPD-SGR to the one without, seed by seed, as a table."""
     columns = ["table", "row", "precision", "density", "own movement", "own flips", "all flips", "fewer flips"]
     columns += ["labels changed, without", "with"]
     lines = []
@@ -190,7 +188,6 @@ def places(rows: FlipRows) -> str:
 
 
 def every(rows: FlipRows) -> Iterable[FlipRecord]:
-    """All networks."""
     return [result for results in rows.values() for result in results]
 
 

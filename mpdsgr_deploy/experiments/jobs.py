@@ -59,7 +59,7 @@ def runs_of(
     )
 
     def alone(row: RowSpec, seed: int) -> Run:
-        """A row's run without a sender."""
+        """The run of a row that needs no other row's network."""
         init = None if row.init is None else alone(table.row(row.init), seed)
         return run(row.title, table.recipe(row, seed), init=init, sender=None)
 

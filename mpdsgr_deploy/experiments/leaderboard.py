@@ -96,7 +96,6 @@ def render(entries: Sequence[RankedReport]) -> str:
 
 
 def line(place: int, order: Sequence[RankedReport], tried: dict[str, str]) -> list[str]:
-    """The cells of one row."""
     entry = order[place]
     report, model = entry.report, entry.report.model
     facts = ["-"] * 5
@@ -115,7 +114,7 @@ def significance(above: RankedReport, below: RankedReport) -> float:
 
 
 def origin(report: Report) -> str:
-    """What a report was measured on."""
+    """One line on the network, backend, machine and code revision of a report."""
     machine, packages = report.provenance["hardware"], report.provenance["packages"]
     revision = report.provenance.get("revision")
     code = f"mpdsgr-deploy {report.provenance['mpdsgr_deploy']}" if revision is None else f"revision {revision}"

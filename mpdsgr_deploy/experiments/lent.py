@@ -72,7 +72,6 @@ def pack_weights(runs: Path, out: Path) -> None:
 
 
 def finished(runs: Path) -> Iterator[Path]:
-    """Runs whose last epoch is done."""
     for run in sorted(runs.glob("*")):
         if (run / "last" / FILE).exists():
             checkpoint = load_checkpoint(run / "last")

@@ -72,7 +72,7 @@ class Run:
 
 
 def digest(content: Any) -> str:
-    """A short name for a JSON-ready value."""
+    """Eight hexadecimal digits that identify a JSON-ready value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 

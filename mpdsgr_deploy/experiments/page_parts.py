@@ -10,12 +10,10 @@ from mpdsgr_deploy.experiments.table import TableSpec
 
 
 def seeds(records: list[Record]) -> str:
-    """The seeds of a row's records."""
     return ", ".join(map(str, sorted(record.seed for record in records)))
 
 
 def unmeasured(table: TableSpec, measured: Measured) -> str:
-    """Which rows have no record."""
     missing = [row.title for row in table.rows if row.title not in measured]
     return f"Not measured: {', '.join(missing)}." if missing else ""
 

@@ -150,7 +150,6 @@ def membranes(measured: Measured, defence: str | None) -> bytes | None:
 
 
 def draw_layer(axes: Axes, group: Sequence[Record], number: int, look: dict[str, tuple[str, str]]) -> None:
-    """One layer of several networks."""
     names = labels(group)
     for record in group:
         membrane = record.membranes[number]

@@ -37,7 +37,7 @@ class PackedVerdicts(BaseModel):
 
 
 class CheckOutcome(BaseModel):
-    """What a health check saw."""
+    """The outcome of one health check."""
 
     number: int
     name: str
@@ -60,7 +60,7 @@ class AttackedNetwork(BaseModel):
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> "AttackedNetwork":
-        """From what `evaluate` returns."""
+        """The record of what `evaluate` returned."""
         rows = evaluation.rows
         n = rows[0].n
         return cls(
@@ -98,7 +98,7 @@ class AttackedExport(AttackedNetwork):
 
     @classmethod
     def of_report(cls, report: Report) -> "AttackedExport":
-        """From a validation report."""
+        """The record of a validation report."""
         n = report.rows[0].n
         origin = {**report.provenance, "network": f"the {report.precision} network on {report.backend}"}
         return cls(
@@ -171,7 +171,6 @@ class Record(BaseModel):
 
 
 def put(folder: Path, record: Record) -> None:
-    """Write a record into the file of its table."""
     put_record(folder / RECORDS, record, KEY)
 
 

@@ -52,7 +52,7 @@ def read_records(path: Path, model: type[R], version: int) -> list[R]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that may not be there."""
+    """The lines of a text file; none if it does not exist."""
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
@@ -69,7 +69,6 @@ def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
 
 
 def key_of(line: str, key: Sequence[str]) -> tuple[Any, ...]:
-    """The values of a line's key."""
     values = json.loads(line)
     return tuple(values[name] for name in key)
 

@@ -55,11 +55,9 @@ class Study(Section):
         return [choose("method", known, name) for name in setting.methods or known]
 
     def pairs(self) -> list[tuple[Setting, StudyMethod]]:
-        """Every setting with every method of it."""
         return [(setting, method) for setting in self.settings for method in self.methods_of(setting)]
 
     def title_of(self, setting: Setting, method: StudyMethod) -> str:
-        """The title of the table's row."""
         return f"{setting.name}.{method.name}"
 
     def chosen(self, names: Sequence[str]) -> list[RowSpec]:

@@ -31,7 +31,6 @@ def write_page(name: str, study: Study, folder: Path) -> Path:
 
 
 def render(name: str, study: Study, measured: Measured) -> str:
-    """The whole page."""
     command = f"mpdsgr study {name.removeprefix(PREFIX)}"
     parts = [f"# {study.title}", f"Rendered from `results.jsonl` by `{command}`."]
     if study.set:
@@ -60,7 +59,6 @@ def render(name: str, study: Study, measured: Measured) -> str:
 
 
 def meanings(study: Study) -> str:
-    """What each method and setting changes."""
     methods = [[f"`{m.name}`", f"`{m.recipe}`", " ".join(f"`{o}`" for o in m.set) or "-"] for m in study.methods]
     settings = [[f"`{s.name}`", s.factor, " ".join(f"`{o}`" for o in s.set) or "-"] for s in study.settings]
     tables = markdown(["method", "recipe", "changed"], methods), markdown(["setting", "factor", "changed"], settings)
@@ -138,7 +136,6 @@ def goal(compared: list[Pair]) -> str:
 
 
 def accuracies(measured: Measured) -> str:
-    """Every row under every condition."""
     rows = []
     for title, records in measured.items():
         rows.append([title, seeds(records), str(records[0].attacked.n), *shorts(records, CONDITIONS)])

@@ -63,7 +63,7 @@ def effects(study: Study, compared: list[Pair]) -> bytes:
 
 
 def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
-    """One line of it; nothing without an effect."""
+    """Draw one method's effect and interval; nothing if it was not measured."""
     if points is not None:
         colour = COLOURS[HELPS if points.low > 0 else HURTS if points.high < 0 else OPEN]
         axes.plot([points.low, points.high], [position, position], color=colour)

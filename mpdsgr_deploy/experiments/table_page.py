@@ -27,7 +27,6 @@ def write_page(name: str, table: TableSpec, folder: Path) -> Path:
 
 
 def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
-    """PNG files by name."""
     drawn: dict[str, bytes | None] = {PLOT: plots.accuracies(table, measured)}
     if table.artefact is not None:
         drawn[deployed_page.GROWTH] = plots.growth(measured)
@@ -36,7 +35,6 @@ def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
 
 
 def render(name: str, table: TableSpec, measured: Measured) -> str:
-    """The whole page."""
     parts = [f"# {table.title}", f"Rendered from `results.jsonl` by `mpdsgr table {name}`."]
     if table.set:
         parts.append(f"All rows: {', '.join(f'`{override}`' for override in table.set)}.")

@@ -159,6 +159,6 @@ def saliency(step: Step, currents: Sequence[Tensor]) -> list[Tensor]:
 
 
 def weighted(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Mean over layers of the weighted mean of each."""
+    """The weighted mean of each layer, averaged over the layers."""
     means = [(w * x).sum() / w.sum().clamp(min=1e-12) for w, x in zip(weights, values, strict=True)]
     return torch.stack(means).mean()

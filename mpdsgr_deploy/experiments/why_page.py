@@ -46,7 +46,6 @@ def write_why(study: Study, folder: Path) -> Path:
 
 
 def render(study: Study, rows: Networks) -> str:
-    """The whole page."""
     networks = [network for row in rows.values() for network in row]
     seeds = sorted({network.seed for network in networks})
     images = " and ".join(dict.fromkeys(network.images for network in networks))
@@ -90,7 +89,6 @@ def by_size(networks: list[Explained], value: Callable[[dict[str, Any]], float])
 
 
 def all_sizes(rows: Networks) -> list[float]:
-    """The eps that networks met, ascending."""
     return sorted({size["eps"] for networks in rows.values() for network in networks for size in network.sizes})
 
 
@@ -100,17 +98,15 @@ def cells(values: dict[float, float], sizes: list[float], digits: int) -> list[s
 
 
 def drop(kind: str) -> Callable[[dict[str, Any]], float]:
-    """A drop of the margin in margins."""
+    """The drop of the margin, in units of the network's own margin."""
     return lambda size: size[kind] / size["margin"]
 
 
 def flipped(kind: str) -> Callable[[dict[str, Any]], float]:
-    """The share of spikes that flip, mean over layers."""
     return lambda size: fmean(size[f"flipped_{kind}"].values())
 
 
 def drops(rows: Networks) -> str:
-    """Drops of the margin by eps, as a table."""
     sizes = all_sizes(rows)
     lines = []
     for row, networks in rows.items():
@@ -126,7 +122,6 @@ def drops(rows: Networks) -> str:
 
 
 def flips(rows: Networks) -> str:
-    """Shares of flipped spikes by eps, as a table."""
     sizes = all_sizes(rows)
     lines = []
     for row, networks in rows.items():
@@ -138,7 +133,6 @@ def flips(rows: Networks) -> str:
 
 
 def mean_of(networks: list[Explained], number: int, factor: str) -> float:
-    """The mean over seeds of a factor of one layer."""
     return fmean(getattr(network.layers[number], factor) for network in networks)
 
 

@@ -188,7 +188,6 @@ def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _answers(model: TorchModel, file: Path, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of the torch model and of its ONNX file."""
     expected = _in_batches(model, inputs)
     with OnnxRuntime(file, noise=model.noise) as artefact:
         return expected, _in_batches(artefact, inputs)

@@ -151,7 +151,7 @@ def _exported(module: nn.Module, example: Tensor) -> ir.Model:
 
 
 def _variant(graph: ir.Model, precision: str, fp32: Path) -> Path:
-    """Write another precision beside the float32 file."""
+    """Write another precision beside the float32 file. Raises InputError if it would change no product."""
     layers = plan(graph, precision)
     chosen = sum(own == precision for own in layers.values())
     if not chosen:

@@ -56,7 +56,7 @@ def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
 
 
 def save(network: ir.Model, path: Path) -> None:
-    """Check a graph in full and write it."""
+    """Write a graph that passes ONNX's full check. Raises onnx's errors for one that does not."""
     proto = ir.to_proto(network)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)

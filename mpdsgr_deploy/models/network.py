@@ -30,7 +30,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def set(self, mean: Iterable[float], std: Iterable[float]) -> None:
-        """Take the statistics [C] of the training images."""
+        """Store the statistics [C] of the training images."""
         self.mean.copy_(torch.as_tensor(list(mean)).view_as(self.mean))
         self.std.copy_(torch.as_tensor(list(std)).view_as(self.std))
 
@@ -124,7 +124,6 @@ def readout_weights(recipe: Recipe) -> Tensor:
 
 
 def make_neuron(recipe: Recipe) -> LIF:
-    """The neuron a recipe describes."""
     config = recipe.neuron
     KINDS.choose(config.surrogate)  # a kind without its width, and none of an attacker's
     surrogate = make_surrogate(config.surrogate, config.surrogate_parameter)

@@ -53,7 +53,7 @@ def measure_costs(
 
 
 def estimate(cost: Cost, images: int, hours: float) -> Estimate:
-    """For `images` at a measured rate."""
+    """The time and cost of `images` at a measured rate."""
     alone = images / cost.images_per_second / 3600
     return Estimate(images, alone, math.ceil(alone / hours))
 
@@ -81,7 +81,7 @@ def _measured(bundle: Bundle, backend: str, precision: str, batch: int, seconds:
 
 
 def resident_memory() -> float | None:
-    """Of this process, in MiB; None where the system does not tell."""
+    """The resident memory of this process in MiB; None where the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -161,7 +161,7 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class InputBatch:
-    """Images `start` to `stop` of a source."""
+    """The images from `start` up to, but without, `stop` of a source."""
 
     source: ImageSource
     start: int
@@ -171,7 +171,6 @@ class InputBatch:
         return self.stop - self.start
 
     def names(self) -> list[str]:
-        """What each image is called in the output."""
         return self.source.names(self.start, self.stop)
 
     def alone(self) -> "InputBatch":

@@ -73,7 +73,6 @@ def predict_on_cluster(job: Job, out: Path, resources: Resources) -> int:
 
 
 def part_file(out: Path, number: int) -> Path:
-    """Where the rows of part `number` are."""
     return out / f"part-{number:05}.parquet"
 
 
@@ -92,7 +91,6 @@ def _claim_job(job: Job, out: Path, batches: Sequence[InputBatch]) -> None:
 
 
 def _run(job: Job, out: Path, parts: dict[int, Sequence[InputBatch]], resources: Resources) -> None:
-    """Compute parts on the cluster."""
     ray, data = need("ray", "ray"), need("ray.data", "ray")
     logging.getLogger("ray").setLevel(logging.ERROR)  # its plans and pools are no news to the user
     items = [{"part": i, "batches": ray.cloudpickle.dumps([b.alone() for b in part])} for i, part in parts.items()]
@@ -117,7 +115,7 @@ def _run(job: Job, out: Path, parts: dict[int, Sequence[InputBatch]], resources:
 
 @contextmanager
 def _connected(ray: Any, address: str) -> Iterator[None]:
-    """For the length of the block, unless this process is connected already."""
+    """A connection to Ray that ends with the block, unless the process was connected before."""
     if ray.is_initialized():
         yield
         return
@@ -188,5 +186,4 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def _rows(path: Path) -> int:
-    """The number of rows that a Parquet file states."""
     return int(need("pyarrow.parquet", "parquet").read_metadata(path).num_rows)

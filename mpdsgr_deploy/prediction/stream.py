@@ -137,7 +137,7 @@ class Job:
     def answers_through(
         self, submit: Submit, batches: Sequence[InputBatch], done: int = 0
     ) -> Iterator[tuple[InputBatch, Chunk]]:
-        """The same from workers that run already."""
+        """As `_answers`, with workers that run already."""
         sizes = [len(batch) for batch in batches]
         fitted = self.batch
         trained = self.bundle.manifest.pixels

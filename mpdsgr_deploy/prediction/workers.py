@@ -69,7 +69,6 @@ class Worker(NamedTuple):
 
     @contextmanager
     def open(self) -> Iterator[Halving]:
-        """Answers batches for the length of a with block."""
         with open_predictor(self.bundle, self.backend, self.precision) as predictor:
             yield Halving(predictor, self.batch)
 

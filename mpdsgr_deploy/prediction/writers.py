@@ -36,7 +36,7 @@ def headings(top: int) -> list[str]:
 
 
 def write_csv(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top: int) -> None:
-    """Under `headings`, a line an image."""
+    """Write one line per image below a line of `headings`."""
     file.write(_csv_lines([headings(top)]))
     for names, logits in chunks():
         rows = []

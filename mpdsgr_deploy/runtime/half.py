@@ -22,7 +22,6 @@ def for_cpu(model: Path | onnx.ModelProto) -> str | bytes:
 
 
 def as_it_is(model: Path | onnx.ModelProto) -> str | bytes:
-    """A network as onnxruntime takes it."""
     return model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
 
 

@@ -45,7 +45,6 @@ class NoiseSource:
 
     @property
     def names(self) -> list[str]:
-        """Of the inputs it supplies."""
         return [entry.name for entry in self._inputs]
 
     def require(self, required: Mapping[str, Sequence[object]], network: object) -> None:

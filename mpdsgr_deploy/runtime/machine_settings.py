@@ -44,7 +44,6 @@ def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSe
 
 
 def prepared(bundle: Bundle, backend: str, precision: str, settings: RuntimeSettings) -> Prepared:
-    """The settings as the bundle keeps them."""
     values: dict[str, Any] = settings.model_dump(exclude_none=True)
     return Prepared(
         backend=backend,

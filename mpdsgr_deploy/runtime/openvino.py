@@ -78,7 +78,6 @@ class OpenVino:
         return logits
 
     def _compile(self, batch: int) -> Any:
-        """The network for batches of this size only."""
         self._network.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in self._network.inputs})
         compiled = self._core.compile_model(self._network, "CPU", self._options)
         self._requests[batch] = compiled.create_infer_request()

@@ -145,11 +145,9 @@ class TorchModel:
 
     @property
     def stochastic(self) -> bool:
-        """Whether the network draws noise."""
         return self._model.stochastic
 
     def tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
-        """An array on the network's device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
     def __enter__(self) -> Self:

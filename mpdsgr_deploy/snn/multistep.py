@@ -138,5 +138,5 @@ def _leak(tau: float | Tensor, t: int) -> float | Tensor:
 
 
 def _left(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:
-    """What the reset leaves of the potential."""
+    """The membrane potential after the reset."""
     return u * (1 - spikes) if hard else u - v_threshold * spikes

@@ -123,7 +123,7 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(x: Tensor, per_channel: bool) -> _Tiles:
-    """Of x [S, B, C, ...], dense."""
+    """How a contiguous x [S, B, C, ...] is divided among the programs of a kernel."""
     N = x[0].numel()
     assert N < 2**31  # offsets in a step are 32 bits
     C = x.shape[2] if per_channel else 1
@@ -145,7 +145,6 @@ def _dense(x: Tensor) -> bool:
 
 
 def _like(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The same numbers in memory of that order."""
     return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
 

@@ -45,7 +45,7 @@ def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
 
 
 def log_pictures(board: SummaryWriter, learner: Learner, data: Data, epoch: int) -> None:
-    """In every tenth and the last epoch (counted from 1): the membrane on the first validation batch."""
+    """Draw the membrane on the first validation batch, in every tenth epoch (counted from 1) and in the last."""
     if epoch != learner.recipe.training.epochs and epoch % PICTURES_EVERY:
         return
     from mpdsgr_deploy.diagnostics.picture import pixels

@@ -41,7 +41,7 @@ class Learner(NamedTuple):
 
     @property
     def judged(self) -> SpikingNet:
-        """The network that is validated and saved."""
+        """The network that is validated and saved: the average of the weights, if there is one."""
         return self.model if self.average is None else self.average
 
     def images(self, pixels: Tensor, draw: torch.Generator) -> Tensor:

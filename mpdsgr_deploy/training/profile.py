@@ -80,7 +80,7 @@ class Profile:
         yield module.register_forward_hook(after, always_call=True)
 
     def step(self) -> None:
-        """A training step is over."""
+        """Tell the profiler that a training step is over."""
         if not self._done:
             self._profiler.step()
 
@@ -191,7 +191,6 @@ def peak_memory() -> int:
 
 
 def table(profile: dict[str, Any]) -> str:
-    """A summary as text, a line per row."""
     width = max(len(row["part"]) for row in profile["parts"])
     lines = [
         f"a training step: {profile['step_ms']:.1f} ms, mean of {profile['steps']}; {profile['time_of']} time; "

@@ -76,7 +76,6 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = Fa
 
 
 def _launch(recipe: Recipe, training: Images, validation: Images, out: Path, init: Path | None, profile: bool) -> None:
-    """Run `_run` in every process of the run."""
     config = recipe.training
     try:
         fabric = Fabric(
@@ -119,7 +118,6 @@ def _run(
     verbose: bool,
     profile: bool,
 ) -> None:
-    """What every process of the run does."""
     if not fabric.is_global_zero:
         log.setLevel(logging.WARNING)
     elif verbose:

@@ -86,7 +86,6 @@ def evaluate(
 
 
 def _measured(suite: Suite, images: Images, size: int, rule: str) -> tuple[list[EvaluatedRow], list[Check]]:
-    """Rows and health checks of the suite's network."""
     x, y, n = images.unit(), images.classes, len(images)
     clean = classes_of(predict(suite.network, x, size, CLEAN))
     measurement = measure(suite, x, y, clean, batch_size=size)

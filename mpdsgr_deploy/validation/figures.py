@@ -36,7 +36,7 @@ SETTINGS: Any = {
 
 
 def figures(report: Report) -> dict[str, str]:
-    """Whatever can be drawn, by title."""
+    """The figures that the report has data for, as SVG elements by title."""
     pictures = {}
     with rc_context(SETTINGS):
         if any(curve.points for curve in report.curves):
@@ -118,20 +118,19 @@ def sweep(report: Report) -> list[Row]:
 
 
 def named(row: Row) -> str:
-    """A condition as readers of the figure know it."""
+    """The label of a condition in the figure."""
     if row.name == "worst":
         return "worst: the union"
     return "trained surrogate" if row.name == STRONG else short(str(row.surrogate))
 
 
 def final(curve: Curve) -> float:
-    """Accuracy at the largest eps."""
     last = max(curve.points, key=lambda point: point.eps)
     return last.correct / max(last.n, 1)
 
 
 def short(name: str) -> str:
-    """A name that fits into a figure."""
+    """The name, cut to LONGEST characters."""
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 

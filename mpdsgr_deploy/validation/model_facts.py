@@ -18,7 +18,6 @@ class ModelFacts(BaseModel):
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str) -> "ModelFacts":
-        """Of one precision of a bundle."""
         recipe, network = bundle.manifest.recipe, onnx.load(bundle.variant(precision))
         return cls(
             architecture=f"{recipe.model.name}, width {recipe.model.width:g}",

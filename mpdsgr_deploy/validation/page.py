@@ -41,7 +41,7 @@ def page(report: Report) -> str:
 
 
 def headlines(report: Report) -> Iterator[tuple[str, Any]]:
-    """The two accuracies that matter."""
+    """The two accuracies at the top of the page: clean, and under all attacks together."""
     yield "clean", report.row("clean")
     yield (
         f"under every attack, eps {report.eps:.4g}" if report.eps is not None else "under every attack",
@@ -64,7 +64,7 @@ def provenance(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def plain(value: Any) -> str:
-    """A setting of any kind, in words."""
+    """A setting of any type as text."""
     if value is None:
         return "none"
     if isinstance(value, Mapping):

@@ -27,7 +27,6 @@ class Reason(BaseModel):
 
     @property
     def line(self) -> str:
-        """All of it in a line."""
         if self.check is not None:
             return f"check {self.check}, {self.text}"
         return self.text if self.condition is None else f"{self.condition}: {self.text}"
@@ -55,5 +54,4 @@ class EarlyStop(BaseModel):
 
     @property
     def moment(self) -> str:
-        """When it ended, in words."""
         return f"stopped after {self.after}" if self.after else "stopped before any attack"

@@ -29,7 +29,7 @@ def _masking(measurement: Measurement) -> Iterator[str]:
 
 
 def _upper_bound(subject: Subject) -> Iterator[str]:
-    """By how much more attacks lowered the reference's worst case at export, on the same images."""
+    """How much lower the reference's worst case fell at export under more attacks, on the same images."""
     reference, here = subject.reference, subject.comparison.worst
     promise = subject.target.bundle.manifest.reference
     if reference is None or promise is None or here is None:

@@ -47,7 +47,7 @@ class Curve(BaseModel):
 
     @classmethod
     def of(cls, attack: str, verdicts: Mapping[float, NDArray[np.bool_]]) -> "Curve":
-        """From verdicts [n] by eps."""
+        """A curve from verdicts [n] by eps."""
         points = [Point(eps=eps, correct=int(right.sum()), n=len(right)) for eps, right in sorted(verdicts.items())]
         return cls(attack=attack, points=points)
 
@@ -113,7 +113,6 @@ class Report(BaseModel):
     provenance: dict[str, Any]
 
     def row(self, name: str) -> Row | None:
-        """The condition of that name, if it was tried."""
         return next((row for row in self.rows if row.name == name), None)
 
     @property
@@ -140,7 +139,7 @@ def findings(report: Report) -> Iterator[Finding]:
 
 
 def gate_reasons(report: Report) -> list[Reason]:
-    """The reasons that no health check gave."""
+    """The gate's own reasons, without those that repeat a failed health check."""
     return [reason for reason in report.reasons if reason.check is None]
 
 

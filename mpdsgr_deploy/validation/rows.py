@@ -19,7 +19,6 @@ class Score(BaseModel):
 
     @classmethod
     def of(cls, correct: NDArray[np.bool_]) -> "Score":
-        """Summarise verdicts [N]."""
         count, n = int(correct.sum()), len(correct)
         accuracy = count / n if n else 0.0
         bitmap = np.packbits(correct).tobytes().hex()
@@ -39,7 +38,6 @@ class VerdictFlips(BaseModel):
 
     @classmethod
     def of(cls, reference: NDArray[np.bool_], artefact: NDArray[np.bool_]) -> "VerdictFlips":
-        """Pair the verdicts [N] of both networks."""
         worse, better = int((reference & ~artefact).sum()), int((~reference & artefact).sum())
         return cls(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better))
 

@@ -36,7 +36,6 @@ class Subject(NamedTuple):
 
     @property
     def rule(self) -> str:
-        """Which images, in words."""
         return f"the first {len(self.images)} test images of {self.data}"
 
     @property
@@ -46,7 +45,6 @@ class Subject(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """What a gate can have rules for."""
         return [CLEAN, *(condition.name for condition in self.suite.conditions), WORST]
 
 

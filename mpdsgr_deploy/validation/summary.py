@@ -69,7 +69,6 @@ def summary(report: Report) -> str:
 
 
 def line(row: Row, report: Report) -> str:
-    """One condition as a line of the table."""
     name = f"**{row.name}**" if row.name == "worst" else markdown(row.name)
     accuracy = accuracy_text(row, report.stopped)
     reference = percent(row.reference) if row.reference else NOT_COMPARED
@@ -129,7 +128,6 @@ def _complaint(reasons: Iterable[Reason]) -> str | None:
 
 
 def _undecided(row: Row, report: Report) -> str | None:
-    """Why a condition says nothing final."""
     if row.at_most:
         return accuracy_text(row, report.stopped)
     if row.reference is None and row.name not in report.gate.floors:
@@ -138,7 +136,7 @@ def _undecided(row: Row, report: Report) -> str | None:
 
 
 def readable(text: str) -> str:
-    """Without the characters that XML cannot hold."""
+    """The text without the characters that XML cannot hold."""
     return NOT_IN_XML.sub("\ufffd", text)
 
 

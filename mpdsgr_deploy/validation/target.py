@@ -46,7 +46,6 @@ class Target:
 
     @property
     def trained(self) -> str:
-        """The surrogate the network was trained with."""
         return trained_surrogate(self.bundle.manifest.recipe)
 
     @contextmanager

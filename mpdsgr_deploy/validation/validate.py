@@ -201,7 +201,6 @@ def _failures(gate: Gate, rows: list[Row], wrong: Sequence[Reason], stopped: Sto
 
 
 def _examples(subject: Subject, measurement: Measurement, x: Floats) -> list[Example]:
-    """Images that the strong PGD broke."""
     strong = measurement.outcome(STRONG)
     if strong is None or strong.images is None:
         return []

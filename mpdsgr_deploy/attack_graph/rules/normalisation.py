@@ -9,7 +9,7 @@ from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
 
 
 def _batch_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Of inference: a fixed factor for each channel."""
+    """In inference it multiplies each channel by a fixed factor."""
     value, scale, _, _, variance = node.input
     if attribute(node, "training_mode", 0):
         raise refuse(node, "normalises by the batch's own statistics; export the network in eval mode")

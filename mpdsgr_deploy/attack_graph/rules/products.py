@@ -60,7 +60,7 @@ def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
 
 
 def _conv_transpose(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """A convolution with the same weights."""
+    """Its derivative is a convolution with the same weights."""
     weights = constant_weights(tape, node)
     kernel = plane(tape, node, node.input[1])
     ones = (1,) * len(kernel)

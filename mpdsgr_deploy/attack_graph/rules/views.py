@@ -115,7 +115,7 @@ def _put_back(tape: Tape, cotangent: str, axis: int, size: int, places: list[int
 
 
 def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Constant places along one axis."""
+    """Supported for constant indices along one axis."""
     value, indices = node.input[0], tape.array(node.input[1])
     shape = tape.shape(value)
     axis = attribute(node, "axis", 0) % len(shape)
@@ -162,7 +162,7 @@ def _expand(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _reshape(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Back to the shape before."""
+    """The cotangent takes the shape that the value had before."""
     tape.give(node.input[0], reshaped(tape, only(cotangents), node.input[0]))
 
 

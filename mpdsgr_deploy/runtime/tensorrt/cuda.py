@@ -130,11 +130,10 @@ class CudaStream:
             raise
 
     def host(self, name: str) -> NDArray[np.float32]:
-        """The pinned memory of a tensor."""
+        """The pinned memory of the input or output called `name`."""
         return self.output if name == self.engine.output else self.inputs[name]
 
     def execution(self, batch: int) -> "CudaExecution":
-        """What runs the first `batch` rows of the buffers."""
         return CudaExecution(self, batch)
 
     def close(self) -> None:
@@ -201,7 +200,6 @@ class CudaExecution:
             log.warning("batch %d runs without a CUDA graph: %s", self._batch, error)
 
     def close(self) -> None:
-        """Free graph and context."""
         if self._graph is not None:
             self._stream.cudart.cudaGraphExecDestroy(self._graph)
         self._graph = self._context = None

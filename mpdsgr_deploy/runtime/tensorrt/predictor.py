@@ -31,13 +31,13 @@ class Execution(Protocol):
     """One batch size on a stream."""
 
     def run(self) -> None:
-        """From the stream's inputs to its output."""
+        """Compute the stream's output from its inputs, and wait for it."""
 
     def capture(self) -> None:
-        """The same as one CUDA graph from now on."""
+        """Launch one captured CUDA graph from now on."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the execution context and its graph."""
 
 
 class Stream(Protocol):
@@ -47,7 +47,7 @@ class Stream(Protocol):
     output: Array
 
     def execution(self, batch: int) -> Execution:
-        """What runs the first `batch` rows."""
+        """An execution for the first `batch` rows of the buffers."""
 
     def close(self) -> None:
         """Free stream and buffers."""
@@ -87,7 +87,6 @@ class Lane:
         return self._stream.output[:n].copy()
 
     def close(self) -> None:
-        """Free executions and stream."""
         for execution in self._executions.values():
             execution.close()
         self._executions.clear()

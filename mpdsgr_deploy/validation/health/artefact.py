@@ -76,7 +76,7 @@ def _other_sizes(artefact: Predictor, x: Floats, batch_size: int) -> Iterator[tu
     advice="give test images, and export with the data set at hand or write floors into the gate",
 )
 def check_compared(n: int, compared: Compared) -> Seen:
-    """At least one image was compared, and with something."""
+    """At least one image was evaluated, and at least one condition has a reference."""
     against = "the reference" if compared.reference else "floors" if compared.floors else ""
     saw = f"{n} images against {against or 'nothing: no reference answered them, and the gate has no floor'}"
     return Seen([] if n and against else [saw], saw)

@@ -55,12 +55,10 @@ class Check(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
-        """Whether it looked and found nothing wrong."""
         return self.state == "passed"
 
     @property
     def failed(self) -> bool:
-        """Whether it found something wrong."""
         return self.state == "failed"
 
 
