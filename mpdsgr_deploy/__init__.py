@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpdsgr_deploy.api import adopt, export, export_module, open_bundle, open_predictor, predict, train, validate
 
-# onnxruntime's wheels for Linux, Ray and OpenVINO call home unless this is said before their first import
+# onnxruntime's wheels for Linux, Ray and OpenVINO send usage statistics unless this is set before their first import
 if os.environ.get("MPDSGR_TELEMETRY") != "1":
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -36,7 +36,7 @@ class BundleAddress(NamedTuple):
 
 
 def parse_address(text: str) -> BundleAddress:
-    """PLACE[@PRECISION][@sha256:DIGEST]. An existing path is itself, whatever characters it has."""
+    """PLACE[@PRECISION][@sha256:DIGEST]. An existing path is taken literally, even if it contains "@"."""
     if Path(text).expanduser().exists():
         return BundleAddress(text)
     digest = SHA256.search(text)
@@ -48,7 +48,7 @@ def parse_address(text: str) -> BundleAddress:
 
 
 def local_copy(address: BundleAddress) -> Path:
-    """The directory of a bundle, fetched into the cache if it is elsewhere.
+    """The directory of a bundle, fetched into the cache if it is remote.
 
     Raises InputError for an address without a digest, one that cannot be read, and a bundle with another digest.
     """
@@ -99,4 +99,4 @@ def _verify(directory: Path, address: BundleAddress) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{address.place} is not a bundle (it has no readable {MANIFEST})") from None
     if stated != address.sha256:
-        raise InputError(f"{address.place} is another bundle than the address says: its digest is {stated}")
+        raise InputError(f"{address.place} is not the bundle that the address names: its digest is {stated}")

@@ -90,7 +90,7 @@ class Bundle:
         return self.manifest.files[self.variant(precision).relative_to(self.path).as_posix()]
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
-        """What was built of a variant for a backend, on whatever machine."""
+        """What was built from a variant for a backend, on any machine."""
         return [p for p in self.manifest.prepared if (p.backend, p.precision) == (backend, precision)]
 
     def add(self, prepared: Prepared, engine: bytes | None = None) -> "Bundle":
@@ -149,7 +149,8 @@ class Bundle:
 def open_bundle(path: Path | str) -> Bundle:
     """Read and verify a bundle: a directory, or as a string an address of `mpdsgr_deploy.address` without a precision.
 
-    Raises InputError if it is no bundle, a newer schema, damaged, incomplete, or names files outside itself.
+    Raises InputError if it is not a bundle, has a newer schema, is damaged or incomplete, or names files outside
+    itself.
     """
     if isinstance(path, str):
         address = parse_address(path)

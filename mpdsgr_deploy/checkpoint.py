@@ -1,4 +1,4 @@
-"""Checkpoints: what training hands to export. safetensors weights and a JSON that says everything else.
+"""Checkpoints: what training hands to export. safetensors weights, and a JSON file with everything else.
 
 The JSON names its weights file and that file's hash, and is written last: replacing it is the moment the new
 checkpoint exists, so a crash at any time leaves the previous one whole.

@@ -52,7 +52,7 @@ def cover_up(damaged: Path, bundle: Bundle) -> Path:
 
 
 def seal_again(bundle: Path) -> Path:
-    """Make the hashes in a bundle's manifest those of its files as they are."""
+    """Write the hashes of a bundle's current files into its manifest."""
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["files"] = {name: sha256(bundle / name) for name in manifest["files"]}
     manifest["digest"] = Manifest.model_validate(manifest).computed_digest()

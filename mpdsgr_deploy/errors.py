@@ -11,11 +11,11 @@ class InputError(MpdsgrError):
     """A wrong option, recipe, file or environment (exit code 2)."""
 
 
-class MissingData(InputError):  # noqa: N818 - the name says what is the matter
+class MissingData(InputError):  # noqa: N818 - the name describes the problem
     """A data set that is not on this machine at all, which is not the same as one that is damaged (exit code 2)."""
 
 
-class OutOfMemory(InputError):  # noqa: N818 - the name says what happened
+class OutOfMemory(InputError):  # noqa: N818 - the name describes the event
     """The device's memory does not hold a batch; a smaller one may fit (exit code 2)."""
 
 
@@ -26,5 +26,5 @@ class EvaluationError(MpdsgrError):
 
 
 def one_line(error: object) -> str:
-    """What an error, of another library perhaps, says, without line breaks; the name of its type if it says nothing."""
+    """The message of any error on one line; the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

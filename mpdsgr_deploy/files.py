@@ -21,7 +21,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def writing(path: Path, reassurance: str) -> Iterator[None]:
-    """Turn what the system says of writing `path` into an InputError with advice.
+    """Turn the operating system's errors while writing `path` into InputError with advice.
 
     reassurance: what is not lost when the disk is full.
     """
@@ -37,7 +37,7 @@ def followed(path: Path) -> Path:
     """The absolute path that links lead to. Raises InputError for links in a circle."""
     try:
         target = path.resolve()
-        if target.is_symlink():  # Python 3.13 gives up where earlier versions raise
+        if target.is_symlink():  # Python 3.13 returns False where earlier versions raise
             raise RuntimeError
     except RuntimeError:
         raise InputError(f"cannot write {path}: its links lead in a circle; choose another place") from None

@@ -44,7 +44,7 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
 def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
     """Hold lock file `path` for the length of the block; the file is gone after it.
 
-    Raises InputError, in which `holder` says who has it, unless `wait`.
+    Raises InputError, which names the process that holds it as `holder` describes it, unless `wait`.
     """
     while True:
         try:

@@ -69,7 +69,7 @@ class Prepared(BaseModel):
 
     @property
     def key(self) -> str:
-        """What tells it from the others of a bundle, as the beginning of a file name."""
+        """The beginning of its file name, unique in the bundle."""
         profile = "-".join(map(str, self.batch or ("any",)))
         words = (self.backend, *self.machine.values(), self.precision, f"batch-{profile}", self.model_sha256[:8])
         return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower())

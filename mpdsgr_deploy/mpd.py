@@ -60,8 +60,8 @@ def reset_shift(trace: Trace) -> Tensor:
 
 
 def theorem(trace: Trace) -> Moments | None:
-    """Theorem 1: the gradient reaches lambda and beta only. None for a layer it does not speak of: one without tdBN,
-    or whose neurons change over time.
+    """Theorem 1: the gradient reaches lambda and beta only. None for a layer that it does not describe: one without
+    tdBN, or whose neurons change over time.
     """
     if not isinstance(trace.norm, TdBN) or not trace.neuron.time_invariant:
         return None
@@ -142,20 +142,20 @@ def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) 
     """Mean of a measure over the layers of a forward pass, a differentiable float32 scalar.
 
     Each layer weighs the same, whatever its number of channels; the readout has no neurons and is not seen. Raises
-    InputError if the estimator speaks of none of the layers.
+    InputError if the estimator describes none of the layers.
     """
     return mean_of_layers([layer_value(trace, estimator, measure) for trace in traces])
 
 
 def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
-    """Mean of a measure over steps and channels of one layer; None where the estimator does not speak of it."""
+    """Mean of a measure over steps and channels of one layer; None where the estimator does not describe that layer."""
     with unrounded(trace):
         moments = estimator(trace)
         return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
 
 
 def layer_moments(trace: Trace, estimator: Estimator) -> Moments | None:
-    """What an estimator says of a layer, in float32; None where it does not speak of it."""
+    """An estimator's moments of a layer, in float32; None where it does not describe that layer."""
     with unrounded(trace):
         return estimator(trace)
 

@@ -1,4 +1,4 @@
-"""Do two sets of logits say the same? One definition for export, the golden check and validation."""
+"""Whether two sets of logits are equal enough: one definition for export, the golden check and validation."""
 
 from collections.abc import Sequence
 
@@ -51,7 +51,7 @@ def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Pari
 
 
 def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32]]) -> NDArray[np.intp]:
-    """The images that another machine should answer alike, at most GOLDEN_ROWS, of all N.
+    """The rows whose logits another machine should reproduce, at most GOLDEN_ROWS of all N.
 
     agreeing [N]: where the reference and the file agree, so that no potential lies within rounding of the threshold.
     logits [N, K] of each precision: among those, the widest margins between the two best logits in all of them.

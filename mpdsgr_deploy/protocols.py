@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Array = Any  # a numpy array or a torch tensor: whatever goes in comes out
+Array = Any  # a numpy array or a torch tensor; the output has the type of the input
 
 
 class Predictor(Protocol):

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that say everything about a training run. Typed, closed, with errors that help.
+"""Recipes: typed TOML files that define a training run completely; an unknown key is an error.
 
 Defaults are those of the SNN-RAT family of papers. Numbers such as eps may be written as fractions: "8/255".
 """
@@ -42,7 +42,7 @@ class Data(Section):
 
     name: str = "cifar10"
     root: str = "data"  # where the data set's files lie
-    train_images: Count | None = None  # use only so many training images (a fixed random choice)
+    train_images: Count | None = None  # use only this many training images (a fixed random choice)
     validation_share: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of the training images, for model selection
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
     crop_padding: Count = 4
@@ -50,7 +50,7 @@ class Data(Section):
     frames: Count | None = None  # n-mnist only: frames a recording is cut into; with encoding "frames" T equals it
 
     def at(self, root: str | None) -> "Data":
-        """The same data set where its files lie in `root`; None: where this says."""
+        """The same data set where its files lie in `root`; None: in `self.root`."""
         return self if root is None else self.model_copy(update={"root": root})
 
 
@@ -149,7 +149,7 @@ class Attack(Section):
 class Validation(Section):
     """Which test images `mpdsgr validate` uses, and the seed of its noise and random starts."""
 
-    limit: Count | None = None  # only the first so many test images
+    limit: Count | None = None  # only the first `limit` test images
     batch_size: Count = 128
     seed: Seed = 0
 
@@ -167,7 +167,7 @@ Floor = Annotated[Number, Field(gt=0, le=1)]
 class Gate(Section):
     """What an artefact must keep to pass `mpdsgr validate`; shares of the images, in [0, 1]. See validation.gate.
 
-    tier: how much is attacked (attacks.tiers). images: the first so many test images; None: as many as the tier takes.
+    tier: how much is attacked (attacks.tiers). images: how many test images; None: as many as the tier takes.
     max_drop: largest loss of accuracy against the reference, in every condition but Square; None: the tier's. drops:
     the same for single conditions, Square too. floors: the least accuracy of single conditions; "worst" is the union of
     all attacks within eps.

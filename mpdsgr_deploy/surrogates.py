@@ -228,7 +228,7 @@ class SurrogateName(NamedTuple):
 def parse_surrogate(name: str) -> SurrogateName:
     """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default; "+detached" may follow.
 
-    Raises InputError for an unknown kind and for a width that is no number above 0 or that the kind does not have.
+    Raises InputError for an unknown kind and for a width that is not above 0 or that the kind does not take.
     """
     named = name.removesuffix(DETACHED)
     kind, colon, text = named.partition(":")

@@ -153,7 +153,7 @@ def test_a_reference_that_does_not_fit_is_one_line(run_dir: Path, tmp_path: Path
     settings = {"max_drop": 0.01, "reference": str(run_dir)}
     other_images = budgeted(**settings).model_dump() | {"data": {"name": "digits", "validation_share": 0.2}}
     for recipe, expected in (
-        (budgeted(max_drop=0.01, reference=str(tmp_path)), "is no training run"),
+        (budgeted(max_drop=0.01, reference=str(tmp_path)), "is not a training run"),
         (budgeted(4, **settings), "has 3 epochs and this run 4"),
         (Recipe.model_validate(other_images), r"differs in data\.validation_share"),
     ):

@@ -109,7 +109,7 @@ def test_a_bundle_is_opened_by_path_string_home_and_precision(
         opened_bundle(f"{copy}@int8", "fp32")
     with pytest.raises(InputError, match="with all its precisions"):
         open_bundle(f"{copy}@fp32")
-    with pytest.raises(InputError, match="another bundle than the address says"):
+    with pytest.raises(InputError, match="not the bundle that the address names"):
         open_bundle(f"{copy}@sha256:{'0' * 64}")
     assert open_bundle(f"{copy}@sha256:{bundle.manifest.digest}").path == copy
     assert [at_home(text) for text in ("~/x", "--out=~/y", "a~b", "--set=a.b=~")] == [
@@ -131,7 +131,7 @@ def test_a_remote_bundle_is_verified_cached_and_found_offline(
     address = f"memory://models/digits@sha256:{bundle.manifest.digest}"
     with pytest.raises(InputError, match="needs the bundle's digest"):
         open_bundle("memory://models/digits")
-    with pytest.raises(InputError, match="another bundle than the address says"):
+    with pytest.raises(InputError, match="not the bundle that the address names"):
         open_bundle(f"memory://models/digits@sha256:{'0' * 64}")
     assert open_bundle(address).manifest == bundle.manifest
     memory.rm("/models", recursive=True)

@@ -136,7 +136,9 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
     graph = onnx.shape_inference.infer_shapes(network).graph
     dims = graph.output[0].type.tensor_type.shape.dim
     if len(dims) != 2 or not dims[1].HasField("dim_value"):
-        raise InputError(f"{file}: output {logits.name!r} is no batch of logits [batch, classes]; export those alone")
+        raise InputError(
+            f"{file}: output {logits.name!r} is not a batch of logits [batch, classes]; export those alone"
+        )
     return int(dims[1].dim_value)
 
 

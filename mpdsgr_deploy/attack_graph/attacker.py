@@ -29,7 +29,7 @@ class GraphAttacker:
     is under attack. loss: what is climbed, cross-entropy or the difference of logits ratio, or "weighted": calls then
     take weights [B, K] in the place of classes, and climb weights . logits. A stochastic network meets
     the noise of its inputs `noise` (`Manifest.noise`) fresh in every evaluation, from a generator of `seed`, and is
-    averaged over `draws` of it (EOT). settings: threads of the CPU provider (default: one a core) and images computed
+    averaged over `draws` of it (EOT). settings: threads of the CPU provider (default: one per core) and images computed
     at once (default: 32), which bounds the memory: see benchmarks/README.md.
 
     Raises InputError for an unknown surrogate, noise that is not the network's, or what this machine cannot run.

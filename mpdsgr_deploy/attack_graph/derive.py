@@ -54,7 +54,7 @@ def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = F
     states = list(tape.graph.input)[len(network.graph.input) :] if kind == ADAPTIVE else []
     batch, count = tape.shape(images.name)[0], tape.shape(logits.name)[-1]
     if not isinstance(count, int) or not tape.depends(logits.name):
-        raise InputError("no attack graph: the network's output is no vector of logits that depends on its input")
+        raise InputError("no attack graph: the network's output is not a vector of logits that depends on its input")
     tape.give(logits.name, WEIGHTED if weighted else _loss_gradient(tape, logits.name, count))
     for node in reversed(tape.forward):
         _differentiate(tape, neurons, node)

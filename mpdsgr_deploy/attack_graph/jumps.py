@@ -3,7 +3,7 @@
 A spiking neuron of any library ends up in ONNX as a comparison of something that depends on the images, turned into a
 number: a Cast of `u >= V_th`, a Where with two constants, a Sign. There its derivative is zero almost everywhere, and a
 surrogate takes its place. All such places have to be found: a comparison that is overlooked passes no gradient, and the
-network looks robust without being so. What is no pattern of these, but lies between images and logits, is an error.
+network looks robust without being so. Any other choice between images and logits is an error.
 """
 
 from typing import Literal, NamedTuple
@@ -49,7 +49,7 @@ class Jump(NamedTuple):
 
 
 def find_jumps(tape: Tape) -> list[Jump]:
-    """Every jump between images and logits, in the order of the nodes; tells the tape which values have a cotangent.
+    """Every jump between images and logits, in the order of the nodes; sets which values of the tape have a cotangent.
 
     Raises InputError for a comparison, a rounding or a choice that no surrogate stands for.
     """
@@ -196,7 +196,7 @@ class _Finder:
 
 
 def why_not(node: onnx.NodeProto) -> str:
-    """What to say of a node that decides by something else than a comparison with a threshold."""
+    """The reason for refusing a node that decides by something other than a comparison with a threshold."""
     if node.op_type in UNROLL:
         return "is control flow: unroll the time steps in `forward` (a Python loop of fixed length) and export again"
     if node.op_type in MULTIPLE:

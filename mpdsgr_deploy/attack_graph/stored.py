@@ -1,4 +1,4 @@
-"""Attack graphs in a bundle: stored by export, derived again by whoever does not want to trust the stored one."""
+"""Attack graphs in a bundle: stored by export, and derived again to check the stored one."""
 
 from mpdsgr_deploy.attack_graph.derive import derived
 from mpdsgr_deploy.bundle import Bundle

@@ -28,7 +28,7 @@ SHOWN = 20  # nodes that a report lists one by one
 @click.option("--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", show_default=True, help="Of its input.")
 @click.option("--variant", "variants", multiple=True, metavar="NAME=FILE", help="The network in another precision.")
 @click.option("--reference", type=click.Path(path_type=Path), help=".npz with `logits` of the framework it comes from.")
-@click.option("--limit", type=click.IntRange(1), help="Take the first so many images only.")
+@click.option("--limit", type=click.IntRange(1), help="Take only the first N images.")
 @click.option("--tier", help=f"How hard the reference is attacked: {', '.join(TIERS)}.  [default: commit]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the recipe, such as attack.eps=4/255.")
 @click.option("--out", type=click.Path(path_type=Path), help="Bundle directory to write.")

@@ -24,7 +24,7 @@ CONCURRENCY = "1,8,32"
 @click.option("--url", help="Measure a server in place of BUNDLE: http://HOST:PORT/v2/models/NAME.")
 @click.option("--backend", "backends", multiple=True, help=f"Of BUNDLE; again for more.  [default: {DEFAULT_BACKEND}]")
 @click.option("--precision", "precisions", multiple=True, help="Of BUNDLE; again for more.  [default: all it has]")
-@click.option("--total", type=click.IntRange(1), help="Of BUNDLE: say how long so many images take.")
+@click.option("--total", type=click.IntRange(1), help="For BUNDLE: also state how long N images take.")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True, help="For --total.")
 @click.option("--concurrency", help=f"Closed loop: users who wait for their answers.  [default: {CONCURRENCY}]")
 @click.option("--rate", help="Open loop instead: requests a second, which arrive at random and wait for nobody.")
@@ -60,15 +60,15 @@ def command(
 ) -> None:
     """Measure what an image costs: with BUNDLE on this machine, or a running server of the Open Inference Protocol.
 
-    With BUNDLE every --backend, --precision and --batch is tried for --seconds: images a second, the time of a batch,
-    memory, energy where the machine tells, and with --total how long a job takes and how many machines it needs.
+    With BUNDLE every --backend, --precision and --batch is tried for --seconds: images per second, the time per batch,
+    memory, energy where the machine reports it, and with --total how long a job takes and how many machines it needs.
 
     With --url any server of the protocol is measured: this package's, Triton, any other.
 
     Several loads run one after another: --concurrency 1,8,32 or --rate 100,500. Latency in an open loop counts from
     when a request was due, so that a server which falls behind cannot hide it. A percentile that too few requests stand
-    behind is a dash, as is the CPU of a server whose /metrics does not say it. A tenth of each load, a second at most,
-    goes before it and is not counted. Ctrl-C prints what was measured until then. SSL_CERT_FILE names a private
+    behind is a dash, as is the CPU of a server whose /metrics does not report it. A tenth of each load, a second at
+    most, goes before it and is not counted. Ctrl-C prints what was measured until then. SSL_CERT_FILE names a private
     authority of an https server.
 
     \b
@@ -148,7 +148,7 @@ def _numbers(option: str, text: str, low: float, high: float, whole: bool = Fals
     except ValueError:
         values = []
     if not values or not all(low <= value <= high for value in values):
-        raise InputError(f"{option} {text!r} is no list of numbers from {low:g} to {high:g}, such as 8 or 1,8,32")
+        raise InputError(f"{option} {text!r} is not a list of numbers from {low:g} to {high:g}, such as 8 or 1,8,32")
     return values
 
 
@@ -157,7 +157,7 @@ def _read(path: Path) -> NDArray[Any]:
     try:
         images = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no .npy file: {error}") from None
+        raise InputError(f"{path} is not an .npy file: {error}") from None
     if not isinstance(images, np.ndarray) or images.ndim != 4 or not len(images):
         raise InputError(f"{path} holds no array of images [N, C, H, W]")
     if images.dtype not in (np.uint8, np.float32):

@@ -133,7 +133,7 @@ def kserve(
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Of HTTP.")
 @click.option("--settings", type=FILE, help="TOML file with limits, as of mpdsgr serve.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
-@click.option("--api-key-file", type=FILE, help="Keys that clients must send, one a line; on every node.")
+@click.option("--api-key-file", type=FILE, help="Keys that clients must send, one per line; on every node.")
 @click.option("--insecure", is_flag=True, help="Listen where others reach it, without keys.")
 @json_option
 def ray(
@@ -153,7 +153,7 @@ def ray(
     """Write a Ray Serve config: one application, whose replicas each serve all these models as mpdsgr serve does.
 
     HTTP only: no gRPC. Bundles and key file must lie at the same paths on every node, where mpdsgr-deploy[ray,cpu] (or
-    gpu) is installed. Several nodes need --host 0.0.0.0. Let nobody else reach Ray's own ports: whoever does runs code.
+    gpu) is installed. Several nodes need --host 0.0.0.0. Protect Ray's own ports: whoever reaches them can run code.
 
     \b
     Example:

@@ -65,7 +65,7 @@ def command(bundle: Path | None, as_json: bool) -> None:
 
 
 def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]:
-    """Rows (backend, precisions, state) for states by (backend, precision): a state that several share is said once."""
+    """Rows (backend, precisions, state) for states by (backend, precision): rows with the same state are merged."""
     precisions: dict[tuple[str, str], list[str]] = {}
     for (backend, precision), state in states.items():
         precisions.setdefault((backend, state), []).append(precision)

@@ -47,7 +47,7 @@ def command(
     --plots measures a training run's or a checkpoint's network anew, on test images, and draws the potentials of every
     layer, step and channel beside the Gaussians of Theorem 1 and the surrogate's window.
 
-    --flips says for every layer of a bundle's other precisions: which share of the spikes differs from fp32 (flips),
+    --flips shows for every layer of a bundle's other precisions which share of the spikes differs from fp32 (flips),
     how far potentials moved, and how densely they lie at the threshold. A flip upstream causes flips downstream; `by
     its own rounding` are those of a layer that is given the spikes of fp32. An image's drift begins in the first layer
     with a flip. With --plots it is drawn too.

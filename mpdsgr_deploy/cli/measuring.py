@@ -33,7 +33,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Measuring:
-    """What these options say."""
+    """The values of the options that measuring commands share."""
 
     seeds: str | None
     jobs: int

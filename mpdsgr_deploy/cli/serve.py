@@ -24,7 +24,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the networks.")
 @click.option("--settings", type=FILE, help="TOML file with limits; serve/settings.toml has them all.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
-@click.option("--api-key-file", type=FILE, help="Keys that clients must send, one a line; read again when it changes.")
+@click.option(
+    "--api-key-file", type=FILE, help="Keys that clients must send, one per line; read again when it changes."
+)
 @click.option("--tls-certificate", type=FILE, help="PEM file; with --tls-key.")
 @click.option("--tls-key", type=FILE, help="PEM file; with --tls-certificate.")
 @click.option("--tls-client-ca", type=FILE, help="PEM file of who signs the certificates that clients must show.")

@@ -31,7 +31,7 @@ from mpdsgr_deploy.validation.writing import claim_report, write_report
 @click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the rules.  [default: the recipe's]")
 @click.option("--data", help="Data set whose test images are used.  [default: the images in the bundle]")
 @click.option("--root", help="Where the data set lies, whose images are then used.")
-@click.option("--limit", type=click.IntRange(1), help="Use the first so many test images.  [default: the tier's]")
+@click.option("--limit", type=click.IntRange(1), help="Use the first N test images only.  [default: the tier's]")
 @click.option("--transfer", type=click.Path(path_type=Path), help="Bundle or checkpoint to attack from too.")
 @click.option(
     "--report",
@@ -102,7 +102,10 @@ def command(
 
 
 def rebuilding(asked: bool | None) -> Rebuild | None:
-    """What exports again, where torch is installed, unless `asked` says otherwise. Raises InputError without torch."""
+    """The function that exports again; None where torch is missing, or if `asked` is False.
+
+    Raises InputError if `asked` is True and torch is missing.
+    """
     if asked is False or (asked is None and importlib.util.find_spec("torch") is None):
         return None
     need("torch", "train")

@@ -27,7 +27,7 @@ def to_device(images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes take at most half of a GPU's free memory; the rest is for training."""
+    """Whether `size` bytes fit into half of a GPU's free memory; the rest is for training."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] / 2
 
 

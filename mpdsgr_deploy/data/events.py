@@ -16,7 +16,7 @@ from mpdsgr_deploy.errors import InputError
 RECORDINGS = ".bin"
 SIDE = 34  # pixels
 RECORD = 5  # bytes
-# A record of this y is no event: the camera's clock has wrapped, what follows is later by this much, as in the readers
+# A record with this y is not an event: the camera's clock has wrapped, and later times grow by this much, as in readers
 # the data set's authors give out. The 23 bits alone last 8.4 s and so do not wrap within a recording of 0.3 s.
 WRAPPED, CLOCK = 240, 2**13
 # Counts above this are cut: few pixels fire more often within a frame, and one that flickers must not set the scale.
@@ -43,7 +43,7 @@ def read_events(path: Path) -> Events:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if len(data) % RECORD:
-        raise InputError(f"{path} is cut off: its {len(data)} bytes are no multiple of {RECORD}; copy it again")
+        raise InputError(f"{path} is cut off: its {len(data)} bytes are not a multiple of {RECORD}; copy it again")
     x, y, high, middle, low = np.frombuffer(data, np.uint8).reshape(-1, RECORD).T.astype(np.int64)
     t = (high & 0x7F) << 16 | middle << 8 | low
     wraps = y == WRAPPED
@@ -54,7 +54,7 @@ def read_events(path: Path) -> Events:
     if max(events.x.max(), events.y.max()) >= SIDE:
         raise InputError(
             f"{path} has an event at x = {events.x.max()} or y = {events.y.max()}, outside {SIDE}x{SIDE} pixels; "
-            f"it is no N-MNIST recording"
+            f"it is not an N-MNIST recording"
         )
     return events
 

@@ -20,7 +20,7 @@ def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
 
     Transparent pixels are laid on white, as viewers and browsers show them.
 
-    Raises InputError for a file that is no image.
+    Raises InputError for a file that is not an image.
     """
     channels, height, width = shape
     try:

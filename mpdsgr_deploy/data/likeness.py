@@ -1,4 +1,4 @@
-"""Whether images look like those a network was trained on, as far as the mean and the spread of their pixels tell.
+"""Whether images look like those a network was trained on, judged by the mean and the spread of their pixels.
 
 Inverted digits, pixels in 0..1 that were meant to be 0..255, or another colour order get confident nonsense from a
 classifier. Mean and standard deviation of the training images are in every network, to normalise its input by.
@@ -14,7 +14,7 @@ from mpdsgr_deploy.schema import Number, Positive
 
 SAMPLE, GRID = 1024, 32  # images that are looked at, and about how many rows and columns of pixels of each
 # A network's training images are spread around their mean by `std` over all pixels; the mean of a single image by less
-# than that, so that the mean of n images further off than SHIFT + CHANCE / sqrt(n) is no chance.
+# than that, so a mean of n images that is further off than SHIFT + CHANCE / sqrt(n) is significant.
 SHIFT, CHANCE = 0.5, 1.5
 SPREAD, ENOUGH = 2.5, 8  # factor by which the spread may differ, once so many images are known
 
@@ -29,7 +29,7 @@ class PixelStatistics(BaseModel):
 
 
 class Likeness:
-    """Compares images with `trained`, batch after batch; `warning` says what is unlike, None: nothing."""
+    """Compares images with `trained`, batch after batch; `warning` describes a difference, or is None."""
 
     def __init__(self, trained: PixelStatistics) -> None:
         self._trained = trained

@@ -74,7 +74,7 @@ def reference_accuracies(run: str, recipe: Recipe) -> list[float]:
     """
     last = Path(run) / "last"
     if not (last / FILE).is_file():
-        raise InputError(f"defence.mpd-sgr.reference: {run} is no training run; train one there first, without defence")
+        raise InputError(f"defence.mpd-sgr.reference: {run} is not a training run; train it first, without defence")
     checkpoint = load_checkpoint(last)
     if "mpd-sgr" in checkpoint.recipe.defence:
         raise InputError(f"defence.mpd-sgr.reference: {run} has mpd-sgr itself; train one without")

@@ -16,7 +16,7 @@ from mpdsgr_deploy.snn import LIF, DerivedLIF
 
 
 class FEELSettings(Section):
-    """What every leak starts at, whatever neuron.tau; 1 is the authors'."""
+    """The initial value of every leak, independent of neuron.tau; the authors use 1."""
 
     init: NonNegative = 1.0
 

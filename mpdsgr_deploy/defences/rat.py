@@ -19,7 +19,7 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import Positive, Section
 
-SAMPLED_FROM, SHARE = 200, 0.3  # a linear layer of so many rows or more moves only this share of them at a step
+SAMPLED_FROM, SHARE = 200, 0.3  # a linear layer with at least this many rows moves only this share of them per step
 
 
 class RetractionSettings(Section):

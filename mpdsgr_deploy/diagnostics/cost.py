@@ -23,9 +23,9 @@ class Macs(NamedTuple):
 
 
 def parameters(network: onnx.ModelProto) -> int:
-    """How many numbers the tensors hold, each counted once in whatever precision: weights, biases, constants.
+    """How many numbers (weights, biases, constants) the tensors hold, in any precision.
 
-    Scales and zero points of quantised weights are no numbers of the network, shapes and single constants neither.
+    Scales and zero points of quantised weights, shapes and single constants are not counted.
     """
     quantising = [node for node in network.graph.node if node.op_type in QUANTISING]
     scales = {name for node in quantising for name in node.input[1:]}
@@ -56,7 +56,7 @@ def _shapes(network: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     one.CopyFrom(network)
     for value in (*one.graph.input, *one.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
-    del one.graph.value_info[:]  # they speak of any batch
+    del one.graph.value_info[:]  # they describe a batch of any size
     graph = onnx.shape_inference.infer_shapes(one, strict_mode=True, data_prop=True).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.output):

@@ -23,7 +23,7 @@ class Distribution(NamedTuple):
 
     `counts` [T, C, bins] are potentials in [edges[i], edges[i + 1]), of `size` in each (step, channel); `firing_rate`
     and `in_window` (|U - V_th| < half-width) [T, C] are counted over all of them. `theorem` is None for a layer
-    Theorem 1 does not speak of, `scale` (mean |lambda|) without tdBN.
+    that Theorem 1 does not describe, `scale` (mean |lambda|) without tdBN.
     """
 
     layer: str

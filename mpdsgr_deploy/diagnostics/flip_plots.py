@@ -29,7 +29,7 @@ def plot_flips(variants: Sequence[SpikeFlips], out: Path) -> None:
 
 
 def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
-    """Flip rate against layer, one panel a precision and one line a step; dashed: each layer's own rounding."""
+    """Flip rate by layer, one panel per precision and one line per step; dashed: flips by each layer's own rounding."""
     layers = variants[0].layers()
     T = len(variants[0].steps) // len(layers)
     width = max(ENTRY * 2, 1.5 + len(variants) * max(3.2, 0.55 * len(layers)))

@@ -124,7 +124,7 @@ def compare_spikes(
 
 
 class _Counter:
-    """Adds up, over batches, what one variant does otherwise than float32."""
+    """Adds up, over batches, where one variant differs from float32."""
 
     def __init__(self, steps: list[str], v_threshold: float) -> None:
         self.steps, self.v_threshold, self.n = steps, v_threshold, 0

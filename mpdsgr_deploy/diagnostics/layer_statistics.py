@@ -7,7 +7,7 @@ from typing import NamedTuple
 SILENT_RATE = 0.01
 # Some channels are silent in any trained network, more so in wide layers; half of them is a layer half as wide.
 SILENT_CHANNELS = 0.5
-# A neuron that fires at nearly every step says as little as one that never does.
+# A neuron that fires at nearly every step carries as little information as one that never fires.
 SATURATED_RATE = 0.9
 # lambda starts at 1. At twice that the potentials spread twice as far and about half as many lie in the same window.
 INFLATED_SCALE = 2.0
@@ -18,9 +18,9 @@ THEOREM_GAP = 0.15
 class LayerStatistics(NamedTuple):
     """How one layer's membrane stands to the surrogate's window, over all its neurons, steps and images.
 
-    `firing_rate` and `in_window` (|U - V_th| < half-width) are counted; the two Omegas are what the estimators
-    believe `in_window` to be; `scale` is the mean |lambda|. Those that need tdBN are None
-    without it. `silent_channels` is the share of channels that never fired; None in runs of before it was counted.
+    `firing_rate` and `in_window` (|U - V_th| < half-width) are counted; the two Omegas are what the estimators believe
+    `in_window` to be; `scale` is the mean |lambda|. Those that need tdBN are None without it. `silent_channels` is the
+    share of channels that never fired; None in runs recorded before it was counted.
     """
 
     layer: str
@@ -63,7 +63,7 @@ CONCERNS = (
         lambda s: s.scale,
         lambda scale: scale > INFLATED_SCALE,
         f"mean |lambda| above {INFLATED_SCALE:g}, from 1 at the start: against such potentials the surrogate is "
-        "narrower, which masks gradients and is no robustness; attack with wider surrogates, lower the regulariser's "
+        "narrower, which masks gradients and is not robustness; attack with wider surrogates, lower the regulariser's "
         "weight, raise weight decay",
     ),
     Concern(
@@ -91,6 +91,6 @@ def warnings_of(statistics: Sequence[LayerStatistics], before: Iterable[LayerSta
 
 
 def worried(concern: Concern, statistics: Iterable[LayerStatistics]) -> dict[str, float]:
-    """The layers that have a concern, and the value that says so."""
+    """The layers that have a concern, with the value that raises it."""
     values = {layer.layer: concern.value(layer) for layer in statistics}
     return {layer: value for layer, value in values.items() if value is not None and concern.worries(value)}

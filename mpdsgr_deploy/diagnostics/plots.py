@@ -95,7 +95,10 @@ def height(layer: Distribution) -> float:
 
 
 def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> None:
-    """One panel a step: histogram, both Gaussians, the window. channel: one of them; None: the mean of all."""
+    """One panel per step: histogram, both Gaussians, the window.
+
+    channel: its index; None: the mean over all channels.
+    """
     chosen = slice(None) if channel is None else slice(channel, channel + 1)
 
     def mean(values: Tensor) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ class Table(NamedTuple):
 
 
 def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
-    """One row a layer, with everything that was measured on the images `where`."""
+    """One row per layer, with everything that was measured on the images that `where` describes."""
     columns = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
     rows: list[list[object]] = [
         [f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in statistics
@@ -25,7 +25,7 @@ def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
 
 
 def flip_table(flips: SpikeFlips, precisions: Mapping[str, str], where: str) -> Table:
-    """One row a layer of a variant, its steps averaged; precisions: what each layer's product is computed in."""
+    """One row per layer of a variant, averaged over steps. precisions: in which each layer's product is computed."""
     rows: list[dict[str, object]] = []
     for layer in flips.layers():
         steps = [step for step in flips.steps if step.layer == layer]

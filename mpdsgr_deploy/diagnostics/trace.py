@@ -20,7 +20,7 @@ from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.half import rounded_as_written
 
 GIVEN = "given/"  # given/LAYER/t takes the place of spikes/LAYER/t
-BATCH = 8  # every potential of every layer and step is kept for so many images at a time
+BATCH = 8  # images per batch: all potentials of all layers and steps are held in memory
 
 Steps = dict[str, NDArray[np.float32]]
 

@@ -103,7 +103,7 @@ class Difference(NamedTuple):
     """Points of accuracy that a row has more than another on the same images and seeds.
 
     mean over the seeds both have, with a 95 % interval for the choice of images; None if neither gets any image right,
-    which says nothing of the images not tried. seeds: the difference of each.
+    which proves nothing about other images. seeds: the difference of each seed.
     """
 
     mean: float
@@ -128,7 +128,7 @@ def difference(records: list[Record], others: list[Record], condition: str) -> D
 def paired(records: list[Record], others: list[Record], condition: str) -> tuple[NDArray[np.float64], bool]:
     """Points that `records` have more than `others` by common seed and image, [seeds, n] in -100, 0, 100.
 
-    And whether either gets any image right: if not, they say nothing of the images not tried.
+    And whether either gets any image right: if neither does, that proves nothing about other images.
     """
     ours, theirs = ({r.seed: r.attacked.verdicts(condition) for r in rows} for rows in (records, others))
     common = sorted(ours.keys() & theirs.keys())

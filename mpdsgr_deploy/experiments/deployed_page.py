@@ -50,7 +50,7 @@ def ranking(table: TableSpec, measured: Measured, group: Measured) -> str:
 
 
 def complete(records: list[Record]) -> bool:
-    """Whether no evaluation of a row ended early: an attack it was spared says nothing."""
+    """Whether all evaluations of a row ran to the end; the others lack attacks and are not ranked."""
     return all(artefact.stopped is None for record in records for artefact in record.artefacts.values())
 
 
@@ -100,7 +100,7 @@ def flips(first: Sequence[AttackedExport], others: Sequence[AttackedExport], con
 
 
 def refusals(measured: Measured) -> list[tuple[str, int, str, str]]:
-    """Row, seed, precision and reason where a gate refused, or a check says that nothing is proved."""
+    """Row, seed, precision and reason of every gate that failed or evaluation that was invalid."""
     return [
         (title, record.seed, precision, reason)
         for title, records in measured.items()

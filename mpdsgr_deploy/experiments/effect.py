@@ -78,11 +78,11 @@ def student_quantile(freedom: int) -> float:
 
 
 def verdict(records: list[Record], baseline: list[Record]) -> str:
-    """What the intervals say.
+    """The verdict that the intervals allow.
 
     helps: more images survive every attack. hurts: fewer do. masks: no more do, more survive PGD in the paper's
     setting, and the difference between the two is significant. undecided: none of these, or a single seed, which says
-    nothing of how seeds differ.
+    nothing about the spread between seeds.
     """
     union, paper = (effect(records, baseline, condition) for condition in (WORST, PGD))
     if union is None or paper is None or len(common_seeds(records, baseline)) < 2:

@@ -1,8 +1,8 @@
 """What makes a network robust or not: perturbations of growing size, and the factors of its surrogate gradient.
 
-A network meets random and adversarial steps of growing size; `sensitivity.py` says what is compared. And for each layer
-the factors that MPD-SGR (arXiv 2511.12199) bounds the surrogate gradient with, measured so that their product is an
-estimate of it and no bound:
+A network meets random and adversarial steps of growing size; `sensitivity.py` defines what is compared. And for each
+layer the factors that MPD-SGR (arXiv 2511.12199) bounds the surrogate gradient with, measured so that their product is
+an estimate of it and no bound:
 
 leak        sum of tau^k over T steps: what a potential remembers of its currents, without resets
 weights     largest singular value of the map from the layer's input to its current, normalisation included

@@ -40,7 +40,7 @@ class PrecisionFlips(BaseModel):
 
 
 class FlipRecord(BaseModel):
-    """One trained network: `checkpoint` says which of the run's, `n` is the number of test images."""
+    """One trained network: `checkpoint`: "last" or "best" of the run; `n`: the number of test images."""
 
     schema_version: int = SCHEMA_VERSION
     table: str

@@ -140,7 +140,7 @@ def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, M
 
 
 def die_on_interrupt() -> None:
-    """Let Ctrl-C end a worker; the parent says and does what is to be."""
+    """Let Ctrl-C end a worker silently; the parent process reports it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

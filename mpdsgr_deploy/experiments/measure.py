@@ -32,7 +32,7 @@ from mpdsgr_deploy.validation.evaluate import evaluate
 from mpdsgr_deploy.validation.report import Report
 
 CHECKPOINT = "last"
-LOOKED_AT = 500  # at most so many of the test images, for what explains the accuracies
+LOOKED_AT = 500  # at most this many test images are used to explain the accuracies
 EVALUATION = {"attack", "validation"}  # sections of a recipe that training does not depend on
 UNRECORDED = {"epoch", "layers", "peak_mib", "score"}  # of the training history
 MEMBRANE_RANGE = (-4.5, 3.5)  # of U - V_th in a record: what the page draws
@@ -133,7 +133,7 @@ def measure(run: Run) -> Record:
 
 
 def started_from(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What a record says of the checkpoint whose weights training started from."""
+    """How a record names the checkpoint whose weights training started from."""
     return checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")}
 
 

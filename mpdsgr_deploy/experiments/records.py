@@ -25,7 +25,7 @@ Bools = NDArray[np.bool_]
 
 
 class PackedVerdicts(BaseModel):
-    """One condition: `settings` says how it attacks; `right` has a bit for each image, packed, in base64."""
+    """One condition: `settings` describes the attack; `right` has a bit for each image, packed, in base64."""
 
     settings: str
     right: str
@@ -202,7 +202,7 @@ def outdated(record: Record, table: TableSpec) -> str | None:
     return None
 
 
-Measured = dict[str, list[Record]]  # row -> its records, one a seed; a row that was not measured is not in it
+Measured = dict[str, list[Record]]  # row -> its records, one per seed; without rows that were not measured
 
 
 def load_measured(table: TableSpec, folder: Path) -> Measured:
@@ -211,7 +211,7 @@ def load_measured(table: TableSpec, folder: Path) -> Measured:
     by_row: Measured = {}
     for (row, _), record in sorted(records_of(folder).items()):
         try:
-            reason = outdated(record, table) if row in known else f"{row} is no row of the table"
+            reason = outdated(record, table) if row in known else f"{row} is not a row of the table"
         except InputError as error:
             reason = f"{row}, seed {record.seed}: {error}"
         if reason is None:

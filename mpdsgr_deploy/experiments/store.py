@@ -1,4 +1,4 @@
-"""Records in a JSON-lines file, one a line, written by a key. Several processes may write into one file."""
+"""Records in a JSON-lines file, one per line, replaced by key. Several processes may write into one file."""
 
 import fcntl
 import json
@@ -20,7 +20,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def rounded(value: Any) -> Any:
-    """A JSON-ready value with its floats rounded to so many significant digits."""
+    """A JSON-ready value with its floats rounded to DIGITS significant digits."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -36,7 +36,7 @@ class Setting(Section):
 class Study(Section):
     """Every setting with every method of it. The first method is the baseline, the first setting the base setting.
 
-    `set` changes all recipes. What a setting says of `defence.NAME` concerns its methods that have this defence, or
+    `set` changes all recipes. What a setting changes in `defence.NAME` concerns its methods that have this defence, or
     gives it to all if none has. A setting without the baseline shares the base's. With several seeds, each network is
     also attacked with the images that fool the baseline's network of the next seed.
     """

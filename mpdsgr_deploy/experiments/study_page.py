@@ -14,8 +14,8 @@ from mpdsgr_deploy.experiments.study import PREFIX, Study
 from mpdsgr_deploy.files import write_atomic
 
 PAGE, EFFECTS, DOSE, FRONT = "README.md", "effects.png", "dose.png", "front.png"
-MORE, LESS = 2.0, 1.0  # points: under all attacks at least so many more, clean at most so many fewer
-ENOUGH = 12  # pairs that a correlation says something of
+MORE, LESS = 2.0, 1.0  # points of accuracy: the least gain under all attacks, the largest loss on clean images
+ENOUGH = 12  # the fewest pairs for which a correlation is computed
 
 
 def write_page(name: str, study: Study, folder: Path) -> Path:

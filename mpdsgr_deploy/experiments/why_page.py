@@ -27,7 +27,7 @@ DRAWN = {
     "density": "of it, density: sparser spikes",
     "filter": "of it, the filters",
 }
-Networks = dict[str, list[Explained]]  # row -> its networks, one a seed
+Networks = dict[str, list[Explained]]  # row -> its networks, one per seed
 
 
 def load_networks(study: Study, folder: Path) -> Networks:
@@ -79,7 +79,7 @@ def sources(networks: list[Explained]) -> str:
 
 
 def by_size(networks: list[Explained], value: Callable[[dict[str, Any]], float]) -> dict[float, float]:
-    """Means over seeds by eps; a network that got nothing right says nothing."""
+    """Means over seeds by eps, without networks that classify no image correctly."""
     values: dict[float, list[float]] = {}
     for network in networks:
         for size in network.sizes:

@@ -80,7 +80,7 @@ def export(
     asked = choose("tier", TIERS, tier).images
     images = _test_images(checkpoint, root, limit)
     if images is None and max_drop is not None:
-        raise InputError("--max-drop needs the data set's test images; say with --root where they are")
+        raise InputError("--max-drop needs the data set's test images; give their folder with --root")
     inputs = _probe(images, checkpoint.shape)
     reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
     graph = to_graph(simplify(model), checkpoint.shape)
@@ -153,7 +153,9 @@ def _with_attack(variant: Variant, precision: str, folder: Path, recipe: Recipe)
 def _promise(
     model: TorchModel, recipe: Recipe, images: Images, tier: str, variants: dict[str, Variant], folder: Path
 ) -> Promise:
-    """Write the reference: torch's verdicts and logits, and logits of what every machine computes alike."""
+    """Write the reference: torch's verdicts and logits, and logits of the precisions that every machine computes
+    equally.
+    """
     promise, reference = measure(model, recipe, images, tier)
     logits = dict(reference.logits)
     for name, variant in variants.items():

@@ -83,7 +83,8 @@ def export_module(
 def find_module(name: str) -> nn.Module:
     """The module that "package.module:attribute" names: itself, or what that function returns without arguments.
 
-    Modules of the working directory are found too. Raises InputError for what cannot be imported and for no module.
+    Modules of the working directory are found too. Raises InputError for what cannot be imported and for what is not a
+    torch module.
     """
     package, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:

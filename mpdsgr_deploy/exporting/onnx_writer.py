@@ -63,7 +63,7 @@ def save(network: ir.Model, path: Path) -> None:
 
 
 def _name(network: ir.Model, model: SpikingNet) -> None:
-    """Give nodes and values the names that `to_graph` promises, from the modules the exporter says they come from."""
+    """Give nodes and values the names that `to_graph` promises, from the torch modules that the exporter noted."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SpikingLayer)}
     neurons = {f"{path}.neuron": layer.name for path, layer in layers.items()}
     synapses = {f"{path}.synapse": layer.name for path, layer in layers.items()}

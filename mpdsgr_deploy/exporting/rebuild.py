@@ -54,7 +54,7 @@ def other_writers(bundle: Bundle) -> list[str]:
 
 
 def check_rebuilt(bundle: Bundle) -> list[str]:
-    """What `rebuild_faults` says.
+    """The result of `rebuild_faults`.
 
     Raises InputError for a bundle without weights, and where both files and the packages that write them differ.
     """

@@ -19,7 +19,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 
-FINER = {"fp16": "fp32", "int8": "fp16", "fp8": "fp16"}  # where a layer goes back to
+FINER = {"fp16": "fp32", "int8": "fp16", "fp8": "fp16"}  # the next finer precision of a layer
 Answers = dict[str, NDArray[np.float32]]  # logits [N, K] of the clean and of the attacked images
 
 
@@ -41,7 +41,8 @@ class Trial:
         self._exact = self._answers("fp32", plan(graph, "fp32"))
 
     def variant(self, precision: str, max_drop: float | None) -> Variant:
-        """Write the variant, with layers in a finer precision where max_drop asks for it, and say what it is.
+        """Write the variant, with layers in a finer precision where max_drop asks for it, and return its entry for the
+        manifest.
 
         Raises EvaluationError if no choice of layers keeps the loss of accuracy within max_drop.
         """

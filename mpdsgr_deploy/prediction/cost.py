@@ -21,8 +21,8 @@ class Cost(NamedTuple):
     """What was measured with one backend, precision and batch.
 
     latency_ms, latency_p95_ms: median and 95th percentile of a batch; memory_mib: resident memory of the process while
-    it ran; joules: of the processor packages, per image, None where the machine does not tell. error: why nothing was
-    measured, else empty.
+    it ran; joules: of the processor packages, per image, None where the machine does not report it. error: why nothing
+    was measured, else empty.
     """
 
     backend: str
@@ -47,7 +47,10 @@ class Estimate(NamedTuple):
 def measure_costs(
     bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int], *, seconds: float
 ) -> list[Cost]:
-    """Every combination, `seconds` each, on the bundle's golden inputs. One that cannot run says why in its error."""
+    """Every combination, `seconds` each, on the bundle's golden inputs.
+
+    The `error` of a combination that cannot run gives the reason.
+    """
     combinations = [(b, p, n) for b in backends for p in precisions for n in batches]
     return [_measured(bundle, *combination, seconds) for combination in track(combinations, "measuring")]
 

@@ -28,12 +28,12 @@ class Chunk(NamedTuple):
 
 
 class Partial:
-    """A file of logits, a record a batch. A context manager; a file without a record is removed at its end.
+    """A file of logits, one record per batch. A context manager that removes a file without records at its end.
 
         MAGIC, sha256 of the settings
         logits float32 [B, K], sha256 of (the digest before, the stamp of the batch, the logits)     for every batch
 
-    The chain of digests tells how far the file is whole and still belongs to inputs and settings: a record that is
+    The chain of digests shows how much of the file is whole and still belongs to inputs and settings: a record that is
     torn or damaged, or whose image was changed since, is dropped with all that follow it.
 
     Raises InputError if the file cannot be written, is not ours, or is being written by another process.
@@ -94,7 +94,7 @@ class Partial:
             yield Chunk(batch.names(), np.frombuffer(data, "<f4").reshape(len(batch), self._classes))
 
     def finish(self) -> None:
-        """The output is in its place: the file goes at the end of the block."""
+        """Record that the output has been written, so that the file is removed at the end of the block."""
         self._finished = True
 
     def _next(self, batch: InputBatch, data: bytes) -> bytes:

@@ -75,9 +75,10 @@ class Worker(NamedTuple):
 
 @contextmanager
 def started(worker: Worker, processes: int) -> Iterator[Submit]:
-    """Hand batches to the worker in this process (1) or to so many processes. What is not begun at the end is dropped.
+    """Hand batches to the worker in this process (1) or to `processes` new ones.
 
-    Of several processes each sees one GPU, in turn, of those in CUDA_VISIBLE_DEVICES or of all there are. Raises
+    Batches that have not started when the block ends are dropped. Each of several processes sees one GPU, in turn, of
+    those in CUDA_VISIBLE_DEVICES or of all there are. Raises
     InputError if a process dies.
     """
     with ExitStack() as stack:

@@ -58,7 +58,7 @@ def write_jsonl(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top:
 
 
 def write_parquet(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top: int) -> None:
-    """The columns `headings`: strings, and float32 probabilities. Bytes of names that are no UTF-8 become U+FFFD."""
+    """The columns `headings`: strings, and float32 probabilities. Bytes of names that are not UTF-8 become U+FFFD."""
     arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
     scores = [(f"label{rank}", arrow.string()) for rank in _ranks(top)]
     fields = dict([("input", arrow.string()), *scores])
@@ -106,7 +106,7 @@ def find_writer(suffix: str, labels: tuple[str, ...], top: int) -> Writer:
     if suffix not in FORMATS:
         raise InputError(f"the name of the output must end in one of {', '.join(FORMATS)}, not in {suffix!r}")
     if top > len(labels):
-        raise InputError(f"--top {top}: the network tells only {len(labels)} classes apart")
+        raise InputError(f"--top {top}: the network has only {len(labels)} classes")
     if suffix == ".npz":
         if top > 1:
             raise InputError("--top has no effect on .npz, which holds the logits of all classes; leave it out")

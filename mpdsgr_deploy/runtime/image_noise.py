@@ -11,9 +11,9 @@ distributions may change with its version). Uniform draws are exact; normal ones
 rejections, so that another machine's logarithm moves one by a rounding at most, never the ones behind it. A CPU core
 makes a uniform draw in some 6 ns and a normal one in 40 ns: 0.15 and 1 ms for T = 8 steps of a 3x32x32 image.
 
-The seed is the defender's secret. Who knows it knows the noise of every image, and attacks a deterministic network;
-what is evaluated is an attacker without it, who averages over other draws (EOT). The price of being a function: an
-image that once came through always does, and who may ask about many near copies of it may find one.
+The seed is the defender's secret. An attacker who knows it knows the noise of every image and attacks a deterministic
+network; what is evaluated is an attacker without it, who averages over other draws (EOT). The cost of being a function:
+an image that once came through always does, and who may ask about many near copies of it may find one.
 """
 
 from collections.abc import Mapping, Sequence

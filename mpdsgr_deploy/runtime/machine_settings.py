@@ -12,9 +12,9 @@ PACKAGES = {"openvino": "openvino", "onnxruntime-cpu": "onnxruntime"}  # the bac
 
 
 class RuntimeSettings(Section):
-    """threads: of one inference; None: one a core. chunk: images computed at once, of a batch; None: the backend's own.
+    """threads: for one inference; None: one per core. chunk: images computed at once; None: the backend's own choice.
 
-    milliseconds: what a batch of so many images took when these were chosen; for people.
+    milliseconds: by batch size, the time that was measured when these settings were chosen; shown to people only.
     """
 
     threads: Count | None = None

@@ -19,7 +19,7 @@ class OnnxRuntime:
     model: the file, or its content, which messages then call `source`. provider: an onnxruntime execution provider;
     InputError if this machine cannot run it. noise: for a stochastic network the source of its noise inputs; InputError
     if it does not fit them. settings: threads of the CPU provider, and how many images are computed at once; by default
-    one a core, and all of a batch.
+    one thread per core, and the whole batch.
     """
 
     def __init__(

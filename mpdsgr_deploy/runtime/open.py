@@ -32,7 +32,7 @@ def _onnxruntime_gpu(bundle: Bundle, precision: str, noise: NoiseSource, *, prov
 
 def _openvino(bundle: Bundle, precision: str, noise: NoiseSource) -> OpenVino:
     if "fp16" in bundle.manifest.variants[precision].layers.values():
-        log.info("openvino computes float16 in float32; onnxruntime-cpu rounds it as the network says")
+        log.info("openvino computes float16 in float32; onnxruntime-cpu rounds as the network does")
     return OpenVino(bundle.variant(precision), noise, settings=prepared_settings(bundle, "openvino", precision))
 
 

@@ -24,7 +24,11 @@ from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 
 CHUNK = 8  # images; about as fast as any larger batch, and its activations stay small
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}  # nothing below what the graph says
+# never a lower precision than that of the graph
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "EXECUTION_MODE_HINT": "ACCURACY",
+}  # never a lower precision than the graph's
 
 
 class OpenVino:
@@ -115,7 +119,7 @@ def unsigned(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def reason(error: Exception) -> str:
-    """What OpenVINO says, in one line and without the places in its own source it came from."""
+    """OpenVINO's error message on one line, without references to its source code."""
     lines = [line.strip() for line in str(error).splitlines()]
     sentences = [
         line for line in lines if line and not line.startswith(("Exception from", "Check ", "FrontEnd API", "To fac"))

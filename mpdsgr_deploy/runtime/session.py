@@ -69,7 +69,7 @@ class Session:
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Fresh arrays. Inputs and outputs are bound where the provider computes: one copy to it and one back."""
-        binding = self._session.io_binding()  # one a call: it is what makes sharing between threads safe
+        binding = self._session.io_binding()  # one per call, so that threads can share the session
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._value(np.asarray(array, order="C"), self._device))
         for name in outputs:
@@ -90,14 +90,18 @@ def preload_libraries(ort: Any) -> None:
 
     What is missing is said by the provider itself, when it does not load.
     """
-    with redirect_stdout(io.StringIO()), suppress(RuntimeError, OSError):  # what it prints is no line of ours
+    # what onnxruntime prints here is not part of our output
+    with (
+        redirect_stdout(io.StringIO()),
+        suppress(RuntimeError, OSError),
+    ):  # its printed messages are not part of our output
         getattr(ort, "preload_dlls", lambda: None)()
 
 
 def usual_threads() -> int:
-    """As many as OMP_NUM_THREADS says, which torch and BLAS obey and onnxruntime does not; 0, one a core, without it.
+    """The number in OMP_NUM_THREADS, which torch and BLAS obey but onnxruntime ignores; 0 (one per core) without it.
 
-    Two processes with a thread a core each would spend their time waiting for one another.
+    Two processes with one thread per core each would spend their time waiting for one another.
     """
     try:
         return max(0, int(os.environ.get("OMP_NUM_THREADS", "0")))

@@ -34,8 +34,9 @@ def tune(
 ) -> tuple[Bundle, Prepared]:
     """The bundle with the fastest settings of a backend for this machine, and these.
 
-    First the chunk, with a thread a core, then fewer threads; the fastest is the one with the smallest geometric mean
-    of its times over batches of 1, 8 and 32. Raises InputError for a `batch`: settings serve all of them.
+    First the chunk is chosen, with one thread per core, then fewer threads are tried; the fastest is the one with the
+    smallest geometric mean of its times over batches of 1, 8 and 32. Raises InputError for a `batch`: settings serve
+    all of them.
     """
     if batch is not None:
         raise InputError(f"{backend} needs no --batch: its settings are measured for all; leave it out")

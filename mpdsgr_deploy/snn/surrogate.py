@@ -26,7 +26,7 @@ class Surrogate(NamedTuple):
 
     derivative maps v = U - V_th of any shape to dO/dU of that shape; half_width is as of `SurrogateKind`. expected maps
     (mu, sigma) of any shape to the mean of `derivative` over N(mu, sigma^2); None where that is not known. parameter is
-    the width, for those who write the formula of that kind again; None where `name` is no kind.
+    the width, for those who write the formula of that kind again; None where `name` is not a kind.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Surrogate(NamedTuple):
 def make_surrogate(name: str, width: float | None = None) -> Surrogate:
     """The surrogate "KIND" or "KIND:WIDTH", or a kind with the width given beside it.
 
-    Raises InputError for an unknown name or width, and for the attackers' surrogates that are no derivative of v.
+    Raises InputError for an unknown name or width, and for the attackers' surrogates that are not a function of v.
     """
     kind, named, _ = parse_surrogate(name)
     if kind == STRAIGHT:

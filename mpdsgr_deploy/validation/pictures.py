@@ -13,7 +13,7 @@ from mpdsgr_deploy.validation.report import Example
 
 Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
-SIDE = 96  # pixels: smaller images are enlarged to at least so many
+SIDE = 96  # pixels: smaller images are enlarged to at least this side
 
 
 def examples(
@@ -64,7 +64,7 @@ def magnified(clean: Floats, attacked: Floats, eps: float | None) -> Floats:
 
 
 def picture(image: Floats) -> str:
-    """An image [C, H, W] in [0, 1] as a PNG file in base64; channels that are no colours are averaged."""
+    """An image [C, H, W] in [0, 1] as a PNG file in base64; other numbers of channels than 1 and 3 are averaged."""
     planes = image if len(image) in (1, 3) else image.mean(0, keepdims=True)
     pixels = np.round(255 * np.clip(planes, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
     drawn = Image.fromarray(pixels if len(planes) == 3 else pixels[..., 0])

@@ -35,7 +35,7 @@ class Reason(BaseModel):
 class EarlyStop(BaseModel):
     """An evaluation that ended before all attacks were made. after: the condition it ended under, None: before any.
 
-    The accuracy under all attacks is then an upper bound: at most so many images are left.
+    The accuracy under all attacks is then an upper bound.
     """
 
     model_config = ConfigDict(frozen=True)

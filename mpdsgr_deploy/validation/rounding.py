@@ -65,7 +65,7 @@ def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) 
     """Differences between a float32 network and its rounded form, other than the rounding of `layers` itself."""
     ours, theirs = resolve_nodes(exact), resolve_nodes(rounded)
     if [step.operator for step in ours] != [step.operator for step in theirs]:
-        yield f"it is no network of float32's {len(ours)} operators"
+        yield f"it does not have float32's {len(ours)} operators"
         return
     for one, other in zip(ours, theirs, strict=True):
         name, form = one.name, layers.get(one.name, "fp32") if one.operator[1] in PRODUCTS else "fp32"

@@ -80,7 +80,7 @@ def validate(
 
     gate: other rules than the recipe's. tier: how much is attacked; default: the gate's, else that of the reference.
     data, root: the data set's images instead of those in the bundle; limit: the
-    first so many. transfer: a bundle or checkpoint whose adversarial images are tried too. report_dir: where finished
+    first `limit`. transfer: a bundle or checkpoint whose adversarial images are tried too. report_dir: where finished
     batches are kept, so that the same call goes on after a kill. rebuild: compares the bundle with what its weights
     give (`exporting.rebuild.check_rebuilt`, which needs torch). The verdict is `invalid` if a health check failed,
     else `fail` if the gate refuses, else `pass`.

@@ -1,4 +1,4 @@
-"""Operators that treat every element alike, after broadcasting."""
+"""Derivatives of elementwise operators, with broadcasting."""
 
 from collections.abc import Callable, Sequence
 from math import pi, sqrt
@@ -64,7 +64,7 @@ def _pow(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> 
 
 
 def _same(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """A change of number format: the rounding of weights and exact activations is no function of the images."""
+    """A change of number format: the rounding of weights and exact activations does not depend on the images."""
     tape.give(node.input[0], only(cotangents))
 
 
@@ -83,7 +83,7 @@ def _quantize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]
 
 
 def _bounds(tape: Tape, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """The smallest and the largest value that does not saturate; None for formats that are no whole numbers."""
+    """The smallest and the largest value that does not saturate; None for formats that do not hold whole numbers."""
     scale = tape.array(node.input[1])
     zero = tape.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
     if scale is None or zero is None:

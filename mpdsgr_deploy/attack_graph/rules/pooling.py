@@ -145,7 +145,7 @@ def _resize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     x, y = tape.shape(node.input[0]), tape.shape(node.output[0])
     mode = attribute(node, "mode", b"nearest")
     if mode not in (b"nearest", b"linear") or attribute(node, "axes", ()) or x[:2] != y[:2]:
-        raise refuse(node, "is no resizing of height and width by nearest or linear interpolation")
+        raise refuse(node, "does not resize height and width by nearest or linear interpolation")
     sizes = zip(plane(tape, node, node.input[0]), plane(tape, node, node.output[0]), strict=True)
     cotangent, rank = only(cotangents), len(x)
     for axis, (old, new) in enumerate(sizes, 2):

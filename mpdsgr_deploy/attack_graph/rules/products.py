@@ -91,7 +91,7 @@ def _gemm(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
         raise refuse(node, "has weights that depend on the images")
     weights, turned = tape.float32(node.input[1]), attribute(node, "transB", 0)
     if attribute(node, "transA", 0):
-        raise refuse(node, "is no linear layer: transA")
+        raise refuse(node, "is not a linear layer: transA")
     alpha = attribute(node, "alpha", 1.0)
     scale = {} if alpha == 1.0 else {"alpha": alpha}
     tape.give(node.input[0], tape.emit("Gemm", only(cotangents), weights, transB=int(not turned), **scale))

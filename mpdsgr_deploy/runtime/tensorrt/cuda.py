@@ -1,6 +1,6 @@
 """What touches the GPU: an engine on one CUDA stream, through cuda-bindings. Without logic that a test could want.
 
-Not yet run on a GPU. What tests check without one: every CUDA call below exists and takes so many arguments.
+Not yet run on a GPU. Without one, tests check that every CUDA call below exists and takes as many arguments.
 """
 
 import ctypes

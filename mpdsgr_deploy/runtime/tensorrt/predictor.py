@@ -23,7 +23,7 @@ from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine
 
 Array = NDArray[np.float32]
 Noise = Callable[[Array], Mapping[str, Array]]
-STREAMS = 4  # at most so many threads run at the same time; each has its own activations
+STREAMS = 4  # the most threads that run at the same time; each has its own activations
 SIZES = 16  # of batches whose contexts and graphs a stream keeps
 
 

@@ -15,7 +15,7 @@ Floats = NDArray[np.float32]
 PROBE = 32  # images the artefact is asked about repeatedly
 ALONE = 8  # images it is asked about one by one
 EACH = 5  # images per class from which on every class must be there
-FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a linear readout has about one an image
+FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a linear readout has about one per image
 
 
 @health_check(
