@@ -1,7 +1,7 @@
 """Batches of images that live on the device as uint8: shuffled, augmented, scaled to [0, 1] there.
 
 All randomness comes from generators derived from (seed, purpose, counters), so epoch 7 is the same whether the run
-reached it in one go or was resumed, and on whichever device.
+reached it in one run or was resumed, on any device.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def shuffled_batches(count: int, batch_size: int, shuffle: torch.Generator) -> I
 def take(data: tuple[Tensor, Tensor], index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pixels uint8 [B, C, H, W] and classes [B] at `index`, on the device."""
     here = tuple(held[index.to(held.device)] for held in data)
-    if data[0].device.type == "cpu" != device.type:  # a copy from pinned memory need not be waited for
+    if data[0].device.type == "cpu" != device.type:  # a copy from pinned memory is asynchronous
         here = tuple(held.pin_memory() for held in here)
     pixels, classes = (held.to(device, non_blocking=True) for held in here)
     return pixels, classes

@@ -1,6 +1,6 @@
 """Event cameras: recordings in the file format of N-MNIST (Orchard et al., arXiv 1507.07629), binned to frames.
 
-A file is a sequence of records of 40 bits, big-endian, and nothing else:
+A file is a sequence of records of 40 bits, big-endian, without a header:
 
     x 8 bits | y 8 bits | polarity 1 bit (0 off, 1 on) | time 23 bits, in microseconds
 """
@@ -17,7 +17,7 @@ RECORDINGS = ".bin"
 SIDE = 34  # pixels
 RECORD = 5  # bytes
 # A record with this y is not an event: the camera's clock has wrapped, and later times grow by this much, as in readers
-# the data set's authors give out. The 23 bits alone last 8.4 s and so do not wrap within a recording of 0.3 s.
+# that the data set's authors publish. The 23 bits alone last 8.4 s and so do not wrap within a recording of 0.3 s.
 WRAPPED, CLOCK = 240, 2**13
 # Counts above this are cut: few pixels fire more often within a frame, and one that flickers must not set the scale.
 # A divisor of 255, so that every count is a whole number of grey levels.

@@ -1,4 +1,4 @@
-"""Walking folders of images, as torchvision's ImageFolder does: links are followed, what is passed over is counted."""
+"""Walking folders of images, as torchvision's ImageFolder does: it follows links, and counts what it passes over."""
 
 import os
 from collections import Counter

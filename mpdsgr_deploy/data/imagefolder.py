@@ -16,7 +16,7 @@ from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Data
 
-TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # of the test split's names the first that is there
+TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # the first of these names that exists is the test split
 
 
 def imagefolder(config: Data, train: bool) -> Images:

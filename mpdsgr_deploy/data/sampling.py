@@ -15,7 +15,7 @@ ORDER_SEED = 0
 def in_sampling_order(images: Images) -> Images:
     """The images unchanged where their classes are already mixed; else in `stratified_order`.
 
-    So digits, MNIST and CIFAR keep the order that everybody knows, and results on their first N images stay comparable.
+    So digits, MNIST and CIFAR keep their usual order, and results on their first N images stay comparable.
     """
     return images[stratified_order(images.classes)] if is_class_by_class(images.classes) else images
 

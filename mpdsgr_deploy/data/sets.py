@@ -36,7 +36,13 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
         dataset_class = getattr(need("torchvision.datasets", "train"), class_name)
         try:
             dataset = dataset_class(config.root, train=train)
-        except (RuntimeError, ValueError, AssertionError, EOFError, OSError):  # torchvision's for missing or damaged
+        except (
+            RuntimeError,
+            ValueError,
+            AssertionError,
+            EOFError,
+            OSError,
+        ):  # what torchvision raises for missing or damaged files
             advice = (
                 f"point data.root (or --root) to it, or fetch it with: "
                 f'python -c "import torchvision; torchvision.datasets.{class_name}({config.root!r}, download=True)"'

@@ -1,4 +1,4 @@
-"""Tiny-ImageNet: 200 classes of 500 training and 50 labelled validation images, 64x64 RGB, in its own layout.
+"""Tiny-ImageNet: 200 classes of 500 training and 50 labelled validation images, 64x64 RGB, as its archive has them.
 
     wnids.txt                       the classes' WordNet ids
     words.txt                       WNID <tab> words, of all WordNet ids

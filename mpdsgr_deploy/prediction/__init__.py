@@ -1,4 +1,4 @@
-"""Inputs of any size through a bundle to a file: read, inferred and written at once, and continued after a kill."""
+"""Predictions for inputs of any size, written to a file as they are made; a killed run continues where it stopped."""
 
 from mpdsgr_deploy.prediction.stream import Job
 

@@ -14,7 +14,7 @@ from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.runtime.open import open_predictor
 
 RAPL = Path("/sys/class/powercap")  # energy counters of the processor packages, in microjoules
-ROUNDS = 5  # batches at least, after the first one, which is not counted
+ROUNDS = 5  # the least number of batches that are timed, after a first one that is not
 
 
 class Cost(NamedTuple):
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """How long `images` take on one machine, and how many machines do them within the hours asked for."""
+    """How long `images` take on one machine, and how many machines are needed to finish within the given hours."""
 
     images: int
     hours: float

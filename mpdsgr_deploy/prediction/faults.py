@@ -22,7 +22,7 @@ def place_of_faults(out: Path) -> Path:
 
 
 class Faults:
-    """Leaves skipped images out of answers. reasons: by input, beginning with `unusable`; rows: images left out."""
+    """Removes skipped images from answers. reasons: by input, starting with `unusable`; rows: how many were removed."""
 
     def __init__(self, unusable: Mapping[str, str]) -> None:
         self.reasons, self.rows = dict(unusable), 0

@@ -39,7 +39,7 @@ class ImageSource(Protocol):
     def names(self, start: int, stop: int) -> list[str]: ...
     def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
     def stamp(self, start: int, stop: int) -> str:
-        """Changes when the files behind these images do."""
+        """A text that changes whenever the files behind these images do."""
         ...
 
     def close(self) -> None: ...
@@ -50,7 +50,7 @@ class ImageFiles:
 
     def __init__(self, files: list[str], shape: Shape) -> None:
         self.shape = shape
-        self._files = files  # strings: a million paths take a fraction of the memory so
+        self._files = files  # as strings, a million paths take a fraction of the memory
         self._decode = partial(read_image if _takes_images(shape) else read_frames, shape=shape)
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class ArrayFile:
 
 
 class Read(NamedTuple):
-    """Pixels [B, C, H, W] of a batch, and by position the reason why an image is none: its pixels are 0."""
+    """Pixels [B, C, H, W] of a batch, and by position why an image cannot be used; its pixels are 0."""
 
     pixels: Pixels
     faults: dict[int, str]
@@ -174,7 +174,7 @@ class InputBatch:
         return self.source.names(self.start, self.stop)
 
     def alone(self) -> "InputBatch":
-        """The same batch with no more of its source than it needs."""
+        """The same batch with only the part of its source that it needs."""
         source, start = self.source.part(self.start, self.stop)
         return InputBatch(source, start, start + len(self))
 
@@ -199,7 +199,7 @@ class InputBatch:
         return Read(pixels, faults)
 
     def stamp(self) -> str:
-        """Changes when the files behind the images do."""
+        """A text that changes whenever the files behind the images do."""
         return self.source.stamp(self.start, self.stop)
 
 

@@ -1,4 +1,4 @@
-"""Finished logits on disk, so that a run that was killed goes on where it stopped."""
+"""Finished logits on disk, so that a killed run continues where it stopped."""
 
 import hashlib
 import os
@@ -78,7 +78,7 @@ class Partial:
         return done
 
     def append(self, batch: InputBatch, logits: NDArray[np.float32]) -> None:
-        """Add the next batch. It outlives the process from here on."""
+        """Write the next batch to disk, where it survives the process."""
         data = np.ascontiguousarray(logits, "<f4").tobytes()
         self._digest = self._next(batch, data)
         with writing(self.path, KEPT):
@@ -106,6 +106,6 @@ class Partial:
     def __exit__(self, *exception: object) -> None:
         with suppress(OSError):
             if self._finished or os.fstat(self._file.fileno()).st_size <= len(self._head):
-                self.path.unlink()  # before the lock goes, so that it is never another process's file
-        with suppress(OSError):  # a disk that is full is so again when the last bytes are flushed
+                self.path.unlink()  # before the lock is released, so that it cannot be another process's file
+        with suppress(OSError):  # on a full disk, flushing the last bytes fails again
             self._file.close()

@@ -34,7 +34,7 @@ from mpdsgr_deploy.prediction.writers import find_writer
 from mpdsgr_deploy.progress import log, meter
 
 JOB, SUCCESS = "_job.json", "_SUCCESS"
-PART = 32  # batches in a file
+PART = 32  # batches per file
 
 
 class Resources(NamedTuple):
@@ -172,7 +172,7 @@ class _Actor:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when it is whole, also where two processes write it at the same time."""
+    """A file that gets its name once it is complete, even if two processes write it at the same time."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with writing(path, "the parts that are finished are kept"):
         try:

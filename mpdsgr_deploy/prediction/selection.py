@@ -1,4 +1,4 @@
-"""Which inputs a run takes: of a list in a file, and one share of them where several machines work on the same job."""
+"""Which inputs a run takes: those listed in a file, or one share of them if several machines work on the same job."""
 
 import os
 import re
@@ -19,7 +19,7 @@ class Shard(NamedTuple):
     total: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This share of the items: neighbours, so that all shares in order are all items."""
+        """This share of the items; the shares are contiguous, so all of them in order are all items."""
         start, stop = (len(items) * part // self.total for part in (self.number - 1, self.number))
         return items[start:stop]
 

@@ -123,7 +123,7 @@ class Job:
         return Inputs(self.paths, self.bundle.manifest.input_shape, skip=self.skip)
 
     def settings(self) -> str:
-        """What the logits depend on beside the inputs: the last bits on the batch, too."""
+        """What the logits depend on besides the inputs; their last bits depend on the batch size too."""
         return json.dumps([self.bundle.manifest.digest, self.backend, self.precision, self.batch])
 
     def _answers(self, batches: Sequence[InputBatch], done: int = 0) -> Iterator[tuple[InputBatch, Chunk]]:

@@ -1,4 +1,4 @@
-"""Who answers batches: a thread of this process, or several processes with a GPU each. Both hand out futures."""
+"""Workers that answer batches: a thread of this process, or processes with a GPU each. Both return futures."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ from mpdsgr_deploy.prediction.inputs import Pixels
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.open import open_predictor
 
-GPUS = Path("/proc/driver/nvidia/gpus")  # a folder each; in a container those it may use
+GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per GPU; in a container, those that it may use
 
 
 class Answer(NamedTuple):
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 
 
 class Halving:
-    """Answers batches; one that is too large for memory by halves, and none as large again.
+    """Answers batches. One that is too large for memory is halved, and later ones are limited to that size.
 
     Raises OutOfMemory where a single image is too much.
     """
@@ -48,7 +48,10 @@ class Halving:
             size = min(self._batch, len(x))
             try:
                 parts = [self._predictor(x[start : start + size]) for start in range(0, len(x), size)]
-            except (OutOfMemory, MemoryError) as error:  # the second is Python's and numpy's: of noise, perhaps
+            except (
+                OutOfMemory,
+                MemoryError,
+            ) as error:  # MemoryError is raised by Python and numpy, for example for noise
                 if size == 1:
                     raise OutOfMemory(f"out of memory with a single image: {one_line(error)}") from error
                 self._batch = size // 2
@@ -96,7 +99,7 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
         workers = stack.enter_context(ProcessPoolExecutor(processes, context, _begin, (worker, turns)))
         stack.callback(workers.shutdown, cancel_futures=True)
         try:
-            # all begin now, with interrupts blocked: the parent gets one too, and ends them
+            # all start here with interrupts blocked: the parent is interrupted too, and ends them
             with _interrupts_blocked():
                 for _ in range(processes):
                     workers.submit(_open)
@@ -110,7 +113,7 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """What begins in this block inherits that; Windows has no such mask."""
+    """Processes that start in this block inherit the mask; Windows has no such mask."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -143,7 +146,7 @@ def _begin(worker: Worker, turns: "SimpleQueue[str | None]") -> None:
 
 
 def _die_with_parent() -> None:
-    """Else a parent that is killed leaves its processes, and what they hold of the GPU, behind."""
+    """End this process with its parent, so that a killed parent leaves no process and no GPU memory behind."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -160,4 +163,4 @@ def _open() -> None:
 
 
 def _answer(images: Pixels) -> Answer:
-    return _halving()(images)  # opened here, if it could not be before: this error is the one that reaches the parent
+    return _halving()(images)  # opened here if it failed before, so that its error reaches the parent

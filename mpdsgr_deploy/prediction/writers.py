@@ -16,10 +16,10 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.partial import Chunk
 
-Chunks = Callable[[], Iterator[Chunk]]  # called once for every pass over the predictions
+Chunks = Callable[[], Iterator[Chunk]]  # called once per pass over the predictions
 Writer = Callable[[BinaryIO, Chunks], None]
 SEVERAL_PASSES = {".npz"}
-ROW_GROUP = 65536  # rows that a Parquet reader decodes together
+ROW_GROUP = 65536  # rows per group, which a Parquet reader decodes together
 
 
 def best(logits: NDArray[np.float32], top: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -47,7 +47,9 @@ def write_csv(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top: i
 
 
 def write_jsonl(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top: int) -> None:
-    """An object an image: input, label, probability; for several labels input and the lists labels, probabilities."""
+    """Write one object per image: input, label, probability; for several labels input and the lists labels,
+    probabilities.
+    """
     for names, logits in chunks():
         for name, classes, probabilities in zip(names, *best(logits, top), strict=True):
             best_labels, shares = [labels[k] for k in classes], [round(float(p), 6) for p in probabilities]
@@ -99,7 +101,7 @@ FORMATS: dict[str, Callable[..., None]] = {
 
 
 def find_writer(suffix: str, labels: tuple[str, ...], top: int) -> Writer:
-    """What writes the format that a suffix stands for, with the `top` best labels of each image.
+    """The writer for a file suffix, with the `top` best labels of each image.
 
     Raises InputError for an unknown suffix, for more labels than there are, where pyarrow is missing.
     """
@@ -112,7 +114,7 @@ def find_writer(suffix: str, labels: tuple[str, ...], top: int) -> Writer:
             raise InputError("--top has no effect on .npz, which holds the logits of all classes; leave it out")
         return write_npz
     if suffix == ".parquet":
-        need("pyarrow.parquet", "parquet")  # now, not after all images
+        need("pyarrow.parquet", "parquet")  # before the first image, not after the last
     return partial(FORMATS[suffix], labels=labels, top=top)
 
 

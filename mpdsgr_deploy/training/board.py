@@ -1,4 +1,4 @@
-"""What a person sees of a run: a log line an epoch, and in TensorBoard curves, warnings and pictures."""
+"""How a run is displayed: one log line per epoch; curves, warnings and pictures in TensorBoard."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics, warnings
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.training.epoch import Data, Learner
 
-PICTURES_EVERY = 10  # epochs: drawing a layer takes half a second
+PICTURES_EVERY = 10  # epochs between pictures: drawing a layer takes half a second
 
 
 def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
-    """Curves and the log line of the last epoch in `history`, and what is newly worrying about its layers."""
+    """Log the curves and the line of the last epoch in `history`, with warnings about layers that are new."""
     entry = history[-1]
     epoch = entry["epoch"]
     for name, value in entry.items():

@@ -129,7 +129,7 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
         with span("regulariser"):
             return [defence.read(trace) for defence in learner.defences]
 
-    readings: list[list[Any]] = []  # a layer's, one a defence
+    readings: list[list[Any]] = []  # one layer's readings, one per defence
     logits = run(learner.wrapped, x, Reader(read, readings.append))
     with span("loss"):
         loss = cross_entropy = F.cross_entropy(logits, y, label_smoothing=learner.recipe.training.label_smoothing)
@@ -146,7 +146,7 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
 
 
 def settle_average(learner: Learner, data: Data, epoch: int) -> None:
-    """Measure the running statistics of the averaged network on images of the epoch, as the run trains on them."""
+    """Measure the running statistics of the averaged network on training images of the epoch."""
     average, config = learner.average, learner.recipe.training
     if average is None:
         return

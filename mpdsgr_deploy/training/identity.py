@@ -1,4 +1,4 @@
-"""What makes a training run this one: its recipe, its data, and that one process starts it."""
+"""What identifies a training run: its recipe and its data; and the check that a single process starts it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import images_sha256
 
-# Variables that a launcher sets for each of the processes that it starts, and that hold how many these are
+# Environment variables in which a launcher tells each process how many it started
 LAUNCHERS = {
     "WORLD_SIZE": "torchrun",
     "SLURM_STEP_NUM_TASKS": "srun",
@@ -47,7 +47,7 @@ def refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
 
 
 def data_identity(training: Images, validation: Images) -> dict[str, Any]:
-    """What a resumed run's images are compared by, in types that a state file holds."""
+    """What identifies the images of a run, in types that a state file can hold."""
     return {
         "labels": list(training.labels),
         "shape": list(training.shape),

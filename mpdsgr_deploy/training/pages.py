@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process: a training step asks for the same blocks again and again."""
+"""Keeps freed memory in the process, because every training step asks for the same blocks."""
 
 import ctypes
 from contextlib import suppress
@@ -11,8 +11,8 @@ def keep_pages() -> None:
     """Tell glibc not to hand large blocks back to the system, for as long as this process lives.
 
     Handed back, each of their pages has to be mapped and cleared anew when a layer asks for the block in the next step,
-    which on a CPU is a good part of that step. All blocks come from one heap then, since the backward pass has a thread
-    of its own. Without glibc (macOS, musl) nothing happens.
+    which takes a large part of a step on a CPU. All blocks come from one heap then, since the backward pass has a
+    thread of its own. Without glibc (macOS, musl) nothing happens.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""What export and validation will need of a network, checked before its first epoch rather than after its last.
+"""Checks before the first epoch what export and validation will need of a network.
 
 Everything runs on the meta device, which computes shapes and no values, but for models and defences of other packages:
 these are exported once, untrained, because an operator without a rule for its gradient shows in the ONNX graph alone.
@@ -18,7 +18,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.surrogates import ATTACK_ONLY, parse_surrogate, surrogate_nodes, trained_surrogate
 from mpdsgr_deploy.training.stages import check_stages
 
-# A protobuf message, which an ONNX file is, ends at 2 GiB; an attack graph holds the weights once, and some more nodes
+# An ONNX file is a protobuf message of at most 2 GiB; an attack graph holds the weights once, and some more nodes
 LARGEST = 2**31 - 2**26  # bytes
 OURS = __name__.partition(".")[0]
 
@@ -70,7 +70,7 @@ def _is_foreign(recipe: Recipe) -> bool:
 
 
 def _check_export(recipe: Recipe, shape: tuple[int, int, int], classes: int) -> None:
-    """Raise InputError if the untrained network cannot be exported, or no attack graph be derived of it."""
+    """Raise InputError if the untrained network cannot be exported, or if no attack graph can be derived from it."""
     from mpdsgr_deploy.attack_graph import derived
     from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
     from mpdsgr_deploy.models.simplify import simplify

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, by layer: torch's profiler with the layers' names in it.
+"""The time of a training step by layer: torch's profile, with the layers' names as ranges.
 
     OUT/profile/trace.json.gz    for chrome://tracing or Perfetto
     OUT/profile/profile.txt      the table, OUT/profile/profile.json the same for programs
 
 A backward operation belongs to the layer whose forward operation it differentiates: the two share autograd's sequence
-number. What a layer computes again on the way back counts as backward.
+number. What a layer recomputes in the backward pass counts as backward.
 """
 
 import json
@@ -27,13 +27,13 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.snn import SpikingLayer
 
 WARM_UP, STEPS = 2, 3  # training steps before the profile, and in it
-WHOLE = ("data", "attack", "regulariser", "optimiser")  # whatever runs inside belongs to them, layers too
+WHOLE = ("data", "attack", "regulariser", "optimiser")  # everything inside them belongs to them, including layers
 BACKWARD, NODE, STEP = "backward", "autograd::engine::evaluate_function", "ProfilerStep"
-Place = tuple[str, bool]  # whose time it is, and whether on the way back
+Place = tuple[str, bool]  # whose time it is, and whether in the backward pass
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """A range of that name in a running profile; nothing otherwise."""
+    """A range of that name in the profile, if one is running."""
     return record_function(name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
 
 
@@ -68,7 +68,7 @@ class Profile:
         self._profiler.start()
 
     def _named(self, name: str, module: nn.Module) -> Iterator[Any]:
-        """Hooks that put the module's forward passes into a range; also one that an exception ends."""
+        """Hooks that put each forward pass of the module into a range, even if it raises an exception."""
 
         def before(*_: Any) -> None:
             self._ranges.append(record_function(name).__enter__())
@@ -85,7 +85,7 @@ class Profile:
             self._profiler.step()
 
     def close(self) -> None:
-        """The run is over, perhaps too early for a profile."""
+        """End the profile; a run that was too short has none."""
         if not self._done:
             self._finish()
             log.warning("no profile: it needs %d training steps", WARM_UP + STEPS)
@@ -144,9 +144,9 @@ def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
 
 
 def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[FunctionEvent, Place]]:
-    """Each CPU event that belongs to a row, with its place."""
+    """The CPU events that belong to a row of the table, each with its row and direction."""
     known = set(names)
-    created: dict[tuple[int, int], FunctionEvent] = {}  # of a thread and sequence number: the operation that took it
+    created: dict[tuple[int, int], FunctionEvent] = {}  # the operation by its thread and autograd sequence number
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.sequence_nr >= 0 and not within(event, lambda e: e.name.startswith(NODE)):
             created[event.thread, event.sequence_nr] = event

@@ -1,4 +1,4 @@
-"""What of a measurement can be held against the reference in the bundle: equal attacks on equal images, nothing else.
+"""Which verdicts of a measurement are compared with the bundle's reference: those under equal attacks on equal images.
 
 A reference met the conditions of the tier it was exported with, and those of the smaller tiers. Where settings
 differ, verdicts are not compared; the worst case is compared over the attacks that both met.
@@ -16,12 +16,12 @@ from mpdsgr_deploy.reference import Reference
 from mpdsgr_deploy.validation.rows import TRANSFERRED, Row, VerdictFlips
 
 Bools = NDArray[np.bool_]
-MUST_BE_COMPARED = "strong-pgd"  # the method that has no settings a tier changes, but for the restarts of one
+MUST_BE_COMPARED = "strong-pgd"  # its settings are the same in all tiers, except for restarts
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """verdicts [n]: the reference's, by condition, where it met the same; empty without a reference.
+    """verdicts [n]: the reference's, by condition, for the conditions that it met too; empty without a reference.
 
     attacks: the conditions within eps that both met. alone: those that only the artefact meets. transfer: those that
     have no counterpart, since the reference is not attacked from elsewhere.
@@ -31,11 +31,11 @@ class Comparison:
     attacks: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
     transfer: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()  # attacks that must be compared, or the verdict rests on nothing
+    missing: tuple[str, ...] = ()  # attacks that must be compared for a valid verdict, but are not
 
     @property
     def names(self) -> list[str]:
-        """Everything that is compared, the worst case included."""
+        """The names of all conditions that are compared, including the worst case."""
         return [*self.verdicts, *([WORST] if self.attacks else [])]
 
     @property
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def compare_conditions(reference: Reference | None, conditions: Sequence[Condition], n: int) -> Comparison:
-    """What the reference says of the first n images under these conditions. reference: None for other images."""
+    """Pair the reference's verdicts on the first n images with these conditions. reference: None for other images."""
     within = [c for c in conditions if c.eps is not None]
     transfer = tuple(c.name for c in within if c.kind == "transfer")
     if reference is None:

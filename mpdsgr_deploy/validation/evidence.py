@@ -17,11 +17,11 @@ from mpdsgr_deploy.validation.health import Compared, Evidence, Reach, Rebuilt
 from mpdsgr_deploy.validation.image_checks import data_at_hand, image_faults
 from mpdsgr_deploy.validation.subject import Subject
 
-Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from what its weights give
+Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from a new export of its weights
 
 
 def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebuild | None = None) -> Evidence:
-    """What can be checked before any attack, from the answers [n, K] to the images as they are."""
+    """The evidence that needs no attack, from the logits [n, K] of the clean images."""
     images, compared = subject.images, subject.comparison
     reach = Reach(reference=True, missing=compared.missing) if compared.missing else None
     return Evidence(
@@ -47,7 +47,7 @@ def own_images(subject: Subject) -> Images | None:
 
 
 def rebuilt(rebuild: Rebuild, bundle: Bundle) -> Rebuilt:
-    """What `rebuild` says, or why it cannot say anything."""
+    """The result of `rebuild`, or the reason why the bundle cannot be exported again."""
     try:
         return Rebuilt(rebuild(bundle))
     except InputError as error:
@@ -77,7 +77,7 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
 
 
 def of_attacks(evidence: Evidence, measurement: Measurement, conditions: Sequence[Condition], trained: str) -> Evidence:
-    """What the attacks themselves show, of a torch network as of an artefact. trained: its surrogate."""
+    """The evidence from attacks on a torch network or an artefact. trained: the surrogate it was trained with."""
     attacked = {o.condition.name: np.flatnonzero(o.predicted == NOT_FINITE).tolist() for o in measurement.outcomes}
     clean = np.flatnonzero(measurement.clean == NOT_FINITE).tolist()
     evidence = replace(

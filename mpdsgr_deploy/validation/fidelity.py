@@ -1,4 +1,4 @@
-"""Is the artefact the network that was exported? Its answers, held against those that the bundle keeps."""
+"""Is the artefact the network that was exported? Its logits are compared with those stored in the bundle."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ SAME_LABELS = 0.99
 
 
 def check_answers(reference: Reference | None, precision: str, logits: NDArray[np.float32]) -> Parity | None:
-    """The artefact's clean logits [N, K] against the kept ones; None for a precision that every machine rounds anew."""
+    """Compare clean logits [N, K] with the stored ones; None for a precision whose rounding depends on the machine."""
     expected = reference.logits.get(precision) if reference else None
     if expected is None:
         return None
@@ -20,7 +20,7 @@ def check_answers(reference: Reference | None, precision: str, logits: NDArray[n
 
 
 def answer_faults(parity: Parity | None) -> list[str]:
-    """What is wrong if the answers differ by more than single spikes."""
+    """A fault if the logits differ by more than single flipped spikes; None if not."""
     if parity is None:
         return []
     same = parity.within_tolerance >= SAME_ROWS * parity.rows

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG that stands in the page: its text is text and takes the page's colour, day or night.
+"""The report's figures, as SVG inside the page: text stays text and takes the page's colour, also in dark mode.
 
 Lines differ in markers and dashes as well as in colour. Figures are narrow, so that a telephone does not shrink their
 text; a wide page sets them side by side.
@@ -73,13 +73,15 @@ def by_eps(report: Report) -> Figure:
 
 
 def shown_eps(report: Report) -> float:
-    """How far the axis goes: a few times the evaluated eps. What lies beyond, where nothing is left, check 4 states."""
+    """How far the axis goes: a few times the evaluated eps. Larger eps, where no image survives, are left to health
+    check 4.
+    """
     largest = max(point.eps for curve in report.curves for point in curve.points)
     return largest if report.eps is None else min(largest, WIDEST * report.eps)
 
 
 def by_attacker(report: Report) -> Figure:
-    """Accuracy under every white-box attacker with its interval, and above them all what survives every attack."""
+    """Accuracy under every white-box attacker with its interval, and at the top under all attacks together."""
     rows = sweep(report)
     worst = report.row("worst")
     bars = rows if worst is None else [worst, *rows]
@@ -143,7 +145,7 @@ def blank(height: float) -> tuple[Figure, Axes]:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element whose ids no other figure's collide with."""
+    """The figure as an SVG element; `name` makes its ids unique in the page."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)

@@ -42,7 +42,7 @@ def load_gate(path: Path) -> Gate:
 
 
 def usual_limit(gate: Gate) -> float:
-    """The drop allowed where the gate has no rule for a single condition: its own, or the tier's."""
+    """The drop allowed in conditions without a rule of their own: the gate's, else the tier's."""
     return TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
 
 
@@ -109,7 +109,7 @@ def regressed(gate: Gate, name: str, n: int, worse: int, better: int) -> bool:
 
 
 def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
-    """One reason for each rule the artefact breaks. A row that was cut short is judged by `lost`."""
+    """One reason for each rule that the artefact breaks. Rows that ended early are judged by `lost`."""
     reasons = []
     n = max((row.n for row in rows), default=0)
     for row in (row for row in rows if row.n == n):
@@ -127,7 +127,7 @@ def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
 
 
 def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int) -> str | None:
-    """Why the gate will fail whatever the images not attacked yet bring; None while it can still pass.
+    """Why the gate will fail for any outcome on the remaining images; None while it can still pass.
 
     correct: verdicts [m] on the first m of n images; reference: all of its verdicts [n].
     """
@@ -137,7 +137,10 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
         return f"after {done} of {n} images the floor {floor:.2%} cannot be reached any more"
     if reference is not None:
         worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
-        best = better + int((~reference[done:]).sum())  # every image left that the reference gets wrong comes out right
+        # at best, all remaining images that the reference gets wrong are classified correctly
+        best = better + int(
+            (~reference[done:]).sum()
+        )  # the best case: all remaining images that the reference gets wrong are classified correctly
         if regressed(gate, name, n, worse, best):
             return f"after {done} of {n} images the drop cannot come back within the limit"
     return None

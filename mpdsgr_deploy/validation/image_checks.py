@@ -13,7 +13,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
 
-# 64-bit blake2b of the first 100 test images, with their classes, of data sets that everybody has in the same order.
+# 64-bit blake2b of the first 100 test images, with their classes, of data sets whose order is the same everywhere.
 WELL_KNOWN = {"digits": "545781e6091becde", "cifar10": "cb86e883e52e0c7a", "cifar100": "11f8368e377b712e"}
 FIRST = 100
 
@@ -57,7 +57,7 @@ def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: st
 def data_at_hand(data: Data, count: int) -> Images | None:
     """The first `count` test images of the data set itself, or None where it is not on this machine.
 
-    A folder of images has no name by which it is known again, so it never is.
+    A folder of images is never recognised: its name does not identify it.
     """
     if data.name == "imagefolder":
         return None
@@ -70,7 +70,7 @@ def data_at_hand(data: Data, count: int) -> Images | None:
 def image_faults(name: str, images: Images, reference: Reference | None, own: Images | None = None) -> list[str]:
     """How these images, the first of data set `name`, differ from those that were promised.
 
-    own: the data set's own, where they are at hand; without them images and classes are the bundle's word.
+    own: the data set's own, where they are at hand; without them, images and classes are as the bundle claims.
     """
     image_digests, faults = digests(images), []
     if len(images) and images.classes.max(initial=0) >= len(images.labels):

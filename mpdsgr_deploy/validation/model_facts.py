@@ -1,4 +1,4 @@
-"""The network under validation in numbers, for whoever compares reports."""
+"""Figures of the network under validation, for comparing reports."""
 
 import onnx
 from pydantic import BaseModel

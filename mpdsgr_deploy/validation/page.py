@@ -50,7 +50,7 @@ def headlines(report: Report) -> Iterator[tuple[str, Any]]:
 
 
 def provenance(report: Report) -> Iterator[tuple[str, str]]:
-    """What identifies this evaluation, then what its machine and software say of themselves."""
+    """What identifies this evaluation, then its machine and software versions."""
     yield "artefact", report.artefact_file
     yield "sha256 of the artefact", report.artefact_sha256
     if report.attack_sha256 is not None:

@@ -23,7 +23,7 @@ STORED = {
 def foreign_parts(network: ModelProto, precisions: set[str] | None) -> list[str]:
     """What in a file is not ONNX's own, lies outside the file, or rounds otherwise than `precisions` of its layers.
 
-    precisions: None for a file of another library, whose types nobody has promised.
+    precisions: None for a file of another library, whose number types are not promised.
     """
     faults = [f"it defines operators of its own: {function.name}" for function in network.functions]
     named = STORED if precisions is None else {*precisions, "fp32"}

@@ -28,10 +28,11 @@ def examples(
     eps: float | None = None,
     count: int = 6,
 ) -> list[Example]:
-    """At most `count` images that the attack broke, of as many classes as possible, always the same ones.
+    """At most `count` images that the attack broke, of as many classes as possible; the choice is deterministic.
 
     clean, attacked: [N, C, H, W] in [0, 1]; classes [N] the true ones; before, after [N] the ones predicted for clean
-    and attacked images. In the difference's picture -eps is black and eps white; without eps the largest change is.
+    and attacked images. In the picture of the difference, -eps is black and eps is white; without eps, the largest
+    change is.
     """
     return [
         Example(

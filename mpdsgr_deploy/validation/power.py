@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RELIABLE = 0.9  # probability with which such a drop is refused
-SPREAD = 8.0  # standard deviations of the number of flips that are looked at
+SPREAD = 8.0  # how many standard deviations of the number of flips are summed over
 RESOLUTION = 5e-4  # of the drop that is returned
 
 Floats = NDArray[np.float64]
@@ -23,7 +23,7 @@ def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: 
     allowed: the gate's limit, in [0, 1]; worse, better: flips seen among the n images; significant: the p-value below
     which the gate calls a drop significant.
     """
-    flips = min(worse, better) / n  # by rounding alone, each way
+    flips = min(worse, better) / n  # flips by rounding alone, in each direction
     low, high = 0.0, 1.0 - 2 * flips
     if allowed >= 1 or refused(n, allowed, flips, high, significant) < RELIABLE:
         return None

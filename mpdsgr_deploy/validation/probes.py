@@ -1,4 +1,4 @@
-"""Looks at a part of the images that health checks need and figures show: growing eps, and twice the steps."""
+"""Further attacks on some of the images, for health checks and figures: growing eps, and twice the steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +57,7 @@ def convergence(
             condition, name=f"{condition.name} {steps} steps", steps=steps, restarts=1, stream=condition.name
         )
         longer[condition.name] = condition.steps
-        attackable = np.where(standing, clean, -1)  # what is broken already counts as wrong from the start
+        attackable = np.where(standing, clean, -1)  # images that are broken already count as wrong from the start
         batches = run(suite, more, x, y, attackable, batch_size=batch_size, journal=journal)
         standing &= gather(list(batches))[1] == y
     return Convergence(survived - int(standing.sum()), survived, m, longer, allowed)

@@ -1,4 +1,4 @@
-"""Why a validation did not pass, or ended early: values, each with the condition or the health check that it is of."""
+"""Why a validation did not pass or ended early, as values with their condition or health check."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Reason(BaseModel):
-    """One thing that is wrong. condition: under which, where it is one of the gate's; check: the number of the health
+    """One fault. condition: where the gate found it; check: the number of the health
     check that failed; neither: the artefact as a whole.
     """
 

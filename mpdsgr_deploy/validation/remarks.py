@@ -1,4 +1,4 @@
-"""What a reader of `worst` should know beside it: findings about the network and the tier, not faults."""
+"""Remarks on the accuracy under all attacks: findings about the network and the tier that are not faults."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ MASKED = 0.1  # share of images between the trained surrogate's gradient and all
 
 
 def remarks(subject: Subject, measurement: Measurement) -> list[str]:
-    """Sentences for the report; none about a measurement that stopped early."""
+    """Sentences for the report; empty for a measurement that stopped early."""
     if measurement.stopped is not None:
         return []
     return [*_masking(measurement), *_upper_bound(subject)]

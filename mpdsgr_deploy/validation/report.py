@@ -130,7 +130,7 @@ class Finding(NamedTuple):
 
 
 def findings(report: Report) -> Iterator[Finding]:
-    """Failed health checks, then the gate's complaints."""
+    """The failed health checks, then the gate's reasons."""
     for check in report.health:
         if check.failed:
             yield Finding([f"check {check.number}, {check.name}: {check.saw}"], check.advice)
@@ -151,12 +151,12 @@ def not_compared(report: Report) -> list[str]:
 
 
 def headline_first(report: Report) -> list[Row]:
-    """The rows as people read them: what survives all attacks before the single conditions."""
+    """The rows in reading order: the accuracy under all attacks before the single conditions."""
     return sorted(report.rows, key=lambda row: row.name != "worst")
 
 
 def sensitivity(report: Report) -> str:
-    """The smallest drops that this run could have seen, in words; empty where nothing was compared."""
+    """One sentence on the smallest drops that this run could detect; empty if nothing was compared."""
     named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]
     seen = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
     return f"a true drop of {', of '.join(seen)} would have been refused with 90 % probability" if seen else ""
@@ -169,7 +169,7 @@ def percent(score: Score) -> str:
 
 
 def accuracy_text(row: Row, stopped: EarlyStop | None = None) -> str:
-    """A row's accuracy with its interval, or that it is an upper bound and since when."""
+    """A row's accuracy with its interval, marked as an upper bound if attacks are missing."""
     if not row.at_most:
         return percent(row.artefact)
     moment = f", {stopped.moment}" if stopped and row.name == "worst" else f", of {row.n} images attacked"

@@ -115,14 +115,14 @@ def resolve_nodes(network: ModelProto) -> list[ResolvedNode]:
 
 
 def operator(node: NodeProto) -> tuple[str, str]:
-    """What a node computes: its domain, where that is not ONNX's own, and its name."""
+    """A node's operator: its domain ("" for ONNX's own) and its name."""
     return ("" if node.domain in STANDARD else node.domain, node.op_type)
 
 
 def _converts(node: NodeProto, makers: dict[str, NodeProto]) -> bool:
-    """Whether a node changes the format of numbers only, to one that a precision has.
+    """Whether a node only changes the number format, to one of those that a precision uses.
 
-    A spike is a comparison made a number, which is more.
+    The Cast that turns a comparison into a spike is not one of these.
     """
     if node.domain not in STANDARD:
         return False

@@ -25,12 +25,12 @@ class Score(BaseModel):
         return cls(correct=count, accuracy=accuracy, interval=wilson(count, n), bitmap=bitmap)
 
     def verdicts(self, n: int) -> NDArray[np.bool_]:
-        """Which of the n images it is about were right [n]."""
+        """The verdicts [n] on the n images: True where the prediction was right."""
         return np.unpackbits(np.frombuffer(bytes.fromhex(self.bitmap), np.uint8))[:n].astype(bool)
 
 
 class VerdictFlips(BaseModel):
-    """Images whose verdict differs between reference and artefact, and how surprising that is."""
+    """Images whose verdict differs between reference and artefact, with McNemar's exact p-value."""
 
     newly_wrong: int
     newly_right: int
@@ -43,7 +43,7 @@ class VerdictFlips(BaseModel):
 
     @property
     def p_text(self) -> str:
-        """The p-value for people; nothing where no image differs, since then nothing was tested."""
+        """The p-value as text; "-" where no image differs, since then nothing was tested."""
         return f"{self.p_value:.2g}" if self.newly_wrong + self.newly_right else "-"
 
 
@@ -91,7 +91,7 @@ class Row(BaseModel):
     ) -> "Row":
         """From the artefact's verdicts [N], and the reference's [N] on the same images.
 
-        flips: of other verdicts than these two.
+        flips: if given, of other verdicts than these two.
         """
         paired = None if reference is None else VerdictFlips.of(reference, artefact)
         return cls(

@@ -1,4 +1,4 @@
-"""Everything that one validation is about."""
+"""The subject of one validation."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ class Subject(NamedTuple):
 
     @property
     def batch_size(self) -> int:
-        """Images at a time, which results do not depend on but for rounding."""
+        """How many images are computed at once; results depend on it only by rounding."""
         return self.target.bundle.manifest.recipe.validation.batch_size
 
     @property

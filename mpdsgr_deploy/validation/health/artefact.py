@@ -14,8 +14,8 @@ from mpdsgr_deploy.validation.health.registry import Compared, Rebuilt, Seen, he
 Floats = NDArray[np.float32]
 PROBE = 32  # images the artefact is asked about repeatedly
 ALONE = 8  # images it is asked about one by one
-EACH = 5  # images per class from which on every class must be there
-FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a linear readout has about one per image
+EACH = 5  # expected images per class above which every class must occur
+FEW_VALUES = 128  # the most distinct logits of a readout that counts spikes; a linear readout has about one per image
 
 
 @health_check(
@@ -25,7 +25,7 @@ FEW_VALUES = 128  # distinct logits of a readout that counts spikes, at most; a 
     advice="state leaks between batches or the backend is not deterministic; export again, or use another backend",
 )
 def check_function(artefact: Predictor, x: Floats, fresh: Predictor | None = None, batch_size: int = PROBE) -> Seen:
-    """The artefact answers the same again, in other batches, in another order, and in a fresh process.
+    """The artefact gives the same logits again, in other batches, in another order, and in a new process.
 
     batch_size: the recipe's, which is tried too, and one more.
     """
@@ -111,7 +111,7 @@ def check_images(image_faults: Sequence[str], rule: str) -> Seen:
     advice="export the linear readout's mean over time, before any softmax or count",
 )
 def check_logits(logits: Floats) -> Seen:
-    """The outputs [n, K] are logits: no probabilities, no counts of spikes."""
+    """The outputs [n, K] are logits, not probabilities or counts of spikes."""
     sums = logits.sum(axis=1)
     faults = []
     if len(logits) and (logits == logits[0]).all():
@@ -143,7 +143,7 @@ def check_finite(not_finite: Mapping[str, Sequence[int]]) -> Seen:
     advice="use more images (--limit), or a data set in mixed order; export again so that the reference has them too",
 )
 def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
-    """Every class has images where there are enough of them, else about as many classes as chance gives.
+    """Every class occurs if there are enough images, else about as many classes as chance gives.
 
     classes [n]: of the images; labels: the names of all K classes.
     """
@@ -164,7 +164,7 @@ def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
     advice="export again; if the bundle came from elsewhere, do not trust it",
 )
 def check_parts(foreign: Sequence[str]) -> Seen:
-    """The file holds standard operators and numbers in the types that its precision has, and all of its numbers."""
+    """The file uses standard operators, number types of its precision, and no external data."""
     return Seen(foreign, "standard operators, numbers in the types of the precision, nothing outside the file")
 
 

@@ -16,11 +16,11 @@ from mpdsgr_deploy.validation.health.registry import (
 )
 from mpdsgr_deploy.validation.proportions import binomial_tail, exceeds
 
-ORDER_P = 0.01  # a stronger attack may leave more accuracy by chance, not beyond this p-value
+ORDER_P = 0.01  # p-value below which a stronger attack that leaves more accuracy is a fault
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
-MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left where eps lets an attack paint any image
+MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left at an eps that lets an attack paint any image
 MIN_STEEPER = 0.8  # share of images on which the gradient must beat random directions
-MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break, where the gate is no coarser
+MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break, unless the gate allows more
 
 
 @health_check(
@@ -52,7 +52,7 @@ def check_order(verdicts: Verdicts) -> Seen:
     advice="the network's own gradient serves attackers badly: attack through other surrogates and with APGD",
 )
 def check_black_box(verdicts: Verdicts, black_box: Sequence[str], white_box: Sequence[str]) -> Seen:
-    """Attacks that see no gradient of the network break no more than those that do, up to chance."""
+    """Attacks without the network's gradient break no more images than those with it, up to chance."""
     together = {"white-box": union(verdicts, white_box)} if white_box else {}
     pairs = [ordered({**verdicts, **together}, (name, "white-box")) for name in black_box]
     faults = [fault for seen in pairs for fault in seen.faults]
@@ -79,7 +79,7 @@ def ordered(verdicts: Verdicts, attacks: Sequence[str]) -> Seen:
     advice="the attack does not reach the network: look at the gradients (check 7) and at other surrogates",
 )
 def check_growth(growth: Mapping[float, Bools]) -> Seen:
-    """Accuracy under the strong PGD falls with eps, to nothing where any image can be painted.
+    """Accuracy under the strong PGD falls with eps, to zero where any image can be painted.
 
     growth: verdicts [m] on the same images by eps.
     """
@@ -129,7 +129,7 @@ def check_sweep(surrogates: Sequence[str | None], trained: str) -> Seen:
     advice="the trained surrogate is too narrow to attack through, or the network saturates: see the sweep",
 )
 def check_gradients(gradients: tuple[int, int, int]) -> Seen:
-    """Gradients through the trained surrogate rarely vanish, and none at all is not finite."""
+    """Gradients through the trained surrogate rarely vanish and are always finite."""
     samples, zero, not_finite = gradients
     share = zero / samples if samples else 1.0
     saw = f"of {samples} gradients {100 * share:.2f} % were zero, {not_finite} not finite"

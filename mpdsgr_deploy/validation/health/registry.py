@@ -1,6 +1,6 @@
 """Health checks by number: registered with a name, what they need, why they matter and what to do if one fails.
 
-A check is a function whose parameters name parts of the `Evidence`; it is made wherever all of them are at hand. One
+A check is a function whose parameters name parts of the `Evidence`; it runs wherever all of them are available. One
 that failed makes the verdict invalid, never a pass.
 """
 
@@ -47,7 +47,7 @@ class Check(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_passed(cls, values: Any) -> Any:
-        """Earlier versions know two states."""
+        """Reports of earlier versions know two states only."""
         if isinstance(values, dict) and "state" not in values:
             return {**values, "state": "passed" if values.get("passed") else "failed"}
         return values
@@ -109,7 +109,7 @@ class Slopes(NamedTuple):
 
 
 class Rebuilt(NamedTuple):
-    """Files of the bundle that differ from what its weights give, or why that cannot be told here."""
+    """Files of the bundle that differ from a new export of its weights, or why it cannot be exported here."""
 
     faults: Sequence[str] = ()
     unknown: str = ""
@@ -117,7 +117,7 @@ class Rebuilt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What checks look at. None: not at hand in this evaluation, so checks that need it are not made.
+    """What checks examine. None: not available in this evaluation, so checks that need it do not run.
 
     rule: which images, in words; budget_faults: how attacked images break the rules; verdicts: of a measurement that
     did not stop early; black_box, white_box: names of conditions by what they know; gradients: how many were computed
@@ -154,7 +154,7 @@ class Evidence:
 
 
 class Registered(NamedTuple):
-    """A registered check; needs: the parts of the evidence it cannot do without, may_use: those it can."""
+    """A registered check. needs: the parts of the evidence that it requires; may_use: those that are optional."""
 
     number: int
     name: str
