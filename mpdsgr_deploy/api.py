@@ -5,6 +5,7 @@ They take names and paths as the commands do, and return what a program goes on 
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from mpdsgr_deploy.runtime.image_batches import predict as _predict_batches
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND, open_predictor
 
 if TYPE_CHECKING:
+    from mpdsgr_deploy.validation.evidence import Rebuild
     from mpdsgr_deploy.validation.report import Report
 
 __all__ = ["adopt", "export", "export_module", "open_bundle", "open_predictor", "predict", "train", "validate"]
@@ -153,26 +155,42 @@ def validate(
     gate: AnyPath | None = None,
     limit: int | None = None,
     root: str | None = None,
+    rebuild: bool | None = None,
 ) -> "Report":
     """Attack the exported network, decide by the gate, and write the report into `report_dir`.
 
     tier: how much is attacked ("commit", "release", "paper"); gate: a TOML file of rules; both default to the bundle's.
     limit: use only the first `limit` test images. root: where the data set lies, instead of the images in the bundle.
+    rebuild: export again from the bundle's weights and compare the files; None: where torch is installed.
     Returns the report, whose `verdict` is "pass", "fail" or "invalid". Raises InputError for missing data, an unusable
     backend, or too few images for the gate, EvaluationError if the backend answers the golden batch wrongly.
     """
     from mpdsgr_deploy.validation import Target
     from mpdsgr_deploy.validation import validate as evaluate
     from mpdsgr_deploy.validation.gate import load_gate
-    from mpdsgr_deploy.validation.writing import claim_report, write_report
+    from mpdsgr_deploy.validation.writing import report_directory, write_report
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     rules = None if gate is None else load_gate(Path(gate))
-    claim_report(Path(report_dir))
-    target = Target(opened, backend, precision)
-    report = evaluate(target, gate=rules, tier=tier, limit=limit, root=root, report_dir=Path(report_dir))
-    write_report(report, Path(report_dir))
+    directory, again = Path(report_dir), rebuilding(rebuild)
+    with report_directory(directory):
+        target = Target(opened, backend, precision)
+        report = evaluate(target, gate=rules, tier=tier, limit=limit, root=root, report_dir=directory, rebuild=again)
+        write_report(report, directory)
     return report
+
+
+def rebuilding(asked: bool | None) -> "Rebuild | None":
+    """The function that exports again; None where torch is missing, or if `asked` is False.
+
+    Raises InputError if `asked` is True and torch is missing.
+    """
+    if asked is False or (asked is None and find_spec("torch") is None):
+        return None
+    need("torch", "train")
+    from mpdsgr_deploy.exporting.rebuild import check_rebuilt
+
+    return check_rebuilt
 
 
 def predict(

@@ -53,7 +53,9 @@ def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
             raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
         if not lock(file, wait=wait):
             file.close()
-            raise InputError(f"{path.parent} is being written by another {holder}; wait for it or choose another --out")
+            raise InputError(
+                f"{path.parent} is being written by another {holder}; wait for it, or choose another directory"
+            )
         if _is_at(file, path):
             break
         file.close()  # its holder removed it just now: that lock is nobody's

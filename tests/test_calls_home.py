@@ -1,5 +1,6 @@
 """No command reaches another machine unless it is told to: watched where programs in C++ ask the system too."""
 
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import QUICK_GATE
 from served import BUNDLE, INFER, Served, images, request
 
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.cli import COMMANDS
 from mpdsgr_deploy.runtime.session import preload_libraries
 
 VARIABLES = ("ORT_DISABLE_TELEMETRY", "RAY_USAGE_STATS_ENABLED")
@@ -46,6 +50,37 @@ ssize_t sendto(int file, const void *data, size_t size, int flags, const struct 
   return ((__typeof__(&sendto))dlsym(RTLD_NEXT, "sendto"))(file, data, size, flags, to, length);
 }
 """
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from mpdsgr_deploy.cli import main
+for command in json.loads(sys.argv[1]):
+    try:
+        main(command)
+    except SystemExit as end:
+        if end.code not in (0, 1):
+            sys.exit(f"{command}: {end.code}")
+"""
+SMALLEST = ["--set", "model.width=0.125", "--set", "encoding.T=1", "--set", "data.train_images=200"]
+TABLE = """
+title = "A table of the tests"
+seeds = [0]
+limit = 20
+set = ["model.width=0.125", "encoding.T=1", "training.epochs=1", "attack.strong_steps=2", "data.train_images=200"]
+[[rows]]
+recipe = "digits-reg"
+"""
+STUDY = """
+title = "A study of the tests"
+seeds = [0]
+limit = 20
+set = ["model.width=0.125", "encoding.T=1", "training.epochs=1", "attack.strong_steps=2", "data.train_images=200"]
+[[methods]]
+name = "reg"
+recipe = "digits-reg"
+[[settings]]
+factor = "base"
+name = "base"
+"""
 LOOPBACK = re.compile(r"\w+ (127\.\S+|::1|localhost|0\.0\.0\.0|::|::ffff:127\.\S+)")
 
 
@@ -60,11 +95,14 @@ class Home:
         subprocess.run(command, check=True, capture_output=True)
         self.variables = {"HOME": str(directory), "LD_PRELOAD": str(library), "SOCKET_WATCH": str(self._log)}
 
-    def run(self, *arguments: object) -> None:
-        command = [sys.executable, "-m", "mpdsgr_deploy", *map(str, arguments)]
+    def run_all(self, commands: list[list[str]]) -> None:
+        """Run commands one after the other in one process, which imports everything once."""
         environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-        done = subprocess.run(command, env=environment | self.variables, capture_output=True, text=True, check=False)
-        assert done.returncode in (0, 1), done.stderr
+        command = [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(commands)]
+        done = subprocess.run(
+            command, env=environment | self.variables, cwd=self.directory, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
     @property
     def asked(self) -> list[str]:
@@ -81,12 +119,38 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path)
 
 
-def test_commands_ask_nobody(home: Home, tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", images(2))
-    home.run("inspect", BUNDLE)
-    home.run("predict", BUNDLE, tmp_path / "images.npy")
-    home.run("deploy", "triton", BUNDLE, "--out", tmp_path / "triton")
-    home.run("doctor")
+def commands(home: Path, bundle: Bundle) -> dict[str, list[object]]:
+    """The arguments of every command but `serve`, which has a test of its own, and `demo`, which calls those below."""
+    np.save(home / "images.npy", images(2))
+    (home / "t.toml").write_text(TABLE)
+    (home / "s.toml").write_text(STUDY)
+    recipe = [*("digits-reg", "--out", home / "run", "--set", "training.epochs=1"), *SMALLEST]
+    network = bundle.path / bundle.manifest.variants["fp32"].file
+    results = ["--seeds", "0", "--runs", home / "runs", "--out", home / "results"]
+    return {
+        "train": recipe,
+        "export": [home / "run", "--out", home / "exported", "--limit", 20],
+        "adopt": [network, "--images", "digits", "--surrogate", "triangle:1", "--limit", 20, "--out", home / "adopted"],
+        "build": [home / "exported", "--backend", "openvino"],
+        "validate": [bundle.path, "--tier", "commit", "--gate", home / "gate.toml", "--report", home / "report"],
+        "verify": [BUNDLE],
+        "predict": [BUNDLE, home / "images.npy"],
+        "bench": [BUNDLE, "--seconds", 0.1, "--batch", 1, "--backend", "onnxruntime-cpu"],
+        "deploy": ["triton", BUNDLE, "--out", home / "triton"],
+        "inspect": [BUNDLE],
+        "doctor": [],
+        "recipes": [],
+        "bundles": [],
+        "table": [home / "t.toml", *results],
+        "study": [home / "s.toml", *results],
+    }
+
+
+def test_commands_ask_nobody(home: Home, bundle: Bundle) -> None:
+    told = commands(home.directory, bundle)
+    assert {*told, "serve", "demo"} == set(COMMANDS)
+    (home.directory / "gate.toml").write_text(QUICK_GATE)
+    home.run_all([[name, *map(str, arguments)] for name, arguments in told.items()])
     assert home.asked == []
 
 

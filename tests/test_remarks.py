@@ -24,10 +24,14 @@ def measured(strong: int, worst: int, stopped: Stopped | None = None) -> Measure
     return Measurement(y, y, (outcome,), first(worst), stopped)
 
 
-def subject(tier: str, exported: str, here: int, there: int) -> SimpleNamespace:
+def subject(
+    tier: str = "release", exported: str = "release", here: int = 9, there: int = 9, **other: object
+) -> SimpleNamespace:
     promise = SimpleNamespace(tier=exported)
     verdicts = {CLEAN: first(N), "square": first(here)}
+    fields = {"own": object(), "data": "digits", **other}
     return SimpleNamespace(
+        **fields,
         target=SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(reference=promise))),
         gate=SimpleNamespace(tier=tier),
         images=range(N),
@@ -58,3 +62,12 @@ def test_without_a_longer_tier_at_export_it_says_how_to_learn() -> None:
 def test_nothing_is_said_of_a_measurement_that_stopped_early() -> None:
     stopped = Stopped(STRONG, WORST, "too few")
     assert remarks(subject("commit", "release", 12, 10), measured(strong=20, worst=3, stopped=stopped)) == []
+
+
+@pytest.mark.parametrize(("data", "known"), [("imagefolder", False), ("digits", True)])
+def test_images_that_nothing_can_be_compared_with_are_said_to_be_the_bundles_own_word(data: str, known: bool) -> None:
+    stopped = Stopped(STRONG, WORST, "too few")
+    (own_word,) = remarks(subject(own=None, data=data), measured(strong=10, worst=9, stopped=stopped))
+    assert "the bundle's own word" in own_word
+    assert "--root" in own_word
+    assert ("beyond the first 100" in own_word) == known

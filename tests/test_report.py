@@ -30,7 +30,7 @@ from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
 from mpdsgr_deploy.validation.report import Curve, Point, Report, VariantFlips, findings
 from mpdsgr_deploy.validation.rows import Row, VerdictFlips
 from mpdsgr_deploy.validation.summary import badge, junit, summary
-from mpdsgr_deploy.validation.writing import claim_report, write_report
+from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 EVIL = "<script>alert(1)</script>"
 FILES = {"report.json", "report.html", "junit.xml", "summary.md", "badge.json"}
@@ -178,8 +178,8 @@ def test_without_the_extra_only_the_page_is_missing(
             (tmp_path / old).write_text("of an earlier run")
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)  # importing it fails, as where it was not installed
-            claim_report(tmp_path)
-            assert write_report(sample(), tmp_path) == tmp_path / "summary.md"
+            with report_directory(tmp_path):
+                assert write_report(sample(), tmp_path) == tmp_path / "summary.md"
         assert {path.name for path in tmp_path.iterdir()} == FILES - {"report.html"}
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
@@ -195,8 +195,18 @@ def test_a_report_of_broken_logits_can_be_read_again() -> None:
 
 def test_a_report_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="not a report of ours"):
-        claim_report(tmp_path)
+    with pytest.raises(InputError, match="not a report of ours"), report_directory(tmp_path):
+        pytest.fail("the block was entered")
+
+
+def test_two_reports_at_a_time_do_not_mix_their_files(tmp_path: Path) -> None:
+    with report_directory(tmp_path):
+        with pytest.raises(InputError, match="is being written by another report; wait"), report_directory(tmp_path):
+            pytest.fail("the block was entered")
+        write_report(sample(), tmp_path)
+    with report_directory(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == FILES | {".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
 def test_the_same_report_gives_the_same_page() -> None:

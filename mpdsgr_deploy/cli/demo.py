@@ -14,7 +14,7 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.validation.report import Report
-from mpdsgr_deploy.validation.writing import claim_report, write_report
+from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 RECIPE = "digits-robust"
 COLUMNS = ("clean", "gaussian", "fgsm", "pgd-strong", WORST)
@@ -40,8 +40,9 @@ def command(out: Path, as_json: bool) -> None:
     from mpdsgr_deploy.exporting import export
     from mpdsgr_deploy.training import train
 
-    claim_report(out / "report")
-    claim_report(out / "report-damaged")
+    for report_dir in (out / "report", out / "report-damaged"):
+        with report_directory(report_dir):  # now, not after minutes of training
+            pass
     train(load_recipe(find_recipe(RECIPE), (NO_FLOORS,)), out / "run", resume=True)
     bundle = export(out / "run", out / "bundle")
     report = judge(bundle, out / "report")
@@ -60,8 +61,9 @@ def command(out: Path, as_json: bool) -> None:
 def judge(bundle: Bundle, report_dir: Path) -> Report:
     from mpdsgr_deploy.validation import Target, validate
 
-    report = validate(Target(bundle), report_dir=report_dir)
-    write_report(report, report_dir)
+    with report_directory(report_dir):
+        report = validate(Target(bundle), report_dir=report_dir)
+        write_report(report, report_dir)
     return report
 
 

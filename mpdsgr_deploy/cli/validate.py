@@ -1,18 +1,16 @@
 """mpdsgr validate"""
 
-import importlib.util
 from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.api import rebuilding
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json, print_table
-from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.validation.evidence import Rebuild
 from mpdsgr_deploy.validation.gate import load_gate
 from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared, sensitivity
-from mpdsgr_deploy.validation.writing import claim_report, write_report
+from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 
 @click.command("validate")
@@ -80,38 +78,25 @@ def command(
     opened, chosen = opened_bundle(bundle, precision)
     report_dir = report_dir or Path("reports") / f"{opened.path.resolve().name}-{chosen}"
     opened.refuse_output(report_dir, "--report")
-    claim_report(report_dir)
-    report = validate(
-        Target(opened, backend, chosen, url, rate),
-        gate=load_gate(gate) if gate else None,
-        tier=tier,
-        data=data,
-        root=root,
-        limit=limit,
-        transfer=transfer,
-        report_dir=report_dir,
-        rebuild=rebuilding(rebuild),
-    )
-    best = write_report(report, report_dir)
+    with report_directory(report_dir):
+        report = validate(
+            Target(opened, backend, chosen, url, rate),
+            gate=load_gate(gate) if gate else None,
+            tier=tier,
+            data=data,
+            root=root,
+            limit=limit,
+            transfer=transfer,
+            report_dir=report_dir,
+            rebuild=rebuilding(rebuild),
+        )
+        best = write_report(report, report_dir)
     if as_json:
         print_json(report.model_dump())
     else:
         print_report(report)
         click.echo(f"report in {best}")
     ctx.exit(EXIT_CODES[report.verdict])
-
-
-def rebuilding(asked: bool | None) -> Rebuild | None:
-    """The function that exports again; None where torch is missing, or if `asked` is False.
-
-    Raises InputError if `asked` is True and torch is missing.
-    """
-    if asked is False or (asked is None and importlib.util.find_spec("torch") is None):
-        return None
-    need("torch", "train")
-    from mpdsgr_deploy.exporting.rebuild import check_rebuilt
-
-    return check_rebuilt
 
 
 def print_report(report: Report) -> None:

@@ -1,5 +1,6 @@
 """A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
@@ -105,6 +106,8 @@ class TorchModel:
         """
         from torch._inductor.exc import InductorError  # here: it loads the whole compiler
 
+        # A warning about CUDA on machines without a GPU, which only tells developers of torch something
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         forward = torch.compile(self._model, dynamic=True)
 
         def answer(*arguments: Any) -> torch.Tensor:

@@ -10,11 +10,10 @@ from mpdsgr_deploy.attacks.condition import CLEAN, WORST, Condition
 from mpdsgr_deploy.attacks.measure import Measurement
 from mpdsgr_deploy.attacks.run import NOT_FINITE
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.validation.gate import limit
 from mpdsgr_deploy.validation.health import Compared, Evidence, Reach, Rebuilt
-from mpdsgr_deploy.validation.image_checks import data_at_hand, image_faults
+from mpdsgr_deploy.validation.image_checks import image_faults
 from mpdsgr_deploy.validation.subject import Subject
 
 Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from a new export of its weights
@@ -31,19 +30,13 @@ def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebui
         reach=reach,
         logits=logits,
         attack_graph_faults=subject.target.attack_graph_faults(),
-        image_faults=image_faults(subject.data, images, subject.reference, own_images(subject)),
+        image_faults=image_faults(subject.data, images, subject.reference, subject.own),
         not_finite={CLEAN: np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()},
         foreign=subject.target.foreign_parts(),
         classes=images.classes,
         labels=images.labels,
         rebuilt=None if rebuild is None else rebuilt(rebuild, subject.target.bundle),
     )
-
-
-def own_images(subject: Subject) -> Images | None:
-    """The data set's own images, where this evaluation is on those of the recipe's and they are on this machine."""
-    data = subject.target.bundle.manifest.recipe.data
-    return data_at_hand(data, len(subject.images)) if subject.data == data.name else None
 
 
 def rebuilt(rebuild: Rebuild, bundle: Bundle) -> Rebuilt:

@@ -54,8 +54,18 @@ def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: st
     return images[: min([*counts.values(), limit or usual or len(images)])]
 
 
-def data_at_hand(data: Data, count: int) -> Images | None:
-    """The first `count` test images of the data set itself, or None where it is not on this machine.
+def own_images(bundle: Bundle, images: Images, data: str | None, root: str | None) -> Images | None:
+    """The data set's own images to hold `images` against: themselves, where `data` or `root` chose them.
+
+    None: the data set is not on this machine, and images and classes are the bundle's word.
+    """
+    if data is not None or root is not None or IMAGES not in bundle.manifest.files:
+        return images
+    return _at_hand(bundle.manifest.recipe.data, len(images))
+
+
+def _at_hand(data: Data, count: int) -> Images | None:
+    """The first `count` test images of a data set, or None where it is not on this machine.
 
     A folder of images is never recognised: its name does not identify it.
     """

@@ -5,16 +5,25 @@ from collections.abc import Iterator
 from mpdsgr_deploy.attacks.condition import STRONG, WORST
 from mpdsgr_deploy.attacks.measure import Measurement
 from mpdsgr_deploy.attacks.tiers import smaller_tiers
+from mpdsgr_deploy.validation.image_checks import FIRST, WELL_KNOWN
 from mpdsgr_deploy.validation.subject import Subject
 
 MASKED = 0.1  # share of images between the trained surrogate's gradient and all attacks, from which masking is reported
 
 
 def remarks(subject: Subject, measurement: Measurement) -> list[str]:
-    """Sentences for the report; empty for a measurement that stopped early."""
-    if measurement.stopped is not None:
-        return []
-    return [*_masking(measurement), *_upper_bound(subject)]
+    """Sentences for the report; of a measurement that stopped early only what holds without its attacks."""
+    attacked = [] if measurement.stopped is not None else [*_masking(measurement), *_upper_bound(subject)]
+    return [*attacked, *_own_word(subject)]
+
+
+def _own_word(subject: Subject) -> Iterator[str]:
+    if subject.own is None:
+        known = f" beyond the first {FIRST}, whose digest is known," if subject.data in WELL_KNOWN else ""
+        yield (
+            f"images and classes{known} are the bundle's own word: {subject.data} is not on this machine to compare "
+            "them with; say with --root where it lies"
+        )
 
 
 def _masking(measurement: Measurement) -> Iterator[str]:

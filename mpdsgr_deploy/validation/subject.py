@@ -21,7 +21,8 @@ from mpdsgr_deploy.validation.target import Target, fingerprint
 class Subject(NamedTuple):
     """Everything a validation is about, complete before the first attack.
 
-    data: the data set that images are the first of, by name; reference: what the bundle promises for them, None for
+    data: the data set that images are the first of, by name; own: that data set's own images, None where it is not on
+    this machine; reference: what the bundle promises for them, None for
     others; comparison: what of it can be held against the attacks of `suite`.
     """
 
@@ -30,6 +31,7 @@ class Subject(NamedTuple):
     gate: Gate
     images: Images
     data: str
+    own: Images | None
     reference: Reference | None
     comparison: Comparison
     journal: Journal | None

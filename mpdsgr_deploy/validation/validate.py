@@ -27,7 +27,7 @@ from mpdsgr_deploy.validation.comparison import compare_conditions
 from mpdsgr_deploy.validation.evidence import Rebuild, attacked_evidence, without_attack
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
 from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
-from mpdsgr_deploy.validation.image_checks import chosen_images
+from mpdsgr_deploy.validation.image_checks import chosen_images, own_images
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.power import smallest_drop
@@ -98,12 +98,13 @@ def validate(
     rules = settled(own_gate, name, len(images))
     check_pins(rules, recipe, images_sha256(images), len(images))
     warn_if_unlike(target, images)
+    own = own_images(target.bundle, images, data, root)
     reference = target.bundle.reference() if data in (None, recipe.data.name) else None
     with target.open() as artefact, target.sources(transfer) as sources:
         network = Source(artefact, target.trained)
         suite = Suite.of(network, entries, recipe.attack, seed=recipe.validation.seed, transfer=sources)
         compared = compare_conditions(reference, suite.conditions, len(images))
-        subject = Subject(target, suite, rules, images, data or recipe.data.name, reference, compared, None)
+        subject = Subject(target, suite, rules, images, data or recipe.data.name, own, reference, compared, None)
         check_gate(rules, subject.names, len(images), compared.names)
         warn_of_gaps(compared, rules.tier, target.bundle)
         if report_dir is not None:

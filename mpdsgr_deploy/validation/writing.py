@@ -1,19 +1,28 @@
 """Writes a report as report.json, junit.xml, summary.md, badge.json and, for people, report.html."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
+from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.validation import summary
 from mpdsgr_deploy.validation.report import PAGE, PROGRESS, REPORT, SUMMARY, Report
 
 
-def claim_report(directory: Path) -> None:
-    """Fail early, before hours of attacks: the directory is usable. Raises InputError if it is somebody else's."""
+@contextmanager
+def report_directory(directory: Path) -> Iterator[None]:
+    """Keep a directory for one report while the block measures it, which may take hours.
+
+    Raises InputError, before the block, if the directory is somebody else's or another process writes a report there.
+    """
     claim_directory(directory, REPORT, "report", partial=PROGRESS)
+    with exclusive(directory / LOCK, "report"):
+        yield
 
 
 def write_report(report: Report, directory: Path) -> Path:
