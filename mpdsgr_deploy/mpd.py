@@ -82,7 +82,7 @@ class _BatchMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *steps: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(steps[0].dtype, torch.float32)
-        # running statistics that nobody reads: their type is that in which the kernel adds up and answers
+        # running statistics that are not read: their type is that in which the kernel adds up and answers
         unread = steps[0].new_zeros(steps[0].shape[1], dtype=dtype)
         moments = [torch.batch_norm_update_stats(u, unread, unread, 0.0) for u in steps]
         mean, variance = (torch.stack(moment) for moment in zip(*moments, strict=True))
@@ -163,7 +163,7 @@ def layer_moments(trace: Trace, estimator: Estimator) -> Moments | None:
 def unrounded(trace: Trace) -> torch.autocast:
     """A context without autocast, on the device of a layer's tensors."""
     u = trace.states[0].u
-    return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast knows no meta device
+    return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast knows no meta tensors
 
 
 def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

@@ -36,13 +36,7 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
         dataset_class = getattr(need("torchvision.datasets", "train"), class_name)
         try:
             dataset = dataset_class(config.root, train=train)
-        except (
-            RuntimeError,
-            ValueError,
-            AssertionError,
-            EOFError,
-            OSError,
-        ):  # what torchvision raises for missing or damaged files
+        except (RuntimeError, ValueError, AssertionError, EOFError, OSError):  # for missing or damaged files
             advice = (
                 f"point data.root (or --root) to it, or fetch it with: "
                 f'python -c "import torchvision; torchvision.datasets.{class_name}({config.root!r}, download=True)"'

@@ -48,10 +48,7 @@ class Halving:
             size = min(self._batch, len(x))
             try:
                 parts = [self._predictor(x[start : start + size]) for start in range(0, len(x), size)]
-            except (
-                OutOfMemory,
-                MemoryError,
-            ) as error:  # MemoryError is raised by Python and numpy, for example for noise
+            except (OutOfMemory, MemoryError) as error:  # Python and numpy raise the second, perhaps for noise
                 if size == 1:
                     raise OutOfMemory(f"out of memory with a single image: {one_line(error)}") from error
                 self._batch = size // 2

@@ -1,7 +1,7 @@
 """How much each layer of an exported network fires, image by image, beside its logits.
 
 Export names spikes `spikes/LAYER/t`. Here the network gets one more output, in memory: their means. The spikes of an
-encoding (Poisson) have no such name; they are input, no layer.
+encoding (Poisson) have no such name: they belong to no layer.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from mpdsgr_deploy.runtime.open import check_golden
 from mpdsgr_deploy.runtime.session import CPU, CUDA
 
 OUTPUT = "firing_rate"
-PROVIDERS = {"onnxruntime-cpu": CPU, "onnxruntime-cuda": CUDA}  # the backends that can show it
+PROVIDERS = {"onnxruntime-cpu": CPU, "onnxruntime-cuda": CUDA}  # the backends that can return firing rates
 
 
 class FiringRates:
@@ -31,11 +31,11 @@ class FiringRates:
 
     A rate is the mean over steps and neurons of a layer's spikes, for one image; `layers` names the L layers in the
     order of the network. In a network with gates (StoG) these are the spikes in front of the gates, those that reset
-    the membrane. A stochastic network meets the noise that `open_predictor` gives it.
+    the membrane. A stochastic network gets the same noise as from `open_predictor`.
 
-    network: the bundle's, if it is read already. A context manager: the session ends with the block. Threads may share
-    it. Raises InputError for a backend that does
-    not show spikes or cannot run here, or a file without their names; EvaluationError as `open_predictor` does.
+    network: the bundle's ONNX model, if it has been read already. A context manager: the session ends with the block.
+    Threads may share it. Raises InputError for a backend that does not show spikes or cannot run here, or a file
+    without their names; EvaluationError as `open_predictor` does.
     """
 
     def __init__(

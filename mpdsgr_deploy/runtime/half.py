@@ -1,7 +1,7 @@
-"""float16 on a CPU as the ONNX file says it.
+"""float16 networks on a CPU with every rounding that the ONNX file prescribes.
 
-onnxruntime has no float16 arithmetic on a CPU. It computes such nodes in float32 and takes the roundings between them
-for superfluous: of a float16 network only the weights are rounded. Rounding written down as casts it respects.
+onnxruntime has no float16 arithmetic on a CPU. It computes such nodes in float32 and removes the roundings between
+them, so only the weights of a float16 network are rounded. It keeps roundings that are written as Cast nodes.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What goes into a predictor: the check every backend makes, and many images in bounded batches."""
+"""Input of predictors: the check that every backend makes, and many images in bounded batches."""
 
 import numpy as np
 from numpy.typing import NDArray

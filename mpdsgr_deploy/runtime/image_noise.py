@@ -5,7 +5,7 @@
     normal   Box-Muller of the words w, w' of a pair: sqrt(-2 ln a) (cos b, sin b),
              a = (w + 1/2) / 2^32, b = 2 pi w' / 2^32
 
-An image so meets the same noise in every batch, at every position, on every backend and machine; any change of a pixel
+So an image gets the same noise in every batch and position, on every backend and machine; any change of a pixel
 draws fresh noise. Of numpy only Philox's raw words are used, whose stream it never changes (NEP 19; a Generator's
 distributions may change with its version). Uniform draws are exact; normal ones are computed in float64, without
 rejections, so that another machine's logarithm moves one by a rounding at most, never the ones behind it. A CPU core
@@ -13,7 +13,7 @@ makes a uniform draw in some 6 ns and a normal one in 40 ns: 0.15 and 1 ms for T
 
 The seed is the defender's secret. An attacker who knows it knows the noise of every image and attacks a deterministic
 network; what is evaluated is an attacker without it, who averages over other draws (EOT). The cost of being a function:
-an image that once came through always does, and who may ask about many near copies of it may find one.
+an image that once fooled the network always does, and an attacker who may query many near copies may find one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ from mpdsgr_deploy.errors import InputError
 
 
 class NoiseSource:
-    """Images float32 [B, C, H, W] to what a network needs beside them: {input name: float32 [B, *shape]}.
+    """Maps images float32 [B, C, H, W] to the network's noise inputs: {input name: float32 [B, *shape]}.
 
-    Nothing for a deterministic network. seed: 0 to 2^64 - 1, else InputError.
+    Empty for a deterministic network. seed: 0 to 2^64 - 1. Raises InputError for another seed.
     """
 
     def __init__(self, inputs: Sequence[NoiseInput] = (), seed: int = 0) -> None:
@@ -50,7 +50,7 @@ class NoiseSource:
     def require(self, required: Mapping[str, Sequence[object]], network: object) -> None:
         """Raise InputError unless `required`, names and shapes without the batch, is what this source supplies.
 
-        network: what the message calls the one that takes these inputs beside its images.
+        network: the name of the network in the message.
         """
         made = {entry.name: entry.shape for entry in self._inputs}
         if {name: tuple(shape) for name, shape in required.items()} != made:

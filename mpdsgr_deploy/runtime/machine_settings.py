@@ -23,13 +23,13 @@ class RuntimeSettings(Section):
 
 
 def machine(backend: str) -> dict[str, str]:
-    """What settings of a backend depend on: the CPU, how many cores this process may use, the library's version."""
+    """What a backend's settings depend on: the CPU, how many cores this process may use, the library's version."""
     here, package = hardware(), PACKAGES[backend]
     return {"cpu": here["cpu"], "cores": str(here["cores"]), package: package_version(package) or "unknown"}
 
 
 def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSettings:
-    """What was measured for this network on a machine like this one, or the defaults.
+    """The settings measured for this network on a machine like this one, or the defaults.
 
     Raises InputError if the bundle holds something else in their place.
     """

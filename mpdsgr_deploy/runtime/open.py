@@ -25,7 +25,7 @@ def _onnxruntime_cpu(bundle: Bundle, precision: str, noise: NoiseSource) -> Onnx
 
 
 def _onnxruntime_gpu(bundle: Bundle, precision: str, noise: NoiseSource, *, provider: str) -> OnnxRuntime:
-    if provider == TENSORRT and precision != "fp32":  # it chooses types itself once any but float32 is allowed
+    if provider == TENSORRT and precision != "fp32":  # unless held to float32, it chooses types itself
         raise InputError("onnxruntime-tensorrt would compute neurons in reduced precision too; use --backend tensorrt")
     return OnnxRuntime(bundle.variant(precision), provider, noise)
 
@@ -67,9 +67,9 @@ def open_predictor(
 ) -> Iterator[Predictor]:
     """A Predictor for the length of a with block.
 
-    seed: of a stochastic network's noise; None: the recipe's `validation.seed`, which everybody with the bundle knows.
-    Raises InputError for an unknown backend or precision or a backend that cannot run here, EvaluationError if the
-    golden batch is not answered with the reference's labels and logits.
+    seed: of a stochastic network's noise; None: the recipe's `validation.seed`, which everyone who has the bundle
+    knows. Raises InputError for an unknown backend or precision or a backend that cannot run here, EvaluationError if
+    the golden batch is not answered with the reference's labels and logits.
     """
     bundle.variant(precision)
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)

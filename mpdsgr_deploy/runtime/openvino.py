@@ -25,10 +25,7 @@ from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 
 CHUNK = 8  # images; about as fast as any larger batch, and its activations stay small
 # never a lower precision than that of the graph
-EXACT = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "EXECUTION_MODE_HINT": "ACCURACY",
-}  # never a lower precision than the graph's
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 
 
 class OpenVino:
@@ -50,7 +47,7 @@ class OpenVino:
             self._options["INFERENCE_NUM_THREADS"] = settings.threads
         try:
             self._network: Any = self._core.read_model(io.BytesIO(unsigned(onnx.load(model)).SerializeToString()))
-        except Exception as error:  # OpenVINO and protobuf raise what shares no base class
+        except Exception as error:  # errors of OpenVINO and protobuf share no base class
             raise InputError(f"OpenVINO cannot load {model}: {reason(error)}") from error
         shapes = {
             port.any_name: tuple(d.get_length() for d in list(port.partial_shape)[1:]) for port in self._network.inputs
@@ -73,7 +70,7 @@ class OpenVino:
         try:
             request = self._requests.get(len(x)) or self._compile(len(x))
             request.infer(feeds, share_inputs=True)
-        except Exception as error:  # OpenVINO's share no base class
+        except Exception as error:  # OpenVINO's errors share no base class
             message = f"OpenVINO cannot run {self._model} in batches of {len(x)}: {reason(error)}"
             if isinstance(error, MemoryError) or "bad_alloc" in message:
                 raise OutOfMemory(f"{message}; free some memory or use a smaller batch") from error
@@ -108,7 +105,8 @@ def unsigned(network: onnx.ModelProto) -> onnx.ModelProto:
     """The same network with uint8 in place of int8 activations; weights stay int8. `network` itself is changed.
 
     Only spikes and their means are ever quantised, 0 to 127 steps, the same numbers in both types. x86 multiplies
-    unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it: a fifth is saved.
+    unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it, which saves a
+    fifth of the time.
     """
     zeros = {node.input[2] for node in network.graph.node if node.op_type == "QuantizeLinear" and len(node.input) == 3}
     for tensor in network.graph.initializer:

@@ -44,9 +44,9 @@ class Session:
                 f"(uninstall the other onnxruntime package first, they overwrite each other)"
             )
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # what is an error is also raised; on stderr it would be said twice
+        options.log_severity_level = 4  # errors are raised as well; printing them would repeat them
         options.intra_op_num_threads = threads or usual_threads()
-        # its threads would else burn a core for a while after every call, while a server waits for the next request
+        # otherwise its threads keep a core busy for a while after every call, while a server waits for the next request
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -68,7 +68,7 @@ class Session:
         self._device, self._value = DEVICES[provider], ort.OrtValue.ortvalue_from_numpy
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """Fresh arrays. Inputs and outputs are bound where the provider computes: one copy to it and one back."""
+        """Fresh output arrays. Inputs and outputs are bound on the provider's device: one copy to it and one back."""
         binding = self._session.io_binding()  # one per call, so that threads can share the session
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._value(np.asarray(array, order="C"), self._device))
@@ -86,15 +86,13 @@ class Session:
 
 
 def preload_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from NVIDIA's wheels, as the provider, which has no path to them, finds loaded ones alone.
+    """Load CUDA and cuDNN from NVIDIA's wheels: the provider does not search there, but finds libraries that are
+    loaded.
 
-    What is missing is said by the provider itself, when it does not load.
+    If one is missing, the provider's own error names it.
     """
     # what onnxruntime prints here is not part of our output
-    with (
-        redirect_stdout(io.StringIO()),
-        suppress(RuntimeError, OSError),
-    ):  # its printed messages are not part of our output
+    with redirect_stdout(io.StringIO()), suppress(RuntimeError, OSError):
         getattr(ort, "preload_dlls", lambda: None)()
 
 
@@ -110,7 +108,7 @@ def usual_threads() -> int:
 
 
 def failure(what: str, error: Exception) -> InputError:
-    """What to raise in place of onnxruntime's own error."""
+    """The error to raise in place of onnxruntime's own."""
     kind, advice = InputError, "see `mpdsgr doctor`"
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         kind, advice = OutOfMemory, "it has too little memory; free some or use a smaller batch"

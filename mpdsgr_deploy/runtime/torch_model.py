@@ -22,7 +22,7 @@ from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.snn.draws import Kind
 
-NO_MEMORY = "can't allocate memory"  # of the CPU, which has no error class of its own
+NO_MEMORY = "can't allocate memory"  # in torch's message for the CPU, which has no error class
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -46,7 +46,7 @@ def telling_memory(what: str) -> Iterator[None]:
 
 @torch.no_grad()
 def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseInput, ...]:
-    """What `model` (eval mode) draws in a pass over images [B, *shape], in its order; nothing if deterministic."""
+    """The noise that `model` (eval mode) draws in a pass over images [B, *shape], in order; empty if deterministic."""
     draws: list[NoiseInput] = []
 
     def draw(kind: Kind, steps: int, x: torch.Tensor) -> torch.Tensor:
@@ -102,9 +102,9 @@ class TorchModel:
         """The same model, whose answers (not its gradients) from now on come from torch.compile.
 
         A dynamic batch is compiled at most for 1, 2 to 7, and 8 or more images, tens of seconds each the first time;
-        fixed sizes would be no faster and more of them. Raises InputError where there is no compiler.
+        fixed sizes would not be faster, and would be compiled more often. Raises InputError where there is no compiler.
         """
-        from torch._inductor.exc import InductorError  # here: it loads the whole compiler
+        from torch._inductor.exc import InductorError  # imported here, since it loads the whole compiler
 
         # A warning about CUDA on machines without a GPU, which only tells developers of torch something
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -114,7 +114,7 @@ class TorchModel:
             try:
                 logits: torch.Tensor = forward(*arguments)
             except InductorError as error:
-                reason = one_line(str(error).partition("\n")[0])  # what follows is advice to developers
+                reason = one_line(str(error).partition("\n")[0])  # the other lines are advice to developers
                 raise InputError(
                     f"torch.compile cannot build the network here ({reason}); install a C++ compiler and Python's "
                     f"headers, or use the backend torch"

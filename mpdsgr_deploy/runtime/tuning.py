@@ -20,9 +20,9 @@ from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
 
 BATCHES = (1, 8, 32)
-CHUNKS = (8, 4, 16, 32)  # the likely best first, in case time runs out
+CHUNKS = (8, 4, 16, 32)  # the most promising first, in case time runs out
 REPETITIONS = 3
-SECONDS = 20.0  # after which no further candidate is begun
+SECONDS = 20.0  # seconds after which no further candidate is started
 
 
 Opener = Callable[..., AbstractContextManager[Predictor]]
@@ -82,8 +82,8 @@ def _fastest(
 
 
 def milliseconds(predictor: Predictor, images: NDArray[np.float32]) -> float:
-    """The shortest of a few inferences, which other work on the machine disturbed least."""
-    predictor(images)  # compiles, allocates
+    """The shortest time of a few inferences, the one that other work on the machine disturbed least."""
+    predictor(images)  # compiles and allocates
     seconds = []
     for _ in range(REPETITIONS):
         started = time.perf_counter()

@@ -1,6 +1,6 @@
 """Random numbers for stochastic networks, from an explicit source.
 
-A generator draws them on the CPU and they are then moved, so that a seed gives the same spikes on every device. None
+A generator draws them on the CPU, from where they are moved, so a seed gives the same spikes on every device. None
 stands for torch's global generator, as in torch itself. A function in its place answers every request itself: with
 draws made elsewhere, which is how an exported network gets its noise.
 """
@@ -33,9 +33,9 @@ def normal(steps: int, x: Tensor, noise: Noise) -> Tensor:
 
 
 def repeatable(noise: Noise) -> tuple[Noise, Callable[[], Noise]]:
-    """The same noise, and what repeats, every time it is called, the draws made from it until then or from then on.
+    """The noise to draw from, and a function whose result repeats these draws from the first one.
 
-    None repeats as None: torch's global generator is to be rewound by who repeats.
+    For None it returns None: the caller has to rewind torch's global generator.
     """
     if noise is None:
         return None, lambda: None
@@ -58,7 +58,7 @@ def repeatable(noise: Noise) -> tuple[Noise, Callable[[], Noise]]:
 def in_turn(draws: Sequence[Tensor]) -> Draw:
     """Hands out `draws`, each [B, steps, ...], in the order in which one forward pass asks for them.
 
-    Batch first, as inputs of an exported network are. Asked for more, it raises InputError.
+    The batch is the first axis, as in exported networks. Raises InputError if more draws are asked for.
     """
     left = iter(draws)
 

@@ -42,7 +42,7 @@ class Poisson(Encoding):
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         spikes = (x >= uniform(self.T, x, noise)).to(x.dtype)
-        if not torch.is_grad_enabled():  # also what the ONNX exporter sees
+        if not torch.is_grad_enabled():  # also the path that the ONNX exporter traces
             return spikes
         return spikes + (x - x.detach())  # the second term is zero forward, the identity backward
 
@@ -78,8 +78,8 @@ class Frequency(Encoding):
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         image = normalize(x)
-        device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
-        with torch.autocast(device, enabled=False):  # rounded projections would let other frequencies through
+        device = "cpu" if x.is_meta else x.device.type  # autocast does not support the meta device
+        with torch.autocast(device, enabled=False):  # a rounded projection would pass other frequencies
             return torch.stack([self.rows[t] @ image @ self.columns[t] for t in range(self.T)])
 
 

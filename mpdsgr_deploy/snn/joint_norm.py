@@ -24,7 +24,7 @@ class _JointNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float
     ) -> Tensor:
-        unread = torch.zeros_like(mean)  # running statistics that nobody reads
+        unread = torch.zeros_like(mean)  # running statistics that are not read
         own = torch.stack(torch.batch_norm_update_stats(x, unread, unread, 0.0))
         each = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
         distributed.all_gather(each, own)
@@ -57,6 +57,6 @@ class _JointNorm(torch.autograd.Function):
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """That of x, for a gradient that may come in another one."""
+    """The memory format of x, into which a gradient in another format is brought."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

@@ -99,6 +99,6 @@ class _Spike(torch.autograd.Function):
 
 def spike(u: Tensor, v_threshold: float, surrogate: Surrogate) -> Tensor:
     """Heaviside(u - v_threshold) forward, `surrogate` backward; any shape, same dtype."""
-    if not torch.is_grad_enabled():  # also what the ONNX exporter sees: GreaterOrEqual + Cast
+    if not torch.is_grad_enabled():  # also the path that the ONNX exporter traces: GreaterOrEqual + Cast
         return (u >= v_threshold).to(u.dtype)
     return _Spike.apply(u, v_threshold, surrogate)

@@ -138,9 +138,7 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
     if reference is not None:
         worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
         # at best, all remaining images that the reference gets wrong are classified correctly
-        best = better + int(
-            (~reference[done:]).sum()
-        )  # the best case: all remaining images that the reference gets wrong are classified correctly
+        best = better + int((~reference[done:]).sum())
         if regressed(gate, name, n, worse, best):
             return f"after {done} of {n} images the drop cannot come back within the limit"
     return None

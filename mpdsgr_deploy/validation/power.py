@@ -53,9 +53,7 @@ def _refused_of(discordant: int, n: int, allowed: float, share: float, significa
     """The same for a known number of flips, each for the worse with probability `share`."""
     worse = np.arange(discordant + 1)
     # P(at least this many flips are for the worse) by chance
-    tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[
-        ::-1
-    ]  # P(at least this many flips for the worse) by chance
+    tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[::-1]
     refuses = (tails < significant) & (2 * worse - discordant > allowed * n + 1e-9)
     return float(np.exp(_log_binomial(discordant, worse[refuses], share)).sum())
 

@@ -1,4 +1,4 @@
-"""What touches the GPU: an engine on one CUDA stream, through cuda-bindings. Without logic that a test could want.
+"""All calls that touch the GPU: an engine on one CUDA stream, through cuda-bindings, with as little logic as possible.
 
 Not yet run on a GPU. Without one, tests check that every CUDA call below exists and takes as many arguments.
 """
@@ -34,7 +34,7 @@ def runtime(extra: str) -> ModuleType:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """What a CUDA call returned behind its error code. Raises OutOfMemory or InputError in its place."""
+    """The value of a CUDA call behind its error code. Raises OutOfMemory or InputError for an error."""
     error, *values = result
     if error.name == "cudaErrorMemoryAllocation":
         raise OutOfMemory("the GPU's memory is full; free some or build the engine with a smaller MAX of --batch")
@@ -53,7 +53,7 @@ def gpu(extra: str) -> GPU:
 
 
 class Engine:
-    """A deserialised engine: what it takes and gives, and the library it belongs to.
+    """A deserialised engine with its inputs, its output, and the library it belongs to.
 
     Raises InputError for a plan that is damaged, of another version, or refused by this GPU.
     """
@@ -77,7 +77,7 @@ class Engine:
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._context_settings: Any = strategy
         if hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):  # TensorRT-RTX
-            # the default swaps kernels behind a graph's back once better ones are compiled
+            # by default, kernels are replaced inside a captured graph once better ones are compiled
             self._context_settings = self.cuda_engine.create_runtime_config()
             self._context_settings.set_execution_context_allocation_strategy(strategy)
             kinds = self.trt.DynamicShapesKernelSpecializationStrategy
@@ -94,7 +94,7 @@ class Engine:
 def refuse_invalid(trt: ModuleType, loader: Any, plan: bytes, advice: str) -> None:
     """Raise InputError if the plan's header is damaged or of another version. TensorRT-RTX alone can tell.
 
-    It calls plans invalid on GPUs that it is not made for and yet runs on, so all else it says is a warning.
+    It calls plans invalid on GPUs that it is not made for and yet runs on, so its other diagnostics are warnings only.
     """
     if not hasattr(loader, "get_engine_validity"):
         return
@@ -155,8 +155,8 @@ class CudaStream:
 class CudaExecution:
     """One batch size on a stream: an execution context and, once captured, its CUDA graph.
 
-    A context each, since a graph is bound to the state of the context it was captured from; activations share the
-    stream's memory, since a stream runs one at a time.
+    Each has its own context, since a graph is bound to the state of the context it was captured from; activations share
+    the stream's memory, since a stream runs one at a time.
     """
 
     def __init__(self, stream: CudaStream, batch: int) -> None:
@@ -179,7 +179,7 @@ class CudaExecution:
         check(cudart.cudaStreamSynchronize(stream))
 
     def capture(self) -> None:
-        """Run as one CUDA graph from now on, or say why not. Needs a run before, which settles what shapes imply."""
+        """Run as one CUDA graph from now on; log a warning if that is impossible. One ordinary run must come before."""
         cudart, stream = self._stream.cudart, self._stream.handle
         capturable: Callable[[int], bool] = getattr(self._context, "is_stream_capturable", lambda stream: True)
         try:

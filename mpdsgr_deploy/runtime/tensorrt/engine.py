@@ -1,7 +1,7 @@
 """An ONNX file made into an engine, by TensorRT or TensorRT-RTX.
 
-Networks are strongly typed: every precision stands in the ONNX file, none is chosen here. The one liberty left, TF32 in
-float32 products, is taken away: ten bits of mantissa would flip spikes.
+Networks are strongly typed: the ONNX file fixes every precision, none is chosen here. The one exception, TF32 in
+float32 products, is switched off: its ten bits of mantissa would flip spikes.
 """
 
 from pathlib import Path
@@ -16,8 +16,8 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.tensorrt.library import failure, listener, load, said, without_collection
 
 BatchSizes = tuple[int, int, int]  # smallest, best, largest
-# What TensorRT 10.16 to 11.4 are documented to read. Their parsers take newer ones without a word and read an operator
-# whose meaning changed as if it had not.
+# What TensorRT 10.16 to 11.4 are documented to read. Their parsers accept newer ones without a warning and give an
+# operator whose meaning has changed its old meaning.
 MAX_OPSET = 24
 
 
@@ -93,7 +93,7 @@ def _profile(builder: Any, network: Any, batch: BatchSizes) -> Any:
 
 
 def _read_timings(config: Any, path: Path) -> None:
-    """Give the builder the measurements of earlier builds; a cache of another version or a damaged one is none."""
+    """Give the builder the measurements of earlier builds; a cache of another version or a damaged one is ignored."""
     for content in (path.read_bytes() if path.exists() else b"", b""):
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, False):

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: two modules with one Python API, and what they say when something fails."""
+"""TensorRT and TensorRT-RTX: two modules with the same Python API, and their error messages."""
 
 import gc
 import re
@@ -13,7 +13,7 @@ from mpdsgr_deploy.progress import log
 
 
 class Library(NamedTuple):
-    """One of the two: the extra of ours that brings it, and the name of its Python module."""
+    """One of the two: our extra that installs it, and the name of its Python module."""
 
     extra: str
     module: str
@@ -31,7 +31,7 @@ def load(backend: str) -> ModuleType:
 def listener(trt: ModuleType) -> Any:
     """An ILogger of `trt` that keeps error messages in its list `errors` and passes warnings on to our log.
 
-    Calls that fail answer None or False; why is told to the logger alone.
+    Calls that fail return None or False; only the logger gets the reason.
     """
 
     base: Any = trt.ILogger
@@ -52,10 +52,10 @@ def listener(trt: ModuleType) -> Any:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Python's garbage collection paused. Whatever may call a listener belongs inside.
+    """Pause Python's garbage collection while TensorRT may call a listener.
 
     TensorRT calls it under the lock that its destructors take: a collection there which meets what a failed call left
-    behind would wait for itself for ever. One thread at a time.
+    behind would deadlock. For one thread at a time.
     """
     running = gc.isenabled()
     gc.disable()
@@ -71,7 +71,7 @@ def failure(listener: Any, what: str, advice: str) -> InputError:
     # "catchCudaError" follows any error and adds nothing
     messages = [message for message in listener.errors if "catchCudaError" not in message]
     text = said((messages or listener.errors or ["it does not say why"])[0])
-    listener.errors.clear()  # or a later failure would be told by this one's reason
+    listener.errors.clear()  # or a later failure would report this one's reason
     kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(messages), re.IGNORECASE) else InputError
     return kind(f"{what}: {text}; {advice}")
 

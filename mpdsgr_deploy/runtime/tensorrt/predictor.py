@@ -1,6 +1,6 @@
 """The Predictor on an engine: batches cut and padded to what it takes, streams shared by threads, graphs kept by size.
 
-Whatever touches a device stands behind `Stream` and `Execution`, which `cuda.py` implements.
+All device code is behind the protocols `Stream` and `Execution`, which `cuda.py` implements.
 """
 
 from collections import OrderedDict
@@ -24,7 +24,7 @@ from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine
 Array = NDArray[np.float32]
 Noise = Callable[[Array], Mapping[str, Array]]
 STREAMS = 4  # the most threads that run at the same time; each has its own activations
-SIZES = 16  # of batches whose contexts and graphs a stream keeps
+SIZES = 16  # batch sizes whose contexts and graphs a stream keeps
 
 
 class Execution(Protocol):

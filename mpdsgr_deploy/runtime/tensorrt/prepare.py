@@ -1,8 +1,8 @@
-"""Engines in a bundle: built for this machine, found again on it, and refused on another.
+"""Engines in a bundle: built for this machine, reused on it, and refused on another.
 
 A TensorRT engine belongs to one GPU model and one version of TensorRT. A TensorRT-RTX engine belongs to one version of
 TensorRT-RTX and to no GPU: it is built without one, for compute capability 8.0 and above, and compiled for the GPU at
-hand when it is opened. So `Prepared.machine` names a GPU for the first and none for the second.
+hand when it is opened. So `Prepared.machine` names a GPU for TensorRT only.
 """
 
 import os
@@ -18,7 +18,7 @@ BATCH: BatchSizes = (1, 32, 128)
 
 
 def machine(backend: str) -> dict[str, str]:
-    """What an engine of this backend is bound to here. Raises InputError where TensorRT finds no GPU."""
+    """What an engine of this backend depends on: versions and, for TensorRT, the GPU. Raises InputError without one."""
     version = str(load(backend).__version__)
     if backend == "tensorrt-rtx":
         return {"tensorrt-rtx": version}
