@@ -1,8 +1,8 @@
-"""Where a bundle is, as commands take it: PLACE[@PRECISION][@sha256:DIGEST].
+"""Bundle addresses as commands take them: PLACE[@PRECISION][@sha256:DIGEST].
 
-PLACE is a directory, or an address that fsspec knows: hf://OWNER/NAME, s3://BUCKET/NAME, gs://... An address needs the
-bundle's digest, the `digest` in its manifest.json. The copy is verified by it before anything in it is used, and kept
-in the user's cache, where later runs find it without a network.
+PLACE is a directory, or an address of a file system that fsspec supports: hf://OWNER/NAME, s3://BUCKET/NAME, gs://...
+An address needs the bundle's digest, the `digest` in its manifest.json. The copy is verified by it before anything in
+it is used, and kept in the user's cache, where later runs find it without a network.
 """
 
 import json
@@ -23,7 +23,7 @@ PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
 class BundleAddress(NamedTuple):
-    """A directory or an address with a protocol, the precision meant, and the digest that its manifest must have."""
+    """A directory or a remote address, and, if they are given, a precision and the digest of its manifest."""
 
     place: str
     precision: str | None = None
@@ -77,7 +77,7 @@ def cache_directory() -> Path:
 
 
 def _fetch(address: BundleAddress, cache: Path) -> None:
-    """Copy a remote bundle's files; the manifest comes last, so that only a whole copy is found later."""
+    """Copy a remote bundle's files; the manifest comes last, so that an interrupted copy is not taken for a bundle."""
     fsspec = need("fsspec", "remote")
     log.info("fetching %s into %s", address.place, cache)
     scratch = cache.with_name(f"{cache.name}.tmp")
@@ -93,7 +93,7 @@ def _fetch(address: BundleAddress, cache: Path) -> None:
 
 
 def _verify(directory: Path, address: BundleAddress) -> None:
-    """Raise InputError unless the manifest states the digest; that this is true is verified when it is opened."""
+    """Raise InputError unless the manifest states the digest; opening the bundle verifies the statement."""
     try:
         stated = json.loads((directory / MANIFEST).read_bytes())["digest"]
     except (OSError, ValueError, KeyError, TypeError):

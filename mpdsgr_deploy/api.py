@@ -1,6 +1,6 @@
 """The public functions, `import mpdsgr_deploy as mpd`: a recipe to a checkpoint, a bundle, a verdict, predictions.
 
-They take names and paths as the commands do, and return what a program goes on with. Errors that a user can act on are
+They take names and paths as the commands do, and return what the next step needs. Errors that a user can act on are
 `mpdsgr_deploy.errors.MpdsgrError`. Everything else in the package may change without notice.
 """
 
@@ -141,7 +141,7 @@ def adopt(
 
 
 def open_bundle(path: AnyPath) -> Bundle:
-    """Read and verify a bundle directory. Raises InputError if it is none, or is damaged or incomplete."""
+    """Read and verify a bundle directory. Raises InputError if it is not a bundle, is damaged or incomplete."""
     return _open_bundle(Path(path))
 
 

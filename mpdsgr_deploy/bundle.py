@@ -94,7 +94,8 @@ class Bundle:
         return [p for p in self.manifest.prepared if (p.backend, p.precision) == (backend, precision)]
 
     def add(self, prepared: Prepared, engine: bytes | None = None) -> "Bundle":
-        """The bundle with `prepared`, and its engine if it has one, in place of what this kind of machine had before.
+        """The bundle with `prepared`, and its engine if it has one; it replaces an earlier entry of this kind of
+        machine.
 
         The engine's file is new, the manifest is replaced last and what it does not name any more, or does not name yet
         because an earlier call was killed, is deleted after that: a crash leaves a whole bundle. What others added
@@ -127,7 +128,10 @@ class Bundle:
             raise InputError(f"{option} {out} lies in the bundle {self.path}; choose another place")
 
     def reference(self) -> Reference | None:
-        """How the torch network answered, if that is in the bundle. Raises InputError as `load_reference` does."""
+        """The torch network's reference verdicts, if the bundle has them.
+
+        Raises InputError as `load_reference` does.
+        """
         promise = self.manifest.reference
         return None if promise is None else load_reference(self.file(REFERENCE), promise)
 
@@ -207,7 +211,7 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
-    """Hash every file in `scratch`, write the manifest with `fields`, and put it all where `out` is."""
+    """Hash every file in `scratch`, write the manifest with `fields`, and move the folder to `out`."""
     files = {p.relative_to(scratch).as_posix(): sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
     manifest = _write_manifest(scratch, Manifest(files=files, **fields))
     replace_directory(scratch, out)

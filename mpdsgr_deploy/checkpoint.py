@@ -50,7 +50,7 @@ class Checkpoint(BaseModel):
 
     @property
     def origin(self) -> str:
-        """Which epoch of its run this is and why, for people."""
+        """A phrase for people: which epoch of its run this is, and why."""
         epoch = f"epoch {self.epoch} of {self.recipe.training.epochs}"
         if self.choice == "best":
             return f"best checkpoint ({epoch}; highest {self.score_of}: {self.metrics['score']:.1%})"

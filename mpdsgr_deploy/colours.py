@@ -10,7 +10,7 @@ SKY_BLUE = "#56B4E9"
 VERMILION = "#D55E00"
 YELLOW = "#F0E442"
 
-# Further lines of a crowded figure, and what stands behind the data
+# Further lines of a crowded figure, and the background
 OLIVE, VIOLET = "#B2A300", "#7F3C8D"
 DARK_GREY, MIDDLE_GREY, LIGHT_GREY, GRID = "#555555", "#777777", "#BBBBBB", "#888888"
 

@@ -1,4 +1,4 @@
-"""Damaged copies of a bundle, by which the demo and the tests show that damage is noticed."""
+"""Damaged copies of a bundle, with which the demo and the tests show that damage is detected."""
 
 import json
 import shutil
@@ -35,9 +35,9 @@ def damage(bundle: Bundle, out: Path, *, noise: float = 1.0) -> Path:
 
 
 def cover_up(damaged: Path, bundle: Bundle) -> Path:
-    """Make golden batch, attack graph and hashes of a copy of `bundle` those of its damaged float32 network.
+    """Replace golden batch, attack graph and hashes of a copy of `bundle` by those of its damaged float32 network.
 
-    `open_bundle` and the golden batch then accept the copy, as they would one from somebody who meant to deceive.
+    `open_bundle` and the golden batch then accept the copy, as they would accept a bundle that was forged on purpose.
     """
     variant, recipe = bundle.manifest.variants["fp32"], bundle.manifest.recipe
     if variant.attack:

@@ -12,7 +12,7 @@ class InputError(MpdsgrError):
 
 
 class MissingData(InputError):  # noqa: N818 - the name describes the problem
-    """A data set that is not on this machine at all, which is not the same as one that is damaged (exit code 2)."""
+    """A data set that is not on this machine; a damaged one is an InputError (exit code 2)."""
 
 
 class OutOfMemory(InputError):  # noqa: N818 - the name describes the event

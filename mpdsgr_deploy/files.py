@@ -1,4 +1,4 @@
-"""Files that survive: atomic writes, hashes, and output directories that are never somebody else's."""
+"""Atomic writes, hashes, and output directories that are claimed so that no foreign files are overwritten."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ def sha256(path: Path) -> str:
 def writing(path: Path, reassurance: str) -> Iterator[None]:
     """Turn the operating system's errors while writing `path` into InputError with advice.
 
-    reassurance: what is not lost when the disk is full.
+    reassurance: a clause for the message, on what is not lost when the disk is full.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def followed(path: Path) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether `path` is a pipe, a terminal or another thing that is written to and not replaced."""
+    """Whether `path` is a pipe, a terminal or another device, which is written to and not replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
@@ -61,7 +61,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with writing(path, "what was written is with its reader"), path.open("wb") as file:
             yield file
         return
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed run leaves at most one behind
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so that killed runs leave at most one file
     with writing(path, "what was there before is untouched"):
         try:
             with temporary.open("wb") as file:
@@ -77,7 +77,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync_directory(path: Path) -> None:
-    """Let a renaming in a directory survive a power cut. Windows has no such call."""
+    """Make a renaming in a directory survive a power cut; does nothing on Windows, which has no such call."""
     if os.name == "nt":
         return
     directory = os.open(path, os.O_RDONLY)
@@ -111,7 +111,7 @@ def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") ->
 
 
 def recover_directory(out: Path) -> None:
-    """Bring back what was in `out`, where an earlier `replace_directory` died between its two renames."""
+    """Restore `out` if an earlier `replace_directory` was killed between its two renames."""
     if _replaced(out).exists() and not out.exists():
         _replaced(out).rename(out)
 
@@ -120,8 +120,8 @@ def recover_directory(out: Path) -> None:
 def scratch_directory(out: Path, what: str) -> Iterator[Path]:
     """An empty directory beside `out`, which was claimed, to make `what` in; `replace_directory` puts it in place.
 
-    It is gone after the block, and `out` too if it is still empty. Raises InputError where the system refuses to write,
-    and while another process makes something for the same `out`.
+    It is removed after the block, as is `out` if it is still empty. Raises InputError where the system refuses to
+    write, and while another process makes something for the same `out`.
     """
     scratch = out.with_name(f".{out.name}.tmp")
     with exclusive(out.with_name(f".{out.name}{LOCK}"), f"process that makes {what} {out}"):
@@ -134,12 +134,12 @@ def scratch_directory(out: Path, what: str) -> Iterator[Path]:
             raise InputError(f"cannot write {what} {out}: {reason}; an older one is untouched") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            with suppress(OSError):  # only an empty directory, the one claimed for nothing, can be removed so
+            with suppress(OSError):  # this removes only an empty directory
                 out.rmdir()
 
 
 def replace_directory(scratch: Path, out: Path) -> None:
-    """Put `scratch` where `out` is. A process that dies in between leaves what `recover_directory` brings back."""
+    """Put `scratch` where `out` is. If the process is killed in between, `recover_directory` restores `out`."""
     old = _replaced(out)
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)

@@ -20,7 +20,7 @@ LOCK = ".lock"  # a directory's lock file
 def lock(file: IO[Any], *, wait: bool = False) -> bool:
     """Take the exclusive lock of an open file, which closing it gives back; False: another process has it.
 
-    wait: until it is free. On a file system without locks it is as if nobody else had it.
+    wait: until it is free. On a file system without locks it always succeeds.
     """
     try:
         if fcntl is not None:
@@ -58,12 +58,12 @@ def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
             )
         if _is_at(file, path):
             break
-        file.close()  # its holder removed it just now: that lock is nobody's
+        file.close()  # its holder has just removed it: this lock is on a deleted file
     try:
         yield
     finally:
         with suppress(OSError):
-            if fcntl is not None:  # while it is locked, so that it is never another process's; Windows forbids that
+            if fcntl is not None:  # removed while still locked, so that it cannot be another process's file
                 path.unlink()
         file.close()
         if fcntl is None:

@@ -46,7 +46,7 @@ class Variant(BaseModel):
 
     @property
     def exact(self) -> bool:
-        """Whether every backend computes the same but for float32 rounding: int8 sums are exact, others round."""
+        """Whether all backends agree except for float32 rounding: int8 sums are exact, other precisions round."""
         return set(self.layers.values()) <= {"fp32", "int8"}
 
 
@@ -113,7 +113,7 @@ class Manifest(BaseModel):
     def computed_digest(self) -> str:
         """sha256 of the canonical JSON of everything but `digest`, `schema_version` and defaults.
 
-        Without the defaults, so that a field which a later version adds leaves older bundles' digests as they are.
+        Defaults are left out, so that fields of later versions do not change the digests of older bundles.
         """
         left_out = {"digest", "schema_version"}
         content = json.dumps(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True), sort_keys=True)

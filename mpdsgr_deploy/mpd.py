@@ -75,8 +75,8 @@ def theorem(trace: Trace) -> Moments | None:
 class _BatchMoments(torch.autograd.Function):
     """Mean and variance [T, C] of T tensors [B, C, ...].
 
-    By the statistics kernel of batch normalisation, which reads u once and copies nothing, and with a gradient by hand,
-    which is one pass over u; autograd's own takes five.
+    Computed by the statistics kernel of batch normalisation, which reads u once, with a hand-written gradient,
+    which takes one pass over u where autograd's takes five.
     """
 
     @staticmethod
@@ -106,7 +106,7 @@ def empirical(trace: Trace) -> Moments:
         mean, variance, _ = trace.moments
     else:
         mean, variance = _BatchMoments.apply(*[u for u, _ in trace.states])
-    # clamped: a channel that never varies has no direction for its standard deviation
+    # clamped, because the standard deviation of a constant channel has no gradient
     return Moments(mean - trace.neuron.v_threshold, variance.clamp(min=SIGMA_FLOOR**2).sqrt())
 
 

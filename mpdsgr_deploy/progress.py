@@ -1,4 +1,4 @@
-"""Long work shows a bar on a terminal and plain lines in a log; library users see nothing unless they ask."""
+"""Progress: a bar on a terminal, plain lines in a log, and nothing for library users who did not ask for it."""
 
 import logging
 import sys

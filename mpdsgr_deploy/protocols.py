@@ -1,4 +1,4 @@
-"""What a model can be asked, whatever runs it: answers (Predictor), answers and gradients (Differentiable), or
+"""What every model offers, on any backend: logits (Predictor), logits and gradients (Differentiable), or
 gradients through surrogates that adapt (Adaptive).
 """
 

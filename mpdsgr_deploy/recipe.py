@@ -84,7 +84,7 @@ class EncodingSection(Section):
 
 
 class Stage(Section):
-    """So many epochs at T time steps instead of encoding.T."""
+    """A number of epochs at T time steps instead of encoding.T."""
 
     epochs: Count
     T: Count
@@ -108,7 +108,7 @@ class Training(Section):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Count = 1  # each normalises its own share of the batch, unless sync_norm
     sync_norm: bool = False  # tdBN's statistics are joint over all devices; regularisers read each share
-    recompute: Literal["none", "layers"] = "none"  # layers: backward computes each again rather than keep its tensors
+    recompute: Literal["none", "layers"] = "none"  # in the backward pass, instead of keeping their tensors
     seed: Seed = 0
 
     @model_validator(mode="after")

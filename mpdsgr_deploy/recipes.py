@@ -48,7 +48,7 @@ def find_recipe(name: str) -> Path:
 
 
 def title(path: Path) -> str:
-    """What a recipe is, in its own words: the comment on its first line."""
+    """A recipe's title: the comment on its first line."""
     with path.open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
 
@@ -62,7 +62,7 @@ def published(path: Path) -> Published | None:
 def flattened(path: Path) -> str:
     """A recipe as one file that needs no other: its opening comment, then what it and those it extends set.
 
-    Published figures stay behind: they are those of the recipe as it ships, not of an edited copy.
+    Published figures are left out: they belong to the recipe that ships, not to an edited copy.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = "\n".join(takewhile(lambda line: line.startswith("#"), lines))

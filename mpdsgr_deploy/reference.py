@@ -3,7 +3,7 @@
     reference.npz    64-bit blake2b of each image, torch's logits, its verdict on each image under each condition
     images.npz       the images themselves, so that a machine without the data set can validate the bundle
 
-The manifest names the data set and holds the figures; who reads the bundle checks that they are those of the file.
+The manifest names the data set and holds the figures; reading the bundle checks that they agree with the file.
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ class Reference(NamedTuple):
     nested: Mapping[tuple[str, str], NDArray[np.bool_]] = {}
 
     def under(self, name: str, settings: str) -> NDArray[np.bool_] | None:
-        """Its verdicts [n] under the condition of that name with those settings; None: it never met that."""
+        """Its verdicts [n] under the condition of that name with those settings; None: there is no such condition."""
         if self.settings.get(name) == settings:
             return self.verdicts.get(name)
         return self.nested.get((name, settings))
