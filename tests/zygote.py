@@ -4,9 +4,12 @@ Importing torch and Lightning takes seconds of processor time; so each command c
 on stdin is a command, a line on stdout its exit code.
 """
 
+import atexit
+import gc
 import json
 import os
 import sys
+import threading
 from importlib import import_module
 
 MODULES = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
@@ -27,15 +30,29 @@ def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: st
     main(arguments, prog_name="mpdsgr")
 
 
+def leave(status: object) -> None:
+    """End as an interpreter does, but leave it to the kernel to free what was imported, which else takes seconds."""
+    code = status if isinstance(status, int) else int(status is not None)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def serve() -> None:
     for name in MODULES:
         import_module(f"mpdsgr_deploy.{name}")
+    gc.freeze()  # a collection in a child would copy every page that holds an object
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            run(**json.loads(line))
-            sys.exit()
+            try:
+                run(**json.loads(line))
+            except SystemExit as end:
+                leave(end.code)
+            leave(None)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
