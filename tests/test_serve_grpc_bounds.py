@@ -272,3 +272,18 @@ def test_the_limit_of_open_files_is_raised_or_told() -> None:
             assert told == (most == hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_every_refusal_and_every_connection_is_counted(server: Served) -> None:
+    """Those too that gRPC's core makes before there is a call to answer."""
+
+    def count(code: str) -> float:
+        return server.counted("mpdsgr_requests_total", protocol="grpc", code=code)
+
+    before = count("RESOURCE_EXHAUSTED"), count("UNIMPLEMENTED")
+    assert asked(server, bytes(LARGEST + 100)).code() is EXHAUSTED
+    assert asked(server, method=SERVICE + "Nothing").code() is grpc.StatusCode.UNIMPLEMENTED
+    assert eventually(lambda: (count("RESOURCE_EXHAUSTED"), count("UNIMPLEMENTED")) == (before[0] + 1, before[1] + 1))
+    assert eventually(lambda: server.metrics()["mpdsgr_grpc_connections"] == 0)
+    with Http2(server.grpc_port):
+        assert eventually(lambda: server.metrics()["mpdsgr_grpc_connections"] == 1)

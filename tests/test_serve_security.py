@@ -151,6 +151,7 @@ def test_without_a_key_a_server_says_whether_it_is_ready_and_nothing_else(keys: 
             for method, path in CLOSED:
                 refused = ask(method, path, key)
                 assert refused.status == 401, (path, refused)
+                assert refused.headers["www-authenticate"] == 'Bearer realm="mpdsgr"'
                 assert "bundle" not in refused.body.decode()
         assert ask("POST", INFER, ALICE).status == ask("GET", "/metrics", BOB).status == 200
 

@@ -81,6 +81,7 @@ class Server:
         self.memory = Memory(self.limits.in_flight_bytes)
         self.other_codes: Counter[tuple[str, str]] = Counter()  # of requests that reached no model, by protocol, status
         self.connections = self.requests = 0  # open now; in work now
+        self.grpc_port: int | None = None  # once something listens there
         self.draining = False  # it ends, and still answers
         self.local = False  # it is for this machine alone, and asks nobody who they are
         self.closing = False  # connections that are open get their last answer

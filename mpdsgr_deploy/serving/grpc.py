@@ -42,7 +42,8 @@ class Grpc:
 
         inner = grpc.aio.server(options=_options(server))
         guard = Guard(server)
-        inner.add_generic_rpc_handlers((guard.service(SERVICE, METHODS), health(guard), *reflection(guard)))
+        services = (guard.service(SERVICE, METHODS), health(guard), *reflection(guard))
+        inner.add_generic_rpc_handlers((*services, Unknown(guard)))
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             bound = inner.add_secure_port(where, tls.grpc()) if tls else inner.add_insecure_port(where)
@@ -50,11 +51,26 @@ class Grpc:
             why = str(error).partition(";")[0]
             raise InputError(f"cannot listen for gRPC: {why}; choose another --grpc-port") from None
         await inner.start()
+        server.grpc_port = bound
         return cls(inner, bound)
 
     async def stop(self, seconds: float) -> None:
         """Accept nothing more and wait so long for what is in work."""
         await self._server.stop(seconds)
+
+
+class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """Answers calls of methods that no service has, so that they are counted and logged."""
+
+    def __init__(self, guard: "Guard") -> None:
+        self._guard = guard
+
+    def service(self, details: Any) -> Any:
+        return grpc.stream_unary_rpc_method_handler(partial(self._refuse, details.method))
+
+    async def _refuse(self, method: str, _: Any, context: grpc.aio.ServicerContext) -> None:
+        async with self._guard.call(method, context):
+            raise Refused(Why.METHOD, f"there is no method {method[:100]}")
 
 
 def _options(server: Server) -> list[tuple[str, int]]:
@@ -174,6 +190,8 @@ class Guard:
         """A call's message. Raises Refused for one that is late, missing, or larger than its method needs."""
         content = await self.next_message(call, open=open, large=large)
         if content is None:
+            if not call.peer:  # gRPC's core has ended the call: a message above every limit, or a client that left
+                raise Refused(Why.TOO_LARGE, "the message did not come whole")
             raise invalid("the call has no message")
         return content
 

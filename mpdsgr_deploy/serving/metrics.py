@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
+from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from mpdsgr_deploy.serving.app import Server
 
 MODEL = ("model", "version")
+ESTABLISHED = "01"  # state of a row in /proc/net/tcp
 HISTOGRAMS = {  # a metric's name to that in `Statistics`, and what it tells
     "request_seconds": ("request", "From a request's arrival to its outputs."),
     "queue_seconds": ("queue", "A request's time before its inference."),
@@ -78,7 +80,22 @@ class Counts:
         yield from (requests, images, dropped, ready, info, loads, queued, *histograms.values())
         yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)
         yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.connections)
+        yield from _grpc_connections(self._server.grpc_port)
         yield from _gpu_memory()
+
+
+def _grpc_connections(port: int | None) -> Iterable[Metric]:
+    """TCP connections to the gRPC port, whose library does not say; nothing where the kernel has no /proc/net."""
+    if port is None:
+        return
+    ending, open_now = f":{port:04X}", 0
+    try:
+        for name in ("tcp", "tcp6"):
+            rows = (line.split(None, 4) for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:])
+            open_now += sum(row[1].endswith(ending) and row[3] == ESTABLISHED for row in rows)
+    except OSError:
+        return
+    yield GaugeMetricFamily("mpdsgr_grpc_connections", "Open gRPC connections.", open_now)
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
