@@ -71,9 +71,9 @@ def export(
     """Write the bundle of a training run or checkpoint to directory `out`, and open it.
 
     precisions: beside "fp32". max_drop: the largest share of the images that each of them may lose. tier: how hard the
-    reference is attacked. root: where the data set lies. limit: use only the first `limit` test images. carry_images:
-    put the test images into the bundle. Raises InputError for a damaged checkpoint or an `out` that is not ours,
-    EvaluationError if the exported network differs from the torch model or max_drop cannot be met.
+    reference is attacked. root: where the data set lies. limit: use only so many test images, the same in every call.
+    carry_images: put the test images into the bundle. Raises InputError for a damaged checkpoint or an `out` that is
+    not ours, EvaluationError if the exported network differs from the torch model or max_drop cannot be met.
     """
     need("onnxscript", "train")
     from mpdsgr_deploy.exporting import export as write
@@ -160,7 +160,8 @@ def validate(
     """Attack the exported network, decide by the gate, and write the report into `report_dir`.
 
     tier: how much is attacked ("commit", "release", "paper"); gate: a TOML file of rules; both default to the bundle's.
-    limit: use only the first `limit` test images. root: where the data set lies, instead of the images in the bundle.
+    limit: use only so many test images, the same in every call. root: where the data set lies, instead of the images in
+    the bundle.
     rebuild: export again from the bundle's weights and compare the files; None: where torch is installed.
     Returns the report, whose `verdict` is "pass", "fail" or "invalid". Raises InputError for missing data, an unusable
     backend, or too few images for the gate, EvaluationError if the backend answers the golden batch wrongly.

@@ -8,7 +8,8 @@ from PIL import Image
 
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.images import Images
-from mpdsgr_deploy.data.sampling import in_sampling_order, is_class_by_class, stratified_order
+from mpdsgr_deploy.data.sampling import MIXED, in_sampling_order, is_class_by_class, name_sample, stratified_order
+from mpdsgr_deploy.data.sets import BUILT_IN
 from mpdsgr_deploy.recipe import Data
 
 
@@ -61,3 +62,9 @@ def test_an_image_folder_is_sampled(tmp_path: Path) -> None:
     found = load_test(Data(name="imagefolder", root=str(tmp_path), image_size=4))
     assert np.bincount(found.classes[:10], minlength=3).tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
     assert np.array_equal(found.pixels[:, 0, 0, 0], 80 * found.classes)
+
+
+def test_only_images_whose_order_everybody_knows_are_called_the_first() -> None:
+    assert set(BUILT_IN) > MIXED
+    assert name_sample(100, "digits") == "the first 100 test images of digits"
+    assert name_sample(100, "imagefolder") == "100 test images of imagefolder, a fixed sample"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--precision", default="", metavar="P,...", help="Besides fp32: fp16, int8, fp8, comma-separated.")
 @click.option("--max-drop", type=click.FloatRange(0, 1), help="Largest loss of accuracy of each, clean and attacked.")
 @click.option("--root", help="Where the data set lies, for accuracy and golden inputs.  [default: the recipe's]")
-@click.option("--limit", type=click.IntRange(1), help="Measure accuracy on the first N test images only.")
+@click.option("--limit", type=click.IntRange(1), help="Measure accuracy on N test images only, the same in every call.")
 @click.option("--tier", help=f"How hard the reference is attacked: {', '.join(TIERS)}.  [default: the recipe's gate's]")
 @click.option("--data", help="Of a module: a data set's name, a folder of CLASS/NAME.png, or an .npz file.")
 @click.option("--surrogate", default="triangle:1", show_default=True, help="Of a module: what stands for its spikes.")

@@ -29,7 +29,9 @@ from mpdsgr_deploy.validation.writing import report_directory, write_report
 @click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the rules.  [default: the recipe's]")
 @click.option("--data", help="Data set whose test images are used.  [default: the images in the bundle]")
 @click.option("--root", help="Where the data set lies, whose images are then used.")
-@click.option("--limit", type=click.IntRange(1), help="Use the first N test images only.  [default: the tier's]")
+@click.option(
+    "--limit", type=click.IntRange(1), help="Use N test images only, the same in every call.  [default: the tier's]"
+)
 @click.option("--transfer", type=click.Path(path_type=Path), help="Bundle or checkpoint to attack from too.")
 @click.option(
     "--report",

@@ -1,7 +1,7 @@
 """A fixed order of test images in which every prefix is a sample of the whole.
 
-References, validation, trials of precisions, golden inputs and flips all use "the first N test images". A data set that
-is listed class by class would make that N images of its first class.
+References, validation, trials of precisions, golden inputs and flips all use the first N test images of this order. A
+data set that is listed class by class would otherwise make that N images of its first class.
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.data.images import Images
 
 ORDER_SEED = 0
+MIXED = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100"}  # in the order that everybody knows
 
 
 def in_sampling_order(images: Images) -> Images:
@@ -18,6 +19,11 @@ def in_sampling_order(images: Images) -> Images:
     So digits, MNIST and CIFAR keep their usual order, and results on their first N images stay comparable.
     """
     return images[stratified_order(images.classes)] if is_class_by_class(images.classes) else images
+
+
+def name_sample(n: int, data: str) -> str:
+    """What the first n images are, in words: readers know the order of MIXED data sets, and of no others."""
+    return f"the first {n} test images of {data}" if data in MIXED else f"{n} test images of {data}, a fixed sample"
 
 
 def is_class_by_class(classes: NDArray[np.int64]) -> bool:

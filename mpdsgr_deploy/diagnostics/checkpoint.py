@@ -8,6 +8,7 @@ import torch
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
+from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.diagnostics.distribution import measure
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.picture import png
@@ -56,4 +57,4 @@ def plot_checkpoint(
             for channel in channels:
                 if channel < layer.counts.shape[1]:
                     write_atomic(out / f"{name}-channel-{channel}.png", png(one_channel(layer, channel)))
-    return f"the first {len(pixels)} test images of {config.name}", statistics
+    return name_sample(len(pixels), config.name), statistics

@@ -10,6 +10,7 @@ import onnx
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.trace import firing_rates
@@ -70,7 +71,7 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
 def promised(promise: Promise, eps: float) -> str:
     """What the reference network kept under each attack when it was exported."""
     accuracies = ", ".join(f"{name} {100 * correct / promise.n:.1f} %" for name, correct in promise.correct.items())
-    images = f"on the first {promise.n} test images of {promise.data}"
+    images = f"on {name_sample(promise.n, promise.data)}"
     return f"{images}, tier {promise.tier}, eps {eps * 255:.3g}/255: {accuracies}"
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, Steps, batches
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.runtime import NoiseSource
@@ -96,7 +97,8 @@ def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[
         golden, _ = bundle.golden()
         return f"{len(golden)} golden inputs ({error})", golden
     test_images.require_kind(data.name, manifest.input_shape, manifest.labels)
-    return f"the first {len(test_images[:count])} test images of {data.name}", test_images[:count].unit()
+    sample = test_images[:count]
+    return name_sample(len(sample), data.name), sample.unit()
 
 
 def compare_spikes(

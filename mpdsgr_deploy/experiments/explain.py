@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.experiments.jobs import Places, runs_of
 from mpdsgr_deploy.experiments.measure import CHECKPOINT, trained
 from mpdsgr_deploy.experiments.records import KEY
@@ -90,7 +91,7 @@ def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpo
         row=row,
         seed=recipe.training.seed,
         checkpoint=checkpoint,
-        images=f"the first {len(images)} test images of {recipe.data.name}",
+        images=name_sample(len(images), recipe.data.name),
         sizes=sizes,
         layers=factors(model, images),
         provenance=provenance(),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.colours import BLUE, GREEN, VERMILION
+from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.experiments.flip_records import EXPORTED, FlipRecord, FlipRows, baselines, load, sweep
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.plots import plain, png
@@ -199,7 +200,7 @@ def sources(rows: FlipRows) -> str:
         versions = ", ".join(f"{name} {origin['packages'][name]}" for name in ("torch", "onnx", "onnxruntime"))
         machine = origin["hardware"]
         lines.add(
-            f"- {result.table}: {result.network}, the first {result.n} test images of {result.data}; {machine['cpu']}, "
+            f"- {result.table}: {result.network}, {name_sample(result.n, result.data)}; {machine['cpu']}, "
             f"cores: {machine['cores']}; {versions}; revision {origin['revision']}"
         )
     return "\n".join(sorted(lines))

@@ -12,6 +12,7 @@ from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS, recipe_entries
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
@@ -80,7 +81,7 @@ def evaluate(
     others = {} if transfer is None else {TRANSFER: other_network(transfer, images.shape, images.labels)}
     entries = recipe_entries(recipe.attack) if tier is None else TIERS[tier].entries
     suite = Suite.of(network, entries, recipe.attack, seed=recipe.validation.seed, transfer=others)
-    rule = f"the first {len(images)} test images of {data.name}"
+    rule = name_sample(len(images), data.name)
     rows, health = _measured(suite, images, recipe.validation.batch_size, rule)
     return Evaluation(images=rule, seed=recipe.validation.seed, rows=rows, health=health, provenance=provenance())
 

@@ -11,6 +11,7 @@ from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.data.likeness import Likeness
+from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import Reference, images_sha256
@@ -21,9 +22,9 @@ from mpdsgr_deploy.validation.target import Target, fingerprint
 class Subject(NamedTuple):
     """Everything a validation is about, complete before the first attack.
 
-    data: the data set that images are the first of, by name; own: that data set's own images, None where it is not on
-    this machine; reference: what the bundle promises for them, None for
-    others; comparison: what of it can be held against the attacks of `suite`.
+    data: the data set that the images are a sample of, by name; own: that data set's own images, None where it is not
+    on this machine; reference: what the bundle promises for the images, None for others; comparison: what of it can be
+    held against the attacks of `suite`.
     """
 
     target: Target
@@ -38,7 +39,7 @@ class Subject(NamedTuple):
 
     @property
     def rule(self) -> str:
-        return f"the first {len(self.images)} test images of {self.data}"
+        return name_sample(len(self.images), self.data)
 
     @property
     def batch_size(self) -> int:
