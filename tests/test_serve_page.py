@@ -277,7 +277,7 @@ def test_a_server_that_goes_and_comes_back_with_keys(
         browser.choose_file("#file", photo)
         browser.wait(ANSWERED)
     browser.wait("byId('health').textContent === 'no answer'")
-    assert "no answer" in browser.text(".model")
+    assert "NO ANSWER" in browser.text(".model")
     assert "READY" not in browser.text(".model")
     assert browser.text("#trouble").startswith("The server does not answer; is it still running?")
     assert browser.run("byId('models').className") == "stale"
