@@ -15,7 +15,7 @@ COMPARED = {"clean": "clean", "PGD": PAPER, "union": UNION}
 
 
 def order(table: TableSpec, measured: Measured) -> str:
-    """The rows by what survives everything, with and without adversarial training, beside their order under PGD."""
+    """The rows ranked by accuracy under all attacks, with and without adversarial training, and by PGD."""
     parts = ["## Does the order persist?"]
     compared = {title: records for title, records in measured.items() if complete(records)}
     parts += [ranking(table, measured, group) for group in groups(compared).values()]

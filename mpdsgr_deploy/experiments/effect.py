@@ -1,4 +1,4 @@
-"""What a method changes against its baseline in one setting: points of accuracy, with an interval, and a verdict."""
+"""The effect of a method in one setting: accuracy gained over the baseline, with an interval and a verdict."""
 
 from typing import NamedTuple
 

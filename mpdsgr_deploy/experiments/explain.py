@@ -47,7 +47,7 @@ ITERATIONS = 200  # of the power method
 
 
 class LayerFactors(BaseModel):
-    """Factors of one layer; see above. firing_rate: spikes a neuron and step."""
+    """Factors of one layer; see above. firing_rate: spikes per neuron and step."""
 
     layer: str
     leak: float
@@ -64,9 +64,9 @@ class LayerFactors(BaseModel):
 
 
 class Explained(BaseModel):
-    """One network: `sizes` as `sensitivity` gives them, one an eps, and the factors of its layers.
+    """One network: `sizes` as `sensitivity` gives them, one per eps, and the factors of its layers.
 
-    images: which they were; checkpoint: which of the run's was explained.
+    images: a phrase that names them; checkpoint: "last" or "best" of the run.
     """
 
     schema_version: int = SCHEMA_VERSION

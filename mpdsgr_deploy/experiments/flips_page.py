@@ -170,14 +170,14 @@ def neurons(rows: FlipRows) -> str:
 
 
 def places(rows: FlipRows) -> str:
-    """What int8 costs with another precision of its first or last product."""
+    """Flips of int8 with another precision for the first or the last product."""
     lines = []
     for name in (f"int8, {EXPORTED}", *PLACES):
         variants = [r.variants[name] for r in every(rows)]
         changed, total = sum(v.labels_changed for v in variants), sum(r.n for r in every(rows))
         int8 = (r.of("int8").mean("rate") for r in every(rows))
         relative = typical(zip((v.mean("rate") for v in variants), int8, strict=True))
-        title = "int8, first and last product fp32" if name.startswith("int8") else name
+        title = "int8, first and last product fp32" if name not in PLACES else name
         rate, movement = 100 * fmean(v.mean("rate") for v in variants), fmean(v.logits_moved for v in variants)
         lines.append([title, f"{rate:.3f}", relative, f"{movement:.3f}", f"{changed} of {total}"])
     note = (

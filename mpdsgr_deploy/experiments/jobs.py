@@ -1,6 +1,6 @@
 """Bring the records of a table up to date: which runs are missing or outdated, and several of them at a time.
 
-What is finished is kept, what was interrupted continues, what was measured with another recipe is measured again.
+Finished runs are kept, interrupted ones continue, and runs that were measured with another recipe are repeated.
 """
 
 import os
@@ -120,7 +120,7 @@ def work(todo: list[Run], jobs: int, task: Task) -> Failures:
 
 
 def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, MpdsgrError | None]]:
-    """The runs as they finish, each with what went wrong."""
+    """The runs in the order in which they finish, each with its error or None."""
     if jobs == 1:
         yield from ((run, task(run)) for run in todo)
         return
@@ -130,7 +130,7 @@ def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, M
         pending = {pool.submit(task, run): run for run in todo}
         try:
             for future in as_completed(pending):
-                if crash := future.exception():  # what it is follows once the pool has shut down
+                if crash := future.exception():  # the error is raised once the pool has shut down
                     log.error("%s: %s; waiting for what is under way", pending[future], type(crash).__name__)
                 yield pending[future], future.result()
         except BrokenProcessPool:
@@ -145,12 +145,12 @@ def die_on_interrupt() -> None:
 
 
 def train_one(run: Run) -> MpdsgrError | None:
-    """Train one run; returns the error, which other runs need not suffer from."""
+    """Train one run; returns its error, so that the other runs go on."""
     return error_of(trained, run)
 
 
 def measure_one(run: Run) -> MpdsgrError | None:
-    """Train and measure one run; returns the error, which other runs need not suffer from."""
+    """Train and measure one run; returns its error, so that the other runs go on."""
     return error_of(measure, run)
 
 

@@ -1,6 +1,6 @@
-"""A leaderboard: validation reports of several networks, ranked by what survives every attack.
+"""A leaderboard: validation reports of several networks, ranked by accuracy under all attacks.
 
-Only what can be compared is: the same images, eps, tier and version of the attack suite, complete and valid.
+Reports are compared only if they have the same images, eps, tier and version of the attack suite, complete and valid.
 """
 
 from collections.abc import Callable, Sequence

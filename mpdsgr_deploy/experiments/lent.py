@@ -1,4 +1,4 @@
-"""Measure a table on a machine that is lent for minutes: stop in time, continue next time, take home what matters."""
+"""Measure a table on a machine that is lent for minutes: stop in time, continue next time, and pack the results."""
 
 import io
 import subprocess
@@ -15,7 +15,7 @@ from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
 
 PIECE = 15 * 2**20  # bytes of a packed file
-SMALL = 40 * 2**20  # bytes of the largest float16 checkpoint that is packed
+SMALL = 40 * 2**20  # bytes largest size of a float16 checkpoint that is packed
 GRACE = 20.0  # seconds between the request to stop and the end
 
 

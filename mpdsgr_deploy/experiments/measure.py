@@ -64,7 +64,7 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """Where it is trained. Another recipe trains elsewhere; one that is only attacked otherwise is the same."""
+        """The training directory. It depends on all of the recipe that training depends on, but not on its attacks."""
         content = self.recipe.model_dump(mode="json", exclude=EVALUATION)
         if self.init is not None:
             content["init"] = self.init.directory.name
@@ -90,12 +90,12 @@ def trained(run: Run) -> Path:
 def measure(run: Run) -> Record:
     """Train (or continue, or take the trained) network of a run, evaluate it, and write its record.
 
-    With `artefact` it is exported and the exported networks are attacked; without, torch's network is, as `tier` says,
+    With `artefact` the network is exported and its exports are attacked; without, the torch network is, as by `tier`,
     and with the images that fool the sender's network. Raises InputError as training, export and evaluation do.
     """
     recipe, checkpoint_dir = run.recipe, trained(run)
     evaluation, artefacts = None, {}
-    if run.artefact is None:  # with the table's attack, whatever the recipe named when this trained
+    if run.artefact is None:  # with the table's attack, even if the recipe had another one when the network was trained
         sender = None if run.sender is None else run.sender.directory / CHECKPOINT
         evaluated = evaluate(checkpoint_dir, recipe=recipe, root=run.root, transfer=sender, tier=run.tier)
         evaluation = AttackedNetwork.of(evaluated)
@@ -140,7 +140,7 @@ def started_from(checkpoint: Checkpoint) -> dict[str, Any] | None:
 def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:
     """Export a run's network and attack every precision of it through its own graph; reports without pictures.
 
-    On a GPU where onnxruntime has one. What is finished is kept beside the run, what was interrupted continues.
+    On a GPU where onnxruntime has one. Finished reports are kept beside the run, and interrupted ones continue.
     """
     backend = "onnxruntime-cuda" if CUDA in onnxruntime.get_available_providers() else "onnxruntime-cpu"
     settings = artefact.model_dump(mode="json", exclude={"membranes"})
@@ -165,7 +165,7 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
 
 
 def membranes(model: SpikingNet, images: Images, recipe: Recipe) -> list[Membrane]:
-    """Where every layer's membrane potentials lie, over all steps and channels, within `MEMBRANE_RANGE`."""
+    """Histograms of every layer's membrane potentials over all steps and channels, within `MEMBRANE_RANGE`."""
     noise = torch.Generator().manual_seed(recipe.validation.seed)
     device = next(model.parameters()).device
     x = torch.from_numpy(images.unit()).to(device)

@@ -19,7 +19,7 @@ def unmeasured(table: TableSpec, measured: Measured) -> str:
 
 
 def unhealthy(measured: Measured) -> str:
-    """Which evaluations prove nothing, and why, and what the attack suite was."""
+    """Which evaluations are invalid and why, and the versions of the attack suite."""
     records = [record for row in measured.values() for record in row]
     checked = [record for record in records if record.attacked.health]
     lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. Union: {suites(records)}."]

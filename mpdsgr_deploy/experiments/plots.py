@@ -71,7 +71,7 @@ def accuracies(table: TableSpec, measured: Measured) -> bytes:
 
 
 def labels(records: Sequence[Record]) -> dict[str, str]:
-    """Row to what a legend calls it: its method, with the row's title where several rows have that method."""
+    """Row to its name in a legend: its method, with the row's title if several rows have that method."""
     methods = [record.recipe.method for record in records]
     return {r.row: m if methods.count(m) == 1 else f"{m} ({r.row})" for r, m in zip(records, methods, strict=True)}
 

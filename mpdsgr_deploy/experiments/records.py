@@ -48,7 +48,7 @@ class CheckOutcome(BaseModel):
 class AttackedNetwork(BaseModel):
     """A network under every condition, in the order in which they were tried.
 
-    images: which they were, and by which rule; n: how many.
+    images: a phrase that names them and the rule of their choice; n: their number.
     """
 
     images: str
@@ -182,7 +182,7 @@ def records_of(folder: Path) -> dict[tuple[str, int], Record]:
 def outdated(record: Record, table: TableSpec) -> str | None:
     """Why a record is not what its table asks for now; None if it is.
 
-    A recipe field added since then does not make it another recipe, as long as its default is how things were.
+    A recipe field that was added since does not matter as long as its default keeps the earlier behaviour.
     """
     from mpdsgr_deploy.defences import resolved
 
@@ -206,7 +206,7 @@ Measured = dict[str, list[Record]]  # row -> its records, one per seed; without 
 
 
 def load_measured(table: TableSpec, folder: Path) -> Measured:
-    """The records of every row with all seeds there are. One that is outdated is left out, and logged."""
+    """The records of every row with all seeds there are. An outdated record is left out and logged."""
     known = {row.title for row in table.rows}
     by_row: Measured = {}
     for (row, _), record in sorted(records_of(folder).items()):

@@ -1,4 +1,4 @@
-"""Robust, or only hard to differentiate? What a perturbation does to a network beside what its gradient promises.
+"""Robust, or only hard to differentiate? The effect of a perturbation, compared with what the gradient predicts.
 
 margin        logit of the true class minus the best other, mean over the images the network gets right
 promised      eps * |d margin / d x|_1: the drop an attacker expects who trusts the surrogate gradient
@@ -63,24 +63,26 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
     clean = images.unit()
     noisy = uniform(clean, eps=attack.eps, rng=np.random.default_rng(seed))
     start = 2 * torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed)) - 1
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[tuple[str, str | None], float] = defaultdict(float)
     for index in torch.arange(len(images)).split(recipe.validation.batch_size):
         x, noise = (torch.from_numpy(array)[index].to(device) for array in (clean, noisy))
         y, first = torch.from_numpy(images.classes)[index].to(device), start[index].to(device)
-        for name, value in batch_sums(probe, x, y, noise, first, recipe).items():
-            sums[name] += value
-    n = int(sums.pop("n", 0))
+        for key, value in batch_sums(probe, x, y, noise, first, recipe).items():
+            sums[key] += value
+    n = int(sums.pop(("n", None), 0))
     means: dict[str, Any] = {"n": n, "eps": attack.eps, "flipped_noise": {}, "flipped_pgd": {}}
-    for name, total in sums.items() if n else ():
-        kind, _, layer = name.partition("/")
-        (means[kind] if layer else means)[layer or kind] = total / n
+    for (kind, layer), total in sums.items() if n else ():
+        if layer is None:
+            means[kind] = total / n
+        else:
+            means[kind][layer] = total / n
     return means
 
 
 def batch_sums(
     probe: FixedNoise, x: Tensor, y: Tensor, noisy: Tensor, start: Tensor, recipe: Recipe
-) -> dict[str, float]:
-    """What `sensitivity` averages, summed over what the network gets right of a batch; flips as flipped_KIND/LAYER.
+) -> dict[tuple[str, str | None], float]:
+    """The sums that `sensitivity` averages, over the images of a batch that the network gets right, by name and layer.
 
     The whole batch passes through the network each time, since the noise of an image depends on its place in it. The
     attack draws noise of its own.
@@ -97,10 +99,11 @@ def batch_sums(
     right = clean_margin > 0
     promised = attack.eps * probe.margin_gradient(x, y).abs().sum((1, 2, 3))
     n = int(right.sum())
-    sums = {"n": float(n), "margin": clean_margin[right].sum().item(), "promised": promised[right].sum().item()}
+    whole = {"n": float(n), "margin": clean_margin[right].sum().item(), "promised": promised[right].sum().item()}
+    sums: dict[tuple[str, str | None], float] = {(name, None): total for name, total in whole.items()}
     for name, perturbed in (("noise", noisy), ("pgd", attacked)):
         after, spikes = probe.observe(perturbed, y)
-        sums[name] = (clean_margin - after)[right].sum().item()
+        sums[name, None] = (clean_margin - after)[right].sum().item()
         for layer, clean in clean_spikes.items() if n else ():
-            sums[f"flipped_{name}/{layer}"] = (spikes[layer] != clean)[:, right].float().mean().item() * n
+            sums[f"flipped_{name}", layer] = (spikes[layer] != clean)[:, right].float().mean().item() * n
     return sums

@@ -69,7 +69,7 @@ class Study(Section):
         return [row for name in names for row in choose("setting", known, name)] or [*rows.values()]
 
     def baseline_of(self, setting: Setting) -> str:
-        """The row that the methods of a setting are held against."""
+        """The title of the row that the methods of a setting are compared with."""
         baseline = self.methods[0]
         own = setting if baseline in self.methods_of(setting) else self.settings[0]
         return self.title_of(own, baseline)

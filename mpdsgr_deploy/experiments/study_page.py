@@ -95,7 +95,7 @@ def healthy(record: Record) -> bool:
 
 
 def together(compared: list[Pair]) -> str:
-    """What a method of several settings does under all attacks on average, and in how many which way."""
+    """The mean effect of methods in several settings under all attacks, and the settings with each verdict."""
     by_method: dict[str, list[tuple[float, Pair]]] = {}
     for pair in compared:
         if (union := effect(pair.records, pair.baseline, WORST)) is not None:
@@ -123,7 +123,7 @@ def dose(compared: list[Pair]) -> str:
 
 
 def goal(compared: list[Pair]) -> str:
-    """Which methods are worth having, by what they gain and cost."""
+    """The methods that gain enough under all attacks at a small enough cost on clean images."""
     worthwhile = []
     for setting, method, records, baseline in compared:
         union, clean = (effect(records, baseline, CONDITIONS[heading]) for heading in ("union", "clean"))

@@ -128,7 +128,7 @@ def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
         axes.plot([], [], "o", color=colour, label=name)
     plain(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.draw_without_rendering()  # the layout is settled: pixels are what they will be
+    figure.draw_without_rendering()  # the layout is final from here on, so pixel positions are too
     place(figure, axes, texts)
 
 

@@ -17,6 +17,12 @@ LAUNCHERS = {
     "PMI_SIZE": "mpiexec",
 }
 
+# Entries of a run's identity that are digests, and the images that they are of
+DIGESTS = {
+    "sha256 of the training images": "the training images",
+    "sha256 of the validation images": "the validation images",
+}
+
 
 def refuse_launchers(environment: Mapping[str, str]) -> None:
     """Raise InputError if torchrun, srun or MPI started several of this process: each would train alone into `out`."""
@@ -53,8 +59,7 @@ def data_identity(training: Images, validation: Images) -> dict[str, Any]:
         "shape": list(training.shape),
         "training images": len(training),
         "validation images": len(validation),
-        "sha256 of the training images": images_sha256(training),
-        "sha256 of the validation images": images_sha256(validation),
+        **{key: images_sha256(images) for key, images in zip(DIGESTS, (training, validation), strict=True)},
     }
 
 
@@ -73,8 +78,8 @@ def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any], out: P
         gone, new = sorted(set(was) - set(value)), sorted(set(value) - set(was))
         changes = [f"{word} {', '.join(names[:5])}" for word, names in (("without", gone), ("with", new)) if names]
         detail = f"its classes are now {' and '.join(changes) or 'in another order'}"
-    elif what.startswith("sha256"):
-        detail = f"{what.removeprefix('sha256 of ')} are others, or in another order"
+    elif what in DIGESTS:
+        detail = f"{DIGESTS[what]} are others, or in another order"
     else:
         detail = f"{what} before: {was}, now: {value}"
     raise InputError(f"{out} was trained on other data: {detail}; bring the data back or start anew in another --out")

@@ -61,15 +61,16 @@ def check_pins(gate: Gate, recipe: Recipe, images_sha256: str, n: int) -> None:
 
 
 def stated_rules(
-    given: Gate | None, rules: Gate, recipe: Recipe, *, tier_from: str, data: str, n: int
+    replacement: Gate | None, rules: Gate, recipe: Recipe, *, tier_from: str, data: str, n: int
 ) -> Iterator[Rule]:
-    """Every rule of a settled gate. given: the gate that replaces the recipe's, None: the recipe's own; data: the data
-    set that is evaluated, by name.
+    """Every rule of a settled gate, with its origin.
+
+    replacement: the gate that replaces the recipe's, if any; data: the name of the data set that is evaluated.
     """
-    source = "the gate" if given is not None else "the recipe"
-    if given is None and data != recipe.data.name:
+    source = "the gate" if replacement is not None else "the recipe"
+    if replacement is None and data != recipe.data.name:
         source = f"the recipe, which is for {recipe.data.name}"
-    own = given if given is not None else recipe.gate
+    own = replacement if replacement is not None else recipe.gate
     yield Rule(name="tier", value=rules.tier, origin=tier_from)
     if own.max_drop is not None:
         origin = source
@@ -84,8 +85,8 @@ def stated_rules(
     for name in ("eps", "images_sha256", "least_images"):
         if (value := getattr(rules, name)) is not None:
             yield Rule(name=name, value=str(value), origin=source)
-    if given is not None:
+    if replacement is not None:
         for name, value in recipe.gate.floors.items():
-            if name not in given.floors:
+            if name not in replacement.floors:
                 left = "the recipe; not applied, since the gate replaces the recipe's"
                 yield Rule(name=f"floor of {name}", value=f"{value:.2%}", origin=left)
