@@ -50,6 +50,26 @@ def is_stream(path: Path) -> bool:
 
 
 @contextmanager
+def complete_file(path: Path, temporary: Path, reassurance: str) -> Iterator[BinaryIO]:
+    """Write `temporary`, which replaces `path` once it is complete and on disk; an exception removes it.
+
+    Raises InputError as `writing`.
+    """
+    with writing(path, reassurance):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_directory(path.parent)
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, so that `path` holds either its old content or all of the new, whenever the process dies.
 
@@ -62,18 +82,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so that killed runs leave at most one file
-    with writing(path, "what was there before is untouched"):
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync_directory(path.parent)
+    with complete_file(path, temporary, "what was there before is untouched") as file:
+        yield file
 
 
 def _sync_directory(path: Path) -> None:

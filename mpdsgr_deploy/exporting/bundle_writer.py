@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint
@@ -18,7 +19,6 @@ from mpdsgr_deploy.data.likeness import PixelStatistics
 from mpdsgr_deploy.errors import EvaluationError, InputError, MissingData
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
-from mpdsgr_deploy.exporting.promise import measure
 from mpdsgr_deploy.exporting.trial import Trial
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
@@ -32,7 +32,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, Promise, save_images, save_reference
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
-from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
+from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork, noise_inputs
 from mpdsgr_deploy.surrogates import trained_surrogate
 
 PARITY_BATCHES = (1, 2, 5, 33)
@@ -106,10 +106,10 @@ def export(
             if not np.isfinite(logits[name]).all():
                 raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave it out")
         written = {name: _with_attack(variant, name, scratch, checkpoint.recipe) for name, variant in written.items()}
-        promise = None
+        figures = None
         if images is not None:
             promised = images[:asked]
-            promise = _promise(reference, checkpoint.recipe, promised, tier, written, scratch)
+            figures = _promise(reference, checkpoint.recipe, promised, tier, written, scratch)
             if carry_images:
                 save_images(promised, scratch / IMAGES)
         rows = golden_rows(np.abs(expected - onnx_logits).max(1) <= TOLERANCE, [*logits.values()])
@@ -127,7 +127,7 @@ def export(
             pixels=_pixel_statistics(model),
             recipe=checkpoint.recipe,
             variants=written,
-            reference=promise,
+            reference=figures,
             provenance={
                 "export": provenance(),
                 "training": checkpoint.provenance,
@@ -156,14 +156,16 @@ def _promise(
     """Write the reference: torch's verdicts and logits, and logits of the precisions that every machine computes
     equally.
     """
-    promise, reference = measure(model, recipe, images, tier)
+    network = TorchNetwork(model)
+    answers = predict(network, images.unit(), recipe.validation.batch_size, "clean")
+    figures, reference = promise(network, recipe, images, tier, answers, of="torch")
     logits = dict(reference.logits)
     for name, variant in variants.items():
         if variant.exact and name != "fp32":
-            with OnnxRuntime(folder / variant.file, noise=model.noise) as network:
-                logits[name] = predict(network, images.unit(), recipe.validation.batch_size, f"{name}, reference")
+            with OnnxRuntime(folder / variant.file, noise=model.noise) as artefact:
+                logits[name] = predict(artefact, images.unit(), recipe.validation.batch_size, f"{name}, reference")
     save_reference(reference._replace(logits=logits), folder / REFERENCE)
-    return promise
+    return figures
 
 
 def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) -> Images | None:

@@ -18,12 +18,12 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
-from mpdsgr_deploy.files import claim_directory, write_atomic, writing
+from mpdsgr_deploy.files import claim_directory, complete_file, write_atomic
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.faults import Faults
@@ -170,19 +170,10 @@ class _Actor:
         return sum(map(len, batches))
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def _whole(path: Path) -> AbstractContextManager[BinaryIO]:
     """A file that gets its name once it is complete, even if two processes write it at the same time."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with writing(path, "the parts that are finished are kept"):
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    return complete_file(path, temporary, "the parts that are finished are kept")
 
 
 def _rows(path: Path) -> int:

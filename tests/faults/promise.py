@@ -7,12 +7,12 @@ import numpy as np
 from faults.artefact import noisy
 from faults.planted import Planted, fault
 from mpdsgr_deploy.attacks.condition import CLEAN, GAUSSIAN, WORST
+from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.data.images import Images
-from mpdsgr_deploy.exporting.promise import measure
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_reference
-from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 
 VERDICT = "verdict/"
 
@@ -27,8 +27,9 @@ def pick(copy: Planted, rows: np.ndarray) -> None:
 def promise_for(copy: Planted, images: Images) -> None:
     """Other images, answered and attacked by the torch network as an export does."""
     model = TorchModel.from_bundle(open_bundle(copy.path))
-    promise, reference = measure(model, copy.recipe, images, "commit")
-    copy.manifest["reference"] = promise.model_dump()
+    network = TorchNetwork(model)
+    figures, reference = promise(network, copy.recipe, images, "commit", network(images.unit()), of="torch")
+    copy.manifest["reference"] = figures.model_dump()
     save_reference(reference, copy.path / REFERENCE)
     save_images(images, copy.path / IMAGES)
 
