@@ -45,3 +45,31 @@ def test_contributing_lists_every_group_of_entry_points() -> None:
     assert groups
     assert groups == set(example["project"]["entry-points"])
     assert [group for group in groups if f"`{group}`" not in CONTRIBUTING] == []
+
+
+def test_what_contributing_names_is_defined_where_it_says() -> None:
+    named = re.findall(r"`(\w+)` (?:in|of)\s+`([\w/]+\.py)`", CONTRIBUTING)
+    assert len(named) > 15
+    missing = []
+    for name, path in named:
+        text = next(file.read_text() for folder in (ROOT, PACKAGE) if (file := folder / path).exists())
+        if not re.search(rf"^(?:def|class) {name}\b|^{name}\b.* = ", text, re.MULTILINE):
+            missing.append(f"{name} of {path}")
+    assert missing == []
+
+
+def test_every_kind_of_addition_has_its_place_its_registration_and_its_test() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", CONTRIBUTING, re.MULTILINE)
+    kinds = {row[0]: row[1:] for row in rows if row[0] not in ("what", "---")}
+    text = CONTRIBUTING.partition("## What to add, and where")[2]
+    described = {name.lower() for name in re.findall(r"^\*\*An? ([^*]+)\*\*", text, re.MULTILINE)}
+    assert described - {"output format"} <= kinds.keys()
+    assert len(kinds) > 15
+    assert [kind for kind, (_, _, tests) in kinds.items() if not re.search(r"`tests/\w+|`MODELS`|formula", tests)] == []
+
+
+def test_the_tour_of_the_readme_leads_through_six_files() -> None:
+    tour = (ROOT / "README.md").read_text().partition("## A tour of six files")[2]
+    files = re.findall(r"^\d\. `([\w/]+\.py)`", tour, re.MULTILINE)
+    assert len(files) == 6
+    assert [file for file in files if not (ROOT / file).is_file()] == []

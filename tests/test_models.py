@@ -131,7 +131,7 @@ def test_every_model_maps_images_to_logits(name: str, shape: tuple[int, int, int
     traces: list[Trace] = []
     logits = model(torch.rand(2, *shape), traces.append)
     assert logits.shape == (2, 7)
-    assert len({t.layer for t in traces}) == len(traces) > 2
+    assert len({t.layer for t in traces}) == len(traces) > 0
 
 
 def test_small_vgg_takes_8x8_and_its_width_is_a_field() -> None:

@@ -33,8 +33,10 @@ def primitive(name: str, v: float) -> float:
         return math.atan(math.pi * v) / math.pi + 0.5
     if name == "exponential":  # a = 0.5
         return math.exp(2 * v) / 2 if v < 0 else 1 - math.exp(-2 * v) / 2
-    half = 1 / (10 * (1 + 10 * abs(v)))  # superspike, k = 10: total mass 2 / k
-    return half if v < 0 else 2 / 10 - half
+    if name == "superspike":  # k = 10: total mass 2 / k
+        half = 1 / (10 * (1 + 10 * abs(v)))
+        return half if v < 0 else 2 / 10 - half
+    raise NotImplementedError(f"write the integral of {name} here")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -121,6 +123,8 @@ def test_numpy_torch_onnx_and_the_kernels_agree(name: str, width: str) -> None:
     assert KINDS[kind].derivative(v, w).dtype == np.float32
     np.testing.assert_allclose(make_surrogate(name + width).derivative(torch.from_numpy(v)), expected, atol=2e-6 * w)
     np.testing.assert_allclose(through_nodes(name + width, v), expected, rtol=1e-5, atol=2e-6)
+    if KINDS[kind].kernel is None:
+        return
     line = kernel_lines()[kind]
     assert line == ast.unparse(ast.parse(KINDS[kind].kernel))
     scope = {"tl": FakeTriton, "v": v.astype(np.float64), "parameter": w, "HALF_PI": math.pi / 2}

@@ -1,18 +1,28 @@
 """The manual in train/README.md is complete, and the files that it shows are valid."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from mpdsgr_deploy.attacks.tiers import CONDITIONS
 from mpdsgr_deploy.cli import study, table, train
+from mpdsgr_deploy.data import DATASETS
+from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.experiments.study import Study, built_in_studies, load_study
 from mpdsgr_deploy.experiments.table import TableSpec, built_in_tables, load_table
+from mpdsgr_deploy.exporting.precision import PRECISIONS
+from mpdsgr_deploy.models import MODELS
+from mpdsgr_deploy.prediction.writers import FORMATS
 from mpdsgr_deploy.recipe import Recipe, load_recipe
 from mpdsgr_deploy.recipes import built_in_recipes
+from mpdsgr_deploy.runtime import BACKENDS
+from mpdsgr_deploy.surrogates import KINDS
 
 ROOT = Path(__file__).parent.parent
 MANUAL = (ROOT / "train" / "README.md").read_text()
+WORD = re.compile(r"\.?[\w-]+")
 FILES = re.findall(r"```toml\n(.*?)```", MANUAL, re.DOTALL)
 
 
@@ -41,6 +51,28 @@ def test_the_manual_names_every_key() -> None:
     keys |= {key for model in (TableSpec, Study) for key in model.model_fields}
     assert len(keys) > 50
     assert sorted(key for key in keys if f"{key.rpartition('.')[2]}" not in MANUAL) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "choices"),
+    [
+        ("train", MODELS.loaded),
+        ("train", KINDS.loaded),
+        ("train", DEFENCES.loaded),
+        ("train", DATASETS.loaded),
+        ("export", CONDITIONS.loaded),
+        ("export", BACKENDS.loaded),
+        ("export", PRECISIONS),
+        ("export", FORMATS),
+    ],
+    ids=["models", "surrogates", "defences", "data sets", "attacks", "backends", "precisions", "formats"],
+)
+def test_the_manuals_name_every_choice(stage: str, choices: Iterable[str]) -> None:
+    manual = (ROOT / stage / "README.md").read_text()
+    blocks = re.compile(r"```.*?```", re.DOTALL)
+    code = [*blocks.findall(manual), *re.findall(r"`[^`\n]+`", blocks.sub("", manual))]
+    written = {word for part in code for word in WORD.findall(part)}
+    assert sorted(name for name in choices if name not in written) == []
 
 
 def fields(section: object) -> list[str]:
