@@ -29,6 +29,8 @@ IMAGES = 128
     type=click.IntRange(1),
     help=f"How many test images are measured.  [default: {IMAGES}]",
 )
+@click.option("--card", "as_card", is_flag=True, help="Write a bundle's model card, for the Hugging Face Hub.")
+@click.option("--report", type=click.Path(path_type=Path), help="Validation report to put on the card.")
 @click.option("--layer", "layers", multiple=True, metavar="NAME", help="Draw a checkpoint's layer, not all.")
 @click.option("--channel", "channels", multiple=True, type=click.IntRange(0), help="Draw a channel of it too.")
 @json_option
@@ -38,6 +40,8 @@ def command(
     plots: Path | None,
     root: str | None,
     images: int | None,
+    as_card: bool,
+    report: Path | None,
     layers: tuple[str, ...],
     channels: tuple[int, ...],
     as_json: bool,
@@ -52,9 +56,12 @@ def command(
     its own rounding` are those of a layer that is given the spikes of fp32. An image's drift begins in the first layer
     with a flip. With --plots it is drawn too.
 
+    --card prints a README.md with the metadata that the Hugging Face Hub reads, nothing in it typed by hand.
+
     \b
     Example:
       mpdsgr inspect bundles/digits --flips
+      mpdsgr inspect bundles/digits --card --report reports/digits-fp32 > README.md
       mpdsgr inspect runs/digits --plots plots/digits
     """
     is_bundle = (path / MANIFEST).exists()
@@ -66,6 +73,13 @@ def command(
         raise InputError(
             "--root, --images, --layer and --channel say what to measure; add --plots DIRECTORY or --flips"
         )
+    if as_card:
+        if flips or plots or as_json or not is_bundle:
+            raise InputError("--card is for a bundle, without --flips, --plots and --json")
+        print_card(open_bundle(path), report)
+        return
+    if report is not None:
+        raise InputError("--report is what --card quotes; add --card")
     if plots is not None:
         need("matplotlib", "report")
     if is_bundle:
@@ -74,6 +88,13 @@ def command(
         inspect_checkpoint(path, plots, root, images or IMAGES, layers, channels, as_json)
     if plots is not None and not as_json:
         click.echo(f"plots in {plots}")
+
+
+def print_card(bundle: Bundle, report: Path | None) -> None:
+    """The bundle's model card on stdout."""
+    from mpdsgr_deploy.validation.card import card, report_about
+
+    click.echo(card(bundle, None if report is None else report_about(bundle, report)), nl=False)
 
 
 def inspect_bundle(
