@@ -153,6 +153,23 @@ def exported(run: Path, out: Path, **options: Any) -> None:
     export(run, out, **options)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _every_network_is_exported_once() -> Iterator[None]:
+    """Where bundles are written and checked; tests of the exporter itself call it under its own name."""
+    if "torch" not in sys.modules:
+        yield  # nobody exports here
+        return
+    from exporting_once import once as exported_once
+
+    from mpdsgr_deploy.exporting import onnx_writer
+
+    with pytest.MonkeyPatch.context() as patch:
+        remembered = exported_once(onnx_writer.to_graph)
+        for place in ("bundle_writer", "rebuild"):
+            patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", remembered)
+        yield
+
+
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training run of the small recipe."""

@@ -83,8 +83,8 @@ def export(
         raise InputError("--max-drop needs the data set's test images; give their folder with --root")
     inputs = _probe(images, checkpoint.shape)
     reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
-    graph = to_graph(simplify(model), checkpoint.shape)
-    with staged(out) as scratch:
+    with staged(out) as scratch:  # refuses another's directory before the export takes its seconds
+        graph = to_graph(simplify(model), checkpoint.shape)
         save(graph, scratch / "model.fp32.onnx")
         expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
         parity = compare(expected, onnx_logits)
