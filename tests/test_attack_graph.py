@@ -141,13 +141,14 @@ def assert_torch_agrees(model: SpikingNet, run: Run, x: np.ndarray, y: np.ndarra
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_has_torchs_gradient(name: str) -> None:
     model, graph, shape = NETWORKS[name]()
-    surrogates = KINDS if name in ("vgg-small", "soft reset") else ("triangle", "triangle:0.25", "rate")
+    thoroughly = name in ("vgg-small", "soft reset")  # a surrogate and a batch differ in nodes that all networks have
+    surrogates = KINDS if thoroughly else ("triangle:0.25", "rate")
     x, y = images(33, shape)
     for surrogate in surrogates:
         if surrogate == "rate" and name in ("dlif", "rsc and stog"):
             continue  # torch's takes gates and gains for a part of the neuron
         run = Run(ir.to_proto(graph), surrogate)
-        batches = (1, 2, 5, 33) if surrogate == "triangle" else (33,)
+        batches = (1, 2, 5, 33) if surrogate == "triangle:1" else (33,) if thoroughly else (1, 9)
         for batch in batches:
             assert_torch_agrees(model, run, x[:batch], y[:batch], surrogate)
 

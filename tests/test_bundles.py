@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import mpdsgr_here
+from conftest import QUICK_GATE, mpdsgr_here
 
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.cli import main
@@ -48,9 +48,9 @@ def test_a_copy_is_validated_as_it_comes(tmp_path: Path, monkeypatch: pytest.Mon
     done = CliRunner().invoke(main, ["bundles", "--copy", "digits"])
     assert done.exit_code == 0
     assert "mpdsgr validate digits --report digits-report" in done.output
-    validated = mpdsgr_here(
-        "validate", "digits", "--precision", "int8", "--tier", "commit", "--report", "digits-report"
-    )
+    Path("gate.toml").write_text(QUICK_GATE)
+    options = ("--precision", "int8", "--gate", "gate.toml", "--report", "digits-report")
+    validated = mpdsgr_here("validate", "digits", *options)
     assert validated.returncode == 0, validated.stdout
     again = CliRunner().invoke(main, ["bundles", "--copy", "digits"])
     assert again.exit_code == 2

@@ -144,7 +144,8 @@ def test_demo_shows_that_the_exported_network_is_equal_and_damaged_ones_are_refu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(path: Path, overrides: tuple[str, ...]) -> Recipe:  # the README's own path trains at full length
-        recipe = load_recipe(path, (*overrides, "training.epochs=4", "model.width=0.25"))
+        small = ("training.epochs=4", "model.width=0.25", "gate.images=20", "gate.max_drop=0.5")
+        recipe = load_recipe(path, (*overrides, *small))
         return recipe.model_copy(update={"defence": {}})
 
     monkeypatch.setattr("mpdsgr_deploy.cli.demo.load_recipe", load)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QUICK_GATE, assert_input_error, mpdsgr_here, perturbed, resealed
+from conftest import QUICK_GATE, assert_input_error, mpdsgr, mpdsgr_here, perturbed, resealed
 
 from mpdsgr_deploy.attacks import run as attacks_run
 from mpdsgr_deploy.attacks.condition import Batch
@@ -170,17 +170,11 @@ def test_a_place_that_cannot_be_written_is_one_line(small_batches: Path, tmp_pat
 
 def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(small_batches: Path, tmp_path: Path) -> None:
     """A file-size limit makes every larger write fail as a full disk does: of a batch, of the report."""
-    limited = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from mpdsgr_deploy.cli import main
-main()
-"""
     report = tmp_path / "report"
     finished = 0
     for limit, what in ((1500, PROGRESS), (8000, "report.html")):
-        command = [sys.executable, "-c", limited.format(limit=limit), *attempt(small_batches, report)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+        done = mpdsgr(*attempt(small_batches, report), prelude=limited)
         assert_input_error(done, "cannot write", what, "free some space")
         assert len(kept(report)) >= finished
         finished = len(kept(report))

@@ -94,11 +94,12 @@ SYNAPSES = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_becomes_an_engine_in_every_precision(name: str, tmp_path: Path) -> None:
+def test_every_model_becomes_an_engine(name: str, tmp_path: Path) -> None:
     shape = (3, 32, 32) if name == "vgg16" else (3, 16, 16)
     recipe = Recipe.model_validate({"model": {"name": name, "width": 0.1}, "encoding": {"T": 2}})
     graph = to_graph(simplify(build_model(recipe, shape, 10).eval()), shape)
-    for precision in PRECISIONS:
+    # float16 and float8 differ from these two in the types of nodes that all networks have
+    for precision in PRECISIONS if name in ("vgg-small", "wrn16-4") else ("fp32", "int8"):
         save(convert(graph, precisions_of_layers(graph, precision)), tmp_path / "model.onnx")
         plan = build_engine(RTX, tmp_path / "model.onnx", (1, 8, 64))
         weights = sum(tensor.ByteSize() for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer)
