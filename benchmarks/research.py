@@ -80,12 +80,13 @@ def research() -> list[Attempt]:
 def each() -> list[Attempt]:
     """Kinds of attempt that cost the same, for what each adds to APGD through superspike:1."""
     heavy = ("superspike:1", "superspike:3", "superspike:10", "superspike:20", "superspike:30", "superspike:100")
+    detached = [Attempt(method, "superspike:20+detached", steps=100, seed=1) for method in ("apgd", "sa-pgd")]
     thin = ("triangle:1", "triangle:0.25", "rectangular:1", "sigmoid:4", "sigmoid:20", "exponential:0.1", "rate")
     untargeted = [Attempt("apgd", name, steps=100, seed=1) for name in (*heavy, *thin, "straight-through")]
     dlr = [Attempt("apgd", "superspike:20", "dlr", steps=100, seed=1)]
-    aimed = [Attempt("apgd", "superspike:20", steps=100, seed=1, wrong=0)]
+    aimed = [Attempt("apgd", "superspike:20", steps=100, seed=1, wrong=rank) for rank in (0, 1)]
     other = [Attempt("sa-pgd", name, steps=100, seed=1) for name in ("adaptive", "superspike:20")]
-    return [*untargeted, *dlr, *aimed, *other, Attempt("pgd", "superspike:20", steps=100, seed=1)]
+    return [*untargeted, *dlr, *aimed, *other, *detached, Attempt("pgd", "superspike:20", steps=100, seed=1)]
 
 
 def grid() -> list[Attempt]:

@@ -86,7 +86,7 @@ def each_table(attempts: Lines) -> str:
     lines += ["| network | attempt, 100 steps | breaks | per 1,000 gradients |", "|---" * 4 + "|"]
     for line in made:
         broken, kind = len(line["before"]) - len(line["left"]), research.Attempt(**line["attempt"])
-        aimed = "" if kind.wrong is None else ", aimed"
+        aimed = "" if kind.wrong is None else f", aimed at wrong class {kind.wrong + 1}"
         what = f"{kind.method} {kind.surrogate}, {kind.loss.upper()}{aimed}"
         rate = 1000 * broken / max(line["gradients"], 1)
         lines.append(f"| {line['network']} | {what} | {broken} of {len(line['before'])} | {rate:.2f} |")

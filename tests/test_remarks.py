@@ -8,6 +8,7 @@ import pytest
 from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST
 from mpdsgr_deploy.attacks.measure import Measurement, Stopped
 from mpdsgr_deploy.validation.comparison import Comparison
+from mpdsgr_deploy.validation.health import Convergence
 from mpdsgr_deploy.validation.remarks import remarks
 
 N = 20
@@ -71,3 +72,11 @@ def test_images_that_nothing_can_be_compared_with_are_said_to_be_the_bundles_own
     assert "the bundle's own word" in own_word
     assert "--root" in own_word
     assert ("beyond the first 100" in own_word) == known
+
+
+def test_a_worst_that_twice_the_steps_lower_says_by_how_much() -> None:
+    plain = subject("release", "release", 9, 9), measured(strong=10, worst=9)
+    converged = Convergence(0, 9, N, {"mpd-apgd": 100})
+    assert remarks(*plain, converged) == []
+    (lowered,) = remarks(*plain, converged._replace(broken=2))
+    assert "twice the steps of mpd-apgd break 2 of the 9 that all attacks had left (10.0 points)" in lowered

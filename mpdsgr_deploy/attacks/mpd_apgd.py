@@ -5,13 +5,16 @@
 The surrogate of training ends a window's width from the threshold, so a silent neuron far below it has no gradient and
 an attack cannot wake it. A tail that falls with the square of the distance gives every neuron a weak gradient, the
 weaker the further its potential lies from V_th. It takes many small steps to use it; a fixed step moves pixels past the
-threshold crossings that the gradient announces. Rounds therefore take turns between SA-PGD's step (momentum
-and a size per pixel) and APGD's (a size per image, halved when the loss stops rising), and between sharpnesses: no
-single one is best for all images. See benchmarks/MPD_APGD.md.
+threshold crossings that the gradient announces.
+
+Rounds differ in what no single choice is best in for all images: SA-PGD's step (momentum and a size per pixel) or
+APGD's (a size per image, halved when the loss stops rising), the sharpness, the loss, and the class aimed at. Short
+rounds come first. How far they bring an image's margin down tells which images can be broken at all: only those get the
+long rounds, on which most gradients are spent. See benchmarks/MPD_APGD.md.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from array_api_compat import array_namespace, device
 
@@ -20,60 +23,134 @@ from mpdsgr_deploy.attacks.pgd import Draw, wide
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.protocols import Array, Differentiable, Gradient, State
 
-Climb = Literal["sa-pgd", "apgd"]
-
-SHARPNESSES = (20.0, 10.0, 30.0)  # k of superspike:k
 FIRST_STEP = 0.5  # of APGD, in units of eps
 
 
+class Through(NamedTuple):
+    """How the network is differentiated: k of superspike:k, and the loss."""
+
+    sharpness: float
+    loss: Literal["ce", "dlr"] = "ce"
+
+
+class Round(NamedTuple):
+    """One climb from a random start.
+
+    length: steps, in units of the attack's `steps`. near: an image meets the rounds that follow if the smallest margin
+    reached is at most this share of its margin without attack. aim: climbs minus the loss of a wrong class, by its rank
+    among them without attack (0: the likeliest); None: climbs the loss of the true class.
+    """
+
+    climb: Literal["sa-pgd", "apgd"]
+    through: Through
+    length: int
+    near: float
+    aim: int | None = None
+
+
+SCHEDULE = (
+    Round("sa-pgd", Through(20), 1, near=0.4),
+    Round("apgd", Through(10, "dlr"), 1, near=0.25),
+    Round("apgd", Through(20), 1, near=0.25, aim=1),
+    Round("sa-pgd", Through(30), 3, near=0.2),
+    Round("apgd", Through(20), 3, near=0.15),
+    Round("apgd", Through(30, "dlr"), 9, near=0.15),
+    Round("apgd", Through(20), 9, near=0.15, aim=1),
+    Round("sa-pgd", Through(30), 9, near=0.15),
+)
+
+
 def mpd_apgd(
-    targets: Sequence[Differentiable],
+    targets: Mapping[Through, Differentiable],
     x: Array,
     y: Array,
     *,
     eps: float,
-    steps: int = 150,
-    rounds: int = 6,
+    steps: int = 100,
+    schedule: Sequence[Round] = SCHEDULE,
     draw: Draw | None = None,
     keep: Literal["broken", "worst"] = "broken",
-    climbs: Sequence[Climb] = ("sa-pgd", "apgd"),
 ) -> Array:
-    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B]: `rounds` climbs of `steps` steps.
+    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B]: the rounds of a schedule, one by one.
 
-    targets: one network through surrogates of different sharpness; round i takes the i-th of them and the i-th of
-    `climbs`, both in turn. draw: as of `pgd`; every round starts elsewhere. keep: "broken" drops an image from the
-    batch as soon as it fools a target, so it costs at most (steps + 2) * rounds gradients per image; "worst" runs all
-    rounds and returns the iterate of the largest loss, for stochastic targets. Starting points are drawn beforehand, so
-    they do not depend on which images broke. Raises ValueError if rounds of the same target and climb would start at
-    the same point, for want of a `draw`.
+    targets: one network, differentiated in all the ways that the schedule names. draw: as of `pgd`; every round starts
+    elsewhere. keep: "broken" drops an image from the batch as soon as it fools a target; "worst", for stochastic
+    targets, goes on with it. Either returns each image's iterate of the smallest margin among those that the rounds
+    returned, and drops images that come no nearer (see `Round`). It costs at most `gradients(steps, schedule)` per
+    image. Starting points are drawn beforehand, and nothing that happens to an image depends on another. A network with
+    one class cannot be fooled: x comes back. Raises KeyError for a way of differentiating that `targets` lacks.
     """
-    if draw is None and rounds > 1 and len(targets) < rounds:
-        raise ValueError("rounds without a draw would all start at x; pass one")
     xp = array_namespace(x)
-    offsets = [None if draw is None else draw(x.shape) for _ in range(rounds)]
+    offsets = [None if draw is None else draw(x.shape) for _ in schedule]
     adversarial = xp.asarray(x, copy=True)
-    largest = xp.full((x.shape[0],), -xp.inf, dtype=x.dtype, device=device(x))
-    active = xp.arange(x.shape[0], device=device(x))  # images not broken yet
-    for number, offset in enumerate(offsets):
-        target, climb = targets[number % len(targets)], climbs[number % len(climbs)]
-        chosen, classes = x[active], y[active]
-        start = None if offset is None else _constant(offset[active])
-        if climb == "apgd":
-            first = FIRST_STEP * eps
-            attempt = apgd(target, chosen, classes, eps=eps, steps=steps, step=first, draw=start, keep=keep)
-        else:
-            attempt = sa_pgd(_Still(target), chosen, classes, eps=eps, steps=steps, draw=start, keep=keep)
-        logits, loss, _ = target(attempt, classes)
-        higher = loss > largest[active]
-        standing = xp.argmax(logits, axis=1) == classes
-        better = higher if keep == "worst" else higher | ~standing
-        adversarial[active] = xp.where(wide(better), attempt, adversarial[active])
-        largest[active] = xp.where(higher, loss, largest[active])
-        if keep == "broken":
-            active = active[standing]
+    logits, _, _ = targets[schedule[0].through](x, y)
+    if logits.shape[1] == 1:
+        return adversarial
+    clean, wrong = _margin(xp, logits, y), _wrong_classes(xp, logits, y)
+    smallest, active = xp.asarray(clean, copy=True), xp.arange(x.shape[0], device=device(x))
+    for turn, offset in zip(schedule, offsets, strict=True):
         if not active.shape[0]:
             break
+        aims = None if turn.aim is None else wrong[active, min(turn.aim, wrong.shape[1] - 1)]
+        start = None if offset is None else _constant(offset[active])
+        attempt = _climb(xp, turn, targets[turn.through], x[active], y[active], aims, eps, steps, start, keep)
+        logits, _, _ = targets[turn.through](attempt, y[active])
+        margin = _margin(xp, logits, y[active])
+        nearer, standing = margin < smallest[active], xp.argmax(logits, axis=1) == y[active]
+        adversarial[active] = xp.where(wide(nearer | ~standing), attempt, adversarial[active])
+        smallest[active] = xp.where(nearer, margin, smallest[active])
+        hopeful = smallest[active] <= turn.near * clean[active]
+        active = active[hopeful & standing] if keep == "broken" else active[hopeful]
     return adversarial
+
+
+def gradients(steps: int, schedule: Sequence[Round] = SCHEDULE) -> int:
+    """Gradients per image at most: of each climb, one more to judge it, and one of the clean image."""
+    return 1 + sum(steps * turn.length + 2 for turn in schedule)
+
+
+def _climb(
+    xp: Array,
+    turn: Round,
+    target: Differentiable,
+    x: Array,
+    y: Array,
+    aims: Array | None,
+    eps: float,
+    steps: int,
+    start: Draw | None,
+    keep: Literal["broken", "worst"],
+) -> Array:
+    """What one round makes of the images x, whose classes are y and, where it aims, `aims` [B]."""
+    classes, climbed = (y, target) if aims is None else (xp.stack([y, aims], axis=1), _Towards(target))
+    length = steps * turn.length
+    if turn.climb == "apgd":
+        return apgd(climbed, x, classes, eps=eps, steps=length, step=FIRST_STEP * eps, draw=start, keep=keep)
+    return sa_pgd(_Still(climbed), x, classes, eps=eps, steps=length, draw=start, keep=keep)
+
+
+def _margin(xp: Array, logits: Array, y: Array) -> Array:
+    """True logit minus the best wrong one [B], for at least two classes."""
+    true = y[:, None] == xp.arange(logits.shape[1], device=device(logits))[None, :]
+    best_wrong = xp.max(xp.where(true, -xp.inf, logits), axis=1)
+    return xp.sum(xp.where(true, logits, xp.zeros_like(logits)), axis=1) - best_wrong
+
+
+def _wrong_classes(xp: Array, logits: Array, y: Array) -> Array:
+    """The wrong classes [B, K - 1], likeliest first."""
+    true = y[:, None] == xp.arange(logits.shape[1], device=device(logits))[None, :]
+    return xp.argsort(xp.where(true, -xp.inf, logits), axis=1, descending=True)[:, :-1]
+
+
+class _Towards:
+    """Climbs minus the loss of the second class of pairs [B, 2]."""
+
+    def __init__(self, target: Differentiable) -> None:
+        self._target = target
+
+    def __call__(self, x: Array, pairs: Array) -> Gradient:
+        logits, loss, gradient = self._target(x, pairs[:, 1])
+        return Gradient(logits, -loss, -gradient)
 
 
 class _Still:

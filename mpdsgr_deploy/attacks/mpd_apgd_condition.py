@@ -1,6 +1,6 @@
 """MPD-APGD as a condition of evaluations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ import numpy as np
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
 from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
 from mpdsgr_deploy.attacks.counting import CountedGradients
-from mpdsgr_deploy.attacks.mpd_apgd import SHARPNESSES, mpd_apgd
+from mpdsgr_deploy.attacks.mpd_apgd import SCHEDULE, Round, Through, gradients, mpd_apgd
 from mpdsgr_deploy.attacks.pgd import Draw
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
@@ -25,52 +25,60 @@ class MPDAutoPGD(GradientAttack):
 
     method: ClassVar[str] = "mpd-apgd"
 
-    steps: int = 150
-    rounds: int = 6
-    sharpnesses: tuple[float, ...] = SHARPNESSES
+    steps: int = 100
+    rounds: int = len(SCHEDULE)
 
     @classmethod
     def recipe_values(cls, attack: Attack) -> dict[str, Any]:
         return {"eps": attack.eps, "surrogate": HEAVY_TAILED}
 
     @property
+    def schedule(self) -> tuple[Round, ...]:
+        """The rounds that are made."""
+        return SCHEDULE[: self.rounds]
+
+    @property
     def settings(self) -> str:
-        names = ", ".join(f"{k:g}" for k in self.sharpnesses)
+        lengths = ", ".join(str(turn.length * self.steps) for turn in self.schedule)
+        names = ", ".join(f"{k:g}" for k in sorted({turn.through.sharpness for turn in self.schedule}))
+        losses = " and ".join(sorted({turn.through.loss.upper() for turn in self.schedule}))
         return (
-            f"MPD-APGD, eps {self.eps:.4g}, {self.rounds} rounds of {self.steps} adaptive steps on the "
-            f"{self.loss.upper()} loss through {self.surrogate} of sharpness {names} in turn"
+            f"MPD-APGD, eps {self.eps:.4g}, rounds of {lengths} adaptive steps on the {losses} losses through "
+            f"{self.surrogate} of sharpness {names}, the later ones on images that came near the boundary"
         )
 
     @property
     def cost(self) -> int:
-        return (self.steps + 2) * self.rounds * self.draws
+        return gradients(self.steps, self.schedule) * self.draws
 
-    def target(self, network: Network) -> AbstractContextManager[Sequence[Differentiable]]:
+    def target(self, network: Network) -> AbstractContextManager[Mapping[Through, Differentiable]]:
         return self._targets(network)
 
     @contextmanager
-    def _targets(self, network: Network) -> Iterator[Sequence[Differentiable]]:
+    def _targets(self, network: Network) -> Iterator[Mapping[Through, Differentiable]]:
         with ExitStack() as stack:
-            yield [
-                stack.enter_context(network.attacker(f"{self.surrogate}:{k:g}", loss=self.loss, draws=self.draws))
-                for k in self.sharpnesses
-            ]
+            yield {
+                way: stack.enter_context(
+                    network.attacker(f"{self.surrogate}:{way.sharpness:g}", loss=way.loss, draws=self.draws)
+                )
+                for way in dict.fromkeys(turn.through for turn in self.schedule)
+            }
 
-    def attack(self, target: Sequence[Differentiable], batch: Batch, generators: Generators) -> Attacked:
-        counted = [CountedGradients(one) for one in target]
+    def attack(self, target: Mapping[Through, Differentiable], batch: Batch, generators: Generators) -> Attacked:
+        counted = {way: CountedGradients(one) for way, one in target.items()}
         images = self.climb(counted, batch, starts(generators))
-        counts = (sum(values) for values in zip(*(one.counts for one in counted), strict=True))
+        counts = (sum(values) for values in zip(*(one.counts for one in counted.values()), strict=True))
         return Attacked(images, *(count * self.draws for count in counts))
 
-    def climb(self, target: Sequence[CountedGradients], batch: Batch, draw: Draw) -> Floats:
+    def climb(self, target: Mapping[Through, CountedGradients], batch: Batch, draw: Draw) -> Floats:
         adversarial = mpd_apgd(
             target,
             batch.x,
             batch.y,
             eps=self.bound,
             steps=self.steps,
+            schedule=self.schedule,
             draw=draw,
             keep=kept_iterate(self.keep),
-            rounds=self.rounds,
         )
         return np.asarray(adversarial)

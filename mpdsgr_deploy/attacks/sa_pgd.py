@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from array_api_compat import array_namespace, device
 
 from mpdsgr_deploy.attacks.apgd import checkpoints
-from mpdsgr_deploy.attacks.pgd import Draw, begin, project, wide
+from mpdsgr_deploy.attacks.pgd import Draw, begin, project, still_right, wide
 from mpdsgr_deploy.protocols import Adaptive, Array, Gradient
 
 
@@ -43,7 +43,7 @@ def sa_pgd(
         gradient = answer.gradient
         if keep == "broken":
             found[state.index] = state.current
-            standing = xp.argmax(answer.logits, axis=1) == state.y
+            standing = still_right(xp, answer.logits, state.y)
             state, adapted = state.only(standing), {name: part[standing] for name, part in adapted.items()}
             momentum, power, gradient = momentum[standing], power[standing], gradient[standing]
         if number == steps or not state.y.shape[0]:

@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from mpdsgr_deploy.attacks.condition import STRONG, WORST
 from mpdsgr_deploy.attacks.measure import Measurement
 from mpdsgr_deploy.attacks.tiers import smaller_tiers
+from mpdsgr_deploy.validation.health import Convergence
 from mpdsgr_deploy.validation.image_checks import FIRST, WELL_KNOWN
 from mpdsgr_deploy.validation.subject import Subject
 
 MASKED = 0.1  # share of images between the trained surrogate's gradient and all attacks, from which masking is reported
 
 
-def remarks(subject: Subject, measurement: Measurement) -> list[str]:
-    """Sentences for the report; of a measurement that stopped early only what holds without its attacks."""
-    attacked = [] if measurement.stopped is not None else [*_masking(measurement), *_upper_bound(subject)]
-    return [*attacked, *_own_word(subject)]
+def remarks(subject: Subject, measurement: Measurement, convergence: Convergence | None = None) -> list[str]:
+    """Sentences for the report; of a measurement that stopped early only what holds without its attacks.
+
+    convergence: what twice the steps of the attacks that the worst case rests on did, None where that was not tried.
+    """
+    if measurement.stopped is not None:
+        return list(_own_word(subject))
+    return [*_masking(measurement), *_upper_bound(subject), *_not_converged(convergence), *_own_word(subject)]
 
 
 def _own_word(subject: Subject) -> Iterator[str]:
@@ -52,3 +57,14 @@ def _upper_bound(subject: Subject) -> Iterator[str]:
         )
     elif smaller_tiers(tier) == []:
         yield f"worst is an upper bound: tier {tier} is the quick one; export with --tier release to learn by how much"
+
+
+def _not_converged(convergence: Convergence | None) -> Iterator[str]:
+    """How many images twice the steps broke, of those that all attacks had left."""
+    if convergence is not None and convergence.broken:
+        attacks = ", ".join(convergence.attacks)
+        yield (
+            f"worst has not converged: on the first {convergence.n} images twice the steps of {attacks} break "
+            f"{convergence.broken} of the {convergence.standing} that all attacks had left "
+            f"({100 * convergence.broken / convergence.n:.1f} points), and longer attacks would break more"
+        )

@@ -26,7 +26,7 @@ from mpdsgr_deploy.validation import comparison, fidelity, probes
 from mpdsgr_deploy.validation.comparison import compare_conditions
 from mpdsgr_deploy.validation.evidence import Rebuild, attacked_evidence, without_attack
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
-from mpdsgr_deploy.validation.health import Check, Evidence, run_checks
+from mpdsgr_deploy.validation.health import Check, Convergence, Evidence, run_checks
 from mpdsgr_deploy.validation.image_checks import chosen_images, own_images
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.pictures import examples
@@ -55,6 +55,7 @@ class Judged(NamedTuple):
     curves: list[Curve]
     examples: list[Example]
     parity: Parity | None
+    convergence: Convergence | None
 
     @property
     def verdict(self) -> Verdict:
@@ -143,7 +144,8 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
         curves, evidence = _probed(subject, measurement, evidence, x[: TIERS[subject.gate.tier].probe])
     health = run_checks(evidence)
     reasons = [*_invalid(health), *_failures(subject.gate, rows, wrong, measurement.stopped)]
-    return Judged(measurement, rows, health, reasons, curves, _examples(subject, measurement, x), parity)
+    pictures = _examples(subject, measurement, x)
+    return Judged(measurement, rows, health, reasons, curves, pictures, parity, evidence.convergence)
 
 
 def _not_the_network(target: Target, parity: Parity | None, x: Floats) -> list[Reason]:
@@ -245,7 +247,7 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: 
         variants=flips,
         parity=judged.parity,
         health=judged.health,
-        remarks=remarks(subject, judged.measurement),
+        remarks=remarks(subject, judged.measurement, judged.convergence),
         gate=gate,
         rules=rules,
         stopped=None if stopped is None else EarlyStop(after=stopped.during, why=why),
