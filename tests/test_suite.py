@@ -46,6 +46,8 @@ def test_conditions_do_not_depend_on_the_batch_size(bundle: Bundle, network: Tor
     for condition in suite.conditions:
         if condition.kind == "query":
             condition = replace(condition, queries=20)
+        if condition.method == "mpd-apgd":
+            condition = replace(condition, steps=20)  # rounding grows with the number of steps
         one, other = (gather(list(run(suite, condition, x, y, clean, batch_size=size))) for size in (30, 7))
         same = np.abs(one[0].images - other[0].images).max((1, 2, 3)) < 1e-6
         assert same.mean() > 0.9, condition.name  # all but sign flips of tiny gradients
