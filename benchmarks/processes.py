@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 SERVING = re.compile(r"serving on (http://[^,]+), gRPC on port (\d+)")
 PATIENCE = 60.0  # seconds for a process to start, and to end
@@ -54,10 +55,11 @@ class Process:
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[Process]:
-    """`mpdsgr serve` with these arguments on free ports of the loopback; ends with SIGTERM."""
+def serving(*arguments: object, limits: Mapping[str, float] = MappingProxyType({})) -> Iterator[Process]:
+    """`mpdsgr serve` with these arguments and limits on free ports of the loopback; ends with SIGTERM."""
     command = [sys.executable, "-m", "mpdsgr_deploy", "serve", *map(str, arguments), "--port", "0", "--grpc-port", "0"]
-    command += ["--set", "limits.grace_seconds=0"]
+    for key, value in {"grace_seconds": 0, **limits}.items():
+        command += ["--set", f"limits.{key}={value}"]
     started = time.monotonic()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

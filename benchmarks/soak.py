@@ -4,7 +4,9 @@
 
 HTTP with binary tensors and with JSON, and gRPC, from one event loop. One request in ten is bad: one of the table in
 bad_requests.py, or a client that leaves in the middle. Every good answer is held against the logits of a predictor in
-this process, within what float32 rounding may do. Memory and open files of the server are read all the while.
+this process, within what float32 rounding may do. Four hostile clients besides (soak_hostile.py) send slowly, by half,
+too much, read nothing, or take all connections; the server must end each in its time. Memory and open files of the
+server are read all the while.
 """
 
 import asyncio
@@ -25,6 +27,7 @@ import numpy as np
 import uvloop
 from networks import untrained_bundle
 from processes import Process, serving
+from soak_hostile import LIMITS, Attack, GrpcAttacks, HttpAttacks
 from soak_traffic import MIX, Call, Counts, over_grpc, over_http, sure
 from tritonclient.grpc import service_pb2_grpc
 
@@ -38,6 +41,7 @@ from mpdsgr_deploy.serving.load.connection import Connection, Endpoint
 from mpdsgr_deploy.serving.load.model import describe
 
 HTTP_USERS, GRPC_USERS = 12, 2
+PAUSE = 0.2  # seconds between two attacks of one attacker
 BAD_CALLS = 8  # one gRPC call in so many
 SAMPLES = 120  # of memory and files
 
@@ -54,7 +58,7 @@ def measure(minutes: float, requests: int) -> dict[str, Any]:
 
 def run(bundle: Bundle, seconds: float, requests: int) -> dict[str, Any]:
     """Counts, and samples of the server's memory and files."""
-    with open_predictor(bundle) as predictor, serving(bundle.path) as server:
+    with open_predictor(bundle) as predictor, serving(bundle.path, limits=LIMITS) as server:
         pixels = sure(predictor, bundle.manifest.input_shape)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             url = f"{server.url}/v2/models/{bundle.path.name}"
@@ -98,6 +102,14 @@ async def _soak(
             if len(samples) % (SAMPLES // 10) == 0:
                 click.echo(f"{now:.0f} s: {counts.kinds.total()} requests, {dict(counts.wrong)} wrong", err=True)
 
+    async def attacker(number: int, attacks: dict[str, Attack]) -> None:
+        draw = random.Random(-100 - number)
+        while time.monotonic() < stop and counts.kinds.total() < most:
+            name = draw.choice(list(attacks))
+            counts.kinds[f"hostile: {name}"] += 1
+            await attacks[name]()
+            await asyncio.sleep(PAUSE)
+
     watching = asyncio.create_task(watch())
     async with grpc.aio.insecure_channel(server.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -107,11 +119,16 @@ async def _soak(
                 group.create_task(user(number))
             for number in range(GRPC_USERS):
                 group.create_task(caller(number, stub, good, bad))
+            http = HttpAttacks(model.endpoint.at.host, model.endpoint.at.port, model.requests(1, pixels, 0)[0], counts)
+            calls = GrpcAttacks(int(server.grpc.rpartition(":")[2]), counts)
+            for number, attacks in enumerate([http.all(), http.all(), calls.all(), calls.all()]):
+                group.create_task(attacker(number, attacks))
     watching.cancel()
     return {
         "seconds": round(time.monotonic() - started, 1),
         "requests": dict(counts.kinds),
         "wrong": dict(counts.wrong),
+        "busy": counts.busy,
         "examples": counts.examples,
         "largest_difference": counts.largest,
         "samples": samples,
@@ -145,6 +162,8 @@ def render(result: dict[str, Any]) -> str:
         "wrong answers": f"{wrong.get('wrong answer', 0)}; {largest}",
         "5xx": wrong.get("5xx", 0),
         "good ones refused, or unanswered": wrong.get("refused", 0) + wrong.get("no answer", 0),
+        "503s while a client takes all connections": f"{result.get('busy', 0):,}",
+        "hostile clients that met no bound": wrong.get("hostile", 0),
         "bad ones accepted": wrong.get("accepted", 0),
         "memory, MB, in the second and the last tenth of the time": f"{memory[0] / 1e6:.1f}, {memory[1] / 1e6:.1f}",
         "open files, likewise": f"{files[0]:.0f}, {files[1]:.0f}",

@@ -31,6 +31,7 @@ class Counts:
         self.kinds: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
         self.examples: list[str] = []
+        self.busy = 0  # refused as a hostile client held all connections
         self.largest = 0.0  # difference to the logits here
 
     def failed(self, what: str, example: str) -> None:
@@ -98,6 +99,10 @@ def asking(kind: str, model: TargetModel, message: bytes, batch: int, expected: 
             counts.failed("no answer", f"{kind}: {error}")
             await asyncio.sleep(0.1)
             return
+        if is_busy(answer):
+            counts.busy += 1
+            await asyncio.sleep(0.1)
+            return
         if answer.status == 200 and answer.json_size is not None and answer.body[answer.json_size :] == exact:
             return  # nearly always, and cheaper than a comparison of numbers
         if problem := model.problem(answer, batch):
@@ -106,6 +111,11 @@ def asking(kind: str, model: TargetModel, message: bytes, batch: int, expected: 
         counts.compared(kind, _numbers(answer, model.output.name).reshape(expected.shape), expected)
 
     return ask
+
+
+def is_busy(answer: HttpAnswer) -> bool:
+    """Whether all connections were taken, as a flood of them makes it."""
+    return answer.status == 503 and b"too many connections" in answer.body
 
 
 def _numbers(answer: HttpAnswer, name: str) -> np.ndarray:
@@ -123,6 +133,10 @@ def refused(what: str, message: bytes, counts: Counts) -> Ask:
             answer = await connection.ask(message)
         except NoAnswer as error:
             counts.failed("no answer", f"{what}: {error}")
+            return
+        if is_busy(answer):
+            counts.busy += 1
+            await asyncio.sleep(0.1)
             return
         if not 400 <= answer.status < 500:
             counts.failed(

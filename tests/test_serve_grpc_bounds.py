@@ -1,6 +1,7 @@
 """What gRPC lets a client take: CPU, memory, connections, streams. Good calls go through meanwhile."""
 
 import resource
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from http2 import SERVICE, Http2, message
 from served import BUNDLE, Served, eventually, images
 from tritonclient.grpc import service_pb2 as pb
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from http2 import SERVICE, Http2, message
 
 EXHAUSTED, INVALID = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT
 X = images()
