@@ -29,6 +29,7 @@ CHECKS: list[Check] = [
     kubernetes.kubernetes_validates,
     kubernetes.pod_is_restricted,
     kubernetes.manifests_fit_each_other,
+    kubernetes.pod_monitor_finds_the_pods,
 ]
 WITH_PROMTOOL: list[Check] = [
     monitoring.prometheus_reads_its_files,
@@ -98,6 +99,7 @@ FAULTS: list[tuple[Check, str, str, str]] = [
     (kubernetes.manifests_fit_each_other, DEPLOYMENT, "GracePeriodSeconds: 60", "GracePeriodSeconds: 30"),
     (kubernetes.manifests_fit_each_other, DEPLOYMENT, "mountPath: /etc/mpdsgr", "mountPath: /etc/settings"),
     (kubernetes.manifests_fit_each_other, SERVICE, "targetPort: grpc", "targetPort: rpc"),
+    (kubernetes.pod_monitor_finds_the_pods, "monitoring/podmonitor.yaml", "port: http", "port: metrics"),
     (kubernetes.manifests_fit_each_other, f"{CPU}/disruption.yaml", "name: mpdsgr-serve\n", "name: mpdsgr\n"),
     (kubernetes.manifests_fit_each_other, f"{CPU}/settings.toml", "grace_seconds = 10.0", "grace_seconds = 40.0"),
     (kubernetes.manifests_fit_each_other, "kubernetes/gpu/deployment.yaml", "            - /bundles/digits\n", ""),

@@ -94,3 +94,13 @@ def manifests_fit_each_other(serve: Path) -> None:
     assert spec["terminationGracePeriodSeconds"] > ending(serve / "kubernetes/cpu/settings.toml")
     gpu = load(serve / "kubernetes/gpu/deployment.yaml")["spec"]["template"]["spec"]["containers"][0]["args"]
     assert [word for word in gpu if word != "--backend=onnxruntime-cuda"] == container["args"] != gpu
+
+
+def pod_monitor_finds_the_pods(serve: Path) -> None:
+    """By their labels and the name of their port. Its schema is the Prometheus Operator's."""
+    monitor, pods = load(serve / "monitoring/podmonitor.yaml"), manifests(serve)["Deployment"]["spec"]["template"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert monitor["spec"]["selector"]["matchLabels"] == pods["metadata"]["labels"]
+    (container,) = pods["spec"]["containers"]
+    assert endpoint["port"] in {port["name"] for port in container["ports"] if port["containerPort"] == HTTP}
+    assert endpoint["path"] == "/metrics"
