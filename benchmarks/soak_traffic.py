@@ -1,7 +1,6 @@
 """The traffic of soak.py: what a user may do on a connection, good or bad, and what must come of it."""
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.parity import TOLERANCE
 from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.runtime.inference_protocol import read_output
 from mpdsgr_deploy.serving.load.connection import Connection, HttpAnswer, NoAnswer
 from mpdsgr_deploy.serving.load.model import TargetModel, TensorSpec
 
@@ -108,7 +108,7 @@ def asking(kind: str, model: TargetModel, message: bytes, batch: int, expected: 
         if problem := model.problem(answer, batch):
             counts.failed("5xx" if answer.status >= 500 else "refused", f"{kind}: {problem} {answer.body[:200]!r}")
             return
-        counts.compared(kind, _numbers(answer, model.output.name).reshape(expected.shape), expected)
+        counts.compared(kind, read_output(answer.body, answer.json_size, model.output.name).floats(), expected)
 
     return ask
 
@@ -116,13 +116,6 @@ def asking(kind: str, model: TargetModel, message: bytes, batch: int, expected: 
 def is_busy(answer: HttpAnswer) -> bool:
     """Whether all connections were taken, as a flood of them makes it."""
     return answer.status == 503 and b"too many connections" in answer.body
-
-
-def _numbers(answer: HttpAnswer, name: str) -> np.ndarray:
-    if answer.json_size is not None:
-        return np.frombuffer(answer.body[answer.json_size :], "<f4")
-    (output,) = json.loads(answer.body)["outputs"]
-    return np.array(output["data"], np.float32)
 
 
 def refused(what: str, message: bytes, counts: Counts) -> Ask:

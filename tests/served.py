@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.runtime.inference_protocol import encode_request
+
 HELD_BACKEND = Path(__file__).parent / "held_backend"
 LARGE = 10_000  # images: a batch at which that backend can be made to stand still
 BUNDLE = Path(__file__).parent.parent / "export" / "doctor" / "bundle"  # images [1, 8, 8] named "images", 10 labels
@@ -256,16 +258,8 @@ def request(x: NDArray[np.float32], **entries: Any) -> dict[str, Any]:
 
 def large_request() -> bytes:
     """An inference request of LARGE images in binary form."""
-    size = LARGE * 64
-    tensor = {
-        "name": "images",
-        "datatype": "UINT8",
-        "shape": [LARGE, 1, 8, 8],
-        "parameters": {"binary_data_size": size},
-    }
-    outputs = [{"name": "margin", "parameters": {"binary_data": True}}]
-    head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
-    return http("POST", INFER, head + bytes(size), {"Inference-Header-Content-Length": len(head)})
+    headers, body = encode_request({"images": np.zeros((LARGE, 1, 8, 8), np.uint8)}, "margin", binary=True)
+    return http("POST", INFER, body, headers)
 
 
 def eventually(condition: Any, seconds: float = 10) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.runtime.inference_protocol import BINARY, HEADER, encode_request, read_output
 
 TIMEOUT = 60.0  # seconds a request may take
 ATTEMPTS = 5  # at a server that says it is too busy
@@ -22,8 +23,6 @@ LONGEST_WAIT = 30.0  # seconds between two of them
 MOST = 256  # images a request
 BUSY, TOO_LARGE = (429, 503), (400, 413)
 MODEL_PATH = re.compile(r"(.*/v2)/models/[^/]+(/versions/[^/]+)?")
-BINARY = "binary_tensor_data"  # the extension of that name
-HEADER = "Inference-Header-Content-Length"  # of JSON, in a body where binary tensors follow it
 
 
 class ModelUrl(NamedTuple):
@@ -83,12 +82,12 @@ class RemoteModel:
             inputs = {str(tensor["name"]): tensor for tensor in content["inputs"]}
             (self._input,) = inputs.keys() - self._noise.names
             others = {name: tuple(inputs[name]["shape"][1:]) for name in inputs if name != self._input}
-            kinds = {str(tensor["datatype"]) for tensor in inputs.values()}
+            datatypes = {str(tensor["datatype"]) for tensor in inputs.values()}
             self._output = str(content["outputs"][0]["name"])
         except (KeyError, IndexError, TypeError, ValueError):
-            raise InputError(f"{self._url} does not describe a model of images: {told(described.body)}") from None
-        if kinds != {"FP32"}:
-            raise InputError(f"{self._url} takes {', '.join(sorted(kinds))}; serve a network that takes FP32")
+            raise InputError(f"{self._url} does not describe a model of images: {excerpt(described.body)}") from None
+        if datatypes != {"FP32"}:
+            raise InputError(f"{self._url} takes {', '.join(sorted(datatypes))}; serve a network that takes FP32")
         if others:
             self._noise.require(others, self._url)
         else:
@@ -113,52 +112,26 @@ class RemoteModel:
 
     def _infer(self, tensors: Mapping[str, NDArray[np.float32]]) -> "_Answer":
         """Ask for the logits of all of a batch."""
-        inputs: list[dict[str, Any]] = []
-        wanted: dict[str, Any] = {"name": self._output}
-        data: list[bytes] = []
-        for name, tensor in tensors.items():
-            inputs.append({"name": name, "shape": list(tensor.shape), "datatype": "FP32"})
-            if self._binary:
-                data.append(np.ascontiguousarray(tensor, "<f4").tobytes())
-                inputs[-1]["parameters"] = {"binary_data_size": len(data[-1])}
-            else:
-                inputs[-1]["data"] = tensor.ravel().tolist()
-        headers = {"Content-Type": "application/json"}
-        if self._binary:
-            wanted["parameters"] = {"binary_data": True}
-        head = json.dumps({"inputs": inputs, "outputs": [wanted]}).encode()
-        if self._binary:
-            headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
-        return self._server.ask("POST", "/infer", b"".join([head, *data]), headers)
+        request = encode_request(tensors, self._output, binary=self._binary)
+        return self._server.ask("POST", "/infer", request.body, request.headers)
 
     def _logits(self, answer: "_Answer", count: int) -> NDArray[np.float32]:
-        """Logits [count, classes]: they stand in the answer's JSON, or behind it in the order of its outputs."""
+        """Logits float32 [count, classes] of a response. Raises InputError for one that holds none."""
         try:
-            header = len(answer.body) if answer.header is None else int(answer.header)
-            outputs = json.loads(answer.body[:header])["outputs"]
-            place = [output["name"] for output in outputs].index(self._output)
-            sizes = [(output.get("parameters") or {}).get("binary_data_size") for output in outputs]
-            output, size = outputs[place], sizes[place]
-            if output["shape"] != [count, self._classes]:
-                raise ValueError(f"an output of shape {output['shape']}, not {[count, self._classes]}")
-            if size is None:
-                with np.errstate(over="ignore"):  # what float32 does not hold is not finite then
-                    logits = np.array(output["data"], np.float32).reshape(count, self._classes)
-            else:
-                if output["datatype"] != "FP32":
-                    raise ValueError(f"an output of {output['datatype']}, not FP32")
-                start = header + sum(size or 0 for size in sizes[:place])
-                logits = np.frombuffer(answer.body[start : start + size], "<f4").reshape(count, self._classes)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            output = read_output(answer.body, None if answer.header is None else int(answer.header), self._output)
+            if output.shape != [count, self._classes]:
+                raise ValueError(f"an output of shape {output.shape}, not {[count, self._classes]}")
+            logits = output.floats()
+        except (ValueError, TypeError) as error:
             raise InputError(f"{self._url} answers with something else than logits: {one_line(error)}") from None
         if not np.isfinite(logits).all():
             raise InputError(f"{self._url} answers with logits that are not finite")
-        return logits.astype(np.float32)  # a fresh array, which may be written to
+        return logits
 
     def _refused(self, answer: "_Answer") -> InputError:
         if 300 <= answer.status < 400:
             return InputError(f"{self._url} redirects to {answer.location}; give the URL of the server itself")
-        return InputError(f"{self._url} answers {answer.status}: {told(answer.body)}")
+        return InputError(f"{self._url} answers {answer.status}: {excerpt(answer.body)}")
 
     def __enter__(self) -> Self:
         return self
@@ -241,8 +214,8 @@ class _Server:
         self._connection.close()
 
 
-def told(body: bytes) -> str:
-    """What a server says, short enough for one line."""
+def excerpt(body: bytes) -> str:
+    """The start of a response's body, for an error of one line."""
     return one_line(body.decode(errors="replace"))[:200] if body else "nothing"
 
 

@@ -10,6 +10,7 @@ from secrets import token_hex
 from typing import Any, NamedTuple, Protocol
 
 from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.runtime.inference_protocol import HEADER
 from mpdsgr_deploy.serving import metrics, tracing
 from mpdsgr_deploy.serving.app import Server, Share
 from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, invalid
@@ -20,7 +21,6 @@ from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
 from mpdsgr_deploy.serving.security import check_caller
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
 JSON, BINARY = b"application/json", b"application/octet-stream"
 PLAIN, HTML = b"text/plain; version=0.0.4", b"text/html; charset=utf-8"
 OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
@@ -158,14 +158,14 @@ class Http:
         model = exchange.model = repository.model(name, version)
         body = await self._body(exchange, model.input.body_bytes)
         model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
-        request = parse_request(body, exchange.headers.get(HEADER_LENGTH.lower()), model.input)
+        request = parse_request(body, exchange.headers.get(HEADER.lower()), model.input)
         with tracing.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.body.left)
         head, binary = response(model, request, answers)
         exchange.images = answers[0].shape[0]
         if not binary:
             return Reply(200, head)
-        return Reply(200, head + binary, BINARY, ((HEADER_LENGTH.encode(), str(len(head)).encode()),))
+        return Reply(200, head + binary, BINARY, ((HEADER.encode(), str(len(head)).encode()),))
 
     async def _repository(self, exchange: Exchange, parts: list[str]) -> Reply:
         _require(exchange.method, "POST")

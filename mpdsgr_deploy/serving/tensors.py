@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.runtime.inference_protocol import DTYPES
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 
-DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 JSON_CHARACTERS = 32  # that a number may take in JSON, with what stands around it; more is padding
 JSON_ENVELOPE = 1 << 16  # bytes for all of a request that is not numbers
 

@@ -15,7 +15,8 @@ from typing import NamedTuple, cast
 
 from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.runtime.remote import HEADER, ModelUrl
+from mpdsgr_deploy.runtime.inference_protocol import HEADER
+from mpdsgr_deploy.runtime.remote import ModelUrl
 
 LONGEST = 30.0  # seconds that an answer may take
 LARGEST = 1 << 28  # bytes of an answer

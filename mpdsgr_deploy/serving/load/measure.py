@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import LINE_EVERY, log
-from mpdsgr_deploy.runtime.remote import ModelUrl, told
+from mpdsgr_deploy.runtime.remote import ModelUrl, excerpt
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, NoAnswer
 from mpdsgr_deploy.serving.load.loops import Load, Tally, Traffic, run
 from mpdsgr_deploy.serving.load.model import TargetModel, describe
@@ -105,7 +105,7 @@ async def _try(model: TargetModel, request: bytes, batch: int) -> None:
     finally:
         connection.close()
     if answer.status != 200:
-        raise InputError(f"{model.url} answers {answer.status} to {batch} images: {told(answer.body)}")
+        raise InputError(f"{model.url} answers {answer.status} to {batch} images: {excerpt(answer.body)}")
     if model.problem(answer, batch):
         raise InputError(f"{model.url} answers {batch} images with something else than {model.output.name!r} for each")
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError, one_line
-from mpdsgr_deploy.runtime.remote import BINARY, HEADER, told
+from mpdsgr_deploy.runtime.inference_protocol import BINARY, DTYPES, encode_request, read_output
+from mpdsgr_deploy.runtime.remote import excerpt
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
-from mpdsgr_deploy.serving.tensors import DTYPES
 
 DIFFERENT, MEMORY = 16, 1 << 26  # requests, and bytes of them: a server that keeps answers must not be lucky every time
 
@@ -47,45 +47,24 @@ class TargetModel:
         return [self._request(batch, images, number * batch, rng) for number in range(count)]
 
     def _request(self, batch: int, images: NDArray[Any] | None, start: int, rng: np.random.Generator) -> bytes:
-        inputs: list[dict[str, Any]] = []
-        data: list[bytes] = []
-        for tensor in self.inputs:
-            values = _values(tensor, batch, rng) if images is None else _taken(tensor, images, start, batch)
-            inputs.append({"name": tensor.name, "shape": list(values.shape), "datatype": tensor.datatype})
-            if self.binary:
-                data.append(values.tobytes())
-                inputs[-1]["parameters"] = {"binary_data_size": len(data[-1])}
-            else:
-                inputs[-1]["data"] = values.ravel().tolist()
-        wanted: dict[str, Any] = {"name": self.output.name}
-        headers = {"Content-Type": "application/json"}
-        if self.binary:
-            wanted["parameters"] = {"binary_data": True}
-        head = json.dumps({"inputs": inputs, "outputs": [wanted]}).encode()
-        if self.binary:
-            headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
-        return self.endpoint.message("POST", f"{self.endpoint.at.path}/infer", b"".join([head, *data]), headers)
+        tensors = {
+            tensor.name: _values(tensor, batch, rng) if images is None else _chosen(tensor, images, start, batch)
+            for tensor in self.inputs
+        }
+        headers, body = encode_request(tensors, self.output.name, binary=self.binary)
+        return self.endpoint.message("POST", f"{self.endpoint.at.path}/infer", body, headers)
 
     def problem(self, answer: HttpAnswer, batch: int) -> str | None:
         """None for logits of the right shape, else the status, or "wrong answer"."""
         if answer.status != 200:
             return str(answer.status)
         try:
-            outputs = json.loads(answer.body[: answer.json_size])["outputs"]
-            (output,) = (output for output in outputs if output["name"] == self.output.name)
-            shape, wanted = output["shape"], (batch, *self.output.shape)
-            good = len(shape) == len(wanted) and all(w in (-1, s) for w, s in zip(wanted, shape, strict=True))
-            size = (output.get("parameters") or {}).get("binary_data_size")
-            if size is None:
-                good = good and prod(shape) in (len(output["data"]), np.size(output["data"]))
-            elif answer.json_size is not None:
-                behind = sum((o.get("parameters") or {}).get("binary_data_size", 0) for o in outputs)
-                good = good and len(answer.body) == answer.json_size + behind
-                if output["datatype"] in DTYPES:
-                    good = good and size == prod(shape) * DTYPES[output["datatype"]].itemsize
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            good = False
-        return None if good else "wrong answer"
+            output = read_output(answer.body, answer.json_size, self.output.name)
+        except ValueError:
+            return "wrong answer"
+        shape, expected = output.shape, (batch, *self.output.shape)
+        fits = len(shape) == len(expected) and all(e in (-1, s) for e, s in zip(expected, shape, strict=True))
+        return None if fits and output.is_whole else "wrong answer"
 
 
 async def describe(url: str, endpoint: Endpoint) -> TargetModel:
@@ -100,7 +79,7 @@ async def describe(url: str, endpoint: Endpoint) -> TargetModel:
         connection.close()
     if described.status != 200:
         hint = "; give --api-key-file" if described.status == 401 else ""
-        raise InputError(f"{url} answers {described.status}: {told(described.body)}{hint}")
+        raise InputError(f"{url} answers {described.status}: {excerpt(described.body)}{hint}")
     try:
         content = json.loads(described.body)
         inputs, outputs = (
@@ -112,7 +91,7 @@ async def describe(url: str, endpoint: Endpoint) -> TargetModel:
         output = outputs[0]
         assert inputs
     except (AssertionError, KeyError, IndexError, TypeError, ValueError):
-        raise InputError(f"{url} does not describe a model: {told(described.body)}") from None
+        raise InputError(f"{url} does not describe a model: {excerpt(described.body)}") from None
     server, binary = "unknown", False
     try:
         known = json.loads(about.body)
@@ -135,7 +114,7 @@ def _values(tensor: TensorSpec, batch: int, rng: np.random.Generator) -> NDArray
     return rng.random((batch, *tensor.shape), np.float32)
 
 
-def _taken(tensor: TensorSpec, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
+def _chosen(tensor: TensorSpec, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
     """`batch` of the images from `start` on, over and over, as the type that the model takes."""
     fits = len(tensor.shape) == images.ndim - 1 and all(
         wanted in (-1, size) for wanted, size in zip(tensor.shape, images.shape[1:], strict=True)

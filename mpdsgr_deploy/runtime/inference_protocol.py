@@ -1,0 +1,98 @@
+"""Requests and responses of the Open Inference Protocol (v2) over HTTP, as a client writes and reads them.
+
+Tensors stand in the JSON, or behind it in the order in which it names them (the extension `binary_tensor_data`):
+https://github.com/kserve/open-inference-protocol
+"""
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import one_line
+
+BINARY = "binary_tensor_data"  # the extension of that name
+HEADER = "Inference-Header-Content-Length"  # bytes of JSON in a body where binary tensors follow it
+DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
+MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)  # what reading wrong JSON raises
+
+
+class EncodedRequest(NamedTuple):
+    """The headers that an inference request needs beside those of any request, and its body."""
+
+    headers: dict[str, str]
+    body: bytes
+
+
+def encode_request(tensors: Mapping[str, NDArray[Any]], output: str, *, binary: bool) -> EncodedRequest:
+    """Ask for one output of these inputs, uint8 or float, whose first axis is the batch. binary: in both directions."""
+    inputs: list[dict[str, Any]] = []
+    data: list[bytes] = []
+    for name, tensor in tensors.items():
+        datatype = "UINT8" if tensor.dtype == np.uint8 else "FP32"
+        entry: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "datatype": datatype}
+        if binary:
+            data.append(np.ascontiguousarray(tensor, DTYPES[datatype]).tobytes())
+            entry["parameters"] = {"binary_data_size": len(data[-1])}
+        else:
+            entry["data"] = tensor.ravel().tolist()
+        inputs.append(entry)
+    answer = {"name": output, "parameters": {"binary_data": True}} if binary else {"name": output}
+    head = json.dumps({"inputs": inputs, "outputs": [answer]}).encode()
+    if not binary:
+        return EncodedRequest({"Content-Type": "application/json"}, head)
+    headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
+    return EncodedRequest(headers, b"".join([head, *data]))
+
+
+class OutputTensor(NamedTuple):
+    """An output as a response claims it. content: its bytes, or the (nested) list of a JSON response."""
+
+    datatype: str
+    shape: list[int]
+    content: bytes | list[Any]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are as many numbers as the shape says, as far as the datatype is known."""
+        count = prod(self.shape)
+        if isinstance(self.content, list):
+            return count in (len(self.content), np.size(self.content))
+        return self.datatype not in DTYPES or len(self.content) == count * DTYPES[self.datatype].itemsize
+
+    def floats(self) -> NDArray[np.float32]:
+        """The numbers, float32 [*shape], in fresh memory. Raises ValueError if they are none or do not fit the shape.
+
+        A number that float32 cannot hold is infinite.
+        """
+        if isinstance(self.content, list):
+            with np.errstate(over="ignore"):
+                return np.array(self.content, np.float32).reshape(self.shape)
+        if self.datatype != "FP32":
+            raise ValueError(f"an output of {self.datatype}, not FP32")
+        return np.frombuffer(self.content, DTYPES["FP32"]).reshape(self.shape).astype(np.float32)
+
+
+def read_output(body: bytes, json_size: int | None, name: str) -> OutputTensor:
+    """The output of that name in a response. json_size: bytes of JSON, None for all of the body.
+
+    Raises ValueError for anything that is no such response.
+    """
+    try:
+        start = len(body) if json_size is None else json_size
+        outputs = json.loads(body[:start])["outputs"]
+        names = [output["name"] for output in outputs]
+        sizes = [(output.get("parameters") or {}).get("binary_data_size") for output in outputs]
+        place = names.index(name)
+        output, size = outputs[place], sizes[place]
+        if start + sum(size or 0 for size in sizes) != len(body):
+            raise ValueError("the binary tensors are not as long as the response says")
+        start += sum(size or 0 for size in sizes[:place])
+        shape = [int(length) for length in output["shape"]]
+        content = body[start : start + size] if size is not None else list(output["data"])
+        return OutputTensor(str(output["datatype"]), shape, content)
+    except MALFORMED as error:
+        raise ValueError(one_line(error)) from None
