@@ -21,6 +21,7 @@ from tritonclient.grpc import service_pb2 as pb
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.serving.http_connection import LINGER
+from mpdsgr_deploy.serving.listener import RESERVE
 
 SERVICE = "/inference.GRPCInferenceService/"
 QUEUE, CONNECTIONS = 16, 40
@@ -145,13 +146,19 @@ def test_clients_that_leave_while_they_wait(server: Served) -> None:
     assert server.counted("mpdsgr_requests_total", code="499") >= 5
 
 
+def assert_nobody_else(server: Served) -> None:
+    """Wait until the server has seen everybody leave; before, it may have no place for who asks."""
+    assert eventually(lambda: server.get("/v2").status == 200)
+    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
+
+
 def assert_too_many(reply: Reply) -> None:
     assert (reply.status, reply.headers.get("retry-after")) == (503, "1"), reply
     assert "too many connections" in reply.json()["error"]
 
 
 def test_connections(server: Served) -> None:
-    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
+    assert_nobody_else(server)
     with ExitStack() as stack:
         kept = [stack.enter_context(server.connect()) for _ in range(CONNECTIONS)]
         kept[0].send(http("GET", "/v2/health/live"))
@@ -161,8 +168,7 @@ def test_connections(server: Served) -> None:
             assert refused.closed()
         kept[-1].send(GOOD)
         assert_right(kept[-1].reply())
-    assert eventually(lambda: server.get("/v2").status == 200)
-    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
+    assert_nobody_else(server)
     assert_right(server.ask(GOOD))
 
 
@@ -194,7 +200,7 @@ def test_refusals_have_the_same_headers_whoever_writes_them(server: Served) -> N
 
 def test_a_burst_of_connections_takes_the_places_that_are_free(server: Served) -> None:
     """Accepted all at once after a pause: each is judged by those before it, and who left in between is none."""
-    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
+    assert_nobody_else(server)
     with ExitStack() as stack:
         server.signal(signal.SIGSTOP)
         try:
@@ -207,7 +213,26 @@ def test_a_burst_of_connections_takes_the_places_that_are_free(server: Served) -
         for connection in burst[:CONNECTIONS]:
             connection.send(GOOD)
             assert_right(connection.reply())
-    assert eventually(lambda: server.metrics()["mpdsgr_connections"] == 1)
+    assert_nobody_else(server)
+
+
+def test_the_answer_to_a_connection_above_the_reserve_is_not_reset(server: Served) -> None:
+    """Its request is there already: left unread, it would reset the connection and take the answer along."""
+    assert_nobody_else(server)
+    with ExitStack() as stack:
+        server.signal(signal.SIGSTOP)
+        try:
+            for _ in range(CONNECTIONS + RESERVE):
+                stack.enter_context(server.connect(5))
+            refused = [stack.enter_context(server.connect(5)) for _ in range(3)]
+            for connection in refused:
+                connection.send(GOOD)
+        finally:
+            server.signal(signal.SIGCONT)
+        for connection in refused:
+            assert_too_many(connection.reply())
+            assert connection.socket.recv(1) == b""
+    assert_nobody_else(server)
 
 
 def test_probes_of_health_have_a_way_in_of_their_own(server: Served) -> None:

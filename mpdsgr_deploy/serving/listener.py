@@ -17,7 +17,7 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Http
-from mpdsgr_deploy.serving.http_connection import BUSY, HttpConnection
+from mpdsgr_deploy.serving.http_connection import BUSY, HEAD_BYTES, HttpConnection
 from mpdsgr_deploy.serving.http_wire import encode_refusal
 
 RESERVE = 32  # connections above the limit, for probes of health alone
@@ -165,6 +165,7 @@ class Listener:
             if self._context is None:
                 with suppress(OSError):
                     sock.send(answer)
+                    sock.recv(HEAD_BYTES)  # a request left unread would reset the connection, and its answer with it
             sock.close()
             return
         self.server.connections += 1  # its handshake counts too
