@@ -181,6 +181,7 @@ def surrogate_of_the_recipe_edited(copy: Planted) -> None:
 @fault("promise", 3, "check 15", kind="colour")
 def images_of_three_classes_only(copy: Planted) -> None:
     """The first images of a list that is sorted by class, carried and promised."""
+    copy.manifest["recipe"]["gate"] |= {"max_drop": 0.4}  # which so few can decide
     images = carried(copy)
     few = np.flatnonzero(images.classes < 3)
     promise_for(copy, Images(images.pixels[few], images.classes[few], images.labels))
