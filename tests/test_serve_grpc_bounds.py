@@ -230,7 +230,7 @@ class TestHealth:
         assert self.status(server, "nobody") is grpc.StatusCode.NOT_FOUND
 
     def test_watch_tells_of_a_stop(self) -> None:
-        with Served(limits={"grace_seconds": 2}) as served, grpc.insecure_channel(served.grpc) as channel:
+        with Served(limits={"grace_seconds": 1}) as served, grpc.insecure_channel(served.grpc) as channel:
             watched = channel.unary_stream(
                 HEALTH + "Watch", response_deserializer=health_pb2.HealthCheckResponse.FromString
             )(b"")
