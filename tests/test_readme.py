@@ -1,7 +1,6 @@
 """What the README and the manuals of train/, export/ and serve/ show works as written."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from conftest import mpdsgr
 from PIL import Image
 from served import Served
 
@@ -30,13 +30,10 @@ PATH = re.findall(r"^ {4}(mpdsgr .*?)(?: {2,}#.*)?$", TEXTS["README.md"], re.MUL
 def test_the_path_of_commands(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("L", (20, 30), 128).save(tmp_path / "photos" / "grey.png")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     names = ["recipes", "train", "inspect", "export", "inspect", "validate", "predict", "build", "doctor", "serve"]
     assert [line.split()[1] for line in PATH] == names
     for line in PATH[:-1]:  # `serve` does not end; tests of the server's manual have one running
-        done = subprocess.run(
-            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        done = mpdsgr(*shlex.split(line)[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (tmp_path / "reports" / "digits" / "report.html").exists()
     assert "grey.png" in (tmp_path / "labels.csv").read_text()
