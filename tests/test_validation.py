@@ -106,7 +106,7 @@ def test_tier_release_attacks_longer_and_the_gate_says_what_it_takes(bundle: Bun
     gate = Gate(tier="release", max_drop=0.4)
     found = validate(Target(bundle), gate=gate, limit=25)
     (longer,) = [row for row in found.rows if row.name == "mpd-apgd"]
-    assert "6 rounds of 150" in longer.settings
+    assert "rounds of 100, 100, 100, 300, 300, 900, 900, 900" in longer.settings
     with pytest.raises(InputError, match="100 images cannot decide this gate: it takes 500"):
         validate(Target(bundle), gate=Gate(tier="release", max_drop=0.02))
 
