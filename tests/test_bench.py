@@ -98,7 +98,8 @@ def test_the_same_seed_asks_the_same_at_the_same_times() -> None:
             load(server, wanted, seed=seed)
         asked = np.sort(server.times[1:]) - started  # one came before, to try
         assert (asked >= list(loops.arrivals(wanted, seed))).all()
-    assert seen[:10] == seen[10:20] != seen[20:]
+    # sorted: on a busy machine two requests that are under way together may overtake each other
+    assert sorted(seen[:10]) == sorted(seen[10:20]) != sorted(seen[20:])
     assert [*loops.arrivals(wanted, 3)] == [*loops.arrivals(wanted, 3)] != [*loops.arrivals(wanted, 4)]
 
 
