@@ -171,11 +171,11 @@ def test_a_server_that_answers_something_else_is_told_at_once(wrong: dict[str, A
 
 
 def test_an_answer_that_never_comes_ends_the_request_not_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "LONGEST", 0.2)
+    monkeypatch.setattr(connection, "LONGEST", 0.6)
 
     def meddle(handler: Handler, number: int) -> None:
         if number == 20:
-            time.sleep(1.0)
+            time.sleep(1.5)
 
     with OipServer(linear, INPUTS, meddle=meddle) as server:
         outcome = load(server)
