@@ -21,6 +21,7 @@ from array_api_compat import array_namespace, device
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.pgd import Draw, wide
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
+from mpdsgr_deploy.attacks.targets import likeliest_wrong
 from mpdsgr_deploy.protocols import Array, Differentiable, Gradient, State
 
 FIRST_STEP = 0.5  # of APGD, in units of eps
@@ -86,7 +87,7 @@ def mpd_apgd(
     logits, _, _ = targets[schedule[0].through](x, y)
     if logits.shape[1] == 1:
         return adversarial
-    clean, wrong = _margin(xp, logits, y), _wrong_classes(xp, logits, y)
+    clean, wrong = _margin(xp, logits, y), likeliest_wrong(logits, y)
     smallest, active = xp.asarray(clean, copy=True), xp.arange(x.shape[0], device=device(x))
     for turn, offset in zip(schedule, offsets, strict=True):
         if not active.shape[0]:
@@ -134,12 +135,6 @@ def _margin(xp: Array, logits: Array, y: Array) -> Array:
     true = y[:, None] == xp.arange(logits.shape[1], device=device(logits))[None, :]
     best_wrong = xp.max(xp.where(true, -xp.inf, logits), axis=1)
     return xp.sum(xp.where(true, logits, xp.zeros_like(logits)), axis=1) - best_wrong
-
-
-def _wrong_classes(xp: Array, logits: Array, y: Array) -> Array:
-    """The wrong classes [B, K - 1], likeliest first."""
-    true = y[:, None] == xp.arange(logits.shape[1], device=device(logits))[None, :]
-    return xp.argsort(xp.where(true, -xp.inf, logits), axis=1, descending=True)[:, :-1]
 
 
 class _Towards:

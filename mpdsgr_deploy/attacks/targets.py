@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.protocols import Differentiable, Gradient, Predictor
+from mpdsgr_deploy.protocols import Array, Differentiable, Gradient, Predictor
 
 Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
@@ -100,7 +101,7 @@ def try_each_class(
     return adversarial
 
 
-def likeliest_wrong(logits: Floats, y: Classes) -> Classes:
-    """All classes but the true one, largest logit first, [B, K - 1], for logits [B, K]."""
-    ranked = np.argsort(-logits, axis=1, kind="stable")
+def likeliest_wrong(logits: Array, y: Array) -> Array:
+    """All classes but the true one, largest logit first, [B, K - 1], for logits [B, K] of numpy or torch."""
+    ranked = array_namespace(logits).argsort(logits, axis=1, descending=True)
     return ranked[ranked != y[:, None]].reshape(len(y), -1)
