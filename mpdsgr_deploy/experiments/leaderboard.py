@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, CLEAN, MPD_APGD, PGD, SQUARE, WORST
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.markdown import markdown
-from mpdsgr_deploy.schema import read_document
 from mpdsgr_deploy.validation.proportions import mcnemar
-from mpdsgr_deploy.validation.report import REPORT, Report, percent
+from mpdsgr_deploy.validation.report import Report, load_report, percent
 
-SCHEMA_VERSION: int = Report.model_fields["schema_version"].default
 CONDITIONS = {"PGD": PGD, "APGD-CE": APGD_CE, "APGD-DLR": APGD_DLR, "Square": SQUARE, "MPD-APGD": MPD_APGD}
 COMPARED: dict[str, Callable[[Report], Any]] = {
     "images": lambda report: f"{report.images}, sha256 {report.images_sha256[:16]}",
@@ -47,12 +45,11 @@ def read_report(path: Path) -> RankedReport:
     Raises InputError for one that is missing or damaged, that ended before all attacks were tried, or in which a health
     check failed: the accuracies of such reports cannot be ranked.
     """
-    file = path / REPORT if path.is_dir() else path
-    report: Report = read_document(file, Report, SCHEMA_VERSION, otherwise="validate again")
+    report = load_report(path)
     if report.stopped is not None or report.row(WORST) is None:
-        raise InputError(f"{file} ended early ({report.stopped}), so its accuracy under all attacks is only a bound")
+        raise InputError(f"{path} ended early ({report.stopped}), so its accuracy under all attacks is only a bound")
     if report.verdict == "invalid":
-        raise InputError(f"{file} is not valid: {report.reasons[0]}; it proves nothing, so it cannot be ranked")
+        raise InputError(f"{path} is not valid: {report.reasons[0]}; it proves nothing, so it cannot be ranked")
     return RankedReport(str(path), report)
 
 

@@ -13,22 +13,16 @@ from mpdsgr_deploy.diagnostics.facts import describe, spans
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.proportions import wilson
-from mpdsgr_deploy.validation.report import REPORT, Report, accuracy_text, headline_first
+from mpdsgr_deploy.validation.report import Report, accuracy_text, headline_first, load_report
 
 HEADLINE = {"clean": "accuracy", "worst": "accuracy under all attacks"}
 
 
 def report_about(bundle: Bundle, path: Path) -> Report:
-    """The report in a directory, or in a report.json. Raises InputError if it is not about a file of this bundle."""
-    file = path / REPORT if path.is_dir() else path
-    try:
-        report = Report.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}; run `mpdsgr validate` to make one") from None
-    except ValueError:
-        raise InputError(f"{file} is not a report of `mpdsgr validate`") from None
+    """The report at `path`, as of `load_report`. Raises InputError if it is not about a file of this bundle."""
+    report = load_report(path)
     if report.artefact_sha256 not in {bundle.model_sha256(precision) for precision in bundle.manifest.variants}:
-        raise InputError(f"{file} is about another network than {bundle.path}; validate this bundle")
+        raise InputError(f"{path} is about another network than {bundle.path}; validate this bundle")
     return report
 
 

@@ -1,6 +1,7 @@
 """The report: one record, from which every file that `writing` makes is derived."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from pydantic import BaseModel
 
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.schema import read_document
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
@@ -120,6 +122,18 @@ class Report(BaseModel):
         """The strength of the evaluated attacks: that of the worst case."""
         worst = self.row("worst")
         return worst.eps if worst else max((row.eps for row in self.rows if row.eps is not None), default=None)
+
+
+def load_report(path: Path) -> Report:
+    """A report: its file, or the directory that `mpdsgr validate` wrote it into.
+
+    Raises InputError for one that is missing, damaged, or of a later version.
+    """
+    file, version = path / REPORT if path.is_dir() else path, Report.model_fields["schema_version"].default
+    report: Report = read_document(
+        file, Report, version, otherwise="if it is not a report, run `mpdsgr validate` to make one"
+    )
+    return report
 
 
 class Finding(NamedTuple):
