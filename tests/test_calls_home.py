@@ -62,18 +62,16 @@ for command in json.loads(sys.argv[1]):
 """
 SMALLEST = ["--set", "model.width=0.125", "--set", "encoding.T=1", "--set", "data.train_images=200"]
 TABLE = """
-title = "A table of the tests"
+title = "Of the tests"
 seeds = [0]
 limit = 20
 set = ["model.width=0.125", "encoding.T=1", "training.epochs=1", "attack.strong_steps=2", "data.train_images=200"]
+"""
+ROWS = """
 [[rows]]
 recipe = "digits-reg"
 """
-STUDY = """
-title = "A study of the tests"
-seeds = [0]
-limit = 20
-set = ["model.width=0.125", "encoding.T=1", "training.epochs=1", "attack.strong_steps=2", "data.train_images=200"]
+METHODS = """
 [[methods]]
 name = "reg"
 recipe = "digits-reg"
@@ -122,8 +120,8 @@ def home(tmp_path: Path) -> Home:
 def commands(home: Path, bundle: Bundle) -> dict[str, list[object]]:
     """The arguments of every command but `serve`, which has a test of its own, and `demo`, which calls those below."""
     np.save(home / "images.npy", images(2))
-    (home / "t.toml").write_text(TABLE)
-    (home / "s.toml").write_text(STUDY)
+    (home / "t.toml").write_text(TABLE + ROWS)
+    (home / "s.toml").write_text(TABLE + METHODS)
     recipe = [*("digits-reg", "--out", home / "run", "--set", "training.epochs=1"), *SMALLEST]
     network = bundle.path / bundle.manifest.variants["fp32"].file
     results = ["--seeds", "0", "--runs", home / "runs", "--out", home / "results"]

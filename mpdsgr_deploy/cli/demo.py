@@ -40,13 +40,11 @@ def command(out: Path, as_json: bool) -> None:
     from mpdsgr_deploy.exporting import export
     from mpdsgr_deploy.training import train
 
-    for report_dir in (out / "report", out / "report-damaged"):
-        with report_directory(report_dir):  # now, not after minutes of training
-            pass
-    train(load_recipe(find_recipe(RECIPE), (NO_FLOORS,)), out / "run", resume=True)
-    bundle = export(out / "run", out / "bundle")
-    report = judge(bundle, out / "report")
-    refusal, damaged_report = damaged(bundle, out)
+    with report_directory(out / "report"), report_directory(out / "report-damaged"):
+        train(load_recipe(find_recipe(RECIPE), (NO_FLOORS,)), out / "run", resume=True)
+        bundle = export(out / "run", out / "bundle")
+        report = judge(bundle, out / "report")
+        refusal, damaged_report = damaged(bundle, out)
     if as_json:
         print_json({"report": report.model_dump(), "refusal": refusal, "damaged": damaged_report.model_dump()})
     else:
@@ -61,9 +59,8 @@ def command(out: Path, as_json: bool) -> None:
 def judge(bundle: Bundle, report_dir: Path) -> Report:
     from mpdsgr_deploy.validation import Target, validate
 
-    with report_directory(report_dir):
-        report = validate(Target(bundle), report_dir=report_dir)
-        write_report(report, report_dir)
+    report = validate(Target(bundle), report_dir=report_dir)
+    write_report(report, report_dir)
     return report
 
 
