@@ -1,6 +1,7 @@
 """The file is right; what runs it is not. Golden logits are what that runtime answers."""
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -20,12 +21,12 @@ def answer(copy: Planted, how: Callable[[Answer, OnnxRuntime, Array], Array]) ->
 @fault("runtime", 3, "check 8")
 def state_left_between_batches(copy: Planted) -> None:
     """Membranes that are not reset: the batch before is still in them. The first batch, the golden one, is right."""
-    left: dict[int, Array] = {}
+    left: WeakKeyDictionary[OnnxRuntime, Array] = WeakKeyDictionary()  # a later network may get the id of a freed one
 
     def leaky(true: Answer, network: OnnxRuntime, x: Array) -> Array:
         logits = true(network, x)
-        before = left.get(id(network), np.zeros_like(logits[:1]))
-        left[id(network)] = logits.mean(0, keepdims=True)
+        before = left.get(network, np.zeros_like(logits[:1]))
+        left[network] = logits.mean(0, keepdims=True)
         return logits + np.float32(0.3) * before
 
     answer(copy, leaky)
