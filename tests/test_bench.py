@@ -1,5 +1,6 @@
 """mpdsgr bench against real sockets: what it asks, what it counts, and what it says when a server misbehaves."""
 
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from conftest import assert_input_error, mpdsgr_here
 from oip_server import Handler, OipServer
 
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.runtime.remote import ModelUrl
 from mpdsgr_deploy.serving.load import Load, LoadMeasurement, LoadOutcome, connection, loops, measure
 from mpdsgr_deploy.serving.load.outcome import percentile
 
@@ -181,6 +183,29 @@ def test_an_answer_that_never_comes_ends_the_request_not_the_load(monkeypatch: p
         outcome = load(server)
     assert outcome.tally.errors == {"timeout": 1}
     assert len(outcome.tally.latencies) == 49
+
+
+def test_a_refusal_that_comes_before_the_request_is_its_answer() -> None:
+    """A server without room refuses a connection as it accepts it, perhaps before the client has sent anything."""
+
+    async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 503 Busy\r\nConnection: close\r\nContent-Length: 4\r\n\r\nbusy")
+        writer.close()
+
+    async def ask_late() -> connection.HttpAnswer:
+        async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            client = connection.Connection(connection.Endpoint(ModelUrl.split(f"http://127.0.0.1:{port}/v2/models/m")))
+            wire = await client.open()
+            while not wire.closed:
+                await asyncio.sleep(0.001)
+            answer = await wire.ask(b"GET / HTTP/1.1\r\n\r\n")
+            with pytest.raises(connection.NoAnswer):
+                await wire.ask(b"GET / HTTP/1.1\r\n\r\n")
+            return answer
+
+    answer = asyncio.run(asyncio.wait_for(ask_late(), 10))
+    assert (answer.status, answer.body) == (503, b"busy")
 
 
 def test_what_a_server_is_too_slow_for_is_said_to_be_unsent(monkeypatch: pytest.MonkeyPatch) -> None:

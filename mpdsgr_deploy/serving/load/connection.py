@@ -20,6 +20,7 @@ from mpdsgr_deploy.runtime.remote import ModelUrl
 
 LONGEST = 30.0  # seconds that an answer may take
 LARGEST = 1 << 28  # bytes of an answer
+CLOSED = "it closes the connection without an answer"
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 JSON_SIZE = HEADER.lower().encode()
 
@@ -112,6 +113,7 @@ class _Wire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[HttpAnswer] | None = None
         self._asked = 0.0
+        self._early: HttpAnswer | None = None  # to no request yet: a server without room may refuse before it is asked
         self._timer: asyncio.TimerHandle | None = None
         self._begin()
 
@@ -121,6 +123,12 @@ class _Wire(asyncio.Protocol):
         self._json_size: int | None = None
 
     async def ask(self, message: bytes) -> HttpAnswer:
+        if self._early is not None:
+            early, self._early = self._early, None
+            self.close()
+            return early
+        if self.closed:
+            raise NoAnswer("connection", CLOSED)
         self._waiting = waiting = self._loop.create_future()
         self._asked = time.monotonic()
         self._transport.write(message)
@@ -169,17 +177,21 @@ class _Wire(asyncio.Protocol):
             self._body.append(data)
 
     def on_message_complete(self) -> None:
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        answer = HttpAnswer(self._parser.get_status_code(), body, self._json_size)
+        if not self._asked:
+            self._early = answer
+            return
         if self._waiting is None or self._waiting.done():  # an answer to nothing
             self.close()
             return
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._waiting.set_result(HttpAnswer(self._parser.get_status_code(), body, self._json_size))
+        self._waiting.set_result(answer)
         self._begin()
         if not self._parser.should_keep_alive():
             self.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._fail("connection", one_line(error) if error else "it closes the connection without an answer")
+        self._fail("connection", one_line(error) if error else CLOSED)
 
     def _fail(self, kind: str, why: str) -> None:
         if self._waiting is not None and not self._waiting.done():
