@@ -1,31 +1,21 @@
-"""The gRPC listener: its bounds, and what stands around every call, whatever its method."""
+"""The gRPC listener and its bounds."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
 from functools import partial
-from itertools import count
-from secrets import token_hex
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import grpc
 import grpc.aio
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.arrivals import Arrivals
-from mpdsgr_deploy.serving.errors import Refused, Why, invalid
-from mpdsgr_deploy.serving.http_connection import HEAD_BYTES
+from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.grpc_calls import Guard
+from mpdsgr_deploy.serving.grpc_health import health, reflection
+from mpdsgr_deploy.serving.grpc_methods import METHODS, SERVICE
+from mpdsgr_deploy.serving.http_wire import HEAD_BYTES
 from mpdsgr_deploy.serving.listener import Tls
-from mpdsgr_deploy.serving.model import ServedModel
-from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE
 
 STREAMS = 100  # calls of a connection at once; clients hold back further ones themselves
-OPEN_PLACES = 8  # messages that arrive at once for calls without a key
-WAITING = 1000  # calls whose messages wait to arrive
-SMALL = 4096  # bytes of a message to a method that needs no key
 
 
 class Grpc:
@@ -37,9 +27,6 @@ class Grpc:
     @classmethod
     async def start(cls, server: Server, host: str, port: int, tls: Tls | None) -> Self:
         """Listen. Raises InputError if the port cannot be used."""
-        from mpdsgr_deploy.serving.grpc_health import health, reflection
-        from mpdsgr_deploy.serving.grpc_methods import METHODS, SERVICE
-
         inner = grpc.aio.server(options=_options(server))
         guard = Guard(server)
         services = (guard.service(SERVICE, METHODS), health(guard), *reflection(guard))
@@ -62,7 +49,7 @@ class Grpc:
 class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """Answers calls of methods that no service has, so that they are counted and logged."""
 
-    def __init__(self, guard: "Guard") -> None:
+    def __init__(self, guard: Guard) -> None:
         self._guard = guard
 
     def service(self, details: Any) -> Any:
@@ -93,115 +80,3 @@ def _options(server: Server) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests", calls),
         ("grpc.server.max_pending_requests_hard_limit", calls),
     ]
-
-
-class Call:
-    """One call, for the log: the model it reached, if any."""
-
-    method = "gRPC"
-
-    def __init__(self, path: str, context: grpc.aio.ServicerContext, fallback_id: str) -> None:
-        self.path, self.context = path, context
-        self.metadata: Mapping[str, str] = {
-            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
-        }
-        self.id = self.metadata.get("x-request-id", "")[:128] or fallback_id
-        self.model: ServedModel | None = None
-        self.images = 0
-        self.start = time.monotonic()
-
-    @property
-    def peer(self) -> str:
-        """The client's address."""
-        return str(self.context.peer())
-
-
-class Method(NamedTuple):
-    """answer: from a message's bytes to the response. open: needs no key. reads: whether it has a message at all."""
-
-    answer: Callable[[Server, bytes, Call], Awaitable[Any]]
-    serialize: Callable[[Any], bytes]
-    open: bool = False
-    reads: bool = True
-    large: bool = False  # a message may be as large as an inference request
-
-
-class Guard:
-    """What every call meets before its method: keys, bounds on its message, counting and the log."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
-        limits = server.limits
-        places = max(1, limits.in_flight_bytes // server.largest_message)
-        self._arrivals = Arrivals(min(places, WAITING), WAITING)
-        self._open_arrivals = Arrivals(min(places, OPEN_PLACES), WAITING)
-
-    def service(self, name: str, methods: Mapping[str, Method]) -> Any:
-        """As grpc.aio takes it. Calls are streams to it, for their message to be waited for here: with a bound."""
-        handlers = {
-            method: grpc.stream_unary_rpc_method_handler(
-                partial(self._unary, method, entry), response_serializer=entry.serialize
-            )
-            for method, entry in methods.items()
-        }
-        return grpc.method_handlers_generic_handler(name, handlers)
-
-    async def _unary(self, name: str, method: Method, _: Any, context: grpc.aio.ServicerContext) -> Any:
-        if context.done():  # reset before its turn came
-            self.server.other_codes["grpc", Why.CANCELLED.grpc] += 1
-            raise asyncio.CancelledError
-        async with self.call(name, context, open=method.open) as call:
-            if not method.reads:
-                return await method.answer(self.server, b"", call)
-            content = await self.message(call, open=method.open, large=method.large)
-            with self.server.memory.share() as share:
-                share.take(len(content))
-                return await method.answer(self.server, content, call)
-
-    @asynccontextmanager
-    async def call(self, name: str, context: grpc.aio.ServicerContext, *, open: bool = False) -> AsyncIterator[Call]:
-        """Around one call: who may make it, and its refusal as a status."""
-        server = self.server
-        call = Call(name, context, next(self._ids))
-        refused = None
-        server.requests += 1
-        try:
-            if not open:
-                if server.closing:  # gRPC itself would cancel what it has not handed over when it stops
-                    raise Refused(Why.NOT_READY, "the server ends")
-                server.authorize(call.metadata.get("authorization", ""))
-            yield call
-        except Refused as error:
-            refused = error
-        except asyncio.CancelledError:
-            refused = Refused(Why.CANCELLED, "the client left")
-            raise
-        except Exception as error:  # a bug, of ours or of a backend: this call's answer, not the server's end
-            log.exception("call %s failed", call.id)
-            refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
-        finally:
-            server.requests -= 1
-            server.count("grpc", call, "OK" if refused is None else refused.why.grpc, refused)
-        if refused is not None:
-            await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
-
-    async def message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes:
-        """A call's message. Raises Refused for one that is late, missing, or larger than its method needs."""
-        content = await self.next_message(call, open=open, large=large)
-        if content is None:
-            if not call.peer:  # gRPC's core has ended the call: a message above every limit, or a client that left
-                raise Refused(Why.TOO_LARGE, "the message did not come whole")
-            raise invalid("the call has no message")
-        return content
-
-    async def next_message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes | None:
-        """A stream's next message, or None at its end. Raises Refused as `message` does."""
-        arrivals = self._open_arrivals if open else self._arrivals
-        content = await arrivals.read(call.context.read, self.server.limits.body_seconds)
-        if not isinstance(content, bytes):  # the client has closed its side
-            return None
-        most = SMALL if open else self.server.largest_message if large else JSON_ENVELOPE
-        if len(content) > most:
-            raise Refused(Why.TOO_LARGE, f"a message to {call.path} may have {most} bytes")
-        return content

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
-from mpdsgr_deploy.serving.grpc import Call, Guard, Method
+from mpdsgr_deploy.serving.grpc_calls import Call, Guard, Method
 from mpdsgr_deploy.serving.grpc_methods import SERVICE
 
 HEALTH = "grpc.health.v1.Health"

@@ -10,7 +10,7 @@ from tritonclient.grpc import service_pb2 as pb
 from mpdsgr_deploy.serving import tracing
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
-from mpdsgr_deploy.serving.grpc import Call, Method
+from mpdsgr_deploy.serving.grpc_calls import Call, Method
 from mpdsgr_deploy.serving.grpc_wire import check_infer_request
 from mpdsgr_deploy.serving.inference import InferenceRequest, WantedOutput, infer
 from mpdsgr_deploy.serving.requests import classes, identifier, timeout

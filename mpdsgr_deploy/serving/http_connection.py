@@ -1,34 +1,51 @@
 """One HTTP/1.1 connection: httptools parses what comes, and every wait, every size and every queue has a bound."""
 
 import asyncio
-import socket
 from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import httptools
 
-from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.http import Exchange
+from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.http import Exchange, Http
 from mpdsgr_deploy.serving.http_request import IncomingRequest
 from mpdsgr_deploy.serving.http_timer import ClientTimer
-from mpdsgr_deploy.serving.http_wire import encode_reply, url_path, without_upgrade
+from mpdsgr_deploy.serving.http_wire import (
+    BAD,
+    BUSY,
+    HEAD_BYTES,
+    PIPELINE_FULL,
+    SLOW,
+    TOO_LONG,
+    encode_reply,
+    url_path,
+    without_upgrade,
+)
 
-if TYPE_CHECKING:
-    from mpdsgr_deploy.serving.listener import Listener
-
-HEAD_BYTES = 1 << 16  # of a request line and its headers, or of anything else that brings no body
 PIPELINED = 64  # requests on a connection that wait for the answer to the one before
 READ_AHEAD = 8  # of these that are read before the client has to wait; while reading stops, its leaving goes unseen
 LINGER = 2.0  # seconds that a client may go on sending what is not read, so that it gets the answer to it
 PROBE_SECONDS = 1.0  # for the head of a connection above the limit
 PROBES = ("/v2/health/live", "/v2/health/ready")
-TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
 
-BAD = Refused(Why.INVALID, "this is no HTTP/1.1 request")
-SLOW = Refused(Why.SLOW, "the request's head did not arrive in time")
-TOO_LONG = Refused(Why.HEADERS, f"a request's head may have {HEAD_BYTES} bytes")
-PIPELINE_FULL = Refused(Why.BUSY, "too many requests wait on this connection; try again soon")
-BUSY = Refused(Why.BUSY, "too many connections; try again soon")
+
+class ConnectionOwner(Protocol):
+    """Who accepted a connection, and is told when it is open (its TLS handshake done) and when it has ended.
+
+    tasks: what answers requests, so that the event loop does not forget it.
+    """
+
+    server: Server
+    http: Http
+    tasks: set[asyncio.Task[None]]
+
+    def connection_made(self, connection: "HttpConnection") -> None: ...
+
+    def connection_ended(self, connection: "HttpConnection") -> None: ...
+
+    def refusal(self, error: Refused) -> bytes:
+        """The whole response to what never became a request."""
 
 
 class HttpConnection(asyncio.Protocol):
@@ -37,8 +54,8 @@ class HttpConnection(asyncio.Protocol):
     has_place: whether it is within the limit on connections. One that waits for a place may ask for health alone.
     """
 
-    def __init__(self, listener: "Listener", *, has_place: bool) -> None:
-        self._listener, self._limits = listener, listener.server.limits
+    def __init__(self, owner: ConnectionOwner, *, has_place: bool) -> None:
+        self._owner, self._limits = owner, owner.server.limits
         self._loop = asyncio.get_running_loop()
         self._parser: Any = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # what follows is not read, and no error
@@ -59,11 +76,8 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
-        self._listener.connections.add(self)
+        self._owner.connection_made(self)
         self.connected, self.opened = True, self._loop.time()
-        if TCP_USER_TIMEOUT is not None:  # for a client to take its answer; its silence would hold the connection open
-            sock = transport.get_extra_info("socket")
-            sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(self._limits.body_seconds * 1000))
         if self.has_place:
             self._expect(self._limits.header_seconds, SLOW)
         else:
@@ -76,7 +90,7 @@ class HttpConnection(asyncio.Protocol):
             self._expect(self._limits.header_seconds, SLOW)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._listener.connection_ended(self)
+        self._owner.connection_ended(self)
         self.over = True
         self._timer.cancel()
         if self._active is not None:
@@ -89,11 +103,6 @@ class HttpConnection(asyncio.Protocol):
         """The client's address."""
         where = self._transport.get_extra_info("peername")
         return f"{where[0]}:{where[1]}" if isinstance(where, tuple) else ""
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request has begun that is not answered."""
-        return self._active is None and not self._head_open
 
     def data_received(self, data: bytes) -> None:
         if self.over or self._last:
@@ -179,14 +188,14 @@ class HttpConnection(asyncio.Protocol):
     def _answer(self, request: IncomingRequest) -> None:
         self._active = request
         task = self._loop.create_task(self._answered(request))
-        self._listener.tasks.add(task)  # a reference, or the loop may forget it
-        task.add_done_callback(self._listener.tasks.discard)
+        self._owner.tasks.add(task)  # a reference, or the loop may forget it
+        task.add_done_callback(self._owner.tasks.discard)
 
     async def _answered(self, request: IncomingRequest) -> None:
-        reply = await self._listener.http.answer(request.exchange)
+        reply = await self._owner.http.answer(request.exchange)
         if self.over:
             return
-        keep = request.keep_alive and request.at_end and not self._listener.server.draining
+        keep = request.keep_alive and request.at_end and not self._owner.server.draining
         keep = keep and self._loop.time() - self.opened < self._limits.connection_age_seconds
         exchange = request.exchange
         with_body = exchange.method != "HEAD"
@@ -225,7 +234,7 @@ class HttpConnection(asyncio.Protocol):
             self._last = error
 
     def _refuse(self, error: Refused) -> None:
-        self._transport.write(self._listener.refusal(error))
+        self._transport.write(self._owner.refusal(error))
         self._close(clean=False)
 
     def _close(self, *, clean: bool) -> None:
@@ -244,8 +253,8 @@ class HttpConnection(asyncio.Protocol):
         self._expect(LINGER, None)
 
     def shut(self) -> None:
-        """Close a connection on which nothing is in work; others close behind their answer."""
-        if self.idle and not self.over:
+        """Close a connection on which no request has begun; others close behind their answer."""
+        if self._active is None and not self._head_open and not self.over:
             self._close(clean=True)
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as bytes: whole responses, and repairs of what httptools would misread in a request."""
+"""HTTP/1.1 as bytes: whole responses, refusals, and repairs of what httptools would misread in a request."""
 
 import re
 from functools import lru_cache
@@ -7,12 +7,20 @@ from urllib.parse import unquote
 
 import httptools
 
-from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.http import Reply, refusal_reply, response_headers
 
 UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+HEAD_BYTES = 1 << 16  # of a request line and its headers, or of anything else that brings no body
+
+# answers to what never becomes a request
+BAD = Refused(Why.INVALID, "this is no HTTP/1.1 request")
+SLOW = Refused(Why.SLOW, "the request's head did not arrive in time")
+TOO_LONG = Refused(Why.HEADERS, f"a request's head may have {HEAD_BYTES} bytes")
+PIPELINE_FULL = Refused(Why.BUSY, "too many requests wait on this connection; try again soon")
+BUSY = Refused(Why.BUSY, "too many connections; try again soon")
 
 
 def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: bool = True) -> bytes:

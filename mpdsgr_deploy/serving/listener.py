@@ -17,14 +17,15 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Http
-from mpdsgr_deploy.serving.http_connection import BUSY, HEAD_BYTES, HttpConnection
-from mpdsgr_deploy.serving.http_wire import encode_refusal
+from mpdsgr_deploy.serving.http_connection import HttpConnection
+from mpdsgr_deploy.serving.http_wire import BUSY, HEAD_BYTES, encode_refusal
 
 RESERVE = 32  # connections above the limit, for probes of health alone
 AT_ONCE = 200  # connections accepted before others get their turn
 PAUSE = 0.1  # seconds until a listener without a free file tries again
 FRESH = 1.0  # seconds that the first request of an accepted connection may take when the server ends
 TLS_GOODBYE = 1.0  # seconds that a client has to take note of the end of TLS
+TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
 NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -168,6 +169,8 @@ class Listener:
                     sock.recv(HEAD_BYTES)  # a request left unread would reset the connection, and its answer with it
             sock.close()
             return
+        if TCP_USER_TIMEOUT is not None:  # for a client to take its answer; its silence would hold the connection open
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(self.server.limits.body_seconds * 1000))
         self.server.connections += 1  # its handshake counts too
         connection = HttpConnection(self, has_place=self._places_taken < self.server.limits.connections)
         if connection.has_place:
@@ -175,6 +178,9 @@ class Listener:
         else:
             self._without_place[connection] = None
         self._keep(self._connect(sock, connection))
+
+    def connection_made(self, connection: HttpConnection) -> None:
+        self.connections.add(connection)
 
     def connection_ended(self, connection: HttpConnection) -> None:
         """Give its place to the connection that has waited longest for one."""

@@ -5,15 +5,12 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.statistics import Histogram
-
-if TYPE_CHECKING:
-    from mpdsgr_deploy.serving.app import Server
 
 MODEL = ("model", "version")
 ESTABLISHED = "01"  # state of a row in /proc/net/tcp
@@ -25,7 +22,7 @@ HISTOGRAMS = {  # a metric's name to that in `Statistics`, and what it tells
 }
 
 
-def text(server: "Server") -> bytes:
+def text(server: Server) -> bytes:
     """All metrics as they are now."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Counts(server))
@@ -40,7 +37,7 @@ class Counts:
     of `list(mapping.items())`, whose tuples may set off a garbage collection and with it a change of thread.
     """
 
-    def __init__(self, server: "Server") -> None:
+    def __init__(self, server: Server) -> None:
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
