@@ -22,6 +22,7 @@ from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments import flip_records, flips, flips_page, page_parts, table_page
+from mpdsgr_deploy.experiments.compare import difference
 from mpdsgr_deploy.experiments.records import Record, load_measured, outdated, records_of
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.experiments.store import RECORDS, put_record, read_records
@@ -47,6 +48,7 @@ SMALL = """
 title = "A table of the tests"
 seeds = [0, 1]
 limit = 40
+eps = ["5/255"]
 set = ["model.width=0.125", "encoding.T=2", "training.epochs=1", "attack.strong_steps=2", "defence.mpd-sgr.eta=0.25"]
 
 [[rows]]
@@ -300,6 +302,21 @@ def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:
     assert outdated(record, spec) is None
     assert "another recipe" in outdated(record.model_copy(update={"seed": 1}), spec)
     assert "under the attacks" in outdated(record, spec.model_copy(update={"tier": "commit"}))
+    assert "under the attacks" in outdated(record, spec.model_copy(update={"eps": (0.01,)}))
+
+
+def test_fine_tuning_is_compared_with_that_without_a_defence_from_the_same_weights(measured: Path) -> None:
+    spec = load_table(str(measured))[1]
+    rows = load_measured(spec, measured.parent / "results" / "small")
+    assert "in fine-tuning" not in table_page.render("small", spec, rows)
+    for records in rows.values():
+        records[:] = [record.model_copy(update={"init": {"weights_sha256": "ab", "epoch": 1}}) for record in records]
+    page = table_page.render("small", spec, rows)
+    pgd = difference(rows["empirical"], rows["digits-reg"], "pgd 5/255")
+    assert "| row | clean | gaussian | FGSM | PGD | strong | PGD 5/255 | union |" in page
+    assert str(pgd) in page
+    rows["digits-reg"] = [record.model_copy(update={"init": None}) for record in rows["digits-reg"]]
+    assert "in fine-tuning" not in table_page.render("small", spec, rows)
 
 
 def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:

@@ -61,7 +61,8 @@ def runs_of(
     def alone(row: RowSpec, seed: int) -> Run:
         """The run of a row that needs no other row's network."""
         init = None if row.init is None else alone(table.row(row.init), seed)
-        return run(row.title, table.recipe(row, seed), init=init, sender=None)
+        recipe = table.recipe(row, seed)
+        return run(row.title, recipe, also=tuple(table.pgd_within(recipe.attack)), init=init, sender=None)
 
     for seed in seeds:
         for row in rows:

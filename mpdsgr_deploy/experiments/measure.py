@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from mpdsgr_deploy.attacks.tiers import TierEntry
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
@@ -44,8 +45,9 @@ assert variants.DEPTHS  # imported to register the defences and models that stud
 class Run:
     """One row with one seed, and where its files lie: training runs, data sets, records.
 
-    tier: the gate's, whose attacks torch's network meets; None: those of its recipe. init: the run whose network
-    training starts from; None: random weights. sender: the run whose network's attacked images are tried too.
+    tier: the gate's, whose attacks torch's network meets; None: those of its recipe. also: further attacks on it.
+    init: the run whose network training starts from; None: random weights. sender: the run whose network's attacked
+    images are tried too.
     """
 
     table: str
@@ -53,6 +55,7 @@ class Run:
     recipe: Recipe
     artefact: ExportSpec | None
     tier: str | None
+    also: tuple[TierEntry, ...]
     init: "Run | None"
     sender: "Run | None"
     runs: Path
@@ -97,7 +100,9 @@ def measure(run: Run) -> Record:
     evaluation, artefacts = None, {}
     if run.artefact is None:  # with the table's attack, even if the recipe had another one when the network was trained
         sender = None if run.sender is None else run.sender.directory / CHECKPOINT
-        evaluated = evaluate(checkpoint_dir, recipe=recipe, root=run.root, transfer=sender, tier=run.tier)
+        evaluated = evaluate(
+            checkpoint_dir, recipe=recipe, root=run.root, transfer=sender, tier=run.tier, also=run.also
+        )
         evaluation = AttackedNetwork.of(evaluated)
     else:
         reports = validated_exports(run, run.artefact, checkpoint_dir)

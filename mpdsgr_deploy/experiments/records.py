@@ -197,7 +197,8 @@ def outdated(record: Record, table: TableSpec) -> str | None:
     if asked != {precision: artefact.tier for precision, artefact in record.artefacts.items()}:
         return f"{who} does not have the exported networks that its table asks for"
     transferred = TRANSFER in record.attacked.conditions
-    if table.artefact is None and (table.tier, row.transfer is not None) != (record.tier, transferred):
+    lacking = {line.name for line in table.pgd_within(record.recipe.attack)} - set(record.attacked.conditions)
+    if table.artefact is None and (lacking or (table.tier, row.transfer is not None) != (record.tier, transferred)):
         return f"{who} was not measured under the attacks that its table asks for"
     return None
 

@@ -5,16 +5,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mpdsgr_deploy.attacks.condition import PGD
+from mpdsgr_deploy.attacks.tiers import TierEntry, entry
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.recipe import Gate, Recipe, load_recipe
+from mpdsgr_deploy.recipe import Attack, Gate, Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe, shipped
-from mpdsgr_deploy.schema import Count, NonNegative, Section, Seed, UnitInterval, parse, read_toml
+from mpdsgr_deploy.schema import Count, NonNegative, Number, Section, Seed, UnitInterval, parse, read_toml
 
 TITLE = r"^\w[\w.+-]*$"
 FileName = Annotated[str, Field(pattern=TITLE)]
 TierName = Literal["commit", "release", "paper"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists only
+Eps = Annotated[Number, Field(gt=0, le=1)]
 
 
 class RowSpec(Section):
@@ -59,8 +62,9 @@ class TableSpec(Section):
     `set` changes the recipes of all rows, as `section.key=value`; an entry `defence.NAME.key=value` concerns the rows
     that have this defence, and does not give it to the others. `limit` is the number of test images; None: all. With
     `artefact` the networks are exported and the exported ones are attacked; without, the torch networks, under a `tier`
-    of the gate or else as the recipes say. With `eta_budget` the rows are a sweep of MPD-SGR's eta: the page names the
-    largest that costs at most so many points of clean accuracy on the validation split.
+    of the gate or else as the recipes say, and by PGD in the paper's setting within each of `eps` too. With
+    `eta_budget` the rows are a sweep of MPD-SGR's eta: the page names the largest that costs at most so many points of
+    clean accuracy on the validation split.
     """
 
     title: str
@@ -68,6 +72,7 @@ class TableSpec(Section):
     set: Names = ()
     limit: Count | None = None
     tier: TierName | None = None
+    eps: Annotated[tuple[Eps, ...], Field(strict=False)] = ()
     artefact: ExportSpec | None = None
     eta_budget: NonNegative | None = None
     rows: Annotated[tuple[RowSpec, ...], Field(strict=False, min_length=1)]
@@ -91,6 +96,11 @@ class TableSpec(Section):
 
         overrides = [*self.overrides(row), f"training.seed={seed}"]
         return resolved(load_recipe(find_recipe(row.recipe), overrides)).portable()
+
+    def pgd_within(self, attack: Attack) -> list[TierEntry]:
+        """PGD in the paper's setting within each of `eps`, its steps smaller (or larger) by the same factor."""
+        step = attack.step / attack.eps
+        return [entry("pgd", f"{PGD} {255 * eps:.3g}/255", eps=eps, step=eps * step) for eps in self.eps]
 
     def source(self, row: RowSpec, seed: int) -> tuple[RowSpec, Recipe] | None:
         """The row whose network's attacked images are tried too, and what it trains; None without transfer."""
@@ -141,4 +151,6 @@ def checked(table: TableSpec, source: str) -> TableSpec:
         raise InputError(f"{source}: transfer is between networks of two seeds, and the table has one; give it another")
     if senders and table.artefact is not None:
         raise InputError(f"{source}: transfer attacks torch's networks; leave out transfer or [artefact]")
+    if table.eps and table.artefact is not None:
+        raise InputError(f"{source}: eps is for attacks on torch's networks; leave out eps or [artefact]")
     return table

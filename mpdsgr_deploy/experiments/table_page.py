@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import fmean
 
-from mpdsgr_deploy.experiments import deployed_page, eta_page, plots
+from mpdsgr_deploy.experiments import deployed_page, eta_page, plots, tuned_page
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, suites, unhealthy, unmeasured
@@ -12,6 +12,7 @@ from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.files import write_atomic
 
 OTHERS = ("transfer", "cw-l2", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # attacks that not every table has
+MORE = ("strong ", "pgd ")  # begin the strong PGD through another surrogate, and PGD within another eps
 PAGE, PLOT = "README.md", "plot.png"
 
 
@@ -48,6 +49,7 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
             accuracies(measured),
             by_attack(measured),
             unhealthy(measured),
+            tuned_page.against_none(measured),
             f"![accuracy of every row]({PLOT})",
             beside_published(table, measured),
         ]
@@ -117,12 +119,12 @@ def accuracies(measured: Measured) -> str:
 def by_attack(measured: Measured) -> str:
     """The strong PGD through each of the attacker's surrogates, and other attacks that not every table has."""
     names = dict.fromkeys(name for records in measured.values() for name in records[0].attacked.conditions)
-    extra = {name: name for name in names if name.startswith("strong ") or name in OTHERS}
+    extra = {name: name for name in names if name in OTHERS or name.startswith(MORE)}
     if not extra:
         return ""
     rows = [[title, *shorts(records, extra)] for title, records in measured.items()]
     heading = "What the attacker's choice of surrogate does to the strong PGD"
-    others = ", and what other attacks leave" if any(name in OTHERS for name in extra) else ""
+    others = ", and what other attacks leave" if any(not name.startswith("strong ") for name in extra) else ""
     return f"{heading}{others}:\n\n{markdown(['row', *extra], rows)}"
 
 

@@ -1,5 +1,6 @@
 """Robustness of a checkpoint's torch network, without exporting it: what tables of trained networks are made of."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from mpdsgr_deploy.attacks.condition import CLEAN, TRANSFER, WORST, Source
 from mpdsgr_deploy.attacks.measure import measure
 from mpdsgr_deploy.attacks.run import classes_of
 from mpdsgr_deploy.attacks.suite import Suite
-from mpdsgr_deploy.attacks.tiers import TIERS, recipe_entries
+from mpdsgr_deploy.attacks.tiers import TIERS, TierEntry, recipe_entries
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.data.sampling import name_sample
@@ -64,12 +65,14 @@ def evaluate(
     limit: int | None = None,
     transfer: Path | None = None,
     tier: str | None = None,
+    also: Sequence[TierEntry] = (),
 ) -> Evaluation:
     """Attack the network of a checkpoint (or of a training run: its last one) as its recipe says.
 
     recipe: attacks and test images of another one instead. root and limit override the recipe's test images; transfer
     is the checkpoint of another network whose attacked images are tried as well; tier: of the gate, whose attacks are
-    made in place of those the recipe names. Raises InputError for missing data or a damaged checkpoint.
+    made in place of those the recipe names; also: further attacks. Raises InputError for missing data or a damaged
+    checkpoint.
     """
     checkpoint, model = load_network(find_checkpoint(checkpoint_dir))
     surrogate = trained_surrogate(checkpoint.recipe)
@@ -80,7 +83,7 @@ def evaluate(
     network = Source(TorchNetwork(TorchModel(model, checkpoint.shape, recipe.validation.seed)), surrogate)
     others = {} if transfer is None else {TRANSFER: other_network(transfer, images.shape, images.labels)}
     entries = recipe_entries(recipe.attack) if tier is None else TIERS[tier].entries
-    suite = Suite.of(network, entries, recipe.attack, seed=recipe.validation.seed, transfer=others)
+    suite = Suite.of(network, (*entries, *also), recipe.attack, seed=recipe.validation.seed, transfer=others)
     rule = name_sample(len(images), data.name)
     rows, health = _measured(suite, images, recipe.validation.batch_size, rule)
     return Evaluation(images=rule, seed=recipe.validation.seed, rows=rows, health=health, provenance=provenance())
