@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +28,7 @@ from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predi
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, machine, prepared, prepared_settings
 from mpdsgr_deploy.runtime.openvino import OpenVino, chunks, unsigned
 from mpdsgr_deploy.runtime.torch_model import TorchModel
-from mpdsgr_deploy.runtime.tuning import tune
+from mpdsgr_deploy.runtime.tuning import measured_at_start, tune
 
 DOCTOR = shipped("export") / "doctor"
 TUNED = ("openvino", "onnxruntime-cpu")
@@ -242,6 +242,32 @@ def test_tuning_keeps_the_fastest_and_stops_in_time(copy: Bundle, monkeypatch: p
     assert (record.settings["threads"], record.settings["chunk"]) == (4, tuning.CHUNKS[0])
     with pytest.raises(InputError, match="leave it out"):
         tune("openvino", copy, "fp32", (1, 8, 32))
+
+
+@pytest.mark.parametrize(
+    ("costs", "threads", "chunk"),
+    [
+        (lambda threads, n: n / min(threads, 4), 4, None),  # eight are no faster than four
+        (lambda threads, n: n / threads**0.5, 1, None),  # two threads, 1.4 times as fast: 1.4 times the CPU
+        (lambda threads, n: n / threads * (1.2 if n > 8 else 1), 6, 8),  # pays to the last core; large batches do not
+        (lambda threads, n: 60 * n / threads, None, None),  # too slow to be measured: a thread per core
+    ],
+)
+def test_a_start_takes_the_threads_that_pay(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch, costs: Callable[[int, int], float], threads: int, chunk: int
+) -> None:
+    @contextmanager
+    def opened(model: Path, *, noise: NoiseSource, settings: RuntimeSettings) -> Iterator[RuntimeSettings]:
+        yield settings
+
+    monkeypatch.setitem(tuning.OPENERS, "openvino", opened)
+    monkeypatch.setattr(tuning, "milliseconds", lambda settings, images: costs(settings.threads, len(images)))
+    monkeypatch.setattr(tuning, "hardware", lambda: {"cores": 6})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    settings = measured_at_start("openvino", copy, "fp32")
+    assert (settings.threads, settings.chunk) == (threads, chunk)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert measured_at_start("openvino", copy, "fp32").threads == 3
 
 
 def test_the_build_command(copy: Bundle) -> None:

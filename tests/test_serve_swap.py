@@ -23,7 +23,11 @@ from tritonclient.grpc import service_pb2_grpc
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.serving import model as model_module
+from mpdsgr_deploy.serving.repository import Repository
+from mpdsgr_deploy.serving.settings import Limits
+from mpdsgr_deploy.serving.source import sources
 
 
 def placed(directory: Path, bundle: Path) -> None:
@@ -153,6 +157,22 @@ class TestHotSwap:
 
         with pytest.raises(MpdsgrError, match=r"changed while it was opened|golden"):
             asyncio.run(test())
+
+    def test_a_later_version_keeps_the_settings_measured_for_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A measurement beside live traffic would say little."""
+        measured = [RuntimeSettings(threads=1, chunk=4)]
+        monkeypatch.setattr(model_module, "measured_at_start", lambda *_: measured.pop())
+        repository = Repository(sources([f"bundle={BUNDLE}"]), "onnxruntime-cpu", Limits())
+
+        async def load_twice() -> None:
+            for _ in range(2):
+                await repository.load("bundle")
+                predictor = repository.model("bundle")._predictor
+                assert predictor._chunk == 4
+            await repository.close()
+
+        asyncio.run(load_twice())
+        assert not measured
 
     def test_a_bundle_that_is_as_it_was_is_not_loaded_again(self, current: Path, second: Path, newer: str) -> None:
         with Served(current, f"other={BUNDLE}") as served:

@@ -1,8 +1,9 @@
-"""Which settings run a network fastest here: measured by `mpdsgr build`, kept in the bundle."""
+"""Which settings run a network fastest here: measured by `mpdsgr build` for the bundle, or as a server starts."""
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -18,12 +19,15 @@ from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, prepared
 from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
+from mpdsgr_deploy.runtime.session import usual_threads
 
 BATCHES = (1, 8, 32)
 CHUNKS = (8, 4, 16, 32)  # the most promising first, in case time runs out
 REPETITIONS = 3
 SECONDS = 20.0  # seconds after which no further candidate is started
-
+START_SECONDS = 1.0  # that a server's start may take to measure
+PAYS = 1.5  # times as fast that twice the threads must be, or the second half of them does more for other requests
+CHUNK_PAYS = 1.05  # times as fast an image that chunks must be
 
 Opener = Callable[..., AbstractContextManager[Predictor]]
 OPENERS: dict[str, Opener] = {"openvino": OpenVino, "onnxruntime-cpu": OnnxRuntime}
@@ -57,6 +61,53 @@ def halvings(cores: int) -> Iterator[int]:
     while cores > 1:
         cores //= 2
         yield cores
+
+
+def measured_at_start(backend: str, bundle: Bundle, precision: str) -> RuntimeSettings:
+    """Settings for a server of a bundle that has none for this machine.
+
+    Threads are doubled from one on for as long as that pays; where OMP_NUM_THREADS is set, that many are taken. A
+    network that is too slow to be measured in START_SECONDS has work for a thread per core.
+    """
+    noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
+    images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
+    deadline, cores, best = time.monotonic() + START_SECONDS, int(hardware()["cores"]), RuntimeSettings()
+    doublings = [*(2**n for n in range(cores.bit_length()) if 2**n < cores), cores]
+    for threads in [usual_threads()] if usual_threads() else doublings:
+        with OPENERS[backend](bundle.variant(precision), noise=noise, settings=RuntimeSettings(threads=threads)) as run:
+            timings = _timings(run, images, deadline)
+        if best.milliseconds and _speedup(best.milliseconds, timings) < PAYS:
+            break
+        best = RuntimeSettings(threads=threads, chunk=_chunk(timings), milliseconds=timings)
+        if len(timings) == 1 or time.monotonic() > deadline:
+            return RuntimeSettings(threads=usual_threads() or None)
+    log.info("%s, %s: %s threads, %s ms", bundle.path.name, precision, best.threads, best.milliseconds)
+    return best
+
+
+def _speedup(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Geometric mean over the batches that both have."""
+    return math.exp(statistics.fmean(math.log(before[n] / after[n]) for n in before.keys() & after.keys()))
+
+
+def _timings(predictor: Predictor, images: NDArray[np.float32], deadline: float) -> dict[str, float]:
+    """Milliseconds by batch size, of those for which there seems to be time."""
+    timings: dict[str, float] = {}
+    each = 0.0
+    for batch in BATCHES:
+        if time.monotonic() + (REPETITIONS + 1) * each * batch > deadline:
+            break
+        timings[str(batch)] = milliseconds(predictor, images[:batch])
+        each = timings[str(batch)] / 1000 / batch
+    return timings
+
+
+def _chunk(timings: Mapping[str, float]) -> int | None:
+    """Images to compute at once: fewer than a large batch has where their activations fit a cache and its do not."""
+    *_, middle, large = BATCHES
+    if str(large) in timings and timings[str(large)] / large > CHUNK_PAYS * timings[str(middle)] / middle:
+        return middle
+    return None
 
 
 def _fastest(

@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.manifest import Prepared
 from mpdsgr_deploy.onnx_files import read_network
-from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime import machine_settings, open_predictor
 from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, spike_names
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
+from mpdsgr_deploy.runtime.tuning import measured_at_start
 from mpdsgr_deploy.serving.batcher import ModelLane, Outputs
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.evidence import evidence
@@ -32,11 +35,29 @@ def version_of(manifest: Manifest) -> str:
 
 
 class OpenedBundle(Bundle):
-    """A bundle whose golden batch of one precision is in memory: what happens to its files later changes nothing."""
+    """A bundle whose golden batch of one precision is in memory: what happens to its files later changes nothing.
+
+    measured: settings of this backend for a bundle that brings none for this machine.
+    """
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         super().__init__(bundle.path, bundle.manifest)
         self._precision, self._golden = precision, bundle.golden(precision)
+        self._measured: list[Prepared] = []
+
+    def measure(self, backend: str, known: RuntimeSettings | None) -> RuntimeSettings | None:
+        """The settings in use: the bundle's own, or those that are known, or else measured now."""
+        if backend not in machine_settings.PACKAGES:
+            return None
+        settings = machine_settings.prepared_settings(self, backend, self._precision)
+        if settings == RuntimeSettings():
+            settings = known or measured_at_start(backend, self, self._precision)
+            self._measured = [machine_settings.prepared(self, backend, self._precision, settings)]
+        return settings
+
+    def prepared(self, backend: str, precision: str) -> list[Prepared]:
+        """As of any bundle, with what was measured here."""
+        return [*super().prepared(backend, precision), *self._measured]
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """As of any bundle."""
@@ -44,10 +65,15 @@ class OpenedBundle(Bundle):
 
 
 class ServedModel:
-    """A served version. backend: what runs it. lane: where its requests wait. Raises as `open_predictor` does."""
+    """A served version. backend: what runs it. lane: where its requests wait. Raises as `open_predictor` does.
 
-    def __init__(self, source: ModelSource, backend: str, limits: Limits) -> None:
-        self.source, self.backend = source, backend
+    settings: of the version before, as a measurement beside live traffic would say little; None: measure them.
+    """
+
+    def __init__(
+        self, source: ModelSource, backend: str, limits: Limits, settings: RuntimeSettings | None = None
+    ) -> None:
+        self.source, self.backend, self.settings = source, backend, settings
         self._stack = ExitStack()
         try:
             self._open(limits.batch, limits.queue)
@@ -60,6 +86,7 @@ class ServedModel:
         manifest = self._bundle.manifest
         self.digest, self.labels, self.output = manifest.digest, manifest.labels, manifest.output_name
         self.version = version_of(manifest)
+        self.settings = self._bundle.measure(self.backend, self.settings)
         self._predictor = self._stack.enter_context(open_predictor(self._bundle, self.backend, self.source.precision))
         self.input = ImageInput(manifest.input_name, manifest.input_shape, most)
         self._rates: FiringRates | None = None

@@ -93,8 +93,9 @@ class Repository:
         async with entry.lock:
             entry.state = LOADING if entry.model is None else entry.state
             entry.reason = "loading"
+            settings = None if entry.model is None else entry.model.settings
             try:
-                model = await asyncio.to_thread(ServedModel, entry.source, self.backend, self._limits)
+                model = await asyncio.to_thread(ServedModel, entry.source, self.backend, self._limits, settings)
             except BaseException as error:
                 entry.state = UNAVAILABLE if entry.model is None else READY
                 entry.reason = f"the last load failed: {one_line(error)}"
