@@ -148,6 +148,16 @@ def test_layers_and_time_steps_are_those_who_reset_whom() -> None:
     assert layers.resets == {("l0", "s0"), ("l1", "s1")}
 
 
+def test_a_second_comparison_of_one_potential_is_the_same_spike() -> None:
+    """snnTorch compares again to reset, and exporters store each comparison's threshold as a constant of its own."""
+    reset = "r0 = GreaterOrEqual (u0, other) q0 = Cast <to = 1> (r0) l0 = Sub (u0, q0)"
+    again = RECURRENT.replace("l0 = Sub (u0, s0)", reset)
+    tape = Tape(network(again, constants=SQUARE + ", float other = {1}"), "x")
+    layers = group(tape, find_jumps(tape))
+    assert [len(steps) for steps in layers.steps.values()] == [3, 1]
+    assert layers.resets == {("l0", "q0"), ("l1", "s1")}
+
+
 @pytest.mark.parametrize("detached", [False, True])
 def test_a_reset_passes_a_gradient_unless_it_is_detached(detached: bool) -> None:
     x = images()

@@ -170,6 +170,11 @@ CASES = {
     ),
     "gather one": one("Gather", np.array(2), axis=1, f=lambda x: x[:, 2]),
     "gather many": one("Gather", i64(3, 0, 0), axis=2, f=lambda x: x[:, :, [3, 0, 0]]),
+    "gather a table": one("Gather", np.array([[0, 2], [3, 3]]), axis=2, f=lambda x: x[:, :, [[0, 2], [3, 3]]]),
+    "split": Case(
+        [("Split", ["x", i64(3, 4)], {"axis": 2, "outputs": 2}), ("Concat", ["y0_1", "y0", "y0"], {"axis": 2})],
+        lambda x: torch.cat([x[:, :, 3:], x[:, :, :3], x[:, :, :3]], 2),
+    ),
     "slice in steps": one(
         "Slice", i64(1, 5), i64(7, -7), i64(2, 3), i64(2, -2), f=lambda x: x[:, :, 1:7:2].flip(3)[..., ::2]
     ),
@@ -224,10 +229,12 @@ def network(case: Case) -> onnx.ModelProto:
             else:
                 array = np.asarray(value)
                 if op == "Resize" and array.dtype == np.int64:
-                    array = array.clip(COUNT) if False else np.array([COUNT, *array[1:]], np.int64)
+                    array = np.array([COUNT, *array[1:]], np.int64)
                 names.append(f"k{number}_{position}")
                 initializers[names[-1]] = array
-        nodes.append(helper.make_node(op, names, [f"y{number}"], **attrs))
+        further = [f"y{number}_{i}" for i in range(1, attrs.get("outputs", 1))]
+        own = {name: value for name, value in attrs.items() if name != "outputs"}
+        nodes.append(helper.make_node(op, names, [f"y{number}", *further], **own))
     nodes.append(helper.make_node("Flatten", [f"y{len(case.nodes) - 1}"], ["flat"], axis=1))
     nodes.append(helper.make_node("Gemm", ["flat", "head"], ["logits"]))
     used = {name for node in nodes for name in node.input}
@@ -282,6 +289,28 @@ def test_an_operators_gradient_is_torchs(name: str) -> None:
     found = gradient(network(case), x, y)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_sizes_that_a_network_computes_are_inferred() -> None:
+    """Older exporters compute the target of every Reshape from the batch's own size, which leaves sizes unknown."""
+    nodes: list[Node] = [
+        ("Shape", ["x"], {"start": 0, "end": 1}),
+        ("Concat", ["y0", i64(8), i64(21)], {"axis": 0}),
+        ("Reshape", ["x", "y1"], {}),
+        ("ReduceMean", ["y2", i64(1, 2)], {"keepdims": 0}),
+    ]
+    case, (x, y) = Case(nodes, lambda x: x.reshape(-1, 8, 21).mean((1, 2))[:, None]), images()
+    model = network(case)
+    del model.graph.node[-2:]
+    model.graph.node.extend(
+        [
+            helper.make_node("Unsqueeze", ["y3", "last"], ["flat"]),
+            helper.make_node("Gemm", ["flat", "head"], ["logits"]),
+        ]
+    )
+    model.graph.initializer.append(numpy_helper.from_array(i64(1), "last"))
+    expected = by_torch(case, x, y)
+    np.testing.assert_allclose(gradient(model, x, y), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("op", ["MaxPool", "ReduceMax"])

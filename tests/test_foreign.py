@@ -4,6 +4,7 @@ The files under `foreign/` are written by `foreign/make.py`, which names the ver
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,25 +181,65 @@ def test_what_stands_in_front_of_a_network_is_put_there(tmp_path: Path) -> None:
             np.testing.assert_allclose(answered(x), plain, atol=1e-4)
 
 
-def test_a_fixed_batch_is_freed_or_refused(tmp_path: Path) -> None:
-    fixed = onnx.load(file("snntorch-subtract"))
-    for entry in (fixed.graph.input[0], fixed.graph.output[0]):
-        entry.type.tensor_type.shape.dim[0].dim_value = 4
-    for value in fixed.graph.value_info:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_value = 4
-    onnx.save(fixed, tmp_path / "fixed.onnx")
+class Fixed(torch.nn.Module):
+    """What exporters write down at a fixed batch: initial states, expanded values, time folded into the batch."""
+
+    def __init__(self, *, mixes: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head, self.mixes = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(144, 10), mixes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u, spikes = torch.full((len(x), 4, 6, 6), 0.1), []
+        for _ in range(3):
+            u = u * 0.5 + self.conv(x)
+            spikes.append((u > 0.2).float())
+            u = u - 0.2 * spikes[-1]
+        outputs = self.head(torch.stack(spikes).flatten(0, 1).reshape(3 * len(x), -1)).reshape(3, len(x), 10).mean(0)
+        return outputs - outputs.mean(0) if self.mixes else outputs
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_batch_is_freed(batch: int, tmp_path: Path) -> None:
+    network, x = Fixed().eval(), torch.from_numpy(digits(12).unit())
+    exported(network, x[:batch], tmp_path / "fixed.onnx")
     bundle = adopt(tmp_path / "fixed.onnx", digits(12), tmp_path / "bundle", recipe=quick())
-    assert bundle.manifest.provenance["adopted"]["batch fixed at export"] == 4
-    mixed = onnx.load(tmp_path / "fixed.onnx")
-    mixed.graph.node.append(onnx.helper.make_node("ReduceMean", ["logits", "rows"], ["m"], keepdims=1))
-    mixed.graph.initializer.append(numpy_helper.from_array(np.array([0]), "rows"))
-    mixed.graph.node.append(onnx.helper.make_node("Sub", ["logits", "m"], ["out"]))
-    mixed.graph.output[0].name = "out"
-    onnx.save(mixed, tmp_path / "mixed.onnx")
-    with pytest.raises(InputError, match=r"answers an image otherwise in another batch|sizes"):
+    assert bundle.manifest.provenance["adopted"]["batch fixed at export"] == batch
+    with open_predictor(bundle) as predictor, torch.no_grad():
+        np.testing.assert_allclose(predictor(x.numpy()), network(x), atol=1e-5)
+
+
+def test_a_network_that_is_bound_to_its_batch_is_refused(tmp_path: Path) -> None:
+    exported(Fixed(mixes=True).eval(), torch.from_numpy(digits(4).unit()), tmp_path / "mixed.onnx")
+    with pytest.raises(InputError, match=r"in another batch|unknown sizes"):
         adopt(tmp_path / "mixed.onnx", digits(12), tmp_path / "no", recipe=quick())
+    assert not (tmp_path / "no").exists()
+
+
+def exported(network: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(network, (x,), dynamo=True, input_names=["images"], verbose=False)
+    program.save(path)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (["Softmax logits q", "Clip q p"], r"cut node q \(Softmax\) off and make its input 'logits' the output"),
+        (["Exp logits e", "ReduceSum e s", "Div e s p"], "holds probabilities, not logits; export the values before"),
+    ],
+)
+def test_probabilities_are_seen_by_their_sum(nodes: list[str], message: str, tmp_path: Path) -> None:
+    network = onnx.load(file("snntorch-zero"))
+    for op_type, *inputs, output in map(str.split, nodes):
+        axes = ["rows"] if op_type == "ReduceSum" else []
+        network.graph.node.append(onnx.helper.make_node(op_type, [*inputs, *axes], [output], name=output))
+    network.graph.initializer.append(numpy_helper.from_array(np.array([1]), "rows"))
+    network.graph.output[0].name = "p"
+    onnx.save(network, tmp_path / "p.onnx")
+    with pytest.raises(InputError, match=message):
+        adopt(tmp_path / "p.onnx", digits(12), tmp_path / "no", recipe=quick())
     assert not (tmp_path / "no").exists()
 
 
@@ -227,6 +268,9 @@ def changed(network: onnx.ModelProto, how: str) -> None:
             graph.output[0].name = "p"
         case "two outputs":
             graph.output.append(onnx.helper.make_tensor_value_info("conv2d", 1, None))
+        case "labels":
+            graph.node.append(onnx.helper.make_node("ArgMax", ["logits"], ["label"], axis=1))
+            graph.output[0].name, graph.output[0].type.tensor_type.elem_type = "label", onnx.TensorProto.INT64
         case "an integer input":
             graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
         case "a flat input":
@@ -243,6 +287,7 @@ def changed(network: onnx.ModelProto, how: str) -> None:
 
 BAD = {
     "probabilities": r"holds probabilities, not logits; cut node p \(Softmax\) off and make its input 'logits'",
+    "labels": "output 'label' is int64; export logits as float32",
     "two outputs": "has 2 outputs",
     "an integer input": "is uint8 with 4 axes",
     "a flat input": "with 2 axes and no batch of images",
@@ -276,8 +321,10 @@ def test_bad_input_is_one_line_that_says_what_to_do(how: str, tmp_path: Path) ->
         (["--mean", "0.5"], "--mean and --std belong together"),
         (["--mean", "1,2", "--std", "1,1"], "takes 1 channels"),
         (["--range", "0-255"], "write numbers with commas"),
+        (["--range", "255,0"], "cannot take pixels from 255 to 0"),
         (["--surrogate", "triangel"], "did you mean 'triangle'"),
         (["--variant", "int8"], "write NAME=FILE"),
+        (["--variant", "a=x.onnx", "--variant", "a=y.onnx"], "names a more than once"),
         (["--layout", "nhwc"], "shape"),
     ],
 )

@@ -6,19 +6,23 @@ pixels, a normalisation, the order of the axes. A batch dimension that was fixed
 depends on it.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mpdsgr_deploy.adopt.free_batch import PREFIX, free_batch
 from mpdsgr_deploy.errors import InputError, one_line
 
 LARGEST = 2**31 - 1  # bytes that protobuf writes
 OLDEST = 13  # opset
 PROBABILITIES = {"Softmax", "Sigmoid", "Hardmax"}
-PREFIX = "adopted/"  # of everything that is put in front
+VIEWS = ("Identity", "Reshape", "Squeeze", "Flatten")  # through which probabilities are still seen
+ELEMENTWISE = (*VIEWS, "Add", "Cast", "Clip", "Div", "Log", "Max", "Mean", "Min", "Mul", "ReduceMean", "Sum")
 
 
 class Preprocessing(NamedTuple):
@@ -37,11 +41,20 @@ class Preprocessing(NamedTuple):
     def nothing(self) -> bool:
         return self == Preprocessing()
 
+    def applied(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Images [N, C, H, W] in [0, 1] as the network expects them."""
+        x = x * np.float32(self.high - self.low) + np.float32(self.low)
+        if self.mean:
+            mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+            x = (x - mean) / std
+        return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if self.layout == "nhwc" else x
+
 
 class Classifier(NamedTuple):
     """A network float32 [batch, C, H, W] in [0, 1] to logits [batch, K].
 
-    unchanged: whether it is the user's file byte for byte; batch: the size that its batch was fixed to, None if free.
+    unchanged: whether it is the user's file byte for byte; batch: the size that its batch was fixed to, None if free;
+    before: what the file expects of an image.
     """
 
     network: onnx.ModelProto
@@ -49,11 +62,14 @@ class Classifier(NamedTuple):
     classes: int
     unchanged: bool
     batch: int | None
+    before: Preprocessing
 
 
 def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> Classifier:
     """A classifier from the user's ONNX file. Raises InputError, saying what to do, for a file that is none."""
     before = Preprocessing() if preprocessing is None else preprocessing
+    if not before.low < before.high:
+        raise InputError(f"the network cannot take pixels from {before.low:g} to {before.high:g}; write LOW,HIGH")
     network = _load(file)
     _check_operators(file, network)
     images = _only_input(file, network)
@@ -63,12 +79,12 @@ def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> C
     if channels is None or height is None or width is None:
         raise InputError(f"{file}: input {images.name!r} has no fixed channels, height and width; export it with them")
     if batch is not None:
-        _free_batch(network, batch)
+        free_batch(network, batch)
     classes = _classes(file, network)
     shape = channels, height, width
     if not before.nothing:
         _put_in_front(file, network, before, shape)
-    return Classifier(network, shape, classes, before.nothing and batch is None, batch)
+    return Classifier(network, shape, classes, before.nothing and batch is None, batch, before)
 
 
 def _load(file: Path) -> onnx.ModelProto:
@@ -124,15 +140,12 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
         names = ", ".join(entry.name for entry in network.graph.output)
         raise InputError(f"{file} has {len(network.graph.output)} outputs ({names}); export the logits alone")
     logits = network.graph.output[0]
-    makers = {name: node for node in network.graph.node for name in node.output}
-    last = makers.get(logits.name)
-    while last is not None and last.op_type in ("Identity", "Reshape", "Squeeze", "Flatten"):
-        last = makers.get(last.input[0])
-    if last is not None and last.op_type in PROBABILITIES:
-        raise InputError(
-            f"{file}: output {logits.name!r} holds probabilities, not logits; cut node {last.name or last.output[0]} "
-            f"({last.op_type}) off and make its input {last.input[0]!r} the output"
-        )
+    if logits.type.tensor_type.elem_type != TensorProto.FLOAT:
+        kind = TensorProto.DataType.Name(logits.type.tensor_type.elem_type).lower()
+        raise InputError(f"{file}: output {logits.name!r} is {kind}; export logits as float32 [batch, classes]")
+    last = probabilities(network)
+    if last is not None:
+        raise InputError(cut_off(file, network, last))
     graph = onnx.shape_inference.infer_shapes(network).graph
     dims = graph.output[0].type.tensor_type.shape.dim
     if len(dims) != 2 or not dims[1].HasField("dim_value"):
@@ -142,34 +155,22 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
     return int(dims[1].dim_value)
 
 
-def _free_batch(network: onnx.ModelProto, batch: int) -> None:
-    """Name the batch dimension, and let constant shapes that begin with its size take it from their input."""
-    graph = network.graph
-    del graph.value_info[:]
-    stored = {tensor.name for tensor in graph.initializer}
-    for entry in (*(entry for entry in graph.input if entry.name not in stored), *graph.output):
-        if entry.type.tensor_type.shape.dim:
-            entry.type.tensor_type.shape.dim[0].dim_param = "batch"
-    makers = {name: node for node in graph.node for name in node.output}
-    for node in list(graph.node):
-        if node.op_type != "Reshape":
-            continue
-        target = _constant(graph, makers, node.input[1])
-        if target is not None and target.ndim == 1 and len(target) and target[0] == batch and (target[1:] > 0).all():
-            name = f"{PREFIX}{node.output[0]}/shape"
-            graph.initializer.append(numpy_helper.from_array(np.array([-1, *target[1:]], np.int64), name))
-            node.input[1] = name
+def probabilities(network: onnx.ModelProto, *, through: Collection[str] = VIEWS) -> onnx.NodeProto | None:
+    """The node that turns logits into probabilities; None unless only operators of `through` follow it."""
+    makers = {name: node for node in network.graph.node for name in node.output}
+    last = makers.get(network.graph.output[0].name)
+    while last is not None and last.op_type in through:
+        last = makers.get(last.input[0])
+    return last if last is not None and last.op_type in PROBABILITIES else None
 
 
-def _constant(graph: onnx.GraphProto, makers: dict[str, onnx.NodeProto], value: str) -> np.ndarray | None:
-    for tensor in graph.initializer:
-        if tensor.name == value:
-            return numpy_helper.to_array(tensor)
-    maker = makers.get(value)
-    if maker is None or maker.op_type != "Constant" or not maker.attribute:
-        return None
-    held = helper.get_attribute_value(maker.attribute[0])
-    return numpy_helper.to_array(held) if isinstance(held, onnx.TensorProto) else np.asarray(held)
+def cut_off(file: Path, network: onnx.ModelProto, last: onnx.NodeProto | None) -> str:
+    """What to do about an output of probabilities, which `last` makes."""
+    holds = f"{file}: output {network.graph.output[0].name!r} holds probabilities, not logits; "
+    if last is None:
+        return f"{holds}export the values before they are normalised"
+    name = last.name or last.output[0]
+    return f"{holds}cut node {name} ({last.op_type}) off and make its input {last.input[0]!r} the output"
 
 
 def _put_in_front(file: Path, network: onnx.ModelProto, before: Preprocessing, shape: tuple[int, int, int]) -> None:

@@ -11,7 +11,14 @@ import onnx
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.adopt.evaluation_images import relabelled
-from mpdsgr_deploy.adopt.network import Classifier, Preprocessing, read_classifier
+from mpdsgr_deploy.adopt.network import (
+    ELEMENTWISE,
+    Classifier,
+    Preprocessing,
+    cut_off,
+    probabilities,
+    read_classifier,
+)
 from mpdsgr_deploy.adopt.survey import Survey, survey
 from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
@@ -28,9 +35,12 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_reference
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.runtime.session import CPU, Session
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 
+ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
 BATCHES = (1, 2, 5)  # sizes in which the first images are asked, alone and together
+CERTAIN = 1e-3  # how near to 1 the sum of every image's outputs is where they are probabilities
 DETACHED_ATTACK = "strong-pgd-detached"
 Origin = Literal["adopted", "module"]
 
@@ -72,6 +82,8 @@ def adopt(
     out, base = out.resolve(), Recipe() if recipe is None else recipe
     main = read_classifier(model, preprocessing)
     images = relabelled(images, labels, main.classes)
+    if not len(images):
+        raise InputError(f"there are no images to attack {model} with; give some that are labelled")
     if images.shape != main.shape:
         raise InputError(f"the images have shape {images.shape}; {model} takes {main.shape} (C, H, W)")
     seen = survey(main.network, surrogate)
@@ -133,7 +145,6 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
         onnx.checker.check_model(classifier.network, full_check=True)
         onnx.save(classifier.network, target)
     x = images[: sum(BATCHES)].unit()
-    advice = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
     with OnnxRuntime(target, source=file) as network:
         try:
             together = network(x)
@@ -141,14 +152,32 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
             pieces = [network(x[a:b]) for a, b in pairwise(bounds) if a < len(x)]
         except InputError as error:
             size = "" if classifier.batch is None else f" than {classifier.batch}"
-            raise InputError(f"{file} runs on no batch of another size{size} ({one_line(error)}); {advice}") from None
+            raise InputError(f"{file} runs on no batch of another size{size} ({one_line(error)}); {ADVICE}") from None
         parity = compare(together, np.concatenate(pieces)[: len(x)])
         if not parity.holds:
-            raise InputError(f"{file} answers an image otherwise in another batch ({parity}); {advice}")
+            raise InputError(f"{file} answers an image otherwise in another batch ({parity}); {ADVICE}")
+        _check_freed(file, classifier, x, together)
         logits = predict(network, images.unit(), recipe.validation.batch_size, f"{target.stem}, clean")
     if logits.shape != (len(images), classifier.classes) or not np.isfinite(logits).all():
         raise EvaluationError(f"{file} does not answer with {classifier.classes} finite logits an image")
+    if logits.min() >= 0 and np.abs(logits.sum(1) - 1).max() < CERTAIN:
+        raise InputError(cut_off(file, classifier.network, probabilities(classifier.network, through=ELEMENTWISE)))
     return AdoptedVariant(file, classifier, logits)
+
+
+def _check_freed(file: Path, classifier: Classifier, x: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
+    """Raise InputError unless a network whose batch was made free answers as the user's file at its own batch."""
+    if classifier.batch is None:
+        return
+    rows = np.arange(classifier.batch) % len(x)
+    with Session(file, CPU, source=file) as own:
+        (name,) = own.inputs
+        (expected,) = own({name: classifier.before.applied(x[rows])}, own.outputs)
+    parity = compare(expected, logits[rows])
+    if not parity.holds:
+        raise InputError(
+            f"{file} is bound to batches of {classifier.batch}, and answers otherwise without ({parity}); {ADVICE}"
+        )
 
 
 def _same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:

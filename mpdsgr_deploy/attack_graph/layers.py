@@ -41,19 +41,26 @@ def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
     if named:
         return Layers(_by_name(named), walk.resets)
     steps: dict[int, LayerStep] = {}  # by the first jump at a potential
-    first: dict[tuple[str | None, str | None], int] = {}
+    first: dict[tuple[str | float | None, ...], int] = {}
     for number, jump in enumerate(spikes):
-        twin = first.setdefault(jump.compared[:2], number)
+        twin = first.setdefault(_potential(tape, jump), number)
         steps.setdefault(twin, LayerStep([])).jumps.append(jump)
     places: dict[int, tuple[int, int]] = {}  # layer and time step
     for number in steps:
         earlier = walk.previous[number]
-        previous = None if earlier is None else first[spikes[earlier].compared[:2]]
+        previous = None if earlier is None else first[_potential(tape, spikes[earlier])]
         places[number] = (number, 0) if previous is None else (places[previous][0], places[previous][1] + 1)
     layers: dict[int, list[LayerStep]] = {}
     for number, (layer, _) in places.items():
         layers.setdefault(layer, []).append(steps[number])
     return Layers({f"neurons{n}": of_layer for n, of_layer in enumerate(layers.values())}, walk.resets)
+
+
+def _potential(tape: Tape, jump: Jump) -> tuple[str | float | None, ...]:
+    """What a jump compares; exporters may store a threshold once for each comparison."""
+    values = jump.compared[:2]
+    numbers = [None if value is None else tape.scalar(value) for value in values]
+    return tuple(value if number is None else number for value, number in zip(values, numbers, strict=True))
 
 
 def _by_name(spikes: Sequence[Jump]) -> dict[str, list[LayerStep]]:

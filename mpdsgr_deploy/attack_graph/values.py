@@ -1,5 +1,6 @@
 """What is known about a network's values before it runs: shapes, element types, and constants that nodes compute."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from mpdsgr_deploy.errors import InputError, one_line
 
+TRIED = (7, 11)  # batch sizes; primes, so that no other size of a network is likely to be one of them twice
 SMALL = 1024  # elements; larger constants are weights, whose values no shape depends on
 
 
@@ -57,8 +59,58 @@ class ConstantValues:
 def value_types(network: onnx.ModelProto) -> dict[str, ValueType]:
     """Shape and type of every value, as far as they can be inferred; a value of unknown rank is left out.
 
-    Weights are left out of the inference, which would copy them. Raises InputError for a graph that contradicts itself.
+    Exporters that compute shapes in the graph (Shape, Gather, Concat, Reshape) leave sizes unknown where the batch is
+    free. Those are inferred at two batch sizes: a size that is the same in both does not depend on the batch.
+    Raises InputError for a graph that contradicts itself.
     """
+    bare = _without_weights(network)
+    types = _inferred(bare)
+    dims = bare.graph.input[0].type.tensor_type.shape.dim
+    sure = all(name in types and not any(map(_is_unknown, types[name].shape)) for name in _outputs(bare))
+    if sure or not dims or dims[0].HasField("dim_value"):
+        return types
+    batch = dims[0].dim_param or None
+    trials = []
+    for size in TRIED:
+        dims[0].dim_value = size
+        for entry in bare.graph.output:
+            entry.type.tensor_type.ClearField("shape")
+        del bare.graph.value_info[:]
+        try:
+            trials.append(_inferred(bare))
+        except InputError:  # a network that is fixed to one batch size
+            return types
+    for name, first in trials[0].items():
+        second = trials[1].get(name)
+        if second is not None and len(first.shape) == len(second.shape):
+            own = types[name].shape if name in types else (None,) * len(first.shape)
+            sizes = zip(own, first.shape, second.shape, strict=True)
+            types[name] = ValueType(tuple(_size(*three, batch) for three in sizes), first.dtype)
+    return types
+
+
+def _is_unknown(size: int | str | None) -> bool:
+    """Whether a dimension is one that onnx could not infer; it gives some of them names of its own."""
+    return size is None or str(size).startswith("unk__")
+
+
+def _size(
+    known: int | str | None, first: int | str | None, second: int | str | None, batch: str | None
+) -> int | str | None:
+    """A dimension from what it is at the two batch sizes that were tried."""
+    if not _is_unknown(known):
+        return known
+    if (first, second) == TRIED:
+        return batch
+    return first if isinstance(first, int) and first == second else known
+
+
+def _outputs(network: onnx.ModelProto) -> Iterator[str]:
+    return (name for node in network.graph.node for name in node.output if name)
+
+
+def _without_weights(network: onnx.ModelProto) -> onnx.ModelProto:
+    """The network without the values of its weights, which the inference would copy."""
     bare = onnx.ModelProto(ir_version=network.ir_version, opset_import=network.opset_import)
     bare.graph.name = network.graph.name
     for field in ("node", "input", "output", "value_info"):
@@ -68,11 +120,15 @@ def value_types(network: onnx.ModelProto) -> dict[str, ValueType]:
             bare.graph.initializer.append(tensor)
         else:
             bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return bare
+
+
+def _inferred(bare: onnx.ModelProto) -> dict[str, ValueType]:
     try:
         graph = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph
     except Exception as error:  # onnx's InferenceError, or of C++
         raise InputError(f"no attack graph: the network's shapes cannot be inferred ({one_line(error)})") from None
-    types = {tensor.name: ValueType(tuple(tensor.dims), tensor.data_type) for tensor in network.graph.initializer}
+    types = {tensor.name: ValueType(tuple(tensor.dims), tensor.data_type) for tensor in bare.graph.initializer}
     for entry in (*graph.input, *graph.value_info, *graph.output):
         tensor = entry.type.tensor_type
         if tensor.HasField("shape"):

@@ -82,6 +82,9 @@ def command(
     if images is None or out is None:
         raise InputError("give --images, on which the network is attacked, and --out; or --check to look only")
     test_images = evaluation_images(images, root, classifier.shape, limit)
+    files = [_variant(text) for text in variants]
+    if twice := [name for name, count in Counter(name for name, _ in files).items() if count > 1]:
+        raise InputError(f"--variant names {twice[0]} more than once; give each precision a name of its own")
     values: dict[str, Any] = {"data": {"name": Path(images).stem}}
     override(values, overrides, example="attack.eps=4/255")
     bundle = adopt(
@@ -91,7 +94,7 @@ def command(
         surrogate=surrogate,
         preprocessing=before,
         labels=_labels(labels),
-        variants=dict(_variant(text) for text in variants),
+        variants=dict(files),
         reference=None if reference is None else _logits(reference),
         recipe=parse(Recipe, values, "--set"),
         tier=tier,

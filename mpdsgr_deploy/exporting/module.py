@@ -57,7 +57,7 @@ def export_module(
         choose("precision", dict.fromkeys(PRECISIONS), name)
     before = Preprocessing() if preprocessing is None else preprocessing
     module = module.eval().cpu()
-    x = torch.from_numpy(_prepared(images.unit(), before))
+    x = torch.from_numpy(before.applied(images.unit()))
     logits = _answers(module, x)
     graph = _exported(module, x[:2])
     with TemporaryDirectory() as folder:
@@ -97,15 +97,6 @@ def find_module(name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} gives a {type(made).__name__}; give a torch module, or a function that returns one")
     return made
-
-
-def _prepared(x: NDArray[np.float32], before: Preprocessing) -> NDArray[np.float32]:
-    """Images [N, C, H, W] in [0, 1] as the module expects them."""
-    x = x * np.float32(before.high - before.low) + np.float32(before.low)
-    if before.mean:
-        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (before.mean, before.std))
-        x = (x - mean) / std
-    return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if before.layout == "nhwc" else x
 
 
 def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:

@@ -115,16 +115,23 @@ def _put_back(tape: Tape, cotangent: str, axis: int, size: int, places: list[int
 
 
 def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Supported for constant indices along one axis."""
+    """Supported for constant indices along one axis, of any number of dimensions."""
     value, indices = node.input[0], tape.array(node.input[1])
     shape = tape.shape(value)
     axis = attribute(node, "axis", 0) % len(shape)
     size = shape[axis]
-    if indices is None or indices.ndim > 1 or not isinstance(size, int):
+    if indices is None or not isinstance(size, int):
         raise refuse(node, "takes elements that are known only at run time")
     cotangent, places = only(cotangents), [int(i) % size for i in indices.ravel()]
     if indices.ndim == 0:
         cotangent = tape.emit("Unsqueeze", cotangent, tape.integers(axis))
+    elif indices.ndim > 1:  # its dimensions stand in the place of the axis; in one here
+        around = shape[:axis], shape[axis + 1 :]
+        if sum(not isinstance(size, int) for sizes in around for size in sizes) > 1:
+            raise refuse(node, "takes elements of a value of unknown sizes")
+        sizes = [*around[0], len(places), *around[1]]
+        flat = tape.integers(*(size if isinstance(size, int) else -1 for size in sizes))
+        cotangent = tape.emit("Reshape", cotangent, flat)
     if places == list(range(places[0], places[0] + len(places))):
         tape.give_piece(value, Piece(axis, places[0], places[0] + len(places), cotangent))
     else:

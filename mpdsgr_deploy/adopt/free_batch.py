@@ -1,0 +1,87 @@
+"""A batch dimension that was fixed at export, made free where nothing depends on it.
+
+What exporters write down at a fixed batch are target shapes (Reshape, Expand, ConstantOfShape) and initial states, one
+equal row for each image. Nobody has to trust these edits: `adopt` compares the network with the user's own file at its
+own batch, and with itself at others.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+# Operators that broadcast a constant of one row to the batch
+BROADCASTS = {
+    *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mul"),
+    *("Or", "Pow", "Sub", "Sum", "Where", "Xor"),
+}
+PREFIX = "adopted/"  # of every value that is added
+
+
+def free_batch(network: onnx.ModelProto, batch: int) -> None:
+    """Name the batch dimension of input and output, and change what was written down for `batch` images."""
+    graph = network.graph
+    del graph.value_info[:]
+    stored = {tensor.name for tensor in graph.initializer}
+    for entry in (*(entry for entry in graph.input if entry.name not in stored), *graph.output):
+        if entry.type.tensor_type.shape.dim:
+            entry.type.tensor_type.shape.dim[0].dim_param = "batch"
+    constants = _constants(graph)
+    for node in graph.node:
+        if node.op_type == "Reshape" and (target := constants.get(node.input[1])) is not None:
+            _free_target(graph, node, target, batch)
+        elif node.op_type == "Expand" and (target := constants.get(node.input[1])) is not None:
+            if len(target) > 1 and target[0] == batch:  # what is computed from images has the batch already
+                _give(graph, node, 1, np.array([1, *target[1:]], np.int64))
+        elif node.op_type == "ConstantOfShape" and (target := constants.get(node.input[0])) is not None:
+            if len(target) > 1 and target[0] == batch:
+                _give(graph, node, 0, np.array([1, *target[1:]], np.int64))
+        elif node.op_type in BROADCASTS and batch > 1:
+            _cut_states(graph, node, constants, batch)
+
+
+def _cut_states(graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, NDArray[Any]], batch: int) -> None:
+    """Let a constant of `batch` equal rows be one row."""
+    for position, name in enumerate(node.input):
+        state = constants.get(name)
+        if state is not None and state.ndim > 1 and len(state) == batch and (state == state[:1]).all():
+            _give(graph, node, position, state[:1])
+
+
+def _free_target(graph: onnx.GraphProto, node: onnx.NodeProto, target: NDArray[Any], batch: int) -> None:
+    """Let the size of the batch, alone or times the time steps, follow from the number of elements."""
+    sizes = [int(size) for size in target]
+    if -1 in sizes:
+        if sizes[0] != batch or 0 in sizes:
+            return
+        sizes[0] = 0  # as of the input
+        for attribute in [entry for entry in node.attribute if entry.name == "allowzero"]:
+            node.attribute.remove(attribute)
+    else:
+        alone = [i for i in range(min(2, len(sizes))) if sizes[i] == batch]
+        times_steps = [0] if sizes and sizes[0] and sizes[0] % batch == 0 else []
+        if not (alone or times_steps):
+            return
+        sizes[(alone or times_steps)[0]] = -1
+    _give(graph, node, 1, np.array(sizes, np.int64))
+
+
+def _give(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, array: NDArray[Any]) -> None:
+    """Replace an input of a node by a constant of its own."""
+    name = f"{PREFIX}{node.output[0]}/{position}"
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    node.input[position] = name
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
+    """The values that stand in the graph, in an initializer or a Constant node, by their names."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute:
+            held = helper.get_attribute_value(node.attribute[0])
+            constants[node.output[0]] = (
+                numpy_helper.to_array(held) if isinstance(held, onnx.TensorProto) else np.asarray(held)
+            )
+    return constants
