@@ -22,6 +22,7 @@ SCHEMA_VERSION = 2
 FILE = "checkpoint.json"
 Choice = Literal["last", "best"]
 CHOICES: tuple[Choice, ...] = ("last", "best")  # the first is the default
+NO_CURVE = {"epoch", "layers", "peak_mib", "score"}  # entries of the history that are no curve over the epochs
 
 
 class Checkpoint(BaseModel):
@@ -47,6 +48,12 @@ class Checkpoint(BaseModel):
     init: dict[str, Any] | None = None
     weights: str = ""
     weights_sha256: str = ""
+
+    @property
+    def curve(self) -> dict[str, list[Any]]:
+        """What training logged, by name: one value per epoch, None in epochs without it."""
+        names = dict.fromkeys(name for entry in self.history for name in entry if name not in NO_CURVE)
+        return {name: [entry.get(name) for entry in self.history] for name in names}
 
     @property
     def origin(self) -> str:

@@ -268,3 +268,9 @@ def trained_surrogate(recipe: "Recipe") -> str:
     """The surrogate that a network was trained with, with its width: "triangle:1"."""
     named = parse_surrogate(recipe.neuron.surrogate)
     return str(named._replace(width=recipe.neuron.surrogate_parameter or named.width))
+
+
+def trained_half_width(recipe: "Recipe") -> float:
+    """Half the window of U - V_th in which that surrogate passes a gradient; as of `SurrogateKind`."""
+    kind, width, _ = parse_surrogate(trained_surrogate(recipe))
+    return KINDS.choose(kind).half_width(width)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
+from mpdsgr_deploy.cli.inspect_pair import inspect_pair
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.diagnostics.facts import bundle_facts, checkpoint_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
@@ -19,6 +20,7 @@ IMAGES = 128
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.argument("other", required=False)
 @click.option("--flips", is_flag=True, help="Compare a bundle's precisions with fp32, spike by spike.")
 @click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw the flips or the membrane into.")
 @click.option("--root", help="Where the data set lies.  [default: the recipe's]")
@@ -36,6 +38,7 @@ IMAGES = 128
 @json_option
 def command(
     path: Path,
+    other: str | None,
     flips: bool,
     plots: Path | None,
     root: str | None,
@@ -47,6 +50,10 @@ def command(
     as_json: bool,
 ) -> None:
     """Show what PATH holds: a bundle, a training run or a checkpoint. Verifies every hash on the way.
+
+    With OTHER two of these, or of validation reports, are compared, as far as both have it: settings, training curves,
+    spikes and membrane potentials on the same images (--plots draws them), recorded verdicts with McNemar's p. What
+    cannot be compared is named with the reason. A bundle's network is chosen as BUNDLE@PRECISION.
 
     --plots measures a training run's or a checkpoint's network anew, on test images, and draws the potentials of every
     layer, step and channel beside the Gaussians of Theorem 1 and the surrogate's window.
@@ -63,7 +70,15 @@ def command(
       mpdsgr inspect bundles/digits --flips
       mpdsgr inspect bundles/digits --card --report reports/digits-fp32 > README.md
       mpdsgr inspect runs/digits --plots plots/digits
+      mpdsgr inspect runs/digits bundles/digits@int8 --plots plots/digits-int8
     """
+    if other is not None:
+        if flips or as_card or report or layers or channels:
+            raise InputError("two paths are compared; leave out --flips, --card, --report, --layer and --channel")
+        if plots is not None:
+            need("matplotlib", "report")
+        inspect_pair(str(path), other, plots=plots, root=root, images=images or IMAGES, as_json=as_json)
+        return
     is_bundle = (path / MANIFEST).exists()
     if flips and not is_bundle:
         raise InputError(f"--flips compares the precisions of a bundle; {path} is none")

@@ -73,6 +73,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     console.print(table)
 
 
+def print_sentence(text: str) -> None:
+    """A line for people on stdout, which a terminal breaks between words."""
+    click.echo(click.wrap_text(text, Console().width) if sys.stdout and sys.stdout.isatty() else text)
+
+
 def _print_lines(
     columns: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int], title: str | None
 ) -> None:

@@ -16,8 +16,9 @@ from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
+from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.experiments import variants
-from mpdsgr_deploy.experiments.records import AttackedExport, AttackedNetwork, Membrane, Record, put
+from mpdsgr_deploy.experiments.records import AttackedExport, AttackedNetwork, Record, put
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.experiments.table import ExportSpec
 from mpdsgr_deploy.exporting import export
@@ -35,7 +36,6 @@ from mpdsgr_deploy.validation.report import Report
 CHECKPOINT = "last"
 LOOKED_AT = 500  # at most this many test images are used to explain the accuracies
 EVALUATION = {"attack", "validation"}  # sections of a recipe that training does not depend on
-UNRECORDED = {"epoch", "layers", "peak_mib", "score"}  # of the training history
 MEMBRANE_RANGE = (-4.5, 3.5)  # of U - V_th in a record: what the page draws
 
 assert variants.DEPTHS  # imported to register the defences and models that studies name
@@ -112,7 +112,6 @@ def measure(run: Run) -> Record:
     n = (evaluation or next(iter(artefacts.values()))).n
     images = load_test(recipe.data.at(run.root))[: min(n, LOOKED_AT)]
     history = checkpoint.history
-    names = dict.fromkeys(key for entry in history for key in entry if key not in UNRECORDED)
     drawn = run.artefact is not None and run.artefact.membranes is not None
     record = Record(
         table=run.table,
@@ -123,7 +122,7 @@ def measure(run: Run) -> Record:
         epoch=checkpoint.epoch,
         recipe=recipe,
         seconds=round(sum(entry["seconds"] for entry in history), 1),
-        curve={name: [entry.get(name) for entry in history] for name in names},
+        curve=checkpoint.curve,
         layers=history[-1]["layers"],
         membranes=membranes(model, images, recipe) if drawn else [],
         tier=run.tier,

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mpdsgr_deploy import colours
-from mpdsgr_deploy.colours import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PURPLE, SKY_BLUE, VERMILION, VIOLET, YELLOW
+from mpdsgr_deploy.colours import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PURPLE, SKY_BLUE, VERMILION, VIOLET
+from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
 from mpdsgr_deploy.experiments.compare import (
     SHOWN,
     STRONG,
@@ -141,25 +142,11 @@ def membranes(measured: Measured, defence: str | None) -> bytes | None:
     layers, look = [membrane.layer for membrane in rows[0][0].membranes], styles(measured)
     figure = Figure(figsize=(1 + 2.4 * len(layers), 2.6 * len(rows)), layout="constrained")
     for line, group in zip(figure.subplots(len(rows), len(layers), squeeze=False), rows, strict=True):
+        names = labels(group)
+        lines = [Line(names[record.row], *look[record.row]) for record in group]
         for number, axes in enumerate(line):
-            draw_layer(axes, group, number, look)
+            draw_membranes(axes, [(own, r.membranes[number]) for own, r in zip(lines, group, strict=True)])
         line[0].set_ylabel("density")
         line[0].legend(frameon=False, fontsize=7, loc="upper left")
-    figure.supxlabel("U - V_th; yellow: where the surrogate passes a gradient", fontsize=9)
+    figure.supxlabel(AXIS, fontsize=9)
     return png(figure)
-
-
-def draw_layer(axes: Axes, group: Sequence[Record], number: int, look: dict[str, tuple[str, str]]) -> None:
-    names = labels(group)
-    for record in group:
-        membrane = record.membranes[number]
-        edges = [membrane.start + membrane.width * step for step in range(len(membrane.share) + 1)]
-        colour, line = look[record.row]
-        density = [share / membrane.width for share in membrane.share]
-        axes.stairs(density, edges, color=colour, linestyle=line, label=names[record.row])
-    half = group[0].membranes[number].half_width
-    axes.axvspan(-half, half, color=YELLOW, alpha=0.35, linewidth=0)
-    axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_title(f"{group[0].membranes[number].layer}", fontsize=9)
-    axes.set_xlim(-4, 3)
-    plain(axes, "y")

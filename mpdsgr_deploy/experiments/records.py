@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from mpdsgr_deploy.attacks.suite import TRANSFER
+from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.store import RECORDS, Rounded, put_record, read_records
 from mpdsgr_deploy.experiments.table import TableSpec
@@ -120,19 +121,6 @@ class AttackedExport(AttackedNetwork):
 def outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:
     """Health checks without their explanations, which are the same in every record."""
     return [CheckOutcome(number=c.number, name=c.name, passed=c.passed, saw=c.saw) for c in checks]
-
-
-class Membrane(BaseModel):
-    """A layer's membrane potentials over all steps and channels: the share of them in each bin of v = U - V_th.
-
-    The first bin begins at `start`; all are `width` wide. half_width: of the surrogate's window around v = 0.
-    """
-
-    layer: str
-    half_width: float
-    start: float
-    width: float
-    share: list[float]
 
 
 class Record(BaseModel):

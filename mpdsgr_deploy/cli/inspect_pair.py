@@ -1,0 +1,93 @@
+"""What `mpdsgr inspect A B` prints."""
+
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpdsgr_deploy.cli.output import print_json, print_sentence, print_table
+from mpdsgr_deploy.pairs.compare import Differences, compare
+from mpdsgr_deploy.pairs.side import Side, read_side
+
+COLUMNS = ("A fires", "B fires", "differ", "A near", "B near", "overlap")  # of a layer
+LEGEND = """fires: spikes per neuron and step; differ: spikes that differ; near: potentials in
+the surrogate's window; overlap: of both histograms of potentials"""
+FLIPS = attrgetter("newly_wrong", "newly_right", "p_text")
+
+
+def inspect_pair(a: str, b: str, *, plots: Path | None, root: str | None, images: int, as_json: bool) -> None:
+    """Compare what two paths hold, print it, and draw it into `plots`."""
+    sides = read_side(a), read_side(b)
+    differences = compare(*sides, root=root, images=images)
+    drawn = []
+    if plots is not None:
+        from mpdsgr_deploy.pairs.pictures import draw
+
+        drawn = draw(differences, (f"A: {a}", f"B: {b}"), plots)
+    if as_json:
+        print_json(as_record(*sides, differences))
+        return
+    print_sides(*sides)
+    print_differences(differences)
+    if plots is not None:
+        print_sentence(f"{' and '.join(drawn)} in {plots}" if drawn else f"nothing to draw, so nothing in {plots}")
+
+
+def as_record(a: Side, b: Side, differences: Differences) -> dict[str, Any]:
+    """The same for programs: pairs are lists of A's and B's value."""
+    layers = [{name: value for name, value in x._asdict().items() if name != "membranes"} for x in differences.layers]
+    verdicts = [
+        {"condition": v.condition, "n": v.n, "right": v.right, "only_a": v.flips.newly_wrong}
+        | {"only_b": v.flips.newly_right, "p_value": v.flips.p_value}
+        for v in differences.verdicts
+    ]
+    sides = {name: {"path": side.name, "kind": side.kind} for name, side in (("a", a), ("b", b))}
+    return sides | differences._asdict() | {"layers": layers, "verdicts": verdicts}
+
+
+def print_sides(a: Side, b: Side) -> None:
+    for letter, side in (("A", a), ("B", b)):
+        print_sentence(f"{letter}: {side.kind} {side.name}")
+
+
+def print_differences(differences: Differences) -> None:
+    """Tables of what differs, and a line for each part that was left out."""
+    if differences.settings:
+        settings = [(name, *map(_text, pair)) for name, pair in differences.settings.items()]
+        print_table(("setting", "A", "B"), settings)
+    else:
+        click.echo("no setting differs")
+    if differences.curves:
+        curves = [(name.replace("_", " "), *map(_course, pair)) for name, pair in differences.curves.items()]
+        print_table(("first > last epoch", "A", "B"), curves)
+    if differences.layers:
+        layers = [
+            (layer.layer, *map(_percent, (*layer.firing_rate, layer.spikes_differ, *layer.in_window, layer.overlap)))
+            for layer in differences.layers
+        ]
+        click.echo(LEGEND)
+        print_table(("layer", *COLUMNS), layers, f"% on {differences.measured_on}")
+    if differences.verdicts:
+        verdicts = [
+            (pair.condition, *(f"{100 * right / pair.n:.1f}" for right in pair.right), *FLIPS(pair.flips))
+            for pair in differences.verdicts
+        ]
+        title = f"% of {differences.verdicts[0].n} images right, images that one alone has right, McNemar's p"
+        print_table(("condition", "A", "B", "only A", "only B", "p"), verdicts, title)
+    for part, reason in differences.left_out.items():
+        print_sentence(f"left out: {part}: {reason}")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _course(values: list[Any]) -> str:
+    return f"{_text(values[0])} > {_text(values[-1])}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"

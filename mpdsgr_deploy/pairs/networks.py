@@ -1,0 +1,169 @@
+"""Both networks on the same images: which spikes differ, where membrane potentials lie, which answers are right."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.condition import CLEAN
+from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.diagnostics.membrane import Membrane
+from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, batches
+from mpdsgr_deploy.errors import InputError, MissingData
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.onnx_files import layer_of
+from mpdsgr_deploy.pairs.side import Side
+from mpdsgr_deploy.pairs.verdicts import PairedVerdict
+from mpdsgr_deploy.runtime import NoiseSource
+from mpdsgr_deploy.surrogates import trained_half_width
+from mpdsgr_deploy.validation.image_checks import evaluation_images
+
+RANGE, BINS = (-4.5, 3.5), 160  # of U - V_th in histograms
+Floats = NDArray[np.float32]
+
+
+class LayerPair(NamedTuple):
+    """One layer of both networks, as shares of its neurons over all steps and images.
+
+    firing_rate; in_window: potentials in the surrogate's window. overlap: what both histograms have in common, 1 for
+    equal ones. spikes_differ: None where the networks do not have the same neurons or steps there.
+    """
+
+    layer: str
+    firing_rate: tuple[float, float]
+    spikes_differ: float | None
+    in_window: tuple[float, float]
+    overlap: float
+    membranes: tuple[Membrane, Membrane]
+
+
+class SharedImages(NamedTuple):
+    """What the images are, the images [N, C, H, W] in [0, 1] and their classes [N]; None: golden inputs have none."""
+
+    where: str
+    pixels: NDArray[np.float32]
+    classes: NDArray[np.int64] | None
+
+
+class NetworkPair(NamedTuple):
+    """Layers that both networks have, in the order of computation. clean: None without the images' classes."""
+
+    where: str
+    layers: list[LayerPair]
+    clean: PairedVerdict | None
+
+
+def paired_networks(a: Side, b: Side, *, root: str | None = None, images: int = 128) -> NetworkPair:
+    """Run both on the first test images: those a bundle carries, else the data set's, else golden inputs.
+
+    root: where the data set lies. Raises InputError, saying why, for a report, for networks of other images, for
+    missing data, for an ONNX file that does not name its spikes, and for a checkpoint without torch.
+    """
+    networks = open_network(a), open_network(b)
+    shared = shared_images(a, b, root, images)
+    tallies: dict[str, tuple[_Layer, _Layer]] = {}
+    predicted = []
+    for batch in batches(shared.pixels, "comparing networks"):
+        left, right = (by_layer(network(batch)) for network in networks)
+        predicted.append((left.labels, right.labels))
+        for layer in (name for name in left.layers if name in right.layers):
+            of_a, of_b = tallies.setdefault(layer, (_Layer(a), _Layer(b)))
+            of_a.add(left.layers[layer], right.layers[layer])
+            of_b.add(right.layers[layer], left.layers[layer])
+    clean = None
+    if shared.classes is not None:
+        answers = (np.concatenate(labels) for labels in zip(*predicted, strict=True))
+        clean = PairedVerdict.of(CLEAN, *(labels == shared.classes for labels in answers))
+    return NetworkPair(shared.where, [layer_pair(layer, *pair) for layer, pair in tallies.items()], clean)
+
+
+def open_network(side: Side) -> Callable[[Floats], Recording]:
+    """From images to what happens in the network."""
+    if side.bundle is not None:
+        manifest = side.bundle.manifest
+        noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
+        return Recorder(onnx.load(side.bundle.variant(side.precision)), noise)
+    if side.checkpoint is None:
+        raise InputError(f"{side.name} is a report, which holds no network; give its bundle")
+    need("torch", "train")
+    from mpdsgr_deploy.diagnostics.torch_trace import TorchRecorder
+    from mpdsgr_deploy.networks import load_network
+
+    checkpoint, model = load_network(side.directory)
+    return TorchRecorder(model, checkpoint.shape, checkpoint.recipe.validation.seed)
+
+
+def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImages:
+    """The first `count` images that both networks take."""
+    for what, ours, theirs in zip(("data", "shape", "labels"), a.images or (), b.images or (), strict=False):
+        if ours != theirs:
+            raise InputError(f"other images: {what} {ours}, and {theirs}")
+    bundle = a.bundle or b.bundle
+    recipe = a.recipe or b.recipe
+    assert recipe is not None
+    try:
+        images = load_test(recipe.data.at(root)) if bundle is None else evaluation_images(bundle, None, root)
+    except MissingData as error:
+        if bundle is None or root is not None:
+            raise
+        golden, _ = bundle.golden()
+        return SharedImages(f"{len(golden)} golden inputs ({error})", golden, None)
+    sample = images[:count]
+    return SharedImages(name_sample(len(sample), recipe.data.name), sample.unit(), sample.classes)
+
+
+class Answers(NamedTuple):
+    """One network on a batch: labels [B]; by layer its steps, each potentials and spikes [B, ...]."""
+
+    labels: NDArray[np.int64]
+    layers: dict[str, list[tuple[Floats, Floats]]]
+
+
+def by_layer(recording: Recording) -> Answers:
+    layers: dict[str, list[tuple[Floats, Floats]]] = {}
+    for step, spikes in recording.spikes.items():
+        layers.setdefault(layer_of(step), []).append((recording.potentials[step], spikes))
+    return Answers(recording.logits.argmax(1), layers)
+
+
+class _Layer:
+    """Adds up one layer of one network over steps and batches, and in how many spikes another network differs."""
+
+    def __init__(self, side: Side) -> None:
+        assert side.recipe is not None
+        self.v_threshold, self.half_width = side.recipe.neuron.v_threshold, trained_half_width(side.recipe)
+        self.neurons, self.spikes, self.near, self.differing = 0, 0.0, 0, 0
+        self.same_shape = True
+        self.counts = np.zeros(BINS, np.int64)
+
+    def add(self, steps: list[tuple[Floats, Floats]], other: list[tuple[Floats, Floats]]) -> None:
+        self.same_shape = [s.shape for _, s in steps] == [s.shape for _, s in other]
+        for t, (potentials, spikes) in enumerate(steps):
+            v = potentials - self.v_threshold
+            self.neurons += v.size
+            self.spikes += float(spikes.sum(dtype=np.float64))
+            self.near += int((np.abs(v) < self.half_width).sum())
+            self.counts += np.histogram(v, BINS, RANGE)[0]
+            if self.same_shape:
+                self.differing += int((spikes != other[t][1]).sum())
+
+    def membrane(self, layer: str) -> Membrane:
+        share = (self.counts / self.neurons).tolist()
+        width = (RANGE[1] - RANGE[0]) / BINS
+        return Membrane(layer=layer, half_width=self.half_width, start=RANGE[0], width=width, share=share)
+
+
+def layer_pair(layer: str, a: _Layer, b: _Layer) -> LayerPair:
+    left, right = a.membrane(layer), b.membrane(layer)
+    outside = min(1 - sum(left.share), 1 - sum(right.share))
+    return LayerPair(
+        layer=layer,
+        firing_rate=(a.spikes / a.neurons, b.spikes / b.neurons),
+        spikes_differ=a.differing / a.neurons if a.same_shape else None,
+        in_window=(a.near / a.neurons, b.near / b.neurons),
+        overlap=sum(map(min, left.share, right.share)) + outside,
+        membranes=(left, right),
+    )

@@ -1,0 +1,69 @@
+"""In what the recipes of two networks, and the facts about them, differ."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mpdsgr_deploy.pairs.side import Side
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.validation.model_facts import ModelFacts
+
+
+def differing_settings(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
+    """Values of a and of b by name, where they differ: recipes by `section.key`, None for a key that one lacks.
+
+    A report holds no recipe: beside one, the facts that both sides state are compared.
+    """
+    if a.recipe is not None and b.recipe is not None:
+        left, right = (flattened(recipe) | network_facts(side) for recipe, side in ((a.recipe, a), (b.recipe, b)))
+        names = [*left, *(name for name in right if name not in left)]
+    else:
+        left, right = stated_facts(a), stated_facts(b)
+        names = [name for name in left if name in right]
+    values = {name: (left.get(name), right.get(name)) for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+def flattened(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values by `section.key`, without what belongs to one machine."""
+    return dict(_leaves(recipe.portable().model_dump(mode="json"), ""))
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def network_facts(side: Side) -> dict[str, Any]:
+    """What is known of a network beside its recipe."""
+    if side.bundle is None:
+        return {"epoch": side.checkpoint.epoch} if side.checkpoint else {}
+    facts = ModelFacts.of(side.bundle, side.precision)
+    return {
+        "epoch": side.bundle.manifest.provenance.get("epoch"),
+        "precision": side.precision,
+        "parameters": facts.parameters,
+        "multiply-accumulates": facts.macs,
+    }
+
+
+def stated_facts(side: Side) -> dict[str, Any]:
+    """The same names for a report and for what has a recipe, as far as each states them."""
+    facts: dict[str, Any] = {}
+    if side.report is not None:
+        report, model = side.report, side.report.model
+        facts = {"eps": report.eps, "precision": report.precision, "tier": report.tier, "suite": report.suite}
+        facts |= {"backend": report.backend, "seed": report.seed, "images": report.images, "verdict": report.verdict}
+    else:
+        assert side.recipe is not None
+        recipe = side.recipe
+        model = None if side.bundle is None else ModelFacts.of(side.bundle, side.precision)
+        facts = {"eps": recipe.attack.eps, "seed": recipe.validation.seed, "method": recipe.method}
+        facts["time steps"] = recipe.encoding.T
+        facts |= {"precision": side.precision} if side.precision else {}
+    if model is not None:
+        facts |= {"architecture": model.architecture, "method": model.method, "time steps": model.steps}
+        facts |= {"parameters": model.parameters, "multiply-accumulates": model.macs}
+    return facts

@@ -1,0 +1,63 @@
+"""One of two things that are compared: a training run, a checkpoint, a bundle or a validation report."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mpdsgr_deploy.address import local_copy, parse_address
+from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
+from mpdsgr_deploy.checkpoint import CHOICES, FILE, Checkpoint, find_checkpoint, load_checkpoint
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.validation.report import REPORT, Report, load_report
+
+
+class Side(NamedTuple):
+    """What a path holds: exactly one of `checkpoint` (with its `directory`), `bundle` and `report` is there.
+
+    precision: which of the bundle's networks; empty for what is no bundle.
+    """
+
+    name: str
+    kind: str
+    directory: Path
+    checkpoint: Checkpoint | None = None
+    bundle: Bundle | None = None
+    precision: str = ""
+    report: Report | None = None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe that the network was trained with; None: a report holds none."""
+        if self.checkpoint is not None:
+            return self.checkpoint.recipe
+        return None if self.bundle is None else self.bundle.manifest.recipe
+
+    @property
+    def images(self) -> tuple[str, tuple[int, int, int], tuple[str, ...]] | None:
+        """What images the network takes: data set, (C, H, W) and labels; None: a report does not say."""
+        if self.checkpoint is not None:
+            return self.checkpoint.recipe.data.name, self.checkpoint.shape, self.checkpoint.labels
+        if self.bundle is not None:
+            manifest = self.bundle.manifest
+            return manifest.recipe.data.name, manifest.input_shape, manifest.labels
+        return None
+
+
+def read_side(text: str) -> Side:
+    """What `text` names: a directory or a report's file, or a bundle as BUNDLE[@PRECISION][@sha256:DIGEST].
+
+    Raises InputError for what is none of these, is damaged, or lacks that precision.
+    """
+    address = parse_address(text)
+    path = local_copy(address)
+    if (path / MANIFEST).is_file():
+        bundle, precision = open_bundle(path), address.precision or "fp32"
+        bundle.variant(precision)
+        return Side(text, "bundle", path, bundle=bundle, precision=precision)
+    if path.is_file() or (path / REPORT).is_file():
+        return Side(text, "report", path, report=load_report(path))
+    if not any((path / part / FILE).is_file() for part in ("", *CHOICES)):
+        raise InputError(f"{text} is no training run, checkpoint, bundle or report; give the directory of one")
+    directory = find_checkpoint(path)
+    checkpoint = load_checkpoint(directory)
+    return Side(text, "checkpoint" if directory == path else "training run", directory, checkpoint=checkpoint)
