@@ -22,6 +22,7 @@ from mpdsgr_deploy.recipe import Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.runtime.image_batches import predict as _predict_batches
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND, open_predictor
+from mpdsgr_deploy.signing.trust import parse_trust
 
 if TYPE_CHECKING:
     from mpdsgr_deploy.validation.evidence import Rebuild
@@ -140,9 +141,13 @@ def adopt(
     return write(Path(model), labelled, Path(out), surrogate=surrogate, tier=tier, **details)
 
 
-def open_bundle(path: AnyPath) -> Bundle:
-    """Read and verify a bundle directory. Raises InputError if it is not a bundle, is damaged or incomplete."""
-    return _open_bundle(Path(path))
+def open_bundle(path: AnyPath, *, require_signature: str | None = None) -> Bundle:
+    """Read and verify a bundle directory. Raises InputError if it is not a bundle, is damaged or incomplete.
+
+    require_signature: who must have signed it: a file with a public key or certificates, or "IDENTITY,ISSUER" of
+    Sigstore. It is then read from a private copy of what was signed, and refused if it is not signed so.
+    """
+    return _open_bundle(Path(path), parse_trust(require_signature) if require_signature else None)
 
 
 def validate(
@@ -161,21 +166,23 @@ def validate(
 
     tier: how much is attacked ("commit", "release", "paper"); gate: a TOML file of rules; both default to the bundle's.
     limit: use only so many test images, the same in every call. root: where the data set lies, instead of the images in
-    the bundle.
+    the bundle. A gate file's `require_signature` holds here too.
     rebuild: export again from the bundle's weights and compare the files; None: where torch is installed.
     Returns the report, whose `verdict` is "pass", "fail" or "invalid". Raises InputError for missing data, an unusable
     backend, or too few images for the gate, EvaluationError if the backend answers the golden batch wrongly.
     """
     from mpdsgr_deploy.validation import Target
     from mpdsgr_deploy.validation import validate as evaluate
-    from mpdsgr_deploy.validation.gate import load_gate
+    from mpdsgr_deploy.validation.gate import load_gate, signature_of_gate
     from mpdsgr_deploy.validation.writing import report_directory, write_report
 
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    rules = None if gate is None else load_gate(Path(gate))
+    rules, signature = (None, None) if gate is None else (load_gate(Path(gate)), signature_of_gate(Path(gate)))
+    if signature is not None or not isinstance(bundle, Bundle):
+        place = bundle.path if isinstance(bundle, Bundle) else bundle
+        bundle = open_bundle(place, require_signature=signature)
     directory, again = Path(report_dir), rebuilding(rebuild)
     with report_directory(directory):
-        target = Target(opened, backend, precision)
+        target = Target(bundle, backend, precision)
         report = evaluate(target, gate=rules, tier=tier, limit=limit, root=root, report_dir=directory, rebuild=again)
         write_report(report, directory)
     return report

@@ -8,9 +8,10 @@
     images.npz            these images, if the bundle carries them
     golden.npz            a few inputs and each precision's logits, checked whenever a predictor is opened
     engines/              what `mpdsgr build` adds: engines of one kind of machine
+    model.sig, verdicts/  signatures, which the manifest does not name: see `signing.bundles`
 
-Opening a bundle verifies every hash and refuses paths that leave it. Hashes protect against damage and mix-ups; a
-bundle from a stranger needs a signature on manifest.json as well.
+Opening a bundle verifies every hash and refuses paths that leave it. Hashes protect against damage and mix-ups; against
+somebody who writes new ones, open the bundle with a `Trust`.
 """
 
 import hashlib
@@ -36,8 +37,11 @@ from mpdsgr_deploy.files import (
 )
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.manifest import SCHEMA_VERSION, Accuracy, Manifest, NoiseInput, Prepared, Variant
+from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.reference import REFERENCE, Reference, load_reference
 from mpdsgr_deploy.schema import read_document
+from mpdsgr_deploy.signing.bundles import SIGNATURE, VERDICTS, SignedCopy, drop_signatures
+from mpdsgr_deploy.signing.trust import Trust
 
 __all__ = [
     "Accuracy",
@@ -56,10 +60,18 @@ ENGINES = "engines"
 
 
 class Bundle:
-    """A verified bundle on disk; make one with `open_bundle`."""
+    """A verified bundle on disk; make one with `open_bundle`.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    path: where it lies; signed: where a signature was required, the private copy that its files are read from.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, signed: SignedCopy | None = None) -> None:
+        self.path, self.manifest, self.signed = path, manifest, signed
+
+    @property
+    def root(self) -> Path:
+        """The directory that the files are read from: `path`, or a private copy of what was signed."""
+        return self.path if self.signed is None else self.signed.root
 
     def file(self, name: str) -> Path:
         """The path of a verified file. Raises InputError if the manifest does not list it."""
@@ -67,7 +79,7 @@ class Bundle:
             raise InputError(
                 f"{self.path / MANIFEST} lists no hash for {name!r}, so it cannot be trusted; export again"
             )
-        return self.path / name
+        return self.root / name
 
     def variant(self, precision: str) -> Path:
         """The ONNX file of a precision. Raises InputError naming the precisions there are."""
@@ -87,7 +99,7 @@ class Bundle:
 
     def model_sha256(self, precision: str) -> str:
         """The hash of a precision's ONNX file. Raises InputError as `variant` does."""
-        return self.manifest.files[self.variant(precision).relative_to(self.path).as_posix()]
+        return self.manifest.files[self.variant(precision).relative_to(self.root).as_posix()]
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
         """What was built from a variant for a backend, on any machine."""
@@ -99,7 +111,8 @@ class Bundle:
 
         The engine's file is new, the manifest is replaced last and what it does not name any more, or does not name yet
         because an earlier call was killed, is deleted after that: a crash leaves a whole bundle. What others added
-        since this one was opened stays. Raises InputError if the bundle was changed or cannot be written.
+        since this one was opened stays. Signatures go: they are about other files. Raises InputError if the bundle was
+        changed or cannot be written.
         """
         same = ("backend", "precision", "machine", "batch")
         with exclusive(self.path / LOCK, "mpdsgr build", wait=True):
@@ -120,6 +133,8 @@ class Bundle:
             for file in (self.path / ENGINES).glob("*.plan*"):
                 if f"{ENGINES}/{file.name}" not in files:
                     file.unlink()
+            if drop_signatures(self.path):
+                log.warning("%s was signed and has changed; validate it and sign it again: mpdsgr sign", self.path)
         return bundle
 
     def refuse_output(self, out: Path, option: str = "--out") -> None:
@@ -150,11 +165,12 @@ class Bundle:
         return inputs, logits
 
 
-def open_bundle(path: Path | str) -> Bundle:
+def open_bundle(path: Path | str, trust: Trust | None = None) -> Bundle:
     """Read and verify a bundle: a directory, or as a string an address of `mpdsgr_deploy.address` without a precision.
 
-    Raises InputError if it is not a bundle, has a newer schema, is damaged or incomplete, or names files outside
-    itself.
+    trust: whose signature it has to carry; nothing else of it is read before that is verified, and all later reading is
+    from a private copy of what was signed. Raises InputError if it is not a bundle, has a newer schema, is damaged or
+    incomplete, names files outside itself, or is not signed so.
     """
     if isinstance(path, str):
         address = parse_address(path)
@@ -165,10 +181,12 @@ def open_bundle(path: Path | str) -> Bundle:
     advice = "make a bundle with `mpdsgr export`"
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a bundle (it has no {MANIFEST}); {advice}")
-    manifest = _read_manifest(path, advice)
-    bundle = Bundle(path, manifest)
+    signed = None if trust is None else SignedCopy(path, trust)
+    root = path if signed is None else signed.root
+    manifest = _read_manifest(root, advice)
+    bundle = Bundle(path, manifest, signed)
     for name, digest in manifest.files.items():
-        file = _inside(path, name)
+        file = _inside(root, name)
         if not file.is_file():
             raise InputError(f"{path} is incomplete: {name} is missing; copy the bundle again")
         if sha256(file) != digest:
@@ -202,8 +220,9 @@ def staged(out: Path) -> Iterator[Path]:
     claim_directory(out, MANIFEST, "bundle")
     if (out / MANIFEST).exists():
         manifest: Manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
-        known = {*manifest.files, MANIFEST, LOCK}
-        strangers = [p for p in out.rglob("*") if not p.is_dir() and p.relative_to(out).as_posix() not in known]
+        known = {*manifest.files, MANIFEST, LOCK, SIGNATURE}
+        files = [p.relative_to(out) for p in out.rglob("*") if not p.is_dir()]
+        strangers = [file for file in files if file.as_posix() not in known and file.parts[0] != VERDICTS]
         if strangers:
             raise InputError(f"{out} holds {strangers[0].name}, which is not part of the bundle; choose another --out")
     with scratch_directory(out, "bundle") as scratch:

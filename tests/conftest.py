@@ -88,7 +88,11 @@ def mpdsgr(
 
 def mpdsgr_here(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command in this process: seconds faster, where only its last line and exit code are of interest."""
-    done = CliRunner().invoke(main, [*map(str, arguments)])
+    try:
+        runner = CliRunner(mix_stderr=False)  # type: ignore[call-arg]  # click before 8.2
+    except TypeError:
+        runner = CliRunner()
+    done = runner.invoke(main, [*map(str, arguments)])
     return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 

@@ -18,7 +18,7 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.cli import main
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "train/README.md", "export/README.md", "serve/README.md")
+NAMES = ("README.md", "train/README.md", "export/README.md", "export/TRUST.md", "serve/README.md")
 TEXTS = {name: (ROOT / name).read_text() for name in NAMES}
 BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 CLIENTS = [block for block in BLOCKS if "tritonclient" in block]

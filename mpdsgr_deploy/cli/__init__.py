@@ -23,6 +23,7 @@ COMMANDS = (
     "build",
     "validate",
     "verify",
+    "sign",
     "predict",
     "serve",
     "bench",

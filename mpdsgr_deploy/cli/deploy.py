@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from mpdsgr_deploy.cli.output import json_option, print_json
+from mpdsgr_deploy.cli.output import json_option, print_json, signature_option, verdict_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.deploy import kserve as kserve_files
 from mpdsgr_deploy.serving.deploy import ray as ray_files
 from mpdsgr_deploy.serving.deploy import triton as triton_files
 from mpdsgr_deploy.serving.deploy.models import choose_models
+from mpdsgr_deploy.signing.demand import demand_of
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 models_argument = click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")
@@ -37,8 +38,18 @@ def command() -> None:
 @click.option(
     "--gpus", type=click.IntRange(0, 64), help="How many each model runs on; 0: a CPU.  [tensorrt: 1, else 0]"
 )
+@signature_option
+@verdict_option
 @json_option
-def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, as_json: bool) -> None:
+def triton(
+    models: tuple[str, ...],
+    out: Path,
+    backend: str,
+    gpus: int | None,
+    signature: str | None,
+    least_tier: str | None,
+    as_json: bool,
+) -> None:
     """Write a Triton model repository: called as `mpdsgr serve` calls its models.
 
     Triton checks no pixel values. An ONNX network is written with a check in it, and answers NaN to an image with NaN
@@ -54,7 +65,8 @@ def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, a
       mpdsgr deploy triton bundles/vgg11 --backend tensorrt --gpus 2 --out triton
     """
     count = gpus if gpus is not None else int(backend == "tensorrt")
-    written = triton_files.write_repository(choose_models(models), out, backend, count)
+    chosen = choose_models(models, demand_of(signature, least_tier))
+    written = triton_files.write_repository(chosen, out, backend, count)
     device = "--gpus all -e NVIDIA_TF32_OVERRIDE=0 " if count else ""  # TF32 would flip spikes
     place = shlex.quote(str(out.resolve()))
     following = (
@@ -89,9 +101,13 @@ def triton(models: tuple[str, ...], out: Path, backend: str, gpus: int | None, a
 @click.option("--memory", default="2Gi", show_default=True, help="Of each replica.")
 @click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help="Fixed, or scaled by load.")
 @click.option("--service-account", help="That reads the storage: it names the credentials.")
+@signature_option
+@verdict_option
 @json_option
 def kserve(
     as_json: bool,
+    signature: str | None,
+    least_tier: str | None,
     models: tuple[str, ...],
     out: Path,
     storage_uri: str,
@@ -113,8 +129,9 @@ def kserve(
       mpdsgr deploy kserve bundles/digits --runtime mpdsgr --image mpdsgr-serve:cpu --out kserve \\
         --storage-uri pvc://bundles/robust --replicas 2,8
     """
-    chosen = kserve_files.ReplicaSpec(replicas=_span(replicas), **replica)
-    written = kserve_files.write_resources(choose_models(models), out, storage_uri, runtime, chosen)
+    demand = demand_of(signature, least_tier)
+    chosen = kserve_files.ReplicaSpec(replicas=_span(replicas), demand=demand, **replica)
+    written = kserve_files.write_resources(choose_models(models, demand), out, storage_uri, runtime, chosen)
     if as_json:
         print_json({"directory": str(out), "files": written, "next": f"kubectl apply -f {out}"})
         return
@@ -135,6 +152,8 @@ def kserve(
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
 @click.option("--api-key-file", type=FILE, help="Keys that clients must send, one per line; on every node.")
 @click.option("--insecure", is_flag=True, help="Listen where others reach it, without keys.")
+@signature_option
+@verdict_option
 @json_option
 def ray(
     models: tuple[str, ...],
@@ -148,6 +167,8 @@ def ray(
     overrides: tuple[str, ...],
     api_key_file: Path | None,
     insecure: bool,
+    signature: str | None,
+    least_tier: str | None,
     as_json: bool,
 ) -> None:
     """Write a Ray Serve config: one application, whose replicas each serve all these models as mpdsgr serve does.
@@ -163,11 +184,12 @@ def ray(
     from mpdsgr_deploy.serving.settings import load_settings
 
     place = ray_files.Place(_span(replicas), gpu, host, port)
+    demanded = load_settings(settings, overrides).demanding(signature, least_tier)
     config = ray_files.write_config(
-        choose_models(models),
+        choose_models(models, demanded.trust.demand()),
         out,
         place,
-        load_settings(settings, overrides),
+        demanded.everywhere(),
         backend,
         api_key_file,
         insecure=insecure,

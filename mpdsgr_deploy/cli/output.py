@@ -14,24 +14,40 @@ from rich.text import Text
 from mpdsgr_deploy.address import local_copy, parse_address
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.signing.trust import Trust
 
 NARROWEST = 16  # columns of text that a folded cell keeps
 
 precision_option = click.option(
     "--precision", help="Which of the bundle's networks.  [default: that of BUNDLE@PRECISION, else fp32]"
 )
+signature_option = click.option(
+    "--require-signature",
+    "signature",
+    metavar="KEY",
+    envvar="MPDSGR_REQUIRE_SIGNATURE",
+    help="Refuse bundles that are not signed so: a public key, certificates, or IDENTITY,ISSUER.",
+)
+verdict_option = click.option(
+    "--require-verdict",
+    "least_tier",
+    metavar="TIER",
+    envvar="MPDSGR_REQUIRE_VERDICT",
+    help="Refuse bundles without a verdict, signed by KEY, that they passed this tier or a harder one.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 
 
-def opened_bundle(text: str, precision: str | None) -> tuple[Bundle, str]:
+def opened_bundle(text: str, precision: str | None, trust: Trust | None = None) -> tuple[Bundle, str]:
     """The bundle of an argument BUNDLE[@PRECISION][@sha256:DIGEST], and the precision that it or --precision names.
 
-    Raises InputError as `open_bundle` does, and where the two name different precisions.
+    trust: who must have signed it. Raises InputError as `open_bundle` does, and where the two name different
+    precisions.
     """
     address = parse_address(text)
     if precision is not None and address.precision not in (None, precision):
         raise InputError(f"{text!r} and --precision {precision} name two precisions; leave one out")
-    return open_bundle(local_copy(address)), precision or address.precision or "fp32"
+    return open_bundle(local_copy(address), trust), precision or address.precision or "fp32"
 
 
 def print_json(value: Any) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import click
 
-from mpdsgr_deploy.cli.output import opened_bundle, precision_option
+from mpdsgr_deploy.cli.output import opened_bundle, precision_option, signature_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
 from mpdsgr_deploy.prediction.faults import place_of_faults
 from mpdsgr_deploy.prediction.selection import parse_shard, read_list
 from mpdsgr_deploy.prediction.writers import FORMATS
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
+from mpdsgr_deploy.signing.trust import parse_trust
 
 
 @click.command("predict")
@@ -30,6 +31,7 @@ from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 )
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the network.")
 @precision_option
+@signature_option
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images per inference.")
 @click.option(
     "--processes",
@@ -53,6 +55,7 @@ def command(
     on_error: str,
     backend: str,
     precision: str | None,
+    signature: str | None,
     batch: int,
     processes: int | None,
     cluster: str | None,
@@ -88,7 +91,7 @@ def command(
     paths = [*inputs, *(read_list(listed) if listed else [])]
     if not paths:
         raise InputError("nothing to predict; give INPUTS, or a file that names them with --list")
-    opened, chosen = opened_bundle(bundle, precision)
+    opened, chosen = opened_bundle(bundle, precision, parse_trust(signature) if signature else None)
     job = Job(
         opened,
         paths,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.cli.output import signature_option, verdict_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
@@ -31,6 +32,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--tls-key", type=FILE, help="PEM file; with --tls-certificate.")
 @click.option("--tls-client-ca", type=FILE, help="PEM file of who signs the certificates that clients must show.")
 @click.option("--insecure", is_flag=True, help="Listen where others reach it, without keys or client certificates.")
+@signature_option
+@verdict_option
 @click.option("--repository-control", is_flag=True, help="Let requests load and unload the models named here.")
 def command(
     models: tuple[str, ...],
@@ -45,6 +48,8 @@ def command(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     insecure: bool,
+    signature: str | None,
+    least_tier: str | None,
     repository_control: bool,
 ) -> None:
     """Serve networks over the Open Inference Protocol (v2): HTTP with JSON and binary tensors, and gRPC.
@@ -78,7 +83,7 @@ def command(
     log_json()
     server = Server(
         models,
-        load_settings(settings, overrides),
+        load_settings(settings, overrides).demanding(signature, least_tier),
         backend=backend,
         keys=api_key_file,
         repository_control=repository_control,

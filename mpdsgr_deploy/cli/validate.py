@@ -6,9 +6,17 @@ import click
 
 from mpdsgr_deploy.api import rebuilding
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json, print_table
+from mpdsgr_deploy.cli.output import (
+    json_option,
+    opened_bundle,
+    precision_option,
+    print_json,
+    print_table,
+    signature_option,
+)
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.validation.gate import load_gate
+from mpdsgr_deploy.signing.trust import parse_trust
+from mpdsgr_deploy.validation.gate import load_gate, signature_of_gate
 from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared, sensitivity
 from mpdsgr_deploy.validation.writing import report_directory, write_report
 
@@ -17,6 +25,7 @@ from mpdsgr_deploy.validation.writing import report_directory, write_report
 @click.argument("bundle")
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the artefact.")
 @precision_option
+@signature_option
 @click.option("--url", help="Validate the server there: http://HOST:PORT/v2/models/NAME, which serves BUNDLE.")
 @click.option(
     "--rate",
@@ -51,6 +60,7 @@ def command(
     bundle: str,
     backend: str,
     precision: str | None,
+    signature: str | None,
     url: str | None,
     rate: float,
     tier: str | None,
@@ -77,7 +87,8 @@ def command(
     """
     from mpdsgr_deploy.validation import Target, validate
 
-    opened, chosen = opened_bundle(bundle, precision)
+    signature = signature or (signature_of_gate(gate) if gate else None)
+    opened, chosen = opened_bundle(bundle, precision, parse_trust(signature) if signature else None)
     report_dir = report_dir or Path("reports") / f"{opened.path.resolve().name}-{chosen}"
     opened.refuse_output(report_dir, "--report")
     with report_directory(report_dir):

@@ -77,7 +77,7 @@ class Server:
         self.limits = self.settings.limits
         self.keys = None if keys is None else ApiKeys(keys)
         self.repository_control = repository_control
-        self.repository = Repository(sources(models), backend, self.limits)
+        self.repository = Repository(sources(models, self.settings.trust.demand()), backend, self.limits)
         self.memory = Memory(self.limits.in_flight_bytes)
         self.other_codes: Counter[tuple[str, str]] = Counter()  # of requests that reached no model, by protocol, status
         self.connections = self.requests = 0  # open now; in work now

@@ -8,13 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.signing.verdict import Vouched
 
 
-def evidence(bundle: Bundle, precision: str, golden: NDArray[np.float32]) -> dict[str, Any]:
+def evidence(
+    bundle: Bundle, precision: str, golden: NDArray[np.float32], vouched: Vouched | None = None
+) -> dict[str, Any]:
     """For /status. methods: of the training, by the names of recipes; reference: right answers of the torch network.
 
     golden: float32 [G, C, H, W]; their mean tells a viewer whether images are light on dark. validation: of the newest
-    report that lies beside the bundle and is of this very network, or None.
+    report that lies beside the bundle and is of this very network, or None, as it is where signatures are demanded.
+    signature: who signed the bundle and, with the counts of its conditions, a verdict on it; None where no signature
+    was demanded, and so none was verified.
     """
     manifest, promise = bundle.manifest, bundle.manifest.reference
     reference = None
@@ -31,8 +36,14 @@ def evidence(bundle: Bundle, precision: str, golden: NDArray[np.float32]) -> dic
         "methods": sorted(name for name, settings in dict(manifest.recipe.defence).items() if settings is not None),
         "reference": reference,
         "golden_mean": round(float(golden.mean()), 4),
-        "validation": _validation(bundle, precision),
+        "validation": None if bundle.signed else _validation(bundle, precision),
+        "signature": bundle.signed and _signature(bundle.signed.signer, vouched),
     }
+
+
+def _signature(signer: str, vouched: Vouched | None) -> dict[str, Any]:
+    verdict = None if vouched is None else {"line": vouched.verdict.line, "correct": vouched.verdict.counts()}
+    return {"signer": signer, "verdict": verdict}
 
 
 def _validation(bundle: Bundle, precision: str) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ class OpenedBundle(Bundle):
     """
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
-        super().__init__(bundle.path, bundle.manifest)
+        super().__init__(bundle.path, bundle.manifest, bundle.signed)
         self._precision, self._golden = precision, bundle.golden(precision)
         self._measured: list[Prepared] = []
 
@@ -82,8 +82,11 @@ class ServedModel:
             raise
 
     def _open(self, most: int, room: int) -> None:
-        self._bundle = OpenedBundle(open_bundle(self.source.path), self.source.precision)
-        manifest = self._bundle.manifest
+        demand = self.source.demand
+        self._bundle = OpenedBundle(demand.open(self.source.path), self.source.precision)
+        manifest, signed = self._bundle.manifest, self._bundle.signed
+        self.signer = signed.signer if signed else ""
+        self.vouched = demand.verdict(self._bundle, self.source.precision)
         self.digest, self.labels, self.output = manifest.digest, manifest.labels, manifest.output_name
         self.version = version_of(manifest)
         self.settings = self._bundle.measure(self.backend, self.settings)
@@ -96,9 +99,10 @@ class ServedModel:
             self._network = read_network(self._bundle.variant(self.source.precision))
             with suppress(InputError):  # a network from elsewhere need not name its spikes
                 self.layers = tuple(spike_names(self._network, self.source.path))
-        if open_bundle(self.source.path).manifest.digest != self.digest:
+        if signed is None and open_bundle(self.source.path).manifest.digest != self.digest:
             raise InputError(f"{self.source.path} was changed while it was opened; load it again")
-        self.evidence = evidence(self._bundle, self.source.precision, self._bundle.golden(self.source.precision)[0])
+        golden, _ = self._bundle.golden(self.source.precision)
+        self.evidence = evidence(self._bundle, self.source.precision, golden, self.vouched)
         self.statistics = Statistics()
         self.lane = ModelLane(self._compute, self.statistics, most, room)
 
@@ -148,6 +152,8 @@ class ServedModel:
             "bundle_sha256": self.digest,
             "firing_rate_layers": ",".join(self.layers),
             "labels": ",".join(self.labels),
+            "signed_by": self.signer,
+            "signed_verdict": self.vouched.verdict.line if self.vouched else "",
         }
         outputs: list[dict[str, Any]] = [
             {"name": name, "data_type": "TYPE_FP32", "dims": shape[1:] or [1]} for name, shape in self.outputs.items()

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section, override, parse, read_toml
+from mpdsgr_deploy.signing.demand import Demand, demand_of
+from mpdsgr_deploy.signing.trust import beside
 
 MiB = 1 << 20
 
@@ -38,11 +40,36 @@ class Log(Section):
     requests: bool = False
 
 
+class TrustSettings(Section):
+    """require_signature: who must have signed every bundle, a key file or IDENTITY,ISSUER; "": nobody. require_verdict:
+    the least tier at which the same signer must have passed it.
+    """
+
+    require_signature: str = ""
+    require_verdict: str = ""
+
+    def demand(self) -> Demand:
+        """What they ask of a bundle. Raises InputError as `demand_of` does."""
+        return demand_of(self.require_signature, self.require_verdict)
+
+
 class ServerSettings(Section):
     """The whole file."""
 
     limits: Limits = Limits()
     log: Log = Log()
+    trust: TrustSettings = TrustSettings()
+
+    def demanding(self, signature: str | None, least_tier: str | None) -> "ServerSettings":
+        """The settings with what the options --require-signature and --require-verdict say, where they say it."""
+        said = {"require_signature": signature, "require_verdict": least_tier}
+        trust = self.trust.model_copy(update={key: value for key, value in said.items() if value})
+        return self.model_copy(update={"trust": trust})
+
+    def everywhere(self) -> "ServerSettings":
+        """The settings for servers that start elsewhere: a key file by its full path."""
+        key = self.trust.require_signature
+        return self.demanding(str(Path(key).resolve()) if Path(key).is_file() else None, None)
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServerSettings:
@@ -51,6 +78,9 @@ def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServerSet
     Raises InputError for a file that cannot be read, an unknown key or a value out of range.
     """
     values: dict[str, Any] = {} if path is None else read_toml(path)
+    trust = values.get("trust")
+    if path is not None and isinstance(trust, dict) and isinstance(key := trust.get("require_signature"), str):
+        trust["require_signature"] = beside(path, key)
     override(values, overrides, example="limits.batch=128")
     settings: ServerSettings = parse(ServerSettings, values, str(path or "--set"))
     return settings

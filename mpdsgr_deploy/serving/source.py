@@ -9,16 +9,19 @@ from typing import Any, NamedTuple
 from mpdsgr_deploy.address import local_copy, parse_address
 from mpdsgr_deploy.bundle import MANIFEST
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.signing.demand import Demand
 
+NOTHING = Demand()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 class ModelSource(NamedTuple):
-    """The name a model is served by, its bundle, and one of the bundle's precisions."""
+    """The name a model is served by, its bundle, one of the bundle's precisions, and what is demanded of the bundle."""
 
     name: str
     path: Path
     precision: str
+    demand: Demand = NOTHING
 
     def on_disk(self) -> dict[str, Any]:
         """What the manifest says now, or nothing; whether that is true is seen when the bundle is opened."""
@@ -29,14 +32,14 @@ class ModelSource(NamedTuple):
         return content if isinstance(content, dict) else {}
 
 
-def sources(texts: Sequence[str]) -> list[ModelSource]:
+def sources(texts: Sequence[str], demand: Demand = NOTHING) -> list[ModelSource]:
     """What the texts name, in their order. Raises InputError for a name that no URL takes or that comes twice."""
     found: dict[str, ModelSource] = {}
     for text in texts:
         source = _source(text)
         if source.name in found:
             raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE for one of them")
-        found[source.name] = source
+        found[source.name] = source._replace(demand=demand)
     return list(found.values())
 
 

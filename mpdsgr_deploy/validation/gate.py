@@ -23,6 +23,7 @@ from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.schema import parse, read_toml
+from mpdsgr_deploy.signing.trust import beside
 from mpdsgr_deploy.validation.proportions import Z95, binomial_tail
 from mpdsgr_deploy.validation.reasons import Reason
 from mpdsgr_deploy.validation.rows import Row
@@ -32,13 +33,31 @@ SIGNIFICANT_OVERALL = 0.003  # the same for the accuracies in OVERALL
 OVERALL = (CLEAN, WORST)
 CHANCY = (SQUARE,)
 
+REQUIRE_SIGNATURE = "require_signature"  # a key of gate files alone
+
 Bools = NDArray[np.bool_]
 
 
 def load_gate(path: Path) -> Gate:
-    """Read a gate file. Raises InputError for a missing file or an unknown key."""
-    gate: Gate = parse(Gate, read_toml(path), str(path))
+    """The rules of a gate file. Raises InputError for a missing file or an unknown key."""
+    values = read_toml(path)
+    values.pop(REQUIRE_SIGNATURE, None)
+    gate: Gate = parse(Gate, values, str(path))
     return gate
+
+
+def signature_of_gate(path: Path) -> str | None:
+    """The key by which a gate file requires bundles to be signed, if it does; a relative path starts beside the file.
+
+    A gate in a bundle's own recipe cannot require one: it would vouch for itself. Raises InputError as `load_gate`
+    does.
+    """
+    text = read_toml(path).get(REQUIRE_SIGNATURE)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise InputError(f"{path}: {REQUIRE_SIGNATURE} is a text: the file of a public key or of certificates")
+    return beside(path, text)
 
 
 def usual_limit(gate: Gate) -> float:

@@ -80,7 +80,8 @@ class VariantFlips(BaseModel):
 class Report(BaseModel):
     """Everything a verdict rests on. `images` states which images were used and by which rule.
 
-    suite: version of the attack suite, 1 in reports that do not say; model: None in reports before it was recorded.
+    bundle_sha256: the digest of its manifest; signer: who signed the bundle, if that was required. suite: version of
+    the attack suite, 1 in reports that do not say; bundle_sha256, model: None in reports before they were recorded.
     seconds: how long it took; stopped: it ended early, so accuracy under all attacks is an upper bound. remarks: what a
     reader of `worst` should know beside it.
     """
@@ -89,6 +90,8 @@ class Report(BaseModel):
     verdict: Verdict
     reasons: list[Reason]
     bundle: str
+    bundle_sha256: str | None = None
+    signer: str | None = None
     network: str
     model: ModelFacts | None = None
     artefact_file: str

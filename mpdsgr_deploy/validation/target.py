@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attack_graph import derived_attack_graph
 from mpdsgr_deploy.attack_graph.artefact import Artefact
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source
-from mpdsgr_deploy.bundle import MANIFEST, Bundle, Manifest, open_bundle
+from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.checkpoint import FILE, find_checkpoint
-from mpdsgr_deploy.errors import EvaluationError
+from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.files import sha256, writing
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
@@ -85,7 +85,7 @@ class Target:
                 own = stack.enter_context(open_predictor(self.bundle))
                 networks[f"{TRANSFER} fp32"] = Source(Artefact(self.bundle, "fp32", own), self.trained)
             if other is not None:
-                networks[TRANSFER] = stack.enter_context(_other(other, self.bundle.manifest))
+                networks[TRANSFER] = stack.enter_context(_other(other, self.bundle))
             yield networks
 
     def attack_graph_faults(self) -> list[str]:
@@ -115,7 +115,7 @@ class Target:
                 images, out = Path(folder) / "images.npy", Path(folder) / "logits.npz"
                 with writing(images, "what was finished is kept"):
                     np.save(images, x)
-                command = [sys.executable, "-m", "mpdsgr_deploy", "predict", str(self.bundle.path), str(images)]
+                command = [sys.executable, "-m", "mpdsgr_deploy", "predict", str(self.bundle.root), str(images)]
                 options = ["--backend", self.backend, "--precision", self.precision, "--out", str(out)]
                 subprocess.run([*command, *options], check=True, capture_output=True, stdin=subprocess.DEVNULL)
                 with np.load(out) as arrays:
@@ -131,15 +131,20 @@ def fingerprint(other: Path) -> str:
 
 
 @contextmanager
-def _other(path: Path, mine: Manifest) -> Iterator[Source]:
-    """Another network for images like mine's. Raises InputError if it was made for others."""
+def _other(path: Path, own: Bundle) -> Iterator[Source]:
+    """Another network for images like those of `own`. Raises InputError if it was made for others, or if `own` had to
+    be signed and it is not.
+    """
+    mine, trust = own.manifest, own.signed.trust if own.signed else None
     if not (path / MANIFEST).is_file():
+        if trust is not None:
+            raise InputError(f"{path} is no bundle, so it carries no signature; export it and sign the bundle")
         need("torch", "train")
         from mpdsgr_deploy.validation.transfer import other_network
 
         yield other_network(path, mine.input_shape, mine.labels)
         return
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, trust)
     manifest = bundle.manifest
     require_alike(path, (manifest.input_shape, manifest.labels), (mine.input_shape, mine.labels))
     with open_predictor(bundle) as predictor:

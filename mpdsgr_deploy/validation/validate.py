@@ -229,6 +229,8 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: 
         verdict=judged.verdict,
         reasons=judged.reasons,
         bundle=target.bundle.path.name,
+        bundle_sha256=manifest.digest,
+        signer=target.bundle.signed.signer if target.bundle.signed else None,
         network=f"{recipe.model.name} for {recipe.data.name}, trained with {recipe.method}, T = {recipe.encoding.T}",
         model=ModelFacts.of(target.bundle, target.precision),
         artefact_file=target.url or variant.file,

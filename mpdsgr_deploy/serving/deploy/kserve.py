@@ -15,10 +15,13 @@ from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.serving.deploy.models import Chosen
 from mpdsgr_deploy.serving.deploy.output import output_directory
 from mpdsgr_deploy.serving.deploy.triton import IMAGE
+from mpdsgr_deploy.signing.demand import Demand
+from mpdsgr_deploy.signing.trust import Trust
 
 SUMS = "mpdsgr-kserve.sha256"
 RUNTIME = "mpdsgr-triton"
 CONTAINER, MODELS = "kserve-container", "/mnt/models"  # KServe's own names
+TRUST, KEY_PLACE, KEY = "mpdsgr-trust", "/etc/mpdsgr-trust", "trust.pem"  # who must have signed the bundles
 HTTP, GRPC, METRICS = 8080, 9000, 8002
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/]\S*")
 LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -30,7 +33,10 @@ Resource = dict[str, Any]
 
 
 class ReplicaSpec(NamedTuple):
-    """Of one model: server's image, devices, cores, memory as Kubernetes writes it, how many, and as whom."""
+    """Of one model: server's image, devices, cores, memory as Kubernetes writes it, how many, and as whom.
+
+    demand: what our own server asks of its bundle; Triton has no such thing, and is given what was verified.
+    """
 
     image: str | None = None
     gpus: int = 0
@@ -38,6 +44,7 @@ class ReplicaSpec(NamedTuple):
     memory: str = "2Gi"
     replicas: tuple[int, int] = (1, 1)
     service_account: str | None = None
+    demand: Demand = Demand()
 
     def check(self) -> None:
         """Raise InputError for what Kubernetes does not take."""
@@ -137,7 +144,10 @@ def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
             "image": replica.image,
             "command": ["mpdsgr", "serve", bundle],
             # --insecure: plain HTTP inside the cluster, whose gateway decides who comes in
-            "args": ["--host=0.0.0.0", f"--port={HTTP}", f"--grpc-port={GRPC}", f"--backend={backend}", "--insecure"],
+            "args": [
+                *("--host=0.0.0.0", f"--port={HTTP}", f"--grpc-port={GRPC}", f"--backend={backend}", "--insecure"),
+                *_demanding(replica.demand),
+            ],
             # KServe's webhook puts there what STORAGE_URI names, for containers too
             "env": [{"name": "STORAGE_URI", "value": f"{uri}/{model.bundle.path.resolve().name}"}, _threads(replica)],
             **_common(replica),
@@ -148,8 +158,31 @@ def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
             "containers": [server],
             "volumes": [_scratch()],
         }
+        if replica.demand.trust is not None and replica.demand.trust.pem:
+            server["volumeMounts"] = [
+                *server["volumeMounts"],
+                {"name": TRUST, "mountPath": KEY_PLACE, "readOnly": True},
+            ]
+            predictor["volumes"] = [_scratch(), {"name": TRUST, "configMap": {"name": TRUST}}]
+            resources[f"{TRUST}.yaml"] = _key(replica.demand.trust)
         _add(resources, model, predictor)
     return resources
+
+
+def _demanding(demand: Demand) -> list[str]:
+    """The options by which our own server asks the same of its bundle."""
+    if demand.trust is None:
+        return []
+    trust = demand.trust
+    key = f"{KEY_PLACE}/{KEY}" if trust.pem else f"{trust.name},{trust.issuer}"
+    verdict = [] if demand.tier is None else [f"--require-verdict={demand.tier}"]
+    return [f"--require-signature={key}", *verdict]
+
+
+def _key(trust: Trust) -> Resource:
+    """What is public of a signer, for every pod."""
+    data = {KEY: trust.pem.decode(errors="replace")}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": TRUST}, "data": data}
 
 
 RUNTIMES: dict[str, Callable[[Sequence[Chosen], str, ReplicaSpec], dict[str, Resource]]] = {

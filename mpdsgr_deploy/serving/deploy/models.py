@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mpdsgr_deploy.bundle import Bundle, open_bundle
-from mpdsgr_deploy.serving.source import sources
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.serving.source import NOTHING, sources
+from mpdsgr_deploy.signing.demand import Demand
 
 
 class Chosen(NamedTuple):
@@ -15,9 +16,10 @@ class Chosen(NamedTuple):
     precision: str
 
 
-def choose_models(texts: Sequence[str]) -> list[Chosen]:
-    """What `[NAME=]BUNDLE[@PRECISION]` each name. Raises InputError as `sources` and `open_bundle` do."""
-    chosen = [Chosen(source.name, open_bundle(source.path), source.precision) for source in sources(texts)]
+def choose_models(texts: Sequence[str], demand: Demand = NOTHING) -> list[Chosen]:
+    """What `[NAME=]BUNDLE[@PRECISION]` each name. Raises InputError as `sources` and `demand` do."""
+    chosen = [Chosen(source.name, demand.open(source.path), source.precision) for source in sources(texts)]
     for _, bundle, precision in chosen:
         bundle.variant(precision)
+        demand.verdict(bundle, precision)
     return chosen

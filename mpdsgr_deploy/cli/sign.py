@@ -1,0 +1,80 @@
+"""mpdsgr sign"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
+from mpdsgr_deploy.cli.output import json_option, print_json
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.signing.bundles import sign_bundle
+from mpdsgr_deploy.signing.envelope import Signer
+from mpdsgr_deploy.signing.verdict import carry_verdict
+from mpdsgr_deploy.validation.attestation import sign_report
+from mpdsgr_deploy.validation.report import REPORT, Report, load_report
+
+FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+class Named(NamedTuple):
+    """A report, its directory, and the bundle among the arguments that it is about."""
+
+    directory: Path
+    report: Report
+    bundle: Bundle | None
+
+
+@click.command("sign")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE|REPORT...")
+@click.option("--key", type=FILE, help="EC private key in PEM; its password, if any, in MPDSGR_KEY_PASSWORD.")
+@click.option("--certificate", type=FILE, help="PEM file with the certificate of --key, and those above it.")
+@click.option("--sigstore", is_flag=True, help="Sign as who you are (a CI job, an account): asks Sigstore's servers.")
+@json_option
+def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None, sigstore: bool, as_json: bool) -> None:
+    """Sign bundles and reports, so that whoever takes them can tell who vouches for them.
+
+    A bundle gets model.sig (OpenSSF model-signing: `model_signing verify` accepts it), which covers every file in it. A
+    report, which is the directory that `mpdsgr validate` wrote, gets verdict.sig: an in-toto statement of its verdict
+    about the digest of its bundle. If that bundle is named beside it, the bundle carries the verdict too, and
+    `mpdsgr serve --require-verdict` finds it there.
+
+    \b
+    Example:
+      mpdsgr sign bundles/digits --key ci.pem
+      mpdsgr sign bundles/digits reports/digits --key ci.pem
+    """
+    if sigstore == (key is not None) or (certificate is not None and key is None):
+        raise InputError("say who signs: --key FILE, with --certificate if it has one, or --sigstore alone")
+    need("model_signing.signing", "sign")
+    signer = Signer(key, certificate)
+    bundles = [open_bundle(path) for path in paths if (path / MANIFEST).is_file()]
+    reports = [_named(path, bundles) for path in paths if not (path / MANIFEST).is_file()]
+    written = [sign_bundle(bundle.path, signer) for bundle in bundles]
+    for directory, report, bundle in reports:
+        place, content = sign_report(directory, signer)
+        written.append(place)
+        if bundle is not None:
+            written.append(carry_verdict(bundle.path, report.precision, content))
+    if as_json:
+        print_json({"written": [str(path) for path in written]})
+        return
+    for path in written:
+        click.echo(path)
+
+
+def _named(path: Path, bundles: list[Bundle]) -> Named:
+    """Raises InputError for what is no report, and for one that is about no bundle of `bundles` if there are any."""
+    if not (path / REPORT).is_file():
+        raise InputError(f"{path} is neither a bundle (with {MANIFEST}) nor a directory with {REPORT}")
+    report = load_report(path)
+    for bundle in bundles:
+        if bundle.manifest.digest == report.bundle_sha256:
+            bundle.variant(report.precision)
+            return Named(path, report, bundle)
+    if bundles:
+        raise InputError(
+            f"{path} is about another bundle than {bundles[0].path}; validate this one, or sign them apart"
+        )
+    return Named(path, report, None)

@@ -1,0 +1,144 @@
+"""A bundle's signature, BUNDLE/model.sig, in the OpenSSF model-signing format: signing, and a verified private copy.
+
+    model.sig              names every file of the bundle with its sha256; the stock `model_signing verify` reads it
+    verdicts/PRECISION.sig signed statements about the bundle (`signing.verdict`), each with a signature of its own
+
+Neither is in the manifest or in model.sig itself, so both travel with every copy and change no digest. What changes the
+bundle itself, such as `mpdsgr build`, removes them: they were about other files.
+"""
+
+import hashlib
+import os
+import shutil
+import weakref
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.locks import LOCK
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.signing.envelope import Signer, Statement, read_signature, verified_statement
+from mpdsgr_deploy.signing.trust import Trust
+
+SIGNATURE, VERDICTS = "model.sig", "verdicts"
+FORMAT = "https://model_signing/signature/v1.0"
+OUTSIDE = (SIGNATURE, VERDICTS, LOCK)  # names at the top of a bundle that its signature leaves out
+GIT = (".git", ".gitattributes", ".github", ".gitignore")  # left out by model-signing itself
+CHUNK = 1 << 20
+
+
+class SignedCopy:
+    """A bundle's signed files in a private directory, which is removed with the last reference to this object.
+
+    root: the directory; signer: who signed, in words. In another process, to which a bundle was sent, the place that
+    the copy was made from is verified again, and has to carry the same signature.
+    """
+
+    def __init__(self, path: Path, trust: Trust) -> None:
+        self.path, self.trust = path, trust
+        content = read_signature(path / SIGNATURE)
+        if content is None:
+            raise InputError(f"{path} is not signed (it has no {SIGNATURE}), and a signature by {trust} is required")
+        statement, self.signer = verified_statement(content, path / SIGNATURE, trust)
+        self.signature_sha256 = hashlib.sha256(content).hexdigest()
+        self.root = Path(mkdtemp(prefix="mpdsgr-"))  # for this user alone
+        weakref.finalize(self, _remove, self.root, os.getpid())
+        _copy(path, self.root, _signed_files(statement, path / SIGNATURE))
+        (self.root / SIGNATURE).write_bytes(content)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied_again, (self.path.absolute(), self.trust, self.signature_sha256)
+
+
+def _copied_again(path: Path, trust: Trust, signature_sha256: str) -> SignedCopy:
+    copy = SignedCopy(path, trust)
+    if copy.signature_sha256 != signature_sha256:
+        raise InputError(f"{path} was replaced while it was in use; start again")
+    return copy
+
+
+def _remove(directory: Path, process: int) -> None:
+    if os.getpid() == process:  # a forked process shares the directory, and does not own it
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _signed_files(statement: Statement, place: Path) -> dict[str, str]:
+    """Relative path to sha256. Raises InputError for a statement that names none."""
+    try:
+        predicate = statement["predicate"]
+        resources = predicate["resources"]
+        plain = predicate["serialization"]["method"] == "files" and statement["predicateType"] == FORMAT
+        if plain and {resource["algorithm"] for resource in resources} == {"sha256"}:
+            return {resource["name"]: resource["digest"] for resource in resources}
+    except (KeyError, TypeError):
+        pass
+    raise InputError(f"{place} is no signature of a bundle's files by sha256; sign with `mpdsgr sign`")
+
+
+def _copy(path: Path, out: Path, signed: dict[str, str]) -> None:
+    """Copy what was signed, hashing what is written. Raises InputError unless that is all there is, and unchanged."""
+    advice = "do not use it; get the signed bundle again"
+    missing = set(signed)
+    for name, file in _files(path, signed):
+        if name not in signed:
+            raise InputError(f"{path} holds {name}, which {SIGNATURE} does not cover: {advice}")
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with file.open("rb") as source, target.open("wb") as copy:
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                copy.write(chunk)
+        if digest.hexdigest() != signed[name]:
+            raise InputError(f"{file} is not the file that was signed: {advice}")
+        missing.discard(name)
+    if missing:
+        raise InputError(f"{path} lacks {min(missing)}, which was signed with it: {advice}")
+
+
+def _files(path: Path, signed: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
+    """Names and paths of a bundle's files, without what a signature leaves out and `signed` does not name.
+
+    Raises InputError for links and devices: they can lead anywhere.
+    """
+    root = path.resolve()
+    for file in sorted(root.rglob("*")):
+        relative = file.relative_to(root)
+        name = relative.as_posix()
+        if relative.parts[0] in OUTSIDE + GIT and name not in signed:
+            continue
+        if file.is_symlink() or not (file.is_file() or file.is_dir()):
+            raise InputError(f"{path} holds {name}, which is a link or no plain file; a signature covers plain files")
+        if file.is_file():
+            yield name, file
+
+
+def sign_bundle(path: Path, signer: Signer) -> Path:
+    """Sign the bundle in directory `path` as it lies there; returns the signature's file.
+
+    Raises InputError for a key that cannot be used, or a directory with links.
+    """
+    list(_files(path))
+    hashing = need("model_signing.hashing", "sign")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / SIGNATURE
+        try:
+            ignoring = hashing.Config().set_ignored_paths(paths=OUTSIDE)
+            signer.config().set_hashing_config(ignoring).sign(path.resolve(), file)
+        except InputError:
+            raise
+        except Exception as error:  # of cryptography, sigstore, the network: each has its own
+            raise signer.explain(error) from error
+        write_atomic(path / SIGNATURE, file.read_bytes())
+    return path / SIGNATURE
+
+
+def drop_signatures(path: Path) -> bool:
+    """Remove a bundle's signature and verdicts, which are about files that were changed. Returns whether there were."""
+    signed = (path / SIGNATURE).exists() or (path / VERDICTS).exists()
+    (path / SIGNATURE).unlink(missing_ok=True)
+    shutil.rmtree(path / VERDICTS, ignore_errors=True)
+    return signed

@@ -1,0 +1,65 @@
+"""What a user of bundles demands of them before anything else in them is read: a signature, and a verdict."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.signing.trust import Trust, parse_trust
+from mpdsgr_deploy.signing.verdict import Vouched, carried_verdict
+
+
+class Demand(NamedTuple):
+    """trust: who must have signed the bundle. tier: the least at which the same signer must have passed it."""
+
+    trust: Trust | None = None
+    tier: str | None = None
+
+    def open(self, path: Path) -> Bundle:
+        """The bundle, whose signature is verified before anything else of it is read. Raises as `open_bundle` does."""
+        return open_bundle(path, self.trust)
+
+    def verdict(self, bundle: Bundle, precision: str) -> Vouched | None:
+        """The signed verdict on a precision of an opened bundle, if it carries one and signatures are demanded.
+
+        Raises InputError where a tier is demanded and no verdict says that the precision passed it, or a harder one. A
+        verdict that nobody demands and that cannot be trusted is left out, with a warning.
+        """
+        if self.trust is None:
+            return None
+        try:
+            vouched = carried_verdict(bundle.path, precision, bundle.manifest.digest, self.trust)
+        except InputError as error:
+            if self.tier is not None:
+                raise
+            log.warning("%s", error)
+            return None
+        if self.tier is not None:
+            _require(vouched, self.tier, f"{bundle.path}@{precision}")
+        return vouched
+
+
+def demand_of(signature: str | None, tier: str | None = None) -> Demand:
+    """What the options --require-signature and --require-verdict ask for.
+
+    Raises InputError for a key that is none, an unknown tier, and a verdict without a signer.
+    """
+    if tier and not signature:
+        raise InputError("--require-verdict needs --require-signature: a verdict counts for what its signer does")
+    if tier:
+        choose("tier", TIERS, tier)
+    return Demand(parse_trust(signature) if signature else None, tier or None)
+
+
+def _require(vouched: Vouched | None, tier: str, what: str) -> None:
+    advice = f"validate it with --tier {tier}, then `mpdsgr sign` bundle and report together"
+    if vouched is None:
+        raise InputError(f"{what} carries no signed verdict, and one of tier {tier} is required; {advice}")
+    verdict, order = vouched.verdict, list(TIERS)
+    if verdict.verdict != "pass":
+        raise InputError(f"{what} did not pass: its signed verdict is {verdict.line}; do not deploy it")
+    if verdict.tier not in order or order.index(verdict.tier) < order.index(tier):
+        raise InputError(f"{what} passed tier {verdict.tier} only, and tier {tier} is required; {advice}")

@@ -1,0 +1,166 @@
+"""The one place that calls model-signing: DSSE envelopes in Sigstore bundles, signed and verified.
+
+model-signing publishes functions for the signatures of directories only. Statements of other kinds are handed to the
+signer and the verifier behind them, which are the same for both.
+"""
+
+import json
+import os
+from base64 import b64decode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.signing.trust import Kind, Trust
+
+PAYLOAD, STATEMENT = "application/vnd.in-toto+json", "https://in-toto.io/Statement/v1"
+LARGEST = 16 << 20  # bytes of a signature
+PASSWORD = "MPDSGR_KEY_PASSWORD"
+# what an envelope brings to verify it with, and whom that can show; early Sigstore bundles bring a chain
+MATERIAL: dict[str, tuple[Kind, ...]] = {
+    "publicKey": ("key",),
+    "x509CertificateChain": ("certificate", "identity"),
+    "certificate": ("identity",),
+}
+Statement = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Signer:
+    """What signs: an EC private key, with its certificate and that one's chain if there is one, else Sigstore.
+
+    A key's password is read from the environment, MPDSGR_KEY_PASSWORD. Without a key the identity is what the
+    environment offers (a CI job's own token), or one that a browser confirms.
+    """
+
+    key: Path | None = None
+    certificate: Path | None = None
+
+    def config(self) -> Any:
+        """A signing configuration of model-signing. Raises InputError for a key that cannot be used."""
+        config = need("model_signing.signing", "sign").Config()
+        if self.key is None:
+            return config.use_sigstore_signer(use_ambient_credentials=True)
+        if self.certificate is not None:
+            return config.use_certificate_signer(
+                private_key=self.key, signing_certificate=self.certificate, certificate_chain=[self.certificate]
+            )
+        password = os.environ.get(PASSWORD)
+        return config.use_elliptic_key_signer(private_key=self.key, password=password.encode() if password else None)
+
+    def explain(self, error: Exception) -> InputError:
+        """What to tell the user of an error of model-signing."""
+        what = "a Sigstore identity" if self.key is None else str(self.key)
+        hint = "" if self.key is None else f"; it takes an EC key of P-256, P-384 or P-521, its password in {PASSWORD}"
+        return InputError(f"cannot sign with {what}: {one_line(error)}{hint}")
+
+
+class _Payload(NamedTuple):
+    """What model-signing's signers take."""
+
+    statement: Any
+
+
+def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, str], predicate: Statement) -> bytes:
+    """A signed in-toto statement as a Sigstore bundle in JSON. subject: name to sha256.
+
+    Numbers become doubles on the way: integers beyond 2^53 have to be text. Raises InputError where signing fails.
+    """
+    try:
+        config = signer.config()
+        attestation = need("in_toto_attestation.v1.statement", "sign")
+        subjects = [
+            attestation.ResourceDescriptor(name=name, digest={"sha256": digest}).pb for name, digest in subject.items()
+        ]
+        statement = attestation.Statement(subjects, predicate_type, predicate)
+        statement.validate()
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "signature"
+            config._signer.sign(_Payload(statement)).write(file)
+            return file.read_bytes()
+    except InputError:
+        raise
+    except Exception as error:  # of cryptography, sigstore, the network: each has its own
+        raise signer.explain(error) from error
+
+
+def read_signature(path: Path) -> bytes | None:
+    """The content of a signature file; None where there is none. Raises InputError if it is no plain, small file."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is no plain file; a signature is one")
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > LARGEST:
+        raise InputError(f"{path} is too large for a signature; sign again")
+    return content
+
+
+def verified_statement(content: bytes, place: Path, trust: Trust) -> tuple[Statement, str]:
+    """The in-toto statement in a signature, and who signed it. place: where the signature lay, for messages.
+
+    Raises InputError unless `trust` covers the signer.
+    """
+    verifying = need("model_signing.verifying", "sign")
+    try:
+        material = json.loads(content)["verificationMaterial"]
+        kinds = next(kinds for name, kinds in MATERIAL.items() if material.get(name))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
+        raise InputError(f"{place} is damaged or no signature; get it again, or sign again") from None
+    if trust.kind not in kinds:
+        raise InputError(
+            f"{place} was signed with a {kinds[0]}; to verify it takes that, and {trust} is a {trust.kind}"
+        )
+    try:
+        payload_type, payload = _verified(verifying, content, trust)
+        statement = json.loads(payload)
+        if payload_type != PAYLOAD or statement["_type"] != STATEMENT:
+            raise ValueError("it holds no in-toto statement")
+    except Exception as error:  # of cryptography, sigstore, the network: each has its own
+        raise InputError(
+            f"{place} cannot be verified as signed by {trust} ({one_line(error)}); do not use what it stands for"
+        ) from error
+    return statement, _description(trust, material)
+
+
+def _verified(verifying: Any, content: bytes, trust: Trust) -> tuple[str, bytes]:
+    """Type and payload of an envelope, once its signature is verified."""
+    config = verifying.Config()
+    with TemporaryDirectory() as folder:
+        pem, file = Path(folder) / "trust.pem", Path(folder) / "signature"
+        pem.write_bytes(trust.pem)
+        file.write_bytes(content)
+        if trust.kind == "key":
+            config.use_elliptic_key_verifier(public_key=pem)
+        elif trust.kind == "certificate":
+            config.use_certificate_verifier(certificate_chain=[pem])
+        else:
+            config.use_sigstore_verifier(identity=trust.name, oidc_issuer=trust.issuer)
+        reader = verifying.sigstore if trust.kind == "identity" else verifying.sigstore_pb
+        verified: tuple[str, bytes] = config._verifier._verify_signed_content(reader.Signature.read(file))
+    return verified
+
+
+def _description(trust: Trust, material: Any) -> str:
+    """Who signed, in words for people. A key is named by the digest that model-signing calls its hint."""
+    if trust.kind == "identity":
+        return f"{trust.name} ({trust.issuer})"
+    if trust.kind == "certificate":
+        x509 = need("cryptography.x509", "sign")
+        leaf = x509.load_der_x509_certificate(
+            b64decode(material["x509CertificateChain"]["certificates"][0]["rawBytes"])
+        )
+        return f"{leaf.subject.rfc4514_string()} (certified by {leaf.issuer.rfc4514_string()})"
+    keys = need("cryptography.hazmat.primitives.serialization", "sign")
+    public = keys.load_pem_public_key(trust.pem)
+    pem = public.public_bytes(keys.Encoding.PEM, keys.PublicFormat.SubjectPublicKeyInfo)
+    return f"key {sha256(pem).hexdigest()[:16]}"

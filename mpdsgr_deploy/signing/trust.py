@@ -1,0 +1,69 @@
+"""Whose signatures are accepted: a public key, a certificate authority, or a Sigstore identity."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mpdsgr_deploy.errors import InputError
+
+Kind = Literal["key", "certificate", "identity"]
+PEM: dict[bytes, Kind] = {b"-----BEGIN PUBLIC KEY-----": "key", b"-----BEGIN CERTIFICATE-----": "certificate"}
+PRIVATE = b"PRIVATE KEY-----"
+
+
+@dataclass(frozen=True)
+class Trust:
+    """One accepted signer. name: as the user wrote it; pem: the content of that file; issuer: who knows an identity.
+
+    The file is read once, so that every later check is made with the key that was there at the start.
+    """
+
+    kind: Kind
+    name: str
+    pem: bytes = b""
+    issuer: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.issuer}" if self.kind == "identity" else self.name
+
+
+def parse_trust(text: str) -> Trust:
+    """A PEM file with a public key or with the certificates of an authority, or `IDENTITY,ISSUER` of Sigstore.
+
+    Raises InputError for a file that cannot be read or holds something else.
+    """
+    identity, comma, issuer = text.rpartition(",")
+    if comma and identity and "://" in issuer and not Path(text).expanduser().exists():
+        return Trust("identity", identity, issuer=issuer)
+    try:
+        pem = Path(text).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot read the key {text}: {reason}; give a PEM file with a public key or certificates, or "
+            "IDENTITY,ISSUER of Sigstore, such as me@example.com,https://accounts.google.com"
+        ) from None
+    if PRIVATE in pem:
+        raise InputError(
+            f"{text} is a private key, which belongs to the signer alone; give its public key, which "
+            f"`openssl ec -in {text} -pubout` prints"
+        )
+    for head, kind in PEM.items():
+        if head in pem:
+            return Trust(kind, text, pem)
+    raise InputError(f"{text} holds neither a public key nor certificates in PEM format")
+
+
+def trust_of_kind(text: str, kind: Kind, option: str) -> Trust:
+    """The key or certificate file `text` that `option` names. Raises InputError for the other kind, and otherwise as
+    `parse_trust` does.
+    """
+    trust = parse_trust(text)
+    if trust.kind != kind:
+        raise InputError(f"{option} {text} holds a {trust.kind}; give it with --{trust.kind}")
+    return trust
+
+
+def beside(file: Path, text: str) -> str:
+    """The key that a TOML file names: a relative path starts from that file's directory."""
+    return str(file.parent / text) if (file.parent / text).exists() else text
