@@ -68,6 +68,7 @@ def command(
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its core's lines are not for the user
     need("httptools", "serve")
+    need("orjson", "serve")
     need("tritonclient.grpc", "serve")
     from mpdsgr_deploy.serving.app import Server
     from mpdsgr_deploy.serving.listener import Tls

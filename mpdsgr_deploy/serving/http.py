@@ -17,7 +17,7 @@ from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, invalid
 from mpdsgr_deploy.serving.inference import infer
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.page import page
-from mpdsgr_deploy.serving.requests import parse_json, parse_request, response
+from mpdsgr_deploy.serving.requests import members, parse_json, parse_request, response
 from mpdsgr_deploy.serving.security import check_caller
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
 
@@ -176,7 +176,11 @@ class Http:
         if len(parts) != 3 or parts[0] != "models" or parts[2] not in ("load", "unload"):
             raise Refused(Why.NOT_FOUND, f"there is no {exchange.path[:100]}")
         self.server.require_control()
-        if content.get("parameters", {}) not in ({}, {"unload_dependents": False}, {"unload_dependents": True}):
+        if members(content.get("parameters", {}), "parameters") not in (
+            {},
+            {"unload_dependents": False},
+            {"unload_dependents": True},
+        ):
             raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
         repository = self.server.repository
         await (repository.load if parts[2] == "load" else repository.unload)(parts[1])

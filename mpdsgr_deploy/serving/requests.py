@@ -1,9 +1,9 @@
 """An inference request over HTTP: JSON, and behind it the binary tensors of the extension; and its answer."""
 
-import json
-import re
 from collections.abc import Sequence
 from typing import Any
+
+import orjson
 
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.inference import MICROSECONDS, InferenceRequest, OutputAnswer, WantedOutput
@@ -12,7 +12,6 @@ from mpdsgr_deploy.serving.tensors import ImageInput, InputTensor
 
 BINARY = "binary_data"
 SHARED_MEMORY = "shared_memory_region"
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no encoding writes
 
 
 def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> InferenceRequest:
@@ -21,15 +20,15 @@ def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> 
     head = body[:place]
     taken.check_json(head)
     content = parse_json(head)
-    parameters = _mapping(content.get("parameters", {}), "parameters")
+    parameters = members(content.get("parameters", {}), "parameters")
     inputs: list[InputTensor] = []
     for entry in _list(content.get("inputs"), "inputs"):
-        tensor, place = _tensor(_mapping(entry, "an input"), body, place)
+        tensor, place = _tensor(members(entry, "an input"), body, place)
         inputs.append(tensor)
     if header_length is not None and place != len(body):
         raise invalid(f"{len(body) - place} bytes are left behind the tensors")
     binary = _flag(parameters, "binary_data_output", otherwise=False)
-    outputs = [_wanted(_mapping(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
+    outputs = [_wanted(members(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
     return InferenceRequest(
         identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)), binary
     )
@@ -37,7 +36,7 @@ def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> 
 
 def identifier(value: Any) -> str:
     """A request's `id`. Raises Refused."""
-    if not isinstance(value, str) or len(value) > 256 or SURROGATE.search(value):
+    if not isinstance(value, str) or len(value) > 256:
         raise invalid("id must be a text of at most 256 characters")
     return value
 
@@ -57,16 +56,18 @@ def classes(value: Any) -> int:
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """A JSON object. Raises Refused for anything else."""
+    """The members of a JSON object. Raises Refused for anything else; numbers beyond 64 bits become floats."""
     try:
-        return _mapping(json.loads(content.decode(), object_pairs_hook=_present), "the request")
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
-        raise invalid(f"the request is not JSON: {str(error)[:100] or 'nested too deeply'}") from None
+        return members(orjson.loads(content), "the request")
+    except orjson.JSONDecodeError as error:  # no UTF-8, an infinite number and too deep nesting too
+        raise invalid(f"the request is not JSON: {str(error)[:100]}") from None
 
 
-def _present(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; those that are null are as good as absent, as some clients send all there might be."""
-    return {key: value for key, value in pairs if value is not None}
+def members(value: Any, what: str) -> dict[str, Any]:
+    """A JSON object's; those that are null are as good as absent, as some clients send all there might be."""
+    if not isinstance(value, dict):
+        raise invalid(f"{what} must be a JSON object")
+    return {key: member for key, member in value.items() if member is not None}
 
 
 def _length(text: str, most: int) -> int:
@@ -82,7 +83,7 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor
         raise invalid("an input needs a name and a datatype")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise invalid("an input's shape is a list of whole numbers")
-    parameters = _mapping(entry.get("parameters", {}), "parameters")
+    parameters = members(entry.get("parameters", {}), "parameters")
     if SHARED_MEMORY in parameters:
         raise invalid("shared memory is not offered here; send the tensor")
     size = parameters.get("binary_data_size")
@@ -96,7 +97,7 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor
 
 
 def _wanted(entry: dict[str, Any], binary: bool) -> WantedOutput:
-    name, parameters = entry.get("name"), _mapping(entry.get("parameters", {}), "parameters")
+    name, parameters = entry.get("name"), members(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
     if SHARED_MEMORY in parameters:
@@ -108,12 +109,6 @@ def _flag(parameters: dict[str, Any], key: str, *, otherwise: bool) -> bool:
     value = parameters.get(key, otherwise)
     if not isinstance(value, bool):
         raise invalid(f"{key} must be true or false")
-    return value
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise invalid(f"{what} must be a JSON object")
     return value
 
 
@@ -142,4 +137,4 @@ def response(model: ServedModel, request: InferenceRequest, answers: Sequence[Ou
     told: dict[str, Any] = {"model_name": model.source.name, "model_version": model.version, "outputs": outputs}
     if request.id:
         told["id"] = request.id
-    return json.dumps(told, separators=(",", ":")).encode(), b"".join(binary)
+    return orjson.dumps(told), b"".join(binary)

@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import time
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def check_caller(host: str, origin: str | None) -> None:
     site's own (DNS rebinding) says so in Host.
     """
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-    if not is_loopback(name.strip("[]")) or origin not in (None, f"http://{host}", f"https://{host}"):
+    if not is_loopback(name.strip("[]")[:100]) or origin not in (None, f"http://{host}", f"https://{host}"):
         raise Refused(
             Why.FORBIDDEN,
             f"this server answers this machine alone, not {(origin or host)[:100]}; give it keys, or --insecure if "
@@ -92,6 +93,7 @@ def check_caller(host: str, origin: str | None) -> None:
         )
 
 
+@lru_cache(maxsize=64)  # it is asked for every request
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the address; a name other than localhost may be anything."""
     try:

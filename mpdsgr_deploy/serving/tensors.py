@@ -80,7 +80,8 @@ class ImageInput(NamedTuple):
                 f"input {self.name!r} of {tensor.datatype} {list(tensor.shape)} takes {count * dtype.itemsize} bytes, "
                 f"got {len(tensor.content)}"
             )
-        return np.frombuffer(tensor.content, dtype)
+        numbers = np.frombuffer(tensor.content, dtype)
+        return numbers if numbers.flags.aligned else numbers.copy()  # behind JSON of any length; slow to compute with
 
 
 def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
