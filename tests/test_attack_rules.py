@@ -171,6 +171,23 @@ CASES = {
     "gather one": one("Gather", np.array(2), axis=1, f=lambda x: x[:, 2]),
     "gather many": one("Gather", i64(3, 0, 0), axis=2, f=lambda x: x[:, :, [3, 0, 0]]),
     "gather a table": one("Gather", np.array([[0, 2], [3, 3]]), axis=2, f=lambda x: x[:, :, [[0, 2], [3, 3]]]),
+    "gather by several arrays": Case(
+        [
+            ("Transpose", ["x"], {"perm": [2, 3, 0, 1]}),
+            ("GatherND", ["y0", np.array([[[0, 2]], [[3, 5]], [[0, 2]]])], {}),
+            ("Transpose", ["y1"], {"perm": [2, 3, 0, 1]}),
+        ],
+        lambda x: x.permute(2, 3, 0, 1)[[[0], [3], [0]], [[2], [5], [2]]].permute(2, 3, 0, 1),
+    ),
+    "gather at run time": Case(
+        [
+            ("Shape", ["x"], {"start": 0, "end": 1}),
+            ("Sub", ["y0", i64(1)], {}),
+            ("Gather", ["x", "y1"], {}),
+            ("Add", ["x", "y2"], {}),
+        ],
+        lambda x: x + x[-1:],
+    ),
     "split": Case(
         [("Split", ["x", i64(3, 4)], {"axis": 2, "outputs": 2}), ("Concat", ["y0_1", "y0", "y0"], {"axis": 2})],
         lambda x: torch.cat([x[:, :, 3:], x[:, :, :3], x[:, :, :3]], 2),

@@ -25,7 +25,7 @@ from mpdsgr_deploy.attack_graph.neurons import Neurons
 from mpdsgr_deploy.attack_graph.tape import Tape
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
-from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.data import Images, load_test, load_training
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export_module, find_module
 from mpdsgr_deploy.recipe import Data, Recipe
@@ -436,6 +436,28 @@ def test_a_faulty_derivation_does_not_pass_the_gate(
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(main, ["validate", str(out), "--gate", str(gate), "--report", str(tmp_path / "report")])
     assert done.exit_code in (1, 3), done.output
+
+
+def test_an_ordinary_network_that_is_certain_of_its_answers_is_gated(tmp_path: Path) -> None:
+    """Where 1 - p rounds to 0 the cross-entropy has no gradient in float32: the margin shows that attacks see one."""
+    draw, images = np.random.default_rng(0), load_training(Data(name="digits"))[0]
+    features = draw.normal(0, 0.5, (64, 128)).astype(np.float32)
+    hidden = np.maximum(images.unit().reshape(len(images), -1) @ features, 0)
+    targets = np.eye(10, dtype=np.float32)[images.classes] - 0.1
+    head = 60 * np.linalg.solve(hidden.T @ hidden + 10 * np.eye(128), hidden.T @ targets).astype(np.float32)
+    body = "<ir_version: 10, opset_import: ['': 21]> ann (float[b, 1, 8, 8] x) => (float[b, 10] logits) "
+    body += "{ f = Flatten (x) h = Gemm (f, features) r = Relu (h) logits = Gemm (r, head) }"
+    network = onnx.parser.parse_model(body.replace("'", '"'))
+    network.graph.initializer.extend(
+        [numpy_helper.from_array(features, "features"), numpy_helper.from_array(head.astype(np.float32), "head")]
+    )
+    onnx.save(network, tmp_path / "ann.onnx")
+    bundle = adopt(tmp_path / "ann.onnx", digits(60), tmp_path / "bundle", recipe=quick())
+    (tmp_path / "gate.toml").write_text('tier = "commit"\nimages = 60\nmax_drop = 0.2\n')
+    words = ["validate", bundle.path, "--gate", tmp_path / "gate.toml", "--report", tmp_path / "report"]
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    assert "adopted as an ONNX file" in (tmp_path / "report" / "summary.md").read_text()
 
 
 class Calibration(CalibrationDataReader):

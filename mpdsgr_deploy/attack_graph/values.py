@@ -1,6 +1,6 @@
 """What is known about a network's values before it runs: shapes, element types, and constants that nodes compute."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from mpdsgr_deploy.errors import InputError, one_line
 
-TRIED = (7, 11)  # batch sizes; primes, so that no other size of a network is likely to be one of them twice
+TRIED = (2, 3)  # batch sizes
 SMALL = 1024  # elements; larger constants are weights, whose values no shape depends on
 
 
@@ -60,33 +60,45 @@ def value_types(network: onnx.ModelProto) -> dict[str, ValueType]:
     """Shape and type of every value, as far as they can be inferred; a value of unknown rank is left out.
 
     Exporters that compute shapes in the graph (Shape, Gather, Concat, Reshape) leave sizes unknown where the batch is
-    free. Those are inferred at two batch sizes: a size that is the same in both does not depend on the batch.
-    Raises InputError for a graph that contradicts itself.
+    free. Those are measured: the network runs at two batch sizes, and a size that is the same in both does not depend
+    on the batch. Raises InputError for a graph that contradicts itself.
     """
-    bare = _without_weights(network)
-    types = _inferred(bare)
-    dims = bare.graph.input[0].type.tensor_type.shape.dim
-    sure = all(name in types and not any(map(_is_unknown, types[name].shape)) for name in _outputs(bare))
-    if sure or not dims or dims[0].HasField("dim_value"):
+    types = _inferred(network)
+    unknown = [
+        name
+        for node in network.graph.node
+        for name in node.output
+        if name and (name not in types or any(map(_is_unknown, types[name].shape)))
+    ]
+    images = network.graph.input[0]
+    dims = images.type.tensor_type.shape.dim
+    if not unknown or len(network.graph.input) > 1 or not all(size.HasField("dim_value") for size in dims[1:]):
         return types
-    batch = dims[0].dim_param or None
-    trials = []
-    for size in TRIED:
-        dims[0].dim_value = size
-        for entry in bare.graph.output:
-            entry.type.tensor_type.ClearField("shape")
-        del bare.graph.value_info[:]
-        try:
-            trials.append(_inferred(bare))
-        except InputError:  # a network that is fixed to one batch size
-            return types
-    for name, first in trials[0].items():
-        second = trials[1].get(name)
-        if second is not None and len(first.shape) == len(second.shape):
-            own = types[name].shape if name in types else (None,) * len(first.shape)
-            sizes = zip(own, first.shape, second.shape, strict=True)
-            types[name] = ValueType(tuple(_size(*three, batch) for three in sizes), first.dtype)
+    shape = [size.dim_value for size in dims[1:]]
+    try:
+        first, second = _measured(network, unknown, shape)
+    except Exception:  # a network that runs at no batch of another size, which whoever runs it will say
+        return types
+    for name in unknown:
+        if len(first[name].shape) == len(second[name].shape):
+            own = types[name].shape if name in types else (None,) * first[name].ndim
+            sizes = zip(own, first[name].shape, second[name].shape, strict=True)
+            kind = helper.np_dtype_to_tensor_dtype(first[name].dtype)
+            types[name] = ValueType(tuple(_size(*three, dims[0].dim_param or None) for three in sizes), kind)
     return types
+
+
+def _measured(network: onnx.ModelProto, values: Sequence[str], shape: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
+    """Some of a network's values, at each of the batch sizes that are tried."""
+    from mpdsgr_deploy.runtime.session import CPU, Session  # only where it is needed: it loads onnxruntime
+
+    whole = onnx.ModelProto()
+    whole.CopyFrom(network)
+    whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)
+    with Session(whole, CPU, source="the network, to measure its values") as session:
+        draw, name = np.random.default_rng(0), network.graph.input[0].name
+        runs = [session({name: draw.random((size, *shape), np.float32)}, values) for size in TRIED]
+    return [dict(zip(values, arrays, strict=True)) for arrays in runs]
 
 
 def _is_unknown(size: int | str | None) -> bool:
@@ -105,10 +117,6 @@ def _size(
     return first if isinstance(first, int) and first == second else known
 
 
-def _outputs(network: onnx.ModelProto) -> Iterator[str]:
-    return (name for node in network.graph.node for name in node.output if name)
-
-
 def _without_weights(network: onnx.ModelProto) -> onnx.ModelProto:
     """The network without the values of its weights, which the inference would copy."""
     bare = onnx.ModelProto(ir_version=network.ir_version, opset_import=network.opset_import)
@@ -123,7 +131,8 @@ def _without_weights(network: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def _inferred(bare: onnx.ModelProto) -> dict[str, ValueType]:
+def _inferred(network: onnx.ModelProto) -> dict[str, ValueType]:
+    bare = _without_weights(network)
     try:
         graph = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph
     except Exception as error:  # onnx's InferenceError, or of C++

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,6 @@ from mpdsgr_deploy.attacks.measure import Measurement, Outcome
 from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.progress import track
-from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.validation.health import Convergence, Slopes
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's eps
@@ -19,6 +19,7 @@ GROWTH_STEPS = 20  # of the strong PGD
 LARGE = (0.5, 1.0)  # where any image can be painted
 STEPS = (0.125, 0.25, 0.5, 1.0)  # of eps, along the gradient and along random directions
 DIRECTIONS = 4  # random ones
+CERTAIN = 1e-6  # a cross-entropy below it has no gradient in float32, where 1 - p rounds to 0
 
 Bools = NDArray[np.bool_]
 
@@ -81,25 +82,40 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
     """How the loss of the network's own answers changes along its gradient's signs, and along random ones.
 
     Of the images x [m, C, H, W] those that are classified correctly. None for a stochastic network, whose answers
-    differ by more than small steps do.
+    differ by more than small steps do. The loss is the cross-entropy; where float32 holds no gradient of it, since the
+    network is that certain, it is the margin: the best wrong logit minus the true one.
     """
-    network = suite.network
+    network, trained = suite.network, suite.source.trained
     chosen = np.flatnonzero(clean == y)
     if network.stochastic or not len(chosen):
         return None
     x, y = x[chosen], y[chosen]
-    with network.attacker(suite.source.trained, loss="ce", draws=1) as target:
-        parts = [slice(start, start + batch_size) for start in range(0, len(x), batch_size)]
-        uphill = np.sign(np.concatenate([np.asarray(target(x[part], y[part]).gradient) for part in parts]))
+    parts = [slice(start, start + batch_size) for start in range(0, len(x), batch_size)]
+
+    def answers(images: Floats) -> Floats:
+        return np.concatenate([network(images[part]) for part in parts])
+
+    def gradient(loss: str, towards: NDArray[Any]) -> Floats:
+        with network.attacker(trained, loss=loss, draws=1) as target:
+            return np.concatenate([np.asarray(target(x[part], towards[part]).gradient) for part in parts])
+
+    logits, uphill = answers(x), np.sign(gradient("ce", y))
+    margins = _margin_weights(logits, y)
+    certain = cross_entropy(logits, y) < CERTAIN
+    if certain.any():
+        uphill[certain] = np.sign(gradient("weighted", margins))[certain]
+
+    def loss(logits: Floats) -> Floats:
+        return np.where(certain, (margins * logits).sum(axis=1, dtype=np.float64), cross_entropy(logits, y))
+
     rng = np.random.default_rng(0)
     random = [rng.choice(np.array([-1, 1], np.float32), x.shape) for _ in range(DIRECTIONS)]
-    before = losses(network, x, y, batch_size)
+    before = loss(logits)
     rises, further = {}, np.zeros(len(x))
     for step in (share * eps for share in STEPS):
 
         def rise(direction: Floats, step: float = step) -> Floats:
-            stepped = np.clip(x + np.float32(step) * direction, 0, 1)
-            return losses(network, stepped, y, batch_size) - before
+            return loss(answers(np.clip(x + np.float32(step) * direction, 0, 1))) - before
 
         along, aside = rise(uphill), np.mean([rise(direction) for direction in random], axis=0)
         rises[step] = (float(along.mean()), float(aside.mean()))
@@ -107,10 +123,19 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
     return Slopes(int((further > 0).sum()), len(x), rises)
 
 
-def losses(network: Predictor, x: Floats, y: Classes, batch_size: int) -> Floats:
-    """The cross-entropy [m] of a network's answers to images x [m, C, H, W] of classes y [m]."""
-    parts = [network(x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
-    logits = np.concatenate(parts).astype(np.float64)
+def _margin_weights(logits: Floats, y: Classes) -> Floats:
+    """Weights [m, K] of logits [m, K] of classes y [m], whose sum is the best wrong logit minus the true one."""
+    rows, wrong = np.arange(len(y)), logits.copy()
+    wrong[rows, y] = -np.inf
+    weights = np.zeros_like(logits)
+    weights[rows, wrong.argmax(axis=1)] = 1
+    weights[rows, y] = -1
+    return weights
+
+
+def cross_entropy(logits: Floats, y: Classes) -> Floats:
+    """The cross-entropy [m] of logits [m, K] of classes y [m]."""
+    logits = logits.astype(np.float64)
     largest = logits.max(axis=1, keepdims=True)
     total = np.log(np.exp(logits - largest).sum(axis=1)) + largest[:, 0]
     return np.asarray(total - logits[np.arange(len(y)), y])

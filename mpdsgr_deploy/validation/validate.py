@@ -17,6 +17,7 @@ from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.manifest import Manifest
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
@@ -220,6 +221,12 @@ def _examples(subject: Subject, measurement: Measurement, x: Floats) -> list[Exa
     )
 
 
+def _origin(manifest: Manifest) -> str:
+    """Where a network comes from, in words."""
+    elsewhere = {"adopted": "adopted as an ONNX file", "module": "exported from a torch module"}
+    return elsewhere.get(manifest.origin) or f"trained with {manifest.recipe.method}"
+
+
 def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: list[Rule], seconds: float) -> Report:
     target, gate = subject.target, subject.gate
     manifest, stopped = target.bundle.manifest, judged.measurement.stopped
@@ -231,7 +238,7 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: 
         bundle=target.bundle.path.name,
         bundle_sha256=manifest.digest,
         signer=target.bundle.signed.signer if target.bundle.signed else None,
-        network=f"{recipe.model.name} for {recipe.data.name}, trained with {recipe.method}, T = {recipe.encoding.T}",
+        network=f"{recipe.model.name} for {recipe.data.name}, {_origin(manifest)}, T = {recipe.encoding.T}",
         model=ModelFacts.of(target.bundle, target.precision),
         artefact_file=target.url or variant.file,
         artefact_sha256=target.bundle.model_sha256(target.precision),

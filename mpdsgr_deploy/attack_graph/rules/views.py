@@ -121,7 +121,11 @@ def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     axis = attribute(node, "axis", 0) % len(shape)
     size = shape[axis]
     if indices is None or not isinstance(size, int):
-        raise refuse(node, "takes elements that are known only at run time")
+        if axis or tape.depends(node.input[1]):
+            raise refuse(node, "takes elements that are known only at run time")
+        places = tape.emit("Unsqueeze", node.input[1], tape.integers(-1))
+        tape.give(value, _scattered(tape, node, places, only(cotangents)))
+        return
     cotangent, places = only(cotangents), [int(i) % size for i in indices.ravel()]
     if indices.ndim == 0:
         cotangent = tape.emit("Unsqueeze", cotangent, tape.integers(axis))
@@ -136,6 +140,21 @@ def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
         tape.give_piece(value, Piece(axis, places[0], places[0] + len(places), cotangent))
     else:
         tape.give(value, _put_back(tape, cotangent, axis, size, places, len(shape)))
+
+
+def _gather_nd(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Torch's indexing by several arrays, as adaptive pooling of sizes that do not divide has it."""
+    if attribute(node, "batch_dims", 0) or tape.depends(node.input[1]):
+        raise refuse(node, "takes elements that are known only at run time")
+    tape.give(node.input[0], _scattered(tape, node, node.input[1], only(cotangents)))
+
+
+def _scattered(tape: Tape, node: onnx.NodeProto, places: str, cotangent: str) -> str:
+    """Cotangents added up where they came from: places [..., k] in the first k axes."""
+    if tape.opset < 16:
+        raise refuse(node, "takes elements that are known only at run time; export with opset 18 or later")
+    nothing = tape.emit("Expand", tape.constant(0), tape.emit("Shape", node.input[0]))
+    return tape.emit("ScatterND", nothing, places, cotangent, reduction="add")
 
 
 def _pad(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
@@ -196,6 +215,7 @@ RULES: dict[str, Rule] = {
     "Expand": _expand,
     "Flatten": _reshape,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Pad": _pad,
     "ReduceMax": _reduce_max,
     "ReduceMean": _reduce,
