@@ -123,8 +123,8 @@ def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     if indices is None or not isinstance(size, int):
         if axis or tape.depends(node.input[1]):
             raise refuse(node, "takes elements that are known only at run time")
-        places = tape.emit("Unsqueeze", node.input[1], tape.integers(-1))
-        tape.give(value, _scattered(tape, node, places, only(cotangents)))
+        rows = tape.emit("Unsqueeze", node.input[1], tape.integers(-1))
+        tape.give(value, _scattered(tape, node, rows, only(cotangents)))
         return
     cotangent, places = only(cotangents), [int(i) % size for i in indices.ravel()]
     if indices.ndim == 0:
