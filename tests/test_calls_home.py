@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import QUICK_GATE
 from served import BUNDLE, INFER, Served, images, request
+from signatures import new_keys
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.cli import COMMANDS
@@ -124,6 +125,7 @@ def commands(home: Path, bundle: Bundle) -> dict[str, list[object]]:
     (home / "s.toml").write_text(TABLE + METHODS)
     recipe = [*("digits-reg", "--out", home / "run", "--set", "training.epochs=1"), *SMALLEST]
     network = bundle.path / bundle.manifest.variants["fp32"].file
+    keys, signed = new_keys(home, "ci"), shutil.copytree(BUNDLE, home / "signed")
     results = ["--seeds", "0", "--runs", home / "runs", "--out", home / "results"]
     return {
         "train": recipe,
@@ -131,7 +133,8 @@ def commands(home: Path, bundle: Bundle) -> dict[str, list[object]]:
         "adopt": [network, "--images", "digits", "--surrogate", "triangle:1", "--limit", 20, "--out", home / "adopted"],
         "build": [home / "exported", "--backend", "openvino"],
         "validate": [bundle.path, "--tier", "commit", "--gate", home / "gate.toml", "--report", home / "report"],
-        "verify": [BUNDLE],
+        "sign": [signed, "--key", keys.private],
+        "verify": [signed, "--key", keys.public],
         "predict": [BUNDLE, home / "images.npy"],
         "bench": [BUNDLE, "--seconds", 0.1, "--batch", 1, "--backend", "onnxruntime-cpu"],
         "deploy": ["triton", BUNDLE, "--out", home / "triton"],
