@@ -40,11 +40,13 @@ def train(
     overrides: Sequence[str] = (),
     resume: bool = False,
     profile: bool = False,
+    init: AnyPath | None = None,
 ) -> Path:
     """Train a recipe (a built-in name, a .toml file or a `Recipe`) into directory `out`, and return that directory.
 
     overrides: texts such as "training.epochs=5" that replace fields of a recipe file. resume: continue an interrupted
-    run, or start one. profile: write where the time of the first steps went to out/profile.
+    run, or start one. profile: write where the time of the first steps went to out/profile. init: a run or checkpoint
+    whose weights training starts from (fine-tuning).
     Raises InputError for a wrong recipe, missing data or extra `train`, or an `out` that holds another run.
     """
     need("lightning.fabric", "train")
@@ -54,7 +56,7 @@ def train(
         recipe = load_recipe(find_recipe(str(recipe)), overrides)
     elif overrides:
         raise InputError("overrides are for recipe files; change the Recipe itself with model_copy")
-    run(recipe, Path(out), resume=resume, profile=profile)
+    run(recipe, Path(out), resume=resume, profile=profile, init=None if init is None else Path(init))
     return Path(out)
 
 
