@@ -39,8 +39,8 @@ class Tape:
         self.opset = max(
             (entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")), default=0
         )
-        self._types = value_types(network)
         self._constant_values = ConstantValues(network)
+        self._types = value_types(network, self._constant_values)
         self.smooth: set[str] = set()  # values with a cotangent, set by `find_jumps`
         self.unpaid: set[tuple[str, str]] = set()  # (a node's first output, its input): gradients that do not count
         self.node: onnx.NodeProto | None = None  # the one that is being differentiated

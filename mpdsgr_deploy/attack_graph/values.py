@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from mpdsgr_deploy.errors import InputError, one_line
@@ -50,46 +50,51 @@ class ConstantValues:
             self._computed |= {name: np.asarray(array) for name, array in zip(outputs, answers, strict=True)}
         return self._computed.get(value)
 
+    def add(self, value: str, array: NDArray[Any]) -> None:
+        """Make a value known that was measured."""
+        self._computed.setdefault(value, array)
+
     def _needed(self, value: str) -> NDArray[Any]:
         array = self.get(value)
         assert array is not None  # what computes a constant is constant
         return array
 
 
-def value_types(network: onnx.ModelProto) -> dict[str, ValueType]:
+def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str, ValueType]:
     """Shape and type of every value, as far as they can be inferred; a value of unknown rank is left out.
 
     Exporters that compute shapes in the graph (Shape, Gather, Concat, Reshape) leave sizes unknown where the batch is
     free. Those are measured: the network runs at two batch sizes, and a size that is the same in both does not depend
-    on the batch. Raises InputError for a graph that contradicts itself.
+    on the batch. Whole numbers that are the same in both are added to the constants: bounds of slices.
+    Raises InputError for a graph that contradicts itself.
     """
     types = _inferred(network)
-    unknown = [
-        name
-        for node in network.graph.node
-        for name in node.output
-        if name and (name not in types or any(map(_is_unknown, types[name].shape)))
-    ]
+    made = [name for node in network.graph.node for name in node.output if name]
+    unknown = [name for name in made if name not in types or any(map(_is_unknown, types[name].shape))]
     images = network.graph.input[0]
     dims = images.type.tensor_type.shape.dim
     if not unknown or len(network.graph.input) > 1 or not all(size.HasField("dim_value") for size in dims[1:]):
         return types
-    shape = [size.dim_value for size in dims[1:]]
+    numbers = [name for name in made if name in types and types[name].dtype == TensorProto.INT64]
     try:
-        first, second = _measured(network, unknown, shape)
+        runs = _measured(network, [*unknown, *numbers], [size.dim_value for size in dims[1:]])
     except Exception:  # a network that runs at no batch of another size, which whoever runs it will say
         return types
-    for name in unknown:
-        if len(first[name].shape) == len(second[name].shape):
-            own = types[name].shape if name in types else (None,) * first[name].ndim
-            sizes = zip(own, first[name].shape, second[name].shape, strict=True)
-            kind = helper.np_dtype_to_tensor_dtype(first[name].dtype)
+    for name, (first, second) in runs.items():
+        if name not in numbers and first.ndim == second.ndim:
+            own = types[name].shape if name in types else (None,) * first.ndim
+            sizes = zip(own, first.shape, second.shape, strict=True)
+            kind = helper.np_dtype_to_tensor_dtype(first.dtype)
             types[name] = ValueType(tuple(_size(*three, dims[0].dim_param or None) for three in sizes), kind)
+        if first.dtype == np.int64 and first.size <= SMALL and np.array_equal(first, second):
+            constants.add(name, first)
     return types
 
 
-def _measured(network: onnx.ModelProto, values: Sequence[str], shape: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
-    """Some of a network's values, at each of the batch sizes that are tried."""
+def _measured(
+    network: onnx.ModelProto, values: Sequence[str], shape: Sequence[int]
+) -> dict[str, tuple[NDArray[Any], ...]]:
+    """Some of a network's values by their names, at each of the batch sizes that are tried."""
     from mpdsgr_deploy.runtime.session import CPU, Session  # only where it is needed: it loads onnxruntime
 
     whole = onnx.ModelProto()
@@ -98,7 +103,7 @@ def _measured(network: onnx.ModelProto, values: Sequence[str], shape: Sequence[i
     with Session(whole, CPU, source="the network, to measure its values") as session:
         draw, name = np.random.default_rng(0), network.graph.input[0].name
         runs = [session({name: draw.random((size, *shape), np.float32)}, values) for size in TRIED]
-    return [dict(zip(values, arrays, strict=True)) for arrays in runs]
+    return dict(zip(values, zip(*runs, strict=True), strict=True))
 
 
 def _is_unknown(size: int | str | None) -> bool:
