@@ -29,8 +29,8 @@ class Checkpoint(BaseModel):
     """`shape` is (C, H, W) of the input; `history` has one entry per epoch; `weights` is the file beside the JSON.
 
     choice: which epoch of its run this is: the last one, or the one with the best `metrics["score"]`; score_of says
-    what that score measures. Both are empty in checkpoints of schema version 1. init: the checkpoint whose weights
-    training started from (`training.state.load_init`); None: from random ones.
+    what that score measures. Both are empty in checkpoints of schema version 1. init: the checkpoint or
+    module whose weights training started from (`training.state.load_init`); None: from random ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -17,7 +17,9 @@ DEFAULT = "digits-robust"  # of the methods measured, what keeps most under all 
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a recipe field.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run from its last finished epoch.")
-@click.option("--init", type=click.Path(path_type=Path), help="Start from this checkpoint's weights (fine-tuning).")
+@click.option(
+    "--init", metavar="ORIGIN", help="Start from a checkpoint's weights, or those of package.module:function."
+)
 @click.option("--profile", is_flag=True, help="Write where the time of the first steps went to OUT/profile.")
 @json_option
 def command(
@@ -25,7 +27,7 @@ def command(
     overrides: tuple[str, ...],
     out: Path | None,
     resume: bool,
-    init: Path | None,
+    init: str | None,
     profile: bool,
     as_json: bool,
 ) -> None:
@@ -34,6 +36,9 @@ def command(
     That is adversarial training with SR, which keeps most under all attacks of what was measured; the paper's own
     method is cifar10-vgg11-mpdsgr, or digits-mpdsgr. Writes checkpoints (last, best), TensorBoard curves and what
     --resume needs. `mpdsgr export` takes the last epoch; --checkpoint best takes the one that validated best.
+
+    --init takes a run or checkpoint of this package, or package.module:function, which returns a torch module whose
+    layers map one to one onto the recipe's.
 
     \b
     Example:
@@ -49,7 +54,7 @@ def command(
     from mpdsgr_deploy.training.pages import keep_pages
 
     keep_pages()
-    train(resolved, out, resume=resume, profile=profile, init=init)
+    train(resolved, out, resume=resume, profile=profile, init=_origin(init))
     last, best = load_checkpoint(out / "last"), load_checkpoint(out / "best")
     if as_json:
         score = {"epoch": best.epoch, "score_of": best.score_of, **best.metrics}
@@ -60,3 +65,8 @@ def command(
             click.echo(f"{checkpoint.origin}: validation accuracy {accuracy:.1%}")
         root = "" if resolved.data.root == resolved.portable().data.root else f" --root {resolved.data.root}"
         click.echo(f"next: mpdsgr export {out} --out {out}/bundle{root}")
+
+
+def _origin(init: str | None) -> Path | str | None:
+    """A checkpoint's directory, or the name of a torch module as it is."""
+    return init if init is None or (":" in init and not Path(init).exists()) else Path(init)

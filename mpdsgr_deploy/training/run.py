@@ -46,14 +46,18 @@ from mpdsgr_deploy.training.stages import recipe_at, set_time_steps
 from mpdsgr_deploy.training.state import STATE, begin, save
 
 RECIPE = "recipe.json"
+Origin = Path | str  # of first weights: a checkpoint's directory, or package.module:function
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False, init: Path | None = None) -> None:
+def train(
+    recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False, init: Origin | None = None
+) -> None:
     """Train what `recipe` describes into directory `out`.
 
     resume continues an interrupted run of the same recipe from its last finished epoch (or starts one). profile writes
-    where the time of its first steps went into out/profile. init: the directory of a checkpoint to start from instead
-    of random weights; a resumed run goes on from its own.
+    where the time of its first steps went into out/profile. init: what to start from instead of random weights,
+    the directory of a checkpoint or the name of a torch module (package.module:function); a resumed run goes on from
+    its own.
     Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
     hardware, a full disk.
     """
@@ -75,7 +79,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = Fa
         _launch(recipe, training, validation, out, init, profile)
 
 
-def _launch(recipe: Recipe, training: Images, validation: Images, out: Path, init: Path | None, profile: bool) -> None:
+def _launch(
+    recipe: Recipe, training: Images, validation: Images, out: Path, init: Origin | None, profile: bool
+) -> None:
     config = recipe.training
     try:
         fabric = Fabric(
@@ -114,7 +120,7 @@ def _run(
     training: Images,
     validation: Images,
     out: Path,
-    init: Path | None,
+    init: Origin | None,
     verbose: bool,
     profile: bool,
 ) -> None:

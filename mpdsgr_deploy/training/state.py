@@ -15,23 +15,27 @@ from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import build_model
+from mpdsgr_deploy.models.by_name import find_module
 from mpdsgr_deploy.training.epoch import Learner
 from mpdsgr_deploy.training.identity import refuse_other_data
+from mpdsgr_deploy.training.module_init import mapped_weights, start_from_module, weights_sha256
 
 STATE = "state.pt"
+COMPARED = 500  # training images on which a module and the network that starts from it are compared
 
 
 class Past(NamedTuple):
-    """What lies behind a run: the history entries of its epochs so far, and the checkpoint whose weights it started
-    from, if there was one: their hash, epoch, recipe, provenance and own `init`.
+    """What lies behind a run: the history entries of its epochs so far, and where its first weights come from, if they
+    were not random: a checkpoint's hash, epoch, recipe, provenance and own `init`, or a module's name and hash.
     """
 
     history: list[dict[str, Any]]
     init: dict[str, Any] | None = None
 
 
-def begin(learner: Learner, training: Images, out: Path, init: Path | None, data: dict[str, Any]) -> Past:
-    """Fill the learner from the run's state, if `out` holds one, else from checkpoint `init`, if there is one.
+def begin(learner: Learner, training: Images, out: Path, init: Path | str | None, data: dict[str, Any]) -> Past:
+    """Fill the learner from the run's state, if `out` holds one, else from `init`, if there is one: the directory of a
+    checkpoint, or the name of a torch module, package.module:function.
 
     After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to. data: the
     `identity.data_identity` of the run's images.
@@ -42,7 +46,10 @@ def begin(learner: Learner, training: Images, out: Path, init: Path | None, data
         return Past([], None if init is None else load_init(learner, training, init))
     past = _restore(learner, out / STATE, data)
     if init is not None:
-        sha256 = load_checkpoint(find_checkpoint(init)).weights_sha256
+        if isinstance(init, Path):
+            sha256 = load_checkpoint(find_checkpoint(init)).weights_sha256
+        else:
+            sha256 = weights_sha256(mapped_weights(find_module(init), learner.model))
         if past.init is None or past.init["weights_sha256"] != sha256:
             raise InputError(f"{out} did not start from the weights in {init}; resume without --init")
     return past
@@ -63,14 +70,17 @@ def _restore(learner: Learner, path: Path, data: dict[str, Any]) -> Past:
         raise InputError(f"{path} is damaged ({type(error).__name__}); start again in another --out") from error
 
 
-def load_init(learner: Learner, training: Images, directory: Path) -> dict[str, Any]:
-    """Fill the learner with the weights of the checkpoint in `directory`; returns the run's `Past.init`.
+def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str, Any]:
+    """Fill the learner with the weights of a checkpoint or a module; returns the run's `Past.init`.
 
-    What a defence adds to the network (StoG's gates, DLIF's gains) and the checkpoint lacks keeps its initial value.
+    What a defence adds to the network (StoG's gates, DLIF's gains) and the origin lacks keeps its initial value.
     """
     from safetensors.torch import load_file
 
-    recipe, path = learner.recipe, find_checkpoint(directory)
+    networks = [learner.model, *([] if learner.average is None else [learner.average])]
+    if isinstance(init, str):
+        return start_from_module(find_module(init), init, networks, training[:COMPARED])
+    recipe, path = learner.recipe, find_checkpoint(init)
     checkpoint = load_checkpoint(path)
     training.require_kind(recipe.data.name, checkpoint.shape, checkpoint.labels)
     weights, own = load_file(path / checkpoint.weights), learner.model.state_dict()
@@ -83,8 +93,8 @@ def load_init(learner: Learner, training: Images, directory: Path) -> dict[str, 
             f"the weights in {path} are of {described(checkpoint)} and do not fit this recipe (first at {misfits[0]}); "
             f"give both the same sections model and neuron, and the defences that change neurons"
         )
-    for model in (learner.model, *([] if learner.average is None else [learner.average])):
-        model.load_state_dict(weights, strict=False)
+    for network in networks:
+        network.load_state_dict(weights, strict=False)
     return {
         "weights_sha256": checkpoint.weights_sha256,
         "epoch": checkpoint.epoch,

@@ -1,0 +1,158 @@
+"""Starting a training run from any torch module whose layers map one to one onto the recipe's network.
+
+Layers are matched in the order in which the module registers them, by kind and shape: convolutions and linear layers,
+and the normalisation behind each. tdBN multiplies by alpha V_th what plain batch normalisation does not, so its weight
+is divided by that; a bias in front of a normalisation is taken into its mean. Neurons are the recipe's: what they do
+otherwise than the module's shows in how many validation images both answer alike, which is logged and recorded.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.snn.tdbn import TdBN
+
+SYNAPSES = (nn.Conv2d, nn.Linear)
+BATCH = 100  # images answered at once
+ALIKE = 0.9  # share of images on which a network that starts from a module should answer as the module does
+
+
+class Layer(NamedTuple):
+    """A synapse with the normalisation that is registered behind it."""
+
+    name: str
+    synapse: nn.Conv2d | nn.Linear
+    norm_name: str = ""
+    norm: TdBN | nn.BatchNorm1d | nn.BatchNorm2d | None = None
+
+
+def layers(network: nn.Module) -> list[Layer]:
+    """The layers of a network in the order in which it registers them."""
+    found: list[Layer] = []
+    for name, part in network.named_modules():
+        if isinstance(part, SYNAPSES):
+            found.append(Layer(name, part))
+        elif isinstance(part, TdBN | nn.BatchNorm1d | nn.BatchNorm2d) and found and found[-1].norm is None:
+            found[-1] = found[-1]._replace(norm_name=name, norm=part)
+    return found
+
+
+def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
+    """The entries of the network's state that the module's layers determine.
+
+    Raises InputError for the first layer that has no counterpart of its kind, shape and normalisation.
+    """
+    theirs, ours = layers(module), layers(network)
+    if len(theirs) != len(ours):
+        raise InputError(
+            f"the module has {len(theirs)} layers with weights ({_names(theirs)}), this recipe's network {len(ours)} "
+            f"({_names(ours)}); give a recipe whose section model has the same layers"
+        )
+    weights = {  # of pixels in [0, 1] as they are
+        name: torch.full_like(tensor, float(name == "normalize.std"))
+        for name, tensor in network.state_dict().items()
+        if name in ("normalize.mean", "normalize.std")
+    }
+    for their, our in zip(theirs, ours, strict=True):
+        _check(their, our)
+        weights |= _of_layer(their, our)
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def _names(found: list[Layer]) -> str:
+    return ", ".join(f"{layer.name} {list(layer.synapse.weight.shape)}" for layer in found[:4])
+
+
+def _check(their: Layer, our: Layer) -> None:
+    kinds = [next(kind.__name__ for kind in SYNAPSES if isinstance(layer.synapse, kind)) for layer in (their, our)]
+    shapes = [list(layer.synapse.weight.shape) for layer in (their, our)]
+    if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+        raise InputError(
+            f"the module's layer {their.name} is a {kinds[0]} {shapes[0]}, the recipe's {our.name} a {kinds[1]} "
+            f"{shapes[1]}; give a recipe whose section model has the same layers"
+        )
+    if (their.norm is None) != (our.norm is None):
+        has, lacks = (our, their) if their.norm is None else (their, our)
+        raise InputError(f"layer {has.name} is normalised and its counterpart {lacks.name} is not; they do not map")
+    for name in ("stride", "padding", "dilation", "groups") if isinstance(our.synapse, nn.Conv2d) else ():
+        own = getattr(our.synapse, name)
+        if getattr(their.synapse, name) != own:
+            raise InputError(
+                f"the module's layer {their.name} has {name} {getattr(their.synapse, name)}, the recipe's {own}"
+            )
+
+
+def _of_layer(their: Layer, our: Layer) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {f"{our.name}.weight": their.synapse.weight}
+    bias = their.synapse.bias
+    if our.norm is None:
+        if our.synapse.bias is None and bias is not None:
+            raise InputError(f"the module's layer {their.name} has a bias, the recipe's {our.name} has none")
+        if our.synapse.bias is not None:
+            weights[f"{our.name}.bias"] = torch.zeros_like(our.synapse.bias) if bias is None else bias
+        return weights
+    norm, name = their.norm, our.norm_name
+    assert norm is not None
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        raise InputError(f"the normalisation behind the module's layer {their.name} keeps no statistics")
+    factor = our.norm.alpha * our.norm.v_threshold if isinstance(our.norm, TdBN) else 1.0
+    gain = norm.scale if isinstance(norm, TdBN) else torch.ones_like(mean) if norm.weight is None else norm.weight
+    adjusted = torch.sqrt(variance + our.norm.eps) / torch.sqrt(variance + norm.eps)  # where the epsilons differ
+    return {
+        **weights,
+        f"{name}.weight": gain * adjusted / factor,
+        f"{name}.bias": torch.zeros_like(mean) if norm.bias is None else norm.bias,
+        f"{name}.running_mean": mean if bias is None else mean - bias,
+        f"{name}.running_var": variance,
+    }
+
+
+def start_from_module(module: nn.Module, name: str, networks: Sequence[nn.Module], images: Images) -> dict[str, Any]:
+    """Fill the recipe's networks with a module's weights; returns where they come from, for the checkpoint.
+
+    The module takes pixels in [0, 1], so the networks do not normalise them. images: on which both are asked. Raises
+    InputError for layers that do not map, and for a module that does not take these images.
+    """
+    module = module.eval().cpu()
+    weights = mapped_weights(module, networks[0])
+    for network in networks:
+        network.load_state_dict(weights, strict=False)
+    alike = _alike(module, networks[0], images)
+    log.info("the network that starts from %s answers %.1f %% of %d images as it does", name, 100 * alike, len(images))
+    if alike < ALIKE:
+        log.warning(
+            "the recipe's neurons do not do what those of %s did: compare neuron.tau, v_threshold and reset, "
+            "encoding.T, and what pools; a library that decays the input is met by v_threshold times tau",
+            name,
+        )
+    return {"module": name, "weights_sha256": weights_sha256(weights), "alike": alike, "images": len(images)}
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """The hash of weights by their names."""
+    content = b"".join(tensor.cpu().contiguous().numpy().tobytes() for _, tensor in sorted(weights.items()))
+    return hashlib.sha256(content).hexdigest()
+
+
+def _alike(module: nn.Module, network: nn.Module, images: Images) -> float:
+    """The share of images that both give the same label."""
+    device, was_training = next(network.parameters()).device, network.training
+    network.eval()
+    same = 0
+    try:
+        with torch.no_grad():
+            for start in range(0, len(images), BATCH):
+                x = torch.from_numpy(images[start : start + BATCH].unit())
+                same += int((module(x).argmax(1) == network(x.to(device)).argmax(1).cpu()).sum())
+    except Exception as error:  # whatever the module raises
+        raise InputError(f"the module does not take images {list(images.shape)}: {one_line(error)}") from error
+    finally:
+        network.train(was_training)
+    return same / len(images)
