@@ -1,5 +1,8 @@
 """What would fail after the training is refused before its first epoch."""
 
+import json
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import MODELS, SpikingNet
 from mpdsgr_deploy.models.network import build_model
-from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipe import Model, Recipe
 from mpdsgr_deploy.training import preflight as module
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.preflight import preflight
@@ -59,6 +62,14 @@ def test_a_surrogate_without_nodes(images: Images, monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(InputError, match="without-nodes"):
             preflight(recipe, images)
+
+
+def test_models_of_this_package_are_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_module("mpdsgr_deploy.experiments.variants")  # whose models are partial functions
+    parts = {"vgg-small": MODELS["vgg-small"], "plain-3": MODELS["plain-3"], "outside": partial(json.loads)}
+    monkeypatch.setattr(module, "MODELS", parts)
+    recipes = {name: small_recipe().model_copy(update={"model": Model.model_construct(name=name)}) for name in parts}
+    assert [name for name, recipe in recipes.items() if module._is_foreign(recipe)] == ["outside"]
 
 
 def test_an_operator_without_a_rule_for_its_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

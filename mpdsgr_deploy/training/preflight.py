@@ -4,6 +4,7 @@ Everything runs on the meta device, which computes shapes and no values, but for
 these are exported once, untrained, because an operator without a rule for its gradient shows in the ONNX graph alone.
 """
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -66,7 +67,8 @@ def _check_step(recipe: Recipe, model: SpikingNet, training: Images) -> None:
 def _is_foreign(recipe: Recipe) -> bool:
     """Whether another package's model or defence takes part."""
     parts = [MODELS[recipe.model.name], *(DEFENCES[name] for name in recipe.defence)]
-    return any(str(part.__module__).partition(".")[0] != OURS for part in parts)
+    functions = [part.func if isinstance(part, partial) else part for part in parts]  # whose own module is functools
+    return any(str(function.__module__).partition(".")[0] != OURS for function in functions)
 
 
 def _check_export(recipe: Recipe, shape: tuple[int, int, int], classes: int) -> None:
