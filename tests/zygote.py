@@ -12,7 +12,8 @@ import sys
 import threading
 from importlib import import_module
 
-MODULES = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
+PACKAGE = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
+MODULES = (*(f"mpdsgr_deploy.{name}" for name in PACKAGE), "sklearn.datasets")
 
 
 def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: str, output: list[str]) -> None:
@@ -42,7 +43,7 @@ def leave(status: object) -> None:
 
 def serve() -> None:
     for name in MODULES:
-        import_module(f"mpdsgr_deploy.{name}")
+        import_module(name)
     gc.freeze()  # a collection in a child would copy every page that holds an object
     print("ready", flush=True)
     for line in sys.stdin:
