@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import QUICK_GATE, resealed
+from conftest import QUICK_GATE, mpdsgr_here, resealed
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
@@ -56,6 +56,25 @@ def checkout(bundle: Bundle, tmp_path: Path) -> Path:
     (tmp_path / "lax gate.toml").write_text(QUICK_GATE)
     (tmp_path / "hard gate.toml").write_text(f"{QUICK_GATE}floors = {{ worst = 1.0 }}")
     return tmp_path
+
+
+def validated(line: str, cwd: Path, *shell: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same for a line that validates: how the command ends in this process, called with the shell's words.
+
+    A program in its place writes these words down, and its exit code must become the shell's. That the installed
+    command is found on PATH is seen where a bundle is missing.
+    """
+    programs = cwd / "programs"
+    programs.mkdir(exist_ok=True)
+    program = programs / "mpdsgr"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {shlex.quote(str(programs / 'words'))}\nexit 7\n")
+    program.chmod(0o755)
+    environment = {**os.environ, **environment, "PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run([*shell, line], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        return mpdsgr_here(*(programs / "words").read_text().split("\0")[:-1])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +126,7 @@ def test_what_is_installed_exists() -> None:
 
 def test_github_passes_and_shows_the_summary(checkout: Path) -> None:
     environment = given(bundle="my bundle", gate="lax gate.toml")
-    done = run(LINES["validate"], checkout, "bash", "-ec", **environment)
+    done = validated(LINES["validate"], checkout, "bash", "-ec", **environment)
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (checkout / REPORT).iterdir()}
     assert files == {"report.json", "report.html", "junit.xml", "summary.md", "badge.json"}
@@ -124,7 +143,7 @@ def test_github_passes_and_shows_the_summary(checkout: Path) -> None:
 def test_gitlab_fails_with_the_gate_and_keeps_the_report(checkout: Path) -> None:
     (line,) = TEMPLATE["script"]
     own = {"MPDSGR_BUNDLE": "my bundle", "MPDSGR_GATE": "hard gate.toml"}
-    done = run(line, checkout, "sh", "-ec", **{**TEMPLATE["variables"], **own})
+    done = validated(line, checkout, "sh", "-ec", **{**TEMPLATE["variables"], **own})
     assert done.returncode == 1, done.stderr
     assert TEMPLATE["artifacts"]["when"] == "always"
     suite = ElementTree.parse(checkout / TEMPLATE["artifacts"]["reports"]["junit"]).getroot()
@@ -137,7 +156,7 @@ def test_a_foreign_attack_graph_is_an_invalid_evaluation_whose_report_says_so(ch
     (bundle / "attack.fp32.onnx").write_bytes(derived(bundle / "model.fp32.onnx", "rectangular"))
     resealed(bundle)
     line, environment = LINES["validate"], given(bundle="my bundle", gate="lax gate.toml")
-    done = run(line, checkout, "bash", "-ec", **environment)
+    done = validated(line, checkout, "bash", "-ec", **environment)
     assert done.returncode == 3, done.stderr
     assert "the attack graph is the network's own" in (checkout / REPORT / "summary.md").read_text()
     assert json.loads((checkout / REPORT / "badge.json").read_text())["color"] != "brightgreen"
