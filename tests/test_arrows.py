@@ -6,6 +6,7 @@ Modules of one package may not even name each other for type checking alone.
 import ast
 import graphlib
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,10 @@ def imported(file: Path, *, for_types: bool = False) -> set[str]:
     return {name if name in MODULES else name.rpartition(".")[0] for name in inside}
 
 
-IMPORTS = {name: imported(file) - {name} for name, file in MODULES.items()}
-NAMED = {name: imported(file, for_types=True) - {name} for name, file in MODULES.items()}
+@cache
+def imports(*, for_types: bool = False) -> dict[str, set[str]]:
+    """What each module imports; read by the first test that asks, since every worker collects this file."""
+    return {name: imported(file, for_types=for_types) - {name} for name, file in MODULES.items()}
 
 
 def room(module: str) -> str:
@@ -60,29 +63,29 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_the_parser_sees_imports_of_every_form() -> None:
-    assert "surrogates" in IMPORTS["snn.surrogate"]
-    assert "snn.triton_lif" in IMPORTS["snn.multistep"]  # inside a function
-    assert "api" not in IMPORTS[""]  # for type checking alone
-    assert "api" in NAMED[""]
+    assert "surrogates" in imports()["snn.surrogate"]
+    assert "snn.triton_lif" in imports()["snn.multistep"]  # inside a function
+    assert "api" not in imports()[""]  # for type checking alone
+    assert "api" in imports(for_types=True)[""]
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
 
 
 @pytest.mark.parametrize("package", sorted({room(name) for name in MODULES if "." in name}))
 def test_no_circle_within_a_package(package: str) -> None:
-    inside = {name: set(targets) for name, targets in NAMED.items() if room(name) == package}
+    inside = {name: set(targets) for name, targets in imports(for_types=True).items() if room(name) == package}
     inside = {name: {target for target in targets if target in inside} for name, targets in inside.items()}
     assert circle(inside) == []
 
 
 def test_no_circle_between_packages() -> None:
     rooms: dict[str, set[str]] = defaultdict(set)
-    for name, targets in IMPORTS.items():
+    for name, targets in imports().items():
         rooms[room(name)] |= {room(target) for target in targets}
     assert circle({name: targets - {name, ""} for name, targets in rooms.items() if name}) == []
 
 
 def test_stages_do_not_import_each_other() -> None:
-    for name, targets in IMPORTS.items():
+    for name, targets in imports().items():
         if room(name) in STAGES - {"experiments"} and name not in ALLOWED:
             others = {target for target in targets if room(target) in STAGES - {room(name)}}
             assert not others, f"{name} imports {others}"
