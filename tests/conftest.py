@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -46,6 +47,10 @@ SMALL = {
     "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},
 }
+FIRST = (
+    *("export", "attack_graph", "precision", "firing"),  # share the networks of test_export.exported
+    *("deploy_ray", "study", "calls_home", "readme", "deployed_table", "predict_ray", "cli", "processes"),  # long
+)
 QUICK_GATE = "images = 20\nmax_drop = 0.5\n"  # as few images as can decide anything, in seconds
 
 
@@ -128,6 +133,24 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
     mine = tmp_path_factory.mktemp("copies") / name
     shutil.copytree(common / name, mine)
     return mine
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One more than there are cores: some tests wait for servers and clusters most of their time."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that share exported networks first, which one worker has then, and long tests before short ones."""
+    rank = {f"test_{name}.py": i - len(FIRST) for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, 0))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again, a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
