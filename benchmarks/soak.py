@@ -5,8 +5,8 @@
 HTTP with binary tensors and with JSON, and gRPC, from one event loop. One request in ten is bad: one of the table in
 bad_requests.py, or a client that leaves in the middle. Every good answer is held against the logits of a predictor in
 this process, within what float32 rounding may do. Four hostile clients besides (soak_hostile.py) send slowly, by half,
-too much, read nothing, or take all connections; the server must end each in its time. Memory and open files of the
-server are read all the while.
+too much, empty entries, read nothing, say nothing, or take all connections; the server must end each in its time.
+Probes of liveness are answered all the while, and memory and open files of the server are read.
 """
 
 import asyncio
@@ -43,6 +43,7 @@ from mpdsgr_deploy.serving.load.model import describe
 HTTP_USERS, GRPC_USERS = 12, 2
 PAUSE = 0.2  # seconds between two attacks of one attacker
 BAD_CALLS = 8  # one gRPC call in so many
+BURSTS, BURST = 500, 200  # one gRPC call in so many is that many good ones at once
 SAMPLES = 120  # of memory and files
 
 
@@ -90,6 +91,9 @@ async def _soak(
     async def caller(number: int, stub: Any, calls: list[Call], bad: list[Call]) -> None:
         draw = random.Random(-1 - number)
         while time.monotonic() < stop and counts.kinds.total() < most:
+            if draw.randrange(BURSTS) == 0:
+                counts.kinds["grpc in a burst"] += BURST
+                await asyncio.gather(*(draw.choice(calls)() for _ in range(BURST)))
             wrong = draw.randrange(BAD_CALLS) == 0
             counts.kinds["bad grpc" if wrong else "grpc"] += 1
             await draw.choice(bad if wrong else calls)()
@@ -110,7 +114,9 @@ async def _soak(
             await attacks[name]()
             await asyncio.sleep(PAUSE)
 
-    watching = asyncio.create_task(watch())
+    where = model.endpoint.at.host, model.endpoint.at.port
+    http = HttpAttacks(*where, model.requests(1, pixels, 0)[0], counts)
+    beside = [asyncio.create_task(watch()), asyncio.create_task(http.probe())]
     async with grpc.aio.insecure_channel(server.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         good, bad = over_grpc(model, stub, predictor, pixels, counts)
@@ -119,11 +125,11 @@ async def _soak(
                 group.create_task(user(number))
             for number in range(GRPC_USERS):
                 group.create_task(caller(number, stub, good, bad))
-            http = HttpAttacks(model.endpoint.at.host, model.endpoint.at.port, model.requests(1, pixels, 0)[0], counts)
             calls = GrpcAttacks(int(server.grpc.rpartition(":")[2]), counts)
             for number, attacks in enumerate([http.all(), http.all(), calls.all(), calls.all()]):
                 group.create_task(attacker(number, attacks))
-    watching.cancel()
+    for task in beside:
+        task.cancel()
     return {
         "seconds": round(time.monotonic() - started, 1),
         "requests": dict(counts.kinds),

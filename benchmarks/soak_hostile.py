@@ -10,11 +10,16 @@ from http2 import Http2, message
 from soak_traffic import Counts
 
 CONNECTIONS = 200  # that the server allows, over HTTP and over gRPC
-SECONDS = {"header": 1.0, "body": 2.0}  # that it gives a client for them
+SECONDS = {"header": 1.0, "body": 2.0, "keep_alive": 2.0}  # that it gives a client for them
 LIMITS = {"connections": CONNECTIONS, **{f"{part}_seconds": seconds for part, seconds in SECONDS.items()}}
 FLOOD = 210  # connections of one client
 PATIENCE = 10.0  # seconds until the server should have ended what is too slow
 STREAMS = 300  # calls without a message
+ENTRIES = 300_000  # empty ones in a message that is not too large as a whole
+LARGE = 20_000_000  # bytes of a message above every limit
+LET_THROUGH = 8_000_000  # bytes of it that buffers on the way may take
+IDLE = 20  # connections that say nothing
+PROBE_EVERY, PROBE_GAP = 0.5, 5.0  # seconds between two probes, and at most between two that are answered
 Attack = Callable[[], Awaitable[None]]
 
 
@@ -35,6 +40,7 @@ class HttpAttacks:
             "a head of 1 MB": lambda: self._ends(self._head[:-2] + b"X: " + b"x" * (1 << 20), b"431"),
             "a body above the limit": lambda: self._ends(_too_long(self._head) + bytes(1 << 16), b"413"),
             "answers that nobody reads": self._unread,
+            "a connection that says nothing more": self._idle,
             "a flood of connections": self._flood,
         }
 
@@ -56,6 +62,39 @@ class HttpAttacks:
             writer.transport.abort()
         if answer and answer[9:12] not in (status, b"503"):
             self._counts.failed("hostile", f"{answer[:80]!r} in {time.monotonic() - start:.1f} s, not {status!r}")
+
+    async def _idle(self) -> None:
+        """Ask once, and keep the connection."""
+        reader, writer = await asyncio.open_connection(*self._where)
+        try:
+            with suppress(ConnectionError):
+                writer.write(self._infer)
+                async with asyncio.timeout(SECONDS["keep_alive"] + PATIENCE):
+                    while await reader.read(1 << 16):
+                        pass
+        except TimeoutError:
+            self._counts.failed("hostile", "a connection that says nothing is still open")
+        finally:
+            writer.transport.abort()
+
+    async def probe(self) -> None:
+        """What Kubernetes does: ask for liveness on a new connection, time after time, until this is cancelled."""
+        answered = time.monotonic()
+        while True:
+            writer = None
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(PROBE_GAP):
+                    reader, writer = await asyncio.open_connection(*self._where)
+                    writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                    if (await reader.read(1 << 16))[9:12] == b"200":
+                        answered = time.monotonic()
+                        self._counts.kinds["probe"] += 1
+            if writer is not None:
+                writer.transport.abort()
+            if time.monotonic() - answered > PROBE_GAP:
+                self._counts.failed("hostile", f"no probe was answered for {PROBE_GAP:g} s")
+                answered = time.monotonic()
+            await asyncio.sleep(PROBE_EVERY)
 
     async def _unread(self) -> None:
         """Ask for large answers until the buffers are full, take none of them, and stay."""
@@ -86,7 +125,10 @@ class GrpcAttacks:
 
     def all(self) -> dict[str, Attack]:
         """By name."""
-        names = ("half_a_message", "calls_without_a_message", "resets", "a_large_head", "unread", "flood")
+        names = (
+            *("half_a_message", "calls_without_a_message", "resets", "a_large_head", "unread", "flood", "idle"),
+            *("empty_inputs", "empty_outputs", "a_message_above_the_limit", "a_large_message_without_a_key"),
+        )
         return {f"gRPC, {name.replace('_', ' ')}": lambda name=name: self._threaded(name) for name in names}
 
     async def _threaded(self, name: str) -> None:
@@ -108,6 +150,41 @@ class GrpcAttacks:
             for _ in range(STREAMS):
                 client.open("ModelInfer")
             client.read(0.5)
+
+    def _empty_inputs(self) -> None:
+        self._whole("ModelInfer", b"\x2a\0" * ENTRIES)  # the field's number and type, and a length of 0
+
+    def _empty_outputs(self) -> None:
+        self._whole("ModelInfer", b"\x32\0" * ENTRIES)
+
+    def _a_message_above_the_limit(self) -> None:
+        self._whole("ModelInfer", bytes(LARGE))
+
+    def _a_large_message_without_a_key(self) -> None:
+        self._whole("ServerLive", bytes(LARGE))
+
+    def _whole(self, method: str, content: bytes) -> None:
+        """A message that must be answered or refused soon, and is not taken in if it is too large."""
+        with Http2(self._port) as client:
+            stream, start = client.open(method), time.monotonic()
+            sent = client.send(stream, message(content))
+            while stream not in client.answered | client.ended.keys() and not client.gone:
+                client.read(0.5)
+                if time.monotonic() - start > PATIENCE:
+                    break
+            if time.monotonic() - start > PATIENCE or sent > LET_THROUGH:
+                self._counts.failed(
+                    "hostile", f"{len(content)} bytes to {method}: {sent} in {time.monotonic() - start:.1f} s"
+                )
+
+    def _idle(self) -> None:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(Http2(self._port)) for _ in range(IDLE)]
+            end = time.monotonic() + SECONDS["keep_alive"] + PATIENCE
+            while (waiting := [client for client in clients if not client.gone]) and time.monotonic() < end:
+                waiting[0].read(0.5)
+            if waiting:
+                self._counts.failed("hostile", f"{len(waiting)} connections that say nothing are still open")
 
     def _resets(self) -> None:
         with Http2(self._port) as client:

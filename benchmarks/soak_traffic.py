@@ -19,7 +19,15 @@ from mpdsgr_deploy.serving.load.connection import Connection, HttpAnswer, NoAnsw
 from mpdsgr_deploy.serving.load.model import TargetModel, TensorSpec
 
 BATCHES, MOST = (1, 2, 5), 64
-MIX = {"http binary": 79, "http uint8": 5, "http json": 4, "http margin": 2, "bad http": 9, "left": 1}  # of HTTP
+MIX = {
+    "http binary": 79,
+    "http uint8": 5,
+    "http json": 4,
+    "http margin": 2,
+    "late": 1,
+    "bad http": 8,
+    "left": 1,
+}  # of HTTP
 Ask = Callable[[Connection], Awaitable[None]]
 Call = Callable[[], Awaitable[None]]
 
@@ -79,6 +87,7 @@ def over_http(model: TargetModel, predictor: Predictor, pixels: np.ndarray, coun
                 deck[kind].append(asking(kind, form, message, batch, expected, counts))
     for what, message in bad_requests.http(model).items():
         deck["bad http"].append(refused(what, message, counts))
+    deck["late"] = [late(bad_requests.late(model), counts)]
     whole = model.requests(1, pixels, 0)[0]
     deck["left"] = [_leaving(whole[:size]) for size in (0, 10, len(whole) // 2, len(whole) - 1, len(whole))]
     return deck
@@ -135,6 +144,21 @@ def refused(what: str, message: bytes, counts: Counts) -> Ask:
             counts.failed(
                 "5xx" if answer.status >= 500 else "accepted", f"{what}: {answer.status} {answer.body[:100]!r}"
             )
+
+    return ask
+
+
+def late(message: bytes, counts: Counts) -> Ask:
+    """A request whose own timeout passes before it is computed, nearly always."""
+
+    async def ask(connection: Connection) -> None:
+        try:
+            answer = await connection.ask(message)
+        except NoAnswer as error:
+            counts.failed("no answer", f"late: {error}")
+            return
+        if answer.status not in (200, 504) and not is_busy(answer):
+            counts.failed("5xx", f"late: {answer.status} {answer.body[:100]!r}")
 
     return ask
 

@@ -38,24 +38,24 @@ class Memory:
         try:
             yield share
         finally:
-            self.used -= share.taken
+            self.used -= share.held
 
 
 class Share:
     """What one request holds of the memory."""
 
     def __init__(self, memory: Memory) -> None:
-        self._memory, self.taken = memory, 0
+        self._memory, self.held = memory, 0
 
     def take(self, count: int) -> None:
         """So many bytes more. Raises Refused if they are not free now, or never will be."""
         memory = self._memory
-        if self.taken + count > memory.limit:
+        if self.held + count > memory.limit:
             raise too_large(memory.limit)
         if memory.used + count > memory.limit:
             raise Refused(Why.BUSY, "too many bytes of requests are in memory; try again soon")
         memory.used += count
-        self.taken += count
+        self.held += count
 
 
 class Server:
@@ -187,7 +187,7 @@ def _statistics(model: ServedModel) -> dict[str, Any]:
 
 def _status(entry: Entry, backend: str) -> dict[str, Any]:
     source, model = entry.source, entry.model
-    told: dict[str, Any] = {
+    status: dict[str, Any] = {
         "name": source.name,
         "version": model.version if model else "",
         "state": entry.state,
@@ -196,14 +196,14 @@ def _status(entry: Entry, backend: str) -> dict[str, Any]:
         "backend": backend,
     }
     if model is None:
-        return told
+        return status
     counts, now = model.statistics, time.monotonic()
     recent = [moment for moment in counts.recent if now - moment.end < WINDOW]
     # the buffer may reach less far back than the window
     span = WINDOW if len(recent) < len(counts.recent) else now - min((m.end - m.seconds for m in recent), default=now)
     times = sorted(moment.seconds * 1000 for moment in recent)
     return {
-        **told,
+        **status,
         "input": {"name": model.input.name, "shape": list(model.input.shape)},
         "labels": list(model.labels),
         **model.evidence,

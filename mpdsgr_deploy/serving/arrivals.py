@@ -23,7 +23,7 @@ class Arrivals:
         self.places, self.most_waiting = places, waiting
         self._arriving: dict[asyncio.Timeout, float] = {}  # when each began, the oldest first
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._taken = 0
+        self._places_used = 0
         self._timer: asyncio.TimerHandle | None = None
 
     async def read(self, receive: Callable[[], Awaitable[Content]], seconds: float) -> Content:
@@ -44,8 +44,8 @@ class Arrivals:
             raise Refused(Why.SLOW, "the message did not arrive in time") from None
 
     async def _enter(self) -> None:
-        if self._taken < self.places and not self._waiting:
-            self._taken += 1
+        if self._places_used < self.places and not self._waiting:
+            self._places_used += 1
             return
         if len(self._waiting) >= self.most_waiting:
             raise Refused(Why.BUSY, "too many messages are on their way; try again soon")
@@ -69,7 +69,7 @@ class Arrivals:
             if not turn.done():
                 turn.set_result(None)
                 return
-        self._taken -= 1
+        self._places_used -= 1
 
     def _hurry(self) -> None:
         """End the oldest arrivals that had their time, as many as wait, and look again when the next one has."""

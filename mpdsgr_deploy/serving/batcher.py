@@ -126,15 +126,15 @@ class Batcher:
         """In the event loop: compute a batch of a quick lane, unless the thread has taken it meanwhile."""
         self._called = False
         with self._ready:
-            taken = None if self._busy or self._closed else self._next(quick=True)
+            turn = None if self._busy or self._closed else self._next(quick=True)
             if self._turns and not self._busy:
                 if all(lane.quick for lane in self._turns):
                     self._called = True
                     self._loop.call_soon(self._turn)  # what has come in meanwhile is read first
                 else:
                     self._ready.notify()
-        if taken is not None:
-            _deliver(*taken, *_timed(*taken))
+        if turn is not None:
+            _deliver(*turn, *_timed(*turn))
 
     def _next(self, *, quick: bool) -> tuple[ModelLane, list[QueuedRequest], list[QueuedRequest]] | None:
         """The lane whose turn it is, its next batch, and what is dropped. quick: None if it is not."""
@@ -161,17 +161,17 @@ class Batcher:
         """Wait for requests and compute a batch of them. False after `close`."""
         with self._ready:
             self._busy = False
-            taken = None
-            while taken is None:
+            turn = None
+            while turn is None:
                 if self._closed:
                     return False
-                taken = self._next(quick=False)
-                if taken is None:
+                turn = self._next(quick=False)
+                if turn is None:
                     self._ready.wait()
             self._busy = True
-        found = _timed(*taken)
+        outcome = _timed(*turn)
         with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(_deliver, *taken, *found)
+            self._loop.call_soon_threadsafe(_deliver, *turn, *outcome)
         return True
 
 

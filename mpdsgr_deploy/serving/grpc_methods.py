@@ -12,7 +12,7 @@ from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.grpc_calls import Call, Method
 from mpdsgr_deploy.serving.grpc_wire import check_infer_request
-from mpdsgr_deploy.serving.inference import InferenceRequest, WantedOutput, infer
+from mpdsgr_deploy.serving.inference import InferenceRequest, RequestedOutput, infer
 from mpdsgr_deploy.serving.requests import classes, identifier, timeout
 from mpdsgr_deploy.serving.tensors import InputTensor
 
@@ -80,7 +80,7 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
     model = call.model = server.repository.model(request.model_name, request.model_version)
     if len(content) > model.input.message_bytes:
         raise Refused(Why.TOO_LARGE, f"a message to {request.model_name} may have {model.input.message_bytes} bytes")
-    outputs = [_wanted(output) for output in request.outputs]
+    outputs = [_requested_output(output) for output in request.outputs]
     limit = timeout(_parameter(request.parameters, "timeout"))
     asked = InferenceRequest(identifier(request.id), _tensors(request), outputs, limit, binary=True)
     with tracing.span(call.metadata, model, call.id):
@@ -88,7 +88,7 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
     call.images = answers[0].shape[0]
     response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)
     for answer in answers:
-        response.outputs.add(name=answer.wanted.name, datatype=answer.datatype, shape=answer.shape)
+        response.outputs.add(name=answer.requested.name, datatype=answer.datatype, shape=answer.shape)
         response.raw_output_contents.append(answer.raw())
     return response
 
@@ -113,10 +113,10 @@ def _tensors(request: Any) -> list[InputTensor]:
     return tensors
 
 
-def _wanted(output: Any) -> WantedOutput:
+def _requested_output(output: Any) -> RequestedOutput:
     if "shared_memory_region" in output.parameters:
         raise invalid("shared memory is not offered here; take the tensor from the answer")
-    return WantedOutput(output.name, True, classes(_parameter(output.parameters, "classification")))
+    return RequestedOutput(output.name, True, classes(_parameter(output.parameters, "classification")))
 
 
 def _parameter(parameters: Any, name: str) -> Any:

@@ -232,17 +232,17 @@ async def _read(exchange: Exchange, most: int, inflate: "zlib._Decompress | None
 
 def _inflated(inflate: "zlib._Decompress", part: bytes, most: int) -> bytes:
     try:
-        found = inflate.decompress(part, most)
+        inflated = inflate.decompress(part, most)
     except zlib.error as error:
         raise invalid(f"the body is not compressed as its header says: {error}") from None
     if inflate.unused_data:
         raise invalid("something stands behind the end of the compressed body")
-    return found
+    return inflated
 
 
-def _require(method: str, wanted: str) -> None:
-    if method != wanted and not (method == "HEAD" and wanted == "GET"):
-        raise Refused(Why.METHOD, f"use {wanted}, not {method[:20]}", headers={"allow": wanted})
+def _require(method: str, allowed: str) -> None:
+    if method != allowed and not (method == "HEAD" and allowed == "GET"):
+        raise Refused(Why.METHOD, f"use {allowed}, not {method[:20]}", headers={"allow": allowed})
 
 
 def _json(content: Any) -> Reply:

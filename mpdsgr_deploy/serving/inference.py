@@ -16,7 +16,7 @@ from mpdsgr_deploy.serving.tensors import InputTensor, best, bytes_tensor, margi
 MICROSECONDS = 1e-6  # of a request's parameter `timeout`
 
 
-class WantedOutput(NamedTuple):
+class RequestedOutput(NamedTuple):
     """An output that is asked for. classes: the best so many as labels, in place of numbers (0)."""
 
     name: str
@@ -29,7 +29,7 @@ class InferenceRequest(NamedTuple):
 
     id: str
     inputs: list[InputTensor]
-    outputs: Sequence[WantedOutput]
+    outputs: Sequence[RequestedOutput]
     timeout: float | None
     binary: bool = False  # form of the output that is given unasked
 
@@ -37,7 +37,7 @@ class InferenceRequest(NamedTuple):
 class OutputAnswer(NamedTuple):
     """An output's numbers, or its labels [B][k]."""
 
-    wanted: WantedOutput
+    requested: RequestedOutput
     content: NDArray[np.float32] | list[list[str]]
 
     @property
@@ -73,19 +73,19 @@ async def infer(
     start = time.monotonic()
     if len(request.inputs) != 1:
         raise invalid(f"give one input, {model.input.name!r}; this request has {len(request.inputs)}")
-    outputs = request.outputs or [WantedOutput(model.output, request.binary)]
-    for wanted in outputs:
-        model.require_output(wanted.name, wanted.classes)
-    if len({wanted.name for wanted in outputs}) != len(outputs):
+    outputs = request.outputs or [RequestedOutput(model.output, request.binary)]
+    for requested in outputs:
+        model.require_output(requested.name, requested.classes)
+    if len({requested.name for requested in outputs}) != len(outputs):
         raise invalid("an output is asked for twice")
     images = model.input.images(request.inputs.pop())
-    rates = any(wanted.name == FIRING_RATE for wanted in outputs)
+    rates = any(requested.name == FIRING_RATE for requested in outputs)
     waits = model.lane.running > 0 and model.lane.streak < STREAK  # else no longer than it takes to notice
     limit = seconds if request.timeout is None else min(seconds, request.timeout)
     future = batcher.submit(model.lane, images, start + limit, rates=rates)
-    found = await _watched(future, limit if request.timeout is not None else None, gone if waits else None)
+    computed = await _watched(future, limit if request.timeout is not None else None, gone if waits else None)
     model.statistics.answered(time.monotonic() - start, len(images))
-    return [OutputAnswer(wanted, _content(model, wanted, found)) for wanted in outputs]
+    return [OutputAnswer(requested, _content(model, requested, computed)) for requested in outputs]
 
 
 async def _watched(
@@ -116,12 +116,14 @@ def _late(future: "asyncio.Future[Outputs]") -> None:
         future.set_exception(Refused(Why.LATE, "the request's timeout passed before its answer was there"))
 
 
-def _content(model: ServedModel, wanted: WantedOutput, found: Outputs) -> NDArray[np.float32] | list[list[str]]:
-    if wanted.classes:
-        return best(found.logits, model.labels, min(wanted.classes, len(model.labels)))
-    if wanted.name == MARGIN:
-        return margin(found.logits)
-    if wanted.name == FIRING_RATE:
-        assert found.rates is not None  # for the type checker: they were asked for
-        return found.rates
-    return found.logits
+def _content(
+    model: ServedModel, requested: RequestedOutput, computed: Outputs
+) -> NDArray[np.float32] | list[list[str]]:
+    if requested.classes:
+        return best(computed.logits, model.labels, min(requested.classes, len(model.labels)))
+    if requested.name == MARGIN:
+        return margin(computed.logits)
+    if requested.name == FIRING_RATE:
+        assert computed.rates is not None  # for the type checker: they were asked for
+        return computed.rates
+    return computed.logits

@@ -38,10 +38,10 @@ class JsonLines(logging.Formatter):
     """time (s since 1970), level, message, and the fields that a record carries in `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
+        fields = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return json.dumps(told | getattr(record, "fields", {}))
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields | getattr(record, "fields", {}))
 
 
 class Lines(logging.Handler):
@@ -78,12 +78,12 @@ class Lines(logging.Handler):
     def _write(self) -> None:
         while self._waiting and self._takes():
             if self._lost:
-                told = {
+                warning = {
                     "time": round(time.time(), 3),
                     "level": "warning",
                     "message": f"{self._lost} log lines are lost",
                 }
-                self._waiting.appendleft(json.dumps(told).encode() + b"\n")
+                self._waiting.appendleft(json.dumps(warning).encode() + b"\n")
                 self._lost = 0
             line = self._waiting.popleft()
             written = os.write(self._file, line[: select.PIPE_BUF])  # so much is taken at once, or nothing

@@ -51,7 +51,8 @@ class Counts:
         loads = CounterMetricFamily("mpdsgr_loads", "Times a bundle was opened.", labels=("model", "result"))
         queued = GaugeMetricFamily("mpdsgr_queued_images", "Images that wait.", labels=("model",))
         histograms = {
-            name: HistogramMetricFamily(f"mpdsgr_{name}", told, labels=MODEL) for name, (_, told) in HISTOGRAMS.items()
+            name: HistogramMetricFamily(f"mpdsgr_{name}", help_text, labels=MODEL)
+            for name, (_, help_text) in HISTOGRAMS.items()
         }
         for entry in self._server.repository:
             name, model = entry.source.name, entry.model
@@ -69,8 +70,8 @@ class Counts:
             for reason, number in dict(counts.dropped).items():
                 dropped.add_metric([*labels, reason], number)
             queued.add_metric([name], model.lane.images)
-            for family, (kept, _) in HISTOGRAMS.items():
-                histogram = getattr(counts, kept)
+            for family, (attribute, _) in HISTOGRAMS.items():
+                histogram = getattr(counts, attribute)
                 histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
         for (protocol, code), number in dict(self._server.other_codes).items():
             requests.add_metric(["", "", protocol, code], number)

@@ -146,7 +146,7 @@ class ServedModel:
 
     def config(self) -> dict[str, Any]:
         """The model configuration extension, in the JSON form of Triton's ModelConfig."""
-        told = {
+        parameters = {
             "precision": self.source.precision,
             "backend": self.backend,
             "bundle_sha256": self.digest,
@@ -167,5 +167,5 @@ class ServedModel:
             "input": [{"name": self.input.name, "data_type": "TYPE_FP32", "dims": list(self.input.shape)}],
             "output": outputs,
             "dynamic_batching": {},
-            "parameters": {key: {"string_value": value} for key, value in told.items()},
+            "parameters": {key: {"string_value": value} for key, value in parameters.items()},
         }

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from mpdsgr_deploy.serving.errors import invalid
-from mpdsgr_deploy.serving.inference import MICROSECONDS, InferenceRequest, OutputAnswer, WantedOutput
+from mpdsgr_deploy.serving.inference import MICROSECONDS, InferenceRequest, OutputAnswer, RequestedOutput
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.tensors import ImageInput, InputTensor
 
@@ -14,11 +14,11 @@ BINARY = "binary_data"
 SHARED_MEMORY = "shared_memory_region"
 
 
-def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> InferenceRequest:
+def parse_request(body: bytes, header_length: str | None, image_input: ImageInput) -> InferenceRequest:
     """Raises Refused for anything that is no inference request. header_length: of the JSON, where tensors follow."""
     place = len(body) if header_length is None else _length(header_length, len(body))
     head = body[:place]
-    taken.check_json(head)
+    image_input.check_json(head)
     content = parse_json(head)
     parameters = members(content.get("parameters", {}), "parameters")
     inputs: list[InputTensor] = []
@@ -28,7 +28,9 @@ def parse_request(body: bytes, header_length: str | None, taken: ImageInput) -> 
     if header_length is not None and place != len(body):
         raise invalid(f"{len(body) - place} bytes are left behind the tensors")
     binary = _flag(parameters, "binary_data_output", otherwise=False)
-    outputs = [_wanted(members(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")]
+    outputs = [
+        _requested_output(members(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")
+    ]
     return InferenceRequest(
         identifier(content.get("id", "")), inputs, outputs, timeout(parameters.get("timeout", 0)), binary
     )
@@ -96,13 +98,15 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor
     return InputTensor(name, datatype, tuple(shape), memoryview(body)[place : place + size]), place + size
 
 
-def _wanted(entry: dict[str, Any], binary: bool) -> WantedOutput:
+def _requested_output(entry: dict[str, Any], binary: bool) -> RequestedOutput:
     name, parameters = entry.get("name"), members(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
     if SHARED_MEMORY in parameters:
         raise invalid("shared memory is not offered here; take the tensor from the answer")
-    return WantedOutput(name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0)))
+    return RequestedOutput(
+        name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0))
+    )
 
 
 def _flag(parameters: dict[str, Any], key: str, *, otherwise: bool) -> bool:
@@ -124,8 +128,8 @@ def response(model: ServedModel, request: InferenceRequest, answers: Sequence[Ou
     binary: list[bytes] = []
     for answer in answers:
         content = answer.content
-        output: dict[str, Any] = {"name": answer.wanted.name, "datatype": answer.datatype, "shape": answer.shape}
-        if answer.wanted.binary:
+        output: dict[str, Any] = {"name": answer.requested.name, "datatype": answer.datatype, "shape": answer.shape}
+        if answer.requested.binary:
             rows = answer.raw()
             output["parameters"] = {"binary_data_size": len(rows)}
             binary.append(rows)
@@ -134,7 +138,7 @@ def response(model: ServedModel, request: InferenceRequest, answers: Sequence[Ou
         else:
             output["data"] = content.ravel().tolist()
         outputs.append(output)
-    told: dict[str, Any] = {"model_name": model.source.name, "model_version": model.version, "outputs": outputs}
+    answered: dict[str, Any] = {"model_name": model.source.name, "model_version": model.version, "outputs": outputs}
     if request.id:
-        told["id"] = request.id
-    return orjson.dumps(told), b"".join(binary)
+        answered["id"] = request.id
+    return orjson.dumps(answered), b"".join(binary)

@@ -47,8 +47,8 @@ class ApiKeys:
         self._refresh()
         kind, _, key = authorization.partition(" ")
         digest = sha256(key.strip().encode()).digest()
-        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: no early end
-        return kind.lower() == "bearer" and any(found)
+        equal = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: no early end
+        return kind.lower() == "bearer" and any(equal)
 
     def _refresh(self) -> None:
         now = time.monotonic()

@@ -34,13 +34,13 @@ class ModelSource(NamedTuple):
 
 def sources(texts: Sequence[str], demand: Demand = NOTHING) -> list[ModelSource]:
     """What the texts name, in their order. Raises InputError for a name that no URL takes or that comes twice."""
-    found: dict[str, ModelSource] = {}
+    by_name: dict[str, ModelSource] = {}
     for text in texts:
         source = _source(text)
-        if source.name in found:
+        if source.name in by_name:
             raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE for one of them")
-        found[source.name] = source._replace(demand=demand)
-    return list(found.values())
+        by_name[source.name] = source._replace(demand=demand)
+    return list(by_name.values())
 
 
 def _source(text: str) -> ModelSource:

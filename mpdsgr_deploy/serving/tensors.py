@@ -58,9 +58,9 @@ class ImageInput(NamedTuple):
             raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
         if tensor.datatype not in DTYPES:
             raise invalid(f"input {self.name!r} is FP32 or UINT8, not {tensor.datatype[:100]!r}")
-        wanted = ", ".join(map(str, self.shape))
+        shape = ", ".join(map(str, self.shape))
         if len(tensor.shape) != 4 or tensor.shape[1:] != self.shape or tensor.shape[0] < 1:
-            raise invalid(f"input {self.name!r} has shape [B, {wanted}], not {str(list(tensor.shape))[:100]}")
+            raise invalid(f"input {self.name!r} has shape [B, {shape}], not {str(list(tensor.shape))[:100]}")
         if tensor.shape[0] > self.most:
             raise invalid(f"a request may hold {self.most} images, this one holds {tensor.shape[0]}; split it")
         pixels = self._numbers(tensor).reshape(tensor.shape)

@@ -106,9 +106,9 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
         "precision": model.precision,
     }
     text = config(TritonPlan(model.name, platform, largest, preferred, gpus, files, notes), network)
-    found = problems(text, directory, network)
-    if found:
-        raise InputError(f"{source} does not become a model of Triton: {'; '.join(found)}; nothing was written")
+    faults = problems(text, directory, network)
+    if faults:
+        raise InputError(f"{source} does not become a model of Triton: {'; '.join(faults)}; nothing was written")
     (directory / CONFIG).write_text(text, encoding="utf-8")
     versions = {capability: engine.machine["tensorrt"] for capability, engine in engines.items()}
     return Written(model.name, model.precision, largest, versions, manifest.noise)

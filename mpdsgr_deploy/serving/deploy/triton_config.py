@@ -90,8 +90,8 @@ def config(plan: TritonPlan, network: onnx.ModelProto) -> str:
         warmup = message.model_warmup.add(name=f"batch of {batch}", batch_size=batch)
         for number, tensor in enumerate(inputs):
             kind = pb2.DataType.Value(tensor.data_type)
-            given = {"zero_data": True} if number else {"input_data_file": tensor.name}
-            warmup.inputs[tensor.name].CopyFrom(pb2.ModelWarmup.Input(data_type=kind, dims=tensor.dims, **given))
+            content = {"zero_data": True} if number else {"input_data_file": tensor.name}
+            warmup.inputs[tensor.name].CopyFrom(pb2.ModelWarmup.Input(data_type=kind, dims=tensor.dims, **content))
     return str(text_format.MessageToString(message))
 
 
@@ -123,37 +123,37 @@ def problems(text: str, directory: Path, network: onnx.ModelProto) -> list[str]:
 
 
 def _of_files(message: Any, directory: Path) -> list[str]:
-    found = []
+    faults = []
     if message.name != directory.name:
-        found.append(f"name {message.name!r} is not that of its directory, {directory.name!r}")
+        faults.append(f"name {message.name!r} is not that of its directory, {directory.name!r}")
     if message.platform not in PLATFORMS or message.backend:
-        return [*found, f"platform {message.platform!r} is none of {', '.join(PLATFORMS)}"]
+        return [*faults, f"platform {message.platform!r} is none of {', '.join(PLATFORMS)}"]
     engines = dict(message.cc_model_filenames)
     if engines and message.platform != "tensorrt_plan":
-        found.append("cc_model_filenames is for engines only")
-    found += [f"{key!r} is no compute capability" for key in engines if not re.fullmatch(r"\d+\.\d", key)]
+        faults.append("cc_model_filenames is for engines only")
+    faults += [f"{key!r} is no compute capability" for key in engines if not re.fullmatch(r"\d+\.\d", key)]
     for name in engines.values() or [message.default_model_filename or PLATFORMS[message.platform]]:
         if "/" in name or not (directory / VERSION / name).is_file():
-            found.append(f"there is no file {VERSION}/{name}")
-    return found
+            faults.append(f"there is no file {VERSION}/{name}")
+    return faults
 
 
-def _of_tensors(pb2: Any, kind: str, given: Any, wanted: Sequence[TritonTensor]) -> list[str]:
-    described = [TritonTensor(t.name, pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in given]
-    if Counter(described) == Counter(wanted):
+def _of_tensors(pb2: Any, kind: str, listed: Any, of_network: Sequence[TritonTensor]) -> list[str]:
+    described = [TritonTensor(t.name, pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in listed]
+    if Counter(described) == Counter(of_network):
         return [
             f"{kind} {t.name}: dimension {dim} is not fixed" for t in described for dim in t.dims if dim < 1
         ]  # Triton takes -1 for any size, but no network of ours has one
     names = [t.name for t in described]
-    found = [f"{kind} {name!r} is there {n} times" for name, n in Counter(names).items() if n > 1]
-    by_name = {t.name: t for t in wanted}
+    faults = [f"{kind} {name!r} is there {n} times" for name, n in Counter(names).items() if n > 1]
+    by_name = {t.name: t for t in of_network}
     for tensor in described:
-        found += [f"{kind} {tensor.name}: dimension {dim} is below -1" for dim in tensor.dims if dim < -1]
+        faults += [f"{kind} {tensor.name}: dimension {dim} is below -1" for dim in tensor.dims if dim < -1]
         if tensor.name not in by_name:
-            found.append(f"the network has no {kind} {tensor.name!r}")
+            faults.append(f"the network has no {kind} {tensor.name!r}")
         elif tensor != by_name[tensor.name]:
-            found.append(f"{kind} {_said(tensor)} is {_said(by_name[tensor.name])} in the network")
-    return found + [f"{kind} {name!r} of the network is missing" for name in by_name if name not in names]
+            faults.append(f"{kind} {_said(tensor)} is {_said(by_name[tensor.name])} in the network")
+    return faults + [f"{kind} {name!r} of the network is missing" for name in by_name if name not in names]
 
 
 def _said(tensor: TritonTensor) -> str:
@@ -161,61 +161,61 @@ def _said(tensor: TritonTensor) -> str:
 
 
 def _of_labels(message: Any, directory: Path) -> list[str]:
-    found = []
+    faults = []
     for output in message.output:
         file = directory / output.label_filename
         if not output.label_filename or not file.is_file():
-            found.append(f"output {output.name} has no file of labels")
+            faults.append(f"output {output.name} has no file of labels")
             continue
         count = len(file.read_text(encoding="utf-8").splitlines())
         if count != prod(output.dims):
-            found.append(f"{output.label_filename} has {count} labels for {prod(output.dims)} logits")
-    return found
+            faults.append(f"{output.label_filename} has {count} labels for {prod(output.dims)} logits")
+    return faults
 
 
 def _of_batching(message: Any, network: onnx.ModelProto) -> list[str]:
-    found, largest, batching = [], message.max_batch_size, message.dynamic_batching
+    faults, largest, batching = [], message.max_batch_size, message.dynamic_batching
     if largest < 1:
-        found.append(f"max_batch_size {largest} is not at least 1")
+        faults.append(f"max_batch_size {largest} is not at least 1")
     for value in (*network.graph.input, *network.graph.output):
         dims = value.type.tensor_type.shape.dim
         if dims and dims[0].HasField("dim_value"):
-            found.append(f"{value.name} takes batches of {dims[0].dim_value} only")
+            faults.append(f"{value.name} takes batches of {dims[0].dim_value} only")
     if not message.HasField("dynamic_batching"):
-        found.append("dynamic_batching is missing: requests would run one by one")
+        faults.append("dynamic_batching is missing: requests would run one by one")
     further = [field.name for field, _ in batching.ListFields() if field.name != "preferred_batch_size"]
-    found += [f"dynamic_batching.{name} must not be set: it delays requests" for name in further]
+    faults += [f"dynamic_batching.{name} must not be set: it delays requests" for name in further]
     sizes = list(batching.preferred_batch_size)
-    return found + [f"preferred batch {n} is not in 1 to {largest}" for n in sizes if not 1 <= n <= largest]
+    return faults + [f"preferred batch {n} is not in 1 to {largest}" for n in sizes if not 1 <= n <= largest]
 
 
 def _of_instances(pb2: Any, message: Any) -> list[str]:
     kinds = pb2.ModelInstanceGroup
-    found = [] if message.instance_group else ["there is no instance_group"]
+    faults = [] if message.instance_group else ["there is no instance_group"]
     for group in message.instance_group:
         if group.count < 1:
-            found.append(f"an instance group's count {group.count} is not at least 1")
+            faults.append(f"an instance group's count {group.count} is not at least 1")
         if group.kind not in (kinds.KIND_CPU, kinds.KIND_GPU):
-            found.append("an instance group's kind is neither KIND_CPU nor KIND_GPU")
+            faults.append("an instance group's kind is neither KIND_CPU nor KIND_GPU")
         if group.gpus and group.kind != kinds.KIND_GPU:
-            found.append("an instance group has gpus, but not KIND_GPU")
+            faults.append("an instance group has gpus, but not KIND_GPU")
         if message.platform == "tensorrt_plan" and group.kind != kinds.KIND_GPU:
-            found.append("an engine runs on a GPU only")
+            faults.append("an engine runs on a GPU only")
         if min(group.gpus, default=0) < 0 or len(set(group.gpus)) < len(group.gpus):
-            found.append(f"gpus {list(group.gpus)} are not different numbers from 0")
-    return found
+            faults.append(f"gpus {list(group.gpus)} are not different numbers from 0")
+    return faults
 
 
 def _of_warmup(pb2: Any, message: Any, inputs: Sequence[TritonTensor], directory: Path) -> list[str]:
-    found = []
+    faults = []
     for sample in message.model_warmup:
         if not 1 <= sample.batch_size <= message.max_batch_size:
-            found.append(f"warm-up batch {sample.batch_size} is not in 1 to {message.max_batch_size}")
-        given = {TritonTensor(k, pb2.DataType.Name(v.data_type), tuple(v.dims)): v for k, v in sample.inputs.items()}
-        if set(given) != set(inputs):
-            found.append(f"warm-up {sample.name!r} does not have the network's inputs")
-        for tensor, value in given.items():
+            faults.append(f"warm-up batch {sample.batch_size} is not in 1 to {message.max_batch_size}")
+        samples = {TritonTensor(k, pb2.DataType.Name(v.data_type), tuple(v.dims)): v for k, v in sample.inputs.items()}
+        if set(samples) != set(inputs):
+            faults.append(f"warm-up {sample.name!r} does not have the network's inputs")
+        for tensor, value in samples.items():
             file, size = directory / WARMUP / value.input_data_file, BYTES.get(tensor.data_type, 0) * prod(tensor.dims)
             if value.input_data_file and (not file.is_file() or file.stat().st_size != size):
-                found.append(f"there is no file {WARMUP}/{value.input_data_file} of {size} bytes")
-    return found
+                faults.append(f"there is no file {WARMUP}/{value.input_data_file} of {size} bytes")
+    return faults

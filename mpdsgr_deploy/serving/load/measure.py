@@ -34,35 +34,35 @@ class LoadMeasurement:
 def measure(
     url: str,
     loads: Sequence[Load],
-    found: LoadMeasurement,
+    measurement: LoadMeasurement,
     *,
     batch: int = 1,
     images: NDArray[Any] | None = None,
     seed: int = 0,
     key: str | None = None,
 ) -> None:
-    """Put each of `loads` on the model at `url` (http://HOST:PORT/v2/models/NAME) and fill `found`.
+    """Put each of `loads` on the model at `url` (http://HOST:PORT/v2/models/NAME) and fill `measurement`.
 
     batch: images a request; images: [N, C, H, W] uint8, or float32 in [0, 1], instead of random ones; key: sent as a
-    bearer token. KeyboardInterrupt is raised after the load that it ended has gone into `found`.
+    bearer token. KeyboardInterrupt is raised after the load that it ended has gone into `measurement`.
 
     Raises InputError for a server that cannot be reached, or refuses the first request.
     """
     endpoint = Endpoint(ModelUrl.split(url), {"Authorization": f"Bearer {key}"} if key else {})
     with asyncio.Runner(loop_factory=need("uvloop", "serve").new_event_loop) as runner:
-        runner.run(_measure(url, endpoint, loads, found, batch, images, seed))
+        runner.run(_measure(url, endpoint, loads, measurement, batch, images, seed))
 
 
 async def _measure(
     url: str,
     endpoint: Endpoint,
     loads: Sequence[Load],
-    found: LoadMeasurement,
+    measurement: LoadMeasurement,
     batch: int,
     images: NDArray[Any] | None,
     seed: int,
 ) -> None:
-    model = found.model = await describe(url, endpoint)
+    model = measurement.model = await describe(url, endpoint)
     requests = model.requests(batch, images, seed)
     await _try(model, requests[0], batch)
 
@@ -84,8 +84,10 @@ async def _measure(
             lines.cancel()
             spent = None if before is None or after is None else after - before
             command = perf_analyzer(model, load, batch)
-            found.outcomes.append(LoadOutcome(load, batch, counted.tally, spent, own, command))
-        log.info("%s: %d requests, %.0f images/s", load, counted.tally.requests, found.outcomes[-1].images_per_second)
+            measurement.outcomes.append(LoadOutcome(load, batch, counted.tally, spent, own, command))
+        log.info(
+            "%s: %d requests, %.0f images/s", load, counted.tally.requests, measurement.outcomes[-1].images_per_second
+        )
 
 
 async def _tell(load: Load, tally: Tally) -> None:
@@ -115,8 +117,8 @@ async def _cpu_seconds(endpoint: Endpoint) -> float | None:
     connection = Connection(endpoint)
     try:
         page = await connection.ask(endpoint.message("GET", endpoint.at.root.removesuffix("/v2") + "/metrics"))
-        found = CPU_SECONDS.findall(page.body) if page.status == 200 else []
-        return sum(map(float, found)) if found else None
+        values = CPU_SECONDS.findall(page.body) if page.status == 200 else []
+        return sum(map(float, values)) if values else None
     except (NoAnswer, ValueError):
         return None
     finally:

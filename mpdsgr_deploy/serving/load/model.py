@@ -117,7 +117,7 @@ def _values(tensor: TensorSpec, batch: int, rng: np.random.Generator) -> NDArray
 def _chosen(tensor: TensorSpec, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
     """`batch` of the images from `start` on, over and over, as the type that the model takes."""
     fits = len(tensor.shape) == images.ndim - 1 and all(
-        wanted in (-1, size) for wanted, size in zip(tensor.shape, images.shape[1:], strict=True)
+        expected in (-1, size) for expected, size in zip(tensor.shape, images.shape[1:], strict=True)
     )
     if not fits or tensor.datatype not in DTYPES:
         raise InputError(

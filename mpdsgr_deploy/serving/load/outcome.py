@@ -40,8 +40,8 @@ class LoadOutcome:
     @property
     def latency_ms(self) -> dict[str, float | None]:
         """Of good answers; in an open loop from when a request was due."""
-        found = {f"p{p:g}": percentile(self.tally.latencies, p) for p in PERCENTILES}
-        return {name: None if value is None else round(1000 * value, 4) for name, value in found.items()}
+        seconds = {f"p{p:g}": percentile(self.tally.latencies, p) for p in PERCENTILES}
+        return {name: None if value is None else round(1000 * value, 4) for name, value in seconds.items()}
 
     @property
     def server_cpu_ms(self) -> float | None:
@@ -53,12 +53,12 @@ class LoadOutcome:
     @property
     def warnings(self) -> list[str]:
         """Why the figures may not be the server's."""
-        found = []
+        warnings = []
         if (share := self.own_cpu / self.tally.busy) > OWN_LIMIT:
-            found.append(f"{self.load}: this tool took {share:.0%} of a core, so the figures are its own")
+            warnings.append(f"{self.load}: this tool took {share:.0%} of a core, so the figures are its own")
         if unsent := self.tally.errors[UNSENT]:
-            found.append(f"{self.load}: {unsent} requests were due and never sent, so far was the server behind")
-        return found
+            warnings.append(f"{self.load}: {unsent} requests were due and never sent, so far was the server behind")
+        return warnings
 
     def row(self) -> list[str]:
         """The cells below COLUMNS, behind one for the load itself."""
