@@ -8,6 +8,7 @@ import torch
 from conftest import small_recipe
 from lightning.fabric import Fabric
 from pydantic import ValidationError
+from test_defence_sr import learned
 
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.data.batches import generator
@@ -16,6 +17,7 @@ from mpdsgr_deploy.training.epoch import batch_loss
 from mpdsgr_deploy.training.run import _learner, strategy
 
 SHAPE, BATCH = (1, 8, 8), 16
+HALVES = slice(0, 8), slice(8, 16)
 
 
 def recipe_of(devices: int, **training: Any) -> Recipe:
@@ -29,8 +31,9 @@ def recipe_of(devices: int, **training: Any) -> Recipe:
 
 
 def steps(fabric: Fabric, recipes: dict[str, Recipe], out: Path) -> None:
-    """Three steps of each recipe; rank 0 writes what they leave."""
+    """Three steps of each recipe; rank 0 writes what they leave, each the gradients of its half of a batch."""
     torch.set_num_threads(1)
+    torch.save(gradients(fabric, HALVES[fabric.global_rank]), f"{out}-{fabric.global_rank}.pt")
     found = {name: after_three(fabric, recipe) for name, recipe in recipes.items()}
     if fabric.is_global_zero:
         torch.save(found, out)
@@ -55,6 +58,12 @@ def after_three(fabric: Fabric, recipe: Recipe) -> dict[str, Any]:
     if fabric.world_size > 1:
         found["ddp"] = learner.wrapped._forward_module._get_ddp_logging_data()
     return found
+
+
+def gradients(fabric: Fabric, part: slice) -> list[torch.Tensor]:
+    """Of a loss that is mostly sparsity regularisation, on a part of one batch."""
+    _, model = learned({"sr": {"lam": 1.0}}, "direct", fabric, part)
+    return [parameter.grad for parameter in model.parameters()]
 
 
 def launched(recipes: dict[str, Recipe], out: Path) -> dict[str, dict[str, Any]]:
@@ -87,6 +96,16 @@ def test_joint_statistics_make_two_halves_one_batch(tmp_path: Path) -> None:
         assert ddp["find_unused_parameters"] == 0
         assert ddp["num_buckets_reduced"] == 2  # from the second step on, when their order is known
         assert ddp["backward_compute_comm_overlap_time"] > 0
+    exchanged_of_every_pass(tmp_path)
+
+
+def exchanged_of_every_pass(folder: Path) -> None:
+    """DDP sees one of three passes of SR; parameters still get the mean of both whole gradients."""
+    fabric = Fabric(accelerator="cpu", devices=1, precision="64-true")
+    alone = [gradients(fabric, half) for half in HALVES]
+    for rank in (0, 1):
+        for exchanged, first, second in zip(torch.load(folder / f"two-{rank}.pt"), *alone, strict=True):
+            torch.testing.assert_close(exchanged, (first + second) / 2)
 
 
 def test_other_norms_are_not_synchronised() -> None:
