@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from mpdsgr_deploy.cli.output import json_option, print_json, signature_option, verdict_option
+from mpdsgr_deploy.demand import demand_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.deploy import kserve as kserve_files
 from mpdsgr_deploy.serving.deploy import ray as ray_files
 from mpdsgr_deploy.serving.deploy import triton as triton_files
 from mpdsgr_deploy.serving.deploy.models import choose_models
-from mpdsgr_deploy.signing.demand import demand_of
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 models_argument = click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")

@@ -7,10 +7,10 @@ import click
 from mpdsgr_deploy.attack_graph import derived_attack_graph
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json
+from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime import open_predictor
-from mpdsgr_deploy.signing.demand import Demand
 from mpdsgr_deploy.signing.trust import Trust, trust_of_kind
 from mpdsgr_deploy.validation.attestation import verify_report
 from mpdsgr_deploy.validation.report import REPORT

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpdsgr_deploy.demand import Demand, demand_of
 from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section, override, parse, read_toml
-from mpdsgr_deploy.signing.demand import Demand, demand_of
 from mpdsgr_deploy.signing.trust import beside
 
 MiB = 1 << 20

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from mpdsgr_deploy.address import local_copy, parse_address
 from mpdsgr_deploy.bundle import MANIFEST
+from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.signing.demand import Demand
 
 NOTHING = Demand()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")

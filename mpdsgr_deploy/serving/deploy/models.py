@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.serving.source import NOTHING, sources
-from mpdsgr_deploy.signing.demand import Demand
 
 
 class Chosen(NamedTuple):
