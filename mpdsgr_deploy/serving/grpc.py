@@ -29,7 +29,7 @@ class Grpc:
         """Listen. Raises InputError if the port cannot be used."""
         inner = grpc.aio.server(options=_options(server))
         guard = Guard(server)
-        services = (guard.service(SERVICE, METHODS), health(guard), *reflection(guard))
+        services = (guard.service(SERVICE, METHODS), *health(guard), *reflection(guard))
         inner.add_generic_rpc_handlers((*services, Unknown(guard)))
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:

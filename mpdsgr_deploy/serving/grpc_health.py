@@ -23,8 +23,8 @@ WATCHERS = 200  # streams of Watch and of reflection
 UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)  # of HealthCheckResponse.ServingStatus
 
 
-def health(guard: Guard) -> Any:
-    """As grpc.aio takes it. A service is "", the protocol's, or the name of a model."""
+def health(guard: Guard) -> list[Any]:
+    """As grpc.aio takes it: calls, and streams. A service is "", the protocol's, or the name of a model."""
     streams = Streams(guard)
     check = guard.service(
         HEALTH, {"Check": Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)}
@@ -32,7 +32,7 @@ def health(guard: Guard) -> Any:
     watch = grpc.stream_stream_rpc_method_handler(
         streams.watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
     )
-    return _Either(check, grpc.method_handlers_generic_handler(HEALTH, {"Watch": watch}))
+    return [check, grpc.method_handlers_generic_handler(HEALTH, {"Watch": watch})]
 
 
 def reflection(guard: Guard) -> list[Any]:
@@ -41,16 +41,6 @@ def reflection(guard: Guard) -> list[Any]:
         Streams(guard).reflect, response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString
     )
     return [grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": reflect}) for name in REFLECTION]
-
-
-class _Either(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
-    """A service whose methods stand in several handlers."""
-
-    def __init__(self, *handlers: Any) -> None:
-        self._handlers = handlers
-
-    def service(self, details: Any) -> Any:
-        return next(filter(None, (handler.service(details) for handler in self._handlers)), None)
 
 
 async def _check(server: Server, content: bytes, call: Call) -> Any:
