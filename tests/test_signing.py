@@ -16,6 +16,7 @@ from conftest import assert_input_error, mpdsgr_here, resealed
 from served import BUNDLE
 from signatures import Keys, certified, changed, leaves, new_keys, payload, signed_bundle, stock, with_payload
 
+import mpdsgr_deploy as mpd
 from mpdsgr_deploy import bundle as bundle_module
 from mpdsgr_deploy.bundle import Prepared, open_bundle
 from mpdsgr_deploy.errors import InputError
@@ -23,6 +24,7 @@ from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.signing.bundles import SIGNATURE, VERDICTS, sign_bundle
 from mpdsgr_deploy.signing.envelope import LARGEST, Signer
 from mpdsgr_deploy.signing.trust import Trust, parse_trust
+from mpdsgr_deploy.validation import Target
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +326,47 @@ class TestCommands:
             assert_input_error(accepted, "the gate asks for 99999 images")
         else:
             assert accepted.returncode == 0, accepted.stderr
+
+
+class TestSigstore:
+    """What happens without its servers; nothing here could reach them."""
+
+    @pytest.fixture(autouse=True)
+    def unreachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> None:
+            raise ConnectionError("no route to Sigstore")
+
+        monkeypatch.setattr("sigstore.models.ClientTrustConfig.production", fail)
+
+    def test_nobody_signs(self, copy: Path) -> None:
+        (copy / SIGNATURE).unlink()
+        done = mpdsgr_here("sign", copy, "--sigstore")
+        assert_input_error(done, "cannot sign with a Sigstore identity: no route to Sigstore")
+        assert not (copy / SIGNATURE).exists()
+
+    def test_nothing_is_believed(self, copy: Path) -> None:
+        envelope = json.loads((copy / SIGNATURE).read_bytes())
+        envelope["verificationMaterial"] = {"certificate": {"rawBytes": "AAAA"}}
+        (copy / SIGNATURE).write_text(json.dumps(envelope))
+        done = mpdsgr_here("verify", copy, "--identity", "me@example.com", "--issuer", "https://accounts.google.com")
+        assert_input_error(done, "cannot be verified", "me@example.com at https://accounts.google.com", "no route")
+
+
+class TestFromPython:
+    def test_bundles_are_opened_and_validated_by_signature(self, signed: Path, keys: Keys, tmp_path: Path) -> None:
+        assert mpd.open_bundle(signed, require_signature=str(keys.public)).signed
+        with pytest.raises(InputError, match="is not signed"):
+            mpd.open_bundle(BUNDLE, require_signature=str(keys.public))
+        (tmp_path / "gate.toml").write_text(f'require_signature = "{keys.public}"\n')
+        for unsigned in (BUNDLE, open_bundle(BUNDLE)):
+            with pytest.raises(InputError, match="is not signed"):
+                mpd.validate(unsigned, tmp_path / "report", gate=tmp_path / "gate.toml")
+
+    def test_networks_to_attack_from_must_be_signed_as_well(self, signed: Path, keys: Keys, tmp_path: Path) -> None:
+        target = Target(open_bundle(signed, keys.trust))
+        for other, expected in ((BUNDLE, "is not signed"), (tmp_path, "carries no signature")):
+            with pytest.raises(InputError, match=expected), target.sources(other):
+                pass
 
 
 class TestKeys:

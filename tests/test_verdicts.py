@@ -13,10 +13,13 @@ import pytest
 import yaml
 from asgi import Client, started
 from conftest import assert_input_error, mpdsgr_here
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from google.protobuf import json_format
 from in_toto_attestation.predicates.test_result.v0 import test_result_pb2
 from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import SSlibKey
 from served import BUNDLE
 from signatures import Keys, changed, leaves, new_keys, payload, report_of, signed_bundle, stock, with_payload
 
@@ -72,6 +75,12 @@ class TestTheStatement:
             [],
         )
         assert result.configuration[0].digest["sha256"] == "0" * 64
+
+    def test_is_verified_by_another_implementation_of_the_envelope(self, report: Path, keys: Keys) -> None:
+        envelope = json.loads((report / VERDICT).read_bytes())["dsseEnvelope"]
+        key = SSlibKey.from_crypto(load_pem_public_key(keys.public.read_bytes()))
+        envelope["signatures"][0]["keyid"] = key.keyid  # a hint, which nothing signs
+        assert Envelope.from_dict(envelope).verify([key], 1) == {key.keyid: key}
 
     def test_says_what_the_report_says(self, report: Path, keys: Keys) -> None:
         verdict, signer = verify_report(report, keys.trust)

@@ -127,6 +127,8 @@ def print_report(report: Report) -> None:
     columns = ("condition", "torch %", "artefact % [95 %]", "newly wrong / right", "cost")
     print_table(columns, rows, f"{report.bundle}: {report.precision} on {report.backend}, {report.images}")
     click.echo(f"verdict: {report.verdict.upper()}")
+    if report.signer:
+        click.echo(f"  the bundle is signed by {report.signer}")
     for reason in report.reasons:
         click.echo(f"  {reason.line}")
     if report.stopped:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.attack_graph import derived_attack_graph
-from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import MANIFEST, Bundle
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json
 from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
@@ -52,7 +52,7 @@ def command(
       mpdsgr verify bundles/digits --key ci.pub
     """
     trust = _trust(key, certificate, identity, issuer)
-    if (Path(bundle) / REPORT).is_file():
+    if (Path(bundle) / REPORT).is_file() and not (Path(bundle) / MANIFEST).exists():
         _verify_report(Path(bundle), trust, as_json)
         return
     opened, _ = opened_bundle(bundle, None, trust)
