@@ -259,6 +259,17 @@ def test_wrong_pixels_are_seen_by_accuracy_at_chance(tmp_path: Path, caplog: pyt
     assert "no better than chance" in caplog.text
 
 
+def test_outputs_that_count_spikes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = onnx.load(file("snntorch-zero"))
+    network.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "none"))
+    network.graph.node.append(onnx.helper.make_node("Greater", ["logits", "none"], ["fired"]))
+    network.graph.node.append(onnx.helper.make_node("Cast", ["fired"], ["counts"], to=onnx.TensorProto.FLOAT))
+    network.graph.output[0].name = "counts"
+    onnx.save(network, tmp_path / "counts.onnx")
+    adopt(tmp_path / "counts.onnx", digits(60), tmp_path / "out", recipe=quick())
+    assert "validate` will end INVALID (check 12)" in caplog.text
+
+
 def changed(network: onnx.ModelProto, how: str) -> None:
     """Makes of a good network one that cannot be adopted."""
     graph = network.graph

@@ -37,6 +37,7 @@ from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_referen
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.session import CPU, Session
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
+from mpdsgr_deploy.validation.health.artefact import check_logits
 
 ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
 BATCHES = (1, 2, 5)  # sizes in which the first images are asked, alone and together
@@ -99,6 +100,7 @@ def adopt(
             parts[name] = _placed(file, other, scratch / f"model.{name}.onnx", promised, filled)
         exact = _agrees(model, parts["fp32"].logits, reference)
         _warn_of_chance(parts["fp32"].logits, promised)
+        _warn_of_counts(parts["fp32"].logits)
         written = {name: _variant(name, part, promised, filled, scratch) for name, part in parts.items()}
         with OnnxRuntime(scratch / "model.fp32.onnx") as predictor:
             network = NetworkFile(scratch / "model.fp32.onnx", predictor)
@@ -211,6 +213,16 @@ def _warn_of_chance(logits: NDArray[np.float32], images: Images) -> None:
             "only %.1f %% of the images are classified correctly, no better than chance: the network may expect "
             "another range (--range 0,255), a normalisation (--mean, --std), other axes (--layout) or other labels",
             100 * accuracy,
+        )
+
+
+def _warn_of_counts(logits: NDArray[np.float32]) -> None:
+    check = check_logits(logits)
+    if check.failed:
+        log.warning(
+            "%s: `mpdsgr validate` will end INVALID (check 12), since attacks find nothing to follow on such plateaus; "
+            "let the network return the mean over time of what its last synapses give, without neurons behind them",
+            check.saw,
         )
 
 
