@@ -69,7 +69,7 @@ def test_rates_of_every_model_are_those_torch_observes(name: str) -> None:
     expected = observed(model, x)
     steps = spike_names(network, "it")
     assert list(steps) == [layer.name for layer in model.layers()] == list(expected)
-    assert {len(names) for names in steps.values()} == {3}
+    assert {len(names) for names in steps.values()} == {model.T}
     shown = with_firing_rates(network, steps)
     onnx.checker.check_model(shown, full_check=True)
     with OnnxRuntime(shown) as artefact:
