@@ -24,7 +24,7 @@ from mpdsgr_deploy.reference import IMAGES
 
 HERE = Path(__file__).resolve().parent
 DOCTOR = HERE.parent / "doctor" / "bundle"
-BUNDLES = (HERE / "digits", HERE / "cifar10", DOCTOR)
+BUNDLES = (HERE / "digits", HERE / "cifar10", HERE / "cifar10-clean", DOCTOR)
 GATES = {"digits": "digits-robust"}  # recipes whose gate the bundle takes over
 
 

@@ -33,12 +33,13 @@ def command(name: str | None, as_json: bool) -> None:
         source, target = choose("bundle", bundles, name), Path(name)
         if target.exists():
             raise InputError(f"{target} already exists here; rename it first")
-        open_bundle(source)  # whole, by its hashes
+        manifest = open_bundle(source).manifest  # whole, by its hashes
         shutil.copytree(source, target)
         if as_json:
             print_json({"copied": str(target)})
         else:
-            click.echo(f"copied to {target}; next: mpdsgr validate {target} --report {target}-report")
+            root = "" if IMAGES in manifest.files else f" --root DIR (where {manifest.recipe.data.name} lies)"
+            click.echo(f"copied to {target}; next: mpdsgr validate {target} --report {target}-report{root}")
         return
     manifests = {name: open_bundle(path).manifest for name, path in bundles.items()}
     if as_json:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mpdsgr_deploy import colours
+from mpdsgr_deploy.attacks.condition import CLEAN, PGD
 from mpdsgr_deploy.colours import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PURPLE, SKY_BLUE, VERMILION, VIOLET
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
 from mpdsgr_deploy.experiments.compare import (
@@ -114,6 +115,26 @@ def growth(measured: Measured) -> bytes | None:
         plain(axes)
         axes.legend(frameon=False, fontsize=8)
     columns[0].set_ylabel("accuracy under the strong PGD (%)")
+    return png(figure)
+
+
+def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
+    """Accuracy of every row under PGD in the paper's setting, against eps; means over seeds. None with one eps only."""
+    if not table.eps:
+        return None
+    names, look = labels([records[0] for records in measured.values()]), styles(measured)
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for row, records in measured.items():
+        attack = records[0].recipe.attack
+        conditions = {line.values["eps"]: line.name for line in table.pgd_within(attack)}
+        by_size = {0.0: CLEAN, **conditions, attack.eps: PGD}
+        points = {255 * eps: own.mean for eps in sorted(by_size) if (own := cell(records, by_size[eps]))}
+        colour, line = look[row]
+        axes.plot([*points], [*points.values()], line, color=colour, marker="o", markersize=3, label=names[row])
+    axes.set(xlabel="eps (1/255)", ylabel="accuracy under PGD in the paper's setting (%)", ylim=(0, None))
+    plain(axes)
+    axes.legend(frameon=False, fontsize=8)
     return png(figure)
 
 

@@ -13,6 +13,7 @@ from mpdsgr_deploy.files import write_atomic
 
 OTHERS = ("transfer", "cw-l2", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # attacks that not every table has
 MORE = ("strong ", "pgd ")  # begin the strong PGD through another surrogate, and PGD within another eps
+EPS_PLOT = "eps.png"
 PAGE, PLOT = "README.md", "plot.png"
 
 
@@ -28,7 +29,10 @@ def write_page(name: str, table: TableSpec, folder: Path) -> Path:
 
 
 def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
-    drawn: dict[str, bytes | None] = {PLOT: plots.accuracies(table, measured)}
+    drawn: dict[str, bytes | None] = {
+        PLOT: plots.accuracies(table, measured),
+        EPS_PLOT: plots.within_eps(table, measured),
+    }
     if table.artefact is not None:
         drawn[deployed_page.GROWTH] = plots.growth(measured)
         drawn[deployed_page.MEMBRANES] = plots.membranes(measured, table.artefact.membranes)
@@ -51,6 +55,7 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
             unhealthy(measured),
             tuned_page.against_none(measured),
             f"![accuracy of every row]({PLOT})",
+            f"![accuracy against eps]({EPS_PLOT})" if table.eps else "",
             beside_published(table, measured),
         ]
         if table.eta_budget is not None:
