@@ -4,6 +4,7 @@ The files under `foreign/` are written by `foreign/make.py`, which names the ver
 """
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -292,8 +293,9 @@ def changed(network: onnx.ModelProto, how: str) -> None:
             graph.node[1].domain = "my.own"
         case "an old opset":
             network.opset_import[0].version = 11
-        case "external data":
+        case "external data" | "much external data":
             graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+            graph.initializer[0].dims[0] = 2**30 if how.startswith("much") else 1
 
 
 BAD = {
@@ -306,6 +308,8 @@ BAD = {
     "a custom operator": r"is a custom operator \(my.own",
     "an old opset": "has opset 11; export again with opset 13",
     "external data": "keeps its weights in other files; save it as one",
+    "much external data": "is larger than 2 GB",
+    "a large file": "is larger than 2 GB",
     "no file": "is not an ONNX file",
 }  # fmt: skip
 
@@ -316,6 +320,8 @@ def test_bad_input_is_one_line_that_says_what_to_do(how: str, tmp_path: Path) ->
     changed(network, how)
     if how != "no file":
         (tmp_path / "bad.onnx").write_bytes(network.SerializeToString())
+    if how == "a large file":
+        os.truncate(tmp_path / "bad.onnx", 2**31)  # sparse
     words = ["adopt", str(tmp_path / "bad.onnx"), "--images", "digits", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2

@@ -7,6 +7,7 @@ depends on it.
 """
 
 from collections.abc import Collection
+from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -88,14 +89,19 @@ def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> C
 
 
 def _load(file: Path) -> onnx.ModelProto:
+    too_large = f"{file} is larger than 2 GB, which one ONNX file cannot hold; adopt a smaller network"
     try:
-        size = file.stat().st_size
+        if file.stat().st_size > LARGEST:
+            raise InputError(too_large)
         network = onnx.load(file, load_external_data=False)
+    except InputError:
+        raise
     except Exception as error:  # an OSError, or protobuf's DecodeError, of a package without types
         raise InputError(f"{file} is not an ONNX file ({type(error).__name__}: {one_line(error)})") from None
-    if size > LARGEST:
-        raise InputError(f"{file} is larger than 2 GB, which one ONNX file cannot hold; adopt a smaller network")
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in network.graph.initializer):
+    outside = [tensor for tensor in network.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    if sum(prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in outside) > LARGEST:
+        raise InputError(too_large)
+    if outside:
         raise InputError(
             f"{file} keeps its weights in other files; save it as one: "
             f"python -c \"import onnx; onnx.save(onnx.load('{file.name}'), 'one-file.onnx')\""
