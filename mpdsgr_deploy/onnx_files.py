@@ -30,3 +30,12 @@ def read_network(model: Path) -> onnx.ModelProto:
         return onnx.load(model)
     except Exception as error:  # protobuf's DecodeError, of a package without types, or an OSError
         raise InputError(f"{model} is not an ONNX file ({type(error).__name__}); export again") from None
+
+
+def rounds_outputs(network: onnx.ModelProto) -> bool:
+    """Whether the output of a network is a dequantised value, which takes 256 levels at most."""
+    makers = {name: node for node in network.graph.node for name in node.output}
+    maker = makers.get(network.graph.output[0].name)
+    while maker is not None and maker.op_type in ("Identity", "Reshape", "Squeeze", "Flatten"):
+        maker = makers.get(maker.input[0])
+    return maker is not None and maker.op_type == "DequantizeLinear"

@@ -31,6 +31,7 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export_module, find_module
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
+from mpdsgr_deploy.validation.health.artefact import check_logits
 
 FOREIGN = Path(__file__).parent / "foreign"
 # The surrogate of each library as it was trained. Norse 1.1 divides by (|x| + 1)^2 whatever its alpha.
@@ -499,3 +500,10 @@ def test_what_another_quantiser_wrote_is_gated_against_float32(tmp_path: Path) -
     done = CliRunner().invoke(main, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     assert "transfer fp32" in done.output
+
+
+def test_logits_that_a_quantiser_rounded_are_no_counts() -> None:
+    logits = (np.random.default_rng(0).normal(size=(60, 10)) * 20).round().astype(np.float32)
+    assert check_logits(logits).failed
+    assert not check_logits(logits, rounded_outputs=True).failed
+    assert check_logits(logits.clip(0, 8), rounded_outputs=True).failed

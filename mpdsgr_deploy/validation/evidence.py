@@ -11,6 +11,7 @@ from mpdsgr_deploy.attacks.measure import Measurement
 from mpdsgr_deploy.attacks.run import NOT_FINITE
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.onnx_files import read_network, rounds_outputs
 from mpdsgr_deploy.validation.gate import limit
 from mpdsgr_deploy.validation.health import Compared, Evidence, Reach, Rebuilt
 from mpdsgr_deploy.validation.image_checks import image_faults
@@ -29,6 +30,7 @@ def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebui
         compared=Compared(reference=subject.reference is not None, floors=bool(subject.gate.floors)),
         reach=reach,
         logits=logits,
+        rounded_outputs=rounds_outputs(read_network(subject.target.bundle.variant(subject.target.precision))),
         attack_graph_faults=subject.target.attack_graph_faults(),
         image_faults=image_faults(subject.data, images, subject.reference, subject.own),
         not_finite={CLEAN: np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()},

@@ -15,6 +15,7 @@ Floats = NDArray[np.float32]
 PROBE = 32  # images the artefact is asked about repeatedly
 ALONE = 8  # images it is asked about one by one
 EACH = 5  # expected images per class above which every class must occur
+FEW_ROUNDED = 32  # the same where a file rounds its logits to 8 bits: counts of up to 31 steps
 FEW_VALUES = 128  # the most distinct logits of a readout that counts spikes; a linear readout has about one per image
 
 
@@ -110,8 +111,11 @@ def check_images(image_faults: Sequence[str], rule: str) -> Seen:
     why="a softmax saturates and counts have plateaus: gradients and queries then find nothing to follow",
     advice="export the linear readout's mean over time, before any softmax or count",
 )
-def check_logits(logits: Floats) -> Seen:
-    """The outputs [n, K] are logits, not probabilities or counts of spikes."""
+def check_logits(logits: Floats, rounded_outputs: bool = False) -> Seen:
+    """The outputs [n, K] are logits, not probabilities or counts of spikes.
+
+    rounded_outputs: the file rounds them to 8 bits, as quantisers do; these too are more than a count of few steps.
+    """
     sums = logits.sum(axis=1)
     faults = []
     if len(logits) and (logits == logits[0]).all():
@@ -119,7 +123,7 @@ def check_logits(logits: Floats) -> Seen:
     if len(logits) and (logits >= 0).all() and np.abs(sums - 1).max() < 1e-3:
         faults.append("every row is positive and adds up to 1: probabilities")
     distinct = len(np.unique(logits.round(5)))
-    if logits.size > 4 * FEW_VALUES and distinct <= FEW_VALUES:
+    if logits.size > 4 * FEW_VALUES and distinct <= (FEW_ROUNDED if rounded_outputs else FEW_VALUES):
         faults.append(f"{logits.size} outputs take {distinct} values only, as counts of spikes do")
     return Seen(faults, f"{distinct} distinct values in {len(logits)} rows")
 
