@@ -76,7 +76,7 @@ def test_images_that_nothing_can_be_compared_with_are_said_to_be_the_bundles_own
 
 def test_a_worst_that_twice_the_steps_lower_says_by_how_much() -> None:
     plain = subject("release", "release", 9, 9), measured(strong=10, worst=9)
-    converged = Convergence(0, 9, N, {"mpd-apgd": 100})
+    converged = Convergence(0, 9, N, {"mpd-apgd": 100}, worst=9 / N)
     assert remarks(*plain, converged) == []
     (lowered,) = remarks(*plain, converged._replace(broken=2))
     assert "twice the steps of mpd-apgd break 2 of the 9 that all attacks had left (10.0 points)" in lowered

@@ -110,6 +110,15 @@ def test_a_full_disk_is_one_line_and_what_was_there_survives(which: str, tmp_pat
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+def test_a_disk_that_pictures_fill_is_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
+    """TensorBoard writes in a thread, whose traceback says nothing that the line does not. The last epoch draws."""
+    run = tmp_path / "run"
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    assert_input_error(mpdsgr("train", *TINY, "--out", run, prelude=limited), "cannot write", "tensorboard", "--resume")
+    assert len(load_checkpoint(run / "last").history) == 1
+    assert mpdsgr("train", *TINY, "--out", run, "--resume").returncode == 0
+
+
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """One validation batch for two ranks: the rank without one must not keep the other waiting."""
     arguments = [

@@ -1,5 +1,9 @@
 """How a run is displayed: one log line per epoch; curves, warnings and pictures in TensorBoard."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,10 +12,52 @@ from torch.utils.tensorboard import SummaryWriter
 from mpdsgr_deploy.data.batches import generator, take, to_unit
 from mpdsgr_deploy.diagnostics.distribution import measure
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics, warnings_of
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.training.epoch import Data, Learner
 
 PICTURES_EVERY = 10  # epochs between pictures: drawing a layer takes half a second
+
+
+@contextmanager
+def open_board(folder: Path, first_epoch: int) -> Iterator[SummaryWriter]:
+    """A writer of TensorBoard's files, for epochs from `first_epoch` on (counted from 1).
+
+    TensorBoard writes in a thread of its own and raises that thread's error in the next call as well, so the traceback
+    that Python prints for the thread says nothing more. Raises InputError where the folder cannot be written.
+    """
+    python_hook = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            python_hook(failure)
+
+    threading.excepthook = hook
+    try:
+        with _writable(folder):
+            board = SummaryWriter(str(folder), purge_step=first_epoch)
+        yield board
+        with _writable(folder):
+            board.close()
+    finally:
+        threading.excepthook = python_hook
+
+
+def display(board: SummaryWriter, learner: Learner, history: list[dict[str, Any]], validation: Data) -> None:
+    """Show the last epoch of `history` on the screen and in TensorBoard. Raises InputError for a full disk."""
+    with _writable(Path(board.get_logdir())):
+        log_epoch(board, history)
+        log_pictures(board, learner, validation, history[-1]["epoch"])
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; finished epochs are untouched, continue with --resume"
+        ) from None
 
 
 def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:

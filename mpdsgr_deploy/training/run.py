@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.strategy import Strategy
 from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.utils.tensorboard import SummaryWriter
 
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_training
@@ -37,7 +37,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe, Training
 from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.snn import TdBN
-from mpdsgr_deploy.training.board import log_epoch, log_pictures
+from mpdsgr_deploy.training.board import display, open_board
 from mpdsgr_deploy.training.epoch import Data, Learner, settle_average, train_epoch, validate_epoch
 from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refuse_launchers
 from mpdsgr_deploy.training.preflight import preflight
@@ -137,7 +137,6 @@ def _run(
     if profile and fabric.is_global_zero:
         learner = learner._replace(profile=Profile(learner.model, out / "profile"))
     train_data, validation_data = to_device(training, fabric.device), to_device(validation, fabric.device)
-    board = SummaryWriter(str(out / "tensorboard"), purge_step=len(history) + 1) if fabric.is_global_zero else None
     log.info(
         "training %s (%d parameters) on %d %s images, validating on %d; epochs %d to %d",
         recipe.model.name,
@@ -148,33 +147,32 @@ def _run(
         len(history) + 1,
         recipe.training.epochs,
     )
-    for epoch in range(len(history), recipe.training.epochs):
-        staged = recipe_at(recipe, epoch)
-        for defence in learner.defences:
-            defence.begin_epoch(history)
-        entry = _one_epoch(learner, staged, train_data, validation_data, epoch)
-        history.append(entry)
-        if board is not None:
-            log_epoch(board, history)
-            log_pictures(board, learner, validation_data, epoch + 1)
-            checkpoint = Checkpoint(
-                recipe=staged.portable(),
-                shape=training.shape,
-                labels=training.labels,
-                epoch=epoch + 1,
-                choice="last",
-                score_of=score_of(learner, len(validation)),
-                metrics={name: entry[name] for name in ("validation_accuracy", "score")},
-                history=history,
-                provenance=provenance(),
-                init=started_from,
-            )
-            save(learner, checkpoint, data, out)
-        fabric.barrier()
+    folder, first = out / "tensorboard", len(history) + 1
+    with open_board(folder, first) if fabric.is_global_zero else nullcontext() as board:
+        for epoch in range(len(history), recipe.training.epochs):
+            staged = recipe_at(recipe, epoch)
+            for defence in learner.defences:
+                defence.begin_epoch(history)
+            entry = _one_epoch(learner, staged, train_data, validation_data, epoch)
+            history.append(entry)
+            if board is not None:
+                display(board, learner, history, validation_data)
+                checkpoint = Checkpoint(
+                    recipe=staged.portable(),
+                    shape=training.shape,
+                    labels=training.labels,
+                    epoch=epoch + 1,
+                    choice="last",
+                    score_of=score_of(learner, len(validation)),
+                    metrics={name: entry[name] for name in ("validation_accuracy", "score")},
+                    history=history,
+                    provenance=provenance(),
+                    init=started_from,
+                )
+                save(learner, checkpoint, data, out)
+            fabric.barrier()
     if learner.profile is not None:
         learner.profile.close()
-    if board is not None:
-        board.close()
 
 
 def _one_epoch(learner: Learner, staged: Recipe, training: Data, validation: Data, epoch: int) -> dict[str, Any]:

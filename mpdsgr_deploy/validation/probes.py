@@ -42,11 +42,12 @@ def growth(
 
 
 def convergence(
-    suite: Suite, measurement: Measurement, x: Floats, *, allowed: float, batch_size: int, journal: Journal | None
+    suite: Suite, measurement: Measurement, x: Floats, *, floor: float | None, batch_size: int, journal: Journal | None
 ) -> Convergence:
     """What twice the steps of every attack that the worst case rests on do to the first m images, x [m, C, H, W].
 
-    Each starts at the same points as before, on the images that all attacks before it left. allowed: as of the check.
+    Each starts at the same points as before, on the images that all attacks before it left. floor: what the gate asks
+    of the worst case.
     """
     m = len(x)
     y, clean = measurement.y[:m], measurement.clean[:m]
@@ -61,7 +62,8 @@ def convergence(
         attackable = np.where(standing, clean, -1)  # images that are broken already count as wrong from the start
         batches = run(suite, more, x, y, attackable, batch_size=batch_size, journal=journal)
         standing &= gather(list(batches))[1] == y
-    return Convergence(survived - int(standing.sum()), survived, m, longer, allowed)
+    worst = float(measurement.standing.mean())
+    return Convergence(survived - int(standing.sum()), survived, m, longer, worst, floor)
 
 
 def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:

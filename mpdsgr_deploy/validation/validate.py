@@ -175,8 +175,8 @@ def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: F
     suite, size, journal = subject.suite, subject.batch_size, subject.journal
     y, clean = measurement.y[: len(x)], measurement.clean[: len(x)]
     grown = probes.growth(suite, x, y, clean, batch_size=size, journal=journal)
-    allowed = limit(subject.gate, WORST)
-    more = probes.convergence(suite, measurement, x, allowed=allowed, batch_size=size, journal=journal)
+    floor = subject.gate.floors.get(WORST)
+    more = probes.convergence(suite, measurement, x, floor=floor, batch_size=size, journal=journal)
     curves = [Curve.of(name, verdicts) for name, verdicts in grown.items()]
     eps = subject.target.bundle.manifest.recipe.attack.eps
     climb = probes.slopes(suite, x, y, clean, eps, batch_size=size)

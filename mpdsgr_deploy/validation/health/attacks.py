@@ -20,7 +20,7 @@ ORDER_P = 0.01  # p-value below which a stronger attack that leaves more accurac
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
 MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left at an eps that lets an attack paint any image
 MIN_STEEPER = 0.8  # share of images on which the gradient must beat random directions
-MAX_MORE_STEPS = 0.01  # share of images that twice the steps may still break, unless the gate allows more
+MAX_MORE_STEPS = 0.05  # share of images that twice the steps may still break
 
 
 @health_check(
@@ -93,20 +93,27 @@ def check_growth(growth: Mapping[float, Bools]) -> Seen:
 
 @health_check(
     5,
-    "more steps do not help the attack",
+    "more steps hardly help the attack",
     why="an attack stopped early counts images as robust that it was about to break",
-    advice="raise attack.strong_steps in the recipe, or validate with tier release",
+    advice="validate with a larger tier, raise attack.strong_steps in the recipe, or promise a lower floor",
 )
 def check_convergence(convergence: Convergence) -> Seen:
-    """Twice the steps break hardly any image that survived all attacks.
+    """Twice the steps break few images that survived all attacks, and the floor of the worst case holds without these.
 
-    The share that may be left to break is what the gate lets pass in the worst case, but at least 1 %.
+    No attack on a spiking network is seen to end: small steps through weak gradients break images ever more slowly. The
+    artefact and its reference meet the same steps, so the drop between them is a fair comparison at any number; a
+    floor is not, as it speaks of every attack.
     """
-    broken, standing, n, attacks, allowed = convergence
+    broken, standing, n, attacks, worst, floor = convergence
     names = ", ".join(f"{name} with {2 * steps} steps instead of {steps}" for name, steps in attacks.items())
     saw = f"{names}: {broken} of {n} images more are broken, {standing - broken} are left"
-    too_many = exceeds(broken, n, max(allowed, MAX_MORE_STEPS)) < ORDER_P
-    return Seen([saw] if too_many else [], saw)
+    faults = [saw] if exceeds(broken, n, MAX_MORE_STEPS) < ORDER_P else []
+    converged = worst - broken / n if n else worst
+    if floor is not None and converged < floor <= worst:
+        faults.append(
+            f"{saw}; {worst:.2%} less these {broken / n:.2%} is below the floor {floor:.2%} of the worst case"
+        )
+    return Seen(faults, saw)
 
 
 @health_check(

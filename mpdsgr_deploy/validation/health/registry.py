@@ -65,14 +65,16 @@ class Check(BaseModel):
 class Convergence(NamedTuple):
     """What more steps do: of n images, `standing` survived all attacks, and `broken` of these twice the steps broke.
 
-    attacks: which were made longer, with the steps they had. allowed: share of the images that may be left to break.
+    attacks: which were made longer, with the steps they had. worst: the accuracy in the worst case, over all images of
+    the evaluation, in [0, 1]. floor: what the gate asks of it, None for nothing.
     """
 
     broken: int
     standing: int
     n: int
     attacks: Mapping[str, int]
-    allowed: float = 0.0
+    worst: float
+    floor: float | None = None
 
 
 class Compared(NamedTuple):
