@@ -13,6 +13,7 @@ from mpdsgr_deploy.errors import InputError, one_line
 
 TRIED = (2, 3)  # batch sizes
 SMALL = 1024  # elements; larger constants are weights, whose values no shape depends on
+COMPUTING_SHAPES = {"Shape", "Size"}  # operators; without one, nothing is measured
 
 
 class ValueType(NamedTuple):
@@ -74,6 +75,8 @@ def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str
     images = network.graph.input[0]
     dims = images.type.tensor_type.shape.dim
     if not unknown or len(network.graph.input) > 1 or not all(size.HasField("dim_value") for size in dims[1:]):
+        return types
+    if COMPUTING_SHAPES.isdisjoint(node.op_type for node in network.graph.node):
         return types
     numbers = [name for name in made if name in types and types[name].dtype == TensorProto.INT64]
     try:
