@@ -47,7 +47,7 @@ Origin = Literal["adopted", "module"]
 
 
 class AdoptedVariant(NamedTuple):
-    """A precision: the user's file, the classifier made of it, and its logits [N, K] of the images."""
+    """A precision: the user's file, the classifier made of it (without nodes), and its logits [N, K] of the images."""
 
     file: Path
     classifier: Classifier
@@ -91,6 +91,7 @@ def adopt(
     if seen.refused:
         raise InputError(seen.refused)
     filled = _recipe(base, model, surrogate, seen)
+    ends = main.network.graph.input[0].name, main.network.graph.output[0].name
     tier = tier or filled.gate.tier
     promised = images[: choose("tier", TIERS, tier).images]
     with staged(out) as scratch:
@@ -101,6 +102,7 @@ def adopt(
         exact = _agrees(model, parts["fp32"].logits, reference)
         _warn_of_chance(parts["fp32"].logits, promised)
         _warn_of_counts(parts["fp32"].logits)
+        main = main._replace(network=onnx.ModelProto())  # attacks take their memory; the files are all that is needed
         written = {name: _variant(name, part, promised, filled, scratch) for name, part in parts.items()}
         with OnnxRuntime(scratch / "model.fp32.onnx") as predictor:
             network = NetworkFile(scratch / "model.fp32.onnx", predictor)
@@ -113,8 +115,8 @@ def adopt(
         return seal(
             scratch,
             out,
-            input_name=main.network.graph.input[0].name,
-            output_name=main.network.graph.output[0].name,
+            input_name=ends[0],
+            output_name=ends[1],
             input_shape=main.shape,
             labels=images.labels,
             recipe=filled,
@@ -164,7 +166,7 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
         raise EvaluationError(f"{file} does not answer with {classifier.classes} finite logits an image")
     if logits.min() >= 0 and np.abs(logits.sum(1) - 1).max() < CERTAIN:
         raise InputError(cut_off(file, classifier.network, probabilities(classifier.network, through=ELEMENTWISE)))
-    return AdoptedVariant(file, classifier, logits)
+    return AdoptedVariant(file, classifier._replace(network=onnx.ModelProto()), logits)
 
 
 def _check_freed(file: Path, classifier: Classifier, x: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
