@@ -6,17 +6,22 @@ HTTP with binary tensors and with JSON, and gRPC, from one event loop. One reque
 bad_requests.py, or a client that leaves in the middle. Every good answer is held against the logits of a predictor in
 this process, within what float32 rounding may do. Four hostile clients besides (soak_hostile.py) send slowly, by half,
 too much, empty entries, read nothing, say nothing, or take all connections; the server must end each in its time.
-Probes of liveness are answered all the while, and memory and open files of the server are read.
+Probes of liveness are answered all the while, other versions of the bundle take over, and memory and open files of the
+server are read. At the end it is stopped under load.
 """
 
 import asyncio
 import itertools
+import os
 import random
 import re
+import shutil
+import signal
 import statistics
 import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +36,23 @@ from soak_hostile import LIMITS, Attack, GrpcAttacks, HttpAttacks
 from soak_traffic import MIX, Call, Counts, over_grpc, over_http, sure
 from tritonclient.grpc import service_pb2_grpc
 
-from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import open_predictor
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, prepared
 from mpdsgr_deploy.runtime.remote import ModelUrl
-from mpdsgr_deploy.serving.load.connection import Connection, Endpoint
+from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, NoAnswer
 from mpdsgr_deploy.serving.load.model import describe
+from mpdsgr_deploy.serving.model import VERSION_DIGITS
 
 HTTP_USERS, GRPC_USERS = 12, 2
 PAUSE = 0.2  # seconds between two attacks of one attacker
 BAD_CALLS = 8  # one gRPC call in so many
 BURSTS, BURST = 500, 200  # one gRPC call in so many is that many good ones at once
 SAMPLES = 120  # of memory and files
+RELOAD_EVERY, RELOAD_PATIENCE = 20.0, 15.0  # seconds between two versions, and until one has to answer
 
 
 @click.option("--minutes", default=30.0, show_default=True, type=click.FloatRange(0.05, 240))
@@ -58,22 +66,36 @@ def measure(minutes: float, requests: int) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, seconds: float, requests: int) -> dict[str, Any]:
-    """Counts, and samples of the server's memory and files."""
-    with open_predictor(bundle) as predictor, serving(bundle.path, limits=LIMITS) as server:
-        pixels = sure(predictor, bundle.manifest.input_shape)
+    """Counts, and samples of the server's memory and files. The server has a copy of the bundle, which changes."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_predictor(bundle) as predictor,
+        serving(shutil.copytree(bundle.path, Path(folder) / bundle.path.name), limits=LIMITS) as server,
+    ):
+        pixels, counts = sure(predictor, bundle.manifest.input_shape), Counts()
+        copy = open_bundle(Path(folder) / bundle.path.name)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             url = f"{server.url}/v2/models/{bundle.path.name}"
-            found = runner.run(_soak(server, url, predictor, pixels, seconds, requests))
-        in_flight = _gauge(server, "mpdsgr_in_flight_bytes")
+            result = runner.run(_soak(server, copy, url, predictor, pixels, seconds, requests, counts))
+            in_flight = _gauge(server, "mpdsgr_in_flight_bytes")
+            runner.run(_stop(server, url, pixels, counts))
     ended = {"in_flight_bytes": in_flight, "exit_code": server.code, "logged_errors": server.errors}
-    return {**found, **ended, "provenance": provenance()}
+    wrong = {"wrong": dict(counts.wrong), "examples": counts.examples}
+    return {**result, "requests": dict(counts.kinds), **wrong, **ended, "provenance": provenance()}
 
 
 async def _soak(
-    server: Process, url: str, predictor: Predictor, pixels: np.ndarray, seconds: float, most: int
+    server: Process,
+    bundle: Bundle,
+    url: str,
+    predictor: Predictor,
+    pixels: np.ndarray,
+    seconds: float,
+    most: int,
+    counts: Counts,
 ) -> dict[str, Any]:
     model = await describe(url, Endpoint(ModelUrl.split(url)))
-    counts, samples = Counts(), []
+    samples: list[list[float]] = []
     deck = over_http(model, predictor, pixels, counts)
     started = time.monotonic()
     stop = started + seconds
@@ -117,6 +139,7 @@ async def _soak(
     where = model.endpoint.at.host, model.endpoint.at.port
     http = HttpAttacks(*where, model.requests(1, pixels, 0)[0], counts)
     beside = [asyncio.create_task(watch()), asyncio.create_task(http.probe())]
+    beside.append(asyncio.create_task(_reloads(server, bundle, url, counts)))
     async with grpc.aio.insecure_channel(server.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         good, bad = over_grpc(model, stub, predictor, pixels, counts)
@@ -132,13 +155,57 @@ async def _soak(
         task.cancel()
     return {
         "seconds": round(time.monotonic() - started, 1),
-        "requests": dict(counts.kinds),
-        "wrong": dict(counts.wrong),
         "busy": counts.busy,
-        "examples": counts.examples,
         "largest_difference": counts.largest,
         "samples": samples,
     }
+
+
+async def _reloads(server: Process, bundle: Bundle, url: str, counts: Counts) -> None:
+    """Another version of the bundle, with the same network, time after time; each has to take over."""
+    for number in itertools.count(1):
+        await asyncio.sleep(1 if number == 1 else RELOAD_EVERY)
+        settings = prepared(
+            bundle, "openvino", "fp32", RuntimeSettings(threads=number)
+        )  # of a backend that is not served
+        version = (await asyncio.to_thread(bundle.add, settings)).manifest.digest[:VERSION_DIGITS]
+        os.kill(server.pid, signal.SIGHUP)
+        connection, end = Connection(Endpoint(ModelUrl.split(url))), time.monotonic() + RELOAD_PATIENCE
+        message = connection.endpoint.message("GET", connection.endpoint.at.path, headers={"Connection": "close"})
+        while time.monotonic() < end:
+            await asyncio.sleep(0.2)
+            with suppress(NoAnswer):
+                if version.encode() in (await connection.ask(message)).body:
+                    counts.kinds["reload"] += 1
+                    break
+        else:
+            counts.failed("hostile", f"version {version} did not take over")
+
+
+async def _stop(server: Process, url: str, pixels: np.ndarray, counts: Counts) -> None:
+    """SIGTERM under load: whoever got a connection gets an answer, until no more are accepted."""
+    endpoint = Endpoint(ModelUrl.split(url))
+    message = (await describe(url, endpoint)).requests(1, pixels, 0)[0]
+
+    async def user() -> None:
+        connection = Connection(endpoint)
+        while True:
+            try:
+                wire = await connection.open()
+            except NoAnswer:
+                return
+            try:
+                while not wire.closed:
+                    await wire.ask(message)
+                    counts.kinds["while it stops"] += 1
+            except NoAnswer as error:
+                counts.failed("no answer", f"at the stop: {error}")
+
+    async with asyncio.TaskGroup() as users:
+        for _ in range(HTTP_USERS):
+            users.create_task(user())
+        await asyncio.sleep(0.3)
+        os.kill(server.pid, signal.SIGTERM)
 
 
 def _gauge(server: Process, name: str) -> float:

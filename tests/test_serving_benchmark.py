@@ -49,7 +49,10 @@ def test_a_short_soak_finds_nothing_wrong(bundle: Bundle) -> None:
     result = soak.run(bundle, 2.5, 10**6)
     assert result["wrong"] == {}, result["examples"]
     kinds = {kind for kind in result["requests"] if not kind.startswith("hostile: ")}
-    assert kinds - {"grpc in a burst"} == {*soak_traffic.MIX, "grpc", "bad grpc", "probe"} < set(result["requests"])
+    rare = {"grpc in a burst", "reload", "late", "left", "http margin", "bad grpc"}  # a busy machine may get to none
+    every = {*soak_traffic.MIX, "grpc", "bad grpc", "grpc in a burst", "probe", "reload", "while it stops"}
+    assert every - rare <= kinds <= every
+    assert kinds < set(result["requests"])
     assert result["largest_difference"] <= soak_traffic.TOLERANCE
     assert (result["in_flight_bytes"], result["exit_code"], result["logged_errors"]) == (0, 0, [])
     assert "| wrong answers | 0;" in soak.render(result)
