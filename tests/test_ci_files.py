@@ -122,6 +122,7 @@ def test_what_is_installed_exists() -> None:
         assert wanted.extras == {"cpu", "report"} <= set(project["optional-dependencies"])
     for line in (LINES["install"], *TEMPLATE["before_script"]):
         assert shlex.split(line)[:4] == ["python", "-m", "pip", "install"]
+        assert "--find-links" in shlex.split(line)  # the package is on no index yet
 
 
 def test_github_passes_and_shows_the_summary(checkout: Path) -> None:
