@@ -41,7 +41,10 @@ class SignedCopy:
         self.path, self.trust = path, trust
         content = read_signature(path / SIGNATURE)
         if content is None:
-            raise InputError(f"{path} is not signed (it has no {SIGNATURE}), and a signature by {trust} is required")
+            raise InputError(
+                f"{path} is not signed (it has no {SIGNATURE}), and a signature by {trust} is required; get the signed "
+                "bundle, or let its signer run `mpdsgr sign`"
+            )
         statement, self.signer = verified_statement(content, path / SIGNATURE, trust)
         self.signature_sha256 = hashlib.sha256(content).hexdigest()
         self.root = Path(mkdtemp(prefix="mpdsgr-"))  # for this user alone
