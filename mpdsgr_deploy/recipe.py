@@ -79,6 +79,7 @@ class EncodingSection(Section):
     name: str = "direct"
     T: Count = 8
     std: NonNegative = 0.25  # rsc: of the noise added to pixels in [0, 1]
+    levels: Count = 2  # sqe: steps between a black and a white pixel; 1 is poisson
     # frequency: the radius of each step's low-pass; None: evenly from half the image's side down
     radii: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
 

@@ -68,6 +68,12 @@ def test_the_loss_by_hand() -> None:
     assert x.grad.flatten().tolist() == pytest.approx([0.2 * slope, -0.4 * slope])
 
 
+def test_the_absolute_norm_by_hand() -> None:
+    step, _ = step_on(torch.tensor([[0.4, 0.7]]), torch.tensor([[0.5, 0.5]]))
+    term = DynamicNeurons(DynamicLIFSettings(rho=3.0, tau=0.5, norm="l1")).term(step)
+    assert term.value.item() == pytest.approx((0.2 + 0.4) * (1 + 1.5 + 1.75) / 6)
+
+
 def test_without_an_attack_or_a_weight_no_pass_is_spent() -> None:
     image = torch.rand(1, 2)
     for x, rho in ((image, 1.0), (image + 0.1, 0.0)):

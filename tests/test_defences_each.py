@@ -20,7 +20,8 @@ EACH = sorted({*DEFENCES} - {"at"})
 AT = {"at": {"eps": 0.1, "steps": 2, "step": 0.05}}
 MPDSGR = {"mpd-sgr": {"estimator": "empirical"}}
 PAIRS = [
-    *({**AT, name: {}} for name in EACH if name != "mpd-sgr"),
+    *({**AT, name: {}} for name in EACH if name not in ("mpd-sgr", "trades")),
+    {"trades": {}, "sr": {}, **MPDSGR},
     {**AT, **MPDSGR},
     *({**MPDSGR, name: {}} for name in ("feel", "dlif", "stog")),
     {**AT, "rat": {}, "sr": {}, "stog": {}, **MPDSGR},
@@ -75,6 +76,7 @@ def test_a_step_with_several_defences_has_finite_gradients_for_every_parameter(
         assert torch.isfinite(gradients[id(p)]).all(), name
         assert not torch.equal(p, before[name]), name
     terms = {"mpd-sgr": "omega", "sr": "sparsity", "dlif": "perturbation", "stog": "gate_prior"}
+    terms |= {"trades": "divergence", "tgo": "threshold_guard"}
     expected = {terms[name] for name in defence if name in terms and (name != "dlif" or "at" in defence)}
     weights = {f"{name}_weight" for name in expected}
     assert set(measured) == {"loss", "cross_entropy", "train_accuracy", *expected, *weights}
@@ -91,7 +93,7 @@ def test_mixed_precision_trains_them_as_well(name: str) -> None:
 
 @pytest.mark.parametrize("name", EACH)
 def test_what_was_learned_survives_a_checkpoint(name: str, tmp_path: Path) -> None:
-    recipe = recipe_with({**AT, name: {}})
+    recipe = recipe_with({**({} if name == "trades" else AT), name: {}})
     learner = learner_of(recipe)
     step_once(learner)
     model = learner.model.eval()

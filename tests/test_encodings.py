@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
-from mpdsgr_deploy.snn.encoding import Encoding, Frames, Frequency, Poisson, RandomizedSmoothing
+from mpdsgr_deploy.snn.encoding import (
+    Encoding,
+    Frames,
+    Frequency,
+    Poisson,
+    RandomizedSmoothing,
+    StochasticQuantization,
+)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -23,7 +30,7 @@ def refuse(x: Tensor) -> Tensor:
     raise AssertionError("this encoding takes the image as it is")
 
 
-@pytest.mark.parametrize("encoding", [Poisson(3, 2), RandomizedSmoothing(3, 2, 0.5)])
+@pytest.mark.parametrize("encoding", [Poisson(3, 2), StochasticQuantization(3, 2, 3), RandomizedSmoothing(3, 2, 0.5)])
 def test_stochastic_encodings_repeat_with_the_seed_and_are_fresh_for_every_step_and_image(encoding: Encoding) -> None:
     x = torch.full((2, 2, 8, 8), 0.5)
     first = encoding(x, lambda x: x, seeded(0))
@@ -47,11 +54,32 @@ def test_poisson_rates_are_the_pixels_of_the_image_itself() -> None:
         assert low <= count <= high
 
 
-def test_poisson_gradient_is_the_identity_at_every_step() -> None:
+@pytest.mark.parametrize("encoding", [Poisson(5, 1), StochasticQuantization(5, 1, 3)])
+def test_the_gradient_of_random_rounding_is_the_identity_at_every_step(encoding: Encoding) -> None:
     x = torch.rand(2, 1, 3, 3, generator=seeded(0)).requires_grad_()
     weights = torch.randn(5, 2, 1, 3, 3, generator=seeded(1))
-    (Poisson(5, 1)(x, refuse, seeded(2)) * weights).sum().backward()
+    (encoding(x, refuse, seeded(2)) * weights).sum().backward()
     torch.testing.assert_close(x.grad, weights.sum(0))
+
+
+def test_one_level_of_quantisation_is_poisson_encoding_draw_by_draw() -> None:
+    x = torch.rand(3, 2, 4, 4, generator=seeded(0))
+    quantised = StochasticQuantization(7, 2, 1)(x, refuse, seeded(1))
+    assert torch.equal(quantised, Poisson(7, 2)(x, refuse, seeded(1)))
+
+
+@pytest.mark.parametrize("levels", [2, 5])
+def test_pixels_are_rounded_to_their_neighbours_with_the_pixel_as_mean(levels: int) -> None:
+    pixels = torch.tensor([0.0, 0.07, 0.31, 0.5, 0.96, 1.0])
+    T = 20_000
+    rounded = StochasticQuantization(T, 1, levels)(pixels.view(1, 1, 1, 6), refuse, seeded(0)).flatten(1)
+    for pixel, values in zip(pixels.tolist(), rounded.T, strict=True):
+        below, share = divmod(pixel * levels, 1)
+        steps = (values * levels).round()
+        torch.testing.assert_close(values * levels, steps)
+        assert set(steps.tolist()) <= {below, below + 1}
+        low, high = binom.interval(0.9999, T, share)
+        assert low <= (steps == below + 1).sum() <= high + 1  # a draw of exactly 0 rounds up
 
 
 def test_rsc_adds_gaussian_noise_before_the_normalisation() -> None:

@@ -45,6 +45,7 @@ SHAPE = (1, 8, 8)
 GATES = [(3, 8, 8, 8), (3, 16, 4, 4), (3, 16, 4, 4)]  # of the small network's neurons, a draw a step
 NETWORKS = {
     "poisson": (small_recipe(encoding={"name": "poisson"}), {"uniform_0": (3, *SHAPE)}),
+    "sqe": (small_recipe(encoding={"name": "sqe", "levels": 3}), {"uniform_0": (3, *SHAPE)}),
     "rsc and stog": (
         small_recipe(encoding={"name": "rsc"}, defence={"stog": {}}),
         {"normal_0": (3, *SHAPE), **{f"uniform_{i + 1}": shape for i, shape in enumerate(GATES)}},

@@ -4,10 +4,12 @@ Every layer learns an input gain a_t for each step, U_t = tau U_{t-1} (1 - O_{t-
 
     rho * mean(Y^2),   Y_t = tau_y Y_{t-1} + (I_clean,t - I_perturbed,t),   Y_0 = 0
 
-with the currents I of the last spiking layer, before their gain. The mean is over steps, images and neurons.
+with the currents I of the last spiking layer, before their gain. The mean is over steps, images and neurons. With norm
+"l1" it is that of |Y|: MPPD-TV-l1 (Lai et al., ICLR 2026), which shows that Y is a total variation.
 """
 
 from collections import deque
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,11 @@ from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise, Trace
 
 
 class DynamicLIFSettings(Section):
-    """The weight rho of the loss, which needs images under attack ([defence.at]), and its leak tau_y."""
+    """The weight rho of the loss, which needs images under attack ([defence.at]), its leak tau_y, and its norm."""
 
     rho: NonNegative = 1.0
     tau: UnitInterval = 0.99
+    norm: Literal["l1", "l2"] = "l2"
 
 
 class DynamicLIF(DerivedLIF):
@@ -66,8 +69,9 @@ class DynamicNeurons(Defence[DynamicLIFSettings]):
         # no kernel runs neurons that learn together with their normalisation
         assert clean is not None
         assert perturbed is not None
-        perturbation = clean - perturbed
-        return Term("perturbation", self.settings.rho, leaky_integral(perturbation, self.settings.tau).square().mean())
+        total = leaky_integral(clean - perturbed, self.settings.tau)
+        size = total.abs() if self.settings.norm == "l1" else total.square()
+        return Term("perturbation", self.settings.rho, size.mean())
 
 
 def leaky_integral(x: Tensor, tau: float) -> Tensor:

@@ -11,7 +11,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.registry import Registry
 from mpdsgr_deploy.snn import LIF, Encoding, Noise, Observer, SpikingLayer, TdBN, fold_time, make_surrogate
 from mpdsgr_deploy.snn.draws import in_turn
-from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing
+from mpdsgr_deploy.snn.encoding import Direct, Frames, Frequency, Poisson, RandomizedSmoothing, StochasticQuantization
 from mpdsgr_deploy.snn.recompute import one_by_one
 from mpdsgr_deploy.surrogates import KINDS
 
@@ -165,6 +165,7 @@ def make_encoding(recipe: Recipe, shape: Shape) -> Encoding:
     encodings: dict[str, Callable[[], Encoding]] = {
         "direct": lambda: Direct(T, channels),
         "poisson": lambda: Poisson(T, channels),
+        "sqe": lambda: StochasticQuantization(T, channels, config.levels),
         "rsc": lambda: RandomizedSmoothing(T, channels, config.std),
         "frequency": frequency,
         "frames": frames,

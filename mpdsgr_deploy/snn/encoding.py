@@ -47,6 +47,29 @@ class Poisson(Encoding):
         return spikes + (x - x.detach())  # the second term is zero forward, the identity backward
 
 
+class StochasticQuantization(Encoding):
+    """Stochastic quantisation encoding (SQE, Liu et al., arXiv 2610.01558): the image rounded to multiples of 1/levels.
+
+    Up or down at random, such that the mean is the image, which is not normalised. Of the values k / levels as many are
+    added as there are k with x >= (k + U(0, 1)) / levels. One level is Poisson encoding, draw by draw; with more the
+    variance, at most 1 / (4 levels^2), goes to 0. The gradient passes straight through.
+    """
+
+    stochastic = True
+
+    def __init__(self, T: int, channels: int, levels: int) -> None:
+        super().__init__(T, channels)
+        self.levels = levels
+
+    def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
+        draw = uniform(self.T, x, noise)
+        reached = torch.stack([(x >= (draw + k) / self.levels).to(x.dtype) for k in range(self.levels)])
+        rounded = reached.mean(0)
+        if not torch.is_grad_enabled():
+            return rounded
+        return rounded + (x - x.detach())
+
+
 class RandomizedSmoothing(Encoding):
     """Randomised smoothing coding (RSC, arXiv 2407.20099): x + N(0, std^2), then normalised. std in pixel units."""
 

@@ -11,7 +11,7 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.network import Shape, make_encoding, readout_weights
 from mpdsgr_deploy.recipe import Recipe
 
-ANY_LENGTH = ("direct", "poisson", "rsc")  # encodings whose steps all see the same
+ANY_LENGTH = ("direct", "poisson", "sqe", "rsc")  # encodings whose steps all see the same
 
 
 def check_stages(recipe: Recipe) -> None:

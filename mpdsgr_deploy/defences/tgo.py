@@ -1,0 +1,48 @@
+"""The membrane potential constraint of TGO (Wang et al., arXiv 2602.20548, eq. 12 and 13).
+
+    lam * sum over layers of the mean over time steps and neurons of max(0, delta - |U - V_th|)
+
+The sampled relative of MPD-SGR: it counts each potential near the threshold where MPD-SGR takes the mass of a
+distribution. The paper's noisy neurons, its other half, are not here: their noise is not stated in public text.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mpdsgr_deploy.defences.base import Defence, Step, Term, register
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import NonNegative, Positive, Section
+from mpdsgr_deploy.snn import Trace
+
+
+class ThresholdGuardSettings(Section):
+    """The weight in the last epoch, and how far from the threshold a potential is left alone, in units of U.
+
+    lam: the paper has 0.6 for VGG11 and 0.4 for WRN-16; delta is not in public text.
+    """
+
+    lam: NonNegative = 0.6
+    delta: Positive = 0.5
+
+
+@register("tgo", ThresholdGuardSettings)
+class ThresholdGuard(Defence[ThresholdGuardSettings]):
+    """The weight rises along half a cosine from 0 in the first epoch to lam in the last."""
+
+    def check(self, recipe: Recipe) -> None:
+        self._last = max(1, recipe.training.epochs - 1)
+
+    def read(self, trace: Trace) -> Tensor:
+        penalties = [hinge(u, trace.neuron.v_threshold, self.settings.delta) for u, _ in trace.states]
+        return torch.stack(penalties).mean()
+
+    def term(self, step: Step) -> Term:
+        weight = self.settings.lam * 0.5 * (1 - math.cos(math.pi * min(1, step.epoch / self._last)))
+        return Term("threshold_guard", weight, torch.stack(step.readings).sum())
+
+
+def hinge(u: Tensor, v_threshold: float, delta: float) -> Tensor:
+    """The mean of max(0, delta - |U - V_th|) over potentials u of any shape."""
+    return (delta - (u.float() - v_threshold).abs()).clamp(min=0).mean()

@@ -1,0 +1,82 @@
+"""TRADES (Zhang et al., arXiv 1901.08573, eq. 5): cross-entropy on clean images, and how far an attack moves answers.
+
+weight * KL(softmax f(x) || softmax f(x')),   x' = argmax of the same divergence within eps of x
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpdsgr_deploy.attacks import pgd
+from mpdsgr_deploy.attacks.torch_target import frozen, input_gradient
+from mpdsgr_deploy.defences.base import Defence, Step, Term, register
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.protocols import Gradient
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section, UnitInterval
+
+START = 0.001  # standard deviation of the noise that the ascent starts with: at x itself the divergence is flat
+
+
+class TradesSettings(Section):
+    """PGD in the L-infinity ball of radius eps, pixels in [0, 1], and the divergence's weight (1 / lambda there)."""
+
+    eps: UnitInterval = 2 / 255
+    steps: Count = 2
+    step: Positive = 1 / 255
+    weight: NonNegative = 6.0
+
+
+@register("trades", TradesSettings)
+class Trades(Defence[TradesSettings]):
+    """One attack and one forward pass more a step. The step itself trains on clean images.
+
+    The attack is made for the model in eval mode, as adversarial training makes it. Only the clean pass enters the
+    running statistics; in the authors' code both do.
+    """
+
+    adversarial = True
+
+    def __init__(self, settings: TradesSettings) -> None:
+        super().__init__(settings)
+        self._attacked: Tensor | None = None  # of the batch between `examples` and `term`
+
+    def check(self, recipe: Recipe) -> None:
+        if "at" in recipe.defence:
+            raise InputError("trades trains on clean images beside its own attack, and at replaces them; keep one")
+
+    def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
+        """x itself in training, which needs clean and attacked images; the attacked ones where a network is judged."""
+        attacked = self._furthest(model, x, draw)
+        if not model.training:
+            return attacked
+        self._attacked = attacked
+        return x
+
+    def _furthest(self, model: SpikingNet, x: Tensor, draw: torch.Generator) -> Tensor:
+        config = self.settings
+
+        def start(shape: tuple[int, ...]) -> Tensor:
+            return (START / config.eps * torch.randn(shape, generator=draw)).to(x.device)
+
+        with frozen(model):
+            attacked = simplify(model)
+
+            def target(x: Tensor, probabilities: Tensor) -> Gradient:
+                return input_gradient(lambda x: attacked(x, None, draw), x, probabilities, divergence)
+
+            with torch.no_grad():
+                clean = attacked(x, None, draw).float().softmax(1)
+            return pgd(target, x, clean, eps=config.eps, step=config.step, steps=config.steps, draw=start)
+
+    def term(self, step: Step) -> Term:
+        assert self._attacked is not None
+        moved = step.forward(self._attacked, None)
+        return Term("divergence", self.settings.weight, divergence(moved, step.logits.softmax(1)).mean())
+
+
+def divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """KL(probabilities || softmax of logits) [B], both [B, K]."""
+    return F.kl_div(logits.log_softmax(1), probabilities, reduction="none").sum(1)
