@@ -46,17 +46,18 @@ def train(
 
     overrides: texts such as "training.epochs=5" that replace fields of a recipe file. resume: continue an interrupted
     run, or start one. profile: write where the time of the first steps went to out/profile. init: a run or checkpoint
-    whose weights training starts from (fine-tuning).
+    whose weights training starts from (fine-tuning), or package.module:function, which returns a torch module.
     Raises InputError for a wrong recipe, missing data or extra `train`, or an `out` that holds another run.
     """
     need("lightning.fabric", "train")
+    from mpdsgr_deploy.training import origin
     from mpdsgr_deploy.training import train as run
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(find_recipe(str(recipe)), overrides)
     elif overrides:
         raise InputError("overrides are for recipe files; change the Recipe itself with model_copy")
-    run(recipe, Path(out), resume=resume, profile=profile, init=None if init is None else Path(init))
+    run(recipe, Path(out), resume=resume, profile=profile, init=None if init is None else origin(init))
     return Path(out)
 
 

@@ -50,11 +50,11 @@ def command(
     out = out or Path("runs") / path.stem
     need("lightning.fabric", "train")
     from mpdsgr_deploy.checkpoint import load_checkpoint
-    from mpdsgr_deploy.training import train
+    from mpdsgr_deploy.training import origin, train
     from mpdsgr_deploy.training.pages import keep_pages
 
     keep_pages()
-    train(resolved, out, resume=resume, profile=profile, init=_origin(init))
+    train(resolved, out, resume=resume, profile=profile, init=None if init is None else origin(init))
     last, best = load_checkpoint(out / "last"), load_checkpoint(out / "best")
     if as_json:
         score = {"epoch": best.epoch, "score_of": best.score_of, **best.metrics}
@@ -65,8 +65,3 @@ def command(
             click.echo(f"{checkpoint.origin}: validation accuracy {accuracy:.1%}")
         root = "" if resolved.data.root == resolved.portable().data.root else f" --root {resolved.data.root}"
         click.echo(f"next: mpdsgr export {out} --out {out}/bundle{root}")
-
-
-def _origin(init: str | None) -> Path | str | None:
-    """A checkpoint's directory, or the name of a torch module as it is."""
-    return init if init is None or (":" in init and not Path(init).exists()) else Path(init)

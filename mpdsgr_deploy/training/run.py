@@ -49,6 +49,12 @@ RECIPE = "recipe.json"
 Origin = Path | str  # of first weights: a checkpoint's directory, or package.module:function
 
 
+def origin(text: str | os.PathLike[str]) -> Origin:
+    """What a user names as the origin of first weights: the name of a torch module as it is, else a path."""
+    name = os.fspath(text)
+    return name if ":" in name and not Path(name).exists() else Path(name)
+
+
 def train(
     recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False, init: Origin | None = None
 ) -> None:
