@@ -45,22 +45,22 @@ class AdaptiveTorch:
 
     def step(self, x: Tensor, y: Tensor, state: State) -> tuple[Gradient, State]:
         """The gradient through surrogates as sharp as the state, moved on by these images, makes them."""
-        moved = {name: torch.empty_like(value) for name, value in state.items()}
+        next_state = {name: torch.empty_like(value) for name, value in state.items()}
         for layer in self._model.layers():
-            layer.neuron.stepwise = _adapting(layer.name, state, moved)
-        found = input_gradient(lambda x: self._model(x, None, self._noise), x, y)
-        return found, moved
+            layer.neuron.stepwise = _adapting(layer.name, state, next_state)
+        gradient = input_gradient(lambda x: self._model(x, None, self._noise), x, y)
+        return gradient, next_state
 
 
-def _adapting(layer: str, state: State, moved: State) -> Callable[[int], Surrogate]:
-    """From time step to surrogate. Its derivative, asked for once a step, leaves the state moved on in `moved`."""
+def _adapting(layer: str, state: State, next_state: State) -> Callable[[int], Surrogate]:
+    """From time step to surrogate. Its derivative, asked for once a step, leaves the state moved on in `next_state`."""
 
     def surrogate(t: int) -> Surrogate:
         def derivative(v: Tensor) -> Tensor:
             mean, deviation = (state[f"{prefix}{layer}"][:, t] for prefix in (MEAN, DEVIATION))
             mean = MEMORY * mean + (1 - MEMORY) * v.abs()
             deviation = MEMORY * deviation + (1 - MEMORY) * (v.abs() - mean).abs()
-            moved[f"{MEAN}{layer}"][:, t], moved[f"{DEVIATION}{layer}"][:, t] = mean, deviation
+            next_state[f"{MEAN}{layer}"][:, t], next_state[f"{DEVIATION}{layer}"][:, t] = mean, deviation
             sharpness = SHARPNESS / (mean + RELAXATION * deviation + FLOOR)
             return sharpness / 2 / (1 + (pi / 2 * sharpness * v) ** 2)
 

@@ -36,7 +36,7 @@ def apgd(
     """
     xp = array_namespace(x)
     start = begin(xp, x, eps, draw)
-    found = xp.asarray(start, copy=True)
+    adversarial = xp.asarray(start, copy=True)
     logits, loss, gradient = target(start, y)
     state = _at_start(xp, start, x, y, loss, gradient, 2 * eps if step is None else step)
     last_check, checks = 0, checkpoints(steps)
@@ -50,23 +50,23 @@ def apgd(
             last_check = number
         if number == steps:
             break
-        moved = _step(xp, state, eps, MOMENTUM if number else 1.0)
-        logits, loss, gradient = target(moved, state.y)
-        state = _advance(xp, state, moved, loss, gradient)
+        iterate = _step(xp, state, eps, MOMENTUM if number else 1.0)
+        logits, loss, gradient = target(iterate, state.y)
+        state = _advance(xp, state, iterate, loss, gradient)
         if keep == "broken":
-            found[state.index] = moved
-    found[state.index] = state.best
-    return found
+            adversarial[state.index] = iterate
+    adversarial[state.index] = state.best
+    return adversarial
 
 
 def checkpoints(steps: int) -> set[int]:
     """The steps at which step sizes are judged: 22, 41, 57, ... % of all, ever closer, but 6 % apart at least."""
-    percent, gap, found = 22, 22, set[int]()
+    percent, gap, numbers = 22, 22, set[int]()
     while percent <= 100:
-        found.add(-(-percent * steps // 100))  # rounded up
+        numbers.add(-(-percent * steps // 100))  # rounded up
         gap = max(gap - 3, 6)
         percent += gap
-    return found
+    return numbers
 
 
 class _State(NamedTuple):
@@ -101,19 +101,19 @@ def _at_start(xp: Array, start: Array, x: Array, y: Array, loss: Array, gradient
 
 
 def _step(xp: Array, state: _State, eps: float, momentum: float) -> Array:
-    moved = state.current + wide(state.eta) * xp.sign(state.gradient)
-    ascended = project(xp, moved, state.x, eps)
+    iterate = state.current + wide(state.eta) * xp.sign(state.gradient)
+    ascended = project(xp, iterate, state.x, eps)
     carried = momentum * (ascended - state.current) + (1 - momentum) * (state.current - state.previous)
     return project(xp, state.current + carried, state.x, eps)
 
 
-def _advance(xp: Array, state: _State, moved: Array, loss: Array, gradient: Array) -> _State:
+def _advance(xp: Array, state: _State, iterate: Array, loss: Array, gradient: Array) -> _State:
     higher = loss > state.largest
     return state._replace(
-        current=moved,
+        current=iterate,
         previous=state.current,
         gradient=gradient,
-        best=xp.where(wide(higher), moved, state.best),
+        best=xp.where(wide(higher), iterate, state.best),
         best_gradient=xp.where(wide(higher), gradient, state.best_gradient),
         largest=xp.where(higher, loss, state.largest),
         loss=loss,

@@ -35,14 +35,14 @@ def cw_l2(
         succeeded = xp.zeros(x.shape[0], dtype=xp.bool, device=device(x))
         for step in range(1, steps + 1):
             tanh = xp.tanh(w)
-            moved = (1 + tanh) / 2
-            _, loss, gradient = margin(moved, y)
-            norm = xp.sum((moved - x) ** 2, axis=(1, 2, 3))
+            candidate = (1 + tanh) / 2
+            _, loss, gradient = margin(candidate, y)
+            norm = xp.sum((candidate - x) ** 2, axis=(1, 2, 3))
             fooled = loss > 0
             succeeded = succeeded | fooled
             nearer = fooled & (norm < distance)
-            best, distance = xp.where(wide(nearer), moved, best), xp.where(nearer, norm, distance)
-            slope = 2 * (moved - x) - wide(xp.where(fooled, xp.zeros_like(c), c)) * gradient
+            best, distance = xp.where(wide(nearer), candidate, best), xp.where(nearer, norm, distance)
+            slope = 2 * (candidate - x) - wide(xp.where(fooled, xp.zeros_like(c), c)) * gradient
             slope = slope * (1 - tanh**2) / 2
             first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
             w = w - lr * (first / (1 - 0.9**step)) / (xp.sqrt(second / (1 - 0.999**step)) + 1e-8)

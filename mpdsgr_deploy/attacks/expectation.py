@@ -7,7 +7,7 @@ def expectation(target: Differentiable, draws: int) -> Differentiable:
     """Averages logits, loss and gradient over `draws` >= 1 evaluations of `target`, each with noise of its own."""
 
     def average(x: Array, y: Array) -> Gradient:
-        found = [target(x, y) for _ in range(draws)]
-        return Gradient(*(sum(parts) / draws for parts in zip(*found, strict=True)))
+        gradients = [target(x, y) for _ in range(draws)]
+        return Gradient(*(sum(parts) / draws for parts in zip(*gradients, strict=True)))
 
     return average

@@ -153,11 +153,11 @@ def _outcome(
             break
     attacked, predicted = gather(parts)
     done = predicted == y[: len(predicted)]
-    kept = attacked.images if name == STRONG else None
-    if kept is not None and _rounded(kept, broken=(clean == y)[: len(done)] & ~done):
+    images = attacked.images if name == STRONG else None
+    if images is not None and _rounded(images, broken=(clean == y)[: len(done)] & ~done):
         faults.append(f"{name} left every pixel on the 8-bit grid, from random starts")
     seconds = time.perf_counter() - begun
-    return Outcome(condition, done, predicted, *attacked[1:], tuple(faults), kept, seconds), standing, stopped
+    return Outcome(condition, done, predicted, *attacked[1:], tuple(faults), images, seconds), standing, stopped
 
 
 def _stop(during: str, verdicts: Iterable[tuple[str, Bools]], hopeless: Hopeless) -> Stopped | None:

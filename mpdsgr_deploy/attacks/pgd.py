@@ -46,26 +46,26 @@ def pgd(
     starts = [begin(xp, x, eps, draw) for _ in range(restarts)]
     if keep == "worst":
         return _largest_loss(xp, target, starts, x, y, eps, step, steps)
-    found = xp.asarray(x, copy=True)
+    adversarial = xp.asarray(x, copy=True)
     active = xp.arange(x.shape[0], device=device(x))  # images not broken yet
     for number, start in enumerate(starts):
         chosen, classes = x[active], y[active]
         if keep == "broken":
-            found[active], standing = _until_broken(xp, target, start[active], chosen, classes, eps, step, steps)
+            adversarial[active], standing = _until_broken(xp, target, start[active], chosen, classes, eps, step, steps)
         else:
-            found[active] = last = _last(xp, target, start[active], chosen, classes, eps, step, steps)
+            adversarial[active] = last = _last(xp, target, start[active], chosen, classes, eps, step, steps)
             if number == restarts - 1:
                 break  # without asking whether it broke: nothing follows
             standing = xp.argmax(target(last, classes).logits, axis=1) == classes
         active = active[standing]
         if not active.shape[0]:
             break
-    return found
+    return adversarial
 
 
-def project(xp: Array, moved: Array, x: Array, eps: float | Array) -> Array:
-    """The nearest point to `moved` that is in [0, 1] and within eps of x."""
-    return xp.clip(x + xp.clip(moved - x, -eps, eps), 0.0, 1.0)
+def project(xp: Array, images: Array, x: Array, eps: float | Array) -> Array:
+    """The nearest point to `images` that is in [0, 1] and within eps of x."""
+    return xp.clip(x + xp.clip(images - x, -eps, eps), 0.0, 1.0)
 
 
 def begin(xp: Array, x: Array, eps: float, draw: Draw | None) -> Array:
@@ -97,12 +97,12 @@ def _until_broken(
     xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
 ) -> tuple[Array, Array]:
     """PGD from `start` in which each image stops at its first iterate that fools the target; which never did [B]."""
-    found = xp.asarray(start, copy=True)
+    images = xp.asarray(start, copy=True)
     active = xp.arange(x.shape[0], device=device(x))  # images not broken yet
     adversarial = start
     for number in range(steps + 1):
         logits, _, gradient = target(adversarial, y[active])
-        found[active] = adversarial
+        images[active] = adversarial
         standing = xp.argmax(logits, axis=1) == y[active]
         active = active[standing]
         if number == steps or not active.shape[0]:
@@ -110,23 +110,23 @@ def _until_broken(
         adversarial = project(xp, adversarial[standing] + step * xp.sign(gradient[standing]), x[active], eps)
     never = xp.zeros(x.shape[0], dtype=xp.bool, device=device(x))
     never[active] = True
-    return found, never
+    return images, never
 
 
 def _largest_loss(
     xp: Array, target: Differentiable, starts: list[Array], x: Array, y: Array, eps: float, step: float, steps: int
 ) -> Array:
     """PGD from each of `starts` in turn: each image's iterate of the largest loss."""
-    found = xp.asarray(starts[0], copy=True)
+    images = xp.asarray(starts[0], copy=True)
     largest = xp.full((x.shape[0],), -xp.inf, dtype=x.dtype, device=device(x))
     for adversarial in starts:
         for number in range(steps + 1):
             _, loss, gradient = target(adversarial, y)
             higher = loss > largest
-            found, largest = xp.where(wide(higher), adversarial, found), xp.where(higher, loss, largest)
+            images, largest = xp.where(wide(higher), adversarial, images), xp.where(higher, loss, largest)
             if number < steps:
                 adversarial = project(xp, adversarial + step * xp.sign(gradient), x, eps)
-    return found
+    return images
 
 
 def bim(target: Differentiable, x: Array, y: Array, *, eps: float, step: float, steps: int) -> Array:

@@ -29,8 +29,8 @@ class Journal:
     def get(self, name: str, rows: slice, shape: tuple[int, ...]) -> "Part | None":
         """What `put` kept of images `rows`, `shape` [b, C, H, W]; None if missing, damaged or of another shape."""
         try:
-            with np.load(self._file(name, rows.start), allow_pickle=False) as kept:
-                images, predicted, counts = kept["images"], kept["predicted"], kept["counts"]
+            with np.load(self._file(name, rows.start), allow_pickle=False) as archive:
+                images, predicted, counts = archive["images"], archive["predicted"], archive["counts"]
                 if (
                     images.shape != shape
                     or predicted.shape != shape[:1]

@@ -32,7 +32,7 @@ def sa_pgd(
     """
     xp = array_namespace(x)
     start = begin(xp, x, eps, draw)
-    found = xp.asarray(start, copy=True)
+    adversarial = xp.asarray(start, copy=True)
     state = _State(xp.arange(x.shape[0], device=device(x)), x, y, start, start, xp.full_like(x[:, 0, 0, 0], -xp.inf))
     momentum, power = xp.zeros_like(x), xp.zeros_like(x)
     adapted = target.start(x.shape[0])
@@ -42,7 +42,7 @@ def sa_pgd(
         state = _seen(xp, state, answer)
         gradient = answer.gradient
         if keep == "broken":
-            found[state.index] = state.current
+            adversarial[state.index] = state.current
             standing = still_right(xp, answer.logits, state.y)
             state, adapted = state.only(standing), {name: part[standing] for name, part in adapted.items()}
             momentum, power, gradient = momentum[standing], power[standing], gradient[standing]
@@ -54,8 +54,8 @@ def sa_pgd(
         power = 0.8 * power + h**2 / _mean(xp, h**2)
         move = xp.clip(momentum / (xp.sqrt(power) + 1e-12), -1.0, 1.0)
         state = state._replace(current=project(xp, state.current + eta * move, state.x, eps))
-    found[state.index] = state.best
-    return found
+    adversarial[state.index] = state.best
+    return adversarial
 
 
 class _State(NamedTuple):

@@ -115,13 +115,13 @@ def _propose(
     inside = rows[:, None, :, None] & columns[:, None, None, :]
     step = np.float32(eps) * _signs(words[:, 2:], channels)[:, :, None, None]
     clean, best = x[active], state.images[active]
-    moved = np.where(inside, project(np, clean + step, clean, eps), best)
-    idle = (moved == best).all((1, 2, 3))  # a question not worth asking: the square is there already
-    moved[idle] = np.where(inside[idle], project(np, clean[idle] - step[idle], clean[idle], eps), best[idle])
-    margin, standing = _judge(predictor(moved), y[active])
+    proposal = np.where(inside, project(np, clean + step, clean, eps), best)
+    idle = (proposal == best).all((1, 2, 3))  # a question not worth asking: the square is there already
+    proposal[idle] = np.where(inside[idle], project(np, clean[idle] - step[idle], clean[idle], eps), best[idle])
+    margin, standing = _judge(predictor(proposal), y[active])
     better = (margin <= state.margin[active]) | ~standing
-    kept = active[better]
-    state.images[kept], state.margin[kept] = moved[better], margin[better]
+    improved = active[better]
+    state.images[improved], state.margin[improved] = proposal[better], margin[better]
     state.standing[active] = standing
     state.queries[active] += 1
 

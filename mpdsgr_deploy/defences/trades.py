@@ -73,8 +73,8 @@ class Trades(Defence[TradesSettings]):
 
     def term(self, step: Step) -> Term:
         assert self._attacked is not None
-        moved = step.forward(self._attacked, None)
-        return Term("divergence", self.settings.weight, divergence(moved, step.logits.softmax(1)).mean())
+        attacked_logits = step.forward(self._attacked, None)
+        return Term("divergence", self.settings.weight, divergence(attacked_logits, step.logits.softmax(1)).mean())
 
 
 def divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
