@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import harness
 import serving
+import serving_peer
 import soak
 import soak_traffic
 
@@ -22,7 +23,7 @@ from mpdsgr_deploy.serving.load.connection import Connection, Endpoint
 from mpdsgr_deploy.serving.load.model import describe
 
 
-@pytest.mark.parametrize("benchmark", [serving, soak], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("benchmark", [serving, serving_peer, soak], ids=lambda module: module.__name__)
 def test_the_page_quotes_the_file(benchmark: Any) -> None:
     name = benchmark.__name__
     assert harness.page(name) == benchmark.render(harness.load(name))
