@@ -172,6 +172,15 @@ def test_bundles_of_other_images_share_settings_alone() -> None:
     assert differences.layers == differences.verdicts == []
 
 
+def test_without_the_data_set_golden_inputs_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no `data` lies
+    differences = compared(CIFAR, f"{CIFAR}@int8")
+    assert differences.measured_on == "8 golden inputs; --root brings test images"
+    assert differences.layers[0].spikes_differ == 0  # the first layer is float32 in both
+    assert 0 < (differences.layers[-1].spikes_differ or 0) < 0.1
+    assert differences.verdicts == []  # golden inputs have no labels
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -11,8 +11,8 @@ from mpdsgr_deploy.pairs.compare import Differences, compare
 from mpdsgr_deploy.pairs.side import Side, read_side
 
 COLUMNS = ("A fires", "B fires", "differ", "A near", "B near", "overlap")  # of a layer
-LEGEND = """fires: spikes per neuron and step; differ: spikes that differ; near: potentials in
-the surrogate's window; overlap: of both histograms of potentials"""
+LEGEND = """fires: spikes per neuron and step; differ: spikes that differ; near:
+potentials in the surrogate's window; overlap: of the histograms of potentials"""
 FLIPS = attrgetter("newly_wrong", "newly_right", "p_text")
 
 

@@ -106,11 +106,11 @@ def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImage
     assert recipe is not None
     try:
         images = load_test(recipe.data.at(root)) if bundle is None else evaluation_images(bundle, None, root)
-    except MissingData as error:
+    except MissingData:
         if bundle is None or root is not None:
             raise
         golden, _ = bundle.golden()
-        return SharedImages(f"{len(golden)} golden inputs ({error})", golden, None)
+        return SharedImages(f"{len(golden)} golden inputs; --root brings test images", golden, None)
     sample = images[:count]
     return SharedImages(name_sample(len(sample), recipe.data.name), sample.unit(), sample.classes)
 
