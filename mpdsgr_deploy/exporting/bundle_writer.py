@@ -124,7 +124,7 @@ def export(
             input_shape=checkpoint.shape,
             noise=noise_inputs(model, checkpoint.shape),
             labels=checkpoint.labels,
-            pixels=_pixel_statistics(model),
+            pixels=pixel_statistics(model),
             recipe=checkpoint.recipe,
             variants=written,
             reference=figures,
@@ -137,9 +137,14 @@ def export(
         )
 
 
-def _pixel_statistics(model: SpikingNet) -> PixelStatistics:
-    """What the network normalises its input by: mean and spread of its training images."""
+def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
+    """What the network normalises its input by: mean and spread of its training images.
+
+    None if it takes pixels as they are, such as one that training started from another library's module.
+    """
     mean, std = (values.flatten().tolist() for values in (model.normalize.mean, model.normalize.std))
+    if not any(mean) and set(std) == {1.0}:
+        return None
     return PixelStatistics(mean=tuple(mean), std=tuple(std))
 
 
