@@ -10,7 +10,6 @@ the library's surrogate and reset, on the same images at the same eps; what it l
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import re
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from make import digits, train
+from recipe_text import digest, export_call, recipes
 from torch import nn
 
 from mpdsgr_deploy.bundle import open_bundle
@@ -33,27 +33,8 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.runtime import open_predictor
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent.parent / "export" / "ADOPT.md"
 LIBRARIES = {"SpikingJelly": "spikingjelly", "snnTorch": "snntorch", "Norse": "norse", "sinabs": "sinabs"}
 NIR, EPS = "A .nir file", 8 / 255
-
-
-def recipes() -> dict[str, str]:
-    """The code of each recipe by the heading above it."""
-    sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    blocks = {section.partition("\n")[0]: re.search(r"```python\n(.*?)```", section, re.DOTALL) for section in sections}
-    return {name: block[1] for name, block in blocks.items() if block}
-
-
-def export_call() -> str:
-    """How the page exports a network."""
-    block = re.search(r"```python\n(.*?)```", PAGE.read_text().partition("\n## ")[0], re.DOTALL)
-    assert block is not None
-    return block[1]
-
-
-def digest(code: str) -> str:
-    return hashlib.sha256((export_call() + code).encode()).hexdigest()
 
 
 def build(code: str) -> nn.Module:
@@ -162,13 +143,13 @@ def main() -> None:
     options = parser.parse_args()
     file = HERE / "held_out.json"
     result = json.loads(file.read_bytes()) if file.exists() else {}
+    packages = ("torch", "nir", "pyautoattack", *LIBRARIES.values())
+    versions = {package: version(package) for package in packages}
     for name, code in recipes().items():
         if not options.names or name in options.names:
             result[name] = hold(name, code, options.images, options.tier)
-    packages = ("torch", "nir", "pyautoattack", *LIBRARIES.values())
-    result["versions"] = {package: version(package) for package in packages}
-    result["provenance"] = provenance()
-    file.write_text(json.dumps(result, indent=1) + "\n")
+            result |= {"versions": versions, "provenance": provenance()}
+            file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
