@@ -64,7 +64,7 @@ def entry(
     method: str, name: str, surrogate: str = TRAINED, *, window: float = 1.0, once: bool = False, **values: Any
 ) -> TierEntry:
     """An Entry, whose condition has these `values`."""
-    return TierEntry(method, name, surrogate, window, once, MappingProxyType(values))
+    return TierEntry(method, name, surrogate, window, once, values)
 
 
 @dataclass(frozen=True)
