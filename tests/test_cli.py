@@ -157,8 +157,7 @@ def test_demo_shows_that_the_exported_network_is_equal_and_damaged_ones_are_refu
     torch, exported, damaged = shown
     assert (torch[0], exported[0], damaged[0]) == ("torch", "exported to ONNX", "damaged copy")
     assert torch[1:5] == exported[1:5]  # `worst` has attacks whose search amplifies the last bit
-    assert damaged[5] == "-"
-    assert float(damaged[1]) < float(exported[1])
+    assert damaged[5] == "-"  # how accurate it is by chance does not matter: its answers differ
     assert "exported network: PASS" in done.stdout
     assert "model.fp32.onnx does not match its hash in manifest.json" in done.stdout
     assert "damaged copy with new hashes: FAIL: " in done.stdout

@@ -251,6 +251,8 @@ class TestServing:
         assert settings.trust.require_signature == str(tmp_path / "ci.pub")
         assert settings.demanding(str(keys.public), "paper").trust.demand() == demand_of(str(keys.public), "paper")
         assert settings.demanding(None, None) == settings
+        shipped = load_settings(Path(__file__).parent.parent / "serve" / "settings.toml")
+        assert shipped.trust.demand() == demand_of("", "")
 
 
 class TestDeploying:

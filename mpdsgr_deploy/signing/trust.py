@@ -65,5 +65,5 @@ def trust_of_kind(text: str, kind: Kind, option: str) -> Trust:
 
 
 def beside(file: Path, text: str) -> str:
-    """The key that a TOML file names: a relative path starts from that file's directory."""
-    return str(file.parent / text) if (file.parent / text).exists() else text
+    """The key that a TOML file names: a relative path starts from that file's directory. "" names none."""
+    return str(file.parent / text) if (file.parent / text).is_file() else text
