@@ -15,6 +15,7 @@ from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
 from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.experiments import variants
@@ -67,11 +68,22 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """The training directory. It depends on all of the recipe that training depends on, but not on its attacks."""
-        content = self.recipe.model_dump(mode="json", exclude=EVALUATION)
+        """The training directory. It depends on all of the recipe that training depends on.
+
+        Values at their defaults are left out, so that a key which a later version adds trains nothing anew. Where a
+        default itself changes, training refuses the directory.
+        """
+        content = self.recipe.model_dump(mode="json", exclude={*EVALUATION, "gate"}, exclude_defaults=True)
+        content["defence"] = {name: chosen_settings(name, values) for name, values in self.recipe.defence.items()}
         if self.init is not None:
             content["init"] = self.init.directory.name
         return self.runs / self.table / f"{self.row}-seed{self.recipe.training.seed}-{digest(content)}"
+
+
+def chosen_settings(defence: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a defence that are not its defaults."""
+    defaults = DEFENCES.choose(defence).Settings().model_dump(mode="json")
+    return {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
 
 
 def digest(content: Any) -> str:
