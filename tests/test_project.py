@@ -57,6 +57,13 @@ def test_versions_of_python_are_the_same_everywhere() -> None:
 def test_the_citation_and_the_changelog_name_this_version() -> None:
     citation = YAML(typ="safe").load((ROOT / "CITATION.cff").read_text())
     assert (citation["version"], citation["license"]) == (__version__, PROJECT["license"])
+    fields = dict(
+        re.findall(r"^  (\w+) = \{(.+)\},?$", (ROOT / "CITATION.bib").read_text().split("@misc")[0], re.MULTILINE)
+    )
+    assert [fields[name] for name in ("title", "version", "license")] == [
+        citation[name] for name in ("title", "version", "license")
+    ]
+    assert f"{{{citation['authors'][0]['name']}}}" == fields["author"]
     changelog = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)
     assert headings[0] == "Unreleased"
