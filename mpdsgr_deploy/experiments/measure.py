@@ -29,6 +29,7 @@ from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime.session import CUDA
+from mpdsgr_deploy.schema import parse
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.evaluate import evaluate
@@ -82,8 +83,8 @@ class Run:
 
 def chosen_settings(defence: str, values: dict[str, Any]) -> dict[str, Any]:
     """The settings of a defence that are not its defaults."""
-    defaults = DEFENCES.choose(defence).Settings().model_dump(mode="json")
-    return {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
+    settings = parse(DEFENCES.choose(defence).Settings, values, f"[defence.{defence}]")
+    return settings.model_dump(mode="json", exclude_defaults=True)
 
 
 def digest(content: Any) -> str:
