@@ -27,6 +27,7 @@ PATHS = (
     *("/", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats", "/status", "/v2/repository/index"),
     *(f"/v2/models/{MODEL}", f"/v2/models/{MODEL}/config", f"/v2/models/{MODEL}/versions/1/infer", "/v2/models/../x"),
 )
+# Empty inputs, outputs and contents, which take a hundred times as much once they are objects
 EMPTY = (b"\x2a\0", b"\x32\0", b"\x3a\0")
 INFER = f"/v2/models/{MODEL}/infer"
 
@@ -219,9 +220,7 @@ def _grpc(rng: random.Random) -> Case:
     if rng.random() < 0.2:
         message.parameters["timeout"].int64_param = 10**7
     content = message.SerializeToString()
-    if (
-        rng.random() < 0.05
-    ):  # empty inputs, outputs or contents, which take a hundred times as much once they are objects
+    if rng.random() < 0.05:
         return Case("ModelInfer", content + rng.choice(EMPTY) * rng.choice((1, 100, 5000)), True, _nothing)
     if rng.random() < 0.85:
         content = flipped(content, rng)

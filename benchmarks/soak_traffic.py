@@ -19,7 +19,7 @@ from mpdsgr_deploy.serving.load.connection import Connection, HttpAnswer, NoAnsw
 from mpdsgr_deploy.serving.load.model import TargetModel, TensorSpec
 
 BATCHES, MOST = (1, 2, 5), 64
-MIX = {
+MIX = {  # of HTTP
     "http binary": 79,
     "http uint8": 5,
     "http json": 4,
@@ -27,7 +27,7 @@ MIX = {
     "late": 1,
     "bad http": 8,
     "left": 1,
-}  # of HTTP
+}
 Ask = Callable[[Connection], Awaitable[None]]
 Call = Callable[[], Awaitable[None]]
 

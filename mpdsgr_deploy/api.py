@@ -22,7 +22,7 @@ from mpdsgr_deploy.recipe import Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.runtime.image_batches import predict as _predict_batches
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND, open_predictor
-from mpdsgr_deploy.signing.trust import parse_trust
+from mpdsgr_deploy.signing.trust import required_trust
 
 if TYPE_CHECKING:
     from mpdsgr_deploy.validation.evidence import Rebuild
@@ -150,7 +150,7 @@ def open_bundle(path: AnyPath, *, require_signature: str | None = None) -> Bundl
     require_signature: who must have signed it: a file with a public key or certificates, or "IDENTITY,ISSUER" of
     Sigstore. It is then read from a private copy of what was signed, and refused if it is not signed so.
     """
-    return _open_bundle(Path(path), parse_trust(require_signature) if require_signature else None)
+    return _open_bundle(Path(path), required_trust(require_signature))
 
 
 def validate(

@@ -8,7 +8,7 @@ from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.signing.trust import Trust, parse_trust
+from mpdsgr_deploy.signing.trust import Trust, required_trust
 from mpdsgr_deploy.signing.verdict import Vouched, carried_verdict
 
 
@@ -51,7 +51,7 @@ def demand_of(signature: str | None, tier: str | None = None) -> Demand:
         raise InputError("--require-verdict needs --require-signature: a verdict counts for what its signer does")
     if tier:
         choose("tier", TIERS, tier)
-    return Demand(parse_trust(signature) if signature else None, tier or None)
+    return Demand(required_trust(signature), tier or None)
 
 
 def _require(vouched: Vouched | None, tier: str, what: str) -> None:

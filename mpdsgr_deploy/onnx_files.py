@@ -1,11 +1,13 @@
 """ONNX files of networks: how they are read, and the names by which exported values are found again."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
 
 from mpdsgr_deploy.errors import InputError
 
+VIEWS = ("Identity", "Reshape", "Squeeze", "Flatten")  # operators that leave every number of an output as it is
 PRODUCTS = {"Conv", "Gemm"}  # operators that export writes for products with weights
 
 INPUT, OUTPUT = "images", "logits"
@@ -34,8 +36,14 @@ def read_network(model: Path) -> onnx.ModelProto:
 
 def rounds_outputs(network: onnx.ModelProto) -> bool:
     """Whether the output of a network is a dequantised value, which takes 256 levels at most."""
+    maker = maker_of_output(network)
+    return maker is not None and maker.op_type == "DequantizeLinear"
+
+
+def maker_of_output(network: onnx.ModelProto, through: Collection[str] = VIEWS) -> onnx.NodeProto | None:
+    """The last node that does more than the operators of `through`; None if a graph input stands there."""
     makers = {name: node for node in network.graph.node for name in node.output}
     maker = makers.get(network.graph.output[0].name)
-    while maker is not None and maker.op_type in ("Identity", "Reshape", "Squeeze", "Flatten"):
+    while maker is not None and maker.op_type in through:
         maker = makers.get(maker.input[0])
-    return maker is not None and maker.op_type == "DequantizeLinear"
+    return maker

@@ -18,11 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mpdsgr_deploy.adopt.free_batch import PREFIX, free_batch
 from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.onnx_files import VIEWS, maker_of_output
 
 LARGEST = 2**31 - 1  # bytes that protobuf writes
 OLDEST = 13  # opset
 PROBABILITIES = {"Softmax", "Sigmoid", "Hardmax"}
-VIEWS = ("Identity", "Reshape", "Squeeze", "Flatten")  # through which probabilities are still seen
 ELEMENTWISE = (*VIEWS, "Add", "Cast", "Clip", "Div", "Log", "Max", "Mean", "Min", "Mul", "ReduceMean", "Sum")
 
 
@@ -163,10 +163,7 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
 
 def probabilities(network: onnx.ModelProto, *, through: Collection[str] = VIEWS) -> onnx.NodeProto | None:
     """The node that turns logits into probabilities; None unless only operators of `through` follow it."""
-    makers = {name: node for node in network.graph.node for name in node.output}
-    last = makers.get(network.graph.output[0].name)
-    while last is not None and last.op_type in through:
-        last = makers.get(last.input[0])
+    last = maker_of_output(network, through)
     return last if last is not None and last.op_type in PROBABILITIES else None
 
 

@@ -37,11 +37,10 @@ from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_referen
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.session import CPU, Session
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
-from mpdsgr_deploy.validation.health.artefact import check_logits
+from mpdsgr_deploy.validation.health.artefact import are_probabilities, check_logits
 
 ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
 BATCHES = (1, 2, 5)  # sizes in which the first images are asked, alone and together
-CERTAIN = 1e-3  # how near to 1 the sum of every image's outputs is where they are probabilities
 DETACHED_ATTACK = "strong-pgd-detached"
 Origin = Literal["adopted", "module"]
 
@@ -164,7 +163,7 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
         logits = predict(network, images.unit(), recipe.validation.batch_size, f"{target.stem}, clean")
     if logits.shape != (len(images), classifier.classes) or not np.isfinite(logits).all():
         raise EvaluationError(f"{file} does not answer with {classifier.classes} finite logits an image")
-    if logits.min() >= 0 and np.abs(logits.sum(1) - 1).max() < CERTAIN:
+    if are_probabilities(logits):
         raise InputError(cut_off(file, classifier.network, probabilities(classifier.network, through=ELEMENTWISE)))
     return AdoptedVariant(file, classifier._replace(network=onnx.ModelProto()), logits)
 
@@ -222,9 +221,10 @@ def _warn_of_counts(logits: NDArray[np.float32]) -> None:
     check = check_logits(logits)
     if check.failed:
         log.warning(
-            "%s: `mpdsgr validate` will end INVALID (check 12), since attacks find nothing to follow on such plateaus; "
+            "%s: `mpdsgr validate` will end INVALID (check %d), since attacks find nothing to follow on such plateaus; "
             "let the network return the mean over time of what its last synapses give, without neurons behind them",
             check.saw,
+            check.number,
         )
 
 

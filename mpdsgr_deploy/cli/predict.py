@@ -12,7 +12,7 @@ from mpdsgr_deploy.prediction.faults import place_of_faults
 from mpdsgr_deploy.prediction.selection import parse_shard, read_list
 from mpdsgr_deploy.prediction.writers import FORMATS
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.signing.trust import parse_trust
+from mpdsgr_deploy.signing.trust import required_trust
 
 
 @click.command("predict")
@@ -91,7 +91,7 @@ def command(
     paths = [*inputs, *(read_list(listed) if listed else [])]
     if not paths:
         raise InputError("nothing to predict; give INPUTS, or a file that names them with --list")
-    opened, chosen = opened_bundle(bundle, precision, parse_trust(signature) if signature else None)
+    opened, chosen = opened_bundle(bundle, precision, required_trust(signature))
     job = Job(
         opened,
         paths,

@@ -15,7 +15,7 @@ from mpdsgr_deploy.cli.output import (
     signature_option,
 )
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.signing.trust import parse_trust
+from mpdsgr_deploy.signing.trust import required_trust
 from mpdsgr_deploy.validation.gate import load_gate, signature_of_gate
 from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared, sensitivity
 from mpdsgr_deploy.validation.writing import report_directory, write_report
@@ -88,7 +88,7 @@ def command(
     from mpdsgr_deploy.validation import Target, validate
 
     signature = signature or (signature_of_gate(gate) if gate else None)
-    opened, chosen = opened_bundle(bundle, precision, parse_trust(signature) if signature else None)
+    opened, chosen = opened_bundle(bundle, precision, required_trust(signature))
     report_dir = report_dir or Path("reports") / f"{opened.path.resolve().name}-{chosen}"
     opened.refuse_output(report_dir, "--report")
     with report_directory(report_dir):

@@ -3,6 +3,9 @@
 Madry et al., arXiv 1706.06083, in the setting of the SNN-RAT family: cross-entropy on the attacked images only.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,17 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.schema import Count, Positive, Section, UnitInterval
+
+
+@contextmanager
+def deployed(model: SpikingNet, draw: torch.Generator) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A model in training as it will be deployed, for attacks on it: from images to logits.
+
+    In eval mode, in fewer operations, and without gradients of the weights. draw: what a stochastic one draws from.
+    """
+    with frozen(model):
+        simplified = simplify(model)
+        yield lambda x: simplified(x, None, draw)
 
 
 class AdversarialSettings(Section):
@@ -38,10 +52,9 @@ class AdversarialTraining(Defence[AdversarialSettings]):
         def start(shape: tuple[int, ...]) -> Tensor:
             return (2 * torch.rand(shape, generator=draw) - 1).to(x.device)
 
-        with frozen(model):
-            attacked = simplify(model)  # the same function in fewer operations, as it will be deployed
+        with deployed(model, draw) as network:
 
             def target(x: Tensor, y: Tensor) -> Gradient:
-                return input_gradient(lambda x: attacked(x, None, draw), x, y)
+                return input_gradient(network, x, y)
 
             return pgd(target, x, y, eps=config.eps, step=config.step, steps=config.steps, draw=start)

@@ -8,24 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpdsgr_deploy.attacks import pgd
-from mpdsgr_deploy.attacks.torch_target import frozen, input_gradient
+from mpdsgr_deploy.attacks.torch_target import input_gradient
+from mpdsgr_deploy.defences.adversarial import AdversarialSettings, deployed
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.schema import Count, NonNegative, Positive, Section, UnitInterval
+from mpdsgr_deploy.schema import NonNegative
 
 START = 0.001  # standard deviation of the noise that the ascent starts with: at x itself the divergence is flat
 
 
-class TradesSettings(Section):
-    """PGD in the L-infinity ball of radius eps, pixels in [0, 1], and the divergence's weight (1 / lambda there)."""
+class TradesSettings(AdversarialSettings):
+    """The attack, and the weight of the divergence (1 / lambda in the paper)."""
 
-    eps: UnitInterval = 2 / 255
-    steps: Count = 2
-    step: Positive = 1 / 255
     weight: NonNegative = 6.0
 
 
@@ -61,14 +58,13 @@ class Trades(Defence[TradesSettings]):
         def start(shape: tuple[int, ...]) -> Tensor:
             return (START / config.eps * torch.randn(shape, generator=draw)).to(x.device)
 
-        with frozen(model):
-            attacked = simplify(model)
+        with deployed(model, draw) as network:
 
             def target(x: Tensor, probabilities: Tensor) -> Gradient:
-                return input_gradient(lambda x: attacked(x, None, draw), x, probabilities, divergence)
+                return input_gradient(network, x, probabilities, divergence)
 
             with torch.no_grad():
-                clean = attacked(x, None, draw).float().softmax(1)
+                clean = network(x).float().softmax(1)
             return pgd(target, x, clean, eps=config.eps, step=config.step, steps=config.steps, draw=start)
 
     def term(self, step: Step) -> Term:

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, 
 
 from mpdsgr_deploy.colours import BLUE, GREEN, PURPLE, VERMILION
 from mpdsgr_deploy.diagnostics.flips import SpikeFlips
-from mpdsgr_deploy.diagnostics.picture import png
+from mpdsgr_deploy.diagnostics.picture import plain, png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 
 BY_LAYER, BY_DENSITY = "flips.png", "density.png"
@@ -83,8 +83,7 @@ def by_density(variants: Sequence[SpikeFlips]) -> Figure:
     left.set(xlabel="density of fp32 potentials at the threshold", ylabel="flips by a layer's own rounding (share)")
     right.set(xlabel="density × mean |difference| of potentials")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     return figure

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel
 
+RANGE = (-4.5, 3.5)  # of U - V_th in a histogram: what pictures show, and a little more
+
 
 class Membrane(BaseModel):
     """A layer's membrane potentials over all steps and channels: the share of them in each bin of v = U - V_th.

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from mpdsgr_deploy.colours import YELLOW
 from mpdsgr_deploy.diagnostics.membrane import Membrane
+from mpdsgr_deploy.diagnostics.picture import plain
 
 AXIS = "U - V_th; yellow: where the surrogate passes a gradient"
 DRAWN = (-4, 3)  # of U - V_th
@@ -31,5 +32,4 @@ def draw_membranes(axes: Axes, networks: Sequence[tuple[Line, Membrane]]) -> Non
     axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
     axes.set_title(first.layer, fontsize=9)
     axes.set_xlim(*DRAWN)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, "y")

@@ -1,11 +1,19 @@
 """A matplotlib figure as a file and as an array."""
 
 import io
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+
+
+def plain(axes: Axes, grid: Any = "both") -> None:
+    """A light grid, and no frame above and to the right."""
+    axes.grid(axis=grid, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def png(figure: Figure) -> bytes:

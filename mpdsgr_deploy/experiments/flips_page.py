@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from mpdsgr_deploy.colours import BLUE, GREEN, VERMILION
 from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.flip_records import EXPORTED, FlipRecord, FlipRows, baselines, load, sweep
 from mpdsgr_deploy.experiments.markdown import markdown
-from mpdsgr_deploy.experiments.plots import plain, png
+from mpdsgr_deploy.experiments.plots import png
 from mpdsgr_deploy.files import write_atomic
 
 PAGE, PLOT = "README.md", "plot.png"

@@ -17,7 +17,7 @@ from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
-from mpdsgr_deploy.diagnostics.membrane import Membrane
+from mpdsgr_deploy.diagnostics.membrane import RANGE, Membrane
 from mpdsgr_deploy.experiments import variants
 from mpdsgr_deploy.experiments.records import AttackedExport, AttackedNetwork, Record, put
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
@@ -38,7 +38,6 @@ from mpdsgr_deploy.validation.report import Report
 CHECKPOINT = "last"
 LOOKED_AT = 500  # at most this many test images are used to explain the accuracies
 EVALUATION = {"attack", "validation"}  # sections of a recipe that training does not depend on
-MEMBRANE_RANGE = (-4.5, 3.5)  # of U - V_th in a record: what the page draws
 
 assert variants.DEPTHS  # imported to register the defences and models that studies name
 
@@ -182,7 +181,7 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
 
 
 def membranes(model: SpikingNet, images: Images, recipe: Recipe) -> list[Membrane]:
-    """Histograms of every layer's membrane potentials over all steps and channels, within `MEMBRANE_RANGE`."""
+    """Histograms of every layer's membrane potentials over all steps and channels, within `RANGE`."""
     noise = torch.Generator().manual_seed(recipe.validation.seed)
     device = next(model.parameters()).device
     x = torch.from_numpy(images.unit()).to(device)
@@ -191,7 +190,7 @@ def membranes(model: SpikingNet, images: Images, recipe: Recipe) -> list[Membran
         counts = layer.counts.sum((0, 1)).double()
         share = (counts / (layer.size * layer.counts.shape[0] * layer.counts.shape[1])).numpy()
         edges = layer.edges.double().numpy() - layer.v_threshold
-        inside = np.flatnonzero((share > 0) & (edges[:-1] >= MEMBRANE_RANGE[0]) & (edges[1:] <= MEMBRANE_RANGE[1]))
+        inside = np.flatnonzero((share > 0) & (edges[:-1] >= RANGE[0]) & (edges[1:] <= RANGE[1]))
         used = slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
         histograms.append(
             Membrane(

@@ -2,9 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -12,6 +10,7 @@ from mpdsgr_deploy import colours
 from mpdsgr_deploy.attacks.condition import CLEAN, PGD
 from mpdsgr_deploy.colours import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PURPLE, SKY_BLUE, VERMILION, VIOLET
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
+from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.compare import (
     SHOWN,
     STRONG,
@@ -39,12 +38,6 @@ def png(figure: Figure) -> bytes:
     image = Image.open(drawn).convert("RGB")
     image.quantize(COLOURS_OF_A_FILE, dither=Image.Dither.NONE).save(out, format="png", optimize=True)
     return out.getvalue()
-
-
-def plain(axes: Axes, grid: Any = "both") -> None:
-    """A light grid, and no frame above and to the right."""
-    axes.grid(axis=grid, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def accuracies(table: TableSpec, measured: Measured) -> bytes:

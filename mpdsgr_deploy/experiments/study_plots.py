@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from mpdsgr_deploy.attacks.suite import WORST
 from mpdsgr_deploy.colours import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION
+from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.compare import cell
 from mpdsgr_deploy.experiments.effect import (
     CONDITIONS,
@@ -20,7 +21,7 @@ from mpdsgr_deploy.experiments.effect import (
     emptied,
     verdict,
 )
-from mpdsgr_deploy.experiments.plots import plain, png
+from mpdsgr_deploy.experiments.plots import png
 from mpdsgr_deploy.experiments.records import Measured
 from mpdsgr_deploy.experiments.study import Study
 

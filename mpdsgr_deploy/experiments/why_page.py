@@ -9,9 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained, LayerFactors
 from mpdsgr_deploy.experiments.markdown import markdown
-from mpdsgr_deploy.experiments.plots import LINES, PALETTE, plain, png
+from mpdsgr_deploy.experiments.plots import LINES, PALETTE, png
 from mpdsgr_deploy.experiments.store import read_records
 from mpdsgr_deploy.experiments.study import Study
 from mpdsgr_deploy.files import write_atomic

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks.condition import CLEAN
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.sampling import name_sample
-from mpdsgr_deploy.diagnostics.membrane import Membrane
+from mpdsgr_deploy.diagnostics.membrane import RANGE, Membrane
 from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, batches
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.lookup import need
@@ -21,7 +21,7 @@ from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.surrogates import trained_half_width
 from mpdsgr_deploy.validation.image_checks import evaluation_images
 
-RANGE, BINS = (-4.5, 3.5), 160  # of U - V_th in histograms
+BINS = 160  # of a histogram
 Floats = NDArray[np.float32]
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from mpdsgr_deploy.colours import BLUE, VERMILION
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
-from mpdsgr_deploy.diagnostics.picture import png
+from mpdsgr_deploy.diagnostics.picture import plain, png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.pairs.compare import Curves, Differences
 from mpdsgr_deploy.pairs.networks import LayerPair
@@ -55,8 +55,7 @@ def curves(pairs: Curves, lines: list[Line]) -> Figure:
             heights = [math.nan if value is None else value for value in one]
             axes.plot(range(1, len(one) + 1), heights, line.style, color=line.colour, label=line.label, marker=".")
         axes.set_title(name.replace("_", " "), fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     figure.supxlabel("epoch", fontsize=9)
     _legend(figure, panels[0])
     return figure

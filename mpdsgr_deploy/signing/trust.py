@@ -27,6 +27,11 @@ class Trust:
         return f"{self.name} at {self.issuer}" if self.kind == "identity" else self.name
 
 
+def required_trust(text: str | None) -> Trust | None:
+    """Whom the option --require-signature names; None if it is empty or not given. Raises as `parse_trust` does."""
+    return parse_trust(text) if text else None
+
+
 def parse_trust(text: str) -> Trust:
     """A PEM file with a public key or with the certificates of an authority, or `IDENTITY,ISSUER` of Sigstore.
 

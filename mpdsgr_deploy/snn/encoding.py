@@ -35,16 +35,20 @@ class Direct(Encoding):
         return torch.stack([normalize(x)] * self.T)
 
 
+def straight_through(rounded: Tensor, x: Tensor) -> Tensor:
+    """What x was rounded to, with the gradient of x itself."""
+    if not torch.is_grad_enabled():  # also the path that the ONNX exporter traces
+        return rounded
+    return rounded + (x - x.detach())  # the second term is zero forward, the identity backward
+
+
 class Poisson(Encoding):
     """Spikes [x >= U(0, 1)] of the image itself, not normalised; the gradient passes straight through."""
 
     stochastic = True
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
-        spikes = (x >= uniform(self.T, x, noise)).to(x.dtype)
-        if not torch.is_grad_enabled():  # also the path that the ONNX exporter traces
-            return spikes
-        return spikes + (x - x.detach())  # the second term is zero forward, the identity backward
+        return straight_through((x >= uniform(self.T, x, noise)).to(x.dtype), x)
 
 
 class StochasticQuantization(Encoding):
@@ -64,10 +68,7 @@ class StochasticQuantization(Encoding):
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         draw = uniform(self.T, x, noise)
         reached = torch.stack([(x >= (draw + k) / self.levels).to(x.dtype) for k in range(self.levels)])
-        rounded = reached.mean(0)
-        if not torch.is_grad_enabled():
-            return rounded
-        return rounded + (x - x.detach())
+        return straight_through(reached.mean(0), x)
 
 
 class RandomizedSmoothing(Encoding):

@@ -16,6 +16,7 @@ PROBE = 32  # images the artefact is asked about repeatedly
 ALONE = 8  # images it is asked about one by one
 EACH = 5  # expected images per class above which every class must occur
 FEW_ROUNDED = 32  # the same where a file rounds its logits to 8 bits: counts of up to 31 steps
+CERTAIN = 1e-3  # how near to 1 the sum of every image's outputs is where they are probabilities
 FEW_VALUES = 128  # the most distinct logits of a readout that counts spikes; a linear readout has about one per image
 
 
@@ -105,6 +106,11 @@ def check_images(image_faults: Sequence[str], rule: str) -> Seen:
     return Seen(image_faults, rule)
 
 
+def are_probabilities(outputs: Floats) -> bool:
+    """Whether every row of outputs [n, K] is positive and adds up to 1; not so without rows."""
+    return bool(len(outputs) and (outputs >= 0).all() and np.abs(outputs.sum(axis=1) - 1).max() < CERTAIN)
+
+
 @health_check(
     12,
     "the outputs are logits",
@@ -116,11 +122,10 @@ def check_logits(logits: Floats, rounded_outputs: bool = False) -> Seen:
 
     rounded_outputs: the file rounds them to 8 bits, as quantisers do; these too are more than a count of few steps.
     """
-    sums = logits.sum(axis=1)
     faults = []
     if len(logits) and (logits == logits[0]).all():
         return Seen(["every image has the same outputs: the network is dead, no spike depends on the image"], "")
-    if len(logits) and (logits >= 0).all() and np.abs(sums - 1).max() < 1e-3:
+    if are_probabilities(logits):
         faults.append("every row is positive and adds up to 1: probabilities")
     distinct = len(np.unique(logits.round(5)))
     if logits.size > 4 * FEW_VALUES and distinct <= (FEW_ROUNDED if rounded_outputs else FEW_VALUES):
