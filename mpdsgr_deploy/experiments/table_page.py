@@ -11,8 +11,7 @@ from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.files import write_atomic
 
-OTHERS = ("transfer", "cw-l2", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # attacks that not every table has
-MORE = ("strong ", "pgd ")  # begin the strong PGD through another surrogate, and PGD within another eps
+COLUMNS = {**SHOWN, **STRONG}  # of the table of accuracies: heading -> condition
 EPS_PLOT = "eps.png"
 PAGE, PLOT = "README.md", "plot.png"
 
@@ -106,10 +105,9 @@ def short(measured: Measured) -> str:
 
 def accuracies(measured: Measured) -> str:
     """Every condition with its uncertainty, and the wall time of training."""
-    columns = {**SHOWN, **STRONG}
     rows = []
     for title, records in measured.items():
-        cells = [str(cell(records, condition) or "-") for condition in columns.values()]
+        cells = [str(cell(records, condition) or "-") for condition in COLUMNS.values()]
         minutes = fmean(record.seconds for record in records) / 60
         n = str(records[0].attacked.n)
         rows.append([title, records[0].recipe.method, seeds(records), n, *cells, f"{minutes:.1f} min"])
@@ -118,19 +116,18 @@ def accuracies(measured: Measured) -> str:
         "choice of the n test images, which are the same for every seed and row]. `strong`: broken by any iterate of "
         "the strong PGD; `union`: right under every condition within eps. `training`: wall time of one run."
     )
-    return markdown(["row", "method", "seeds", "n", *columns, "training"], rows) + f"\n\n{note}"
+    return markdown(["row", "method", "seeds", "n", *COLUMNS, "training"], rows) + f"\n\n{note}"
 
 
 def by_attack(measured: Measured) -> str:
-    """The strong PGD through each of the attacker's surrogates, and other attacks that not every table has."""
+    """The conditions that the table of accuracies leaves out, for the tables that have some."""
     names = dict.fromkeys(name for records in measured.values() for name in records[0].attacked.conditions)
-    extra = {name: name for name in names if name in OTHERS or name.startswith(MORE)}
+    extra = {name: name for name in names if name not in COLUMNS.values()}
     if not extra:
         return ""
     rows = [[title, *shorts(records, extra)] for title, records in measured.items()]
-    heading = "What the attacker's choice of surrogate does to the strong PGD"
-    others = ", and what other attacks leave" if any(not name.startswith("strong ") for name in extra) else ""
-    return f"{heading}{others}:\n\n{markdown(['row', *extra], rows)}"
+    heading = "Under the other conditions (`strong NAME`: strong PGD through that surrogate; `strong adaptive`: SA-PGD)"
+    return f"{heading}:\n\n{markdown(['row', *extra], rows)}"
 
 
 def beside_published(table: TableSpec, measured: Measured) -> str:
