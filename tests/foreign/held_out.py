@@ -1,7 +1,7 @@
 """Runs the recipes of export/ADOPT.md, and holds adopted networks against AutoAttack on the libraries' own modules.
 
     python -m venv other && other/bin/pip install -e '.[cpu]' -r tests/foreign/requirements.txt
-    other/bin/python tests/foreign/held_out.py        writes held_out.json beside this file
+    other/bin/python tests/foreign/held_out.py        writes held_out.json beside this file, in one run
 
 Every recipe's network is trained on scikit-learn's digits, exported as the page says and adopted by the command, with
 the library's own logits as its reference. AutoAttack's standard version then attacks the library's torch module, with
@@ -11,14 +11,13 @@ the library's surrogate and reset, on the same images at the same eps; what it l
 import argparse
 import contextlib
 import io
-import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,14 @@ import numpy as np
 import torch
 from make import digits, train
 from recipe_text import digest, export_call, recipes
+from recording import record
 from torch import nn
 
 from mpdsgr_deploy.bundle import open_bundle
-from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.runtime import open_predictor
 
-HERE = Path(__file__).parent
-LIBRARIES = {"SpikingJelly": "spikingjelly", "snnTorch": "snntorch", "Norse": "norse", "sinabs": "sinabs"}
-NIR, EPS = "A .nir file", 8 / 255
+LIBRARIES = ("spikingjelly", "snntorch", "norse", "sinabs")
+NIR, EPS, SEED = "A .nir file", 8 / 255, 0
 
 
 def build(code: str) -> nn.Module:
@@ -77,7 +75,7 @@ def robust(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> int:
     """Images that AutoAttack's standard version leaves correct."""
     from pyautoattack import AutoAttack
 
-    attack = AutoAttack(network, norm="Linf", eps=EPS, version="standard", device="cpu", seed=0)
+    attack = AutoAttack(network, norm="Linf", eps=EPS, version="standard", device="cpu", seed=SEED)
     with contextlib.redirect_stdout(io.StringIO()):
         adversarial = attack.run_standard_evaluation(x, y)
     adversarial = adversarial[0] if isinstance(adversarial, tuple) else adversarial
@@ -92,7 +90,7 @@ def hold(name: str, code: str, n: int, tier: str) -> dict[str, Any]:
     assert surrogate is not None
     x, y, test, classes = digits()
     test, classes = test[:n], classes[:n]
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         if name == NIR:
             nir_file(Path(folder))
@@ -120,10 +118,8 @@ def hold(name: str, code: str, n: int, tier: str) -> dict[str, Any]:
         assert reference is not None
         started = time.perf_counter()
         left = robust(network, test, classes)
-        found = {
+        return {
             "surrogate": surrogate[1],
-            "tier": tier,
-            "n": n,
             "clean": {"library": int((logits.argmax(1) == classes).sum()), "bundle": reference.correct["clean"]},
             "largest difference of logits": float(np.abs(answers - logits.numpy()).max()),
             "worst": reference.correct["worst"],
@@ -131,25 +127,16 @@ def hold(name: str, code: str, n: int, tier: str) -> dict[str, Any]:
             "seconds": {"adopt": round(seconds), "autoattack": round(time.perf_counter() - started)},
             "code_sha256": digest(code),
         }
-    print(name, json.dumps(found), flush=True)
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="headings of the page; all of them without")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--tier", default="release")
     options = parser.parse_args()
-    file = HERE / "held_out.json"
-    result = json.loads(file.read_bytes()) if file.exists() else {}
-    packages = ("torch", "nir", "pyautoattack", *LIBRARIES.values())
-    versions = {package: version(package) for package in packages}
-    for name, code in recipes().items():
-        if not options.names or name in options.names:
-            result[name] = hold(name, code, options.images, options.tier)
-            result |= {"versions": versions, "provenance": provenance()}
-            file.write_text(json.dumps(result, indent=1) + "\n")
+    setting = {"n": options.images, "tier": options.tier, "eps": EPS, "seed": SEED, "threads": torch.get_num_threads()}
+    cases = {name: partial(hold, name, code, options.images, options.tier) for name, code in recipes().items()}
+    record("held_out", setting, cases, ("torch", "nir", "pyautoattack", *LIBRARIES))
 
 
 if __name__ == "__main__":
