@@ -13,7 +13,7 @@ from typing import Any
 import click
 import harness
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from networks import CLASSES, SHAPE
 
 from mpdsgr_deploy.data.batches import generator

@@ -49,7 +49,7 @@ def train(
     whose weights training starts from (fine-tuning), or package.module:function, which returns a torch module.
     Raises InputError for a wrong recipe, missing data or extra `train`, or an `out` that holds another run.
     """
-    need("lightning.fabric", "train")
+    need("lightning_fabric", "train")
     from mpdsgr_deploy.training import origin
     from mpdsgr_deploy.training import train as run
 

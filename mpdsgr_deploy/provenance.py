@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "torch", "torchvision", "lightning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = ("numpy", "torch", "torchvision", "lightning-fabric", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
 def provenance() -> dict[str, Any]:

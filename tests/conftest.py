@@ -30,7 +30,7 @@ HAS_TORCH = find_spec("torch") is not None
 TRAIN = {
     "torch",
     "torchvision",
-    "lightning",
+    "lightning_fabric",
     "onnx_ir",
     "onnxscript",
     "safetensors",

@@ -105,7 +105,7 @@ def test_a_missing_extra_is_named(bundle: Bundle, run_dir: Path, tmp_path: Path)
     """A process that cannot import torch, onnxruntime or matplotlib, as where the extra was not installed."""
     np.save(tmp_path / "x.npy", np.zeros((1, 1, 8, 8), np.uint8))
     for module, extra, arguments in (
-        ("lightning", "train", ["train", "digits-reg", "--out", str(tmp_path / "run")]),
+        ("lightning_fabric", "train", ["train", "digits-reg", "--out", str(tmp_path / "run")]),
         ("onnxruntime", "cpu", ["predict", str(bundle.path), str(tmp_path / "x.npy")]),
         ("pyarrow", "parquet", ["predict", str(bundle.path), str(tmp_path), "--out", str(tmp_path / "x.parquet")]),
         ("matplotlib", "report", ["inspect", str(run_dir), "--plots", str(tmp_path / "plots")]),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import small_recipe
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from mpdsgr_deploy.defences import Step, build_defended

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import small_recipe
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from scipy.stats import binom, kstest
 
 from mpdsgr_deploy.data import Images

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import small_recipe
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from mpdsgr_deploy.defences import DEFENCES, Step, build_defended
 from mpdsgr_deploy.defences.trades import Trades, TradesSettings, divergence

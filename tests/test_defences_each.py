@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_recipe
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from safetensors.torch import save_file
 
 from mpdsgr_deploy.defences import DEFENCES, Defence, Step, Term, base, build_defended

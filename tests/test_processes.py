@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_recipe
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from pydantic import ValidationError
 from test_defence_sr import learned
 

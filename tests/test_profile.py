@@ -60,7 +60,7 @@ def test_the_trace_opens_and_the_table_names_the_layers(found: tuple[Path, dict[
 
 def test_time_on_the_way_back_is_that_of_the_layer_it_differentiates(tmp_path: Path) -> None:
     """A layer whose backward pass alone sleeps."""
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from mpdsgr_deploy.data.batches import generator
     from mpdsgr_deploy.defences import build_defended

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_recipe
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from test_benchmarks import memory
 from test_defences_each import AT, EACH, MPDSGR, SHAPE, recipe_with
 

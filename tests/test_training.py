@@ -142,7 +142,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
 def test_accumulation_adds_up_to_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """tdBN's batch statistics differ between one batch and two halves, so it is kept in eval mode here."""
     monkeypatch.setattr(TdBN, "training", property(lambda self: False, lambda self, mode: None), raising=False)
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from mpdsgr_deploy.models import build_model
     from mpdsgr_deploy.training.epoch import Learner, train_epoch

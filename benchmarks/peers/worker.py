@@ -66,7 +66,7 @@ class Ours:
 
     def learner(self, precision: str) -> object:
         """One for all precisions: they share weights and optimiser."""
-        from lightning.fabric import Fabric
+        from lightning_fabric import Fabric
 
         from mpdsgr_deploy.defences import build_defended
         from mpdsgr_deploy.training.epoch import Learner

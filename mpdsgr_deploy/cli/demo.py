@@ -36,7 +36,7 @@ def command(out: Path, as_json: bool) -> None:
     Example:
       mpdsgr demo
     """
-    need("lightning.fabric", "train")
+    need("lightning_fabric", "train")
     from mpdsgr_deploy.exporting import export
     from mpdsgr_deploy.training import train
 

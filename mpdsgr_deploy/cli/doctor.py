@@ -20,7 +20,7 @@ from mpdsgr_deploy.runtime.tensorrt import prepare
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
 
 EXTRAS = {
-    "train": ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onnxscript", "scikit-learn"),
+    "train": ("torch", "torchvision", "lightning-fabric", "tensorboard", "safetensors", "onnxscript", "scikit-learn"),
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
     "openvino": ("openvino",),

@@ -37,7 +37,7 @@ def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, 
         return
     stem, study = load_study(name)
     chosen = study.chosen(rows)
-    need("lightning.fabric", "train")
+    need("lightning_fabric", "train")
     code = 0
     if not why:
         code = how.update(stem, study.table(), chosen)

@@ -57,7 +57,7 @@ def command(
         return
     stem, table = load_table(name)
     chosen = [table.row(title) for title in rows] or list(table.rows)
-    need("lightning.fabric", "train")
+    need("lightning_fabric", "train")
     need("matplotlib", "report")
     if minutes is not None:
         code = run_for(minutes, name, rows, how)

@@ -48,7 +48,7 @@ def command(
     path = find_recipe(recipe)
     resolved = load_recipe(path, overrides)
     out = out or Path("runs") / path.stem
-    need("lightning.fabric", "train")
+    need("lightning_fabric", "train")
     from mpdsgr_deploy.checkpoint import load_checkpoint
     from mpdsgr_deploy.training import origin, train
     from mpdsgr_deploy.training.pages import keep_pages
