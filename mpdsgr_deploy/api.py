@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,13 +71,15 @@ def export(
     root: str | None = None,
     limit: int | None = None,
     carry_images: bool = True,
+    steps: int | Literal["auto"] | None = None,
 ) -> Bundle:
     """Write the bundle of a training run or checkpoint to directory `out`, and open it.
 
     precisions: beside "fp32". max_drop: the largest share of the images that each of them may lose. tier: how hard the
     reference is attacked. root: where the data set lies. limit: use only so many test images, the same in every call.
-    carry_images: put the test images into the bundle. Raises InputError for a damaged checkpoint or an `out` that is
-    not ours, EvaluationError if the exported network differs from the torch model or max_drop cannot be met.
+    carry_images: put the test images into the bundle. steps: export the first time steps only, or "auto" the
+    fewest that lose less than max_drop on validation images. Raises InputError for a damaged checkpoint or an `out`
+    that is not ours, EvaluationError if the exported network differs from the torch model or max_drop cannot be met.
     """
     need("onnxscript", "train")
     from mpdsgr_deploy.exporting import export as write
@@ -91,6 +93,7 @@ def export(
         root=root,
         limit=limit,
         carry_images=carry_images,
+        steps=steps,
     )
 
 

@@ -66,10 +66,8 @@ class Checkpoint(BaseModel):
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str, Tensor]") -> None:
     """Write a checkpoint directory, replacing an older one atomically. Raises InputError if the disk is full."""
-    from safetensors.torch import save
-
     directory.mkdir(parents=True, exist_ok=True)
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    data = weights_bytes(weights)
     digest = hashlib.sha256(data).hexdigest()
     name = f"weights-{digest[:12]}.safetensors"
     write_atomic(directory / name, data)
@@ -78,6 +76,13 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str,
     for old in directory.glob("weights-*.safetensors"):
         if old.name != name:
             old.unlink()
+
+
+def weights_bytes(weights: "dict[str, Tensor]") -> bytes:
+    """Tensors by name as a safetensors file; equal tensors give equal bytes."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
 
 
 def find_checkpoint(directory: Path, choice: Choice | None = None) -> Path:

@@ -101,7 +101,8 @@ class Manifest(BaseModel):
     noise: tuple[NoiseInput, ...] = ()
     labels: tuple[str, ...]
     pixels: PixelStatistics | None = None  # of the training images; None: not known
-    recipe: Recipe  # T, encoding and neuron among the rest
+    recipe: Recipe  # of the network as exported: T, encoding and neuron among the rest
+    trained_steps: int | None = None  # time steps it was trained with, where only the first encoding.T are exported
     origin: Literal["trained", "module", "adopted"] = "trained"  # here, as a torch module, or only as an ONNX file
     variants: dict[str, Variant]
     reference: Promise | None = None  # None: the data set was not at hand
@@ -109,6 +110,12 @@ class Manifest(BaseModel):
     provenance: dict[str, Any]
     files: dict[str, str]  # relative path -> sha256
     digest: str = ""  # sha256 of this document, see `computed_digest`
+
+    @property
+    def time_steps(self) -> str:
+        """The number of time steps, and of how many, for people."""
+        T = self.recipe.encoding.T
+        return f"T = {T}" if self.trained_steps is None else f"T = {T} of the {self.trained_steps} it was trained with"
 
     def computed_digest(self) -> str:
         """sha256 of the canonical JSON of everything but `digest`, `schema_version` and defaults.

@@ -192,7 +192,7 @@ def _every_network_is_exported_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         remembered = exported_once(onnx_writer.to_graph)
-        for place in ("bundle_writer", "rebuild"):
+        for place in ("bundle_writer", "rebuild", "steps"):
             patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", remembered)
         yield
 

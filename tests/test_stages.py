@@ -13,12 +13,13 @@ from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet, build_model
+from mpdsgr_deploy.models.steps import set_time_steps
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.training import run, train
 from mpdsgr_deploy.training.average import measure_statistics, update_average
-from mpdsgr_deploy.training.stages import recipe_at, set_time_steps
+from mpdsgr_deploy.training.stages import recipe_at
 
 SHAPE = (1, 8, 8)
 STAGED = {"epochs": 3, "stages": [{"epochs": 1, "T": 1}, {"epochs": 1, "T": 2}]}

@@ -1,5 +1,6 @@
 """An exported network under attack: a backend's answers, and gradients of its own ONNX file."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
-from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 from mpdsgr_deploy.runtime.session import CPU
@@ -49,19 +50,24 @@ class Artefact:
 
 
 class NetworkFile:
-    """An ONNX file under attack before it is in a bundle; `predictor` answers, and it draws no noise."""
+    """An ONNX file under attack before it is in a bundle; `predictor` answers.
 
-    stochastic = False
+    noise: what it draws, of which an attacker draws its own from `seed`.
+    """
 
-    def __init__(self, model: Path, predictor: Predictor) -> None:
-        self._model, self._predictor = model, predictor
+    def __init__(self, model: Path, predictor: Predictor, noise: Sequence[NoiseInput] = (), seed: int = 0) -> None:
+        self._model, self._predictor, self._noise, self._seed = model, predictor, noise, seed
+        self.stochastic = bool(noise)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._predictor(x)
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
         """Raises InputError for an unknown surrogate, or a loss that attack graphs do not have."""
-        return GraphAttacker(self._model, surrogate, loss=choose("loss of attack graphs", LOSSES, loss))
+        return self._open(surrogate, choose("loss of attack graphs", LOSSES, loss), draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
-        return GraphAttacker(self._model, ADAPTIVE)
+        return self._open(ADAPTIVE, "ce", draws)
+
+    def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
+        return GraphAttacker(self._model, surrogate, loss=loss, noise=self._noise, seed=self._seed, draws=draws)

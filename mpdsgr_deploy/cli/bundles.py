@@ -51,7 +51,7 @@ def command(name: str | None, as_json: bool) -> None:
 
 def described(manifest: Manifest) -> tuple[str, ...]:
     recipe, promise = manifest.recipe, manifest.reference
-    network = f"{recipe.model.name} for {recipe.data.name}, T = {recipe.encoding.T}"
+    network = f"{recipe.model.name} for {recipe.data.name}, {manifest.time_steps}"
     carried = "yes" if IMAGES in manifest.files else "no"
     cells = (network, recipe.method, ", ".join(manifest.variants), carried)
     if promise is None:

@@ -6,6 +6,8 @@ import click
 
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.cli.inspect_pair import inspect_pair
+from mpdsgr_deploy.cli.inspect_steps import IMAGES as STEP_IMAGES
+from mpdsgr_deploy.cli.inspect_steps import inspect_steps
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.diagnostics.facts import bundle_facts, checkpoint_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
@@ -22,14 +24,15 @@ IMAGES = 128
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("other", required=False)
 @click.option("--flips", is_flag=True, help="Compare a bundle's precisions with fp32, spike by spike.")
-@click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw the flips or the membrane into.")
+@click.option("--steps", is_flag=True, help="Attack and time a bundle's networks at 1 to T time steps; needs torch.")
+@click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw flips, steps or the membrane into.")
 @click.option("--root", help="Where the data set lies.  [default: the recipe's]")
 @click.option(
     "--limit",
     "--images",
     "images",
     type=click.IntRange(1),
-    help=f"How many test images are measured.  [default: {IMAGES}]",
+    help=f"How many test images are measured.  [default: {IMAGES}; with --steps {STEP_IMAGES}]",
 )
 @click.option("--card", "as_card", is_flag=True, help="Write a bundle's model card, for the Hugging Face Hub.")
 @click.option("--report", type=click.Path(path_type=Path), help="Validation report to put on the card.")
@@ -40,6 +43,7 @@ def command(
     path: Path,
     other: str | None,
     flips: bool,
+    steps: bool,
     plots: Path | None,
     root: str | None,
     images: int | None,
@@ -63,41 +67,50 @@ def command(
     its own rounding` are those of a layer that is given the spikes of fp32. An image's drift begins in the first layer
     with a flip. With --plots it is drawn too.
 
+    --steps exports the network at 1 to T time steps again and shows what each number costs, for every precision:
+    accuracy clean, under PGD and under all attacks of tier commit, the images that flip against T steps, time and
+    multiply-accumulates. `mpdsgr export --steps` then exports so many.
+
     --card prints a README.md with the metadata that the Hugging Face Hub reads, nothing in it typed by hand.
 
     \b
     Example:
       mpdsgr inspect bundles/digits --flips
+      mpdsgr inspect bundles/digits --steps --plots plots/digits-steps
       mpdsgr inspect bundles/digits --card --report reports/digits-fp32 > README.md
       mpdsgr inspect runs/digits --plots plots/digits
       mpdsgr inspect runs/digits bundles/digits@int8 --plots plots/digits-int8
     """
     if other is not None:
-        if flips or as_card or report or layers or channels:
-            raise InputError("two paths are compared; leave out --flips, --card, --report, --layer and --channel")
+        if flips or steps or as_card or report or layers or channels:
+            raise InputError("two paths are compared; leave out --flips, --steps, --card, --report, --layer, --channel")
         if plots is not None:
             need("matplotlib", "report")
         inspect_pair(str(path), other, plots=plots, root=root, images=images or IMAGES, as_json=as_json)
         return
     is_bundle = (path / MANIFEST).exists()
-    if flips and not is_bundle:
-        raise InputError(f"--flips compares the precisions of a bundle; {path} is none")
-    if is_bundle and ((plots and not flips) or layers or channels):
-        raise InputError(f"{path} is a bundle; add --flips to draw it, without --layer and --channel")
-    if not (flips or plots) and (root or images or layers or channels):
+    if (flips or steps) and (not is_bundle or flips == steps):
         raise InputError(
-            "--root, --images, --layer and --channel say what to measure; add --plots DIRECTORY or --flips"
+            f"--flips and --steps, one of them, are about a bundle; {path} is {'one' if is_bundle else 'none'}"
+        )
+    if is_bundle and ((plots and not (flips or steps)) or layers or channels):
+        raise InputError(f"{path} is a bundle; add --flips or --steps to draw it, without --layer and --channel")
+    if not (flips or steps or plots) and (root or images or layers or channels):
+        raise InputError(
+            "--root, --images, --layer and --channel say what to measure; add --plots DIRECTORY, --flips or --steps"
         )
     if as_card:
-        if flips or plots or as_json or not is_bundle:
-            raise InputError("--card is for a bundle, without --flips, --plots and --json")
+        if flips or steps or plots or as_json or not is_bundle:
+            raise InputError("--card is for a bundle, without --flips, --steps, --plots and --json")
         print_card(open_bundle(path), report)
         return
     if report is not None:
         raise InputError("--report is what --card quotes; add --card")
     if plots is not None:
         need("matplotlib", "report")
-    if is_bundle:
+    if steps:
+        inspect_steps(open_bundle(path), plots=plots, root=root, images=images, as_json=as_json)
+    elif is_bundle:
         inspect_bundle(open_bundle(path), flips, plots, root, images or IMAGES, as_json)
     else:
         inspect_checkpoint(path, plots, root, images or IMAGES, layers, channels, as_json)

@@ -32,6 +32,7 @@ class DynamicLIF(DerivedLIF):
     """LIF with a learned input gain per step, `gain` [T], 1 at the start."""
 
     time_invariant = False
+    per_step = ("gain",)
     binary = True
 
     def __init__(self, lif: LIF, T: int) -> None:

@@ -29,6 +29,7 @@ class LeakyLIF(DerivedLIF):
     """
 
     time_invariant = False
+    per_step = ("leaks",)
     binary = True
 
     def __init__(self, lif: LIF, T: int, shape: Shape, init: float) -> None:

@@ -29,7 +29,11 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "input": f"{manifest.input_name}: float32 [B, {', '.join(map(str, manifest.input_shape))}] in [0, 1]",
         **{f"noise {x.name}": f"{x.kind}, float32 [B, {', '.join(map(str, x.shape))}]" for x in manifest.noise},
         "labels": ", ".join(manifest.labels[:10]) + (" ..." if len(manifest.labels) > 10 else ""),
-        **(describe(manifest.recipe) if manifest.origin == "trained" else described_elsewhere(bundle)),
+        **(
+            describe(manifest.recipe, manifest.time_steps)
+            if manifest.origin == "trained"
+            else described_elsewhere(bundle)
+        ),
         "checkpoint": manifest.provenance.get("checkpoint", "not recorded"),
     }
     if manifest.reference is not None:
@@ -90,7 +94,7 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]
     facts = {
         "kind": "checkpoint, hash verified",
         "data": checkpoint.recipe.data.name,
-        **describe(checkpoint.recipe),
+        **describe(checkpoint.recipe, f"T = {checkpoint.recipe.encoding.T}"),
         "checkpoint": checkpoint.origin,
         **{name: f"{value:.4f}" for name, value in checkpoint.metrics.items()},
         "created": checkpoint.provenance.get("created", "unknown"),
@@ -115,11 +119,11 @@ def described_elsewhere(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
+def describe(recipe: Recipe, time_steps: str) -> dict[str, Any]:
     """The facts of a recipe's network and training, as label and text."""
-    model, neuron, encoding = recipe.model, recipe.neuron, recipe.encoding
+    model, neuron = recipe.model, recipe.neuron
     return {
-        "model": f"{model.name}, width {model.width:g}, T = {encoding.T}, {encoding.name} encoding",
+        "model": f"{model.name}, width {model.width:g}, {time_steps}, {recipe.encoding.name} encoding",
         "neuron": f"LIF, tau {neuron.tau:g}, threshold {neuron.v_threshold:g}, {neuron.reset} reset",
         "surrogate": neuron.surrogate,
         "training": recipe.method,

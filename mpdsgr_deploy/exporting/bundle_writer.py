@@ -1,10 +1,9 @@
 """The export stage: checkpoint directory in, bundle out, parity and accuracy measured on the way."""
 
-import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,16 +12,18 @@ from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
-from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint
-from mpdsgr_deploy.data import Images, load_test
+from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint, weights_bytes
+from mpdsgr_deploy.data import Images, load_test, load_training
 from mpdsgr_deploy.data.likeness import PixelStatistics
 from mpdsgr_deploy.errors import EvaluationError, InputError, MissingData
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.exporting.steps import fewest_steps
 from mpdsgr_deploy.exporting.trial import Trial
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.models.steps import first_steps
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
 from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows
@@ -50,6 +51,7 @@ def export(
     tier: str | None = None,
     carry_images: bool = True,
     choice: Choice | None = None,
+    steps: int | Literal["auto"] | None = None,
 ) -> Bundle:
     """Write the bundle of a checkpoint (or of a training run: its last one, or `choice`) to directory `out`.
 
@@ -60,6 +62,9 @@ def export(
     torch network is attacked for the reference that `validate` holds the artefact against (default: the tier of the
     recipe's gate); carry_images: these images go into the bundle too; if not, noise serves as golden inputs. Where
     the data set is not on this machine, and `root` is not given, noise serves too, with no accuracy and no reference.
+    steps: export the network of the first steps only, whose readout is over these; "auto": of the fewest that lose less
+    than max_drop (default: that of the tier) on validation images, clean and attacked, as of `steps.fewest_steps`. What
+    is promised is then of this network.
 
     Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
     other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
@@ -68,8 +73,10 @@ def export(
     variants = list(dict.fromkeys(["fp32", *precisions]))
     for name in variants:
         choose("precision", dict.fromkeys(PRECISIONS), name)
-    if max_drop is not None and len(variants) == 1:
-        raise InputError("--max-drop bounds what other precisions than fp32 lose; name them with --precision")
+    if max_drop is not None and len(variants) == 1 and steps != "auto":
+        raise InputError(
+            "--max-drop bounds what other precisions than fp32 lose, which --precision names, and --steps auto"
+        )
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir, choice)
     checkpoint, model = load_network(source)
@@ -78,12 +85,14 @@ def export(
         checkpoint = checkpoint.model_copy(update={"recipe": recipe})
     tier = tier or checkpoint.recipe.gate.tier
     asked = choose("tier", TIERS, tier).images
-    images = _test_images(checkpoint, root, limit)
-    if images is None and max_drop is not None:
-        raise InputError("--max-drop needs the data set's test images; give their folder with --root")
-    inputs = _probe(images, checkpoint.shape)
-    reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
+    trained = checkpoint.recipe.encoding.T
     with staged(out) as scratch:  # refuses another's directory before the export takes its seconds
+        checkpoint, model, chosen_by = _with_steps(checkpoint, model, steps, max_drop, tier, root, limit)
+        images = _test_images(checkpoint, root, limit)
+        if images is None and max_drop is not None:
+            raise InputError("--max-drop needs the data set's test images; give their folder with --root")
+        inputs = _probe(images, checkpoint.shape)
+        reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
         graph = to_graph(simplify(model), checkpoint.shape)
         save(graph, scratch / "model.fp32.onnx")
         expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
@@ -115,7 +124,7 @@ def export(
         rows = golden_rows(np.abs(expected - onnx_logits).max(1) <= TOLERANCE, [*logits.values()])
         arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
         np.savez(scratch / GOLDEN, **arrays)
-        shutil.copyfile(source / checkpoint.weights, scratch / WEIGHTS)
+        (scratch / WEIGHTS).write_bytes(weights_bytes(model.state_dict()))
         return seal(
             scratch,
             out,
@@ -126,6 +135,7 @@ def export(
             labels=checkpoint.labels,
             pixels=pixel_statistics(model),
             recipe=checkpoint.recipe,
+            trained_steps=None if trained == model.T else trained,
             variants=written,
             reference=figures,
             provenance={
@@ -133,8 +143,31 @@ def export(
                 "training": checkpoint.provenance,
                 "epoch": checkpoint.epoch,
                 "checkpoint": checkpoint.origin,
+                **({"steps": chosen_by} if chosen_by else {}),
             },
         )
+
+
+def _with_steps(
+    checkpoint: Checkpoint,
+    model: SpikingNet,
+    steps: int | Literal["auto"] | None,
+    max_drop: float | None,
+    tier: str,
+    root: str | None,
+    limit: int | None,
+) -> tuple[Checkpoint, SpikingNet, dict[str, Any]]:
+    """The checkpoint and its network with the first `steps` only (None: all), and how their number was chosen."""
+    recipe, chosen_by = checkpoint.recipe, dict[str, Any]()
+    if steps == "auto":
+        _, images = load_training(recipe.data.at(root))
+        images = images[: limit or TIERS[tier].images or len(images)]
+        budget = TIERS[tier].max_drop if max_drop is None else max_drop
+        steps, chosen_by = fewest_steps(model, recipe, checkpoint.shape, images, budget)
+    if steps is None:
+        return checkpoint, model, chosen_by
+    model, recipe = first_steps(model, recipe, checkpoint.shape, steps)
+    return checkpoint.model_copy(update={"recipe": recipe}), model, chosen_by
 
 
 def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipe import EncodingSection, Recipe
 from mpdsgr_deploy.registry import Registry
 from mpdsgr_deploy.snn import LIF, Encoding, Noise, Observer, SpikingLayer, TdBN, fold_time, make_surrogate
 from mpdsgr_deploy.snn.draws import in_turn
@@ -141,6 +141,12 @@ def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:
             return None
 
 
+def frequency_radii(config: EncodingSection, shape: Shape) -> tuple[int, ...]:
+    """The radius of each step's low-pass: those of the recipe, or evenly from half the image's side down."""
+    half, T = max(shape[1:]) // 2, config.T
+    return config.radii or tuple(max(1, round(half * (T - t) / T)) for t in range(T))
+
+
 def make_encoding(recipe: Recipe, shape: Shape) -> Encoding:
     """The encoding a recipe names, for images of `shape`. Raises InputError for one that does not fit them."""
     channels, height, width = shape
@@ -148,8 +154,7 @@ def make_encoding(recipe: Recipe, shape: Shape) -> Encoding:
     T = config.T
 
     def frequency() -> Encoding:
-        half = max(height, width) // 2
-        radii = config.radii or [max(1, round(half * (T - t) / T)) for t in range(T)]
+        radii = frequency_radii(config, shape)
         if len(radii) != T:
             raise InputError(f"encoding.radii has {len(radii)} values and encoding.T is {T}; give one radius a step")
         return Frequency(channels, (height, width), radii)

@@ -43,6 +43,7 @@ def network_facts(side: Side) -> dict[str, Any]:
     facts = ModelFacts.of(side.bundle, side.precision)
     return {
         "epoch": side.bundle.manifest.provenance.get("epoch"),
+        "time steps trained with": side.bundle.manifest.trained_steps,
         "precision": side.precision,
         "parameters": facts.parameters,
         "multiply-accumulates": facts.macs,

@@ -34,6 +34,7 @@ def evidence(
     return {
         "digest": manifest.digest,
         "methods": sorted(name for name, settings in dict(manifest.recipe.defence).items() if settings is not None),
+        "time_steps": manifest.time_steps if manifest.origin == "trained" else None,
         "reference": reference,
         "golden_mean": round(float(golden.mean()), 4),
         "validation": None if bundle.signed else _validation(bundle, precision),

@@ -70,6 +70,7 @@ class LIF(nn.Module):
     """
 
     time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
+    per_step: tuple[str, ...] = ()  # parameters [T, ...] that hold a value for each step
     stochastic: bool = False  # draws from `noise`
     binary: bool = True  # hands on nothing but 0 and 1
     hold: int = 1  # for how many steps a current of one step lasts

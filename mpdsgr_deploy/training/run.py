@@ -32,6 +32,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.models.steps import set_time_steps
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe, Training
@@ -42,7 +43,7 @@ from mpdsgr_deploy.training.epoch import Data, Learner, settle_average, train_ep
 from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refuse_launchers
 from mpdsgr_deploy.training.preflight import preflight
 from mpdsgr_deploy.training.profile import Profile, peak_memory
-from mpdsgr_deploy.training.stages import recipe_at, set_time_steps
+from mpdsgr_deploy.training.stages import recipe_at
 from mpdsgr_deploy.training.state import STATE, begin, save
 
 RECIPE = "recipe.json"

@@ -1,14 +1,12 @@
 """Time steps that grow while a network is trained: most epochs at few steps, which are cheap, the last at encoding.T.
 
-A network of LIF neurons has the same weights at every T, so that a stage starts from those of the one before. What
-belongs to T are the encoding, the readout's average over time, and tdBN's running statistics, joint over time, which
-momentum 0.1 replaces within the first tens of a stage's batches.
+A network of LIF neurons has the same weights at every T (`models.steps`), so that a stage starts from those of the one
+before. tdBN's running statistics, joint over time, are replaced by momentum 0.1 within the first tens of a stage's
+batches.
 """
 
 from mpdsgr_deploy.defences import make_defences
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.models.network import Shape, make_encoding, readout_weights
 from mpdsgr_deploy.recipe import Recipe
 
 ANY_LENGTH = ("direct", "poisson", "sqe", "rsc")  # encodings whose steps all see the same
@@ -37,10 +35,3 @@ def recipe_at(recipe: Recipe, epoch: int) -> Recipe:
             return recipe.model_copy(update={"encoding": recipe.encoding.model_copy(update={"T": stage.T})})
         epoch -= stage.epochs
     return recipe
-
-
-def set_time_steps(model: SpikingNet, recipe: Recipe, shape: Shape) -> None:
-    """Let a model compute encoding.T time steps of `recipe`; its weights stay."""
-    if model.T != recipe.encoding.T:
-        model.encode, model.T = make_encoding(recipe, shape), recipe.encoding.T
-        model.readout.over_time = readout_weights(recipe).to(model.readout.over_time)

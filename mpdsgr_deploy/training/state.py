@@ -16,6 +16,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.models.by_name import find_module
+from mpdsgr_deploy.models.steps import per_step_names
 from mpdsgr_deploy.training.epoch import Learner
 from mpdsgr_deploy.training.identity import refuse_other_data
 from mpdsgr_deploy.training.module_init import mapped_weights, start_from_module, weights_sha256
@@ -84,6 +85,8 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
     checkpoint = load_checkpoint(path)
     training.require_kind(recipe.data.name, checkpoint.shape, checkpoint.labels)
     weights, own = load_file(path / checkpoint.weights), learner.model.state_dict()
+    for name in per_step_names(learner.model) & weights.keys():  # the first steps of a longer network
+        weights[name] = weights[name][: len(own[name])]
     with torch.device("meta"):
         needed = build_model(recipe, training.shape, len(training.labels)).state_dict()
     misfits = [name for name in weights if name not in own or own[name].shape != weights[name].shape]

@@ -73,7 +73,7 @@ def _summary(bundle: Bundle) -> Iterator[str]:
     )
     if manifest.origin == "trained":
         yield ""
-        yield from (f"- {key}: {value}" for key, value in describe(manifest.recipe).items())
+        yield from (f"- {key}: {value}" for key, value in describe(manifest.recipe, manifest.time_steps).items())
 
 
 def _accuracy(bundle: Bundle) -> Iterator[str]:

@@ -238,7 +238,7 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: 
         bundle=target.bundle.path.name,
         bundle_sha256=manifest.digest,
         signer=target.bundle.signed.signer if target.bundle.signed else None,
-        network=f"{recipe.model.name} for {recipe.data.name}, {_origin(manifest)}, T = {recipe.encoding.T}",
+        network=f"{recipe.model.name} for {recipe.data.name}, {_origin(manifest)}, {manifest.time_steps}",
         model=ModelFacts.of(target.bundle, target.precision),
         artefact_file=target.url or variant.file,
         artefact_sha256=target.bundle.model_sha256(target.precision),

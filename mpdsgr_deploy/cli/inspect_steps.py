@@ -1,0 +1,72 @@
+"""What `mpdsgr inspect BUNDLE --steps` prints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.cli.output import print_json, print_table
+from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.validation.image_checks import chosen_images
+
+if TYPE_CHECKING:
+    from mpdsgr_deploy.exporting.step_table import StepCost
+
+IMAGES = 350  # as many as tier `commit` takes
+LEGEND = """worst: right under every attack of tier commit. lost, regained: images right at all
+steps and wrong at fewer, and the reverse. ms: per image, on onnxruntime-cpu. MMACs: million multiply-accumulates"""
+
+
+def inspect_steps(bundle: Bundle, *, plots: Path | None, root: str | None, images: int | None, as_json: bool) -> None:
+    """Attack and time a bundle's networks at 1 to T time steps, print it, and draw it into `plots`."""
+    need("onnxscript", "train")
+    from mpdsgr_deploy.exporting.step_table import step_costs
+
+    sample = chosen_images(bundle, images, IMAGES, None, root)
+    where = name_sample(len(sample), bundle.manifest.recipe.data.name)
+    rows = step_costs(bundle, sample)
+    if plots is not None:
+        from mpdsgr_deploy.diagnostics.step_plots import plot_steps
+
+        plot_steps({precision: accuracies(rows, precision) for precision in bundle.manifest.variants}, where, plots)
+    if as_json:
+        print_json({"measured on": where, "tier": "commit", "steps": [as_record(row) for row in rows]})
+        return
+    title = f"at 1 to {bundle.manifest.recipe.encoding.T} steps on {where}"
+    click.echo(LEGEND)
+    table = [cells(row) for row in rows]
+    print_table(list(table[0]), [list(row.values()) for row in table], title)
+
+
+def accuracies(rows: "Sequence[StepCost]", precision: str) -> dict[str, list[float]]:
+    """Clean and worst accuracy in % of one precision, for 1 to T steps."""
+    own = [row for row in rows if row.precision == precision]
+    return {name: [100 * row.correct[name] / row.n for row in own] for name in (CLEAN, WORST)}
+
+
+def as_record(row: "StepCost") -> dict[str, Any]:
+    """A row for programs."""
+    return row._asdict() | {"flips": {name: flips._asdict() for name, flips in row.flips.items()}}
+
+
+def cells(row: "StepCost") -> dict[str, str]:
+    """A row for people, by column."""
+    percent = {f"{name} %": f"{100 * correct / row.n:.1f}" for name, correct in row.correct.items()}
+    flips = {
+        f"{name} lost, regained": f"{pair.lost}, {pair.regained}"
+        for name, pair in row.flips.items()
+        if name in (CLEAN, WORST)
+    }
+    times = {f"ms, batch {size}": f"{value:.3g}" for size, value in row.milliseconds.items()}
+    return {
+        "precision": row.precision,
+        "steps": str(row.steps),
+        **percent,
+        **flips,
+        **times,
+        "MMACs": f"{row.macs / 1e6:.3g}",
+    }

@@ -1,0 +1,36 @@
+"""Accuracy against the number of time steps, as one picture; torch is not needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mpdsgr_deploy.colours import CLEAN, UNION
+from mpdsgr_deploy.diagnostics.picture import plain, png
+from mpdsgr_deploy.files import claim_directory, write_atomic
+
+PICTURE, LINES, MARKERS = "steps.png", ("-", "--", ":", "-."), "osD^"
+Accuracies = Mapping[str, Mapping[str, list[float]]]  # by precision and "clean" or "worst": %, for 1 to T steps
+
+
+def plot_steps(accuracies: Accuracies, title: str, out: Path) -> None:
+    """Write steps.png. Raises InputError for a directory `out` that is not ours."""
+    claim_directory(out, PICTURE, "plot of time steps")
+    write_atomic(out / PICTURE, png(by_steps(accuracies, title)))
+
+
+def by_steps(accuracies: Accuracies, title: str) -> Figure:
+    """Clean and worst in two colours, a line style and a marker for each precision."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for (precision, by_condition), line, marker in zip(accuracies.items(), LINES, MARKERS, strict=False):
+        for (name, percent), colour in zip(by_condition.items(), (CLEAN, UNION), strict=True):
+            steps = range(1, len(percent) + 1)
+            axes.plot(steps, percent, line, marker=marker, color=colour, label=f"{name}, {precision}")
+    axes.set(xlabel="time steps", ylabel="accuracy (%)", ylim=(0, 102))
+    axes.set_title(title, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plain(axes)
+    axes.legend(frameon=False)
+    return figure

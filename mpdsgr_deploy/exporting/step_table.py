@@ -1,0 +1,95 @@
+"""What each number of time steps costs: a bundle's networks, exported again at 1 to T steps, attacked and timed."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attacks.condition import CLEAN, PGD, WORST
+from mpdsgr_deploy.bundle import WEIGHTS, Bundle
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.diagnostics.cost import macs
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.exporting.steps import Flips, StepFile, step_files
+from mpdsgr_deploy.networks import load_model
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
+
+CONDITIONS = (CLEAN, PGD, WORST)
+BATCHES = (1, 32)
+ROUNDS = 15  # batches timed of each number of steps, one after the other, so that a busy moment meets all of them
+
+
+class StepCost(NamedTuple):
+    """One precision at its first `steps` time steps, on n images.
+
+    correct, flips: by condition, the latter against all steps of the same precision. milliseconds: per image by batch
+    size, median, on onnxruntime's CPU provider. macs: multiply-accumulates per image in products with weights.
+    """
+
+    precision: str
+    steps: int
+    n: int
+    correct: Mapping[str, int]
+    flips: Mapping[str, Flips]
+    milliseconds: Mapping[int, float]
+    macs: int
+
+
+def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
+    """A row for each precision and number of steps. Raises InputError for a network that was not trained here."""
+    manifest = bundle.manifest
+    if manifest.origin != "trained":
+        raise InputError(f"{bundle.path} holds no weights to export again: its network is {manifest.origin}")
+    recipe, shape = manifest.recipe, manifest.input_shape
+    model = load_model(bundle.file(WEIGHTS), recipe, shape, len(manifest.labels))
+    layers = {name: variant.layers for name, variant in manifest.variants.items()}
+    with TemporaryDirectory() as folder:
+        numbers = range(1, recipe.encoding.T + 1)
+        files = [step_files(model, recipe, shape, steps, layers, Path(folder)) for steps in numbers]
+        return [cost for precision in layers for cost in _costs(precision, [f[precision] for f in files], images)]
+
+
+def _costs(precision: str, files: Sequence[StepFile], images: Images) -> list[StepCost]:
+    """The rows of one precision: files in the order of their steps."""
+    log.info("timing %s", precision)
+    times = {size: _milliseconds(files, images.unit(), size) for size in BATCHES}
+    verdicts = [file.attacked(images, f"{precision}, {n} of {len(files)} steps") for n, file in enumerate(files, 1)]
+    return [
+        StepCost(
+            precision,
+            place + 1,
+            len(images),
+            {name: int(own[name].sum()) for name in CONDITIONS},
+            {name: Flips.of(verdicts[-1][name], own[name]) for name in CONDITIONS},
+            {size: columns[place] for size, columns in times.items()},
+            macs(onnx.load(files[place].file), place + 1).exported,
+        )
+        for place, own in enumerate(verdicts)
+    ]
+
+
+def _milliseconds(files: Sequence[StepFile], images: NDArray[np.float32], batch: int) -> list[float]:
+    """The median time of a batch per image, for each of the files in turn."""
+    x = np.ascontiguousarray(np.resize(images, (batch, *images.shape[1:])))
+    with ExitStack() as stack:
+        networks = [stack.enter_context(_opened(file)) for file in files]
+        seconds = [[_seconds(network, x) for network in networks] for _ in range(ROUNDS + 1)]
+    return (1000 / batch * np.median(seconds[1:], axis=0)).tolist()  # the first round warms up
+
+
+def _opened(file: StepFile) -> OnnxRuntime:
+    return OnnxRuntime(file.file, noise=NoiseSource(file.noise, file.recipe.validation.seed))
+
+
+def _seconds(network: Predictor, x: NDArray[np.float32]) -> float:
+    started = time.perf_counter()
+    network(x)
+    return time.perf_counter() - started

@@ -1,0 +1,129 @@
+"""How many time steps are worth their cost: a network attacked at fewer steps than it has, and how few suffice."""
+
+from collections.abc import Mapping
+from math import ceil, sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.attack_graph.artefact import NetworkFile
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
+from mpdsgr_deploy.attacks.promise import promise
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.precision import convert, plan
+from mpdsgr_deploy.manifest import NoiseInput
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.network import Shape
+from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.models.steps import first_steps
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, predict
+from mpdsgr_deploy.runtime.torch_model import noise_inputs
+
+TIER = "commit"  # how hard every number of steps is attacked
+Z = 1.6449  # the 95 % quantile of the normal distribution: one-sided tests at 5 %
+Bools = NDArray[np.bool_]
+
+
+class StepFile(NamedTuple):
+    """The ONNX file of a network's first steps in one precision, its recipe and the noise it draws."""
+
+    file: Path
+    recipe: Recipe
+    noise: tuple[NoiseInput, ...]
+
+    def attacked(self, images: Images, of: str) -> Mapping[str, Bools]:
+        """Its verdicts [n] on images: "clean", under each attack of tier `commit`, and "worst" over these."""
+        size, seed = self.recipe.validation.batch_size, self.recipe.validation.seed
+        with OnnxRuntime(self.file, noise=NoiseSource(self.noise, seed)) as predictor:
+            network = NetworkFile(self.file, predictor, self.noise, seed)
+            logits = predict(predictor, images.unit(), size, of)
+            return promise(network, self.recipe, images, TIER, logits, of=of)[1].verdicts
+
+
+def step_files(
+    model: SpikingNet, recipe: Recipe, shape: Shape, steps: int, variants: Mapping[str, Mapping[str, str]], folder: Path
+) -> dict[str, StepFile]:
+    """Write the network of the first `steps` in every precision of `variants`, which name the precision of each layer's
+    product; those that name none are planned here.
+
+    Raises InputError as `first_steps` does.
+    """
+    shortened, own = first_steps(model, recipe, shape, steps)
+    graph, files = to_graph(simplify(shortened), shape), {}
+    for precision, layers in variants.items():
+        file = folder / f"{precision}-{steps}.onnx"
+        save(convert(graph, layers or plan(graph, precision)), file)
+        files[precision] = StepFile(file, own, noise_inputs(shortened, shape))
+    return files
+
+
+class Flips(NamedTuple):
+    """Paired verdicts on n images: right at all T steps and wrong at fewer (lost), and the reverse (regained)."""
+
+    lost: int
+    regained: int
+    n: int
+
+    @classmethod
+    def of(cls, full: Bools, fewer: Bools) -> "Flips":
+        return cls(int((full & ~fewer).sum()), int((~full & fewer).sum()), len(full))
+
+    def rule_out(self, drop: float) -> bool:
+        """Whether they refute, at the one-sided 5 % level, that accuracy falls by `drop` or more; 0 < drop < 1.
+
+        The score test for a difference of paired proportions (Tango, Statistics in Medicine 17, 1998).
+        """
+        lost, regained, n = self
+        b = 2 * n * drop - (lost + regained) - (lost - regained) * drop
+        share = (sqrt(b * b + 8 * n * regained * drop * (1 - drop)) - b) / (4 * n)  # regained, if the drop is `drop`
+        return lost - regained - n * drop <= -Z * sqrt(n * (2 * share + drop * (1 - drop)))
+
+
+def least_images(drop: float) -> int:
+    """How many images can refute a drop of accuracy, if none of their verdicts flips."""
+    return ceil(Z * Z * (1 - drop) / drop)
+
+
+def fewest_steps(
+    model: SpikingNet, recipe: Recipe, shape: Shape, images: Images, max_drop: float
+) -> tuple[int, dict[str, Any]]:
+    """The fewest time steps that keep clean and attacked accuracy of the float32 network, and how that was found.
+
+    images: validation images, never those that the result is reported on. Fewer and fewer steps are tried, from T - 1
+    down, until one cannot rule out a drop of `max_drop` or more on clean images and under all attacks of tier `commit`.
+    So the number chosen is one that loses more with a probability of 5 % at most: both tests must succeed, and none is
+    made after one that failed. Raises InputError for too few images.
+    """
+    T, n = recipe.encoding.T, len(images)
+    if not 0 < max_drop < 1:
+        raise InputError("no number of images rules out every drop; --steps auto takes a --max-drop between 0 and 1")
+    if n < least_images(max_drop):
+        raise InputError(
+            f"it takes {least_images(max_drop)} validation images to rule out a drop of {max_drop:.2%}, not {n}; allow "
+            f"more with --max-drop, or name a number of --steps"
+        )
+
+    def verdicts(steps: int) -> Mapping[str, Bools]:
+        with TemporaryDirectory() as folder:
+            files = step_files(model, recipe, shape, steps, {"fp32": {}}, Path(folder))
+            return files["fp32"].attacked(images, f"{steps} of {T} steps")
+
+    full, chosen, tried = verdicts(T), T, list[dict[str, Any]]()
+    for steps in range(T - 1, 0, -1):
+        fewer = verdicts(steps)
+        flips = {condition: Flips.of(full[condition], fewer[condition]) for condition in (CLEAN, WORST)}
+        within = all(pair.rule_out(max_drop) for pair in flips.values())
+        counts = ", ".join(f"{name} {pair.lost} lost, {pair.regained} regained" for name, pair in flips.items())
+        log.info("%d of %d steps %s: of %d images %s", steps, T, "suffice" if within else "are too few", n, counts)
+        tried.append({"steps": steps, "within": within} | {name: pair._asdict() for name, pair in flips.items()})
+        if not within:
+            break
+        chosen = steps
+    return chosen, {"max_drop": max_drop, "images": f"{n} validation images of {recipe.data.name}", "tried": tried}

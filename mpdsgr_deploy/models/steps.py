@@ -1,0 +1,61 @@
+"""A network at another number of time steps: the same weights, since a LIF neuron has none that belong to a step.
+
+What belongs to T are the encoding, the readout's average over time, and what some defences learn for each step. The
+network of the first N steps answers with the readout over these alone: the mean of their outputs, or the potential of a
+leaky integrator after N steps.
+"""
+
+import copy
+
+from torch import nn
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.models.network import Shape, SpikingNet, frequency_radii, make_encoding, readout_weights
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.snn import LIF
+
+
+def per_step_names(model: nn.Module) -> set[str]:
+    """The names of the parameters [T, ...] that hold a value for each step."""
+    neurons = {path: module for path, module in model.named_modules() if isinstance(module, LIF)}
+    return {f"{path}.{name}" for path, neuron in neurons.items() for name in neuron.per_step}
+
+
+def set_time_steps(model: SpikingNet, recipe: Recipe, shape: Shape) -> None:
+    """Let a model compute encoding.T time steps of `recipe`; its weights stay.
+
+    Raises InputError for neurons that learn something for each step and do not say what, or for fewer than T steps.
+    """
+    T = recipe.encoding.T
+    if model.T == T:
+        return
+    for layer in model.layers():
+        neuron = layer.neuron
+        learned = [getattr(neuron, name) for name in neuron.per_step]
+        if not (neuron.time_invariant or learned) or any(len(values) < T for values in learned):
+            raise InputError(f"the neurons of {layer.name} belong to {model.T} time steps and cannot compute {T}")
+        for name, values in zip(neuron.per_step, learned, strict=True):
+            setattr(neuron, name, nn.Parameter(values.detach()[:T]))
+    model.encode, model.T = make_encoding(recipe, shape), T
+    model.readout.over_time = readout_weights(recipe).to(model.readout.over_time)
+
+
+def first_steps(model: SpikingNet, recipe: Recipe, shape: Shape, steps: int) -> tuple[SpikingNet, Recipe]:
+    """The network that answers after the first `steps` of the model's T, which shares its weights, and its recipe.
+
+    Raises InputError for a number outside 1..T, and for an encoding whose steps are frames of a recording.
+    """
+    encoding = recipe.encoding
+    if not 1 <= steps <= encoding.T:
+        raise InputError(f"this network has {encoding.T} time steps, so it cannot be cut to {steps}")
+    if encoding.name == "frames" and steps < encoding.T:
+        raise InputError(
+            f"with encoding 'frames' a step is a part of the recording, and the first {steps} of {encoding.T} would "
+            f"leave out its end; train with encoding.T and data.frames {steps}, which `train --init` starts from this"
+        )
+    radii = frequency_radii(encoding, shape)[:steps] if encoding.name == "frequency" else encoding.radii
+    recipe = recipe.model_copy(update={"encoding": encoding.model_copy(update={"T": steps, "radii": radii})})
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shortened = copy.deepcopy(model, shared)
+    set_time_steps(shortened, recipe, shape)
+    return shortened, recipe

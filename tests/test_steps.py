@@ -1,0 +1,232 @@
+"""A network's first N of T time steps: what it answers, how it is exported, and how N is chosen."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_input_error, mpdsgr_here, once, small_recipe
+
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
+from mpdsgr_deploy.bundle import WEIGHTS, Bundle, open_bundle
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.data import load_training
+from mpdsgr_deploy.defences import build_defended
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.exporting import export, steps
+from mpdsgr_deploy.exporting.rebuild import rebuild_faults
+from mpdsgr_deploy.exporting.steps import Flips, fewest_steps, least_images, step_files
+from mpdsgr_deploy.models import SpikingNet
+from mpdsgr_deploy.models.steps import first_steps
+from mpdsgr_deploy.networks import load_network
+from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
+from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
+from mpdsgr_deploy.training import train
+from mpdsgr_deploy.validation.card import card
+
+SHAPE, T = (1, 8, 8), 3
+KINDS = {
+    "direct": {},
+    "membrane": {"model": {"readout": "membrane"}},
+    "poisson": {"encoding": {"name": "poisson"}},
+    "sqe": {"encoding": {"name": "sqe", "levels": 3}},
+    "rsc and stog": {"encoding": {"name": "rsc"}, "defence": {"stog": {}}},
+    "feel": {"encoding": {"name": "frequency"}, "defence": {"feel": {}}},
+    "dlif": {"defence": {"dlif": {}}},
+}
+
+
+@cache
+def network(kind: str) -> tuple[SpikingNet, Recipe]:
+    """A random network of T steps whose layers all fire and whose steps, where they learn their own values, differ."""
+    torch.manual_seed(0)
+    recipe = small_recipe(**KINDS[kind])
+    model, _ = build_defended(recipe, SHAPE, 10)
+    for layer in model.layers():
+        for values in layer.neuron.parameters():
+            torch.nn.init.uniform_(values, 0.4, 0.9)
+        layer.norm.momentum = 1.0
+    model(torch.rand(32, *SHAPE))
+    return model.eval(), recipe
+
+
+@torch.no_grad()
+def outputs(model: SpikingNet, x: np.ndarray) -> list[torch.Tensor]:
+    """What the last linear layer gives at each of the T steps, with the noise that each image always gets."""
+    seen: list[torch.Tensor] = []
+    inputs = noise_inputs(model, SHAPE)
+    noise = NoiseSource(inputs, 0)(x)
+    hook = model.readout.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model(torch.from_numpy(x), None, [torch.from_numpy(noise[entry.name]) for entry in inputs])
+    hook.remove()
+    return [torch.nn.functional.linear(spikes, model.readout.weight, model.readout.bias) for spikes in seen[0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_steps_answer_with_the_mean_of_their_outputs(kind: str, tmp_path: Path) -> None:
+    model, recipe = network(kind)
+    x = np.random.default_rng(0).random((20, *SHAPE), np.float32)
+    by_step = outputs(model, x)
+    assert compare(sum(by_step).numpy(), T * by_step[0].numpy()).labels_differ  # the steps do not answer alike
+    for N in range(1, T + 1):
+        weights = [recipe.neuron.tau ** (N - t) if kind == "membrane" else 1 / N for t in range(1, N + 1)]
+        expected = sum(w * y for w, y in zip(weights, by_step, strict=False)).numpy()
+        shortened, own = first_steps(model, recipe, SHAPE, N)
+        torch.testing.assert_close(torch.from_numpy(TorchModel(shortened, SHAPE)(x)), torch.from_numpy(expected))
+        assert own.encoding.T == shortened.T == N
+        if N == 1 or kind == "direct":
+            step = step_files(model, recipe, SHAPE, N, {"fp32": {}}, tmp_path)["fp32"]
+            with OnnxRuntime(step.file, noise=NoiseSource(step.noise, 0)) as artefact:
+                assert compare(expected, artefact(x)).holds
+    assert model.T == T  # and is as it was
+    assert compare(sum(by_step).numpy() / T, TorchModel(model, SHAPE)(x)).holds or kind == "membrane"
+
+
+def test_steps_that_there_are_not_are_refused() -> None:
+    model, recipe = network("direct")
+    for wrong in (0, T + 1):
+        with pytest.raises(InputError, match="has 3 time steps"):
+            first_steps(model, recipe, SHAPE, wrong)
+    frames = small_recipe(encoding={"name": "frames"})
+    events, _ = build_defended(frames, (3, 8, 8), 10)
+    with pytest.raises(InputError, match="would leave out its end"):
+        first_steps(events, frames, (3, 8, 8), 2)
+    model, recipe = network("dlif")
+    longer = recipe.model_copy(update={"encoding": recipe.encoding.model_copy(update={"T": T + 1})})
+    with pytest.raises(InputError, match="belong to 3 time steps and cannot compute 4"):
+        first_steps(model, longer, SHAPE, T + 1)
+
+
+def test_a_drop_is_ruled_out_by_paired_flips() -> None:
+    least = least_images(0.02)
+    assert least == 133
+    assert Flips(0, 0, least).rule_out(0.02)
+    assert not Flips(0, 0, least - 1).rule_out(0.02)
+    assert not Flips(10, 0, 500).rule_out(0.02)  # what was seen is the drop itself
+    assert Flips.of(np.array([True, True, False]), np.array([True, False, True])) == (1, 1, 3)
+    assert Flips(2, 0, 500).rule_out(0.02)
+    assert not Flips(32, 30, 500).rule_out(0.02)  # as small a difference, but of many flips
+
+
+def test_a_true_drop_passes_in_a_twentieth_of_all_cases() -> None:
+    draws = np.random.default_rng(0).multinomial(400, (0.06, 0.03, 0.91), 4000)
+    wrongly = np.mean([Flips(lost, regained, 400).rule_out(0.03) for lost, regained, _ in draws.tolist()])
+    assert 0.03 < wrongly < 0.065
+
+
+@pytest.fixture(scope="module")
+def short(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The first two of the three steps of the small network, in two precisions."""
+    options = {"steps": 2, "precisions": ["int8"], "limit": 30}
+    return open_bundle(once(tmp_path_factory, "short", lambda out: export(run_dir, out, **options)))
+
+
+def test_a_bundle_of_fewer_steps_says_so_and_rebuilds(short: Bundle, run_dir: Path) -> None:
+    manifest = short.manifest
+    assert (manifest.recipe.encoding.T, manifest.trained_steps) == (2, 3)
+    source = find_checkpoint(run_dir)
+    assert short.file(WEIGHTS).read_bytes() == (source / load_checkpoint(source).weights).read_bytes()
+    assert not rebuild_faults(short)
+    assert "T = 2 of the 3 it was trained with" in card(short)
+    x = short.golden()[0]
+    checkpoint, model = load_network(source)
+    shortened, _ = first_steps(model, checkpoint.recipe, SHAPE, 2)
+    for backend in ("torch", "onnxruntime-cpu"):
+        with open_predictor(short, backend) as predictor:
+            assert compare(TorchModel(shortened, SHAPE)(x), predictor(x)).holds
+    promised = short.reference()
+    assert promised is not None
+    assert promised.verdicts[CLEAN].sum() == short.manifest.variants["fp32"].accuracy.correct
+
+
+def test_a_bundle_of_all_steps_has_the_manifest_it_had(bundle: Bundle) -> None:
+    assert bundle.manifest.trained_steps is None
+    assert bundle.manifest.digest == bundle.manifest.computed_digest()
+    assert "trained_steps" not in bundle.manifest.model_dump(exclude_defaults=True)
+
+
+def test_the_fewest_steps_are_chosen_by_clean_and_attacked_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, recipe = network("direct")
+    images = load_training(recipe.data)[1][:100]
+    lost = {2: {CLEAN: 1, WORST: 0}, 1: {CLEAN: 0, WORST: 9}}
+
+    def verdicts(step: steps.StepFile, images: object, of: str) -> dict[str, np.ndarray]:
+        missing = lost.get(step.recipe.encoding.T, {CLEAN: 0, WORST: 0})
+        return {name: np.arange(100) >= count for name, count in missing.items()}
+
+    monkeypatch.setattr(steps.StepFile, "attacked", verdicts)
+    chosen, record = fewest_steps(model, recipe, SHAPE, images, 0.06)
+    assert chosen == 2
+    assert [tried["within"] for tried in record["tried"]] == [True, False]
+    assert record["tried"][1][WORST] == {"lost": 9, "regained": 0, "n": 100}
+    assert record["images"] == "100 validation images of digits"
+    with pytest.raises(InputError, match=r"takes 268 validation images to rule out a drop of 1\.00%, not 100"):
+        fewest_steps(model, recipe, SHAPE, images, 0.01)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        fewest_steps(model, recipe, SHAPE, images, 0)
+
+
+def test_export_takes_the_fewest_steps_by_itself(run_dir: Path, tmp_path: Path) -> None:
+    options = ("--steps", "auto", "--max-drop", 0.9, "--limit", 30, "--json")
+    done = mpdsgr_here("export", run_dir, "--out", tmp_path / "b", *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)["steps"]
+    assert (record["exported"], record["trained"], len(record["tried"])) == (1, 3, 2)
+    assert open_bundle(tmp_path / "b").manifest.recipe.encoding.T == 1
+
+
+@pytest.mark.parametrize(("value", "message"), [("0", "not '0'"), ("many", "or auto"), ("4", "has 3 time steps")])
+def test_a_wrong_number_of_steps_is_one_line(value: str, message: str, run_dir: Path, tmp_path: Path) -> None:
+    assert_input_error(mpdsgr_here("export", run_dir, "--out", tmp_path / "b", "--steps", value), message)
+
+
+@pytest.mark.parametrize("kind", ["direct", "feel"])
+def test_a_run_at_fewer_steps_starts_from_a_longer_one(kind: str, run_dir: Path, tmp_path: Path) -> None:
+    if kind == "direct":
+        source = run_dir
+    else:
+        train(small_recipe(**KINDS[kind], training={"epochs": 1}, data={"train_images": 65}), tmp_path / "long")
+        source = tmp_path / "long"
+    shorter = {**KINDS[kind], "encoding": {**KINDS[kind].get("encoding", {}), "T": 2}}
+    recipe = small_recipe(**shorter, training={"epochs": 1, "lr": 1e-9}, data={"train_images": 65})
+    train(recipe, tmp_path / "short", init=find_checkpoint(source))
+    checkpoint, model = load_network(find_checkpoint(source))
+    before, _ = first_steps(model, checkpoint.recipe, SHAPE, 2)
+    _, after = load_network(tmp_path / "short" / "last")
+    learned = dict(after.named_parameters())
+    for name, values in before.named_parameters():
+        torch.testing.assert_close(learned[name], values, atol=1e-5, rtol=0)
+
+
+def test_inspect_shows_what_each_number_of_steps_costs(
+    short: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpdsgr_deploy.exporting.step_table.ROUNDS", 1)
+    arguments = ("inspect", short.path, "--steps", "--limit", 20, "--plots", tmp_path / "plots")
+    done = mpdsgr_here(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    rows = record["steps"]
+    assert record["measured on"] == "the first 20 test images of digits"
+    assert [(row["precision"], row["steps"]) for row in rows] == [(p, t) for p in ("fp32", "int8") for t in (1, 2)]
+    promised = short.reference()
+    assert promised is not None
+    for row in rows:
+        assert row["correct"][WORST] <= row["correct"]["pgd"] <= row["correct"][CLEAN] <= row["n"] == 20
+        lost, regained, _ = row["flips"][CLEAN].values()
+        full = next(other for other in rows if (other["precision"], other["steps"]) == (row["precision"], 2))
+        assert full["correct"][CLEAN] - row["correct"][CLEAN] == lost - regained
+        assert row["macs"] > 0
+        assert all(value > 0 for value in row["milliseconds"].values())
+    assert rows[1]["correct"][CLEAN] == promised.verdicts[CLEAN][:20].sum()
+    assert rows[0]["macs"] < rows[1]["macs"]
+    assert (tmp_path / "plots" / "steps.png").stat().st_size > 10_000
+
+
+def test_inspect_steps_needs_a_bundle_with_weights(run_dir: Path, short: Bundle) -> None:
+    assert_input_error(mpdsgr_here("inspect", run_dir, "--steps"), "is none")
+    assert_input_error(mpdsgr_here("inspect", short.path, "--steps", "--flips"), "one of them")
