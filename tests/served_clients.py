@@ -39,6 +39,13 @@ def mismatched(out: Path) -> Path:
     return resealed(out)
 
 
+def placed(directory: Path, bundle: Path) -> None:
+    """Let the link `directory` show another bundle, at one moment, as a careful operator does."""
+    link = directory.with_name("next")
+    link.symlink_to(bundle)
+    link.rename(directory)
+
+
 class Tale(NamedTuple):
     """What a client saw of one request: an answer's code, or `refused` or `closed` before one byte of it came."""
 

@@ -264,10 +264,10 @@ def test_a_start_takes_the_threads_that_pay(
     monkeypatch.setattr(tuning, "milliseconds", lambda settings, images: costs(settings.threads, len(images)))
     monkeypatch.setattr(tuning, "hardware", lambda: {"cores": 6})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    settings = measured_at_start("openvino", copy, "fp32")
+    settings = measured_at_start("openvino", copy, "fp32", 6)
     assert (settings.threads, settings.chunk) == (threads, chunk)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert measured_at_start("openvino", copy, "fp32").threads == 3
+    assert measured_at_start("openvino", copy, "fp32", 6).threads == 3
 
 
 def test_the_build_command(copy: Bundle) -> None:

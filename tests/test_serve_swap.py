@@ -16,7 +16,7 @@ import pytest
 from asgi import Client, started
 from conftest import perturbed, resealed
 from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
-from served_clients import OTHER, Clients, mismatched, right
+from served_clients import OTHER, Clients, mismatched, placed, right
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -28,13 +28,6 @@ from mpdsgr_deploy.serving import model as model_module
 from mpdsgr_deploy.serving.repository import Repository
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import sources
-
-
-def placed(directory: Path, bundle: Path) -> None:
-    """Let the link `directory` show another bundle, at one moment, as a careful operator does."""
-    link = directory.with_name("next")
-    link.symlink_to(bundle)
-    link.rename(directory)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +155,7 @@ class TestHotSwap:
         """A measurement beside live traffic would say little."""
         measured = [RuntimeSettings(threads=1, chunk=4)]
         monkeypatch.setattr(model_module, "measured_at_start", lambda *_: measured.pop())
-        repository = Repository(sources([f"bundle={BUNDLE}"]), "onnxruntime-cpu", Limits())
+        repository = Repository(sources([f"bundle={BUNDLE}"]), "onnxruntime-cpu", Limits(), 1)
 
         async def load_twice() -> None:
             for _ in range(2):

@@ -22,6 +22,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Of HTTP; 0: any free one."
 )
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="Of gRPC.")
+@click.option("--processes", type=click.IntRange(1), help="That share the ports. [default: machine.processes, 1]")
 @click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the networks.")
 @click.option("--settings", type=FILE, help="TOML file with limits; serve/settings.toml has them all.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
@@ -40,6 +41,7 @@ def command(
     host: str,
     port: int,
     grpc_port: int,
+    processes: int | None,
     backend: str,
     settings: Path | None,
     overrides: tuple[str, ...],
@@ -71,6 +73,7 @@ def command(
     need("orjson", "serve")
     need("tritonclient.grpc", "serve")
     from mpdsgr_deploy.serving.app import Server
+    from mpdsgr_deploy.serving.group import group_of
     from mpdsgr_deploy.serving.listener import Tls
     from mpdsgr_deploy.serving.logs import log_json
     from mpdsgr_deploy.serving.server import Address, run
@@ -82,13 +85,16 @@ def command(
     if tls_certificate is not None and tls_key is not None:
         tls = Tls(tls_certificate, tls_key, tls_client_ca)
     log_json()
-    server = Server(
-        models,
-        load_settings(settings, overrides).demanding(signature, least_tier),
-        backend=backend,
-        keys=api_key_file,
-        repository_control=repository_control,
-    )
-    lost = run(server, Address(host, port, grpc_port), tls, insecure=insecure)
+    demanded = load_settings(settings, overrides).demanding(signature, least_tier)
+    with group_of(processes or demanded.machine.processes) as group:
+        server = Server(
+            models,
+            demanded,
+            backend=backend,
+            keys=api_key_file,
+            repository_control=repository_control,
+            group=group,
+        )
+        lost = run(server, Address(host, port, grpc_port), tls, insecure=insecure)
     if lost:
         sys.exit(LOST)

@@ -63,15 +63,15 @@ def halvings(cores: int) -> Iterator[int]:
         yield cores
 
 
-def measured_at_start(backend: str, bundle: Bundle, precision: str) -> RuntimeSettings:
-    """Settings for a server of a bundle that has none for this machine.
+def measured_at_start(backend: str, bundle: Bundle, precision: str, cores: int) -> RuntimeSettings:
+    """Settings for a server that has so many cores, of a bundle that has none for this machine.
 
     Threads are doubled from one on for as long as that pays; where OMP_NUM_THREADS is set, that many are taken. A
     network that is too slow to be measured in START_SECONDS has work for a thread per core.
     """
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
-    deadline, cores, best = time.monotonic() + START_SECONDS, int(hardware()["cores"]), RuntimeSettings()
+    deadline, best = time.monotonic() + START_SECONDS, RuntimeSettings()
     doublings = [*(2**n for n in range(cores.bit_length()) if 2**n < cores), cores]
     for threads in [usual_threads()] if usual_threads() else doublings:
         with OPENERS[backend](bundle.variant(precision), noise=noise, settings=RuntimeSettings(threads=threads)) as run:
@@ -80,7 +80,8 @@ def measured_at_start(backend: str, bundle: Bundle, precision: str) -> RuntimeSe
             break
         best = RuntimeSettings(threads=threads, chunk=_chunk(timings), milliseconds=timings)
         if len(timings) == 1 or time.monotonic() > deadline:
-            return RuntimeSettings(threads=usual_threads() or None)
+            whole = cores >= hardware()["cores"]
+            return RuntimeSettings(threads=usual_threads() or (None if whole else cores))
     log.info("%s, %s: %s threads, %s ms", bundle.path.name, precision, best.threads, best.milliseconds)
     return best
 

@@ -3,25 +3,27 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mpdsgr_deploy import __version__
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.provenance import hardware
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.figures import Figures, statistics_extension, status
+from mpdsgr_deploy.serving.group import CONNECTIONS, LOADED, REQUESTS, Group
 from mpdsgr_deploy.serving.logs import RequestLog, log_request
 from mpdsgr_deploy.serving.model import ServedModel
-from mpdsgr_deploy.serving.repository import Entry, Repository
+from mpdsgr_deploy.serving.repository import Repository
 from mpdsgr_deploy.serving.security import ApiKeys
 from mpdsgr_deploy.serving.settings import ServerSettings
 from mpdsgr_deploy.serving.source import sources
-from mpdsgr_deploy.serving.statistics import WINDOW
 from mpdsgr_deploy.serving.tensors import too_large
 
-ENOUGH = 100  # requests for one of them to be above the 99th percentile
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 
 
@@ -61,7 +63,8 @@ class Share:
 class Server:
     """Models and limits, and whether it is ready. `start` in a running event loop, then `close` there.
 
-    models: `[NAME=]BUNDLE[@PRECISION]` each. Raises InputError for names that are none or come twice.
+    models: `[NAME=]BUNDLE[@PRECISION]` each. group: the processes of which this is one. Raises InputError for names
+    that are none or come twice.
     """
 
     def __init__(
@@ -72,15 +75,18 @@ class Server:
         backend: str = DEFAULT_BACKEND,
         keys: Path | None = None,
         repository_control: bool = False,
+        group: Group | None = None,
     ) -> None:
-        self.settings = settings or ServerSettings()
-        self.limits = self.settings.limits
+        self.settings, self.group = settings or ServerSettings(), group or Group()
+        self.limits = self.settings.limits.share(self.group.processes)
         self.keys = None if keys is None else ApiKeys(keys)
+        if repository_control and self.group.processes > 1:
+            raise InputError("--repository-control needs --processes 1: a request reaches only one of them")
         self.repository_control = repository_control
-        self.repository = Repository(sources(models, self.settings.trust.demand()), backend, self.limits)
+        cores = max(1, hardware()["cores"] // self.group.processes)
+        self.repository = Repository(sources(models, self.settings.trust.demand()), backend, self.limits, cores)
         self.memory = Memory(self.limits.in_flight_bytes)
         self.other_codes: Counter[tuple[str, str]] = Counter()  # of requests that reached no model, by protocol, status
-        self.connections = self.requests = 0  # open now; in work now
         self.grpc_port: int | None = None  # once something listens there
         self.draining = False  # it ends, and still answers
         self.local = False  # it is for this machine alone, and asks nobody who they are
@@ -96,6 +102,7 @@ class Server:
         """Load every model. Raises MpdsgrError if one cannot serve."""
         self.batcher = Batcher()
         await self.repository.load_all()
+        self.group.own[LOADED] = 1
 
     async def close(self) -> None:
         """Answer what was accepted, then free the models."""
@@ -103,9 +110,30 @@ class Server:
         await asyncio.to_thread(self.batcher.close)
 
     @property
+    def requests(self) -> int:
+        """In work now, in this process."""
+        return self.group.own[REQUESTS]
+
+    @requests.setter
+    def requests(self, count: int) -> None:
+        self.group.own[REQUESTS] = count
+
+    @property
+    def connections(self) -> int:
+        """Open over HTTP now, in this process."""
+        return self.group.own[CONNECTIONS]
+
+    @connections.setter
+    def connections(self, count: int) -> None:
+        self.group.own[CONNECTIONS] = count
+
+    @property
     def ready(self) -> bool:
-        """Whether a balancer should send requests here."""
-        return self.repository.ready and not self.draining
+        """Whether a balancer should send requests here: every model of every process has answered its golden batch.
+
+        What was unloaded since makes nobody wait.
+        """
+        return self.group.loaded and not self.draining
 
     def authorize(self, authorization: str) -> None:
         """Raise Refused unless no keys are needed or this names one."""
@@ -125,6 +153,16 @@ class Server:
         codes[protocol, code] += 1
         if refused is not None or self.settings.log.requests:
             log_request(protocol, request, code, refused)
+
+    async def require_same_bundles(self) -> None:
+        """Raise InputError unless every model is the very bundle that the other processes serve."""
+        for figures in (await self.group.ask("figures")).values():
+            for name, other in figures.items():
+                model = self.repository.entry(name).model
+                if model is not None and model.digest != other.digest:
+                    raise InputError(
+                        f"{model.source.path} is not the bundle that is served as {name!r}; SIGHUP switches to it"
+                    )
 
     def require_control(self) -> None:
         """Raise Refused where models may not be loaded and unloaded by request."""
@@ -148,80 +186,36 @@ class Server:
             if entry.model is not None or not ready
         ]
 
-    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
-        """The statistics extension, of one model or of all that answer."""
+    async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """The statistics extension, of one model or of all that answer; of all processes together."""
         if name:
             models = [self.repository.model(name, version)]
         else:
             models = [entry.model for entry in self.repository if entry.model]
-        return {"model_stats": [_statistics(model) for model in models]}
+        others = await self.group.ask("figures")
+        return {"model_stats": [statistics_extension(model, _of(model, others)) for model in models]}
 
-    def status(self) -> dict[str, Any]:
-        """What the page shows."""
-        server = {"version": __version__, "uptime_seconds": time.monotonic() - self._born, "ready": self.ready}
-        return {"server": server, "models": [_status(entry, self.repository.backend) for entry in self.repository]}
+    async def status(self) -> dict[str, Any]:
+        """What the page shows; of all processes together."""
+        others = await self.group.ask("figures")
+        server = {
+            "version": __version__,
+            "uptime_seconds": time.monotonic() - self._born,
+            "ready": self.ready,
+            "processes": len(others) + 1,
+        }
+        models = [status(entry, self.repository.backend, _of(entry.model, others)) for entry in self.repository]
+        return {"server": server, "models": models}
 
-
-def _statistics(model: ServedModel) -> dict[str, Any]:
-    counts = model.statistics
-
-    def duration(count: int, seconds: float) -> dict[str, int]:
-        return {"count": count, "ns": int(seconds * 1e9)}
-
-    return {
-        "name": model.source.name,
-        "version": model.version,
-        "last_inference": counts.last_inference_ms,
-        "inference_count": counts.images,
-        "execution_count": counts.batch.count,
-        "inference_stats": {
-            "success": duration(counts.request.count, counts.request.sum),
-            "fail": duration(counts.failed, 0),
-            "queue": duration(counts.queue.count, counts.queue.sum),
-            "compute_input": duration(counts.batch.count, 0),
-            "compute_infer": duration(counts.batch.count, counts.inference.sum),
-            "compute_output": duration(counts.batch.count, 0),
-        },
-    }
+    async def figures(self) -> dict[str, Figures]:
+        """What this process shows the others, by model."""
+        models = [entry.model for entry in self.repository if entry.model]
+        return {model.source.name: Figures(model.digest, model.statistics, model.lane.images) for model in models}
 
 
-def _status(entry: Entry, backend: str) -> dict[str, Any]:
-    source, model = entry.source, entry.model
-    status: dict[str, Any] = {
-        "name": source.name,
-        "version": model.version if model else "",
-        "state": entry.state,
-        "reason": entry.reason,
-        "precision": source.precision,
-        "backend": backend,
-    }
+def _of(model: ServedModel | None, others: Mapping[int, Mapping[str, Figures]]) -> list[Figures]:
+    """This very version's figures in the other processes."""
     if model is None:
-        return status
-    counts, now = model.statistics, time.monotonic()
-    recent = [moment for moment in counts.recent if now - moment.end < WINDOW]
-    # the buffer may reach less far back than the window
-    span = WINDOW if len(recent) < len(counts.recent) else now - min((m.end - m.seconds for m in recent), default=now)
-    times = sorted(moment.seconds * 1000 for moment in recent)
-    return {
-        **status,
-        "input": {"name": model.input.name, "shape": list(model.input.shape)},
-        "labels": list(model.labels),
-        **model.evidence,
-        "firing_rate_layers": list(model.layers),
-        "queued_images": model.lane.images,
-        "inferences": counts.images,
-        "errors": counts.failed,
-        "recent": {
-            "seconds": span,
-            "requests_per_second": len(recent) / span if recent else 0.0,
-            "images_per_second": sum(m.images for m in recent) / span if recent else 0.0,
-            "latency_ms": _percentiles(times),
-        },
-    }
-
-
-def _percentiles(times: list[float]) -> dict[str, float | None] | None:
-    """Of sorted times; None for a percentile that too few of them stand behind."""
-    if not times:
-        return None
-    return {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)] if len(times) >= ENOUGH else None}
+        return []
+    found = (figures.get(model.source.name) for figures in others.values())
+    return [figures for figures in found if figures and figures.digest == model.digest]

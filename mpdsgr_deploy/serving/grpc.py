@@ -68,7 +68,7 @@ def _options(server: Server) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", server.largest_message),
         ("grpc.max_metadata_size", HEAD_BYTES),
         ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * 1000)),
-        ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
+        ("grpc.so_reuseport", int(server.group.processes > 1)),  # a second server on the same port is a mistake
         ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_connection_idle_ms", int(limits.keep_alive_seconds * 1000)),
         ("grpc.max_connection_age_ms", int(limits.connection_age_seconds * 1000)),

@@ -53,7 +53,7 @@ async def _model_config(server: Server, request: Any, call: Call) -> Any:
 
 
 async def _model_statistics(server: Server, request: Any, call: Call) -> Any:
-    return ParseDict(server.statistics(request.name, request.version), pb.ModelStatisticsResponse())
+    return ParseDict(await server.statistics(request.name, request.version), pb.ModelStatisticsResponse())
 
 
 async def _repository_index(server: Server, request: Any, call: Call) -> Any:

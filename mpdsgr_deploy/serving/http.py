@@ -115,15 +115,15 @@ class Http:
             return await self._repository(exchange, parts[2:])
         gets: dict[str, Callable[[], Reply]] = {
             "/": _page,
-            "/status": lambda: _json(self.server.status()),
             "/v2": lambda: _json(self.server.metadata()),
             "/v2/health/live": lambda: _json({"live": True}),
             "/v2/health/ready": self._ready,
-            "/v2/models/stats": lambda: _json(self.server.statistics()),
         }
-        if path == "/metrics":
+        if path in ("/metrics", "/status", "/v2/models/stats"):
             _require(method, "GET")
-            return Reply(200, await asyncio.to_thread(metrics.text, self.server), PLAIN)
+            if path == "/metrics":
+                return Reply(200, await metrics.text(self.server), PLAIN)
+            return _json(await (self.server.status() if path == "/status" else self.server.statistics()))
         if path not in gets:
             raise Refused(Why.NOT_FOUND, f"there is no {path[:100]}")
         _require(method, "GET")
@@ -147,7 +147,7 @@ class Http:
             raise Refused(Why.NOT_FOUND, f"a model has no {what[:100]!r}")
         _require(exchange.method, "GET")
         if what == "stats":
-            return _json(self.server.statistics(name, version))
+            return _json(await self.server.statistics(name, version))
         model = self.server.repository.model(name, version)
         if what == "ready":
             return _json({"name": name, "ready": True})

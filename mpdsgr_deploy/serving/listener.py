@@ -16,6 +16,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.group import ACCEPTING
 from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import HttpConnection
 from mpdsgr_deploy.serving.http_wire import BUSY, HEAD_BYTES, encode_refusal
@@ -23,6 +24,8 @@ from mpdsgr_deploy.serving.http_wire import BUSY, HEAD_BYTES, encode_refusal
 RESERVE = 32  # connections above the limit, for probes of health alone
 AT_ONCE = 200  # connections accepted before others get their turn
 PAUSE = 0.1  # seconds until a listener without a free file tries again
+TURN = 0.002  # seconds that a process with fewer connections has to accept the next one before this one does
+BACKLOG = 2048  # connections that wait to be accepted
 FRESH = 1.0  # seconds that the first request of an accepted connection may take when the server ends
 TLS_GOODBYE = 1.0  # seconds that a client has to take note of the end of TLS
 TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
@@ -90,12 +93,13 @@ class Listener:
         self._sock, self._tls = sock, tls
         self._context = None if tls is None else tls.context()
         self._loop = asyncio.get_running_loop()
-        self._accepting = False
+        self._accepting = self._waited = False
 
     def start(self) -> None:
         self._sock.setblocking(False)
-        self._accepting = True
-        self._loop.add_reader(self._sock, self._accept)
+        self._sock.listen(BACKLOG)
+        self._accepting, self.server.group.own[ACCEPTING] = True, 1
+        self._loop.add_reader(self._sock, self._take_turn)
 
     def renew_certificate(self) -> None:
         """Show the certificate as its files are now to clients that come from now on; one that is bad is not taken."""
@@ -113,12 +117,13 @@ class Listener:
         return any(not c.heard and now - c.opened < FRESH for c in self.connections)
 
     def stop_accepting(self) -> None:
-        """Accept what the system has accepted already, and nothing more."""
+        """Accept what the system has accepted already, and nothing more; other processes take it if there are any."""
         if self._accepting:
-            self._accepting = False
+            self._accepting, self.server.group.own[ACCEPTING] = False, 0
             self._loop.remove_reader(self._sock)
-            self._sock.listen(0)  # hold off others while the backlog is emptied
-            self._accept(at_once=1 << 16)
+            if not self.server.group.accepting:
+                self._sock.listen(0)  # hold off others while the backlog is emptied
+                self._accept(at_once=1 << 16)
         self._sock.close()
 
     async def close(self, seconds: float) -> None:
@@ -139,7 +144,18 @@ class Listener:
         for task in self.tasks:
             task.cancel()
 
-    def _accept(self, at_once: int = AT_ONCE) -> None:
+    def _take_turn(self) -> None:
+        """Accept, unless another process has fewer connections and takes them soon."""
+        group = self.server.group
+        if group.has_most_connections and not self._waited:
+            self._waited = True
+            self._loop.remove_reader(self._sock)
+            self._loop.call_later(TURN, self._resume)
+            return
+        self._waited = False
+        self._accept(AT_ONCE if group.processes == 1 else 1)
+
+    def _accept(self, at_once: int) -> None:
         for _ in range(at_once):
             try:
                 sock, _ = self._sock.accept()
@@ -157,7 +173,7 @@ class Listener:
 
     def _resume(self) -> None:
         if self._accepting:
-            self._loop.add_reader(self._sock, self._accept)
+            self._loop.add_reader(self._sock, self._take_turn)
 
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)

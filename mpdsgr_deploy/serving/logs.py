@@ -35,13 +35,17 @@ class RequestLog(Protocol):
 
 
 class JsonLines(logging.Formatter):
-    """time (s since 1970), level, message, and the fields that a record carries in `fields`."""
+    """time (s since 1970), level, message, the fields of every line, and those that a record carries in `fields`."""
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__()
+        self._fields = fields
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields | getattr(record, "fields", {}))
+        return json.dumps(fields | self._fields | getattr(record, "fields", {}))
 
 
 class Lines(logging.Handler):
@@ -94,10 +98,12 @@ class Lines(logging.Handler):
         return self._poll is not None and any(event & select.POLLOUT for _, event in self._poll.poll(0))
 
 
-def log_json() -> None:
-    """Send all log lines and warnings to stderr as JSON; of other packages, only warnings and errors."""
+def log_json(**fields: object) -> None:
+    """Send all log lines and warnings to stderr as JSON, each with these fields; of other packages, only warnings and
+    errors.
+    """
     handler = Lines(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonLines(**fields))
     log.setLevel(logging.INFO)
     log.handlers.clear()
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

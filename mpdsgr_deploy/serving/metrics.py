@@ -1,15 +1,20 @@
 """What the server counts, in Prometheus' text form."""
 
+import asyncio
+import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from shutil import which
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.group import RESTARTS
 from mpdsgr_deploy.serving.statistics import Histogram
 
 MODEL = ("model", "version")
@@ -22,15 +27,50 @@ HISTOGRAMS = {  # a metric's name to that in `Statistics`, and what it tells
 }
 
 
-def text(server: Server) -> bytes:
-    """All metrics as they are now."""
+async def text(server: Server) -> bytes:
+    """All metrics as they are now; where a server has several processes, with the label `process`.
+
+    A process that dies takes its counts with it, and the next one starts at 0, as Prometheus expects of a series.
+    """
+    group = server.group
+    own, machine = await asyncio.gather(asyncio.to_thread(families, server), asyncio.to_thread(_gpu_memory))
+    if group.processes > 1:
+        own = _by_process({group.index: own, **await group.ask("metrics")})
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Counts(server))
-    ProcessCollector(registry=registry)
+    registry.register(Collected([*own, *machine]))
     return generate_latest(registry)
 
 
-class Counts:
+def families(server: Server) -> list[Metric]:
+    """What this process counts."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Counts(server))
+    ProcessCollector(registry=registry)
+    return list(registry.collect())
+
+
+def _by_process(metrics: Mapping[int, Iterable[Metric]]) -> list[Metric]:
+    """Families of all processes, each sample with the index of its process as a label."""
+    merged: dict[str, Metric] = {}
+    for index, of_process in sorted(metrics.items()):
+        for metric in of_process:
+            family = merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            for sample in metric.samples:
+                family.samples.append(sample._replace(labels={**sample.labels, "process": str(index)}))
+    return list(merged.values())
+
+
+class Collected(Collector):
+    """A collector of what was collected."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics
+
+
+class Counts(Collector):
     """A collector of what the models' statistics hold; nothing is counted twice.
 
     It runs in a thread while the event loop counts on, so it reads a copy of every mapping: of `dict(mapping)`, not
@@ -79,21 +119,34 @@ class Counts:
         yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)
         yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.connections)
         yield from _grpc_connections(self._server.grpc_port)
-        yield from _gpu_memory()
+        if self._server.group.processes > 1:
+            restarts = self._server.group.own[RESTARTS]
+            yield CounterMetricFamily("mpdsgr_process_restarts", "Times a process died and was replaced.", restarts)
 
 
 def _grpc_connections(port: int | None) -> Iterable[Metric]:
-    """TCP connections to the gRPC port, whose library does not say; nothing where the kernel has no /proc/net."""
+    """This process' TCP connections to the gRPC port, whose library does not say; nothing without /proc/net."""
     if port is None:
         return
     ending, open_now = f":{port:04X}", 0
     try:
+        own = _files()
         for name in ("tcp", "tcp6"):
-            rows = (line.split(None, 4) for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:])
-            open_now += sum(row[1].endswith(ending) and row[3] == ESTABLISHED for row in rows)
+            rows = (line.split(None, 10) for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:])
+            here = (row for row in rows if row[1].endswith(ending) and row[3] == ESTABLISHED)
+            open_now += sum(f"socket:[{row[9]}]" in own for row in here)
     except OSError:
         return
     yield GaugeMetricFamily("mpdsgr_grpc_connections", "Open gRPC connections.", open_now)
+
+
+def _files() -> set[str]:
+    """What the open files of this process are."""
+    names = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            names.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return names
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
@@ -101,19 +154,19 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
 
 
-def _gpu_memory() -> Iterable[Metric]:
+def _gpu_memory() -> list[Metric]:
     """As the driver tells it, in bytes; nothing where there is no GPU."""
     if which("nvidia-smi") is None:
-        return
+        return []
     command = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return
+        return []
     used = GaugeMetricFamily("mpdsgr_gpu_memory_used_bytes", "GPU memory in use, by all.", labels=("gpu",))
     total = GaugeMetricFamily("mpdsgr_gpu_memory_total_bytes", "GPU memory.", labels=("gpu",))
     for line in lines:
         gpu, *megabytes = (field.strip() for field in line.split(","))
         for family, value in zip((used, total), megabytes, strict=True):
             family.add_metric([gpu], float(value) * 2**20)
-    yield from (used, total)
+    return [used, total]

@@ -45,19 +45,19 @@ class OpenedBundle(Bundle):
         self._precision, self._golden = precision, bundle.golden(precision)
         self._measured: list[Prepared] = []
 
-    def measure(self, backend: str, known: RuntimeSettings | None) -> RuntimeSettings | None:
-        """The settings in use: the bundle's own, or those that are known, or else measured now."""
+    def measure(self, backend: str, cores: int, known: RuntimeSettings | None) -> RuntimeSettings | None:
+        """The settings in use: the bundle's own if they need no more cores, or those known, or else measured now."""
         if backend not in machine_settings.PACKAGES:
             return None
         settings = machine_settings.prepared_settings(self, backend, self._precision)
-        if settings == RuntimeSettings():
-            settings = known or measured_at_start(backend, self, self._precision)
+        if settings == RuntimeSettings() or (settings.threads or cores) > cores:
+            settings = known or measured_at_start(backend, self, self._precision, cores)
             self._measured = [machine_settings.prepared(self, backend, self._precision, settings)]
         return settings
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
         """As of any bundle, with what was measured here."""
-        return [*super().prepared(backend, precision), *self._measured]
+        return [*self._measured, *super().prepared(backend, precision)]
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """As of any bundle."""
@@ -65,23 +65,25 @@ class OpenedBundle(Bundle):
 
 
 class ServedModel:
-    """A served version. backend: what runs it. lane: where its requests wait. Raises as `open_predictor` does.
+    """A served version. backend: what runs it, on so many cores. lane: where its requests wait.
+
+    Raises as `open_predictor` does.
 
     settings: of the version before, as a measurement beside live traffic would say little; None: measure them.
     """
 
     def __init__(
-        self, source: ModelSource, backend: str, limits: Limits, settings: RuntimeSettings | None = None
+        self, source: ModelSource, backend: str, limits: Limits, cores: int, settings: RuntimeSettings | None = None
     ) -> None:
         self.source, self.backend, self.settings = source, backend, settings
         self._stack = ExitStack()
         try:
-            self._open(limits.batch, limits.queue)
+            self._open(limits.batch, limits.queue, cores)
         except BaseException:
             self._stack.close()
             raise
 
-    def _open(self, most: int, room: int) -> None:
+    def _open(self, most: int, room: int, cores: int) -> None:
         demand = self.source.demand
         self._bundle = OpenedBundle(demand.open(self.source.path), self.source.precision)
         manifest, signed = self._bundle.manifest, self._bundle.signed
@@ -89,7 +91,7 @@ class ServedModel:
         self.vouched = demand.verdict(self._bundle, self.source.precision)
         self.digest, self.labels, self.output = manifest.digest, manifest.labels, manifest.output_name
         self.version = version_of(manifest)
-        self.settings = self._bundle.measure(self.backend, self.settings)
+        self.settings = self._bundle.measure(self.backend, cores, self.settings)
         self._predictor = self._stack.enter_context(open_predictor(self._bundle, self.backend, self.source.precision))
         self.input = ImageInput(manifest.input_name, manifest.input_shape, most)
         self._rates: FiringRates | None = None

@@ -30,21 +30,16 @@ class Entry:
 
 
 class Repository:
-    """All models of a server. backend: what runs them."""
+    """All models of a server. backend: what runs them; cores: that there are for it."""
 
-    def __init__(self, sources: Sequence[ModelSource], backend: str, limits: Limits) -> None:
-        self.backend, self._limits = backend, limits
+    def __init__(self, sources: Sequence[ModelSource], backend: str, limits: Limits, cores: int) -> None:
+        self.backend, self._limits, self._cores = backend, limits, cores
         self._entries = {source.name: Entry(source) for source in sources}
         self.largest_message = max((_message_bytes(source, limits.batch) for source in sources), default=JSON_ENVELOPE)
         self._draining: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
-
-    @property
-    def ready(self) -> bool:
-        """Whether every model has answered its golden batch; what was unloaded since makes nobody wait."""
-        return all(entry.loads for entry in self)
 
     def entry(self, name: str) -> Entry:
         """Raises Refused for a name that is not served."""
@@ -95,7 +90,8 @@ class Repository:
             entry.reason = "loading"
             settings = None if entry.model is None else entry.model.settings
             try:
-                model = await asyncio.to_thread(ServedModel, entry.source, self.backend, self._limits, settings)
+                place = self.backend, self._limits, self._cores
+                model = await asyncio.to_thread(ServedModel, entry.source, *place, settings)
             except BaseException as error:
                 entry.state = UNAVAILABLE if entry.model is None else READY
                 entry.reason = f"the last load failed: {one_line(error)}"

@@ -6,20 +6,23 @@ import signal
 import socket
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import NamedTuple
 
 import uvloop
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.serving import metrics
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.grpc import Grpc
-from mpdsgr_deploy.serving.listener import Listener, Tls
+from mpdsgr_deploy.serving.listener import BACKLOG, Listener, Tls
+from mpdsgr_deploy.serving.logs import log_json
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
+from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor
 
 LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
 OTHER_FILES = 200  # that a server has open beside its connections
-BACKLOG = 2048  # connections that wait to be accepted
 
 
 class Address(NamedTuple):
@@ -42,9 +45,36 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
         tls.context()
     elif server.keys is not None and not is_loopback(address.host):
         log.warning("keys travel in clear text; give --tls-certificate and --tls-key, or end TLS before this server")
-    _raise_file_limit(server.limits.connections)
+    _raise_file_limit(server.settings.limits.connections)
+    with _bound(address.host, address.port) as sock:
+        if server.group.processes > 1:
+            lost = _run_group(server, address, sock, tls)
+        else:
+            lost = _run_here(server, address, sock, tls)
+    if lost:
+        log.error("stopped with %d requests unanswered after %g s", lost, server.limits.drain_seconds)
+    else:
+        log.info("stopped; every accepted request was answered")
+    return lost
+
+
+def _run_here(server: Server, address: Address, sock: socket.socket, tls: Tls | None, alive: int | None = None) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(server, address, tls))
+        return runner.run(_serve(server, address, sock, tls, alive))
+
+
+def _run_group(server: Server, address: Address, sock: socket.socket, tls: Tls | None) -> int:
+    ports = [sock]
+    if address.grpc_port is not None:
+        ports.append(_reserved(address.host, address.grpc_port))
+        address = address._replace(grpc_port=ports[1].getsockname()[1])
+
+    def work(alive: int) -> int:
+        log_json(process=server.group.index)
+        return _run_here(server, address, sock, tls, alive)
+
+    supervisor = Supervisor(server.group, work, ports)
+    return supervisor.run(lambda: _announce(sock, address.grpc_port, tls, server.group.processes))
 
 
 def _raise_file_limit(connections: int) -> None:
@@ -64,8 +94,9 @@ def _raise_file_limit(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-async def _serve(server: Server, address: Address, tls: Tls | None) -> int:
-    loop = asyncio.get_running_loop()
+async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls | None, alive: int | None) -> int:
+    """alive: a file that ends with the process that supervises this one, if one does."""
+    loop, group = asyncio.get_running_loop(), server.group
     end, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def interrupt() -> None:
@@ -75,31 +106,41 @@ async def _serve(server: Server, address: Address, tls: Tls | None) -> int:
     loop.add_signal_handler(signal.SIGTERM, end.set)
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGHUP, reload.set)  # before the models are loaded too, or it ends the process
-    with _bound(address.host, address.port) as sock:
-        http = Listener(server, sock, tls)
-        grpc = None if address.grpc_port is None else await Grpc.start(server, address.host, address.grpc_port, tls)
-        http.start()
-        left, lost = 0.0, 0
-        try:
-            if await _load(server, end):
-                _announce(sock, grpc, tls)
-                reloading = loop.create_task(_reload(server, http, reload))
-                await end.wait()
-                reloading.cancel()
-            left, lost = await _drain(server, http, hurry)
-        finally:
-            server.draining = True
-            http.stop_accepting()
-            await asyncio.gather(http.close(left), *([grpc.stop(left)] if grpc else []))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if alive is not None:
+        loop.add_reader(alive, end.set)
+    await group.listen({"figures": server.figures, "metrics": partial(asyncio.to_thread, metrics.families, server)})
+    http = Listener(server, sock, tls)
+    grpc: Grpc | None = None
+    left, lost = 0.0, 0
+    try:
+        if not group.replacement:  # liveness is answered from the start
+            grpc = await _listen(server, http, address, tls)
+        if await _load(server, end):
+            if group.replacement:  # the others serve: nobody is sent here before this can answer
+                await server.require_same_bundles()
+                grpc = await _listen(server, http, address, tls)
+            if alive is None:
+                _announce(sock, server.grpc_port, tls)
+            reloading = loop.create_task(_reload(server, http, reload))
+            await end.wait()
+            reloading.cancel()
+        left, lost = await _drain(server, http, hurry)
+    finally:
+        server.draining = True
+        http.stop_accepting()
+        await asyncio.gather(http.close(left), *([grpc.stop(left)] if grpc else []))
     await server.close()
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # another one must not change how this ends
         loop.remove_signal_handler(one)
         signal.signal(one, signal.SIG_IGN)
-    if lost:
-        log.error("stopped with %d requests unanswered after %g s", lost, server.limits.drain_seconds)
-    else:
-        log.info("stopped; every accepted request was answered")
     return lost
+
+
+async def _listen(server: Server, http: Listener, address: Address, tls: Tls | None) -> Grpc | None:
+    grpc = None if address.grpc_port is None else await Grpc.start(server, address.host, address.grpc_port, tls)
+    http.start()
+    return grpc
 
 
 async def _load(server: Server, end: asyncio.Event) -> bool:
@@ -138,7 +179,7 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     return max(end - clock(), 0.0), server.requests
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int, option: str = "--port") -> socket.socket:
     with ExitStack() as stack:
         try:
             family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -148,13 +189,24 @@ def _bound(host: str, port: int) -> socket.socket:
             sock.listen(BACKLOG)  # now, or another server can still take the port
         except OSError as error:
             why = error.strerror or error
-            raise InputError(f"cannot listen on {host} port {port}: {why}; choose another --port") from None
+            raise InputError(f"cannot listen on {host} port {port}: {why}; choose another {option}") from None
         stack.pop_all()
     return sock
 
 
-def _announce(sock: socket.socket, grpc: Grpc | None, tls: Tls | None) -> None:
+def _reserved(host: str, port: int) -> socket.socket:
+    """A socket on a port on which, until it is closed, only processes of this user that share it can listen."""
+    with _bound(host, port, "--grpc-port") as free:
+        where = free.getsockname()
+    shared = socket.socket(free.family, free.type)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    shared.bind(where)
+    return shared
+
+
+def _announce(sock: socket.socket, grpc_port: int | None, tls: Tls | None, processes: int = 1) -> None:
     host, port = sock.getsockname()[:2]
     url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
-    beside = "" if grpc is None else f", gRPC on port {grpc.port}"
-    log.info("serving on %s%s; the page there shows what is served", url, beside)
+    beside = "" if grpc_port is None else f", gRPC on port {grpc_port}"
+    several = f", with {processes} processes" if processes > 1 else ""
+    log.info("serving on %s%s%s; the page there shows what is served", url, beside, several)

@@ -33,6 +33,17 @@ class Limits(Section):
     grace_seconds: NonNegative = 3.0
     drain_seconds: Positive = 30.0
 
+    def share(self, processes: int) -> "Limits":
+        """Those of one of so many processes, which together keep these."""
+        parts = {key: -(-getattr(self, key) // processes) for key in ("queue", "in_flight_bytes", "connections")}
+        return self.model_copy(update=parts)
+
+
+class Machine(Section):
+    """processes: that share the ports, so that reading and writing requests uses more than one core."""
+
+    processes: Count = 1
+
 
 class Log(Section):
     """requests: a line for every request, not only for those refused."""
@@ -57,6 +68,7 @@ class ServerSettings(Section):
     """The whole file."""
 
     limits: Limits = Limits()
+    machine: Machine = Machine()
     log: Log = Log()
     trust: TrustSettings = TrustSettings()
 

@@ -72,6 +72,8 @@ def write_config(
         raise InputError(f"--replicas {least},{most}: write the least and the most, for example 1,4")
     if not (0 <= place.gpu < 1 or place.gpu == int(place.gpu)):
         raise InputError(f"--gpu {place.gpu:g}: Ray takes a share of one GPU or whole ones")
+    if settings.machine.processes > 1:
+        raise InputError("machine.processes is for mpdsgr serve; with Ray give --replicas")
     backend = backend or ("onnxruntime-cuda" if place.gpu else "onnxruntime-cpu")
     choose("backend", BACKENDS, backend)
     check_exposure(place.host, authenticated=keys is not None, insecure=insecure)

@@ -1,0 +1,91 @@
+"""The processes of one server: what each shows the others in shared memory, and what they ask one another."""
+
+import asyncio
+import mmap
+import pickle
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+REQUESTS, CONNECTIONS, ACCEPTING, LOADED, LOST, RESTARTS = range(6)  # the numbers of a process
+NUMBERS = 6
+ANSWER_SECONDS = 1.0  # that another process has to answer; one that is ending or blocked is left out
+Answer = Callable[[], Awaitable[Any]]
+
+
+class Group:
+    """The processes of one server, `index` being this one; forked children share the memory.
+
+    folder: where each has a Unix socket for questions, if there are several; answers are pickled, so no other user may
+    write to it. replacement: this process was started in place of one that died.
+    """
+
+    def __init__(self, processes: int = 1, folder: Path = Path()) -> None:
+        self.processes, self.folder = processes, folder
+        memory = memoryview(mmap.mmap(-1, 8 * NUMBERS * processes)).cast("q")
+        self.rows = [memory[NUMBERS * i : NUMBERS * (i + 1)] for i in range(processes)]
+        self.replacement = False
+        self.join(0)
+
+    def join(self, index: int, *, replacement: bool = False) -> None:
+        """Be the process of this index from now on."""
+        self.index, self.own, self.replacement = index, self.rows[index], replacement
+
+    @property
+    def loaded(self) -> bool:
+        """Whether every process has opened its models; one that died since counts as it was."""
+        return all(row[LOADED] for row in self.rows)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether any process accepts connections."""
+        return any(row[ACCEPTING] for row in self.rows)
+
+    @property
+    def has_most_connections(self) -> bool:
+        """Whether another process that accepts connections has fewer than this one."""
+        return any(row[ACCEPTING] and row[CONNECTIONS] < self.own[CONNECTIONS] for row in self.rows)
+
+    def _socket(self, index: int) -> Path:
+        return self.folder / str(index)
+
+    async def listen(self, answers: Mapping[str, Answer]) -> None:
+        """Answer the others' questions from now on, each by what stands under its name."""
+        if self.processes == 1:
+            return
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                question = (await reader.readline()).decode().strip()
+                writer.write(pickle.dumps(await answers[question]()))
+                with suppress(ConnectionError):  # whoever asked has gone
+                    await writer.drain()
+            finally:
+                writer.close()
+
+        self._socket(self.index).unlink(missing_ok=True)  # of a process that died
+        self._server = await asyncio.start_unix_server(answer, self._socket(self.index))
+
+    async def ask(self, question: str) -> dict[int, Any]:
+        """The answers of the other processes, by index; whoever does not answer in time is left out."""
+        others = [index for index in range(self.processes) if index != self.index]
+        answers = await asyncio.gather(*(self._ask(index, question) for index in others), return_exceptions=True)
+        return {i: a for i, a in zip(others, answers, strict=True) if not isinstance(a, BaseException)}
+
+    async def _ask(self, index: int, question: str) -> Any:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            reader, writer = await asyncio.open_unix_connection(self._socket(index))
+            try:
+                writer.write(f"{question}\n".encode())
+                return pickle.loads(await reader.read())
+            finally:
+                writer.close()
+
+
+@contextmanager
+def group_of(processes: int) -> Iterator[Group]:
+    """So many processes, of which this is the one that starts the others."""
+    with tempfile.TemporaryDirectory(prefix="mpdsgr-") as folder:
+        yield Group(processes, Path(folder))

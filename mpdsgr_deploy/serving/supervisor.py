@@ -1,0 +1,167 @@
+"""Several processes that are one server: started, replaced when they die, told to reload and to end.
+
+The parent opens the ports and forks before anything has started a thread. It serves nothing itself.
+"""
+
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
+from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.serving.group import ACCEPTING, CONNECTIONS, LOST, REQUESTS, RESTARTS, Group
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that died is replaced, doubled each time
+STEADY = 60.0  # seconds of life after which the next wait is the first one again
+LOOK_EVERY = 0.05  # seconds, while the processes load
+Work = Callable[[int], int]  # what a process does until it ends, given a file that ends with the parent; requests lost
+
+
+class Child:
+    """One place among the processes, and who has it. waits: seconds before the next one; due: when that is."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.pid, self.since, self.waits, self.due = index, 0, 0.0, FIRST_WAIT, 0.0
+
+
+class Supervisor:
+    """Runs `work` in each process of a group; `run` returns when all have ended after SIGTERM or SIGINT.
+
+    ports: closed in the parent as the end begins, so that they end with the last child. announce: called once every
+    process has loaded its models.
+    """
+
+    def __init__(self, group: Group, work: Work, ports: list[socket.socket]) -> None:
+        self._group, self._work, self._ports = group, work, ports
+        self._children = [Child(index) for index in range(group.processes)]
+        self._alive, self._gone = os.pipe()  # the parent alone can write: its end is the end of this file
+        self._ending, self.lost = False, 0
+
+    def run(self, announce: Callable[[], None]) -> int:
+        """How many accepted requests got no answer. Raises what a process raised before all had loaded."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno()), [signal.signal(one, _note) for one in SIGNALS]
+        try:
+            for child in self._children:
+                self._start(child)
+            announced = False
+            while any(child.pid for child in self._children) or not self._ending:
+                waiting, _, _ = select.select([reader], [], [], LOOK_EVERY if not announced else self._patience())
+                for number in reader.recv(4096) if waiting else b"":
+                    self._pass_on(signal.Signals(number))
+                self._reap(started=announced)
+                if not announced and not self._ending and self._group.loaded:
+                    announced = True
+                    announce()
+                self._replace()
+            return self.lost
+        finally:
+            signal.set_wakeup_fd(before[0])
+            for one, handler in zip(SIGNALS, before[1], strict=True):
+                signal.signal(one, handler)
+
+    def _start(self, child: Child) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child handles them: none is lost
+        replacement = child.due > 0
+        child.pid, child.since = os.fork(), time.monotonic()
+        if child.pid == 0:
+            self._be(child, replacement=replacement)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _be(self, child: Child, *, replacement: bool) -> NoReturn:
+        """In the forked process: work, and end with it whatever happens."""
+        code = EvaluationError.exit_code
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.close(self._gone)
+            self._group.join(child.index, replacement=replacement)
+            self._group.own[LOST] = self._work(self._alive)
+            code = 0
+        except MpdsgrError as error:
+            self._error(child).write_bytes(pickle.dumps(error))
+            code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _error(self, child: Child) -> Path:
+        return self._group.folder / f"error-{child.index}"
+
+    def _patience(self) -> float | None:
+        """Seconds until the next process is to be started; None: none is."""
+        due = [child.due for child in self._children if not child.pid]
+        return max(0.0, min(due) - time.monotonic()) if due and not self._ending else None
+
+    def _pass_on(self, one: signal.Signals) -> None:
+        if one == signal.SIGCHLD:
+            return
+        if one != signal.SIGHUP and not self._ending:
+            self._ending = True
+            for port in self._ports:
+                port.close()
+        for child in self._children:
+            child.due = min(child.due, time.monotonic()) if one == signal.SIGHUP else child.due
+            if child.pid:
+                os.kill(child.pid, one)
+
+    def _reap(self, *, started: bool) -> None:
+        for child in self._children:
+            if not child.pid:
+                continue
+            pid, status = os.waitpid(child.pid, os.WNOHANG)
+            if pid:
+                child.pid = 0
+                self._ended(child, os.waitstatus_to_exitcode(status), started=started)
+
+    def _ended(self, child: Child, code: int, *, started: bool) -> None:
+        row = self._group.rows[child.index]
+        cut = row[LOST] if code == 0 else row[REQUESTS]
+        self.lost += cut
+        row[REQUESTS] = row[CONNECTIONS] = row[ACCEPTING] = row[LOST] = 0
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        error: MpdsgrError = InputError(f"process {child.index} {how} before it was ready")
+        with suppress(FileNotFoundError):
+            error = pickle.loads(self._error(child).read_bytes())
+            self._error(child).unlink()
+            how = f"could not start: {error}"
+        if self._ending:
+            if code:
+                log.error("process %d %s with %d requests in work", child.index, how, cut)
+            return
+        if not started:
+            self._kill()
+            raise error
+        child.waits = FIRST_WAIT if time.monotonic() - child.since > STEADY else child.waits
+        child.due = time.monotonic() + child.waits
+        log.error("process %d %s with %d requests in work; another starts in %g s", child.index, how, cut, child.waits)
+        child.waits = min(2 * child.waits, LONGEST_WAIT)
+
+    def _replace(self) -> None:
+        for child in self._children:
+            if not child.pid and not self._ending and time.monotonic() >= child.due:
+                self._group.rows[child.index][RESTARTS] += 1
+                self._start(child)
+
+    def _kill(self) -> None:
+        for child in self._children:
+            if child.pid:
+                os.kill(child.pid, signal.SIGKILL)
+                os.waitpid(child.pid, 0)
+
+
+def _note(*_: object) -> None:
+    """What a signal calls; `set_wakeup_fd` tells of it."""
