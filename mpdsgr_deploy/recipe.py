@@ -107,16 +107,24 @@ class Training(Section):
     average: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: Count = 1  # each normalises its own share of the batch, unless sync_norm
+    nodes: Count = 1  # machines, each with `devices`; see mpdsgr_deploy.training.launch
+    devices: Count = 1  # of each node; each normalises its own share of the batch, unless sync_norm
     sync_norm: bool = False  # tdBN's statistics are joint over all devices; regularisers read each share
     recompute: Literal["none", "layers"] = "none"  # in the backward pass, instead of keeping their tensors
     seed: Seed = 0
 
+    @property
+    def processes(self) -> int:
+        """How many processes train together: one per device of every node."""
+        return self.nodes * self.devices
+
     @model_validator(mode="after")
     def _divides(self) -> "Training":
-        parts = self.devices * self.accumulate
+        parts = self.processes * self.accumulate
         if self.batch_size % parts:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of devices * accumulate = {parts}")
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of nodes * devices * accumulate = {parts}"
+            )
         return self
 
     @model_validator(mode="after")

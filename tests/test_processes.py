@@ -14,7 +14,8 @@ from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.training.epoch import batch_loss
-from mpdsgr_deploy.training.run import _learner, strategy
+from mpdsgr_deploy.training.launch import strategy
+from mpdsgr_deploy.training.run import _learner
 
 SHAPE, BATCH = (1, 8, 8), 16
 HALVES = slice(0, 8), slice(8, 16)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import assert_input_error, mpdsgr_here, small_recipe
+from conftest import small_recipe
 from PIL import Image
 
 from mpdsgr_deploy.data import load_training
@@ -16,7 +16,7 @@ from mpdsgr_deploy.files import claim_directory, scratch_directory
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.training import train
-from mpdsgr_deploy.training.identity import data_identity, refuse_launchers, refuse_other_data
+from mpdsgr_deploy.training.identity import data_identity, refuse_other_data
 
 HOLD = "import sys; from pathlib import Path; from mpdsgr_deploy.locks import exclusive\n" + (
     "with exclusive(Path(sys.argv[1]), 'test'): print('held', flush=True); sys.stdin.read()"
@@ -48,23 +48,6 @@ def test_two_processes_do_not_make_the_same_directory(tmp_path: Path) -> None:
             pass
         assert (scratch / "begun").exists()
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("variable", "launcher"), [("WORLD_SIZE", "torchrun"), ("SLURM_STEP_NUM_TASKS", "srun"), ("PMI_SIZE", "mpiexec")]
-)
-def test_launchers_are_refused_in_our_own_words(
-    variable: str, launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(variable, "2")
-    done = mpdsgr_here("train", "digits-reg", "--out", tmp_path / "run")
-    assert_input_error(done, f"{launcher} started 2 processes", "training.devices=2")
-    assert not (tmp_path / "run").exists()
-
-
-def test_one_process_of_a_launcher_may_train() -> None:
-    refuse_launchers({"WORLD_SIZE": "1", "RANK": "0"})
-    refuse_launchers({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})  # a batch script's own process, before any srun
 
 
 @pytest.fixture

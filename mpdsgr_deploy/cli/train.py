@@ -37,6 +37,9 @@ def command(
     method is cifar10-vgg11-mpdsgr, or digits-mpdsgr. Writes checkpoints (last, best), TensorBoard curves and what
     --resume needs. `mpdsgr export` takes the last epoch; --checkpoint best takes the one that validated best.
 
+    Several nodes train together with training.nodes: start this command by torchrun or srun, or once on each node with
+    MASTER_ADDR, MASTER_PORT and NODE_RANK set. All of them need the data and a shared --out.
+
     --init takes a run or checkpoint of this package, or package.module:function, which returns a torch module whose
     layers map one to one onto the recipe's.
 
@@ -44,6 +47,8 @@ def command(
     Example:
       mpdsgr train
       mpdsgr train digits-mpdsgr --set training.epochs=5 --out runs/first
+      torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m mpdsgr_deploy train
+        cifar10-vgg11-mpdsgr --set training.nodes=2 --set training.devices=8 --out /shared/run --resume
     """
     path = find_recipe(recipe)
     resolved = load_recipe(path, overrides)
@@ -54,7 +59,8 @@ def command(
     from mpdsgr_deploy.training.pages import keep_pages
 
     keep_pages()
-    train(resolved, out, resume=resume, profile=profile, init=None if init is None else origin(init))
+    if not train(resolved, out, resume=resume, profile=profile, init=None if init is None else origin(init)):
+        return
     last, best = load_checkpoint(out / "last"), load_checkpoint(out / "best")
     if as_json:
         score = {"epoch": best.epoch, "score_of": best.score_of, **best.metrics}

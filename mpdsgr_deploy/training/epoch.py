@@ -69,14 +69,14 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
     count = len(data[1])
     steps = count // config.batch_size
     shuffle = generator(config.seed, "shuffle", epoch)
-    share = config.batch_size // (config.devices * config.accumulate)
+    share = config.batch_size // (config.processes * config.accumulate)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=fabric.device))
     learner.wrapped.train()
     batches = shuffled_batches(count, config.batch_size, shuffle)
     for step, index in enumerate(track(batches, f"epoch {epoch + 1}/{config.epochs}", steps)):
         for group in learner.optimizer.param_groups:
             group["lr"] = cosine(config.lr, epoch * steps + step, config.epochs * steps)
-        parts = index.split(share)[fabric.global_rank :: config.devices]
+        parts = index.split(share)[fabric.global_rank :: config.processes]
         for number, part in enumerate(parts):
             draw = generator(config.seed, "draw", epoch, step, number, fabric.global_rank)
             with span("data"):
@@ -180,7 +180,7 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
     correct = torch.zeros(2, device=fabric.device)
     batches = torch.arange(len(data[1])).split(recipe.validation.batch_size)
     for number, index in enumerate(batches):
-        if number % recipe.training.devices != fabric.global_rank:
+        if number % recipe.training.processes != fabric.global_rank:
             continue
         pixels, y = take(data, index, fabric.device)
         clean = to_unit(pixels)

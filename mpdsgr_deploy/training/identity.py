@@ -1,38 +1,20 @@
-"""What identifies a training run: its recipe and its data; and the check that a single process starts it."""
+"""What identifies a training run: its recipe and its data."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lightning_fabric import Fabric
 
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import images_sha256
 
-# Environment variables in which a launcher tells each process how many it started
-LAUNCHERS = {
-    "WORLD_SIZE": "torchrun",
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpiexec",
-}
-
 # Entries of a run's identity that are digests, and the images that they are of
 DIGESTS = {
     "sha256 of the training images": "the training images",
     "sha256 of the validation images": "the validation images",
 }
-
-
-def refuse_launchers(environment: Mapping[str, str]) -> None:
-    """Raise InputError if torchrun, srun or MPI started several of this process: each would train alone into `out`."""
-    for variable, launcher in LAUNCHERS.items():
-        count = environment.get(variable, "1")
-        if count.isdigit() and int(count) > 1:
-            raise InputError(
-                f"{launcher} started {count} processes ({variable}={count}), but mpdsgr train starts its own, one per "
-                f"device; run it once, with --set training.devices={count}"
-            )
 
 
 def refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
@@ -61,6 +43,20 @@ def data_identity(training: Images, validation: Images) -> dict[str, Any]:
         "validation images": len(validation),
         **{key: images_sha256(images) for key, images in zip(DIGESTS, (training, validation), strict=True)},
     }
+
+
+def refuse_other_nodes(fabric: Fabric, out: Path, epochs: int, data: dict[str, Any]) -> None:
+    """Raise InputError if this process sees other finished epochs in `out`, or other images, than process 0 does."""
+    first: tuple[int, dict[str, Any]] = fabric.broadcast((epochs, data))
+    if first[0] != epochs:
+        raise InputError(
+            f"process {fabric.global_rank} sees {epochs} finished epochs in {out}, process 0 {first[0]}; give a "
+            f"directory that all nodes share"
+        )
+    if first[1] != data:
+        raise InputError(
+            f"process {fabric.global_rank} has other images than process 0; bring the same data set to every node"
+        )
 
 
 def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any], out: Path) -> None:

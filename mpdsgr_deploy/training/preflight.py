@@ -54,7 +54,7 @@ def _check_surrogates(recipe: Recipe) -> None:
 def _check_step(recipe: Recipe, model: SpikingNet, training: Images) -> None:
     """Raise InputError if a training step on one device's share of a batch fails for its shapes."""
     config = recipe.training
-    share = config.batch_size // (config.devices * config.accumulate)
+    share = config.batch_size // (config.processes * config.accumulate)
     try:
         x = torch.zeros(share, *training.shape, device="meta")
         logits = model.train()(x, None, torch.Generator().manual_seed(0))

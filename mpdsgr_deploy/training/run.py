@@ -12,17 +12,14 @@ for bit, on a GPU up to the order in which cuDNN adds.
 import copy
 import logging
 import os
-import re
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.strategies.strategy import Strategy
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_training
@@ -35,12 +32,13 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.models.steps import set_time_steps
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
-from mpdsgr_deploy.recipe import Recipe, Training
+from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.training.board import display, open_board
 from mpdsgr_deploy.training.epoch import Data, Learner, settle_average, train_epoch, validate_epoch
-from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refuse_launchers
+from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refuse_other_nodes
+from mpdsgr_deploy.training.launch import find_launch, make_fabric, run_processes
 from mpdsgr_deploy.training.preflight import preflight
 from mpdsgr_deploy.training.profile import Profile, peak_memory
 from mpdsgr_deploy.training.stages import recipe_at
@@ -58,21 +56,21 @@ def origin(text: str | os.PathLike[str]) -> Origin:
 
 def train(
     recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False, init: Origin | None = None
-) -> None:
-    """Train what `recipe` describes into directory `out`.
+) -> bool:
+    """Train what `recipe` describes into directory `out`; whether this process leads the run and wrote `out`.
 
+    Of a run on several nodes, or of a launcher, each process calls this; they share `out`, and one of them leads.
     resume continues an interrupted run of the same recipe from its last finished epoch (or starts one). profile writes
     where the time of its first steps went into out/profile. init: what to start from instead of random weights,
     the directory of a checkpoint or the name of a torch module (package.module:function); a resumed run goes on from
     its own.
     Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
-    hardware, a full disk.
+    hardware, processes that do not fit the recipe or do not find each other, a full disk.
     """
     need("matplotlib", "train")  # draws after the first epoch, too late to find it missing
     recipe = resolved(recipe)
-    refuse_launchers(os.environ)
-    claim_directory(out, RECIPE, "training run")
-    with exclusive(out / LOCK, "mpdsgr train"):
+    launch = find_launch(recipe.training, os.environ)
+    with _claimed(out) if launch.leads else nullcontext():
         if (out / STATE).exists():
             if not resume:
                 raise InputError(
@@ -80,45 +78,22 @@ def train(
                 )
             before = parse(Recipe, read_json(out / RECIPE, otherwise="start again in another --out"), str(out / RECIPE))
             refuse_changes(resolved(before), recipe.portable(), out)
-        write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
+        if launch.leads:
+            write_atomic(out / RECIPE, recipe.portable().model_dump_json(indent=1).encode())
         training, validation = load_training(recipe.data)
         preflight(recipe, training)
-        _launch(recipe, training, validation, out, init, profile)
+        fabric = make_fabric(recipe.training, launch)
+        verbose = log.isEnabledFor(logging.INFO)
+        run_processes(fabric, _run, recipe, training, validation, out, init, verbose, profile)
+    return launch.leads
 
 
-def _launch(
-    recipe: Recipe, training: Images, validation: Images, out: Path, init: Origin | None, profile: bool
-) -> None:
-    config = recipe.training
-    try:
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            strategy=strategy(config),
-            precision=config.precision,
-        )
-    except Exception as error:  # Fabric has no common error type for hardware that is not there
-        raise InputError(f"training.accelerator={config.accelerator}, devices={config.devices}: {error}") from error
-    arguments = (recipe, training, validation, out, init, log.isEnabledFor(logging.INFO), profile)
-    try:
-        # a module-level function, because devices > 1 pickles it to new processes; Fabric's hint knows no arguments
-        fabric.launch(_run, *arguments)  # type: ignore[arg-type]
-    except ProcessRaisedException as error:  # its text ends in the traceback of the process
-        ours = re.search(rf"{InputError.__module__}\.InputError: (.*)", str(error))
-        if ours is None:
-            raise
-        raise InputError(ours[1]) from None
-
-
-def strategy(config: Training) -> Strategy | str:
-    """How the processes of a run work together.
-
-    Gradients are exchanged in buckets while the backward pass goes on, and live in the buckets. Every parameter has a
-    gradient in every step, so that no graph is searched for those without. Buffers are rank 0's, where they differ.
-    """
-    if config.devices == 1:
-        return "auto"
-    return DDPStrategy(start_method="spawn", find_unused_parameters=False, gradient_as_bucket_view=True)
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """A directory for a training run, which no other process writes to within the block."""
+    claim_directory(out, RECIPE, "training run")
+    with exclusive(out / LOCK, "mpdsgr train"):
+        yield
 
 
 def _run(
@@ -138,6 +113,7 @@ def _run(
     learner = _learner(fabric, recipe, training)
     data = data_identity(training, validation)
     history, started_from = begin(learner, training, out, init, data)
+    refuse_other_nodes(fabric, out, len(history), data)
     if len(history) >= recipe.training.epochs:
         log.info("%s has all of its %d epochs; nothing is left to train", out, recipe.training.epochs)
         return
