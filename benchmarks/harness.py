@@ -18,6 +18,8 @@ import torch
 from mpdsgr_deploy.provenance import provenance
 
 FOLDER, PAGE, RESULTS = (Path(__file__).parent / name for name in (".", "README.md", "results"))
+MANUAL = FOLDER.parent / "export" / "README.md"  # which shows these tables:
+IN_THE_MANUAL = ("steps", "early_exit")
 Contenders, Result = Mapping[str, Callable[[], Any]], dict[str, Any]
 
 
@@ -76,11 +78,12 @@ def load(name: str) -> Result:
 
 def page(name: str, body: str | None = None) -> str:
     """The table of benchmarks/NAME.py in the page; `body` replaces it."""
+    file = MANUAL if name in IN_THE_MANUAL else PAGE
     begin, end = f"<!-- table: python benchmarks/{name}.py -->\n", f"<!-- end of {name} -->\n"
-    before, _, rest = PAGE.read_text().partition(begin)
+    before, _, rest = file.read_text().partition(begin)
     shown, _, after = rest.partition(end)
     if body is not None:
-        PAGE.write_text(f"{before}{begin}{body}{end}{after}")
+        file.write_text(f"{before}{begin}{body}{end}{after}")
     return shown
 
 
