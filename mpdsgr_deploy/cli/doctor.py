@@ -24,8 +24,8 @@ EXTRAS = {
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
     "openvino": ("openvino",),
-    "tensorrt": ("tensorrt", "cuda-bindings"),
-    "rtx": ("tensorrt-rtx", "cuda-bindings"),
+    "tensorrt": ("tensorrt", "cuda-core"),
+    "rtx": ("tensorrt-rtx", "cuda-core"),
     "report": ("matplotlib", "jinja2"),
     "parquet": ("pyarrow",),
 }

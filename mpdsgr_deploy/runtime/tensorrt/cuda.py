@@ -1,11 +1,12 @@
-"""All calls that touch the GPU: an engine on one CUDA stream, through cuda-bindings, with as little logic as possible.
+"""All calls that touch the GPU: an engine on one CUDA stream, through cuda-core, with as little logic as possible.
 
-Not yet run on a GPU. Without one, tests check that every CUDA call below exists and takes as many arguments.
+Not yet run on a GPU. Without one, tests check the order of the calls, what is released and the errors against a
+stand-in that records calls and holds each against the signature in cuda-core.
 """
 
 import ctypes
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.errors import InputError, OutOfMemory
+from mpdsgr_deploy.errors import InputError, MpdsgrError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES, failure, listener, load, without_collection
@@ -28,28 +29,34 @@ class GPU(NamedTuple):
     compute_capability: str
 
 
-def runtime(extra: str) -> ModuleType:
-    """The CUDA runtime's bindings. Raises InputError naming the extra."""
-    return need("cuda.bindings.runtime", extra)
-
-
-def check(result: tuple[Any, ...]) -> Any:
-    """The value of a CUDA call behind its error code. Raises OutOfMemory or InputError for an error."""
-    error, *values = result
-    if error.name == "cudaErrorMemoryAllocation":
-        raise OutOfMemory("the GPU's memory is full; free some or build the engine with a smaller MAX of --batch")
-    if error.value:
-        raise InputError(f"CUDA answers {error.name}; see `mpdsgr doctor`")
-    return values[0] if values else None
-
-
 def gpu(extra: str) -> GPU:
-    """The GPU used here. Raises InputError if there is none."""
-    cudart = runtime(extra)
-    error, properties = cudart.cudaGetDeviceProperties(0)
-    if error.value:
-        raise InputError(f"no GPU can be used here ({error.name}); {NO_GPU}")
-    return GPU(properties.name.decode().strip("\0"), f"{properties.major}.{properties.minor}")
+    """The GPU used here. Raises InputError if there is none, or where `extra` is not installed."""
+    device = use_device(need("cuda.core", extra))
+    return GPU(device.name, ".".join(map(str, device.compute_capability)))
+
+
+def use_device(core: ModuleType) -> Any:
+    """The GPU, made the one that this thread's CUDA calls use. Raises InputError if there is none."""
+    try:
+        device = core.Device(0)
+        device.set_current()
+    except Exception as error:  # cuda-core's errors share no public base class
+        raise InputError(f"no GPU can be used here ({one_line(error)[:200]}); {NO_GPU}") from error
+    return device
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Raise OutOfMemory or InputError where a CUDA call fails in the block."""
+    try:
+        yield
+    except MpdsgrError:
+        raise
+    except Exception as error:  # cuda-core's errors share no public base class
+        if "OUT_OF_MEMORY" in str(error):
+            message = "the GPU's memory is full; free some or build the engine with a smaller MAX of --batch"
+            raise OutOfMemory(message) from error
+        raise InputError(f"CUDA answers {one_line(error)[:200]}; see `mpdsgr doctor`") from error
 
 
 class Engine:
@@ -62,10 +69,10 @@ class Engine:
     def __init__(self, backend: str, plan: bytes, advice: str) -> None:
         self.trt, self.backend = load(backend), backend
         self.heard = listener(self.trt)
-        self.cudart = runtime(LIBRARIES[backend].extra)
+        self.core = need("cuda.core", LIBRARIES[backend].extra)
         self._runtime = self.trt.Runtime(self.heard)
         refuse_invalid(self.trt, self._runtime, plan, advice)
-        gpu(LIBRARIES[backend].extra)
+        use_device(self.core)
         self.cuda_engine = self._runtime.deserialize_cuda_engine(plan)
         if self.cuda_engine is None:
             raise failure(self.heard, f"{backend} cannot load the engine", advice)
@@ -115,23 +122,25 @@ class CudaStream:
     """
 
     def __init__(self, engine: Engine, largest: int) -> None:
-        self.engine, self.cudart = engine, engine.cudart
-        self._release = ExitStack()
-        try:
-            self.handle = check(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
-            self._release.callback(self.cudart.cudaStreamDestroy, self.handle)
+        self.engine = engine
+        with readable_errors(), ExitStack() as release:
+            device = use_device(engine.core)
+            self.stream = device.create_stream()
+            release.callback(self.stream.close)
             self.scratch_bytes = max(1, engine.cuda_engine.device_memory_size_v2)
-            self.scratch = self._device(self.scratch_bytes)
-            self.inputs = {name: self._host((largest, *engine.shapes[name])) for name in engine.inputs}
-            self.output = self._host((largest, *engine.shapes[engine.output]))
-            self.device = {name: self._device(self.host(name).nbytes) for name in engine.shapes}
-        except BaseException:
-            self._release.close()
-            raise
-
-    def host(self, name: str) -> NDArray[np.float32]:
-        """The pinned memory of the input or output called `name`."""
-        return self.output if name == self.engine.output else self.inputs[name]
+            self.scratch = release.enter_context(device.allocate(self.scratch_bytes, stream=self.stream))
+            pinned, host = engine.core.LegacyPinnedMemoryResource(), {}
+            self.pairs: dict[str, tuple[Any, Any]] = {}  # buffers on host and device
+            for name, shape in engine.shapes.items():
+                count = largest * prod(shape)
+                on_host = release.enter_context(pinned.allocate(4 * count))
+                on_device = release.enter_context(device.allocate(4 * count, stream=self.stream))
+                self.pairs[name] = on_host, on_device
+                floats = (ctypes.c_float * count).from_address(int(on_host.handle))
+                host[name] = np.ctypeslib.as_array(floats).reshape(largest, *shape)
+            self.output: NDArray[np.float32] = host.pop(engine.output)
+            self.inputs: dict[str, NDArray[np.float32]] = host
+            self._release = release.pop_all()
 
     def execution(self, batch: int) -> "CudaExecution":
         return CudaExecution(self, batch)
@@ -139,17 +148,6 @@ class CudaStream:
     def close(self) -> None:
         """Free stream and memory; executions must have been closed."""
         self._release.close()
-
-    def _device(self, size: int) -> int:
-        pointer: int = check(self.cudart.cudaMalloc(size))
-        self._release.callback(self.cudart.cudaFree, pointer)
-        return pointer
-
-    def _host(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        count = prod(shape)
-        pointer: int = check(self.cudart.cudaMallocHost(4 * count))
-        self._release.callback(self.cudart.cudaFreeHost, pointer)
-        return np.ctypeslib.as_array((ctypes.c_float * count).from_address(pointer)).reshape(shape)
 
 
 class CudaExecution:
@@ -163,56 +161,60 @@ class CudaExecution:
         self._stream, self._batch, self._graph = stream, batch, None
         engine = stream.engine
         self._context = engine.context()
-        self._context.set_device_memory(stream.scratch, stream.scratch_bytes)
-        accepted = [self._context.set_tensor_address(name, address) for name, address in stream.device.items()]
+        self._context.set_device_memory(int(stream.scratch.handle), stream.scratch_bytes)
+        address = self._context.set_tensor_address
+        accepted = [address(name, int(on_device.handle)) for name, (_, on_device) in stream.pairs.items()]
         accepted += [self._context.set_input_shape(name, (batch, *engine.shapes[name])) for name in engine.inputs]
         if not all(accepted):
             raise failure(engine.heard, f"the engine does not take a batch of {batch}", "build it again")
+        part = engine.core.Buffer.from_handle  # the first rows of a buffer
+        self._parts = {
+            name: [part(int(buffer.handle), 4 * batch * prod(engine.shapes[name])) for buffer in pair]
+            for name, pair in stream.pairs.items()
+        }
 
     def run(self) -> None:
         """Copy the inputs to the device, compute, copy the output back, wait."""
-        cudart, stream = self._stream.cudart, self._stream.handle
-        if self._graph is None:
-            self._enqueue()
-        else:
-            check(cudart.cudaGraphLaunch(self._graph, stream))
-        check(cudart.cudaStreamSynchronize(stream))
+        stream = self._stream.stream
+        with readable_errors():
+            use_device(self._stream.engine.core)
+            if self._graph is None:
+                self._enqueue(stream, stream)
+            else:
+                self._graph.launch(stream)
+            stream.sync()
 
     def capture(self) -> None:
         """Run as one CUDA graph from now on; log a warning if that is impossible. One ordinary run must come before."""
-        cudart, stream = self._stream.cudart, self._stream.handle
+        stream = self._stream.stream
         capturable: Callable[[int], bool] = getattr(self._context, "is_stream_capturable", lambda stream: True)
         try:
-            if not capturable(int(stream)):
-                raise InputError("the engine cannot be captured")
-            check(cudart.cudaStreamBeginCapture(stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
-            try:
-                self._enqueue()
-            finally:
-                result = cudart.cudaStreamEndCapture(stream)
-            graph = check(result)
-            try:
-                self._graph = check(cudart.cudaGraphInstantiate(graph, 0))
-            finally:
-                cudart.cudaGraphDestroy(graph)
+            with readable_errors(), ExitStack() as release:
+                if not capturable(int(stream.handle)):
+                    raise InputError("the engine cannot be captured")
+                builder = stream.create_graph_builder()
+                release.callback(builder.close)
+                builder.begin_building("thread_local")
+                try:
+                    self._enqueue(builder, builder.stream)
+                finally:
+                    builder.end_building()
+                self._graph = builder.complete()
         except InputError as error:
-            cudart.cudaGetLastError()  # or the next call would report it
             log.warning("batch %d runs without a CUDA graph: %s", self._batch, error)
 
     def close(self) -> None:
         if self._graph is not None:
-            self._stream.cudart.cudaGraphExecDestroy(self._graph)
+            self._graph.close()
         self._graph = self._context = None
 
-    def _enqueue(self) -> None:
-        stream, cudart, batch = self._stream, self._stream.cudart, self._batch
-        kinds = cudart.cudaMemcpyKind
-        for name in stream.engine.inputs:
-            rows = stream.host(name)[:batch]
-            to_device = kinds.cudaMemcpyHostToDevice
-            check(cudart.cudaMemcpyAsync(stream.device[name], rows.ctypes.data, rows.nbytes, to_device, stream.handle))
+    def _enqueue(self, target: Any, stream: Any) -> None:
+        """Queue copies and computation; target: the stream, or the builder that captures it."""
+        engine = self._stream.engine
+        for name in engine.inputs:
+            on_host, on_device = self._parts[name]
+            on_host.copy_to(on_device, stream=target)
         if not self._context.execute_async_v3(int(stream.handle)):
-            raise failure(stream.engine.heard, "the engine fails", "use a smaller batch or build it again")
-        name, rows = stream.engine.output, stream.output[:batch]
-        to_host = kinds.cudaMemcpyDeviceToHost
-        check(cudart.cudaMemcpyAsync(rows.ctypes.data, stream.device[name], rows.nbytes, to_host, stream.handle))
+            raise failure(engine.heard, "the engine fails", "use a smaller batch or build it again")
+        on_host, on_device = self._parts[engine.output]
+        on_device.copy_to(on_host, stream=target)
