@@ -23,6 +23,7 @@ from test_stochastic_export import warmed_up
 from torch.nn import functional as F
 
 from mpdsgr_deploy.attack_graph import attack_graph, derived, derived_attack_graph
+from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, input_gradient
@@ -435,3 +436,22 @@ def assg(model: SpikingNet, x: np.ndarray, y: np.ndarray, states: dict[str, list
         layer.neuron.surrogate = Surrogate("assg", derivative(layer.name), float("inf"))
     found = input_gradient(attacked, torch.from_numpy(x), torch.from_numpy(y))
     return Gradient(*(part.numpy() for part in found))
+
+
+def test_attackers_of_one_kind_share_the_weights_and_answer_as_alone(bundle: Bundle) -> None:
+    model = bundle.variant("fp32")
+    draw = np.random.default_rng(0)
+    x, y = draw.random((3, *bundle.manifest.input_shape), np.float32), np.array([0, 1, 2])
+    network = NetworkFile(model, lambda x: x)
+    names = [("triangle:1", "ce"), ("triangle:0.5", "dlr"), ("triangle:1+detached", "ce"), ("triangle:1", "weighted")]
+    shared = [network.attacker(name, loss=loss, draws=1) for name, loss in names]
+    sessions = [attacker._session for attacker in shared]
+    assert sessions[0] is sessions[1]
+    assert len(set(map(id, sessions))) == 3
+    with shared[0], shared[1]:
+        pass
+    for attacker, (name, loss) in zip(shared, names, strict=True):
+        with GraphAttacker(model, name, loss=loss) as alone:
+            towards = np.eye(10, dtype=np.float32)[y] if loss == "weighted" else y
+            for own, expected in zip(attacker(x, towards), alone(x, towards), strict=True):
+                np.testing.assert_array_equal(own, expected)

@@ -148,12 +148,14 @@ class Darkening(Condition):
     kind: ClassVar[Kind] = "query"
     eps: float | None = None
     seen: list[int] = field(default_factory=list)
+    opened: list[int] = field(default_factory=list)
 
     @property
     def settings(self) -> str:
         return "to black"
 
     def target(self, network: Network) -> AbstractContextManager[Network]:
+        self.opened.append(1)
         return nullcontext(network)
 
     def attack(self, target: Network, batch: Batch, generators: Generators) -> Attacked:
@@ -205,3 +207,7 @@ def test_wrong_images_are_left_alone_and_finished_batches_kept(tmp_path: Path) -
     fourth, parts = attacked(Journal(tmp_path, "one"))
     list(parts)
     assert fourth.seen == [0, 2, 3, 6]
+    assert len(fourth.opened) == 1
+    idle = Darkening(name="idle")
+    assert gather(list(run(suite, idle, x, y, 1 - y, batch_size=3)))[1].tolist() == [0] * 7
+    assert idle.opened == []  # gradients take memory, and there is nothing to attack

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mpdsgr_deploy.adopt.free_batch import PREFIX, free_batch
+from mpdsgr_deploy.attack_graph.values import without_weights
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.onnx_files import VIEWS, maker_of_output
 
@@ -152,7 +153,7 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
     last = probabilities(network)
     if last is not None:
         raise InputError(cut_off(file, network, last))
-    graph = onnx.shape_inference.infer_shapes(network).graph
+    graph = onnx.shape_inference.infer_shapes(without_weights(network)).graph
     dims = graph.output[0].type.tensor_type.shape.dim
     if len(dims) != 2 or not dims[1].HasField("dim_value"):
         raise InputError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from shutil import copyfile
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -35,11 +36,13 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_reference
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session
 from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
 from mpdsgr_deploy.validation.health.artefact import are_probabilities, check_logits
 
 ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
+CHUNK = RuntimeSettings(chunk=32)  # images that a network computes at once, which bounds the memory
 BATCHES = (1, 2, 5)  # sizes in which the first images are asked, alone and together
 DETACHED_ATTACK = "strong-pgd-detached"
 Origin = Literal["adopted", "module"]
@@ -103,7 +106,7 @@ def adopt(
         _warn_of_counts(parts["fp32"].logits)
         main = main._replace(network=onnx.ModelProto())  # attacks take their memory; the files are all that is needed
         written = {name: _variant(name, part, promised, filled, scratch) for name, part in parts.items()}
-        with OnnxRuntime(scratch / "model.fp32.onnx") as predictor:
+        with OnnxRuntime(scratch / "model.fp32.onnx", settings=CHUNK) as predictor:
             network = NetworkFile(scratch / "model.fp32.onnx", predictor)
             logits = parts["fp32"].logits if reference is None else reference[: len(promised)].astype(np.float32)
             figures, verdicts = promise(network, filled, promised, tier, logits, of="fp32")
@@ -143,12 +146,12 @@ def _recipe(base: Recipe, model: Path, surrogate: str, seen: Survey) -> Recipe:
 def _placed(file: Path, classifier: Classifier, target: Path, images: Images, recipe: Recipe) -> AdoptedVariant:
     """Put a network into the bundle and let it answer. Raises InputError where answers depend on the batch."""
     if classifier.unchanged:
-        target.write_bytes(file.read_bytes())
+        copyfile(file, target)
     else:
         onnx.checker.check_model(classifier.network, full_check=True)
         onnx.save(classifier.network, target)
     x = images[: sum(BATCHES)].unit()
-    with OnnxRuntime(target, source=file) as network:
+    with OnnxRuntime(target, source=file, settings=CHUNK) as network:
         try:
             together = network(x)
             bounds = np.cumsum((0, *BATCHES))

@@ -7,14 +7,37 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss, attack_session
 from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.protocols import Differentiable, Predictor
-from mpdsgr_deploy.runtime.session import CPU
-from mpdsgr_deploy.surrogates import ADAPTIVE
+from mpdsgr_deploy.runtime.session import CPU, Session
+from mpdsgr_deploy.surrogates import ADAPTIVE, parse_surrogate
 
 LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr", "weighted": "weighted"}
+
+
+class LastSession:
+    """The attack graph of an ONNX file that was asked for last, kept open: a network's weights lie in it once.
+
+    Attacks that differ in the surrogate's width or in ce and dlr alone share it. An attacker that is still in use keeps
+    the one that it has.
+    """
+
+    def __init__(self, model: Path, provider: str = CPU) -> None:
+        self._model, self._provider = model, provider
+        self._kind: tuple[str, bool, bool] | None = None
+        self._session: Session | None = None
+
+    def __call__(self, surrogate: str, loss: Loss) -> Session:
+        """The session for a surrogate and a loss. Raises InputError as `attack_session` does."""
+        named = parse_surrogate(surrogate)
+        kind = named.kind, named.detached, loss == "weighted"
+        if self._session is None or kind != self._kind:
+            self._kind = self._session = None  # before the next one takes as much memory
+            self._session = attack_session(self._model, surrogate, loss=loss, provider=self._provider)
+            self._kind = kind
+        return self._session
 
 
 class Artefact:
@@ -25,6 +48,7 @@ class Artefact:
 
     def __init__(self, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> None:
         self._bundle, self._precision, self._predictor, self._provider = bundle, precision, predictor, provider
+        self._session = LastSession(bundle.variant(precision), provider)
 
     @property
     def stochastic(self) -> bool:
@@ -45,7 +69,13 @@ class Artefact:
 
     def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
         return GraphAttacker.from_bundle(
-            self._bundle, self._precision, surrogate, loss=loss, draws=draws, provider=self._provider
+            self._bundle,
+            self._precision,
+            surrogate,
+            loss=loss,
+            draws=draws,
+            provider=self._provider,
+            session=self._session(surrogate, loss),
         )
 
 
@@ -57,7 +87,7 @@ class NetworkFile:
 
     def __init__(self, model: Path, predictor: Predictor, noise: Sequence[NoiseInput] = (), seed: int = 0) -> None:
         self._model, self._predictor, self._noise, self._seed = model, predictor, noise, seed
-        self.stochastic = bool(noise)
+        self._session, self.stochastic = LastSession(model), bool(noise)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._predictor(x)
@@ -70,4 +100,12 @@ class NetworkFile:
         return self._open(ADAPTIVE, "ce", draws)
 
     def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
-        return GraphAttacker(self._model, surrogate, loss=loss, noise=self._noise, seed=self._seed, draws=draws)
+        return GraphAttacker(
+            self._model,
+            surrogate,
+            loss=loss,
+            noise=self._noise,
+            seed=self._seed,
+            draws=draws,
+            session=self._session(surrogate, loss),
+        )

@@ -30,7 +30,8 @@ class GraphAttacker:
     take weights [B, K] in the place of classes, and climb weights . logits. A stochastic network meets
     the noise of its inputs `noise` (`Manifest.noise`) fresh in every evaluation, from a generator of `seed`, and is
     averaged over `draws` of it (EOT). settings: threads of the CPU provider (default: one per core) and images computed
-    at once (default: 32), which bounds the memory: see benchmarks/README.md.
+    at once (default: 32), which bounds the memory: see benchmarks/README.md. session: of `attack_session`, for an
+    attacker of the same kind on the same file; it stays open.
 
     Raises InputError for an unknown surrogate, noise that is not the network's, or what this machine cannot run.
     """
@@ -46,11 +47,11 @@ class GraphAttacker:
         draws: int = 1,
         provider: str = CPU,
         settings: RuntimeSettings | None = None,
+        session: Session | None = None,
     ) -> None:
         settings = RuntimeSettings() if settings is None else settings
-        self._weighted = loss == "weighted"
-        graph = attack_graph(read_network(model), surrogate, weighted=self._weighted)
-        self._session = Session(graph, provider, source=f"the attack graph of {model}", threads=settings.threads)
+        self._weighted, self._owns = loss == "weighted", session is None
+        self._session = session or attack_session(model, surrogate, loss=loss, provider=provider, settings=settings)
         (self._input, shape), *others = self._session.inputs.items()
         self._shape = shape[1:]
         self._states = {name: shape[1:] for name, shape in others if f"{name}{NEW}" in self._session.outputs}
@@ -79,6 +80,7 @@ class GraphAttacker:
         seed: int | None = None,
         provider: str = CPU,
         settings: RuntimeSettings | None = None,
+        session: Session | None = None,
     ) -> Self:
         """The attacker of one precision; None: the surrogate of training, the recipe's draws and seed."""
         recipe = bundle.manifest.recipe
@@ -91,6 +93,7 @@ class GraphAttacker:
             draws=recipe.attack.draws if draws is None else draws,
             provider=provider,
             settings=settings,
+            session=session,
         )
 
     def __call__(self, x: NDArray[np.float32], y: NDArray[Any]) -> Gradient:
@@ -145,4 +148,18 @@ class GraphAttacker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._session.__exit__()
+        if self._owns:
+            self._session.__exit__()
+
+
+def attack_session(
+    model: Path, surrogate: str, *, loss: Loss = "ce", provider: str = CPU, settings: RuntimeSettings | None = None
+) -> Session:
+    """The attack graph of an ONNX file, opened: one serves every width of the surrogate, and both ce and dlr.
+
+    Weights are stored once: an attack computes many images at a time, so that packing them in every run costs nothing
+    that could be measured. Raises InputError as `GraphAttacker` does.
+    """
+    graph = attack_graph(read_network(model), surrogate, weighted=loss == "weighted")
+    threads = None if settings is None else settings.threads
+    return Session(graph, provider, source=f"the attack graph of {model}", threads=threads, packs=False)

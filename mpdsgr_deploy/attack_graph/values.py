@@ -125,10 +125,11 @@ def _size(
     return first if isinstance(first, int) and first == second else known
 
 
-def _without_weights(network: onnx.ModelProto) -> onnx.ModelProto:
-    """The network without the values of its weights, which the inference would copy."""
+def without_weights(network: onnx.ModelProto) -> onnx.ModelProto:
+    """The network without the values of its weights, which inference of shapes would copy."""
     bare = onnx.ModelProto(ir_version=network.ir_version, opset_import=network.opset_import)
     bare.graph.name = network.graph.name
+    bare.functions.extend(network.functions)
     for field in ("node", "input", "output", "value_info"):
         getattr(bare.graph, field).extend(getattr(network.graph, field))
     for tensor in network.graph.initializer:
@@ -140,7 +141,7 @@ def _without_weights(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _inferred(network: onnx.ModelProto) -> dict[str, ValueType]:
-    bare = _without_weights(network)
+    bare = without_weights(network)
     try:
         graph = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph
     except Exception as error:  # onnx's InferenceError, or of C++

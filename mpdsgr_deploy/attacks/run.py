@@ -77,15 +77,16 @@ def run(
     already; noise takes all.
     """
     with ExitStack() as stack:
-        attack = None  # opened once something is left to do
+        attack = None  # opened once there is an image to attack
         for start in range(0, len(x), batch_size):
             rows = slice(start, min(start + batch_size, len(x)))
             part = journal.get(condition.name, rows, x[rows].shape) if journal else None
             if part is None:
-                attack = attack or stack.enter_context(suite.open(condition))
                 batch = Batch(x[rows], y[rows], np.arange(rows.start, rows.stop))
                 every, right = np.arange(len(batch.y)), np.flatnonzero(clean[rows] == batch.y)
                 chosen = every if condition.kind == "noise" else right
+                if attack is None and len(chosen):
+                    attack = stack.enter_context(suite.open(condition))
                 part = Part(rows, *_attacked_rows(attack, batch, chosen, clean[rows], suite.network))
                 if journal:
                     journal.put(condition.name, part)
@@ -93,11 +94,11 @@ def run(
 
 
 def _attacked_rows(
-    attack: Callable[[Batch], Attacked], batch: Batch, chosen: Classes, before: Classes, network: Predictor
+    attack: Callable[[Batch], Attacked] | None, batch: Batch, chosen: Classes, before: Classes, network: Predictor
 ) -> tuple[Attacked, Classes]:
-    """The batch with the `chosen` rows attacked, and what the network takes all of it for."""
+    """The batch with the `chosen` rows attacked, and what the network takes all of it for; attack: None without any."""
     images, predicted = batch.x.copy(), before.copy()
-    if not len(chosen):
+    if attack is None or not len(chosen):
         return Attacked(images), predicted
     attacked = attack(batch.rows(chosen))
     images[chosen] = attacked.images

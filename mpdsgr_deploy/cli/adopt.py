@@ -75,13 +75,13 @@ def command(
     before = Preprocessing(low, high, _numbers("--mean", mean), _numbers("--std", std), layout)  # type: ignore[arg-type]
     if bool(before.mean) != bool(before.std):
         raise InputError("--mean and --std belong together; give both or neither")
-    classifier = read_classifier(model, before)
     if check:
-        _report(survey(classifier.network, surrogate), str(model), as_json)
+        _report(survey(read_classifier(model, before).network, surrogate), str(model), as_json)
         return
     if images is None or out is None:
         raise InputError("give --images, on which the network is attacked, and --out; or --check to look only")
-    test_images = evaluation_images(images, root, classifier.shape, limit)
+    shape = read_classifier(model, before).shape
+    test_images = evaluation_images(images, root, shape, limit)
     files = [_variant(text) for text in variants]
     if twice := [name for name, count in Counter(name for name, _ in files).items() if count > 1]:
         raise InputError(f"--variant names {twice[0]} more than once; give each precision a name of its own")

@@ -29,11 +29,19 @@ class Session:
     """One network on one provider. A context manager: it ends with the block. Threads may share it.
 
     network: an ONNX file, or its content; source: what messages call it. threads: of the CPU provider; None:
-    `usual_threads`. Raises InputError if this machine cannot run the provider or the network.
+    `usual_threads`. packs: keep another copy of the weights of linear layers, in the order in which a product reads
+    them; without, they are packed in every run. Raises InputError if this machine cannot run the provider or the
+    network.
     """
 
     def __init__(
-        self, network: Path | onnx.ModelProto, provider: str, *, source: object, threads: int | None = None
+        self,
+        network: Path | onnx.ModelProto,
+        provider: str,
+        *,
+        source: object,
+        threads: int | None = None,
+        packs: bool = True,
     ) -> None:
         ort = need("onnxruntime", EXTRAS[provider])
         if provider != CPU:
@@ -48,6 +56,8 @@ class Session:
         options.intra_op_num_threads = threads or usual_threads()
         # otherwise its threads keep a core busy for a while after every call, while a server waits for the next request
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not packs:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if provider == TENSORRT:
@@ -57,6 +67,7 @@ class Session:
             self._session: Any = ort.InferenceSession(loaded, options, providers=[(provider, OPTIONS[provider])])
         except Exception as error:  # onnxruntime's errors share no public base class
             raise failure(f"cannot load {source} on {provider}", error) from error
+        self._session._model_bytes = None  # kept for a fallback that is refused: all weights once more
         used = self._session.get_providers()[0]
         if used != provider:
             raise InputError(

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 import onnx
 
-from mpdsgr_deploy.attack_graph.rules.common import Rule, constant_weights, only, plane
+from mpdsgr_deploy.attack_graph.rules.common import Rule, are_numbers, constant_weights, only, plane, reshaped
 from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
 
 
@@ -102,13 +102,27 @@ def _matmul(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     left, right = node.input
     cotangent = only(cotangents)
     if tape.depends(left):
-        if len(tape.shape(right)) < 2:
+        sizes = tape.shape(right)
+        if len(sizes) < 2:
             raise refuse(node, "multiplies by a vector")
+        if len(sizes) == 2 and are_numbers(sizes) and not tape.depends(right):
+            tape.give(left, _through_weights(tape, cotangent, left, right, sizes[1]))
+            return
         tape.give(left, _unstacked(tape, tape.emit("MatMul", cotangent, _turned(tape, right)), left, right))
     if tape.depends(right):
         if len(tape.shape(left)) < 2:
             raise refuse(node, "multiplies a vector")
         tape.give(right, _unstacked(tape, tape.emit("MatMul", _turned(tape, left), cotangent), right, left))
+
+
+def _through_weights(tape: Tape, cotangent: str, left: str, weights: str, columns: int) -> str:
+    """The cotangent of a linear layer's input. Gemm reads the weights as they are stored; runtimes would keep another
+    copy of all of them for a Transpose.
+    """
+    rank = len(tape.shape(left))
+    rows = cotangent if rank == 2 else tape.emit("Reshape", cotangent, tape.integers(-1, columns))
+    product = tape.emit("Gemm", rows, tape.float32(weights), transB=1)
+    return product if rank == 2 else reshaped(tape, product, left)
 
 
 def _turned(tape: Tape, matrix: str) -> str:
