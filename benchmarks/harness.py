@@ -76,6 +76,12 @@ def load(name: str) -> Result:
     return json.loads((RESULTS / f"{name}.json").read_bytes())
 
 
+def with_earlier(name: str, networks: Sequence[Result]) -> list[Result]:
+    """The networks in the results of benchmarks/NAME.py, with these in place of those of the same name."""
+    known = load(name)["networks"] if (RESULTS / f"{name}.json").exists() else []
+    return [*({one["name"]: one for one in (*known, *networks)}.values())]
+
+
 def page(name: str, body: str | None = None) -> str:
     """The table of benchmarks/NAME.py in the page; `body` replaces it."""
     file = MANUAL if name in IN_THE_MANUAL else PAGE

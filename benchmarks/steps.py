@@ -39,12 +39,9 @@ LEGEND = (
 def run(bundles: tuple[Path, ...], tuned: tuple[Path, ...], root: str | None, limit: int) -> dict[str, Any]:
     """Attack and time each bundle at every number of steps."""
     show_progress()
-    earlier = harness.load("steps")["networks"] if (harness.RESULTS / "steps.json").exists() else []
-    named = {path.resolve().name for path in (*bundles, *tuned)}
     paths = [*((path, False) for path in bundles), *((path, True) for path in tuned)]
     measured = [measure(path, root, limit, is_tuned) for path, is_tuned in paths]
-    networks = [*(network for network in earlier if network["name"] not in named), *measured]
-    return {"networks": sorted(networks, key=lambda network: (network["tuned"], network["name"]))}
+    return {"networks": sorted(harness.with_earlier("steps", measured), key=lambda network: network["tuned"])}
 
 
 def measure(path: Path, root: str | None, limit: int, tuned: bool) -> dict[str, Any]:
