@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 from served import BUNDLE, INFER, LARGE, Connection, Reply, Served, eventually, http, images, large_request, request
+from served_clients import asked
 from tritonclient.grpc import service_pb2 as pb
 
 from mpdsgr_deploy.bundle import open_bundle
@@ -342,6 +343,38 @@ def test_slow_clients(hasty: Served) -> None:
         assert time.monotonic() - start > 0.5
         end.set()
     assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1)
+
+
+def test_a_server_that_was_held_up_does_not_blame_the_client(hasty: Served) -> None:
+    """What a client sent in time is answered, even if the server was not there to read it in time."""
+    message = http("POST", INFER, request(X))
+    head = message.index(b"\r\n\r\n") + 4
+    service = grpc.insecure_channel(hasty.grpc).stream_unary(f"{SERVICE}ModelInfer")
+    go = threading.Event()
+
+    def late() -> Iterator[bytes]:
+        go.wait()
+        yield asked(1, "bundle").SerializeToString()
+
+    with ExitStack() as stack:
+        connections = [stack.enter_context(hasty.connect()) for _ in range(4)]
+        fresh, in_head, in_body, kept = connections
+        kept.send(message)
+        assert kept.reply().status == 200
+        in_head.send(message[: head - 5])
+        in_body.send(message[:-5])
+        call = service.future(late())
+        time.sleep(0.1)
+        hasty.signal(signal.SIGSTOP)
+        fresh.send(message)
+        in_head.send(message[head - 5 :])
+        in_body.send(message[-5:])
+        kept.send(message)
+        go.set()
+        time.sleep(1)
+        hasty.signal(signal.SIGCONT)
+        assert [connection.reply().status for connection in connections] == [200] * 4
+        assert call.result(10)
 
 
 def test_idle_and_old_connections_are_closed(hasty: Served) -> None:

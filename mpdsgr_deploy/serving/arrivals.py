@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.http_timer import READ_FIRST, client_time
 
 PATIENCE = 1.0  # seconds within which whoever waits gets a place
 Content = TypeVar("Content")
@@ -30,16 +31,17 @@ class Arrivals:
         """What `receive` brings, in so many seconds. Raises Refused if it takes longer or too many wait."""
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(seconds) as timeout:
-                await self._enter()
-                self._arriving[timeout] = loop.time()
-                try:
-                    if self._waiting and self._timer is None:
-                        self._hurry()
-                    return await receive()
-                finally:
-                    self._arriving.pop(timeout, None)
-                    self._leave()
+            async with asyncio.timeout(None) as timeout:
+                with client_time(timeout, seconds):
+                    await self._enter()
+                    self._arriving[timeout] = loop.time()
+                    try:
+                        if self._waiting and self._timer is None:
+                            self._hurry()
+                        return await receive()
+                    finally:
+                        self._arriving.pop(timeout, None)
+                        self._leave()
         except TimeoutError:
             raise Refused(Why.SLOW, "the message did not arrive in time") from None
 
@@ -84,7 +86,7 @@ class Arrivals:
                 self._timer = loop.call_later(began + patience - now + 0.001, self._hurry)
                 break
             del self._arriving[timeout]
-            timeout.reschedule(now)
+            timeout.reschedule(now + READ_FIRST)
             needed -= 1
         if self._timer is None and needed:
             self._timer = loop.call_later(patience, self._hurry)

@@ -17,7 +17,7 @@ class AsgiBody:
     """A request's body, in messages of ASGI."""
 
     def __init__(self, receive: Receive, *, at_end: bool) -> None:
-        self._receive, self.at_end = receive, at_end
+        self._receive, self.at_end, self.complete = receive, at_end, at_end
 
     async def read(self) -> bytes:
         message = await self._receive()

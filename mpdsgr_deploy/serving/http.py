@@ -14,6 +14,7 @@ from mpdsgr_deploy.runtime.inference_protocol import HEADER
 from mpdsgr_deploy.serving import metrics, tracing
 from mpdsgr_deploy.serving.app import Server, Share
 from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, invalid
+from mpdsgr_deploy.serving.http_timer import client_time
 from mpdsgr_deploy.serving.inference import infer
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.page import page
@@ -28,6 +29,8 @@ OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
 
 class Body(Protocol):
     """A request's body as it comes."""
+
+    complete: bool  # all of it has come
 
     @property
     def at_end(self) -> bool:
@@ -195,9 +198,12 @@ class Http:
         inflate = _inflater(exchange.headers.get("content-encoding"))
         if inflate is None and exchange.body.at_end:
             return b""
+        if exchange.body.complete:
+            return await _read(exchange, most, inflate)
         try:
-            async with asyncio.timeout(self.server.limits.body_seconds):
-                return await _read(exchange, most, inflate)
+            async with asyncio.timeout(None) as timeout:
+                with client_time(timeout, self.server.limits.body_seconds):
+                    return await _read(exchange, most, inflate)
         except TimeoutError:
             seconds = self.server.limits.body_seconds
             raise Refused(Why.SLOW, f"the body did not arrive within {seconds:g} s") from None

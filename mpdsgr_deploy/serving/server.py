@@ -174,7 +174,9 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     http.stop_accepting()
     server.closing = True
     await asyncio.sleep(LAST_CALL)
-    while (server.requests or http.expecting) and clock() < end:
+    quiet = 0
+    while quiet < 2 and clock() < end:  # twice: this process may have been held up, and has to read what came meanwhile
+        quiet = 0 if server.requests or http.expecting else quiet + 1
         await asyncio.sleep(0.01)
     return max(end - clock(), 0.0), server.requests
 
