@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 STRAIGHT, RATE, ADAPTIVE = "straight-through", "rate", "adaptive"
 ATTACK_ONLY = (STRAIGHT, RATE, ADAPTIVE)
 DETACHED = "+detached"  # ends a name by which resets pass no gradient on
+AVERAGED = "+averaged"  # ends a name by which every step's current gets the mean gradient of all steps (HART)
 # Of `adaptive` (ASSG, arXiv 2512.22522): the authors' values, with 0.4 for the share of the gradient that may vanish
 MEMORY, RELAXATION, FLOOR = 0.9, 1.5, 1e-4
 SHARPNESS = 2 / math.pi * math.tan(0.4 * math.pi)
@@ -214,36 +215,46 @@ KINDS: Registry[SurrogateKind] = Registry(
 
 
 class SurrogateName(NamedTuple):
-    """A kind, its width, which kinds without one ignore, and whether resets are detached: they pass no gradient on."""
+    """A kind, its width, which kinds without one ignore, and which parts of the gradient an attacker changes.
+
+    detached: resets pass no gradient on. averaged: none passes through membrane, leak or reset, and every step's
+    current gets the mean over time of (gradient of the spike) * dO/dU (HART, Hao et al., ICLR 2024).
+    """
 
     kind: str
     width: float
     detached: bool = False
+    averaged: bool = False
 
     def __str__(self) -> str:
         width = "" if self.kind in ATTACK_ONLY else f":{self.width:g}"
-        return f"{self.kind}{width}{DETACHED if self.detached else ''}"
+        return f"{self.kind}{width}{DETACHED if self.detached else ''}{AVERAGED if self.averaged else ''}"
 
 
 def parse_surrogate(name: str) -> SurrogateName:
-    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default; "+detached" may follow.
+    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default; "+detached" or "+averaged" may
+    follow.
 
-    Raises InputError for an unknown kind and for a width that is not above 0 or that the kind does not take.
+    Raises InputError for an unknown kind, for a width that is not above 0 or that the kind does not take, and for
+    "+averaged" after a kind that is no function of U - V_th.
     """
-    named = name.removesuffix(DETACHED)
+    plain = name.removesuffix(AVERAGED)
+    named = plain.removesuffix(DETACHED)
     kind, colon, text = named.partition(":")
-    detached = named != name
+    detached, averaged = named != plain, plain != name
     if kind not in KINDS:
         choose("surrogate", dict.fromkeys([*KINDS, *ATTACK_ONLY]), kind)
+    if averaged and (detached or kind not in KINDS):
+        raise InputError(f"surrogate {name!r}: {AVERAGED} follows KIND or KIND:NUMBER, and passes nothing on to resets")
     if not colon:
-        return SurrogateName(kind, KINDS[kind].width if kind in KINDS else 1.0, detached)
+        return SurrogateName(kind, KINDS[kind].width if kind in KINDS else 1.0, detached, averaged)
     try:
         width = float(text)
     except ValueError:
         width = 0.0
     if kind not in KINDS or not 0 < width < float("inf"):
         raise InputError(f"surrogate {name!r}: write KIND or KIND:NUMBER above 0, for example triangle:0.5")
-    return SurrogateName(kind, width, detached)
+    return SurrogateName(kind, width, detached, averaged)
 
 
 def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
@@ -272,5 +283,5 @@ def trained_surrogate(recipe: "Recipe") -> str:
 
 def trained_half_width(recipe: "Recipe") -> float:
     """Half the window of U - V_th in which that surrogate passes a gradient; as of `SurrogateKind`."""
-    kind, width, _ = parse_surrogate(trained_surrogate(recipe))
+    kind, width, *_ = parse_surrogate(trained_surrogate(recipe))
     return KINDS.choose(kind).half_width(width)

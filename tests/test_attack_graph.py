@@ -41,7 +41,7 @@ from mpdsgr_deploy.runtime.session import CPU, Session
 from mpdsgr_deploy.runtime.tensorrt import build_engine
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import Surrogate, Trace
-from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
+from mpdsgr_deploy.surrogates import AVERAGED, parse_surrogate, trained_surrogate
 
 KINDS = (
     *SWEEP,
@@ -53,6 +53,8 @@ KINDS = (
     "exponential:1",
     "arctan",
     "arctan+detached",
+    "triangle:0.5+averaged",
+    "superspike:20+averaged",
 )
 SMALL = (1, 8, 8)
 
@@ -143,10 +145,10 @@ def assert_torch_agrees(model: SpikingNet, run: Run, x: np.ndarray, y: np.ndarra
 def test_every_network_has_torchs_gradient(name: str) -> None:
     model, graph, shape = NETWORKS[name]()
     thoroughly = name == "vgg-small"  # a surrogate and a batch differ in nodes that all networks have
-    surrogates = KINDS if thoroughly else ("triangle:0.25", "rate")
+    surrogates = KINDS if thoroughly else ("triangle:0.25", "rate", "triangle:0.5+averaged")
     x, y = images(33, shape)
     for surrogate in surrogates:
-        if surrogate == "rate" and name in ("dlif", "rsc and stog"):
+        if (surrogate == "rate" or AVERAGED in surrogate) and name in ("dlif", "rsc and stog"):
             continue  # torch's takes gates and gains for a part of the neuron
         run = Run(ir.to_proto(graph), surrogate)
         batches = (1, 2, 5, 33) if surrogate == "triangle:1" else (33,) if thoroughly else (1, 9)
@@ -167,6 +169,8 @@ def test_the_surrogate_of_training_is_named_with_its_width() -> None:
         ("triangle:0", "above 0"),
         ("sigmoid:x", "KIND:NUM"),
         ("rate:2", "KIND"),
+        ("rate+averaged", "KIND"),
+        ("triangle:1+detached+averaged", "nothing on to resets"),
     ],
 )
 def test_a_wrong_surrogate_is_one_line(name: str, expected: str) -> None:

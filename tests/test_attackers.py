@@ -10,7 +10,7 @@ import torch
 from conftest import assert_input_error, mpdsgr, small_recipe
 
 from mpdsgr_deploy.attacks import cw_l2, expectation, pgd
-from mpdsgr_deploy.attacks.attacker_surrogate import RateBackward, with_surrogate
+from mpdsgr_deploy.attacks.attacker_surrogate import AveragedBackward, RateBackward, with_surrogate
 from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
@@ -119,6 +119,20 @@ def test_rate_backward_by_hand() -> None:
     spikes.backward(torch.tensor([[[1.0, 1.0]], [[3.0, 3.0]]]))
     assert current.grad is not None
     assert current.grad.tolist() == [[[2.0, 0.0]], [[2.0, 0.0]]]
+
+
+def test_averaged_backward_by_hand() -> None:
+    """HART: U = 0.5, then 0.5 * 0.5 + 1 = 1.25; the triangle of width 1 has the slopes 0.5 and 0.75 there."""
+    neuron = AveragedBackward(
+        LIF(tau=0.5, v_threshold=1.0, surrogate=make_surrogate("sigmoid")), make_surrogate("triangle:1")
+    )
+    current = torch.tensor([[[0.5]], [[1.0]]], requires_grad=True)  # [T=2, B=1, 1]
+    spikes, states = neuron(current)
+    assert spikes.flatten().tolist() == [0, 1]
+    assert [state.u.item() for state in states] == [0.5, 1.25]
+    spikes.backward(torch.tensor([[[1.0]], [[2.0]]]))
+    assert current.grad is not None
+    assert current.grad.flatten().tolist() == [1.0, 1.0]  # (1 * 0.5 + 2 * 0.75) / 2
 
 
 def test_surrogates_are_named_with_their_parameter() -> None:

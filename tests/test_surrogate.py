@@ -78,7 +78,7 @@ def test_spike_is_the_step_forward_and_the_surrogate_backward(name: str) -> None
 
 def through_nodes(name: str, v: np.ndarray) -> np.ndarray:
     """The derivative by the ONNX nodes of a surrogate, at v [n]."""
-    kind, width, _ = parse_surrogate(name)
+    kind, width, *_ = parse_surrogate(name)
     value = onnx.helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, ["n"])
     scalar = onnx.helper.make_tensor_value_info("width", onnx.TensorProto.FLOAT, [])
     empty = onnx.helper.make_graph([], "surrogate", [value, scalar], [])
@@ -116,7 +116,7 @@ class FakeTriton:
 @pytest.mark.parametrize("width", ["", ":0.5", ":3"])
 @pytest.mark.parametrize("name", KINDS)
 def test_numpy_torch_onnx_and_the_kernels_agree(name: str, width: str) -> None:
-    kind, w, _ = parse_surrogate(name + width)
+    kind, w, *_ = parse_surrogate(name + width)
     v = np.linspace(-3, 3, 401, dtype=np.float32)
     v = v[np.abs(np.abs(v) - w / 2) > 1e-4]  # the rectangular one jumps there
     expected = KINDS[kind].derivative(v.astype(np.float64), w)

@@ -36,7 +36,8 @@ def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = F
     network's further inputs, counts as constant; spikes of the image against noise (Poisson encoding) pass the gradient
     straight through. All other jumps are found by pattern, in networks of any origin: see `jumps`.
 
-    Resets pass their gradient on, unless the surrogate's name ends in "+detached".
+    Resets pass their gradient on, unless the surrogate's name ends in "+detached". With "+averaged" the gradient leaves
+    the membrane out and is averaged over time (HART), see `Neurons`.
 
     The width is an input, so one graph serves any; the kind is not, for a choice at run time would compute every kind
     at every neuron, and the neurons are what a backward pass spends its time on. To try another kind, derive another
@@ -45,12 +46,12 @@ def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = F
     Raises InputError for an unknown surrogate, for a node that no rule differentiates, and for a comparison between
     images and logits that no surrogate stands for.
     """
-    kind, _, detached = parse_surrogate(surrogate)
+    kind, _, detached, averaged = parse_surrogate(surrogate)
     network = inlined(network)
     images, logits = network.graph.input[0], network.graph.output[0]
     tape = Tape(network, images.name)
     jumps = find_jumps(tape)
-    neurons = Neurons(tape, jumps, group(tape, jumps), kind, detached=detached)
+    neurons = Neurons(tape, jumps, group(tape, jumps), kind, detached=detached, averaged=averaged)
     states = list(tape.graph.input)[len(network.graph.input) :] if kind == ADAPTIVE else []
     batch, count = tape.shape(images.name)[0], tape.shape(logits.name)[-1]
     if not isinstance(count, int) or not tape.depends(logits.name):

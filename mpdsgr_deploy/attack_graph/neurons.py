@@ -9,17 +9,24 @@ from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes
 from mpdsgr_deploy.attack_graph.jumps import Jump
 from mpdsgr_deploy.attack_graph.layers import Layers, LayerStep
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
-from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, RATE, STRAIGHT, Nodes, surrogate_nodes
+from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, AVERAGED, RATE, STRAIGHT, Nodes, surrogate_nodes
 
 
 class Neurons:
     """The rule of every node that jumps, for one kind of surrogate.
 
     detached: resets pass no gradient on, as in libraries that detach them. An attacker may choose, and either may be
-    the stronger.
+    the stronger. averaged: the gradient of every step's current is the mean over steps t of
+
+        dL/dO[t] dO/dU(U[t] - V_th)
+
+    and nothing passes through membrane, leak or reset (HART; Hao et al., ICLR 2024, "Threaten Spiking Neural Networks
+    through Combining Rate and Temporal Information"). The wider the surrogate, the more it is a matter of rates.
     """
 
-    def __init__(self, tape: Tape, jumps: Sequence[Jump], layers: Layers, kind: str, *, detached: bool) -> None:
+    def __init__(
+        self, tape: Tape, jumps: Sequence[Jump], layers: Layers, kind: str, *, detached: bool, averaged: bool
+    ) -> None:
         self._tape, self._kind, self._nodes, self._detached = tape, kind, Nodes(tape), detached
         # a layer that is not one row per image has no state of its own for each image; it takes the arctan as it is
         self._derivative = surrogate_nodes("arctan" if kind in ATTACK_ONLY else kind)
@@ -35,7 +42,8 @@ class Neurons:
         if kind == ADAPTIVE:
             for layer, steps in self._layers.items():
                 self._adapt(layer, steps)
-        self._waiting: dict[str, list[str]] = {}  # for `rate`: cotangents of a layer's spikes
+        self._pools = averaged or kind == RATE  # whether a layer's steps pass on one gradient, the mean of theirs
+        self._waiting: dict[str, list[str]] = {}  # where they do: what the layer's steps have to pass on
         if detached:
             tape.unpaid |= layers.resets
 
@@ -51,13 +59,14 @@ class Neurons:
         return node.output[0] in self._jumps
 
     def __call__(self, node: onnx.NodeProto, cotangent: str) -> None:
-        """Give what the node compares, or with `rate` the currents, what follows from the cotangent of its output."""
+        """Give what the node compares, or the currents where steps are pooled, what follows from its cotangent."""
         jump = self._jumps[node.output[0]]
         place = self._place.get(node.output[0])
         if jump.size == "branches":
             self._branches(jump, cotangent)
-        elif self._kind == RATE and place is not None:
-            self._waiting.setdefault(place[0], []).append(cotangent)
+        elif self._pools and place is not None:
+            own = cotangent if self._kind == RATE else self._tape.emit("Mul", cotangent, self._slope(jump))
+            self._waiting.setdefault(place[0], []).append(own)
         else:
             self._give(jump, self._sized(jump, cotangent), node.output[0])
 
@@ -114,27 +123,30 @@ class Neurons:
             self._give(jump, share, condition)
 
     def before(self, node: onnx.NodeProto) -> None:
-        """Called when all behind a node is done: with `rate`, the time for the first step's layer to pass on."""
+        """Called when all behind a node is done: the time to pass on for a layer whose steps are pooled."""
         layer, t = self._place.get(node.output[0], ("", -1)) if node.output else ("", -1)
         if t == 0 and layer in self._waiting:
-            self._rate(self._layers[layer], self._waiting.pop(layer))
+            self._pool(self._layers[layer], self._waiting.pop(layer))
 
-    def _rate(self, steps: Sequence[LayerStep], waiting: list[str]) -> None:
-        """mean_t(cotangent of spikes) [0 < mean current < V_th] / V_th to the current of every step alike.
+    def _pool(self, steps: Sequence[LayerStep], waiting: list[str]) -> None:
+        """The mean of what the steps have to pass on, to the current of every step alike.
 
-        As if the neuron were the static activation clip(mean current / V_th, 0, 1); nothing passes through membrane,
-        leak or reset (rate gradient approximation attack, Bu et al., CVPR 2023). A current is what the potential
-        receives, behind learned gains. For networks that this package exported.
+        `rate` multiplies it by [0 < mean current < V_th] / V_th, as if the neuron were the static activation
+        clip(mean current / V_th, 0, 1) (rate gradient approximation attack, Bu et al., CVPR 2023). A current is what
+        the potential receives, behind learned gains. For networks that this package exported.
         """
         tape = self._tape
         potentials = [self._potential(step) for step in steps]
-        threshold = tape.float32(potentials[0][1])
         currents = [potentials[0][0], *(self._current(*both) for both in zip(potentials[1:], steps[1:], strict=True))]
         distinct = list(dict.fromkeys(currents))  # one, where the current lasts
-        mean = self._mean([tape.float32(current) for current in distinct], len(distinct))
-        inside = tape.emit("And", tape.emit("Greater", mean, tape.constant(0)), tape.emit("Less", mean, threshold))
-        responsive = tape.emit("Div", tape.emit("Cast", inside, to=TensorProto.FLOAT), threshold)
-        share = tape.emit("Mul", self._mean(waiting, len(steps)), responsive)
+        if self._kind == RATE:
+            threshold = tape.float32(potentials[0][1])
+            mean = self._mean([tape.float32(current) for current in distinct], len(distinct))
+            inside = tape.emit("And", tape.emit("Greater", mean, tape.constant(0)), tape.emit("Less", mean, threshold))
+            responsive = tape.emit("Div", tape.emit("Cast", inside, to=TensorProto.FLOAT), threshold)
+            share = tape.emit("Mul", self._mean(waiting, len(steps)), responsive)
+        else:
+            share = self._mean(waiting, len(steps))
         for current in distinct:
             held = currents.count(current)
             tape.give(current, share if held == 1 else tape.emit("Mul", share, tape.constant(held)))
@@ -151,7 +163,7 @@ class Neurons:
         jump = step.jumps[0]
         above, below, _ = jump.compared
         if above is None or below is None or self._tape.array(below) is None or len(step.jumps) > 1:
-            raise refuse(jump.node, "compares otherwise than exported networks do; leave rate out")
+            raise refuse(jump.node, f"compares otherwise than exported networks do; leave rate and {AVERAGED} out")
         return above, below
 
     def _current(self, potential: tuple[str, str], step: LayerStep) -> str:

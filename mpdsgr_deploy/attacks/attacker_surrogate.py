@@ -1,10 +1,11 @@
 """The attacker chooses the surrogate: a network with the same forward pass and another backward pass.
 
 Named as in `mpdsgr_deploy.surrogates`: the kinds of training, `straight-through` (gradient 1 everywhere) and `rate`;
-"+detached" at the end detaches the reset.
+"+detached" at the end detaches the reset, "+averaged" averages the gradient over time.
 """
 
 import copy
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.snn import LIF, LIFState, Noise, make_surrogate
+from mpdsgr_deploy.snn import LIF, LIFState, Noise, Surrogate, make_surrogate
 from mpdsgr_deploy.surrogates import DETACHED, RATE, parse_surrogate
 
 
@@ -22,7 +23,7 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     Raises InputError for an unknown name or parameter, and for detached resets of neurons that a defence changed.
     """
     attacked = copy.deepcopy(model)
-    kind, _, detached = parse_surrogate(name)
+    kind, _, detached, averaged = parse_surrogate(name)
     if detached and any(type(layer.neuron) is not LIF for layer in attacked.layers()):
         raise InputError(f"surrogate {name!r}: only plain LIF neurons can detach their reset; leave {DETACHED} out")
     if kind == RATE:
@@ -30,17 +31,19 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
             layer.neuron = RateBackward(layer.neuron)
         return attacked
     surrogate = make_surrogate(name)
+    if averaged:
+        for layer in attacked.layers():
+            layer.neuron = AveragedBackward(layer.neuron, surrogate)
+        return attacked
     for layer in attacked.layers():
         layer.neuron.surrogate, layer.neuron.detach_reset = surrogate, detached
     return attacked
 
 
-class RateBackward(LIF):
-    """A neuron whose backward pass sees rates only: d rate / d mean current = [0 < mean current < V_th] / V_th.
+class PooledBackward(LIF):
+    """A neuron that answers as `neuron` does, and whose backward pass hands one gradient to the current of every step.
 
-    The gradient of the mean spike over time is handed to the current of every step alike, as if the neuron were the
-    static activation clip(mean current / V_th, 0, 1) that an integrate-and-fire neuron approaches (rate gradient
-    approximation attack, Bu et al., CVPR 2023). No gradient passes through membrane, leak or reset.
+    No gradient passes through membrane, leak or reset.
     """
 
     def __init__(self, neuron: LIF) -> None:
@@ -52,19 +55,50 @@ class RateBackward(LIF):
     ) -> tuple[Tensor, list[LIFState]]:
         with torch.no_grad():
             spikes, states = self.inner(current, state, noise)
-        return _Rate.apply(current, spikes, self.v_threshold), states
+        return _Pooled.apply(current, spikes, self.slopes(current, states)), states
+
+    @abstractmethod
+    def slopes(self, current: Tensor, states: list[LIFState]) -> Tensor:
+        """What the gradient of a step's spikes is multiplied by before the mean over time, for current [T, B, ...]:
+        [T, B, ...], or [B, ...] where it is the same in every step.
+        """
 
 
-class _Rate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, current: Tensor, spikes: Tensor, v_threshold: float) -> Tensor:
+class RateBackward(PooledBackward):
+    """A neuron whose backward pass sees rates only: d rate / d mean current = [0 < mean current < V_th] / V_th.
+
+    The gradient of the mean spike over time is handed to the current of every step alike, as if the neuron were the
+    static activation clip(mean current / V_th, 0, 1) that an integrate-and-fire neuron approaches (rate gradient
+    approximation attack, Bu et al., CVPR 2023).
+    """
+
+    def slopes(self, current: Tensor, states: list[LIFState]) -> Tensor:
         mean = current.mean(0)
-        ctx.save_for_backward((mean > 0) & (mean < v_threshold))
-        ctx.v_threshold = v_threshold
+        return ((mean > 0) & (mean < self.v_threshold)).to(mean.dtype) / self.v_threshold
+
+
+class AveragedBackward(PooledBackward):
+    """HART: every step's current gets mean_t(dL/dO[t] s(U[t] - V_th)), with the surrogate s.
+
+    A wide s makes it a matter of rates, a narrow one of times; the paper searches the width of a triangle. Source: Hao
+    et al., "Threaten Spiking Neural Networks through Combining Rate and Temporal Information", ICLR 2024.
+    """
+
+    def __init__(self, neuron: LIF, surrogate: Surrogate) -> None:
+        super().__init__(neuron)
+        self.surrogate = surrogate
+
+    def slopes(self, current: Tensor, states: list[LIFState]) -> Tensor:
+        return self.surrogate.derivative(torch.stack([state.u for state in states]) - self.v_threshold)
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, spikes: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes)
         return spikes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (responsive,) = ctx.saved_tensors
-        gradient = grads[0].mean(0) * responsive / ctx.v_threshold
-        return gradient.expand_as(grads[0]), None, None
+        (slopes,) = ctx.saved_tensors
+        return (grads[0] * slopes).mean(0).expand_as(grads[0]), None, None

@@ -41,7 +41,7 @@ def make_surrogate(name: str, width: float | None = None) -> Surrogate:
 
     Raises InputError for an unknown name or width, and for the attackers' surrogates that are not a function of v.
     """
-    kind, named, _ = parse_surrogate(name)
+    kind, named, *_ = parse_surrogate(name)
     if kind == STRAIGHT:
         return Surrogate(kind, torch.ones_like, math.inf)
     family, w = KINDS.choose(kind), named if width is None else width
