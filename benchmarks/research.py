@@ -6,12 +6,10 @@
 Takes bundles and training runs; a run's best network is exported to ONNX first, so that every gradient comes from the
 attack graph in onnxruntime. One line of JSON per attempt goes to benchmarks/results/research.jsonl; an attempt that has
 a line already is not made again, so a killed run resumes. `research_page.py` renders the lines.
-
-research   many surrogates, losses and random starts with 500 steps each; each attempt meets what still stands
-each       many kinds of attempt with 100 steps on the same images, those that the first attempt leaves
-grid       APGD through superspike:k by k and number of steps, each on all images
+Portfolios, lists of attempts, are in `portfolios.py`.
 """
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -19,82 +17,49 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from portfolios import CHAINED, ON_THE_FIRSTS, PORTFOLIOS, Attempt
 
-from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
 from mpdsgr_deploy.attacks import apgd, pgd, sa_pgd, square
+from mpdsgr_deploy.attacks.condition import Batch
+from mpdsgr_deploy.attacks.mpd_apgd import Still
 from mpdsgr_deploy.attacks.pgd import Draw
-from mpdsgr_deploy.bundle import open_bundle
+from mpdsgr_deploy.attacks.tiers import entry, resolved
+from mpdsgr_deploy.attacks.torch_target import input_gradient
+from mpdsgr_deploy.bundle import WEIGHTS, open_bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.networks import load_network
-from mpdsgr_deploy.protocols import Gradient, State
+from mpdsgr_deploy.networks import load_model, load_network
+from mpdsgr_deploy.protocols import Adaptive, Gradient, State
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, load_images
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
+from mpdsgr_deploy.snn import make_surrogate
+from mpdsgr_deploy.surrogates import ADAPTIVE, scaled
 
 RESULTS = Path(__file__).parent / "results" / "research.jsonl"
 ONE_THREAD = RuntimeSettings(threads=1, chunk=32)
 
 
-class Attempt(NamedTuple):
-    """One attack. wrong: the class aimed at, by its rank among the wrong ones on the clean image; None: untargeted."""
-
-    method: str  # of `Laboratory`
-    surrogate: str = ""
-    loss: Literal["ce", "dlr"] = "ce"
-    steps: int = 500
-    seed: int = 0
-    wrong: int | None = None
-
-
 class Network(NamedTuple):
-    """An ONNX file, what it is called, its recipe and the images it is attacked on."""
+    """An ONNX file, what it is called, its recipe, the images it is attacked on, and the torch network behind it."""
 
     name: str
     file: Path
     recipe: Recipe
     images: Images
-
-
-def research() -> list[Attempt]:
-    """Every kind of attempt that was seen to break an image, strongest first, most of them with several starts."""
-    sharp = [f"superspike:{k}" for k in (10, 20, 30)]
-    heavy = [Attempt(method, name, seed=seed) for seed in (0, 1) for method in ("apgd", "sa-pgd") for name in sharp]
-    other = [Attempt("apgd", name) for name in ("superspike:5", "superspike:50", "superspike:100", "exponential:0.1")]
-    dlr = [Attempt("apgd", f"superspike:{k}", "dlr") for k in (10, 30)]
-    aimed = [Attempt("apgd", "superspike:20", wrong=rank) for rank in range(3)]
-    narrow = [Attempt("apgd", name) for name in ("triangle:0.25", "rectangular:1", "sigmoid:20", "rate")]
-    rest = [Attempt("sa-pgd", "adaptive"), Attempt("pgd", "superspike:20", steps=200), Attempt("square", steps=2000)]
-    return [*heavy, *dlr, *rest, *aimed, *other, *narrow]
-
-
-def each() -> list[Attempt]:
-    """Kinds of attempt that cost the same, for what each adds to APGD through superspike:1."""
-    heavy = ("superspike:1", "superspike:3", "superspike:10", "superspike:20", "superspike:30", "superspike:100")
-    detached = [Attempt(method, "superspike:20+detached", steps=100, seed=1) for method in ("apgd", "sa-pgd")]
-    thin = ("triangle:1", "triangle:0.25", "rectangular:1", "sigmoid:4", "sigmoid:20", "exponential:0.1", "rate")
-    untargeted = [Attempt("apgd", name, steps=100, seed=1) for name in (*heavy, *thin, "straight-through")]
-    dlr = [Attempt("apgd", "superspike:20", "dlr", steps=100, seed=1)]
-    aimed = [Attempt("apgd", "superspike:20", steps=100, seed=1, wrong=rank) for rank in (0, 1)]
-    other = [Attempt("sa-pgd", name, steps=100, seed=1) for name in ("adaptive", "superspike:20")]
-    return [*untargeted, *dlr, *aimed, *other, *detached, Attempt("pgd", "superspike:20", steps=100, seed=1)]
-
-
-def grid() -> list[Attempt]:
-    """Sharpness and number of steps."""
-    return [Attempt("apgd", f"superspike:{k}", steps=n) for n in (20, 100, 500) for k in (1, 3, 10, 30, 100)]
-
-
-PORTFOLIOS = {"research": research, "each": each, "grid": grid}
+    model: SpikingNet
 
 
 @click.command()
@@ -119,14 +84,15 @@ def opened(path: Path, root: str | None, limit: int) -> Iterator[Network]:
         bundle = open_bundle(path)
         recipe, carried = bundle.manifest.recipe, path / IMAGES
         images = load_images(carried) if carried.exists() else load_test(recipe.data.at(root))
-        yield Network(path.name, bundle.variant("fp32"), recipe, images[:limit])
+        model = load_model(bundle.file(WEIGHTS), recipe, bundle.manifest.input_shape, len(bundle.manifest.labels))
+        yield Network(path.name, bundle.variant("fp32"), recipe, images[:limit], model)
         return
     checkpoint, model = load_network(find_checkpoint(path))
     images = load_test(checkpoint.recipe.data.at(root))[:limit]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         save(to_graph(simplify(model), checkpoint.shape), file)
-        yield Network(path.name, file, checkpoint.recipe, images)
+        yield Network(path.name, file, checkpoint.recipe, images, model)
 
 
 def attempts(network: Network, portfolio: str, out: Path) -> Iterator[dict[str, Any]]:
@@ -137,7 +103,7 @@ def attempts(network: Network, portfolio: str, out: Path) -> Iterator[dict[str, 
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for number, attempt in enumerate(PORTFOLIOS[portfolio]()):
         key = {**known, "attempt": attempt._asdict()}
-        line = next((one for one in lines if {name: one[name] for name in key} == key), None)
+        line = next((one for one in lines if _about(one) == key), None)
         if line is None:
             started = time.perf_counter()
             left, gradients = bench.attack(attempt, standing)
@@ -152,22 +118,41 @@ def attempts(network: Network, portfolio: str, out: Path) -> Iterator[dict[str, 
             }
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if portfolio == "research" or (portfolio == "each" and not number):
+        if portfolio in CHAINED or (portfolio in ON_THE_FIRSTS and not number):
             standing = np.intersect1d(standing, np.array(line["left"], np.int64))
         yield line
+
+
+def _about(line: dict[str, Any]) -> dict[str, Any]:
+    """What a line is about; fields that attempts did not have when it was written have their defaults."""
+    about = {name: line[name] for name in ("network", "sha256", "n", "portfolio")}
+    return {**about, "attempt": Attempt(**line["attempt"])._asdict()}
 
 
 class Laboratory:
     """One network under attack. Images are known by their places in the test set."""
 
+    stochastic = False
+
     def __init__(self, network: Network) -> None:
-        self._file, self.eps = network.file, network.recipe.attack.eps
+        self._file, self.eps, self._network = network.file, network.recipe.attack.eps, network
         self.x, self.y = network.images.unit(), network.images.classes
         self._predict = OnnxRuntime(network.file, settings=ONE_THREAD)
         self.sha256 = sha256(network.file)
         logits = self._predict(self.x)
         logits[np.arange(len(self.y)), self.y] = -np.inf
         self._wrong = logits.argsort(1)[:, ::-1]  # wrong classes, likeliest first
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._predict(x)
+
+    def attacker(self, surrogate: str, *, loss: Loss, draws: int = 1) -> GraphAttacker:
+        """Through a surrogate by name."""
+        return GraphAttacker(self._file, surrogate, loss=loss, settings=ONE_THREAD)
+
+    def adaptive(self, *, draws: int = 1) -> GraphAttacker:
+        """Through surrogates that adapt."""
+        return self.attacker(ADAPTIVE, loss="ce")
 
     def right(self, x: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The places [m] whose images x [m, C, H, W] onnxruntime gets right."""
@@ -181,7 +166,13 @@ class Laboratory:
         if attempt.method == "square":
             search = square(self._predict, x, y, eps=eps, queries=steps, seed=attempt.seed, indices=places)
             return self.right(search.images, places), int(search.queries.sum())
-        with GraphAttacker(self._file, attempt.surrogate, loss=attempt.loss, settings=ONE_THREAD) as attacker:
+        if attempt.method == "mpd-apgd":
+            return self._release(places)
+        if attempt.layer is not None:
+            climbed = Counted(self._layered(attempt.surrogate, attempt.layer, attempt.factor))
+            made = sa_pgd(climbed, x, y, eps=eps, steps=steps, draw=starts(attempt.seed, places))
+            return self.right(made, places), climbed.gradients
+        with self.attacker(attempt.surrogate, loss=attempt.loss) as attacker:
             counted = Counted(attacker)
             target: Any = counted
             if attempt.wrong is not None:
@@ -195,11 +186,31 @@ class Laboratory:
         assert np.abs(made - x).max() <= eps + 1e-6
         return self.right(made, places), counted.gradients
 
+    def _release(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """What MPD-APGD leaves as a release has it, and its gradients."""
+        (condition,) = resolved([entry("mpd-apgd", "mpd-apgd")], self._network.recipe.attack, "superspike")
+        batch = Batch(self.x[places], self.y[places], places)
+        with condition.target(self) as targets:
+            attacked = condition.attack(targets, batch, condition.generators(batch))
+        return self.right(attacked.images, places), attacked.evaluations
+
+    def _layered(self, surrogate: str, layer: int, factor: float) -> Adaptive:
+        """The torch network with one layer's surrogate `factor` times as sharp."""
+        model = copy.deepcopy(self._network.model).eval()
+        for number, part in enumerate(model.layers()):
+            part.neuron.surrogate = make_surrogate(scaled(surrogate, 1 / factor if number == layer else 1.0))
+
+        def gradient(x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
+            answer = input_gradient(model, torch.from_numpy(x), torch.from_numpy(y))
+            return Gradient(*(part.numpy() for part in answer))
+
+        return Still(gradient)
+
 
 class Counted:
-    """A GraphAttacker that counts gradients."""
+    """An attacker that counts gradients."""
 
-    def __init__(self, target: GraphAttacker) -> None:
+    def __init__(self, target: Any) -> None:
         self._target, self.gradients = target, 0
         self.start = target.start
 

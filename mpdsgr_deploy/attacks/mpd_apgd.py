@@ -127,7 +127,7 @@ def _climb(
     length = steps * turn.length
     if turn.climb == "apgd":
         return apgd(climbed, x, classes, eps=eps, steps=length, step=FIRST_STEP * eps, draw=start, keep=keep)
-    return sa_pgd(_Still(climbed), x, classes, eps=eps, steps=length, draw=start, keep=keep)
+    return sa_pgd(Still(climbed), x, classes, eps=eps, steps=length, draw=start, keep=keep)
 
 
 def _margin(xp: Array, logits: Array, y: Array) -> Array:
@@ -148,7 +148,7 @@ class _Towards:
         return Gradient(logits, -loss, -gradient)
 
 
-class _Still:
+class Still:
     """A Differentiable as an Adaptive whose surrogates do not adapt."""
 
     def __init__(self, target: Differentiable) -> None:
