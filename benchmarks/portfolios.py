@@ -4,6 +4,7 @@ research   many surrogates, losses and random starts with 500 steps each; each a
 each       many kinds of attempt with 100 steps on the same images, those that the first attempt leaves
 grid       APGD through superspike:k by k and number of steps, each on all images
 averaged   HART and its relatives, beside as many further starts through heavy tails, on what MPD-APGD leaves
+alone      the same kinds of attempt as in averaged, and APGD through ordinary surrogates, each on all images
 layers     another sharpness in one layer at a time, beside as many further starts, on what MPD-APGD leaves
 """
 
@@ -67,6 +68,13 @@ def averaged() -> list[Attempt]:
     return [MPD_APGD, *hart, *further_starts(len(hart))]
 
 
+def alone() -> list[Attempt]:
+    """APGD with the same steps along ordinary gradients and along those that are averaged over time."""
+    averaged = [f"{name}+averaged" for name in ("triangle:0.25", "triangle:0.5", "triangle:1", "triangle:2")]
+    names = ("triangle:1", "superspike:20", *averaged, "superspike:20+averaged", "rate")
+    return [Attempt("apgd", name, steps=100) for name in names]
+
+
 def layers() -> list[Attempt]:
     """A layer of the smaller networks three times as sharp, or a third, and as many further starts."""
     other = [
@@ -82,6 +90,6 @@ def further_starts(count: int) -> list[Attempt]:
     return [Attempt(*ways[number % len(ways)], steps=100, seed=1 + number) for number in range(count)]
 
 
-PORTFOLIOS = {"research": research, "each": each, "grid": grid, "averaged": averaged, "layers": layers}
+PORTFOLIOS = {"research": research, "each": each, "grid": grid, "averaged": averaged, "alone": alone, "layers": layers}
 CHAINED = ("research",)  # portfolios in which each attempt meets what all before it left
 ON_THE_FIRSTS = ("each", "averaged", "layers")  # those in which it meets what the first left

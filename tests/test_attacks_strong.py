@@ -9,7 +9,7 @@ import torch
 from conftest import small_recipe
 
 from mpdsgr_deploy.attack_graph.adaptive import SHARPNESS
-from mpdsgr_deploy.attacks import SquareState, apgd, pgd, sa_pgd, square
+from mpdsgr_deploy.attacks import SquareState, apgd, hart, pgd, sa_pgd, square
 from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch, _adapting
 from mpdsgr_deploy.attacks.apgd import checkpoints
 from mpdsgr_deploy.attacks.counting import CountedGradients
@@ -77,6 +77,8 @@ ATTACKS = {
     "apgd-worst": lambda target, x, y: apgd(target, x, y, eps=EPS, steps=20, keep="worst"),
     "sa-pgd": lambda target, x, y: sa_pgd(target, x, y, eps=EPS, steps=20),
     "sa-pgd-worst": lambda target, x, y: sa_pgd(target, x, y, eps=EPS, steps=20, keep="worst"),
+    "hart": lambda target, x, y: hart([target, target], x, y, eps=EPS, steps=20),
+    "hart-worst": lambda target, x, y: hart([target, target], x, y, eps=EPS, steps=20, keep="worst"),
     "square": lambda target, x, y: square(target, x, y, eps=EPS, queries=1500).images,
 }
 
@@ -94,7 +96,7 @@ def test_breaks_exactly_the_images_of_a_linear_model_whose_margin_is_too_small(n
     assert found.dtype == np.float32
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd-worst", "sa-pgd", "sa-pgd-worst"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd-worst", "sa-pgd", "sa-pgd-worst", "hart"])
 def test_tensors_and_arrays_break_the_same_images(name: str) -> None:
     target, x, y = linear()
     found = ATTACKS[name](target, torch.from_numpy(x), torch.from_numpy(y))

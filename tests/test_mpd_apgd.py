@@ -150,15 +150,15 @@ class Linears:
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager:
         self.opened.append(f"{surrogate} {loss}")
-        return nullcontext(self.linear if surrogate.endswith(":20") else Blind(self.linear))
+        return nullcontext(self.linear if ":20" in surrogate else Blind(self.linear))
 
     def adaptive(self, *, draws: int) -> AbstractContextManager:
         raise NotImplementedError
 
 
-def condition(**values: object) -> Condition:
+def condition(method: str = "mpd-apgd", **values: object) -> Condition:
     attack = Attack(eps=EPS, step=EPS / 4)
-    (made,) = resolved([entry("mpd-apgd", "mpd-apgd", **{"steps": 20, **values})], attack, "triangle:1")
+    (made,) = resolved([entry(method, method, **{"steps": 20, **values})], attack, "triangle:1")
     return made
 
 
@@ -172,6 +172,16 @@ def test_the_condition_goes_through_every_surrogate_and_loss_of_its_rounds() -> 
     assert len(x) < attacked.evaluations <= made.cost * len(x)
 
 
+def test_hart_goes_through_every_width_and_leaves_broken_images_alone() -> None:
+    target, x, y = linear()
+    network, made = Linears(target), condition("hart", widths=(20, 7), steps=4)
+    suite = Suite(Source(network, "triangle:1"), (made,))
+    attacked, _ = gather(list(run(suite, made, x, y, y, batch_size=50)))
+    assert network.opened == ["triangle:20+averaged ce", "triangle:7+averaged ce"]
+    assert len(x) < attacked.evaluations < made.cost * len(x)
+
+
 def test_the_settings_tell_all_that_makes_it_stronger() -> None:
-    variants = [condition(), condition(steps=30), condition(rounds=2)]
+    variants = [condition(), condition(steps=30), condition(rounds=2), condition("hart"), condition("hart", steps=30)]
+    variants.append(condition("hart", widths=(0.5, 1.0)))
     assert len({made.settings for made in variants}) == len(variants)

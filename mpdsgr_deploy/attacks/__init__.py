@@ -5,6 +5,7 @@ from mpdsgr_deploy.attacks.apgd_t import apgd_t
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.expectation import expectation
 from mpdsgr_deploy.attacks.fab import fab_t
+from mpdsgr_deploy.attacks.hart import hart
 from mpdsgr_deploy.attacks.mpd_apgd import mpd_apgd
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import bim, fgsm, pgd
@@ -21,6 +22,7 @@ __all__ = [
     "fab_t",
     "fgsm",
     "gaussian",
+    "hart",
     "mpd_apgd",
     "pgd",
     "sa_pgd",

@@ -1,0 +1,110 @@
+"""HART: adaptive steps along gradients that are averaged over time, through surrogates of several widths.
+
+    dL/dI[t] = mean over s of dL/dO[s] dO/dU(U[s] - V_th)          for the current I[t] of every step t alike
+
+No gradient passes through membrane, leak or reset. The wider the surrogate, the more the gradient is one of firing
+rates; the narrower, the more it depends on when a potential is near the threshold.
+
+Source: Hao et al., "Threaten Spiking Neural Networks through Combining Rate and Temporal Information", ICLR 2024. Their
+code goes through triangles and takes the width, between 0.1 and 2.5, that is best for the whole data set; here every
+image meets several widths in turn. They step as PGD does, here APGD does.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from mpdsgr_deploy.attacks.apgd import apgd
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
+from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
+from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.pgd import Draw, wide
+from mpdsgr_deploy.protocols import Array, Differentiable
+from mpdsgr_deploy.recipe import Attack
+from mpdsgr_deploy.surrogates import AVERAGED
+
+
+def hart(
+    targets: Sequence[Differentiable],
+    x: Array,
+    y: Array,
+    *,
+    eps: float,
+    steps: int = 100,
+    draw: Draw | None = None,
+    keep: Literal["broken", "worst"] = "broken",
+) -> Array:
+    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B]: APGD on one target after the other.
+
+    targets: one network, differentiated through surrogates whose names end in "+averaged". draw, keep: as of `apgd`;
+    each target has a start of its own, drawn beforehand. "broken" leaves an image alone once a target is fooled. It
+    costs at most steps + 2 gradients per image and target.
+    """
+    xp = array_namespace(x)
+    offsets = [None if draw is None else draw(x.shape) for _ in targets]
+    adversarial, active = xp.asarray(x, copy=True), xp.arange(x.shape[0], device=device(x))
+    largest = xp.full((x.shape[0],), -xp.inf, dtype=x.dtype, device=device(x))
+    for target, offset in zip(targets, offsets, strict=True):
+        if not active.shape[0]:
+            break
+        own = None if offset is None else offset[active]
+        start = None if own is None else lambda shape, own=own: own
+        attempt = apgd(target, x[active], y[active], eps=eps, steps=steps, draw=start, keep=keep)
+        logits, loss, _ = target(attempt, y[active])
+        standing, higher = xp.argmax(logits, axis=1) == y[active], loss > largest[active]
+        chosen = higher if keep == "worst" else higher | ~standing
+        adversarial[active] = xp.where(wide(chosen), attempt, adversarial[active])
+        largest[active] = xp.where(higher, loss, largest[active])
+        if keep == "broken":
+            active = active[standing]
+    return adversarial
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HART(GradientAttack):
+    """`hart` through one kind of surrogate."""
+
+    method: ClassVar[str] = "hart"
+
+    steps: int = 100
+    widths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": attack.eps, "surrogate": "triangle"}
+
+    @property
+    def settings(self) -> str:
+        widths = ", ".join(f"{width:g}" for width in self.widths)
+        return (
+            f"HART, eps {self.eps:.4g}, {self.steps} steps of adaptive size on the {self.loss.upper()} loss along "
+            f"gradients averaged over time, {self.through} of width {widths} in turn"
+        )
+
+    @property
+    def cost(self) -> int:
+        return (self.steps + 2) * len(self.widths) * self.draws
+
+    def target(self, network: Network) -> AbstractContextManager[Sequence[Differentiable]]:
+        return self._targets(network)
+
+    @contextmanager
+    def _targets(self, network: Network) -> Iterator[Sequence[Differentiable]]:
+        with ExitStack() as stack:
+            names = [f"{self.surrogate}:{width:g}{AVERAGED}" for width in self.widths]
+            yield [stack.enter_context(network.attacker(name, loss=self.loss, draws=self.draws)) for name in names]
+
+    def attack(self, target: Sequence[Differentiable], batch: Batch, generators: Generators) -> Attacked:
+        counted = [CountedGradients(one) for one in target]
+        images = self.climb(counted, batch, starts(generators))
+        counts = (sum(values) for values in zip(*(one.counts for one in counted), strict=True))
+        return Attacked(images, *(count * self.draws for count in counts))
+
+    def climb(self, target: Sequence[CountedGradients], batch: Batch, draw: Draw) -> Floats:
+        keep = kept_iterate(self.keep)
+        return np.asarray(hart(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=keep))
