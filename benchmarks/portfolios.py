@@ -4,8 +4,8 @@ research   many surrogates, losses and random starts with 500 steps each; each a
 each       many kinds of attempt with 100 steps on the same images, those that the first attempt leaves
 grid       APGD through superspike:k by k and number of steps, each on all images
 averaged   HART and its relatives, beside as many further starts through heavy tails, on what MPD-APGD leaves
-alone      the same kinds of attempt as in averaged, and APGD through ordinary surrogates, each on all images
 layers     another sharpness in one layer at a time, beside as many further starts, on what MPD-APGD leaves
+early      the same as averaged and layers, on what APGD through superspike:1 leaves
 """
 
 from typing import Literal, NamedTuple
@@ -61,27 +61,34 @@ MPD_APGD = Attempt("mpd-apgd", "superspike", steps=100)  # the schedule of a rel
 
 
 def averaged() -> list[Attempt]:
-    """Gradients averaged over time (HART with the widths of its search, and with heavy tails) and further starts."""
-    triangles = [f"triangle:{width}+averaged" for width in (0.25, 0.5, 1, 2)]
-    hart = [Attempt("apgd", name, steps=100) for name in (*triangles, "superspike:20+averaged", "rate")]
-    hart += [Attempt("sa-pgd", name, steps=100) for name in ("triangle:0.5+averaged", "superspike:20+averaged")]
-    return [MPD_APGD, *hart, *further_starts(len(hart))]
-
-
-def alone() -> list[Attempt]:
-    """APGD with the same steps along ordinary gradients and along those that are averaged over time."""
-    averaged = [f"{name}+averaged" for name in ("triangle:0.25", "triangle:0.5", "triangle:1", "triangle:2")]
-    names = ("triangle:1", "superspike:20", *averaged, "superspike:20+averaged", "rate")
-    return [Attempt("apgd", name, steps=100) for name in names]
+    """Gradients averaged over time and as many further starts."""
+    return [MPD_APGD, *hart(), *further_starts(len(hart()))]
 
 
 def layers() -> list[Attempt]:
-    """A layer of the smaller networks three times as sharp, or a third, and as many further starts."""
-    other = [
+    """A layer of another sharpness and as many further starts."""
+    return [MPD_APGD, *layered(), *further_starts(len(layered()))]
+
+
+def early() -> list[Attempt]:
+    """All of these where more is left to break."""
+    return [Attempt("apgd", "superspike:1", steps=100, seed=1), *hart(), *layered(), *further_starts(len(layered()))]
+
+
+def hart() -> list[Attempt]:
+    """HART with the widths of its search, with heavy tails, and the rate backward."""
+    triangles = [f"triangle:{width}+averaged" for width in (0.25, 0.5, 1, 2)]
+    stepped = [Attempt("apgd", name, steps=100) for name in (*triangles, "superspike:20+averaged", "rate")]
+    momentum = [Attempt("sa-pgd", f"{name}+averaged", steps=100) for name in ("triangle:0.5", "superspike:20")]
+    return [*stepped, *momentum]
+
+
+def layered() -> list[Attempt]:
+    """SA-PGD with one layer three times as sharp as the others, or a third."""
+    return [
         Attempt("sa-pgd", "superspike:20", steps=100, seed=1 + number, layer=number // 2, factor=(3, 1 / 3)[number % 2])
         for number in range(2 * LAYERS)
     ]
-    return [MPD_APGD, *other, *further_starts(len(other))]
 
 
 def further_starts(count: int) -> list[Attempt]:
@@ -90,6 +97,6 @@ def further_starts(count: int) -> list[Attempt]:
     return [Attempt(*ways[number % len(ways)], steps=100, seed=1 + number) for number in range(count)]
 
 
-PORTFOLIOS = {"research": research, "each": each, "grid": grid, "averaged": averaged, "alone": alone, "layers": layers}
+PORTFOLIOS = {"research": research, "each": each, "grid": grid, "averaged": averaged, "layers": layers, "early": early}
 CHAINED = ("research",)  # portfolios in which each attempt meets what all before it left
-ON_THE_FIRSTS = ("each", "averaged", "layers")  # those in which it meets what the first left
+ON_THE_FIRSTS = ("each", "averaged", "layers", "early")  # those in which it meets what the first left

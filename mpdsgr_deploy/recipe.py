@@ -136,7 +136,9 @@ class Training(Section):
 
 
 class Attack(Section):
-    """The attacks of `mpdsgr validate`; all but Gaussian noise and CW-L2 in the L-infinity ball of radius eps."""
+    """The attacks of `mpdsgr validate`, in the L-infinity ball of radius eps; Gaussian noise, CW-L2 and those on events
+    have other bounds.
+    """
 
     eps: Annotated[Number, Field(gt=0, le=1)] = 8 / 255
     steps: Count = 7  # BIM and PGD in the paper's setting
@@ -146,6 +148,7 @@ class Attack(Section):
     draws: Count = 8  # over which a stochastic network's gradient is averaged
     l2: Positive | None = None  # also CW-L2: an image is broken if it is fooled within this L2 distance
     gaussian_std: NonNegative = 0.1
+    events: Count = 20  # that attacks on event frames add, remove or move; see attacks.event_conditions
     also: Annotated[tuple[str, ...], Field(strict=False)] = ()  # other registered attacks, made beside those of a tier
 
     @model_validator(mode="after")

@@ -25,10 +25,10 @@ from mpdsgr_deploy.registry import Expected, Registry
 if TYPE_CHECKING:
     from mpdsgr_deploy.recipe import Recipe
 
-# Kinds of an attacker alone, without a width: dO/dU = 1; a static activation of the mean current; and a sharpness of
-# each neuron's own (see `mpdsgr_deploy.attack_graph`, `neurons` and `adaptive`)
-STRAIGHT, RATE, ADAPTIVE = "straight-through", "rate", "adaptive"
-ATTACK_ONLY = (STRAIGHT, RATE, ADAPTIVE)
+# Kinds of an attacker alone, without a width: dO/dU = 1; a static activation of the mean current; a sharpness of each
+# neuron's own; and a width of each channel's own (in `mpdsgr_deploy.attack_graph`: `neurons`, `adaptive`, `potentials`)
+STRAIGHT, RATE, ADAPTIVE, PDSG = "straight-through", "rate", "adaptive", "pdsg"
+ATTACK_ONLY = (STRAIGHT, RATE, ADAPTIVE, PDSG)
 DETACHED = "+detached"  # ends a name by which resets pass no gradient on
 AVERAGED = "+averaged"  # ends a name by which every step's current gets the mean gradient of all steps (HART)
 # Of `adaptive` (ASSG, arXiv 2512.22522): the authors' values, with 0.4 for the share of the gradient that may vanish

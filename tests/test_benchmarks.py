@@ -26,7 +26,6 @@ import largest
 import linear
 import memory
 import step
-import steps
 import strength
 import training
 import workers
@@ -35,7 +34,7 @@ from networks import CLASSES
 
 
 @pytest.mark.parametrize(
-    "benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, steps, strength, training]
+    "benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, strength, training]
 )
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = harness.load(benchmark.__name__)

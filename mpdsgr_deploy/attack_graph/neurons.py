@@ -8,8 +8,9 @@ from onnx import TensorProto
 from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes
 from mpdsgr_deploy.attack_graph.jumps import Jump
 from mpdsgr_deploy.attack_graph.layers import Layers, LayerStep
+from mpdsgr_deploy.attack_graph.potentials import potential_slopes
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
-from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, AVERAGED, RATE, STRAIGHT, Nodes, surrogate_nodes
+from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, AVERAGED, PDSG, RATE, STRAIGHT, Nodes, surrogate_nodes
 
 
 class Neurons:
@@ -39,7 +40,7 @@ class Neurons:
             for jump in step.jumps
         }
         self._slopes: dict[str, str] = {}  # by jump, where several share one or `adaptive` has made them
-        if kind == ADAPTIVE:
+        if kind in (ADAPTIVE, PDSG):
             for layer, steps in self._layers.items():
                 self._adapt(layer, steps)
         self._pools = averaged or kind == RATE  # whether a layer's steps pass on one gradient, the mean of theirs
@@ -51,7 +52,11 @@ class Neurons:
         shape = self._tape.shape(steps[0].jumps[0].node.output[0])
         if not shape or shape[0] != self._tape.shape(self._tape.source)[0]:
             return
-        slopes = adaptive_slopes(self._tape, layer, [self._v(step.jumps[0]) for step in steps], shape)
+        vs = [self._v(step.jumps[0]) for step in steps]
+        if self._kind == PDSG:
+            slopes = potential_slopes(self._tape, vs, shape)
+        else:
+            slopes = adaptive_slopes(self._tape, layer, vs, shape)
         for step, slope in zip(steps, slopes, strict=True):
             self._slopes |= dict.fromkeys((jump.node.output[0] for jump in step.jumps), slope)
 

@@ -1,10 +1,11 @@
 """The attacker chooses the surrogate: a network with the same forward pass and another backward pass.
 
-Named as in `mpdsgr_deploy.surrogates`: the kinds of training, `straight-through` (gradient 1 everywhere) and `rate`;
-"+detached" at the end detaches the reset, "+averaged" averages the gradient over time.
+Named as in `mpdsgr_deploy.surrogates`: the kinds of training, `straight-through` (gradient 1 everywhere), `rate` and
+`pdsg`; "+detached" at the end detaches the reset, "+averaged" averages the gradient over time.
 """
 
 import copy
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.snn import LIF, LIFState, Noise, Surrogate, make_surrogate
-from mpdsgr_deploy.surrogates import DETACHED, RATE, parse_surrogate
+from mpdsgr_deploy.surrogates import DETACHED, PDSG, RATE, parse_surrogate
 
 
 def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
@@ -29,6 +30,10 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     if kind == RATE:
         for layer in attacked.layers():
             layer.neuron = RateBackward(layer.neuron)
+        return attacked
+    if kind == PDSG:
+        for layer in attacked.layers():
+            layer.neuron = SpreadBackward(layer.neuron)
         return attacked
     surrogate = make_surrogate(name)
     if averaged:
@@ -90,6 +95,37 @@ class AveragedBackward(PooledBackward):
 
     def slopes(self, current: Tensor, states: list[LIFState]) -> Tensor:
         return self.surrogate.derivative(torch.stack([state.u for state in states]) - self.v_threshold)
+
+
+class SpreadBackward(LIF):
+    """PDSG: a surrogate as wide as a channel's potentials spread; the formula is in `attack_graph.potentials`."""
+
+    def __init__(self, neuron: LIF) -> None:
+        super().__init__(tau=neuron.tau, v_threshold=neuron.v_threshold, reset=neuron.reset, surrogate=neuron.surrogate)
+        self.inner, self.stochastic = neuron, neuron.stochastic
+
+    def forward(
+        self, current: Tensor, state: LIFState | None = None, noise: Noise = None
+    ) -> tuple[Tensor, list[LIFState]]:
+        potentials: list[Tensor] = []  # by the time that a backward pass asks for slopes, those of all steps
+
+        def surrogate(t: int) -> Surrogate:
+            return Surrogate(PDSG, lambda v: _gaussian(v, torch.stack(potentials[: t + 1])), math.inf)
+
+        self.inner.stepwise = surrogate
+        spikes, states = self.inner(current, state, noise)
+        potentials += [state.u.detach() for state in states]
+        return spikes, states
+
+
+def _gaussian(v: Tensor, potentials: Tensor) -> Tensor:
+    """dO/dU [B, C, ...] or [B, N] from the potentials [t, B, ...] so far."""
+    over = (0, *range(3, potentials.ndim)) if potentials.ndim > 3 else (0, 2)
+    std = (
+        torch.zeros(()) if math.prod(potentials.shape[i] for i in over) == 1 else potentials.std(over, keepdim=True)[0]
+    )
+    s = torch.where(std > 0, std, 1.0)
+    return torch.exp(-((v / s - 0.5) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
 
 
 class _Pooled(torch.autograd.Function):

@@ -139,6 +139,10 @@ class Condition(ABC):
     def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
         """The batch attacked. All that is random comes from `generators`, each image's own."""
 
+    def faults(self, clean: Floats, attacked: Floats) -> list[str]:
+        """How attacked images [B, C, H, W] break rules of this attack beside eps and [0, 1]."""
+        return []
+
     def generators(self, batch: Batch) -> Generators:
         """Random numbers that depend on the seed, the condition's stream and the place of each image alone."""
         stream = (self.stream or self.name).encode()

@@ -145,6 +145,7 @@ def _outcome(
         parts.append(part)
         rows = part.rows
         faults += budget_faults(name, x[rows], part.attacked.images, condition.eps)
+        faults += condition.faults(x[rows], part.attacked.images)
         if condition.eps is not None:
             standing[rows] &= part.predicted == y[rows]
         done = np.concatenate([p.predicted == y[p.rows] for p in parts])

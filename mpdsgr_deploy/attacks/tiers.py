@@ -7,6 +7,7 @@ from typing import Any
 
 from mpdsgr_deploy.attacks import blind as _blind  # noqa: F401
 from mpdsgr_deploy.attacks import conditions as _registered  # noqa: F401  (registers the conditions named here)
+from mpdsgr_deploy.attacks import event_conditions as _events  # noqa: F401
 from mpdsgr_deploy.attacks import hart as _averaged  # noqa: F401
 from mpdsgr_deploy.attacks import mpd_apgd_condition as _too  # noqa: F401
 from mpdsgr_deploy.attacks import targeted_conditions as _targeted  # noqa: F401

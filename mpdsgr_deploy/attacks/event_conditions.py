@@ -1,0 +1,186 @@
+"""Attacks on event frames as conditions of evaluations, bounded by a number of events in the place of eps.
+
+They count in no worst case within eps, since a change of one event is a change of a whole grey level; each has its own
+row, drop and floor. Two of them are comparable where their budgets are equal, which their settings say.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Condition, Floats, Generators, Kind, Network, register
+from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.event_search import Counts, Edit, can_gain, can_lose, counts_of, search_events
+from mpdsgr_deploy.data.events import COUNT_CAP
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.protocols import Differentiable, Predictor
+from mpdsgr_deploy.recipe import Attack
+from mpdsgr_deploy.surrogates import PDSG
+
+POLARITIES = 2  # channels of a frame
+NOTHING = -np.inf  # what an impossible edit promises
+SHARES = (None, 0.2)  # of the budget that a round may spend: SDA's way, then a fifth on what it leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventAttack(Condition):
+    """At most `budget` edits of events in frames that hold 0..levels of them; subclasses say which edits.
+
+    steps: rounds. candidates: as of `search_events`.
+    """
+
+    kind: ClassVar[Kind] = "gradient"
+    edits: ClassVar[str]  # what is done to events, in words
+
+    budget: int
+    levels: int = COUNT_CAP
+    loss: str = "weighted"
+    steps: int = 8
+    candidates: int = 10
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": None, "budget": attack.events, "surrogate": PDSG}
+
+    @property
+    def settings(self) -> str:
+        return (
+            f"at most {self.budget} events {self.edits}, frames of 0 to {self.levels} events, {self.steps} rounds of "
+            f"{self.candidates} candidates more each, through {self.surrogate}"
+        )
+
+    @property
+    def cost(self) -> int:
+        queries = self.candidates * self.steps * (self.steps + 1) // 2
+        return len(SHARES) * (self.steps * self.draws + queries // 3)
+
+    def target(self, network: Network) -> AbstractContextManager[tuple[Predictor, Differentiable]]:
+        return self._pair(network)
+
+    @contextmanager
+    def _pair(self, network: Network) -> Iterator[tuple[Predictor, Differentiable]]:
+        with network.attacker(str(self.surrogate), loss=self.loss, draws=self.draws) as gradients:
+            yield network, gradients
+
+    def attack(self, target: tuple[Predictor, Differentiable], batch: Batch, generators: Generators) -> Attacked:
+        network, counted = _Asked(target[0]), CountedGradients(target[1])
+        images, active = batch.x.copy(), np.arange(len(batch.y))
+        for share in SHARES:
+            images[active] = search_events(
+                network,
+                counted,
+                batch.x[active],
+                batch.y[active],
+                self.propose,
+                budget=self.budget,
+                levels=self.levels,
+                rounds=self.steps,
+                candidates=self.candidates,
+                share=share,
+            )
+            active = active[network(images[active]).argmax(axis=1) == batch.y[active]]
+            if not len(active):
+                break
+        gradients, zero, not_finite = (count * self.draws for count in counted.counts)
+        return Attacked(images, gradients + network.asked, zero, not_finite)
+
+    @abstractmethod
+    def propose(self, counts: Counts, clean: Counts, slope: Floats, wanted: int) -> list[Edit]:
+        """As `event_search.Propose`."""
+
+    @abstractmethod
+    def spent(self, change: Counts) -> Counts:
+        """How many edits changes of the counts [B, C, H, W] are [B]; more than any budget if they are none at all."""
+
+    def faults(self, clean: Floats, attacked: Floats) -> list[str]:
+        try:
+            change = counts_of(attacked, self.levels) - counts_of(clean, self.levels)
+        except InputError:
+            return [f"{self.name} leaves pixels that are no counts of 0 to {self.levels} events"]
+        spent = int(self.spent(change).max(initial=0))
+        return [f"{self.name} has an image with more than {self.budget} events {self.edits}"] * (spent > self.budget)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class EventFlips(EventAttack):
+    """Events added and removed: SDA (Lun et al., CVPR 2025), which flips bits where frames are binary (levels = 1)."""
+
+    method: ClassVar[str] = "event-flips"
+    edits: ClassVar[str] = "added or removed"
+
+    def propose(self, counts: Counts, clean: Counts, slope: Floats, wanted: int) -> list[Edit]:
+        gain = np.where(can_gain(counts, clean, self.levels), slope, NOTHING).ravel()
+        loss = np.where(can_lose(counts, clean), -slope, NOTHING).ravel()
+        best = _best(np.concatenate([gain, loss]), wanted).tolist()
+        return [Edit(None, i) if i < gain.size else Edit(i - gain.size, None) for i in best]
+
+    def spent(self, change: Counts) -> Counts:
+        return np.asarray(np.abs(change).sum((1, 2, 3)))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class EventRetiming(EventAttack):
+    """Events moved to another frame: every pixel and polarity keeps its number of events, so firing rates stay.
+
+    The threat model is that of Yu et al., arXiv 2602.03284, with a number of moved events as the budget; the search is
+    `search_events`, not theirs. shift: by how many frames an event moves at most; None: by any number.
+    """
+
+    method: ClassVar[str] = "event-retiming"
+
+    shift: int | None = None
+
+    @property
+    def edits(self) -> str:  # type: ignore[override]
+        within = "" if self.shift is None else f" by at most {self.shift}"
+        return f"moved to another frame{within}"
+
+    def propose(self, counts: Counts, clean: Counts, slope: Floats, wanted: int) -> list[Edit]:
+        frames, width = _frames(counts), counts[0].size * POLARITIES  # [T, places]
+        before, slopes = _frames(clean), _frames(slope)
+        give = np.where(can_lose(frames, before), -slopes, NOTHING)
+        take = np.where(can_gain(frames, before, self.levels), slopes, NOTHING)
+        steps = np.arange(len(frames))
+        apart = np.abs(steps[:, None] - steps[None, :])
+        allowed = (apart > 0) & (apart <= (self.shift or len(frames)))
+        promise = np.where(allowed[:, :, None], give[:, None] + take[None], NOTHING)  # [from, to, place]
+        starts, ends, places = np.unravel_index(_best(promise.ravel(), wanted), promise.shape)
+        edits = zip((starts * width + places).tolist(), (ends * width + places).tolist(), strict=True)
+        return [Edit(out, into) for out, into in edits]
+
+    def spent(self, change: Counts) -> Counts:
+        frames = change.reshape(len(change), -1, POLARITIES * change[0, 0].size)
+        conserved = (frames.sum(axis=1) == 0).all(axis=1)
+        return np.where(conserved, np.abs(change).sum((1, 2, 3)) // 2, self.budget + 1)
+
+
+class _Asked:
+    """A Predictor that counts the images it answers."""
+
+    def __init__(self, network: Predictor) -> None:
+        self._network, self.asked = network, 0
+
+    def __call__(self, x: Floats) -> Floats:
+        self.asked += len(x)
+        return self._network(x)
+
+
+def _best(promise: Floats, wanted: int) -> Counts:
+    """The places of the largest values, largest first, at most `wanted`; none that is impossible."""
+    count = min(wanted, promise.size)
+    places = np.argpartition(-promise, count - 1)[:count]
+    ordered = places[np.lexsort((places, -promise[places]))]
+    return ordered[promise[ordered] > NOTHING]
+
+
+def _frames(values: Any) -> Any:
+    """[2 T, H, W] as [T, 2 H W]. Raises InputError for an odd number of channels."""
+    if len(values) % POLARITIES:
+        raise InputError(f"events move between frames of two channels each; this network has {len(values)} channels")
+    return values.reshape(len(values) // POLARITIES, -1)

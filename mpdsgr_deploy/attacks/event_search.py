@@ -1,0 +1,196 @@
+"""Sparse changes of event frames: which events to add, remove or move so that a network errs, within a budget.
+
+Frames hold whole numbers of events: counts 0..levels of T frames, channel 2 t + polarity, stored as count / levels.
+They stay so: every attacked image is a valid recording.
+
+Rounds propose the edits that the gradient promises most of, ask the network what each of them does alone, and keep
+those that lower the margin (true logit minus the best wrong one). Once the network errs, a binary search drops the
+edits that did least as long as it still does. That is the generation and reduction of SDA (Lun et al., CVPR 2025,
+arXiv 2503.03272), here for counts and for moves as well as for flips.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.protocols import Differentiable, Predictor
+
+Floats = NDArray[np.float32]
+Counts = NDArray[np.int64]
+TRIALS = 256  # images asked for at once
+
+
+class Edit(NamedTuple):
+    """One event less at place `out` of the flattened counts and one more at `into`; None: no such event."""
+
+    out: int | None
+    into: int | None
+
+
+# From counts, the clean counts and the gradient of the loss in each pixel, all [C, H, W], and how many are wanted, to
+# possible edits, the most promising one first.
+Propose = Callable[[Counts, Counts, Floats, int], list[Edit]]
+
+
+@dataclass
+class _Recording:
+    """One recording under attack: its counts now, and the edits that led there with what each gained alone."""
+
+    clean: Counts
+    y: int
+    counts: Counts
+    edits: list[Edit] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+    fooled: bool = False
+
+    def allows(self, edit: Edit, levels: int) -> bool:
+        """Whether an edit is possible beside those made."""
+        counts, clean = self.counts.ravel(), self.clean.ravel()
+        out, into = edit
+        leaves = out is None or bool(can_lose(counts[out], clean[out]))
+        return leaves and (into is None or bool(can_gain(counts[into], clean[into], levels)))
+
+    def without(self, dropped: int) -> Counts:
+        """The counts without the `dropped` edits that gained least."""
+        order = np.argsort(self.gains, kind="stable")[dropped:]
+        return applied(self.clean, [self.edits[i] for i in sorted(order)])
+
+
+def search_events(
+    network: Predictor,
+    gradients: Differentiable,
+    x: Floats,
+    y: NDArray[np.int64],
+    propose: Propose,
+    *,
+    budget: int,
+    levels: int,
+    rounds: int = 8,
+    candidates: int = 10,
+    share: float | None = None,
+) -> Floats:
+    """Event frames x [B, C, H, W] of classes y [B] with at most `budget` edits each.
+
+    gradients: the network's, of weighted logits ("weighted", see `attacks.condition.Network`). Round r asks the network
+    about r * candidates edits of every recording that still stands. share: None keeps all that help, whatever their
+    number, and then drops what is not needed (SDA); else a round keeps the best share * budget of them, and the budget
+    ends the search. A recording that the budget does not break comes back with the edits that gained most.
+    Raises InputError for images that are not counts / levels.
+    """
+    recordings = [_Recording(counts, int(label), counts) for counts, label in zip(counts_of(x, levels), y, strict=True)]
+    most = budget if share is None else max(1, round(share * budget))
+    for number in range(1, rounds + 1):
+        active = [r for r in recordings if not r.fooled and (share is None or len(r.edits) < budget)]
+        if not active:
+            break
+        images = _frames([r.counts for r in active], levels)
+        labels = np.array([r.y for r in active])
+        before, weights = margins(network(images), labels)
+        slopes = np.asarray(gradients(images, -weights).gradient)  # the loss rises as the margin falls
+        proposals = [
+            propose(r.counts, r.clean, slope, number * candidates) for r, slope in zip(active, slopes, strict=True)
+        ]
+        lowered = _gains(network, active, proposals, before, levels)
+        for recording, edits, gains in zip(active, proposals, lowered, strict=True):
+            left = len(edits) if share is None else min(most, budget - len(recording.edits))
+            _keep(recording, edits, gains, left, levels)
+        after = network(_frames([r.counts for r in active], levels)).argmax(1)
+        for recording, label in zip(active, after, strict=True):
+            recording.fooled = bool(label != recording.y)
+    _reduce(network, [r for r in recordings if r.fooled], levels)
+    return _frames([r.without(max(0, len(r.edits) - budget)) for r in recordings], levels)
+
+
+def counts_of(x: Floats, levels: int) -> Counts:
+    """The counts [B, C, H, W] behind frames x. Raises InputError if they are not whole numbers of 0..levels."""
+    scaled = x.astype(np.float64) * levels
+    counts = np.rint(scaled).astype(np.int64)
+    if np.abs(scaled - counts).max(initial=0) > 1e-3 or counts.min(initial=0) < 0 or counts.max(initial=0) > levels:
+        raise InputError(
+            f"attacks on events take frames of 0 to {levels} events per pixel, as data set n-mnist makes them; these "
+            f"images have other values"
+        )
+    return counts
+
+
+def applied(counts: Counts, edits: Sequence[Edit]) -> Counts:
+    """Counts with edits made."""
+    flat = counts.ravel().copy()
+    for out, into in edits:
+        if out is not None:
+            flat[out] -= 1
+        if into is not None:
+            flat[into] += 1
+    return flat.reshape(counts.shape)
+
+
+def can_lose(counts: Counts, clean: Counts) -> NDArray[np.bool_]:
+    """Which places have an event of the clean recording to lose; none of those that were given one."""
+    return (counts > 0) & (counts <= clean)
+
+
+def can_gain(counts: Counts, clean: Counts, levels: int) -> NDArray[np.bool_]:
+    """Which places have room for an event; none of those that lost one. So any subset of the edits made is valid."""
+    return (counts < levels) & (counts >= clean)
+
+
+def margins(logits: Floats, y: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """True logit minus the best wrong one [B], and the weights [B, K] of the logits whose sum that is."""
+    rows, wrong = np.arange(len(y)), logits.copy()
+    wrong[rows, y] = -np.inf
+    weights = np.zeros_like(logits)
+    weights[rows, y] = 1
+    weights[rows, wrong.argmax(axis=1)] -= 1
+    return (weights * logits).sum(axis=1), weights
+
+
+def _frames(counts: Sequence[Counts], levels: int) -> Floats:
+    return (np.stack(counts) / levels).astype(np.float32)
+
+
+def _gains(
+    network: Predictor, active: Sequence[_Recording], proposals: Sequence[list[Edit]], before: Floats, levels: int
+) -> list[list[float]]:
+    """By how much every proposed edit alone lowers the margin."""
+    trials = [(r, edit) for r, edits in zip(active, proposals, strict=True) for edit in edits]
+    after: list[float] = []
+    for start in range(0, len(trials), TRIALS):
+        part = trials[start : start + TRIALS]
+        logits = network(_frames([applied(r.counts, [edit]) for r, edit in part], levels))
+        after += margins(logits, np.array([r.y for r, _ in part]))[0].tolist()
+    values = iter(after)
+    return [[float(m) - next(values) for _ in edits] for m, edits in zip(before, proposals, strict=True)]
+
+
+def _keep(recording: _Recording, edits: Sequence[Edit], gains: Sequence[float], most: int, levels: int) -> None:
+    """Make the edits that gain most, those that are still possible beside the others, at most `most`."""
+    order = sorted((i for i, gain in enumerate(gains) if gain > 0), key=lambda i: -gains[i])
+    for i in order:
+        if most <= 0:
+            break
+        if recording.allows(edits[i], levels):
+            recording.counts = applied(recording.counts, [edits[i]])
+            recording.edits.append(edits[i])
+            recording.gains.append(gains[i])
+            most -= 1
+
+
+def _reduce(network: Predictor, fooled: Sequence[_Recording], levels: int) -> None:
+    """Drop the edits that gained least, as many as a binary search finds, while the network still errs."""
+    low, high = [0] * len(fooled), [len(r.edits) for r in fooled]  # `low` can be dropped, `high` cannot
+    while any(b - a > 1 for a, b in zip(low, high, strict=True)):
+        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+        answers = network(_frames([r.without(drop) for r, drop in zip(fooled, middle, strict=True)], levels)).argmax(1)
+        for i, (recording, label) in enumerate(zip(fooled, answers, strict=True)):
+            if label != recording.y:
+                low[i] = middle[i]
+            else:
+                high[i] = middle[i]
+    for recording, dropped in zip(fooled, low, strict=True):
+        order = sorted(np.argsort(recording.gains, kind="stable")[dropped:])
+        recording.edits, recording.gains = [recording.edits[i] for i in order], [recording.gains[i] for i in order]
+        recording.counts = applied(recording.clean, recording.edits)
