@@ -3,10 +3,9 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.errors import InputError
@@ -33,14 +32,9 @@ class Memory:
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
 
-    @contextmanager
-    def share(self) -> Iterator["Share"]:
-        """One request's, given back at the end of the block."""
-        share = Share(self)
-        try:
-            yield share
-        finally:
-            self.used -= share.held
+    def share(self) -> "Share":
+        """One request's, given back at the end of a with block."""
+        return Share(self)
 
 
 class Share:
@@ -48,6 +42,12 @@ class Share:
 
     def __init__(self, memory: Memory) -> None:
         self._memory, self.held = memory, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._memory.used -= self.held
 
     def take(self, count: int) -> None:
         """So many bytes more. Raises Refused if they are not free now, or never will be."""

@@ -1,5 +1,6 @@
 """The server as an ASGI application, for servers other than our own listener: Ray Serve's, for example."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ class AsgiBody:
 
     def __init__(self, receive: Receive, *, at_end: bool) -> None:
         self._receive, self.at_end, self.complete = receive, at_end, at_end
+        self._watching: asyncio.Task[None] | None = None
 
     async def read(self) -> bytes:
         message = await self._receive()
@@ -27,8 +29,14 @@ class AsgiBody:
         body: bytes = message.get("body", b"")
         return body
 
-    async def left(self) -> None:
+    def watch(self, left: Callable[[], None] | None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        self._watching = None if left is None else asyncio.ensure_future(self._leave(left))
+
+    async def _leave(self, left: Callable[[], None]) -> None:
         await self._receive()
+        left()
 
 
 class Asgi:

@@ -39,8 +39,8 @@ class Body(Protocol):
     async def read(self) -> bytes:
         """The next part. Raises Refused if the client leaves before it is there."""
 
-    async def left(self) -> None:
-        """Return when the client has left."""
+    def watch(self, left: Callable[[], None] | None) -> None:
+        """Call this when the client leaves, at once if it has left; None: nothing any more."""
 
 
 class Reply(NamedTuple):
@@ -163,7 +163,7 @@ class Http:
         model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
         request = parse_request(body, exchange.headers.get(HEADER.lower()), model.input)
         with tracing.span(exchange.headers, model, exchange.id):
-            answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.body.left)
+            answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.body.watch)
         head, binary = response(model, request, answers)
         exchange.images = answers[0].shape[0]
         if not binary:

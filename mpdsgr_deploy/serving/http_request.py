@@ -1,6 +1,7 @@
 """An HTTP request on its way in: its head is here, its body may still come."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from mpdsgr_deploy.serving.errors import Refused, Why
@@ -23,13 +24,17 @@ class Wire(Protocol):
 class IncomingRequest:
     """A request whose head is here, and the part of its body that has arrived and was not read yet."""
 
-    __slots__ = ("_arrived", "_connection", "_size", "_waiter", "complete", "exchange", "expects", "gone", "keep_alive")
+    __slots__ = (
+        *("_arrived", "_connection", "_left", "_size", "_waiter"),
+        *("complete", "exchange", "expects", "gone", "keep_alive"),
+    )
 
     def __init__(self, connection: Wire, keep_alive: bool, expects: bool) -> None:
         self._connection, self.keep_alive, self.expects = connection, keep_alive, expects
         self._arrived: list[bytes] = []
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
+        self._left: Callable[[], None] | None = None
         self.complete = self.gone = False
         self.exchange: Exchange
 
@@ -57,6 +62,8 @@ class IncomingRequest:
         """The client has left."""
         self.gone = True
         self._wake()
+        if self._left is not None:
+            self._left()
 
     async def read(self) -> bytes:
         if self.expects and not self._arrived:
@@ -72,9 +79,10 @@ class IncomingRequest:
         self._connection.read_on()
         return part
 
-    async def left(self) -> None:
-        while not self.gone:
-            await self._wait()
+    def watch(self, left: Callable[[], None] | None) -> None:
+        self._left = left
+        if self.gone and left is not None:
+            left()
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

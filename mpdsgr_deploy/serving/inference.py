@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.serving.batcher import STREAK, Batcher, Outputs
+from mpdsgr_deploy.serving.batcher import Batcher, Outputs
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.model import FIRING_RATE, MARGIN, ServedModel
 from mpdsgr_deploy.serving.tensors import InputTensor, best, bytes_tensor, margin
 
+Watch = Callable[[Callable[[], None] | None], None]
 MICROSECONDS = 1e-6  # of a request's parameter `timeout`
 
 
@@ -64,11 +65,11 @@ async def infer(
     batcher: Batcher,
     request: InferenceRequest,
     seconds: float,
-    gone: Callable[[], Awaitable[Any]] | None = None,
+    watch: Watch | None = None,
 ) -> list[OutputAnswer]:
     """Answer a request, in at most so many seconds from now unless it sets a shorter time itself.
 
-    gone: awaits the client's leaving, after which nothing is computed for it. Raises Refused.
+    watch: takes what to call when the client leaves, after which nothing is computed for it. Raises Refused.
     """
     start = time.monotonic()
     if len(request.inputs) != 1:
@@ -80,27 +81,33 @@ async def infer(
         raise invalid("an output is asked for twice")
     images = model.input.images(request.inputs.pop())
     rates = any(requested.name == FIRING_RATE for requested in outputs)
-    waits = model.lane.running > 0 and model.lane.streak < STREAK  # else no longer than it takes to notice
     limit = seconds if request.timeout is None else min(seconds, request.timeout)
     future = batcher.submit(model.lane, images, start + limit, rates=rates)
-    computed = await _watched(future, limit if request.timeout is not None else None, gone if waits else None)
+    computed = await _watched(future, limit if request.timeout is not None else None, watch)
     model.statistics.answered(time.monotonic() - start, len(images))
     return [OutputAnswer(requested, _content(model, requested, computed)) for requested in outputs]
 
 
 async def _watched(
-    future: "asyncio.Future[Outputs]", seconds: float | None, gone: Callable[[], Awaitable[Any]] | None
+    future: "asyncio.Future[Outputs]",
+    seconds: float | None,
+    watch: Watch | None,
 ) -> Outputs:
     """The future's result, unless the time passes or the client leaves first."""
-    loop = asyncio.get_running_loop()
-    timer = None if seconds is None else loop.call_later(seconds, _late, future)
-    watch = None if gone is None else asyncio.ensure_future(gone())
+    timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, _late, future)
+    has_left = False
+
+    def leave() -> None:
+        nonlocal has_left
+        has_left = True
+        future.cancel()
+
     if watch is not None:
-        watch.add_done_callback(lambda _: future.cancel())
+        watch(leave)
     try:
         return await future
     except asyncio.CancelledError:
-        if watch is not None and watch.done():
+        if has_left:
             raise Refused(Why.CANCELLED, "the client left") from None
         future.cancel()
         raise
@@ -108,7 +115,7 @@ async def _watched(
         if timer is not None:
             timer.cancel()
         if watch is not None:
-            watch.cancel()
+            watch(None)
 
 
 def _late(future: "asyncio.Future[Outputs]") -> None:

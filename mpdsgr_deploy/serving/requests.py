@@ -69,6 +69,8 @@ def members(value: Any, what: str) -> dict[str, Any]:
     """A JSON object's; those that are null are as good as absent, as some clients send all there might be."""
     if not isinstance(value, dict):
         raise invalid(f"{what} must be a JSON object")
+    if None not in value.values():
+        return value
     return {key: member for key, member in value.items() if member is not None}
 
 

@@ -1,6 +1,7 @@
 """The process: listeners, signals, and an end that loses no accepted request."""
 
 import asyncio
+import gc
 import resource
 import signal
 import socket
@@ -22,6 +23,7 @@ from mpdsgr_deploy.serving.security import check_exposure, is_loopback
 from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor
 
 LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
+COLLECTION = 10_000, 10, 10  # objects between two garbage collections; requests leave none behind
 OTHER_FILES = 200  # that a server has open beside its connections
 
 
@@ -45,6 +47,8 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
         tls.context()
     elif server.keys is not None and not is_loopback(address.host):
         log.warning("keys travel in clear text; give --tls-certificate and --tls-key, or end TLS before this server")
+    gc.freeze()  # what was imported stays: a collection need not look at it
+    gc.set_threshold(*COLLECTION)
     _raise_file_limit(server.settings.limits.connections)
     with _bound(address.host, address.port) as sock:
         if server.group.processes > 1:
