@@ -54,6 +54,8 @@ class OnnxRuntime:
             parts = [self._run(x[start : start + size], outputs) for start in range(0, len(x), size)]
         except Exception as error:  # onnxruntime's errors share no public base class
             raise failure(f"fails on a batch of {len(x)}", error) from error
+        if len(parts) == 1:
+            return parts[0]
         return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
     def _run(self, x: NDArray[np.float32], outputs: list[str]) -> list[NDArray[np.float32]]:
