@@ -12,6 +12,7 @@ from counting import FAR, PATIENCE, Network, entered, images, in_loop, lane, out
 from mpdsgr_deploy.serving import batcher as batcher_module
 from mpdsgr_deploy.serving.batcher import Batcher, ModelLane, Outputs
 from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.statistics import Statistics
 
 
 def test_an_idle_batcher_computes_a_request_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +233,30 @@ def test_a_computation_that_fails_costs_its_own_requests_only() -> None:
 
     in_loop(test)
     assert network.batches == [[0], [1, 2], [13, 4], [5, 6]]
+
+
+def test_bad_images_are_refused_alone_and_teach_nothing() -> None:
+    """The network looks at a batch's pixels as a whole, so that the event loop need not look at each request's."""
+    network, refusal = Network(), Refused(Why.INVALID, "bad pixels")
+    network.fails = lambda images: bool((images < 0).any())
+    told = ModelLane(network, Statistics(), 8, 1000, lambda images: refusal if (images < 0).any() else None)
+
+    async def test(batcher: Batcher) -> None:
+        network.hold()
+        futures = [batcher.submit(told, images(number), FAR) for number in (1, -2, 3, -4)]
+        await entered(network)
+        network.go()
+        first, second, third, fourth = [await outcome(future) for future in futures]
+        assert second is fourth is refusal
+        assert isinstance(first, Outputs)
+        assert isinstance(third, Outputs)
+        assert [first.logits.tolist(), third.logits.tolist()] == [[[1, 2]], [[3, 6]]]
+        assert told.statistics.images == 2
+        streak = told.streak
+        assert await outcome(batcher.submit(told, images(-1, -1), FAR)) is refusal
+        assert (told.streak, told.statistics.images, told.running) == (streak, 2, 0)
+
+    in_loop(test)
 
 
 def test_a_full_queue_refuses_and_takes_again_once_it_is_shorter() -> None:

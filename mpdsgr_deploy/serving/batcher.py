@@ -36,18 +36,29 @@ Compute = Callable[[Images, bool], Outputs]  # the flag: with firing rates
 class QueuedRequest:
     """A request that waits. deadline: on the monotonic clock; what has passed it is not computed."""
 
-    __slots__ = ("arrived", "deadline", "future", "images", "rates")
+    __slots__ = ("arrived", "deadline", "future", "images", "rates", "refusal")
 
     def __init__(self, images: Images, rates: bool, deadline: float, future: "asyncio.Future[Outputs]") -> None:
         self.images, self.rates, self.deadline, self.future = images, rates, deadline, future
         self.arrived = time.monotonic()
+        self.refusal: Refused | None = None  # of its images, once somebody has looked at them
 
 
 class ModelLane:
-    """The queue of one model version. most: images a batch; room: images that may wait."""
+    """The queue of one model version. most: images a batch; room: images that may wait.
 
-    def __init__(self, compute: Compute, statistics: Statistics, most: int, room: int) -> None:
-        self.compute, self.statistics, self.most, self.room = compute, statistics, most, room
+    compute: checks its images, and raises for a batch with bad ones; problem: says whether these are.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        statistics: Statistics,
+        most: int,
+        room: int,
+        problem: Callable[[Images], Refused | None] = lambda _: None,
+    ) -> None:
+        self.compute, self.statistics, self.most, self.room, self.problem = compute, statistics, most, room, problem
         self.jobs: deque[QueuedRequest] = deque()
         self.images = 0  # that wait
         self.running = 0  # requests that wait or are computed
@@ -185,11 +196,15 @@ def _timed(
 
 
 def _computed(lane: ModelLane, batch: list[QueuedRequest]) -> Outputs | Exception:
+    """What comes out of the requests of a batch that turn out to have no `refusal`."""
     images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
     try:
         return lane.compute(images, batch[0].rates)
     except Exception as error:  # whatever it is, it belongs to these requests and must not end the thread
-        return error
+        for job in batch:
+            job.refusal = lane.problem(job.images)
+        good = [job for job in batch if job.refusal is None]
+        return error if len(good) in (0, len(batch)) else _computed(lane, good)
 
 
 def _deliver(
@@ -202,17 +217,21 @@ def _deliver(
 ) -> None:
     """In the event loop: hand each request its rows, or the reason why there are none."""
     lane.running -= len(batch) + len(dropped)
-    if batch:  # what was only dropped says nothing about the network
-        lane.learn(sum(len(job.images) for job in batch), seconds)
     for job in dropped:
         lane.statistics.dropped["cancelled" if job.future.cancelled() else "deadline"] += 1
         if not job.future.done():
             waited = start - job.arrived
             job.future.set_exception(Refused(Why.LATE, f"the deadline passed after {waited:.3f} s in the queue"))
-    if isinstance(outcome, Outputs):
-        lane.statistics.computed([start - job.arrived for job in batch], sum(len(j.images) for j in batch), seconds)
-    row = 0
+    good = [job for job in batch if job.refusal is None]
     for job in batch:
+        if job.refusal is not None and not job.future.done():
+            job.future.set_exception(job.refusal)
+    if isinstance(outcome, Outputs):  # what was dropped, or refused, says nothing about the network
+        images = sum(len(job.images) for job in good)
+        lane.learn(images, seconds)
+        lane.statistics.computed([start - job.arrived for job in good], images, seconds)
+    row = 0
+    for job in good:
         rows = slice(row, row + len(job.images))
         row = rows.stop
         if job.future.done():  # given up meanwhile

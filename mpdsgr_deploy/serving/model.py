@@ -106,7 +106,7 @@ class ServedModel:
         golden, _ = self._bundle.golden(self.source.precision)
         self.evidence = evidence(self._bundle, self.source.precision, golden, self.vouched)
         self.statistics = Statistics()
-        self.lane = ModelLane(self._compute, self.statistics, most, room)
+        self.lane = ModelLane(self._compute, self.statistics, most, room, self.input.pixel_problem)
 
     def _compute(self, images: NDArray[np.float32], rates: bool) -> Outputs:
         if not rates:

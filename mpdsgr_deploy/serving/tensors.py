@@ -57,7 +57,11 @@ class ImageInput(NamedTuple):
             raise invalid(f"the request has more values than {self.most} images need")
 
     def images(self, tensor: InputTensor) -> NDArray[np.float32]:
-        """The images [B, C, H, W] of a tensor. Raises Refused unless its claims fit the model and its numbers them."""
+        """The images [B, C, H, W] of a tensor. Raises Refused unless its claims fit the model and its numbers them.
+
+        Whether their pixels are valid is seen where they are computed (see `pixel_problem`): numpy's looking through
+        them here would hand the interpreter to another thread, and cost a change of threads each request.
+        """
         if tensor.name != self.name:
             raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
         if tensor.datatype not in DTYPES:
@@ -68,12 +72,15 @@ class ImageInput(NamedTuple):
         if tensor.shape[0] > self.most:
             raise invalid(f"a request may hold {self.most} images, this one holds {tensor.shape[0]}; split it")
         pixels = self._numbers(tensor).reshape(tensor.shape)
-        images = to_unit(pixels) if pixels.dtype == np.uint8 else pixels
+        return to_unit(pixels) if pixels.dtype == np.uint8 else pixels
+
+    def pixel_problem(self, images: NDArray[np.float32]) -> Refused | None:
+        """Why a predictor refuses these images, if it does."""
         try:
             check_images(images, self.shape)
         except InputError as error:
-            raise invalid(str(error)) from None
-        return images
+            return invalid(str(error))
+        return None
 
     def _numbers(self, tensor: InputTensor) -> NDArray[Any]:
         dtype, count = DTYPES[tensor.datatype], prod(tensor.shape)
@@ -85,7 +92,10 @@ class ImageInput(NamedTuple):
                 f"got {len(tensor.content)}"
             )
         numbers = np.frombuffer(tensor.content, dtype)
-        return numbers if numbers.flags.aligned else numbers.copy()  # behind JSON of any length; slow to compute with
+        if numbers.flags.aligned:
+            return numbers
+        # behind JSON of any length; slow to compute with. numpy would hand the interpreter to another thread to copy
+        return np.frombuffer(bytes(tensor.content), dtype)
 
 
 def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
