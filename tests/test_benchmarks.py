@@ -26,6 +26,7 @@ import largest
 import linear
 import memory
 import step
+import steps
 import strength
 import training
 import workers
@@ -34,7 +35,7 @@ from networks import CLASSES
 
 
 @pytest.mark.parametrize(
-    "benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, strength, training]
+    "benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, steps, strength, training]
 )
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = harness.load(benchmark.__name__)

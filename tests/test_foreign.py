@@ -14,16 +14,12 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from foreign.planted import hidden, missed, swapped, written
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
-from mpdsgr_deploy.attack_graph import derive
-from mpdsgr_deploy.attack_graph import jumps as finding
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
-from mpdsgr_deploy.attack_graph.jumps import Inequality, Jump
-from mpdsgr_deploy.attack_graph.neurons import Neurons
-from mpdsgr_deploy.attack_graph.tape import Tape
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import Images, load_test, load_training
@@ -415,30 +411,17 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "give --data" in done.output
 
 
-def missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The spikes of the second layer pass no gradient on."""
-    give = Neurons._give
-
-    def silent(self: Neurons, jump: Jump, cotangent: str, like: str) -> None:
-        if self._place[jump.node.output[0]][0] != "neurons1":
-            give(self, jump, cotangent, like)
-        else:
-            give(self, jump, self._tape.emit("Mul", cotangent, self._tape.constant(0)), like)
-
-    monkeypatch.setattr(Neurons, "_give", silent)
-
-
-def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first layer's potential and threshold change places: its gradient points the other way."""
-    find = finding.find_jumps
-
-    def turned(tape: Tape) -> list[Jump]:
-        jumps = find(tape)
-        half = len(jumps) // 2
-        first = [jump._replace(compared=Inequality(*jump.compared[1::-1])) for jump in jumps[:half:2]]
-        return sorted([*first, *jumps[1:half:2], *jumps[half:]], key=lambda jump: tape.forward.index(jump.node))
-
-    monkeypatch.setattr(derive, "find_jumps", turned)
+def test_a_comparison_that_nobody_follows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between images and logits is found apart from how jumps are, so that nothing passes for constant."""
+    network = written("a comparison hidden behind a Cast chain", tmp_path)
+    assert not survey(read_classifier(network).network, "arctan:2").refused
+    hidden(monkeypatch)
+    out = tmp_path / "bundle"
+    words = ["adopt", network, "--images", "digits", "--limit", 50, "--surrogate", "arctan:2", "--out", out]
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 2
+    assert "_to_copy/whole (Cast) decides by what depends on the images" in done.output
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("plant", [missed, swapped])

@@ -184,14 +184,21 @@ class _Finder:
         self.smooth.add(node.output[0])
 
     def refuse_overlooked(self) -> None:
-        """Raise InputError for the first value on the way to the logits that no surrogate stands for."""
-        needed = {self.tape.network.graph.output[0].name}
+        """Raise InputError for the first value between images and logits that has no derivative and no surrogate.
+
+        What lies between them is found by the edges of the graph alone, so that nothing is taken for constant because
+        `read` does not know it.
+        """
+        needed, reached = {self.tape.network.graph.output[0].name}, {self.tape.source}
         for node in reversed(self.tape.forward):
             if node.op_type not in SHAPES and not needed.isdisjoint(node.output):
                 needed.update(node.input)
         for node in self.tape.forward:
-            for output in node.output:
-                if output in needed and output in self.decided and self.decided[output] is None:
+            if node.op_type in SHAPES or reached.isdisjoint(filter(None, node.input)):
+                continue
+            reached.update(node.output)
+            for output in needed.intersection(node.output) - self.smooth:
+                if output and self.decided.get(output) is None:
                     raise refuse(node, why_not(node))
 
 

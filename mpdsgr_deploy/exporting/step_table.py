@@ -1,8 +1,8 @@
 """What each number of time steps costs: a bundle's networks, exported again at 1 to T steps, attacked and timed."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -45,6 +45,19 @@ class StepCost(NamedTuple):
 
 def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
     """A row for each precision and number of steps. Raises InputError for a network that was not trained here."""
+    with _every_step(bundle) as files:
+        return [cost for precision, own in files.items() for cost in _costs(precision, own, images)]
+
+
+def step_times(bundle: Bundle, images: Images) -> dict[str, list[dict[int, float]]]:
+    """By precision, for 1 to T steps: `StepCost.milliseconds`. Raises InputError as `step_costs`."""
+    with _every_step(bundle) as files:
+        return {precision: _times(own, images) for precision, own in files.items()}
+
+
+@contextmanager
+def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
+    """The files of 1 to T steps by precision, for the length of a with block."""
     manifest = bundle.manifest
     if manifest.origin != "trained":
         raise InputError(f"{bundle.path} holds no weights to export again: its network is {manifest.origin}")
@@ -54,13 +67,13 @@ def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
     with TemporaryDirectory() as folder:
         numbers = range(1, recipe.encoding.T + 1)
         files = [step_files(model, recipe, shape, steps, layers, Path(folder)) for steps in numbers]
-        return [cost for precision in layers for cost in _costs(precision, [f[precision] for f in files], images)]
+        yield {precision: [by_precision[precision] for by_precision in files] for precision in layers}
 
 
 def _costs(precision: str, files: Sequence[StepFile], images: Images) -> list[StepCost]:
     """The rows of one precision: files in the order of their steps."""
     log.info("timing %s", precision)
-    times = {size: _milliseconds(files, images.unit(), size) for size in BATCHES}
+    times = _times(files, images)
     verdicts = [file.attacked(images, f"{precision}, {n} of {len(files)} steps") for n, file in enumerate(files, 1)]
     return [
         StepCost(
@@ -69,11 +82,16 @@ def _costs(precision: str, files: Sequence[StepFile], images: Images) -> list[St
             len(images),
             {name: int(own[name].sum()) for name in CONDITIONS},
             {name: Flips.of(verdicts[-1][name], own[name]) for name in CONDITIONS},
-            {size: columns[place] for size, columns in times.items()},
+            times[place],
             macs(onnx.load(files[place].file), place + 1).exported,
         )
         for place, own in enumerate(verdicts)
     ]
+
+
+def _times(files: Sequence[StepFile], images: Images) -> list[dict[int, float]]:
+    columns = [_milliseconds(files, images.unit(), size) for size in BATCHES]
+    return [dict(zip(BATCHES, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _milliseconds(files: Sequence[StepFile], images: NDArray[np.float32], batch: int) -> list[float]:
