@@ -12,6 +12,7 @@ many images at once as an attack takes. A step is one gradient of the cross-entr
 import contextlib
 import io
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,9 +40,23 @@ from mpdsgr_deploy.snn import SpikingLayer
 from mpdsgr_deploy.training.module_init import mapped_weights
 
 OURS, ADOPTED = "exported by us", "adopted"
-ATTACKED = """
-import numpy as np
+# ru_maxrss of a child counts what its parent held when it forked; this counts from the child's own start
+PEAK = """
+import atexit
 from pathlib import Path
+
+def write_peak():
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    Path("peak").write_text(status["VmHWM"].split()[0])
+
+atexit.register(write_peak)
+"""
+ADOPT = """
+from mpdsgr_deploy.cli import main
+main(["adopt", "foreign.onnx", "--images", "images.npz", "--out", "bundle"])
+"""
+ATTACK = """
+import numpy as np
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.runtime import OnnxRuntime
 
@@ -169,28 +184,21 @@ def adopt(folder: Path, threads: int) -> dict[str, float]:
     with OnnxRuntime(folder / "foreign.onnx") as network:
         wrong = network(pixels.astype(np.float32) / 255).argmin(1)
     np.savez(folder / "images.npz", pixels=pixels, classes=wrong, labels=[str(k) for k in range(CLASSES)])
-    words = ["-m", "mpdsgr_deploy", "adopt", "foreign.onnx", "--images", "images.npz", "--out", "bundle"]
-    adopting = alone(words, folder, threads)
-    attacked = alone(["-c", ATTACKED.format(shape=(CHUNK, *SHAPE), count=CHUNK)], folder, threads)
+    adopting = alone(ADOPT, folder, threads)
+    attacked = alone(ATTACK.format(shape=(CHUNK, *SHAPE), count=CHUNK), folder, threads)
     return {**adopting, "images attacked at once": CHUNK, "peak bytes of attacks": attacked["peak bytes"]}
 
 
-def alone(words: list[str], folder: Path, threads: int) -> dict[str, float]:
-    """Seconds and peak bytes of a Python process of its own."""
-    started = harness.clock()
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise click.ClickException(f"{words[:2]} ended with status {status}")
-    seconds, processor = harness.clock() - started, usage.ru_utime + usage.ru_stime
-    return {
-        "seconds": round(seconds, 1),
-        "processor seconds": round(processor, 1),
-        "peak bytes": usage.ru_maxrss * 1024,
-    }
+def alone(code: str, folder: Path, threads: int) -> dict[str, float]:
+    """Seconds and peak bytes of Python code in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", PEAK + code]
+    seconds = harness.timed(lambda: subprocess.run(command, cwd=folder, env=environment, check=True))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    peak = int((folder / "peak").read_text()) * 1024
+    return {"seconds": seconds, "processor seconds": round(processor, 1), "peak bytes": peak}
 
 
 def render(result: dict[str, Any]) -> str:
