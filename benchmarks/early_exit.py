@@ -189,7 +189,7 @@ def thresholds(model: SpikingNet, images: Images) -> list[Policy]:
     ]
 
 
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--root", help="Where CIFAR-10 lies.  [default: the recipe's]")
 @click.option("--limit", default=IMAGES, show_default=True, help="Test images.")
 def run(bundles: tuple[Path, ...], root: str | None, limit: int) -> dict[str, Any]:

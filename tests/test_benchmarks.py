@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import agreement
 import attack
+import early_exit
 import estimate
 import gpu
 import growth
@@ -35,7 +36,8 @@ from networks import CLASSES
 
 
 @pytest.mark.parametrize(
-    "benchmark", [agreement, attack, estimate, growth, largest, linear, memory, step, steps, strength, training]
+    "benchmark",
+    [agreement, attack, early_exit, estimate, growth, largest, linear, memory, step, steps, strength, training],
 )
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = harness.load(benchmark.__name__)
