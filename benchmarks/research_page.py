@@ -15,11 +15,14 @@ import tier_strength
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.surrogates import AVERAGED, RATE
 
 FOLDER = Path(__file__).parent
 PAGE, PLOT = FOLDER / "MPD_APGD.md", FOLDER / "results" / "mpd_apgd.svg"
 BEGIN, END = "<!-- tables: python benchmarks/research_page.py -->\n", "<!-- end of tables -->\n"
 Lines = list[dict[str, Any]]
+GROUPED = dict.fromkeys(("averaged", "layers"), "MPD-APGD") | {"early": "APGD, superspike:1"}
+FURTHER = "further starts"
 
 
 @click.command()
@@ -38,7 +41,7 @@ def read(file: Path) -> Lines:
 
 def render(attempts: Lines, tiers: Lines) -> str:
     """All tables as Markdown."""
-    parts = [union_table(attempts, tiers), each_table(attempts), source([*attempts, *tiers])]
+    parts = [union_table(attempts, tiers), each_table(attempts), group_table(attempts), source([*attempts, *tiers])]
     return "\n".join(filter(None, parts)) + "\n"
 
 
@@ -91,6 +94,45 @@ def each_table(attempts: Lines) -> str:
         rate = 1000 * broken / max(line["gradients"], 1)
         lines.append(f"| {line['network']} | {what} | {broken} of {len(line['before'])} | {rate:.2f} |")
     return "\n".join([*lines, ""])
+
+
+def group_table(attempts: Lines) -> str:
+    """What groups of attempts break together, beside as many further starts, of what each portfolio's first left."""
+    lines = ["What groups of attempts of 100 steps break together, beside further starts of the ordinary kind:", ""]
+    lines += [
+        "| network | n | on what was left by | attempts | breaks together | not by further starts | only by those "
+    ]
+    lines[-1] += "| strongest alone | gradients |"
+    lines.append("|---" * 9 + "|")
+    for network, portfolio in dict.fromkeys((a["network"], a["portfolio"]) for a in attempts):
+        if portfolio not in GROUPED:
+            continue
+        made = [a for a in attempts if (a["network"], a["portfolio"]) == (network, portfolio)]
+        first, others = made[0], made[1:]
+        before = set(first["left"])
+        groups = {group(line): [one for one in others if group(one) == group(line)] for line in others}
+        control = broken(groups[FURTHER])
+        for name, members in groups.items():
+            own = broken(members)
+            alone = max(len(broken([one])) for one in members)
+            paired = ["", ""] if name == FURTHER else [len(own - control), len(control - own)]
+            cells = [network, first["n"], GROUPED[portfolio], f"{len(members)} {name}", f"{len(own)} of {len(before)}"]
+            cells += [*paired, alone, sum(one["gradients"] for one in members)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, ""]) if len(lines) > 4 else ""
+
+
+def group(line: dict[str, Any]) -> str:
+    """The group that an attempt belongs to."""
+    attempt = research.Attempt(**line["attempt"])
+    if attempt.layer is not None:
+        return "with a layer 3 times as sharp, or a third"
+    return "with gradients averaged over time" if attempt.surrogate.endswith((AVERAGED, RATE)) else FURTHER
+
+
+def broken(lines: Lines) -> set[int]:
+    """The images that some of these attempts break."""
+    return {place for line in lines for place in set(line["before"]) - set(line["left"])}
 
 
 def source(lines: Iterable[dict[str, Any]]) -> str:

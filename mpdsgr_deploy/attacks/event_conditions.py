@@ -23,7 +23,7 @@ from mpdsgr_deploy.surrogates import PDSG
 
 POLARITIES = 2  # channels of a frame
 NOTHING = -np.inf  # what an impossible edit promises
-SHARES = (None, 0.2)  # of the budget that a round may spend: SDA's way, then a fifth on what it leaves
+SHARES = (0.2, None)  # of the budget that a round may spend; None: any number, SDA's way, on what the first leaves
 
 
 @dataclass(frozen=True, kw_only=True)
