@@ -44,14 +44,33 @@ class Process:
     code: int | None = None
 
     def memory(self) -> int:
-        """Resident bytes."""
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
-        assert found is not None
-        return 1024 * int(found[1])
+        """Resident bytes, of its children too."""
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in tree(self.pid)]
+        return sum(1024 * int(kilobytes) for text in status for kilobytes in re.findall(r"VmRSS:\s+(\d+) kB", text))
 
     def files(self) -> int:
-        """Open descriptors."""
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+        """Open descriptors, of its children too."""
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in tree(self.pid))
+
+
+def stat(pid: int) -> list[str]:
+    """/proc/PID/stat behind the command's name."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def children(parent: int) -> Iterator[int]:
+    """Processes whose parent it is."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(stat(int(directory.name))[1]) == parent:
+                yield int(directory.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+
+
+def tree(pid: int) -> list[int]:
+    """It and all that it started."""
+    return [pid, *(below for child in children(pid) for below in tree(child))]
 
 
 @contextmanager

@@ -2,16 +2,16 @@
 
     python benchmarks/serving_peer.py      writes benchmarks/results/serving_peer.json and the table of README.md
 
-Both run the float32 network on onnxruntime with one thread, on the loopback, and take turns; the load tool shares their
-cores. Triton is the binary in the wheel of nvidia-pytriton, whose Python backend computes a batch of all the requests
-that it is handed at once; an environment of its own under runs/ holds it. CPU: of all the processes of a server.
+All run the float32 network on onnxruntime with one thread, on the loopback, and take turns: `mpdsgr serve` with one
+process, with two, and Triton; the load tool shares their cores. Triton is the binary in the wheel of nvidia-pytriton,
+whose Python backend computes a batch of all the requests that it is handed at once; an environment of its own under
+runs/ holds it. CPU: of all the processes of a server.
 """
 
 import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import click
 import harness
 import uvloop
-from processes import serving
+from processes import children, serving, stat, tree
 
 from mpdsgr_deploy.runtime.remote import ModelUrl
 from mpdsgr_deploy.serving.deploy.models import choose_models
@@ -34,7 +34,8 @@ from triton_server import PYTRITON, environment, tritonserver
 
 BUNDLE = harness.FOLDER.parent / "export" / "bundles" / "cifar10"
 ENVIRONMENTS = harness.FOLDER.parent / "runs" / "triton"
-USERS, FORMS, SERVERS = (1, 8, 32), ("binary", "JSON"), ("mpdsgr", "triton")
+USERS, FORMS, PROCESSES = (1, 8, 32), ("binary", "JSON"), (1, 2)
+SERVERS = (*(f"mpdsgr {processes}" for processes in PROCESSES), "triton")
 TICKS = os.sysconf("SC_CLK_TCK")
 BACKEND = """
 from pathlib import Path
@@ -63,7 +64,7 @@ class TritonPythonModel:
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(2), help="Of everything.")
 @click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0.1), help="Of each load.")
 def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    """Load both servers in turns."""
+    """Load the servers in turns."""
     os.environ["OMP_NUM_THREADS"] = "1"
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     env = environment(ENVIRONMENTS)
@@ -71,9 +72,10 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         repository = Path(folder) / "repository"
         write_repository(choose_models([str(BUNDLE)]), repository)
-        ours = stack.enter_context(serving(BUNDLE))
+        ours = [stack.enter_context(serving(BUNDLE, "--processes", processes)) for processes in PROCESSES]
         triton = stack.enter_context(tritonserver(env, repository, Path(folder) / "log"))
-        at = {"mpdsgr": (ours.url, ours.pid), "triton": (f"http://{triton.http}", _child("tritonserver"))}
+        ours_at = [(server.url, server.pid) for server in ours]
+        at = dict(zip(SERVERS, [*ours_at, (f"http://{triton.http}", _child("tritonserver"))], strict=True))
         samples = harness.take_turns(
             {
                 f"{server}, {form}, {users}": lambda server=server, form=form, users=users: uvloop.run(
@@ -94,10 +96,10 @@ async def _load(url: str, pid: int, form: str, users: int, seconds: float) -> di
     endpoint = Endpoint(ModelUrl.split(url))
     model = replace(await describe(url, endpoint), binary=form == "binary")
     traffic = Traffic(endpoint, model.requests(1, None, 0), lambda answer: model.problem(answer, 1))
-    before = sum(map(_cpu_seconds, _tree(pid)))
+    before = sum(map(_cpu_seconds, tree(pid)))
     await run(Load(seconds, 10**6, concurrency=users), traffic, 0)
     await asyncio.sleep(0)
-    spent = sum(map(_cpu_seconds, _tree(pid))) - before
+    spent = sum(map(_cpu_seconds, tree(pid))) - before
     if traffic.tally.errors:
         raise click.ClickException(f"{url} refused some: {dict(traffic.tally.errors)}")
     return {
@@ -106,30 +108,12 @@ async def _load(url: str, pid: int, form: str, users: int, seconds: float) -> di
     }
 
 
-def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat behind the command's name."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
 def _cpu_seconds(pid: int) -> float:
-    return sum(map(int, _stat(pid)[11:13])) / TICKS
-
-
-def _children(parent: int) -> Iterator[int]:
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(_stat(int(directory.name))[1]) == parent:
-                yield int(directory.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has just ended
-
-
-def _tree(pid: int) -> list[int]:
-    return [pid, *(below for child in _children(pid) for below in _tree(child))]
+    return sum(map(int, stat(pid)[11:13])) / TICKS
 
 
 def _child(name: str) -> int:
-    (pid,) = (pid for pid in _children(os.getpid()) if Path(f"/proc/{pid}/comm").read_text().strip() == name)
+    (pid,) = (pid for pid in children(os.getpid()) if Path(f"/proc/{pid}/comm").read_text().strip() == name)
     return pid
 
 
@@ -138,17 +122,19 @@ def render(result: dict[str, Any]) -> str:
     rows = []
     for form in FORMS:
         for users in USERS:
-            ours, triton = (result["samples"][f"{server}, {form}, {users}"] for server in SERVERS)
-            cells: list[str] = [form, str(users)]
-            for what, digits in (("cpu_ms", "{:.2f}"), ("requests_per_second", "{:.0f}")):
-                columns = [[sample[what] for sample in samples] for samples in (ours, triton)]
-                cells += [*(harness.spread(values, form=digits) for values in columns), harness.spread(*columns)]
-            rows.append(cells)
+            *ours, triton = (result["samples"][f"{server}, {form}, {users}"] for server in SERVERS)
+            for processes, own in zip(PROCESSES, ours, strict=True):
+                cells: list[str] = [form, str(users), str(processes)]
+                for what, digits in (("cpu_ms", "{:.2f}"), ("requests_per_second", "{:.0f}")):
+                    columns = [[sample[what] for sample in samples] for samples in (own, triton)]
+                    cells += [*(harness.spread(values, form=digits) for values in columns), harness.spread(*columns)]
+                rows.append(cells)
     count = len(next(iter(result["samples"].values())))
     busy = result["load_average"]
     header = [
         "tensors",
         "users",
+        "our processes",
         "CPU, ms a request: mpdsgr",
         "Triton",
         "ratio",

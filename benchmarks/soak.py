@@ -32,8 +32,8 @@ import numpy as np
 import uvloop
 from networks import untrained_bundle
 from processes import Process, serving
-from soak_hostile import LIMITS, Attack, GrpcAttacks, HttpAttacks
-from soak_traffic import MIX, Call, Counts, over_grpc, over_http, sure
+from soak_hostile import LIMITS, SECONDS, Attack, GrpcAttacks, HttpAttacks
+from soak_traffic import MIX, Call, Counts, UserConnection, over_grpc, over_http, sure
 from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
@@ -57,20 +57,23 @@ RELOAD_EVERY, RELOAD_PATIENCE = 20.0, 15.0  # seconds between two versions, and 
 
 @click.option("--minutes", default=30.0, show_default=True, type=click.FloatRange(0.05, 240))
 @click.option("--requests", default=20_000_000, show_default=True, type=click.IntRange(1), help="At most.")
-def measure(minutes: float, requests: int) -> dict[str, Any]:
+@click.option("--processes", default=1, show_default=True, type=click.IntRange(1), help="Of the server.")
+def measure(minutes: float, requests: int, processes: int) -> dict[str, Any]:
     """Send good and bad traffic to a server."""
     with tempfile.TemporaryDirectory() as folder:
         values = {"data": {"name": "cifar10", "root": f"{folder}/none"}, "model": {"name": "vgg-small", "width": 0.03}}
         network = Recipe.model_validate({**values, "encoding": {"T": 1}})
-        return run(untrained_bundle(network, Path(folder) / "net"), 60 * minutes, requests)
+        return run(untrained_bundle(network, Path(folder) / "net"), 60 * minutes, requests, processes)
 
 
-def run(bundle: Bundle, seconds: float, requests: int) -> dict[str, Any]:
+def run(bundle: Bundle, seconds: float, requests: int, processes: int = 1) -> dict[str, Any]:
     """Counts, and samples of the server's memory and files. The server has a copy of the bundle, which changes."""
     with (
         tempfile.TemporaryDirectory() as folder,
         open_predictor(bundle) as predictor,
-        serving(shutil.copytree(bundle.path, Path(folder) / bundle.path.name), limits=LIMITS) as server,
+        serving(
+            shutil.copytree(bundle.path, Path(folder) / bundle.path.name), "--processes", processes, limits=LIMITS
+        ) as server,
     ):
         pixels, counts = sure(predictor, bundle.manifest.input_shape), Counts()
         copy = open_bundle(Path(folder) / bundle.path.name)
@@ -81,7 +84,14 @@ def run(bundle: Bundle, seconds: float, requests: int) -> dict[str, Any]:
             runner.run(_stop(server, url, pixels, counts))
     ended = {"in_flight_bytes": in_flight, "exit_code": server.code, "logged_errors": server.errors}
     wrong = {"wrong": dict(counts.wrong), "examples": counts.examples}
-    return {**result, "requests": dict(counts.kinds), **wrong, **ended, "provenance": provenance()}
+    return {
+        **result,
+        "processes": processes,
+        "requests": dict(counts.kinds),
+        **wrong,
+        **ended,
+        "provenance": provenance(),
+    }
 
 
 async def _soak(
@@ -101,7 +111,9 @@ async def _soak(
     stop = started + seconds
 
     async def user(number: int) -> None:
-        connection, draw = Connection(model.endpoint), random.Random(number)
+        header, keep_alive = SECONDS["header"], SECONDS["keep_alive"]
+        connection = UserConnection(model.endpoint, counts, header=header, keep_alive=keep_alive)
+        draw = random.Random(number)
         kinds = draw.choices(list(MIX), weights=list(MIX.values()), k=5000)
         for kind in itertools.cycle(kinds):
             if time.monotonic() >= stop or counts.kinds.total() >= most:
@@ -156,6 +168,7 @@ async def _soak(
     return {
         "seconds": round(time.monotonic() - started, 1),
         "busy": counts.busy,
+        "again": counts.again,
         "largest_difference": counts.largest,
         "samples": samples,
     }
@@ -209,9 +222,7 @@ async def _stop(server: Process, url: str, pixels: np.ndarray, counts: Counts) -
 
 def _gauge(server: Process, name: str) -> float:
     with urllib.request.urlopen(f"{server.url}/metrics") as page:
-        found = re.search(rf"^{name} (\S+)", page.read().decode(), re.MULTILINE)
-    assert found is not None
-    return float(found[1])
+        return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)", page.read().decode(), re.MULTILINE)))
 
 
 def growth(samples: list[list[float]], column: int) -> tuple[float, float]:
@@ -230,11 +241,13 @@ def render(result: dict[str, Any]) -> str:
     largest = f"largest difference of a logit {result['largest_difference']:.2g}"
     rows = {
         "requests": f"{total:,} in {result['seconds'] / 60:.1f} minutes",
+        "processes of the server": result.get("processes", 1),
         **{kind: f"{count:,}" for kind, count in sorted(kinds.items())},
         "wrong answers": f"{wrong.get('wrong answer', 0)}; {largest}",
         "5xx": wrong.get("5xx", 0),
         "good ones refused, or unanswered": wrong.get("refused", 0) + wrong.get("no answer", 0),
         "503s while a client takes all connections": f"{result.get('busy', 0):,}",
+        "sent again, as the load client had left a connection idle for longer than allowed": result.get("again", 0),
         "hostile clients that met no bound": wrong.get("hostile", 0),
         "bad ones accepted": wrong.get("accepted", 0),
         "memory, MB, in the second and the last tenth of the time": f"{memory[0] / 1e6:.1f}, {memory[1] / 1e6:.1f}",

@@ -1,12 +1,14 @@
 """The traffic of soak.py: what a user may do on a connection, good or bad, and what must come of it."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import bad_requests
+import click
 import grpc.aio
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
@@ -15,10 +17,11 @@ from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.parity import TOLERANCE
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.inference_protocol import read_output
-from mpdsgr_deploy.serving.load.connection import Connection, HttpAnswer, NoAnswer
+from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
 from mpdsgr_deploy.serving.load.model import TargetModel, TensorSpec
 
 BATCHES, MOST = (1, 2, 5), 64
+MARGIN = 0.8  # of the time that the server gives: a client that took more may find the connection ended
 MIX = {  # of HTTP
     "http binary": 79,
     "http uint8": 5,
@@ -40,18 +43,57 @@ class Counts:
         self.wrong: Counter[str] = Counter()
         self.examples: list[str] = []
         self.busy = 0  # refused as a hostile client held all connections
+        self.again = 0  # sent again, as the client had left its connection idle for longer than the server allows
         self.largest = 0.0  # difference to the logits here
 
     def failed(self, what: str, example: str) -> None:
         self.wrong[what] += 1
         if self.wrong[what] <= 5:
             self.examples.append(f"{what}: {example}"[:300])
+            click.echo(self.examples[-1], err=True)
 
     def compared(self, kind: str, found: np.ndarray, expected: np.ndarray) -> None:
         difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
         self.largest = max(self.largest, difference)
         if not difference <= TOLERANCE:
             self.failed("wrong answer", f"{kind}, off by {difference:g}")
+
+
+class UserConnection(Connection):
+    """A user's connection. header, keep_alive: seconds that the server gives a client for a head, and between requests.
+
+    A load client that is held up for so long finds its connection ended, as any client would, and asks again; that is
+    counted. Whatever else a server ends without an answer is a fault.
+    """
+
+    def __init__(self, endpoint: Endpoint, counts: Counts, *, header: float, keep_alive: float) -> None:
+        super().__init__(endpoint)
+        self._counts, self._header, self._keep_alive, self._since = counts, header, keep_alive, 0.0
+
+    async def ask(self, message: bytes) -> HttpAnswer:
+        first = await self._once(message)
+        if first is None:
+            self._counts.again += 1
+            first = await self._once(message)
+        if first is None:
+            raise NoAnswer("connection", "ended twice")
+        return first
+
+    async def _once(self, message: bytes) -> HttpAnswer | None:
+        """The answer, or None for a connection that the server ended in its right."""
+        wire, allowed = self._wire, self._keep_alive
+        if wire is None or wire.closed:
+            allowed, self._since = self._header, time.monotonic()
+            wire = await self.open()
+        late = time.monotonic() - self._since > MARGIN * allowed
+        self._since = time.monotonic()
+        try:
+            answer = await wire.ask(message)
+        except NoAnswer:
+            if late:
+                return None
+            raise
+        return None if late and answer.status == 408 else answer
 
 
 def sure(predictor: Predictor, shape: tuple[int, int, int]) -> np.ndarray:
