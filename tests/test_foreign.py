@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 from foreign.planted import hidden, missed, swapped, written
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from served import Served
 
 from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
@@ -27,6 +29,7 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export_module, find_module
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
+from mpdsgr_deploy.runtime.remote import RemoteModel
 from mpdsgr_deploy.validation.health.artefact import check_logits
 
 FOREIGN = Path(__file__).parent / "foreign"
@@ -111,7 +114,7 @@ def test_the_users_file_is_deployed_byte_for_byte(adopted: Bundle) -> None:
     assert manifest.reference.correct["worst"] <= manifest.reference.correct["strong-pgd-detached"]
 
 
-@pytest.mark.parametrize("command", ["inspect", "predict", "validate", "deploy"])
+@pytest.mark.parametrize("command", ["inspect", "predict", "validate", "deploy", "build"])
 def test_every_command_takes_the_bundle(adopted: Bundle, command: str, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", digits(5).unit())
     (tmp_path / "gate.toml").write_text('tier = "commit"\nimages = 50\nmax_drop = 0.2\n')
@@ -121,10 +124,19 @@ def test_every_command_takes_the_bundle(adopted: Bundle, command: str, tmp_path:
         "predict": ["predict", bundle, str(tmp_path / "images.npy"), "--out", str(tmp_path / "out.csv")],
         "validate": ["validate", bundle, "--gate", str(tmp_path / "gate.toml"), "--report", str(tmp_path / "report")],
         "deploy": ["deploy", "triton", bundle, "--out", str(tmp_path / "triton")],
+        "build": ["build", str(copytree(bundle, tmp_path / "built")), "--backend", "onnxruntime-cpu"],
     }[command]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert "REG" not in done.output
+
+
+def test_a_server_answers_as_the_bundle(adopted: Bundle) -> None:
+    x = digits(5).unit()
+    with Served(adopted.path) as server, open_predictor(adopted) as predictor:
+        address = f"http://127.0.0.1:{server.port}/v2/models/{adopted.path.name}"
+        with RemoteModel(address, adopted.manifest.input_shape, 10) as served:
+            np.testing.assert_allclose(served(x), predictor(x), atol=1e-5)
 
 
 def test_the_torch_backend_says_that_there_are_no_weights(adopted: Bundle) -> None:
@@ -409,6 +421,10 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     done = CliRunner().invoke(main, ["export", "own_net:build", "--out", "out"])
     assert done.exit_code == 2
     assert "give --data" in done.output
+    words = ["export", "own_net:build", "--data", "digits", "--limit", "3", "--precision", "int8", "--out", "out"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert list(open_bundle(Path("out")).manifest.variants) == ["fp32", "int8"]
 
 
 def test_a_comparison_that_nobody_follows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,8 @@ def detached(patch: Patch) -> None:
     """Resets never pass a gradient on, and are passed off as attached."""
     build = Neurons.__init__
 
-    def without(self: Neurons, tape: Tape, jumps: Any, layers: Any, kind: str, *, detached: bool) -> None:
-        build(self, tape, jumps, layers, kind, detached=True)
+    def without(self: Neurons, *parts: Any, **options: Any) -> None:
+        build(self, *parts, **options | {"detached": True})
 
     patch.setattr(Neurons, "__init__", without)
 
