@@ -99,11 +99,16 @@ def each_table(attempts: Lines) -> str:
 def group_table(attempts: Lines) -> str:
     """What groups of attempts break together, beside as many further starts, of what each portfolio's first left."""
     lines = ["What groups of attempts of 100 steps break together, beside further starts of the ordinary kind:", ""]
-    lines += [
-        "| network | n | on what was left by | attempts | breaks together | not by further starts | only by those "
+    head = [
+        "network",
+        "n",
+        "on what was left by",
+        "attempts",
+        "break together",
+        "of these not broken by further starts",
     ]
-    lines[-1] += "| strongest alone | gradients |"
-    lines.append("|---" * 9 + "|")
+    head += ["by further starts alone", "strongest attempt breaks", "gradients"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for network, portfolio in dict.fromkeys((a["network"], a["portfolio"]) for a in attempts):
         if portfolio not in GROUPED:
             continue
