@@ -11,7 +11,7 @@ from test_attack_graph import small
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.attacks.event_conditions import EventAttack, EventFlips, EventRetiming
-from mpdsgr_deploy.attacks.event_search import Edit, applied, counts_of
+from mpdsgr_deploy.attacks.event_search import Edit, Search, applied, counts_of
 from mpdsgr_deploy.attacks.run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import entry, resolved
@@ -44,10 +44,10 @@ class Plane:
         return Gradient(logits, (weights * logits).sum(1), weights[:, 1, None, None, None] * self.w)
 
 
-def attack(condition: EventAttack, network: Predictor, gradients: object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def attack(condition: EventAttack, network: Predictor, ways: list, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Attacked images, whose validity and budget are checked here by their own arithmetic."""
     batch = Batch(x, y, np.arange(len(y)))
-    images = condition.attack((network, gradients), batch, condition.generators(batch)).images
+    images = condition.attack((network, ways), batch, condition.generators(batch)).images
     counts, clean = (np.rint(values * condition.levels) for values in (images, x))
     assert images.dtype == np.float32
     assert np.abs(images * condition.levels - counts).max() < 1e-5
@@ -95,7 +95,7 @@ def test_breaks_exactly_what_brute_force_breaks_where_greedy_is_exact(kind: type
     plane = Plane(3, levels)
     options = {"shift": 1} if kind is EventRetiming else {}
     condition = kind(name="events", eps=None, budget=budget, levels=levels, **options)
-    images = attack(condition, plane, plane.gradient, plane.x, plane.y)
+    images = attack(condition, plane, [plane.gradient], plane.x, plane.y)
     broken = plane(images).argmax(1) != plane.y
     expected = [
         breakable(plane, clean, y, list(moves(clean, levels, 1) if options else flips(clean, levels)), budget, levels)
@@ -107,7 +107,7 @@ def test_breaks_exactly_what_brute_force_breaks_where_greedy_is_exact(kind: type
 
 def test_no_more_events_are_changed_than_are_needed() -> None:
     plane = Plane(1, 1)
-    images = attack(EventFlips(name="events", eps=None, budget=9, levels=1), plane, plane.gradient, plane.x, plane.y)
+    images = attack(EventFlips(name="events", eps=None, budget=9, levels=1), plane, [plane.gradient], plane.x, plane.y)
     broken = np.flatnonzero(plane(images).argmax(1) != plane.y)
     clean = counts_of(plane.x, 1)
     for place in broken[:12].tolist():
@@ -126,10 +126,9 @@ def test_one_event_on_an_exported_spiking_network_is_what_brute_force_finds(tmp_
     x = x[np.argsort(first - second)[[0, 1, -2, -1]]]  # near the boundary and far from it
     y = predict(x).argmax(1)
     network = NetworkFile(file, predict)
-    made = [
-        EventFlips(name="flips", eps=None, surrogate="pdsg", budget=1, levels=1, steps=1, candidates=x[0].size),
-        EventRetiming(name="moves", eps=None, surrogate="pdsg", budget=1, levels=1, steps=1, candidates=6 * x[0].size),
-    ]
+    asking = (Search(rounds=1, share=1.0, candidates=6 * x[0].size),)  # about every edit that there is
+    options = {"eps": None, "surrogate": "pdsg", "others": (), "budget": 1, "levels": 1, "steps": 1, "asking": asking}
+    made = [EventFlips(name="flips", **options), EventRetiming(name="moves", **options)]
     for condition in made:
         with condition.target(network) as target:
             images = attack(condition, *target, x, y)
@@ -189,6 +188,6 @@ def test_what_breaks_the_rules_is_told() -> None:
     assert move.faults(clean, added) == ["moves has an image with more than 1 events moved to another frame"]
     assert "no counts" in flip.faults(clean, half)[0]
     with pytest.raises(InputError, match="frames of 0 to 1 events per pixel"):
-        attack(flip, Plane(0, 1), Plane(0, 1).gradient, half, np.zeros(1, np.int64))
+        attack(flip, Plane(0, 1), [Plane(0, 1).gradient], half, np.zeros(1, np.int64))
     with pytest.raises(InputError, match="this network has 3 channels"):
         move.propose(*np.zeros((2, 3, 1, 1), np.int64), np.zeros((3, 1, 1), np.float32), 4)

@@ -5,8 +5,8 @@ row, drop and floor. Two of them are comparable where their budgets are equal, w
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,23 +14,26 @@ import numpy as np
 
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Condition, Floats, Generators, Kind, Network, register
 from mpdsgr_deploy.attacks.counting import CountedGradients
-from mpdsgr_deploy.attacks.event_search import Counts, Edit, can_gain, can_lose, counts_of, search_events
+from mpdsgr_deploy.attacks.event_search import Counts, Edit, Search, can_gain, can_lose, counts_of, search_events
 from mpdsgr_deploy.data.events import COUNT_CAP
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 from mpdsgr_deploy.recipe import Attack
 from mpdsgr_deploy.surrogates import PDSG
 
+Target = tuple[Predictor, Sequence[Differentiable]]  # a network, and its gradients through each surrogate
 POLARITIES = 2  # channels of a frame
 NOTHING = -np.inf  # what an impossible edit promises
-SHARES = (0.2, None)  # of the budget that a round may spend; None: any number, SDA's way, on what the first leaves
+TRUSTING = Search(rounds=20, share=0.05)  # through each surrogate
+ASKING = (Search(rounds=8, share=0.2, candidates=10), Search(rounds=8, share=None, candidates=10))  # the last is SDA
 
 
 @dataclass(frozen=True, kw_only=True)
 class EventAttack(Condition):
     """At most `budget` edits of events in frames that hold 0..levels of them; subclasses say which edits.
 
-    steps: rounds. candidates: as of `search_events`.
+    Searches one after the other on what those before left: TRUSTING through `surrogate` and each of `others`, then each
+    of `asking` through `surrogate`.
     """
 
     kind: ClassVar[Kind] = "gradient"
@@ -39,8 +42,9 @@ class EventAttack(Condition):
     budget: int
     levels: int = COUNT_CAP
     loss: str = "weighted"
-    steps: int = 8
-    candidates: int = 10
+    steps: int = TRUSTING.rounds
+    others: tuple[str, ...] = ("triangle:1", "superspike:5")
+    asking: tuple[Search, ...] = ASKING
 
     @classmethod
     def recipe_values(cls, attack: Attack) -> dict[str, Any]:
@@ -48,44 +52,45 @@ class EventAttack(Condition):
 
     @property
     def settings(self) -> str:
-        return (
-            f"at most {self.budget} events {self.edits}, frames of 0 to {self.levels} events, {self.steps} rounds of "
-            f"{self.candidates} candidates more each, through {self.surrogate}"
+        names = ", ".join([str(self.surrogate), *self.others])
+        asked = " and ".join(
+            f"{search.rounds} rounds of {search.candidates} candidates more each, {search.share or 'all'}"
+            for search in self.asking
         )
+        bounds = f"at most {self.budget} events {self.edits}, frames of 0 to {self.levels} events"
+        return f"{bounds}; {self.steps} rounds through each of {names}; {asked}"
 
     @property
     def cost(self) -> int:
-        queries = self.candidates * self.steps * (self.steps + 1) // 2
-        return len(SHARES) * (self.steps * self.draws + queries // 3)
+        trusting = self.steps * (1 + len(self.others))
+        queries = sum(s.candidates * s.rounds * (s.rounds + 1) // 2 for s in self.asking)
+        return (trusting + sum(s.rounds for s in self.asking)) * self.draws + queries // 3
 
-    def target(self, network: Network) -> AbstractContextManager[tuple[Predictor, Differentiable]]:
-        return self._pair(network)
+    def target(self, network: Network) -> AbstractContextManager[Target]:
+        return self._targets(network)
 
     @contextmanager
-    def _pair(self, network: Network) -> Iterator[tuple[Predictor, Differentiable]]:
-        with network.attacker(str(self.surrogate), loss=self.loss, draws=self.draws) as gradients:
-            yield network, gradients
+    def _targets(self, network: Network) -> Iterator[Target]:
+        with ExitStack() as stack:
+            names = [str(self.surrogate), *self.others]
+            ways = [network.attacker(name, loss=self.loss, draws=self.draws) for name in names]
+            yield network, [stack.enter_context(way) for way in ways]
 
-    def attack(self, target: tuple[Predictor, Differentiable], batch: Batch, generators: Generators) -> Attacked:
-        network, counted = _Asked(target[0]), CountedGradients(target[1])
+    def attack(self, target: Target, batch: Batch, generators: Generators) -> Attacked:
+        network, ways = _Asked(target[0]), [CountedGradients(way) for way in target[1]]
+        trusting = TRUSTING._replace(rounds=self.steps)
         images, active = batch.x.copy(), np.arange(len(batch.y))
-        for share in SHARES:
+        for way, search in [*((way, trusting) for way in ways), *((ways[0], search) for search in self.asking)]:
+            x, y = batch.x[active], batch.y[active]
             images[active] = search_events(
-                network,
-                counted,
-                batch.x[active],
-                batch.y[active],
-                self.propose,
-                budget=self.budget,
-                levels=self.levels,
-                rounds=self.steps,
-                candidates=self.candidates,
-                share=share,
+                network, way, x, y, self.propose, budget=self.budget, levels=self.levels, search=search
             )
-            active = active[network(images[active]).argmax(axis=1) == batch.y[active]]
+            active = active[network(images[active]).argmax(axis=1) == y]
             if not len(active):
                 break
-        gradients, zero, not_finite = (count * self.draws for count in counted.counts)
+        gradients, zero, not_finite = (
+            sum(values) * self.draws for values in zip(*(way.counts for way in ways), strict=True)
+        )
         return Attacked(images, gradients + network.asked, zero, not_finite)
 
     @abstractmethod

@@ -3,10 +3,10 @@
 Frames hold whole numbers of events: counts 0..levels of T frames, channel 2 t + polarity, stored as count / levels.
 They stay so: every attacked image is a valid recording.
 
-Rounds propose the edits that the gradient promises most of, ask the network what each of them does alone, and keep
-those that lower the margin (true logit minus the best wrong one). Once the network errs, a binary search drops the
-edits that did least as long as it still does. That is the generation and reduction of SDA (Lun et al., CVPR 2025,
-arXiv 2503.03272), here for counts and for moves as well as for flips.
+Rounds propose the edits that the gradient promises most of, and either make them or first ask the network what each of
+them does alone and keep those that lower the margin (true logit minus the best wrong one). Once the network errs, a
+binary search drops the edits that did least as long as it still does. Asking is the generation and dropping the
+reduction of SDA (Lun et al., CVPR 2025, arXiv 2503.03272), here for counts and for moves as well as for flips.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,6 +34,20 @@ class Edit(NamedTuple):
 # From counts, the clean counts and the gradient of the loss in each pixel, all [C, H, W], and how many are wanted, to
 # possible edits, the most promising one first.
 Propose = Callable[[Counts, Counts, Floats, int], list[Edit]]
+
+
+class Search(NamedTuple):
+    """How a search goes about it.
+
+    share: of the budget that a round spends at most; None: a round keeps all edits that help, and what is not needed is
+    dropped in the end (SDA). candidates: round r asks the network about r * candidates edits of every recording that
+    still stands, each alone; 0: it trusts the gradient. Many edits change nothing alone, since they cross no threshold,
+    and much together.
+    """
+
+    rounds: int
+    share: float | None
+    candidates: int = 0
 
 
 @dataclass
@@ -69,40 +83,55 @@ def search_events(
     *,
     budget: int,
     levels: int,
-    rounds: int = 8,
-    candidates: int = 10,
-    share: float | None = None,
+    search: Search,
 ) -> Floats:
     """Event frames x [B, C, H, W] of classes y [B] with at most `budget` edits each.
 
-    gradients: the network's, of weighted logits ("weighted", see `attacks.condition.Network`). Round r asks the network
-    about r * candidates edits of every recording that still stands. share: None keeps all that help, whatever their
-    number, and then drops what is not needed (SDA); else a round keeps the best share * budget of them, and the budget
-    ends the search. A recording that the budget does not break comes back with the edits that gained most.
-    Raises InputError for images that are not counts / levels.
+    gradients: the network's, of weighted logits ("weighted", see `attacks.condition.Network`). A recording that the
+    budget does not break comes back with the edits that gained most. Raises InputError for images that are not counts /
+    levels.
     """
     recordings = [_Recording(counts, int(label), counts) for counts, label in zip(counts_of(x, levels), y, strict=True)]
-    most = budget if share is None else max(1, round(share * budget))
-    for number in range(1, rounds + 1):
-        active = [r for r in recordings if not r.fooled and (share is None or len(r.edits) < budget)]
+    for number in range(1, search.rounds + 1):
+        active = [r for r in recordings if not r.fooled and (search.share is None or len(r.edits) < budget)]
         if not active:
             break
-        images = _frames([r.counts for r in active], levels)
-        labels = np.array([r.y for r in active])
-        before, weights = margins(network(images), labels)
-        slopes = np.asarray(gradients(images, -weights).gradient)  # the loss rises as the margin falls
-        proposals = [
-            propose(r.counts, r.clean, slope, number * candidates) for r, slope in zip(active, slopes, strict=True)
-        ]
-        lowered = _gains(network, active, proposals, before, levels)
-        for recording, edits, gains in zip(active, proposals, lowered, strict=True):
-            left = len(edits) if share is None else min(most, budget - len(recording.edits))
-            _keep(recording, edits, gains, left, levels)
-        after = network(_frames([r.counts for r in active], levels)).argmax(1)
-        for recording, label in zip(active, after, strict=True):
-            recording.fooled = bool(label != recording.y)
+        _round(network, gradients, active, propose, budget, levels, search, number)
     _reduce(network, [r for r in recordings if r.fooled], levels)
     return _frames([r.without(max(0, len(r.edits) - budget)) for r in recordings], levels)
+
+
+def _round(
+    network: Predictor,
+    gradients: Differentiable,
+    active: Sequence[_Recording],
+    propose: Propose,
+    budget: int,
+    levels: int,
+    search: Search,
+    number: int,
+) -> None:
+    """Make the edits of one round."""
+    images, labels = _frames([r.counts for r in active], levels), np.array([r.y for r in active])
+    before, weights = margins(network(images), labels)
+    slopes = np.asarray(gradients(images, -weights).gradient)  # the loss rises as the margin falls
+    most = None if search.share is None else max(1, round(search.share * budget))
+    wanted = number * search.candidates if search.candidates else 2 * (budget if most is None else most)
+    proposals = [propose(r.counts, r.clean, slope, wanted) for r, slope in zip(active, slopes, strict=True)]
+    trusted = [[float(len(edits) - place) for place in range(len(edits))] for edits in proposals]
+    gains = _gains(network, active, proposals, before, levels) if search.candidates else trusted
+    made = [len(r.edits) for r in active]
+    for recording, edits, gained in zip(active, proposals, gains, strict=True):
+        _keep(
+            recording, edits, gained, len(edits) if most is None else min(most, budget - len(recording.edits)), levels
+        )
+    logits = network(_frames([r.counts for r in active], levels))
+    lowered = before - margins(logits, labels)[0]
+    for recording, label, old, gain in zip(active, logits.argmax(1), made, lowered, strict=True):
+        recording.fooled = bool(label != recording.y)
+        new = len(recording.edits) - old
+        if not search.candidates:
+            recording.gains[old:] = [float(gain) / max(new, 1)] * new
 
 
 def counts_of(x: Floats, levels: int) -> Counts:
