@@ -51,6 +51,7 @@ HTTP_USERS, GRPC_USERS = 12, 2
 PAUSE = 0.2  # seconds between two attacks of one attacker
 BAD_CALLS = 8  # one gRPC call in so many
 BURSTS, BURST = 500, 200  # one gRPC call in so many is that many good ones at once
+AGAIN = "sent again, as the load client had left a connection idle for longer than allowed"
 SAMPLES = 120  # of memory and files
 RELOAD_EVERY, RELOAD_PATIENCE = 20.0, 15.0  # seconds between two versions, and until one has to answer
 
@@ -247,7 +248,7 @@ def render(result: dict[str, Any]) -> str:
         "5xx": wrong.get("5xx", 0),
         "good ones refused, or unanswered": wrong.get("refused", 0) + wrong.get("no answer", 0),
         "503s while a client takes all connections": f"{result.get('busy', 0):,}",
-        "sent again, as the load client had left a connection idle for longer than allowed": result.get("again", 0),
+        **({AGAIN: result["again"]} if "again" in result else {}),
         "hostile clients that met no bound": wrong.get("hostile", 0),
         "bad ones accepted": wrong.get("accepted", 0),
         "memory, MB, in the second and the last tenth of the time": f"{memory[0] / 1e6:.1f}, {memory[1] / 1e6:.1f}",
