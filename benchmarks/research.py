@@ -167,7 +167,7 @@ class Laboratory:
             search = square(self._predict, x, y, eps=eps, queries=steps, seed=attempt.seed, indices=places)
             return self.right(search.images, places), int(search.queries.sum())
         if attempt.method == "mpd-apgd":
-            return self._release(places)
+            return self._release(places, steps)
         if attempt.layer is not None:
             climbed = Counted(self._layered(attempt.surrogate, attempt.layer, attempt.factor))
             made = sa_pgd(climbed, x, y, eps=eps, steps=steps, draw=starts(attempt.seed, places))
@@ -186,9 +186,9 @@ class Laboratory:
         assert np.abs(made - x).max() <= eps + 1e-6
         return self.right(made, places), counted.gradients
 
-    def _release(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    def _release(self, places: NDArray[np.int64], steps: int) -> tuple[NDArray[np.int64], int]:
         """What MPD-APGD leaves as a release has it, and its gradients."""
-        (condition,) = resolved([entry("mpd-apgd", "mpd-apgd")], self._network.recipe.attack, "superspike")
+        (condition,) = resolved([entry("mpd-apgd", "mpd-apgd", steps=steps)], self._network.recipe.attack, "superspike")
         batch = Batch(self.x[places], self.y[places], places)
         with condition.target(self) as targets:
             attacked = condition.attack(targets, batch, condition.generators(batch))

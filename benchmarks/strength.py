@@ -93,21 +93,21 @@ def release(
         for outcome in measurement.outcomes
         if outcome.condition.eps is not None
     ]
-    total = {key: sum(found[key] for found in rows) for key in ("gradients", "queries", "seconds")}
+    total = {key: sum(outcome[key] for outcome in rows) for key in ("gradients", "queries", "seconds")}
     return [*rows, {"attack": UNION, "correct": int(measurement.standing.sum()), **total}]
 
 
 class Counting(torch.nn.Module):
-    """A network that counts images, those whose gradient is wanted apart."""
+    """A network that counts the images it answers: those that are differentiated, and all others."""
 
     def __init__(self, model: SpikingNet) -> None:
         super().__init__()
         self.model, self.gradients, self.queries = model, 0, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wanted = torch.is_grad_enabled() and x.requires_grad
-        self.gradients += wanted * len(x)
-        self.queries += (not wanted) * len(x)
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        self.gradients += differentiated * len(x)
+        self.queries += (not differentiated) * len(x)
         return self.model(x)
 
 
@@ -122,9 +122,9 @@ def autoattack(
         counting, eps=recipe.attack.eps, seed=recipe.validation.seed, device=str(model.normalize.mean.device)
     )
     tensors = network.tensor(x), network.tensor(y)
-    found = audit.run_standard_evaluation(*tensors, batch_size=BATCH)[0].cpu().numpy()
+    attacked = audit.run_standard_evaluation(*tensors, batch_size=BATCH)[0].cpu().numpy()
     seconds = time.perf_counter() - begun
-    survived = predict(network, np.clip(found, 0, 1), BATCH).argmax(1) == y
+    survived = predict(network, np.clip(attacked, 0, 1), BATCH).argmax(1) == y
     cost = {"gradients": counting.gradients, "queries": counting.queries}
     return row(AUTOATTACK, survived, **cost, seconds=seconds)
 
@@ -132,20 +132,20 @@ def autoattack(
 def render(result: dict[str, Any]) -> str:
     """The Markdown table, and what its networks are."""
     lines = ["| network | attack | right | gradients an image | queries an image | s |", "|---" * 6 + "|"]
-    told = []
+    notes = []
     for network in result["networks"]:
         recipe, n = Recipe.model_validate(network["recipe"]), network["n"]
-        for found in network["rows"]:
-            right = f"{found['correct']} ({found['correct'] / n:.1%})"
-            costs = f"{found['gradients']:.0f} | {found['queries']:.0f} | {found['seconds']:.0f}"
-            lines.append(f"| {recipe.method}, {recipe.data.name} | {found['attack']} | {right} | {costs} |")
-        told.append(
+        for line in network["rows"]:
+            right = f"{line['correct']} ({line['correct'] / n:.1%})"
+            costs = f"{line['gradients']:.0f} | {line['queries']:.0f} | {line['seconds']:.0f}"
+            lines.append(f"| {recipe.method}, {recipe.data.name} | {line['attack']} | {right} | {costs} |")
+        notes.append(
             f"- {recipe.method}: {recipe.model.name}, width {recipe.model.width:g}, T = {recipe.encoding.T}, on "
             f"{recipe.data.name}, epoch {network['epoch']} of {recipe.training.epochs}; eps {recipe.attack.eps:.4g}, "
             f"n = {n} first test images."
         )
-    told.append(f"- pyautoattack {result['pyautoattack']}; seconds on a machine with other work.")
-    return "\n".join([*lines, "", *told, "", harness.source(result), ""])
+    notes.append(f"- pyautoattack {result['pyautoattack']}; seconds on a machine with other work.")
+    return "\n".join([*lines, "", *notes, "", harness.source(result), ""])
 
 
 main = harness.command("strength", run, render)

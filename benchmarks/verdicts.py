@@ -59,17 +59,18 @@ def planted(networks: Networks, cache: Path) -> Iterator[dict[str, Any]]:
     """How every planted fault ends."""
     for fault in FAULTS.values():
         file = cache / "outcomes" / f"fault {fault.name}.json"
-        yield kept(file) or keep(file, _outcome(fault, networks))
+        yield earlier(file) or keep(file, _outcome(fault, networks))
 
 
 def _outcome(fault: Fault, networks: Networks) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         copy = plant(fault, networks, Path(folder) / "bundle", patch)
-        found = judge(copy, Target)
-        said = [reason.replace(f"{folder}/", "") for reason in found.said]
-    told = fault._asdict() | {"precision": copy.precision, "backend": copy.backend}
-    del told["plant"]
-    return told | {"ended": found.code, "said": said, "n": found.report.rows[0].n if found.report else None}
+        verdict = judge(copy, Target)
+        said = [reason.replace(f"{folder}/", "") for reason in verdict.said]
+    planted_fault = fault._asdict() | {"precision": copy.precision, "backend": copy.backend}
+    del planted_fault["plant"]
+    n = verdict.report.rows[0].n if verdict.report else None
+    return planted_fault | {"ended": verdict.code, "said": said, "n": n}
 
 
 def whole(networks: Networks, cache: Path, seeds: int) -> Iterator[dict[str, Any]]:
@@ -77,7 +78,7 @@ def whole(networks: Networks, cache: Path, seeds: int) -> Iterator[dict[str, Any
     for seed in range(seeds):
         for number, (precision, backend) in enumerate(CASES):
             file = cache / "outcomes" / f"healthy {seed} {precision} {backend}.json"
-            yield kept(file) or keep(file, _healthy(networks, seed, precision, backend, fresh=number == 0))
+            yield earlier(file) or keep(file, _healthy(networks, seed, precision, backend, fresh=number == 0))
 
 
 def _healthy(networks: Networks, seed: int, precision: str, backend: str, *, fresh: bool) -> dict[str, Any]:
@@ -97,13 +98,13 @@ def _healthy(networks: Networks, seed: int, precision: str, backend: str, *, fre
     }
 
 
-def kept(file: Path) -> dict[str, Any] | None:
+def earlier(file: Path) -> dict[str, Any] | None:
     """An outcome of an earlier call."""
     return json.loads(file.read_bytes()) if file.exists() else None
 
 
 def keep(file: Path, outcome: dict[str, Any]) -> dict[str, Any]:
-    """Keep it for the next."""
+    """Keep an outcome for the next call, and show it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(outcome).encode())
     click.echo(f"{outcome['ended']}  {file.stem}  {'; '.join(outcome['said'])[:120]}")
@@ -164,20 +165,20 @@ def render(result: dict[str, Any]) -> str:
     ]
     for fault in faults:
         by, said = catcher(fault)
-        lies = [fault["name"], fault["story"], fault["place"], fault["precision"], fault["ended"], by, said]
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in lies) + " |")
+        cells = [fault["name"], fault["story"], fault["place"], fault["precision"], fault["ended"], by, said]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     lines += ["", f"Healthy: {len({c['seed'] for c in healthy})} networks, each trained, attacked and promised with a "]
     lines[-1] += "seed of its own; every precision, each on the backends of a CPU."
     lines += ["", "| precision | backend | validations | passed |", "|---|---|---|---|"]
     for case in CASES:
-        those = [c for c in healthy if (c["precision"], c["backend"]) == case]
-        lines.append(f"| {case[0]} | {case[1]} | {len(those)} | {sum(c['ended'] == 0 for c in those)} |")
-    odd = [
+        validations = [c for c in healthy if (c["precision"], c["backend"]) == case]
+        lines.append(f"| {case[0]} | {case[1]} | {len(validations)} | {sum(c['ended'] == 0 for c in validations)} |")
+    refused = [
         f"- seed {c['seed']}, {c['precision']}, {c['backend']}: {'; '.join(c['said'])}" for c in healthy if c["ended"]
     ]
     network = "vgg-small at width 0.25, T = 3, on the first 100 test images of digits, tier commit"
     about = f"{network}. {harness.source(result)}"
-    return "\n".join([*lines, "", *odd, *([""] if odd else []), about, "", *since(faults), *BY_DESIGN, ""])
+    return "\n".join([*lines, "", *refused, *([""] if refused else []), about, "", *since(faults), *BY_DESIGN, ""])
 
 
 def since(faults: list[dict[str, Any]]) -> list[str]:

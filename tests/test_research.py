@@ -28,6 +28,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[research.Attempt]:
         research.Attempt("sa-pgd", "adaptive", steps=2),
         research.Attempt("pgd", "triangle:1", "dlr", steps=2),
         research.Attempt("square", steps=3),
+        research.Attempt("mpd-apgd", "superspike", steps=1),
+        research.Attempt("sa-pgd", "superspike:10", steps=2, layer=0, factor=3),
     ]
     monkeypatch.setitem(research.PORTFOLIOS, "research", lambda: attempts)
     return attempts
@@ -55,6 +57,15 @@ def test_a_killed_run_repeats_nothing(bundle: Bundle, tmp_path: Path, small: lis
     assert again[:2] == lines[:2]
     assert [line["left"] for line in again] == [line["left"] for line in lines]
     assert attack(bundle.path, out) == again
+
+
+def test_layers_that_are_as_sharp_as_the_others_change_nothing(bundle: Bundle) -> None:
+    """The torch network behind `layer` against the attack graph."""
+    with research.opened(bundle.path, None, 8) as network:
+        bench = research.Laboratory(network)
+        ordinary = research.Attempt("sa-pgd", "superspike:10", steps=6)
+        places = bench.right(bench.x, np.arange(8))
+        assert np.array_equal(bench.attack(ordinary, places)[0], bench.attack(ordinary._replace(layer=1), places)[0])
 
 
 def test_aimed_at_the_only_wrong_class_is_untargeted() -> None:
