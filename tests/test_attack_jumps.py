@@ -94,7 +94,11 @@ OVERLOOKED = {
     "not zero": ("c = Cast <to = 9> (x) s = Cast <to = 1> (c)", r"c \(Cast\) decides"),
     "chosen place": ("i = ArgMax <axis = 1> (x) a = Cast <to = 1> (i) s = Add (x, a)", r"i \(ArgMax\) decides"),
     "clipped sign": ("v = Sign (x) s = Clip (v, zero, one)", r"s \(Clip\) decides"),
-    "loop": ("c = Greater (x, half) n = ReduceMax <keepdims = 0> (x) t = Greater (n, half) "
+    "loop that reads images in its body": (
+        "n = Cast <to = 7> (two) go = Cast <to = 9> (one) l = Loop (n, go, zero) "
+        "<body = step (int64 i, bool c, float u) => (bool d, float[b, 4] v) { d = Identity (c) v = Add (u, x) }> "
+        "s = Add (x, l)", r"l \(Loop\) is control flow: unroll"),
+    "branch": ("c = Greater (x, half) n = ReduceMax <keepdims = 0> (x) t = Greater (n, half) "
              "s = If (t) <then_branch = a () => (float[b, 4] p) { p = Identity (x) }, "
              "else_branch = e () => (float[b, 4] q) { q = Neg (x) }>", r"s \(If\) is control flow: unroll"),
 }  # fmt: skip

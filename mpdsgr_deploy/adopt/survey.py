@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import onnx
 
 from mpdsgr_deploy.attack_graph.derive import attack_graph, inlined
-from mpdsgr_deploy.attack_graph.jumps import Jump, find_jumps
+from mpdsgr_deploy.attack_graph.jumps import Jump, find_jumps, values_read
 from mpdsgr_deploy.attack_graph.layers import group
 from mpdsgr_deploy.attack_graph.rules import RULES
 from mpdsgr_deploy.attack_graph.tape import Tape
@@ -83,7 +83,7 @@ def _needed(network: onnx.ModelProto) -> set[str]:
     needed = {network.graph.output[0].name}
     for node in reversed(network.graph.node):
         if not needed.isdisjoint(node.output):
-            needed.update(node.input)
+            needed.update(values_read(node))
     return needed
 
 

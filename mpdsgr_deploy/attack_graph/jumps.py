@@ -76,7 +76,7 @@ class _Finder:
         self.noise = {entry.name for entry in tape.network.graph.input[1:]}
 
     def read(self, node: onnx.NodeProto) -> None:
-        inputs = [name for name in node.input if name]
+        inputs = values_read(node)
         reached = [name for name in inputs if name in self.smooth or name in self.decided]
         if node.op_type in SHAPES:
             return
@@ -192,14 +192,24 @@ class _Finder:
         needed, reached = {self.tape.network.graph.output[0].name}, {self.tape.source}
         for node in reversed(self.tape.forward):
             if node.op_type not in SHAPES and not needed.isdisjoint(node.output):
-                needed.update(node.input)
+                needed.update(values_read(node))
         for node in self.tape.forward:
-            if node.op_type in SHAPES or reached.isdisjoint(filter(None, node.input)):
+            if node.op_type in SHAPES or reached.isdisjoint(values_read(node)):
                 continue
             reached.update(node.output)
             for output in needed.intersection(node.output) - self.smooth:
                 if output and self.decided.get(output) is None:
                     raise refuse(node, why_not(node))
+
+
+def values_read(node: onnx.NodeProto) -> list[str]:
+    """The values that a node reads, with those that the graphs of control flow read from outside without naming them
+    as inputs.
+    """
+    inner = [
+        name for entry in node.attribute if entry.HasField("g") for one in entry.g.node for name in values_read(one)
+    ]
+    return [name for name in (*node.input, *inner) if name]
 
 
 def why_not(node: onnx.NodeProto) -> str:
