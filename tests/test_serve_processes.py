@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import assert_input_error, mpdsgr, perturbed
+from conftest import assert_input_error, mpdsgr_here, perturbed
 from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
 from served_clients import Clients, messages, mismatched, placed, right
 
@@ -174,10 +174,11 @@ class TestEnd:
 
 
 class TestStart:
+    @pytest.mark.usefixtures("loggers")
     @pytest.mark.parametrize("option", ["--port", "--grpc-port"])
     def test_a_port_that_is_taken_ends_with_one_line(self, two: Served, option: str) -> None:
         ports = {"--port": 0, "--grpc-port": 0, option: two.port if option == "--port" else two.grpc_port}
-        done = mpdsgr("serve", BUNDLE, *TWO, *(text for pair in ports.items() for text in pair))
+        done = mpdsgr_here("serve", BUNDLE, *TWO, *(text for pair in ports.items() for text in pair))
         assert_input_error(done, str(ports[option]), option)
         assert len(done.stderr.strip().splitlines()) == 1
 
@@ -188,8 +189,9 @@ class TestStart:
             (line,) = [line["message"] for line in served.lines if not line["level"]]
             assert "golden batch" in line
 
+    @pytest.mark.usefixtures("loggers")
     def test_a_request_cannot_change_one_of_them_alone(self) -> None:
-        done = mpdsgr("serve", BUNDLE, *TWO, "--repository-control", "--port", 0, "--grpc-port", 0)
+        done = mpdsgr_here("serve", BUNDLE, *TWO, "--repository-control", "--port", 0, "--grpc-port", 0)
         assert_input_error(done, "--repository-control", "--processes")
 
 

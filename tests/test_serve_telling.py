@@ -25,7 +25,7 @@ from served_clients import asked
 from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy.serving.grpc import Grpc
-from mpdsgr_deploy.serving.logs import log_json
+from mpdsgr_deploy.serving.logs import LONGEST_PATH, log_json
 
 
 def test_a_known_sequence_of_requests_is_counted_and_logged() -> None:
@@ -46,7 +46,7 @@ def test_a_known_sequence_of_requests_is_counted_and_logged() -> None:
         bad["inputs"][0]["shape"] = [1, 1, 8, 9]
         assert served.post("/v2/models/a/infer", bad).status == 400
         assert served.post("/v2/models/a/infer", request(images(), parameters={"timeout": 1})).status == 504
-        assert served.post("/v2/models/c/infer", request(images())).status == 404
+        assert served.post(f"/v2/models/{300 * 'c'}/infer", request(images())).status == 404
         with grpc.insecure_channel(served.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             stub.ModelInfer(asked(2, "b"), metadata=[("x-request-id", "over-grpc")])
@@ -100,6 +100,10 @@ def test_a_known_sequence_of_requests_is_counted_and_logged() -> None:
     assert (mine["protocol"], mine["method"], mine["path"]) == ("http", "POST", "/v2/models/a/infer")
     assert (mine["model"], mine["version"], mine["code"], mine["images"]) == ("a", VERSION, "200", 3)
     assert 0 < mine["ms"] < 60_000
+    assert mine["peer"].startswith("127.0.0.1:")
+    assert "127.0.0.1:" in lines["over-grpc"]["peer"].replace("%3A", ":")
+    assert {len(line["path"]) for line in lines.values() if line["code"] == "404"} == {LONGEST_PATH}
+    assert status["a"]["recent"]["latency_ms"]["p99"] is None, "of three requests"
     assert (lines["over-grpc"]["model"], lines["over-grpc"]["code"], lines["over-grpc"]["images"]) == ("b", "OK", 2)
     (refused,) = (line for line in lines.values() if line["code"] == "400")
     assert "[1, 1, 8, 9]" in refused["message"]
