@@ -1,12 +1,14 @@
 """Batches, deadlines and turns of a whole server."""
 
 import asyncio
+import contextlib
 import signal
 import time
 from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from asgi import Client, started
 from counting import PATIENCE, Network, entered
 from served import BUNDLE, INFER, VERSION, Served, http, request
@@ -14,10 +16,32 @@ from served import images as served_images
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from mpdsgr_deploy.runtime.inference_protocol import encode_request
+from mpdsgr_deploy.serving import model as model_module
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.batcher import Images, Outputs
 from mpdsgr_deploy.serving.grpc import Grpc
 from mpdsgr_deploy.serving.settings import ServerSettings
+
+
+def test_pixels_are_checked_whatever_the_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    careless = contextlib.nullcontext(lambda images: np.zeros((len(images), 10), np.float32))
+    monkeypatch.setattr(model_module, "open_predictor", lambda *_: careless)
+
+    async def test() -> None:
+        async with started(BUNDLE) as server:
+            bad = served_images(2)
+            for value in (np.nan, np.inf, -0.5, 1.5):
+                bad[1, 0, 3, 3] = value
+                headers, body = encode_request({"images": bad}, "logits", binary=True)
+                told = {name.replace("-", "_"): value for name, value in headers.items()}
+                good, wrong = await asyncio.gather(
+                    Client(server).post(INFER, request(served_images(1))), Client(server).post(INFER, body, **told)
+                )
+                assert (good.status, wrong.status) == (200, 400)
+                assert b"in [0, 1]" in wrong.body
+
+    asyncio.run(test())
 
 
 class TestServer:

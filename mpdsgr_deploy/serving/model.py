@@ -13,6 +13,7 @@ from mpdsgr_deploy.manifest import Prepared
 from mpdsgr_deploy.onnx_files import read_network
 from mpdsgr_deploy.runtime import machine_settings, open_predictor
 from mpdsgr_deploy.runtime.firing import PROVIDERS, FiringRates, spike_names
+from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.tuning import measured_at_start
 from mpdsgr_deploy.serving.batcher import ModelLane, Outputs
@@ -109,6 +110,7 @@ class ServedModel:
         self.lane = ModelLane(self._compute, self.statistics, most, room, self.input.pixel_problem)
 
     def _compute(self, images: NDArray[np.float32], rates: bool) -> Outputs:
+        check_images(images, self.input.shape)  # whatever the backend does
         if not rates:
             return Outputs(self._predictor(images))
         with self._rates_lock:  # a second network in memory, only once somebody asks for it

@@ -129,8 +129,8 @@ class Supervisor:
 
     def _ended(self, child: Child, code: int, *, started: bool) -> None:
         row = self._group.rows[child.index]
-        cut = row[LOST] if code == 0 else row[REQUESTS]
-        self.lost += cut
+        unanswered = row[LOST] if code == 0 else row[REQUESTS]
+        self.lost += unanswered
         row[REQUESTS] = row[CONNECTIONS] = row[ACCEPTING] = row[LOST] = 0
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         error: MpdsgrError = InputError(f"process {child.index} {how} before it was ready")
@@ -140,14 +140,16 @@ class Supervisor:
             how = f"could not start: {error}"
         if self._ending:
             if code:
-                log.error("process %d %s with %d requests in work", child.index, how, cut)
+                log.error("process %d %s with %d requests in work", child.index, how, unanswered)
             return
         if not started:
             self._kill()
             raise error
         child.waits = FIRST_WAIT if time.monotonic() - child.since > STEADY else child.waits
         child.due = time.monotonic() + child.waits
-        log.error("process %d %s with %d requests in work; another starts in %g s", child.index, how, cut, child.waits)
+        log.error(
+            "process %d %s with %d requests in work; another starts in %g s", child.index, how, unanswered, child.waits
+        )
         child.waits = min(2 * child.waits, LONGEST_WAIT)
 
     def _replace(self) -> None:
