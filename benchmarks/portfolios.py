@@ -5,6 +5,7 @@ each       many kinds of attempt with 100 steps on the same images, those that t
 grid       APGD through superspike:k by k and number of steps, each on all images
 averaged   HART and its relatives, beside as many further starts through heavy tails, on what MPD-APGD leaves
 layers     another sharpness in one layer at a time, beside as many further starts, on what MPD-APGD leaves
+tails      ASSG's sharpness searched over its bound and an arctangent's tails, on what APGD through superspike:1 leaves
 early      the same as averaged and layers, on what APGD through superspike:1 leaves
 """
 
@@ -15,6 +16,7 @@ class Attempt(NamedTuple):
     """One attack. wrong: the class aimed at, by its rank among the wrong ones on the clean image; None: untargeted.
 
     layer, factor: the surrogate of this layer, counted from the images, is `factor` times as sharp as the others.
+    share: of the gradient that may vanish, below 0.5, from which `adaptive` has its sharpness.
     """
 
     method: str  # of `Laboratory`
@@ -25,6 +27,7 @@ class Attempt(NamedTuple):
     wrong: int | None = None
     layer: int | None = None
     factor: float = 1.0
+    share: float = 0.4
 
 
 def research() -> list[Attempt]:
@@ -57,6 +60,7 @@ def grid() -> list[Attempt]:
 
 
 LAYERS = 3  # of vgg-small, the network of the digits bundle
+FIRST = Attempt("apgd", "superspike:1", steps=100, seed=1)
 MPD_APGD = Attempt("mpd-apgd", "superspike", steps=100)  # the schedule of a release
 
 
@@ -72,7 +76,14 @@ def layers() -> list[Attempt]:
 
 def early() -> list[Attempt]:
     """All of these where more is left to break."""
-    return [Attempt("apgd", "superspike:1", steps=100, seed=1), *hart(), *layered(), *further_starts(len(layered()))]
+    return [FIRST, *hart(), *layered(), *further_starts(len(layered()))]
+
+
+def tails() -> list[Attempt]:
+    """SA-PGD with ASSG from 0.6 to 0.98 of the bound of its sharpness; tails that fall as superspike:20's do."""
+    assg = [Attempt("sa-pgd", "adaptive", steps=100, seed=1, share=share) for share in (0.3, 0.4, 0.45, 0.49)]
+    ways = [(method, name) for name in ("arctan:13", "superspike:20") for method in ("sa-pgd", "apgd")]
+    return [FIRST, *assg, *(Attempt(*way, steps=100, seed=1) for way in ways)]
 
 
 def hart() -> list[Attempt]:
@@ -97,6 +108,14 @@ def further_starts(count: int) -> list[Attempt]:
     return [Attempt(*ways[number % len(ways)], steps=100, seed=1 + number) for number in range(count)]
 
 
-PORTFOLIOS = {"research": research, "each": each, "grid": grid, "averaged": averaged, "layers": layers, "early": early}
+PORTFOLIOS = {
+    "research": research,
+    "each": each,
+    "grid": grid,
+    "averaged": averaged,
+    "layers": layers,
+    "tails": tails,
+    "early": early,
+}
 CHAINED = ("research",)  # portfolios in which each attempt meets what all before it left
-ON_THE_FIRSTS = ("each", "averaged", "layers", "early")  # those in which it meets what the first left
+ON_THE_FIRSTS = ("each", "averaged", "layers", "tails", "early")  # those in which it meets what the first left

@@ -12,12 +12,14 @@ Portfolios, lists of attempts, are in `portfolios.py`.
 import copy
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -25,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from portfolios import CHAINED, ON_THE_FIRSTS, PORTFOLIOS, Attempt
 
+from mpdsgr_deploy.attack_graph import adaptive
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
 from mpdsgr_deploy.attacks import apgd, pgd, sa_pgd, square
 from mpdsgr_deploy.attacks.condition import Batch
@@ -172,7 +175,11 @@ class Laboratory:
             climbed = Counted(self._layered(attempt.surrogate, attempt.layer, attempt.factor))
             made = sa_pgd(climbed, x, y, eps=eps, steps=steps, draw=starts(attempt.seed, places))
             return self.right(made, places), climbed.gradients
-        with self.attacker(attempt.surrogate, loss=attempt.loss) as attacker:
+        sharpness = 2 / math.pi * math.tan(attempt.share * math.pi)
+        with (
+            patch.object(adaptive, "SHARPNESS", sharpness),
+            self.attacker(attempt.surrogate, loss=attempt.loss) as attacker,
+        ):
             counted = Counted(attacker)
             target: Any = counted
             if attempt.wrong is not None:
