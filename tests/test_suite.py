@@ -24,8 +24,11 @@ from mpdsgr_deploy.attacks.tiers import (
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.recipe import Attack
+from mpdsgr_deploy.recipe import Attack, Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
+from mpdsgr_deploy.validation import Target
+from mpdsgr_deploy.validation.comparison import Comparison
+from mpdsgr_deploy.validation.subject import Subject, identity
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,21 @@ def test_settings_say_everything_that_makes_an_attack_stronger() -> None:
         strict=True,
     ):
         assert one.settings != other.settings or one.eps is None
+
+
+def test_batches_that_another_attack_of_the_same_name_finished_are_not_used(
+    bundle: Bundle, network: TorchNetwork
+) -> None:
+    """A plug-in, or a later version of an attack, may be registered under a name that an evaluation knows."""
+    images = load_test(bundle.manifest.recipe.data)[:4]
+    conditions = list(
+        resolved([entry("apgd", "apgd", steps=4), entry("apgd", "apgd", steps=5)], Attack(), "triangle:1")
+    )
+    suites = [Suite(Source(network, "triangle:1"), (condition,)) for condition in conditions]
+    parts = Gate(), images, "digits", None, None, Comparison({}), None
+    known = [identity(Subject(Target(bundle), suite, *parts), None) for suite in suites]
+    assert known[0] != known[1]
+    assert known[0] == identity(Subject(Target(bundle), suites[0], *parts), None)
 
 
 def test_an_unknown_method_is_named_beside_those_there_are() -> None:

@@ -58,7 +58,16 @@ def identity(subject: Subject, transfer: Path | None) -> str:
     engines = [made.model_dump(mode="json") for made in target.bundle.prepared(target.backend, target.precision)]
     other = None if transfer is None else fingerprint(transfer)
     images = images_sha256(subject.images)
-    what = [__version__, *networks, manifest.recipe.model_dump(mode="json"), target.backend, target.url, engines]
+    attacks = [repr(condition) for condition in subject.suite.conditions]
+    what = [
+        __version__,
+        attacks,
+        *networks,
+        manifest.recipe.model_dump(mode="json"),
+        target.backend,
+        target.url,
+        engines,
+    ]
     return json.dumps([*what, subject.gate.tier, subject.batch_size, len(subject.images), images, other])
 
 
