@@ -15,7 +15,7 @@ import tier_strength
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.files import write_atomic
-from mpdsgr_deploy.surrogates import AVERAGED, RATE
+from mpdsgr_deploy.surrogates import ADAPTIVE, AVERAGED, RATE
 
 FOLDER = Path(__file__).parent
 PAGE, PLOT = FOLDER / "MPD_APGD.md", FOLDER / "results" / "mpd_apgd.svg"
@@ -82,7 +82,7 @@ def floor(attempts: Lines, sha256: str) -> str:
 
 def each_table(attempts: Lines) -> str:
     """What each kind of attempt breaks of the images that the first of them left."""
-    made = [line for line in attempts if line["portfolio"] == "each"]
+    made = [line for line in attempts if line["portfolio"] in ("each", "tails")]
     if not made:
         return ""
     lines = ["What each kind of attempt breaks of the images that the first of them left:", ""]
@@ -90,9 +90,12 @@ def each_table(attempts: Lines) -> str:
     for line in made:
         broken, kind = len(line["before"]) - len(line["left"]), research.Attempt(**line["attempt"])
         aimed = "" if kind.wrong is None else f", aimed at wrong class {kind.wrong + 1}"
-        what = f"{kind.method} {kind.surrogate}, {kind.loss.upper()}{aimed}"
+        share = f" of share {kind.share:g}" if line["portfolio"] == "tails" and kind.surrogate == ADAPTIVE else ""
+        what = f"{kind.method} {kind.surrogate}{share}, {kind.loss.upper()}{aimed}"
         rate = 1000 * broken / max(line["gradients"], 1)
-        lines.append(f"| {line['network']} | {what} | {broken} of {len(line['before'])} | {rate:.2f} |")
+        lines.append(
+            f"| {line['network']}, n = {line['n']} | {what} | {broken} of {len(line['before'])} | {rate:.2f} |"
+        )
     return "\n".join([*lines, ""])
 
 
