@@ -11,6 +11,7 @@ import sysconfig
 import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -48,7 +49,8 @@ class Worker:
 @contextmanager
 def worker(name: str, width: float, T: int, threads: int, accelerator: str) -> Iterator[Worker]:
     """Start it; it ends with the block."""
-    python = Path(sys.executable) if name == "ours" else environment() / "bin" / "python"
+    here = name == "ours" or all(map(find_spec, ("spikingjelly", "torchattacks")))  # a machine without a network
+    python = Path(sys.executable) if here else environment() / "bin" / "python"
     script = harness.FOLDER / "peers" / "worker.py"
     command = [python, script, *map(str, (name, width, T, threads, accelerator))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

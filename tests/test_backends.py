@@ -17,6 +17,10 @@ import torch
 from conftest import assert_input_error, mpdsgr
 from onnx import helper, numpy_helper
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
+
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.cli.doctor import state
 from mpdsgr_deploy.data import load_test
@@ -298,7 +302,9 @@ def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; from mpdsgr_deploy.cli import main; main(['doctor', '--json'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    backends = json.loads(done.stdout)["backends"]
+    shown = json.loads(done.stdout)
+    assert {row["step"] for row in shown["unproved_on_a_gpu"]} == set(gpu.STEPS)  # each waits for a step, and each step
+    backends = shown["backends"]
     assert backends.keys() == BACKENDS.keys()
     assert backends["openvino"]["fp32"].startswith("works, ")
     assert re.match("works|no: no GPU can be used", backends["tensorrt-rtx"]["fp32"])  # an engine was built for it
@@ -322,16 +328,3 @@ def test_a_manifest_keeps_its_digest_when_a_later_version_adds_a_field(bundle: B
     later = Later.model_validate(bundle.manifest.model_dump())
     assert later.computed_digest() == bundle.manifest.digest
     assert later.model_copy(update={"more": ("x",)}).computed_digest() != bundle.manifest.digest
-
-
-def test_onnxruntime_on_tensorrt_says_what_it_needs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
-    with pytest.raises(InputError, match="--backend tensorrt"):
-        BACKENDS["onnxruntime-tensorrt"](bundle, "int8", NoiseSource())
-    real = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path))
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")  # put back afterwards
-    with pytest.raises(InputError, match=r"fell back to CPUExecutionProvider.*TensorRT 10, not 11"):
-        OnnxRuntime(bundle.variant("fp32"), "TensorrtExecutionProvider")

@@ -4,7 +4,6 @@ import itertools
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,7 +19,7 @@ import agreement
 import attack
 import early_exit
 import estimate
-import gpu
+import gpu_rehearsal
 import growth
 import harness
 import largest
@@ -32,12 +31,14 @@ import strength
 import training
 import workers
 from live import Live
-from networks import CLASSES
 
 
 @pytest.mark.parametrize(
     "benchmark",
-    [agreement, attack, early_exit, estimate, growth, largest, linear, memory, step, steps, strength, training],
+    [
+        *(agreement, attack, early_exit, estimate, gpu_rehearsal, growth, largest, linear, memory, step, steps),
+        *(strength, training),
+    ],
 )
 def test_the_page_quotes_the_files(benchmark: object) -> None:
     result = harness.load(benchmark.__name__)
@@ -231,46 +232,6 @@ def test_the_estimate_counts_what_a_hand_can_count() -> None:
 
 def recipe(name: str, width: float) -> Recipe:
     return Recipe.model_validate({"model": {"name": name, "width": width}, "encoding": {"T": 2}})
-
-
-def test_the_gpu_benchmark_needs_a_gpu() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    done = CliRunner().invoke(gpu.main, ["--batch", "1"])
-    assert done.exit_code == 2
-    assert done.stderr == "error: no GPU here; run this on a machine with an NVIDIA GPU and a CUDA build of torch\n"
-
-
-def test_the_gpu_benchmark_rehearsed_on_a_cpu() -> None:
-    class Wrong:
-        def __call__(self, x: np.ndarray) -> np.ndarray:
-            if len(x) == 3:
-                raise MemoryError("too\nlarge")
-            return np.zeros((len(x), CLASSES), np.float32)
-
-    backends = {
-        "torch": gpu.eager,
-        "onnxruntime-cpu": gpu.onnxruntime("CPUExecutionProvider"),
-        "onnxruntime-cpu, int8": gpu.onnxruntime("CPUExecutionProvider", "int8"),
-        "tensorrt": gpu.tensorrt("tensorrt", "fp32"),
-        "wrong": lambda *arguments: Wrong(),
-    }
-    result = gpu.measure(recipe("vgg-small", 0.1), [1, 3], 3, backends)
-    assert "tensorrt is needed" in result["refused"]["tensorrt"]
-    for n, found in result["batches"].items():
-        assert found["onnxruntime-cpu"]["parity"]["max_abs"] <= 1e-5
-        assert found["onnxruntime-cpu, int8"]["parity"]["within_tolerance"] < int(n)
-        assert len(found["onnxruntime-cpu"]["seconds"]) == len(found["torch"]["seconds"]) == 3
-        assert min(found["torch"]["seconds"]) > 0
-        if n == "1":
-            assert found["wrong"]["parity"]["within_tolerance"] == 0
-        else:
-            assert found["wrong"] == {"refused": "too large"}
-    table = gpu.render({**result, "provenance": harness.load("step")["provenance"]})
-    assert "| 1 | torch |" in table
-    assert "| 3 | wrong | too large |" in table
-    assert "- tensorrt did not run: tensorrt is needed" in table
-    assert result["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
 def test_gradients_and_queries_are_counted_apart_and_rows_add_up() -> None:

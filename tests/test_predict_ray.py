@@ -1,13 +1,11 @@
 """A prediction job on a Ray cluster: the rows of one machine, exactly once, whatever dies."""
 
 import json
-import os
-import secrets
-import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +19,40 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.prediction.ray_data import JOB, SUCCESS, part_file
 from mpdsgr_deploy.prediction.stream import Job
 
-BATCH, COUNT = 2, 300  # 150 batches in five parts
-MARK = "MPDSGR_TEST_RAY"  # tells the processes of this cluster from those of others
+BATCH, COUNT = 2, 1200  # 600 batches in 19 parts
+
+
+class Nodes:
+    """Two nodes with a CPU each on this machine, to which this process is connected."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        small = {"num_cpus": 1, "object_store_memory": 80_000_000}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+        self._second = self._cluster.add_node(**small)
+        self.address = str(self._cluster.address)
+
+    def kill_one(self) -> None:
+        """Kill all processes of the second node at once."""
+        self._cluster.remove_node(self._second, allow_graceful=False)
+
+    def stop(self) -> None:
+        self._cluster.shutdown()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[str]:
-    """One small cluster for all tests, which the command finds connected; yields the mark of its processes."""
+def nodes() -> Iterator[Nodes]:
+    """One small cluster for all tests, which the command finds connected."""
     ray = pytest.importorskip("ray")
-    mark = secrets.token_hex(8)
     with pytest.MonkeyPatch.context() as environment:
-        for key, value in {MARK: mark, **NO_TOKEN}.items():
+        for key, value in NO_TOKEN.items():
             environment.setenv(key, value)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
-        yield mark
+        cluster = Nodes()
+        ray.init(cluster.address, log_to_driver=False)
+        yield cluster
         ray.shutdown()
+        cluster.stop()
 
 
 @pytest.fixture(scope="module")
@@ -60,28 +77,31 @@ def rows(out: Path) -> "list[dict[str, object]]":
     return [row for path in sorted(out.glob("part-*.parquet")) for row in parquet.read_table(path).to_pylist()]
 
 
-def kill_an_actor(mark: str, out: Path) -> None:
-    """Kill one process that writes parts, as soon as the first part is there."""
+def some_parts(out: Path) -> set[Path]:
+    """The parts that are there, once there is one."""
     end = time.monotonic() + 120
-    while time.monotonic() < end:
-        if list(out.glob("part-*.parquet")):
-            for process in Path("/proc").glob("[0-9]*"):
-                with suppress(OSError):
-                    ours = f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0")
-                    if ours and b"_Actor" in (process / "cmdline").read_bytes():
-                        os.kill(int(process.name), signal.SIGKILL)
-                        return
+    while not (parts := set(out.glob("part-*.parquet"))):
+        assert time.monotonic() < end, "no part was written"
         time.sleep(0.005)
+    return parts
 
 
-def test_rows_are_those_of_one_machine_though_a_worker_is_killed(
-    bundle: Bundle, array: Path, expected: list[dict[str, object]], cluster: str, tmp_path: Path
+def test_rows_are_those_of_one_machine_though_a_node_is_killed(
+    bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    killer = threading.Thread(target=kill_an_actor, args=(cluster, out))
+    killed: list[bool] = []
+
+    def kill() -> None:
+        some_parts(out)
+        nodes.kill_one()
+        killed.append(not (out / SUCCESS).exists())
+
+    killer = threading.Thread(target=kill)
     killer.start()
     done = mpdsgr_here(*arguments(bundle, array, out))
     killer.join()
+    assert killed == [True], "the job was to be at work when the node was killed"
     assert done.returncode == 0, done.stderr
     assert f"{COUNT} predictions" in done.stdout
     assert rows(out) == expected
@@ -89,21 +109,26 @@ def test_rows_are_those_of_one_machine_though_a_worker_is_killed(
     assert json.loads((out / SUCCESS).read_text()) == {"rows": COUNT}
 
 
-def test_a_rerun_computes_what_is_missing_and_refuses_another_job(
-    bundle: Bundle, array: Path, expected: list[dict[str, object]], tmp_path: Path
+def test_a_rerun_after_a_killed_driver_computes_what_is_missing(
+    bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert mpdsgr_here(*arguments(bundle, array, out)).returncode == 0
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
-    gone = part_file(out, 1)
-    gone.unlink()  # as if the driver had been killed before it was written
-    (out / SUCCESS).unlink()
+    command = [*arguments(bundle, array, out), "--ray", nodes.address]
+    driver = subprocess.Popen([sys.executable, "-m", "mpdsgr_deploy", *map(str, command)], stderr=subprocess.PIPE)
+    kept = {path: path.stat().st_mtime_ns for path in some_parts(out)}
+    driver.kill()
+    driver.communicate()
+    assert not (out / SUCCESS).exists(), "the driver was to be killed before the end"
     assert mpdsgr_here(*arguments(bundle, array, out)).returncode == 0
     assert rows(out) == expected
-    assert {path for path, changed in kept.items() if path.stat().st_mtime_ns != changed} == {gone}
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    gone = part_file(out, 1)
+    gone.unlink()
+    assert mpdsgr_here(*arguments(bundle, array, out)).returncode == 0
+    assert rows(out) == expected
     other = [*arguments(bundle, array, out), "--top", 2]
     assert_input_error(mpdsgr_here(*other), "holds predictions of another bundle, other inputs or settings")
-    assert sorted(path.name for path in out.glob(".*")) == []
+    assert [path.name for path in out.glob(".*.tmp")] == []
 
 
 def test_bad_inputs_are_skipped_or_end_the_run(bundle: Bundle, folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import assert_input_error, mpdsgr
+from conftest import assert_input_error, mpdsgr, mpdsgr_here
 from onnx import TensorProto, helper, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
@@ -367,6 +367,26 @@ def test_the_command_builds_and_says_what_is_next(copy: Bundle, tmp_path: Path) 
     ):
         assert_input_error(mpdsgr("build", copy.path, *arguments), expected)
     assert_input_error(mpdsgr("build", tmp_path, "--backend", RTX), "not a bundle")
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("h200", "has no kernels for h200 (compute capability 9.0), only for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; use"),
+        ("8.9,Orin", "has no kernels for Orin (compute capability 8.7)"),
+        ("10.0", "has no kernels for 10.0"),
+        ("7.5", "Turing"),  # it has kernels for this GPU, but none for float32 matrix products
+    ],
+)
+def test_a_target_that_the_library_does_not_serve_is_refused(target: str, expected: str, copy: Bundle) -> None:
+    assert_input_error(mpdsgr_here("build", copy.path, "--backend", RTX, "--target", target), expected)
+    assert not open_bundle(copy.path).manifest.prepared
+
+
+def test_an_engine_for_named_targets_is_built(copy: Bundle) -> None:
+    done = mpdsgr_here("build", copy.path, "--backend", RTX, "--target", "l4,12.0")
+    assert done.returncode == 0, done.stderr
+    assert_input_error(mpdsgr_here("build", copy.path, "--backend", "openvino", "--target", "l4"), "--target is for")
 
 
 def test_the_timing_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.tensorrt import BatchSizes, prepare
+from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
 from mpdsgr_deploy.runtime.tuning import OPENERS, tune
 
-# bundle, precision and the batches wanted (None: the builder's own choice) to what was added to the bundle
-Builder = Callable[[Bundle, str, BatchSizes | None], tuple[Bundle, Prepared]]
+# bundle, precision, the batches wanted (None: the builder's own choice), of TensorRT targets, to what was added
+Builder = Callable[..., tuple[Bundle, Prepared]]
 BUILDERS: dict[str, Builder] = {
-    "tensorrt": partial(prepare, "tensorrt"),
-    "tensorrt-rtx": partial(prepare, "tensorrt-rtx"),
+    **{backend: partial(prepare, backend) for backend in LIBRARIES},
     **{backend: partial(tune, backend) for backend in OPENERS},
 }
 
@@ -28,14 +28,23 @@ BUILDERS: dict[str, Builder] = {
 @click.option("--backend", required=True, help=f"What will run the network: {', '.join(BUILDERS)}.")
 @precision_option
 @click.option("--batch", metavar="MIN,OPT,MAX", help="TensorRT: smallest, best, largest batch.  [default: 1,32,128]")
+@click.option(
+    "--target",
+    metavar="GPU,...",
+    help="TensorRT-RTX: for these compute capabilities or GPUs: 8.9, l4.  [default: all from 8.0 on]",
+)
 @json_option
-def command(bundle: str, backend: str, precision: str | None, batch: str | None, as_json: bool) -> None:
+def command(
+    bundle: str, backend: str, precision: str | None, batch: str | None, target: str | None, as_json: bool
+) -> None:
     """Prepare BUNDLE for a backend and keep the result in it. Run this on the machine that will serve it.
 
     A TensorRT engine works on this model of GPU with this version of TensorRT. A TensorRT-RTX engine is built without
-    a GPU and works on any from compute capability 8.0 on, with this version of TensorRT-RTX. For openvino and
-    onnxruntime-cpu it is measured, for some seconds, which number of threads and of images at once is fastest: settings
-    for machines with this CPU, as many cores and this version of the backend.
+    a GPU and works with this version of TensorRT-RTX on GPUs that it has kernels for: version 1.7 on compute
+    capabilities 8.0, 8.6, 8.9, 12.0 and 12.1, and 7.5 where --target names it; not on H100 and H200 (9.0), Orin (8.7)
+    or B200 (10.0). Neither has run on a GPU yet. For openvino and onnxruntime-cpu it is measured, for some seconds,
+    which number of threads and of images at once is fastest: settings for machines with this CPU, as many cores and
+    this version of the backend.
 
     \b
     Example:
@@ -43,6 +52,10 @@ def command(bundle: str, backend: str, precision: str | None, batch: str | None,
       mpdsgr build bundles/digits --backend openvino --precision int8
     """
     builder = choose("backend", BUILDERS, backend)
+    if target is not None:
+        if backend not in LIBRARIES:
+            raise InputError(f"--target is for {' and '.join(LIBRARIES)}; {backend} is tuned for this machine")
+        builder = partial(builder, targets=target.split(","))
     batch_sizes = None if batch is None else parse_batch(batch)
     opened, chosen = opened_bundle(bundle, precision)
     opened.variant(chosen)

@@ -18,6 +18,7 @@ from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import BACKENDS, open_predictor
 from mpdsgr_deploy.runtime.tensorrt import prepare
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
+from mpdsgr_deploy.runtime.unproved import UNPROVED
 
 EXTRAS = {
     "train": ("torch", "torchvision", "lightning-fabric", "tensorboard", "safetensors", "onnxscript", "scikit-learn"),
@@ -38,7 +39,8 @@ def command(bundle: Path | None, as_json: bool) -> None:
     """Show what is installed, and which backends really work here: each answers a golden batch.
 
     The batch is BUNDLE's, or that of a small spiking network that comes with the package; for that one engines are
-    built first, where BUNDLE must hold its own. torch-compile takes a while.
+    built first, where BUNDLE must hold its own. torch-compile takes a while. A last table names what of this package
+    has never run on a GPU.
 
     \b
     Example:
@@ -53,7 +55,8 @@ def command(bundle: Path | None, as_json: bool) -> None:
     machine = provenance()
     if as_json:
         backends = {name: {p: states[name, p] for p in opened.manifest.variants} for name in BACKENDS}
-        print_json({"backends": backends, "packages": packages, **machine})
+        unproved = [row._asdict() for row in UNPROVED]
+        print_json({"backends": backends, "packages": packages, "unproved_on_a_gpu": unproved, **machine})
         return
     print_table(("backend", "precision", "state"), grouped(states), "Backends")
     rows = [
@@ -61,6 +64,7 @@ def command(bundle: Path | None, as_json: bool) -> None:
     ]
     print_table(("extra", "packages"), rows, "Packages")
     hardware = ", ".join(f"{name} {value}" for name, value in machine["hardware"].items())
+    print_table(("never run on a GPU", "tested without one", "benchmarks/gpu.py --step"), UNPROVED, "Not proved yet")
     click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")
 
 

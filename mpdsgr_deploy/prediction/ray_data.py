@@ -97,11 +97,12 @@ def _run(job: Job, out: Path, parts: dict[int, Sequence[InputBatch]], resources:
     with _connected(ray, resources.address):
         data.DataContext.get_current().enable_progress_bars = False
         most = resources.actors or max(1, int(ray.cluster_resources().get("CPU", 1) / max(resources.cpus, 0.01)))
+        actors = min(most, len(items))
         answered = data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
             fn_constructor_args=(job, str(out)),
             batch_size=1,
-            compute=data.ActorPoolStrategy(min_size=1, max_size=min(most, len(items))),
+            compute=data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
         )

@@ -15,11 +15,16 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.half import as_it_is, for_cpu
+from mpdsgr_deploy.runtime.plugins import plugin_devices
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 EXTRAS = {CPU: "cpu", CUDA: "gpu", TENSORRT: "gpu"}
 DEVICES = {CPU: "cpu", CUDA: "cuda", TENSORRT: "cuda"}
-NEEDS = {CUDA: "an NVIDIA driver, CUDA 13 and cuDNN 9", TENSORRT: "an NVIDIA driver, CUDA 13 and TensorRT 10, not 11"}
+NEEDS = {
+    CUDA: "needs an NVIDIA driver, CUDA 13 and cuDNN 9",
+    TENSORRT: "needs an NVIDIA driver, CUDA 13 and TensorRT 10 (libnvinfer.so.10), not the 11 that the extra tensorrt "
+    "brings: pip install 'tensorrt>=10.16,<11'",
+}
 OPTIONS = {CPU: {}, CUDA: {"use_tf32": "0"}, TENSORRT: {}}  # TF32 would flip spikes
 # of its arena; of CUDA; of cuDNN and cuBLAS; of C++
 NO_MEMORY = re.compile(r"Failed to allocate memory|out of ?memory|ALLOC_FAILED|bad_alloc|bad allocation", re.IGNORECASE)
@@ -46,10 +51,12 @@ class Session:
         ort = need("onnxruntime", EXTRAS[provider])
         if provider != CPU:
             preload_libraries(ort)
-        if provider not in ort.get_available_providers():
+        built_in = provider in ort.get_available_providers()
+        devices = [] if built_in else plugin_devices(ort, provider)
+        if not built_in and not devices:
             raise InputError(
                 f"this onnxruntime has no {provider}; install it with: pip install 'mpdsgr-deploy[{EXTRAS[provider]}]' "
-                f"(uninstall the other onnxruntime package first, they overwrite each other)"
+                f"(uninstall the other onnxruntime package first, they overwrite each other), or add its plug-in"
             )
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised as well; printing them would repeat them
@@ -64,19 +71,26 @@ class Session:
             os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option against TF32; read by its libraries
         try:
             loaded = (for_cpu if provider == CPU else as_it_is)(network)
-            self._session: Any = ort.InferenceSession(loaded, options, providers=[(provider, OPTIONS[provider])])
+            if built_in:
+                self._session: Any = ort.InferenceSession(loaded, options, providers=[(provider, OPTIONS[provider])])
+            else:
+                options.add_provider_for_devices(devices[:1], OPTIONS[provider])
+                self._session = ort.InferenceSession(loaded, options)
         except Exception as error:  # onnxruntime's errors share no public base class
-            raise failure(f"cannot load {source} on {provider}", error) from error
+            hint = f" (it {NEEDS[provider]})" if provider in NEEDS else ""
+            raise failure(f"cannot load {source} on {provider}{hint}", error) from error
         self._session._model_bytes = None  # kept for a fallback that is refused: all weights once more
         used = self._session.get_providers()[0]
-        if used != provider:
+        if used not in (provider, *(device.ep_name for device in devices)):
             raise InputError(
-                f"asked for {provider}, onnxruntime fell back to {used}: {provider} needs {NEEDS[provider]}; "
+                f"asked for {provider}, onnxruntime fell back to {used}: {provider} {NEEDS[provider]}; "
                 f"see `mpdsgr doctor`"
             )
         self.inputs: dict[str, tuple[Any, ...]] = {x.name: tuple(x.shape) for x in self._session.get_inputs()}
         self.outputs: list[str] = [y.name for y in self._session.get_outputs()]
-        self._device, self._value = DEVICES[provider], ort.OrtValue.ortvalue_from_numpy
+        # the core beside a plug-in cannot copy to its device; the session does
+        self._device = DEVICES[provider] if built_in else DEVICES[CPU]
+        self._value = ort.OrtValue.ortvalue_from_numpy
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Fresh output arrays. Inputs and outputs are bound on the provider's device: one copy to it and one back."""

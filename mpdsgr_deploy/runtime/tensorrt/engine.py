@@ -4,6 +4,7 @@ Networks are strongly typed: the ONNX file fixes every precision, none is chosen
 float32 products, is switched off: its ten bits of mantissa would flip spikes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,14 @@ import onnx
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.tensorrt.library import failure, listener, load, said, without_collection
+from mpdsgr_deploy.runtime.tensorrt.library import (
+    failure,
+    find_targets,
+    listener,
+    load,
+    said,
+    without_collection,
+)
 
 BatchSizes = tuple[int, int, int]  # smallest, best, largest
 # What TensorRT 10.16 to 11.4 are documented to read. Their parsers accept newer ones without a warning and give an
@@ -22,14 +30,18 @@ MAX_OPSET = 24
 
 
 @without_collection()
-def build_engine(backend: str, model: Path, batch: BatchSizes, timing_cache: Path | None = None) -> bytes:
+def build_engine(
+    backend: str, model: Path, batch: BatchSizes, timing_cache: Path | None = None, targets: Sequence[str] = ()
+) -> bytes:
     """The serialized engine of `model` for batches of `batch`, which the first dimension of every input counts.
 
     timing_cache: where TensorRT keeps what it measured, so that the next build is quick; TensorRT-RTX measures nothing.
+    targets: GPUs or compute capabilities that TensorRT-RTX compiles for; without any, those from 8.0 on that it serves.
     Raises InputError, which names node and operator where one is refused.
     """
     _check_batch(batch)
     trt = load(backend)
+    capabilities = find_targets(trt, backend, targets)
     heard = listener(trt)
     builder = trt.Builder(heard)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -38,6 +50,10 @@ def build_engine(backend: str, model: Path, batch: BatchSizes, timing_cache: Pat
     config.clear_flag(trt.BuilderFlag.TF32)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: the condition for capturing CUDA graphs
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for number, capability in enumerate(capabilities):
+            config.set_compute_capability(capability, number)
     if timing_cache is not None:
         _read_timings(config, timing_cache)
     config.add_optimization_profile(_profile(builder, network, batch))

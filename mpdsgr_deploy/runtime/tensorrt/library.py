@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,6 +19,11 @@ class Library(NamedTuple):
     module: str
 
 
+# Compute capabilities of GPUs that users name
+CAPABILITIES = {
+    **{"t4": "7.5", "a100": "8.0", "a10": "8.6", "orin": "8.7", "l4": "8.9", "h100": "9.0", "h200": "9.0"},
+    **{"b200": "10.0", "rtx-5090": "12.0", "dgx-spark": "12.1"},
+}
 LIBRARIES = {"tensorrt": Library("tensorrt", "tensorrt"), "tensorrt-rtx": Library("rtx", "tensorrt_rtx")}
 
 
@@ -26,6 +31,28 @@ def load(backend: str) -> ModuleType:
     """The module of a backend. Raises InputError naming the extra if it cannot be imported."""
     library = choose("backend", LIBRARIES, backend)
     return need(library.module, library.extra)
+
+
+def served(trt: ModuleType) -> dict[str, Any]:
+    """TensorRT-RTX's names of the compute capabilities that it holds kernels for, by "8.9"; empty for TensorRT."""
+    kinds = getattr(trt, "ComputeCapability", None)
+    members = {} if kinds is None else kinds.__members__
+    return {f"{name[2:-1]}.{name[-1]}": kind for name, kind in members.items() if name.startswith("SM")}
+
+
+def find_targets(trt: ModuleType, backend: str, targets: Sequence[str]) -> list[Any]:
+    """The library's names for GPUs or compute capabilities such as h200 or 8.9. Raises InputError if it serves none."""
+    kinds = served(trt)
+    capabilities = {target: CAPABILITIES.get(target.lower(), target) for target in targets}
+    for target, capability in capabilities.items():
+        if capability not in kinds and not kinds:
+            raise InputError(f"{backend} builds for the GPU of this machine; leave --target out, and build there")
+        if capability not in kinds:
+            raise InputError(
+                f"{backend} {trt.__version__} has no kernels for {target} (compute capability {capability}), only for "
+                f"{', '.join(kinds)}; use --backend tensorrt or onnxruntime-cuda there"
+            )
+    return [kinds[capability] for capability in capabilities.values()]
 
 
 def listener(trt: ModuleType) -> Any:

@@ -1,11 +1,12 @@
 """Engines in a bundle: built for this machine, reused on it, and refused on another.
 
 A TensorRT engine belongs to one GPU model and one version of TensorRT. A TensorRT-RTX engine belongs to one version of
-TensorRT-RTX and to no GPU: it is built without one, for compute capability 8.0 and above, and compiled for the GPU at
-hand when it is opened. So `Prepared.machine` names a GPU for TensorRT only.
+TensorRT-RTX and to no GPU: it is built without one, for the compute capabilities that the library has kernels for, and
+compiled for the GPU at hand when it is opened. So `Prepared.machine` names a GPU for TensorRT only.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from mpdsgr_deploy.bundle import Bundle, Prepared
@@ -26,15 +27,18 @@ def machine(backend: str) -> dict[str, str]:
     return {"gpu": gpu.name, "compute_capability": gpu.compute_capability, "tensorrt": version}
 
 
-def prepare(backend: str, bundle: Bundle, precision: str, batch: BatchSizes | None = None) -> tuple[Bundle, Prepared]:
+def prepare(
+    backend: str, bundle: Bundle, precision: str, batch: BatchSizes | None = None, targets: Sequence[str] = ()
+) -> tuple[Bundle, Prepared]:
     """Build an engine of a bundle's network for batches from the smallest to the largest, and add it to the bundle.
 
-    Raises InputError as `build_engine` does, and where the precision, the library or, for TensorRT, a GPU is missing.
+    targets: GPUs or compute capabilities that it is for, see `build_engine`. Raises InputError as that does, and where
+    the precision, the library or, for TensorRT, a GPU is missing.
     """
     model = bundle.variant(precision)
     here = machine(backend)
     profile = batch or BATCH
-    plan = build_engine(backend, model, profile, timing_cache(here) if backend == "tensorrt" else None)
+    plan = build_engine(backend, model, profile, timing_cache(here) if backend == "tensorrt" else None, targets)
     sha = bundle.model_sha256(precision)
     prepared = Prepared(backend=backend, precision=precision, model_sha256=sha, machine=here, batch=profile)
     added = bundle.add(prepared, plan)

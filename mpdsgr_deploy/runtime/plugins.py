@@ -1,0 +1,36 @@
+"""onnxruntime's providers that come in wheels of their own, beside its CPU package.
+
+By its packaging guide such a wheel holds a module onnxruntime_ep_NAME with `get_library_path`, and `get_ep_names` or
+`get_ep_name`. `get_available_providers` does not list what they bring; `get_ep_devices` does, once it is registered.
+"""
+
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from mpdsgr_deploy.errors import one_line
+from mpdsgr_deploy.progress import log
+
+PREFIX = "onnxruntime_ep_"
+# The same provider under the name that its first plug-in builds gave it
+NAMES = {"CUDAExecutionProvider": ("CUDAExecutionProvider", "CudaPluginExecutionProvider")}
+
+
+def plugin_devices(ort: Any, provider: str) -> list[Any]:
+    """The devices of the first plug-in of this provider that is installed; empty without one. ort: onnxruntime."""
+    names = NAMES.get(provider, (provider,))
+    for module in (name for _, name, _ in iter_modules() if name.startswith(PREFIX)):
+        _register(ort, module)
+    devices: list[Any] = getattr(ort, "get_ep_devices", list)()  # of onnxruntime 1.23 and later
+    return next((found for name in names if (found := [d for d in devices if d.ep_name == name])), [])
+
+
+@cache
+def _register(ort: Any, module: str) -> None:
+    """Let onnxruntime load the library of a plug-in's module, once per process; a warning if it cannot."""
+    try:
+        plugin = import_module(module)
+        ort.register_execution_provider_library(module, plugin.get_library_path())
+    except Exception as error:  # whatever a half-installed plug-in raises; the provider is then missing
+        log.warning("the onnxruntime plug-in %s cannot be used: %s", module, one_line(error))
