@@ -1,8 +1,9 @@
 """Bundle addresses as commands take them: PLACE[@PRECISION][@sha256:DIGEST].
 
-PLACE is a directory, or an address of a file system that fsspec supports: hf://OWNER/NAME, s3://BUCKET/NAME, gs://...
-An address needs the bundle's digest, the `digest` in its manifest.json. The copy is verified by it before anything in
-it is used, and kept in the user's cache, where later runs find it without a network.
+PLACE is a directory, an address of a file system that fsspec supports (hf://OWNER/NAME, s3://BUCKET/NAME, gs://...), or
+oci://HOST/NAME:TAG, whose files an OCI registry holds as `oras push` puts them there. An address needs the bundle's
+digest, the `digest` in its manifest.json. The copy is verified by it before anything in it is used, and kept in the
+user's cache, where later runs find it without a network.
 """
 
 import json
@@ -19,6 +20,8 @@ from mpdsgr_deploy.progress import log
 
 MANIFEST = "manifest.json"
 SHA256 = re.compile(r"@sha256:([0-9a-f]{64})$")
+OCI = "oci://"
+LOOPBACK = ("localhost:", "localhost/", "127.0.0.1:", "127.0.0.1/")
 PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -78,18 +81,31 @@ def cache_directory() -> Path:
 
 def _fetch(address: BundleAddress, cache: Path) -> None:
     """Copy a remote bundle's files; the manifest comes last, so that an interrupted copy is not taken for a bundle."""
-    fsspec = need("fsspec", "remote")
+    copy = _copy_from_registry if address.place.startswith(OCI) else _copy_from_file_system
     log.info("fetching %s into %s", address.place, cache)
     scratch = cache.with_name(f"{cache.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        files, root = fsspec.url_to_fs(address.place)
-        files.get(root.rstrip("/") + "/", f"{scratch}/", recursive=True)
+        copy(address.place, scratch)
+    except InputError:
+        raise
     except Exception as error:  # every file system of fsspec has its own
         raise InputError(f"cannot fetch {address.place}: {type(error).__name__}: {one_line(error)}") from error
     _verify(scratch, address)
     shutil.rmtree(cache, ignore_errors=True)
     scratch.rename(cache)
+
+
+def _copy_from_file_system(place: str, target: Path) -> None:
+    files, root = need("fsspec", "remote").url_to_fs(place)
+    files.get(root.rstrip("/") + "/", f"{target}/", recursive=True)
+
+
+def _copy_from_registry(place: str, target: Path) -> None:
+    """As Docker does, without TLS from a registry on this machine only."""
+    name = place.removeprefix(OCI)
+    client = need("oras.client", "remote").OrasClient(insecure=name.startswith(LOOPBACK))
+    client.pull(target=name, outdir=str(target))
 
 
 def _verify(directory: Path, address: BundleAddress) -> None:

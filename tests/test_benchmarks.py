@@ -25,6 +25,7 @@ import harness
 import largest
 import linear
 import memory
+import ray_data
 import step
 import steps
 import strength
@@ -36,8 +37,8 @@ from live import Live
 @pytest.mark.parametrize(
     "benchmark",
     [
-        *(agreement, attack, early_exit, estimate, gpu_rehearsal, growth, largest, linear, memory, step, steps),
-        *(strength, training),
+        *(agreement, attack, early_exit, estimate, gpu_rehearsal, growth, largest, linear, memory, ray_data, step),
+        *(steps, strength, training),
     ],
 )
 def test_the_page_quotes_the_files(benchmark: object) -> None:

@@ -15,9 +15,10 @@ from conftest import assert_input_error, mpdsgr_here
 from predicting import folder
 from ray_cluster import NO_TOKEN
 
-from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.prediction.ray_data import JOB, SUCCESS, part_file
 from mpdsgr_deploy.prediction.stream import Job
+from mpdsgr_deploy.recipes import shipped
 
 BATCH, COUNT = 2, 1200  # 600 batches in 19 parts
 
@@ -53,6 +54,12 @@ def nodes() -> Iterator[Nodes]:
         yield cluster
         ray.shutdown()
         cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    """A small one that comes with the package."""
+    return open_bundle(shipped("export") / "doctor" / "bundle")
 
 
 @pytest.fixture(scope="module")

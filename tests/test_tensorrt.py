@@ -24,9 +24,10 @@ from mpdsgr_deploy.exporting.precision import plan as precisions_of_layers
 from mpdsgr_deploy.models import MODELS, build_model
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.tensorrt import build_engine, cuda, prepare
-from mpdsgr_deploy.runtime.tensorrt.library import failure, load, said
+from mpdsgr_deploy.runtime.tensorrt.library import CAPABILITIES, failure, load, said, served
 from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine, timing_cache
 
 RTX = "tensorrt-rtx"
@@ -383,7 +384,19 @@ def test_a_target_that_the_library_does_not_serve_is_refused(target: str, expect
     assert not open_bundle(copy.path).manifest.prepared
 
 
+def test_the_manual_says_which_gpus_are_served_and_how_trtexec_builds_every_precision() -> None:
+    manual = (Path(__file__).parent.parent / "export" / "README.md").read_text()
+    listed = re.findall(r"^\| [^|]+ \| ([\d.; ]+) \| ([^|]+) \|", manual, re.MULTILINE)
+    yes = {capability for row, answer in listed for capability in row.split("; ") if not answer.startswith("no")}
+    assert yes == set(served(load(RTX)))
+    assert {capability for row, _ in listed for capability in row.split("; ")} == set(CAPABILITIES.values())
+    for precision in PRECISIONS:
+        assert f"trtexec --onnx=model.{precision}.onnx --stronglyTyped --noTF32" in manual
+
+
 def test_an_engine_for_named_targets_is_built(copy: Bundle) -> None:
+    half = shipped("export") / "doctor" / "bundle" / "model.fp16.onnx"
+    assert build_engine(RTX, half, (1, 2, 4), targets=["t4"])  # as the manual says, of all precisions this one alone
     done = mpdsgr_here("build", copy.path, "--backend", RTX, "--target", "l4,12.0")
     assert done.returncode == 0, done.stderr
     assert_input_error(mpdsgr_here("build", copy.path, "--backend", "openvino", "--target", "l4"), "--target is for")

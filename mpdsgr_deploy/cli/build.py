@@ -41,10 +41,10 @@ def command(
 
     A TensorRT engine works on this model of GPU with this version of TensorRT. A TensorRT-RTX engine is built without
     a GPU and works with this version of TensorRT-RTX on GPUs that it has kernels for: version 1.7 on compute
-    capabilities 8.0, 8.6, 8.9, 12.0 and 12.1, and 7.5 where --target names it; not on H100 and H200 (9.0), Orin (8.7)
-    or B200 (10.0). Neither has run on a GPU yet. For openvino and onnxruntime-cpu it is measured, for some seconds,
-    which number of threads and of images at once is fastest: settings for machines with this CPU, as many cores and
-    this version of the backend.
+    capabilities 8.0, 8.6, 8.9, 12.0 and 12.1, and fp16 on 7.5 where --target names it; not on H100 and H200 (9.0),
+    Orin (8.7) or B200 (10.0). Neither has run on a GPU yet. For openvino and onnxruntime-cpu it is measured, for some
+    seconds, which number of threads and of images at once is fastest: settings for machines with this CPU, as many
+    cores and this version of the backend.
 
     \b
     Example:

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from mpdsgr_deploy.bundle import Bundle, open_bundle
-from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json, print_table
 from mpdsgr_deploy.errors import MpdsgrError, one_line
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.provenance import package_version, provenance
@@ -33,9 +33,9 @@ EXTRAS = {
 
 
 @click.command("doctor")
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("bundle", required=False)
 @json_option
-def command(bundle: Path | None, as_json: bool) -> None:
+def command(bundle: str | None, as_json: bool) -> None:
     """Show what is installed, and which backends really work here: each answers a golden batch.
 
     The batch is BUNDLE's, or that of a small spiking network that comes with the package; for that one engines are
@@ -48,13 +48,14 @@ def command(bundle: Path | None, as_json: bool) -> None:
       mpdsgr doctor bundles/digits
     """
     with copy_of(shipped("export") / "doctor" / "bundle") as small:
-        opened = open_bundle(bundle or small)
-        pairs = [(backend, precision) for backend in BACKENDS for precision in opened.manifest.variants]
+        opened, named = opened_bundle(bundle or str(small), None)
+        precisions = [named] if bundle and "@" in bundle else list(opened.manifest.variants)
+        pairs = [(backend, precision) for backend in BACKENDS for precision in precisions]
         states = {pair: state(opened, *pair, build=bundle is None) for pair in track(pairs, "trying backends")}
     packages = {extra: {name: package_version(name) for name in names} for extra, names in EXTRAS.items()}
     machine = provenance()
     if as_json:
-        backends = {name: {p: states[name, p] for p in opened.manifest.variants} for name in BACKENDS}
+        backends = {name: {p: states[name, p] for p in precisions} for name in BACKENDS}
         unproved = [row._asdict() for row in UNPROVED]
         print_json({"backends": backends, "packages": packages, "unproved_on_a_gpu": unproved, **machine})
         return
