@@ -2,13 +2,16 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import assert_input_error, mpdsgr_here
 
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.prediction.cost import Cost, estimate, measure_costs, package_energy
+from mpdsgr_deploy.prediction import cost as cost_module
+from mpdsgr_deploy.prediction.cost import Cost, estimate, gpu_energy, measure_costs, package_energy, used_energy
 
 
 def test_every_combination_is_measured_or_says_why_not(precise: Bundle) -> None:
@@ -37,6 +40,23 @@ def test_energy_is_read_where_the_machine_tells(tmp_path: Path) -> None:
         (tmp_path / f"intel-rapl:{number}").mkdir()
         (tmp_path / f"intel-rapl:{number}" / "energy_uj").write_text(f"{microjoules}\n")
     assert package_energy(tmp_path) == pytest.approx(2.5)
+
+
+def test_a_gpus_energy_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    millijoules = [1500, 500]
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: len(millijoules),
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetTotalEnergyConsumption=lambda gpu: millijoules[gpu],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.setattr(cost_module, "package_energy", lambda: 3.0)
+    assert (gpu_energy(), used_energy()) == (2.0, 5.0)
+    millijoules.clear()
+    assert (gpu_energy(), used_energy()) == (None, 3.0)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu_energy() is None
 
 
 def test_the_command(bundle: Bundle) -> None:

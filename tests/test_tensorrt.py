@@ -386,7 +386,7 @@ def test_a_target_that_the_library_does_not_serve_is_refused(target: str, expect
 
 def test_the_manual_says_which_gpus_are_served_and_how_trtexec_builds_every_precision() -> None:
     manual = (Path(__file__).parent.parent / "export" / "README.md").read_text()
-    listed = re.findall(r"^\| [^|]+ \| ([\d.; ]+) \| ([^|]+) \|", manual, re.MULTILINE)
+    listed = re.findall(r"^\| [^|]+ \| (\d+\.\d[\d.; ]*) \| ([^|]+) \|", manual, re.MULTILINE)
     yes = {capability for row, answer in listed for capability in row.split("; ") if not answer.startswith("no")}
     assert yes == set(served(load(RTX)))
     assert {capability for row, _ in listed for capability in row.split("; ")} == set(CAPABILITIES.values())

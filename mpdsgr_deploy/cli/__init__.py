@@ -108,6 +108,8 @@ def main() -> None:
     Exit codes: 0 pass, 1 the gate failed (the model regressed), 2 usage or input error,
     3 the evaluation itself is not valid.
 
+    Nothing has run on a GPU yet: `mpdsgr doctor` lists what that leaves unproved.
+
     \b
     Start here:  mpdsgr demo
     """

@@ -29,7 +29,9 @@ from mpdsgr_deploy.signing.trust import required_trust
     show_default=True,
     help="What an input that cannot be read does: end the run, or be left out and named in OUT.skipped.csv.",
 )
-@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the network.")
+@click.option(
+    "--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the network; on a GPU none has run yet."
+)
 @precision_option
 @signature_option
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images per inference.")

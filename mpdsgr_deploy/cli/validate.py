@@ -23,7 +23,9 @@ from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 @click.command("validate")
 @click.argument("bundle")
-@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the artefact.")
+@click.option(
+    "--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the artefact; on a GPU none has run yet."
+)
 @precision_option
 @signature_option
 @click.option("--url", help="Validate the server there: http://HOST:PORT/v2/models/NAME, which serves BUNDLE.")

@@ -21,8 +21,8 @@ class Cost(NamedTuple):
     """What was measured with one backend, precision and batch.
 
     latency_ms, latency_p95_ms: median and 95th percentile of a batch; memory_mib: resident memory of the process while
-    it ran; joules: of the processor packages, per image, None where the machine does not report it. error: why nothing
-    was measured, else empty.
+    it ran; joules: of the processor packages and GPUs, per image, None where the machine reports neither. error: why
+    nothing was measured, else empty.
     """
 
     backend: str
@@ -68,12 +68,12 @@ def _measured(bundle: Bundle, backend: str, precision: str, batch: int, seconds:
         with open_predictor(bundle, backend, precision) as predictor:
             predictor(x)
             times: list[float] = []
-            energy, started = package_energy(), time.perf_counter()
+            energy, started = used_energy(), time.perf_counter()
             while len(times) < ROUNDS or time.perf_counter() - started < seconds:
                 before = time.perf_counter()
                 predictor(x)
                 times.append(time.perf_counter() - before)
-            spent, used = time.perf_counter() - started, package_energy()
+            spent, used = time.perf_counter() - started, used_energy()
             memory = resident_memory()
     except MpdsgrError as error:
         return Cost(backend, precision, batch, error=one_line(error))
@@ -90,6 +90,24 @@ def resident_memory() -> float | None:
     except OSError:
         return None
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), None)
+
+
+def used_energy() -> float | None:
+    """Joules that processors and GPUs have used since some moment; None where neither can be read."""
+    readings = [joules for joules in (package_energy(), gpu_energy()) if joules is not None]
+    return sum(readings) if readings else None
+
+
+def gpu_energy() -> float | None:
+    """Joules that all NVIDIA GPUs have used since some moment; None without any, or without nvidia-ml-py."""
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        return sum(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) for gpu in gpus) / 1000 if gpus else None
+    except Exception:  # ImportError; an NVMLError without a driver, or of a GPU that does not count
+        return None
 
 
 def package_energy(root: Path = RAPL) -> float | None:

@@ -92,7 +92,8 @@ def _claim_job(job: Job, out: Path, batches: Sequence[InputBatch]) -> None:
 
 def _run(job: Job, out: Path, parts: dict[int, Sequence[InputBatch]], resources: Resources) -> None:
     ray, data = need("ray", "ray"), need("ray.data", "ray")
-    logging.getLogger("ray").setLevel(logging.ERROR)  # hide Ray's messages about its plans and pools
+    for name in ("ray", "ray.data"):  # hide Ray's messages about its plans and pools
+        logging.getLogger(name).setLevel(logging.ERROR)
     items = [{"part": i, "batches": ray.cloudpickle.dumps([b.alone() for b in part])} for i, part in parts.items()]
     with _connected(ray, resources.address):
         data.DataContext.get_current().enable_progress_bars = False
