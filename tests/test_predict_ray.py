@@ -47,7 +47,8 @@ def nodes() -> Iterator[Nodes]:
     """One small cluster for all tests, which the command finds connected."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as environment:
-        for key, value in NO_TOKEN.items():
+        # else actors would wait for all other work of a busy machine
+        for key, value in {**NO_TOKEN, "RAY_worker_niceness": "0"}.items():
             environment.setenv(key, value)
         cluster = Nodes()
         ray.init(cluster.address, log_to_driver=False)
