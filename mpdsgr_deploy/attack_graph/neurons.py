@@ -175,7 +175,11 @@ class Neurons:
         """The summand of a potential that is not what was left of the last one."""
         made = self._tape.makers.get(potential[0])
         if made is None or made.op_type != "Add":
-            raise refuse(step.jumps[0].node, "has a potential that is not what was left of the last one plus a current")
+            raise refuse(
+                step.jumps[0].node,
+                f"has a potential that is not what was left of the last one plus a current; {RATE} and {AVERAGED} are "
+                "for networks that were trained and exported here",
+            )
         return made.input[1]
 
 

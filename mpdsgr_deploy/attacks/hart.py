@@ -67,7 +67,7 @@ def hart(
 @register
 @dataclass(frozen=True, kw_only=True)
 class HART(GradientAttack):
-    """`hart` through one kind of surrogate."""
+    """`hart` through one kind of surrogate, for networks that were trained and exported here."""
 
     method: ClassVar[str] = "hart"
 
