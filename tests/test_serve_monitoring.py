@@ -20,7 +20,7 @@ from served import BUNDLE, INFER, Served, http, images, request
 
 SERVE = Path(__file__).parent.parent / "serve"
 PROMETHEUS = shutil.which("prometheus")
-ADDED = {"job", "instance"}  # labels that Prometheus adds to what it scrapes
+ADDED = {"job", "instance", "process"}  # labels that Prometheus adds to what it scrapes, or several processes
 SECONDS = 60.0  # to wait for anything on a busy machine
 
 
