@@ -4,6 +4,7 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,7 +12,8 @@ from scipy.stats import binom
 
 from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.models import build_model
-from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipe import Gate, Recipe
+from mpdsgr_deploy.validation.gate import failures
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -19,6 +21,7 @@ import agreement
 import attack
 import early_exit
 import estimate
+import gate_power
 import gpu_rehearsal
 import growth
 import harness
@@ -37,7 +40,20 @@ from live import Live
 @pytest.mark.parametrize(
     "benchmark",
     [
-        *(agreement, attack, early_exit, estimate, gpu_rehearsal, growth, largest, linear, memory, ray_data, step),
+        *(
+            agreement,
+            attack,
+            early_exit,
+            estimate,
+            gate_power,
+            gpu_rehearsal,
+            growth,
+            largest,
+            linear,
+            memory,
+            ray_data,
+            step,
+        ),
         *(steps, strength, training),
     ],
 )
@@ -300,3 +316,17 @@ def test_a_step_grows_no_worse_than_it_must() -> None:
         seconds = {value: sorted(taken)[len(taken) // 2] for value, taken in found["seconds"][name].items()}
         assert growth.exponent(seconds) < most_time + 0.1
         assert growth.exponent(found["kept"][name]) < most_memory + 0.01
+
+
+def test_the_gate_refuses_a_healthy_network_less_than_once_in_a_hundred_times() -> None:
+    for case in harness.load("gate_power")["cases"]:
+        assert case["together"] >= case["alone"]
+        assert case["drop"] or case["together"] < 0.01 * case["trials"]
+
+
+def test_a_simulated_drop_is_refused_and_none_is_not() -> None:
+    rng, pair = np.random.default_rng(0), gate_power.pairs()[0]
+    none, half = (gate_power.draw(rng, pair, 300, drop, 0.0) for drop in (0.0, 0.5))
+    assert not failures(Gate(max_drop=0.034), none)
+    assert failures(Gate(max_drop=0.034), half)
+    assert none[-1].artefact.correct <= min(row.artefact.correct for row in none)

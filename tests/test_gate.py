@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS, resolved
@@ -30,7 +30,7 @@ from mpdsgr_deploy.validation.gate import (
     regressed,
 )
 from mpdsgr_deploy.validation.power import refused, smallest_drop
-from mpdsgr_deploy.validation.proportions import binomial_tail, wilson
+from mpdsgr_deploy.validation.proportions import binomial_tail, sign_flip_tail, wilson
 from mpdsgr_deploy.validation.rows import Row
 from mpdsgr_deploy.validation.rules import check_pins, chosen_tier, settled, stated_rules
 
@@ -215,6 +215,44 @@ def test_a_condition_that_was_cut_short_is_not_judged() -> None:
     rules = gate("0.1", "0.9", name="fgsm")
     assert failures(rules, [row("clean", 100), row("fgsm", 15, 20, of=20)]) == []
     assert len(failures(rules, [row("clean", 100), row("fgsm", 75)])) == 2
+
+
+def test_the_permutation_test_is_scipys_and_mcnemar_for_single_conditions() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        differences = rng.integers(-3, 4, 12)
+        exact = permutation_test(
+            (differences,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="greater"
+        )
+        assert sign_flip_tail(differences) == pytest.approx(exact.pvalue)
+    assert sign_flip_tail(np.array([1] * 9 + [-1] * 2 + [0] * 4)) == pytest.approx(binomial_tail(9, 11))
+    assert sign_flip_tail(np.zeros(5, np.int64)) == 1
+    assert sign_flip_tail(np.zeros(0, np.int64)) == 1
+
+
+def rows_with_losses(conditions: int, worse: int, better: int) -> list[Row]:
+    """Under each condition other images are newly wrong and newly right; the reference has 50 of 100 right."""
+    made = []
+    for i in range(conditions):
+        reference = np.arange(100) % 2 == 0
+        artefact = reference.copy()
+        artefact[np.flatnonzero(reference)[i * worse : (i + 1) * worse]] = False
+        artefact[np.flatnonzero(~reference)[i * better : (i + 1) * better]] = True
+        made.append(Row.of(f"attack {i}", "", artefact, reference=reference))
+    return made
+
+
+def test_losses_too_few_in_each_condition_are_significant_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules_of_the_gate, "SIGNIFICANT", SIGNIFICANT)
+    broken = failures(gate("0.05"), rows_with_losses(5, worse=8, better=1))
+    assert [reason.line for reason in broken] == [
+        "attack 0: a drop of 7.00%; 5.00% allowed; significant in 5 conditions together, p = 4e-08"
+    ]
+    assert failures(gate("0.05"), rows_with_losses(1, worse=8, better=1)) == []  # one alone is not
+    assert failures(gate("0.08"), rows_with_losses(5, worse=8, better=1)) == []  # within the limit
+    assert failures(gate("0.01"), rows_with_losses(5, worse=8, better=6)) == []  # chance
+    free = Gate(max_drop=1.0, drops={"attack 0": 0.05})
+    assert failures(free, rows_with_losses(5, worse=8, better=1)) == []  # what has no limit does not count
 
 
 NAMES = ("clean", "pgd", "worst")

@@ -2,6 +2,9 @@
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -29,3 +32,17 @@ def exceeds(k: int, n: int, share: float) -> float:
 def mcnemar(worse: int, better: int) -> float:
     """Exact two-sided McNemar p-value: could `worse` against `better` discordant images be chance?"""
     return min(1.0, 2 * binomial_tail(max(worse, better), worse + better))
+
+
+def sign_flip_tail(differences: NDArray[np.int64]) -> float:
+    """P(sum of +-|d| >= sum of d) for integers d [n] whose signs are even chances: the exact paired permutation test.
+
+    With differences of -1, 0 and 1 it is the one-sided McNemar test.
+    """
+    sizes = np.abs(differences[differences != 0])
+    below = np.ones(1)  # below[k]: the probability that the negative ones add up to k
+    for size in sizes.tolist():
+        shifted = np.concatenate([np.zeros(size), below])
+        below = (np.concatenate([below, np.zeros(size)]) + shifted) / 2
+    most = int(sizes.sum() - differences.sum()) // 2  # the negative ones of these differences
+    return min(1.0, float(below[: most + 1].sum()))
