@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,14 @@ class Nodes:
         self._cluster.shutdown()
 
 
+def started() -> Nodes:
+    """On a busy machine Ray gives up a node before it has started, and is to be asked again."""
+    for _ in range(2):
+        with suppress(Exception):
+            return Nodes()
+    return Nodes()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nodes() -> Iterator[Nodes]:
     """One small cluster for all tests, which the command finds connected."""
@@ -50,7 +59,7 @@ def nodes() -> Iterator[Nodes]:
         # else actors would wait for all other work of a busy machine
         for key, value in {**NO_TOKEN, "RAY_worker_niceness": "0"}.items():
             environment.setenv(key, value)
-        cluster = Nodes()
+        cluster = started()
         ray.init(cluster.address, log_to_driver=False)
         yield cluster
         ray.shutdown()
