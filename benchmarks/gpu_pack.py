@@ -73,11 +73,11 @@ def wheels(python: str, folder: Path) -> Iterator[Path]:
     platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 34)] + [
         "--platform=manylinux2014_x86_64"
     ]
-    for package in (*(pins.get(name, name) for name in PACKAGES), *PINNED):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += [f"--python-version={python}", "--implementation=cp", *platforms, f"--dest={folder}", package]
-        if subprocess.run(command, check=False).returncode:
-            sys.exit(f"error: no wheel of {package} for Python {python}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *platforms]
+    command += [f"--python-version={python}", "--implementation=cp", f"--dest={folder}"]
+    packages = [*(pins.get(name, name) for name in PACKAGES), *PINNED]
+    if subprocess.run([*command, *packages], check=False).returncode:
+        sys.exit(f"error: a package has no wheel for Python {python}")
     yield from sorted(folder.glob("*.whl"))
 
 
