@@ -32,6 +32,17 @@ def test_recipes_of_other_libraries_answer_alike_and_are_attacked_as_well(page: 
         assert case["worst"] <= case["autoattack"] + 0.01 * n
 
 
+def test_no_planted_fault_is_let_through(page: Any) -> None:
+    planted, records = importlib.import_module("planted"), page.load("faults")["records"]
+    assert set(records) == set(planted.FAULTS)
+    healthy = records[page.HEALTHY]
+    assert healthy["ended"] == 0
+    assert [name for name, case in records.items() if page.let_through(case, healthy)] == []
+    refused = {name for name, case in records.items() if case["ended"] != 0}
+    assert {"a spike node missed", "thresholds swapped", "a comparison hidden behind a Cast chain"} <= refused
+    assert {"straight-through where a surrogate belongs", "an input scale applied twice"} <= refused
+
+
 def test_a_fault_is_let_through_if_the_gate_passes_more_than_without_it(page: Any) -> None:
     healthy = {"ended": 0, "kept": list(range(20)), "square breaks": [0]}
     weaker = {"ended": 0, "kept": list(range(28)), "square breaks": [0]}
