@@ -75,7 +75,8 @@ def export(
         choose("precision", dict.fromkeys(PRECISIONS), name)
     if max_drop is not None and len(variants) == 1 and steps != "auto":
         raise InputError(
-            "--max-drop bounds what other precisions than fp32 lose, which --precision names, and --steps auto"
+            "--max-drop bounds what other precisions and fewer steps lose; name them with --precision, or add --steps "
+            "auto"
         )
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir, choice)
