@@ -14,8 +14,8 @@ demo: .venv/.demo
 test: .venv/.dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal
+	@# mypy takes the core that tests leave free while they wait for servers
+	.venv/bin/mypy & types=$$!; OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal && wait $$types
 
 # The oldest versions that pyproject.toml allows, in an environment of their own: the tests that need no torch.
 # Old releases use what newer ones of their own dependencies deprecate: these warnings are not errors here.
