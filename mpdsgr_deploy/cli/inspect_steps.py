@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from mpdsgr_deploy.exporting.step_table import StepCost
 
 IMAGES = 350  # as many as tier `commit` takes
-LEGEND = """worst: right under every attack of tier commit. lost, regained: images right at all
-steps and wrong at fewer, and the reverse. ms: per image, on onnxruntime-cpu. MMACs: million multiply-accumulates"""
+LEGEND = """\
+worst: right under every attack of tier commit. lost, regained: images that all
+steps get right and fewer do not, and the reverse. ms: per image, onnxruntime-cpu.
+MMACs: million multiply-accumulates."""
 
 
 def inspect_steps(bundle: Bundle, *, plots: Path | None, root: str | None, images: int | None, as_json: bool) -> None:
