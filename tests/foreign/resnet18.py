@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.validation.report import load_report
 
-SEED, EPS, EPOCHS, SIZE = 0, "32/255", 4, 32
+SEED, EPS, EPOCHS, SIZE = 0, "4/255", 4, 32
 
 
 class Calibration(CalibrationDataReader):
@@ -102,7 +102,7 @@ def gated(n: int, tier: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=30)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--tier", default="release")
     options = parser.parse_args()
     setting = {"n": options.images, "tier": options.tier, "eps": EPS, "seed": SEED, "epochs": EPOCHS}
