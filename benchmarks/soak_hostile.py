@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 
 from http2 import Http2, message
-from soak_traffic import Counts
+from soak_traffic import MARGIN, Counts
 
 CONNECTIONS = 200  # that the server allows, over HTTP and over gRPC
 SECONDS = {"header": 1.0, "body": 2.0, "keep_alive": 2.0}  # that it gives a client for them
@@ -45,8 +45,15 @@ class HttpAttacks:
         }
 
     async def _ends(self, part: bytes, status: bytes, drops: bytes = b"") -> None:
-        """Send a part, then drop by drop; the server must answer with the status and close in its time."""
+        """Send a part, then drop by drop; the server must answer with the status and close in its time.
+
+        Where this process was held up before it could send, the server's time is over, and nothing is learnt.
+        """
+        opened = time.monotonic()
         reader, writer = await asyncio.open_connection(*self._where)
+        if time.monotonic() - opened > MARGIN * SECONDS["header"]:
+            writer.transport.abort()
+            return
         dripping = asyncio.create_task(_drip(writer, drops))
         start, answer = time.monotonic(), b""
         try:
