@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.validation.report import load_report
 
-SEED, EPS, EPOCHS, SIZE = 0, "4/255", 4, 32
+SEED, EPS, EPOCHS, SIZE = 0, "8/255", 4, 32
 
 
 class Calibration(CalibrationDataReader):
