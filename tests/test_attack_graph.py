@@ -449,11 +449,12 @@ def test_attackers_of_one_kind_share_the_weights_and_answer_as_alone(bundle: Bun
     draw = np.random.default_rng(0)
     x, y = draw.random((3, *bundle.manifest.input_shape), np.float32), np.array([0, 1, 2])
     network = NetworkFile(model, lambda x: x)
-    names = [("triangle:1", "ce"), ("triangle:0.5", "dlr"), ("triangle:1+detached", "ce"), ("triangle:1", "weighted")]
+    names = [("triangle:1", "ce"), ("triangle:0.5", "dlr"), ("triangle:1+averaged", "ce"), ("triangle:1", "ce")]
+    names += [("triangle:1+detached", "ce"), ("triangle:1", "weighted")]
     shared = [network.attacker(name, loss=loss, draws=1) for name, loss in names]
     sessions = [attacker._session for attacker in shared]
     assert sessions[0] is sessions[1]
-    assert len(set(map(id, sessions))) == 3
+    assert len(set(map(id, sessions))) == 5
     with shared[0], shared[1]:
         pass
     for attacker, (name, loss) in zip(shared, names, strict=True):

@@ -12,7 +12,7 @@ from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 from mpdsgr_deploy.runtime.session import CPU, Session
-from mpdsgr_deploy.surrogates import ADAPTIVE, parse_surrogate
+from mpdsgr_deploy.surrogates import ADAPTIVE, SurrogateName, parse_surrogate
 
 LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr", "weighted": "weighted"}
 
@@ -26,13 +26,12 @@ class LastSession:
 
     def __init__(self, model: Path, provider: str = CPU) -> None:
         self._model, self._provider = model, provider
-        self._kind: tuple[str, bool, bool] | None = None
+        self._kind: tuple[SurrogateName, bool] | None = None
         self._session: Session | None = None
 
     def __call__(self, surrogate: str, loss: Loss) -> Session:
         """The session for a surrogate and a loss. Raises InputError as `attack_session` does."""
-        named = parse_surrogate(surrogate)
-        kind = named.kind, named.detached, loss == "weighted"
+        kind = parse_surrogate(surrogate)._replace(width=0.0), loss == "weighted"  # the width is an input of the graph
         if self._session is None or kind != self._kind:
             self._kind = self._session = None  # before the next one takes as much memory
             self._session = attack_session(self._model, surrogate, loss=loss, provider=self._provider)
