@@ -122,11 +122,13 @@ class Http:
             "/v2/health/live": lambda: _json({"live": True}),
             "/v2/health/ready": self._ready,
         }
-        if path in ("/metrics", "/status", "/v2/models/stats"):
+        if path == "/metrics":
             _require(method, "GET")
-            if path == "/metrics":
-                return Reply(200, await metrics.text(self.server), PLAIN)
-            return _json(await (self.server.status() if path == "/status" else self.server.statistics()))
+            return Reply(200, await metrics.text(self.server), PLAIN)
+        of_all_processes = {"/status": self.server.status, "/v2/models/stats": self.server.statistics}
+        if path in of_all_processes:
+            _require(method, "GET")
+            return _json(await of_all_processes[path]())
         if path not in gets:
             raise Refused(Why.NOT_FOUND, f"there is no {path[:100]}")
         _require(method, "GET")
