@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 
@@ -113,8 +114,8 @@ def _round(
 ) -> None:
     """Make the edits of one round."""
     images, labels = _frames([r.counts for r in active], levels), np.array([r.y for r in active])
-    before, weights = margins(network(images), labels)
-    slopes = np.asarray(gradients(images, -weights).gradient)  # the loss rises as the margin falls
+    before, weights = best_wrong(network(images), labels)
+    slopes = np.asarray(gradients(images, weights).gradient)
     most = None if search.share is None else max(1, round(search.share * budget))
     wanted = number * search.candidates if search.candidates else 2 * (budget if most is None else most)
     proposals = [propose(r.counts, r.clean, slope, wanted) for r, slope in zip(active, slopes, strict=True)]
@@ -126,8 +127,8 @@ def _round(
             recording, edits, gained, len(edits) if most is None else min(most, budget - len(recording.edits)), levels
         )
     logits = network(_frames([r.counts for r in active], levels))
-    lowered = before - margins(logits, labels)[0]
-    for recording, label, old, gain in zip(active, logits.argmax(1), made, lowered, strict=True):
+    gained_by_all = best_wrong(logits, labels).value - before
+    for recording, label, old, gain in zip(active, logits.argmax(1), made, gained_by_all, strict=True):
         recording.fooled = bool(label != recording.y)
         new = len(recording.edits) - old
         if not search.candidates:
@@ -167,16 +168,6 @@ def can_gain(counts: Counts, clean: Counts, levels: int) -> NDArray[np.bool_]:
     return (counts < levels) & (counts >= clean)
 
 
-def margins(logits: Floats, y: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """True logit minus the best wrong one [B], and the weights [B, K] of the logits whose sum that is."""
-    rows, wrong = np.arange(len(y)), logits.copy()
-    wrong[rows, y] = -np.inf
-    weights = np.zeros_like(logits)
-    weights[rows, y] = 1
-    weights[rows, wrong.argmax(axis=1)] -= 1
-    return (weights * logits).sum(axis=1), weights
-
-
 def _frames(counts: Sequence[Counts], levels: int) -> Floats:
     return (np.stack(counts) / levels).astype(np.float32)
 
@@ -190,9 +181,9 @@ def _gains(
     for start in range(0, len(trials), TRIALS):
         part = trials[start : start + TRIALS]
         logits = network(_frames([applied(r.counts, [edit]) for r, edit in part], levels))
-        after += margins(logits, np.array([r.y for r, _ in part]))[0].tolist()
+        after += best_wrong(logits, np.array([r.y for r, _ in part])).value.tolist()
     values = iter(after)
-    return [[float(m) - next(values) for _ in edits] for m, edits in zip(before, proposals, strict=True)]
+    return [[next(values) - float(gap) for _ in edits] for gap, edits in zip(before, proposals, strict=True)]
 
 
 def _keep(recording: _Recording, edits: Sequence[Edit], gains: Sequence[float], most: int, levels: int) -> None:

@@ -33,6 +33,13 @@ def difference(logits: Floats, y: Classes, aim: Classes) -> AimedLoss:
     return AimedLoss(logits[rows, aim] - logits[rows, y], from_to(y, aim, logits.shape[1]))
 
 
+def best_wrong(logits: Floats, y: Classes) -> AimedLoss:
+    """`difference` aimed at the largest of the wrong logits: minus the margin."""
+    wrong = logits.copy()
+    wrong[np.arange(len(y)), y] = -np.inf
+    return difference(logits, y, wrong.argmax(axis=1))
+
+
 def from_to(y: Classes, aim: Classes, count: int) -> Floats:
     """The gradient of z_t - z_y in `count` logits, [B, count]."""
     rows, weights = np.arange(len(y)), np.zeros((len(y), count), np.float32)

@@ -11,6 +11,7 @@ from mpdsgr_deploy.attacks.condition import FGSM, STRONG, Classes, Condition, Fl
 from mpdsgr_deploy.attacks.measure import Measurement, Outcome
 from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.validation.health import Convergence, Slopes
 
@@ -102,7 +103,7 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
             return np.concatenate([np.asarray(target(x[part], towards[part]).gradient) for part in parts])
 
     logits, uphill = answers(x), np.sign(gradient("ce", y))
-    margins = _margin_weights(logits, y)
+    margins = best_wrong(logits, y).weights
     certain = cross_entropy(logits, y) < CERTAIN
     if certain.any():
         uphill[certain] = np.sign(gradient("weighted", margins))[certain]
@@ -123,16 +124,6 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
         rises[step] = (float(along.mean()), float(aside.mean()))
         further += along - aside
     return Slopes(int((further > 0).sum()), len(x), rises)
-
-
-def _margin_weights(logits: Floats, y: Classes) -> Floats:
-    """Weights [m, K] of logits [m, K] of classes y [m], whose sum is the best wrong logit minus the true one."""
-    rows, wrong = np.arange(len(y)), logits.copy()
-    wrong[rows, y] = -np.inf
-    weights = np.zeros_like(logits)
-    weights[rows, wrong.argmax(axis=1)] = 1
-    weights[rows, y] = -1
-    return weights
 
 
 def cross_entropy(logits: Floats, y: Classes) -> Floats:
