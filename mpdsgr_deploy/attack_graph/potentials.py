@@ -8,20 +8,20 @@ over the batch as well; its sparse attack has one image in a batch, so that imag
 """
 
 from collections.abc import Sequence
-from math import pi, sqrt
+from math import pi, prod, sqrt
 
 from mpdsgr_deploy.attack_graph.tape import Tape
 
 
 def potential_slopes(tape: Tape, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
     """dO/dU of each step of a layer from its v [B, C, ...] or [B, N], of the shape `shape`."""
-    axes = tape.integers(*(range(2, len(shape)) if len(shape) > 2 else [1]))
+    first = 2 if len(shape) > 2 else 1  # of the axes over which a channel extends
+    axes = tape.integers(*range(first, len(shape)))
+    extents = [extent for extent in shape[first:] if isinstance(extent, int)]
+    assert len(extents) == len(shape) - first
+    size = prod(extents)
     sums: list[str] = []  # of v, up to each step, [B, C, 1, ...] or [B, 1]
     slopes = []
-    size = 1
-    for extent in shape[2:] if len(shape) > 2 else shape[1:]:
-        assert isinstance(extent, int)
-        size *= extent
     for t, v in enumerate(vs):
         total = tape.emit("ReduceSum", v, axes, keepdims=1)
         sums.append(total if not sums else tape.emit("Add", sums[-1], total))

@@ -7,6 +7,8 @@ Named as in `mpdsgr_deploy.surrogates`: the kinds of training, `straight-through
 import copy
 import math
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,33 +29,33 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     kind, _, detached, averaged = parse_surrogate(name)
     if detached and any(type(layer.neuron) is not LIF for layer in attacked.layers()):
         raise InputError(f"surrogate {name!r}: only plain LIF neurons can detach their reset; leave {DETACHED} out")
-    if kind == RATE:
-        for layer in attacked.layers():
-            layer.neuron = RateBackward(layer.neuron)
-        return attacked
-    if kind == PDSG:
-        for layer in attacked.layers():
-            layer.neuron = SpreadBackward(layer.neuron)
-        return attacked
-    surrogate = make_surrogate(name)
-    if averaged:
-        for layer in attacked.layers():
-            layer.neuron = AveragedBackward(layer.neuron, surrogate)
-        return attacked
+    backward: Callable[[LIF], LIF]
+    if kind in (RATE, PDSG):
+        backward = RateBackward if kind == RATE else SpreadBackward
+    elif averaged:
+        backward = partial(AveragedBackward, surrogate=make_surrogate(name))
+    else:
+        backward = partial(_through, surrogate=make_surrogate(name), detached=detached)
     for layer in attacked.layers():
-        layer.neuron.surrogate, layer.neuron.detach_reset = surrogate, detached
+        layer.neuron = backward(layer.neuron)
     return attacked
 
 
-class PooledBackward(LIF):
-    """A neuron that answers as `neuron` does, and whose backward pass hands one gradient to the current of every step.
+def _through(neuron: LIF, surrogate: Surrogate, *, detached: bool) -> LIF:
+    neuron.surrogate, neuron.detach_reset = surrogate, detached
+    return neuron
 
-    No gradient passes through membrane, leak or reset.
-    """
+
+class OtherBackward(LIF):
+    """A neuron that answers as `neuron` does, with another backward pass."""
 
     def __init__(self, neuron: LIF) -> None:
         super().__init__(tau=neuron.tau, v_threshold=neuron.v_threshold, reset=neuron.reset, surrogate=neuron.surrogate)
         self.inner, self.stochastic = neuron, neuron.stochastic
+
+
+class PooledBackward(OtherBackward):
+    """Its backward pass hands one gradient to the current of every step, and none through membrane, leak or reset."""
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
@@ -97,12 +99,8 @@ class AveragedBackward(PooledBackward):
         return self.surrogate.derivative(torch.stack([state.u for state in states]) - self.v_threshold)
 
 
-class SpreadBackward(LIF):
+class SpreadBackward(OtherBackward):
     """PDSG: a surrogate as wide as a channel's potentials spread; the formula is in `attack_graph.potentials`."""
-
-    def __init__(self, neuron: LIF) -> None:
-        super().__init__(tau=neuron.tau, v_threshold=neuron.v_threshold, reset=neuron.reset, surrogate=neuron.surrogate)
-        self.inner, self.stochastic = neuron, neuron.stochastic
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None

@@ -6,7 +6,7 @@ row, drop and floor. Two of them are comparable where their budgets are equal, w
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,11 +66,8 @@ class EventAttack(Condition):
         queries = sum(s.candidates * s.rounds * (s.rounds + 1) // 2 for s in self.asking)
         return (trusting + sum(s.rounds for s in self.asking)) * self.draws + queries // 3
 
-    def target(self, network: Network) -> AbstractContextManager[Target]:
-        return self._targets(network)
-
     @contextmanager
-    def _targets(self, network: Network) -> Iterator[Target]:
+    def target(self, network: Network) -> Iterator[Target]:
         with ExitStack() as stack:
             names = [str(self.surrogate), *self.others]
             ways = [network.attacker(name, loss=self.loss, draws=self.draws) for name in names]

@@ -11,7 +11,7 @@ image meets several widths in turn. They step as PGD does, here APGD does.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -90,11 +90,8 @@ class HART(GradientAttack):
     def cost(self) -> int:
         return (self.steps + 2) * len(self.widths) * self.draws
 
-    def target(self, network: Network) -> AbstractContextManager[Sequence[Differentiable]]:
-        return self._targets(network)
-
     @contextmanager
-    def _targets(self, network: Network) -> Iterator[Sequence[Differentiable]]:
+    def target(self, network: Network) -> Iterator[Sequence[Differentiable]]:
         with ExitStack() as stack:
             names = [f"{self.surrogate}:{width:g}{AVERAGED}" for width in self.widths]
             yield [stack.enter_context(network.attacker(name, loss=self.loss, draws=self.draws)) for name in names]

@@ -1,7 +1,7 @@
 """MPD-APGD as a condition of evaluations."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,11 +51,8 @@ class MPDAutoPGD(GradientAttack):
     def cost(self) -> int:
         return gradients(self.steps, self.schedule) * self.draws
 
-    def target(self, network: Network) -> AbstractContextManager[Mapping[Through, Differentiable]]:
-        return self._targets(network)
-
     @contextmanager
-    def _targets(self, network: Network) -> Iterator[Mapping[Through, Differentiable]]:
+    def target(self, network: Network) -> Iterator[Mapping[Through, Differentiable]]:
         with ExitStack() as stack:
             yield {
                 way: stack.enter_context(
