@@ -55,6 +55,14 @@ class Tale(NamedTuple):
     logits: NDArray[np.float32] | None = None
 
 
+def assert_all_answered(served: Served, tales: list[Tale]) -> None:
+    """The log has a line for each request that the server took: each of them got its answer, and no other did."""
+    accepted = {line["request_id"]: line["code"].replace("OK", "200") for line in served.lines if "code" in line}
+    mine = {key: code for key, code in accepted.items() if key.startswith(("http-", "grpc-"))}
+    assert mine.items() <= {tale.id: tale.code for tale in tales}.items()
+    assert {tale.id for tale in tales if tale.code == "200"} <= mine.keys()
+
+
 class Clients:
     """Clients that ask one request after the other, on connections kept alive, until told to stop.
 

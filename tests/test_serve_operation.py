@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
 from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
-from served_clients import OTHER, Clients, answers, messages, mismatched
+from served_clients import OTHER, Clients, answers, assert_all_answered, messages, mismatched
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.server import _bound
@@ -157,11 +157,7 @@ class TestEnd:
         for tale in tales:
             if tale.logits is not None:
                 np.testing.assert_allclose(tale.logits, right, atol=1e-5)
-        # the log has a line for each request that the server took: each of them got its answer, and no other did
-        accepted = {line["request_id"]: line["code"].replace("OK", "200") for line in served.lines if "code" in line}
-        mine = {key: code for key, code in accepted.items() if key.startswith(("http-", "grpc-"))}
-        assert mine.items() <= {tale.id: tale.code for tale in tales}.items()
-        assert {tale.id for tale in tales if tale.code == "200"} <= mine.keys()
+        assert_all_answered(served, tales)
         assert messages(served)[-1] == "stopped; every accepted request was answered"
 
     def test_what_waits_to_be_accepted_is_answered_too(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import assert_input_error, mpdsgr_here, perturbed
 from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
-from served_clients import Clients, messages, mismatched, placed, right
+from served_clients import Clients, assert_all_answered, messages, mismatched, placed, right
 
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
@@ -139,10 +139,7 @@ class TestEnd:
             assert served.stop() == 0
         tales = clients.all
         assert {tale.code for tale in tales} <= {"200", "refused", "closed", "UNAVAILABLE"}
-        accepted = {line["request_id"]: line["code"].replace("OK", "200") for line in served.lines if "code" in line}
-        mine = {key: code for key, code in accepted.items() if key.startswith(("http-", "grpc-"))}
-        assert mine.items() <= {tale.id: tale.code for tale in tales}.items()
-        assert {tale.id for tale in tales if tale.code == "200"} <= mine.keys()
+        assert_all_answered(served, tales)
         assert messages(served)[-1] == "stopped; every accepted request was answered"
 
     def test_what_waits_to_be_accepted_is_answered_too(self) -> None:

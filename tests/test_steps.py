@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_input_error, mpdsgr_here, once, small_recipe
+from test_stochastic_export import warmed_up
 
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, open_bundle
@@ -44,15 +45,8 @@ EXPORTED = ("direct", "poisson", "feel")  # the exporter takes its time
 @cache
 def network(kind: str) -> tuple[SpikingNet, Recipe]:
     """A random network of T steps whose layers all fire and whose steps, where they learn their own values, differ."""
-    torch.manual_seed(0)
     recipe = small_recipe(**KINDS[kind])
-    model, _ = build_defended(recipe, SHAPE, 10)
-    for layer in model.layers():
-        for values in layer.neuron.parameters():
-            torch.nn.init.uniform_(values, 0.4, 0.9)
-        layer.norm.momentum = 1.0
-    model(torch.rand(32, *SHAPE))
-    return model.eval(), recipe
+    return warmed_up(recipe), recipe
 
 
 @torch.no_grad()
