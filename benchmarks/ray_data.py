@@ -114,8 +114,9 @@ def render(result: dict[str, Any]) -> str:
     return harness.table(
         ["images", "command", "s", "images/s", "times local", "MiB"],
         rows,
-        f"PNG files of 8x8 pixels, batch {result['batch']}, best of n = {turns}; `times local`: images per second, "
-        f"paired. {versions}.",
+        f"PNG files of 8x8 pixels in memory (/dev/shm), batch {result['batch']}, best of n = {turns}; `times local`: "
+        f"images per second, paired. Ray's workers run at the command's own priority, not at their default, which "
+        f"leaves the processor to other work. {versions}.",
         harness.source(result),
     )
 
