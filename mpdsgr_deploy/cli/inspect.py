@@ -89,10 +89,10 @@ def command(
         inspect_pair(str(path), other, plots=plots, root=root, images=images or IMAGES, as_json=as_json)
         return
     is_bundle = (path / MANIFEST).exists()
-    if (flips or steps) and (not is_bundle or flips == steps):
-        raise InputError(
-            f"--flips and --steps, one of them, are about a bundle; {path} is {'one' if is_bundle else 'none'}"
-        )
+    if flips and steps:
+        raise InputError("--flips and --steps measure two things; give one of them at a time")
+    if (flips or steps) and not is_bundle:
+        raise InputError(f"--flips and --steps are about a bundle; {path} is none")
     if is_bundle and ((plots and not (flips or steps)) or layers or channels):
         raise InputError(f"{path} is a bundle; add --flips or --steps to draw it, without --layer and --channel")
     if not (flips or steps or plots) and (root or images or layers or channels):
