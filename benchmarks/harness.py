@@ -50,8 +50,10 @@ def interval(n: int) -> tuple[int, float]:
 
 
 def spread(values: Sequence[float], below: Sequence[float] | None = None, form: str = "{:.2f}") -> str:
-    """Median and interval of the values, or of their ratios to `below` in the same turn."""
+    """Median and interval of the values, or of their ratios to `below` in the same turn; one value has no interval."""
     ordered = sorted(values if below is None else [a / b for a, b in zip(values, below, strict=True)])
+    if len(ordered) == 1:
+        return form.format(ordered[0])
     k, _ = interval(len(ordered))
     return "{} [{}, {}]".format(*(form.format(v) for v in (statistics.median(ordered), ordered[k], ordered[-1 - k])))
 

@@ -122,6 +122,7 @@ def test_everyone_has_a_turn_in_every_place_and_warming_up_is_not_counted(monkey
 
 def test_ratios_are_of_the_same_turn_and_their_interval_is_that_of_the_median() -> None:
     assert harness.spread([2.0, 30.0, 4.0], [1.0, 10.0, 1.0], "{:.1f}") == "3.0 [2.0, 4.0]"
+    assert harness.spread([3.0], [2.0]) == "1.50"
     ranks = [float(rank) for rank in range(1, 41)]
     assert harness.spread(ranks[::-1], form="{:g}") == "20.5 [14, 27]"
     with pytest.raises(ValueError, match="shorter"):
