@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import fmean
 
+from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
 from mpdsgr_deploy.experiments import deployed_page, eta_page, plots, tuned_page
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.markdown import markdown
@@ -94,13 +95,19 @@ def quote(name: str, measured: Measured, text: str) -> str:
 
 def short(measured: Measured) -> str:
     """Mean accuracies of every row, with the deviation between seeds, under the conditions that decide."""
-    columns = {"clean": "clean", "FGSM": "fgsm", "PGD": "pgd", **STRONG}
+    within = {name.replace(PGD, "PGD"): name for name in conditions(measured) if name.startswith(f"{PGD} ")}
+    columns = {"clean": CLEAN, "FGSM": FGSM, **within, "PGD": PGD, **STRONG}
     methods = [records[0].recipe.method for records in measured.values()]
     rows = []
     for (title, records), method in zip(measured.items(), methods, strict=True):
         rows.append([method if methods.count(method) == 1 else f"{method} ({title})", *shorts(records, columns)])
     records = [record for row in measured.values() for record in row]
     return f"{markdown(['method', *columns], rows)}\n\nUnion: {suites(records)}."
+
+
+def conditions(measured: Measured) -> list[str]:
+    """All that were measured in some row, in the order of the attack suite."""
+    return list(dict.fromkeys(name for records in measured.values() for name in records[0].attacked.conditions))
 
 
 def accuracies(measured: Measured) -> str:
@@ -121,8 +128,7 @@ def accuracies(measured: Measured) -> str:
 
 def by_attack(measured: Measured) -> str:
     """The conditions that the table of accuracies leaves out, for the tables that have some."""
-    names = dict.fromkeys(name for records in measured.values() for name in records[0].attacked.conditions)
-    extra = {name: name for name in names if name not in COLUMNS.values()}
+    extra = {name: name for name in conditions(measured) if name not in COLUMNS.values()}
     if not extra:
         return ""
     rows = [[title, *shorts(records, extra)] for title, records in measured.items()]
