@@ -70,6 +70,10 @@ class ModelLane:
         """Whether the event loop computes the next batch. The first with firing rates opens a network."""
         return self.streak >= STREAK and min(self.images, self.most) <= self.quick_images and not self.jobs[0].rates
 
+    def close(self) -> None:
+        """Forget the network, which refers to this lane: a cycle would stay in memory until a garbage collection."""
+        self.compute = _closed
+
     def learn(self, images: int, seconds: float) -> None:
         """How long a batch took. Up to twice as many images as were quick may be, if that much time was left."""
         if seconds >= QUICK:
@@ -186,6 +190,10 @@ class Batcher:
         return True
 
 
+def _closed(images: Images, rates: bool) -> Outputs:
+    raise RuntimeError("the network is closed")
+
+
 def _timed(
     lane: ModelLane, batch: list[QueuedRequest], _: list[QueuedRequest]
 ) -> tuple[Outputs | Exception | None, float, float]:
@@ -204,7 +212,9 @@ def _computed(lane: ModelLane, batch: list[QueuedRequest]) -> Outputs | Exceptio
         for job in batch:
             job.refusal = lane.problem(job.images)
         good = [job for job in batch if job.refusal is None]
-        return error if len(good) in (0, len(batch)) else _computed(lane, good)
+        if not good:  # each has an answer of its own, and the error's frames would keep the images
+            return error.with_traceback(None)
+        return error if len(good) == len(batch) else _computed(lane, good)
 
 
 def _deliver(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
+from typing import Self
 
 RETRY_AFTER = "1"  # seconds until a server that is busy, or not ready, should be asked again
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -41,6 +42,15 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer
         self.why, self.headers = why, dict(headers)
         if why.status == 503:
             self.headers["retry-after"] = RETRY_AFTER
+
+    def without_frames(self) -> Self:
+        """This refusal, for whoever caught it and keeps it.
+
+        The frames that it passed hold the request, and it: such a cycle would stay in memory, with the request's body,
+        until a garbage collection.
+        """
+        self.__traceback__ = self.__context__ = None
+        return self
 
 
 def invalid(message: str) -> Refused:

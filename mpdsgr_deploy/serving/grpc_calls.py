@@ -25,7 +25,7 @@ SMALL = 4096  # bytes of a message to a method that needs no key
 
 
 class Call:
-    """One call, for the log: the model it reached, if any."""
+    """One call, for the log: the model it reached, if any; refused: what it is refused for."""
 
     method = "gRPC"
 
@@ -36,6 +36,7 @@ class Call:
         }
         self.id = self.metadata.get("x-request-id", "")[:128] or fallback_id
         self.model: ServedModel | None = None
+        self.refused: Refused | None = None
         self.images = 0
         self.start = time.monotonic()
 
@@ -90,10 +91,9 @@ class Guard:
 
     @asynccontextmanager
     async def call(self, name: str, context: grpc.aio.ServicerContext, *, open: bool = False) -> AsyncIterator[Call]:
-        """Around one call: who may make it, and its refusal as a status."""
+        """Around one call: who may make it, and its refusal as a status, behind which nothing more is answered."""
         server = self.server
         call = Call(name, context, next(self._ids))
-        refused = None
         server.requests += 1
         try:
             if not open:
@@ -102,18 +102,20 @@ class Guard:
                 server.authorize(call.metadata.get("authorization", ""))
             yield call
         except Refused as error:
-            refused = error
+            call.refused = error.without_frames()
         except asyncio.CancelledError:
-            refused = Refused(Why.CANCELLED, "the client left")
+            call.refused = Refused(Why.CANCELLED, "the client left")
             raise
         except Exception as error:  # a bug, of ours or of a backend: this call's answer, not the server's end
             log.exception("call %s failed", call.id)
-            refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
+            error.__traceback__ = None  # as in `Refused.without_frames`; the batch's future holds it
+            call.refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
         finally:
             server.requests -= 1
-            server.count("grpc", call, "OK" if refused is None else refused.why.grpc, refused)
-        if refused is not None:
-            await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
+            code = "OK" if call.refused is None else call.refused.why.grpc
+            server.count("grpc", call, code, call.refused)
+        if call.refused is not None:
+            await _abort(context, call.refused)
 
     async def message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes:
         """A call's message. Raises Refused for one that is late, missing, or larger than its method needs."""
@@ -134,3 +136,15 @@ class Guard:
         if len(content) > most:
             raise Refused(Why.TOO_LARGE, f"a message to {call.path} may have {most} bytes")
         return content
+
+
+async def _abort(context: grpc.aio.ServicerContext, refused: Refused) -> None:
+    """End a call with a status. The library raises AbortError again once the call's handler has returned.
+
+    It keeps that error with the call, and the error keeps the frames that it passes: the handler's hold the call and
+    its message, and such a cycle would stay in memory until a garbage collection.
+    """
+    try:
+        await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))
+    except grpc.aio.AbortError as error:
+        error.__traceback__ = error.__context__ = None

@@ -78,6 +78,8 @@ class Streams:
         async with self._guard.call("Watch", context, open=True) as call:
             service = _service(await self._guard.message(call, open=True))
             self._take()
+        if call.refused:
+            return
         before = None
         try:
             while True:
@@ -94,8 +96,10 @@ class Streams:
     async def reflect(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         """An answer to each question on what the service consists of."""
         servicer = grpc_reflection.ReflectionServicer((SERVICE, HEALTH, *REFLECTION))
-        async with self._guard.call("ServerReflectionInfo", context):
+        async with self._guard.call("ServerReflectionInfo", context) as call:
             self._take()
+        if call.refused:
+            return
         try:
             while True:
                 async with self._guard.call("ServerReflectionInfo", context) as call:
@@ -106,6 +110,8 @@ class Streams:
                         request = reflection_pb2.ServerReflectionRequest.FromString(content)
                     except DecodeError:
                         raise invalid("the message is no ServerReflectionRequest") from None
+                if call.refused:
+                    return
                 for answer in servicer.ServerReflectionInfo(iter([request]), context):
                     yield answer
         finally:

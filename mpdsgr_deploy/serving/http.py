@@ -53,18 +53,26 @@ class Reply(NamedTuple):
 
 
 class Exchange:
-    """One request: its head, its body, and the model it reached, if any."""
+    """One request: its head, its body, and the model it reached, if any. start: on the monotonic clock; None: now."""
 
     __slots__ = ("_peer", "body", "headers", "id", "images", "method", "model", "path", "share", "start")
 
-    def __init__(self, method: str, path: str, headers: Mapping[str, str], body: Body, peer: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Body,
+        peer: Callable[[], str],
+        start: float | None = None,
+    ) -> None:
         self.method, self.path, self.headers, self.body = method, path, headers, body
         self._peer = peer
         self.id = headers.get("x-request-id", "")
         self.share: Share
         self.model: ServedModel | None = None
         self.images = 0
-        self.start = time.monotonic()
+        self.start = time.monotonic() if start is None else start
 
     @property
     def peer(self) -> str:
@@ -95,9 +103,10 @@ class Http:
             try:
                 reply = await self._reply(exchange)
             except Refused as error:
-                refused, reply = error, refusal_reply(error)
+                refused, reply = error.without_frames(), refusal_reply(error)
             except Exception as error:  # a bug, of ours or of a backend: this request's answer, not the server's end
                 log.exception("request %s failed", exchange.id)
+                error.__traceback__ = None  # as in `Refused.without_frames`; the batch's future holds it
                 refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
                 reply = refusal_reply(refused)
             finally:

@@ -9,7 +9,7 @@ import httptools
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Exchange, Http
-from mpdsgr_deploy.serving.http_request import IncomingRequest
+from mpdsgr_deploy.serving.http_request import Head, IncomingRequest
 from mpdsgr_deploy.serving.http_timer import ClientTimer
 from mpdsgr_deploy.serving.http_wire import (
     BAD,
@@ -92,11 +92,12 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.connection_ended(self)
         self.over = True
-        self._timer.cancel()
         if self._active is not None:
             self._active.leave()
+        # what refers to this connection: a cycle would stay in memory until a garbage collection
+        self._timer.end()
         self._queue.clear()
-        self._parser = None
+        self._parser = self._incoming = self._active = None
 
     @property
     def peer(self) -> str:
@@ -155,13 +156,11 @@ class HttpConnection(asyncio.Protocol):
                 return
             self._timer.rest()
             self._late = None
-            self._begin(path, parser.get_method().decode(), version == "1.1" and parser.should_keep_alive())
+            keep_alive = version == "1.1" and parser.should_keep_alive() and self.has_place
+            self._begin(Head(parser.get_method().decode(), path, self._headers, keep_alive))
 
-    def _begin(self, path: str, method: str, keep_alive: bool) -> None:
-        expects = self._headers.get("expect", "").lower() == "100-continue"
-        request = IncomingRequest(self, keep_alive and self.has_place, expects)
-        request.exchange = Exchange(method, path, self._headers, request, lambda: self.peer)
-        self._incoming = request
+    def _begin(self, head: Head) -> None:
+        request = self._incoming = IncomingRequest(self, head)
         if self._active is None:
             self._answer(request)
         else:
@@ -192,13 +191,14 @@ class HttpConnection(asyncio.Protocol):
         task.add_done_callback(self._owner.tasks.discard)
 
     async def _answered(self, request: IncomingRequest) -> None:
-        reply = await self._owner.http.answer(request.exchange)
+        head = request.head
+        exchange = Exchange(head.method, head.path, head.headers, request, lambda: self.peer, request.start)
+        reply = await self._owner.http.answer(exchange)
         if self.over:
             return
-        keep = request.keep_alive and request.at_end and not self._owner.server.draining
+        keep = head.keep_alive and request.at_end and not self._owner.server.draining
         keep = keep and self._loop.time() - self.opened < self._limits.connection_age_seconds
-        exchange = request.exchange
-        with_body = exchange.method != "HEAD"
+        with_body = head.method != "HEAD"
         self._transport.write(encode_reply(reply, exchange.id, keep_alive=keep, with_body=with_body))
         self._active = None
         if not keep:

@@ -1,11 +1,11 @@
 """An HTTP request on its way in: its head is here, its body may still come."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Protocol
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.http import Exchange
 from mpdsgr_deploy.serving.http_wire import CONTINUE
 
 BODY_BYTES = 1 << 16  # of a body that may wait to be read before the client has to
@@ -21,22 +21,31 @@ class Wire(Protocol):
         """Take in more of what the client sends."""
 
 
+class Head(NamedTuple):
+    """Of a request. path: decoded; headers: by name in lower case; keep_alive: whether another request may follow."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    keep_alive: bool
+
+
 class IncomingRequest:
     """A request whose head is here, and the part of its body that has arrived and was not read yet."""
 
     __slots__ = (
         *("_arrived", "_connection", "_left", "_size", "_waiter"),
-        *("complete", "exchange", "expects", "gone", "keep_alive"),
+        *("complete", "expects", "gone", "head", "start"),
     )
 
-    def __init__(self, connection: Wire, keep_alive: bool, expects: bool) -> None:
-        self._connection, self.keep_alive, self.expects = connection, keep_alive, expects
+    def __init__(self, connection: Wire, head: Head) -> None:
+        self._connection, self.head, self.start = connection, head, time.monotonic()
+        self.expects = head.headers.get("expect", "").lower() == "100-continue"
         self._arrived: list[bytes] = []
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
         self._left: Callable[[], None] | None = None
         self.complete = self.gone = False
-        self.exchange: Exchange
 
     @property
     def at_end(self) -> bool:

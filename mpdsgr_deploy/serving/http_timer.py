@@ -24,17 +24,22 @@ class ClientTimer:
         """Give the client so many seconds from now."""
         self._due = self._loop.time() + seconds
         if self._handle is None or self._fires > self._due:
-            self.cancel()
+            self._cancel()
             self._start()
 
     def rest(self) -> None:
         """Expect nothing of the client for now."""
         self._due = inf
 
-    def cancel(self) -> None:
-        """End the timer: the connection is gone."""
+    def end(self) -> None:
+        """Call nothing any more, and forget whom: it may refer to this timer, as the event loop's own timer does."""
+        self._cancel()
+        self._passed = _nothing
+
+    def _cancel(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
+            self._handle = None
 
     def _start(self) -> None:
         self._handle, self._fires = self._loop.call_at(self._due, self._look), self._due
@@ -57,6 +62,10 @@ class ClientTimer:
             self._start()
 
 
+def _nothing() -> None:
+    pass
+
+
 @contextmanager
 def client_time(timeout: asyncio.Timeout, seconds: float) -> Iterator[None]:
     """Let a timeout pass once the client has had so many seconds within the block."""
@@ -65,4 +74,4 @@ def client_time(timeout: asyncio.Timeout, seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        timer.cancel()
+        timer.end()

@@ -122,6 +122,7 @@ class ServedModel:
     def close(self) -> None:
         """Free the network."""
         self._stack.close()
+        self.lane.close()
 
     @property
     def outputs(self) -> dict[str, list[int]]:
