@@ -118,7 +118,22 @@ def test_entries_are_counted_before_anything_is_made_of_them(roomy: Served, name
     assert_serves(roomy)
 
 
-def test_a_message_larger_than_any_valid_one_is_not_taken_in(server: Served) -> None:
+@pytest.mark.parametrize(("name", "window"), [("server", 65_535), ("roomy", 2**28 // 1000)])
+def test_of_a_message_larger_than_any_valid_one_a_window_is_taken(
+    request: pytest.FixtureRequest, name: str, window: int
+) -> None:
+    """Of `in_flight_bytes` for each connection, however fast the network, and never a second one."""
+    with Http2(request.getfixturevalue(name).grpc_port) as client:
+        for _ in range(3):
+            stream = client.open("ModelInfer")
+            sent = client.send(stream, message(bytes(20_000_000)))
+            while stream not in client.answered and client.read(5.0):
+                pass
+            assert stream in client.answered
+            assert sent <= window
+
+
+def test_a_message_larger_than_any_valid_one_is_refused(server: Served) -> None:
     memory = server.rss()
     call = asked(server, bytes(50_000_000))
     assert call.code() is EXHAUSTED

@@ -16,6 +16,8 @@ from mpdsgr_deploy.serving.http_wire import HEAD_BYTES
 from mpdsgr_deploy.serving.listener import Tls
 
 STREAMS = 100  # calls of a connection at once; clients hold back further ones themselves
+SMALLEST_WINDOW = 65_535  # bytes; HTTP/2's own, with which every connection begins
+LARGEST_WINDOW = 1 << 20  # bytes
 
 
 class Grpc:
@@ -64,7 +66,11 @@ def _options(server: Server) -> list[tuple[str, int]]:
     """The bounds of gRPC's core, whose own defaults are none, or are met by honest clients."""
     limits = server.limits
     calls = limits.connections * STREAMS
+    window = min(max(limits.in_flight_bytes // limits.connections, SMALLEST_WINDOW), LARGEST_WINDOW)
     return [
+        # bytes that a connection may send before they are read; a probe of the network would let them grow to megabytes
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", window),
         ("grpc.max_receive_message_length", server.largest_message),
         ("grpc.max_metadata_size", HEAD_BYTES),
         ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * 1000)),
