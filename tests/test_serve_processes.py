@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import assert_input_error, mpdsgr_here, perturbed
-from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
+from served import BUNDLE, INFER, LARGE, VERSION, Served, eventually, http, images, request
 from served_clients import Clients, assert_all_answered, messages, mismatched, placed, right
 
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.serving import model as model_module
+from mpdsgr_deploy.serving.group import BEATS, OPENING, Group
+from mpdsgr_deploy.serving.heartbeat import Watch
 from mpdsgr_deploy.serving.model import OpenedBundle
 from mpdsgr_deploy.serving.settings import Limits
 
@@ -121,6 +124,27 @@ class TestDeath:
                 assert reply.json()["model_version"] == newer
                 np.testing.assert_allclose(reply.output(), right(second, images()), atol=1e-5)
 
+    def test_one_that_hangs_is_killed_and_replaced_but_not_one_that_computes(self, tmp_path: Path) -> None:
+        known = (BUNDLE, *TWO, "--set", "machine.hang_seconds=1.5")
+        with Served(*known, gate=tmp_path / "gate", limits={"batch": LARGE, "queue": 2 * LARGE}) as served:
+            both = processes(served)
+            with served.hold():
+                time.sleep(2.0)
+            assert processes(served) == both
+            os.kill(both[0], signal.SIGSTOP)
+            assert eventually(lambda: len(set(processes(served)) - set(both)) == 1)
+            assert eventually(lambda: by_process(served, "mpdsgr_process_restarts_total", reason="hung") == [1, 0])
+            assert eventually(lambda: all(by_process(served, "mpdsgr_model_ready")), 30)
+            assert by_process(served, "mpdsgr_process_restarts_total", reason="died") == [0, 0]
+            assert served.post(INFER, request(images())).json()["model_version"] == VERSION
+            assert served.stop() == 0
+        (line,) = [line for line in served.lines if "hung" in line["message"]]
+        assert line["message"] == (
+            "process 0 hung: its event loop stood still for over 1.5 s, so it was killed, with 0 requests in work; "
+            "another starts in 0.5 s"
+        )
+        assert line["level"] == "error"
+
     def test_none_outlives_the_supervisor(self) -> None:
         with Served(BUNDLE, *TWO) as served:
             orphans = processes(served)
@@ -190,6 +214,31 @@ class TestStart:
     def test_a_request_cannot_change_one_of_them_alone(self) -> None:
         done = mpdsgr_here("serve", BUNDLE, *TWO, "--repository-control", "--port", 0, "--grpc-port", 0)
         assert_input_error(done, "--repository-control", "--processes")
+
+
+class TestHeartbeat:
+    """hang_seconds is 10, and the supervisor looks once a second."""
+
+    def seconds_until_hung(self, *, beats: int = 1, opening: int = 0) -> int:
+        watch, numbers = Watch(10, 0), Group().own
+        numbers[BEATS], numbers[OPENING] = beats, opening
+        return next(second for second in range(1, 1000) if watch.is_hung(numbers, second))
+
+    def test_a_process_may_stand_still_for_so_long_and_longer_while_it_opens_a_network(self) -> None:
+        assert self.seconds_until_hung() == 12  # since the first look at its only beat
+        assert self.seconds_until_hung(beats=0) == 101
+        assert self.seconds_until_hung(opening=1) == 102
+
+    def test_a_process_that_beats_is_not_hung(self) -> None:
+        watch, numbers = Watch(10, 0), Group().own
+        for second in range(0, 100, 5):
+            numbers[BEATS] += 1
+            assert not any(watch.is_hung(numbers, second + look) for look in range(5))
+
+    def test_a_supervisor_that_was_stopped_itself_takes_none_for_hung(self) -> None:
+        watch, numbers = Watch(10, 0), Group().own
+        numbers[BEATS] = 1
+        assert not any(watch.is_hung(numbers, now) for now in (1, 1000, 1001))
 
 
 def test_limits_are_of_all_processes_together() -> None:

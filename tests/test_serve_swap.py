@@ -25,6 +25,7 @@ from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.serving import model as model_module
+from mpdsgr_deploy.serving.group import OPENING, Group
 from mpdsgr_deploy.serving.repository import Repository
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import sources
@@ -152,10 +153,15 @@ class TestHotSwap:
             asyncio.run(test())
 
     def test_a_later_version_keeps_the_settings_measured_for_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A measurement beside live traffic would say little."""
-        measured = [RuntimeSettings(threads=1, chunk=4)]
-        monkeypatch.setattr(model_module, "measured_at_start", lambda *_: measured.pop())
-        repository = Repository(sources([f"bundle={BUNDLE}"]), "onnxruntime-cpu", Limits(), 1)
+        """A measurement beside live traffic would say little. Other processes see that a network is being opened."""
+        measured, group, opening = [RuntimeSettings(threads=1, chunk=4)], Group(), list[int]()
+
+        def measure(*_: Any) -> RuntimeSettings:
+            opening.append(group.own[OPENING])
+            return measured.pop()
+
+        monkeypatch.setattr(model_module, "measured_at_start", measure)
+        repository = Repository(sources([f"bundle={BUNDLE}"]), "onnxruntime-cpu", Limits(), 1, group)
 
         async def load_twice() -> None:
             for _ in range(2):
@@ -166,6 +172,7 @@ class TestHotSwap:
 
         asyncio.run(load_twice())
         assert not measured
+        assert (opening, group.own[OPENING]) == ([1], 0)
 
     def test_a_bundle_that_is_as_it_was_is_not_loaded_again(self, current: Path, second: Path, newer: str) -> None:
         with Served(current, f"other={BUNDLE}") as served:
@@ -257,9 +264,12 @@ class TestHotSwap:
                     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
             assert served.post(INFER, request(images())).json()["model_version"] == VERSION
 
-    def test_the_old_version_is_freed(self, current: Path, second: Path, newer: str) -> None:
+    def test_the_old_version_is_freed_at_once(self, current: Path, second: Path, newer: str) -> None:
+        """Without a garbage collection."""
+
         async def test() -> None:
             async with started(current) as server:
+                gc.disable()
                 old = weakref.ref(server.repository.model("bundle"))
                 asked = request(images(), outputs=[{"name": "firing_rate"}])
                 assert (await Client(server).post(INFER, asked)).status == 200
@@ -268,10 +278,12 @@ class TestHotSwap:
                 assert server.repository.model("bundle").version == newer
                 async with asyncio.timeout(30):
                     while old() is not None:
-                        gc.collect()
                         await asyncio.sleep(0.01)
 
-        asyncio.run(test())
+        try:
+            asyncio.run(test())
+        finally:
+            gc.enable()
 
 
 def logged(served: Served, known: int, reason: str) -> bool:

@@ -84,7 +84,8 @@ class Server:
             raise InputError("--repository-control needs --processes 1: a request reaches only one of them")
         self.repository_control = repository_control
         cores = max(1, hardware()["cores"] // self.group.processes)
-        self.repository = Repository(sources(models, self.settings.trust.demand()), backend, self.limits, cores)
+        named = sources(models, self.settings.trust.demand())
+        self.repository = Repository(named, backend, self.limits, cores, self.group)
         self.memory = Memory(self.limits.in_flight_bytes)
         self.other_codes: Counter[tuple[str, str]] = Counter()  # of requests that reached no model, by protocol, status
         self.grpc_port: int | None = None  # once something listens there

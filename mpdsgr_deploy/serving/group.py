@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-REQUESTS, CONNECTIONS, ACCEPTING, LOADED, LOST, RESTARTS = range(6)  # the numbers of a process
-NUMBERS = 6
+# the numbers of a process; those of its place, DIED and HUNG, stay when another takes it
+REQUESTS, CONNECTIONS, ACCEPTING, LOADED, LOST, BEATS, OPENING, DIED, HUNG = range(9)
+NUMBERS = 9
 ANSWER_SECONDS = 1.0  # that another process has to answer; one that is ending or blocked is left out
 Answer = Callable[[], Awaitable[Any]]
 

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.group import RESTARTS
+from mpdsgr_deploy.serving.group import DIED, HUNG
 from mpdsgr_deploy.serving.statistics import Histogram
 
 MODEL = ("model", "version")
@@ -120,8 +120,12 @@ class Counts(Collector):
         yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.connections)
         yield from _grpc_connections(self._server.grpc_port)
         if self._server.group.processes > 1:
-            restarts = self._server.group.own[RESTARTS]
-            yield CounterMetricFamily("mpdsgr_process_restarts", "Times a process died and was replaced.", restarts)
+            restarts = CounterMetricFamily(
+                "mpdsgr_process_restarts", "Times a process was replaced, as it had died or hung.", labels=("reason",)
+            )
+            for reason, number in (("died", DIED), ("hung", HUNG)):
+                restarts.add_metric([reason], self._server.group.own[number])
+            yield restarts
 
 
 def _grpc_connections(port: int | None) -> Iterable[Metric]:

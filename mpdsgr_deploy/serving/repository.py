@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.group import OPENING, Group
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import ModelSource
@@ -30,10 +31,13 @@ class Entry:
 
 
 class Repository:
-    """All models of a server. backend: what runs them; cores: that there are for it."""
+    """All models of a server. backend: what runs them; cores: that there are for it.
 
-    def __init__(self, sources: Sequence[ModelSource], backend: str, limits: Limits, cores: int) -> None:
-        self.backend, self._limits, self._cores = backend, limits, cores
+    group: shows the other processes of the server that a network is being opened.
+    """
+
+    def __init__(self, sources: Sequence[ModelSource], backend: str, limits: Limits, cores: int, group: Group) -> None:
+        self.backend, self._limits, self._cores, self._group = backend, limits, cores, group
         self._entries = {source.name: Entry(source) for source in sources}
         self.largest_message = max((_message_bytes(source, limits.batch) for source in sources), default=JSON_ENVELOPE)
         self._draining: set[asyncio.Task[None]] = set()
@@ -89,6 +93,7 @@ class Repository:
             entry.state = LOADING if entry.model is None else entry.state
             entry.reason = "loading"
             settings = None if entry.model is None else entry.model.settings
+            self._group.own[OPENING] += 1
             try:
                 place = self.backend, self._limits, self._cores
                 model = await asyncio.to_thread(ServedModel, entry.source, *place, settings)
@@ -97,6 +102,8 @@ class Repository:
                 entry.reason = f"the last load failed: {one_line(error)}"
                 entry.failed_loads += 1
                 raise
+            finally:
+                self._group.own[OPENING] -= 1
             entry.loads += 1
             old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""
             log.info("model %s version %s is ready (%s)", entry.source.name, model.version, model.source.precision)

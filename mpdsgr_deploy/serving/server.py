@@ -17,6 +17,7 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving import metrics
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.grpc import Grpc
+from mpdsgr_deploy.serving.heartbeat import beat
 from mpdsgr_deploy.serving.listener import BACKLOG, Listener, Tls
 from mpdsgr_deploy.serving.logs import log_json
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
@@ -77,7 +78,7 @@ def _run_group(server: Server, address: Address, sock: socket.socket, tls: Tls |
         log_json(process=server.group.index)
         return _run_here(server, address, sock, tls, alive)
 
-    supervisor = Supervisor(server.group, work, ports)
+    supervisor = Supervisor(server.group, work, ports, server.settings.machine.hang_seconds)
     return supervisor.run(lambda: _announce(sock, address.grpc_port, tls, server.group.processes))
 
 
@@ -113,6 +114,7 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if alive is not None:
         loop.add_reader(alive, end.set)
+        beat(group, server.settings.machine.hang_seconds)
     await group.listen({"figures": server.figures, "metrics": partial(asyncio.to_thread, metrics.families, server)})
     http = Listener(server, sock, tls)
     grpc: Grpc | None = None

@@ -40,9 +40,12 @@ class Limits(Section):
 
 
 class Machine(Section):
-    """processes: that share the ports, so that reading and writing requests uses more than one core."""
+    """processes: that share the ports, so that reading and writing requests uses more than one core. hang_seconds: one
+    of several whose event loop stands still for longer is killed and replaced.
+    """
 
     processes: Count = 1
+    hang_seconds: Positive = 30.0
 
 
 class Log(Section):

@@ -1,4 +1,4 @@
-"""Several processes that are one server: started, replaced when they die, told to reload and to end.
+"""Several processes that are one server: started, replaced when they die or hang, told to reload and to end.
 
 The parent opens the ports and forks before anything has started a thread. It serves nothing itself.
 """
@@ -18,7 +18,8 @@ from typing import NoReturn
 
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.serving.group import ACCEPTING, CONNECTIONS, LOST, REQUESTS, RESTARTS, Group
+from mpdsgr_deploy.serving.group import ACCEPTING, BEATS, CONNECTIONS, DIED, HUNG, LOST, OPENING, REQUESTS, Group
+from mpdsgr_deploy.serving.heartbeat import LOOKS, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that died is replaced, doubled each time
@@ -28,21 +29,25 @@ Work = Callable[[int], int]  # what a process does until it ends, given a file t
 
 
 class Child:
-    """One place among the processes, and who has it. waits: seconds before the next one; due: when that is."""
+    """One place among the processes, and who has it. waits: seconds before the next one; due: when that is.
+
+    watch: what was seen of this process; hung: it stood still and was killed.
+    """
 
     def __init__(self, index: int) -> None:
         self.index, self.pid, self.since, self.waits, self.due = index, 0, 0.0, FIRST_WAIT, 0.0
+        self.watch, self.hung = Watch(0.0, 0.0), False
 
 
 class Supervisor:
     """Runs `work` in each process of a group; `run` returns when all have ended after SIGTERM or SIGINT.
 
     ports: closed in the parent as the end begins, so that they end with the last child. announce: called once every
-    process has loaded its models.
+    process has loaded its models. hang_seconds: a process whose event loop stands still for longer is killed.
     """
 
-    def __init__(self, group: Group, work: Work, ports: list[socket.socket]) -> None:
-        self._group, self._work, self._ports = group, work, ports
+    def __init__(self, group: Group, work: Work, ports: list[socket.socket], hang_seconds: float) -> None:
+        self._group, self._work, self._ports, self._hang_seconds = group, work, ports, hang_seconds
         self._children = [Child(index) for index in range(group.processes)]
         self._alive, self._gone = os.pipe()  # the parent alone can write: its end is the end of this file
         self._ending, self.lost = False, 0
@@ -57,9 +62,10 @@ class Supervisor:
                 self._start(child)
             announced = False
             while any(child.pid for child in self._children) or not self._ending:
-                waiting, _, _ = select.select([reader], [], [], LOOK_EVERY if not announced else self._patience())
+                waiting, _, _ = select.select([reader], [], [], self._patience() if announced else LOOK_EVERY)
                 for number in reader.recv(4096) if waiting else b"":
                     self._pass_on(signal.Signals(number))
+                self._kill_hung()
                 self._reap(started=announced)
                 if not announced and not self._ending and self._group.loaded:
                     announced = True
@@ -75,6 +81,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child handles them: none is lost
         replacement = child.due > 0
         child.pid, child.since = os.fork(), time.monotonic()
+        child.watch, child.hung = Watch(self._hang_seconds, child.since), False
         if child.pid == 0:
             self._be(child, replacement=replacement)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -101,10 +108,10 @@ class Supervisor:
     def _error(self, child: Child) -> Path:
         return self._group.folder / f"error-{child.index}"
 
-    def _patience(self) -> float | None:
-        """Seconds until the next process is to be started; None: none is."""
-        due = [child.due for child in self._children if not child.pid]
-        return max(0.0, min(due) - time.monotonic()) if due and not self._ending else None
+    def _patience(self) -> float:
+        """Seconds until the next process is to be started, or the next look at those that run."""
+        due = [] if self._ending else [child.due for child in self._children if not child.pid]
+        return min([self._hang_seconds / LOOKS, *(max(0.0, moment - time.monotonic()) for moment in due)])
 
     def _pass_on(self, one: signal.Signals) -> None:
         if one == signal.SIGCHLD:
@@ -117,6 +124,13 @@ class Supervisor:
             child.due = min(child.due, time.monotonic()) if one == signal.SIGHUP else child.due
             if child.pid:
                 os.kill(child.pid, one)
+
+    def _kill_hung(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.pid and not child.hung and child.watch.is_hung(self._group.rows[child.index], now):
+                child.hung = True
+                os.kill(child.pid, signal.SIGKILL)
 
     def _reap(self, *, started: bool) -> None:
         for child in self._children:
@@ -131,8 +145,11 @@ class Supervisor:
         row = self._group.rows[child.index]
         unanswered = row[LOST] if code == 0 else row[REQUESTS]
         self.lost += unanswered
-        row[REQUESTS] = row[CONNECTIONS] = row[ACCEPTING] = row[LOST] = 0
+        for number in (REQUESTS, CONNECTIONS, ACCEPTING, LOST, BEATS, OPENING):
+            row[number] = 0
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if child.hung:
+            how = f"hung: its event loop stood still for over {self._hang_seconds:g} s, so it was killed,"
         error: MpdsgrError = InputError(f"process {child.index} {how} before it was ready")
         with suppress(FileNotFoundError):
             error = pickle.loads(self._error(child).read_bytes())
@@ -155,7 +172,7 @@ class Supervisor:
     def _replace(self) -> None:
         for child in self._children:
             if not child.pid and not self._ending and time.monotonic() >= child.due:
-                self._group.rows[child.index][RESTARTS] += 1
+                self._group.rows[child.index][HUNG if child.hung else DIED] += 1
                 self._start(child)
 
     def _kill(self) -> None:
