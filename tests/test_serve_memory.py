@@ -1,7 +1,11 @@
 """What a server leaves in memory: nothing that only a garbage collection would find."""
 
 import asyncio
+import ctypes
 import gc
+import os
+import re
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -135,6 +139,41 @@ def test_a_failure_leaves_nothing_either(running: Running, monkeypatch: pytest.M
     monkeypatch.setattr(running.server.repository.model("bundle"), "_predictor", fail)
     for case in ("an answer", "gRPC: an answer"):
         assert found_by_a_collection(running, CASES[case]) == {}
+
+
+HEAPS = """
+import ctypes, sys, threading
+from mpdsgr_deploy.serving.allocator import return_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+return_freed_memory()
+libc.free(ctypes.c_void_p(libc.malloc(1 << 24)))  # from then on glibc would keep smaller ones
+libc.malloc(200_000)
+all_there = threading.Barrier(8)
+threads = [threading.Thread(target=lambda: (all_there.wait(), libc.malloc(100), all_there.wait())) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+libc.malloc_info(0, ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w")))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="not glibc")
+def test_freed_memory_goes_back_to_the_system(tmp_path: Path) -> None:
+    def heaps(**environment: str) -> tuple[int, int]:
+        """How many there are for eight threads, and how many blocks stand outside of them."""
+        told = tmp_path / "heaps.xml"
+        subprocess.run([sys.executable, "-c", HEAPS, told], check=True, env={**os.environ, **environment})
+        text = told.read_text()
+        (mapped,) = re.findall(r'type="mmap" count="(\d+)"', text)
+        return text.count("<heap "), int(mapped)
+
+    count, mapped = heaps()
+    assert count <= 2
+    of_the_user = heaps(MALLOC_ARENA_MAX="5", MALLOC_MMAP_THRESHOLD_="1000000")
+    assert of_the_user[0] == 5
+    assert of_the_user[1] < mapped
 
 
 def found_by_a_collection(running: Running, case: Callable[[Running], None]) -> dict[str, int]:
