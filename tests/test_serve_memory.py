@@ -143,13 +143,13 @@ def test_a_failure_leaves_nothing_either(running: Running, monkeypatch: pytest.M
 
 HEAPS = """
 import ctypes, sys, threading
-from mpdsgr_deploy.serving.allocator import return_freed_memory
+from mpdsgr_deploy.serving.allocator import limit_free_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
-return_freed_memory()
+limit_free_memory()
 libc.free(ctypes.c_void_p(libc.malloc(1 << 24)))  # from then on glibc would keep smaller ones
-libc.malloc(200_000)
+libc.malloc(2_000_000)
 all_there = threading.Barrier(8)
 threads = [threading.Thread(target=lambda: (all_there.wait(), libc.malloc(100), all_there.wait())) for _ in range(8)]
 [thread.start() for thread in threads]
@@ -171,7 +171,7 @@ def test_freed_memory_goes_back_to_the_system(tmp_path: Path) -> None:
 
     count, mapped = heaps()
     assert count <= 2
-    of_the_user = heaps(MALLOC_ARENA_MAX="5", MALLOC_MMAP_THRESHOLD_="1000000")
+    of_the_user = heaps(MALLOC_ARENA_MAX="5", MALLOC_MMAP_THRESHOLD_="10000000")
     assert of_the_user[0] == 5
     assert of_the_user[1] < mapped
 

@@ -10,7 +10,7 @@ from mpdsgr_deploy.cli.output import signature_option, verdict_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.serving.allocator import return_freed_memory
+from mpdsgr_deploy.serving.allocator import limit_free_memory
 
 LOST = 4  # the exit code of a stop that left accepted requests without an answer
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -69,7 +69,7 @@ def command(
       mpdsgr serve bundles/digits
       mpdsgr serve bundles/digits bundles/digits@int8 --host 0.0.0.0 --api-key-file keys.txt
     """
-    return_freed_memory()
+    limit_free_memory()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its core's lines are not for the user
     need("httptools", "serve")
     need("orjson", "serve")

@@ -1,25 +1,41 @@
-"""How the C library's allocator keeps what a server has freed."""
+"""How much of what a server has freed the C library keeps: glibc's malloc; others are left as they are."""
 
+import asyncio
 import ctypes
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
-KIB = 1 << 10
+MIB = 1 << 20
 # an option of mallopt(3), the variable of the environment that sets it too, and our value
 OPTIONS = (
-    (-8, "MALLOC_ARENA_MAX", 2),  # heaps; threads of their own heaps each keep what the largest burst took
-    (-3, "MALLOC_MMAP_THRESHOLD_", 128 * KIB),  # bytes from which a block goes back to the system once it is freed;
-    (-1, "MALLOC_TRIM_THRESHOLD_", 128 * KIB),  # glibc would raise both as it sees large blocks, up to 32 and 64 MiB
+    (-8, "MALLOC_ARENA_MAX", 2),  # heaps; where each thread has its own, each keeps what its largest burst took
+    # bytes from which a block goes back to the system once it is freed, and free ones at the end of a heap; glibc would
+    # raise both as it sees large blocks, up to 32 and 64 MiB, and much smaller ones cost CPU for every batch
+    (-3, "MALLOC_MMAP_THRESHOLD_", MIB),
+    (-1, "MALLOC_TRIM_THRESHOLD_", 8 * MIB),
 )
+TRIM_EVERY = 60.0  # seconds
 
 
-def return_freed_memory() -> None:
-    """Let this process give back what it frees, so that bursts and reloads leave no memory behind. Before any thread.
-
-    For glibc; other allocators are left as they are, and so is what the environment sets.
-    """
-    with suppress(AttributeError, OSError, TypeError):  # TypeError: no C library to open, on Windows
-        mallopt = ctypes.CDLL(None).mallopt
+def limit_free_memory() -> None:
+    """Let malloc keep little of what a burst took. Before any thread; what the environment sets stays as it is."""
+    if (mallopt := _function("mallopt")) is not None:
         for option, variable, value in OPTIONS:
             if variable not in os.environ:
                 mallopt(option, value)
+
+
+async def return_free_pages() -> None:
+    """Let malloc return the free pages within its heaps to the system, again and again, until this is cancelled."""
+    trim = _function("malloc_trim")
+    while trim is not None:
+        await asyncio.sleep(TRIM_EVERY)
+        await asyncio.to_thread(trim, 0)
+
+
+def _function(name: str) -> Callable[..., int] | None:
+    with suppress(AttributeError, OSError, TypeError):  # TypeError: there is no C library to open, on Windows
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+        return function
+    return None

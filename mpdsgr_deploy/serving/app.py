@@ -11,6 +11,7 @@ from mpdsgr_deploy import __version__
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.provenance import hardware
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
+from mpdsgr_deploy.serving.allocator import return_free_pages
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.figures import Figures, statistics_extension, status
@@ -102,11 +103,13 @@ class Server:
     async def start(self) -> None:
         """Load every model. Raises MpdsgrError if one cannot serve."""
         self.batcher = Batcher()
+        self._tidying = asyncio.create_task(return_free_pages())
         await self.repository.load_all()
         self.group.own[LOADED] = 1
 
     async def close(self) -> None:
         """Answer what was accepted, then free the models."""
+        self._tidying.cancel()
         await self.repository.close()
         await asyncio.to_thread(self.batcher.close)
 

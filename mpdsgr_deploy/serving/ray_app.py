@@ -6,7 +6,7 @@ from typing import Any
 from ray import serve
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.serving.allocator import return_freed_memory
+from mpdsgr_deploy.serving.allocator import limit_free_memory
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.asgi import Asgi, Receive, Scope, Send
 from mpdsgr_deploy.serving.deploy.ray import DEPLOYMENT, Arguments
@@ -57,7 +57,7 @@ class Replica:
     """One server. An error of its start is what Ray shows of a deployment that fails."""
 
     async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
-        return_freed_memory()
+        limit_free_memory()
         log_json()
         self._server = await started(arguments)  # not in the application's lifespan: Ray hides why that fails
 
