@@ -5,6 +5,7 @@ import gc
 import resource
 import signal
 import socket
+import sys
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -25,6 +26,8 @@ from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor
 
 LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
 COLLECTION = 10_000, 10, 10  # objects between two garbage collections; requests leave none behind
+# seconds until a thread that wants the interpreter gets it: with the usual 5 ms the next batch waited behind requests
+SWITCH_SECONDS = 2e-4
 OTHER_FILES = 200  # that a server has open beside its connections
 
 
@@ -50,6 +53,7 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
         log.warning("keys travel in clear text; give --tls-certificate and --tls-key, or end TLS before this server")
     gc.freeze()  # what was imported stays: a collection need not look at it
     gc.set_threshold(*COLLECTION)
+    sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit(server.settings.limits.connections)
     with _bound(address.host, address.port) as sock:
         if server.group.processes > 1:
