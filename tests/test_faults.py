@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults import FAULTS, Fault, InProcess, Networks, Planted, judge, plant
+from faults import FAULTS, UNSEEN, Fault, InProcess, Networks, Planted, judge, plant
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle
@@ -39,6 +39,15 @@ def test_a_planted_fault_is_caught(
     assert any(fault.caught in reason for reason in found.said), found.said
 
 
+@pytest.mark.parametrize("fault", [f for f in UNSEEN.values() if not f.thorough], ids=lambda fault: fault.name)
+def test_what_cannot_be_seen_passes_and_the_report_says_so(
+    fault: Fault, networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = judge(plant(fault, networks, tmp_path / "bundle", monkeypatch), InProcess)
+    assert found.code == 0, found.said
+    assert any(fault.caught in remark for remark in found.said), found.said
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_copy_without_a_fault_passes(
     precision: str, networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,12 +63,14 @@ def test_a_copy_without_a_fault_passes(
 def test_there_are_enough_of_them_and_each_says_what_went_wrong() -> None:
     assert len(FAULTS) >= 30
     assert all(fault.story and fault.code for fault in FAULTS.values())
+    assert all(fault.story and fault.helps for fault in UNSEEN.values())
 
 
 def test_the_page_quotes_the_file_and_the_file_has_every_fault() -> None:
     result = harness.load(verdicts.NAME)
     assert verdicts.PAGE.read_text() == verdicts.render(result)
     assert all(fault["ended"] for fault in result["faults"])
+    assert not any(fault["ended"] for fault in result.get("unseen", []))
     assert len(result["healthy"]) >= 100
     refused = [case for case in result["healthy"] if case["ended"]]
     assert len(refused) <= 0.02 * len(result["healthy"])  # of 36 networks and precisions one, by chance, twice

@@ -60,7 +60,7 @@ def test_the_fewest_flips_are_significant_and_one_less_are_not(p: float) -> None
 @pytest.mark.parametrize("flips", [0.01, 0.03, 0.06, 0.1])
 def test_a_healthy_artefact_is_refused_less_than_once_in_a_hundred_times(n: int, allowed: float, flips: float) -> None:
     """The probabilities of all conditions added up bound that of any, however they hang together."""
-    attacks = len(TIERS["release"].entries) - 2  # without Square, which has no rule, and transfer, which needs a sender
+    attacks = len(TIERS["release"].entries) - 3  # without Square, which has no rule, and transfers, which need a sender
     overall = refused(n, allowed, flips, 0.0, SIGNIFICANT_OVERALL)
     assert 2 * overall + attacks * refused(n, allowed, flips, 0.0, SIGNIFICANT) < 0.01
 

@@ -18,7 +18,9 @@ from conftest import QUICK_GATE, assert_input_error, mpdsgr, mpdsgr_here, pertur
 from mpdsgr_deploy.attacks import run as attacks_run
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.manifest import Prepared
 from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.report import PROGRESS, Report
 from mpdsgr_deploy.validation.rows import Row
@@ -32,6 +34,15 @@ def with_settings(bundle: Bundle, **validation: Any) -> Bundle:
     recipe = bundle.manifest.recipe
     recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update=validation)})
     return Bundle(bundle.path, bundle.manifest.model_copy(update={"recipe": recipe}))
+
+
+def with_engine(bundle: Bundle, sha256: str) -> Bundle:
+    """The bundle with an engine for the backend that validates it, as if built so."""
+    made = Prepared(
+        backend="onnxruntime-cpu", precision="fp32", model_sha256="0" * 64, machine={"cpu": "none"}, file="one.plan"
+    )
+    files = {**bundle.manifest.files, "one.plan": sha256}
+    return Bundle(bundle.path, bundle.manifest.model_copy(update={"prepared": (made,), "files": files}))
 
 
 def attempt(bundle: Path, report: Path) -> list[str]:
@@ -157,6 +168,30 @@ def test_what_another_validation_finished_is_not_taken(
     shutil.copytree(bundle.path, transfer)
     assert first(transfer=transfer) == 0  # another network under the same name
     assert first(gate=GATE.model_copy(update={"floors": {"clean": 0.1}})) == 10  # the gate changes no attack
+    assert (first(with_engine(opened, "1" * 64)), first(with_engine(opened, "1" * 64))) == (0, 5)
+    assert first(with_engine(opened, "2" * 64)) == 0  # another engine in a file of the same name
+
+
+def test_what_was_finished_on_another_network_is_not_taken(
+    small_batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may have got another model under its name, or a library another version: the clean answers show it."""
+
+    def first(shift: float) -> int:
+        """The first image that is attacked where all but the golden batch is answered with logits moved by `shift`."""
+        true = OnnxRuntime.__call__
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                OnnxRuntime, "__call__", lambda net, x: true(net, x) + np.float32(shift if len(x) == 5 else 0)
+            )
+            counted, target = Counted(patch, 1), Target(open_bundle(small_batches))
+            with pytest.raises(Stopped):
+                validate(target, gate=GATE, report_dir=tmp_path / "report")
+        return counted.firsts[0]
+
+    assert (first(0), first(0)) == (0, 5)
+    assert first(1e-3) == 0
+    assert first(0) == 0
 
 
 def test_a_place_that_cannot_be_written_is_one_line(small_batches: Path, tmp_path: Path) -> None:

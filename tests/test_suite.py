@@ -110,6 +110,7 @@ def test_entries_become_conditions_in_the_order_of_strength(bundle: Bundle) -> N
     ]
     moved = names(commit, attack, "triangle:1", transfer={"transfer fp32": "triangle:1", "transfer": "sigmoid:4"})
     assert moved[5:8] == ["transfer fp32", "transfer", "pgd-strong"]
+    assert moved[-3:] == ["mpd-apgd", "transfer-strong", "square"]  # from a network that was asked for alone
     assert BY_STRENGTH == ("uniform", "fgsm", "pgd", "pgd-strong", "worst")
 
 
@@ -229,3 +230,21 @@ def test_wrong_images_are_left_alone_and_finished_batches_kept(tmp_path: Path) -
     idle = Darkening(name="idle")
     assert gather(list(run(suite, idle, x, y, 1 - y, batch_size=3)))[1].tolist() == [0] * 7
     assert idle.opened == []  # gradients take memory, and there is nothing to attack
+
+
+@pytest.mark.parametrize("array", ["images", "predicted", "counts"])
+def test_a_kept_batch_of_another_shape_is_made_again(array: str, tmp_path: Path) -> None:
+    x, y = np.ones((3, 1, 2, 2), np.float32), np.ones(3, np.int64)
+    suite = Suite(Source(Brightness(), "triangle:1"), ())
+
+    def attacked() -> list[int]:
+        condition = Darkening(name="dark")
+        list(run(suite, condition, x, y, y, batch_size=3, journal=Journal(tmp_path, "one")))
+        return condition.seen
+
+    assert (attacked(), attacked()) == ([0, 1, 2], [])
+    (file,) = tmp_path.rglob("*.npz")
+    with np.load(file) as archive:
+        content = dict(archive)
+    np.savez(file, **{**content, array: content[array][:2]})
+    assert attacked() == [0, 1, 2]

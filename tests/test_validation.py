@@ -10,6 +10,8 @@ from conftest import mpdsgr, perturbed
 from scipy.stats import binomtest
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
+from mpdsgr_deploy.attacks.condition import Batch
+from mpdsgr_deploy.attacks.conditions import FGSM
 from mpdsgr_deploy.attacks.counting import CountedGradients
 from mpdsgr_deploy.attacks.measure import budget_faults, rounded_to_bytes
 from mpdsgr_deploy.attacks.tiers import BY_STRENGTH
@@ -22,7 +24,7 @@ from mpdsgr_deploy.protocols import Array, Gradient
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import Target, validate
-from mpdsgr_deploy.validation.health import CHECKS, Compared, Convergence, Reach
+from mpdsgr_deploy.validation.health import CHECKS, Compared, Convergence, Reach, Search
 from mpdsgr_deploy.validation.health import artefact as artefact_checks
 from mpdsgr_deploy.validation.health import attacks as attack_checks
 from mpdsgr_deploy.validation.proportions import exceeds, mcnemar, wilson
@@ -240,6 +242,23 @@ def test_check_7_flags_gradients_that_vanish_or_explode(zero: int, bad: int, pas
     assert attack_checks.check_gradients((counter.samples, counter.zero, counter.not_finite)).passed is passed
 
 
+@pytest.mark.parametrize(("broken", "passed"), [(0, True), (11, True), (12, False)])
+def test_check_19_flags_a_search_that_beats_the_gradients(broken: int, passed: bool) -> None:
+    seen = attack_checks.check_search(Search(broken, 60, 100, 500))
+    assert (seen.passed, seen.saw) == (
+        passed,
+        f"500 queries break {broken} of the 60 images that gradients left, of 100",
+    )
+
+
+def test_check_7_counts_vanishing_gradients_once_per_draw_as_it_counts_all_of_them() -> None:
+    attack = FGSM(name="fgsm", eps=0.1, seed=0, steps=1, draws=4, surrogate="triangle:1")
+    x = np.zeros((100, 1, 2, 2), np.float32)
+    made = attack.attack(Planted(6, 0), Batch(x, np.zeros(100, np.int64), np.arange(100)), [])
+    assert (made.evaluations, made.zero, made.not_finite) == (400, 24, 0)
+    assert not attack_checks.check_gradients(made[1:]).passed
+
+
 def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundle: Bundle) -> None:
     x = load_test(bundle.manifest.recipe.data)[:64].unit()
     model = TorchModel.from_bundle(bundle)
@@ -278,6 +297,9 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
 
     assert "asked again" in artefact_checks.check_function(Counting(), x, model).saw
     gone = Target(Bundle(bundle.path / "nowhere", bundle.manifest)).fresh()
+    assert artefact_checks.check_function(model, x, logits=model(x)).passed
+    replaced = artefact_checks.check_function(model, x, logits=model(x) + np.float32(1e-3))
+    assert "since the attacks began" in replaced.saw
     assert "it failed: error:" in artefact_checks.check_function(model, x, gone).saw
     assert compare(model(x[:5]), Target(bundle).fresh()(x[:5])).holds
 

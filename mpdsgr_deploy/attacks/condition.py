@@ -29,6 +29,7 @@ Kind = Literal["noise", "gradient", "transfer", "query"]
 CLEAN, GAUSSIAN, UNIFORM, FGSM, BIM, PGD, STRONG = "clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "pgd-strong"
 SA_PGD, APGD_CE, APGD_DLR, SQUARE, CW = "strong adaptive", "apgd-ce", "apgd-dlr", "square", "cw-l2"
 APGD_T, FAB_T, MPD_APGD, TRANSFER, WORST = "apgd-t", "fab-t", "mpd-apgd", "transfer", "worst"
+STRONGER = "-strong"  # ends the name of the longer transferred attack
 
 
 class Network(Protocol):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Kind, Network, register, starts
 from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
 from mpdsgr_deploy.attacks.counting import CountedGradients
 from mpdsgr_deploy.attacks.mpd_apgd import SCHEDULE, Round, Through, gradients, mpd_apgd
@@ -15,6 +15,7 @@ from mpdsgr_deploy.attacks.pgd import Draw
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
 
+TRANSFERRED_ROUNDS = 3  # those on all images that stand
 HEAVY_TAILED = "superspike"  # 1 / (1 + k |U - V_th|)^2
 
 
@@ -79,3 +80,18 @@ class MPDAutoPGD(GradientAttack):
             keep=kept_iterate(self.keep),
         )
         return np.asarray(adversarial)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class StrongTransfer(MPDAutoPGD):
+    """The same on another network that the caller names: one of one's own shows what a decoy hides."""
+
+    method: ClassVar[str] = "transfer-strong"
+    kind: ClassVar[Kind] = "transfer"
+
+    rounds: int = TRANSFERRED_ROUNDS
+
+    @property
+    def settings(self) -> str:
+        return f"{super().settings}, on the other network"

@@ -1,6 +1,7 @@
 """Carry conditions out: batch by batch, images that are wrong anyway left alone, what is finished kept on disk."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Classes, Condition, Floats
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.files import atomic_file, writing
+from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 
 NOT_FINITE = -1  # the class of an image for which the network has no finite answer
+ANSWERS = "answers.npy"  # the logits without attack, beside the finished batches
 
 
 class Journal:
@@ -25,6 +28,26 @@ class Journal:
 
     def __init__(self, directory: Path, identity: str) -> None:
         self._directory = directory / hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def begin(self, logits: Floats) -> None:
+        """Drop what was kept unless the network still gives the logits [n, K] that it gave then, up to single spikes.
+
+        `identity` names what is under attack, but a server may have got another model since, or a library another
+        version. Raises InputError if the directory cannot be written.
+        """
+        with writing(self._directory, "what was finished is kept"):
+            if not self._answered_alike(logits):
+                shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self._directory / ANSWERS) as file:
+            np.save(file, logits)
+
+    def _answered_alike(self, logits: Floats) -> bool:
+        try:
+            before = np.load(self._directory / ANSWERS, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        return before.shape == logits.shape and compare(before, logits).holds
 
     def get(self, name: str, rows: slice, shape: tuple[int, ...]) -> "Part | None":
         """What `put` kept of images `rows`, `shape` [b, C, H, W]; None if missing, damaged or of another shape."""

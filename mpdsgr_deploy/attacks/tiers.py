@@ -26,6 +26,7 @@ from mpdsgr_deploy.attacks.condition import (
     SA_PGD,
     SQUARE,
     STRONG,
+    STRONGER,
     TRANSFER,
     UNIFORM,
     WORST,
@@ -94,6 +95,7 @@ BASIC = (
     entry("transfer", TRANSFER),
 )
 # The surrogates without which an evaluation is not believed: a quarter and 2.5 times as wide, and rectangular.
+NAMED = entry("transfer-strong", f"{TRANSFER}{STRONGER}")  # from a network that the caller names, not from float32's
 SWEEP = (
     entry("strong-pgd", THROUGH, window=0.25, once=True),
     entry("strong-pgd", THROUGH, window=2.5, once=True),
@@ -112,6 +114,7 @@ TIERS = {
             *SWEEP,
             entry("sa-pgd", SA_PGD),
             entry("mpd-apgd", MPD_APGD, rounds=2),
+            NAMED,
             entry("square", SQUARE, queries=100),
         ),
     ),
@@ -125,6 +128,7 @@ TIERS = {
             *SWEEP,
             entry("sa-pgd", SA_PGD),
             entry("mpd-apgd", MPD_APGD),
+            NAMED,
             entry("square", SQUARE, queries=500),
         ),
     ),
@@ -143,6 +147,7 @@ TIERS = {
             entry("apgd-t", APGD_T),
             entry("fab-t", FAB_T),
             entry("mpd-apgd", MPD_APGD, steps=200),
+            NAMED,
             entry("square", SQUARE, queries=5000),
         ),
     ),
@@ -192,8 +197,9 @@ def resolved(
         kind = CONDITIONS.choose(line.method)
         fields = {**kind.recipe_values(attack), **line.values, "seed": seed, **noisy}
         if kind.kind == "transfer":
-            for name, surrogate in transfer.items():
-                yield kind(name=name, **{**fields, "surrogate": surrogate})
+            for name in transfer if line.name == TRANSFER else transfer.keys() & {TRANSFER}:
+                suffix = line.name.removeprefix(TRANSFER)
+                yield kind(name=f"{name}{suffix}", **{"surrogate": transfer[name], **fields})
         elif kind.kind != "gradient":
             yield kind(name=line.name, **fields)
         else:

@@ -5,9 +5,13 @@ another training, weights that were changed, an operator of another library all 
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
@@ -15,9 +19,11 @@ from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.files import writing
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.networks import load_model
+from mpdsgr_deploy.parity import MINIMUM_SHARE, compare
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.surrogates import trained_surrogate
 
+ALIKE = 1e-2  # of a gradient's largest entry: what rounding in another order may change
 WRITERS = ("torch", "onnx", "onnxscript")  # packages whose versions decide which bytes are written
 
 
@@ -26,23 +32,64 @@ def rebuild_faults(bundle: Bundle) -> list[str]:
 
     Raises InputError if the weights are not those of the recipe's network.
     """
-    manifest, faults = bundle.manifest, []
-    model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels)).eval()
-    graph = to_graph(simplify(model), manifest.input_shape)
-    surrogate = trained_surrogate(manifest.recipe)
+    surrogate, faults = trained_surrogate(bundle.manifest.recipe), []
     with tempfile.TemporaryDirectory() as folder:
-        for precision, variant in manifest.variants.items():
-            again = Path(folder) / f"model.{precision}.onnx"
-            missing = plan(graph, precision).keys() ^ variant.layers.keys()
-            if missing:
-                faults.append(f"{variant.file}: the manifest and the weights differ in the layers {sorted(missing)}")
+        for precision, again, layers in _exported_again(bundle, Path(folder)):
+            variant = bundle.manifest.variants[precision]
+            if layers:
+                faults.append(f"{variant.file}: the manifest and the weights differ in the layers {layers}")
                 continue
-            with writing(again, "what was finished is kept"):
-                save(convert(graph, variant.layers), again)
             if again.read_bytes() != bundle.variant(precision).read_bytes():
                 faults.append(f"{variant.file} is not what the weights and the recipe give")
             if variant.attack and derived(again, surrogate) != bundle.attack(precision).read_bytes():
                 faults.append(f"{variant.attack} is not what the weights and the recipe give")
+    return faults
+
+
+def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """Every precision with its file in `folder`, made from the weights, or with the layers that forbid it, by name.
+
+    Those are the layers that only one of the manifest and the weights has.
+    """
+    manifest = bundle.manifest
+    model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels)).eval()
+    graph = to_graph(simplify(model), manifest.input_shape)
+    for precision, variant in manifest.variants.items():
+        again, layers = (
+            folder / f"model.{precision}.onnx",
+            sorted(plan(graph, precision).keys() ^ variant.layers.keys()),
+        )
+        if not layers:
+            with writing(again, "what was finished is kept"):
+                save(convert(graph, variant.layers), again)
+        yield precision, again, layers
+
+
+def different_gradients(bundle: Bundle) -> list[str]:
+    """One line per precision whose answers to the golden batch, or whose gradients there, are not those of the weights.
+
+    Other versions of the exporting packages write other bytes for the same function; this compares the functions. A
+    branch that changes no answer and adds a gradient of its own shows, one that these images do not trigger does not.
+    """
+    manifest, faults = bundle.manifest, []
+    surrogate, seed = trained_surrogate(manifest.recipe), manifest.recipe.validation.seed
+    with tempfile.TemporaryDirectory() as folder:
+        for precision, again, layers in _exported_again(bundle, Path(folder)):
+            if layers:
+                continue
+            inputs, logits = bundle.golden(precision)
+            answers = []
+            for file in (again, bundle.variant(precision)):
+                with GraphAttacker(file, surrogate, noise=manifest.noise, seed=seed) as attacker:
+                    answers.append(attacker(inputs, logits.argmax(1)))
+            weights, own = answers
+            scale = np.abs(weights.gradient).max((1, 2, 3), initial=np.finfo(np.float32).tiny)
+            alike = np.abs(own.gradient - weights.gradient).max((1, 2, 3)) <= ALIKE * scale
+            if not compare(weights.logits, own.logits).holds or alike.mean() < MINIMUM_SHARE:
+                faults.append(
+                    f"{manifest.variants[precision].file} has the gradients of the weights on {alike.sum()} of "
+                    f"{len(alike)} images: {compare(weights.logits, own.logits)}"
+                )
     return faults
 
 
@@ -54,15 +101,19 @@ def other_writers(bundle: Bundle) -> list[str]:
 
 
 def check_rebuilt(bundle: Bundle) -> list[str]:
-    """The result of `rebuild_faults`.
+    """The result of `rebuild_faults`; where other versions wrote the files, that of `different_gradients`.
 
-    Raises InputError for a bundle without weights, and where both files and the packages that write them differ.
+    Raises InputError for a bundle without weights, and where files and the packages that write them differ, but not
+    the gradients.
     """
     if bundle.manifest.origin != "trained":
         raise InputError(f"{bundle.path} holds no weights to export again: its network is {bundle.manifest.origin}")
     faults = rebuild_faults(bundle)
     if faults and (others := other_writers(bundle)):
+        if functions := different_gradients(bundle):
+            return functions
         raise InputError(
-            f"{'; '.join(faults)}, but other versions wrote it ({'; '.join(others)}): compare with those installed"
+            f"{'; '.join(faults)}, but other versions wrote it ({'; '.join(others)}), and answers and gradients on the "
+            "golden batch are those of the weights: compare with those versions installed"
         )
     return faults

@@ -32,6 +32,7 @@ class Comparison:
     alone: tuple[str, ...] = ()
     transfer: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()  # attacks that must be compared for a valid verdict, but are not
+    contradictions: int = 0  # images that the reference counts as right in the worst case, and as broken by an attack
 
     @property
     def names(self) -> list[str]:
@@ -57,15 +58,19 @@ def compare_conditions(reference: Reference | None, conditions: Sequence[Conditi
     transfer = tuple(c.name for c in within if c.kind == "transfer")
     if reference is None:
         return Comparison({}, alone=tuple(c.name for c in conditions if c.kind != "transfer"), transfer=transfer)
-    met = {c.name: reference.under(c.name, c.settings) for c in conditions if c.kind != "transfer"}
+    settings = {c.name: c.settings for c in conditions if c.kind != "transfer"}
+    met = {name: reference.under(name, how) for name, how in settings.items()}
     verdicts = {name: correct[:n] for name, correct in met.items() if correct is not None}
     attacks = tuple(c.name for c in within if c.name in verdicts)
+    own = [name for name in attacks if reference.settings.get(name) == settings[name]]  # not of a smaller tier
+    stands = union({CLEAN: reference.verdicts[CLEAN][:n], **verdicts}, (CLEAN, *own))
     return Comparison(
         {CLEAN: reference.verdicts[CLEAN][:n], **verdicts},
         attacks,
         alone=tuple(name for name, correct in met.items() if correct is None),
         transfer=transfer,
         missing=tuple(c.name for c in within if c.method == MUST_BE_COMPARED and c.name not in verdicts),
+        contradictions=int((reference.verdicts[WORST][:n] & ~stands).sum()),
     )
 
 

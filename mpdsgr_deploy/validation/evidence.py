@@ -23,12 +23,12 @@ Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from a ne
 def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebuild | None = None) -> Evidence:
     """The evidence that needs no attack, from the logits [n, K] of the clean images."""
     images, compared = subject.images, subject.comparison
-    reach = Reach(reference=True, missing=compared.missing) if compared.missing else None
+    reach = Reach(reference=True, missing=compared.missing, contradictions=compared.contradictions)
     return Evidence(
         rule=subject.rule,
         n=len(images),
         compared=Compared(reference=subject.reference is not None, floors=bool(subject.gate.floors)),
-        reach=reach,
+        reach=reach if reach.missing or reach.contradictions else None,
         logits=logits,
         rounded_outputs=rounds_outputs(read_network(subject.target.bundle.variant(subject.target.precision))),
         attack_graph_faults=subject.target.attack_graph_faults(),
@@ -67,6 +67,7 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
         missing=compared.missing,
         alone=compared.alone,
         allowed=limit(subject.gate, WORST),
+        contradictions=compared.contradictions,
     )
     return replace(evidence, reach=reach)
 

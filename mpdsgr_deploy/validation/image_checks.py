@@ -16,6 +16,7 @@ from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
 # 64-bit blake2b of the first 100 test images, with their classes, of data sets whose order is the same everywhere.
 WELL_KNOWN = {"digits": "545781e6091becde", "cifar10": "cb86e883e52e0c7a", "cifar100": "11f8368e377b712e"}
 FIRST = 100
+MAX_REPEATED = 0.01  # share of the names of classes that may occur before; ImageNet's usual list has 2 of 1,000
 
 
 def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Images:
@@ -85,6 +86,8 @@ def image_faults(name: str, images: Images, reference: Reference | None, own: Im
     image_digests, faults = digests(images), []
     if len(images) and images.classes.max(initial=0) >= len(images.labels):
         faults.append("some classes have no label")
+    if (repeated := len(images.labels) - len(set(images.labels))) > MAX_REPEATED * len(images.labels):
+        faults.append(f"{repeated} of {len(images.labels)} classes have the name of another")
     if reference is not None:
         common = min(len(image_digests), len(reference.digests))
         if different := int((image_digests[:common] != reference.digests[:common]).sum()):

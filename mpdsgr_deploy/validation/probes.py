@@ -7,19 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.attacks.blind import Square
 from mpdsgr_deploy.attacks.condition import FGSM, STRONG, Classes, Condition, Floats
 from mpdsgr_deploy.attacks.measure import Measurement, Outcome
 from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.progress import track
-from mpdsgr_deploy.validation.health import Convergence, Slopes
+from mpdsgr_deploy.validation.health import Convergence, Search, Slopes
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's eps
 GROWTH_STEPS = 20  # of the strong PGD
 LARGE = (0.5, 1.0)  # where any image can be painted
 STEPS = (0.125, 0.25, 0.5, 1.0)  # of eps, along the gradient and along random directions
 DIRECTIONS = 4  # random ones
+SEARCHED = 100  # images
+ENOUGH = 500  # queries per image, from which random search tells a weakened gradient
 CERTAIN = 1e-6  # a cross-entropy below it has no gradient in float32, where 1 - p rounds to 0
 
 Bools = NDArray[np.bool_]
@@ -79,6 +82,30 @@ def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:
     alone = {o.condition.name for o in strong if (right & ~o.correct & (breaks.sum(0) == 1)).any()}
     strongest = min(strong, key=lambda o: o.correct.mean())
     return [o.condition for o in strong if o.condition.name in alone or o is strongest]
+
+
+def search(
+    suite: Suite, measurement: Measurement, x: Floats, *, batch_size: int, journal: Journal | None
+) -> Search | None:
+    """What Square breaks of the first m images, x [m, C, H, W], that no attack with a gradient broke.
+
+    It has ENOUGH queries, or as many as the tier. None for a stochastic network, whose noise a search wears down, and
+    where the tier has no Square.
+    """
+    square = next((c for c in suite.conditions if isinstance(c, Square)), None)
+    if square is None or suite.network.stochastic:
+        return None
+    m, queries = len(x), max(square.queries, ENOUGH)
+    y, clean = measurement.y[:m], measurement.clean[:m]
+    within = [o for o in measurement.outcomes if o.condition.eps is not None]
+    left = np.logical_and.reduce([clean == y, *(o.correct[:m] for o in within if o.condition.kind == "gradient")])
+    broken = left & ~np.logical_and.reduce([o.correct[:m] for o in within if o.condition.kind == "query"])
+    if queries > square.queries:
+        longer = replace(square, name=f"{square.name} {queries} queries", queries=queries, stream=square.name)
+        attackable = np.where(left & ~broken, clean, -1)
+        batches = run(suite, longer, x, y, attackable, batch_size=batch_size, journal=journal)
+        broken |= left & (gather(list(batches))[1] != y)
+    return Search(int(broken.sum()), int(left.sum()), m, queries)
 
 
 def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, batch_size: int) -> Slopes | None:

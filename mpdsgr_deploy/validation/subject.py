@@ -55,7 +55,10 @@ def identity(subject: Subject, transfer: Path | None) -> str:
     """Everything that the result of a batch depends on."""
     target, manifest = subject.target, subject.target.bundle.manifest
     networks = [target.bundle.model_sha256(precision) for precision in (target.precision, "fp32")]
-    engines = [made.model_dump(mode="json") for made in target.bundle.prepared(target.backend, target.precision)]
+    engines = [
+        [made.model_dump(mode="json"), manifest.files.get(made.file or "")]
+        for made in target.bundle.prepared(target.backend, target.precision)
+    ]
     other = None if transfer is None else fingerprint(transfer)
     images = images_sha256(subject.images)
     attacks = [repr(condition) for condition in subject.suite.conditions]

@@ -126,6 +126,8 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     clean = classes_of(logits)
     parity = fidelity.check_answers(subject.reference, target.precision, logits)
     wrong = _not_the_network(target, parity, x)
+    if subject.journal is not None:
+        subject.journal.begin(logits)
     evidence = without_attack(subject, logits, rebuild)
     measurement = measure(
         suite,
@@ -142,7 +144,7 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     evidence = attacked_evidence(evidence, subject, measurement)
     curves: list[Curve] = []
     if measurement.stopped is None:
-        curves, evidence = _probed(subject, measurement, evidence, x[: TIERS[subject.gate.tier].probe])
+        curves, evidence = _probed(subject, measurement, evidence, x)
     health = run_checks(evidence)
     reasons = [*_invalid(health), *_failures(subject.gate, rows, wrong, measurement.stopped)]
     pictures = _examples(subject, measurement, x)
@@ -171,8 +173,10 @@ def _not_worth_attacking(
 
 
 def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: Floats) -> tuple[list[Curve], Evidence]:
-    """What growing eps and twice the steps do to images x [m, C, H, W], the first ones."""
+    """What growing eps, twice the steps and search do to the first of the images x [n, C, H, W]."""
     suite, size, journal = subject.suite, subject.batch_size, subject.journal
+    found = probes.search(suite, measurement, x[: probes.SEARCHED], batch_size=size, journal=journal)
+    x = x[: TIERS[subject.gate.tier].probe]
     y, clean = measurement.y[: len(x)], measurement.clean[: len(x)]
     grown = probes.growth(suite, x, y, clean, batch_size=size, journal=journal)
     floor = subject.gate.floors.get(WORST)
@@ -180,7 +184,7 @@ def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: F
     curves = [Curve.of(name, verdicts) for name, verdicts in grown.items()]
     eps = subject.target.bundle.manifest.recipe.attack.eps
     climb = probes.slopes(suite, x, y, clean, eps, batch_size=size)
-    return curves, replace(evidence, growth=grown[STRONG], convergence=more, slopes=climb)
+    return curves, replace(evidence, growth=grown[STRONG], convergence=more, slopes=climb, search=found)
 
 
 def _with_power(row: Row, gate: Gate) -> Row:

@@ -3,13 +3,17 @@
 artefact.py     the network itself is wrong, its attack graph and golden logits made to match
 precisions.py   the same for the variants that other precisions have
 runtime.py      the file is right, what runs it is not
+branches.py     parts put into a network that is right otherwise: decoys, triggers, control flow
 gradients.py    the attack is led astray: stored attack graphs, and the evaluation's own gradients
 attacks.py      the attacks' images break the rules
-promise.py      figures, images and labels
+promise.py      figures and files
+images.py       images, classes and their names
+unseen.py       what no validation can see, by design: it ends in exit code 0
 """
 
-from faults import artefact, attacks, files, gradients, precisions, promise, runtime  # noqa: F401 - they fill FAULTS
+from faults import artefact, attacks, branches, files, gradients, images, precisions, promise, runtime  # noqa: F401
+from faults import unseen as _unseen  # noqa: F401 - all of them fill FAULTS or UNSEEN
 from faults.networks import Networks
-from faults.planted import FAULTS, Fault, InProcess, Outcome, Planted, Target, judge, plant
+from faults.planted import FAULTS, UNSEEN, Fault, InProcess, Outcome, Planted, Target, judge, plant
 
-__all__ = ["FAULTS", "Fault", "InProcess", "Networks", "Outcome", "Planted", "Target", "judge", "plant"]
+__all__ = ["FAULTS", "UNSEEN", "Fault", "InProcess", "Networks", "Outcome", "Planted", "Target", "judge", "plant"]

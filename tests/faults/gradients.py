@@ -129,6 +129,17 @@ def gradients_of_half_the_image(copy: Planted) -> None:
     mislead(copy, upper)
 
 
+@fault("evaluation", 3, "check 7", kind="noisy", thorough=True)
+def gradients_of_zero_behind_averaged_draws(copy: Planted) -> None:
+    """Of a network that draws noise: one image in ten has no gradient in any draw, and each draw counts."""
+
+    def nothing(gradient: Array) -> Array:
+        vanishes = np.arange(len(gradient)) % 10 == 0
+        return np.where(vanishes[:, None, None, None], np.float32(0), gradient)
+
+    mislead(copy, nothing)
+
+
 @fault("evaluation", 3, "check 7", kind="sharp")
 def surrogate_too_sharp(copy: Planted) -> None:
     """A network trained, attacked and promised through a surrogate so narrow that hardly any gradient passes."""

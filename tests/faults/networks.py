@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
     "healthy": ({}, PRECISIONS),
     "other": ({"training": {"seed": 1, "epochs": 2}}, PRECISIONS),
     "colour": ({"data": {"name": "imagefolder", "image_size": 8}, "training": {"epochs": 10}}, ("fp32",)),
+    "noisy": ({"encoding": {"name": "poisson"}, "attack": {"draws": 4}}, ("fp32",)),
     "sharp": ({"neuron": {"surrogate": "triangle", "surrogate_parameter": 0.05}}, ("fp32",)),
     "wide": ({"neuron": {"surrogate": "rectangular", "surrogate_parameter": 8.0}}, ("fp32",)),
 }

@@ -19,14 +19,15 @@ from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, WEIGHTS, Manifest, open_bundl
 from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
+from mpdsgr_deploy.exporting.rebuild import check_rebuilt
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.networks import load_model
-from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.surrogates import trained_surrogate
-from mpdsgr_deploy.validation import Target, validate
+from mpdsgr_deploy.validation import Target, image_checks, validate
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report
 
 Array = NDArray[Any]
@@ -36,11 +37,18 @@ Place = Literal["artefact", "attack graph", "runtime", "evaluation", "promise"]
 
 
 class Planted:
-    """A copy of a bundle in `path`. Faults change it through these methods and through `patch`; then `seal` it."""
+    """A copy of a bundle in `path`. Faults change it through these methods and through `patch`; then `seal` it.
+
+    gate: other rules than the recipe's. rebuild: compare with a new export of the weights. transfer: a bundle whose
+    attacked images are tried too.
+    """
 
     precision = "fp32"
     backend = "onnxruntime-cpu"
     limit: int | None = None
+    gate: Gate | None = None
+    rebuild = False
+    transfer: Path | None = None
     sealed = False
 
     def __init__(self, networks: Networks, kind: str, path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -107,6 +115,10 @@ class Planted:
         save(convert(graph, plan(graph, self.precision)), self._file)
         self.answered_anew.add(self.precision)
 
+    def hide_data_set(self) -> None:
+        """Leave the validation without the data set's own images to hold those of the bundle against."""
+        self.patch.setattr(image_checks, "_at_hand", lambda data, count: None)
+
     def take(self, name: str, kind: str = "other") -> None:
         """A file of another network's bundle in place of this one's."""
         shutil.copyfile(self.networks.bundle(kind).path / name, self.path / name)
@@ -172,8 +184,8 @@ Plant = Callable[[Planted], None]
 class Fault(NamedTuple):
     """A planted fault, where it lies, the network it is planted in, and what must notice it.
 
-    caught: words of the error, or of one of the report's reasons. thorough: slow, and like another one, so that only
-    the benchmark plants it.
+    caught: words of the error, or of one of the report's reasons; of one that passes, of its remarks. thorough: slow,
+    and like another one, so that only the benchmark plants it. helps: what does, against one that passes by design.
     """
 
     name: str
@@ -185,6 +197,7 @@ class Fault(NamedTuple):
     caught: str
     plant: Plant
     thorough: bool
+    helps: str = ""
 
 
 class Outcome(NamedTuple):
@@ -196,6 +209,7 @@ class Outcome(NamedTuple):
 
 
 FAULTS: dict[str, Fault] = {}
+UNSEEN: dict[str, Fault] = {}  # those that a validation passes, since nothing in the bundle or on the machine tells
 
 
 def fault(
@@ -204,12 +218,29 @@ def fault(
     """Register a function that plants one; its docstring says what went wrong and who would cause it."""
 
     def register(plant: Plant) -> Plant:
-        name = plant.__name__.replace("_", " ")
-        story = " ".join((plant.__doc__ or "").split())
+        name, story = named(plant)
         FAULTS[name] = Fault(name, story, place, kind, precision, code, caught, plant, thorough)
         return plant
 
     return register
+
+
+def unseen(
+    place: Place, remark: str, helps: str, *, kind: str = "healthy", thorough: bool = False
+) -> Callable[[Plant], Plant]:
+    """Register a function that plants what a validation passes. remark: words of what the report says all the same."""
+
+    def register(plant: Plant) -> Plant:
+        name, story = named(plant)
+        UNSEEN[name] = Fault(name, story, place, kind, "fp32", 0, remark, plant, thorough, helps)
+        return plant
+
+    return register
+
+
+def named(plant: Plant) -> tuple[str, str]:
+    """A fault's name and story, from those of the function that plants it."""
+    return plant.__name__.replace("_", " "), " ".join((plant.__doc__ or "").split())
 
 
 def plant(fault: Fault, networks: Networks, path: Path, patch: pytest.MonkeyPatch) -> Planted:
@@ -225,9 +256,12 @@ def plant(fault: Fault, networks: Networks, path: Path, patch: pytest.MonkeyPatc
 
 
 def judge(copy: Planted, kind: type[Target] = Target) -> Outcome:
-    """Validate it, as the command does."""
+    """Validate it, as the command does; of what passes, `said` has the report's remarks."""
+    target = kind(open_bundle(copy.path), copy.backend, copy.precision)
+    rebuild = check_rebuilt if copy.rebuild else None
     try:
-        report = validate(kind(open_bundle(copy.path), copy.backend, copy.precision), limit=copy.limit)
+        report = validate(target, gate=copy.gate, limit=copy.limit, transfer=copy.transfer, rebuild=rebuild)
     except MpdsgrError as error:
         return Outcome(error.exit_code, [str(error)])
-    return Outcome(EXIT_CODES[report.verdict], [reason.line for reason in report.reasons], report)
+    said = [reason.line for reason in report.reasons] or report.remarks
+    return Outcome(EXIT_CODES[report.verdict], said, report)

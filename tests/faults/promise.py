@@ -1,42 +1,13 @@
-"""What the bundle says of itself: figures, images, labels, files."""
+"""What the bundle says of itself: figures, settings and files."""
 
 import json
-
-import numpy as np
 
 from faults.artefact import noisy
 from faults.planted import Planted, fault
 from mpdsgr_deploy.attacks.condition import CLEAN, GAUSSIAN, WORST
-from mpdsgr_deploy.attacks.promise import promise
-from mpdsgr_deploy.bundle import MANIFEST, open_bundle
-from mpdsgr_deploy.data import load_training
-from mpdsgr_deploy.data.images import Images
-from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_reference
-from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
-
-VERDICT = "verdict/"
-
-
-def pick(copy: Planted, rows: np.ndarray) -> None:
-    """These images in place of all, with what torch answered to them."""
-    for file in (REFERENCE, IMAGES):
-        found = copy.arrays(file)
-        copy.write(file, {name: array if name == "labels" else array[rows] for name, array in found.items()})
-
-
-def promise_for(copy: Planted, images: Images) -> None:
-    """Other images, answered and attacked by the torch network as an export does."""
-    model = TorchModel.from_bundle(open_bundle(copy.path))
-    network = TorchNetwork(model)
-    figures, reference = promise(network, copy.recipe, images, "commit", network(images.unit()), of="torch")
-    copy.manifest["reference"] = figures.model_dump()
-    save_reference(reference, copy.path / REFERENCE)
-    save_images(images, copy.path / IMAGES)
-
-
-def carried(copy: Planted) -> Images:
-    found = copy.arrays(IMAGES)
-    return Images(found["pixels"], found["classes"], tuple(copy.manifest["labels"]))
+from mpdsgr_deploy.bundle import MANIFEST
+from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.reference import REFERENCE, VERDICT
 
 
 @fault("promise", 2, "other figures")
@@ -68,58 +39,6 @@ def no_promise_at_all(copy: Planted) -> None:
     """A network that nobody measured, here with noisy weights: there is nothing to compare it with."""
     copy.change("body.2.synapse.weight", noisy)
     copy.manifest["reference"] = None
-
-
-@fault("promise", 3, "check 11")
-def easy_images_only(copy: Planted) -> None:
-    """The images that withstand every attack, several times over, with what torch answered to them."""
-    easy = np.flatnonzero(copy.arrays(REFERENCE)[VERDICT + WORST])
-    pick(copy, np.resize(easy, 100))
-
-
-@fault("promise", 3, "check 11", thorough=True)
-def images_of_training(copy: Planted) -> None:
-    """Images that the network has learnt, promised and carried."""
-    promise_for(copy, load_training(copy.recipe.data)[0][:100])
-
-
-@fault("promise", 3, "check 11")
-def images_in_another_order(copy: Planted) -> None:
-    """A loader that shuffles: other images are the first n."""
-    pick(copy, np.random.default_rng(0).permutation(100))
-
-
-@fault("promise", 3, "check 11")
-def images_are_not_those_promised(copy: Planted) -> None:
-    """images.npz of another export."""
-    images = copy.arrays(IMAGES)
-    copy.write(IMAGES, images | {"pixels": images["pixels"][::-1]})
-
-
-@fault("promise", 3, "check 11")
-def classes_of_the_images_shuffled(copy: Planted) -> None:
-    """A label file of another order, carried and promised: the promise is that nothing is recognised."""
-    images = carried(copy)
-    promise_for(copy, Images(images.pixels, np.roll(images.classes, 1), images.labels))
-
-
-@fault("promise", 2, "not what the network was made for")
-def names_of_the_classes_shuffled(copy: Planted) -> None:
-    """The right number of the class under the wrong name: what a user is told is wrong."""
-    copy.manifest["labels"] = copy.manifest["labels"][::-1]
-
-
-@fault("promise", 2, "cannot decide this gate")
-def no_images_carried(copy: Planted) -> None:
-    """An empty images.npz: nothing is compared, and nothing differs."""
-    images = copy.arrays(IMAGES)
-    copy.write(IMAGES, images | {name: images[name][:0] for name in ("pixels", "classes")})
-
-
-@fault("promise", 2, "cannot decide this gate")
-def too_few_images(copy: Planted) -> None:
-    """A quick run on ten images, which no rule can be decided with."""
-    copy.limit = 10
 
 
 @fault("promise", 2, "has no precision")
@@ -178,24 +97,28 @@ def surrogate_of_the_recipe_edited(copy: Planted) -> None:
     copy.manifest["recipe"]["neuron"] |= {"surrogate": "triangle", "surrogate_parameter": 4.0}
 
 
-@fault("promise", 3, "check 15", kind="colour")
-def images_of_three_classes_only(copy: Planted) -> None:
-    """The first images of a list that is sorted by class, carried and promised."""
-    copy.manifest["recipe"]["gate"] |= {"max_drop": 0.4}  # which so few can decide
-    images = carried(copy)
-    few = np.flatnonzero(images.classes < 3)
-    promise_for(copy, Images(images.pixels[few], images.classes[few], images.labels))
-
-
-@fault("promise", 3, "data set")
-def classes_renamed_everywhere(copy: Planted) -> None:
-    """Names of the classes in another order, in the manifest and beside the images."""
-    copy.manifest["labels"] = copy.manifest["labels"][::-1]
-    images = copy.arrays(IMAGES)
-    copy.write(IMAGES, images | {"labels": images["labels"][::-1]})
-
-
 @fault("promise", 3, "check 13")
 def eps_of_the_recipe_lowered(copy: Planted) -> None:
     """A smaller eps than the promise was measured with, in a manifest that is whole: easy to keep."""
     copy.manifest["recipe"]["attack"] |= {"eps": 0.01, "step": 0.01}
+
+
+@fault("promise", 2, "the gate is for attacks with eps 0.1")
+def eps_lowered_against_a_gate_that_pins_it(copy: Planted) -> None:
+    """The same, with a gate of one's own whose floors were chosen for another eps."""
+    copy.manifest["recipe"]["attack"] |= {"eps": 0.01, "step": 0.01}
+    copy.gate = Gate(eps=0.1, floors={"worst": 0.3})
+
+
+@fault("promise", 3, "its own attacks broke")
+def worst_case_of_the_promise_edited(copy: Planted) -> None:
+    """The headline alone made better, in the verdicts and in the manifest: nothing else changes."""
+    found = copy.arrays(REFERENCE)
+    copy.write(REFERENCE, found | {VERDICT + WORST: found[VERDICT + CLEAN]})
+
+
+@fault("promise", 3, "check 13", thorough=True)
+def tier_of_the_promise_renamed(copy: Planted) -> None:
+    """Weak attacks called those of a release, with figures that are easy to keep."""
+    figures_and_verdicts_edited(copy)
+    copy.manifest["reference"]["tier"] = "release"

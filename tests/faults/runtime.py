@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from faults.planted import Array, Planted, fault
+from mpdsgr_deploy.bundle import GOLDEN
 from mpdsgr_deploy.runtime import OnnxRuntime
 
 Answer = Callable[[OnnxRuntime, Array], Array]
@@ -83,6 +84,33 @@ def an_image_without_a_finite_answer(copy: Planted) -> None:
         return logits
 
     answer(copy, overflows)
+
+
+@fault("runtime", 3, "check 14", thorough=True)
+def attacked_images_without_a_finite_answer(copy: Planted) -> None:
+    """An overflow for images that are not on the 8-bit grid, as only attacked ones are: every attack seems to win."""
+
+    def overflows(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        logits = true(network, x)
+        between = np.abs(x * 255 - np.rint(x * 255)).max((1, 2, 3)) > 1e-3
+        logits[between & (np.arange(len(x)) % 4 == 0)] = np.nan
+        return logits
+
+    answer(copy, overflows)
+
+
+@fault("runtime", 3, "since the attacks began", thorough=True)
+def another_model_while_it_is_attacked(copy: Planted) -> None:
+    """A server that gets the next model under the same name halfway through: both answer the golden batch alike."""
+    asked, golden = 0, copy.arrays(GOLDEN)["inputs"]
+
+    def replaced(true: Answer, network: OnnxRuntime, x: Array) -> Array:
+        nonlocal asked
+        asked += 1
+        logits, alike = true(network, x), (x[:, None] == golden).all((2, 3, 4)).any(1)
+        return logits if asked < 9 else np.where(alike[:, None], logits, logits * np.float32(1.01))
+
+    answer(copy, replaced)
 
 
 @fault("runtime", 3, "check 12")

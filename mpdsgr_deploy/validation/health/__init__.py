@@ -9,6 +9,7 @@ from mpdsgr_deploy.validation.health.registry import (
     Evidence,
     Reach,
     Rebuilt,
+    Search,
     Slopes,
     run_checks,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Evidence",
     "Reach",
     "Rebuilt",
+    "Search",
     "Slopes",
     "artefact",
     "attacks",

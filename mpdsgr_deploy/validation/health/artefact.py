@@ -26,16 +26,25 @@ FEW_VALUES = 128  # the most distinct logits of a readout that counts spikes; a 
     why="answers that depend on the batch, on earlier images or on chance are not those that were attacked",
     advice="state leaks between batches or the backend is not deterministic; export again, or use another backend",
 )
-def check_function(artefact: Predictor, x: Floats, fresh: Predictor | None = None, batch_size: int = PROBE) -> Seen:
+def check_function(
+    artefact: Predictor,
+    x: Floats,
+    fresh: Predictor | None = None,
+    batch_size: int = PROBE,
+    logits: Floats | None = None,
+) -> Seen:
     """The artefact gives the same logits again, in other batches, in another order, and in a new process.
 
-    batch_size: the recipe's, which is tried too, and one more.
+    batch_size: the recipe's, which is tried too, and one more. logits [n, K]: what it answered to x [n, C, H, W] before
+    the attacks.
     """
-    probe, other = x[:PROBE], x[-PROBE:]
-    first = artefact(probe)
-    artefact(other)
+    probe = x[:PROBE]
+    first, last = artefact(probe), artefact(x[-PROBE:])
     half = (len(probe) + 1) // 2
     faults = []
+    for before, answers in () if logits is None else ((logits[:PROBE], first), (logits[-PROBE:], last)):
+        if answer_faults(parity := compare(before, answers)):
+            faults.append(f"since the attacks began: {parity}")
     for how, answer in (("asked again", artefact), *((("in a fresh process", fresh),) if fresh else ())):
         try:
             parity = compare(first, answer(probe))

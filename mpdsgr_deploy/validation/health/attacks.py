@@ -9,6 +9,7 @@ from mpdsgr_deploy.validation.health.registry import (
     Bools,
     Convergence,
     Reach,
+    Search,
     Seen,
     Slopes,
     Verdicts,
@@ -21,6 +22,7 @@ MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altog
 MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left at an eps that lets an attack paint any image
 MIN_STEEPER = 0.8  # share of images on which the gradient must beat random directions
 MAX_MORE_STEPS = 0.05  # share of images that twice the steps may still break
+MAX_SEARCHED = 0.05  # share of images that search may break where gradients broke nothing
 
 
 @health_check(
@@ -157,6 +159,19 @@ def check_slopes(slopes: Slopes) -> Seen:
 
 
 @health_check(
+    19,
+    "search breaks little that gradients left",
+    why="a decoy that weakens the gradient leaves some slope; a search that asks for answers alone is not led astray",
+    advice="do not trust gradients of this file: compare it with the weights (--rebuild), or export it yourself",
+)
+def check_search(search: Search) -> Seen:
+    """Of all images, random search breaks few that no attack with a gradient broke."""
+    broken, standing, n, queries = search
+    saw = f"{queries} queries break {broken} of the {standing} images that gradients left, of {n}"
+    return Seen([saw] if exceeds(broken, n, MAX_SEARCHED) < ORDER_P else [], saw)
+
+
+@health_check(
     13,
     "the attack reaches the artefact as it reached the reference",
     why="export adds no robustness: what seems to is a gradient that misleads, or a weaker attack",
@@ -169,6 +184,8 @@ def check_reach(reach: Reach, n: int) -> Seen:
     """
     if not reach.reference:
         return Seen([], "no reference answered these images: the gate's floors alone decide", not_compared=True)
+    if reach.contradictions:
+        return Seen([f"the reference's worst case holds {reach.contradictions} images that its own attacks broke"], "")
     if reach.missing:
         return Seen([f"the reference holds no verdicts under {', '.join(reach.missing)} with these settings"], "")
     if reach.flips is None:

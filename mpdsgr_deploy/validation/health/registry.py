@@ -89,6 +89,7 @@ class Reach(NamedTuple):
 
     reference: there is one for these images. flips: None if no attack was met by both. missing: attacks that the
     reference must have met; alone: those it has not. allowed: change of accuracy that the gate allows, in [0, 1].
+    contradictions: images that the reference counts as right in the worst case and as broken by one of its attacks.
     """
 
     reference: bool
@@ -96,6 +97,7 @@ class Reach(NamedTuple):
     missing: Sequence[str] = ()
     alone: Sequence[str] = ()
     allowed: float = 0.0
+    contradictions: int = 0
 
 
 class Slopes(NamedTuple):
@@ -108,6 +110,18 @@ class Slopes(NamedTuple):
     steeper: int
     n: int
     rises: Mapping[float, tuple[float, float]]
+
+
+class Search(NamedTuple):
+    """What random search breaks of the images that no attack with a gradient broke.
+
+    broken: of n images, those it broke; standing: those that were left to it. queries: how many it had per image.
+    """
+
+    broken: int
+    standing: int
+    n: int
+    queries: int
 
 
 class Rebuilt(NamedTuple):
@@ -152,6 +166,7 @@ class Evidence:
     classes: NDArray[np.int64] | None = None
     labels: Sequence[str] | None = None
     slopes: Slopes | None = None
+    search: Search | None = None
     foreign: Sequence[str] | None = None
     rebuilt: Rebuilt | None = None
     not_finite: Mapping[str, Sequence[int]] | None = None
