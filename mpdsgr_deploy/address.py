@@ -13,16 +13,16 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.stores import PROTOCOL, Stored, place_of
 
 MANIFEST = "manifest.json"
 SHA256 = re.compile(r"@sha256:([0-9a-f]{64})$")
 OCI = "oci://"
 LOOPBACK = ("localhost:", "localhost/", "127.0.0.1:", "127.0.0.1/")
-PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
 class BundleAddress(NamedTuple):
@@ -87,7 +87,7 @@ def _fetch(address: BundleAddress, cache: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         copy(address.place, scratch)
-    except InputError:
+    except MpdsgrError:
         raise
     except Exception as error:  # every file system of fsspec has its own
         raise InputError(f"cannot fetch {address.place}: {type(error).__name__}: {one_line(error)}") from error
@@ -97,8 +97,9 @@ def _fetch(address: BundleAddress, cache: Path) -> None:
 
 
 def _copy_from_file_system(place: str, target: Path) -> None:
-    files, root = need("fsspec", "remote").url_to_fs(place)
-    files.get(root.rstrip("/") + "/", f"{target}/", recursive=True)
+    source = place_of(place)
+    assert isinstance(source, Stored), "only addresses are fetched"
+    source.store.get(source.path.rstrip("/") + "/", f"{target}/", recursive=True)
 
 
 def _copy_from_registry(place: str, target: Path) -> None:

@@ -6,7 +6,7 @@ They take names and paths as the commands do, and return what the next step need
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,7 @@ from mpdsgr_deploy.recipes import find_recipe
 from mpdsgr_deploy.runtime.image_batches import predict as _predict_batches
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND, open_predictor
 from mpdsgr_deploy.signing.trust import required_trust
+from mpdsgr_deploy.stores import place_of
 
 if TYPE_CHECKING:
     from mpdsgr_deploy.validation.evidence import Rebuild
@@ -215,7 +216,8 @@ def predict(
     precision: str = "fp32",
     batch: int = 128,
 ) -> NDArray[np.float32]:
-    """Logits [N, K] of images: an array [N, C, H, W] (uint8, or float32 in [0, 1]), or paths as of `mpdsgr predict`.
+    """Logits [N, K] of images: an array [N, C, H, W] (uint8, or float32 in [0, 1]), or paths and
+    addresses as of `mpdsgr predict`.
 
     Raises InputError for images that do not fit the network, EvaluationError if the backend answers the golden batch
     wrongly.
@@ -228,4 +230,4 @@ def predict(
     from mpdsgr_deploy.prediction import Job
 
     paths = [images] if isinstance(images, str | PathLike) else images
-    return Job(opened, [Path(path) for path in paths], backend, precision, batch).logits()
+    return Job(opened, [place_of(fspath(path)) for path in paths], backend, precision, batch).logits()

@@ -15,6 +15,13 @@ class MissingData(InputError):  # noqa: N818 - the name describes the problem
     """A data set that is not on this machine; a damaged one is an InputError (exit code 2)."""
 
 
+class StoreError(MpdsgrError):
+    """An object store that cannot be asked: no credentials, no access, no connection (exit code 2).
+
+    It is no InputError, since it says nothing of an input: a run that skips bad inputs ends.
+    """
+
+
 class OutOfMemory(InputError):  # noqa: N818 - the name describes the event
     """The device's memory does not hold a batch; a smaller one may fit (exit code 2)."""
 

@@ -117,7 +117,12 @@ def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") ->
     except OSError as error:
         raise InputError(f"cannot use {path} as a directory: {error.strerror}; choose another place") from None
     if foreign:
-        raise InputError(f"{path} exists and is not a {what} of ours (it has no {marker}); choose an empty directory")
+        raise not_ours(path, marker, what)
+
+
+def not_ours(place: object, marker: str, what: str) -> InputError:
+    """The error for an output directory that holds other things than ours."""
+    return InputError(f"{place} exists and is not a {what} of ours (it has no {marker}); choose an empty directory")
 
 
 def recover_directory(out: Path) -> None:

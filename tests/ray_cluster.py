@@ -50,7 +50,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
         with suppress(OSError):
             if found := condition():
                 return found
-        time.sleep(0.25)
+        time.sleep(0.02)
     raise AssertionError(f"not within {seconds} s: {what}")
 
 

@@ -19,7 +19,8 @@ from predicting import BATCH, N, answering, folder, job, logits, size
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.prediction.inputs import ArrayFile, Inputs
+from mpdsgr_deploy.prediction.arrays import ArrayFile
+from mpdsgr_deploy.prediction.inputs import Inputs
 from mpdsgr_deploy.prediction.partial import Chunk, Partial
 from mpdsgr_deploy.prediction.writers import FORMATS, find_writer
 

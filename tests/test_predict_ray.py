@@ -1,25 +1,38 @@
 """A prediction job on a Ray cluster: the rows of one machine, exactly once, whatever dies."""
 
+import io
 import json
+import os
+import secrets
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from conftest import assert_input_error, mpdsgr_here
+from object_store import BUCKET, ObjectStore, object_store
+from PIL import Image
 from predicting import folder
-from ray_cluster import NO_TOKEN
+from ray_cluster import MARK, NO_TOKEN, until
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
-from mpdsgr_deploy.prediction.ray_data import JOB, SUCCESS, part_file
+from mpdsgr_deploy.cli import predict as cli
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.prediction.inputs import Inputs
+from mpdsgr_deploy.prediction.parts import JOB, SUCCESS, part_name, parts_at
+from mpdsgr_deploy.prediction.sources import ImageSource, Pixels
 from mpdsgr_deploy.prediction.stream import Job
 from mpdsgr_deploy.recipes import shipped
+from mpdsgr_deploy.stores import place_of
 
 BATCH, COUNT = 2, 1200  # 600 batches in 19 parts
 
@@ -30,14 +43,20 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        small = {"num_cpus": 1, "object_store_memory": 80_000_000}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-        self._second = self._cluster.add_node(**small)
+        self._small = {"num_cpus": 1, "object_store_memory": 80_000_000}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**self._small, "include_dashboard": False})
+        self.add_one()
         self.address = str(self._cluster.address)
 
+    def add_one(self) -> None:
+        """Start the second node."""
+        self._second = self._cluster.add_node(**self._small)
+
     def kill_one(self) -> None:
-        """Kill all processes of the second node at once."""
-        self._cluster.remove_node(self._second, allow_graceful=False)
+        """Kill all processes of the second node at once, if there is one."""
+        if self._second is not None:
+            self._cluster.remove_node(self._second, allow_graceful=False)
+            self._second = None
 
     def stop(self) -> None:
         self._cluster.shutdown()
@@ -51,13 +70,19 @@ def started() -> Nodes:
     return Nodes()
 
 
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
 @pytest.fixture(scope="module", autouse=True)
-def nodes() -> Iterator[Nodes]:
-    """One small cluster for all tests, which the command finds connected."""
+def nodes(store: ObjectStore) -> Iterator[Nodes]:
+    """One small cluster for all tests, which the command finds connected; its machines know the store."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as environment:
         # else actors would wait for all other work of a busy machine
-        for key, value in {**NO_TOKEN, "RAY_worker_niceness": "0"}.items():
+        for key, value in {**NO_TOKEN, "RAY_worker_niceness": "0", MARK: secrets.token_hex(8)}.items():
             environment.setenv(key, value)
         cluster = started()
         ray.init(cluster.address, log_to_driver=False)
@@ -86,7 +111,7 @@ def expected(bundle: Bundle, array: Path) -> "list[dict[str, object]]":
     return parquet.read_table(out).to_pylist()
 
 
-def arguments(bundle: Bundle, array: Path, out: Path) -> list[object]:
+def arguments(bundle: Bundle, array: object, out: object) -> list[object]:
     return ["predict", bundle.path, array, "--batch", BATCH, "--ray", "local", "--out", out, "--processes", 2]
 
 
@@ -96,11 +121,7 @@ def rows(out: Path) -> "list[dict[str, object]]":
 
 def some_parts(out: Path) -> set[Path]:
     """The parts that are there, once there is one."""
-    end = time.monotonic() + 120
-    while not (parts := set(out.glob("part-*.parquet"))):
-        assert time.monotonic() < end, "no part was written"
-        time.sleep(0.005)
-    return parts
+    return until(lambda: set(out.glob("part-*.parquet")), "a part")
 
 
 def test_rows_are_those_of_one_machine_though_a_node_is_killed(
@@ -126,26 +147,154 @@ def test_rows_are_those_of_one_machine_though_a_node_is_killed(
     assert json.loads((out / SUCCESS).read_text()) == {"rows": COUNT}
 
 
-def test_a_rerun_after_a_killed_driver_computes_what_is_missing(
-    bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, tmp_path: Path
+def test_a_rerun_computes_what_is_missing(
+    bundle: Bundle, array: Path, expected: list[dict[str, object]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [*arguments(bundle, array, out), "--ray", nodes.address]
-    driver = subprocess.Popen([sys.executable, "-m", "mpdsgr_deploy", *map(str, command)], stderr=subprocess.PIPE)
-    kept = {path: path.stat().st_mtime_ns for path in some_parts(out)}
-    driver.kill()
-    driver.communicate()
-    assert not (out / SUCCESS).exists(), "the driver was to be killed before the end"
     assert mpdsgr_here(*arguments(bundle, array, out)).returncode == 0
-    assert rows(out) == expected
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    gone = part_file(out, 1)
+    times = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    gone = out / part_name(1)
     gone.unlink()
     assert mpdsgr_here(*arguments(bundle, array, out)).returncode == 0
     assert rows(out) == expected
+    assert [path for path in times if path.stat().st_mtime_ns != times[path]] == [gone]
     other = [*arguments(bundle, array, out), "--top", 2]
     assert_input_error(mpdsgr_here(*other), "holds predictions of another bundle, other inputs or settings")
     assert [path.name for path in out.glob(".*.tmp")] == []
+
+
+def actors() -> list[int]:
+    """The processes of this module's cluster that hold a predictor."""
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    pids = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (process / "environ").read_bytes() and b"_Actor" in (process / "cmdline").read_bytes():
+                pids.append(int(process.name))
+    return pids
+
+
+def shard(array: Path) -> bytes:
+    """A Parquet file with the images of an array file."""
+    files = []
+    for image in np.load(array):
+        Image.fromarray(image[0]).save(file := io.BytesIO(), "bmp")
+        files.append(file.getvalue())
+    table = arrow.table({"image": [{"bytes": content, "path": None} for content in files]})
+    parquet.write_table(table, file := io.BytesIO(), row_group_size=100)
+    return file.getvalue()
+
+
+def test_from_a_store_into_a_store_though_driver_and_worker_are_killed(
+    bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, store: ObjectStore
+) -> None:
+    store.put({"shards/0.parquet": shard(array)})
+    command = arguments(bundle, f"s3://{BUCKET}/shards", f"s3://{BUCKET}/out")
+
+    def parts() -> set[str]:
+        return {path for path in store.fs.find(f"{BUCKET}/out") if "part-" in path}
+
+    driver = subprocess.Popen([sys.executable, "-m", "mpdsgr_deploy", *map(str, command), "--ray", nodes.address])
+    kept = until(parts, "a part")
+    driver.kill()
+    driver.wait()
+    store.requests.clear()
+
+    def kill() -> None:
+        until(lambda: parts() - kept, "another part")
+        os.kill(actors()[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    done = mpdsgr_here(*command)
+    killer.join()
+    assert done.returncode == 0, done.stderr
+    put = [request.path.lstrip("/") for request in store.requests if request.method == "PUT"]
+    assert not kept & set(put)
+    written = [row for path in sorted(parts()) for row in parquet.read_table(path, filesystem=store.fs).to_pylist()]
+    names = [f"s3://{BUCKET}/shards/0.parquet[{i}]" for i in range(COUNT)]
+    assert written == [{**row, "input": name} for name, row in zip(names, expected, strict=True)]
+    assert json.loads(store.fs.cat_file(f"{BUCKET}/out/{SUCCESS}")) == {"rows": COUNT}
+    assert_input_error(mpdsgr_here(*command, "--top", 2), "holds predictions of another bundle, other inputs")
+    assert_input_error(mpdsgr_here(*command, "--out", f"s3://{BUCKET}/shards"), "is not a set of predictions of ours")
+    assert_input_error(mpdsgr_here(*command, "--out", "s3://no-bucket/out"), "s3://no-bucket/out does not exist")
+
+
+def test_of_two_jobs_that_start_at_once_one_gets_the_folder(store: ObjectStore) -> None:
+    first, second = (parts_at(place_of(f"s3://{BUCKET}/race")) for _ in range(2))
+    with first.claimed(), second.claimed():
+        first.describe({"top": 1})
+        with pytest.raises(InputError, match="holds predictions of another bundle"):
+            second.describe({"top": 2})
+        second.describe({"top": 1})  # the same job twice writes the same files
+
+
+class Held:
+    """A source whose images are not read before `flag` exists."""
+
+    def __init__(self, source: ImageSource, flag: Path) -> None:
+        self.source, self.flag, self.shape = source, flag, source.shape
+
+    def read(self, start: int, stop: int, pool: Executor) -> Pixels:
+        for _ in range(6000):
+            if self.flag.exists():
+                break
+            time.sleep(0.02)
+        return self.source.read(start, stop, pool)
+
+    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
+        part, start = self.source.part(start, stop)
+        return Held(part, self.flag), start
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return self.source.names(start, stop)
+
+    def stamp(self, start: int, stop: int) -> str:
+        return self.source.stamp(start, stop)
+
+    def close(self) -> None: ...
+
+
+class HeldJob(Job):
+    def open_inputs(self) -> Inputs:
+        inputs = super().open_inputs()
+        inputs._sources = [Held(source, Path(f"{self.paths[0]}.flag")) for source in inputs._sources]
+        return inputs
+
+
+def test_actors_start_on_a_machine_that_joins(
+    bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import ray
+
+    nodes.kill_one()
+    until(lambda: ray.cluster_resources()["CPU"] == 1, "the end of the second node")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    grown: list[int] = []
+
+    def grow() -> None:
+        until(actors, "an actor")
+        nodes.add_one()
+        grown.extend(until(lambda: len(actors()) > 1 and actors(), "an actor on the second node"))
+        Path(f"{array}.flag").touch()
+
+    grower = threading.Thread(target=grow)
+    grower.start()
+    monkeypatch.setattr(cli, "Job", HeldJob)
+    done = mpdsgr_here(*arguments(bundle, array, tmp_path / "out")[:-2])  # without --processes, which limits the actors
+    grower.join()
+    assert done.returncode == 0, done.stderr
+    assert len(grown) == 2
+    assert rows(tmp_path / "out") == expected
+
+
+def test_a_machine_without_the_devices_is_refused(bundle: Bundle, array: Path, tmp_path: Path) -> None:
+    command = arguments(bundle, array, tmp_path / "out")
+    assert_input_error(mpdsgr_here(*command, "--ray-gpus", 1), "an actor takes 1 CPUs and 1 GPUs, this machine has")
 
 
 def test_bad_inputs_are_skipped_or_end_the_run(bundle: Bundle, folder: Path, tmp_path: Path) -> None:

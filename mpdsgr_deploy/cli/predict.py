@@ -1,7 +1,6 @@
 """mpdsgr predict"""
 
 import sys
-from pathlib import Path
 
 import click
 
@@ -13,13 +12,14 @@ from mpdsgr_deploy.prediction.selection import parse_shard, read_list
 from mpdsgr_deploy.prediction.writers import FORMATS
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.signing.trust import required_trust
+from mpdsgr_deploy.stores import Place, Stored, place_of
 
 
 @click.command("predict")
 @click.argument("bundle")
-@click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, type=place_of, metavar="[INPUTS]...")
 @click.option(
-    "--list", "listed", type=click.Path(path_type=Path), help="File with more INPUTS, one per line; - is stdin."
+    "--list", "listed", type=place_of, metavar="PATH", help="File with more INPUTS, one per line; - is stdin."
 )
 @click.option("--shard", metavar="I/N", default="1/1", help="Only share I of N, for machine I of N machines.")
 @click.option(
@@ -47,12 +47,15 @@ from mpdsgr_deploy.signing.trust import required_trust
 @click.option("--ray-gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="GPUs of a Ray actor.")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="How many labels an image gets.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help=f"{', '.join(FORMATS)} file to write.  [default: CSV on stdout]"
+    "--out",
+    type=place_of,
+    metavar="PATH",
+    help=f"{', '.join(FORMATS)} file to write, with --ray a folder.  [default: CSV on stdout]",
 )
 def command(
     bundle: str,
-    inputs: tuple[Path, ...],
-    listed: Path | None,
+    inputs: tuple[Place, ...],
+    listed: Place | None,
     shard: str,
     on_error: str,
     backend: str,
@@ -64,13 +67,16 @@ def command(
     ray_cpus: float,
     ray_gpus: float,
     top: int,
-    out: Path | None,
+    out: Place | None,
 ) -> None:
-    """Classify INPUTS with BUNDLE: images, folders of images, .npy or .npz arrays, of any size.
+    """Classify INPUTS with BUNDLE: images, folders of them, .npy, .npz and Parquet files, here or in a store.
 
-    Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]; images are resized and centre cropped, transparent
-    pixels laid on white. A network of event frames takes .bin recordings in place of images. A warning says if the
-    pixels' mean or spread is far from that of the training images, as those of inverted digits are.
+    Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]. Parquet files have a column of encoded images.
+    INPUTS, --list and, with --ray, OUT may be addresses: s3://BUCKET/KEY, gs://BUCKET/KEY.
+
+    Images are resized and centre cropped, transparent pixels laid on white. A network of event frames takes .bin
+    recordings in place of images. A warning says if the pixels' mean or spread is far from that of the training images,
+    as those of inverted digits are.
 
     CSV, JSON lines and Parquet hold an image's labels and their probabilities, best first: label and probability; with
     --top 2 the columns label_1, probability_1, label_2, probability_2, in JSON the lists labels and probabilities. .npz
@@ -82,13 +88,14 @@ def command(
     --shard 1/N to N/N: their rows in this order are those of a single run, bit for bit.
 
     With --ray the job is shared by the machines of a Ray cluster, which all see BUNDLE, INPUTS and OUT under these
-    paths. OUT is then a directory of Parquet files with the rows of a single machine, bit for bit, and _SUCCESS at the
+    names. OUT is then a folder of Parquet files with the rows of a single machine, bit for bit, and _SUCCESS at the
     end; after a kill the same command computes the parts that are missing.
 
     \b
     Example:
       mpdsgr predict bundles/digits photos/ --out labels.csv
       mpdsgr predict bundles/digits photos/ --ray auto --ray-gpus 0.5 --out labels/
+      mpdsgr predict bundles/digits s3://photos/shards/ --ray auto --out s3://photos/labels
     """
     paths = [*inputs, *(read_list(listed) if listed else [])]
     if not paths:
@@ -113,6 +120,8 @@ def command(
         rows = predict_on_cluster(job, out, Resources(cluster, processes, ray_cpus, ray_gpus))
         click.echo(f"{rows} predictions in {out}")
         return
+    if isinstance(out, Stored):
+        raise InputError(f"--out {out}: only --ray writes to a store, with --ray local on this machine alone")
     if out is not None:
         count, skipped = job.to_file(out), place_of_faults(out)
         also = f"; what was skipped is in {skipped}" if skipped.exists() else ""

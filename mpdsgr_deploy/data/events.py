@@ -39,21 +39,25 @@ def read_events(path: Path) -> Events:
     Raises InputError for a file that cannot be read, is cut off, has no events, or has some outside the 34x34 pixels.
     """
     try:
-        data = path.read_bytes()
+        return parse_events(path.read_bytes(), str(path))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_events(data: bytes, name: str) -> Events:
+    """As `read_events`, from the content of a recording that the messages call `name`."""
     if len(data) % RECORD:
-        raise InputError(f"{path} is cut off: its {len(data)} bytes are not a multiple of {RECORD}; copy it again")
+        raise InputError(f"{name} is cut off: its {len(data)} bytes are not a multiple of {RECORD}; copy it again")
     x, y, high, middle, low = np.frombuffer(data, np.uint8).reshape(-1, RECORD).T.astype(np.int64)
     t = (high & 0x7F) << 16 | middle << 8 | low
     wraps = y == WRAPPED
     t += CLOCK * np.cumsum(wraps)
     events = Events(*(values[~wraps] for values in (x, y, high >> 7, t)))
     if not len(events.t):
-        raise InputError(f"{path} holds no events; copy it again or remove it")
+        raise InputError(f"{name} holds no events; copy it again or remove it")
     if max(events.x.max(), events.y.max()) >= SIDE:
         raise InputError(
-            f"{path} has an event at x = {events.x.max()} or y = {events.y.max()}, outside {SIDE}x{SIDE} pixels; "
+            f"{name} has an event at x = {events.x.max()} or y = {events.y.max()}, outside {SIDE}x{SIDE} pixels; "
             f"it is not an N-MNIST recording"
         )
     return events
@@ -74,10 +78,22 @@ def to_frames(events: Events, T: int) -> NDArray[np.uint8]:
 
 def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """A recording as the frames uint8 [2 T, 34, 34] = shape. Raises InputError for another shape or a damaged file."""
+    T = _steps(str(path), shape)
+    return to_frames(read_events(path), T)
+
+
+def decode_frames(content: bytes, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """As `read_frames`, from the content of the file `name`."""
+    T = _steps(name, shape)
+    return to_frames(parse_events(content, name), T)
+
+
+def _steps(name: str, shape: tuple[int, int, int]) -> int:
+    """The time steps of a network with inputs of `shape`. Raises InputError if it does not take the file `name`."""
     channels, *size = shape
-    if path.suffix.lower() != RECORDINGS or channels % 2 or size != [SIDE, SIDE]:
+    if not name.lower().endswith(RECORDINGS) or channels % 2 or size != [SIDE, SIDE]:
         raise InputError(
-            f"{path}: a network of input {list(shape)} takes arrays, or {RECORDINGS} recordings where that is "
+            f"{name}: a network of input {list(shape)} takes arrays, or {RECORDINGS} recordings where that is "
             f"[2 T, {SIDE}, {SIDE}]"
         )
-    return to_frames(read_events(path), channels // 2)
+    return channels // 2

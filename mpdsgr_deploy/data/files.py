@@ -1,11 +1,12 @@
 """Images from files."""
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
@@ -22,17 +23,28 @@ def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
 
     Raises InputError for a file that is not an image.
     """
+    return _decoded(path, str(path), shape)
+
+
+def decode_image(content: bytes, name: str, shape: Shape) -> NDArray[np.uint8]:
+    """As `read_image`, from the content of a file that the message calls `name`."""
+    return _decoded(BytesIO(content), name, shape)
+
+
+def _decoded(source: Path | BytesIO, name: str, shape: Shape) -> NDArray[np.uint8]:
     channels, height, width = shape
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.mode[0] in "IF":
-                raise InputError(f"{path} has more than 8 bits a channel, which would be clipped; convert it first")
+                raise InputError(f"{name} has more than 8 bits a channel, which would be clipped; convert it first")
             upright = opaque(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     except InputError:
         raise
+    except UnidentifiedImageError:
+        raise InputError(f"cannot decode image {name}: it is in no format that Pillow reads") from None
     except Exception as error:  # pillow raises OSError, SyntaxError and more for a damaged file
-        raise InputError(f"cannot decode image {path}: {error}") from None
+        raise InputError(f"cannot decode image {name}: {error}") from None
     return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -38,18 +39,26 @@ class Faults:
             if usable.all():
                 yield chunk
                 continue
-            with ThreadPoolExecutor(1) as pool:
-                reasons = batch.read_usable(pool).faults
+            apart = batch.alone()  # another thread may be reading the batch's source
+            with ThreadPoolExecutor(1) as pool, closing(apart.source):
+                reasons = apart.read_usable(pool).faults
             for i in np.flatnonzero(~usable).tolist():
                 self.reasons[chunk.names[i]] = reasons.get(i, NOT_FINITE)
                 self.rows += 1
             yield Chunk([chunk.names[i] for i in np.flatnonzero(usable)], chunk.logits[usable])
 
-    def save(self, path: Path) -> None:
-        """Write `path`, or remove what an earlier run left there if nothing was skipped."""
+    def content(self) -> bytes | None:
+        """The file that names what was skipped; None if nothing was."""
         if not self.reasons:
-            path.unlink(missing_ok=True)
-            return
+            return None
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("input", "reason"), *self.reasons.items()])
-        write_atomic(path, text.getvalue().encode(errors="surrogateescape"))
+        return text.getvalue().encode(errors="surrogateescape")
+
+    def save(self, path: Path) -> None:
+        """Write `path`, or remove what an earlier run left there if nothing was skipped."""
+        content = self.content()
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_atomic(path, content)

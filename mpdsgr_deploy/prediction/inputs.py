@@ -1,155 +1,24 @@
-"""Inputs of any size in bounded batches: folders are listed, not read; arrays stay on disk until their turn."""
+"""Inputs of any size in bounded batches: folders are listed, not read; files stay where they are until their turn."""
 
-import os
-import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, Self
-from zipfile import BadZipFile, ZipFile
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mpdsgr_deploy.data.events import RECORDINGS, read_frames
-from mpdsgr_deploy.data.files import ARRAY_SUFFIXES, Shape, read_image
-from mpdsgr_deploy.data.folders import image_suffixes, passed_over, walk
+from mpdsgr_deploy.data.files import Shape
 from mpdsgr_deploy.errors import InputError, one_line
-from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.image_batches import check_images
+from mpdsgr_deploy.prediction.listing import Listed, listed, open_shard
+from mpdsgr_deploy.prediction.sources import ImageFiles, ImageSource, Pixels, StoredImages
+from mpdsgr_deploy.stores import Place
 
-Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
-
-class ImageSource(Protocol):
-    """Images in a fixed order. `read` is called for one stretch after another; it may use the pool's threads."""
-
-    def __len__(self) -> int: ...
-    @property
-    def shape(self) -> Shape: ...
-    def part(self, start: int, stop: int) -> tuple["ImageSource", int]:
-        """A source that holds these images, for another process, and the index of the first in it."""
-        ...
-
-    def names(self, start: int, stop: int) -> list[str]: ...
-    def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
-    def stamp(self, start: int, stop: int) -> str:
-        """A text that changes whenever the files behind these images do."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class ImageFiles:
-    """Image files, or event recordings where the network's input has other than 1 or 3 channels."""
-
-    def __init__(self, files: list[str], shape: Shape) -> None:
-        self.shape = shape
-        self._files = files  # as strings, a million paths take a fraction of the memory
-        self._decode = partial(read_image if _takes_images(shape) else read_frames, shape=shape)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        return ImageFiles(self._files[start:stop], self.shape), 0
-
-    def names(self, start: int, stop: int) -> list[str]:
-        return self._files[start:stop]
-
-    def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
-        return np.stack(list(pool.map(self._decode, map(Path, self._files[start:stop]))))  # pillow releases the GIL
-
-    def stamp(self, start: int, stop: int) -> str:
-        return "".join(map(_stamp, self._files[start:stop]))
-
-    def close(self) -> None: ...
-
-
-class ArrayFile:
-    """Images [N, C, H, W] of a .npy file or of a .npz's array `images` (or its first): uint8, or float32 in [0, 1].
-
-    Raises InputError for another dtype or shape, pixels out of range, an array in Fortran order, a damaged file.
-    """
-
-    def __init__(self, path: Path, shape: Shape) -> None:
-        self._path, self.shape = path, shape
-        self._file: IO[bytes] | None = None
-        with self._reading(), self._open() as file:
-            version = np.lib.format.read_magic(file)
-            if version not in HEADERS:
-                raise ValueError(f"unknown version {version} of the .npy format")
-            array_shape, fortran_order, self._dtype = HEADERS[version](file)
-            self._offset = file.tell()
-        expected_shape = ", ".join(map(str, shape))
-        if len(array_shape) != 4 or not array_shape[0] or array_shape[1:] != shape:
-            raise InputError(
-                f"{path}: images must have shape [N >= 1, {expected_shape}], these have {list(array_shape)}"
-            )
-        if self._dtype not in (np.uint8, np.float32):
-            raise InputError(f"{path}: images must be uint8, or float32 in [0, 1]; these are {self._dtype}")
-        if fortran_order:
-            raise InputError(
-                f"{path} is in Fortran order, so its images lie scattered; save np.ascontiguousarray of it"
-            )
-        self._count = array_shape[0]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        return self, start
-
-    def names(self, start: int, stop: int) -> list[str]:
-        return [f"{self._path}[{i}]" for i in range(start, stop)]
-
-    def read(self, start: int, stop: int, pool: Executor) -> Pixels:
-        images: Pixels = np.empty((stop - start, *self.shape), self._dtype)
-        with self._reading():
-            if self._file is None:
-                self._file = self._open()
-            # a compressed member is inflated from its start on a step back, so it stays open between the stretches
-            self._file.seek(self._offset + start * images[0].nbytes)
-            if self._file.readinto(images.data.cast("B")) < images.nbytes:  # type: ignore[attr-defined]
-                raise EOFError("the file is cut off")
-        if images.dtype == np.float32:
-            try:
-                check_images(images, self.shape)
-            except InputError as error:
-                raise InputError(f"{self._path}[{start}] to [{stop - 1}]: {error}") from None
-        if stop == len(self):
-            self.close()
-        return images
-
-    def stamp(self, start: int, stop: int) -> str:
-        return f"{_stamp(str(self._path))}{start}:{stop}"
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> IO[bytes]:
-        if self._path.suffix.lower() == ".npy":
-            return self._path.open("rb")
-        with ZipFile(self._path) as archive:
-            names = archive.namelist()
-            if not names:
-                raise ValueError("it holds no arrays")
-            return archive.open("images.npy" if "images.npy" in names else names[0])
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        # NotImplementedError, RuntimeError: a compression or an encryption that zipfile does not know
-        try:
-            yield
-        except (OSError, ValueError, EOFError, BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
-            raise InputError(f"cannot read array {self._path}: {error}") from None
+T = TypeVar("T")
+AT_ONCE = 32  # addresses that a store is asked about at a time
+WINDOW = 1024  # addresses that wait for their turn in memory
 
 
 class Read(NamedTuple):
@@ -204,37 +73,59 @@ class InputBatch:
 
 
 class Inputs:
-    """Image files, folders of images and array files, in the order given. A context manager: closes what it opened.
+    """Images, folders of images and shards, in the order given. A context manager: closes what it opened.
 
-    unusable: the paths that cannot be opened, with the reason, if `skip`. Else InputError is raised for a path that
-    does not exist, an empty folder, or an array of another shape.
+    unusable: the places that cannot be opened, with the reason, if `skip`. Else InputError is raised for what does not
+    exist, an empty folder, or a shard of other images. StoreError is raised for a store that cannot be asked.
     """
 
-    def __init__(self, paths: Sequence[Path], shape: Shape, *, skip: bool = False) -> None:
+    def __init__(self, places: Sequence[Place], shape: Shape, *, skip: bool = False) -> None:
         self._sources: list[ImageSource] = []
+        self._skip, self._shape = skip, shape
         self.unusable: dict[str, str] = {}
-        for arrays, group in groupby(paths, lambda path: path.suffix.lower() in ARRAY_SUFFIXES):
-            files: list[str] = []  # in one source, so that batches are full when images are given one by one
-            for path in group:
-                try:
-                    if not path.exists():
-                        raise InputError(f"{path} does not exist")
-                    if arrays:
-                        self._sources.append(ArrayFile(path, shape))
+        for names in self._each(partial(listed, shape=shape), places):
+            self._add(names)
+            for shard in self._each(partial(open_shard, shape=shape), names.shards):
+                self._sources.append(shard)
+
+    def _each(self, answer: Callable[[Place], T], places: Sequence[Place]) -> Iterator[T]:
+        """The answers for the places, in order, without those that are skipped; stores are asked many at a time."""
+
+        def tried(place: Place) -> T | InputError:
+            try:
+                return answer(place)
+            except InputError as error:
+                return error
+
+        here = all(isinstance(place, Path) for place in places)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for start in range(0, len(places), WINDOW):
+                some = places[start : start + WINDOW]
+                for place, result in zip(some, (map if here else pool.map)(tried, some), strict=True):
+                    if not isinstance(result, InputError):
+                        yield result
+                    elif self._skip:
+                        self.unusable[str(place)] = one_line(result)
                     else:
-                        files += _files(path, shape)
-                except InputError as error:
-                    if not skip:
-                        raise
-                    self.unusable[str(path)] = one_line(error)
-            if files:
-                self._sources.append(ImageFiles(files, shape))
+                        raise result
+
+    def _add(self, names: Listed) -> None:
+        """Add image files, to the source before if they lie beside its: so batches are full of images named singly."""
+        last = self._sources[-1] if self._sources else None
+        if not names.images:
+            return
+        if isinstance(last, ImageFiles | StoredImages) and last.store == names.store:
+            last.extend(names.images)
+        elif names.store is None:
+            self._sources.append(ImageFiles(names.images, self._shape))
+        else:
+            self._sources.append(StoredImages(names.images, self._shape, names.store))
 
     def __len__(self) -> int:
         return sum(map(len, self._sources))
 
     def batches(self, size: int) -> list[InputBatch]:
-        """All images in batches of `size`, fewer in the last batch of an array file or of a row of image files."""
+        """All images in batches of `size`, fewer in the last batch of a shard or of a row of image files."""
         return [
             InputBatch(source, start, min(start + size, len(source)))
             for source in self._sources
@@ -247,29 +138,3 @@ class Inputs:
     def __exit__(self, *exception: object) -> None:
         for source in self._sources:
             source.close()
-
-
-def _takes_images(shape: Shape) -> bool:
-    return shape[0] in (1, 3)
-
-
-def _files(path: Path, shape: Shape) -> list[str]:
-    if not path.is_dir():
-        return [str(path)]
-    suffixes = image_suffixes() if _takes_images(shape) else {RECORDINGS}
-    walked = walk(path, suffixes)
-    others = passed_over(walked.passed_over)
-    if not walked.files:
-        seen = f", only others: {others}" if others else ""
-        raise InputError(f"no images in folder {path}{seen}; looked for {', '.join(sorted(suffixes))}")
-    if others:
-        log.info("%s: %d images; passed over %s", path, len(walked.files), others)
-    return [str(file) for file in walked.files]
-
-
-def _stamp(file: str) -> str:
-    try:
-        status = os.stat(file)
-    except OSError:
-        return f"{file}\0missing\0"
-    return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"

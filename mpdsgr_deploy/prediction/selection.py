@@ -4,10 +4,10 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.stores import Place, opened, place_of
 
 Item = TypeVar("Item")
 
@@ -35,16 +35,21 @@ def parse_shard(text: str) -> Shard:
     return Shard(int(match[1]), int(match[2]))
 
 
-def read_list(file: Path) -> list[Path]:
-    """The paths in a text file, one per line; "-" is standard input. Blank lines are left out.
+def read_list(file: Place) -> list[Place]:
+    """The paths and addresses in a text file, one per line; "-" is standard input. Blank lines are left out.
 
-    Paths are relative to the working directory. Raises InputError for a file that cannot be read or names nothing.
+    Paths are relative to the working directory. Raises InputError for a file that cannot be read or names nothing,
+    StoreError for a store that cannot be asked.
     """
     try:
-        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        if str(file) == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            with opened(file) as source:
+                content = source.read()
     except OSError as error:
         raise InputError(f"cannot read --list {file}: {error.strerror}") from None
-    paths = [Path(os.fsdecode(line)) for line in content.splitlines() if line.strip()]  # names need not be UTF-8
+    paths = [place_of(os.fsdecode(line)) for line in content.splitlines() if line.strip()]  # names need not be UTF-8
     if not paths:
         raise InputError(f"--list {file} names no inputs")
     return paths

@@ -23,6 +23,7 @@ from mpdsgr_deploy.prediction.selection import WHOLE, Shard
 from mpdsgr_deploy.prediction.workers import Submit, Worker, started
 from mpdsgr_deploy.prediction.writers import SEVERAL_PASSES, find_writer
 from mpdsgr_deploy.progress import log, meter
+from mpdsgr_deploy.stores import Place
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,7 +33,7 @@ DECODERS = min(8, os.cpu_count() or 1)  # threads
 
 @dataclass(frozen=True)
 class Job:
-    """Paths of images, folders and arrays to classify: by which network, on what, how.
+    """Images, folders and shards to classify, here or in a store: by which network, on what, how.
 
     batch: images per inference; processes: how many infer; top: how many labels an image gets. skip: inputs that cannot
     be used are left out, and named with the reason in `place_of_faults`; else they end the run. shard: which share of
@@ -40,7 +41,7 @@ class Job:
     """
 
     bundle: Bundle
-    paths: Sequence[Path]
+    paths: Sequence[Place]
     backend: str
     precision: str
     batch: int
@@ -115,7 +116,7 @@ class Job:
             existing = [path for path in (out, place_of_partial(out), place_of_faults(out)) if path.exists()]
         for written in existing:
             for path in self.paths:
-                if path.is_file() and written.samefile(path):
+                if isinstance(path, Path) and path.is_file() and written.samefile(path):
                     raise InputError(f"--out {out} would overwrite the input {path}; choose another --out")
 
     def open_inputs(self) -> Inputs:

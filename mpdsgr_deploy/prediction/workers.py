@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
-from mpdsgr_deploy.prediction.inputs import Pixels
+from mpdsgr_deploy.prediction.sources import Pixels
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.open import open_predictor
 

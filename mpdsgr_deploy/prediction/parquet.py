@@ -1,0 +1,145 @@
+"""Images in Parquet shards: a column of encoded files, as data sets on the Hugging Face Hub have it."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import closing
+from copy import copy
+from itertools import accumulate
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.data.files import Shape
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.prediction.sources import ImageSource, decoded, reading, takes_images
+from mpdsgr_deploy.stores import Place, opened, stamp_of
+
+NAMES = ("image", "img")  # of the column, before its type decides
+BYTES = ("binary", "large_binary", "binary_view")  # types of Arrow
+PAGES = 2**20  # bytes read at a time: a row group may be larger than the memory
+
+
+class ParquetImages:
+    """The rows of a Parquet file, an encoded image each: bytes, or Hugging Face's struct {bytes, path}.
+
+    A row's name is FILE[row]. Rows are read one after another, a few pages at a time.
+
+    Raises InputError for a damaged file, and for one without a column of images.
+    """
+
+    def __init__(self, path: Place, shape: Shape) -> None:
+        if not takes_images(shape):
+            raise InputError(f"{path} holds images, but the network takes event frames {list(shape)}")
+        self._path, self.shape = path, shape
+        self._stamp = stamp_of(path)
+        self._file: IO[bytes] | None
+        self._batches: Iterator[list[bytes | None]]
+        self._rows: list[bytes | None]  # from row _first on
+        self._forget()
+        with reading(f"Parquet file {path}"), closing(self):
+            table = self._open()
+            self._column = image_column(table.schema_arrow, str(path))
+            groups = range(table.metadata.num_row_groups)
+            self._starts = [0, *accumulate(table.metadata.row_group(i).num_rows for i in groups)]  # of the row groups
+        if not len(self):
+            raise InputError(f"{path} has no rows")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
+        apart = copy(self)
+        apart._forget()
+        return apart, start
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return [f"{self._path}[{i}]" for i in range(start, stop)]
+
+    def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
+        names = self.names(start, stop)
+        contents = []
+        for name, content in zip(names, self._rows_from(start, stop), strict=True):
+            if not content:
+                raise InputError(f"{name} holds no bytes; a file that the row names has to be embedded in it")
+            contents.append(content)
+        return decoded(names, contents, self.shape, pool)
+
+    def stamp(self, start: int, stop: int) -> str:
+        return f"{self._stamp}{start}:{stop}"
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._forget()
+
+    def _rows_from(self, start: int, stop: int) -> list[bytes | None]:
+        """The column's rows from `start` up to `stop`; these are held until later ones are asked for."""
+        with reading(f"Parquet file {self._path}"):
+            if not self._first <= start <= self._first + len(self._rows):
+                self._seek(start, stop - start)
+            while self._first + len(self._rows) < stop:
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise EOFError("it has fewer rows than it says")
+                self._rows += batch
+                self._drop_before(start)
+            self._drop_before(start)
+        rows = self._rows[: stop - start]
+        if stop == len(self):
+            self.close()
+        return rows
+
+    def _seek(self, start: int, size: int) -> None:
+        """Stream from the row group that holds row `start` on, some `size` rows at a time."""
+        self.close()
+        group = bisect_right(self._starts, start) - 1
+        self._first, self._rows = self._starts[group], []
+        self._batches = self._stream(self._open(), group, size)
+
+    def _stream(self, table: Any, group: int, size: int) -> Iterator[list[bytes | None]]:
+        groups = range(group, table.metadata.num_row_groups)
+        for batch in table.iter_batches(size, row_groups=groups, columns=[self._column]):
+            (column,) = batch.columns
+            yield (column.flatten()[0] if column.type.num_fields else column).to_pylist()
+
+    def _drop_before(self, start: int) -> None:
+        count = min(start - self._first, len(self._rows))
+        self._rows, self._first = self._rows[count:], self._first + count
+
+    def _open(self) -> Any:
+        self._file = opened(self._path)
+        return need("pyarrow.parquet", "parquet").ParquetFile(self._file, buffer_size=PAGES)
+
+    def _forget(self) -> None:
+        self._file = None
+        self._batches = iter(())
+        self._rows, self._first = [], -1  # nothing was read
+
+
+def image_column(schema: Any, path: str) -> str:
+    """The column of a pyarrow schema that holds encoded images: `image`, `img`, or the only one of its type.
+
+    Raises InputError, with the names of all columns, if there is none or several could be meant.
+    """
+    columns = {field.name: leaf for field in schema if (leaf := _leaf(field))}
+    for name in NAMES:
+        if name in columns:
+            return columns[name]
+    if len(columns) == 1:
+        return next(iter(columns.values()))
+    what = f"{len(columns)} columns of bytes, {', '.join(columns)}" if columns else "no column of encoded images"
+    raise InputError(
+        f"{path} has {what}; one of bytes, or of structs with the field bytes, must be named {' or '.join(NAMES)} "
+        f"(its columns: {', '.join(schema.names)})"
+    )
+
+
+def _leaf(field: Any) -> str | None:
+    """The path of the bytes in a column, if it holds some."""
+    if str(field.type) in BYTES:
+        return str(field.name)
+    inner = {child.name: str(child.type) for child in field.type} if str(field.type).startswith("struct") else {}
+    return f"{field.name}.bytes" if inner.get("bytes") in BYTES else None

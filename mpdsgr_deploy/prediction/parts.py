@@ -1,0 +1,180 @@
+"""The folder that a prediction job on a cluster writes its parts to, here or in an object store.
+
+    _job.json             what is computed: a rerun of the same job goes on, another one is refused
+    part-00000.parquet    the rows of some batches, each file written once and whole
+    _skipped-00000.csv    inputs that part 0 left out, and why
+    _SUCCESS              the number of rows, written when every part is there
+
+Readers of Parquet folders leave names with an underscore alone.
+"""
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Protocol
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import claim_directory, complete_file, not_ours, write_atomic
+from mpdsgr_deploy.locks import LOCK, exclusive
+from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.prediction.faults import Faults
+from mpdsgr_deploy.stores import Place, Stored, asking, opened
+
+JOB, SUCCESS, SKIPPED = "_job.json", "_SUCCESS", "_skipped.csv"
+WHAT = "set of predictions"
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05}.parquet"
+
+
+def skipped_name(number: int) -> str:
+    return f"_skipped-{number:05}.csv"
+
+
+class Parts(Protocol):
+    """A folder of parts. Its methods raise InputError or StoreError where it cannot be read or written."""
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """Raises InputError if the folder holds anything else, or another process on this machine writes into it."""
+        ...
+
+    def describe(self, job: dict[str, Any]) -> None:
+        """Write _job.json, or raise InputError if the folder holds the parts of another job."""
+        ...
+
+    def names(self) -> set[str]:
+        """What is in the folder."""
+        ...
+
+    def part(self, number: int) -> AbstractContextManager[BinaryIO]:
+        """A file to write, which becomes the part once the block has ended well."""
+        ...
+
+    def open(self, name: str) -> IO[bytes]: ...
+    def write(self, name: str, content: bytes) -> None: ...
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        ...
+
+
+def parts_at(place: Place) -> Parts:
+    return PartsInStore(place) if isinstance(place, Stored) else PartsHere(place)
+
+
+class PartsHere:
+    """In a local or shared directory, locked against other processes while a job runs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        claim_directory(self._path, JOB, WHAT)
+        with exclusive(self._path / LOCK, "mpdsgr predict"):
+            yield
+
+    def describe(self, job: dict[str, Any]) -> None:
+        with suppress(OSError, ValueError):
+            if json.loads((self._path / JOB).read_bytes()) != job:
+                raise _other_job(self._path)
+        self.write(JOB, json.dumps(job).encode())
+
+    def names(self) -> set[str]:
+        return {path.name for path in self._path.iterdir()}
+
+    def part(self, number: int) -> AbstractContextManager[BinaryIO]:
+        path = self._path / part_name(number)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two processes may write the same part
+        return complete_file(path, temporary, "the parts that are finished are kept")
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self._path / name).open("rb")
+
+    def write(self, name: str, content: bytes) -> None:
+        write_atomic(self._path / name, content)
+
+    def remove(self, name: str) -> None:
+        (self._path / name).unlink(missing_ok=True)
+
+
+class PartsInStore:
+    """In an object store, which shows a file whole or not at all and knows no locks.
+
+    Only one of two different jobs can create _job.json, so that no two mix. Two processes with the same job write the
+    same files twice.
+    """
+
+    def __init__(self, place: Stored) -> None:
+        self._place = place
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        names = self.names()
+        if names and JOB not in names:
+            raise not_ours(self._place, JOB, WHAT)
+        yield
+
+    def describe(self, job: dict[str, Any]) -> None:
+        content = json.dumps(job).encode()
+        with asking(self._place):
+            try:
+                self._put(JOB, content, mode="create")
+            except FileExistsError:
+                if self._place.store.cat_file((self._place / JOB).path) != content:
+                    raise _other_job(self._place) from None
+            except (NotImplementedError, TypeError, ValueError):  # a store that cannot tell whether it created the file
+                self._put(JOB, content)
+
+    def names(self) -> set[str]:
+        with asking(self._place), suppress(FileNotFoundError):
+            return {path.rpartition("/")[2] for path in self._place.store.ls(self._place.path, detail=False)} - {""}
+        return set()
+
+    @contextmanager
+    def part(self, number: int) -> Iterator[BinaryIO]:
+        with BytesIO() as file:
+            yield file
+            self.write(part_name(number), file.getvalue())
+
+    def open(self, name: str) -> IO[bytes]:
+        return opened(self._place / name)
+
+    def write(self, name: str, content: bytes) -> None:
+        with asking(self._place):
+            self._put(name, content)
+
+    def remove(self, name: str) -> None:
+        with asking(self._place), suppress(FileNotFoundError):
+            self._place.store.rm_file((self._place / name).path)
+
+    def _put(self, name: str, content: bytes, **options: str) -> None:
+        self._place.store.pipe_file((self._place / name).path, content, **options)
+
+
+def count_rows(parts: Parts, numbers: Iterable[int]) -> int:
+    """The rows of these parts."""
+    parquet = need("pyarrow.parquet", "parquet")
+
+    def rows(number: int) -> int:
+        with parts.open(part_name(number)) as file:
+            return int(parquet.read_metadata(file).num_rows)
+
+    with ThreadPoolExecutor(16) as pool:  # a store takes its time for each
+        return sum(pool.map(rows, numbers))
+
+
+def save_faults(parts: Parts, name: str, faults: Faults) -> None:
+    """Write what was skipped, or remove what an earlier run left there if nothing was."""
+    if content := faults.content():
+        parts.write(name, content)
+    else:
+        parts.remove(name)
+
+
+def _other_job(place: Place) -> InputError:
+    return InputError(f"{place} holds predictions of another bundle, other inputs or settings; choose another --out")

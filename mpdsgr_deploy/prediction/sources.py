@@ -1,0 +1,129 @@
+"""Images in a fixed order, read one stretch after another: from files here, from files in a store."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdsgr_deploy.data.events import decode_frames, read_frames
+from mpdsgr_deploy.data.files import Shape, decode_image, read_image
+from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
+from mpdsgr_deploy.stores import failure, is_empty, name_in, stamp_of
+
+Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
+
+
+class ImageSource(Protocol):
+    """Images in a fixed order. `read` is called for one stretch after another; it may use the pool's threads."""
+
+    def __len__(self) -> int: ...
+    @property
+    def shape(self) -> Shape: ...
+    def part(self, start: int, stop: int) -> tuple["ImageSource", int]:
+        """A source that holds these images, for another thread or process, and the index of the first in it."""
+        ...
+
+    def names(self, start: int, stop: int) -> list[str]: ...
+    def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
+    def stamp(self, start: int, stop: int) -> str:
+        """A text that changes whenever the files behind these images do."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def takes_images(shape: Shape) -> bool:
+    """Whether a network's input is an image, grey or RGB, and not the frames of an event camera."""
+    return shape[0] in (1, 3)
+
+
+class ImageFiles:
+    """Image files, or event recordings where the network's input has other than 1 or 3 channels."""
+
+    store = None
+
+    def __init__(self, files: Sequence[str], shape: Shape) -> None:
+        self.shape = shape
+        self._files = list(files)  # as strings, a million paths take a fraction of the memory
+        self._decode = partial(read_image if takes_images(shape) else read_frames, shape=shape)
+
+    def extend(self, files: Sequence[str]) -> None:
+        self._files += files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
+        return ImageFiles(self._files[start:stop], self.shape), 0
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return self._files[start:stop]
+
+    def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
+        return np.stack(list(pool.map(self._decode, map(Path, self._files[start:stop]))))  # pillow releases the GIL
+
+    def stamp(self, start: int, stop: int) -> str:
+        return "".join(stamp_of(Path(file)) for file in self._files[start:stop])
+
+    def close(self) -> None: ...
+
+
+class StoredImages:
+    """As `ImageFiles`, in a store of fsspec, by their stamps; the files of a stretch are fetched side by side.
+
+    `read` raises InputError for a file that is gone or damaged, StoreError for a store that cannot be asked.
+    """
+
+    def __init__(self, stamps: Sequence[str], shape: Shape, store: Any) -> None:
+        self.shape, self.store = shape, store
+        self._stamps = list(stamps)  # a stamp begins with the address: one string a file
+
+    def extend(self, stamps: Sequence[str]) -> None:
+        self._stamps += stamps
+
+    def __len__(self) -> int:
+        return len(self._stamps)
+
+    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
+        return StoredImages(self._stamps[start:stop], self.shape, self.store), 0
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return [name_in(stamp) for stamp in self._stamps[start:stop]]
+
+    def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
+        names = self.names(start, stop)
+        filled = [name_in(stamp) for stamp in self._stamps[start:stop] if not is_empty(stamp)]
+        # Not `cat`, which takes the brackets of photo[1].png for a pattern. From byte 0 on, since s3fs asks for the
+        # size before it fetches a whole file; S3 refuses byte 0 of an empty one.
+        contents = dict(zip(filled, self.store.cat_ranges(filled, 0, None, on_error="return"), strict=True))
+        for name, content in contents.items():
+            if isinstance(content, BaseException):
+                raise failure(name, content)
+        return decoded(names, (contents.get(name, b"") for name in names), self.shape, pool)
+
+    def stamp(self, start: int, stop: int) -> str:
+        return "".join(self._stamps[start:stop])
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what a decoder raises into InputError "cannot read WHAT: ..."; errors of ours pass."""
+    try:
+        yield
+    except MpdsgrError:
+        raise
+    except Exception as error:  # of the system, zipfile, NumPy, Arrow and their decompressors
+        raise InputError(f"cannot read {what}: {one_line(error)}") from None
+
+
+def decoded(names: Sequence[str], contents: Iterable[bytes], shape: Shape, pool: Executor) -> NDArray[np.uint8]:
+    """The pixels [B, C, H, W] of files by their names and contents. Raises InputError for one that is damaged."""
+    decode = partial(decode_image if takes_images(shape) else decode_frames, shape=shape)
+    return np.stack(list(pool.map(decode, contents, names)))

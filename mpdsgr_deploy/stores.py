@@ -1,0 +1,163 @@
+"""Files in object stores, and wherever else fsspec finds an address: s3://BUCKET/KEY, gs://BUCKET/KEY, hf://...
+
+Credentials are the store's own (environment, configuration, the machine's role). Listings are never cached, since other
+machines write into the same folders.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import SEEK_CUR, SEEK_END, SEEK_SET, BufferedReader, RawIOBase
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+from mpdsgr_deploy.errors import InputError, MpdsgrError, StoreError, one_line
+from mpdsgr_deploy.lookup import need
+
+PROTOCOL = re.compile(r"([a-z][a-z0-9+]*)://")
+HERE = ("file", "local")
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of ours, by protocol
+READ_AHEAD = 2**20  # bytes fetched at least at a time
+# What changes with a file's content, as file systems call it in their listings; the first that is there counts
+VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified", "created")
+
+
+@dataclass
+class Stored:
+    """A file or folder in a store: its address, the file system of fsspec, and its path there."""
+
+    address: str
+    store: Any
+    path: str
+    _info: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __truediv__(self, name: str) -> "Stored":
+        return Stored(f"{self.address.rstrip('/')}/{name}", self.store, f"{self.path}/{name}")
+
+    def info(self) -> Mapping[str, Any]:
+        """Its entry in a listing, as it was when it was first asked for. Raises what `asking` says."""
+        if self._info is None:
+            with asking(self):
+                self._info = self.store.info(self.path)
+        return cast(Mapping[str, Any], self._info)
+
+
+Place = Path | Stored
+
+
+def place_of(text: str) -> Place:
+    """The place that a path or an address names; nothing is asked of a store yet.
+
+    Raises InputError for an unknown protocol, and where the package that speaks it is missing.
+    """
+    protocol = PROTOCOL.match(text)
+    if protocol is None:
+        return Path(text)
+    if protocol[1] in HERE:
+        return Path(text[protocol.end() :])
+    core = need("fsspec.core", "remote")
+    try:
+        return Stored(text, *core.url_to_fs(text, use_listings_cache=False))
+    except (ImportError, ValueError) as error:
+        extra = EXTRAS.get(protocol[1])
+        advice = f"; install it with: pip install 'mpdsgr-deploy[{extra}]'" if extra else ""
+        raise InputError(f"cannot use {text}: {one_line(error)}{advice}") from error
+
+
+def suffix_of(place: Place | str) -> str:
+    """The suffix of a path or an address, in lower case: ".png"; empty if it has none."""
+    return PurePosixPath(str(place)).suffix.lower()
+
+
+@contextmanager
+def asking(address: object) -> Iterator[None]:
+    """Turn what a store's library raises into an error of ours, as `failure` does."""
+    try:
+        yield
+    except MpdsgrError:
+        raise
+    except Exception as error:  # every file system of fsspec has its own
+        raise failure(address, error) from error
+
+
+def failure(address: object, error: BaseException) -> MpdsgrError:
+    """What to raise for an error of a store's library at an address.
+
+    InputError for what does not exist; StoreError for all else, such as missing credentials.
+    """
+    reason = one_line(error)
+    if isinstance(error, FileNotFoundError):
+        detail = "" if reason in str(address) else f": {reason}"
+        return InputError(f"{address} does not exist{detail}")
+    if "Credential" in type(error).__name__:
+        return StoreError(f"cannot use {address}: {reason}; every machine that reads or writes there needs them")
+    if isinstance(error, PermissionError):
+        return StoreError(f"cannot use {address}: access denied ({reason}); check the credentials and their rights")
+    return StoreError(f"cannot use {address}: {type(error).__name__}: {reason}")
+
+
+def opened(place: Place) -> IO[bytes]:
+    """The file, to be read; in a store by byte ranges. Raises OSError for one here, as `asking` says in a store."""
+    if isinstance(place, Path):
+        return place.open("rb")
+    return BufferedReader(_Ranges(place), READ_AHEAD)
+
+
+class _Ranges(RawIOBase):
+    """A stored file as byte ranges. Raises our own errors, so that no reader takes a store's for a damaged file."""
+
+    def __init__(self, place: Stored) -> None:
+        self._place, self._at = place, 0
+        self._size = int(place.info()["size"])
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        self._at = {SEEK_SET: 0, SEEK_CUR: self._at, SEEK_END: self._size}[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        with asking(self._place):
+            content = self._place.store.cat_file(self._place.path, start=self._at, end=end)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def stamp_of(place: Place) -> str:
+    """A text that changes whenever the file does: by its size and time, or its tag in a store."""
+    if isinstance(place, Stored):
+        return stamp_from(place.address, place.info())
+    try:
+        status = os.stat(place)
+    except OSError:
+        return f"{place}\0missing\0"
+    return f"{place}\0{status.st_size}\0{status.st_mtime_ns}\0"
+
+
+def stamp_from(address: str, info: Mapping[str, Any]) -> str:
+    """As `stamp_of`, from an entry of a store's listing."""
+    version = next((info[key] for key in VERSIONS if info.get(key)), "")
+    return f"{address}\0{info.get('size')}\0{version}\0"
+
+
+def name_in(stamp: str) -> str:
+    """The address or path that a stamp begins with."""
+    return stamp.partition("\0")[0]
+
+
+def is_empty(stamp: str) -> bool:
+    """Whether the file has no bytes, by its stamp."""
+    return stamp.split("\0")[1] == "0"
