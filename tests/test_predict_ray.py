@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -274,21 +274,19 @@ def test_actors_start_on_a_machine_that_joins(
     nodes.kill_one()
     until(lambda: ray.cluster_resources()["CPU"] == 1, "the end of the second node")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    grown: list[int] = []
-
-    def grow() -> None:
-        until(actors, "an actor")
-        nodes.add_one()
-        grown.extend(until(lambda: len(actors()) > 1 and actors(), "an actor on the second node"))
-        Path(f"{array}.flag").touch()
-
-    grower = threading.Thread(target=grow)
-    grower.start()
     monkeypatch.setattr(cli, "Job", HeldJob)
-    done = mpdsgr_here(*arguments(bundle, array, tmp_path / "out")[:-2])  # without --processes, which limits the actors
-    grower.join()
+    command = arguments(bundle, array, tmp_path / "out")[:-2]  # without --processes, which limits the actors
+    flag = Path(f"{array}.flag")
+    with ThreadPoolExecutor(1) as pool:  # Ray starts nodes from the main thread alone
+        running = pool.submit(mpdsgr_here, *command)
+        try:
+            until(actors, "an actor")
+            nodes.add_one()
+            until(lambda: len(actors()) > 1, "an actor on the second node")
+        finally:
+            flag.touch()
+        done = running.result()
     assert done.returncode == 0, done.stderr
-    assert len(grown) == 2
     assert rows(tmp_path / "out") == expected
 
 
