@@ -10,8 +10,6 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import mpdsgr
-from PIL import Image
 from served import Served
 
 from mpdsgr_deploy.bundle import Bundle
@@ -24,26 +22,6 @@ BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```python\n
 CLIENTS = [block for block in BLOCKS if "tritonclient" in block]
 CURL = re.findall(r"^curl .*?(?:\nEOF)?$(?=\n(?:curl|```))", TEXTS["serve/README.md"], re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?: {4}|)(mpdsgr [a-z].*?)(?: {2,}.*)?$", re.MULTILINE)
-PATH = re.findall(r"^ {4}(mpdsgr .*?)(?: {2,}#.*)?$", TEXTS["README.md"], re.MULTILINE)
-# added to the path's `train`, so that every line after it is a matter of seconds; `make demo` trains at full length
-SMALL = (
-    *("model.width=0.25", "encoding.T=3", "training.epochs=3", "training.batch_size=65", "validation.limit=40"),
-    *("attack.eps=0.1", "attack.step=0.03", "attack.strong_steps=5", "gate.images=20", "gate.max_drop=0.5"),
-)
-
-
-def test_the_path_of_commands(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    Image.new("L", (20, 30), 128).save(tmp_path / "photos" / "grey.png")
-    names = ["recipes", "train", "inspect", "export", "inspect", "validate", "predict", "build", "doctor", "serve"]
-    assert [line.split()[1] for line in PATH] == names
-    for line in PATH[:-1]:  # `serve` does not end; tests of the server's manual have one running
-        settings = [word for setting in SMALL for word in ("--set", setting)] if " train " in line else []
-        done = mpdsgr(*shlex.split(line)[1:], *settings, cwd=tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert "[train]" in done.stdout  # of `doctor`: the extras
-    assert (tmp_path / "reports" / "digits" / "report.html").exists()
-    assert "grey.png" in (tmp_path / "labels.csv").read_text()
 
 
 def test_the_readme_stays_short() -> None:
