@@ -111,6 +111,7 @@ class Training(Section):
     devices: Count = 1  # of each node; each normalises its own share of the batch, unless sync_norm
     sync_norm: bool = False  # tdBN's statistics are joint over all devices; regularisers read each share
     recompute: Literal["none", "layers"] = "none"  # in the backward pass, instead of keeping their tensors
+    pictures: Annotated[int, Field(ge=0)] = 10  # epochs between drawings of the membrane in TensorBoard; 0: none
     seed: Seed = 0
 
     @property

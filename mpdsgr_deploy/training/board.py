@@ -16,8 +16,6 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.training.epoch import Data, Learner
 
-PICTURES_EVERY = 10  # epochs between pictures: drawing a layer takes half a second
-
 
 @contextmanager
 def open_board(folder: Path, first_epoch: int) -> Iterator[SummaryWriter]:
@@ -91,13 +89,17 @@ def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
 
 
 def log_pictures(board: SummaryWriter, learner: Learner, data: Data, epoch: int) -> None:
-    """Draw the membrane on the first validation batch, in every tenth epoch (counted from 1) and in the last."""
-    if epoch != learner.recipe.training.epochs and epoch % PICTURES_EVERY:
+    """Draw the membrane on the first validation batch, every `training.pictures` epochs and after the last epoch.
+
+    epoch: counted from 1. Drawing a layer takes up to half a second.
+    """
+    config = learner.recipe.training
+    if not config.pictures or (epoch != config.epochs and epoch % config.pictures):
         return
     from mpdsgr_deploy.diagnostics.picture import pixels
     from mpdsgr_deploy.diagnostics.plots import layer_steps, overview
 
-    batch_size, seed = learner.recipe.validation.batch_size, learner.recipe.training.seed
+    batch_size, seed = learner.recipe.validation.batch_size, config.seed
     first, _ = take(data, torch.arange(min(batch_size, len(data[1]))), learner.fabric.device)
     model = learner.judged.eval()
     with learner.fabric.autocast():

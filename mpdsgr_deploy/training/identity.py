@@ -20,9 +20,9 @@ DIGESTS = {
 def refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
     """Raise InputError if a run would be resumed with a recipe that changes its training.
 
-    `attack` and `validation` matter only after training, `recompute` changes no bit.
+    `attack` and `validation` matter only after training, `recompute` and `pictures` change no bit.
     """
-    ignored: Any = {"attack": True, "validation": True, "training": {"recompute"}}
+    ignored: Any = {"attack": True, "validation": True, "training": {"recompute", "pictures"}}
     old, new = (recipe.model_dump(exclude=ignored) for recipe in (before, now))
     changed = [
         f"{section}.{key}"
