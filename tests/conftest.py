@@ -8,13 +8,14 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ SMALL = {
     "data": {"name": "digits", "augment": "none"},
     "model": {"name": "vgg-small", "width": 0.25},
     "encoding": {"T": 3},
-    "training": {"epochs": 3, "batch_size": 65},
+    "training": {"epochs": 3, "batch_size": 65, "pictures": 0},  # drawing takes longer than three epochs
     "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},
 }
@@ -51,6 +52,7 @@ FIRST = (
     *("export", "attack_graph", "precision", "firing"),  # share the networks of test_export.exported
     *("deploy_ray", "study", "calls_home", "readme", "deployed_table", "predict_ray", "cli", "processes"),  # long
 )
+ZYGOTE = "MPDSGR_TEST_ZYGOTE"  # the environment variable with the address of its socket
 QUICK_GATE = "images = 20\nmax_drop = 0.5\n"  # as few images as can decide anything, in seconds
 
 
@@ -61,14 +63,25 @@ def small_recipe(**sections: dict[str, object]) -> Recipe:
 
 
 @cache
-def zygote() -> subprocess.Popen[str]:
-    """The process that forks commands for the tests of this worker; it ends with its stdin, when the worker ends."""
-    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    atexit.register(process.communicate)  # closes its stdin, at which it ends
-    return process
+def zygote() -> str:
+    """The socket of the process that forks commands for the tests of all workers; it ends with the first process."""
+    if ZYGOTE not in os.environ:
+        address = str(Path(mkdtemp()) / "zygote")
+        atexit.register(shutil.rmtree, Path(address).parent)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(listener.fileno())]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
+        atexit.register(process.communicate)  # closes its stdin, at which it ends
+        os.environ[ZYGOTE] = address
+    return os.environ[ZYGOTE]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers inherit the variable that says where the zygote listens."""
+    if HAS_TORCH and config.getoption("numprocesses", None):
+        zygote()
 
 
 def mpdsgr(
@@ -79,15 +92,12 @@ def mpdsgr(
     if not HAS_TORCH or "PYTHONPATH" in environment:  # a path decides what is imported
         command = [sys.executable, "-m", "mpdsgr_deploy", *words]
         return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
-    process = zygote()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
         output = [Path(folder) / name for name in ("stdout", "stderr")]
         job = {"arguments": words, "cwd": str(cwd or Path.cwd()), "environment": variables, "prelude": prelude}
-        process.stdin.write(json.dumps({**job, "output": [*map(str, output)]}) + "\n")
-        process.stdin.flush()
-        code = int(process.stdout.readline())
+        connection.connect(zygote())
+        connection.sendall((json.dumps({**job, "output": [*map(str, output)]}) + "\n").encode())
+        code = int(connection.makefile().readline())
         return subprocess.CompletedProcess(words, code, *(path.read_text() for path in output))
 
 
@@ -199,8 +209,8 @@ def _every_network_is_exported_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training run of the small recipe."""
-    return once(tmp_path_factory, "run", lambda out: trained(small_recipe(), out))
+    """A training run of the small recipe, with pictures of the second and the last epoch."""
+    return once(tmp_path_factory, "run", lambda out: trained(small_recipe(training={"pictures": 2}), out))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import foolbox
 import numpy as np
 import pytest
 import torch
-from conftest import assert_input_error, mpdsgr, small_recipe
+from conftest import assert_input_error, mpdsgr_here, small_recipe
 
 from mpdsgr_deploy.attacks import cw_l2, expectation, pgd
 from mpdsgr_deploy.attacks.attacker_surrogate import AveragedBackward, RateBackward, with_surrogate
@@ -210,5 +210,5 @@ def test_transfer_from_another_kind_of_network_is_refused(bundle: Bundle, run_di
     shutil.copytree(run_dir / "best", tmp_path / "other")
     file = tmp_path / "other" / "checkpoint.json"
     file.write_text(file.read_text().replace('"labels": [', '"labels": [\n  "none of these",'))
-    done = mpdsgr("validate", bundle.path, "--transfer", tmp_path / "other", "--report", tmp_path / "report")
+    done = mpdsgr_here("validate", bundle.path, "--transfer", tmp_path / "other", "--report", tmp_path / "report")
     assert_input_error(done, "was not trained on images like those under attack")

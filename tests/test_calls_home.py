@@ -75,7 +75,10 @@ TABLE = """
 title = "Of the tests"
 seeds = [0]
 limit = 20
-set = ["model.width=0.125", "encoding.T=1", "training.epochs=1", "attack.strong_steps=2", "data.train_images=200"]
+set = [
+    "model.width=0.125", "encoding.T=1", "training.epochs=1", "training.pictures=0",
+    "attack.strong_steps=2", "data.train_images=200",
+]
 """
 ROWS = """
 [[rows]]

@@ -126,7 +126,8 @@ def test_inspect_doctor_and_recipes(bundle: Bundle, run_dir: Path, tmp_path: Pat
     layers = json.loads(mpdsgr("inspect", run_dir, "--json").stdout)["layers"]
     assert [layer["layer"] for layer in layers] == ["conv1", "conv2", "conv3"]
     assert "firing rate" in mpdsgr("inspect", run_dir, COLUMNS="200").stdout
-    doctor = json.loads(mpdsgr("doctor", bundle.path, "--json").stdout)
+    quick = 'from mpdsgr_deploy.runtime import BACKENDS; del BACKENDS.loaded["torch-compile"]'  # it takes seconds
+    doctor = json.loads(mpdsgr("doctor", bundle.path, "--json", prelude=quick).stdout)
     assert doctor["backends"]["onnxruntime-cpu"]["fp32"].startswith("works")
     assert doctor["backends"]["torch"]["fp32"].startswith("works")
     assert "mpdsgr-deploy[gpu]" in doctor["backends"]["onnxruntime-cuda"]["fp32"]
@@ -143,8 +144,14 @@ def test_demo_shows_that_the_exported_network_is_equal_and_damaged_ones_are_refu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(path: Path, overrides: tuple[str, ...]) -> Recipe:  # `make demo` trains at full length
-        small = ("training.epochs=4", "model.width=0.25", "encoding.T=2", "attack.strong_steps=10")
-        small += ("gate.images=20", "gate.max_drop=0.5")
+        small = (
+            "training.epochs=4",
+            "training.pictures=0",
+            "model.width=0.25",
+            "encoding.T=2",
+            "attack.strong_steps=10",
+        )
+        small += ("validation.limit=20", "gate.images=20", "gate.max_drop=0.5")
         recipe = load_recipe(path, (*overrides, *small))
         return recipe.model_copy(update={"defence": {}})
 
@@ -169,7 +176,8 @@ def test_demo_shows_that_the_exported_network_is_equal_and_damaged_ones_are_refu
 
 
 def test_train_without_a_name_trains_what_the_measured_tables_favour(tmp_path: Path) -> None:
-    done = mpdsgr_here("train", "--set", "training.epochs=1", "--set", "model.width=0.25", "--out", tmp_path / "run")
+    small = ("training.epochs=1", "training.pictures=0", "model.width=0.25")
+    done = mpdsgr_here("train", *(word for s in small for word in ("--set", s)), "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     found = load_checkpoint(tmp_path / "run" / "last").recipe
     assert (found.data.name, found.method) == ("digits", "AT + SR")

@@ -189,11 +189,11 @@ def test_training_logs_a_warning_when_it_is_new(tmp_path: Path, caplog: pytest.L
     assert b"silent layer" in found.Tensors("warnings/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_a_run_shows_pictures_of_its_last_epoch(run_dir: Path) -> None:
+def test_a_run_shows_pictures_at_its_interval_and_of_its_last_epoch(run_dir: Path) -> None:
     found = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert found.Tags()["images"] == ["membrane/overview", "membrane/conv1", "membrane/conv2", "membrane/conv3"]
     for tag in found.Tags()["images"]:
-        assert [event.step for event in found.Images(tag)] == [3]
+        assert [event.step for event in found.Images(tag)] == [2, 3]
 
 
 def drawn(image: np.ndarray, colour: tuple[int, int, int]) -> int:

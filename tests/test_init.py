@@ -91,7 +91,13 @@ def test_training_starts_from_a_module_and_says_so(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     words = ["train", "digits-reg", "--init", "own_decaying:Decaying", "--out", "run"]
     settings = ["model.name=vgg-small", "model.width=0.125", "encoding.T=2", "neuron.v_threshold=2", "neuron.tau=0.5"]
-    settings += ["neuron.reset=soft", "training.epochs=1", "training.lr=0.0001", "training.batch_size=400"]
+    settings += [
+        "neuron.reset=soft",
+        "training.epochs=1",
+        "training.pictures=0",
+        "training.lr=0.0001",
+        "training.batch_size=400",
+    ]
     done = CliRunner().invoke(main, [*words, *(word for setting in settings for word in ("--set", setting))])
     assert done.exit_code == 0, done.output
     init = load_checkpoint(tmp_path / "run" / "last").init

@@ -19,7 +19,7 @@ RECIPE = """
 data = { name = "digits", augment = "none", train_images = 300 }
 model = { name = "vgg-small", width = 0.25 }
 encoding = { T = 2 }
-training = { epochs = 3, batch_size = 64, sync_norm = true, accelerator = "cpu", lr = 0.02 }
+training = { epochs = 3, pictures = 0, batch_size = 64, sync_norm = true, accelerator = "cpu", lr = 0.02 }
 """
 CURVES = ("loss", "train_accuracy", "validation_accuracy", "cross_entropy")
 

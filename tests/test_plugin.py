@@ -26,6 +26,7 @@ T = 2
 
 [training]
 epochs = 2
+pictures = 0
 batch_size = 32
 lr = 0.05
 accelerator = "cpu"

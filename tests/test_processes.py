@@ -1,5 +1,6 @@
 """Two processes with half of a batch each take the step that one takes with all of it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from test_defence_sr import learned
 
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.data.batches import generator
+from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.training.epoch import batch_loss
-from mpdsgr_deploy.training.launch import strategy
+from mpdsgr_deploy.training.launch import run_processes, strategy
 from mpdsgr_deploy.training.run import _learner
 
 SHAPE, BATCH = (1, 8, 8), 16
@@ -32,12 +34,18 @@ def recipe_of(devices: int, **training: Any) -> Recipe:
 
 
 def steps(fabric: Fabric, recipes: dict[str, Recipe], out: Path) -> None:
-    """Three steps of each recipe; rank 0 writes what they leave, each the gradients of its half of a batch."""
+    """Three steps of each recipe; rank 0 writes what they leave, each the gradients of its half of a batch.
+
+    Two ranks end as a run that diverges does: by an error in each.
+    """
     torch.set_num_threads(1)
     torch.save(gradients(fabric, HALVES[fabric.global_rank]), f"{out}-{fabric.global_rank}.pt")
     found = {name: after_three(fabric, recipe) for name, recipe in recipes.items()}
     if fabric.is_global_zero:
         torch.save(found, out)
+    fabric.barrier()
+    if fabric.world_size > 1:
+        raise InputError("every rank says so")
 
 
 def after_three(fabric: Fabric, recipe: Recipe) -> dict[str, Any]:
@@ -70,7 +78,8 @@ def gradients(fabric: Fabric, part: slice) -> list[torch.Tensor]:
 def launched(recipes: dict[str, Recipe], out: Path) -> dict[str, dict[str, Any]]:
     config = next(iter(recipes.values())).training
     fabric = Fabric(accelerator="cpu", devices=config.devices, strategy=strategy(config), precision="64-true")
-    fabric.launch(steps, recipes, out)
+    with pytest.raises(InputError, match=r"^every rank says so$") if config.devices > 1 else nullcontext():
+        run_processes(fabric, steps, recipes, out)
     return torch.load(out, weights_only=False)
 
 

@@ -120,7 +120,13 @@ def test_a_run_of_too_few_steps_says_so(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_the_command_profiles(tmp_path: Path) -> None:
-    settings = ("model.width=0.25", "encoding.T=2", "training.epochs=1", "training.accelerator=cpu")
+    settings = (
+        "model.width=0.25",
+        "encoding.T=2",
+        "training.epochs=1",
+        "training.pictures=0",
+        "training.accelerator=cpu",
+    )
     done = mpdsgr_here("train", "digits-reg", *(f"--set={s}" for s in settings), "--out", tmp_path / "run", "--profile")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "profile" / "profile.txt").exists()

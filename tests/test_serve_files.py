@@ -77,7 +77,6 @@ FAULTS: list[tuple[Check, str, str, str]] = [
     (monitoring.rules_lint, ALERTS, "alert: MpdsgrSlow", "alert: MpdsgrSlow\n        after: 1m"),
     (monitoring.rules_pass_their_tests, ALERTS, 'code=~"5..|INTERNAL', 'code=~"5..|INTERN'),
     (monitoring.rules_pass_their_tests, ALERTS, "histogram_quantile(0.99", "histogram_quantile(0.9"),
-    (monitoring.rules_pass_their_tests, ALERTS, "max by (instance, model, process) (mpdsgr", "(mpdsgr"),
     (monitoring.rules_pass_their_tests, ALERTS, "max by (instance, model, process)", "max by (instance, model)"),
     (monitoring.rules_pass_their_tests, ALERTS, "* 86400 > 1e9", "* 86400 > 1e10"),
     (monitoring.rules_pass_their_tests, ALERTS, "alert: MpdsgrSlow", "alert: MpdsgrLate"),

@@ -36,7 +36,10 @@ title = "A study of the tests"
 seeds = [0, 1]
 limit = 10
 tier = "commit"
-set = ["model.name=plain-3", "model.width=0.25", "encoding.T=2", "training.epochs=1", "attack.strong_steps=2"]
+set = [
+    "model.name=plain-3", "model.width=0.25", "encoding.T=2", "training.epochs=1", "training.pictures=0",
+    "attack.strong_steps=2",
+]
 
 [[methods]]
 name = "reg"

@@ -21,7 +21,8 @@ from mpdsgr_deploy.training import pages, train
 from mpdsgr_deploy.training.epoch import cosine
 
 MEASURED = {"seconds", "cpu_seconds", "peak_mib"}  # differ from run to run
-TINY = ["digits-mpdsgr", "--set", "model.width=0.25", "--set", "encoding.T=2", "--set", "training.epochs=2"]
+SETTINGS = ("model.width=0.25", "encoding.T=2", "training.epochs=2", "training.pictures=0")
+TINY = ["digits-mpdsgr", *(word for setting in SETTINGS for word in ("--set", setting))]
 
 
 def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
@@ -114,9 +115,10 @@ def test_a_disk_that_pictures_fill_is_one_line_and_the_run_goes_on(tmp_path: Pat
     """TensorBoard writes in a thread, whose traceback says nothing that the line does not. The last epoch draws."""
     run = tmp_path / "run"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    assert_input_error(mpdsgr("train", *TINY, "--out", run, prelude=limited), "cannot write", "tensorboard", "--resume")
+    command = ["train", *TINY, "--set", "training.pictures=10", "--out", run]
+    assert_input_error(mpdsgr(*command, prelude=limited), "cannot write", "tensorboard", "--resume")
     assert len(load_checkpoint(run / "last").history) == 1
-    assert mpdsgr("train", *TINY, "--out", run, "--resume").returncode == 0
+    assert mpdsgr(*command, "--resume").returncode == 0
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
@@ -204,9 +206,9 @@ def test_the_last_checkpoint_is_the_default_and_each_says_which_it_is(run_dir: P
         find_checkpoint(run_dir / "last", "best")
 
 
-def test_tensorboard_has_the_curves(run_dir: Path) -> None:
-    events = EventAccumulator(str(run_dir / "tensorboard"))
-    events.Reload()
+def test_tensorboard_has_the_curves_and_no_pictures_where_none_are_asked_for(uninterrupted: Path) -> None:
+    events = EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
+    assert events.Tags()["images"] == []
     tags = set(events.Tags()["scalars"])
     wanted = {
         "loss",
@@ -217,7 +219,7 @@ def test_tensorboard_has_the_curves(run_dir: Path) -> None:
         "scale/conv3",
     }
     assert wanted <= tags
-    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
 
 
 def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
@@ -269,11 +271,9 @@ def test_mistakes_surface_before_processes_start_and_leave_the_directory_free(tm
     train(small_recipe(training={"epochs": 1}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_diverging_run_says_so(devices: int, tmp_path: Path) -> None:
-    settings = {"lr": 1e30, "devices": devices, "accelerator": "cpu", "batch_size": 64}
+def test_a_diverging_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lower training\.lr") as error:
-        train(small_recipe(training=settings), tmp_path / "run")
+        train(small_recipe(training={"lr": 1e30}), tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
@@ -331,12 +331,17 @@ def test_weights_of_another_network_are_refused(run_dir: Path) -> None:
 
 
 BLOCKS = """
-import resource, runpy, threading, torch
+import ctypes, resource, runpy, threading
 keep_pages = runpy.run_path({file!r})["keep_pages"]  # alone: its package imports Lightning
+libc, block = ctypes.CDLL(None), ctypes.c_void_p()
+libc.memset.argtypes, libc.free.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), (ctypes.c_void_p,)
 {first}
 def blocks():
     for _ in range(3):
-        torch.zeros(1 << 22), torch.zeros(1 << 23)
+        for size in (1 << 24, 1 << 25):
+            libc.posix_memalign(ctypes.byref(block), 64, size)  # as torch does for a tensor on the CPU
+            libc.memset(block, 0, size)
+            libc.free(block)
 def step():
     blocks()
     backward = threading.Thread(target=blocks)

@@ -343,7 +343,7 @@ def test_check_12_flags_probabilities_and_counts() -> None:
 
 def test_exit_code_0_and_1(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "gate.toml").write_text("max_drop = 0.35")
-    arguments = ["--limit", 30, "--report", tmp_path / "r", "--gate", tmp_path / "gate.toml"]
+    arguments = ["--limit", 30, "--report", tmp_path / "r", "--gate", tmp_path / "gate.toml", "--no-rebuild"]
     done = mpdsgr("validate", bundle.path, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"][0]["n"] == 30
