@@ -48,6 +48,11 @@ class Process:
         status = [Path(f"/proc/{pid}/status").read_text() for pid in tree(self.pid)]
         return sum(1024 * int(kilobytes) for text in status for kilobytes in re.findall(r"VmRSS:\s+(\d+) kB", text))
 
+    def clock(self) -> float:
+        """Seconds on a clock that stands still while its main thread is ready to run and gets no CPU."""
+        waited = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1])  # nanoseconds
+        return time.monotonic() - waited / 1e9
+
     def files(self) -> int:
         """Open descriptors, of its children too."""
         return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in tree(self.pid))

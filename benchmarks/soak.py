@@ -150,7 +150,7 @@ async def _soak(
             await asyncio.sleep(PAUSE)
 
     where = model.endpoint.at.host, model.endpoint.at.port
-    http = HttpAttacks(*where, model.requests(1, pixels, 0)[0], counts)
+    http = HttpAttacks(*where, model.requests(1, pixels, 0)[0], counts, server.clock)
     beside = [asyncio.create_task(watch()), asyncio.create_task(http.probe())]
     beside.append(asyncio.create_task(_reloads(server, bundle, url, counts)))
     async with grpc.aio.insecure_channel(server.grpc) as channel:
@@ -161,7 +161,7 @@ async def _soak(
                 group.create_task(user(number))
             for number in range(GRPC_USERS):
                 group.create_task(caller(number, stub, good, bad))
-            calls = GrpcAttacks(int(server.grpc.rpartition(":")[2]), counts)
+            calls = GrpcAttacks(int(server.grpc.rpartition(":")[2]), counts, server.clock)
             for number, attacks in enumerate([http.all(), http.all(), calls.all(), calls.all()]):
                 group.create_task(attacker(number, attacks))
     for task in beside:

@@ -13,7 +13,7 @@ CONNECTIONS = 200  # that the server allows, over HTTP and over gRPC
 SECONDS = {"header": 1.0, "body": 2.0, "keep_alive": 2.0}  # that it gives a client for them
 LIMITS = {"connections": CONNECTIONS, **{f"{part}_seconds": seconds for part, seconds in SECONDS.items()}}
 FLOOD = 210  # connections of one client
-PATIENCE = 10.0  # seconds until the server should have ended what is too slow
+PATIENCE = 10.0  # seconds, on the server's own clock, until it should have ended what is too slow
 STREAMS = 300  # calls without a message
 ENTRIES = 300_000  # empty ones in a message that is not too large as a whole
 LARGE = 20_000_000  # bytes of a message above every limit
@@ -21,13 +21,14 @@ LET_THROUGH = 1 << 20  # bytes of it that the largest window takes in
 IDLE = 20  # connections that say nothing
 PROBE_EVERY, PROBE_GAP = 0.5, 5.0  # seconds between two probes, and at most between two that are answered
 Attack = Callable[[], Awaitable[None]]
+Clock = Callable[[], float]  # seconds; stands still while the server gets no CPU, for which it cannot be blamed
 
 
 class HttpAttacks:
     """Attacks on the HTTP port. infer: a whole valid inference request; counts: where a missed bound is noted."""
 
-    def __init__(self, host: str, port: int, infer: bytes, counts: Counts) -> None:
-        self._where, self._infer, self._counts = (host, port), infer, counts
+    def __init__(self, host: str, port: int, infer: bytes, counts: Counts, clock: Clock) -> None:
+        self._where, self._infer, self._counts, self._clock = (host, port), infer, counts, clock
         self._head = infer[: infer.index(b"\r\n\r\n") + 4]
 
     def all(self) -> dict[str, Attack]:
@@ -55,20 +56,33 @@ class HttpAttacks:
             writer.transport.abort()
             return
         dripping = asyncio.create_task(_drip(writer, drops))
-        start, answer = time.monotonic(), b""
+        start, answer = self._clock(), b""
         try:
             with suppress(ConnectionError):
                 writer.write(part)
-                async with asyncio.timeout(PATIENCE):
-                    while data := await reader.read(1 << 16):
-                        answer += data
+                answer = await self._until_closed(reader, PATIENCE)
         except TimeoutError:
             self._counts.failed("hostile", f"not ended after {PATIENCE:g} s: {part[:60]!r}")
         finally:
             dripping.cancel()
             writer.transport.abort()
         if answer and answer[9:12] not in (status, b"503"):
-            self._counts.failed("hostile", f"{answer[:80]!r} in {time.monotonic() - start:.1f} s, not {status!r}")
+            self._counts.failed("hostile", f"{answer[:80]!r} in {self._clock() - start:.1f} s, not {status!r}")
+
+    async def _until_closed(self, reader: asyncio.StreamReader, seconds: float) -> bytes:
+        """What comes until the server closes the connection. Raises TimeoutError after so many seconds of its own."""
+        end, answer = self._clock() + seconds, b""
+        while True:
+            try:
+                async with asyncio.timeout(1):
+                    data = await reader.read(1 << 16)
+            except TimeoutError:
+                if self._clock() > end:
+                    raise
+                continue
+            if not data:
+                return answer
+            answer += data
 
     async def _idle(self) -> None:
         """Ask once, and keep the connection."""
@@ -76,9 +90,7 @@ class HttpAttacks:
         try:
             with suppress(ConnectionError):
                 writer.write(self._infer)
-                async with asyncio.timeout(SECONDS["keep_alive"] + PATIENCE):
-                    while await reader.read(1 << 16):
-                        pass
+                await self._until_closed(reader, SECONDS["keep_alive"] + PATIENCE)
         except TimeoutError:
             self._counts.failed("hostile", "a connection that says nothing is still open")
         finally:
@@ -86,7 +98,7 @@ class HttpAttacks:
 
     async def probe(self) -> None:
         """What Kubernetes does: ask for liveness on a new connection, time after time, until this is cancelled."""
-        answered = time.monotonic()
+        answered = self._clock()
         while True:
             writer = None
             with suppress(OSError, TimeoutError):
@@ -94,13 +106,13 @@ class HttpAttacks:
                     reader, writer = await asyncio.open_connection(*self._where)
                     writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                     if (await reader.read(1 << 16))[9:12] == b"200":
-                        answered = time.monotonic()
+                        answered = self._clock()
                         self._counts.kinds["probe"] += 1
             if writer is not None:
                 writer.transport.abort()
-            if time.monotonic() - answered > PROBE_GAP:
+            if self._clock() - answered > PROBE_GAP:
                 self._counts.failed("hostile", f"no probe was answered for {PROBE_GAP:g} s")
-                answered = time.monotonic()
+                answered = self._clock()
             await asyncio.sleep(PROBE_EVERY)
 
     async def _unread(self) -> None:
@@ -127,8 +139,8 @@ class HttpAttacks:
 class GrpcAttacks:
     """Attacks on the gRPC port, by frames that no library sends. They block, so each has a thread."""
 
-    def __init__(self, port: int, counts: Counts) -> None:
-        self._port, self._counts = port, counts
+    def __init__(self, port: int, counts: Counts, clock: Clock) -> None:
+        self._port, self._counts, self._clock = port, counts, clock
 
     def all(self) -> dict[str, Attack]:
         """By name."""
@@ -144,11 +156,11 @@ class GrpcAttacks:
 
     def _half_a_message(self) -> None:
         with Http2(self._port) as client:
-            stream, end = client.open("ModelInfer"), time.monotonic() + PATIENCE
+            stream, end = client.open("ModelInfer"), self._clock() + PATIENCE
             client.send(stream, message(bytes(10_000))[:-1], end=False)
             while stream not in client.answered | client.ended.keys() and not client.gone:
                 client.read(0.5)
-                if time.monotonic() > end:
+                if self._clock() > end:
                     self._counts.failed("hostile", f"half a message still waits after {PATIENCE:g} s")
                     return
 
@@ -173,22 +185,20 @@ class GrpcAttacks:
     def _whole(self, method: str, content: bytes) -> None:
         """A message that must be answered or refused soon, and is not taken in if it is too large."""
         with Http2(self._port) as client:
-            stream, start = client.open(method), time.monotonic()
+            stream, start = client.open(method), self._clock()
             sent = client.send(stream, message(content))
             while stream not in client.answered | client.ended.keys() and not client.gone:
                 client.read(0.5)
-                if time.monotonic() - start > PATIENCE:
+                if self._clock() - start > PATIENCE:
                     break
-            if time.monotonic() - start > PATIENCE or sent > LET_THROUGH:
-                self._counts.failed(
-                    "hostile", f"{len(content)} bytes to {method}: {sent} in {time.monotonic() - start:.1f} s"
-                )
+            if (seconds := self._clock() - start) > PATIENCE or sent > LET_THROUGH:
+                self._counts.failed("hostile", f"{len(content)} bytes to {method}: {sent} in {seconds:.1f} s")
 
     def _idle(self) -> None:
         with ExitStack() as stack:
             clients = [stack.enter_context(Http2(self._port)) for _ in range(IDLE)]
-            end = time.monotonic() + SECONDS["keep_alive"] + PATIENCE
-            while (waiting := [client for client in clients if not client.gone]) and time.monotonic() < end:
+            end = self._clock() + SECONDS["keep_alive"] + PATIENCE
+            while (waiting := [client for client in clients if not client.gone]) and self._clock() < end:
                 waiting[0].read(0.5)
             if waiting:
                 self._counts.failed("hostile", f"{len(waiting)} connections that say nothing are still open")
