@@ -62,13 +62,22 @@ def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        remove_locked(file, path)
+
+
+def remove_locked(file: IO[Any], path: Path) -> None:
+    """Close a locked file and remove it: before the lock is released, so that it cannot be another process's file.
+
+    Windows removes no open file, so there it is closed first.
+    """
+    if fcntl is not None:
         with suppress(OSError):
-            if fcntl is not None:  # removed while still locked, so that it cannot be another process's file
-                path.unlink()
+            path.unlink()
+    with suppress(OSError):  # on a full disk, flushing the last bytes fails
         file.close()
-        if fcntl is None:
-            with suppress(OSError):
-                path.unlink()
+    if fcntl is None:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _is_at(file: IO[Any], path: Path) -> bool:

@@ -1,21 +1,38 @@
 """What Windows lacks is stood in for: the torch-free commands work without POSIX's modules."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+import mpdsgr_deploy
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.recipe import Data
 
-# Imports of POSIX's modules fail; msvcrt is one that records its calls. posixpath and the file system stay, so this
-# shows what is imported and called, not how Windows behaves.
-STAND_IN = """
-import signal, subprocess, sys, types
-for name in ("fcntl", "resource", "uvloop", "pwd", "grp"):
+ABSENT = {"fcntl", "resource", "uvloop", "pwd", "grp", "termios"}  # on Windows
+
+# Imports of these modules fail; msvcrt is one that records its calls; files that are open can neither be removed nor
+# replaced. posixpath and the file system's other ways stay, so this shows what is imported and called, not all of how
+# Windows behaves.
+STAND_IN = f"""
+import os, signal, subprocess, sys, types
+for name in {ABSENT}:
     sys.modules[name] = None
+
+def refusing(call):
+    def checked(*paths, **options):
+        for path in map(os.path.realpath, paths):
+            for descriptor in os.listdir("/proc/self/fd"):
+                if os.path.isfile(path) and os.path.realpath("/proc/self/fd/" + descriptor) == path:
+                    raise PermissionError(13, "it is being used by another process", path)
+        return call(*paths, **options)
+    return checked
+
+for name in ("unlink", "remove", "rename", "replace"):
+    setattr(os, name, refusing(getattr(os, name)))
 locks = []
 msvcrt = types.ModuleType("msvcrt")
 msvcrt.LK_LOCK, msvcrt.LK_NBLCK = 1, 2
@@ -48,3 +65,23 @@ def test_predict_works_and_locks(bundle: Bundle, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "locks [(2, 1)" in done.stderr
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "o.csv"]
+
+
+def test_serve_says_where_it_runs(bundle: Bundle) -> None:
+    done = on_windows("serve", bundle.path)
+    assert done.returncode == 2, done.stderr
+    assert "error: mpdsgr serve needs Linux or macOS" in done.stderr
+
+
+def test_no_other_module_needs_posix() -> None:
+    """Imports on the top level of a module; those in a `try` or a function are tried where they are used."""
+    package = Path(mpdsgr_deploy.__file__).parent
+    needing = set()
+    for file in package.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            if ABSENT & set(names):
+                needing.add(str(file.relative_to(package)))
+    assert needing == {"serving/server.py"}

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -69,6 +70,8 @@ def command(
       mpdsgr serve bundles/digits
       mpdsgr serve bundles/digits bundles/digits@int8 --host 0.0.0.0 --api-key-file keys.txt
     """
+    if find_spec("fcntl") is None:
+        raise InputError("mpdsgr serve needs Linux or macOS; on Windows run it in WSL or in a container")
     limit_free_memory()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its core's lines are not for the user
     need("httptools", "serve")

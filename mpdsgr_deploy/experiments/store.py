@@ -1,10 +1,7 @@
 """Records in a JSON-lines file, one per line, replaced by key. Several processes may write into one file."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +9,7 @@ from pydantic import BaseModel, PlainSerializer
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.schema import parse
 
 RECORDS = "results.jsonl"
@@ -63,7 +61,7 @@ def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = record.model_dump_json()
-    with locked(path.parent):
+    with exclusive(path.parent / LOCK, "process", wait=True):
         lines = {key_of(other, key): other for other in read_lines(path)} | {key_of(line, key): line}
         write_atomic(path, "".join(f"{lines[own]}\n" for own in sorted(lines)).encode())
 
@@ -71,14 +69,3 @@ def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
 def key_of(line: str, key: Sequence[str]) -> tuple[Any, ...]:
     values = json.loads(line)
     return tuple(values[name] for name in key)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same lock from writing into a folder meanwhile."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import writing
-from mpdsgr_deploy.locks import lock
+from mpdsgr_deploy.locks import lock, remove_locked
 from mpdsgr_deploy.prediction.inputs import InputBatch
 
 MAGIC = b"mpdsgr predictions 1\n"
@@ -106,6 +106,6 @@ class Partial:
     def __exit__(self, *exception: object) -> None:
         with suppress(OSError):
             if self._finished or os.fstat(self._file.fileno()).st_size <= len(self._head):
-                self.path.unlink()  # before the lock is released, so that it cannot be another process's file
+                remove_locked(self._file, self.path)
         with suppress(OSError):  # on a full disk, flushing the last bytes fails again
             self._file.close()

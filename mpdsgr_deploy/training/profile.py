@@ -8,7 +8,6 @@ number. What a layer recomputes in the backward pass counts as backward.
 """
 
 import json
-import resource
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -184,9 +183,16 @@ def within(event: FunctionEvent | None, kind: Callable[[FunctionEvent], bool]) -
 
 
 def peak_memory() -> int:
-    """Peak memory in bytes: what torch held on the GPU since the last reset, or, without a GPU, this process's."""
+    """Peak memory in bytes: what torch held on the GPU since the last reset, or, without a GPU, this process's.
+
+    0 on Windows, where the latter is unknown.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
