@@ -147,6 +147,68 @@ def test_rows_are_those_of_one_machine_though_a_node_is_killed(
     assert json.loads((out / SUCCESS).read_text()) == {"rows": COUNT}
 
 
+class Held:
+    """A source whose images are not read before `flag` exists."""
+
+    def __init__(self, source: ImageSource, flag: Path) -> None:
+        self.source, self.flag, self.shape = source, flag, source.shape
+
+    def read(self, start: int, stop: int, pool: Executor) -> Pixels:
+        for _ in range(6000):
+            if self.flag.exists():
+                break
+            time.sleep(0.02)
+        return self.source.read(start, stop, pool)
+
+    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
+        part, start = self.source.part(start, stop)
+        return Held(part, self.flag), start
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return self.source.names(start, stop)
+
+    def stamp(self, start: int, stop: int) -> str:
+        return self.source.stamp(start, stop)
+
+    def close(self) -> None: ...
+
+
+class HeldJob(Job):
+    def open_inputs(self) -> Inputs:
+        inputs = super().open_inputs()
+        inputs._sources = [Held(source, Path(f"{self.paths[0]}.flag")) for source in inputs._sources]
+        return inputs
+
+
+def test_actors_start_on_a_machine_that_joins(
+    bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Before the test that kills a driver: Ray keeps resources for one that it believes alive, for minutes."""
+    import ray
+
+    nodes.kill_one()
+    until(lambda: ray.cluster_resources()["CPU"] == 1, "the end of the second node")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(cli, "Job", HeldJob)
+    command = arguments(bundle, array, tmp_path / "out")[:-2]  # without --processes, which limits the actors
+    flag = Path(f"{array}.flag")
+    with ThreadPoolExecutor(1) as pool:  # Ray starts nodes from the main thread alone
+        running = pool.submit(mpdsgr_here, *command)
+        try:
+            until(actors, "an actor")
+            nodes.add_one()
+            until(lambda: len(actors()) > 1, "an actor on the second node")
+        finally:
+            flag.touch()
+        done = running.result()
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "out") == expected
+
+
 def test_a_rerun_computes_what_is_missing(
     bundle: Bundle, array: Path, expected: list[dict[str, object]], tmp_path: Path
 ) -> None:
@@ -227,67 +289,6 @@ def test_of_two_jobs_that_start_at_once_one_gets_the_folder(store: ObjectStore) 
         with pytest.raises(InputError, match="holds predictions of another bundle"):
             second.describe({"top": 2})
         second.describe({"top": 1})  # the same job twice writes the same files
-
-
-class Held:
-    """A source whose images are not read before `flag` exists."""
-
-    def __init__(self, source: ImageSource, flag: Path) -> None:
-        self.source, self.flag, self.shape = source, flag, source.shape
-
-    def read(self, start: int, stop: int, pool: Executor) -> Pixels:
-        for _ in range(6000):
-            if self.flag.exists():
-                break
-            time.sleep(0.02)
-        return self.source.read(start, stop, pool)
-
-    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        part, start = self.source.part(start, stop)
-        return Held(part, self.flag), start
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def names(self, start: int, stop: int) -> list[str]:
-        return self.source.names(start, stop)
-
-    def stamp(self, start: int, stop: int) -> str:
-        return self.source.stamp(start, stop)
-
-    def close(self) -> None: ...
-
-
-class HeldJob(Job):
-    def open_inputs(self) -> Inputs:
-        inputs = super().open_inputs()
-        inputs._sources = [Held(source, Path(f"{self.paths[0]}.flag")) for source in inputs._sources]
-        return inputs
-
-
-def test_actors_start_on_a_machine_that_joins(
-    bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    import ray
-
-    nodes.kill_one()
-    until(lambda: ray.cluster_resources()["CPU"] == 1, "the end of the second node")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(cli, "Job", HeldJob)
-    command = arguments(bundle, array, tmp_path / "out")[:-2]  # without --processes, which limits the actors
-    flag = Path(f"{array}.flag")
-    with ThreadPoolExecutor(1) as pool:  # Ray starts nodes from the main thread alone
-        running = pool.submit(mpdsgr_here, *command)
-        try:
-            until(actors, "an actor")
-            nodes.add_one()
-            until(lambda: len(actors()) > 1, "an actor on the second node")
-        finally:
-            flag.touch()
-        done = running.result()
-    assert done.returncode == 0, done.stderr
-    assert rows(tmp_path / "out") == expected
 
 
 def test_a_machine_without_the_devices_is_refused(bundle: Bundle, array: Path, tmp_path: Path) -> None:
