@@ -1,13 +1,16 @@
 """How strong the attacks of a release are: their union against AutoAttack's standard version on the same torch network.
 
     mpdsgr train digits-reg --out runs/digits-reg
-    python benchmarks/strength.py runs/digits-reg OTHER_RUN... --root data
+    python benchmarks/strength.py runs/digits-reg export/bundles/cifar10 --root data --cache runs/strength
 
-Both meet the same images, and the same network judges what they return. A gradient evaluation is one image through one
+Takes training runs and bundles. What is finished is kept in the cache; networks in the results that are not measured
+again stay there, with the version of the suite they met. Both meet the same images, and the same network judges what
+they return. A gradient evaluation is one image through one
 forward and backward pass, a query one image through a forward pass alone. AutoAttack (pyautoattack, of the `dev`
 extra) attacks an image until it is broken, the attacks of a release each on their own, as a report shows them.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,17 @@ import harness
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from research import opened
+from research import sha256 as network_sha256
 
 from mpdsgr_deploy.attacks.measure import measure as measure_suite
 from mpdsgr_deploy.attacks.suite import CLEAN, Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.checkpoint import find_checkpoint
-from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.attacks.version import SUITE_VERSION
+from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import show_progress
-from mpdsgr_deploy.provenance import package_version
+from mpdsgr_deploy.provenance import package_version, provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
@@ -40,30 +44,35 @@ BATCH = 200
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--root", default="data", show_default=True, help="Where the data set lies.")
 @click.option("--limit", type=click.IntRange(1), default=200, show_default=True, help="Test images.")
-@click.option("--eps", type=click.FloatRange(0, 1, min_open=True), help="Default: the recipe's.")
-def run(runs: tuple[Path, ...], root: str, limit: int, eps: float | None) -> dict[str, Any]:
-    """Attack each run's best network both ways."""
+@click.option("--cache", type=click.Path(path_type=Path), default="runs/strength", show_default=True)
+def run(runs: tuple[Path, ...], root: str, limit: int, cache: Path) -> dict[str, Any]:
+    """Attack each network, of a run the best, both ways."""
     show_progress()
-    networks = [measure(run, root, limit, eps) for run in runs]
+    cache.mkdir(parents=True, exist_ok=True)
+    networks = harness.with_earlier(NAME, [measure(run, root, limit, cache) for run in runs])
     return {"networks": networks, "pyautoattack": package_version("pyautoattack")}
 
 
-def measure(run: Path, root: str, limit: int, eps: float | None = None) -> dict[str, Any]:
+def measure(path: Path, root: str, limit: int, cache: Path) -> dict[str, Any]:
     """Images that survive each attack, and what it cost."""
-    checkpoint, model = load_network(find_checkpoint(run))
-    recipe = checkpoint.recipe
-    if eps is not None:
-        attack = recipe.attack.model_copy(update={"eps": eps})
-        recipe = recipe.model_copy(update={"attack": attack})
-    images = load_test(recipe.data.at(root))[:limit]
-    x, y = images.unit(), images.classes
-    network = TorchModel(model, checkpoint.shape, recipe.validation.seed)
+    with opened(path, root, limit) as found:
+        recipe, x, y, sha256 = found.recipe, found.images.unit(), found.images.classes, network_sha256(found.file)
+        network = TorchModel(found.model, found.images.shape, recipe.validation.seed)
     if network.stochastic:
         raise click.ClickException("AutoAttack's standard version is not for networks that draw noise")
     clean = predict(network, x, BATCH).argmax(1)
-    rows = [row(CLEAN, clean == y), *release(network, recipe, x, y, clean)]
-    rows.append(autoattack(network, model, recipe, x, y))
-    return {"recipe": recipe.model_dump(mode="json"), "epoch": checkpoint.epoch, "n": len(y), "rows": rows}
+    parts = {
+        "release": lambda: release(network, recipe, x, y, clean),
+        "autoattack": lambda: [autoattack(network, found.model, recipe, x, y)],
+    }
+    rows = [row(CLEAN, clean == y)]
+    for part, attack in parts.items():
+        file = cache / f"{found.name}-{sha256[:8]}-{len(y)}-{SUITE_VERSION}-{part}.json"
+        if not file.exists():
+            write_atomic(file, json.dumps(attack()).encode())
+        rows += json.loads(file.read_bytes())
+    about = {"name": found.name, "sha256": sha256, "suite": SUITE_VERSION, "provenance": provenance()}
+    return {**about, "recipe": recipe.model_dump(mode="json"), "n": len(y), "rows": rows}
 
 
 def row(
@@ -131,21 +140,22 @@ def autoattack(
 
 def render(result: dict[str, Any]) -> str:
     """The Markdown table, and what its networks are."""
-    lines = ["| network | attack | right | gradients an image | queries an image | s |", "|---" * 6 + "|"]
+    header = ["network", "attack", "right", "gradients per image", "queries per image", "s"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     notes = []
     for network in result["networks"]:
         recipe, n = Recipe.model_validate(network["recipe"]), network["n"]
         for line in network["rows"]:
             right = f"{line['correct']} ({line['correct'] / n:.1%})"
             costs = f"{line['gradients']:.0f} | {line['queries']:.0f} | {line['seconds']:.0f}"
-            lines.append(f"| {recipe.method}, {recipe.data.name} | {line['attack']} | {right} | {costs} |")
+            lines.append(f"| {network['name']} | {line['attack']} | {right} | {costs} |")
         notes.append(
-            f"- {recipe.method}: {recipe.model.name}, width {recipe.model.width:g}, T = {recipe.encoding.T}, on "
-            f"{recipe.data.name}, epoch {network['epoch']} of {recipe.training.epochs}; eps {recipe.attack.eps:.4g}, "
-            f"n = {n} first test images."
+            f"- {network['name']}: {recipe.method}, {recipe.model.name}, width {recipe.model.width:g}, T = "
+            f"{recipe.encoding.T}; eps {recipe.attack.eps:.4g}, the first {n} test images of {recipe.data.name}; suite "
+            f"{network['suite']}; {harness.source(network)}"
         )
     notes.append(f"- pyautoattack {result['pyautoattack']}; seconds on a machine with other work.")
-    return "\n".join([*lines, "", *notes, "", harness.source(result), ""])
+    return "\n".join([*lines, "", *notes, ""])
 
 
 main = harness.command("strength", run, render)

@@ -45,16 +45,16 @@ CASES = [
 @click.option("--seeds", type=click.IntRange(0), default=12, show_default=True, help="Healthy networks.")
 @click.option("--part", type=click.Choice(["all", "faults", "healthy"]), default="all", show_default=True)
 def main(cache: Path, seeds: int, part: str) -> None:
-    """Validate all of them; with every part done, write the result and the page."""
-    networks = Networks(cache)
-    faults, unseen = (
-        list(planted(kind.values(), networks, cache)) if part != "healthy" else [] for kind in (FAULTS, UNSEEN)
-    )
-    healthy = list(whole(networks, cache, seeds)) if part != "faults" else []
-    if part == "all":
-        result = {"faults": faults, "unseen": unseen, "healthy": healthy, "provenance": provenance()}
-        write_atomic(harness.RESULTS / f"{NAME}.json", (json.dumps(result, indent=1) + "\n").encode())
-        write_atomic(PAGE, render(result).encode())
+    """Validate all of them, or a part; write that part of the result, and the page."""
+    networks, result = Networks(cache), harness.load(NAME)
+    if part != "healthy":
+        planted_faults = {"faults": FAULTS, "unseen": UNSEEN}
+        result |= {name: list(planted(kind.values(), networks, cache)) for name, kind in planted_faults.items()}
+        result["provenance"] = provenance()
+    if part != "faults":
+        result |= {"healthy": list(whole(networks, cache, seeds)), "healthy_provenance": provenance()}
+    write_atomic(harness.RESULTS / f"{NAME}.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(PAGE, render(result).encode())
 
 
 def planted(faults: Iterable[Fault], networks: Networks, cache: Path) -> Iterator[dict[str, Any]]:
@@ -172,7 +172,8 @@ def render(result: dict[str, Any]) -> str:
         f"- seed {c['seed']}, {c['precision']}, {c['backend']}: {'; '.join(c['said'])}" for c in healthy if c["ended"]
     ]
     network = "vgg-small at width 0.25, T = 3, on the first 100 test images of digits, tier commit"
-    about = f"{network}. {harness.source(result)}"
+    whole_source = harness.source({"provenance": result["healthy_provenance"]})
+    about = f"{network}. Faults: {harness.source(result)} Healthy: {whole_source}"
     unseen = by_design(result.get("unseen", []))
     return "\n".join([*lines, "", *refused, *([""] if refused else []), about, "", *since(faults), *unseen, ""])
 
