@@ -3,10 +3,11 @@
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import assert_input_error, mpdsgr, mpdsgr_here
+from conftest import ZYGOTE, assert_input_error, mpdsgr, mpdsgr_here, zygote
 from ray_cluster import free_ports
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
@@ -19,12 +20,12 @@ RECIPE = """
 data = { name = "digits", augment = "none", train_images = 300 }
 model = { name = "vgg-small", width = 0.25 }
 encoding = { T = 2 }
-training = { epochs = 3, pictures = 0, batch_size = 64, sync_norm = true, accelerator = "cpu", lr = 0.02 }
+training = { epochs = 2, pictures = 0, batch_size = 64, sync_norm = true, accelerator = "cpu", lr = 0.02 }
 """
 CURVES = ("loss", "train_accuracy", "validation_accuracy", "cross_entropy")
 
 
-# A second process group in the role of another machine. `killed`: each ends itself as soon as it sees the first epoch.
+# A second process group in the role of another machine. Each ends itself as soon as it sees the first epoch.
 SECOND = """
 import os, signal, threading, time
 from pathlib import Path
@@ -33,28 +34,66 @@ def watch():
     while not Path({state!r}).exists():
         time.sleep(0.002)
     os.kill(os.getpid(), signal.SIGKILL)
-if {killed}:
-    threading.Thread(target=watch, daemon=True).start()
+threading.Thread(target=watch, daemon=True).start()
 """
 
 
-def on_two_nodes(recipe: Path, out: Path, *, killed: bool) -> "subprocess.CompletedProcess[str]":
-    """The command as torchrun starts it on each of two nodes; what both print, and the exit code of the first."""
+# Two agents of torchrun, one per machine, that find each other as the manual has it. Each starts the command once.
+AGENTS = """
+import os
+from torch.distributed import run
+child = os.fork()
+run.main({arguments!r})
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+raise SystemExit(0)
+"""
+
+# What an agent starts: it hands the command and its environment to the process that has everything imported.
+WORKER = """
+import json, os, socket, sys
+output = [f"{sys.argv[1]}/{name}{os.environ['RANK']}" for name in ("stdout", "stderr")]
+job = dict(arguments=sys.argv[2:], cwd=os.getcwd(), environment=dict(os.environ), prelude="", output=output)
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(os.environ["MPDSGR_TEST_ZYGOTE"])
+connection.sendall((json.dumps(job) + "\\n").encode())
+sys.exit(int(connection.makefile().readline()))
+"""
+
+
+def on_two_nodes(recipe: Path, out: Path) -> "subprocess.CompletedProcess[str]":
+    """The command, killed on both nodes after the first epoch, with the variables that torchrun sets."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    command = ["train", recipe, "--set", "training.nodes=2", "--out", out, "--resume"]
-    return mpdsgr(*command, prelude=SECOND.format(state=str(out / "state.pt"), killed=killed), **meeting)
+    return mpdsgr(*command(recipe, out), prelude=SECOND.format(state=str(out / "state.pt")), **meeting)
+
+
+def by_torchrun(recipe: Path, out: Path) -> "subprocess.CompletedProcess[str]":
+    """The command by torchrun itself on two nodes; what both processes print."""
+    folder = recipe.with_name("printed")
+    folder.mkdir()
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--local-addr=127.0.0.1"]
+    started = ["--no-python", sys.executable, "-S", "-c", WORKER, str(folder), *map(str, command(recipe, out))]
+    arguments = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run", *meeting, *started]
+    done = mpdsgr(prelude=AGENTS.format(arguments=arguments), **{ZYGOTE: zygote()})
+    printed = ("".join(path.read_text() for path in folder.glob(f"{name}*")) for name in ("stdout", "stderr"))
+    done.stdout, done.stderr = (own + text for own, text in zip((done.stdout, done.stderr), printed, strict=True))
+    return done
+
+
+def command(recipe: Path, out: Path) -> list[object]:
+    return ["train", recipe, "--set", "training.nodes=2", "--out", out, "--resume"]
 
 
 def test_two_nodes_learn_what_one_does_though_they_are_killed(tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.toml", tmp_path / "shared"
     recipe.write_text(RECIPE)
-    assert on_two_nodes(recipe, out, killed=True).returncode == -signal.SIGKILL
-    done = on_two_nodes(recipe, out, killed=False)
+    assert on_two_nodes(recipe, out).returncode == -signal.SIGKILL
+    done = by_torchrun(recipe, out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation accuracy") == 2  # of the last and the best checkpoint, by one node alone
     train(load_recipe(recipe), tmp_path / "one")
     two, one = (load_checkpoint(run / "last").history for run in (out, tmp_path / "one"))
-    assert len(two) == len(one) == 3
+    assert len(two) == len(one) == 2
     for entry, expected in zip(two, one, strict=True):
         assert [entry[name] for name in CURVES] == pytest.approx([expected[name] for name in CURVES], rel=1e-4)
     assert {path.name for path in out.iterdir()} - {".lock"} == {path.name for path in (tmp_path / "one").iterdir()}
