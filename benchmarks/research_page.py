@@ -41,7 +41,13 @@ def read(file: Path) -> Lines:
 
 def render(attempts: Lines, tiers: Lines) -> str:
     """All tables as Markdown."""
-    parts = [union_table(attempts, tiers), each_table(attempts), group_table(attempts), source([*attempts, *tiers])]
+    parts = [
+        union_table(attempts, tiers),
+        alone_table(tiers),
+        each_table(attempts),
+        group_table(attempts),
+        source([*attempts, *tiers]),
+    ]
     return "\n".join(filter(None, parts)) + "\n"
 
 
@@ -68,6 +74,27 @@ def union_table(attempts: Lines, tiers: Lines) -> str:
             f"{sum(r['seconds'] for r in rows):.1f}",
         ]
         lines.append(f"| {name} | {tier} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def alone_table(tiers: Lines) -> str:
+    """What MPD-APGD breaks that no other condition of its tier breaks, and the others likewise, with their cost."""
+    lines = ["Images that one condition of a tier breaks and no other, and processor seconds:", ""]
+    lines += [
+        "| network | tier | MPD-APGD alone | any other alone, at most | MPD-APGD, s | Square, s | all others, s |"
+    ]
+    lines += ["|---" * 7 + "|"]
+    for name, tier in dict.fromkeys((line["network"], line["tier"]) for line in tiers):
+        rows = {line["condition"]: line for line in tiers if (line["network"], line["tier"]) == (name, tier)}
+        if "mpd-apgd" not in rows:
+            continue
+        right = np.array([row["clean"] for row in rows.values()]) & np.array([row["correct"] for row in rows.values()])
+        breaks = np.array([row["clean"] for row in rows.values()]) & ~right
+        alone = dict(zip(rows, (breaks & (breaks.sum(0) == 1)).sum(1), strict=True))
+        seconds = {condition: row["seconds"] for condition, row in rows.items()}
+        own, searched = (seconds.pop(condition) for condition in ("mpd-apgd", "square"))
+        cells = [name, tier, alone.pop("mpd-apgd"), max(alone.values()), own, searched, f"{sum(seconds.values()):.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join([*lines, ""])
 
 
