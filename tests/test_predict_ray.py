@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import secrets
 import signal
 import subprocess
@@ -24,11 +25,13 @@ from PIL import Image
 from predicting import folder
 from ray_cluster import MARK, NO_TOKEN, until
 
+from mpdsgr_deploy.address import parse_address
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import predict as cli
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction.inputs import Inputs
 from mpdsgr_deploy.prediction.parts import JOB, SUCCESS, part_name, parts_at
+from mpdsgr_deploy.prediction.ray_data import _Actor
 from mpdsgr_deploy.prediction.sources import ImageSource, Pixels
 from mpdsgr_deploy.prediction.stream import Job
 from mpdsgr_deploy.recipes import shipped
@@ -294,6 +297,23 @@ def test_of_two_jobs_that_start_at_once_one_gets_the_folder(store: ObjectStore) 
 def test_a_machine_without_the_devices_is_refused(bundle: Bundle, array: Path, tmp_path: Path) -> None:
     command = arguments(bundle, array, tmp_path / "out")
     assert_input_error(mpdsgr_here(*command, "--ray-gpus", 1), "an actor takes 1 CPUs and 1 GPUs, this machine has")
+
+
+def test_a_machine_fetches_a_bundle_that_it_does_not_have(
+    bundle: Bundle, array: Path, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPDSGR_CACHE", str(tmp_path / "cache"))
+    store.put({f"models/small/{file.name}": file.read_bytes() for file in bundle.path.iterdir() if file.is_file()})
+    elsewhere = Bundle(tmp_path / "elsewhere", bundle.manifest)
+    job = Job(elsewhere, [array], "onnxruntime-cpu", "fp32", BATCH)
+    out = tmp_path / "out"
+    out.mkdir()
+    with job.open_inputs() as inputs:
+        part = {"part": np.array([0]), "batches": [pickle.dumps(inputs.batches(BATCH)[:1])]}
+    assert "not" in _Actor(job, parts_at(out))(part)["error"][0]
+    address = parse_address(f"s3://{BUCKET}/models/small@sha256:{bundle.manifest.digest}")
+    assert _Actor(job, parts_at(out), address)(part) == {"images": [BATCH], "error": [""]}
+    assert len(rows(out)) == BATCH
 
 
 def test_bad_inputs_are_skipped_or_end_the_run(bundle: Bundle, folder: Path, tmp_path: Path) -> None:

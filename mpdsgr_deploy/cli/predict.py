@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from mpdsgr_deploy.address import parse_address
 from mpdsgr_deploy.cli.output import opened_bundle, precision_option, signature_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
@@ -117,7 +118,9 @@ def command(
 
         if out is None:
             raise InputError("--ray writes a directory of Parquet files; name it with --out")
-        rows = predict_on_cluster(job, out, Resources(cluster, processes, ray_cpus, ray_gpus))
+        address = parse_address(bundle)
+        fetched = address if address.is_remote else None
+        rows = predict_on_cluster(job, out, Resources(cluster, processes, ray_cpus, ray_gpus, fetched))
         click.echo(f"{rows} predictions in {out}")
         return
     if isinstance(out, Stored):

@@ -2,7 +2,7 @@
 
 Parts are cut between batches, so the rows are those of a single machine, bit for bit. A part that was begun by a worker
 or a driver that died is computed again and written under its own name: every row is there exactly once. All
-machines need the bundle, and the inputs and OUT under the same paths or in a store that all of them may use.
+machines see bundle, inputs and OUT under the same paths, or in a store that all of them may use.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpdsgr_deploy.address import BundleAddress, local_copy
+from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.faults import Faults
@@ -42,13 +44,15 @@ PART = 32  # batches per file
 class Resources(NamedTuple):
     """Where a job runs: on the cluster at `address` ("local": on one of this process), actors up to `actors`.
 
-    cpus, gpus: what an actor takes of its machine, in whole or fractional devices.
+    cpus, gpus: what an actor takes of its machine, in whole or fractional devices. bundle: the address from which
+    machines fetch the job's bundle, if it has one; else they see its directory.
     """
 
     address: str
     actors: int | None = None
     cpus: float = 1
     gpus: float = 0
+    bundle: BundleAddress | None = None
 
 
 def predict_on_cluster(job: Job, out: Place, resources: Resources) -> int:
@@ -95,7 +99,7 @@ def _run(job: Job, folder: Parts, parts: dict[int, Sequence[InputBatch]], resour
         fitting = _fitting(ray.cluster_resources(), resources)
         answered = data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
-            fn_constructor_args=(replace(job, paths=()), folder),  # the paths are in the batches
+            fn_constructor_args=(replace(job, paths=()), folder, resources.bundle),  # the paths are in the batches
             batch_size=1,
             compute=data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(fitting, most)),
             num_cpus=resources.cpus,
@@ -152,8 +156,8 @@ class _Actor:
     Our errors are returned, not raised: of those Ray keeps only a text with its own advice.
     """
 
-    def __init__(self, job: Job, folder: Parts) -> None:
-        self._job, self._folder = job, folder
+    def __init__(self, job: Job, folder: Parts, address: BundleAddress | None = None) -> None:
+        self._job, self._folder, self._address = job, folder, address
         self._stack = ExitStack()
         self._pool = self._stack.enter_context(ThreadPoolExecutor(1))
         self._answer: Halving | None = None
@@ -168,14 +172,18 @@ class _Actor:
             return {"images": [0], "error": [one_line(error)]}
 
     def _write(self, number: int, batches: Sequence[InputBatch]) -> int:
-        job = self._job
         if self._answer is None:
+            if self._address is not None:
+                self._job = replace(self._job, bundle=open_bundle(local_copy(self._address)))
+            job = self._job
             worker = Worker(job.bundle, job.backend, job.precision, job.batch)
             self._answer = self._stack.enter_context(worker.open())
-        answer = self._answer
+        job, answer = self._job, self._answer
         faults = Faults({})
         write = find_writer(".parquet", job.bundle.manifest.labels, job.top)
-        with self._folder.part(number) as file:
+        with self._folder.part(number) as file, ExitStack() as sources:
+            for batch in batches:
+                sources.callback(batch.source.close)
             answers = job.answers_through(lambda images: self._pool.submit(answer, images), batches)
             write(file, lambda: faults.without(answers))
             save_faults(self._folder, skipped_name(number), faults)
