@@ -2,8 +2,9 @@
 
     python benchmarks/ray_data.py      writes benchmarks/results/ray_data.json and the table of README.md
 
-Small PNG files in folders, classified by the shipped network for digits. Both are whole commands, the start of
-processes included. Memory is the largest resident set of one process of the command, Ray's own services left out.
+Small PNG files in folders, with --parquet as rows of Parquet files, classified by the shipped network for digits. Both
+are whole commands, the start of processes included. Memory is the largest resident set of one process of the command,
+Ray's own services left out.
 """
 
 import os
@@ -14,11 +15,14 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from io import BytesIO
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import click
 import harness
+import pyarrow as arrow
 import pyarrow.parquet as parquet
 from PIL import Image
 
@@ -26,7 +30,8 @@ from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.reference import IMAGES, load_images
 
 BUNDLE = harness.FOLDER.parent / "export" / "bundles" / "digits"
-FOLDER = 1000  # images
+FOLDER, SHARD = 1000, 10_000  # images
+FILES = "PNG files"
 MARK = "MPDSGR_BENCHMARK"  # in the environment of all processes of a command
 MEMORY = Path("/dev/shm")  # where files cost no disk
 EQUAL = {"RAY_worker_niceness": "0"}  # by default Ray's workers leave the processor to all other work of the machine
@@ -35,12 +40,13 @@ EQUAL = {"RAY_worker_niceness": "0"}  # by default Ray's workers leave the proce
 @click.option("--images", "counts", multiple=True, default=(20_000, 200_000), show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--turns", default=1, show_default=True, type=click.IntRange(1), help="Of each.")
-def run(counts: tuple[int, ...], batch: int, turns: int) -> dict[str, Any]:
+@click.option("--parquet", "in_parquet", is_flag=True, help="Images as rows of Parquet files.")
+def run(counts: tuple[int, ...], batch: int, turns: int, in_parquet: bool) -> dict[str, Any]:
     """Time the local command and Ray on the same images."""
-    result: dict[str, Any] = {"batch": batch, "counts": {}}
+    result: dict[str, Any] = {"batch": batch, "inputs": "Parquet rows" if in_parquet else FILES, "counts": {}}
     for count in counts:
         with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as place:
-            write_images(Path(place) / "images", count)
+            (write_shards if in_parquet else write_images)(Path(place) / "images", count)
             options = {"local": ["--out", f"{place}/local.parquet"], "ray": ["--ray", "local", "--out", f"{place}/ray"]}
             command = ["predict", str(BUNDLE), f"{place}/images", "--batch", str(batch)]
             taken: dict[str, list[dict[str, float]]] = {name: [] for name in options}
@@ -54,18 +60,30 @@ def run(counts: tuple[int, ...], batch: int, turns: int) -> dict[str, Any]:
     return {**result, "versions": {name: package_version(name) for name in ("ray", "onnxruntime", "pyarrow")}}
 
 
+def encoded() -> list[bytes]:
+    """The test images of the digits as PNG files."""
+    files = []
+    for image in load_images(BUNDLE / IMAGES).pixels:
+        Image.fromarray(image[0]).save(file := BytesIO(), "png")
+        files.append(file.getvalue())
+    return files
+
+
 def write_images(folder: Path, count: int) -> None:
     """Digits as PNG files, a thousand to a folder."""
-    pixels = load_images(BUNDLE / IMAGES).pixels
-    with tempfile.TemporaryDirectory() as scratch:
-        files = []
-        for number, image in enumerate(pixels):
-            Image.fromarray(image[0]).save(file := Path(scratch) / f"{number}.png")
-            files.append(file.read_bytes())
-    for number in range(count):
+    for number, content in enumerate(islice(cycle(encoded()), count)):
         if number % FOLDER == 0:
             (folder / f"{number // FOLDER:04}").mkdir(parents=True)
-        (folder / f"{number // FOLDER:04}" / f"{number % FOLDER:04}.png").write_bytes(files[number % len(files)])
+        (folder / f"{number // FOLDER:04}" / f"{number % FOLDER:04}.png").write_bytes(content)
+
+
+def write_shards(folder: Path, count: int) -> None:
+    """Digits as PNG files in the rows of Parquet files, ten thousand to a file, a thousand to a row group."""
+    folder.mkdir(parents=True)
+    contents = islice(cycle(encoded()), count)
+    for number in range(-(-count // SHARD)):
+        table = arrow.table({"image": list(islice(contents, SHARD))})
+        parquet.write_table(table, folder / f"{number:04}.parquet", row_group_size=FOLDER)
 
 
 def measured(arguments: list[str]) -> dict[str, float]:
@@ -114,9 +132,9 @@ def render(result: dict[str, Any]) -> str:
     return harness.table(
         ["images", "command", "s", "images/s", "times local", "MiB"],
         rows,
-        f"PNG files of 8x8 pixels in memory (/dev/shm), batch {result['batch']}, best of n = {turns}; `times local`: "
-        f"images per second, paired. Ray's workers run at the command's own priority, not at their default, which "
-        f"leaves the processor to other work. {versions}.",
+        f"{result.get('inputs', FILES)} of 8x8 pixels in memory (/dev/shm), batch {result['batch']}, best of n = "
+        f"{turns}; `times local`: images per second, paired. Ray's workers run at the command's own priority, not at "
+        f"their default, which leaves the processor to other work. {versions}.",
         harness.source(result),
     )
 
