@@ -17,9 +17,8 @@ import pytest
 import torch
 from conftest import small_recipe
 from onnx import TensorProto
-from test_export import exported
+from test_export import exported, learned
 from test_stochastic_export import exported as exported_stochastic
-from test_stochastic_export import warmed_up
 from torch.nn import functional as F
 
 from mpdsgr_deploy.attack_graph import attack_graph, derived, derived_attack_graph
@@ -61,17 +60,14 @@ SMALL = (1, 8, 8)
 
 
 @cache
-def small(defence: str, encoding: str) -> tuple[SpikingNet, ir.Model, tuple[int, int, int]]:
-    """A warmed-up network with a defence and an encoding, its graph and the shape of its images."""
-    if encoding == "frames":
-        torch.manual_seed(0)
-        shape, model = (6, 8, 8), build_model(small_recipe(encoding={"name": "frames"}), (6, 8, 8), 10)
-        for layer in model.layers():
-            layer.norm.momentum = 1.0
-        model(torch.rand(32, *shape))
-    else:
-        shape, model = SMALL, warmed_up(small_recipe(defence={defence: {}}, encoding={"name": encoding}))
-    return model.eval(), to_graph(simplify(model.eval()), shape), shape
+def frames() -> tuple[SpikingNet, ir.Model, tuple[int, int, int]]:
+    """A warmed-up network of event frames, its graph and the shape of its images."""
+    torch.manual_seed(0)
+    shape, model = (6, 8, 8), build_model(small_recipe(encoding={"name": "frames"}), (6, 8, 8), 10)
+    for layer in model.layers():
+        layer.norm.momentum = 1.0
+    model(torch.rand(32, *shape))
+    return model.eval(), to_graph(simplify(model), shape), shape
 
 
 NETWORKS: dict[str, Callable[[], tuple[SpikingNet, ir.Model, tuple[int, int, int]]]] = {
@@ -79,9 +75,9 @@ NETWORKS: dict[str, Callable[[], tuple[SpikingNet, ir.Model, tuple[int, int, int
     "soft reset": lambda: exported("vgg-small", "soft"),
     "poisson": lambda: (*exported_stochastic("poisson"), SMALL),
     "rsc and stog": lambda: (*exported_stochastic("rsc and stog"), SMALL),
-    "feel": lambda: small("feel", "frequency"),
-    "dlif": lambda: small("dlif", "direct"),
-    "frames": lambda: small("", "frames"),
+    "feel": lambda: (*learned("feel", "frequency"), SMALL),
+    "dlif": lambda: (*learned("dlif", "direct"), SMALL),
+    "frames": frames,
 }
 
 
@@ -359,7 +355,7 @@ def test_tensorrt_builds_the_attack_graph(precision: str, precise: Bundle) -> No
 
 @pytest.mark.parametrize("surrogate", ["adaptive", "rate", "rectangular"])
 def test_tensorrt_builds_every_kind_of_backward_pass(surrogate: str, tmp_path: Path) -> None:
-    save(small("dlif", "direct")[1], tmp_path / "model.onnx")
+    save(learned("dlif", "direct")[1], tmp_path / "model.onnx")
     (tmp_path / "attack.onnx").write_bytes(derived(tmp_path / "model.onnx", surrogate))
     assert build_engine("tensorrt-rtx", tmp_path / "attack.onnx", (1, 2, 8))
 

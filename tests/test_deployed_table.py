@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent.parent / "train" / "results"
 SMALL = """
 title = "Exported networks of the tests"
 limit = 20
-set = ["model.width=0.125", "encoding.T=2", "training.epochs=1", "attack.strong_steps=2"]
+set = ["model.width=0.125", "encoding.T=2", "training.epochs=1", "training.pictures=0", "attack.strong_steps=2"]
 
 [artefact]
 tier = "commit"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_attack_graph import small
+from test_attack_graph import frames
 
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import Batch
@@ -117,7 +117,7 @@ def test_no_more_events_are_changed_than_are_needed() -> None:
 
 
 def test_one_event_on_an_exported_spiking_network_is_what_brute_force_finds(tmp_path: Path) -> None:
-    _, graph, shape = small("", "frames")
+    _, graph, shape = frames()
     file = tmp_path / "model.onnx"
     save(graph, file)
     predict = OnnxRuntime(file, settings=RuntimeSettings(threads=1))
