@@ -257,9 +257,9 @@ def plant(fault: Fault, networks: Networks, path: Path, patch: pytest.MonkeyPatc
 
 def judge(copy: Planted, kind: type[Target] = Target) -> Outcome:
     """Validate it, as the command does; of what passes, `said` has the report's remarks."""
-    target = kind(open_bundle(copy.path), copy.backend, copy.precision)
     rebuild = check_rebuilt if copy.rebuild else None
     try:
+        target = kind(open_bundle(copy.path), copy.backend, copy.precision)
         report = validate(target, gate=copy.gate, limit=copy.limit, transfer=copy.transfer, rebuild=rebuild)
     except MpdsgrError as error:
         return Outcome(error.exit_code, [str(error)])
