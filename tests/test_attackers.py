@@ -169,28 +169,28 @@ def test_a_stochastic_network_is_repeatable_and_its_attacker_draws_other_noise(n
 
 
 def test_evaluation_of_a_checkpoint_adds_up(noisy_run: Path, run_dir: Path) -> None:
-    found = evaluate(noisy_run, limit=40, transfer=run_dir)
+    found = evaluate(noisy_run, limit=20, transfer=run_dir)
     names = [row.name for row in found.rows]
     strong = ["pgd-strong", "strong rate", "cw-l2", "worst"]
     assert names == ["clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "transfer", *strong]
     rows = {row.name: row for row in found.rows}
-    assert all(row.n == 40 for row in found.rows)
+    assert all(row.n == 20 for row in found.rows)
     assert rows["worst"].score.correct <= min(
         row.score.correct for row in found.rows if row.name not in ("gaussian", "cw-l2")
     )
     # its images lie at the boundary: under the noise of the answer some are right again, as some clean ones are wrong
-    assert rows["cw-l2"].score.correct <= rows["clean"].score.correct + 4
+    assert rows["cw-l2"].score.correct <= rows["clean"].score.correct + 2
     assert "largest loss" in rows["pgd-strong"].settings
     assert [check.number for check in found.health] == [1, 2, 3, 6, 7, 14]
 
 
 def test_a_bundle_evaluates_as_its_checkpoint_and_transfer_is_checked(bundle: Bundle, run_dir: Path) -> None:
-    gate = Gate(max_drop=0.2)
+    gate = Gate(max_drop=0.5)
     from_torch, from_bundle = (
-        {row.name: row for row in validate(Target(bundle), gate=gate, limit=50, transfer=source).rows}
+        {row.name: row for row in validate(Target(bundle), gate=gate, limit=20, transfer=source).rows}
         for source in (run_dir, bundle.path)
     )
-    alone = {row.name: row.score for row in evaluate(run_dir, limit=50, transfer=run_dir).rows}
+    alone = {row.name: row.score for row in evaluate(run_dir, limit=20, transfer=run_dir).rows}
     assert from_torch["transfer"].artefact == alone["transfer"]
     assert from_torch["transfer"].reference is None
     assert abs(from_bundle["transfer"].artefact.correct - alone["transfer"].correct) <= 1

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import assert_input_error, mpdsgr
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -64,54 +66,45 @@ print(json.dumps({"verdict": report.verdict, "reasons": [r.line for r in report.
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a Python that sees the package installed, in a folder of its own."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the package was installed."""
     source = tmp_path_factory.mktemp("source") / "plugin"
     shutil.copytree(ROOT / "tests" / "plugin_package", source)
     site = source.parent / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--target", site, source], check=True)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    return site
 
 
-def python(*arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+def seeing(site: Path, program: str = "") -> str:
+    """The prelude of a command that sees what is installed there, as the processes do which it starts; then program."""
+    path = os.pathsep.join([str(site), str(ROOT)])
+    return f"import os, sys\nsys.path.insert(0, {str(site)!r})\nos.environ['PYTHONPATH'] = {path!r}\n{program}"
 
 
-def test_train_export_validate_and_predict_with_what_a_package_adds(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_train_export_validate_and_predict_with_what_a_package_adds(site: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    done = python("-c", PROGRAM, cwd=tmp_path, env=environment)
+    done = mpdsgr("--version", cwd=tmp_path, prelude=seeing(site, PROGRAM))
     assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = json.loads(done.stdout.splitlines()[-2])
     assert outcome["verdict"] == "pass", outcome["reasons"]
     assert outcome["network"] == "mlp for stripes, trained with CALM, T = 2"
     assert outcome["backend"] == "reference"
     assert outcome["accuracy"] > 0.9
     assert "half-step" in outcome["conditions"]
     assert outcome["surrogate"] == "bell"
-    predict = ["-m", "mpdsgr_deploy", "predict", "bundle", "images.npy", "--backend", "reference"]
-    python(
-        "-c",
-        "import numpy; numpy.save('images.npy', numpy.load('bundle/golden.npz')['inputs'])",
-        cwd=tmp_path,
-        env=environment,
-    )
-    done = python(*predict, cwd=tmp_path, env=environment)
+    with np.load(tmp_path / "bundle" / "golden.npz") as golden:
+        np.save(tmp_path / "images.npy", golden["inputs"])
+    predict = ("predict", "bundle", "images.npy", "--backend", "reference")
+    done = mpdsgr(*predict, cwd=tmp_path, prelude=seeing(site))
     assert done.returncode == 0, done.stderr
     assert {line.split(",")[1] for line in done.stdout.splitlines()[1:]} <= {"horizontal", "vertical"}
 
 
-def test_a_broken_package_is_named(environment: dict[str, str], tmp_path: Path) -> None:
-    site = Path(environment["PYTHONPATH"].partition(os.pathsep)[0])
+def test_a_broken_package_is_named(site: Path, tmp_path: Path) -> None:
     shutil.copytree(site, tmp_path / "site")
     (tmp_path / "site" / "spiking_extras" / "stripes.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    env = {**environment, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
-    done = python("-m", "mpdsgr_deploy", "train", "recipe.toml", cwd=tmp_path, env=env)
-    assert done.returncode == 2
-    message = done.stderr.strip().splitlines()[-1]
-    assert "data set 'stripes' of the installed package spiking-extras 1.2 cannot be loaded" in message
-    assert "a_module_that_is_not_there" in message
+    done = mpdsgr("train", "recipe.toml", cwd=tmp_path, prelude=seeing(tmp_path / "site"))
+    expected = "data set 'stripes' of the installed package spiking-extras 1.2 cannot be loaded"
+    assert_input_error(done, expected, "a_module_that_is_not_there")
