@@ -309,6 +309,9 @@ def test_check_13_flags_an_artefact_that_gains_robustness() -> None:
         flips = VerdictFlips(newly_wrong=worse, newly_right=better, p_value=1.0)
         assert attack_checks.check_reach(Reach(True, flips, allowed=0.05), 100).passed is passed
     assert attack_checks.check_reach(Reach(False), 100).state == "not compared"
+    none, many = (VerdictFlips(newly_wrong=0, newly_right=k, p_value=1.0) for k in (0, 52))
+    edited = attack_checks.check_reach(Reach(True, none, allowed=0.05, each={"fgsm": none, "pgd": many}), 100)
+    assert (edited.passed, edited.saw) == (False, "under pgd 52 of 100 images newly right, 0 newly wrong")
 
 
 def test_check_13_flags_a_reference_that_met_none_of_the_attacks() -> None:

@@ -15,6 +15,7 @@ from mpdsgr_deploy.onnx_files import read_network, rounds_outputs
 from mpdsgr_deploy.validation.gate import limit
 from mpdsgr_deploy.validation.health import Compared, Evidence, Reach, Rebuilt
 from mpdsgr_deploy.validation.image_checks import image_faults
+from mpdsgr_deploy.validation.rows import VerdictFlips
 from mpdsgr_deploy.validation.subject import Subject
 
 Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from a new export of its weights
@@ -68,6 +69,7 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
         alone=compared.alone,
         allowed=limit(subject.gate, WORST),
         contradictions=compared.contradictions,
+        each={name: VerdictFlips.of(compared.verdicts[name], measurement.verdicts[name]) for name in compared.attacks},
     )
     return replace(evidence, reach=reach)
 

@@ -18,6 +18,7 @@ from mpdsgr_deploy.validation.health.registry import (
 from mpdsgr_deploy.validation.proportions import binomial_tail, exceeds
 
 ORDER_P = 0.01  # p-value below which a stronger attack that leaves more accuracy is a fault
+EDITED_P = 1e-6  # the same for one of many attacks, where an edited promise shows far below and chance never
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
 MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left at an eps that lets an attack paint any image
 MIN_STEEPER = 0.8  # share of images on which the gradient must beat random directions
@@ -178,7 +179,7 @@ def check_search(search: Search) -> Seen:
     advice="validate with the settings of the export, or export again; see where the attack graph loses the gradient",
 )
 def check_reach(reach: Reach, n: int) -> Seen:
-    """The artefact does not withstand the attacks better than the reference, over those that both met.
+    """The artefact withstands the attacks no better than the reference, each of those that both met and all together.
 
     A reference that has not met them proves nothing; where there is none at all, floors decide.
     """
@@ -195,4 +196,9 @@ def check_reach(reach: Reach, n: int) -> Seen:
     saw = f"in the worst case {better} of {n} images newly right, {worse} newly wrong (p = {p:.2g})"
     if reach.alone:
         saw += f"; only the artefact met {', '.join(reach.alone)}"
-    return Seen([saw] if better - worse > reach.allowed * n + 1e-9 and p < ORDER_P else [], saw)
+    least = reach.allowed * n + 1e-9
+    faults = [saw] if better - worse > least and p < ORDER_P else []
+    for name, (worse, better) in {k: (f.newly_wrong, f.newly_right) for k, f in reach.each.items()}.items():
+        if better - worse > least and binomial_tail(better, worse + better) < EDITED_P:
+            faults.append(f"under {name} {better} of {n} images newly right, {worse} newly wrong")
+    return Seen(faults, saw)

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, ParamSpec
 
 import numpy as np
@@ -89,7 +90,8 @@ class Reach(NamedTuple):
 
     reference: there is one for these images. flips: None if no attack was met by both. missing: attacks that the
     reference must have met; alone: those it has not. allowed: change of accuracy that the gate allows, in [0, 1].
-    contradictions: images that the reference counts as right in the worst case and as broken by one of its attacks.
+    each: the flips under every attack that both met. contradictions: images that the reference counts as right in the
+    worst case and as broken by one of its attacks.
     """
 
     reference: bool
@@ -98,6 +100,7 @@ class Reach(NamedTuple):
     alone: Sequence[str] = ()
     allowed: float = 0.0
     contradictions: int = 0
+    each: Mapping[str, VerdictFlips] = MappingProxyType({})
 
 
 class Slopes(NamedTuple):
