@@ -11,7 +11,7 @@ from test_attack_graph import frames
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.attacks.event_conditions import EventAttack, EventFlips, EventRetiming
-from mpdsgr_deploy.attacks.event_search import Edit, Search, applied, counts_of
+from mpdsgr_deploy.attacks.event_search import Edit, EventSearch, applied, counts_of
 from mpdsgr_deploy.attacks.run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import entry, resolved
@@ -126,7 +126,7 @@ def test_one_event_on_an_exported_spiking_network_is_what_brute_force_finds(tmp_
     x = x[np.argsort(first - second)[[0, 1, -2, -1]]]  # near the boundary and far from it
     y = predict(x).argmax(1)
     network = NetworkFile(file, predict)
-    asking = (Search(rounds=1, share=1.0, candidates=6 * x[0].size),)  # about every edit that there is
+    asking = (EventSearch(rounds=1, share=1.0, candidates=6 * x[0].size),)  # about every edit that there is
     options = {"eps": None, "surrogate": "pdsg", "others": (), "budget": 1, "levels": 1, "steps": 1, "asking": asking}
     made = [EventFlips(name="flips", **options), EventRetiming(name="moves", **options)]
     for condition in made:

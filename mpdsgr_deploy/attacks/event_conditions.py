@@ -14,7 +14,7 @@ import numpy as np
 
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Condition, Floats, Generators, Kind, Network, register
 from mpdsgr_deploy.attacks.counting import CountedGradients
-from mpdsgr_deploy.attacks.event_search import Counts, Edit, Search, can_gain, can_lose, counts_of, search_events
+from mpdsgr_deploy.attacks.event_search import Counts, Edit, EventSearch, can_gain, can_lose, counts_of, search_events
 from mpdsgr_deploy.data.events import COUNT_CAP
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.protocols import Differentiable, Predictor
@@ -24,8 +24,11 @@ from mpdsgr_deploy.surrogates import PDSG
 Target = tuple[Predictor, Sequence[Differentiable]]  # a network, and its gradients through each surrogate
 POLARITIES = 2  # channels of a frame
 NOTHING = -np.inf  # what an impossible edit promises
-TRUSTING = Search(rounds=20, share=0.05)  # through each surrogate
-ASKING = (Search(rounds=8, share=0.2, candidates=10), Search(rounds=8, share=None, candidates=10))  # the last is SDA
+TRUSTING = EventSearch(rounds=20, share=0.05)  # through each surrogate
+ASKING = (
+    EventSearch(rounds=8, share=0.2, candidates=10),
+    EventSearch(rounds=8, share=None, candidates=10),
+)  # the last is SDA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ class EventAttack(Condition):
     loss: str = "weighted"
     steps: int = TRUSTING.rounds
     others: tuple[str, ...] = ("triangle:1", "superspike:5")
-    asking: tuple[Search, ...] = ASKING
+    asking: tuple[EventSearch, ...] = ASKING
 
     @classmethod
     def recipe_values(cls, attack: Attack) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Edit(NamedTuple):
 Propose = Callable[[Counts, Counts, Floats, int], list[Edit]]
 
 
-class Search(NamedTuple):
+class EventSearch(NamedTuple):
     """How a search goes about it.
 
     share: of the budget that a round spends at most; None: a round keeps all edits that help, and what is not needed is
@@ -84,7 +84,7 @@ def search_events(
     *,
     budget: int,
     levels: int,
-    search: Search,
+    search: EventSearch,
 ) -> Floats:
     """Event frames x [B, C, H, W] of classes y [B] with at most `budget` edits each.
 
@@ -109,7 +109,7 @@ def _round(
     propose: Propose,
     budget: int,
     levels: int,
-    search: Search,
+    search: EventSearch,
     number: int,
 ) -> None:
     """Make the edits of one round."""
