@@ -226,18 +226,18 @@ def _gauge(server: Process, name: str) -> float:
         return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)", page.read().decode(), re.MULTILINE)))
 
 
-def growth(samples: list[list[float]], column: int) -> tuple[float, float]:
-    """Medians of the second and of the last tenth; the first warms up."""
-    tenth = max(1, len(samples) // 10)
-    values = [sample[column] for sample in samples]
-    return statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
+def by_tenths(samples: list[list[float]], column: int) -> list[float]:
+    """Medians of each tenth of the time; of fewer than ten samples, these."""
+    values, parts = [sample[column] for sample in samples], min(10, len(samples))
+    bounds = [len(values) * i // parts for i in range(parts + 1)]
+    return [statistics.median(values[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with its setting."""
     kinds, samples = result["requests"], result["samples"]
     total = sum(kinds.values())
-    memory, files = growth(samples, 2), growth(samples, 3)
+    memory, files = by_tenths(samples, 2), by_tenths(samples, 3)
     wrong = result["wrong"]
     largest = f"largest difference of a logit {result['largest_difference']:.2g}"
     rows = {
@@ -251,8 +251,8 @@ def render(result: dict[str, Any]) -> str:
         **({AGAIN: result["again"]} if "again" in result else {}),
         "hostile clients that met no bound": wrong.get("hostile", 0),
         "bad ones accepted": wrong.get("accepted", 0),
-        "memory, MB, in the second and the last tenth of the time": f"{memory[0] / 1e6:.1f}, {memory[1] / 1e6:.1f}",
-        "open files, likewise": f"{files[0]:.0f}, {files[1]:.0f}",
+        "memory, MB, median of each tenth of the time": ", ".join(f"{size / 1e6:.0f}" for size in memory),
+        "open files, likewise": ", ".join(f"{count:.0f}" for count in files),
         "bytes of requests still counted at the end": f"{result['in_flight_bytes']:.0f}",
         "exit code after SIGTERM": result["exit_code"],
     }

@@ -93,7 +93,8 @@ def test_a_soak_notices_wrong_answers_5xx_and_bad_requests_that_are_accepted() -
     assert len(counts.examples) == 10
 
 
-def test_growth_compares_the_second_tenth_with_the_last() -> None:
-    samples = [[0, 0, float(i)] for i in range(100)]
-    assert soak.growth(samples, 2) == (14.5, 94.5)
-    assert soak.growth([[0, 0, 7.0]], 2) == (7.0, 7.0)
+def test_memory_is_told_by_tenths_of_the_time() -> None:
+    samples = [[0, 0, float(value)] for value in range(105)]
+    tenths = soak.by_tenths(samples, 2)
+    assert (len(tenths), tenths[0], tenths[-1]) == (10, 4.5, 99.0)  # of values to 9, and from 94 on
+    assert soak.by_tenths([[0, 0, 7.0]], 2) == [7.0]
