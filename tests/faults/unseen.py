@@ -27,7 +27,7 @@ def classes_renamed_everywhere_without_the_data_set(copy: Planted) -> None:
 @unseen("promise", OWN_WORD, OWN_IMAGES, kind="colour", thorough=True)
 def images_of_training_without_the_data_set(copy: Planted) -> None:
     """Images that the network memorised, with a promise made for them."""
-    promise_for(copy, load_training(copy.recipe.data)[0][:100])
+    promise_for(copy, load_training(copy.networks.recipe("colour").data)[0][:100])
 
 
 @unseen(
