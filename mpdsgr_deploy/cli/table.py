@@ -83,16 +83,17 @@ def rank(reports: list[Path]) -> None:
 
 
 def write_pages(stem: str, table: TableSpec, how: Measuring) -> None:
-    """Render the page, and the short form of the table in train/README.md of a checkout."""
+    """Render the page, and the short form of the table in the READMEs of a checkout that show it."""
     from mpdsgr_deploy.experiments.records import load_measured
     from mpdsgr_deploy.experiments.table_page import quote, write_page
 
     folder = how.results / stem
     click.echo(f"page in {write_page(stem, table, folder)}")
-    readme = how.results.parent / "README.md"
-    if how.out is None and how.results.parent.name == "train" and readme.exists():
-        quoted = quote(stem, load_measured(table, folder), readme.read_text(encoding="utf-8"))
-        write_atomic(readme, quoted.encode())
+    train = how.results.parent
+    if how.out is None and train.name == "train":
+        measured = load_measured(table, folder)
+        for readme in filter(Path.exists, (train / "README.md", train.parent / "README.md")):
+            write_atomic(readme, quote(stem, measured, readme.read_text(encoding="utf-8")).encode())
 
 
 def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring, images: int) -> int:

@@ -1,5 +1,6 @@
 """The page of a table: its records as Markdown and as plots."""
 
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -84,13 +85,20 @@ def exported(table: TableSpec, measured: Measured) -> list[str]:
 
 
 def quote(name: str, measured: Measured, text: str) -> str:
-    """`text` with the short form of a table between its markers, `<!-- table: NAME -->` and `<!-- end of table -->`."""
-    begin, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
-    if begin not in text:
-        return text
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}{short(measured)}\n{end}{after}"
+    """`text` with the short form of a table behind its marker.
+
+    <!-- table: NAME -->                      every row
+    <!-- table: NAME rows: ROW, ROW -->       these, as far as they are measured
+    <!-- end of table -->
+    """
+
+    def replaced(marker: re.Match[str]) -> str:
+        rows = re.split(r",\s*", marker["rows"]) if marker["rows"] else list(measured)
+        chosen = {row: measured[row] for row in rows if row in measured}
+        return f"{marker['begin']}\n{short(chosen)}\n{marker['end']}" if chosen else marker[0]
+
+    begin, end = rf"<!-- table: {re.escape(name)}( rows: (?P<rows>[^>]*?))? -->", "<!-- end of table -->"
+    return re.sub(rf"(?P<begin>{begin})\n.*?(?P<end>{end})", replaced, text, flags=re.DOTALL)
 
 
 def short(measured: Measured) -> str:
