@@ -68,8 +68,8 @@ def test_every_kind_of_addition_has_its_place_its_registration_and_its_test() ->
     assert [kind for kind, (_, _, tests) in kinds.items() if not re.search(r"`tests/\w+|`MODELS`|formula", tests)] == []
 
 
-def test_the_tour_of_the_readme_leads_through_six_files() -> None:
-    tour = (ROOT / "README.md").read_text().partition("## A tour of six files")[2]
+def test_the_tour_leads_through_six_files() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text().partition("## A tour of six files\n")[2].partition("\n## ")[0]
     files = re.findall(r"^\d\. `([\w/]+\.py)`", tour, re.MULTILINE)
     assert len(files) == 6
     assert [file for file in files if not (ROOT / file).is_file()] == []
