@@ -361,4 +361,4 @@ def test_blocks_that_are_asked_for_again_need_no_new_pages() -> None:
         code = BLOCKS.format(first=first, file=pages.__file__)
         return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
-    assert faults("keep_pages()") < faults("") / 4
+    assert faults("keep_pages()") < faults("") / 3  # of four steps: one may meet a heap that could not grow in place

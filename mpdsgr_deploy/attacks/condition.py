@@ -29,7 +29,6 @@ Kind = Literal["noise", "gradient", "transfer", "query"]
 CLEAN, GAUSSIAN, UNIFORM, FGSM, BIM, PGD, STRONG = "clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "pgd-strong"
 SA_PGD, APGD_CE, APGD_DLR, SQUARE, CW = "strong adaptive", "apgd-ce", "apgd-dlr", "square", "cw-l2"
 APGD_T, FAB_T, MPD_APGD, TRANSFER, WORST = "apgd-t", "fab-t", "mpd-apgd", "transfer", "worst"
-STRONGER = "-strong"  # ends the name of the longer transferred attack
 
 
 class Network(Protocol):
@@ -88,7 +87,8 @@ class Condition(ABC):
     eps: the L-infinity bound, None where there is none. surrogate: through which a network is differentiated, None
     where it is not. restarts: random starts. rank: place in the order in which accuracy must not rise (check 2), None
     for conditions outside it. draws: over how many draws of its noise a stochastic network's gradient is averaged.
-    keep: as of `pgd`. seed, stream (default: the name): what random numbers depend on beside the image's place.
+    keep: as of `pgd`. seed, stream (default: the name): what random numbers depend on beside the image's place. sender:
+    the other network on which a transferred attack is made, by the name that the suite has for it.
     """
 
     method: ClassVar[str]  # the name it is registered under
@@ -105,6 +105,7 @@ class Condition(ABC):
     keep: Keep = "broken"
     seed: int = 0
     stream: str = ""
+    sender: str = ""
 
     @classmethod
     def recipe_values(cls, attack: Attack) -> dict[str, Any]:

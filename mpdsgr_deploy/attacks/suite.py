@@ -14,7 +14,6 @@ from mpdsgr_deploy.attacks.condition import (
     PGD,
     SQUARE,
     STRONG,
-    STRONGER,
     TRANSFER,
     WORST,
     Attacked,
@@ -66,11 +65,7 @@ class Suite:
         What attacks a stochastic network is opened anew for every batch, which then meets the same noise whatever came
         before it: a batch evaluated after a kill has the result it had before.
         """
-        network = (
-            self.transfer[condition.name.removesuffix(STRONGER)].network
-            if condition.kind == "transfer"
-            else self.network
-        )
+        network = self.transfer[condition.sender].network if condition.kind == "transfer" else self.network
 
         def once(batch: Batch) -> Attacked:
             with condition.target(network) as fresh:

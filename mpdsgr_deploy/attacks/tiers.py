@@ -26,7 +26,6 @@ from mpdsgr_deploy.attacks.condition import (
     SA_PGD,
     SQUARE,
     STRONG,
-    STRONGER,
     TRANSFER,
     UNIFORM,
     WORST,
@@ -94,8 +93,9 @@ BASIC = (
     entry("pgd", PGD, rank=2),
     entry("transfer", TRANSFER),
 )
+# From a network that the caller names, not from the float32 file of the same bundle.
+STRONG_TRANSFER = entry("transfer-strong", "transfer-strong")
 # The surrogates without which an evaluation is not believed: a quarter and 2.5 times as wide, and rectangular.
-NAMED = entry("transfer-strong", f"{TRANSFER}{STRONGER}")  # from a network that the caller names, not from float32's
 SWEEP = (
     entry("strong-pgd", THROUGH, window=0.25, once=True),
     entry("strong-pgd", THROUGH, window=2.5, once=True),
@@ -114,7 +114,7 @@ TIERS = {
             *SWEEP,
             entry("sa-pgd", SA_PGD),
             entry("mpd-apgd", MPD_APGD, rounds=2),
-            NAMED,
+            STRONG_TRANSFER,
             entry("square", SQUARE, queries=100),
         ),
     ),
@@ -128,7 +128,7 @@ TIERS = {
             *SWEEP,
             entry("sa-pgd", SA_PGD),
             entry("mpd-apgd", MPD_APGD),
-            NAMED,
+            STRONG_TRANSFER,
             entry("square", SQUARE, queries=500),
         ),
     ),
@@ -147,7 +147,7 @@ TIERS = {
             entry("apgd-t", APGD_T),
             entry("fab-t", FAB_T),
             entry("mpd-apgd", MPD_APGD, steps=200),
-            NAMED,
+            STRONG_TRANSFER,
             entry("square", SQUARE, queries=5000),
         ),
     ),
@@ -197,9 +197,9 @@ def resolved(
         kind = CONDITIONS.choose(line.method)
         fields = {**kind.recipe_values(attack), **line.values, "seed": seed, **noisy}
         if kind.kind == "transfer":
-            for name in transfer if line.name == TRANSFER else transfer.keys() & {TRANSFER}:
-                suffix = line.name.removeprefix(TRANSFER)
-                yield kind(name=f"{name}{suffix}", **{"surrogate": transfer[name], **fields})
+            for sender in transfer if line.name == TRANSFER else transfer.keys() & {TRANSFER}:
+                name = sender if line.name == TRANSFER else line.name
+                yield kind(name=name, sender=sender, **{"surrogate": transfer[sender], **fields})
         elif kind.kind != "gradient":
             yield kind(name=line.name, **fields)
         else:

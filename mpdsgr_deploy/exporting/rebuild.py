@@ -55,10 +55,8 @@ def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, l
     model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels)).eval()
     graph = to_graph(simplify(model), manifest.input_shape)
     for precision, variant in manifest.variants.items():
-        again, layers = (
-            folder / f"model.{precision}.onnx",
-            sorted(plan(graph, precision).keys() ^ variant.layers.keys()),
-        )
+        again = folder / f"model.{precision}.onnx"
+        layers = sorted(plan(graph, precision).keys() ^ variant.layers.keys())
         if not layers:
             with writing(again, "what was finished is kept"):
                 save(convert(graph, variant.layers), again)

@@ -175,7 +175,7 @@ def _not_worth_attacking(
 def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: Floats) -> tuple[list[Curve], Evidence]:
     """What growing eps, twice the steps and search do to the first of the images x [n, C, H, W]."""
     suite, size, journal = subject.suite, subject.batch_size, subject.journal
-    found = probes.search(suite, measurement, x[: probes.SEARCHED], batch_size=size, journal=journal)
+    searched = probes.search(suite, measurement, x[: probes.SEARCHED], batch_size=size, journal=journal)
     x = x[: TIERS[subject.gate.tier].probe]
     y, clean = measurement.y[: len(x)], measurement.clean[: len(x)]
     grown = probes.growth(suite, x, y, clean, batch_size=size, journal=journal)
@@ -184,7 +184,7 @@ def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: F
     curves = [Curve.of(name, verdicts) for name, verdicts in grown.items()]
     eps = subject.target.bundle.manifest.recipe.attack.eps
     climb = probes.slopes(suite, x, y, clean, eps, batch_size=size)
-    return curves, replace(evidence, growth=grown[STRONG], convergence=more, slopes=climb, search=found)
+    return curves, replace(evidence, growth=grown[STRONG], convergence=more, slopes=climb, search=searched)
 
 
 def _with_power(row: Row, gate: Gate) -> Row:
