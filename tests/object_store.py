@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from urllib.request import Request as Post
+from urllib.request import urlopen
 
 import pytest
 from ray_cluster import free_ports
@@ -41,7 +43,7 @@ def object_store() -> Iterator[ObjectStore]:
     """The store, with an empty bucket, to which this process's environment leads and that of those it starts."""
     pytest.importorskip("moto")
     fsspec = pytest.importorskip("fsspec")
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -74,6 +76,9 @@ def object_store() -> Iterator[ObjectStore]:
             "EC2_METADATA_DISABLED": "true",
         }.items():
             environment.setenv(f"AWS_{name}", value)
+        # a store that this process had before left its buckets to moto, and its address to the file systems of fsspec
+        urlopen(Post(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")).close()
+        s3fs.S3FileSystem.clear_instance_cache()
         store.fs = fsspec.filesystem("s3", use_listings_cache=False)
         store.fs.mkdir(BUCKET)
         yield store

@@ -60,7 +60,7 @@ class Peer:
         """As fast as torch makes it: compiled, channels last."""
         if self.compiled is None:
             network = copy.deepcopy(self.network).eval().to(memory_format=torch.channels_last)
-            self.compiled = torch.compile(network)
+            self.compiled = torch.compile(network, dynamic=False)  # kernels for any batch would be slower
         with self.autocast(precision):
             self.compiled(x.contiguous(memory_format=torch.channels_last))
 
