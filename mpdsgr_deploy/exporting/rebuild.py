@@ -83,10 +83,11 @@ def different_gradients(bundle: Bundle) -> list[str]:
             weights, own = answers
             scale = np.abs(weights.gradient).max((1, 2, 3), initial=np.finfo(np.float32).tiny)
             alike = np.abs(own.gradient - weights.gradient).max((1, 2, 3)) <= ALIKE * scale
-            if not compare(weights.logits, own.logits).holds or alike.mean() < MINIMUM_SHARE:
+            parity = compare(weights.logits, own.logits)
+            if not parity.holds or alike.mean() < MINIMUM_SHARE:
                 faults.append(
                     f"{manifest.variants[precision].file} has the gradients of the weights on {alike.sum()} of "
-                    f"{len(alike)} images: {compare(weights.logits, own.logits)}"
+                    f"{len(alike)} images: {parity}"
                 )
     return faults
 

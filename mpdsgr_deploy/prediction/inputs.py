@@ -97,10 +97,10 @@ class Inputs:
             except InputError as error:
                 return error
 
-        here = all(isinstance(place, Path) for place in places)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for start in range(0, len(places), WINDOW):
-                some = places[start : start + WINDOW]
+        for start in range(0, len(places), WINDOW):
+            some = places[start : start + WINDOW]
+            here = all(isinstance(place, Path) for place in some)
+            with ThreadPoolExecutor(AT_ONCE) as pool:
                 for place, result in zip(some, (map if here else pool.map)(tried, some), strict=True):
                     if not isinstance(result, InputError):
                         yield result

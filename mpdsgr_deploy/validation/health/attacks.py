@@ -198,7 +198,8 @@ def check_reach(reach: Reach, n: int) -> Seen:
         saw += f"; only the artefact met {', '.join(reach.alone)}"
     least = reach.allowed * n + 1e-9
     faults = [saw] if better - worse > least and p < ORDER_P else []
-    for name, (worse, better) in {k: (f.newly_wrong, f.newly_right) for k, f in reach.each.items()}.items():
+    for name, flips in reach.each.items():
+        worse, better = flips.newly_wrong, flips.newly_right
         if better - worse > least and binomial_tail(better, worse + better) < EDITED_P:
             faults.append(f"under {name} {better} of {n} images newly right, {worse} newly wrong")
     return Seen(faults, saw)
