@@ -85,6 +85,13 @@ class Http2:
             self.gone = True
             return False
         self._rest += data
+        try:
+            self._take_frames()
+        except OSError:  # it has closed, and takes no acknowledgement
+            self.gone = True
+        return True
+
+    def _take_frames(self) -> None:
         while len(self._rest) >= 9:
             length = int.from_bytes(self._rest[:3], "big")
             if len(self._rest) < 9 + length:
@@ -93,7 +100,6 @@ class Http2:
             stream = int.from_bytes(self._rest[5:9], "big")
             payload, self._rest = self._rest[9 : 9 + length], self._rest[9 + length :]
             self._frame(kind, flags, stream, payload)
-        return True
 
     def _frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == SETTINGS and not flags & ACK:
