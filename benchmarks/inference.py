@@ -4,8 +4,8 @@
 
 The whole network of the paper (T = 8, 32x32 images, two hidden layers of 4096) with random weights. `int8 limit` is
 OpenVINO on nothing but the network's int8 products, on T * B rows, each followed by a rounding to 8 bits: what a
-network without neurons would take. The peers, SpikingJelly and a plain loop in torch, are processes of their own, each
-eager and compiled with channels last, in float32 and in bf16.
+network without neurons would take. The peers, SpikingJelly, snnTorch and a plain loop in torch, are processes of their
+own, each eager and compiled with channels last, in float32 and in bf16.
 """
 
 import os
@@ -24,7 +24,7 @@ import onnx
 import torch
 from networks import SHAPE, settled
 from onnx import helper, numpy_helper
-from workers import PACKAGES, Worker, worker
+from workers import VERSIONS, Worker, worker
 
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
@@ -38,13 +38,16 @@ from mpdsgr_deploy.runtime.openvino import EXACT, OpenVino
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import SpikingLayer
 
-REFERENCE, INT8, LIMIT = "SpikingJelly, eager", "OpenVINO, int8", "int8 limit"
-PEERS = {"spikingjelly": "SpikingJelly", "plain": "plain torch"}
-MODES = {
-    "eager": ("infer", "fp32"),
-    "eager, bf16": ("infer", "bf16"),
-    "compiled": ("infer_compiled", "fp32"),
-    "compiled, bf16": ("infer_compiled", "bf16"),
+INT8, LIMIT = "OpenVINO, int8", "int8 limit"
+BOTH = ("fp32", "bf16")
+PEERS = {  # name of its worker: title, precisions
+    "spikingjelly": ("SpikingJelly, eager", BOTH),
+    "spikingjelly-compiled": ("SpikingJelly, compiled", BOTH),
+    "spikingjelly-onnx": ("SpikingJelly, exported, onnxruntime", ("fp32",)),
+    "snntorch": ("snnTorch, eager", BOTH),
+    "snntorch-compiled": ("snnTorch, compiled", BOTH),
+    "plain": ("plain torch, eager", BOTH),
+    "plain-compiled": ("plain torch, compiled", BOTH),
 }
 Inference = Callable[[int], float]  # batch to seconds
 
@@ -58,22 +61,21 @@ def run(width: float, T: int, batches: tuple[int, ...], seconds: float) -> dict[
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        peers = {label: stack.enter_context(worker(name, width, T, threads, "cpu")) for name, label in PEERS.items()}
-        variants: dict[str, Inference] = {
-            f"{label}, {mode}": partial(peer_seconds, peer, *MODES[mode])
-            for label, peer in peers.items()
-            for mode in MODES
-        }
+        variants: dict[str, Inference] = {}
+        for name, (title, precisions) in PEERS.items():
+            peer = stack.enter_context(worker(name, width, T, threads, "cpu"))
+            variants |= {f"{title}, {p}": partial(peer_seconds, peer, p) for p in precisions}
+        peers = [*variants]
         recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": width}, "encoding": {"T": T}})
         variants |= ours(settled(recipe), T, threads, Path(folder), stack)
         measured = {str(batch): measure(variants, batch, seconds) for batch in batches}
     setting = {"width": width, "T": T, "threads": threads}
-    versions = {name: package_version(name) for name in ("torch", "onnxruntime", "openvino")}
-    return {"setting": setting, "seconds": measured, "versions": versions}
+    versions = {name: package_version(name) for name in ("torch", "onnxruntime", "openvino")} | VERSIONS
+    return {"setting": setting, "peers": peers, "seconds": measured, "versions": versions}
 
 
-def peer_seconds(peer: Worker, task: str, precision: str, batch: int) -> float:
-    return peer(task, batch, precision)["seconds"]
+def peer_seconds(peer: Worker, precision: str, batch: int) -> float:
+    return peer("infer", batch, precision)["seconds"]
 
 
 def ours(model: SpikingNet, T: int, threads: int, folder: Path, stack: ExitStack) -> dict[str, Inference]:
@@ -177,24 +179,22 @@ def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with its setting."""
     rows = []
     for batch, samples in result["seconds"].items():
-        peers = [name for name in samples if name.partition(",")[0] in PEERS.values()]
-        best = min(peers, key=lambda name: statistics.median(samples[name]))
+        best = min(result["peers"], key=lambda name: statistics.median(samples[name]))
         for name, seconds in samples.items():
             middle = statistics.median(seconds)
             cells = [batch, name, f"{1000 * middle:.1f}", f"{int(batch) / middle:.0f}"]
             cells.append("" if name == LIMIT else harness.spread(samples[best], seconds, "{:.1f}"))
             rows.append([*cells, harness.spread(samples[LIMIT], seconds, "{:.0%}") if name == INT8 else ""])
-    counts = {batch: len(samples[REFERENCE]) for batch, samples in result["seconds"].items()}
+    counts = {batch: len(samples[INT8]) for batch, samples in result["seconds"].items()}
     turns = ", ".join(f"{n} at batch {batch}" for batch, n in counts.items())
     least = min(harness.interval(n)[1] for n in counts.values())
     setting, versions = result["setting"], result["versions"]
-    against = "times the best peer" if len(peers) > 1 else f"times {PEERS['spikingjelly']}"
     return harness.table(
-        ["batch", "variant", "ms", "images/s", against, "share of the int8 limit"],
+        ["batch", "variant", "ms", "images/s", "times the best peer", "share of the int8 limit"],
         rows,
         f"VGG11 at width {setting['width']:g}, 32x32 images, T = {setting['T']}, {setting['threads']} threads; "
         f"medians [interval of at least {least:.0%}] of paired turns: {turns}. onnxruntime {versions['onnxruntime']}, "
-        f"OpenVINO {versions['openvino']}, {PACKAGES[0].replace('==', ' ')}.",
+        f"OpenVINO {versions['openvino']}, SpikingJelly {versions['spikingjelly']}, snnTorch {versions['snntorch']}.",
         harness.source(result),
     )
 

@@ -1,4 +1,5 @@
-"""How fast VGG11 is trained and attacked: this package beside SpikingJelly, snnTorch and a plain loop in torch.
+"""How fast VGG11 is trained and attacked: this package beside SpikingJelly, snnTorch and a plain loop in torch, two of
+them also compiled.
 
     python benchmarks/training.py      writes benchmarks/results/training.json and the table of README.md
 
@@ -19,14 +20,21 @@ import harness
 import machine
 import onnx_ir as ir
 from networks import SHAPE, settled
-from workers import MALLOC, PACKAGES, worker
+from workers import MALLOC, VERSIONS, worker
 
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.exporting.onnx_writer import to_graph
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe
 
-NAMES = {"ours": "mpdsgr-deploy", "spikingjelly": "SpikingJelly", "snntorch": "snnTorch", "plain": "plain loop"}
+NAMES = {
+    "ours": "mpdsgr-deploy",
+    "spikingjelly": "SpikingJelly",
+    "spikingjelly-compiled": "SpikingJelly, compiled",
+    "snntorch": "snnTorch",
+    "plain": "plain loop",
+    "plain-compiled": "plain loop, compiled",
+}
 TASKS = ("train", "attack")
 REFERENCE = "spikingjelly"
 PRECISIONS = ("fp32", "bf16")
@@ -38,7 +46,7 @@ PRECISIONS = ("fp32", "bf16")
 @click.option("--turns", default=5, show_default=True, type=click.IntRange(3), help="Of each.")
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def run(width: float, T: int, batch: int, turns: int, accelerator: str) -> dict[str, Any]:
-    """Time training steps and attacks of four implementations, and what the machine reaches alone."""
+    """Time training steps and attacks of all implementations, and what the machine reaches alone."""
     threads = len(os.sched_getaffinity(0))
     floor = {
         "flops_an_image": flops_an_image(width, T),
@@ -57,7 +65,7 @@ def run(width: float, T: int, batch: int, turns: int, accelerator: str) -> dict[
         "setting": setting,
         "samples": samples,
         "floor": floor,
-        "versions": dict(package.split("==") for package in PACKAGES if "==" in package),
+        "versions": VERSIONS,
     }
 
 

@@ -23,6 +23,7 @@ PACKAGES = (
     *("spikingjelly==2.0.0", "loguru<1,>=0.7", "h5py", "requests", "SciencePlots"),
     *("snntorch==1.0.0", "torchattacks==3.5.1"),
 )
+VERSIONS = dict(package.split("==") for package in PACKAGES if "==" in package)
 # glibc gives freed pages back to the kernel and asks for them again in the next step, unless it is told to keep them
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",

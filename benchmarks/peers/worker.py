@@ -1,16 +1,16 @@
 """One implementation of VGG11 in a process of its own: reads a task a line, answers seconds and peak memory as JSON.
 
-    python worker.py NAME WIDTH T THREADS DEVICE
+    python worker.py NAME[-compiled|-onnx] WIDTH T THREADS DEVICE
 
-A task is `train|attack|infer|infer_compiled BATCH fp32|bf16`. A training step is forward, cross-entropy (ours: and the
+A task is `train|attack|infer BATCH fp32|bf16`. A training step is forward, cross-entropy (ours: and the
 MPD-SGR regulariser), backward and SGD with momentum; an attack is PGD-7 in eval mode, theirs by torchattacks; both are
 as the library's users would write them. Peak memory is of that task alone: the process's resident set on a CPU, what
 torch allocated on a GPU.
 """
 
 import contextlib
-import copy
 import importlib
+import io
 import json
 import sys
 import time
@@ -22,14 +22,17 @@ from peers import ALPHA, CLASSES, EPS, SHAPE, STEPS
 
 
 class Peer:
-    """Another library's network, with the plain training loop around it."""
+    """Another library's network, with the plain training loop around it; compiled, it is also channels last."""
 
     def __init__(self, name: str, width: float, T: int, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.network = importlib.import_module(f"{name}_vgg11").Network(width, T).to(device)
+        library, _, compiled = name.partition("-")
+        self.layout = torch.channels_last if compiled else torch.contiguous_format
+        network = importlib.import_module(f"{library}_vgg11").Network(width, T).to(device, memory_format=self.layout)
+        # a shape that changes is compiled anew: kernels for any batch would be slower
+        self.network = torch.compile(network, dynamic=False) if compiled else network
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9)
-        self.compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def autocast(self, precision: str) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -37,7 +40,8 @@ class Peer:
     def train(self, x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
         self.network.train()
         with self.autocast(precision):
-            loss = torch.nn.functional.cross_entropy(self.network(x).float(), y)
+            logits = self.network(x.contiguous(memory_format=self.layout))
+            loss = torch.nn.functional.cross_entropy(logits.float(), y)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -46,23 +50,37 @@ class Peer:
         import torchattacks
 
         self.network.eval()
+        pgd = torchattacks.PGD(self.network, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=True)
         with self.autocast(precision):
-            torchattacks.PGD(self.network, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=True)(x, y)
+            pgd(x.contiguous(memory_format=self.layout), y)
 
     @torch.inference_mode()
     def infer(self, x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
         self.network.eval()
         with self.autocast(precision):
-            self.network(x)
+            self.network(x.contiguous(memory_format=self.layout))
 
-    @torch.inference_mode()
-    def infer_compiled(self, x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
-        """As fast as torch makes it: compiled, channels last."""
-        if self.compiled is None:
-            network = copy.deepcopy(self.network).eval().to(memory_format=torch.channels_last)
-            self.compiled = torch.compile(network, dynamic=False)  # kernels for any batch would be slower
-        with self.autocast(precision):
-            self.compiled(x.contiguous(memory_format=torch.channels_last))
+
+class Exported(Peer):
+    """Its ONNX file, as torch writes it, in onnxruntime: inference on a CPU."""
+
+    def __init__(self, name: str, width: float, T: int, device: torch.device) -> None:
+        super().__init__(name.removesuffix("-onnx"), width, T, device)
+        self.sessions: dict[int, object] = {}
+
+    def infer(self, x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
+        if len(x) not in self.sessions:
+            self.sessions[len(x)] = self.session(x)
+        self.sessions[len(x)].run(None, {"x": x.numpy()})
+
+    def session(self, x: torch.Tensor) -> object:
+        import onnxruntime
+
+        exported = io.BytesIO()
+        torch.onnx.export(self.network.eval(), (x,), input_names=["x"], dynamo=True, verbose=False).save(exported)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return onnxruntime.InferenceSession(exported.getvalue(), options, providers=["CPUExecutionProvider"])
 
 
 class Ours:
@@ -151,11 +169,12 @@ def status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(name: str, width: float, T: int, threads: int, kind: str) -> None:
+def main(name: str, width: float, T: int, threads: int, accelerator: str) -> None:
     """Answer until the input ends."""
     torch.set_num_threads(threads)
-    device = torch.device(kind)
-    network = Ours(width, T, device) if name == "ours" else Peer(name, width, T, device)
+    device = torch.device(accelerator)
+    kind = Ours if name == "ours" else Exported if name.endswith("-onnx") else Peer
+    network = kind(name, width, T, device)
     print("ready", flush=True)
     for line in sys.stdin:
         what, batch, precision = line.split()
