@@ -42,7 +42,7 @@ PRECISIONS = ("fp32", "bf16")
 
 @click.option("--width", default=1.0, show_default=True, help="Of VGG11.")
 @click.option("--steps", "T", default=8, show_default=True, help="Time steps T.")
-@click.option("--batch", default=32, show_default=True, help="Images a step.")
+@click.option("--batch", default=16, show_default=True, help="Images a step; of 32, these processes need 25 GB.")
 @click.option("--turns", default=5, show_default=True, type=click.IntRange(3), help="Of each.")
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def run(width: float, T: int, batch: int, turns: int, accelerator: str) -> dict[str, Any]:
