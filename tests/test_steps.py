@@ -1,13 +1,17 @@
 """A network's first N of T time steps: what it answers, how it is exported, and how N is chosen."""
 
 import json
+import signal
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_input_error, mpdsgr_here, once, small_recipe
+from conftest import assert_input_error, mpdsgr, mpdsgr_here, once, small_recipe
+from test_resume import Counted
 from test_stochastic_export import warmed_up
 
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
@@ -40,6 +44,25 @@ KINDS = {
     "dlif": {"defence": {"dlif": {}}},
 }
 EXPORTED = ("direct", "poisson", "feel")  # the exporter takes its time
+KILLED_IN_THE_SECOND_ROW = """
+import os, signal
+from mpdsgr_deploy.attacks.run import Journal
+put, finish = Journal.put, Journal.finish
+left = []
+
+def finish_and_count(self, verdicts):
+    finish(self, verdicts)
+    left.append(2)
+
+def put_or_die(self, name, part):
+    put(self, name, part)
+    if left:
+        left[-1] -= 1
+        if not left[-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.put, Journal.finish = put_or_die, finish_and_count
+"""
 
 
 @cache
@@ -197,14 +220,36 @@ def test_a_run_at_fewer_steps_starts_from_a_longer_one(kind: str, run_dir: Path,
         torch.testing.assert_close(learned[name], values, atol=1e-5, rtol=0)
 
 
-def test_inspect_shows_what_each_number_of_steps_costs(
-    short: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def costs(short: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], int]]:
+    """What `inspect --steps` prints, and how many batches it attacked to know it."""
     monkeypatch.setattr("mpdsgr_deploy.exporting.step_table.ROUNDS", 1)
-    arguments = ("inspect", short.path, "--steps", "--limit", 20, "--plots", tmp_path / "plots")
-    done = mpdsgr_here(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+    monkeypatch.setenv("MPDSGR_CACHE", str(tmp_path / "cache"))
+
+    def run(*options: object) -> tuple[dict[str, Any], int]:
+        with monkeypatch.context() as patch:
+            counted = Counted(patch)
+            done = mpdsgr_here("inspect", short.path, "--steps", "--json", *options)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), len(counted.firsts)
+
+    return run
+
+
+def test_inspect_steps_goes_on_after_a_kill(short: Bundle, costs: Callable, tmp_path: Path) -> None:
+    whole, attacked = costs("--limit", 8)
+    killed = mpdsgr("inspect", short.path, "--steps", "--limit", 8, prelude=KILLED_IN_THE_SECOND_ROW)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    table, again = costs("--limit", 8)
+    assert again == attacked - attacked // 4 - 2  # of four rows the first, and two batches of the second
+    for row in (*whole["steps"], *table["steps"]):
+        row.pop("milliseconds")
+    assert table == whole
+    assert not [*(tmp_path / "cache" / "steps").iterdir()]
+
+
+def test_inspect_shows_what_each_number_of_steps_costs(short: Bundle, costs: Callable, tmp_path: Path) -> None:
+    record, _ = costs("--limit", 20, "--plots", tmp_path / "plots")
     rows = record["steps"]
     assert record["measured on"] == "the first 20 test images of digits"
     assert [(row["precision"], row["steps"]) for row in rows] == [(p, t) for p in ("fp32", "int8") for t in (1, 2)]

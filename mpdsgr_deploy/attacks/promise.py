@@ -2,7 +2,7 @@
 
 from mpdsgr_deploy.attacks.condition import WORST, Floats, Network
 from mpdsgr_deploy.attacks.measure import measure
-from mpdsgr_deploy.attacks.run import classes_of
+from mpdsgr_deploy.attacks.run import Journal, classes_of
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS, smaller_tiers
 from mpdsgr_deploy.data.images import Images
@@ -12,18 +12,26 @@ from mpdsgr_deploy.surrogates import trained_surrogate
 
 
 def promise(
-    network: Network, recipe: Recipe, images: Images, tier: str, logits: Floats, *, of: str
+    network: Network,
+    recipe: Recipe,
+    images: Images,
+    tier: str,
+    logits: Floats,
+    *,
+    of: str,
+    journal: Journal | None = None,
 ) -> tuple[Promise, Reference]:
     """Attack `network` with all conditions of a tier, and with those of smaller tiers that differ from them.
 
     logits [N, K]: its answers to the clean images [N, C, H, W]; the caller adds those of other precisions. of: how
-    progress bars call the network. Raises InputError as the attacks do.
+    progress bars call the network. journal: keeps finished batches of the tier's own conditions. Raises InputError as
+    the attacks do.
     """
     source = Source(network, trained_surrogate(recipe))
     size, seed = recipe.validation.batch_size, recipe.validation.seed
     suite = Suite.of(source, TIERS[tier].entries, recipe.attack, seed=seed)
     x, y, clean = images.unit(), images.classes, classes_of(logits)
-    own = measure(suite, x, y, clean, batch_size=size, of=f"{of}, ")
+    own = measure(suite, x, y, clean, batch_size=size, journal=journal, of=f"{of}, ")
     settings = {condition.name: condition.settings for condition in suite.conditions}
     others = {
         (condition.name, condition.settings): condition

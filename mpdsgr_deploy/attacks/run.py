@@ -2,13 +2,14 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Classes, Condition, Floats
 from mpdsgr_deploy.attacks.suite import Suite
@@ -18,6 +19,7 @@ from mpdsgr_deploy.protocols import Predictor
 
 NOT_FINITE = -1  # the class of an image for which the network has no finite answer
 ANSWERS = "answers.npy"  # the logits without attack, beside the finished batches
+VERDICTS = "verdicts.npz"  # in place of them once all are finished
 
 
 class Journal:
@@ -71,6 +73,21 @@ class Journal:
         images, *counts = part.attacked
         with atomic_file(self._file(name, part.rows.start)) as file:
             np.savez(file, images=images, counts=np.array(counts, np.int64), predicted=part.predicted)
+
+    def finish(self, verdicts: Mapping[str, NDArray[np.bool_]]) -> None:
+        """Keep verdicts [N] by condition in place of the batches they come from. Raises InputError as `put`."""
+        with writing(self._directory, "what was finished is kept"), atomic_file(self._directory / VERDICTS) as file:
+            np.savez(file, **verdicts)  # type: ignore[arg-type]  # numpy takes these names for its own options
+        for batch in self._directory.glob("*-*.npz"):
+            batch.unlink()
+
+    def verdicts(self) -> dict[str, NDArray[np.bool_]] | None:
+        """What `finish` kept; None if missing or damaged."""
+        try:
+            with np.load(self._directory / VERDICTS, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, KeyError, BadZipFile):
+            return None
 
     def _file(self, name: str, start: int) -> Path:
         return self._directory / f"{name.replace(' ', '-').replace(':', '-')}-{start}.npz"

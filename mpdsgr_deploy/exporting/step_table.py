@@ -1,5 +1,8 @@
 """What each number of time steps costs: a bundle's networks, exported again at 1 to T steps, attacked and timed."""
 
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,15 +14,20 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mpdsgr_deploy import __version__
+from mpdsgr_deploy.address import cache_directory
 from mpdsgr_deploy.attacks.condition import CLEAN, PGD, WORST
+from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.exporting.steps import Flips, StepFile, step_files
+from mpdsgr_deploy.exporting.steps import TIER, Bools, Flips, StepFile, step_files
+from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
+from mpdsgr_deploy.reference import images_sha256
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
 
 CONDITIONS = (CLEAN, PGD, WORST)
@@ -44,9 +52,20 @@ class StepCost(NamedTuple):
 
 
 def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
-    """A row for each precision and number of steps. Raises InputError for a network that was not trained here."""
-    with _every_step(bundle) as files:
-        return [cost for precision, own in files.items() for cost in _costs(precision, own, images)]
+    """A row for each precision and number of steps.
+
+    After a kill the same call goes on with the attacks that are left; what was finished lies in the user's cache until
+    all rows are. Raises InputError for a network that was not trained here, and where the cache cannot be written.
+    """
+    with _every_step(bundle) as files, _unfinished(bundle, images) as place:
+        attacked = {
+            precision: [
+                file.attacked(images, f"{precision}, {n} of {len(own)} steps", place / f"{precision}-{n}")
+                for n, file in enumerate(own, 1)
+            ]
+            for precision, own in files.items()
+        }
+        return [cost for name, own in files.items() for cost in _costs(name, own, attacked[name], images)]
 
 
 def step_times(bundle: Bundle, images: Images) -> dict[str, list[dict[int, float]]]:
@@ -70,11 +89,26 @@ def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
         yield {precision: [by_precision[precision] for by_precision in files] for precision in layers}
 
 
-def _costs(precision: str, files: Sequence[StepFile], images: Images) -> list[StepCost]:
-    """The rows of one precision: files in the order of their steps."""
+@contextmanager
+def _unfinished(bundle: Bundle, images: Images) -> Iterator[Path]:
+    """A directory in the user's cache, this process's alone, for the length of a with block; an exception leaves it."""
+    subject = json.dumps([__version__, SUITE_VERSION, TIER, bundle.manifest.digest, images_sha256(images)])
+    place = cache_directory() / "steps" / hashlib.sha256(subject.encode()).hexdigest()[:16]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {place}: {error.strerror}; name another place in MPDSGR_CACHE") from error
+    with exclusive(place / LOCK, "process"):
+        yield place
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _costs(
+    precision: str, files: Sequence[StepFile], verdicts: Sequence[Mapping[str, Bools]], images: Images
+) -> list[StepCost]:
+    """The rows of one precision: files and verdicts in the order of their steps."""
     log.info("timing %s", precision)
     times = _times(files, images)
-    verdicts = [file.attacked(images, f"{precision}, {n} of {len(files)} steps") for n, file in enumerate(files, 1)]
     return [
         StepCost(
             precision,

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.promise import promise
+from mpdsgr_deploy.attacks.run import Journal
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
+from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.manifest import NoiseInput
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.network import Shape
@@ -38,13 +40,24 @@ class StepFile(NamedTuple):
     recipe: Recipe
     noise: tuple[NoiseInput, ...]
 
-    def attacked(self, images: Images, of: str) -> Mapping[str, Bools]:
-        """Its verdicts [n] on images: "clean", under each attack of tier `commit`, and "worst" over these."""
+    def attacked(self, images: Images, of: str, unfinished: Path | None = None) -> Mapping[str, Bools]:
+        """Its verdicts [n] on images: "clean", under each attack of tier `commit`, and "worst" over these.
+
+        unfinished: a directory of this network's in which they are kept, so that none is made again after a kill.
+        """
         size, seed = self.recipe.validation.batch_size, self.recipe.validation.seed
+        journal = None if unfinished is None else Journal(unfinished, sha256(self.file))
         with OnnxRuntime(self.file, noise=NoiseSource(self.noise, seed)) as predictor:
             network = NetworkFile(self.file, predictor, self.noise, seed)
             logits = predict(predictor, images.unit(), size, of)
-            return promise(network, self.recipe, images, TIER, logits, of=of)[1].verdicts
+            if journal is not None:
+                journal.begin(logits)
+                if (before := journal.verdicts()) is not None:
+                    return before
+            verdicts = promise(network, self.recipe, images, TIER, logits, of=of, journal=journal)[1].verdicts
+        if journal is not None:
+            journal.finish(verdicts)
+        return verdicts
 
 
 def step_files(
