@@ -173,8 +173,10 @@ def main(name: str, width: float, T: int, threads: int, accelerator: str) -> Non
     """Answer until the input ends."""
     torch.set_num_threads(threads)
     device = torch.device(accelerator)
-    kind = Ours if name == "ours" else Exported if name.endswith("-onnx") else Peer
-    network = kind(name, width, T, device)
+    if name == "ours":
+        network = Ours(width, T, device)
+    else:
+        network = (Exported if name.endswith("-onnx") else Peer)(name, width, T, device)
     print("ready", flush=True)
     for line in sys.stdin:
         what, batch, precision = line.split()
