@@ -97,7 +97,7 @@ class _MultiStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        given_u, given_spikes = grads
+        grad_u, grad_spikes = grads
         u, u_before, spikes_before, leaks = ctx.saved_tensors
         tau = ctx.tau if leaks is None else leaks
         v_threshold, hard = ctx.v_threshold, ctx.hard
@@ -105,24 +105,23 @@ class _MultiStep(torch.autograd.Function):
         to_tau = torch.zeros_like(leaks) if leaks is not None and ctx.needs_input_grad[3] else None
         later: Tensor | None = None  # tau_{t+1} d_{t+1}
         for t in reversed(range(len(u))):
-            spikes = u[t] >= v_threshold
-            d = None if given_spikes is None else given_spikes[t]
+            d = None if grad_spikes is None else grad_spikes[t]
             if later is not None and not ctx.detach_reset:
                 through = later * u[t] if hard else later * v_threshold
                 d = -through if d is None else d - through
             d = None if d is None else d * ctx.surrogate.derivative(u[t] - v_threshold)
             if later is not None:
-                passed_on = later.masked_fill(spikes, 0) if hard else later
+                passed_on = later * _silent(u[t], v_threshold) if hard else later
                 d = passed_on if d is None else d + passed_on
-            if given_u is not None:
-                d = given_u[t] if d is None else d + given_u[t]
+            if grad_u is not None:
+                d = grad_u[t] if d is None else d + grad_u[t]
             d = torch.zeros_like(u[t]) if d is None else d
             to_current[0].add_(d) if ctx.held else to_current[t].copy_(d)
             first = u_before if t == 0 else u[t - 1]
             if first is None:
                 break
-            fired = spikes_before if t == 0 else (u[t - 1] >= v_threshold).to(u.dtype)
             if to_tau is not None:
+                fired = spikes_before if t == 0 else (u[t - 1] >= v_threshold).to(u.dtype)
                 to_tau[t] = (d * _left(first, fired, v_threshold, hard)).sum(0).sum_to_size(leaks[t].shape)
             later = _leak(tau, t) * d
         to_u = to_spikes = None
@@ -135,6 +134,12 @@ class _MultiStep(torch.autograd.Function):
 
 def _leak(tau: float | Tensor, t: int) -> float | Tensor:
     return tau[t] if isinstance(tau, Tensor) else tau
+
+
+def _silent(u: Tensor, v_threshold: float) -> Tensor:
+    """1 - O of potentials, in their own type: booleans as masks cost a CPU twenty times as much."""
+    u = u.detach()
+    return torch.lt(u, v_threshold, out=torch.empty_like(u))
 
 
 def _left(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:

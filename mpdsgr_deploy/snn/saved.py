@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpdsgr_deploy.snn.layer import SpikingLayer
 
-MOST = 128  # levels: a power of two that a byte can count to
+MOST = 64  # levels: the largest power of four, which windows of a power of two lead to, that an int8 counts to
 
 
 def levels(module: nn.Module, received: int | None) -> int | None:
@@ -29,7 +29,7 @@ def levels(module: nn.Module, received: int | None) -> int | None:
 
 @contextmanager
 def in_bytes(x: Tensor, n: int | None) -> Iterator[None]:
-    """What is run in here saves x, multiples of 1/n in [0, 1], as uint8. n None: as it is."""
+    """What is run in here saves x, multiples of 1/n in [0, 1], as int8. n None: as it is."""
     if n is None or torch.compiler.is_compiling():
         yield
         return
@@ -38,7 +38,7 @@ def in_bytes(x: Tensor, n: int | None) -> Iterator[None]:
     def pack(saved: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
         if saved.untyped_storage()._cdata != storage or saved.numel() != size:
             return saved
-        return (saved if n == 1 else saved * n).to(torch.uint8), saved.dtype
+        return (saved if n == 1 else saved * n).to(torch.int8), saved.dtype  # on a CPU six times as fast as to uint8
 
     def unpack(packed: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
         if isinstance(packed, Tensor):

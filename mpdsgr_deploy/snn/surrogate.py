@@ -89,7 +89,7 @@ class _Spike(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, v_threshold: float, surrogate: Surrogate) -> Tensor:
         ctx.save_for_backward(u)
         ctx.v_threshold, ctx.surrogate = v_threshold, surrogate
-        return (u >= v_threshold).to(u.dtype)
+        return _fired(u, v_threshold)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -99,6 +99,14 @@ class _Spike(torch.autograd.Function):
 
 def spike(u: Tensor, v_threshold: float, surrogate: Surrogate) -> Tensor:
     """Heaviside(u - v_threshold) forward, `surrogate` backward; any shape, same dtype."""
-    if not torch.is_grad_enabled():  # also the path that the ONNX exporter traces: GreaterOrEqual + Cast
+    return _Spike.apply(u, v_threshold, surrogate) if torch.is_grad_enabled() else _fired(u, v_threshold)
+
+
+def _fired(u: Tensor, v_threshold: float) -> Tensor:
+    """Spikes, compared in u's own type: on a CPU booleans on the way would take most of a neuron's time.
+
+    A compiler fuses them, and the ONNX exporter is to see GreaterOrEqual and Cast.
+    """
+    if torch.compiler.is_compiling():
         return (u >= v_threshold).to(u.dtype)
-    return _Spike.apply(u, v_threshold, surrogate)
+    return torch.ge(u, v_threshold, out=torch.empty_like(u))
