@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ def package_version(name: str) -> str | None:
         return None
 
 
+@cache
 def source_revision() -> str | None:
-    """The git commit this package runs from, '+dirty' if its files differ from it; None outside a checkout."""
+    """The git commit this package runs from, '+dirty' if its files differ from it; None outside a checkout.
+
+    As of the first call: what a process has imported does not change with the files.
+    """
     source = Path(__file__).parent
     if not (source.parent / ".git").exists():
         return None

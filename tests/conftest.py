@@ -1,25 +1,22 @@
 """One small trained network, its bundle, and the command, shared by all tests."""
 
-import atexit
 import fcntl
 import gc
-import json
 import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
-from functools import cache
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from zygote import ASKING, ask, start
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
@@ -52,7 +49,6 @@ FIRST = (
     *("export", "attack_graph", "precision", "firing"),  # share the networks of test_export.exported
     *("deploy_ray", "study", "calls_home", "readme", "deployed_table", "predict_ray", "cli", "processes"),  # long
 )
-ZYGOTE = "MPDSGR_TEST_ZYGOTE"  # the environment variable with the address of its socket
 QUICK_GATE = "images = 20\nmax_drop = 0.5\n"  # as few images as can decide anything, in seconds
 
 
@@ -62,26 +58,10 @@ def small_recipe(**sections: dict[str, object]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-@cache
-def zygote() -> str:
-    """The socket of the process that forks commands for the tests of all workers; it ends with the first process."""
-    if ZYGOTE not in os.environ:
-        address = str(Path(mkdtemp()) / "zygote")
-        atexit.register(shutil.rmtree, Path(address).parent)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
-            listener.listen()
-            command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(listener.fileno())]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
-        atexit.register(process.communicate)  # closes its stdin, at which it ends
-        os.environ[ZYGOTE] = address
-    return os.environ[ZYGOTE]
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Workers inherit the variable that says where the zygote listens."""
     if HAS_TORCH and config.getoption("numprocesses", None):
-        zygote()
+        start()
 
 
 def mpdsgr(
@@ -92,13 +72,7 @@ def mpdsgr(
     if not HAS_TORCH or "PYTHONPATH" in environment:  # a path decides what is imported
         command = [sys.executable, "-m", "mpdsgr_deploy", *words]
         return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
-    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
-        output = [Path(folder) / name for name in ("stdout", "stderr")]
-        job = {"arguments": words, "cwd": str(cwd or Path.cwd()), "environment": variables, "prelude": prelude}
-        connection.connect(zygote())
-        connection.sendall((json.dumps({**job, "output": [*map(str, output)]}) + "\n").encode())
-        code = int(connection.makefile().readline())
-        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in output))
+    return ask(words, cwd or Path.cwd(), variables, prelude)
 
 
 def mpdsgr_here(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -130,6 +104,13 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
 
     Every worker gets a copy of its own, so that a test that writes into it disturbs no other worker.
     """
+    mine = tmp_path_factory.mktemp("copies") / name
+    shutil.copytree(made_once(tmp_path_factory, name, make), mine)
+    return mine
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A file or folder that `make` writes once in a test run, shared by all workers: not to be written to."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -140,9 +121,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
         if not (common / name).exists():
             make(common / f"{name}.new")
             (common / f"{name}.new").rename(common / name)
-    mine = tmp_path_factory.mktemp("copies") / name
-    shutil.copytree(common / name, mine)
-    return mine
+    return common / name
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -191,19 +170,28 @@ def exported(run: Path, out: Path, **options: Any) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _every_network_is_exported_once() -> Iterator[None]:
-    """Where bundles are written and checked; tests of the exporter itself call it under its own name."""
+def _every_network_is_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where bundles are written and checked, and in tests that import `exporting_once`."""
     if "torch" not in sys.modules:
         yield  # nobody exports here
         return
-    from exporting_once import once as exported_once
-
-    from mpdsgr_deploy.exporting import onnx_writer
+    import exporting_once
 
     with pytest.MonkeyPatch.context() as patch:
-        remembered = exported_once(onnx_writer.to_graph)
+        patch.setattr(exporting_once, "make_once", partial(made_once, tmp_path_factory))
         for place in ("bundle_writer", "rebuild", "steps"):
-            patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", remembered)
+            patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", exporting_once.to_graph)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_fresh_process_of_a_validation_is_forked() -> Iterator[None]:
+    """Elsewhere than in tests of an installed package, where it starts as a user's does."""
+    if not HAS_TORCH:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpdsgr_deploy.validation.target.subprocess", ASKING)
         yield
 
 

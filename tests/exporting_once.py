@@ -1,16 +1,23 @@
 """Exports each network once in a test run: torch's exporter takes seconds, and bundles of one network are many."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from functools import wraps
+from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 from torch import Tensor, nn
 
+from mpdsgr_deploy.exporting import onnx_writer
 from mpdsgr_deploy.snn import Surrogate
 
-Exporter = Callable[[nn.Module, tuple[int, int, int]], Any]
+Shape = tuple[int, int, int]
+_known: dict[str, tuple[nn.Module, ir.Model]] = {}
+make_once: Callable[[str, Callable[[Path], object]], Path] | None = None
+"""Fills a file that all workers share; set at the start of a session."""
 
 
 def identity(value: object) -> object:
@@ -18,7 +25,7 @@ def identity(value: object) -> object:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        return hashlib.sha256(value.detach().numpy().tobytes()).hexdigest(), value.dtype, tuple(value.shape)
+        return hashlib.sha256(value.detach().numpy().tobytes()).hexdigest(), str(value.dtype), tuple(value.shape)
     if isinstance(value, Surrogate) and value.parameter is not None:
         return value.name, value.parameter
     if isinstance(value, set):
@@ -26,23 +33,28 @@ def identity(value: object) -> object:
     if isinstance(value, tuple | list):
         return tuple(map(identity, value))
     if isinstance(value, dict):
-        return tuple((name, identity(entry)) for name, entry in value.items())
+        return tuple((identity(name), identity(entry)) for name, entry in value.items())
     if isinstance(value, nn.Module):
-        return type(value), identity(vars(value))
-    if is_dataclass(value):
-        return type(value), tuple(identity(getattr(value, field.name)) for field in fields(value))
-    return value if callable(value) else (type(value), id(value))
+        return identity(type(value)), identity(vars(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return identity(type(value)), tuple(identity(getattr(value, field.name)) for field in fields(value))
+    name = getattr(value, "__qualname__", "<")
+    has_name = "<" not in name and not hasattr(value, "__self__")  # unlike <lambda>, <locals> and methods
+    if callable(value) and has_name:
+        return value.__module__, name
+    return type(value).__qualname__, os.getpid(), id(value)
 
 
-def once(export: Exporter) -> Exporter:
-    """The same exporter, which answers for a network that it knows with a copy of the graph it made."""
-    known: dict[object, tuple[nn.Module, Any]] = {}
+def to_graph(model: nn.Module, shape: Shape) -> ir.Model:
+    """As `onnx_writer.to_graph`, but for a network that any worker has exported a copy of the graph that it made."""
+    key = hashlib.sha256(repr((identity(model), shape)).encode()).hexdigest()
+    if key not in _known:
+        _known[key] = model, _exported(model, shape, key)  # the model too, lest another object gets the id of a part
+    return _known[key][1].clone()
 
-    @wraps(export)
-    def remembered(model: nn.Module, shape: tuple[int, int, int]) -> Any:
-        key = identity(model), shape
-        if key not in known:
-            known[key] = model, export(model, shape)  # the model too, lest another object gets the id of a part of it
-        return known[key][1].clone()
 
-    return remembered
+def _exported(model: Any, shape: Shape, key: str) -> ir.Model:
+    if make_once is None:
+        return onnx_writer.to_graph(model, shape)
+    file = make_once(f"{key}.onnx", lambda path: onnx.save(ir.to_proto(onnx_writer.to_graph(model, shape)), path))
+    return ir.from_proto(onnx.load(file))

@@ -16,8 +16,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import small_recipe
+from exporting_once import to_graph
 from onnx import TensorProto
-from test_export import exported, learned
+from test_export import NAMES, exported, learned
 from test_stochastic_export import exported as exported_stochastic
 from torch.nn import functional as F
 
@@ -28,9 +29,9 @@ from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, input_gradient
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
-from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
+from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import SWEEP
@@ -71,7 +72,7 @@ def frames() -> tuple[SpikingNet, ir.Model, tuple[int, int, int]]:
 
 
 NETWORKS: dict[str, Callable[[], tuple[SpikingNet, ir.Model, tuple[int, int, int]]]] = {
-    **{name: lambda name=name: exported(name) for name in MODELS},  # type: ignore[misc]
+    **{name: lambda name=name: exported(name) for name in NAMES},  # type: ignore[misc]
     "soft reset": lambda: exported("vgg-small", "soft"),
     "poisson": lambda: (*exported_stochastic("poisson"), SMALL),
     "rsc and stog": lambda: (*exported_stochastic("rsc and stog"), SMALL),
@@ -142,7 +143,7 @@ def assert_torch_agrees(model: SpikingNet, run: Run, x: np.ndarray, y: np.ndarra
 def test_every_network_has_torchs_gradient(name: str) -> None:
     model, graph, shape = NETWORKS[name]()
     thoroughly = name == "vgg-small"  # a surrogate and a batch differ in nodes that all networks have
-    of_neurons = () if name in MODELS else ("triangle:0.5+averaged", "pdsg")  # these differ in neurons alone
+    of_neurons = () if name in NAMES else ("triangle:0.5+averaged", "pdsg")  # these differ in neurons alone
     surrogates = KINDS if thoroughly else ("triangle:0.25", "rate", *of_neurons)
     x, y = images(33, shape)
     for surrogate in surrogates:

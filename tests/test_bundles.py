@@ -49,7 +49,7 @@ def test_a_copy_is_validated_as_it_comes(tmp_path: Path, monkeypatch: pytest.Mon
     assert done.exit_code == 0
     assert "mpdsgr validate digits --report digits-report" in done.output
     Path("gate.toml").write_text(QUICK_GATE)
-    options = ("--precision", "int8", "--gate", "gate.toml", "--report", "digits-report")
+    options = ("--precision", "int8", "--tier", "commit", "--gate", "gate.toml", "--report", "digits-report")
     validated = mpdsgr_here("validate", "digits", *options)
     assert validated.returncode == 0, validated.stdout
     bare = CliRunner().invoke(main, ["bundles", "--copy", "cifar10-clean"])

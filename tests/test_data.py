@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mpdsgr_deploy.data import load_test, load_training
+from mpdsgr_deploy.data import load_test, load_training, sets
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, to_unit
 from mpdsgr_deploy.data.files import read_image
 from mpdsgr_deploy.data.images import Images
@@ -29,6 +29,12 @@ def test_digits_are_real_and_split_three_ways() -> None:
     mean, std = training.statistics()
     assert mean[0] == pytest.approx(training.unit().mean(), abs=1e-4)
     assert std[0] == pytest.approx(training.unit().std(), abs=1e-4)
+
+
+def test_digits_are_scikit_learns_with_and_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = sets._digits_table()
+    monkeypatch.setattr(sets, "find_spec", lambda name: None)  # as where its file lies elsewhere
+    np.testing.assert_array_equal(read, sets._digits_table.__wrapped__())
 
 
 def test_the_split_ignores_the_training_seed_and_subsets_nest() -> None:

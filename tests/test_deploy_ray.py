@@ -187,12 +187,12 @@ def test_a_cluster_serves_through_a_killed_replica_and_a_bad_bundle(tmp_path: Pa
         serves_on_both_nodes(cluster)
         loses_nothing_but_what_a_killed_replica_held(cluster)
         refuses_a_bad_bundle(cluster, bad, tmp_path / "bad" / "digits" / "model.fp32.onnx")
-        cluster.serve("deploy", good)
+        cluster.deploy(good)
         until(
             lambda: cluster.application()["status"] == "RUNNING" and len(cluster.replicas()) == 2, "the good one again"
         )
         serves_on_both_nodes(cluster)
-        cluster.serve("shutdown", "-y")
+        cluster.shutdown()
         cluster.stop()
         until(lambda: not cluster.processes(), "the end of every process", 20)
 
@@ -245,7 +245,7 @@ def loses_nothing_but_what_a_killed_replica_held(cluster: Cluster) -> None:
 def refuses_a_bad_bundle(cluster: Cluster, config: Path, network: Path) -> None:
     network.write_bytes(network.read_bytes()[:-1])
     with Load(cluster.http, *expected()) as load:
-        cluster.serve("deploy", config)
+        cluster.deploy(config)
         until(lambda: cluster.application()["status"] == "DEPLOY_FAILED", "the end of the attempt")
     (deployment,) = cluster.application()["deployments"].values()
     assert f"InputError: {network} does not match its hash" in deployment["message"]

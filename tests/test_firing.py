@@ -12,14 +12,14 @@ import pytest
 import torch
 from conftest import resealed
 from onnx import TensorProto, helper
-from test_export import exported
+from test_export import NAMES, exported
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
-from mpdsgr_deploy.models import MODELS, SpikingNet
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.onnx_files import layer_of
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.firing import FiringRates, firing_rate_layers, spike_names, with_firing_rates
@@ -61,7 +61,7 @@ def assert_same(rates: np.ndarray, expected: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(rates, wanted, atol=0.02)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_rates_of_every_model_are_those_torch_observes(name: str) -> None:
     model, graph, shape = exported(name)
     network = ir.to_proto(graph)
@@ -81,7 +81,7 @@ def test_rates_of_every_model_are_those_torch_observes(name: str) -> None:
 
 
 @pytest.mark.parametrize("neurons", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_precision_keeps_the_names_and_says_its_own_rates(name: str, neurons: str) -> None:
     _, graph, shape = exported(name)
     x = images(shape)

@@ -1,6 +1,7 @@
 """The command that waits for a GPU, on a CPU: it keeps what it has, whatever ends it."""
 
 import json
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from ray_cluster import until
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -48,9 +50,21 @@ note("second", right=3)
 """
 
 
+class OutOfTime(subprocess.Popen[bytes]):
+    """A process whose step "kernels" is out of time as soon as it has started its child."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is None or "kernels" not in self.args:
+            return super().wait(timeout)
+        child = Path(self.args[3], "child")
+        until(lambda: child.exists() and child.read_text(), "the child")
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
 def test_each_step_keeps_what_it_found_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gpu_steps.py").write_text(STANDS_IN)
     monkeypatch.setattr(harness, "FOLDER", tmp_path)
+    monkeypatch.setattr(gpu.subprocess, "Popen", OutOfTime)
     monkeypatch.setitem(gpu.STEPS, "kernels", gpu.Step(8, "cut off?"))
     result = gpu.run_steps(tmp_path / "out", "data", 1, ("kernels", "providers", "attack"), "cuda")
     kept = json.loads((tmp_path / "out" / "gpu.json").read_text())

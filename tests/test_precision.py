@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_export import exported
+from test_export import NAMES, exported
 from test_stochastic_export import exported as exported_stochastic
 
 from mpdsgr_deploy.bundle import Bundle
@@ -19,7 +19,6 @@ from mpdsgr_deploy.exporting.grid import Grid, grids
 from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
 from mpdsgr_deploy.exporting.trial import drop
-from mpdsgr_deploy.models import MODELS
 from mpdsgr_deploy.parity import TOLERANCE, golden_rows
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 
@@ -30,7 +29,7 @@ SEED = 0
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, ir.Model]:
     """One float32 graph of each kind of network, small."""
-    return {name: exported(name)[1] for name in MODELS}
+    return {name: exported(name)[1] for name in NAMES}
 
 
 def answer(model: ir.Model, x: np.ndarray, folder: Path) -> np.ndarray:
@@ -39,7 +38,7 @@ def answer(model: ir.Model, x: np.ndarray, folder: Path) -> np.ndarray:
         return network(x)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_spikes_and_pooled_spikes_have_grids_and_keep_to_them(
     name: str, graphs: dict[str, ir.Model], tmp_path: Path
 ) -> None:
@@ -81,7 +80,7 @@ def test_a_poisson_encoding_is_quantised_from_the_first_layer_on() -> None:
 
 
 @pytest.mark.parametrize("precision", FORMATS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_quantised_products_differ_from_float32_by_their_rounded_weights_alone(
     name: str, precision: str, graphs: dict[str, ir.Model], tmp_path: Path
 ) -> None:

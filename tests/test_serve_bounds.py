@@ -387,7 +387,7 @@ def test_idle_and_old_connections_are_closed(hasty: Served) -> None:
     with hasty.connect(10) as connection:
         start = time.monotonic()
         while connection.send(GOOD) or connection.reply().headers.get("connection") != "close":
-            assert time.monotonic() - start < 8
+            assert time.monotonic() - start < 60
             time.sleep(0.2)
         assert connection.closed()
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import small_recipe
+from exporting_once import to_graph
 from scipy.stats import binom, kstest
 from test_firing import observed
 
@@ -26,7 +27,7 @@ from mpdsgr_deploy.diagnostics.facts import bundle_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting import export
-from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.networks import load_model

@@ -15,15 +15,13 @@ import onnx
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
 from onnx import TensorProto, helper, numpy_helper
+from test_export import NAMES, exported
 
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
 from mpdsgr_deploy.errors import InputError, OutOfMemory
-from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
+from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert
 from mpdsgr_deploy.exporting.precision import plan as precisions_of_layers
-from mpdsgr_deploy.models import MODELS, build_model
-from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.tensorrt import build_engine, cuda, prepare
@@ -93,11 +91,9 @@ SYNAPSES = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_model_becomes_an_engine(name: str, tmp_path: Path) -> None:
-    shape = (3, 32, 32) if name == "vgg16" else (3, 16, 16)
-    recipe = Recipe.model_validate({"model": {"name": name, "width": 0.1}, "encoding": {"T": 2}})
-    graph = to_graph(simplify(build_model(recipe, shape, 10).eval()), shape)
+    _, graph, _ = exported(name)
     # float16 and float8 differ from these two in the types of nodes that all networks have
     for precision in PRECISIONS if name in ("vgg-small", "wrn16-4") else ("fp32", "int8"):
         save(convert(graph, precisions_of_layers(graph, precision)), tmp_path / "model.onnx")

@@ -1,7 +1,7 @@
 """A process that has imported what the commands import, and forks a child for each command it is asked to run.
 
 Importing torch and Lightning takes seconds of processor time; so each command costs its own work alone. Who connects
-to its socket sends a command as a line of JSON and gets its exit code. It ends with its stdin.
+to its socket (`ask`) sends a command as a line of JSON and gets its exit code. It ends with its stdin.
 """
 
 import atexit
@@ -9,15 +9,68 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from types import SimpleNamespace
+from typing import Any
 
 PACKAGE = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
-MODULES = (*(f"mpdsgr_deploy.{name}" for name in PACKAGE), "sklearn.datasets")
+MODULES = [f"mpdsgr_deploy.{name}" for name in PACKAGE]
+ADDRESS = "MPDSGR_TEST_ZYGOTE"  # the environment variable with the address of the socket
+IMPORTED_FROM = os.environ.get("PYTHONPATH")
+
+
+@cache
+def start() -> str:
+    """The socket of the process that forks commands for the tests of all workers; it ends with the first process."""
+    if ADDRESS not in os.environ:
+        address = str(Path(mkdtemp()) / "zygote")
+        atexit.register(shutil.rmtree, Path(address).parent)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            command = [sys.executable, __file__, str(listener.fileno())]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
+        atexit.register(process.communicate)  # closes its stdin, at which it ends
+        os.environ[ADDRESS] = address
+    return os.environ[ADDRESS]
+
+
+def ask(
+    words: list[str], cwd: Path, environment: dict[str, str], prelude: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the command with these words in a process of its own. prelude: code that this process executes first."""
+    address = start()
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
+        output = [Path(folder) / name for name in ("stdout", "stderr")]
+        job = {"arguments": words, "cwd": str(cwd), "environment": environment, "prelude": prelude}
+        connection.connect(address)
+        connection.sendall((json.dumps({**job, "output": [*map(str, output)]}) + "\n").encode())
+        code = int(connection.makefile().readline())
+        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in output))
+
+
+def ask_command(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """In place of `subprocess.run(command, check=True)`, where a command of ours runs another one."""
+    if os.environ.get("PYTHONPATH") != IMPORTED_FROM:  # a path decides what is imported
+        return subprocess.run(command, **options)
+    done = ask(command[3:], Path.cwd(), dict(os.environ))  # behind "python -m mpdsgr_deploy"
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr.encode())
+    return done
+
+
+ASKING = SimpleNamespace(run=ask_command, DEVNULL=subprocess.DEVNULL, CalledProcessError=subprocess.CalledProcessError)
+"""In place of the module `subprocess`."""
 
 
 def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: str, output: list[str]) -> None:
@@ -31,7 +84,9 @@ def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: st
         os.close(opened)
     exec(prelude, {})
     from mpdsgr_deploy.cli import main
+    from mpdsgr_deploy.validation import target
 
+    vars(target)["subprocess"] = ASKING
     main(arguments, prog_name="mpdsgr")
 
 

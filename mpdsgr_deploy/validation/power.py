@@ -6,6 +6,7 @@ the worse; the gate's own test decides each outcome, so the probability is exact
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,11 @@ def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: 
     allowed: the gate's limit, in [0, 1]; worse, better: flips seen among the n images; significant: the p-value below
     which the gate calls a drop significant.
     """
-    flips = min(worse, better) / n  # flips by rounding alone, in each direction
+    return _smallest(n, allowed, min(worse, better) / n, significant)  # flips by rounding alone, in each direction
+
+
+@lru_cache(1024)  # most rows of a report have the same few flips
+def _smallest(n: int, allowed: float, flips: float, significant: float) -> float | None:
     low, high = 0.0, 1.0 - 2 * flips
     if allowed >= 1 or refused(n, allowed, flips, high, significant) < RELIABLE:
         return None
@@ -51,18 +56,30 @@ def refused(n: int, allowed: float, flips: float, drop: float, significant: floa
 
 def _refused_of(discordant: int, n: int, allowed: float, share: float, significant: float) -> float:
     """The same for a known number of flips, each for the worse with probability `share`."""
+    counts = _refused_counts(discordant, allowed * n + 1e-9, significant)
+    return float(np.exp(_log_binomial(discordant, counts, share)).sum())
+
+
+@lru_cache(4096)
+def _refused_counts(discordant: int, limit: float, significant: float) -> NDArray[np.int64]:
+    """How many of the flips for the worse are refused: all these counts."""
     worse = np.arange(discordant + 1)
     # P(at least this many flips are for the worse) by chance
     tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[::-1]
-    refuses = (tails < significant) & (2 * worse - discordant > allowed * n + 1e-9)
-    return float(np.exp(_log_binomial(discordant, worse[refuses], share)).sum())
+    return worse[(tails < significant) & (2 * worse - discordant > limit)]
 
 
 def _log_binomial(n: int, k: NDArray[np.int64], p: float) -> Floats:
     """log P(X = k) for X ~ Binomial(n, p)."""
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    log_factorials = _log_factorials(n)
     ways = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
     with np.errstate(divide="ignore", invalid="ignore"):
         hits = np.where(k > 0, k * np.log(p), 0.0)
         misses = np.where(n - k > 0, (n - k) * np.log1p(-p), 0.0)
     return np.asarray(ways + hits + misses)
+
+
+@lru_cache(4096)
+def _log_factorials(n: int) -> Floats:
+    """log k! for k from 0 to n, [n + 1]."""
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
