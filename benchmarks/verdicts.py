@@ -150,7 +150,7 @@ def render(result: dict[str, Any]) -> str:
         f"{len(passed)} of them passed. Written by `python benchmarks/verdicts.py`; the faults are functions in "
         "`tests/faults`, which `make test` runs too.",
         "",
-        "Where a fault lies in the artefact, hashes, golden logits and attack graph were made anew from the faulty "
+        "Where a fault lies in the artefact, hashes and golden logits were made anew from the faulty "
         "file, as an exporter with that fault would make them: only the promise, or the float32 sibling, can "
         "tell. Exit code 1: the artefact is worse or another; 2: it cannot be evaluated; 3: the evaluation proves "
         "nothing.",

@@ -2,7 +2,6 @@
 
     manifest.json         what this is, and the sha256 of every other file
     model.fp32.onnx       one network per precision
-    attack.fp32.onnx      each network's derivative, by which it is attacked
     weights.safetensors   the torch weights, from which all of it was made, unless the network comes from elsewhere
     reference.npz         how the torch network answered the test images, clean and attacked
     images.npz            these images, if the bundle carries them
@@ -86,16 +85,6 @@ class Bundle:
         if precision not in self.manifest.variants:
             raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
         return self.file(self.manifest.variants[precision].file)
-
-    def attack(self, precision: str) -> Path:
-        """The attack graph of a precision. Raises InputError as `variant` does, and if the bundle has none."""
-        self.variant(precision)
-        name = self.manifest.variants[precision].attack
-        if not name:
-            raise InputError(
-                f"{self.path} holds no attack graph of {precision}, it is from an older version; export again"
-            )
-        return self.file(name)
 
     def model_sha256(self, precision: str) -> str:
         """The hash of a precision's ONNX file. Raises InputError as `variant` does."""

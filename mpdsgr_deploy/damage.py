@@ -8,11 +8,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, Bundle, Manifest
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
-from mpdsgr_deploy.surrogates import trained_surrogate
 
 READOUT = "readout.weight"
 
@@ -35,16 +33,14 @@ def damage(bundle: Bundle, out: Path, *, noise: float = 1.0) -> Path:
 
 
 def cover_up(damaged: Path, bundle: Bundle) -> Path:
-    """Replace golden batch, attack graph and hashes of a copy of `bundle` by those of its damaged float32 network.
+    """Replace golden batch and hashes of a copy of `bundle` by those of its damaged float32 network.
 
     `open_bundle` and the golden batch then accept the copy, as they would accept a bundle that was forged on purpose.
     """
-    variant, recipe = bundle.manifest.variants["fp32"], bundle.manifest.recipe
-    if variant.attack:
-        (damaged / variant.attack).write_bytes(derived(damaged / variant.file, trained_surrogate(recipe)))
+    variant = bundle.manifest.variants["fp32"]
     with np.load(damaged / GOLDEN) as arrays:
         golden = dict(arrays)
-    noise = NoiseSource(bundle.manifest.noise, recipe.validation.seed)
+    noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     with OnnxRuntime(damaged / variant.file, noise=noise) as network:
         golden["fp32"] = network(golden["inputs"])
     np.savez(damaged / GOLDEN, **golden)

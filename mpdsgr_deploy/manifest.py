@@ -39,7 +39,7 @@ class Variant(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
-    attack: str = ""  # the file of its attack graph
+    attack: str = ""  # in older bundles a file with its attack graph, which nothing reads: it is derived when needed
     layers: dict[str, str] = {}
     accuracy: Accuracy | None = None  # None: the data set was not at hand
     attacked: Accuracy | None = None  # None: not measured

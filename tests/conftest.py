@@ -95,7 +95,7 @@ def assert_input_error(done: subprocess.CompletedProcess[str], *parts: str) -> N
 
 
 def perturbed(bundle: Bundle, out: Path) -> Path:
-    """A copy in which the network's weights are off, and golden batch, attack graph and hashes go along with that."""
+    """A copy in which the network's weights are off, and golden batch and hashes go along with that."""
     return cover_up(damage(bundle, out), bundle)
 
 

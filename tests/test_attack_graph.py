@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,19 +14,19 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import assert_input_error, mpdsgr_here, small_recipe
 from exporting_once import to_graph
 from onnx import TensorProto
 from test_export import NAMES, exported, learned
 from test_stochastic_export import exported as exported_stochastic
 from torch.nn import functional as F
 
-from mpdsgr_deploy.attack_graph import attack_graph, derived, derived_attack_graph
+from mpdsgr_deploy.attack_graph import attack_graph, derived
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, input_gradient
-from mpdsgr_deploy.bundle import Bundle, open_bundle
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
@@ -316,7 +315,7 @@ def test_weights_are_stored_once_and_the_forward_part_is_the_network_itself() ->
 
 
 def test_the_same_network_gives_the_same_bytes_in_every_process(precise: Bundle) -> None:
-    here = {p: hashlib.sha256(derived_attack_graph(precise, p)).hexdigest() for p in ("fp32", "fp8")}
+    here = {p: hashlib.sha256(derived(precise.variant(p), "triangle")).hexdigest() for p in ("fp32", "fp8")}
     script = """import sys, hashlib, pathlib; from mpdsgr_deploy.attack_graph import derived
 print(hashlib.sha256(derived(pathlib.Path(sys.argv[1]), "triangle")).hexdigest())
 print([m for m in ("torch", "onnxruntime") if m in sys.modules])"""
@@ -327,31 +326,32 @@ print([m for m in ("torch", "onnxruntime") if m in sys.modules])"""
         assert done.stdout.split("\n")[:2] == [here[precision], "[]"]
 
 
-def test_a_bundle_holds_what_is_derived_from_it(precise: Bundle, tmp_path: Path) -> None:
-    assert list(precise.manifest.variants) == list(PRECISIONS)
-    for precision in PRECISIONS:
-        assert precise.attack(precision).name == f"attack.{precision}.onnx"
-        assert precise.attack(precision).read_bytes() == derived_attack_graph(precise, precision)
-        onnx.checker.check_model(onnx.load(precise.attack(precision)), full_check=True)
-    copy = Path(shutil.copytree(precise.path, tmp_path / "bundle"))
-    (copy / "attack.int8.onnx").write_bytes(b"no gradient at all")
-    with pytest.raises(InputError, match=r"attack\.int8\.onnx does not match its hash"):
-        open_bundle(copy)
-
-
-def test_a_bundle_from_before_has_no_attack_graph_but_is_attacked(precise: Bundle) -> None:
-    old = precise.manifest.variants["fp32"].model_copy(update={"attack": ""})
-    bundle = Bundle(precise.path, precise.manifest.model_copy(update={"variants": {"fp32": old}}))
-    with pytest.raises(InputError, match=r"no attack graph of fp32.*export again"):
-        bundle.attack("fp32")
-    x, y = images(4, SMALL)
-    with GraphAttacker.from_bundle(bundle) as old_one, GraphAttacker.from_bundle(precise) as new_one:
-        assert np.array_equal(old_one(x, y).gradient, new_one(x, y).gradient)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_tensorrt_builds_the_attack_graph(precision: str, precise: Bundle) -> None:
-    assert len(build_engine("tensorrt-rtx", precise.attack(precision), (1, 2, 8))) > 10_000
+def test_inspect_writes_the_attack_graph_that_tensorrt_builds(precision: str, precise: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "attack.onnx"
+    done = mpdsgr_here("inspect", f"{precise.path}@{precision}", "--attack-graph", file)
+    assert done.returncode == 0, done.stderr
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+    x, y = images(4, SMALL)
+    with (
+        Session(file, CPU, source=file) as written,
+        GraphAttacker.from_bundle(precise, precision) as derived_in_memory,
+    ):
+        inputs = {"images": x, "classes": y, "width": np.array(1, np.float32), "loss": np.array(0, np.float32)}
+        (gradient,) = written(inputs, ["gradient"])
+        assert np.array_equal(gradient, derived_in_memory(x, y).gradient)
+    assert len(build_engine("tensorrt-rtx", file, (1, 2, 8))) > 10_000
+
+
+def test_inspect_refuses_what_does_not_go_with_an_attack_graph(precise: Bundle, tmp_path: Path) -> None:
+    for path, arguments, complaint in (
+        (precise.path, ["--attack-graph", precise.path / "attack.onnx"], "lies in the bundle"),
+        (precise.path, ["--attack-graph", tmp_path / "none" / "attack.onnx"], "cannot write"),
+        (precise.path, ["--attack-graph", tmp_path / "attack.onnx", "--flips"], "leave out other options"),
+        (f"{precise.path}@int4", ["--attack-graph", tmp_path / "attack.onnx"], "has no precision 'int4'"),
+    ):
+        assert_input_error(mpdsgr_here("inspect", path, *arguments), complaint)
+    assert not (tmp_path / "attack.onnx").exists()
 
 
 @pytest.mark.parametrize("surrogate", ["adaptive", "rate", "rectangular"])

@@ -11,13 +11,14 @@ import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import QUICK_GATE, mpdsgr_here, resealed
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
-from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.reference import IMAGES
 
 ROOT = Path(__file__).parent.parent
 CI = ROOT / "export" / "ci"
@@ -152,14 +153,16 @@ def test_gitlab_fails_with_the_gate_and_keeps_the_report(checkout: Path) -> None
     assert [(checkout / path).is_dir() for path in TEMPLATE["artifacts"]["paths"]] == [True]
 
 
-def test_a_foreign_attack_graph_is_an_invalid_evaluation_whose_report_says_so(checkout: Path) -> None:
+def test_images_of_another_bundle_are_an_invalid_evaluation_whose_report_says_so(checkout: Path) -> None:
     bundle = checkout / "my bundle"
-    (bundle / "attack.fp32.onnx").write_bytes(derived(bundle / "model.fp32.onnx", "rectangular"))
+    with np.load(bundle / IMAGES) as arrays:
+        images = dict(arrays)
+    np.savez_compressed(bundle / IMAGES, **images | {"pixels": images["pixels"][::-1]})
     resealed(bundle)
     line, environment = LINES["validate"], given(bundle="my bundle", gate="lax gate.toml")
     done = validated(line, checkout, "bash", "-ec", **environment)
     assert done.returncode == 3, done.stderr
-    assert "the attack graph is the network's own" in (checkout / REPORT / "summary.md").read_text()
+    assert "the images are the promised ones" in (checkout / REPORT / "summary.md").read_text()
     assert json.loads((checkout / REPORT / "badge.json").read_text())["color"] != "brightgreen"
 
 

@@ -82,7 +82,6 @@ def sample(**changes: object) -> Report:
         "network": "vgg-small for digits, trained with REG, T = 3",
         "artefact_file": "model.int8.onnx",
         "artefact_sha256": "a" * 64,
-        "attack_sha256": "b" * 64,
         "backend": "onnxruntime-cpu",
         "precision": "int8",
         "tier": "release",
@@ -236,7 +235,7 @@ def test_the_page_is_complete_and_needs_nothing_else(report: Report) -> None:
     for part in ("headline", "figures", "conditions", "examples", "variants", "health", "gate", "provenance"):
         assert part in ids
     assert ("findings" in ids) == bool(report.reasons)
-    for said in (report.artefact_sha256, report.attack_sha256, report.images_sha256, "gpus one", "12.3 s", "floors"):
+    for said in (report.artefact_sha256, report.images_sha256, "gpus one", "12.3 s", "floors"):
         assert said in text
     for finding in findings(report):
         assert all(html.escape(what) in text for what in finding.what)

@@ -21,7 +21,7 @@ from mpdsgr_deploy.adopt.network import (
     read_classifier,
 )
 from mpdsgr_deploy.adopt.survey import Survey, survey
-from mpdsgr_deploy.attack_graph import derived
+from mpdsgr_deploy.attack_graph import attack_graph
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
@@ -38,7 +38,7 @@ from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_referen
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session
-from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
+from mpdsgr_deploy.surrogates import parse_surrogate
 from mpdsgr_deploy.validation.health.artefact import are_probabilities, check_logits
 
 ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
@@ -101,11 +101,12 @@ def adopt(
         for name, file in variants.items():
             other = _same_kind(file, read_classifier(file, preprocessing), main)
             parts[name] = _placed(file, other, scratch / f"model.{name}.onnx", promised, filled)
+            attack_graph(other.network, surrogate)  # refuses what cannot be attacked, as the survey does of float32
         exact = _agrees(model, parts["fp32"].logits, reference)
         _warn_of_chance(parts["fp32"].logits, promised)
         _warn_of_counts(parts["fp32"].logits)
         main = main._replace(network=onnx.ModelProto())  # attacks take their memory; the files are all that is needed
-        written = {name: _variant(name, part, promised, filled, scratch) for name, part in parts.items()}
+        written = {name: _variant(name, part, promised, filled) for name, part in parts.items()}
         with OnnxRuntime(scratch / "model.fp32.onnx", settings=CHUNK) as predictor:
             network = NetworkFile(scratch / "model.fp32.onnx", predictor)
             logits = parts["fp32"].logits if reference is None else reference[: len(promised)].astype(np.float32)
@@ -231,14 +232,11 @@ def _warn_of_counts(logits: NDArray[np.float32]) -> None:
         )
 
 
-def _variant(name: str, part: AdoptedVariant, images: Images, recipe: Recipe, folder: Path) -> Variant:
-    """Write a precision's attack graph, and say how accurate it is."""
-    network, attack = folder / f"model.{name}.onnx", f"attack.{name}.onnx"
-    (folder / attack).write_bytes(derived(network, trained_surrogate(recipe)))
+def _variant(name: str, part: AdoptedVariant, images: Images, recipe: Recipe) -> Variant:
     correct = int((part.logits.argmax(1) == images.classes).sum())
     accuracy = Accuracy(data=recipe.data.name, correct=correct, n=len(images))
     layers = {} if name == "fp32" else {"all": "as its file says"}
-    return Variant(file=network.name, attack=attack, layers=layers, accuracy=accuracy)
+    return Variant(file=f"model.{name}.onnx", layers=layers, accuracy=accuracy)
 
 
 def _save_golden(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,54 +40,24 @@ class LastSession:
         return self._session
 
 
-class Artefact:
-    """One precision of a bundle as `attacks.suite.Network` asks: `predictor` answers, the attack graph differentiates.
-
-    provider: of onnxruntime, where gradients are computed. An attacker draws noise of its own, not that of the answers.
-    """
-
-    def __init__(self, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> None:
-        self._bundle, self._precision, self._predictor, self._provider = bundle, precision, predictor, provider
-        self._session = LastSession(bundle.variant(precision), provider)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether the network draws noise."""
-        return bool(self._bundle.manifest.noise)
-
-    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._predictor(x)
-
-    def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
-        """Raises InputError for an unknown surrogate, or a loss that attack graphs do not have."""
-        kind = choose("loss of attack graphs", LOSSES, loss)
-        return self._open(surrogate, kind, draws)
-
-    def adaptive(self, *, draws: int) -> GraphAttacker:
-        """Gradients through surrogates that adapt to each image."""
-        return self._open(ADAPTIVE, "ce", draws)
-
-    def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
-        return GraphAttacker.from_bundle(
-            self._bundle,
-            self._precision,
-            surrogate,
-            loss=loss,
-            draws=draws,
-            provider=self._provider,
-            session=self._session(surrogate, loss),
-        )
-
-
 class NetworkFile:
-    """An ONNX file under attack before it is in a bundle; `predictor` answers.
+    """An ONNX file as `attacks.suite.Network` asks: `predictor` answers, gradients are those of its attack graph.
 
-    noise: what it draws, of which an attacker draws its own from `seed`.
+    noise: what it draws, of which an attacker draws its own from `seed`. provider: of onnxruntime, where gradients are
+    computed.
     """
 
-    def __init__(self, model: Path, predictor: Predictor, noise: Sequence[NoiseInput] = (), seed: int = 0) -> None:
+    def __init__(
+        self, model: Path, predictor: Predictor, noise: Sequence[NoiseInput] = (), seed: int = 0, provider: str = CPU
+    ) -> None:
         self._model, self._predictor, self._noise, self._seed = model, predictor, noise, seed
-        self._session, self.stochastic = LastSession(model), bool(noise)
+        self._session, self.stochastic = LastSession(model, provider), bool(noise)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> Self:
+        """One precision of a bundle. Raises InputError for one that it does not have."""
+        manifest = bundle.manifest
+        return cls(bundle.variant(precision), predictor, manifest.noise, manifest.recipe.validation.seed, provider)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._predictor(x)
@@ -96,6 +67,7 @@ class NetworkFile:
         return self._open(surrogate, choose("loss of attack graphs", LOSSES, loss), draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
+        """Gradients through surrogates that adapt to each image."""
         return self._open(ADAPTIVE, "ce", draws)
 
     def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:

@@ -73,27 +73,18 @@ class GraphAttacker:
         cls,
         bundle: Bundle,
         precision: str = "fp32",
-        surrogate: str | None = None,
         *,
-        loss: Loss = "ce",
-        draws: int | None = None,
-        seed: int | None = None,
         provider: str = CPU,
-        settings: RuntimeSettings | None = None,
-        session: Session | None = None,
     ) -> Self:
-        """The attacker of one precision; None: the surrogate of training, the recipe's draws and seed."""
+        """The attacker of one precision through the surrogate of training, with the recipe's draws and seed."""
         recipe = bundle.manifest.recipe
         return cls(
             bundle.variant(precision),
-            surrogate or trained_surrogate(recipe),
-            loss=loss,
+            trained_surrogate(recipe),
             noise=bundle.manifest.noise,
-            seed=recipe.validation.seed if seed is None else seed,
-            draws=recipe.attack.draws if draws is None else draws,
+            seed=recipe.validation.seed,
+            draws=recipe.attack.draws,
             provider=provider,
-            settings=settings,
-            session=session,
         )
 
     def __call__(self, x: NDArray[np.float32], y: NDArray[Any]) -> Gradient:

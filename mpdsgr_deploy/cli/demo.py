@@ -29,8 +29,8 @@ def command(out: Path, as_json: bool) -> None:
     network.
 
     Trains a robust network on scikit-learn's digits, exports it to ONNX, and attacks both. Then it damages the weights
-    in two copies of the bundle: one as it is, one whose hashes, golden batch and attack graph were made to fit. Both
-    must be refused. A finished or interrupted demo in --out is continued.
+    in two copies of the bundle: one as it is, one whose hashes and golden batch were made to fit. Both must be refused.
+    A finished or interrupted demo in --out is continued.
 
     \b
     Example:

@@ -8,13 +8,15 @@ from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.cli.inspect_pair import inspect_pair
 from mpdsgr_deploy.cli.inspect_steps import IMAGES as STEP_IMAGES
 from mpdsgr_deploy.cli.inspect_steps import inspect_steps
-from mpdsgr_deploy.cli.output import json_option, print_json, print_table
+from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json, print_table
 from mpdsgr_deploy.diagnostics.facts import bundle_facts, checkpoint_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.diagnostics.layer_statistics import warnings_of
 from mpdsgr_deploy.diagnostics.tables import flip_table, membrane_table
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.surrogates import trained_surrogate
 
 LAST_EPOCH = "the last epoch's first validation batch"
 IMAGES = 128
@@ -36,6 +38,13 @@ IMAGES = 128
 )
 @click.option("--card", "as_card", is_flag=True, help="Write a bundle's model card, for the Hugging Face Hub.")
 @click.option("--report", type=click.Path(path_type=Path), help="Validation report to put on the card.")
+@click.option(
+    "--attack-graph",
+    "attack_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a bundle's network with its losses and their gradient in the images, as ONNX.",
+)
 @click.option("--layer", "layers", multiple=True, metavar="NAME", help="Draw a checkpoint's layer, not all.")
 @click.option("--channel", "channels", multiple=True, type=click.IntRange(0), help="Draw a channel of it too.")
 @json_option
@@ -49,6 +58,7 @@ def command(
     images: int | None,
     as_card: bool,
     report: Path | None,
+    attack_file: Path | None,
     layers: tuple[str, ...],
     channels: tuple[int, ...],
     as_json: bool,
@@ -71,16 +81,25 @@ def command(
     accuracy clean, under PGD and under all attacks of tier commit, the images that flip against T steps, time and
     multiply-accumulates. `mpdsgr export --steps` then exports so many.
 
+    --attack-graph writes the network of BUNDLE or BUNDLE@PRECISION as a validation attacks it: its own nodes, and
+    behind them cross-entropy, DLR and their gradient in the images, through the surrogate that it was trained with.
+
     --card prints a README.md with the metadata that the Hugging Face Hub reads, nothing in it typed by hand.
 
     \b
     Example:
       mpdsgr inspect bundles/digits --flips
       mpdsgr inspect bundles/digits --steps --plots plots/digits-steps
+      mpdsgr inspect bundles/digits@int8 --attack-graph digits.attack.int8.onnx
       mpdsgr inspect bundles/digits --card --report reports/digits-fp32 > README.md
       mpdsgr inspect runs/digits --plots plots/digits
       mpdsgr inspect runs/digits bundles/digits@int8 --plots plots/digits-int8
     """
+    if attack_file is not None:
+        if other or flips or steps or plots or root or images or as_card or report or layers or channels or as_json:
+            raise InputError("--attack-graph writes a file and shows nothing; leave out other options")
+        write_attack_graph(str(path), attack_file)
+        return
     if other is not None:
         if flips or steps or as_card or report or layers or channels:
             raise InputError("two paths are compared; leave out --flips, --steps, --card, --report, --layer, --channel")
@@ -123,6 +142,17 @@ def print_card(bundle: Bundle, report: Path | None) -> None:
     from mpdsgr_deploy.validation.card import card, report_about
 
     click.echo(card(bundle, None if report is None else report_about(bundle, report)), nl=False)
+
+
+def write_attack_graph(bundle: str, out: Path) -> None:
+    """Derive the attack graph of BUNDLE[@PRECISION]. Raises InputError where a validation would, too."""
+    from mpdsgr_deploy.attack_graph import derived
+
+    opened, precision = opened_bundle(bundle, None)
+    opened.refuse_output(out, "--attack-graph")
+    surrogate = trained_surrogate(opened.manifest.recipe)
+    write_atomic(out, derived(opened.variant(precision), surrogate))
+    click.echo(f"attack graph of {opened.path}@{precision} through {surrogate} in {out}")
 
 
 def inspect_bundle(

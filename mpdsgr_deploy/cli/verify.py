@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from mpdsgr_deploy.attack_graph import derived_attack_graph
 from mpdsgr_deploy.bundle import MANIFEST, Bundle
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json
 from mpdsgr_deploy.demand import Demand
@@ -37,9 +36,9 @@ def command(
 ) -> None:
     """Check that BUNDLE is whole and consistent, without attacking it, and who signed it.
 
-    Hashes of all files, the answers of every precision to the golden batch, and each attack graph, derived again from
-    its network. With --rebuild also that weights and recipe give these very files. With a key, certificates or an
-    identity its signature comes first, and then everything is read from a private copy of what was signed.
+    Hashes of all files, and the answers of every precision to the golden batch. With --rebuild also that weights and
+    recipe give these very files. With a key, certificates or an identity its signature comes first, and then everything
+    is read from a private copy of what was signed.
 
     A REPORT, the directory that `mpdsgr validate` wrote, is checked by its signature alone: every file in it is as it
     was when `mpdsgr sign` signed it.
@@ -58,8 +57,8 @@ def command(
     opened, _ = opened_bundle(bundle, None, trust)
     signer = opened.signed.signer if opened.signed else None
     verdicts = [vouched.verdict for p in opened.manifest.variants if (vouched := Demand(trust).verdict(opened, p))]
-    checked = [*(["signature"] if signer else []), "hashes", "golden answers", "attack graphs"]
-    faults = [*golden_faults(opened), *attack_graph_faults(opened)]
+    checked = [*(["signature"] if signer else []), "hashes", "golden answers"]
+    faults = golden_faults(opened)
     if rebuild:
         need("torch", "train")
         from mpdsgr_deploy.exporting.rebuild import check_rebuilt
@@ -108,11 +107,3 @@ def golden_faults(bundle: Bundle) -> list[str]:
         except MpdsgrError as error:
             faults.append(str(error))
     return faults
-
-
-def attack_graph_faults(bundle: Bundle) -> list[str]:
-    """Attack graphs that are not the derivatives of their networks."""
-    variants = bundle.manifest.variants
-    stored = {precision: bundle.attack(precision) for precision, variant in variants.items() if variant.attack}
-    wrong = [path for p, path in stored.items() if path.read_bytes() != derived_attack_graph(bundle, p)]
-    return [f"{path.name} is not the derivative of its network" for path in wrong]

@@ -115,7 +115,8 @@ def export(
                 logits[name] = artefact(inputs)
             if not np.isfinite(logits[name]).all():
                 raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave it out")
-        written = {name: _with_attack(variant, name, scratch, checkpoint.recipe) for name, variant in written.items()}
+        for variant in written.values():
+            derived(scratch / variant.file, trained_surrogate(checkpoint.recipe))  # refuses what cannot be attacked
         figures = None
         if images is not None:
             promised = images[:asked]
@@ -180,13 +181,6 @@ def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
     if not any(mean) and set(std) == {1.0}:
         return None
     return PixelStatistics(mean=tuple(mean), std=tuple(std))
-
-
-def _with_attack(variant: Variant, precision: str, folder: Path, recipe: Recipe) -> Variant:
-    """Write the variant's attack graph, through the surrogate of training."""
-    file = f"attack.{precision}.onnx"
-    (folder / file).write_bytes(derived(folder / variant.file, trained_surrogate(recipe)))
-    return variant.model_copy(update={"attack": file})
 
 
 def _promise(

@@ -58,7 +58,6 @@ class SignedVerdict(BaseModel):
     images: str
     images_sha256: str
     artefact_sha256: str
-    attack_sha256: str | None
     conditions: tuple[ConditionCount, ...]
     gate: dict[str, Any]
     files: dict[str, str]

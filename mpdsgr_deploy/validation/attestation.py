@@ -66,7 +66,6 @@ def stated(report: Report, files: dict[str, str]) -> SignedVerdict:
         images=report.images,
         images_sha256=report.images_sha256,
         artefact_sha256=report.artefact_sha256,
-        attack_sha256=report.attack_sha256,
         conditions=tuple(map(_count, report.rows)),
         gate=report.gate.model_dump(mode="json", exclude_none=True),
         files=files,

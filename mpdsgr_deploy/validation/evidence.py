@@ -32,7 +32,6 @@ def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebui
         reach=reach if reach.missing or reach.contradictions else None,
         logits=logits,
         rounded_outputs=rounds_outputs(read_network(subject.target.bundle.variant(subject.target.precision))),
-        attack_graph_faults=subject.target.attack_graph_faults(),
         image_faults=image_faults(subject.data, images, subject.reference, subject.own),
         not_finite={CLEAN: np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()},
         foreign=subject.target.foreign_parts(),

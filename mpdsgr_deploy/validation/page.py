@@ -53,8 +53,6 @@ def provenance(report: Report) -> Iterator[tuple[str, str]]:
     """What identifies this evaluation, then its machine and software versions."""
     yield "artefact", report.artefact_file
     yield "sha256 of the artefact", report.artefact_sha256
-    if report.attack_sha256 is not None:
-        yield "sha256 of the attack graph", report.attack_sha256
     yield "images", report.images
     yield "sha256 of the images", report.images_sha256
     yield "seed", str(report.seed)

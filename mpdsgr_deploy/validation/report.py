@@ -96,7 +96,6 @@ class Report(BaseModel):
     model: ModelFacts | None = None
     artefact_file: str
     artefact_sha256: str
-    attack_sha256: str | None = None
     backend: str
     precision: str
     tier: str

@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph import derived_attack_graph
-from mpdsgr_deploy.attack_graph.artefact import Artefact
+from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.suite import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.checkpoint import FILE, find_checkpoint
@@ -49,14 +48,18 @@ class Target:
         return trained_surrogate(self.bundle.manifest.recipe)
 
     @contextmanager
-    def open(self) -> Iterator[Artefact]:
+    def open(self) -> Iterator[NetworkFile]:
         """The artefact under attack: answers from the backend or server, gradients from its attack graph.
 
-        Raises InputError and EvaluationError as `open_predictor` does.
+        The attack graph is derived here, from the network that answers: one that cannot be attacked is refused before
+        anything is measured. Raises InputError and EvaluationError as `open_predictor` does, InputError as
+        `attack_session`.
         """
         provider = CUDA if self.url is None and self.backend in ON_CUDA else CPU
         with self._predictor() as predictor:
-            yield Artefact(self.bundle, self.precision, predictor, provider)
+            network = NetworkFile.from_bundle(self.bundle, self.precision, predictor, provider)
+            network.attacker(self.trained, loss="ce", draws=1)
+            yield network
 
     def _predictor(self) -> AbstractContextManager[Predictor]:
         if self.url is None:
@@ -83,17 +86,10 @@ class Target:
         with ExitStack() as stack:
             if self.precision != "fp32":
                 own = stack.enter_context(open_predictor(self.bundle))
-                networks[f"{TRANSFER} fp32"] = Source(Artefact(self.bundle, "fp32", own), self.trained)
+                networks[f"{TRANSFER} fp32"] = Source(NetworkFile.from_bundle(self.bundle, "fp32", own), self.trained)
             if other is not None:
                 networks[TRANSFER] = stack.enter_context(_other(other, self.bundle))
             yield networks
-
-    def attack_graph_faults(self) -> list[str]:
-        """How the stored attack graph differs from the one that the network itself gives."""
-        stored = self.bundle.attack(self.precision)
-        if stored.read_bytes() == derived_attack_graph(self.bundle, self.precision):
-            return []
-        return [f"{stored.name} is not what {self.bundle.variant(self.precision).name} gives"]
 
     def foreign_parts(self) -> list[str]:
         """What in the network's file, or in float32's, is not made of ONNX's own parts."""
@@ -148,4 +144,4 @@ def _other(path: Path, own: Bundle) -> Iterator[Source]:
     manifest = bundle.manifest
     require_alike(path, (manifest.input_shape, manifest.labels), (mine.input_shape, mine.labels))
     with open_predictor(bundle) as predictor:
-        yield Source(Artefact(bundle, "fp32", predictor), trained_surrogate(manifest.recipe))
+        yield Source(NetworkFile.from_bundle(bundle, "fp32", predictor), trained_surrogate(manifest.recipe))

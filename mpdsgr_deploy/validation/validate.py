@@ -246,7 +246,6 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: 
         model=ModelFacts.of(target.bundle, target.precision),
         artefact_file=target.url or variant.file,
         artefact_sha256=target.bundle.model_sha256(target.precision),
-        attack_sha256=manifest.files.get(variant.attack),
         backend=REMOTE if target.url else target.backend,
         precision=target.precision,
         tier=gate.tier,

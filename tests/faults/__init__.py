@@ -1,10 +1,10 @@
 """Bundles with planted faults: each must end in exit code 1, 2 or 3, whatever its hashes say.
 
-artefact.py     the network itself is wrong, its attack graph and golden logits made to match
+artefact.py     the network itself is wrong, its golden logits made to match
 precisions.py   the same for the variants that other precisions have
 runtime.py      the file is right, what runs it is not
 branches.py     parts put into a network that is right otherwise: decoys, triggers, control flow
-gradients.py    the attack is led astray: stored attack graphs, and the evaluation's own gradients
+gradients.py    the attack is led astray: the evaluation's own gradients
 attacks.py      the attacks' images break the rules
 promise.py      figures and files
 images.py       images, classes and their names

@@ -1,72 +1,14 @@
-"""The attack is led astray, so that a network that is not robust seems so: by the attack graph in the bundle, whatever
-it was made from, and by what the evaluation itself computes.
-"""
+"""The attack is led astray by what the evaluation itself computes, so that a network that is not robust seems so."""
 
 from collections.abc import Callable
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
 
 from faults.planted import Array, Planted, fault
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.protocols import Gradient, State
 
-OWN = "check 10"
 ATTACKED = tuple(f"verdict/{name}" for name in ("bim", "pgd", "strong", "mpd-apgd", "square", "worst"))
-
-
-def rewrite(copy: Planted, *nodes: onnx.NodeProto, **constants: Array) -> None:
-    """Nodes behind the stored attack graph: they read `true`, what was its gradient, and the last gives `gradient`."""
-    file = copy.path / "attack.fp32.onnx"
-    graph = onnx.load(file)
-    for node in graph.graph.node:
-        node.output[:] = ["true" if name == "gradient" else name for name in node.output]
-    graph.graph.node.extend(nodes)
-    graph.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
-    onnx.save(graph, file)
-
-
-@fault("attack graph", 2, "holds no attack graph")
-def attack_graph_missing(copy: Planted) -> None:
-    """A bundle without it, so that a white-box attack needs the word of whoever made it."""
-    copy.manifest["variants"]["fp32"]["attack"] = ""
-
-
-@fault("attack graph", 3, OWN)
-def attack_graph_without_gradient(copy: Planted) -> None:
-    """A gradient of zero, as of spikes without a surrogate."""
-    rewrite(copy, helper.make_node("Mul", ["true", "nothing"], ["gradient"]), nothing=np.array(0, np.float32))
-
-
-@fault("attack graph", 3, OWN)
-def attack_graph_of_chance(copy: Planted) -> None:
-    """A gradient of noise."""
-    rewrite(copy, helper.make_node("RandomNormalLike", ["true"], ["gradient"]))
-
-
-@fault("attack graph", 3, OWN)
-def attack_graph_downhill(copy: Planted) -> None:
-    """A gradient of the wrong sign: attacks make images easier."""
-    rewrite(copy, helper.make_node("Neg", ["true"], ["gradient"]))
-
-
-@fault("attack graph", 3, OWN)
-def attack_graph_of_another_network(copy: Planted) -> None:
-    """The attack graph of the training before."""
-    copy.take("attack.fp32.onnx")
-
-
-@fault("attack graph", 3, OWN)
-def attack_graph_with_one_weight_changed(copy: Planted) -> None:
-    """The least that a hand can do."""
-    file = copy.path / "attack.fp32.onnx"
-    graph = onnx.load(file)
-    weights = next(i for i in graph.graph.initializer if i.name == "body.2.synapse.weight")
-    value = numpy_helper.to_array(weights).copy()
-    value[0, 0, 0, 0] += 1e-3
-    weights.CopyFrom(numpy_helper.from_array(value, weights.name))
-    onnx.save(graph, file)
 
 
 def mislead(copy: Planted, how: Callable[[Array], Array]) -> None:

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
 from faults.networks import Networks
-from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, WEIGHTS, Manifest, open_bundle
-from mpdsgr_deploy.errors import InputError, MpdsgrError
+from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.exporting.rebuild import check_rebuilt
@@ -26,14 +25,13 @@ from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
-from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation import Target, image_checks, validate
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report
 
 Array = NDArray[Any]
-# artefact: in model and attack graph alike, only the promise can tell. evaluation: in what measures.
+# artefact: in the network, only the promise can tell. evaluation: in what measures.
 # promise: in what the bundle says of itself.
-Place = Literal["artefact", "attack graph", "runtime", "evaluation", "promise"]
+Place = Literal["artefact", "runtime", "evaluation", "promise"]
 
 
 class Planted:
@@ -138,19 +136,9 @@ class Planted:
             self.manifest["reference"]["correct"] = {key: int(v.sum()) for key, v in verdicts.items()}
             self.manifest["reference"]["n"] = len(arrays["blake2b_64"])
 
-    def seal(self, *, attack: bool = True) -> None:
-        """Golden logits, int8's kept answers, attack graphs and hashes as an exporter that made this file writes them.
-
-        attack: derive attack graphs anew, where that is possible at all.
-        """
+    def seal(self) -> None:
+        """Golden logits, int8's kept answers and hashes as an exporter that made this file writes them."""
         self._answer_anew()
-        for variant in self.manifest["variants"].values() if attack else ():
-            try:
-                graph = derived(self.path / variant["file"], trained_surrogate(self.recipe))
-            except (InputError, OSError):
-                continue
-            if variant["attack"]:
-                (self.path / variant["attack"]).write_bytes(graph)
         files = self.manifest["files"]
         self.manifest["files"] = {name: sha256(self.path / name) for name in files if (self.path / name).is_file()}
         self.manifest["digest"] = Manifest.model_validate(self.manifest).computed_digest()
@@ -248,9 +236,7 @@ def plant(fault: Fault, networks: Networks, path: Path, patch: pytest.MonkeyPatc
     copy = Planted(networks, fault.kind, path, patch)
     copy.precision = fault.precision
     fault.plant(copy)
-    if fault.place == "attack graph":
-        copy.seal(attack=False)
-    elif not copy.sealed:
+    if not copy.sealed:
         copy.seal()
     return copy
 

@@ -55,11 +55,17 @@ def file_missing(copy: Planted) -> None:
 
 
 @fault("promise", 2, "does not match its hash")
-def file_changed_after_its_hash(copy: Planted) -> None:
+def network_changed_after_its_hash(copy: Planted) -> None:
     """A byte lost on the way."""
     copy.seal()
-    with (copy.path / "attack.fp32.onnx").open("ab") as file:
+    with (copy.path / "model.fp32.onnx").open("ab") as file:
         file.write(b"\0")
+
+
+@fault("promise", 3, "check 13")
+def surrogate_exchanged_in_the_manifest(copy: Planted) -> None:
+    """Gradients are derived through the surrogate that the manifest names: one so narrow that hardly any passes."""
+    copy.manifest["recipe"]["neuron"]["surrogate_parameter"] = 0.02
 
 
 @fault("promise", 2, "its own digest")

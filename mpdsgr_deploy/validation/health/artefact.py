@@ -94,17 +94,6 @@ def check_compared(n: int, compared: Compared) -> Seen:
 
 
 @health_check(
-    10,
-    "the attack graph is the network's own",
-    why="a gradient of something else, or none, makes any network look robust",
-    advice="export again; if the bundle came from elsewhere, do not trust it",
-)
-def check_attack_graph(attack_graph_faults: Sequence[str]) -> Seen:
-    """The attack graph is the derivative of the very network under test."""
-    return Seen(attack_graph_faults, "derived again from the network, byte for byte the same")
-
-
-@health_check(
     11,
     "the images are the promised ones",
     why="on chosen images any network is accurate and robust",

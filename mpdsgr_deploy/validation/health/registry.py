@@ -164,7 +164,6 @@ class Evidence:
     batch_size: int | None = None
     logits: NDArray[np.float32] | None = None
     rounded_outputs: bool = False
-    attack_graph_faults: Sequence[str] | None = None
     image_faults: Sequence[str] | None = None
     classes: NDArray[np.int64] | None = None
     labels: Sequence[str] | None = None
