@@ -316,7 +316,7 @@ def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
 def test_the_doctors_network_is_the_one_of_its_recipe_and_small() -> None:
     bundle = open_bundle(DOCTOR / "bundle")
     assert bundle.manifest.recipe == load_recipe(DOCTOR / "recipe.toml").portable()
-    assert sum(file.stat().st_size for file in bundle.path.iterdir()) < 250_000
+    assert sum(file.stat().st_size for file in bundle.path.iterdir()) < 150_000
     accuracy = bundle.manifest.variants["fp32"].accuracy
     assert accuracy.correct > 0.9 * accuracy.n
 

@@ -35,7 +35,7 @@ def test_they_are_listed_with_what_they_promise() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_they_are_whole_small_and_answer(name: str) -> None:
     folder = shipped("export") / "bundles" / name
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 11e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
     bundle = open_bundle(folder)
     for precision in bundle.manifest.variants:
         with open_predictor(bundle, precision=precision) as predictor:  # checks its golden batch
