@@ -30,11 +30,13 @@ from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, tuning
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, machine, prepared, prepared_settings
-from mpdsgr_deploy.runtime.openvino import OpenVino, chunks, unsigned
+from mpdsgr_deploy.runtime.openvino import OpenVino, chunks
+from mpdsgr_deploy.runtime.openvino_graph import rewrite
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.runtime.tuning import measured_at_start, tune
 
 DOCTOR = shipped("export") / "doctor"
+BUNDLES = Path(__file__).parent.parent / "export" / "bundles"
 TUNED = ("openvino", "onnxruntime-cpu")
 
 
@@ -165,9 +167,36 @@ def test_int8_is_exact(tmp_path: Path, images: np.ndarray) -> None:
         assert np.array_equal(predictor(images), sums.sum((2, 3)).astype(np.float32))
 
 
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10-clean"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_openvino_is_given_answers_as_the_file_to_the_bit(name: str, precision: str, tmp_path: Path) -> None:
+    bundle = open_bundle(BUNDLES / name)
+    x = bundle.golden()[0]
+    network = rewrite(onnx.load(bundle.variant(precision)))
+    onnx.save(network, tmp_path / "rewritten.onnx")
+    makers = {output: node.op_type for node in network.graph.node for output in node.output}
+    received = {
+        kind: {makers[node.input[0]] for node in network.graph.node if node.op_type == kind}
+        for kind in ("Split", "AveragePool")
+    }
+    if precision == "int8":
+        assert received["Split"] == {"Reshape"}
+        assert "DequantizeLinear" in received["AveragePool"]
+    else:
+        assert received == {"Split": {"Conv"}, "AveragePool": {"Concat"}}
+    assert sum(kind == "Sub" for kind in makers.values()) == 1  # of the normalisation; resets choose
+    with OnnxRuntime(bundle.variant(precision)) as before, OnnxRuntime(tmp_path / "rewritten.onnx") as after:
+        assert np.array_equal(before(x), after(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpdsgr_deploy.runtime.openvino.rewrite", lambda network: network)
+        plain = OpenVino(bundle.variant(precision))
+    with plain, OpenVino(bundle.variant(precision)) as rewritten:
+        assert np.array_equal(plain(x), rewritten(x))
+
+
 def test_activations_become_unsigned_and_weights_do_not(tmp_path: Path, images: np.ndarray) -> None:
     quantised(tmp_path / "int8.onnx")
-    changed = unsigned(onnx.load(tmp_path / "int8.onnx"))
+    changed = rewrite(onnx.load(tmp_path / "int8.onnx"))
     onnx.save(changed, tmp_path / "uint8.onnx")
     types = {tensor.name: tensor.data_type for tensor in changed.graph.initializer}
     signed = onnx.TensorProto.INT8

@@ -22,6 +22,7 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
+from mpdsgr_deploy.runtime.openvino_graph import rewrite
 
 CHUNK = 8  # images; about as fast as any larger batch, and its activations stay small
 # never a lower precision than that of the graph
@@ -46,7 +47,7 @@ class OpenVino:
         if settings.threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = settings.threads
         try:
-            self._network: Any = self._core.read_model(io.BytesIO(unsigned(onnx.load(model)).SerializeToString()))
+            self._network: Any = self._core.read_model(io.BytesIO(rewrite(onnx.load(model)).SerializeToString()))
         except Exception as error:  # errors of OpenVINO and protobuf share no base class
             raise InputError(f"OpenVINO cannot load {model}: {reason(error)}") from error
         shapes = {
@@ -99,21 +100,6 @@ def chunks(batch: int, largest: int) -> Iterator[slice]:
         size = largest if rest >= largest else 1 << (rest.bit_length() - 1)
         yield slice(start, start + size)
         start += size
-
-
-def unsigned(network: onnx.ModelProto) -> onnx.ModelProto:
-    """The same network with uint8 in place of int8 activations; weights stay int8. `network` itself is changed.
-
-    Only spikes and their means are ever quantised, 0 to 127 steps, the same numbers in both types. x86 multiplies
-    unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it, which saves a
-    fifth of the time.
-    """
-    zeros = {node.input[2] for node in network.graph.node if node.op_type == "QuantizeLinear" and len(node.input) == 3}
-    for tensor in network.graph.initializer:
-        if tensor.name in zeros and tensor.data_type == onnx.TensorProto.INT8:
-            zero = onnx.numpy_helper.to_array(tensor).astype(np.uint8)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(zero, tensor.name))
-    return network
 
 
 def reason(error: Exception) -> str:
