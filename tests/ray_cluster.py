@@ -45,14 +45,17 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    """What the condition gives once that is true. Raises AssertionError if it takes longer."""
+def until(condition: Callable[[], Any], what: str, seconds: float = 120, every: float = 0.02) -> Any:
+    """What the condition gives once that is true. Raises AssertionError if it takes longer.
+
+    every: seconds between two tries; Ray's dashboard works for a tenth of a second on each question.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with suppress(OSError):
             if found := condition():
                 return found
-        time.sleep(0.02)
+        time.sleep(every)
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
@@ -73,7 +76,7 @@ class Cluster:
             self._start(0, "--head", *first, *dashboard)
             until(lambda: socket.create_connection(("127.0.0.2", self._gcs)).close() is None, "the first node")
             self._start(1, f"--address=127.0.0.2:{self._gcs}")
-            until(lambda: self._nodes_alive() == 2, "the second node")
+            until(lambda: self._nodes_alive() == 2, "the second node", every=0.2)
         except BaseException:
             self.__exit__()
             raise
@@ -86,6 +89,7 @@ class Cluster:
             MARK: self._mark,
             **NO_TOKEN,
             "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",  # not 15, at which replicas wait for all other work of a busy machine
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # not 30
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # not 3
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # not 5: the machine may be busy

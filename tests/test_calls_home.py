@@ -57,6 +57,8 @@ ssize_t sendto(int file, const void *data, size_t size, int flags, const struct 
 ONE_AFTER_THE_OTHER = """
 import json, sys
 from mpdsgr_deploy.cli import main
+from mpdsgr_deploy.runtime import BACKENDS
+del BACKENDS.loaded["torch-compile"]  # for which `doctor` has a C++ compiler work for half a minute
 for command in json.loads(sys.argv[1]):
     try:
         main(command)

@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections import Counter
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from mpdsgr_deploy.serving.deploy.ray import Arguments
 # what ray 2.60 uses of pydantic is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
 CLIENTS = 6
+PAUSE = 0.05  # seconds between requests, where it takes Ray a while to notice something
+ask_until = partial(until, every=0.2)
 KEY = "a-key-of-more-than-sixteen-characters"
 
 
@@ -120,10 +122,14 @@ def test_a_replica_takes_no_other_bundle_than_was_deployed(tmp_path: Path) -> No
 
 
 class Load:
-    """Clients that each ask for one image's logits after another, until the end of a with block."""
+    """Clients that each ask for one image's logits after another, until the end of a with block.
 
-    def __init__(self, ports: list[int], images: np.ndarray, logits: np.ndarray) -> None:
+    pause: seconds between two requests of a client; may be changed at any time.
+    """
+
+    def __init__(self, ports: list[int], images: np.ndarray, logits: np.ndarray, pause: float = 0.0) -> None:
         self.outcomes: Counter[str] = Counter()
+        self.pause = pause
         self._images, self._logits, self._end = images, logits, threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(ports[i % 2], i)) for i in range(CLIENTS)]
 
@@ -136,6 +142,7 @@ class Load:
                         got = logits(asking, self._images[number : number + 1])
                         right = np.allclose(got, self._logits[number : number + 1], rtol=0, atol=1e-5)
                         self.outcomes["right" if right else "wrong"] += 1
+                        self._end.wait(self.pause)
                 except Exception as error:
                     self.outcomes[f"failed: {type(error).__name__} {error}"] += 1
 
@@ -188,13 +195,13 @@ def test_a_cluster_serves_through_a_killed_replica_and_a_bad_bundle(tmp_path: Pa
         loses_nothing_but_what_a_killed_replica_held(cluster)
         refuses_a_bad_bundle(cluster, bad, tmp_path / "bad" / "digits" / "model.fp32.onnx")
         cluster.deploy(good)
-        until(
+        ask_until(
             lambda: cluster.application()["status"] == "RUNNING" and len(cluster.replicas()) == 2, "the good one again"
         )
         serves_on_both_nodes(cluster)
         cluster.shutdown()
         cluster.stop()
-        until(lambda: not cluster.processes(), "the end of every process", 20)
+        ask_until(lambda: not cluster.processes(), "the end of every process", 20)
 
 
 def expected() -> tuple[np.ndarray, np.ndarray]:
@@ -206,19 +213,19 @@ def expected() -> tuple[np.ndarray, np.ndarray]:
 
 
 def serves_on_both_nodes(cluster: Cluster) -> None:
-    until(lambda: cluster.application()["status"] == "RUNNING", "the application")
-    replicas = until(lambda: len(cluster.replicas()) == 2 and cluster.replicas(), "two replicas")
+    ask_until(lambda: cluster.application()["status"] == "RUNNING", "the application")
+    replicas = ask_until(lambda: len(cluster.replicas()) == 2 and cluster.replicas(), "two replicas")
     assert len(set(replicas.values())) == 2
     x, wanted = expected()
     for port in cluster.http:
-        until(lambda port=port: get(port, "/v2/health/ready")[0] == 200, "a proxy on each node")
+        ask_until(lambda port=port: get(port, "/v2/health/ready")[0] == 200, "a proxy on each node")
         status, ids, _ = get(port, "/v2/models/digits", x_request_id="mine", authorization=f"Bearer {KEY}")
         assert (status, ids) == (200, ["mine"])
         assert get(port, "/v2/models/digits")[0] == 401
         assert get(port, "/v2/models/none", authorization=f"Bearer {KEY}")[0] == 404
         with client(port) as asking:
             np.testing.assert_allclose(logits(asking, x), wanted, rtol=0, atol=1e-5)
-    until(lambda: len({started_at(cluster.http[0]) for _ in range(10)}) == 2, "answers of both replicas", 30)
+    ask_until(lambda: len({started_at(cluster.http[0]) for _ in range(10)}) == 2, "answers of both replicas", 30)
 
 
 def started_at(port: int) -> str:
@@ -232,11 +239,12 @@ def loses_nothing_but_what_a_killed_replica_held(cluster: Cluster) -> None:
     before = cluster.replicas()
     victim = min(before)
     with Load(cluster.http, *expected()) as load:
-        time.sleep(2)
+        ask_until(lambda: load.outcomes["right"] > 200, "answers")
         os.kill(victim, signal.SIGKILL)
-        until(lambda: len(cluster.replicas().keys() - {victim}) == 2, "another replica")
+        load.pause = PAUSE
+        ask_until(lambda: len(cluster.replicas().keys() - {victim}) == 2, "another replica")
         answered = load.outcomes["right"]
-        until(lambda: load.outcomes["right"] > answered + 100, "answers by both")
+        ask_until(lambda: load.outcomes["right"] > answered + 100, "answers by both")
     assert load.outcomes["wrong"] == 0, load.outcomes
     # the other one is asked anew; what is lost without that is all that it held, half of the clients' requests
     assert load.failed <= 1, load.outcomes
@@ -244,9 +252,9 @@ def loses_nothing_but_what_a_killed_replica_held(cluster: Cluster) -> None:
 
 def refuses_a_bad_bundle(cluster: Cluster, config: Path, network: Path) -> None:
     network.write_bytes(network.read_bytes()[:-1])
-    with Load(cluster.http, *expected()) as load:
+    with Load(cluster.http, *expected(), pause=PAUSE) as load:
         cluster.deploy(config)
-        until(lambda: cluster.application()["status"] == "DEPLOY_FAILED", "the end of the attempt")
+        ask_until(lambda: cluster.application()["status"] == "DEPLOY_FAILED", "the end of the attempt")
     (deployment,) = cluster.application()["deployments"].values()
     assert f"InputError: {network} does not match its hash" in deployment["message"]
     assert len(cluster.replicas()) == 1  # of the good bundle

@@ -11,13 +11,14 @@ from conftest import mpdsgr_here, small_recipe
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.training import train
-from mpdsgr_deploy.training.profile import STEPS
+from mpdsgr_deploy.training.profile import STEPS, WARM_UP
 
 AT = {"at": {"eps": 0.1, "steps": 2, "step": 0.05}}
 
 
 def profiled(out: Path, **training: Any) -> dict[str, Any]:
     recipe = small_recipe(
+        data={"train_images": 130 * (WARM_UP + STEPS)},
         model={"width": 1.0},
         defence={**AT, "mpd-sgr": {"estimator": "empirical"}},
         training={"epochs": 1, "batch_size": 130, "accelerator": "cpu", **training},
