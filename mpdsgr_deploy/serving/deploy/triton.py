@@ -34,7 +34,6 @@ from mpdsgr_deploy.serving.deploy.triton_config import (
     TritonPlan,
     config,
     library,
-    problems,
 )
 from mpdsgr_deploy.serving.deploy.triton_guard import guarded
 
@@ -55,10 +54,10 @@ class Written(NamedTuple):
 
 
 def write_repository(models: Sequence[Chosen], out: Path, backend: str = "onnxruntime", gpus: int = 0) -> list[Written]:
-    """Write a model repository to `out`, fresh or an earlier one, once every model's configuration was checked.
+    """Write a model repository to `out`, fresh or an earlier one.
 
     backend: of BACKENDS; gpus: how many each model runs on, 0: the CPU. Raises InputError for an unknown backend, for
-    engines that are missing or that Triton cannot use, and where `out` is something else or cannot be written.
+    networks and engines that Triton cannot use, and where `out` is something else or cannot be written.
     """
     platform = choose("backend", BACKENDS, backend)
     if backend == "tensorrt" and not gpus:
@@ -106,9 +105,6 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
         "precision": model.precision,
     }
     text = config(TritonPlan(model.name, platform, largest, preferred, gpus, files, notes), network)
-    faults = problems(text, directory, network)
-    if faults:
-        raise InputError(f"{source} does not become a model of Triton: {'; '.join(faults)}; nothing was written")
     (directory / CONFIG).write_text(text, encoding="utf-8")
     versions = {capability: engine.machine["tensorrt"] for capability, engine in engines.items()}
     return Written(model.name, model.precision, largest, versions, manifest.noise)
