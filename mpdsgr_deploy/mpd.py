@@ -138,15 +138,6 @@ Measure = Callable[[Moments, Surrogate], Tensor]
 MEASURES: dict[str, Measure] = {"overlap": overlap, "expected-gradient": expected_gradient}
 
 
-def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) -> Tensor:
-    """Mean of a measure over the layers of a forward pass, a differentiable float32 scalar.
-
-    Each layer weighs the same, whatever its number of channels; the readout has no neurons and is not seen. Raises
-    InputError if the estimator describes none of the layers.
-    """
-    return mean_of_layers([layer_value(trace, estimator, measure) for trace in traces])
-
-
 def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
     """Mean of a measure over steps and channels of one layer; None where the estimator does not describe that layer."""
     with unrounded(trace):
@@ -179,7 +170,11 @@ def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
 
 
 def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:
-    """The mean over the layers [L] that were measured in a step."""
+    """The mean over the layers that were measured in a step, a differentiable float32 scalar.
+
+    Each layer weighs the same, whatever its number of channels; None stands for a layer that the estimator does not
+    describe. Raises InputError if it describes none.
+    """
     layers = [value for value in values if value is not None]
     if not layers:
         raise InputError(

@@ -7,7 +7,7 @@ from conftest import small_recipe
 from mpdsgr_deploy.defences import build_defended, make_defences
 from mpdsgr_deploy.defences.feel import LeakyLIF
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_mean
+from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, layer_value, mean_of_layers
 from mpdsgr_deploy.snn import LIF, Trace
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 
@@ -58,7 +58,7 @@ def test_the_theorem_does_not_speak_of_learned_leaks() -> None:
     traces: list[Trace] = []
     model(torch.rand(2, 1, 8, 8), traces.append)
     with pytest.raises(InputError, match="do not change over time"):
-        layer_mean(traces, ESTIMATORS["theorem"], MEASURES["overlap"])
+        mean_of_layers([layer_value(trace, ESTIMATORS["theorem"], MEASURES["overlap"]) for trace in traces])
 
 
 def test_the_encoding_must_be_frequency() -> None:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,16 +11,23 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.mpd import (
     MEASURES,
+    Estimator,
+    Measure,
     Moments,
     empirical,
-    layer_mean,
+    layer_value,
     leak_sum,
+    mean_of_layers,
     overlap,
     reset_shift,
     theorem,
 )
 from mpdsgr_deploy.snn import LIF, LIFState, TdBN, Trace
 from mpdsgr_deploy.snn.surrogate import make_surrogate
+
+
+def layer_mean(traces: Sequence[Trace], estimator: Estimator, measure: Measure) -> torch.Tensor:
+    return mean_of_layers([layer_value(trace, estimator, measure) for trace in traces])
 
 
 def simulate(
