@@ -13,11 +13,11 @@ from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
-from mpdsgr_deploy.diagnostics.trace import firing_rates
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import Promise
-from mpdsgr_deploy.runtime import NoiseSource
+from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
+from mpdsgr_deploy.runtime.firing import spike_names, with_firing_rates
 from mpdsgr_deploy.surrogates import trained_surrogate
 
 
@@ -60,8 +60,12 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
         facts["layers"] = spans(variant.layers)
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     try:
-        rates = firing_rates(network, bundle.golden()[0], noise)
-        facts["firing rates, golden inputs"] = ", ".join(f"{layer} {rate:.3f}" for layer, rate in rates.items())
+        steps = spike_names(network, file)
+        with OnnxRuntime(with_firing_rates(network, steps), noise=noise, source=file) as observable:
+            _, rates = observable.answers(bundle.golden()[0])
+        facts["firing rates, golden inputs"] = ", ".join(
+            f"{layer} {rate:.3f}" for layer, rate in zip(steps, rates.mean(0), strict=True)
+        )
     except InputError as error:
         facts["firing rates, golden inputs"] = f"not measured: {error}"
     if variant.accuracy:

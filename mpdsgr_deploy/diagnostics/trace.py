@@ -5,7 +5,7 @@ what differs between precisions is what the files round. Another machine adds up
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.onnx_files import POTENTIAL, SPIKES, layer_of
+from mpdsgr_deploy.onnx_files import POTENTIAL, SPIKES
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.half import rounded_as_written
+from mpdsgr_deploy.runtime.session import CPU, Session
 
 GIVEN = "given/"  # given/LAYER/t takes the place of spikes/LAYER/t
 BATCH = 8  # images per batch: all potentials of all layers and steps are held in memory
@@ -50,17 +50,10 @@ class Recorder:
             raise InputError("the ONNX file does not name its potentials and spikes; export the network again")
         observable = rounded_as_written(network)
         names = [prefix + step for prefix in (POTENTIAL, SPIKES) for step in self.steps]
-        observable.graph.output.extend(
-            onnx.ValueInfoProto(name=name) for name in names
-        )  # onnxruntime infers their types
+        observable.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)  # their types are inferred
         if given_spikes:
             _read_given_spikes(observable, self.steps)
-        ort = need("onnxruntime", "cpu")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._session: Any = ort.InferenceSession(
-            observable.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = Session(observable, CPU, source="the network with its potentials and spikes")
         self._image, self._noise = network.graph.input[0].name, NoiseSource() if noise is None else noise
 
     def __call__(
@@ -68,7 +61,8 @@ class Recorder:
     ) -> Recording:
         """Images [B, C, H, W] in [0, 1] and, for a recorder of `given_spikes`, the spikes of every step."""
         forced = {GIVEN + step: array for step, array in (spikes or {}).items()}
-        logits, *values = self._session.run(None, {self._image: images, **self._noise(images), **forced})
+        feeds = {self._image: images, **self._noise(images), **forced}
+        logits, *values = self._session(feeds, self._session.outputs)
         potentials, spiked = values[: len(self.steps)], values[len(self.steps) :]
         return Recording(
             logits, dict(zip(self.steps, potentials, strict=True)), dict(zip(self.steps, spiked, strict=True))
@@ -89,16 +83,3 @@ def batches(images: NDArray[np.float32], what: str) -> Iterator[NDArray[np.float
     """Images [N, C, H, W], a few at a time, with a progress bar called `what`."""
     for start in track(range(0, len(images), BATCH), what):
         yield images[start : start + BATCH]
-
-
-def firing_rates(
-    network: onnx.ModelProto, images: NDArray[np.float32], noise: NoiseSource | None = None
-) -> dict[str, float]:
-    """Spikes per neuron and step of every layer, over images [N, C, H, W]. Raises InputError as `Recorder` does."""
-    recorder = Recorder(network, noise)
-    layers = [layer_of(step) for step in recorder.steps]
-    total: dict[str, float] = dict.fromkeys(layers, 0.0)
-    for batch in batches(images, "counting spikes"):
-        for step, spikes in recorder(batch).spikes.items():
-            total[layer_of(step)] += len(batch) * float(spikes.mean(dtype=np.float64))
-    return {layer: spikes / (layers.count(layer) * len(images)) for layer, spikes in total.items()}

@@ -5,7 +5,6 @@ encoding (Poisson) have no such name: they belong to no layer.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -70,13 +69,8 @@ class FiringRates:
         self._network.__exit__()
 
 
-def firing_rate_layers(model: Path) -> tuple[str, ...]:
-    """The layers of an ONNX file in the order of the network. Raises InputError if it does not name its spikes."""
-    return tuple(spike_names(read_network(model), model))
-
-
 def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]]:
-    """The spikes of every step, by layer."""
+    """The spikes of every step, by layer, in the order of the network. Raises InputError if it does not name them."""
     steps: dict[str, list[str]] = {}
     for node in network.graph.node:
         for name in node.output:
