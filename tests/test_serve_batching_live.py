@@ -75,7 +75,7 @@ class TestServer:
                 assert [len(batch) for batch in network.batches] == [1, 2]
                 assert lane.statistics.dropped == {"cancelled": 1}
                 assert lane.statistics.codes["http", "499"] == 1
-                assert lane.running == server.memory.used == server.requests == 0
+                assert lane.running == server.memory.used == server.counts.requests == 0
 
         asyncio.run(test())
 

@@ -185,7 +185,7 @@ def found_by_a_collection(running: Running, case: Callable[[Running], None]) -> 
         for _ in range(TIMES):
             with suppress(ConnectionError):
                 case(running)
-        assert eventually(lambda: not running.server.requests and not running.server.connections)
+        assert eventually(lambda: not running.server.counts.requests and not running.server.counts.connections)
         stack.callback(gc.garbage.clear)
         stack.callback(gc.set_debug, 0)
         gc.set_debug(gc.DEBUG_SAVEALL)

@@ -18,7 +18,7 @@ from served_clients import Clients, assert_all_answered, messages, mismatched, p
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.serving import model as model_module
-from mpdsgr_deploy.serving.group import BEATS, OPENING, Group
+from mpdsgr_deploy.serving.group import Group
 from mpdsgr_deploy.serving.heartbeat import Watch
 from mpdsgr_deploy.serving.model import OpenedBundle
 from mpdsgr_deploy.serving.settings import Limits
@@ -221,7 +221,7 @@ class TestHeartbeat:
 
     def seconds_until_hung(self, *, beats: int = 1, opening: int = 0) -> int:
         watch, numbers = Watch(10, 0), Group().own
-        numbers[BEATS], numbers[OPENING] = beats, opening
+        numbers.beats, numbers.opening = beats, opening
         return next(second for second in range(1, 1000) if watch.is_hung(numbers, second))
 
     def test_a_process_may_stand_still_for_so_long_and_longer_while_it_opens_a_network(self) -> None:
@@ -232,12 +232,12 @@ class TestHeartbeat:
     def test_a_process_that_beats_is_not_hung(self) -> None:
         watch, numbers = Watch(10, 0), Group().own
         for second in range(0, 100, 5):
-            numbers[BEATS] += 1
+            numbers.beats += 1
             assert not any(watch.is_hung(numbers, second + look) for look in range(5))
 
     def test_a_supervisor_that_was_stopped_itself_takes_none_for_hung(self) -> None:
         watch, numbers = Watch(10, 0), Group().own
-        numbers[BEATS] = 1
+        numbers.beats = 1
         assert not any(watch.is_hung(numbers, now) for now in (1, 1000, 1001))
 
 

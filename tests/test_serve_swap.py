@@ -25,7 +25,7 @@ from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.serving import model as model_module
-from mpdsgr_deploy.serving.group import OPENING, Group
+from mpdsgr_deploy.serving.group import Group
 from mpdsgr_deploy.serving.repository import Repository
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import sources
@@ -157,7 +157,7 @@ class TestHotSwap:
         measured, group, opening = [RuntimeSettings(threads=1, chunk=4)], Group(), list[int]()
 
         def measure(*_: Any) -> RuntimeSettings:
-            opening.append(group.own[OPENING])
+            opening.append(group.own.opening)
             return measured.pop()
 
         monkeypatch.setattr(model_module, "measured_at_start", measure)
@@ -172,7 +172,7 @@ class TestHotSwap:
 
         asyncio.run(load_twice())
         assert not measured
-        assert (opening, group.own[OPENING]) == ([1], 0)
+        assert (opening, group.own.opening) == ([1], 0)
 
     def test_a_bundle_that_is_as_it_was_is_not_loaded_again(self, current: Path, second: Path, newer: str) -> None:
         with Served(current, f"other={BUNDLE}") as served:

@@ -15,7 +15,7 @@ from mpdsgr_deploy.serving.allocator import return_free_pages
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.figures import Figures, statistics_extension, status
-from mpdsgr_deploy.serving.group import CONNECTIONS, LOADED, REQUESTS, Group
+from mpdsgr_deploy.serving.group import Group, ProcessCounts
 from mpdsgr_deploy.serving.logs import RequestLog, log_request
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.repository import Repository
@@ -105,7 +105,7 @@ class Server:
         self.batcher = Batcher()
         self._tidying = asyncio.create_task(return_free_pages())
         await self.repository.load_all()
-        self.group.own[LOADED] = 1
+        self.counts.loaded = 1
 
     async def close(self) -> None:
         """Answer what was accepted, then free the models."""
@@ -114,22 +114,9 @@ class Server:
         await asyncio.to_thread(self.batcher.close)
 
     @property
-    def requests(self) -> int:
-        """In work now, in this process."""
-        return self.group.own[REQUESTS]
-
-    @requests.setter
-    def requests(self, count: int) -> None:
-        self.group.own[REQUESTS] = count
-
-    @property
-    def connections(self) -> int:
-        """Open over HTTP now, in this process."""
-        return self.group.own[CONNECTIONS]
-
-    @connections.setter
-    def connections(self, count: int) -> None:
-        self.group.own[CONNECTIONS] = count
+    def counts(self) -> ProcessCounts:
+        """What this process shows the others of the group."""
+        return self.group.own
 
     @property
     def ready(self) -> bool:

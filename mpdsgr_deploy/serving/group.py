@@ -1,6 +1,7 @@
 """The processes of one server: what each shows the others in shared memory, and what they ask one another."""
 
 import asyncio
+import ctypes
 import mmap
 import pickle
 import tempfile
@@ -9,11 +10,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# the numbers of a process; those of its place, DIED and HUNG, stay when another takes it
-REQUESTS, CONNECTIONS, ACCEPTING, LOADED, LOST, BEATS, OPENING, DIED, HUNG = range(9)
-NUMBERS = 9
 ANSWER_SECONDS = 1.0  # that another process has to answer; one that is ending or blocked is left out
 Answer = Callable[[], Awaitable[Any]]
+
+
+class ProcessCounts(ctypes.Structure):
+    """What one process shows the others in shared memory."""
+
+    requests: int  # in work
+    connections: int  # open over HTTP
+    accepting: int  # 1 while it accepts connections
+    loaded: int  # 1 once the place's first process has opened its models
+    lost: int  # accepted requests that got no answer, at its end
+    beats: int  # turns of its event loop
+    opening: int  # networks that it opens now
+    died: int  # processes in this place that died
+    hung: int  # and that stood still and were killed
+
+    def clear(self) -> None:
+        """Forget a process that has ended; `loaded`, `died` and `hung` belong to its place and stay."""
+        self.requests = self.connections = self.accepting = self.lost = self.beats = self.opening = 0
+
+
+ProcessCounts._fields_ = [(name, ctypes.c_int64) for name in ProcessCounts.__annotations__]
 
 
 class Group:
@@ -25,8 +44,8 @@ class Group:
 
     def __init__(self, processes: int = 1, folder: Path = Path()) -> None:
         self.processes, self.folder = processes, folder
-        memory = memoryview(mmap.mmap(-1, 8 * NUMBERS * processes)).cast("q")
-        self.rows = [memory[NUMBERS * i : NUMBERS * (i + 1)] for i in range(processes)]
+        rows = ProcessCounts * processes
+        self.rows = list(rows.from_buffer(mmap.mmap(-1, ctypes.sizeof(rows))))
         self.replacement = False
         self.join(0)
 
@@ -37,17 +56,17 @@ class Group:
     @property
     def loaded(self) -> bool:
         """Whether every process has opened its models; one that died since counts as it was."""
-        return all(row[LOADED] for row in self.rows)
+        return all(row.loaded for row in self.rows)
 
     @property
     def accepting(self) -> bool:
         """Whether any process accepts connections."""
-        return any(row[ACCEPTING] for row in self.rows)
+        return any(row.accepting for row in self.rows)
 
     @property
     def has_most_connections(self) -> bool:
         """Whether another process that accepts connections has fewer than this one."""
-        return any(row[ACCEPTING] and row[CONNECTIONS] < self.own[CONNECTIONS] for row in self.rows)
+        return any(row.accepting and row.connections < self.own.connections for row in self.rows)
 
     def _socket(self, index: int) -> Path:
         return self.folder / str(index)

@@ -94,7 +94,7 @@ class Guard:
         """Around one call: who may make it, and its refusal as a status, behind which nothing more is answered."""
         server = self.server
         call = Call(name, context, next(self._ids))
-        server.requests += 1
+        server.counts.requests += 1
         try:
             if not open:
                 if server.closing:  # gRPC itself would cancel what it has not handed over when it stops
@@ -111,7 +111,7 @@ class Guard:
             error.__traceback__ = None  # as in `Refused.without_frames`; the batch's future holds it
             call.refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
         finally:
-            server.requests -= 1
+            server.counts.requests -= 1
             code = "OK" if call.refused is None else call.refused.why.grpc
             server.count("grpc", call, code, call.refused)
         if call.refused is not None:

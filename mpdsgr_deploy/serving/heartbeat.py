@@ -1,9 +1,8 @@
 """Whether a process still turns its event loop: it counts in shared memory, and its supervisor reads the count."""
 
 import asyncio
-from collections.abc import Sequence
 
-from mpdsgr_deploy.serving.group import BEATS, OPENING, Group
+from mpdsgr_deploy.serving.group import Group, ProcessCounts
 
 LOOKS = 10  # of the supervisor, and counts of a process, within the time that it may stand still
 OPENING_FACTOR = 10  # times as long while a process starts or opens a network: some libraries hold the interpreter then
@@ -11,7 +10,7 @@ OPENING_FACTOR = 10  # times as long while a process starts or opens a network: 
 
 def beat(group: Group, seconds: float) -> None:
     """Count this turn of the running event loop and ones to come, LOOKS of them in so many seconds."""
-    group.own[BEATS] += 1
+    group.own.beats += 1
     asyncio.get_running_loop().call_later(seconds / LOOKS, beat, group, seconds)
 
 
@@ -21,14 +20,14 @@ class Watch:
     def __init__(self, seconds: float, now: float) -> None:
         self._seconds, self._seen, self._beats, self._silent = seconds, now, 0, 0.0
 
-    def is_hung(self, numbers: Sequence[int], now: float) -> bool:
-        """Look at the numbers that the process has in its group, at a time on the monotonic clock.
+    def is_hung(self, counts: ProcessCounts, now: float) -> bool:
+        """Look at what the process shows in its group, at a time on the monotonic clock.
 
         A look that comes late proves nothing: the supervisor may have been stopped, and the process with it.
         """
         self._silent += min(now - self._seen, 2 * self._seconds / LOOKS)
-        if numbers[BEATS] != self._beats:
+        if counts.beats != self._beats:
             self._silent = 0.0
-        self._seen, self._beats = now, numbers[BEATS]
-        busy = numbers[OPENING] or not numbers[BEATS]
+        self._seen, self._beats = now, counts.beats
+        busy = counts.opening or not counts.beats
         return self._silent > self._seconds * (OPENING_FACTOR if busy else 1)

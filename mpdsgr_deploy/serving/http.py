@@ -97,7 +97,7 @@ class Http:
         if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
             exchange.id = self.new_id()
         refused = None
-        server.requests += 1
+        server.counts.requests += 1
         with server.memory.share() as share:
             exchange.share = share
             try:
@@ -110,7 +110,7 @@ class Http:
                 refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
                 reply = refusal_reply(refused)
             finally:
-                server.requests -= 1
+                server.counts.requests -= 1
         server.count("http", exchange, str(reply.status), refused)
         return reply
 

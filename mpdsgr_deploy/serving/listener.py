@@ -16,7 +16,6 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused
-from mpdsgr_deploy.serving.group import ACCEPTING
 from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import HttpConnection
 from mpdsgr_deploy.serving.http_wire import BUSY, HEAD_BYTES, encode_refusal
@@ -98,7 +97,7 @@ class Listener:
     def start(self) -> None:
         self._sock.setblocking(False)
         self._sock.listen(BACKLOG)
-        self._accepting, self.server.group.own[ACCEPTING] = True, 1
+        self._accepting, self.server.counts.accepting = True, 1
         self._loop.add_reader(self._sock, self._take_turn)
 
     def renew_certificate(self) -> None:
@@ -119,7 +118,7 @@ class Listener:
     def stop_accepting(self) -> None:
         """Accept what the system has accepted already, and nothing more; other processes take it if there are any."""
         if self._accepting:
-            self._accepting, self.server.group.own[ACCEPTING] = False, 0
+            self._accepting, self.server.counts.accepting = False, 0
             self._loop.remove_reader(self._sock)
             if not self.server.group.accepting:
                 self._sock.listen(0)  # hold off others while the backlog is emptied
@@ -164,7 +163,7 @@ class Listener:
             except OSError as error:
                 if error.errno not in NO_FILES:
                     raise
-                log.error("cannot accept connections: %s; %d are open", error.strerror, self.server.connections)
+                log.error("cannot accept connections: %s; %d are open", error.strerror, self.server.counts.connections)
                 if self._accepting:
                     self._loop.remove_reader(self._sock)
                     self._loop.call_later(PAUSE, self._resume)
@@ -177,7 +176,7 @@ class Listener:
 
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        if self.server.connections >= self.server.limits.connections + RESERVE:
+        if self.server.counts.connections >= self.server.limits.connections + RESERVE:
             answer = self.refusal(BUSY)
             if self._context is None:
                 with suppress(OSError):
@@ -187,7 +186,7 @@ class Listener:
             return
         if TCP_USER_TIMEOUT is not None:  # for a client to take its answer; its silence would hold the connection open
             sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(self.server.limits.body_seconds * 1000))
-        self.server.connections += 1  # its handshake counts too
+        self.server.counts.connections += 1  # its handshake counts too
         connection = HttpConnection(self, has_place=self._places_taken < self.server.limits.connections)
         if connection.has_place:
             self._places_taken += 1
@@ -200,7 +199,7 @@ class Listener:
 
     def connection_ended(self, connection: HttpConnection) -> None:
         """Give its place to the connection that has waited longest for one."""
-        self.server.connections -= 1
+        self.server.counts.connections -= 1
         self.connections.discard(connection)
         self._without_place.pop(connection, None)
         if not connection.has_place:

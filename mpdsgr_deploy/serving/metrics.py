@@ -14,7 +14,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.group import DIED, HUNG
 from mpdsgr_deploy.serving.statistics import Histogram
 
 MODEL = ("model", "version")
@@ -117,14 +116,14 @@ class Counts(Collector):
             requests.add_metric(["", "", protocol, code], number)
         yield from (requests, images, dropped, ready, info, loads, queued, *histograms.values())
         yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)
-        yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.connections)
+        yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.counts.connections)
         yield from _grpc_connections(self._server.grpc_port)
         if self._server.group.processes > 1:
             restarts = CounterMetricFamily(
                 "mpdsgr_process_restarts", "Times a process was replaced, as it had died or hung.", labels=("reason",)
             )
-            for reason, number in (("died", DIED), ("hung", HUNG)):
-                restarts.add_metric([reason], self._server.group.own[number])
+            restarts.add_metric(["died"], self._server.counts.died)
+            restarts.add_metric(["hung"], self._server.counts.hung)
             yield restarts
 
 

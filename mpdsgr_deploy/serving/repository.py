@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
-from mpdsgr_deploy.serving.group import OPENING, Group
+from mpdsgr_deploy.serving.group import Group
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import ModelSource
@@ -93,7 +93,7 @@ class Repository:
             entry.state = LOADING if entry.model is None else entry.state
             entry.reason = "loading"
             settings = None if entry.model is None else entry.model.settings
-            self._group.own[OPENING] += 1
+            self._group.own.opening += 1
             try:
                 place = self.backend, self._limits, self._cores
                 model = await asyncio.to_thread(ServedModel, entry.source, *place, settings)
@@ -103,7 +103,7 @@ class Repository:
                 entry.failed_loads += 1
                 raise
             finally:
-                self._group.own[OPENING] -= 1
+                self._group.own.opening -= 1
             entry.loads += 1
             old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""
             log.info("model %s version %s is ready (%s)", entry.source.name, model.version, model.source.precision)

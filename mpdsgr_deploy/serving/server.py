@@ -177,7 +177,7 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     """Answer what was accepted. The seconds that are left for answers to be sent, and how many there will not be."""
     limits, clock = server.limits, time.monotonic
     server.draining = True
-    log.info("stopping: not ready any more, %d requests in work", server.requests)
+    log.info("stopping: not ready any more, %d requests in work", server.counts.requests)
     with suppress(TimeoutError):
         await asyncio.wait_for(hurry.wait(), limits.grace_seconds)
     end = clock() + limits.drain_seconds
@@ -186,9 +186,9 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     await asyncio.sleep(LAST_CALL)
     quiet = 0
     while quiet < 2 and clock() < end:  # twice: this process may have been held up, and has to read what came meanwhile
-        quiet = 0 if server.requests or http.expecting else quiet + 1
+        quiet = 0 if server.counts.requests or http.expecting else quiet + 1
         await asyncio.sleep(0.01)
-    return max(end - clock(), 0.0), server.requests
+    return max(end - clock(), 0.0), server.counts.requests
 
 
 def _bound(host: str, port: int, option: str = "--port") -> socket.socket:

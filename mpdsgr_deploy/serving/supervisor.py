@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.serving.group import ACCEPTING, BEATS, CONNECTIONS, DIED, HUNG, LOST, OPENING, REQUESTS, Group
+from mpdsgr_deploy.serving.group import Group
 from mpdsgr_deploy.serving.heartbeat import LOOKS, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -94,7 +94,7 @@ class Supervisor:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(self._gone)
             self._group.join(child.index, replacement=replacement)
-            self._group.own[LOST] = self._work(self._alive)
+            self._group.own.lost = self._work(self._alive)
             code = 0
         except MpdsgrError as error:
             self._error(child).write_bytes(pickle.dumps(error))
@@ -143,10 +143,9 @@ class Supervisor:
 
     def _ended(self, child: Child, code: int, *, started: bool) -> None:
         row = self._group.rows[child.index]
-        unanswered = row[LOST] if code == 0 else row[REQUESTS]
+        unanswered = row.lost if code == 0 else row.requests
         self.lost += unanswered
-        for number in (REQUESTS, CONNECTIONS, ACCEPTING, LOST, BEATS, OPENING):
-            row[number] = 0
+        row.clear()
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if child.hung:
             how = f"hung: its event loop stood still for over {self._hang_seconds:g} s, so it was killed,"
@@ -172,7 +171,9 @@ class Supervisor:
     def _replace(self) -> None:
         for child in self._children:
             if not child.pid and not self._ending and time.monotonic() >= child.due:
-                self._group.rows[child.index][HUNG if child.hung else DIED] += 1
+                row = self._group.rows[child.index]
+                row.hung += child.hung
+                row.died += not child.hung
                 self._start(child)
 
     def _kill(self) -> None:
