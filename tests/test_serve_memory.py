@@ -143,7 +143,7 @@ def test_a_failure_leaves_nothing_either(running: Running, monkeypatch: pytest.M
 
 HEAPS = """
 import ctypes, sys, threading
-from mpdsgr_deploy.serving.allocator import limit_free_memory
+from mpdsgr_deploy.allocator import limit_free_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p

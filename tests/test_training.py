@@ -17,7 +17,7 @@ from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.snn import TdBN
-from mpdsgr_deploy.training import pages, train
+from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.epoch import cosine
 
 MEASURED = {"seconds", "cpu_seconds", "peak_mib"}  # differ from run to run
@@ -331,8 +331,8 @@ def test_weights_of_another_network_are_refused(run_dir: Path) -> None:
 
 
 BLOCKS = """
-import ctypes, resource, runpy, threading
-keep_pages = runpy.run_path({file!r})["keep_pages"]  # alone: its package imports Lightning
+import ctypes, resource, threading
+from mpdsgr_deploy.allocator import keep_pages
 libc, block = ctypes.CDLL(None), ctypes.c_void_p()
 libc.memset.argtypes, libc.free.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), (ctypes.c_void_p,)
 {first}
@@ -358,7 +358,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
 def test_blocks_that_are_asked_for_again_need_no_new_pages() -> None:
     def faults(first: str) -> int:
-        code = BLOCKS.format(first=first, file=pages.__file__)
+        code = BLOCKS.format(first=first)
         return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
     assert faults("keep_pages()") < faults("") / 3  # of four steps: one may meet a heap that could not grow in place

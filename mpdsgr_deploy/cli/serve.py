@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.allocator import limit_free_memory
 from mpdsgr_deploy.cli.output import signature_option, verdict_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.serving.allocator import limit_free_memory
 
 LOST = 4  # the exit code of a stop that left accepted requests without an answer
 FILE = click.Path(path_type=Path, dir_okay=False)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.allocator import keep_pages
 from mpdsgr_deploy.cli.output import json_option, print_json
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import load_recipe
@@ -56,7 +57,6 @@ def command(
     need("lightning_fabric", "train")
     from mpdsgr_deploy.checkpoint import load_checkpoint
     from mpdsgr_deploy.training import origin, train
-    from mpdsgr_deploy.training.pages import keep_pages
 
     keep_pages()
     if not train(resolved, out, resume=resume, profile=profile, init=None if init is None else origin(init)):

@@ -15,12 +15,12 @@ from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+from mpdsgr_deploy.allocator import keep_pages
 from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.experiments.measure import Run, measure, trained
 from mpdsgr_deploy.experiments.records import outdated, records_of
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.training.pages import keep_pages
 
 Task = Callable[[Run], MpdsgrError | None]
 Failures = list[tuple[Run, MpdsgrError]]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from mpdsgr_deploy import __version__
+from mpdsgr_deploy.allocator import return_free_pages
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.provenance import hardware
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
-from mpdsgr_deploy.serving.allocator import return_free_pages
 from mpdsgr_deploy.serving.batcher import Batcher
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.figures import Figures, statistics_extension, status

@@ -5,8 +5,8 @@ from typing import Any
 
 from ray import serve
 
+from mpdsgr_deploy.allocator import limit_free_memory
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.serving.allocator import limit_free_memory
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.asgi import Asgi, Receive, Scope, Send
 from mpdsgr_deploy.serving.deploy.ray import DEPLOYMENT, Arguments
