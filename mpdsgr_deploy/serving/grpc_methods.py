@@ -18,60 +18,57 @@ from mpdsgr_deploy.serving.tensors import InputTensor
 
 SERVICE = "inference.GRPCInferenceService"
 CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
+Answer = dict[str, Any]  # in the JSON form that HTTP has too
 
 
-async def _server_live(server: Server, request: Any, call: Call) -> Any:
-    return pb.ServerLiveResponse(live=True)
+async def _server_live(server: Server, request: Any) -> Answer:
+    return {"live": True}
 
 
-async def _server_ready(server: Server, request: Any, call: Call) -> Any:
-    return pb.ServerReadyResponse(ready=server.ready)
+async def _server_ready(server: Server, request: Any) -> Answer:
+    return {"ready": server.ready}
 
 
-async def _model_ready(server: Server, request: Any, call: Call) -> Any:
+async def _model_ready(server: Server, request: Any) -> Answer:
     try:
         server.repository.model(request.name, request.version)
-    except Refused as error:
-        if error.why is Why.INVALID:
-            raise
-        return pb.ModelReadyResponse(ready=False)
-    return pb.ModelReadyResponse(ready=True)
+    except Refused:
+        return {"ready": False}
+    return {"ready": True}
 
 
-async def _server_metadata(server: Server, request: Any, call: Call) -> Any:
-    return ParseDict(server.metadata(), pb.ServerMetadataResponse())
+async def _server_metadata(server: Server, request: Any) -> Answer:
+    return server.metadata()
 
 
-async def _model_metadata(server: Server, request: Any, call: Call) -> Any:
-    model = server.repository.model(request.name, request.version)
-    return ParseDict(model.metadata(), pb.ModelMetadataResponse())
+async def _model_metadata(server: Server, request: Any) -> Answer:
+    return server.repository.model(request.name, request.version).metadata()
 
 
-async def _model_config(server: Server, request: Any, call: Call) -> Any:
-    model = server.repository.model(request.name, request.version)
-    return ParseDict({"config": model.config()}, pb.ModelConfigResponse())
+async def _model_config(server: Server, request: Any) -> Answer:
+    return {"config": server.repository.model(request.name, request.version).config()}
 
 
-async def _model_statistics(server: Server, request: Any, call: Call) -> Any:
-    return ParseDict(await server.statistics(request.name, request.version), pb.ModelStatisticsResponse())
+async def _model_statistics(server: Server, request: Any) -> Answer:
+    return await server.statistics(request.name, request.version)
 
 
-async def _repository_index(server: Server, request: Any, call: Call) -> Any:
-    return ParseDict({"models": server.index(ready=request.ready)}, pb.RepositoryIndexResponse())
+async def _repository_index(server: Server, request: Any) -> Answer:
+    return {"models": server.index(ready=request.ready)}
 
 
-async def _repository_model_load(server: Server, request: Any, call: Call) -> Any:
+async def _repository_model_load(server: Server, request: Any) -> Answer:
     server.require_control()
     if request.parameters:
         raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
     await server.repository.load(request.model_name)
-    return pb.RepositoryModelLoadResponse()
+    return {}
 
 
-async def _repository_model_unload(server: Server, request: Any, call: Call) -> Any:
+async def _repository_model_unload(server: Server, request: Any) -> Answer:
     server.require_control()
     await server.repository.unload(request.model_name)
-    return pb.RepositoryModelUnloadResponse()
+    return {}
 
 
 async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
@@ -134,12 +131,12 @@ def _parsed(kind: Any, content: bytes) -> Any:
         raise invalid(f"the message is no {kind.DESCRIPTOR.name}") from None
 
 
-def _method(name: str, handler: Callable[[Server, Any, Call], Awaitable[Any]], **options: bool) -> Method:
-    """The method of this name, whose handler takes a parsed message."""
+def _method(name: str, handler: Callable[[Server, Any], Awaitable[Answer]], **options: bool) -> Method:
+    """The method of this name, whose handler takes a parsed message and returns the response's fields."""
     request, response = getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response")
 
     async def answer(server: Server, content: bytes, call: Call) -> Any:
-        return await handler(server, _parsed(request, content), call)
+        return ParseDict(await handler(server, _parsed(request, content)), response())
 
     return Method(answer, response.SerializeToString, **options)
 
