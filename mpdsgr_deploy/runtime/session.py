@@ -58,15 +58,7 @@ class Session:
                 f"this onnxruntime has no {provider}; install it with: pip install 'mpdsgr-deploy[{EXTRAS[provider]}]' "
                 f"(uninstall the other onnxruntime package first, they overwrite each other), or add its plug-in"
             )
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # errors are raised as well; printing them would repeat them
-        options.intra_op_num_threads = threads or usual_threads()
-        # otherwise its threads keep a core busy for a while after every call, while a server waits for the next request
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not packs:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        if provider != CPU:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options = session_options(ort, provider, threads, packs=packs)
         if provider == TENSORRT:
             os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option against TF32; read by its libraries
         try:
@@ -108,6 +100,20 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self._session = None
+
+
+def session_options(ort: Any, provider: str, threads: int | None, *, packs: bool) -> Any:
+    """The SessionOptions of `ort`, which is onnxruntime, for the arguments of `Session`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as well; printing them would repeat them
+    options.intra_op_num_threads = threads or usual_threads()
+    # otherwise its threads keep a core busy for a while after every call, while a server waits for the next request
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not packs:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
 
 
 def preload_libraries(ort: Any) -> None:

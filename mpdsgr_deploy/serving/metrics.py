@@ -80,6 +80,20 @@ class Counts(Collector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
+        server = self._server
+        yield from self._of_models()
+        yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", server.memory.used)
+        yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", server.counts.connections)
+        yield from _grpc_connections(server.grpc_port)
+        if server.group.processes > 1:
+            restarts = CounterMetricFamily(
+                "mpdsgr_process_restarts", "Times a process was replaced, as it had died or hung.", labels=("reason",)
+            )
+            restarts.add_metric(["died"], server.counts.died)
+            restarts.add_metric(["hung"], server.counts.hung)
+            yield restarts
+
+    def _of_models(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("mpdsgr_requests", "Requests answered.", labels=(*MODEL, "protocol", "code"))
         images = CounterMetricFamily("mpdsgr_images", "Images computed.", labels=MODEL)
         dropped = CounterMetricFamily("mpdsgr_dropped", "Requests not computed.", labels=(*MODEL, "reason"))
@@ -115,16 +129,6 @@ class Counts(Collector):
         for (protocol, code), number in dict(self._server.other_codes).items():
             requests.add_metric(["", "", protocol, code], number)
         yield from (requests, images, dropped, ready, info, loads, queued, *histograms.values())
-        yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", self._server.memory.used)
-        yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", self._server.counts.connections)
-        yield from _grpc_connections(self._server.grpc_port)
-        if self._server.group.processes > 1:
-            restarts = CounterMetricFamily(
-                "mpdsgr_process_restarts", "Times a process was replaced, as it had died or hung.", labels=("reason",)
-            )
-            restarts.add_metric(["died"], self._server.counts.died)
-            restarts.add_metric(["hung"], self._server.counts.hung)
-            yield restarts
 
 
 def _grpc_connections(port: int | None) -> Iterable[Metric]:

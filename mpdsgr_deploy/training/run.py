@@ -136,26 +136,32 @@ def _run(
             staged = recipe_at(recipe, epoch)
             for defence in learner.defences:
                 defence.begin_epoch(history)
-            entry = _one_epoch(learner, staged, train_data, validation_data, epoch)
-            history.append(entry)
+            history.append(_one_epoch(learner, staged, train_data, validation_data, epoch))
             if board is not None:
                 display(board, learner, history, validation_data)
-                checkpoint = Checkpoint(
-                    recipe=staged.portable(),
-                    shape=training.shape,
-                    labels=training.labels,
-                    epoch=epoch + 1,
-                    choice="last",
-                    score_of=score_of(learner, len(validation)),
-                    metrics={name: entry[name] for name in ("validation_accuracy", "score")},
-                    history=history,
-                    provenance=provenance(),
-                    init=started_from,
-                )
-                save(learner, checkpoint, data, out)
+                scored = score_of(learner, len(validation))
+                save(learner, _checkpoint(staged, training, history, scored, started_from), data, out)
             fabric.barrier()
     if learner.profile is not None:
         learner.profile.close()
+
+
+def _checkpoint(
+    staged: Recipe, training: Images, history: list[dict[str, Any]], scored: str, started_from: dict[str, Any] | None
+) -> Checkpoint:
+    """The checkpoint of the last epoch in `history`, without its weights."""
+    return Checkpoint(
+        recipe=staged.portable(),
+        shape=training.shape,
+        labels=training.labels,
+        epoch=len(history),
+        choice="last",
+        score_of=scored,
+        metrics={name: history[-1][name] for name in ("validation_accuracy", "score")},
+        history=history,
+        provenance=provenance(),
+        init=started_from,
+    )
 
 
 def _one_epoch(learner: Learner, staged: Recipe, training: Data, validation: Data, epoch: int) -> dict[str, Any]:

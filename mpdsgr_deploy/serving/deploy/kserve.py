@@ -84,7 +84,8 @@ def write_resources(
     return list(resources)
 
 
-def _on_triton(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict[str, Resource]:
+def _triton_runtime(replica: ReplicaSpec) -> Resource:
+    """The ServingRuntime that every model on Triton uses."""
     command = [
         "tritonserver",
         f"--model-repository={MODELS}",
@@ -107,7 +108,11 @@ def _on_triton(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
         "containers": [server],
         "volumes": [_scratch()],
     }
-    resources = {f"{RUNTIME}.yaml": _resource("v1alpha1", "ServingRuntime", RUNTIME, spec)}
+    return _resource("v1alpha1", "ServingRuntime", RUNTIME, spec)
+
+
+def _on_triton(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict[str, Resource]:
+    resources = {f"{RUNTIME}.yaml": _triton_runtime(replica)}
     scheme = uri.partition(":")[0]
     if len(models) > 1 and scheme in SINGLE_ONLY:
         raise InputError(

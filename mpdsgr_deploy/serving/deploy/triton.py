@@ -72,28 +72,15 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
     (directory / VERSION).mkdir(parents=True)
     (directory / WARMUP).mkdir()
     engines: dict[str, Prepared] = {}
-    files: dict[str, str] = {}
-    preferred: list[int] = []
-    source = bundle.variant(model.precision)
-    network = onnx.load(source)
     if platform == BACKENDS["tensorrt"]:
+        network = onnx.load(bundle.variant(model.precision))
         engines = engines_of(bundle, model.precision)
-        if len(engines) > 1:
-            files = {capability: f"model-{capability}.plan" for capability in engines}
-        for capability, engine in engines.items():
-            target = directory / VERSION / files.get(capability, PLATFORMS[platform])
-            shutil.copyfile(bundle.file(str(engine.file)), target)
-        _, bests, largests = zip(*(engine.batch for engine in engines.values() if engine.batch), strict=True)
-        largest = min(largests)
-        preferred = sorted({min(*bests, largest), largest})  # the second, or no batch would be larger than the first
+        largest, preferred, files = _put_engines(directory / VERSION, bundle, engines)
     else:
+        network = _checked_network(model, gpus)
+        onnx.save(network, directory / VERSION / PLATFORMS[platform])
         built = [p.batch[2] for p in manifest.prepared if p.precision == model.precision and p.batch]
-        largest = max(built, default=LARGEST)
-        content = source if gpus else for_cpu(source)  # on a CPU float16 is rounded only where it is written down
-        target = directory / VERSION / PLATFORMS[platform]
-        loaded = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
-        network = guarded(loaded, manifest.input_name)
-        onnx.save(network, target)
+        largest, preferred, files = max(built, default=LARGEST), [], {}
     labels = [" ".join(label.split()) for label in manifest.labels]
     (directory / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     golden = np.ascontiguousarray(bundle.golden(model.precision)[0][0], dtype="<f4")
@@ -108,6 +95,30 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
     (directory / CONFIG).write_text(text, encoding="utf-8")
     versions = {capability: engine.machine["tensorrt"] for capability, engine in engines.items()}
     return Written(model.name, model.precision, largest, versions, manifest.noise)
+
+
+def _checked_network(model: Chosen, gpus: int) -> onnx.ModelProto:
+    """The network as Triton runs it, with the check of its images."""
+    source = model.bundle.variant(model.precision)
+    content = source if gpus else for_cpu(source)  # on a CPU float16 is rounded only where it is written down
+    loaded = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
+    return guarded(loaded, model.bundle.manifest.input_name)
+
+
+def _put_engines(
+    directory: Path, bundle: Bundle, engines: dict[str, Prepared]
+) -> tuple[int, list[int], dict[str, str]]:
+    """Copy engines by compute capability; the largest batch, those to prefer, and the names of several files."""
+    files: dict[str, str] = {}
+    if len(engines) > 1:
+        files = {capability: f"model-{capability}.plan" for capability in engines}
+    for capability, engine in engines.items():
+        target = directory / files.get(capability, PLATFORMS[BACKENDS["tensorrt"]])
+        shutil.copyfile(bundle.file(str(engine.file)), target)
+    _, bests, largests = zip(*(engine.batch for engine in engines.values() if engine.batch), strict=True)
+    largest = min(largests)
+    # the largest too, or no batch would be larger than the best
+    return largest, sorted({min(*bests, largest), largest}), files
 
 
 def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:

@@ -105,7 +105,7 @@ def arrivals(load: Load, seed: int) -> Iterator[float]:
 
 async def run(load: Load, traffic: Traffic, seed: int) -> None:
     """Put `load` on the server; traffic.tally holds what happened, also when this is cancelled."""
-    await (_open(load, traffic, seed) if load.rate else _closed(load, traffic))
+    await (_OpenLoop(traffic).run(load, seed) if load.rate else _closed(load, traffic))
 
 
 async def _closed(load: Load, traffic: Traffic) -> None:
@@ -127,55 +127,62 @@ async def _closed(load: Load, traffic: Traffic) -> None:
             connection.close()
 
 
-async def _open(load: Load, traffic: Traffic, seed: int) -> None:
-    """Arrivals are told by a thread of their own: timers of the event loop are a millisecond coarse."""
-    loop, stopped = asyncio.get_running_loop(), threading.Event()
-    backlog: deque[float] = deque()  # when what is due, but not yet sent, was due
-    idle: list[asyncio.Future[None]] = []
-    workers: list[asyncio.Task[None]] = []
-    connections: list[Connection] = []
+class _OpenLoop:
+    """Requests that arrive in their own time, each on a connection that is idle or new.
 
-    async def worker(connection: Connection) -> None:
-        while True:
-            while backlog:
-                await traffic.exchange(connection, backlog.popleft())
-            if stopped.is_set():
-                return
-            idle.append(loop.create_future())
-            await idle[-1]
+    A thread of its own tells when one is due: timers of the event loop are a millisecond coarse.
+    """
 
-    def arrive(due: float) -> None:
-        if stopped.is_set():
-            return
-        backlog.append(due)
-        if idle:
-            idle.pop().set_result(None)
-        elif len(workers) < MOST_CONNECTIONS:
-            connections.append(Connection(traffic.endpoint))
-            workers.append(loop.create_task(worker(connections[-1])))
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic, self._loop = traffic, asyncio.get_running_loop()
+        self._stopped = threading.Event()
+        self._backlog: deque[float] = deque()  # when what is due, but not yet sent, was due
+        self._idle: list[asyncio.Future[None]] = []
+        self._workers: list[asyncio.Task[None]] = []
+        self._connections: list[Connection] = []
 
-    def tick() -> None:
+    async def run(self, load: Load, seed: int) -> None:
+        end = self._traffic.start(load.seconds)
+        try:
+            await asyncio.to_thread(self._tell, load, seed)
+            while self._backlog and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            self._stopped.set()
+            if self._backlog:
+                self._traffic.tally.errors[UNSENT] = len(self._backlog)
+                self._backlog.clear()
+            for future in self._idle:
+                future.set_result(None)
+            await asyncio.gather(*self._workers)
+        finally:
+            self._stopped.set()
+            for task in self._workers:
+                task.cancel()
+            for connection in self._connections:
+                connection.close()
+
+    def _tell(self, load: Load, seed: int) -> None:
         for seconds in arrivals(load, seed):
-            due = traffic.tally.started + seconds
-            if stopped.wait(max(0.0, due - time.monotonic())):
+            due = self._traffic.tally.started + seconds
+            if self._stopped.wait(max(0.0, due - time.monotonic())):
                 return
-            loop.call_soon_threadsafe(arrive, due)
+            self._loop.call_soon_threadsafe(self._arrive, due)
 
-    stop = traffic.start(load.seconds)
-    try:
-        await asyncio.to_thread(tick)
-        while backlog and time.monotonic() < stop:
-            await asyncio.sleep(0.01)
-        stopped.set()
-        if backlog:
-            traffic.tally.errors[UNSENT] = len(backlog)
-            backlog.clear()
-        for future in idle:
-            future.set_result(None)
-        await asyncio.gather(*workers)
-    finally:
-        stopped.set()
-        for task in workers:
-            task.cancel()
-        for connection in connections:
-            connection.close()
+    def _arrive(self, due: float) -> None:
+        if self._stopped.is_set():
+            return
+        self._backlog.append(due)
+        if self._idle:
+            self._idle.pop().set_result(None)
+        elif len(self._workers) < MOST_CONNECTIONS:
+            self._connections.append(Connection(self._traffic.endpoint))
+            self._workers.append(self._loop.create_task(self._work(self._connections[-1])))
+
+    async def _work(self, connection: Connection) -> None:
+        while True:
+            while self._backlog:
+                await self._traffic.exchange(connection, self._backlog.popleft())
+            if self._stopped.is_set():
+                return
+            self._idle.append(self._loop.create_future())
+            await self._idle[-1]
