@@ -22,7 +22,7 @@ from mpdsgr_deploy.experiments.records import outdated, records_of
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
 from mpdsgr_deploy.progress import log
 
-Task = Callable[[Run], MpdsgrError | None]
+Task = Callable[[Run], object]
 Failures = list[tuple[Run, MpdsgrError]]
 
 
@@ -101,7 +101,7 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
             missing = sorted({str(run.init), str(run.sender)} & failed)
             if missing:
                 failures.append((run, InputError(f"not measured, since {missing[0]} failed")))
-        failures += work([*ready.values()], jobs, measure_one if group is todo else train_one)
+        failures += work([*ready.values()], jobs, measure if group is todo else trained)
     return failures
 
 
@@ -111,7 +111,7 @@ def work(todo: list[Run], jobs: int, task: Task) -> Failures:
     if not todo:
         return failures
     started = time.monotonic()
-    log.info("%s: %d runs, %d at a time", task.__name__.replace("_", " "), len(todo), jobs)
+    log.info("%s: %d runs, %d at a time", "measuring" if task is measure else "training", len(todo), jobs)
     for number, (run, error) in enumerate(as_finished(todo, jobs, task), 1):
         if error is not None:
             failures.append((run, error))
@@ -124,12 +124,12 @@ def work(todo: list[Run], jobs: int, task: Task) -> Failures:
 def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, MpdsgrError | None]]:
     """The runs in the order in which they finish, each with its error or None."""
     if jobs == 1:
-        yield from ((run, task(run)) for run in todo)
+        yield from ((run, error_of(task, run)) for run in todo)
         return
     # read by torch and BLAS when a new process loads them: together the processes use each core once
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     with ProcessPoolExecutor(jobs, new_processes(), initializer=die_on_interrupt) as pool:
-        pending = {pool.submit(task, run): run for run in todo}
+        pending = {pool.submit(error_of, task, run): run for run in todo}
         try:
             for future in as_completed(pending):
                 if crash := future.exception():  # the error is raised once the pool has shut down
@@ -159,18 +159,8 @@ def die_on_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def train_one(run: Run) -> MpdsgrError | None:
-    """Train one run; returns its error, so that the other runs go on."""
-    return error_of(trained, run)
-
-
-def measure_one(run: Run) -> MpdsgrError | None:
-    """Train and measure one run; returns its error, so that the other runs go on."""
-    return error_of(measure, run)
-
-
-def error_of(task: Callable[[Run], object], run: Run) -> MpdsgrError | None:
-    """Do a task, keeping memory pages on a CPU; returns an error of this package, and raises any other."""
+def error_of(task: Task, run: Run) -> MpdsgrError | None:
+    """Do a task, keeping memory pages on a CPU; returns an error of this package, so that the other runs go on."""
     keep_pages()
     try:
         task(run)
