@@ -28,13 +28,13 @@ EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "mo
 
 
 class Memory:
-    """Bytes that requests take up, of `limit` in all."""
+    """The bytes that requests in work take up, at most `limit` of them."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
 
     def share(self) -> "Share":
-        """One request's, given back at the end of a with block."""
+        """One request's part of it, given back at the end of a with block."""
         return Share(self)
 
 
@@ -51,7 +51,7 @@ class Share:
         self._memory.used -= self.held
 
     def take(self, count: int) -> None:
-        """So many bytes more. Raises Refused if they are not free now, or never will be."""
+        """Reserve `count` more bytes. Raises Refused if they are not free now, or never will be."""
         memory = self._memory
         if self.held + count > memory.limit:
             raise too_large(memory.limit)
@@ -62,10 +62,10 @@ class Share:
 
 
 class Server:
-    """Models and limits, and whether it is ready. `start` in a running event loop, then `close` there.
+    """The served models, their limits and the state of the server. Call `start` and `close` in one event loop.
 
-    models: `[NAME=]BUNDLE[@PRECISION]` each. group: the processes of which this is one. Raises InputError for names
-    that are none or come twice.
+    models: `[NAME=]BUNDLE[@PRECISION]` each. group: the processes of which this is one. Raises InputError for a name
+    that is invalid or appears twice.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Server:
         named = sources(models, self.settings.trust.demand())
         self.repository = Repository(named, backend, self.limits, cores, self.group)
         self.memory = Memory(self.limits.in_flight_bytes)
-        self.other_codes: Counter[tuple[str, str]] = Counter()  # of requests that reached no model, by protocol, status
+        self.other_codes: Counter[tuple[str, str]] = Counter()  # by protocol, status; without a model
         self.grpc_port: int | None = None  # once something listens there
-        self.draining = False  # it ends, and still answers
-        self.local = False  # it is for this machine alone, and asks nobody who they are
-        self.closing = False  # connections that are open get their last answer
+        self.draining = False  # it is ending, and still answers
+        self.local = False  # only this machine reaches it, and it needs no keys
+        self.closing = False  # open connections get their last answer
         self._born = time.monotonic()
 
     @property
@@ -122,12 +122,12 @@ class Server:
     def ready(self) -> bool:
         """Whether a balancer should send requests here: every model of every process has answered its golden batch.
 
-        What was unloaded since makes nobody wait.
+        A model that was unloaded since does not count.
         """
         return self.group.loaded and not self.draining
 
     def authorize(self, authorization: str) -> None:
-        """Raise Refused unless no keys are needed or this names one."""
+        """Raise Refused if keys are needed and this Authorization header names none of them."""
         if self.keys is not None and not self.keys.accepts(authorization):
             raise Refused(
                 Why.UNAUTHENTICATED,
@@ -136,7 +136,7 @@ class Server:
             )
 
     def count(self, protocol: str, request: RequestLog, code: str, refused: Refused | None) -> None:
-        """A request was answered, by whatever protocol: into the statistics, and the log if that is wanted."""
+        """Count an answered request, and log it if it was refused or if every request is logged."""
         codes = self.other_codes
         if request.model is not None:
             codes = request.model.statistics.codes
@@ -161,11 +161,11 @@ class Server:
             raise Refused(Why.FORBIDDEN, "start the server with --repository-control to load and unload models")
 
     def metadata(self) -> dict[str, Any]:
-        """Of the server, as the protocol has it."""
+        """The server's metadata in the JSON form of the protocol."""
         return {"name": "mpdsgr-deploy", "version": __version__, "extensions": EXTENSIONS}
 
     def index(self, *, ready: bool) -> list[dict[str, str]]:
-        """The repository index; with `ready`, of models that answer."""
+        """The repository index: of all models, or with `ready` of those that answer."""
         return [
             {
                 "name": entry.source.name,
@@ -178,7 +178,7 @@ class Server:
         ]
 
     async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
-        """The statistics extension, of one model or of all that answer; of all processes together."""
+        """The statistics extension for one model, or for all that answer, summed over all processes."""
         if name:
             models = [self.repository.model(name, version)]
         else:
@@ -187,7 +187,7 @@ class Server:
         return {"model_stats": [statistics_extension(model, _of(model, others)) for model in models]}
 
     async def status(self) -> dict[str, Any]:
-        """What the page shows; of all processes together."""
+        """What the page shows, summed over all processes."""
         others = await self.group.ask("figures")
         server = {
             "version": __version__,
@@ -199,14 +199,14 @@ class Server:
         return {"server": server, "models": models}
 
     async def figures(self) -> dict[str, Figures]:
-        """What this process shows the others, by model."""
+        """By model, what the other processes ask this one for."""
         models = [entry.model for entry in self.repository if entry.model]
         return {model.source.name: Figures(model.digest, model.statistics, model.lane.images) for model in models}
 
 
 def _of(model: ServedModel | None, others: Mapping[int, Mapping[str, Figures]]) -> list[Figures]:
-    """This very version's figures in the other processes."""
+    """The figures of this version of a model in the other processes."""
     if model is None:
         return []
-    found = (figures.get(model.source.name) for figures in others.values())
-    return [figures for figures in found if figures and figures.digest == model.digest]
+    same_name = (figures.get(model.source.name) for figures in others.values())
+    return [figures for figures in same_name if figures and figures.digest == model.digest]

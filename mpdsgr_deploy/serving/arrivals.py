@@ -1,4 +1,4 @@
-"""Messages on their way in, where nothing can be seen of one before it is whole: a bounded number at a time."""
+"""How many gRPC messages arrive at a time: nothing of one can be read, or refused, before it is whole."""
 
 import asyncio
 from collections import deque
@@ -9,7 +9,7 @@ from typing import TypeVar
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.http_timer import READ_FIRST, client_time
 
-PATIENCE = 1.0  # seconds within which whoever waits gets a place
+PATIENCE = 1.0  # seconds within which a message that waits gets a place
 Content = TypeVar("Content")
 
 
@@ -28,7 +28,7 @@ class Arrivals:
         self._timer: asyncio.TimerHandle | None = None
 
     async def read(self, receive: Callable[[], Awaitable[Content]], seconds: float) -> Content:
-        """What `receive` brings, in so many seconds. Raises Refused if it takes longer or too many wait."""
+        """The result of `receive`. Raises Refused if it takes longer than `seconds`, or too many messages wait."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as timeout:
@@ -58,14 +58,14 @@ class Arrivals:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # the place was given to it in the same moment
+            if turn.done() and not turn.cancelled():  # it was given a place in the same moment
                 self._leave()
             with suppress(ValueError):
                 self._waiting.remove(turn)
             raise
 
     def _leave(self) -> None:
-        """Hand the place to whoever has waited longest."""
+        """Hand the place to the message that has waited longest."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():

@@ -45,9 +45,10 @@ class QueuedRequest:
 
 
 class ModelLane:
-    """The queue of one model version. most: images a batch; room: images that may wait.
+    """The queue of one model version. most: images per batch; room: images that may wait.
 
-    compute: checks its images, and raises for a batch with bad ones; problem: says whether these are.
+    compute: the outputs of a batch, or an error if one of its images is invalid; problem: why a request's images are
+    invalid, or None.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ModelLane:
         self.compute = _closed
 
     def learn(self, images: int, seconds: float) -> None:
-        """How long a batch took. Up to twice as many images as were quick may be, if that much time was left."""
+        """Learn from the time of a batch: up to twice as many images count as quick, if the time allows that many."""
         if seconds >= QUICK:
             self.streak, self.quick_images = 0, 0.0
             return
@@ -83,7 +84,7 @@ class ModelLane:
         self.quick_images = max(self.quick_images, images * min(2.0, QUICK / max(seconds, 1e-9)))
 
     def take(self) -> tuple[list[QueuedRequest], list[QueuedRequest]]:
-        """The next batch, from the front, and what is too late or given up on the way there."""
+        """The next batch from the front of the queue, and the requests before its end that are too late or given up."""
         batch: list[QueuedRequest] = []
         dropped: list[QueuedRequest] = []
         images, now = 0, time.monotonic()
@@ -115,7 +116,7 @@ class Batcher:
     def submit(
         self, lane: ModelLane, images: Images, deadline: float, *, rates: bool = False
     ) -> "asyncio.Future[Outputs]":
-        """The outputs of the images [B <= lane.most, C, H, W], to come. Cancel the future to give up.
+        """A future of the outputs of images [B <= lane.most, C, H, W]; cancel it to give up.
 
         The future raises Refused if the deadline passes first. Raises Refused at once if the lane is full.
         """

@@ -10,7 +10,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Why(Enum):
-    """HTTP status, and the name of the gRPC status."""
+    """Why a request is refused: the HTTP status, and the name of the gRPC status."""
 
     INVALID = 400, "INVALID_ARGUMENT"
     UNAUTHENTICATED = 401, "UNAUTHENTICATED"
@@ -32,10 +32,7 @@ class Why(Enum):
 
 
 class Refused(Exception):  # noqa: N818 - a refusal is an answer
-    """A request that gets no other answer than this one line.
-
-    headers: of the answer over HTTP. A 503 always says when to ask again.
-    """
+    """A request is answered with this one line. headers: of the HTTP response; a 503 always says when to ask again."""
 
     def __init__(self, why: Why, message: str, *, headers: Mapping[str, str] = NO_HEADERS) -> None:
         super().__init__(message)

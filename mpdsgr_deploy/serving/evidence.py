@@ -14,9 +14,9 @@ from mpdsgr_deploy.signing.verdict import Vouched
 def evidence(
     bundle: Bundle, precision: str, golden: NDArray[np.float32], vouched: Vouched | None = None
 ) -> dict[str, Any]:
-    """For /status. methods: of the training, by the names of recipes; reference: right answers of the torch network.
+    """What /status shows of a network. methods: of its training, by the names of recipes; reference: right answers.
 
-    golden: float32 [G, C, H, W]; their mean tells a viewer whether images are light on dark. validation: of the newest
+    golden: float32 [G, C, H, W], whose mean tells a viewer whether images are light on dark. validation: of the newest
     report that lies beside the bundle and is of this very network, or None, as it is where signatures are demanded.
     signature: who signed the bundle and, with the counts of its conditions, a verdict on it; None where no signature
     was demanded, and so none was verified.

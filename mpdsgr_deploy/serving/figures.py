@@ -1,4 +1,4 @@
-"""What one process, or several of one server, have counted of a model, as `/stats` and the page show it."""
+"""A model's counts, of one process or of several together, as `/stats` and the page show them."""
 
 import time
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.repository import Entry
 from mpdsgr_deploy.serving.statistics import WINDOW, Histogram, Statistics
 
-ENOUGH = 100  # requests for one of them to be above the 99th percentile
+ENOUGH = 100  # requests, so that one of them is above the 99th percentile
 
 
 class Figures(NamedTuple):
-    """What one process shows of a model: its digest, what it counted, and how many images wait."""
+    """A model in one process: its digest, what was counted, and how many images wait."""
 
     digest: str
     statistics: Statistics
@@ -80,7 +80,7 @@ def status(entry: Entry, backend: str, others: Sequence[Figures]) -> dict[str, A
 
 
 class Recent(NamedTuple):
-    """span: seconds that are looked back; milliseconds: of each request in it."""
+    """The last requests. span: the seconds they were answered in; milliseconds: of each request."""
 
     span: float
     images: int
@@ -95,7 +95,7 @@ def _recent(counts: Statistics, now: float) -> Recent:
 
 
 def _percentiles(times: list[float]) -> dict[str, float | None] | None:
-    """Of sorted times; None for a percentile that too few of them stand behind."""
+    """p50 and p99 of sorted times; None for a percentile that too few times lie above."""
     if not times:
         return None
     return {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)] if len(times) >= ENOUGH else None}

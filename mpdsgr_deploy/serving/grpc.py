@@ -49,7 +49,7 @@ class Grpc:
 
 
 class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
-    """Answers calls of methods that no service has, so that they are counted and logged."""
+    """Refuses calls of unknown methods, so that they are counted and logged."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -63,7 +63,7 @@ class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
 
 
 def _options(server: Server) -> list[tuple[str, int]]:
-    """The bounds of gRPC's core, whose own defaults are none, or are met by honest clients."""
+    """The bounds of gRPC's core, whose defaults are unbounded, or so low that honest clients reach them."""
     limits = server.limits
     calls = limits.connections * STREAMS
     window = min(max(limits.in_flight_bytes // limits.connections, SMALLEST_WINDOW), LARGEST_WINDOW)

@@ -42,12 +42,11 @@ class Call:
 
     @property
     def peer(self) -> str:
-        """The client's address."""
         return str(self.context.peer())
 
 
 class Method(NamedTuple):
-    """answer: from a message's bytes to the response. open: needs no key. reads: whether it has a message at all."""
+    """A gRPC method. answer: from a message's bytes to the response; open: it needs no key; reads: it has a message."""
 
     answer: Callable[[Server, bytes, Call], Awaitable[Any]]
     serialize: Callable[[Any], bytes]
@@ -68,7 +67,7 @@ class Guard:
         self._open_arrivals = Arrivals(min(places, OPEN_PLACES), WAITING)
 
     def service(self, name: str, methods: Mapping[str, Method]) -> Any:
-        """As grpc.aio takes it. Calls are streams to it, for their message to be waited for here: with a bound."""
+        """The service for grpc.aio. Calls are streams to it, so that their message is waited for here, with a bound."""
         handlers = {
             method: grpc.stream_unary_rpc_method_handler(
                 partial(self._unary, method, entry), response_serializer=entry.serialize
@@ -91,7 +90,7 @@ class Guard:
 
     @asynccontextmanager
     async def call(self, name: str, context: grpc.aio.ServicerContext, *, open: bool = False) -> AsyncIterator[Call]:
-        """Around one call: who may make it, and its refusal as a status, behind which nothing more is answered."""
+        """Surrounds one call: refuses it without a key, counts it, and ends it with a status if it was refused."""
         server = self.server
         call = Call(name, context, next(self._ids))
         server.counts.requests += 1

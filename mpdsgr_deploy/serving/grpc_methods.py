@@ -117,7 +117,7 @@ def _requested_output(output: Any) -> RequestedOutput:
 
 
 def _parameter(parameters: Any, name: str) -> Any:
-    """Its value, of whatever kind; 0 where it is not given."""
+    """The value of a parameter, of any type; 0 where it is not given."""
     if name not in parameters:
         return 0
     kind = parameters[name].WhichOneof("parameter_choice")

@@ -44,7 +44,7 @@ class Body(Protocol):
 
 
 class Reply(NamedTuple):
-    """What is sent back."""
+    """A response."""
 
     status: int
     body: bytes
@@ -76,7 +76,6 @@ class Exchange:
 
     @property
     def peer(self) -> str:
-        """The client's address."""
         return self._peer()
 
 
@@ -92,7 +91,7 @@ class Http:
         return next(self._ids)
 
     async def answer(self, exchange: Exchange) -> Reply:
-        """The answer to a request, which is counted and logged; a refusal where there is no other."""
+        """Answer a request, count it and log it; what goes wrong is answered as a refusal."""
         server = self.server
         if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
             exchange.id = self.new_id()
@@ -272,13 +271,13 @@ def _page() -> Reply:
 
 
 def refusal_reply(error: Refused) -> Reply:
-    """How HTTP says a refusal."""
+    """The response to a refused request."""
     headers = tuple((name.encode(), value.encode()) for name, value in error.headers.items())
     return Reply(error.why.status, json.dumps({"error": str(error)}).encode(), headers=headers)
 
 
 def response_headers(request_id: str, reply: Reply) -> list[tuple[bytes, bytes]]:
-    """All of an answer but what says whether the connection stays open."""
+    """The headers of a response, except for `connection`."""
     return [
         (b"content-type", reply.kind),
         (b"content-length", str(len(reply.body)).encode()),

@@ -31,7 +31,7 @@ PROBES = ("/v2/health/live", "/v2/health/ready")
 
 
 class ConnectionOwner(Protocol):
-    """Who accepted a connection, and is told when it is open (its TLS handshake done) and when it has ended.
+    """The listener, which is told when a connection is open (its TLS handshake done) and when it has ended.
 
     tasks: what answers requests, so that the event loop does not forget it.
     """
@@ -101,7 +101,6 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def peer(self) -> str:
-        """The client's address."""
         where = self._transport.get_extra_info("peername")
         return f"{where[0]}:{where[1]}" if isinstance(where, tuple) else ""
 
@@ -217,7 +216,7 @@ class HttpConnection(asyncio.Protocol):
         self.read_on()
 
     def write(self, data: bytes) -> None:
-        """Something before the answer."""
+        """Send something before the answer."""
         if not self.over:
             self._transport.write(data)
 
@@ -264,7 +263,7 @@ class HttpConnection(asyncio.Protocol):
     # bounds on time and on what is buffered
 
     def _expect(self, seconds: float, late: Refused | None) -> None:
-        """Something of the client within so many seconds, or this answer and the end."""
+        """Wait `seconds` for the client; then answer `late`, if there is such an answer, and close."""
         self._late = late
         self._timer.expect(seconds)
 

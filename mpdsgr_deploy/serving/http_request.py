@@ -22,7 +22,7 @@ class Wire(Protocol):
 
 
 class Head(NamedTuple):
-    """Of a request. path: decoded; headers: by name in lower case; keep_alive: whether another request may follow."""
+    """A request's head. path: decoded; headers: by name in lower case; keep_alive: another request may follow."""
 
     method: str
     path: str

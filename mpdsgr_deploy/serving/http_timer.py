@@ -1,4 +1,4 @@
-"""The time that a client may take."""
+"""Timers for how long a client may take."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ class ClientTimer:
         self._due = inf
 
     def end(self) -> None:
-        """Call nothing any more, and forget whom: it may refer to this timer, as the event loop's own timer does."""
+        """Call nothing any more, and drop `passed`, which may refer to this timer: a cycle would stay in memory."""
         self._cancel()
         self._passed = _nothing
 
@@ -68,7 +68,7 @@ def _nothing() -> None:
 
 @contextmanager
 def client_time(timeout: asyncio.Timeout, seconds: float) -> Iterator[None]:
-    """Let a timeout pass once the client has had so many seconds within the block."""
+    """Let `timeout` expire once the client has had so many seconds within the block."""
     timer = ClientTimer(lambda: timeout.reschedule(0))
     timer.expect(seconds)
     try:

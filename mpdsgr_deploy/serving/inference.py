@@ -1,4 +1,4 @@
-"""One inference request, whatever protocol it came by: from its claims to the tensors of the answer."""
+"""One inference request of either protocol: from what it claims to the tensors of the answer."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ MICROSECONDS = 1e-6  # of a request's parameter `timeout`
 
 
 class RequestedOutput(NamedTuple):
-    """An output that is asked for. classes: the best so many as labels, in place of numbers (0)."""
+    """An output that is asked for. classes: how many of the best classes, as labels; 0: its numbers."""
 
     name: str
     binary: bool = False
@@ -26,13 +26,13 @@ class RequestedOutput(NamedTuple):
 
 
 class InferenceRequest(NamedTuple):
-    """inputs: gone once they are images, as a list of numbers takes ten times the memory. timeout: seconds, or None."""
+    """inputs: removed once they are images, because lists of numbers take ten times the memory. timeout: seconds."""
 
     id: str
     inputs: list[InputTensor]
     outputs: Sequence[RequestedOutput]
     timeout: float | None
-    binary: bool = False  # form of the output that is given unasked
+    binary: bool = False  # form of the output of a request that names none
 
 
 class OutputAnswer(NamedTuple):
@@ -43,14 +43,12 @@ class OutputAnswer(NamedTuple):
 
     @property
     def shape(self) -> list[int]:
-        """Of either."""
         if isinstance(self.content, list):
             return [len(self.content), len(self.content[0])]
         return list(self.content.shape)
 
     @property
     def datatype(self) -> str:
-        """As the protocol names it."""
         return "BYTES" if isinstance(self.content, list) else "FP32"
 
     def raw(self) -> bytes:

@@ -20,7 +20,7 @@ requests = logging.getLogger("mpdsgr_deploy.requests")
 
 
 class RequestLog(Protocol):
-    """What is known of a request, whatever protocol it came by."""
+    """A request of either protocol, as the log shows it."""
 
     id: str
     method: str

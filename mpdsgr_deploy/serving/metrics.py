@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' text form."""
+"""The server's metrics in the text format of Prometheus."""
 
 import asyncio
 import os
@@ -60,7 +60,7 @@ def _by_process(metrics: Mapping[int, Iterable[Metric]]) -> list[Metric]:
 
 
 class Collected(Collector):
-    """A collector of what was collected."""
+    """A collector of metrics that were collected before."""
 
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
@@ -148,7 +148,7 @@ def _grpc_connections(port: int | None) -> Iterable[Metric]:
 
 
 def _files() -> set[str]:
-    """What the open files of this process are."""
+    """The targets of the open file descriptors of this process."""
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -162,7 +162,7 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 
 def _gpu_memory() -> list[Metric]:
-    """As the driver tells it, in bytes; nothing where there is no GPU."""
+    """What nvidia-smi reports, in bytes; nothing where there is no GPU."""
     if which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]

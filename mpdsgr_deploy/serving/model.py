@@ -25,8 +25,6 @@ from mpdsgr_deploy.serving.statistics import Statistics
 from mpdsgr_deploy.serving.tensors import ImageInput
 
 MARGIN, FIRING_RATE = "margin", "firing_rate"
-
-
 VERSION_DIGITS = 12  # of the bundle's digest: replicas and restarts agree on it
 
 
@@ -57,20 +55,18 @@ class OpenedBundle(Bundle):
         return settings
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
-        """As of any bundle, with what was measured here."""
+        """With what was measured here."""
         return [*self._measured, *super().prepared(backend, precision)]
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """As of any bundle."""
         return self._golden if precision == self._precision else super().golden(precision)
 
 
 class ServedModel:
     """A served version. backend: what runs it, on so many cores. lane: where its requests wait.
 
-    Raises as `open_predictor` does.
-
-    settings: of the version before, as a measurement beside live traffic would say little; None: measure them.
+    settings: those of the version before, because a measurement beside live traffic would say little; None: measure
+    them. Raises InputError and EvaluationError as `open_predictor` does.
     """
 
     def __init__(
@@ -126,7 +122,7 @@ class ServedModel:
 
     @property
     def outputs(self) -> dict[str, list[int]]:
-        """Names and shapes, the one that is given unasked first."""
+        """Names and shapes; a request that names none gets the first."""
         shapes = {self.output: [-1, len(self.labels)], MARGIN: [-1]}
         return {**shapes, FIRING_RATE: [-1, len(self.layers)]} if self.layers else shapes
 
@@ -138,7 +134,7 @@ class ServedModel:
             raise invalid(f"classification is of {self.output!r}, not of {name!r}")
 
     def metadata(self) -> dict[str, Any]:
-        """As the protocol has it."""
+        """The model's metadata in the JSON form of the protocol."""
         tensor = {"name": self.input.name, "datatype": "FP32", "shape": [-1, *self.input.shape]}
         outputs = [{"name": n, "datatype": "FP32", "shape": shape} for n, shape in self.outputs.items()]
         return {

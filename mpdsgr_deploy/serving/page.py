@@ -20,6 +20,6 @@ def page() -> tuple[bytes, bytes]:
 
 
 def _digest(content: bytes, tag: bytes) -> str:
-    """What allows the page's one element of a kind."""
+    """The source expression that allows the page's only element with this tag."""
     (inside,) = re.findall(b"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
     return f"'sha256-{b64encode(sha256(inside).digest()).decode()}'"

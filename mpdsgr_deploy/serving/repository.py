@@ -20,7 +20,7 @@ LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
 
 
 class Entry:
-    """A name that is served. model: the version that answers, if there is one; reason: why it is not, or not newer."""
+    """A served name. model: the version that answers, if any; reason: why there is none, or why no newer one."""
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
@@ -46,7 +46,7 @@ class Repository:
         return iter(self._entries.values())
 
     def entry(self, name: str) -> Entry:
-        """Raises Refused for a name that is not served."""
+        """The entry of this name. Raises Refused if it is not served."""
         try:
             return self._entries[name]
         except KeyError:
@@ -63,7 +63,7 @@ class Repository:
         return entry.model
 
     async def load_all(self) -> None:
-        """Open every model, one after the other. Raises what `Model` raises."""
+        """Open every model, one after the other. Raises what `ServedModel` raises."""
         for entry in self:
             await self._load(entry)
 
@@ -139,7 +139,7 @@ async def _drained(model: ServedModel) -> None:
 
 
 def _message_bytes(source: ModelSource, most: int) -> int:
-    """Of the largest gRPC request that the bundle on disk takes."""
+    """Bytes of the largest gRPC request that the bundle on disk takes."""
     try:
         channels, height, width = map(int, source.on_disk()["input_shape"])
     except (KeyError, TypeError, ValueError):

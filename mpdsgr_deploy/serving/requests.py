@@ -15,7 +15,7 @@ SHARED_MEMORY = "shared_memory_region"
 
 
 def parse_request(body: bytes, header_length: str | None, image_input: ImageInput) -> InferenceRequest:
-    """Raises Refused for anything that is no inference request. header_length: of the JSON, where tensors follow."""
+    """A request's body. header_length: of the JSON, where tensors follow. Raises Refused for what is no request."""
     place = len(body) if header_length is None else _length(header_length, len(body))
     head = body[:place]
     image_input.check_json(head)
@@ -37,21 +37,21 @@ def parse_request(body: bytes, header_length: str | None, image_input: ImageInpu
 
 
 def identifier(value: Any) -> str:
-    """A request's `id`. Raises Refused."""
+    """A request's `id`. Raises Refused if it is not a short text."""
     if not isinstance(value, str) or len(value) > 256:
         raise invalid("id must be a text of at most 256 characters")
     return value
 
 
 def timeout(value: Any) -> float | None:
-    """Seconds of a request's parameter `timeout`, in microseconds; 0: none. Raises Refused."""
+    """Seconds of a request's parameter `timeout`, microseconds; 0: None. Raises Refused if it is no whole number."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise invalid("timeout must be a whole number of microseconds")
     return value * MICROSECONDS or None
 
 
 def classes(value: Any) -> int:
-    """Of an output's parameter `classification`; 0: none. Raises Refused."""
+    """How many classes an output's parameter `classification` asks for. Raises Refused if it is no whole number."""
     if type(value) is not int or not 0 <= value < 2**31:
         raise invalid("classification must be how many classes, a whole number")
     return value
@@ -66,7 +66,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
 
 
 def members(value: Any, what: str) -> dict[str, Any]:
-    """A JSON object's; those that are null are as good as absent, as some clients send all there might be."""
+    """The members of a JSON object without those that are null, because some clients send all there might be."""
     if not isinstance(value, dict):
         raise invalid(f"{what} must be a JSON object")
     if None not in value.values():
@@ -125,7 +125,7 @@ def _list(value: Any, what: str) -> list[Any]:
 
 
 def response(model: ServedModel, request: InferenceRequest, answers: Sequence[OutputAnswer]) -> tuple[bytes, bytes]:
-    """The JSON of an answer, and what follows it in binary form."""
+    """The JSON of a response, and the tensors that follow it in binary form."""
     outputs: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for answer in answers:

@@ -34,7 +34,7 @@ class Limits(Section):
     drain_seconds: Positive = 30.0
 
     def share(self, processes: int) -> "Limits":
-        """Those of one of so many processes, which together keep these."""
+        """The limits of one of `processes` processes, which together keep these."""
         parts = {key: -(-getattr(self, key) // processes) for key in ("queue", "in_flight_bytes", "connections")}
         return self.model_copy(update=parts)
 
@@ -63,7 +63,7 @@ class TrustSettings(Section):
     require_verdict: str = ""
 
     def demand(self) -> Demand:
-        """What they ask of a bundle. Raises InputError as `demand_of` does."""
+        """What is demanded of a bundle. Raises InputError as `demand_of` does."""
         return demand_of(self.require_signature, self.require_verdict)
 
 
@@ -76,7 +76,7 @@ class ServerSettings(Section):
     trust: TrustSettings = TrustSettings()
 
     def demanding(self, signature: str | None, least_tier: str | None) -> "ServerSettings":
-        """The settings with what the options --require-signature and --require-verdict say, where they say it."""
+        """The settings, overridden by the options --require-signature and --require-verdict where these are given."""
         said = {"require_signature": signature, "require_verdict": least_tier}
         trust = self.trust.model_copy(update={key: value for key, value in said.items() if value})
         return self.model_copy(update={"trust": trust})

@@ -1,4 +1,4 @@
-"""What a model version has done: one place to count, read by /stats, /status and /metrics."""
+"""The counts of a model version, which /stats, /status and /metrics read."""
 
 import time
 from bisect import bisect_left
@@ -23,7 +23,6 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Of all values."""
         return sum(self.counts)
 
 
@@ -36,7 +35,7 @@ class Moment(NamedTuple):
 
 
 class Statistics:
-    """Of one version of a model. Only the event loop writes."""
+    """The counts of one version of a model. Only the event loop writes."""
 
     def __init__(self) -> None:
         self.codes: Counter[tuple[str, str]] = Counter()  # by protocol and status
@@ -48,12 +47,12 @@ class Statistics:
         self.recent: deque[Moment] = deque(maxlen=2048)
 
     def answered(self, seconds: float, images: int) -> None:
-        """A request got its tensors."""
+        """Count a request that got its tensors."""
         self.request.add(seconds)
         self.recent.append(Moment(time.monotonic(), seconds, images))
 
     def computed(self, waits: list[float], images: int, seconds: float) -> None:
-        """A batch was computed; each of its requests had waited so many seconds."""
+        """Count a batch that was computed. waits: seconds that each of its requests waited."""
         for wait in waits:
             self.queue.add(wait)
         self.batch.add(images)

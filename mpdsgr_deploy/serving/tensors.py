@@ -21,7 +21,7 @@ JSON_ENVELOPE = 1 << 16  # bytes for all of a request that is not numbers
 
 
 class InputTensor(NamedTuple):
-    """An input as a request claims it. content: raw little-endian bytes, or the (nested) list of a JSON request."""
+    """An input as a request describes it. content: raw little-endian bytes, or the (nested) list of a JSON request."""
 
     name: str
     datatype: str
@@ -38,12 +38,12 @@ class ImageInput(NamedTuple):
 
     @property
     def body_bytes(self) -> int:
-        """The largest body that a valid request can have; in JSON."""
+        """Bytes of the largest valid request over HTTP, which is in JSON."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * JSON_CHARACTERS
 
     @property
     def message_bytes(self) -> int:
-        """The largest message over gRPC that a valid request can have, raw or typed."""
+        """Bytes of the largest valid request over gRPC, raw or typed."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * 4
 
     def check_json(self, content: bytes) -> None:
@@ -59,8 +59,8 @@ class ImageInput(NamedTuple):
     def images(self, tensor: InputTensor) -> NDArray[np.float32]:
         """The images [B, C, H, W] of a tensor. Raises Refused unless its claims fit the model and its numbers them.
 
-        Whether their pixels are valid is seen where they are computed (see `pixel_problem`): numpy's looking through
-        them here would hand the interpreter to another thread, and cost a change of threads each request.
+        Whether their pixels are valid is checked where they are computed (see `pixel_problem`): here numpy would hand
+        the interpreter to another thread, which costs every request two changes of threads.
         """
         if tensor.name != self.name:
             raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
@@ -99,7 +99,7 @@ class ImageInput(NamedTuple):
 
 
 def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Flat, or nested as the shape says."""
+    """The numbers of a list that is flat, or nested as the shape says. Raises Refused otherwise."""
     numbers: Sequence[Any] = content
     for depth, size in enumerate(shape):
         if not (numbers and isinstance(numbers[0], list)):

@@ -47,7 +47,7 @@ class ReplicaSpec(NamedTuple):
     demand: Demand = Demand()
 
     def check(self) -> None:
-        """Raise InputError for what Kubernetes does not take."""
+        """Raise InputError for a value that Kubernetes does not take."""
         least, most = self.replicas
         if not 0 <= least <= most or most < 1:
             raise InputError(f"--replicas {least},{most}: write the least and the most, for example 1,4")
@@ -185,7 +185,7 @@ def _demanding(demand: Demand) -> list[str]:
 
 
 def _key(trust: Trust) -> Resource:
-    """What is public of a signer, for every pod."""
+    """The signer's public key as a ConfigMap for every pod."""
     data = {KEY: trust.pem.decode(errors="replace")}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": TRUST}, "data": data}
 
@@ -217,12 +217,12 @@ def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> 
 
 
 def _threads(replica: ReplicaSpec) -> Resource:
-    """As many as the limit of cores: a thread a core of the node would be stopped and started by the quota."""
+    """As many threads as cores in the limit: with one for each core of the node, the quota would stop them."""
     return {"name": "OMP_NUM_THREADS", "value": str(replica.cpus)}
 
 
 def _pod(user: int, replica: ReplicaSpec) -> Resource:
-    """Of every predictor: not root, and ended only after what it accepted is answered."""
+    """Fields of every predictor: it is not root, and is ended only after it has answered what it accepted."""
     identity = {"runAsNonRoot": True, "runAsUser": user, "fsGroup": user, "seccompProfile": {"type": "RuntimeDefault"}}
     least, most = replica.replicas
     account = {} if replica.service_account is None else {"serviceAccountName": replica.service_account}
@@ -231,7 +231,7 @@ def _pod(user: int, replica: ReplicaSpec) -> Resource:
 
 
 def _common(replica: ReplicaSpec) -> Resource:
-    """Of every container: ports, probes, resources and no rights. Loading may take five minutes."""
+    """Fields of every container: ports, probes, resources and no privileges. Loading may take five minutes."""
     return {
         "ports": [{"name": "http1", "containerPort": HTTP, "protocol": "TCP"}],
         "startupProbe": _probe("ready", period=5, failures=60),

@@ -34,7 +34,7 @@ class HttpAnswer(NamedTuple):
 
 
 class NoAnswer(Exception):  # noqa: N818 - it says what happened
-    """None came. kind: "timeout", or "connection" for one that was refused, closed, or speaks no HTTP."""
+    """No answer came. kind: "timeout", or "connection" for one that was refused, was closed, or speaks no HTTP."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(why)
@@ -56,7 +56,7 @@ class Endpoint:
 
     @cached_property
     def tls(self) -> ssl.SSLContext | None:
-        """Trusts what the system trusts, or what SSL_CERT_FILE names."""
+        """A context that trusts what the system trusts, or the authorities in SSL_CERT_FILE."""
         return ssl.create_default_context() if self.at.tls else None
 
     def message(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS) -> bytes:
@@ -75,14 +75,14 @@ class Connection:
         self._wire: _Wire | None = None
 
     async def ask(self, message: bytes) -> HttpAnswer:
-        """The answer to a whole HTTP request; raises NoAnswer."""
+        """Send a whole HTTP request and return the answer. Raises NoAnswer."""
         wire = self._wire
         if wire is None or wire.closed:
             wire = await self.open()
         return await wire.ask(message)
 
     async def open(self) -> "_Wire":
-        """Be connected; raises NoAnswer."""
+        """Connect. Raises NoAnswer."""
         at, tls = self.endpoint.at, self.endpoint.tls
         loop = asyncio.get_running_loop()
         try:

@@ -36,7 +36,7 @@ class Load:
 
 @dataclass
 class Tally:
-    """What happened. latencies: seconds of each good answer; in_time: good ones before the load's time was over;
+    """What a load did. latencies: seconds of each good answer; in_time: good ones before the load's time was over;
     errors: how many of which kind; started, ended: on the monotonic clock, the latter without waiting for the last.
     """
 

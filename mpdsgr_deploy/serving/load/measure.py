@@ -91,7 +91,7 @@ async def _measure(
 
 
 async def _tell(load: Load, tally: Tally) -> None:
-    """A line now and then."""
+    """Log the progress every LINE_EVERY seconds."""
     while True:
         await asyncio.sleep(LINE_EVERY)
         log.info("%s: %d requests, %d errors so far", load, tally.requests, tally.errors.total())

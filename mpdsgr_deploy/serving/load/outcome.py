@@ -1,4 +1,4 @@
-"""What one load came to: percentiles, errors, CPU, for a table and as JSON."""
+"""The figures of one load: percentiles, errors, CPU; for a table and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,18 +34,18 @@ class LoadOutcome:
 
     @property
     def images_per_second(self) -> float:
-        """In good answers, until the load's time was over."""
+        """Counted in good answers until the load's time was over."""
         return self.tally.in_time * self.batch / self.tally.busy
 
     @property
     def latency_ms(self) -> dict[str, float | None]:
-        """Of good answers; in an open loop from when a request was due."""
+        """Percentiles over the good answers; in an open loop from when a request was due."""
         seconds = {f"p{p:g}": percentile(self.tally.latencies, p) for p in PERCENTILES}
         return {name: None if value is None else round(1000 * value, 4) for name, value in seconds.items()}
 
     @property
     def server_cpu_ms(self) -> float | None:
-        """A request, good or bad."""
+        """The server's CPU time per request, good or bad."""
         if self.server_cpu is None or not self.tally.requests:
             return None
         return 1000 * self.server_cpu / self.tally.requests
@@ -69,7 +69,7 @@ class LoadOutcome:
         return [load, str(self.tally.requests), rate, *latency, errors, _number(self.server_cpu_ms)]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """All figures as JSON values."""
         load = {"rate": self.load.rate} if self.load.rate else {"concurrency": self.load.concurrency}
         return {
             "loop": "open" if self.load.rate else "closed",
