@@ -11,9 +11,8 @@ from mpdsgr_deploy.colours import BLUE, GREEN, VERMILION
 from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.flip_records import EXPORTED, FlipRecord, FlipRows, baselines, load, sweep
-from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.plots import png
-from mpdsgr_deploy.files import write_atomic
 
 PAGE, PLOT = "README.md", "plot.png"
 PRECISIONS = ("fp16", "int8", "fp8")
@@ -24,10 +23,7 @@ PLACES = ("first product fp16", "first product int8", "last product fp16", "last
 def write_page(folder: Path) -> Path:
     """Render the page and the plot of the records in `folder` into it."""
     rows = load(folder)
-    if rows:
-        write_atomic(folder / PLOT, plot(rows))
-    write_atomic(folder / PAGE, render(rows).encode())
-    return folder / PAGE
+    return publish(folder / PAGE, render(rows), {PLOT: plot(rows)} if rows else {})
 
 
 def render(rows: FlipRows) -> str:

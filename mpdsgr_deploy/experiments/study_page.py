@@ -7,11 +7,10 @@ from mpdsgr_deploy.attacks.suite import WORST
 from mpdsgr_deploy.experiments import study_plots
 from mpdsgr_deploy.experiments.compare import shorts
 from mpdsgr_deploy.experiments.effect import CONDITIONS, Pair, common_seeds, effect, emptied, pairs, pooled, verdict
-from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, Record, load_measured
 from mpdsgr_deploy.experiments.study import PREFIX, Study
-from mpdsgr_deploy.files import write_atomic
 
 PAGE, EFFECTS, DOSE, FRONT = "README.md", "effects.png", "dose.png", "front.png"
 MORE, LESS = 2.0, 1.0  # points of accuracy: the least gain under all attacks, the largest loss on clean images
@@ -21,13 +20,14 @@ ENOUGH = 12  # the fewest pairs for which a correlation is computed
 def write_page(name: str, study: Study, folder: Path) -> Path:
     """Render the page and the plots of the records in `folder` into it."""
     measured = load_measured(study.table(), folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {}
     if compared := pairs(study, measured):
-        write_atomic(folder / EFFECTS, study_plots.effects(study, compared))
-        write_atomic(folder / DOSE, study_plots.dose(study, compared))
-        write_atomic(folder / FRONT, study_plots.front(study, measured, compared))
-    write_atomic(folder / PAGE, render(name, study, measured).encode())
-    return folder / PAGE
+        pictures = {
+            EFFECTS: study_plots.effects(study, compared),
+            DOSE: study_plots.dose(study, compared),
+            FRONT: study_plots.front(study, measured, compared),
+        }
+    return publish(folder / PAGE, render(name, study, measured), pictures)
 
 
 def render(name: str, study: Study, measured: Measured) -> str:

@@ -7,11 +7,10 @@ from statistics import fmean
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
 from mpdsgr_deploy.experiments import deployed_page, eta_page, plots, tuned_page
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
-from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, suites, unhealthy, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.table import TableSpec
-from mpdsgr_deploy.files import write_atomic
 
 COLUMNS = {**SHOWN, **STRONG}  # of the table of accuracies: heading -> condition
 EPS_PLOT = "eps.png"
@@ -21,15 +20,12 @@ PAGE, PLOT = "README.md", "plot.png"
 def write_page(name: str, table: TableSpec, folder: Path) -> Path:
     """Render the page and the plots of the records in `folder` into it."""
     measured = load_measured(table, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if measured:
-        for file, picture in pictures(table, measured).items():
-            write_atomic(folder / file, picture)
-    write_atomic(folder / PAGE, render(name, table, measured).encode())
-    return folder / PAGE
+    drawn = pictures(table, measured) if measured else {}
+    return publish(folder / PAGE, render(name, table, measured), drawn)
 
 
 def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
+    """By file name, without the pictures that the records do not suffice for."""
     drawn: dict[str, bytes | None] = {
         PLOT: plots.accuracies(table, measured),
         EPS_PLOT: plots.within_eps(table, measured),

@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 
 from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained, LayerFactors
-from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.plots import LINES, PALETTE, png
 from mpdsgr_deploy.experiments.store import read_records
 from mpdsgr_deploy.experiments.study import Study
-from mpdsgr_deploy.files import write_atomic
 
 PAGE, PLOT = "WHY.md", "why.png"
 FACTORS = ("leak", "weights", "surrogate")
@@ -29,6 +28,7 @@ DRAWN = {
     "filter": "of it, the filters",
 }
 Networks = dict[str, list[Explained]]  # row -> its networks, one per seed
+Value = Callable[[dict[str, Any]], float]  # of an entry of `Explained.sizes`
 
 
 def load_networks(study: Study, folder: Path) -> Networks:
@@ -41,9 +41,7 @@ def load_networks(study: Study, folder: Path) -> Networks:
 def write_why(study: Study, folder: Path) -> Path:
     """Render the page and its plot from the records in `folder`."""
     rows = load_networks(study, folder)
-    write_atomic(folder / PLOT, draw(rows))
-    write_atomic(folder / PAGE, render(study, rows).encode())
-    return folder / PAGE
+    return publish(folder / PAGE, render(study, rows), {PLOT: draw(rows)})
 
 
 def render(study: Study, rows: Networks) -> str:
@@ -79,7 +77,7 @@ def sources(networks: list[Explained]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def by_size(networks: list[Explained], value: Callable[[dict[str, Any]], float]) -> dict[float, float]:
+def by_size(networks: list[Explained], value: Value) -> dict[float, float]:
     """Means over seeds by eps, without networks that classify no image correctly."""
     values: dict[float, list[float]] = {}
     for network in networks:
@@ -89,48 +87,39 @@ def by_size(networks: list[Explained], value: Callable[[dict[str, Any]], float])
     return {eps: fmean(each) for eps, each in values.items()}
 
 
-def all_sizes(rows: Networks) -> list[float]:
-    return sorted({size["eps"] for networks in rows.values() for network in networks for size in network.sizes})
-
-
-def cells(values: dict[float, float], sizes: list[float], digits: int) -> list[str]:
-    """A value for each eps; "-" where no network got an image right."""
-    return [f"{values[eps]:.{digits}f}" if eps in values else "-" for eps in sizes]
-
-
-def drop(kind: str) -> Callable[[dict[str, Any]], float]:
+def drop(kind: str) -> Value:
     """The drop of the margin, in units of the network's own margin."""
     return lambda size: size[kind] / size["margin"]
 
 
-def flipped(kind: str) -> Callable[[dict[str, Any]], float]:
+def flipped(kind: str) -> Value:
     return lambda size: fmean(size[f"flipped_{kind}"].values())
 
 
 def drops(rows: Networks) -> str:
-    sizes = all_sizes(rows)
-    lines = []
-    for row, networks in rows.items():
-        for kind, name in (("promised", "promised"), *KINDS.items()):
-            values = by_size(networks, drop(kind))
-            lines.append([row, name, *cells(values, sizes, 2)])
+    kinds = {"promised": "promised", **KINDS}
     note = (
         "Drops of the margin, in margins of the clean image: `promised` by the surrogate gradient; what follows from "
         "`strong PGD`, as many steps of eps / 4 as the study's strong attack has, and from `noise`. What lowers the "
         "promise alone masks; above 1 the image is lost on average."
     )
-    return markdown(["row", "drop", *(f"eps {eps:.3g}" for eps in sizes)], lines) + f"\n\n{note}"
+    return f"{table_by_eps(rows, 'drop', {name: drop(kind) for kind, name in kinds.items()}, 2)}\n\n{note}"
 
 
 def flips(rows: Networks) -> str:
-    sizes = all_sizes(rows)
+    note = "Share of spikes that differ from those of the clean image, mean over layers."
+    return f"{table_by_eps(rows, 'by', {name: flipped(kind) for kind, name in KINDS.items()}, 4)}\n\n{note}"
+
+
+def table_by_eps(rows: Networks, heading: str, values: dict[str, Value], digits: int) -> str:
+    """Means of each of `values` by row and eps; "-" where no network got an image right."""
+    sizes = sorted({size["eps"] for networks in rows.values() for network in networks for size in network.sizes})
     lines = []
     for row, networks in rows.items():
-        for kind, name in KINDS.items():
-            values = by_size(networks, flipped(kind))
-            lines.append([row, name, *cells(values, sizes, 4)])
-    note = "Share of spikes that differ from those of the clean image, mean over layers."
-    return markdown(["row", "by", *(f"eps {eps:.3g}" for eps in sizes)], lines) + f"\n\n{note}"
+        for name, value in values.items():
+            means = by_size(networks, value)
+            lines.append([row, name, *(f"{means[eps]:.{digits}f}" if eps in means else "-" for eps in sizes)])
+    return markdown(["row", heading, *(f"eps {eps:.3g}" for eps in sizes)], lines)
 
 
 def mean_of(networks: list[Explained], number: int, factor: str) -> float:
