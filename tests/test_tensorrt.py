@@ -25,7 +25,7 @@ from mpdsgr_deploy.exporting.precision import plan as precisions_of_layers
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.tensorrt import build_engine, cuda, prepare
-from mpdsgr_deploy.runtime.tensorrt.library import CAPABILITIES, failure, load, said, served
+from mpdsgr_deploy.runtime.tensorrt.library import CAPABILITIES, failure, load, one_line_message, served
 from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine, timing_cache
 
 RTX = "tensorrt-rtx"
@@ -405,7 +405,7 @@ def test_the_timing_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_messages_become_one_line_and_full_memory_its_own_error() -> None:
     told = ["catchCudaError", "Error Code 2: OutOfMemory\n(no memory In allocate at /_src/a.cpp:12 left)"]
-    assert said(told[1]) == "Error Code 2: OutOfMemory (no memory left)"
+    assert one_line_message(told[1]) == "Error Code 2: OutOfMemory (no memory left)"
     heard = SimpleNamespace(errors=told)
     assert isinstance(failure(heard, "it failed", "buy more"), OutOfMemory)
     later = failure(heard, "it failed", "ask")  # for another reason than that

@@ -122,10 +122,10 @@ def _fitting(available: Mapping[str, float], resources: Resources) -> int:
     fitting = min((int(available.get(name, 0) / share) for name, share in asked.items() if share), default=1)
     if not fitting:
         devices = ", ".join(f"{available.get(name, 0):g} {name}s" for name in asked)
-        wanted = f"an actor takes {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+        needed = f"an actor takes {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
         if resources.address == "local":
-            raise InputError(f"{wanted}, this machine has {devices}; lower --ray-cpus or --ray-gpus")
-        log.warning("%s, the cluster has %s; waiting for machines to join it", wanted, devices)
+            raise InputError(f"{needed}, this machine has {devices}; lower --ray-cpus or --ray-gpus")
+        log.warning("%s, the cluster has %s; waiting for machines to join it", needed, devices)
     return max(1, fitting)
 
 

@@ -23,7 +23,8 @@ def plugin_devices(ort: Any, provider: str) -> list[Any]:
     for module in (name for _, name, _ in iter_modules() if name.startswith(PREFIX)):
         _register(ort, module)
     devices: list[Any] = getattr(ort, "get_ep_devices", list)()  # of onnxruntime 1.23 and later
-    return next((found for name in names if (found := [d for d in devices if d.ep_name == name])), [])
+    by_name = ([device for device in devices if device.ep_name == name] for name in names)
+    return next(filter(None, by_name), [])
 
 
 @cache

@@ -72,7 +72,7 @@ class HttpConnection(asyncio.Protocol):
         self._timer = ClientTimer(self._time_passed)
         self._late: Refused | None = None  # the answer to a client that lets its time pass; None: it is cut off
         self.has_place = has_place
-        self.connected = self.heard = False
+        self.connected = self.has_sent = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
@@ -107,7 +107,7 @@ class HttpConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.over or self._last:
             return
-        self.heard = True
+        self.has_sent = True
         if self._incoming is None:
             data = without_upgrade(data)
         self._idle_bytes += len(data)

@@ -113,7 +113,7 @@ class Listener:
     def expecting(self) -> bool:
         """Whether a connection was accepted so recently that its first request may still be on its way."""
         now = self._loop.time()
-        return any(not c.heard and now - c.opened < FRESH for c in self.connections)
+        return any(not c.has_sent and now - c.opened < FRESH for c in self.connections)
 
     def stop_accepting(self) -> None:
         """Accept what the system has accepted already, and nothing more; other processes take it if there are any."""

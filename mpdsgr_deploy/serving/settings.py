@@ -77,8 +77,8 @@ class ServerSettings(Section):
 
     def demanding(self, signature: str | None, least_tier: str | None) -> "ServerSettings":
         """The settings, overridden by the options --require-signature and --require-verdict where these are given."""
-        said = {"require_signature": signature, "require_verdict": least_tier}
-        trust = self.trust.model_copy(update={key: value for key, value in said.items() if value})
+        options = {"require_signature": signature, "require_verdict": least_tier}
+        trust = self.trust.model_copy(update={key: value for key, value in options.items() if value})
         return self.model_copy(update={"trust": trust})
 
     def everywhere(self) -> "ServerSettings":

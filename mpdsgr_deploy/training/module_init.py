@@ -34,13 +34,13 @@ class Layer(NamedTuple):
 
 def layers(network: nn.Module) -> list[Layer]:
     """The layers of a network in the order in which it registers them."""
-    found: list[Layer] = []
+    in_order: list[Layer] = []
     for name, part in network.named_modules():
         if isinstance(part, SYNAPSES):
-            found.append(Layer(name, part))
-        elif isinstance(part, TdBN | nn.BatchNorm1d | nn.BatchNorm2d) and found and found[-1].norm is None:
-            found[-1] = found[-1]._replace(norm_name=name, norm=part)
-    return found
+            in_order.append(Layer(name, part))
+        elif isinstance(part, TdBN | nn.BatchNorm1d | nn.BatchNorm2d) and in_order and in_order[-1].norm is None:
+            in_order[-1] = in_order[-1]._replace(norm_name=name, norm=part)
+    return in_order
 
 
 def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
@@ -65,8 +65,8 @@ def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def _names(found: list[Layer]) -> str:
-    return ", ".join(f"{layer.name} {list(layer.synapse.weight.shape)}" for layer in found[:4])
+def _names(of_network: list[Layer]) -> str:
+    return ", ".join(f"{layer.name} {list(layer.synapse.weight.shape)}" for layer in of_network[:4])
 
 
 def _check(their: Layer, our: Layer) -> None:

@@ -68,14 +68,14 @@ class Engine:
     @without_collection()
     def __init__(self, backend: str, plan: bytes, advice: str) -> None:
         self.trt, self.backend = load(backend), backend
-        self.heard = listener(self.trt)
+        self.logger = listener(self.trt)
         self.core = need("cuda.core", LIBRARIES[backend].extra)
-        self._runtime = self.trt.Runtime(self.heard)
+        self._runtime = self.trt.Runtime(self.logger)
         refuse_invalid(self.trt, self._runtime, plan, advice)
         use_device(self.core)
         self.cuda_engine = self._runtime.deserialize_cuda_engine(plan)
         if self.cuda_engine is None:
-            raise failure(self.heard, f"{backend} cannot load the engine", advice)
+            raise failure(self.logger, f"{backend} cannot load the engine", advice)
         names = [self.cuda_engine.get_tensor_name(i) for i in range(self.cuda_engine.num_io_tensors)]
         self.shapes = {name: tuple(self.cuda_engine.get_tensor_shape(name))[1:] for name in names}  # without the batch
         is_input = {name: self.cuda_engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT for name in names}
@@ -94,7 +94,7 @@ class Engine:
         """A new execution context without memory of its own."""
         context = self.cuda_engine.create_execution_context(self._context_settings)
         if context is None:
-            raise failure(self.heard, f"{self.backend} cannot run the engine", "use a smaller --batch")
+            raise failure(self.logger, f"{self.backend} cannot run the engine", "use a smaller --batch")
         return context
 
 
@@ -166,7 +166,7 @@ class CudaExecution:
         accepted = [address(name, int(on_device.handle)) for name, (_, on_device) in stream.pairs.items()]
         accepted += [self._context.set_input_shape(name, (batch, *engine.shapes[name])) for name in engine.inputs]
         if not all(accepted):
-            raise failure(engine.heard, f"the engine does not take a batch of {batch}", "build it again")
+            raise failure(engine.logger, f"the engine does not take a batch of {batch}", "build it again")
         part = engine.core.Buffer.from_handle  # the first rows of a buffer
         self._parts = {
             name: [part(int(buffer.handle), 4 * batch * prod(engine.shapes[name])) for buffer in pair]
@@ -215,6 +215,6 @@ class CudaExecution:
             on_host, on_device = self._parts[name]
             on_host.copy_to(on_device, stream=target)
         if not self._context.execute_async_v3(int(stream.handle)):
-            raise failure(engine.heard, "the engine fails", "use a smaller batch or build it again")
+            raise failure(engine.logger, "the engine fails", "use a smaller batch or build it again")
         on_host, on_device = self._parts[engine.output]
         on_device.copy_to(on_host, stream=target)

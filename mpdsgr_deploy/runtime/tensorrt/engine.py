@@ -19,7 +19,7 @@ from mpdsgr_deploy.runtime.tensorrt.library import (
     find_targets,
     listener,
     load,
-    said,
+    one_line_message,
     without_collection,
 )
 
@@ -42,10 +42,10 @@ def build_engine(
     _check_batch(batch)
     trt = load(backend)
     capabilities = find_targets(trt, backend, targets)
-    heard = listener(trt)
-    builder = trt.Builder(heard)
+    logger = listener(trt)
+    builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, heard, network, model, backend)
+    _parse(trt, logger, network, model, backend)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: the condition for capturing CUDA graphs
@@ -59,7 +59,7 @@ def build_engine(
     config.add_optimization_profile(_profile(builder, network, batch))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise failure(heard, f"{backend} cannot build an engine of {model}", "try another backend or precision")
+        raise failure(logger, f"{backend} cannot build an engine of {model}", "try another backend or precision")
     if timing_cache is not None:
         _write_timings(config, timing_cache)
     return bytes(plan)
@@ -71,7 +71,7 @@ def _check_batch(batch: BatchSizes) -> None:
         raise InputError(f"--batch {smallest},{best},{largest}: MIN,OPT,MAX must satisfy 1 <= MIN <= OPT <= MAX < 2^31")
 
 
-def _parse(trt: ModuleType, heard: Any, network: Any, model: Path, backend: str) -> None:
+def _parse(trt: ModuleType, logger: Any, network: Any, model: Path, backend: str) -> None:
     """Fill `network` from the file, or raise InputError with the first thing the parser refuses."""
     content = model.read_bytes()
     try:
@@ -80,14 +80,14 @@ def _parse(trt: ModuleType, heard: Any, network: Any, model: Path, backend: str)
         raise InputError(f"{model} is not an ONNX file; export again") from None
     if opsets.get("", 0) > MAX_OPSET:
         raise InputError(f"{model} has opset {opsets['']}, {backend} reads up to {MAX_OPSET}; export with an older one")
-    parser = trt.OnnxParser(network, heard)
+    parser = trt.OnnxParser(network, logger)
     if parser.parse(content):
         return
     if not parser.num_errors:
-        raise failure(heard, f"{backend} cannot read {model}", "export again")
+        raise failure(logger, f"{backend} cannot read {model}", "export again")
     refused = parser.get_error(0)
     reason = str(refused.code()).partition(".")[2].replace("_", " ").lower()
-    lines = [said(line) for line in refused.desc().splitlines()]
+    lines = [one_line_message(line) for line in refused.desc().splitlines()]
     detail = lines[-1] if len(lines) < 2 else lines[1]  # the first of several lines only repeats the node's name
     node = f"node {refused.node_name() or refused.node()} ({refused.node_operator()})"
     detail = "an operator it does not have" if detail == "false" else detail

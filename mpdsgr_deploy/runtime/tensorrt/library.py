@@ -72,7 +72,7 @@ def listener(trt: ModuleType) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.WARNING:
-                log.debug("%s: %s", trt.__name__, said(message))
+                log.debug("%s: %s", trt.__name__, one_line_message(message))
 
     return ErrorListener()
 
@@ -97,12 +97,12 @@ def failure(listener: Any, what: str, advice: str) -> InputError:
     """The error to raise where a call failed: `what`, the first thing the library said about it, `advice`."""
     # "catchCudaError" follows any error and adds nothing
     messages = [message for message in listener.errors if "catchCudaError" not in message]
-    text = said((messages or listener.errors or ["it does not say why"])[0])
+    text = one_line_message((messages or listener.errors or ["it does not say why"])[0])
     listener.errors.clear()  # or a later failure would report this one's reason
     kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(messages), re.IGNORECASE) else InputError
     return kind(f"{what}: {text}; {advice}")
 
 
-def said(message: str) -> str:
+def one_line_message(message: str) -> str:
     """A message without line breaks and without the places in the library's source it came from."""
     return one_line(re.sub(r"\bIn \S+ at /\S+:\d+", "", message))
