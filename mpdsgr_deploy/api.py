@@ -224,9 +224,8 @@ def predict(
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if isinstance(images, np.ndarray):
-        pixels = to_unit(images) if images.dtype == np.uint8 else images
         with open_predictor(opened, backend, precision) as predictor:
-            return _predict_batches(predictor, pixels, batch)
+            return _predict_batches(predictor, to_unit(images), batch)
     from mpdsgr_deploy.prediction import Job
 
     paths = [images] if isinstance(images, str | PathLike) else images

@@ -11,7 +11,7 @@ from conftest import assert_input_error, mpdsgr, small_recipe
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.data import load_test, load_training
 from mpdsgr_deploy.data.batches import augment, generator
-from mpdsgr_deploy.data.events import COUNT_CAP, Events, read_events, read_frames, to_frames
+from mpdsgr_deploy.data.events import COUNT_CAP, Events, parse_events, read_frames, to_frames
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.models import build_model
@@ -56,14 +56,14 @@ def frames_by_loop(events: list[Event], T: int) -> np.ndarray:
 
 def test_events_are_read_back(tmp_path: Path) -> None:
     events = [(0, 33, 1, 0), (33, 0, 0, 2**23 - 1), (17, 5, 1, 0x123456), *recording(0)]
-    found = read_events(write(tmp_path / "a.bin", events))
+    found = parse_events(write(tmp_path / "a.bin", events).read_bytes(), "a.bin")
     assert list(zip(found.x, found.y, found.polarity, found.t, strict=True)) == events
     assert {values.dtype for values in found} == {np.dtype(np.int64)}
 
 
 def test_a_record_at_y_240_moves_what_follows_by_one_turn_of_the_clock(tmp_path: Path) -> None:
     path = write(tmp_path / "a.bin", [(1, 2, 0, 8000), (0, 240, 0, 0), (3, 4, 1, 5), (0, 240, 1, 9), (5, 6, 0, 7)])
-    x, y, polarity, t = (values.tolist() for values in read_events(path))
+    x, y, polarity, t = (values.tolist() for values in parse_events(path.read_bytes(), "a.bin"))
     assert (x, y, polarity) == ([1, 3, 5], [2, 4, 6], [0, 1, 0])
     assert t == [8000, 2**13 + 5, 2 * 2**13 + 7]
 
@@ -104,7 +104,7 @@ def test_a_damaged_recording_is_one_line_that_names_it(content: bytes | None, ex
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=expected) as error:
-        read_events(path)
+        read_frames(path, (2, 34, 34))
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 

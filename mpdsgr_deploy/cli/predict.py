@@ -130,4 +130,4 @@ def command(
         also = f"; what was skipped is in {skipped}" if skipped.exists() else ""
         click.echo(f"{count} predictions in {out}{also}")
         return
-    job.to_csv(sys.stdout.buffer)
+    job.to_stream(sys.stdout.buffer, ".csv")

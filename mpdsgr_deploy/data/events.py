@@ -33,19 +33,11 @@ class Events(NamedTuple):
     t: NDArray[np.int64]
 
 
-def read_events(path: Path) -> Events:
-    """The events of a recording, in the order of the file.
-
-    Raises InputError for a file that cannot be read, is cut off, has no events, or has some outside the 34x34 pixels.
-    """
-    try:
-        return parse_events(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-
-
 def parse_events(data: bytes, name: str) -> Events:
-    """As `read_events`, from the content of a recording that the messages call `name`."""
+    """The events of a recording, which messages call `name`, in the order of the file.
+
+    Raises InputError for one that is cut off, has no events, or has some outside the 34x34 pixels.
+    """
     if len(data) % RECORD:
         raise InputError(f"{name} is cut off: its {len(data)} bytes are not a multiple of {RECORD}; copy it again")
     x, y, high, middle, low = np.frombuffer(data, np.uint8).reshape(-1, RECORD).T.astype(np.int64)
@@ -77,23 +69,20 @@ def to_frames(events: Events, T: int) -> NDArray[np.uint8]:
 
 
 def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """A recording as the frames uint8 [2 T, 34, 34] = shape. Raises InputError for another shape or a damaged file."""
-    T = _steps(str(path), shape)
-    return to_frames(read_events(path), T)
+    """As `decode_frames`, from a file. Raises InputError for one that cannot be read, too."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    return decode_frames(content, str(path), shape)
 
 
 def decode_frames(content: bytes, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """As `read_frames`, from the content of the file `name`."""
-    T = _steps(name, shape)
-    return to_frames(parse_events(content, name), T)
-
-
-def _steps(name: str, shape: tuple[int, int, int]) -> int:
-    """The time steps of a network with inputs of `shape`. Raises InputError if it does not take the file `name`."""
+    """A recording as the frames uint8 [2 T, 34, 34] = shape. Raises InputError for another shape or a damaged file."""
     channels, *size = shape
     if not name.lower().endswith(RECORDINGS) or channels % 2 or size != [SIDE, SIDE]:
         raise InputError(
             f"{name}: a network of input {list(shape)} takes arrays, or {RECORDINGS} recordings where that is "
             f"[2 T, {SIDE}, {SIDE}]"
         )
-    return channels // 2
+    return to_frames(parse_events(content, name), channels // 2)

@@ -1,6 +1,7 @@
 """A set of labelled images in memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,9 +9,9 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError
 
 
-def to_unit(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 to float32 in [0, 1], any shape: what a model sees."""
-    return pixels.astype(np.float32) / np.float32(255)
+def to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
+    """uint8 to float32 in [0, 1], any shape: what a model sees. float32 stays as it is."""
+    return pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
 
 
 @dataclass  # not frozen: Fabric copies it field by field into the processes it starts

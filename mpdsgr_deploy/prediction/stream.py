@@ -50,10 +50,6 @@ class Job:
     skip: bool = False
     shard: Shard = WHOLE
 
-    def to_csv(self, file: BinaryIO) -> int:
-        """Write CSV as the answers come; returns the number of images. Raises InputError as `to_file` does."""
-        return self.to_stream(file, ".csv")
-
     def to_stream(self, file: BinaryIO, suffix: str) -> int:
         """Write the format of a suffix as the answers come; returns the number of images.
 

@@ -43,7 +43,7 @@ class Halving:
         self._predictor, self._batch = predictor, batch
 
     def __call__(self, images: Pixels) -> Answer:
-        x = to_unit(images) if images.dtype == np.uint8 else images
+        x = to_unit(images)
         while True:
             size = min(self._batch, len(x))
             try:

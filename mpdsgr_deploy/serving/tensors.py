@@ -71,8 +71,7 @@ class ImageInput(NamedTuple):
             raise invalid(f"input {self.name!r} has shape [B, {shape}], not {str(list(tensor.shape))[:100]}")
         if tensor.shape[0] > self.most:
             raise invalid(f"a request may hold {self.most} images, this one holds {tensor.shape[0]}; split it")
-        pixels = self._numbers(tensor).reshape(tensor.shape)
-        return to_unit(pixels) if pixels.dtype == np.uint8 else pixels
+        return to_unit(self._numbers(tensor).reshape(tensor.shape))
 
     def pixel_problem(self, images: NDArray[np.float32]) -> Refused | None:
         """Why a predictor refuses these images, if it does."""
