@@ -63,7 +63,8 @@ class RemoteModel:
     def __init__(
         self, url: str, shape: tuple[int, int, int], classes: int, *, noise: NoiseSource | None = None, rate: float = 20
     ) -> None:
-        self._server = _Server(url, rate)
+        self._at = ModelUrl.split(url)
+        self._server = _Server(self._at, url, rate)
         self._url, self._shape, self._classes, self._most = url, shape, classes, MOST
         self._noise = NoiseSource() if noise is None else noise
         try:
@@ -74,7 +75,7 @@ class RemoteModel:
 
     def _introduce(self) -> None:
         """Learn what the model takes and gives, and how tensors may travel."""
-        described = self._server.ask("GET", "")
+        described = self._server.ask("GET", self._at.path)
         if described.status != 200:
             raise self._refused(described)
         try:
@@ -92,7 +93,7 @@ class RemoteModel:
             self._noise.require(others, self._url)
         else:
             self._noise = NoiseSource()  # the network has none, or the server draws it
-        self._binary = self._server.has(BINARY)
+        self._binary = self._has(BINARY)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self._shape)
@@ -100,7 +101,9 @@ class RemoteModel:
         start = 0
         while start < len(x):
             images = x[start : start + self._most]
-            answer = self._infer({self._input: images, **self._noise(images)})
+            tensors = {self._input: images, **self._noise(images)}
+            request = encode_request(tensors, self._output, binary=self._binary)
+            answer = self._server.ask("POST", f"{self._at.path}/infer", request.body, request.headers)
             if answer.status in TOO_LARGE and len(images) > 1:
                 self._most = len(images) // 2
                 continue
@@ -110,10 +113,13 @@ class RemoteModel:
             start += len(images)
         return np.concatenate(parts)
 
-    def _infer(self, tensors: Mapping[str, NDArray[np.float32]]) -> "_Answer":
-        """Ask for the logits of all of a batch."""
-        request = encode_request(tensors, self._output, binary=self._binary)
-        return self._server.ask("POST", "/infer", request.body, request.headers)
+    def _has(self, extension: str) -> bool:
+        """Whether the server, asked for its metadata, names an extension of the protocol."""
+        answer = self._server.ask("GET", self._at.root)
+        try:
+            return answer.status == 200 and extension in json.loads(answer.body)["extensions"]
+        except (KeyError, TypeError, ValueError):
+            return False
 
     def _logits(self, answer: "_Answer", count: int) -> NDArray[np.float32]:
         """Logits float32 [count, classes] of a response. Raises InputError for one that holds none."""
@@ -151,33 +157,20 @@ class _Answer(NamedTuple):
 
 
 class _Server:
-    """Requests below a model's URL on one connection that is kept alive, at most `rate` of them a second."""
+    """Requests on one connection that is kept alive, at most `rate` of them a second. url: for messages."""
 
-    def __init__(self, url: str, rate: float) -> None:
-        at = ModelUrl.split(url)
+    def __init__(self, at: ModelUrl, url: str, rate: float) -> None:
         if not rate > 0:
             raise InputError(f"a rate of {rate:g} requests a second never asks; give one above 0")
         kind = HTTPSConnection if at.tls else HTTPConnection
         self._connection = kind(at.host, at.port, timeout=TIMEOUT)
-        self._url, self._path, self._root, self._rate = url, at.path, at.root, rate
+        self._url, self._rate = url, rate
         self._next = 0.0  # when the next request may leave
-
-    def has(self, extension: str) -> bool:
-        """Whether the server, asked for its metadata, names an extension of the protocol."""
-        answer = self._patiently("GET", self._root, b"", {})
-        try:
-            return answer.status == 200 and extension in json.loads(answer.body)["extensions"]
-        except (KeyError, TypeError, ValueError):
-            return False
 
     def ask(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = MappingProxyType({})
     ) -> _Answer:
-        """The answer of `path` below the model's URL."""
-        return self._patiently(method, self._path + path, body, headers)
-
-    def _patiently(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
-        """A server that is too busy is asked again after the time it names, a few times."""
+        """The answer to a request. A server that is too busy is asked again after the time it names, a few times."""
         answer = self._once(method, path, body, headers)
         for attempt in range(ATTEMPTS - 1):
             if answer.status not in BUSY:
