@@ -42,10 +42,7 @@ async def text(server: Server) -> bytes:
 
 def families(server: Server) -> list[Metric]:
     """What this process counts."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Counts(server))
-    ProcessCollector(registry=registry)
-    return list(registry.collect())
+    return [*_counts(server), *ProcessCollector(registry=None).collect()]
 
 
 def _by_process(metrics: Mapping[int, Iterable[Metric]]) -> list[Metric]:
@@ -69,66 +66,61 @@ class Collected(Collector):
         return self._metrics
 
 
-class Counts(Collector):
-    """A collector of what the models' statistics hold; nothing is counted twice.
+def _counts(server: Server) -> Iterator[Metric]:
+    """What the server counts of its requests and models.
 
     It runs in a thread while the event loop counts on, so it reads a copy of every mapping: of `dict(mapping)`, not
     of `list(mapping.items())`, whose tuples may set off a garbage collection and with it a change of thread.
     """
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def collect(self) -> Iterator[Metric]:
-        server = self._server
-        yield from self._of_models()
-        yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", server.memory.used)
-        yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", server.counts.connections)
-        yield from _grpc_connections(server.grpc_port)
-        if server.group.processes > 1:
-            restarts = CounterMetricFamily(
-                "mpdsgr_process_restarts", "Times a process was replaced, as it had died or hung.", labels=("reason",)
-            )
-            restarts.add_metric(["died"], server.counts.died)
-            restarts.add_metric(["hung"], server.counts.hung)
-            yield restarts
-
-    def _of_models(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("mpdsgr_requests", "Requests answered.", labels=(*MODEL, "protocol", "code"))
-        images = CounterMetricFamily("mpdsgr_images", "Images computed.", labels=MODEL)
-        dropped = CounterMetricFamily("mpdsgr_dropped", "Requests not computed.", labels=(*MODEL, "reason"))
-        ready = GaugeMetricFamily("mpdsgr_model_ready", "1 if the model answers.", labels=MODEL)
-        info = GaugeMetricFamily(
-            "mpdsgr_model_info", "1; what is served.", labels=(*MODEL, "digest", "precision", "backend")
+    yield from _of_models(server)
+    yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", server.memory.used)
+    yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", server.counts.connections)
+    yield from _grpc_connections(server.grpc_port)
+    if server.group.processes > 1:
+        restarts = CounterMetricFamily(
+            "mpdsgr_process_restarts", "Times a process was replaced, as it had died or hung.", labels=("reason",)
         )
-        loads = CounterMetricFamily("mpdsgr_loads", "Times a bundle was opened.", labels=("model", "result"))
-        queued = GaugeMetricFamily("mpdsgr_queued_images", "Images that wait.", labels=("model",))
-        histograms = {
-            name: HistogramMetricFamily(f"mpdsgr_{name}", help_text, labels=MODEL)
-            for name, (_, help_text) in HISTOGRAMS.items()
-        }
-        for entry in self._server.repository:
-            name, model = entry.source.name, entry.model
-            labels = [name, model.version if model else ""]
-            ready.add_metric(labels, float(model is not None))
-            loads.add_metric([name, "ok"], entry.loads)
-            loads.add_metric([name, "failed"], entry.failed_loads)
-            if model is None:
-                continue
-            info.add_metric([*labels, model.digest, model.source.precision, model.backend], 1)
-            counts = model.statistics
-            for (protocol, code), number in dict(counts.codes).items():
-                requests.add_metric([*labels, protocol, code], number)
-            images.add_metric(labels, counts.images)
-            for reason, number in dict(counts.dropped).items():
-                dropped.add_metric([*labels, reason], number)
-            queued.add_metric([name], model.lane.images)
-            for family, (attribute, _) in HISTOGRAMS.items():
-                histogram = getattr(counts, attribute)
-                histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
-        for (protocol, code), number in dict(self._server.other_codes).items():
-            requests.add_metric(["", "", protocol, code], number)
-        yield from (requests, images, dropped, ready, info, loads, queued, *histograms.values())
+        restarts.add_metric(["died"], server.counts.died)
+        restarts.add_metric(["hung"], server.counts.hung)
+        yield restarts
+
+
+def _of_models(server: Server) -> Iterator[Metric]:
+    requests = CounterMetricFamily("mpdsgr_requests", "Requests answered.", labels=(*MODEL, "protocol", "code"))
+    images = CounterMetricFamily("mpdsgr_images", "Images computed.", labels=MODEL)
+    dropped = CounterMetricFamily("mpdsgr_dropped", "Requests not computed.", labels=(*MODEL, "reason"))
+    ready = GaugeMetricFamily("mpdsgr_model_ready", "1 if the model answers.", labels=MODEL)
+    info = GaugeMetricFamily(
+        "mpdsgr_model_info", "1; what is served.", labels=(*MODEL, "digest", "precision", "backend")
+    )
+    loads = CounterMetricFamily("mpdsgr_loads", "Times a bundle was opened.", labels=("model", "result"))
+    queued = GaugeMetricFamily("mpdsgr_queued_images", "Images that wait.", labels=("model",))
+    histograms = {
+        name: HistogramMetricFamily(f"mpdsgr_{name}", help_text, labels=MODEL)
+        for name, (_, help_text) in HISTOGRAMS.items()
+    }
+    for entry in server.repository:
+        name, model = entry.source.name, entry.model
+        labels = [name, model.version if model else ""]
+        ready.add_metric(labels, float(model is not None))
+        loads.add_metric([name, "ok"], entry.loads)
+        loads.add_metric([name, "failed"], entry.failed_loads)
+        if model is None:
+            continue
+        info.add_metric([*labels, model.digest, model.source.precision, model.backend], 1)
+        counts = model.statistics
+        for (protocol, code), number in dict(counts.codes).items():
+            requests.add_metric([*labels, protocol, code], number)
+        images.add_metric(labels, counts.images)
+        for reason, number in dict(counts.dropped).items():
+            dropped.add_metric([*labels, reason], number)
+        queued.add_metric([name], model.lane.images)
+        for family, (attribute, _) in HISTOGRAMS.items():
+            histogram = getattr(counts, attribute)
+            histograms[family].add_metric(labels, _buckets(histogram), histogram.sum)
+    for (protocol, code), number in dict(server.other_codes).items():
+        requests.add_metric(["", "", protocol, code], number)
+    yield from (requests, images, dropped, ready, info, loads, queued, *histograms.values())
 
 
 def _grpc_connections(port: int | None) -> Iterable[Metric]:
