@@ -1,7 +1,6 @@
 """mpdsgr table"""
 
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -67,9 +66,9 @@ def command(
         code = how.update(stem, table, chosen)
         write_pages(stem, table, how)
     if pack is not None:
-        from mpdsgr_deploy.experiments import lent
+        from mpdsgr_deploy.experiments.packing import pack as pack_results
 
-        lent.pack(stem, runs=how.runs, results=how.results, out=pack)
+        pack_results(stem, runs=how.runs, results=how.results, out=pack)
     sys.exit(code)
 
 
@@ -110,9 +109,9 @@ def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring
 
 def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) -> int:
     """The same command in a process of its own, which is ended when the time is up. Returns its exit code, or 0."""
-    from mpdsgr_deploy.experiments.lent import until
+    from mpdsgr_deploy.experiments.time_limit import run_limited
 
     options = {"--runs": how.runs, "--root": how.root, "--out": how.out, "--jobs": how.jobs, "--seeds": how.seeds}
     passed_on = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
     child = [sys.executable, "-m", "mpdsgr_deploy", "table", name, *rows, *passed_on]
-    return until(child, time.monotonic() + 60 * minutes) or 0
+    return run_limited(child, 60 * minutes) or 0

@@ -1,10 +1,8 @@
-"""Measure a table on a machine that is lent for minutes: stop in time, continue next time, and pack the results."""
+"""A table's results and networks packed into tar files, to be copied from the machine that made them."""
 
 import io
-import subprocess
 import tarfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,23 +13,7 @@ from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
 
 PIECE = 15 * 2**20  # bytes of a packed file
-SMALL = 40 * 2**20  # bytes largest size of a float16 checkpoint that is packed
-GRACE = 20.0  # seconds between the request to stop and the end
-
-
-def until(command: Sequence[str], deadline: float) -> int | None:
-    """Run a command; its exit status, or None if it was ended because the time was up."""
-    with subprocess.Popen(command) as child:
-        try:
-            return child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            log.info("the time is up; the same command continues")
-            child.terminate()  # not SIGINT, which a command in the background of a shell ignores
-        try:
-            child.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-    return None
+SMALL = 40 * 2**20  # bytes of the largest float16 checkpoint that is packed
 
 
 def pack(name: str, *, runs: Path, results: Path, out: Path) -> None:
