@@ -1,10 +1,12 @@
 """A server's state and life, whatever listens for it: HTTP and gRPC here, Ray Serve elsewhere."""
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Self
 
 from mpdsgr_deploy import __version__
@@ -94,6 +96,7 @@ class Server:
         self.local = False  # only this machine reaches it, and it needs no keys
         self.closing = False  # open connections get their last answer
         self._born = time.monotonic()
+        self._ids = map(f"{token_hex(4)}-{{:x}}".format, itertools.count(1))
 
     @property
     def largest_message(self) -> int:
@@ -125,6 +128,10 @@ class Server:
         A model that was unloaded since does not count.
         """
         return self.group.loaded and not self.draining
+
+    def new_id(self) -> str:
+        """An identifier for a request that brings none."""
+        return next(self._ids)
 
     def authorize(self, authorization: str) -> None:
         """Raise Refused if keys are needed and this Authorization header names none of them."""

@@ -50,6 +50,15 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer
         return self
 
 
+def internal(error: Exception) -> Refused:
+    """The refusal for a bug, of ours or of a backend: the answer to this request, not the end of the server.
+
+    It drops the error's frames, as `Refused.without_frames` does: the batch's future keeps the error.
+    """
+    error.__traceback__ = None
+    return Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
+
+
 def invalid(message: str) -> Refused:
     """A request that breaks the protocol or does not fit the model."""
     return Refused(Why.INVALID, message)

@@ -5,8 +5,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import count
-from secrets import token_hex
 from typing import Any, NamedTuple
 
 import grpc
@@ -15,7 +13,7 @@ import grpc.aio
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.arrivals import Arrivals
-from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.errors import Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE
 
@@ -60,7 +58,6 @@ class Guard:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
         limits = server.limits
         places = max(1, limits.in_flight_bytes // server.largest_message)
         self._arrivals = Arrivals(min(places, WAITING), WAITING)
@@ -92,7 +89,7 @@ class Guard:
     async def call(self, name: str, context: grpc.aio.ServicerContext, *, open: bool = False) -> AsyncIterator[Call]:
         """Surrounds one call: refuses it without a key, counts it, and ends it with a status if it was refused."""
         server = self.server
-        call = Call(name, context, next(self._ids))
+        call = Call(name, context, server.new_id())
         server.counts.requests += 1
         try:
             if not open:
@@ -105,10 +102,9 @@ class Guard:
         except asyncio.CancelledError:
             call.refused = Refused(Why.CANCELLED, "the client left")
             raise
-        except Exception as error:  # a bug, of ours or of a backend: this call's answer, not the server's end
+        except Exception as error:
             log.exception("call %s failed", call.id)
-            error.__traceback__ = None  # as in `Refused.without_frames`; the batch's future holds it
-            call.refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
+            call.refused = internal(error)
         finally:
             server.counts.requests -= 1
             code = "OK" if call.refused is None else call.refused.why.grpc

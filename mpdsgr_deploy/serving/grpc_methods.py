@@ -13,7 +13,7 @@ from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.grpc_calls import Call, Method
 from mpdsgr_deploy.serving.grpc_wire import check_infer_request
 from mpdsgr_deploy.serving.inference import InferenceRequest, RequestedOutput, infer
-from mpdsgr_deploy.serving.requests import classes, identifier, timeout
+from mpdsgr_deploy.serving.requests import classes, identifier, refuse_shared_memory, timeout
 from mpdsgr_deploy.serving.tensors import InputTensor
 
 SERVICE = "inference.GRPCInferenceService"
@@ -97,8 +97,7 @@ def _tensors(request: Any) -> list[InputTensor]:
         raise invalid(f"{len(request.inputs)} inputs and {len(raw)} raw contents")
     tensors: list[InputTensor] = []
     for i, entry in enumerate(request.inputs):
-        if "shared_memory_region" in entry.parameters:
-            raise invalid("shared memory is not offered here; send the tensor")
+        refuse_shared_memory(entry.parameters, "send the tensor")
         typed = [field.name for field, _ in entry.contents.ListFields()]
         if raw and typed:
             raise invalid(f"input {entry.name[:100]!r} has its data twice, raw and typed")
@@ -111,8 +110,7 @@ def _tensors(request: Any) -> list[InputTensor]:
 
 
 def _requested_output(output: Any) -> RequestedOutput:
-    if "shared_memory_region" in output.parameters:
-        raise invalid("shared memory is not offered here; take the tensor from the answer")
+    refuse_shared_memory(output.parameters, "take the tensor from the answer")
     return RequestedOutput(output.name, True, classes(_parameter(output.parameters, "classification")))
 
 

@@ -5,15 +5,13 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from itertools import count
-from secrets import token_hex
 from typing import Any, NamedTuple, Protocol
 
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.inference_protocol import HEADER
 from mpdsgr_deploy.serving import metrics, tracing
 from mpdsgr_deploy.serving.app import Server, Share
-from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, invalid
+from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.http_timer import client_time
 from mpdsgr_deploy.serving.inference import infer
 from mpdsgr_deploy.serving.model import ServedModel
@@ -84,17 +82,12 @@ class Http:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self._ids = map(f"{token_hex(4)}-{{:x}}".format, count(1))
-
-    def new_id(self) -> str:
-        """An identifier for a request that brings none."""
-        return next(self._ids)
 
     async def answer(self, exchange: Exchange) -> Reply:
         """Answer a request, count it and log it; what goes wrong is answered as a refusal."""
         server = self.server
         if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
-            exchange.id = self.new_id()
+            exchange.id = server.new_id()
         refused = None
         server.counts.requests += 1
         with server.memory.share() as share:
@@ -103,10 +96,9 @@ class Http:
                 reply = await self._reply(exchange)
             except Refused as error:
                 refused, reply = error.without_frames(), refusal_reply(error)
-            except Exception as error:  # a bug, of ours or of a backend: this request's answer, not the server's end
+            except Exception as error:
                 log.exception("request %s failed", exchange.id)
-                error.__traceback__ = None  # as in `Refused.without_frames`; the batch's future holds it
-                refused = Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
+                refused = internal(error)
                 reply = refusal_reply(refused)
             finally:
                 server.counts.requests -= 1

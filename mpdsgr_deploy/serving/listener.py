@@ -214,7 +214,7 @@ class Listener:
     def refusal(self, error: Refused) -> bytes:
         """The whole response to what never became a request, which is counted."""
         self.server.other_codes["http", str(error.why.status)] += 1
-        return encode_refusal(error, self.http.new_id())
+        return encode_refusal(error, self.server.new_id())
 
     def _keep(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
         task = self._loop.create_task(coroutine)

@@ -1,6 +1,6 @@
 """An inference request over HTTP: JSON, and behind it the binary tensors of the extension; and its answer."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import orjson
@@ -11,7 +11,6 @@ from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.tensors import ImageInput, InputTensor
 
 BINARY = "binary_data"
-SHARED_MEMORY = "shared_memory_region"
 
 
 def parse_request(body: bytes, header_length: str | None, image_input: ImageInput) -> InferenceRequest:
@@ -57,6 +56,12 @@ def classes(value: Any) -> int:
     return value
 
 
+def refuse_shared_memory(parameters: Container[str], instead: str) -> None:
+    """Raise Refused if a tensor's parameters say that it lies in the memory of the client's machine."""
+    if "shared_memory_region" in parameters:
+        raise invalid(f"shared memory is not offered here; {instead}")
+
+
 def parse_json(content: bytes) -> dict[str, Any]:
     """The members of a JSON object. Raises Refused for anything else; numbers beyond 64 bits become floats."""
     try:
@@ -88,8 +93,7 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise invalid("an input's shape is a list of whole numbers")
     parameters = members(entry.get("parameters", {}), "parameters")
-    if SHARED_MEMORY in parameters:
-        raise invalid("shared memory is not offered here; send the tensor")
+    refuse_shared_memory(parameters, "send the tensor")
     size = parameters.get("binary_data_size")
     if size is None:
         return InputTensor(name, datatype, tuple(shape), _list(entry.get("data"), "data")), place
@@ -104,8 +108,7 @@ def _requested_output(entry: dict[str, Any], binary: bool) -> RequestedOutput:
     name, parameters = entry.get("name"), members(entry.get("parameters", {}), "parameters")
     if not isinstance(name, str):
         raise invalid("an output needs a name")
-    if SHARED_MEMORY in parameters:
-        raise invalid("shared memory is not offered here; take the tensor from the answer")
+    refuse_shared_memory(parameters, "take the tensor from the answer")
     return RequestedOutput(
         name, _flag(parameters, BINARY, otherwise=binary), classes(parameters.get("classification", 0))
     )
