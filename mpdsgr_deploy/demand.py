@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
@@ -50,11 +49,15 @@ def demand_of(signature: str | None, tier: str | None = None) -> Demand:
     if tier and not signature:
         raise InputError("--require-verdict needs --require-signature: a verdict counts for what its signer does")
     if tier:
+        from mpdsgr_deploy.attacks.tiers import TIERS  # with every attack, which a server otherwise does without
+
         choose("tier", TIERS, tier)
     return Demand(required_trust(signature), tier or None)
 
 
 def _require(vouched: Vouched | None, tier: str, what: str) -> None:
+    from mpdsgr_deploy.attacks.tiers import TIERS
+
     advice = f"validate it with --tier {tier}, then `mpdsgr sign` bundle and report together"
     if vouched is None:
         raise InputError(f"{what} carries no signed verdict, and one of tier {tier} is required; {advice}")

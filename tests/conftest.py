@@ -24,6 +24,7 @@ from mpdsgr_deploy.damage import cover_up, damage
 from mpdsgr_deploy.damage import seal_again as resealed
 from mpdsgr_deploy.recipe import Recipe
 
+gc.disable()  # until everything is collected and imported
 HAS_TORCH = find_spec("torch") is not None
 TRAIN = {
     "torch",
@@ -140,6 +141,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look at it again, a twentieth of the time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -213,6 +215,26 @@ def precise(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from mpdsgr_deploy.exporting.precision import PRECISIONS
 
     return open_bundle(once(tmp_path_factory, "precise", lambda out: exported(run_dir, out, precisions=PRECISIONS)))
+
+
+@pytest.fixture(scope="session")
+def stochastic(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of a trained network of Poisson spikes and gates, in float32 and float16."""
+
+    def make(out: Path) -> None:
+        trained(stochastic_recipe(), out / "run")
+        exported(out / "run", out / "noisy", precisions=["fp16"])
+
+    return open_bundle(once(tmp_path_factory, "stochastic", make) / "noisy")
+
+
+def stochastic_recipe() -> Recipe:
+    return small_recipe(
+        encoding={"name": "poisson"},
+        defence={"stog": {"prior": 0.01}},
+        attack={"eps": 0.1, "step": 0.05, "strong_steps": 3, "surrogates": [], "draws": 2},
+        validation={"limit": 40, "seed": 7},
+    )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from conftest import assert_input_error, mpdsgr_here, small_recipe
+from conftest import assert_input_error, mpdsgr_here
 from google.protobuf import text_format
 from triton_server import Triton, environment, tritonserver
 from tritonclient.grpc import model_config_pb2
@@ -21,31 +21,20 @@ from tritonclient.utils import InferenceServerException
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
 from mpdsgr_deploy.serving.deploy.models import choose_models
 from mpdsgr_deploy.serving.deploy.triton import SUMS, write_repository
 from mpdsgr_deploy.serving.deploy.triton_config import CONFIG, tensors
-from mpdsgr_deploy.training import train
 
 CLIENTS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 
 
 @pytest.fixture(scope="module")
-def poisson(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A network that draws noise."""
-    out = tmp_path_factory.mktemp("poisson")
-    train(small_recipe(encoding={"name": "poisson"}, training={"epochs": 1}), out / "run")
-    export(out / "run", out / "noisy", limit=20)
-    return open_bundle(out / "noisy")
-
-
-@pytest.fixture(scope="module")
-def repository(precise: Bundle, poisson: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(precise: Bundle, stochastic: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Written by the command: every precision of one bundle, and the network that draws noise."""
     out = tmp_path_factory.mktemp("deployed") / "repository"
-    write_repository(choose_models([*(f"{precise.path}@{name}" for name in PRECISIONS), str(poisson.path)]), out)
+    write_repository(choose_models([*(f"{precise.path}@{name}" for name in PRECISIONS), str(stochastic.path)]), out)
     return out
 
 
@@ -100,11 +89,11 @@ def test_triton_classifies_with_our_labels(triton: Triton, precise: Bundle, imag
         assert int(indices[0]) == best[row, 0]
 
 
-def test_triton_takes_the_noise_of_a_stochastic_network(triton: Triton, poisson: Bundle, images: np.ndarray) -> None:
+def test_triton_takes_the_noise_of_a_stochastic_network(triton: Triton, stochastic: Bundle, images: np.ndarray) -> None:
     x = images[:9]
-    with open_predictor(poisson) as predictor:
+    with open_predictor(stochastic) as predictor:
         expected = predictor(x)
-    noise = NoiseSource(poisson.manifest.noise, poisson.manifest.recipe.validation.seed)
+    noise = NoiseSource(stochastic.manifest.noise, stochastic.manifest.recipe.validation.seed)
     np.testing.assert_allclose(ask(triton, "grpc", "noisy", {"images": x, **noise(x)}), expected, atol=1e-5)
 
 
@@ -123,14 +112,15 @@ def test_triton_says_what_was_written_and_keeps_its_bounds(triton: Triton, repos
     assert sums.returncode == 0, sums.stdout + sums.stderr  # the server loaded it unmodified
 
 
-def test_what_the_command_writes_and_says(precise: Bundle, poisson: Bundle, tmp_path: Path) -> None:
+def test_what_the_command_writes_and_says(precise: Bundle, stochastic: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "repository"
-    done = mpdsgr_here("deploy", "triton", precise.path, poisson.path, "--out", out)
+    done = mpdsgr_here("deploy", "triton", precise.path, stochastic.path, "--out", out)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == ["precise: fp32, ONNX, batches to 128", "noisy: fp32, ONNX, batches to 128"]
     assert lines[2] == "  clients must also send uniform_0 FP32 [B, 3, 1, 8, 8] of U[0, 1)"
-    assert f"-v {out}:/models:ro" in lines[3]
+    behind = 2 + len(stochastic.manifest.noise)  # a line for each of its inputs
+    assert f"-v {out}:/models:ro" in lines[behind]
     done = mpdsgr_here("deploy", "triton", f"{precise.path}@int8", "--gpus", 2, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     (model,) = json.loads(done.stdout)["models"]

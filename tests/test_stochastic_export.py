@@ -26,7 +26,6 @@ from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.facts import bundle_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
@@ -39,7 +38,6 @@ from mpdsgr_deploy.runtime.image_noise import normal, uniform
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
 from mpdsgr_deploy.snn.draws import in_turn
 from mpdsgr_deploy.snn.encoding import Poisson
-from mpdsgr_deploy.training import train
 from mpdsgr_deploy.validation import Target, validate
 
 SHAPE = (1, 8, 8)
@@ -76,20 +74,6 @@ def exported(name: str) -> tuple[SpikingNet, ir.Model]:
 
 def images(count: int) -> np.ndarray:
     return np.random.default_rng(0).random((count, *SHAPE), np.float32)
-
-
-@pytest.fixture(scope="module")
-def stochastic(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A trained network of Poisson spikes and gates, exported."""
-    recipe = small_recipe(
-        encoding={"name": "poisson"},
-        defence={"stog": {"prior": 0.01}},
-        attack={"eps": 0.1, "step": 0.05, "strong_steps": 3, "surrogates": [], "draws": 2},
-        validation={"limit": 40, "seed": 7},
-    )
-    out = tmp_path_factory.mktemp("stochastic")
-    train(recipe, out / "run")
-    return export(out / "run", out / "bundle", precisions=["fp16"])
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -25,7 +25,7 @@ from urllib.request import urlopen
 import pytest
 
 PYTRITON = "0.7.0"
-PATIENCE = 90.0  # seconds; it needs two, but other tests may be running
+PATIENCE = 240.0  # seconds; it needs two, but other tests may be running
 BACKEND = """
 from pathlib import Path
 
