@@ -3,11 +3,13 @@
 benchmarks/verdicts.py runs them, and some more, through the whole validation and keeps the table, export/FAULTS.md.
 """
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import once
 from faults import FAULTS, UNSEEN, Fault, InProcess, Networks, Planted, judge, plant
 
 from mpdsgr_deploy.attacks.tiers import TIERS
@@ -21,7 +23,17 @@ import verdicts
 
 @pytest.fixture(scope="module")
 def networks(precise: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Networks:
-    return Networks(tmp_path_factory.mktemp("networks"), healthy=precise)
+    class Shared(Networks):
+        """Each trained and exported by whichever worker needs it first."""
+
+        def made(self, kind: str) -> Path:
+            folder = once(
+                tmp_path_factory, f"of-faults-{kind}", lambda out: shutil.copytree(super(Shared, self).made(kind), out)
+            )
+            self.recipe(kind)  # writes the images that a network of other images names
+            return folder
+
+    return Shared(tmp_path_factory.mktemp("networks"), healthy=precise)
 
 
 @pytest.fixture(autouse=True)

@@ -53,15 +53,19 @@ class Networks:
 
     def bundle(self, kind: str) -> Bundle:
         if kind not in self._given:
-            name = kind.replace(" ", "-")
-            run, out = self._directory / f"run-{name}", self._directory / f"bundle-{name}"
-            if not out.exists():
-                recipe = self.recipe(kind)
-                shutil.rmtree(run, ignore_errors=True)  # of a call that was killed
-                train(recipe, run)
-                export(run, out, precisions=KINDS.get(kind, KINDS["healthy"])[1], root=recipe.data.root)
-            self._given[kind] = open_bundle(out)
+            self._given[kind] = open_bundle(self.made(kind))
         return self._given[kind]
+
+    def made(self, kind: str) -> Path:
+        """The folder of the bundle, written if it is not there."""
+        name = kind.replace(" ", "-")
+        run, out = self._directory / f"run-{name}", self._directory / f"bundle-{name}"
+        if not out.exists():
+            recipe = self.recipe(kind)
+            shutil.rmtree(run, ignore_errors=True)  # of a call that was killed
+            train(recipe, run)
+            export(run, out, precisions=KINDS.get(kind, KINDS["healthy"])[1], root=recipe.data.root)
+        return out
 
 
 def coloured_digits(root: Path) -> None:
