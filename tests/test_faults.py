@@ -64,7 +64,7 @@ def test_what_cannot_be_seen_passes_and_the_report_says_so(
 def test_a_copy_without_a_fault_passes(
     precision: str, networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bench itself plants nothing: sealing a copy, all of it answered and derived anew, leaves it whole."""
+    """The bench itself plants nothing: sealing a copy, all of it answered anew, leaves it whole."""
     copy = Planted(networks, "healthy", tmp_path / "bundle", monkeypatch)
     copy.precision, copy.answered_anew = precision, {precision}
     copy.seal()

@@ -1,5 +1,5 @@
-"""The float32 network is wrong. Whoever wrote it derived its attack graph and golden logits from it, so all of that
-agrees with itself: only what the torch network answered, kept in the bundle, can tell.
+"""The float32 network is wrong. Whoever wrote it took the golden logits from it, so that they agree: only what the
+torch network answered, kept in the bundle, can tell.
 """
 
 import numpy as np
