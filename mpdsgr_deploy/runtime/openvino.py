@@ -3,8 +3,9 @@
 Its bf16 and f16 hints round activations and flip spikes, so the precision is always f32; what is int8 is so in the
 graph. A static batch is what makes it fast: only then are a neuron's operations fused into one kernel and the T steps
 joined in place (with a dynamic batch the same network takes 1.2 to 1.4 times as long). So a network is compiled for the
-few batch sizes that any batch can be cut into, each when it is first needed. float16 it computes in float32 and without
-the roundings in between, whatever the file says: closer to float32 than a GPU is.
+few batch sizes that any batch can be cut into, each when it is first needed, from a graph that `openvino_graph` has
+rewritten to the same answers. float16 it computes in float32 and without the roundings in between, whatever the file
+says: closer to float32 than a GPU is.
 """
 
 import io
