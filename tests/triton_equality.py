@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from mpdsgr_deploy.mpd import empirical, expected_gradient, layer_mean, theorem
+from mpdsgr_deploy.mpd import empirical, expected_gradient, layer_value, mean_of_layers, theorem
 from mpdsgr_deploy.snn import LIF, LIFState, SpikingLayer, TdBN, Trace, lif, multistep, triton_lif
 from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate
@@ -293,7 +293,7 @@ def test_a_layer_with_its_regulariser(
         loss = (drawn(*spikes.shape, seed=1) * spikes).sum() / 100
         if observed:
             assert (traces[0].moments is not None) == kernels
-            loss = loss + layer_mean(traces, estimator, expected_gradient)
+            loss = loss + mean_of_layers([layer_value(trace, estimator, expected_gradient) for trace in traces])
             loss = loss + (drawn(B, C, H - 2, W - 2, seed=2) * traces[0].states[1].u).mean()
         loss.backward()
         results.append((spikes, loss, [p.grad for p in layer.parameters()]))
