@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.http import Exchange, Http, response_headers
@@ -40,28 +39,23 @@ class AsgiBody:
 
 
 class Asgi:
-    """The application. The lifespan messages start the models and end them."""
+    """The application of a server whose models are loaded; the end of its lifespan closes the server.
 
-    def __init__(self, server: Server) -> None:
-        self.server, self._http = server, Http(server)
+    with_id: whether responses name the request in x-request-id; Ray adds that header itself.
+    """
+
+    def __init__(self, server: Server, *, with_id: bool = True) -> None:
+        self.server, self._http, self._with_id = server, Http(server), with_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await self.server.close()
+            await send({"type": "lifespan.shutdown.complete"})
         elif scope["type"] == "http":
             await self._exchange(scope, receive, send)
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        await receive()
-        try:
-            await self.server.start()
-        except MpdsgrError as error:
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await self.server.close()
-        await send({"type": "lifespan.shutdown.complete"})
 
     async def _exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -70,7 +64,7 @@ class Asgi:
         client = scope.get("client") or ("",)
         exchange = Exchange(scope["method"], scope["path"], headers, body, lambda: str(client[0]))
         reply = await self._http.answer(exchange)
-        lines = response_headers(exchange.id, reply)
+        lines = [line for line in response_headers(exchange.id, reply) if self._with_id or line[0] != b"x-request-id"]
         if self.server.draining or not body.at_end:  # an unread rest of a body is not worth reading
             lines.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": reply.status, "headers": lines})

@@ -1,39 +1,15 @@
 """The server's ASGI application as a Ray Serve deployment: what a config that `mpdsgr deploy ray` wrote imports."""
 
 from pathlib import Path
-from typing import Any
 
 from ray import serve
 
 from mpdsgr_deploy.allocator import limit_free_memory
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.asgi import Asgi, Receive, Scope, Send
+from mpdsgr_deploy.serving.asgi import Asgi
 from mpdsgr_deploy.serving.deploy.ray import DEPLOYMENT, Arguments
 from mpdsgr_deploy.serving.logs import log_json
-
-
-class Application:
-    """`Asgi` between Ray's messages: the replica has loaded the models, and Ray adds the request's id to a response."""
-
-    def __init__(self, server: Server) -> None:
-        self._asgi, self._server = Asgi(server), server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            await self._server.close()
-            await send({"type": "lifespan.shutdown.complete"})
-            return
-
-        async def send_without_id(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
-            await send(message)
-
-        await self._asgi(scope, receive, send_without_id)
 
 
 async def started(arguments: Arguments) -> Server:
@@ -61,8 +37,8 @@ class Replica:
         log_json()
         self._server = await started(arguments)  # not in the application's lifespan: Ray hides why that fails
 
-    def __serve_build_asgi_app__(self) -> Application:
-        return Application(self._server)
+    def __serve_build_asgi_app__(self) -> Asgi:
+        return Asgi(self._server, with_id=False)
 
     async def check_health(self) -> None:
         """What Ray asks every few seconds; it replaces a replica that raises."""
