@@ -25,6 +25,7 @@ from mpdsgr_deploy.serving.security import check_exposure, is_loopback
 from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor
 
 LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
+QUIET = 5  # looks, 10 ms apart, that find no request: gRPC cancels those that its own thread has not handed over yet
 COLLECTION = 10_000, 10, 10  # objects between two garbage collections; requests leave none behind
 # seconds until a thread that wants the interpreter gets it: with the usual 5 ms the next batch waited behind requests
 SWITCH_SECONDS = 2e-4
@@ -185,7 +186,7 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     server.closing = True
     await asyncio.sleep(LAST_CALL)
     quiet = 0
-    while quiet < 2 and clock() < end:  # twice: this process may have been held up, and has to read what came meanwhile
+    while quiet < QUIET and clock() < end:  # this process may have been held up, and has to read what came meanwhile
         quiet = 0 if server.counts.requests or http.expecting else quiet + 1
         await asyncio.sleep(0.01)
     return max(end - clock(), 0.0), server.counts.requests
