@@ -36,6 +36,7 @@ bench: .venv/.dev
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/estimate.py
 	.venv/bin/python benchmarks/inference.py
+	.venv/bin/python benchmarks/nodes.py
 	.venv/bin/python benchmarks/attack.py
 	.venv/bin/python benchmarks/serving.py
 

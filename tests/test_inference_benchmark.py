@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import harness
 import inference
+import nodes
 import onnx
 from networks import settled
 
@@ -20,6 +21,23 @@ def test_the_page_quotes_the_file() -> None:
     for taken in result["seconds"].values():
         assert {inference.REFERENCE, inference.INT8, inference.LIMIT} < taken.keys()
         assert len({len(samples) for samples in taken.values()}) == 1
+
+
+def test_the_page_says_where_the_time_goes() -> None:
+    result = harness.load("nodes")
+    assert harness.page("nodes") == nodes.render(result)
+    for batches in result["measured"].values():
+        for variants in batches.values():
+            assert all(kinds["kinds"]["int8 products"] > 0 for name, kinds in variants.items() if name != nodes.OTHERS)
+
+
+def test_nodes_are_counted_by_kind(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"model": {"name": "vgg11", "width": 0.02}, "encoding": {"T": 2}})
+    nodes.write_networks(recipe, tmp_path)
+    measured = nodes.measure(tmp_path, 2, 1, 1, 3, 1, True)
+    assert list(measured) == [nodes.EXPORTED, nodes.REWRITTEN, nodes.LIMIT, nodes.OTHERS]
+    assert all(len(own["seconds"]) == 3 and sum(own["kinds"].values()) > 0 for own in measured.values())
+    assert measured[nodes.EXPORTED]["kinds"]["conversions"] > 0 == measured[nodes.REWRITTEN]["kinds"]["conversions"]
 
 
 def test_a_small_benchmark_runs_and_its_limit_has_the_networks_int8_weights(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ Image = tuple[int, ...]  # C, H and W
 def rewrite(network: onnx.ModelProto) -> onnx.ModelProto:
     """The same network, faster in OpenVINO; `network` itself is changed. What no rewrite fits stays as it is."""
     for change in (unsigned, choose_reset, pool_bytes, split_in_place):
-        change(_Graph(network))
+        change(Graph(network))
     del network.graph.value_info[:]  # shapes of before
     return network
 
 
-class _Graph:
+class Graph:
     """Who makes and who uses each value of a network, and its constants, as they are when this is made."""
 
     def __init__(self, network: onnx.ModelProto) -> None:
@@ -73,7 +73,7 @@ class _Graph:
         self.proto.node.extend(nodes)
 
 
-def unsigned(graph: _Graph) -> None:
+def unsigned(graph: Graph) -> None:
     """uint8 in place of int8 activations; weights stay int8.
 
     Only spikes and their means are ever quantised, 0 to 127 steps, the same numbers in both types. x86 multiplies
@@ -89,7 +89,7 @@ def unsigned(graph: _Graph) -> None:
             tensor.CopyFrom(onnx.numpy_helper.from_array(zero, tensor.name))
 
 
-def choose_reset(graph: _Graph) -> None:
+def choose_reset(graph: Graph) -> None:
     """u (1 - spike) in one choice, without the spike as a number: 0 where the neuron fired, else u."""
 
     def rewritten(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -105,7 +105,7 @@ def choose_reset(graph: _Graph) -> None:
     graph.put(rewritten)
 
 
-def _complement(graph: _Graph, value: str) -> str | None:
+def _complement(graph: Graph, value: str) -> str | None:
     """b if the value is 1 - b, b the outcome of a comparison as a number."""
     subtraction = graph.maker(value, "Sub")
     one = None if subtraction is None else graph.constant(subtraction.input[0])
@@ -115,11 +115,11 @@ def _complement(graph: _Graph, value: str) -> str | None:
     return cast.input[0] if cast is not None and _compares(graph, cast.input[0]) else None
 
 
-def _compares(graph: _Graph, value: str) -> bool:
+def _compares(graph: Graph, value: str) -> bool:
     return value in graph.makers and graph.makers[value].op_type in COMPARISONS
 
 
-def pool_bytes(graph: _Graph) -> None:
+def pool_bytes(graph: Graph) -> None:
     """Quantise spikes before their average is taken, on the grid of the averages: windows then add up bytes.
 
     A spike is as many steps as a window has places, so that every average is a whole number of steps.
@@ -144,7 +144,7 @@ def pool_bytes(graph: _Graph) -> None:
     graph.put(rewritten)
 
 
-def _adds_up(graph: _Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> bool:
+def _adds_up(graph: Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> bool:
     """Whether windows of spikes are averaged whose places are as many as the steps from 0 to 1."""
     attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in pool.attribute}
     places = prod(attributes["kernel_shape"])
@@ -155,14 +155,14 @@ def _adds_up(graph: _Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> 
     return plain and fits and _are_spikes(graph, pool.input[0])
 
 
-def _are_spikes(graph: _Graph, value: str) -> bool:
+def _are_spikes(graph: Graph, value: str) -> bool:
     joined = graph.maker(value, "Concat")
     parts = [value] if joined is None else joined.input
     casts = [graph.maker(part, "Cast") for part in parts]
     return all(cast is not None and _compares(graph, cast.input[0]) for cast in casts)
 
 
-def split_in_place(graph: _Graph) -> None:
+def split_in_place(graph: Graph) -> None:
     """Let the neurons of an int8 convolution see [N, H W C], the order in which it writes: OpenVINO then takes the
     steps apart without copying them, which it does for values of two dimensions only. It transposes nothing.
 
@@ -193,7 +193,7 @@ def split_in_place(graph: _Graph) -> None:
     graph.put(rewritten)
 
 
-def _flattened(graph: _Graph, source: str, image: Image) -> list[onnx.NodeProto]:
+def _flattened(graph: Graph, source: str, image: Image) -> list[onnx.NodeProto]:
     """source [N, C, H, W] as source/flat [N, H W C]."""
     size = graph.add_constant(f"size/{prod(image)}", np.array([-1, prod(image)], np.int64))
     return [
@@ -202,7 +202,7 @@ def _flattened(graph: _Graph, source: str, image: Image) -> list[onnx.NodeProto]
     ]
 
 
-def _viewed(graph: _Graph, target: str, image: Image) -> list[onnx.NodeProto]:
+def _viewed(graph: Graph, target: str, image: Image) -> list[onnx.NodeProto]:
     """target/flat [N, H W C] as target [N, C, H, W]."""
     channels, height, width = image
     name = f"size/{height}/{width}/{channels}"
@@ -213,13 +213,13 @@ def _viewed(graph: _Graph, target: str, image: Image) -> list[onnx.NodeProto]:
     ]
 
 
-def _pairs(graph: _Graph, rounding: onnx.NodeProto) -> bool:
+def _pairs(graph: Graph, rounding: onnx.NodeProto) -> bool:
     """Whether a rounding has one step for all values, and DequantizeLinear alone uses it."""
     users = {user.op_type for user in graph.users[rounding.output[0]]}
     return users == {"DequantizeLinear"} and _scalar(graph, rounding.input[1])
 
 
-def _in_int8(graph: _Graph, split: onnx.NodeProto) -> bool:
+def _in_int8(graph: Graph, split: onnx.NodeProto) -> bool:
     """Whether a Split alone takes the output of a convolution of quantised numbers, of known size: such a one writes
     with channels last on every CPU.
     """
@@ -232,7 +232,7 @@ def _axis(node: onnx.NodeProto) -> int:
     return next((onnx.helper.get_attribute_value(entry) for entry in node.attribute if entry.name == "axis"), 0)
 
 
-def _joined(graph: _Graph, split: onnx.NodeProto) -> list[str]:
+def _joined(graph: Graph, split: onnx.NodeProto) -> list[str]:
     """The Concats along the batch in which all that comes of a Split ends, if nothing on the way sees places or
     channels; else none.
     """
@@ -247,7 +247,7 @@ def _joined(graph: _Graph, split: onnx.NodeProto) -> list[str]:
     return [] if inside & graph.outputs else joined
 
 
-def _behind(graph: _Graph, split: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+def _behind(graph: Graph, split: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     """What uses a Split's outputs, directly or through elementwise nodes, in the order of computation."""
     reached = set(split.output)
     for node in graph.proto.node:
@@ -257,6 +257,6 @@ def _behind(graph: _Graph, split: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
                 reached.update(node.output)
 
 
-def _scalar(graph: _Graph, value: str) -> bool:
+def _scalar(graph: Graph, value: str) -> bool:
     array = graph.constant(value)
     return not value or (array is not None and array.size == 1 and array.ndim < 2)
