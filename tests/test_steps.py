@@ -15,6 +15,7 @@ from test_resume import Counted
 from test_stochastic_export import warmed_up
 
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
+from mpdsgr_deploy.attacks.run import Journal
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, open_bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_training
@@ -172,7 +173,7 @@ def test_the_fewest_steps_are_chosen_by_clean_and_attacked_images(monkeypatch: p
     images = load_training(recipe.data)[1][:100]
     lost = {2: {CLEAN: 1, WORST: 0}, 1: {CLEAN: 0, WORST: 9}}
 
-    def verdicts(step: steps.StepFile, images: object, of: str) -> dict[str, np.ndarray]:
+    def verdicts(step: steps.StepFile, images: object, of: str, unfinished: object) -> dict[str, np.ndarray]:
         missing = lost.get(step.recipe.encoding.T, {CLEAN: 0, WORST: 0})
         return {name: np.arange(100) >= count for name, count in missing.items()}
 
@@ -188,13 +189,34 @@ def test_the_fewest_steps_are_chosen_by_clean_and_attacked_images(monkeypatch: p
         fewest_steps(model, recipe, SHAPE, images, 0)
 
 
-def test_export_takes_the_fewest_steps_by_itself(run_dir: Path, tmp_path: Path) -> None:
-    options = ("--steps", "auto", "--max-drop", 0.9, "--limit", 10, "--json")
-    done = mpdsgr_here("export", run_dir, "--out", tmp_path / "b", *options)
+def test_export_takes_the_fewest_steps_and_goes_on_after_a_kill(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPDSGR_CACHE", str(tmp_path / "cache"))
+    attacked = []
+    finish = Journal.finish
+    monkeypatch.setattr(Journal, "finish", lambda self, verdicts: (attacked.append(verdicts), finish(self, verdicts)))
+    command = (
+        "export",
+        run_dir,
+        "--out",
+        tmp_path / "b",
+        "--steps",
+        "auto",
+        "--max-drop",
+        0.9,
+        "--limit",
+        10,
+        "--json",
+    )
+    assert mpdsgr(*command, prelude=KILLED_IN_THE_SECOND_ROW).returncode == -signal.SIGKILL
+    done = mpdsgr_here(*command)
     assert done.returncode == 0, done.stderr
+    assert len(attacked) == 2  # two steps and one; three were attacked before the kill
     record = json.loads(done.stdout)["steps"]
     assert (record["exported"], record["trained"], len(record["tried"])) == (1, 3, 2)
     assert open_bundle(tmp_path / "b").manifest.recipe.encoding.T == 1
+    assert not [*(tmp_path / "cache" / "steps").iterdir()]
 
 
 @pytest.mark.parametrize(("value", "message"), [("0", "not '0'"), ("many", "or auto"), ("4", "has 3 time steps")])

@@ -1,8 +1,5 @@
 """What each number of time steps costs: a bundle's networks, exported again at 1 to T steps, attacked and timed."""
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,20 +11,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy import __version__
-from mpdsgr_deploy.address import cache_directory
 from mpdsgr_deploy.attacks.condition import CLEAN, PGD, WORST
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.exporting.steps import TIER, Bools, Flips, StepFile, step_files
-from mpdsgr_deploy.locks import LOCK, exclusive
+from mpdsgr_deploy.exporting.steps import Bools, Flips, StepFile, step_files, unfinished_attacks
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.reference import images_sha256
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
 
 CONDITIONS = (CLEAN, PGD, WORST)
@@ -57,7 +49,7 @@ def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
     After a kill the same call goes on with the attacks that are left; what was finished lies in the user's cache until
     all rows are. Raises InputError for a network that was not trained here, and where the cache cannot be written.
     """
-    with _every_step(bundle) as files, _unfinished(bundle, images) as place:
+    with _every_step(bundle) as files, unfinished_attacks(bundle.manifest.digest, images) as place:
         attacked = {
             precision: [
                 file.attacked(images, f"{precision}, {n} of {len(own)} steps", place / f"{precision}-{n}")
@@ -87,20 +79,6 @@ def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
         numbers = range(1, recipe.encoding.T + 1)
         files = [step_files(model, recipe, shape, steps, layers, Path(folder)) for steps in numbers]
         yield {precision: [by_precision[precision] for by_precision in files] for precision in layers}
-
-
-@contextmanager
-def _unfinished(bundle: Bundle, images: Images) -> Iterator[Path]:
-    """A directory in the user's cache, this process's alone, for the length of a with block; an exception leaves it."""
-    subject = json.dumps([__version__, SUITE_VERSION, TIER, bundle.manifest.digest, images_sha256(images)])
-    place = cache_directory() / "steps" / hashlib.sha256(subject.encode()).hexdigest()[:16]
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {place}: {error.strerror}; name another place in MPDSGR_CACHE") from error
-    with exclusive(place / LOCK, "process"):
-        yield place
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _costs(

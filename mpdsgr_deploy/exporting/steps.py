@@ -1,6 +1,10 @@
 """How many time steps are worth their cost: a network attacked at fewer steps than it has, and how few suffice."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import ceil, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,15 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy import __version__
+from mpdsgr_deploy.address import cache_directory
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.files import sha256
+from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.manifest import NoiseInput
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.network import Shape
@@ -25,6 +33,7 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.models.steps import first_steps
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.reference import images_sha256
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, predict
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
 
@@ -58,6 +67,23 @@ class StepFile(NamedTuple):
         if journal is not None:
             journal.finish(verdicts)
         return verdicts
+
+
+@contextmanager
+def unfinished_attacks(network: str, images: Images) -> Iterator[Path]:
+    """A directory in the user's cache, this process's alone, for the length of a with block; an exception leaves it.
+
+    network: what, with the images, tells it from all others. Raises InputError where it cannot be written.
+    """
+    subject = json.dumps([__version__, SUITE_VERSION, TIER, network, images_sha256(images)])
+    place = cache_directory() / "steps" / hashlib.sha256(subject.encode()).hexdigest()[:16]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {place}: {error.strerror}; name another place in MPDSGR_CACHE") from error
+    with exclusive(place / LOCK, "process"):
+        yield place
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def step_files(
@@ -112,7 +138,8 @@ def fewest_steps(
     images: validation images, never those that the result is reported on. Fewer and fewer steps are tried, from T - 1
     down, until one cannot rule out a drop of `max_drop` or more on clean images and under all attacks of tier `commit`.
     So the number chosen is one that loses more with a probability of 5 % at most: both tests must succeed, and none is
-    made after one that failed. Raises InputError for too few images.
+    made after one that failed. After a kill the same call goes on with the attacks that are left. Raises InputError for
+    too few images, and where the user's cache cannot be written.
     """
     T, n = recipe.encoding.T, len(images)
     if not 0 < max_drop < 1:
@@ -123,20 +150,23 @@ def fewest_steps(
             f"more with --max-drop, or name a number of --steps"
         )
 
-    def verdicts(steps: int) -> Mapping[str, Bools]:
-        with TemporaryDirectory() as folder:
-            files = step_files(model, recipe, shape, steps, {"fp32": {}}, Path(folder))
-            return files["fp32"].attacked(images, f"{steps} of {T} steps")
+    with TemporaryDirectory() as folder:
 
-    full, chosen, tried = verdicts(T), T, list[dict[str, Any]]()
-    for steps in range(T - 1, 0, -1):
-        fewer = verdicts(steps)
-        flips = {condition: Flips.of(full[condition], fewer[condition]) for condition in (CLEAN, WORST)}
-        within = all(pair.rule_out(max_drop) for pair in flips.values())
-        counts = ", ".join(f"{name} {pair.lost} lost, {pair.regained} regained" for name, pair in flips.items())
-        log.info("%d of %d steps %s: of %d images %s", steps, T, "suffice" if within else "are too few", n, counts)
-        tried.append({"steps": steps, "within": within} | {name: pair._asdict() for name, pair in flips.items()})
-        if not within:
-            break
-        chosen = steps
+        def file(steps: int) -> StepFile:
+            return step_files(model, recipe, shape, steps, {"fp32": {}}, Path(folder))["fp32"]
+
+        whole = file(T)
+        with unfinished_attacks(sha256(whole.file) + recipe.model_dump_json(), images) as place:
+            full, chosen, tried = whole.attacked(images, f"{T} of {T} steps", place / str(T)), T, list[dict[str, Any]]()
+            for steps in range(T - 1, 0, -1):
+                fewer = file(steps).attacked(images, f"{steps} of {T} steps", place / str(steps))
+                flips = {condition: Flips.of(full[condition], fewer[condition]) for condition in (CLEAN, WORST)}
+                within = all(pair.rule_out(max_drop) for pair in flips.values())
+                counts = ", ".join(f"{name} {pair.lost} lost, {pair.regained} regained" for name, pair in flips.items())
+                enough = "suffice" if within else "are too few"
+                log.info("%d of %d steps %s: of %d images %s", steps, T, enough, n, counts)
+                tried.append({"steps": steps, "within": within} | {k: pair._asdict() for k, pair in flips.items()})
+                if not within:
+                    break
+                chosen = steps
     return chosen, {"max_drop": max_drop, "images": f"{n} validation images of {recipe.data.name}", "tried": tried}
