@@ -1,5 +1,6 @@
 """The attack graph against torch's autograd, finite differences and formulas."""
 
+import copy
 import hashlib
 import os
 import subprocess
@@ -287,7 +288,7 @@ class Half(torch.nn.Module):
 
 def test_float16_is_rounded_forward_and_float32_backward() -> None:
     model, graph, shape = exported("vgg-small")
-    half = simplify(model)
+    half = copy.deepcopy(simplify(model))  # which shares its weights with the network that other tests read
     for layer in half.layers():
         layer.synapse = Half(layer.synapse)
     half.readout.weight.data = half.readout.weight.data.half().float()

@@ -188,7 +188,7 @@ def engine(gpu: GPU) -> Any:
         shapes=SHAPES,
         cuda_engine=SimpleNamespace(device_memory_size_v2=64),
         context=lambda: Context(gpu),
-        heard=SimpleNamespace(errors=["out of order"]),
+        logger=SimpleNamespace(errors=["out of order"]),
     )
 
 
