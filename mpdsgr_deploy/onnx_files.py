@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -47,3 +48,12 @@ def maker_of_output(network: onnx.ModelProto, through: Collection[str] = VIEWS) 
     while maker is not None and maker.op_type in through:
         maker = makers.get(maker.input[0])
     return maker
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """An attribute of a node; a list as a tuple."""
+    for entry in node.attribute:
+        if entry.name == name:
+            value = onnx.helper.get_attribute_value(entry)
+            return tuple(value) if isinstance(default, tuple) else value
+    return default

@@ -182,12 +182,3 @@ class Tape:
 def refuse(node: onnx.NodeProto, why: str) -> InputError:
     """What to raise for a node that cannot be differentiated."""
     return InputError(f"no attack graph: node {node.name or node.output[0]} ({node.op_type}) {why}")
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """An attribute of a node; a list as a tuple."""
-    for entry in node.attribute:
-        if entry.name == name:
-            value = helper.get_attribute_value(entry)
-            return tuple(value) if isinstance(default, tuple) else value
-    return default

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.onnx_files import attribute
+
 ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Neg", "Abs", "Relu", "Clip", "Min", "Max", "Where", "Cast", "Not", "And", "Or"),
     *("GreaterOrEqual", "Greater", "LessOrEqual", "Less"),
@@ -146,11 +148,10 @@ def pool_bytes(graph: Graph) -> None:
 
 def _adds_up(graph: Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> bool:
     """Whether windows of spikes are averaged whose places are as many as the steps from 0 to 1."""
-    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in pool.attribute}
-    places = prod(attributes["kernel_shape"])
+    places = prod(attribute(pool, "kernel_shape", ()))
     step = graph.constant(quantised.input[1])
-    whole = not any(attributes.get("pads", ())) and not attributes.get("ceil_mode")
-    plain = whole and attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    whole = not any(attribute(pool, "pads", ())) and not attribute(pool, "ceil_mode", 0)
+    plain = whole and attribute(pool, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
     fits = step is not None and step.size == 1 and float(step) * places == 1 and places < 128  # steps of a byte
     return plain and fits and _are_spikes(graph, pool.input[0])
 
@@ -170,7 +171,7 @@ def split_in_place(graph: Graph) -> None:
     """
     flat: dict[str, Image] = {}  # what is split and what is joined again
     for node in graph.proto.node:
-        if node.op_type == "Split" and _axis(node) == 0 and _in_int8(graph, node):
+        if node.op_type == "Split" and attribute(node, "axis", 0) == 0 and _in_int8(graph, node):
             joined = _joined(graph, node)
             flat |= dict.fromkeys([node.input[0], *joined] if joined else [], graph.image(node.input[0]))
 
@@ -228,17 +229,13 @@ def _in_int8(graph: Graph, split: onnx.NodeProto) -> bool:
     return quantised and graph.image(split.input[0]) != () and len(graph.users[split.input[0]]) == 1
 
 
-def _axis(node: onnx.NodeProto) -> int:
-    return next((onnx.helper.get_attribute_value(entry) for entry in node.attribute if entry.name == "axis"), 0)
-
-
 def _joined(graph: Graph, split: onnx.NodeProto) -> list[str]:
     """The Concats along the batch in which all that comes of a Split ends, if nothing on the way sees places or
     channels; else none.
     """
     inside, joined = set(split.output), list[str]()
     for node in _behind(graph, split):
-        if node.op_type == "Concat" and _axis(node) == 0 and inside.issuperset(node.input):
+        if node.op_type == "Concat" and attribute(node, "axis", 0) == 0 and inside.issuperset(node.input):
             joined.append(node.output[0])
         elif node.op_type in ELEMENTWISE and all(value in inside or _scalar(graph, value) for value in node.input):
             inside.update(node.output)

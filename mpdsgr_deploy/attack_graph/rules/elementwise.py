@@ -11,8 +11,8 @@ from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.neurons import choose
 from mpdsgr_deploy.attack_graph.rules.common import Rule, only
-from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
-from mpdsgr_deploy.onnx_files import SPIKES
+from mpdsgr_deploy.attack_graph.tape import Tape, refuse
+from mpdsgr_deploy.onnx_files import SPIKES, attribute
 
 
 def _sign(sign: int) -> Rule:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import onnx
 
 from mpdsgr_deploy.attack_graph.rules.common import Rule, only
-from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
+from mpdsgr_deploy.attack_graph.tape import Tape, refuse
+from mpdsgr_deploy.onnx_files import attribute
 
 
 def _batch_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:

@@ -10,7 +10,8 @@ from onnx.reference import ReferenceEvaluator
 
 from mpdsgr_deploy.attack_graph.rules.common import Rule, only, plane
 from mpdsgr_deploy.attack_graph.rules.products import explicit_pads
-from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
+from mpdsgr_deploy.attack_graph.tape import Tape, refuse
+from mpdsgr_deploy.onnx_files import attribute
 
 
 def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 
 from mpdsgr_deploy.attack_graph.rules.common import Rule, are_numbers, constant_weights, only, plane, reshaped
-from mpdsgr_deploy.attack_graph.tape import Tape, attribute, refuse
+from mpdsgr_deploy.attack_graph.tape import Tape, refuse
+from mpdsgr_deploy.onnx_files import attribute
 
 
 def explicit_pads(node: onnx.NodeProto, x: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 
 from mpdsgr_deploy.attack_graph.rules.common import Rule, are_numbers, axes_of, only, reshaped
-from mpdsgr_deploy.attack_graph.tape import Piece, Tape, attribute, refuse
+from mpdsgr_deploy.attack_graph.tape import Piece, Tape, refuse
+from mpdsgr_deploy.onnx_files import attribute
 
 
 def _reduce(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
