@@ -154,20 +154,26 @@ def write_limit(model: SpikingNet, path: Path) -> tuple[int, ...]:
 
 def limit(path: Path, T: int, threads: int, row: tuple[int, ...]) -> Inference:
     """OpenVINO on the products, on T rows an image."""
-    import openvino
-
-    core, requests = openvino.Core(), {}
+    requests: dict[int, Any] = {}
 
     def infer(batch: int) -> float:
         rows = np.random.default_rng(0).integers(0, 2, (T * batch, *row), np.uint8)
         if batch not in requests:
-            network = core.read_model(path)
-            network.reshape([T * batch, *row])
-            options = {**EXACT, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-            requests[batch] = core.compile_model(network, "CPU", options).create_infer_request()
+            requests[batch] = request_of(path, rows.shape, threads)
         return harness.timed(lambda: requests[batch].infer([rows], share_inputs=True))
 
     return infer
+
+
+def request_of(path: Path, shape: tuple[int, ...], threads: int, *, count: bool = False) -> Any:
+    """OpenVINO's inference request for a file as it is and inputs of one shape. count: with the time of every node."""
+    import openvino
+
+    core = openvino.Core()
+    network = core.read_model(path)
+    network.reshape([*shape])
+    options = {**EXACT, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": count}
+    return core.compile_model(network, "CPU", options).create_infer_request()
 
 
 def measure(variants: dict[str, Inference], batch: int, seconds: float) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ import click
 import harness
 import numpy as np
 import onnx
-from inference import write_limit
+from inference import request_of, write_limit
 from networks import SHAPE, settled
 
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
@@ -34,7 +34,7 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.provenance import package_version
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import openvino_graph
-from mpdsgr_deploy.runtime.openvino import CHUNK, EXACT
+from mpdsgr_deploy.runtime.openvino import CHUNK
 
 FULL = "all of this CPU"
 ISAS = {FULL: "DEFAULT", "AVX-512 without VNNI": "AVX512_CORE", "AVX2": "AVX2"}
@@ -137,13 +137,7 @@ def measure(
 
 def in_openvino(path: Path, x: np.ndarray, threads: int, count: bool) -> Runs:
     """A network for inputs of x's shape."""
-    import openvino
-
-    core = openvino.Core()
-    network = core.read_model(path)
-    network.reshape([*x.shape])
-    options = {**EXACT, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": count}
-    request = core.compile_model(network, "CPU", options).create_infer_request()
+    request = request_of(path, x.shape, threads, count=count)
 
     def infer(x: np.ndarray) -> Mapping[str, float]:
         request.infer([x], share_inputs=True)
