@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import ceil, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -150,23 +150,23 @@ def fewest_steps(
             f"more with --max-drop, or name a number of --steps"
         )
 
-    with TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
 
         def file(steps: int) -> StepFile:
-            return step_files(model, recipe, shape, steps, {"fp32": {}}, Path(folder))["fp32"]
+            return step_files(model, recipe, shape, steps, {"fp32": {}}, folder)["fp32"]
 
         whole = file(T)
-        with unfinished_attacks(sha256(whole.file) + recipe.model_dump_json(), images) as place:
-            full, chosen, tried = whole.attacked(images, f"{T} of {T} steps", place / str(T)), T, list[dict[str, Any]]()
-            for steps in range(T - 1, 0, -1):
-                fewer = file(steps).attacked(images, f"{steps} of {T} steps", place / str(steps))
-                flips = {condition: Flips.of(full[condition], fewer[condition]) for condition in (CLEAN, WORST)}
-                within = all(pair.rule_out(max_drop) for pair in flips.values())
-                counts = ", ".join(f"{name} {pair.lost} lost, {pair.regained} regained" for name, pair in flips.items())
-                enough = "suffice" if within else "are too few"
-                log.info("%d of %d steps %s: of %d images %s", steps, T, enough, n, counts)
-                tried.append({"steps": steps, "within": within} | {k: pair._asdict() for k, pair in flips.items()})
-                if not within:
-                    break
-                chosen = steps
+        place = stack.enter_context(unfinished_attacks(sha256(whole.file) + recipe.model_dump_json(), images))
+        full, chosen, tried = whole.attacked(images, f"{T} of {T} steps", place / str(T)), T, list[dict[str, Any]]()
+        for steps in range(T - 1, 0, -1):
+            fewer = file(steps).attacked(images, f"{steps} of {T} steps", place / str(steps))
+            flips = {condition: Flips.of(full[condition], fewer[condition]) for condition in (CLEAN, WORST)}
+            within = all(pair.rule_out(max_drop) for pair in flips.values())
+            counts = ", ".join(f"{name} {pair.lost} lost, {pair.regained} regained" for name, pair in flips.items())
+            log.info("%d of %d steps %s: of %d images %s", steps, T, "suffice" if within else "are too few", n, counts)
+            tried.append({"steps": steps, "within": within} | {name: pair._asdict() for name, pair in flips.items()})
+            if not within:
+                break
+            chosen = steps
     return chosen, {"max_drop": max_drop, "images": f"{n} validation images of {recipe.data.name}", "tried": tried}
