@@ -71,6 +71,7 @@ class Neuron(Section):
     reset: Literal["hard", "soft"] = "hard"
     surrogate: str = "triangle"
     surrogate_parameter: Positive | None = None  # g, a, a or k; None: the surrogate's own default
+    detach_reset: bool = False  # spikes that reset pass no gradient on, as in snnTorch and, if asked, SpikingJelly
 
 
 class EncodingSection(Section):

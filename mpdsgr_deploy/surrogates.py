@@ -276,9 +276,15 @@ def scaled(name: str, factor: float) -> str:
 
 
 def trained_surrogate(recipe: "Recipe") -> str:
-    """The surrogate that a network was trained with, with its width: "triangle:1"."""
-    named = parse_surrogate(recipe.neuron.surrogate)
-    return str(named._replace(width=recipe.neuron.surrogate_parameter or named.width))
+    """The surrogate that a network was trained with, with its width: "triangle:1", "arctan:2+detached"."""
+    neuron = recipe.neuron
+    named = parse_surrogate(neuron.surrogate)
+    return str(named._replace(width=neuron.surrogate_parameter or named.width, detached=neuron.detach_reset))
+
+
+def with_resets(surrogate: str, *, detached: bool) -> str:
+    """The surrogate with detached resets, or without."""
+    return str(parse_surrogate(surrogate)._replace(detached=detached))
 
 
 def trained_half_width(recipe: "Recipe") -> float:

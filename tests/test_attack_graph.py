@@ -158,6 +158,25 @@ def test_every_network_has_torchs_gradient(name: str) -> None:
 def test_the_surrogate_of_training_is_named_with_its_width() -> None:
     assert trained_surrogate(small_recipe(neuron={"surrogate_parameter": 0.5})) == "triangle:0.5"
     assert trained_surrogate(small_recipe(neuron={"surrogate": "superspike"})) == "superspike:10"
+    assert trained_surrogate(small_recipe(neuron={"detach_reset": True})) == "triangle:1+detached"
+
+
+def test_a_network_trained_with_detached_resets_has_torchs_gradient() -> None:
+    torch.manual_seed(0)
+    recipe = small_recipe(neuron={"detach_reset": True})
+    model = build_model(recipe, SMALL, 10)
+    for layer in model.layers():
+        layer.norm.momentum = 1.0
+    model(torch.rand(32, *SMALL))
+    model.eval()
+    run = Run(ir.to_proto(to_graph(simplify(model), SMALL)), trained_surrogate(recipe))
+    x, y = images(9, SMALL)
+    pixels = torch.from_numpy(x).requires_grad_()
+    loss = F.cross_entropy(model(pixels), torch.from_numpy(y), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, pixels)
+    np.testing.assert_allclose(run(x, y)["gradient"], expected, rtol=1e-3, atol=1e-6)
+    attached = Run(ir.to_proto(to_graph(simplify(model), SMALL)), "triangle:1")(x, y)["gradient"]
+    assert np.abs(attached - expected.numpy()).max() > 0.01 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

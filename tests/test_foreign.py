@@ -30,6 +30,7 @@ from mpdsgr_deploy.exporting import export_module, find_module
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.remote import RemoteModel
+from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation.health.artefact import check_logits
 
 FOREIGN = Path(__file__).parent / "foreign"
@@ -112,6 +113,13 @@ def test_the_users_file_is_deployed_byte_for_byte(adopted: Bundle) -> None:
     assert manifest.recipe.attack.also == ("strong-pgd-detached",)
     assert manifest.variants["fp32"].accuracy.share > 0.9
     assert manifest.reference.correct["worst"] <= manifest.reference.correct["strong-pgd-detached"]
+
+
+def test_detached_resets_are_attacked_first_where_they_were_trained(tmp_path: Path) -> None:
+    bundle = adopt(file("snntorch-zero"), digits(12), tmp_path / "out", surrogate="arctan:2+detached", recipe=quick())
+    assert trained_surrogate(bundle.manifest.recipe) == "arctan:2+detached"
+    assert bundle.manifest.recipe.attack.also == ("strong-pgd-attached",)
+    assert bundle.manifest.reference.correct["worst"] <= bundle.manifest.reference.correct["strong-pgd-attached"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "predict", "validate", "deploy", "build"])
@@ -349,6 +357,8 @@ def test_bad_input_is_one_line_that_says_what_to_do(how: str, tmp_path: Path) ->
         (["--range", "0-255"], "write numbers with commas"),
         (["--range", "255,0"], "cannot take pixels from 255 to 0"),
         (["--surrogate", "triangel"], "did you mean 'triangle'"),
+        (["--surrogate", "triangle+averaged"], "is an attacker's"),
+        (["--surrogate", "straight-through"], "is an attacker's"),
         (["--variant", "int8"], "write NAME=FILE"),
         (["--variant", "a=x.onnx", "--variant", "a=y.onnx"], "names a more than once"),
         (["--layout", "nhwc"], "shape"),

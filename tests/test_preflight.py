@@ -32,6 +32,12 @@ def test_a_sound_recipe_passes(images: Images) -> None:
     preflight(small_recipe(), images)
 
 
+def test_detached_resets_of_a_defences_own_neurons(images: Images) -> None:
+    recipe = small_recipe(neuron={"detach_reset": True}, defence={"dlif": {}})
+    with pytest.raises(InputError, match=r"neuron\.detach_reset is for plain LIF neurons; dlif"):
+        preflight(recipe, images)
+
+
 def test_a_batch_of_one_that_normalisation_refuses(images: Images) -> None:
     """Pooled to a single pixel, one image at one time step leaves tdBN one value per channel."""
     recipe = small_recipe(

@@ -23,6 +23,7 @@ from mpdsgr_deploy.adopt.network import (
 from mpdsgr_deploy.adopt.survey import Survey, survey
 from mpdsgr_deploy.attack_graph import attack_graph
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
+from mpdsgr_deploy.attacks.conditions import AttachedPGD, DetachedPGD
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, Accuracy, Bundle, Variant, seal, staged
@@ -38,13 +39,13 @@ from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_referen
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session
-from mpdsgr_deploy.surrogates import parse_surrogate
+from mpdsgr_deploy.surrogates import ATTACK_ONLY, KINDS, SurrogateName, parse_surrogate
 from mpdsgr_deploy.validation.health.artefact import are_probabilities, check_logits
 
 ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
 CHUNK = RuntimeSettings(chunk=32)  # images that a network computes at once, which bounds the memory
 BATCHES = (1, 2, 5)  # sizes in which the first images are asked, alone and together
-DETACHED_ATTACK = "strong-pgd-detached"
+OTHER_RESETS = {False: DetachedPGD.method, True: AttachedPGD.method}  # by whether the named surrogate detaches resets
 Origin = Literal["adopted", "module"]
 
 
@@ -74,8 +75,9 @@ def adopt(
     """Write a bundle whose network is the ONNX file `model`, byte for byte wherever it takes images in [0, 1].
 
     images: with which the reference is made, in [0, 1] as all of this package's; preprocessing: what the network
-    expects instead. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first. variants: other files
-    of the same network by name, such as int8. reference: logits [N, K] of the images by the framework that the network
+    expects instead. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first, with "+detached" behind
+    it if the network was trained with detached resets. variants: other files of the same network by name, such as
+    int8. reference: logits [N, K] of the images by the framework that the network
     was trained in, which the file then has to match. recipe: attack settings and gate; its neuron and model are filled
     in.
 
@@ -83,6 +85,9 @@ def adopt(
     does not answer as its reference, or not finitely.
     """
     out, base = out.resolve(), Recipe() if recipe is None else recipe
+    named = parse_surrogate(surrogate)
+    if named.averaged or named.kind in ATTACK_ONLY:
+        raise InputError(f"surrogate {surrogate!r} is an attacker's; name one to train with: {', '.join(KINDS)}")
     main = read_classifier(model, preprocessing)
     images = relabelled(images, labels, main.classes)
     if not len(images):
@@ -92,7 +97,7 @@ def adopt(
     seen = survey(main.network, surrogate)
     if seen.refused:
         raise InputError(seen.refused)
-    filled = _recipe(base, model, surrogate, seen)
+    filled = _recipe(base, model, named, seen)
     ends = main.network.graph.input[0].name, main.network.graph.output[0].name
     tier = tier or filled.gate.tier
     promised = images[: choose("tier", TIERS, tier).images]
@@ -130,14 +135,14 @@ def adopt(
         )
 
 
-def _recipe(base: Recipe, model: Path, surrogate: str, seen: Survey) -> Recipe:
-    """How to attack: through which surrogate, and also with detached resets where spikes reset a membrane."""
-    named = parse_surrogate(surrogate)
-    also = dict.fromkeys([*base.attack.also, *([DETACHED_ATTACK] if seen.resets else [])])
+def _recipe(base: Recipe, model: Path, named: SurrogateName, seen: Survey) -> Recipe:
+    """How to attack: through which surrogate, and where spikes reset a membrane, also with resets the other way."""
+    also = dict.fromkeys([*base.attack.also, *([OTHER_RESETS[named.detached]] if seen.resets else [])])
+    neuron = {"surrogate": named.kind, "surrogate_parameter": named.width, "detach_reset": named.detached}
     return base.model_copy(
         update={
             "model": base.model.model_copy(update={"name": model.stem}),
-            "neuron": base.neuron.model_copy(update={"surrogate": named.kind, "surrogate_parameter": named.width}),
+            "neuron": base.neuron.model_copy(update=neuron),
             "encoding": base.encoding.model_copy(update={"T": seen.steps}),
             "attack": base.attack.model_copy(update={"also": tuple(also)}),
         }

@@ -25,7 +25,7 @@ from mpdsgr_deploy.attacks.pgd import Draw, Keep, bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
-from mpdsgr_deploy.surrogates import ADAPTIVE, DETACHED
+from mpdsgr_deploy.surrogates import ADAPTIVE, with_resets
 
 KEPT: dict[Keep, str] = {"broken": "broken by any iterate", "worst": "the iterate of the largest loss"}
 ADAPTING = 32  # images at a time: an adaptive surrogate remembers two numbers per neuron, step and image
@@ -160,7 +160,24 @@ class DetachedPGD(StrongPGD):
         return f"through {self.surrogate} with detached resets"
 
     def target(self, network: Network) -> AbstractContextManager[Any]:
-        return network.attacker(f"{self.surrogate}{DETACHED}", loss=self.loss, draws=self.draws)
+        name = with_resets(str(self.surrogate), detached=True)
+        return network.attacker(name, loss=self.loss, draws=self.draws)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AttachedPGD(StrongPGD):
+    """Strong PGD whose gradient passes through resets, on networks that were trained with detached ones."""
+
+    method: ClassVar[str] = "strong-pgd-attached"
+
+    @property
+    def through(self) -> str:
+        return f"through {with_resets(str(self.surrogate), detached=False)} with attached resets"
+
+    def target(self, network: Network) -> AbstractContextManager[Any]:
+        name = with_resets(str(self.surrogate), detached=False)
+        return network.attacker(name, loss=self.loss, draws=self.draws)
 
 
 @register

@@ -20,7 +20,9 @@ SHOWN = 20  # nodes that a report lists one by one
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--images", metavar="DATA", help="A data set's name, a folder of CLASS/NAME.png, or an .npz file.")
 @click.option("--root", help="Where the files of a data set lie.")
-@click.option("--surrogate", default="triangle:1", show_default=True, help="KIND or KIND:WIDTH that stands for spikes.")
+@click.option(
+    "--surrogate", default="triangle:1", show_default=True, help="KIND, KIND:WIDTH or KIND:WIDTH+detached of spikes."
+)
 @click.option("--labels", help="The classes in the order of the logits: comma-separated, or a file of one per line.")
 @click.option("--mean", metavar="M,...", help="The network takes (x - mean) / std of pixels x in [0, 1].")
 @click.option("--std", metavar="S,...", help="See --mean; one number per channel, or one for all.")

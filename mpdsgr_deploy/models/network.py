@@ -127,7 +127,13 @@ def make_neuron(recipe: Recipe) -> LIF:
     config = recipe.neuron
     KINDS.choose(config.surrogate)  # a kind without its width, and none of an attacker's
     surrogate = make_surrogate(config.surrogate, config.surrogate_parameter)
-    return LIF(tau=config.tau, v_threshold=config.v_threshold, reset=config.reset, surrogate=surrogate)
+    return LIF(
+        tau=config.tau,
+        v_threshold=config.v_threshold,
+        reset=config.reset,
+        surrogate=surrogate,
+        detach_reset=config.detach_reset,
+    )
 
 
 def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:

@@ -66,7 +66,8 @@ def lif(
 class LIF(nn.Module):
     """Holds the constants of `lif`; has no parameters and no state. Defences derive their own neurons from it.
 
-    tau in (0, 1] is the leak kept per step, v_threshold > 0 the firing threshold V_th.
+    tau in (0, 1] is the leak kept per step, v_threshold > 0 the firing threshold V_th. detach_reset: spikes that reset
+    pass no gradient on.
     """
 
     time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
@@ -74,14 +75,20 @@ class LIF(nn.Module):
     stochastic: bool = False  # draws from `noise`
     binary: bool = True  # hands on nothing but 0 and 1
     hold: int = 1  # for how many steps a current of one step lasts
-    detach_reset: bool = False  # an attacker's: spikes that reset pass no gradient on
     stepwise: Callable[[int], Surrogate] | None = None  # an attacker's: from t to what replaces `surrogate` in step t
 
     def __init__(
-        self, *, tau: float = 0.5, v_threshold: float = 1.0, reset: Reset = "hard", surrogate: Surrogate
+        self,
+        *,
+        tau: float = 0.5,
+        v_threshold: float = 1.0,
+        reset: Reset = "hard",
+        surrogate: Surrogate,
+        detach_reset: bool = False,
     ) -> None:
         super().__init__()
         self.tau, self.v_threshold, self.reset, self.surrogate = tau, v_threshold, reset, surrogate
+        self.detach_reset = detach_reset
 
     @property
     def leak(self) -> float | Tensor:
