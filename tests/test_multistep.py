@@ -59,6 +59,18 @@ def test_outputs_and_gradients_are_those_of_single_steps(
         torch.testing.assert_close(fused, single, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tau", [0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+def test_every_type_rounds_as_in_single_steps(reset: Any, dtype: torch.dtype, tau: float) -> None:
+    current = (torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
+    surrogate = make_surrogate("triangle")
+    u, spikes = multistep_lif(current, None, LIFConstants(8, tau, 1.0, reset == "hard", surrogate))
+    states = lif(current.unbind(0), None, tau=tau, v_threshold=1.0, reset=reset, surrogate=surrogate)
+    assert torch.equal(u, torch.stack([state.u for state in states]))
+    assert torch.equal(spikes, torch.stack([state.spikes for state in states]))
+
+
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize("used", [0, 1])
 def test_a_loss_of_one_output_alone(reset: str, used: int) -> None:

@@ -15,6 +15,7 @@ whose spikes pass no gradient on, leaves out the term after gO_t.
 """
 
 from functools import cache
+from math import frexp
 from typing import Any
 
 import torch
@@ -85,8 +86,10 @@ class _MultiStep(torch.autograd.Function):
             now = current[0 if held else t]
             if last_u is None or last_spikes is None:
                 u[t].copy_(now)
+            elif hard and not isinstance(tau, Tensor) and _exact(tau, u.dtype):
+                torch.addcmul(now, last_u, _silent(last_u, v_threshold) if t else 1 - last_spikes, value=tau, out=u[t])
             else:
-                torch.mul(_leak(tau, t), _left(last_u, last_spikes, v_threshold, hard), out=u[t]).add_(now)
+                torch.mul(_left(last_u, last_spikes, v_threshold, hard), _leak(tau, t), out=u[t]).add_(now)
             torch.ge(u[t], v_threshold, out=spikes[t])
             last_u, last_spikes = u[t], spikes[t]
         ctx.save_for_backward(u, u_before, spikes_before, tau if isinstance(tau, Tensor) else None)
@@ -110,9 +113,11 @@ class _MultiStep(torch.autograd.Function):
                 through = later * u[t] if hard else later * v_threshold
                 d = -through if d is None else d - through
             d = None if d is None else d * ctx.surrogate.derivative(u[t] - v_threshold)
-            if later is not None:
-                passed_on = later * _silent(u[t], v_threshold) if hard else later
-                d = passed_on if d is None else d + passed_on
+            if later is not None and hard:
+                silent = _silent(u[t], v_threshold)
+                d = later * silent if d is None else torch.addcmul(d, later, silent)
+            elif later is not None:
+                d = later if d is None else d + later
             if grad_u is not None:
                 d = grad_u[t] if d is None else d + grad_u[t]
             d = torch.zeros_like(u[t]) if d is None else d
@@ -134,6 +139,11 @@ class _MultiStep(torch.autograd.Function):
 
 def _leak(tau: float | Tensor, t: int) -> float | Tensor:
     return tau[t] if isinstance(tau, Tensor) else tau
+
+
+def _exact(tau: float, dtype: torch.dtype) -> bool:
+    """Whether addcmul rounds as single steps do: it sums up in float32, where they round tau U to u's own type."""
+    return dtype.itemsize >= 4 or frexp(tau)[0] == 0.5
 
 
 def _silent(u: Tensor, v_threshold: float) -> Tensor:
