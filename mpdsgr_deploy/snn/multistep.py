@@ -108,20 +108,21 @@ class _MultiStep(torch.autograd.Function):
         to_tau = torch.zeros_like(leaks) if leaks is not None and ctx.needs_input_grad[3] else None
         later: Tensor | None = None  # tau_{t+1} d_{t+1}
         for t in reversed(range(len(u))):
-            d = None if grad_spikes is None else grad_spikes[t]
+            d = torch.empty_like(u[t]) if ctx.held else to_current[t]
             if later is not None and not ctx.detach_reset:
-                through = later * u[t] if hard else later * v_threshold
-                d = -through if d is None else d - through
-            d = None if d is None else d * ctx.surrogate.derivative(u[t] - v_threshold)
-            if later is not None and hard:
-                silent = _silent(u[t], v_threshold)
-                d = later * silent if d is None else torch.addcmul(d, later, silent)
-            elif later is not None:
-                d = later if d is None else d + later
+                torch.mul(later, u[t] if hard else v_threshold, out=d)
+                d = d.neg_() if grad_spikes is None else torch.sub(grad_spikes[t], d, out=d)
+                d.mul_(ctx.surrogate.derivative(u[t] - v_threshold))
+            elif grad_spikes is not None:
+                torch.mul(grad_spikes[t], ctx.surrogate.derivative(u[t] - v_threshold), out=d)
+            else:
+                d.zero_()
+            if later is not None:
+                d = d.addcmul_(later, _silent(u[t], v_threshold)) if hard else d.add_(later)
             if grad_u is not None:
-                d = grad_u[t] if d is None else d + grad_u[t]
-            d = torch.zeros_like(u[t]) if d is None else d
-            to_current[0].add_(d) if ctx.held else to_current[t].copy_(d)
+                d.add_(grad_u[t])
+            if ctx.held:
+                to_current[0].add_(d)
             first = u_before if t == 0 else u[t - 1]
             if first is None:
                 break
