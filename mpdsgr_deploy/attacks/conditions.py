@@ -148,36 +148,38 @@ class StrongPGD(GradientAttack):
         return np.asarray(adversarial)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherResetsPGD(StrongPGD):
+    """Strong PGD through the same surrogate, with resets that subclasses detach or not, however it was trained."""
+
+    detached: ClassVar[bool]
+
+    @property
+    def through(self) -> str:
+        name = with_resets(str(self.surrogate), detached=False)
+        return f"through {name} with {'detached' if self.detached else 'attached'} resets"
+
+    def target(self, network: Network) -> AbstractContextManager[Any]:
+        name = with_resets(str(self.surrogate), detached=self.detached)
+        return network.attacker(name, loss=self.loss, draws=self.draws)
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
-class DetachedPGD(StrongPGD):
-    """Strong PGD whose gradient does not pass through resets, as libraries that detach them have it."""
+class DetachedPGD(OtherResetsPGD):
+    """Its gradient does not pass through resets, as libraries that detach them have it."""
 
     method: ClassVar[str] = "strong-pgd-detached"
-
-    @property
-    def through(self) -> str:
-        return f"through {self.surrogate} with detached resets"
-
-    def target(self, network: Network) -> AbstractContextManager[Any]:
-        name = with_resets(str(self.surrogate), detached=True)
-        return network.attacker(name, loss=self.loss, draws=self.draws)
+    detached: ClassVar[bool] = True
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class AttachedPGD(StrongPGD):
-    """Strong PGD whose gradient passes through resets, on networks that were trained with detached ones."""
+class AttachedPGD(OtherResetsPGD):
+    """Its gradient passes through resets, for networks that were trained with detached ones."""
 
     method: ClassVar[str] = "strong-pgd-attached"
-
-    @property
-    def through(self) -> str:
-        return f"through {with_resets(str(self.surrogate), detached=False)} with attached resets"
-
-    def target(self, network: Network) -> AbstractContextManager[Any]:
-        name = with_resets(str(self.surrogate), detached=False)
-        return network.attacker(name, loss=self.loss, draws=self.draws)
+    detached: ClassVar[bool] = False
 
 
 @register
