@@ -24,8 +24,6 @@ from mpdsgr_deploy.experiments.records import (
 from mpdsgr_deploy.experiments.table import ExportSpec, TableSpec, load_table
 from mpdsgr_deploy.networks import load_network
 
-RESULTS = Path(__file__).parent.parent / "train" / "results"
-
 SMALL = """
 title = "Exported networks of the tests"
 limit = 20
@@ -207,16 +205,3 @@ def test_the_largest_eta_within_the_budget_is_chosen() -> None:
     assert eta_page.chosen(rows, 2.0) == {"theorem": 1.0}
     assert "| theorem | +0.50 | +0.80 | +2.00 | 0.5 |" in eta_page.choice(rows, 1.0)
     assert "| empirical | +20.00 | - | - | - |" in eta_page.choice(rows, 1.0)
-
-
-def test_the_small_table_takes_the_eta_that_its_sweep_chose() -> None:
-    sweep = load_table("cifar10-cpu-eta")[1]
-    assert sweep.eta_budget is not None
-    rows = load_measured(sweep, RESULTS / "cifar10-cpu-eta")
-    etas = eta_page.chosen(rows, sweep.eta_budget)
-    assert etas.keys() == {"theorem", "empirical"}
-    found = load_table("cifar10-cpu")[1]
-    settings = [found.recipe(row, 0).defence.get("mpd-sgr") for row in found.rows]
-    assert [s["eta"] for s in settings if s] == [etas[s["estimator"]] for s in settings if s]
-    assert sum(s is not None for s in settings) == 4
-    assert deployed_page.PAPER == "pgd"

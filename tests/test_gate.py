@@ -347,6 +347,8 @@ def test_the_tier_is_the_callers_or_the_gates_or_the_references() -> None:
     assert chosen_tier(None, Gate(tier="release"), recipe, "commit") == ("release", "the gate")
     assert chosen_tier(None, Gate(max_drop=0.1), recipe, "paper") == ("paper", "the bundle's reference")
     assert chosen_tier(None, None, recipe, None) == ("commit", "the recipe")
+    with pytest.raises(InputError, match="gate asks for tier release, and tier commit attacks less"):
+        chosen_tier("commit", Gate(tier="release"), recipe, "release")
 
 
 def test_a_gate_that_bounds_no_drop_has_the_least_that_its_images_can_decide(monkeypatch: pytest.MonkeyPatch) -> None:

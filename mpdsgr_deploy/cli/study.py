@@ -30,7 +30,7 @@ def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, 
     if name is None:
         studies = dict(load_study(own) for own in built_in_studies())
         if how.render_only:
-            for stem in how.measured(studies):
+            for stem in (stem for stem in studies if (how.results / stem).is_dir()):
                 write_pages(stem, studies[stem], how)
         else:
             print_table(("study", "what it asks"), [(s.removeprefix(PREFIX), v.title) for s, v in studies.items()])
@@ -50,12 +50,15 @@ def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, 
 
 
 def write_pages(stem: str, study: Study, how: Measuring) -> None:
-    """Render the study's page, and that of --why where there are records of it."""
+    """Render the study's page, unless only --why was measured, and that of --why where there are records of it."""
     need("matplotlib", "report")
     from mpdsgr_deploy.experiments import explain, study_page, variants, why_page
+    from mpdsgr_deploy.experiments.store import RECORDS
 
     assert variants.DEPTHS  # imported to register what its recipes name
     folder = how.results / stem
-    click.echo(f"page in {study_page.write_page(stem, study, folder)}")
-    if (folder / explain.RECORDS).exists():
+    recorded, explained = ((folder / name).exists() for name in (RECORDS, explain.RECORDS))
+    if recorded or not explained:
+        click.echo(f"page in {study_page.write_page(stem, study, folder)}")
+    if explained:
         click.echo(f"page in {why_page.write_why(study, folder)}")

@@ -8,6 +8,8 @@ from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
 
+UNION = f"Union: measured with suite {SUITE_VERSION}."  # records of other versions are outdated, so on no page
+
 
 def seeds(records: list[Record]) -> str:
     return ", ".join(map(str, sorted(record.seed for record in records)))
@@ -19,10 +21,10 @@ def unmeasured(table: TableSpec, measured: Measured) -> str:
 
 
 def unhealthy(measured: Measured) -> str:
-    """Which evaluations are invalid and why, and the versions of the attack suite."""
+    """Which evaluations are invalid and why, and the version of the attack suite."""
     records = [record for row in measured.values() for record in row]
     checked = [record for record in records if record.attacked.health]
-    lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. Union: {suites(records)}."]
+    lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. {UNION}"]
     for record in checked:
         failed = [check for check in record.attacked.health if not check.passed]
         lines += [f"- {record.row}, seed {record.seed}: check {c.number} ({c.name}) failed: {c.saw}" for c in failed]
@@ -82,15 +84,3 @@ def exceptions(records: list[Record]) -> list[str]:
             start = f"started from weights of epoch {record.init['epoch']} ({record.init['weights_sha256'][:12]})"
             lines.append(f"- {record.row}, seed {record.seed}: {start}")
     return lines
-
-
-def suites(records: list[Record]) -> str:
-    """Which versions of the attack suite the union was measured with, and what that means."""
-    versions = sorted({record.suite for record in records})
-    measured_with = f"measured with suite {' and '.join(map(str, versions))}"
-    if versions[-1] < SUITE_VERSION:
-        return f"{measured_with}, an upper bound: suite {SUITE_VERSION} attacks more strongly"
-    if len(versions) > 1:
-        rows = dict.fromkeys(f"{r.row} (seed {r.seed}, suite {r.suite})" for r in records if r.suite < SUITE_VERSION)
-        return f"{measured_with}; an upper bound for {', '.join(rows)}"
-    return measured_with

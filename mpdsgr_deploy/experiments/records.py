@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from mpdsgr_deploy.attacks.suite import TRANSFER
+from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.store import RECORDS, Rounded, put_record, read_records
@@ -175,6 +176,8 @@ def outdated(record: Record, table: TableSpec) -> str | None:
     from mpdsgr_deploy.defences import resolved
 
     who = f"{record.row}, seed {record.seed},"
+    if record.suite != SUITE_VERSION:
+        return f"{who} was measured with attack suite {record.suite}, not with today's, {SUITE_VERSION}"
     row = table.row(record.row)
     now, before = table.recipe(row, record.seed).model_dump(), resolved(record.recipe).model_dump()
     if changed := [section for section in now if before[section] != now[section]]:

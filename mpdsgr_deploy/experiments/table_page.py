@@ -8,7 +8,7 @@ from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
 from mpdsgr_deploy.experiments import deployed_page, eta_page, plots, tuned_page
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.markdown import markdown, publish
-from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, suites, unhealthy, unmeasured
+from mpdsgr_deploy.experiments.page_parts import UNION, behaviour, seeds, sources, unhealthy, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.table import TableSpec
 
@@ -105,8 +105,7 @@ def short(measured: Measured) -> str:
     rows = []
     for (title, records), method in zip(measured.items(), methods, strict=True):
         rows.append([method if methods.count(method) == 1 else f"{method} ({title})", *shorts(records, columns)])
-    records = [record for row in measured.values() for record in row]
-    return f"{markdown(['method', *columns], rows)}\n\nUnion: {suites(records)}."
+    return f"{markdown(['method', *columns], rows)}\n\n{UNION}"
 
 
 def conditions(measured: Measured) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.attacks.tiers import TIERS, smaller_tiers
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.validation.gate import least_decidable
@@ -22,11 +22,19 @@ class Rule(BaseModel):
 
 
 def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: str | None) -> tuple[str, str]:
-    """The tier, and who chose it: the caller, else the gate, else the reference (`promised`), else the recipe."""
+    """The tier, and who chose it: the caller, else the gate, else the reference (`promised`), else the recipe.
+
+    Raises InputError where the caller wants weaker attacks than those that the gate's figures were chosen for.
+    """
+    pinned = gate.tier if gate is not None and "tier" in gate.model_fields_set else None
+    if pinned and tier in smaller_tiers(pinned):
+        raise InputError(
+            f"the gate asks for tier {pinned}, and tier {tier} attacks less; leave out --tier, or change the gate"
+        )
     if tier is not None:
         return tier, "the caller"
-    if gate is not None and "tier" in gate.model_fields_set:
-        return gate.tier, "the gate"
+    if pinned:
+        return pinned, "the gate"
     if promised is not None:
         return promised, "the bundle's reference"
     return recipe.gate.tier, "the recipe"
