@@ -12,6 +12,7 @@ import click
 import numpy as np
 import research
 import tier_strength
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.files import write_atomic
@@ -55,11 +56,11 @@ def union_table(attempts: Lines, tiers: Lines) -> str:
     """What every tier's union leaves of a network's images, and the research attack's."""
     lines = [
         "| network | tier | right without attack | MPD-APGD leaves | union leaves | research attack leaves "
-        "| gradients per image | queries per image | processor s |",
-        "|---" * 9 + "|",
+        "| gradients per image | queries per image | processor s | times before |",
+        "|---" * 10 + "|",
     ]
-    for name, tier in dict.fromkeys((line["network"], line["tier"]) for line in tiers):
-        rows = [line for line in tiers if (line["network"], line["tier"]) == (name, tier)]
+    spent = {tier: sum(line["seconds"] for line in rows) for tier, rows in by_tier(tiers).items()}
+    for (name, tier), rows in by_tier(tiers).items():
         n = rows[0]["n"]
         own = [row for row in rows if row["condition"] == "mpd-apgd"]
         union = np.logical_and.reduce([row["clean"] for row in rows] + [row["correct"] for row in rows])
@@ -71,10 +72,19 @@ def union_table(attempts: Lines, tiers: Lines) -> str:
             floor(attempts, rows[0]["sha256"]),
             f"{gradients:.0f}",
             f"{queries:.0f}",
-            f"{sum(r['seconds'] for r in rows):.1f}",
+            f"{spent[name, tier]:.1f}",
+            f"{spent[name, tier] / spent[name, f'{tier}, before']:.2f}" if (name, f"{tier}, before") in spent else "",
         ]
         lines.append(f"| {name} | {tier} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def by_tier(tiers: Lines) -> dict[tuple[str, str], Lines]:
+    """The lines of each network and tier."""
+    groups: dict[tuple[str, str], Lines] = {}
+    for line in tiers:
+        groups.setdefault((line["network"], line["tier"]), []).append(line)
+    return groups
 
 
 def alone_table(tiers: Lines) -> str:
@@ -84,8 +94,8 @@ def alone_table(tiers: Lines) -> str:
         "| network | tier | MPD-APGD alone | any other alone, at most | MPD-APGD, s | Square, s | all others, s |"
     ]
     lines += ["|---" * 7 + "|"]
-    for name, tier in dict.fromkeys((line["network"], line["tier"]) for line in tiers):
-        rows = {line["condition"]: line for line in tiers if (line["network"], line["tier"]) == (name, tier)}
+    for (name, tier), of_tier in by_tier(tiers).items():
+        rows = {line["condition"]: line for line in of_tier}
         if "mpd-apgd" not in rows:
             continue
         right = np.array([row["clean"] for row in rows.values()]) & np.array([row["correct"] for row in rows.values()])
@@ -192,7 +202,8 @@ def plot(grid: Lines) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", label=f"{steps} steps")
         axes.set(xscale="log", xlabel="sharpness k", ylabel="images left", title=f"{network}, n = {mine[0][1]['n']}")
         axes.legend()
-    figure.savefig(PLOT, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": PLOT.name}):  # the same file for the same lines
+        figure.savefig(PLOT, metadata={"Date": None})
 
 
 if __name__ == "__main__":

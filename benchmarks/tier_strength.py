@@ -1,9 +1,10 @@
 """What every attack of a tier leaves and costs, on bundles and training runs, beside the research attack.
 
-    python benchmarks/tier_strength.py export/bundles/digits runs/digits-reg --tier commit --tier release --limit 100
+    python benchmarks/tier_strength.py export/bundles/digits runs/digits-reg --limit 100
 
-One line of JSON per condition goes to benchmarks/results/tiers.jsonl; a condition that has a line already is not
-measured again. Seconds are of processor time, one thread, so that other work on the machine does not count.
+Beside each tier stands what it was before MPD-APGD, so that strength and cost can be compared. One line of JSON per
+condition goes to benchmarks/results/tiers.jsonl; a condition that has a line already is not measured again. Seconds are
+of processor time, one thread, so that other work on the machine does not count.
 """
 
 import json
@@ -18,20 +19,35 @@ import research
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
+from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, SA_PGD, SQUARE, STRONG
 from mpdsgr_deploy.attacks.run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
-from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.attacks.tiers import BASIC, SWEEP, TIERS, TierEntry, entry
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.surrogates import ADAPTIVE, trained_surrogate
 
 RESULTS = Path(__file__).parent / "results" / "tiers.jsonl"
 BATCH = 128
+SETS: dict[str, tuple[TierEntry, ...]] = {
+    "commit, before": tuple(line for line in TIERS["commit"].entries if line.method != "mpd-apgd"),
+    "commit": TIERS["commit"].entries,
+    "release, before": (
+        *BASIC,
+        entry("strong-pgd", STRONG, rank=3),
+        *SWEEP,
+        entry("sa-pgd", SA_PGD, steps=100),
+        entry("apgd", APGD_CE, loss="ce", steps=100),
+        entry("apgd", APGD_DLR, loss="dlr", steps=100),
+        entry("square", SQUARE, queries=1000),
+    ),
+    "release": TIERS["release"].entries,
+}
 
 
 @click.command()
 @click.argument("networks", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--tier", "tiers", multiple=True, type=click.Choice(list(TIERS)), default=("commit", "release"))
+@click.option("--tier", "tiers", multiple=True, type=click.Choice(list(SETS)), default=list(SETS))
 @click.option("--root", help="Where the data set lies.  [default: the recipe's]")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Test images.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
@@ -53,7 +69,7 @@ def conditions(network: research.Network, tier: str, out: Path) -> Iterator[dict
     recipe, x, y = network.recipe, network.images.unit(), network.images.classes
     clean = attacked(x).argmax(1)
     source = Source(attacked, trained_surrogate(recipe))
-    suite = Suite.of(source, TIERS[tier].entries, recipe.attack, seed=recipe.validation.seed)
+    suite = Suite.of(source, SETS[tier], recipe.attack, seed=recipe.validation.seed)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for condition in (condition for condition in suite.conditions if condition.eps is not None):
         key = {
