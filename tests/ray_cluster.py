@@ -18,6 +18,7 @@ from typing import Any, Self
 from urllib.request import Request, urlopen
 
 import yaml
+from click.testing import CliRunner
 
 MARK = "MPDSGR_TEST_CLUSTER"
 # Said aloud, since the first node of a cluster otherwise asks for the token that any earlier ray.init() left in the
@@ -32,6 +33,7 @@ NODE = [
     "--min-worker-port=0",
     "--max-worker-port=0",
     "--disable-usage-stats",
+    "--include-log-monitor=false",  # no driver shows the logs of workers
 ]
 
 
@@ -71,6 +73,7 @@ class Cluster:
 
     def __enter__(self) -> Self:
         first = [f"--port={self._gcs}", f"--ray-client-server-port={self._client}", f"--temp-dir={self._place}/ray"]
+        first.append("--no-monitor")  # no node comes by itself
         dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self._dashboard}"]
         try:
             self._start(0, "--head", *first, *dashboard)
@@ -92,6 +95,8 @@ class Cluster:
             "RAY_worker_niceness": "0",  # not 15, at which replicas wait for all other work of a busy machine
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # not 30
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # not 3
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",  # not 0.1: the processor time of a third of the looks
+            "REPORTER_UPDATE_INTERVAL_MS": "60000",  # not 5000: nobody reads what a node's agent measures
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # not 5: the machine may be busy
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(self.http[1]),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -111,19 +116,19 @@ class Cluster:
         self._nodes.append(node)
 
     def serve(self, *arguments: object) -> None:
-        """The command `serve`, which must succeed."""
-        command = [sys.executable, "-m", "ray.serve.scripts", *map(str, arguments)]
-        address = ["--address", f"http://127.0.0.1:{self._dashboard}"]
-        environment = {**os.environ, **NO_TOKEN, MARK: self._mark}
+        """The command `serve`, which must succeed; in this process, since it takes seconds to import."""
+        from ray.serve.scripts import cli
+
+        command = [*map(str, arguments), "--address", f"http://127.0.0.1:{self._dashboard}"]
         for _ in range(3):  # on a busy machine Ray gives up a proxy before it has started, and is to be asked again
-            done = subprocess.run([*command, *address], env=environment, capture_output=True, text=True, timeout=120)
-            if done.returncode == 0:
+            done = CliRunner().invoke(cli, command, env=NO_TOKEN)
+            if done.exit_code == 0:
                 break
             time.sleep(5)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.exit_code == 0, (done.output, done.exception)
 
     def deploy(self, config: Path) -> None:
-        """What `serve deploy` asks of a cluster that serves, without the seconds that the command takes to start."""
+        """What `serve deploy` asks of a cluster that serves."""
         self._applications("PUT", json.dumps(yaml.safe_load(config.read_text())).encode())
 
     def shutdown(self) -> None:
@@ -137,12 +142,12 @@ class Cluster:
             assert answer.status == 200
 
     def _nodes_alive(self) -> int:
-        with urlopen(f"http://127.0.0.1:{self._dashboard}/api/v0/nodes", timeout=5) as answer:
+        with urlopen(f"http://127.0.0.1:{self._dashboard}/api/v0/nodes", timeout=60) as answer:
             return sum(node["state"] == "ALIVE" for node in json.load(answer)["data"]["result"]["result"])
 
     def application(self) -> dict[str, Any]:
         """The one that is deployed, as Ray tells."""
-        with urlopen(f"http://127.0.0.1:{self._dashboard}/api/serve/applications/", timeout=5) as answer:
+        with urlopen(f"http://127.0.0.1:{self._dashboard}/api/serve/applications/", timeout=60) as answer:
             (application,) = json.load(answer)["applications"].values()
         return application
 
@@ -178,5 +183,5 @@ class Cluster:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         for node in self._nodes:
-            node.wait(10)
+            node.wait(60)
         shutil.rmtree(self._place, ignore_errors=True)

@@ -18,8 +18,9 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._small = {"num_cpus": 1, "object_store_memory": 80_000_000}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**self._small, "include_dashboard": False})
+        self._small = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_log_monitor": False}
+        head = {"include_dashboard": False, "no_monitor": True}  # no node comes by itself
+        self._cluster = Cluster(initialize_head=True, head_node_args={**self._small, **head})
         self._second: Any = None
         self.add_one()
         self.address = str(self._cluster.address)
@@ -57,8 +58,13 @@ def nodes(store: ObjectStore) -> Iterator[Nodes]:
     """One small cluster for all tests, which the command finds connected; its machines know the store."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as environment:
-        # else actors would wait for all other work of a busy machine
-        for key, value in {**NO_TOKEN, "RAY_worker_niceness": "0", MARK: secrets.token_hex(8)}.items():
+        settings = {
+            **NO_TOKEN,
+            "RAY_worker_niceness": "0",  # else actors would wait for all other work of a busy machine
+            "REPORTER_UPDATE_INTERVAL_MS": "60000",  # not 5000: nobody reads what a node's agent measures
+            MARK: secrets.token_hex(8),
+        }
+        for key, value in settings.items():
             environment.setenv(key, value)
         cluster = started()
         ray.init(cluster.address, log_to_driver=False)
