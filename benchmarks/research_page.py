@@ -48,6 +48,8 @@ def render(attempts: Lines, tiers: Lines) -> str:
         each_table(attempts),
         group_table(attempts),
         source([*attempts, *tiers]),
+        revisions("Attempts", attempts),
+        revisions("Conditions of the tiers", tiers),
     ]
     return "\n".join(filter(None, parts)) + "\n"
 
@@ -187,6 +189,27 @@ def source(lines: Iterable[dict[str, Any]]) -> str:
         for made in (line["provenance"] for line in lines)
     }
     return f"{'; '.join(sorted(places))}; one thread, seconds of processor time on a machine with other work."
+
+
+def revisions(what: str, lines: Lines) -> str:
+    """The revisions that lines were measured with, and what stands in the history for those that do not."""
+    rows: dict[tuple[str, str, str], int] = {}
+    for made in (line["provenance"] for line in lines):
+        revision = made["revision"]
+        key = (
+            shortened(revision) if revision else "none",
+            made.get("on_main", "")[:12],
+            made.get("on_main_differs", ""),
+        )
+        rows[key] = rows.get(key, 0) + 1
+    table = ["", f"| {what} | measured with revision | stands for it in the history | because |", "|---" * 4 + "|"]
+    return "\n".join([*table, *(f"| {n} | {' | '.join(key)} |" for key, n in rows.items())])
+
+
+def shortened(revision: str) -> str:
+    """Twelve digits of a revision, and whether files had been changed after it."""
+    sha, dirty, _ = revision.partition("+dirty")
+    return sha[:12] + dirty
 
 
 def plot(grid: Lines) -> None:
