@@ -285,6 +285,12 @@ def test_check_8_flags_state_batch_dependence_and_a_process_that_disagrees(bundl
     assert not stranger.passed
     assert "in a fresh process" in stranger.saw
 
+    def wrong_beyond_its_engine(x: np.ndarray) -> np.ndarray:
+        return model(x)[::-1] if len(x) > 40 else model(x)
+
+    assert artefact_checks.check_function(wrong_beyond_its_engine, x, batch_sizes=(20,)).passed
+    assert "in a batch of 41" in artefact_checks.check_function(wrong_beyond_its_engine, x, batch_sizes=(20, 40)).saw
+
     class Counting:
         """One row of 32 drifts from call to call."""
 

@@ -56,7 +56,7 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
         artefact=subject.suite.network,
         fresh=subject.target.fresh(),
         x=subject.images.unit(),
-        batch_size=subject.batch_size,
+        batch_sizes=[subject.batch_size, *subject.target.largest_batches()],
     )
     if measurement.stopped is not None:
         return evidence

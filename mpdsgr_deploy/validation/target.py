@@ -101,6 +101,10 @@ class Target:
             faults += [f"{precision}: {fault}" for fault in foreign_parts(network, promised)]
         return faults
 
+    def largest_batches(self) -> list[int]:
+        """The largest batch of every engine that was built for the artefact."""
+        return [one.batch[-1] for one in self.bundle.prepared(self.backend, self.precision) if one.batch is not None]
+
     def fresh(self) -> Predictor | None:
         """Answers from a new `mpdsgr predict` process for each batch; None for a server."""
         if self.url is not None:

@@ -30,13 +30,13 @@ def check_function(
     artefact: Predictor,
     x: Floats,
     fresh: Predictor | None = None,
-    batch_size: int = PROBE,
+    batch_sizes: Sequence[int] = (PROBE,),
     logits: Floats | None = None,
 ) -> Seen:
     """The artefact gives the same logits again, in other batches, in another order, and in a new process.
 
-    batch_size: the recipe's, which is tried too, and one more. logits [n, K]: what it answered to x [n, C, H, W] before
-    the attacks.
+    batch_sizes: the recipe's and the largest of every engine; each is tried, and one image more. logits [n, K]: what it
+    answered to x [n, C, H, W] before the attacks.
     """
     probe = x[:PROBE]
     first, last = artefact(probe), artefact(x[-PROBE:])
@@ -57,7 +57,7 @@ def check_function(
         parity = compare(first, logits)
         if not parity.holds:
             faults.append(f"{how}: {parity}")
-    for how, rows, logits in _other_sizes(artefact, x, batch_size):
+    for how, rows, logits in _other_sizes(artefact, x, batch_sizes):
         parity = compare(first[:rows], logits[:rows])
         if answer_faults(parity):
             faults.append(f"{how}: {parity}")
@@ -71,12 +71,12 @@ def _otherwise(artefact: Predictor, probe: Floats, half: int) -> Iterator[tuple[
     yield "in reverse order", artefact(probe[::-1])[::-1]
 
 
-def _other_sizes(artefact: Predictor, x: Floats, batch_size: int) -> Iterator[tuple[str, int, Floats]]:
+def _other_sizes(artefact: Predictor, x: Floats, largest: Sequence[int]) -> Iterator[tuple[str, int, Floats]]:
     """Answers [m, K] to batches of other sizes, whose kernels may round otherwise, and how many rows to compare."""
     alone = x[:ALONE]
     yield "one by one", len(alone), np.concatenate([artefact(alone[i : i + 1]) for i in range(len(alone))])
-    for size in sorted({3, 7, batch_size, batch_size + 1}):
-        batch = x[: min(size, len(x))]
+    for size in sorted({3, 7, *(min(size + more, len(x)) for size in largest for more in (0, 1))}):
+        batch = x[:size]
         yield f"in a batch of {len(batch)}", min(len(batch), PROBE), artefact(batch)
 
 

@@ -141,8 +141,8 @@ class Evidence:
     rule: which images, in words; budget_faults: how attacked images break the rules; verdicts: of a measurement that
     did not stop early; black_box, white_box: names of conditions by what they know; gradients: how many were computed
     through the trained surrogate, how many vanished, how many were not finite; artefact, fresh: the network here and in
-    a new process; batch_size: the recipe's; rounded_outputs: whether the file rounds its logits to 8 bits; not_finite:
-    by condition the numbers of images whose logits are not finite.
+    a new process; batch_sizes: the recipe's, and the largest of every engine; rounded_outputs: whether the file rounds
+    its logits to 8 bits; not_finite: by condition the numbers of images whose logits are not finite.
     """
 
     rule: str
@@ -161,7 +161,7 @@ class Evidence:
     artefact: Predictor | None = None
     fresh: Predictor | None = None
     x: NDArray[np.float32] | None = None
-    batch_size: int | None = None
+    batch_sizes: Sequence[int] | None = None
     logits: NDArray[np.float32] | None = None
     rounded_outputs: bool = False
     image_faults: Sequence[str] | None = None
