@@ -24,6 +24,7 @@ from mpdsgr_deploy.attacks.tiers import (
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.manifest import Prepared
 from mpdsgr_deploy.recipe import Attack, Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.validation import Target
@@ -152,6 +153,37 @@ def test_batches_that_another_attack_of_the_same_name_finished_are_not_used(
     known = [identity(Subject(Target(bundle), suite, *parts), None) for suite in suites]
     assert known[0] != known[1]
     assert known[0] == identity(Subject(Target(bundle), suites[0], *parts), None)
+
+
+def test_batches_that_another_engine_finished_are_not_used(bundle: Bundle, network: TorchNetwork) -> None:
+    images = load_test(bundle.manifest.recipe.data)[:4]
+    made = Prepared(backend="onnxruntime-cpu", precision="fp32", model_sha256="", machine={}, file="engines/a.plan")
+
+    def known(digest: str) -> str:
+        files = {**bundle.manifest.files, "engines/a.plan": digest}
+        manifest = bundle.manifest.model_copy(update={"prepared": [made], "files": files})
+        target = Target(Bundle(bundle.path, manifest))
+        parts = Gate(), images, "digits", None, None, Comparison({}), None
+        return identity(Subject(target, Suite(Source(network, "triangle:1"), ()), *parts), None)
+
+    assert known("aa") == known("aa") != known("bb")
+
+
+def test_what_another_model_of_a_server_finished_is_dropped(tmp_path: Path) -> None:
+    """Nothing that names the evaluation tells the two apart, only their answers."""
+    x, y = np.ones((3, 1, 2, 2), np.float32), np.ones(3, np.int64)
+    suite = Suite(Source(Brightness(), "triangle:1"), ())
+    logits = np.eye(3, 2, dtype=np.float32)
+
+    def attacked_by_a_resumed_run(answers: np.ndarray) -> list[int]:
+        condition, journal = Darkening(name="dark"), Journal(tmp_path, "one")
+        journal.begin(answers)
+        list(run(suite, condition, x, y, y, batch_size=3, journal=journal))
+        return condition.seen
+
+    assert attacked_by_a_resumed_run(logits) == [0, 1, 2]
+    assert attacked_by_a_resumed_run(logits) == []
+    assert attacked_by_a_resumed_run(logits[::-1]) == [0, 1, 2]
 
 
 def test_an_unknown_method_is_named_beside_those_there_are() -> None:
