@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from zygote import ASKING, ask, start
+from zygote import ASKING, SERVERS, ask, start
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
@@ -60,9 +60,11 @@ def small_recipe(**sections: dict[str, object]) -> Recipe:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers inherit the variable that says where the zygote listens."""
-    if HAS_TORCH and config.getoption("numprocesses", None):
-        start()
+    """Workers inherit the variables that say where the zygotes listen."""
+    if config.getoption("numprocesses", None):
+        start(SERVERS)
+        if HAS_TORCH:
+            start()
 
 
 def mpdsgr(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from zygote import READ_AT_START, Forked, read_at_start
 
 from mpdsgr_deploy.runtime.inference_protocol import encode_request
 
@@ -42,19 +43,13 @@ class Served:
         wait: bool = True,
         gate: Path | None = None,
     ) -> None:
-        told = [*map(str, arguments or [BUNDLE])]
+        words = ["serve", *map(str, arguments or [BUNDLE])]
         for option in ("--port", "--grpc-port"):
-            told += [] if option in told else [option, "0"]
+            words += [] if option in words else [option, "0"]
         for key, value in {"grace_seconds": 0, **(limits or {})}.items():
-            told += ["--set", f"limits.{key}={value}"]
-        self._gate, environment = gate, dict(os.environ)
-        if gate is not None:
-            told += ["--backend", "held"]
-            path = [str(HELD_BACKEND), *filter(None, [environment.get("PYTHONPATH")])]
-            environment |= {"HELD_GATE": str(gate), "PYTHONPATH": os.pathsep.join(path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mpdsgr_deploy", "serve", *told], stderr=subprocess.PIPE, text=True, env=environment
-        )
+            words += ["--set", f"limits.{key}={value}"]
+        self._gate = gate
+        self._process = _started(words) if gate is None else _started_with_held_backend(words, gate)
         self.pid, self.port, self.grpc_port = self._process.pid, 0, 0
         self.lines: list[dict[str, Any]] = []
         self._ready = threading.Event()
@@ -67,12 +62,12 @@ class Served:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             try:
-                told = json.loads(line)
+                entry = json.loads(line)
             except ValueError:
-                told = {"level": "", "message": line.rstrip("\n")}  # what is no log line, such as the error at the end
-            self.lines.append(told)
-            if found := re.match(r"serving on \S+:(\d+)(?:, gRPC on port (\d+))?", told["message"]):
-                self.port, self.grpc_port = int(found[1]), int(found[2] or 0)
+                entry = {"level": "", "message": line.rstrip("\n")}  # no log line, such as the error at the end
+            self.lines.append(entry)
+            if ports := re.match(r"serving on \S+:(\d+)(?:, gRPC on port (\d+))?", entry["message"]):
+                self.port, self.grpc_port = int(ports[1]), int(ports[2] or 0)
                 self._ready.set()
         self._ready.set()
 
@@ -170,6 +165,19 @@ class Served:
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         found = self.metrics().items()
         return sum(v for key, v in found if key.partition("{")[0] == name and all(text in key for text in wanted))
+
+
+def _started(words: list[str]) -> "subprocess.Popen[str] | Forked":
+    """`mpdsgr` with these words: forked, or afresh where a test has changed what decides how a program starts."""
+    if read_at_start() == READ_AT_START:
+        return Forked(words, {})
+    command = [sys.executable, "-m", "mpdsgr_deploy", *words]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _started_with_held_backend(words: list[str], gate: Path) -> Forked:
+    prelude = f"import sys; sys.path.insert(0, {str(HELD_BACKEND)!r})"
+    return Forked([*words, "--backend", "held"], {"HELD_GATE": str(gate)}, prelude)
 
 
 class Reply(NamedTuple):

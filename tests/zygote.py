@@ -1,13 +1,15 @@
 """A process that has imported what the commands import, and forks a child for each command it is asked to run.
 
 Importing torch and Lightning takes seconds of processor time; so each command costs its own work alone. Who connects
-to its socket (`ask`) sends a command as a line of JSON and gets its exit code. It ends with its stdin.
+to its socket (`ask`) sends a command as a line of JSON and gets its exit code. It ends with its stdin. Servers have a
+process of their own (`Forked`), without torch.
 """
 
 import atexit
 import gc
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -24,25 +26,38 @@ from types import SimpleNamespace
 from typing import Any
 
 PACKAGE = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
-MODULES = [f"mpdsgr_deploy.{name}" for name in PACKAGE]
 ADDRESS = "MPDSGR_TEST_ZYGOTE"  # the environment variable with the address of the socket
+SERVERS = f"{ADDRESS}_OF_SERVERS"  # and that of the process that forks servers
+MODULES = {
+    ADDRESS: [f"mpdsgr_deploy.{name}" for name in PACKAGE],
+    SERVERS: ["mpdsgr_deploy.cli.serve", "mpdsgr_deploy.serving.server", "onnxruntime"],
+}
 IMPORTED_FROM = os.environ.get("PYTHONPATH")
 
 
+def read_at_start() -> dict[str, str]:
+    """The variables of this process's environment that decide how a program is loaded and what its imports are."""
+    prefixes = ("PYTHON", "LD_", "MALLOC_", "OMP_", "GRPC_")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
+READ_AT_START = read_at_start()
+
+
 @cache
-def start() -> str:
+def start(kind: str = ADDRESS) -> str:
     """The socket of the process that forks commands for the tests of all workers; it ends with the first process."""
-    if ADDRESS not in os.environ:
+    if kind not in os.environ:
         address = str(Path(mkdtemp()) / "zygote")
         atexit.register(shutil.rmtree, Path(address).parent)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen()
-            command = [sys.executable, __file__, str(listener.fileno())]
+            command = [sys.executable, __file__, str(listener.fileno()), kind]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
         atexit.register(process.communicate)  # closes its stdin, at which it ends
-        os.environ[ADDRESS] = address
-    return os.environ[ADDRESS]
+        os.environ[kind] = address
+    return os.environ[kind]
 
 
 def ask(
@@ -73,20 +88,73 @@ ASKING = SimpleNamespace(run=ask_command, DEVNULL=subprocess.DEVNULL, CalledProc
 """In place of the module `subprocess`."""
 
 
-def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: str, output: list[str]) -> None:
-    """In a forked child: the command, as in a process of its own. prelude: code that is executed first."""
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
+class Forked:
+    """`mpdsgr` with these words in a process that was forked: what tests use of `subprocess.Popen`, stderr a pipe.
+
+    Its environment is this process's with `environment`; prelude: code that it executes first.
+    """
+
+    def __init__(self, words: list[str], environment: dict[str, str], prelude: str = "") -> None:
+        address, self.args, self.returncode = start(SERVERS), words, None
+        reading, writing = os.pipe()
+        job = {
+            "arguments": words,
+            "cwd": str(Path.cwd()),
+            "environment": {**os.environ, **environment},
+            "prelude": prelude,
+            "output": [os.devnull, f"/proc/{os.getpid()}/fd/{writing}"],
+            "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        }
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(address)
+        self._connection.sendall((json.dumps(job) + "\n").encode())
+        self._answers = self._connection.makefile("rb", buffering=0)  # no answer waits where `select` does not see it
+        self.pid = int(self._answers.readline())
+        os.close(writing)
+        self.stderr = os.fdopen(reading)
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = int(self._answers.readline())
+            self._answers.close()
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, how: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, how)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def redirect(output: list[str]) -> None:
+    """In a forked child: stdin from nothing, stdout and stderr into these files."""
     for descriptor, path in enumerate([os.devnull, *output]):
         opened = os.open(path, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, descriptor)
         os.close(opened)
+
+
+def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: str) -> None:
+    """In a forked child: the command, as in a process of its own. prelude: code that is executed first."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
     exec(prelude, {})
     from mpdsgr_deploy.cli import main
-    from mpdsgr_deploy.validation import target
 
-    vars(target)["subprocess"] = ASKING
+    if target := sys.modules.get("mpdsgr_deploy.validation.target"):
+        vars(target)["subprocess"] = ASKING
     main(arguments, prog_name="mpdsgr")
 
 
@@ -101,11 +169,19 @@ def leave(status: object) -> None:
 
 
 def answer(connection: socket.socket) -> None:
-    """In a forked child: have another one run the command, which may be killed, and send its exit code."""
+    """In a forked child: have another one run the command, which may be killed, and send its exit code.
+
+    Where the job names a limit of open files, the other one's process id is sent first.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     job = json.loads(connection.makefile().readline())
+    open_files = job.pop("open_files", None)
     child = os.fork()
     if child == 0:
+        redirect(job.pop("output"))
+        if open_files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
+            connection.sendall(f"{os.getpid()}\n".encode())
         connection.close()
         try:
             run(**job)
@@ -123,8 +199,8 @@ def reap(*_: object) -> None:
             pass
 
 
-def serve(listener: socket.socket) -> None:
-    for name in MODULES:
+def serve(listener: socket.socket, modules: list[str]) -> None:
+    for name in modules:
         import_module(name)
     gc.freeze()  # a collection in a child would copy every page that holds an object
     signal.signal(signal.SIGCHLD, reap)
@@ -138,4 +214,5 @@ def serve(listener: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as `serve` has it, before the import
+    serve(socket.socket(fileno=int(sys.argv[1])), MODULES[sys.argv[2]])
