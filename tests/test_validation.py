@@ -24,11 +24,15 @@ from mpdsgr_deploy.protocols import Array, Gradient
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import Target, validate
+from mpdsgr_deploy.validation.gate import significant
 from mpdsgr_deploy.validation.health import CHECKS, Compared, Convergence, Reach, Search
 from mpdsgr_deploy.validation.health import artefact as artefact_checks
 from mpdsgr_deploy.validation.health import attacks as attack_checks
+from mpdsgr_deploy.validation.power import smallest_drop
 from mpdsgr_deploy.validation.proportions import exceeds, mcnemar, wilson
 from mpdsgr_deploy.validation.rows import VerdictFlips
+from mpdsgr_deploy.validation.rules import settled
+from mpdsgr_deploy.validation.summary import summary
 
 LOOSE = Gate(max_drop=0.35)  # what 30 images can decide
 
@@ -73,6 +77,16 @@ def test_a_healthy_bundle_passes_and_the_report_adds_up(report, bundle: Bundle) 
     assert report.parity.holds
     assert report.artefact_sha256 == sha256(bundle.variant("fp32"))
     assert rows["fgsm"].evaluations == rows["clean"].artefact.accuracy  # one gradient for each image not wrong anyway
+
+
+def test_a_report_says_the_smallest_drop_that_it_would_have_refused(report, bundle: Bundle) -> None:
+    rows = {row.name: row for row in report.rows}
+    allowed = settled(bundle.manifest.recipe.gate, report.tier, 100).max_drop
+    for name in ("clean", "worst"):
+        drop, flips = rows[name].detectable, rows[name].flips
+        assert drop == smallest_drop(100, allowed, flips.newly_wrong, flips.newly_right, significant(name))
+        assert f"{100 * drop:.1f} % ({name})" in summary(report)
+    assert "would have been refused with 90 % probability" in summary(report)
 
 
 def test_white_box_through_the_artefact_is_white_box_through_torch(report) -> None:
