@@ -22,8 +22,10 @@ from mpdsgr_deploy.runtime import open_predictor
 
 N, BATCH = 60, 4
 
-# The command with a backend that takes its time, so that it can be hit in the middle.
+# The command with a backend that takes its time, so that it can be hit in the middle. STANDS_STILL, "BYTES:PATH": it
+# answers nothing more once that file is so large, however late it is hit.
 SLOW_COMMAND = """
+import os
 import signal
 import time
 from contextlib import contextmanager
@@ -34,6 +36,9 @@ def slow(bundle, precision, noise):
     with BACKENDS["onnxruntime-cpu"](bundle, precision, noise) as predictor:
         def answer(x):
             time.sleep(0.03)
+            size, _, path = os.environ.get("STANDS_STILL", "").partition(":")
+            while path and os.path.exists(path) and os.path.getsize(path) >= int(size):
+                time.sleep(1)
             return predictor(x)
         yield answer
 

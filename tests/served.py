@@ -77,7 +77,7 @@ class Served:
             self.stop(signal.SIGKILL)
             raise AssertionError(f"the server did not start: {self.lines}")
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 30) -> int:
+    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
         """Its exit code; its log is complete then."""
         if self._process.poll() is None:
             self._process.send_signal(how)
@@ -87,7 +87,7 @@ class Served:
             self._process.kill()
             raise
         finally:
-            self._reader.join(10)
+            self._reader.join(60)
         return self._process.returncode
 
     def __enter__(self) -> Self:
@@ -122,7 +122,7 @@ class Served:
         entered.unlink(missing_ok=True)
         self._gate.touch()
         try:
-            with self.connect(60) as connection:
+            with self.connect() as connection:
                 connection.send(large_request())
                 assert eventually(entered.exists)
                 yield connection
@@ -139,11 +139,11 @@ class Served:
         """Open files and sockets."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    def connect(self, seconds: float = 10) -> "Connection":
+    def connect(self, seconds: float = 60) -> "Connection":
         """A new connection whose every read takes at most so long."""
         return Connection(self.port, seconds)
 
-    def ask(self, request: bytes, seconds: float = 10) -> "Reply":
+    def ask(self, request: bytes, seconds: float = 60) -> "Reply":
         """The answer to one request on a connection of its own."""
         with self.connect(seconds) as connection:
             connection.send(request)
@@ -199,7 +199,7 @@ class Reply(NamedTuple):
 class Connection:
     """Bytes there and answers back."""
 
-    def __init__(self, port: int, seconds: float = 10) -> None:
+    def __init__(self, port: int, seconds: float = 60) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), seconds)
         self._file = self.socket.makefile("rb")
 

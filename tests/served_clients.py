@@ -142,7 +142,7 @@ class Clients:
                 if self._over.is_set():
                     break
                 try:
-                    reply = ask(asked(1, "bundle"), metadata=[("x-request-id", told)], timeout=30)
+                    reply = ask(asked(1, "bundle"), metadata=[("x-request-id", told)], timeout=60)
                 except grpc.RpcError as error:
                     tales.append(Tale(told, error.code().name))
                     if error.code() is grpc.StatusCode.UNAVAILABLE:

@@ -173,14 +173,16 @@ def test_a_server_that_answers_something_else_is_told_at_once(wrong: dict[str, A
 
 
 def test_an_answer_that_never_comes_ends_the_request_not_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "LONGEST", 0.6)
+    monkeypatch.setattr(connection, "LONGEST", 3.0)  # seconds, in which a busy machine gives all other answers
+    over = threading.Event()
 
     def meddle(handler: Handler, number: int) -> None:
         if number == 20:
-            time.sleep(1.5)
+            over.wait(120)
 
     with OipServer(linear, INPUTS, meddle=meddle) as server:
         outcome = load(server)
+        over.set()
     assert outcome.tally.errors == {"timeout": 1}
     assert len(outcome.tally.latencies) == 49
 
@@ -204,16 +206,14 @@ def test_a_refusal_that_comes_before_the_request_is_its_answer() -> None:
                 await wire.ask(b"GET / HTTP/1.1\r\n\r\n")
             return answer
 
-    answer = asyncio.run(asyncio.wait_for(ask_late(), 10))
+    answer = asyncio.run(asyncio.wait_for(ask_late(), 60))
     assert (answer.status, answer.body) == (503, b"busy")
 
 
 def test_what_a_server_is_too_slow_for_is_said_to_be_unsent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "MOST_CONNECTIONS", 2)
-    started = time.monotonic()
     with OipServer(linear, INPUTS, meddle=lambda handler, number: time.sleep(0.05)) as server:
         outcome = load(server, Load(0.5, 1000, rate=200))
-    assert time.monotonic() - started < 20  # all that was due would take 50
     unsent = outcome.tally.errors["unsent"]
     assert 30 < unsent < 120  # about 100 were due and 20 answered
     assert outcome.tally.requests == len(outcome.tally.latencies) < 30
@@ -294,7 +294,7 @@ def test_a_keyboard_interrupt_prints_what_was_measured_until_then() -> None:
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     (measured,) = json.loads(out)["loads"]
     assert 0 < measured["requests"] < len(server.times)

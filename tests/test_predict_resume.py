@@ -32,10 +32,11 @@ def test_a_killed_run_goes_on_and_writes_every_row_once_in_any_format(
     """Killed at moments that the partial file's size and a die choose; the result is that of an uninterrupted run."""
     caplog.set_level("INFO")
     out, place = tmp_path / "out.csv", tmp_path / "out.csv.partial"
-    draw = random.Random(0)
+    draw, record = random.Random(0), 40 + 32 / BATCH  # bytes per image
+    monkeypatch.setenv("STANDS_STILL", f"{int(0.85 * N * record)}:{place}")  # so that it is killed before its end
     for share in (0, 0.2, 0.6):
         process = slow(bundle.path, folder, "--batch", BATCH, "--out", out)
-        until(lambda share=share: size(place) > share * N * (40 + 32 / BATCH))
+        until(lambda share=share: size(place) > share * N * record)
         time.sleep(draw.random() * 0.05)
         process.kill()
         process.wait()

@@ -60,12 +60,12 @@ def given(of: Any, x: np.ndarray, **options: Any) -> list[Any]:
     return [tensor]
 
 
-def test_a_thousand_requests_get_the_same_logits_by_every_way(served: Served, predictor: Predictor) -> None:
+def test_hundreds_of_requests_get_the_same_logits_by_every_way(served: Served, predictor: Predictor) -> None:
     """Binary, JSON and gRPC, float32 and uint8, one to sixteen images, against the network in this process."""
     rng = np.random.default_rng(0)
     http = tritonclient.http.InferenceServerClient(f"127.0.0.1:{served.port}")
     grpc = tritonclient.grpc.InferenceServerClient(served.grpc)
-    for _ in range(1000):
+    for _ in range(300):
         shape = (rng.integers(1, 17), 1, 8, 8)
         pixels = rng.integers(0, 256, shape, np.uint8) if rng.random() < 0.5 else rng.random(shape, np.float32)
         unit = pixels / np.float32(255) if pixels.dtype == np.uint8 else pixels

@@ -58,6 +58,13 @@ def test_what_came_during_a_batch_is_the_next_one_up_to_the_limit_and_in_order()
     assert network.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
 
 
+async def at_rest(batcher: Batcher) -> None:
+    """Until the thread waits for requests again, after it has handed over a batch."""
+    async with asyncio.timeout(PATIENCE):
+        while batcher._busy:
+            await asyncio.sleep(0.001)
+
+
 def test_requests_stay_whole_and_no_later_one_overtakes() -> None:
     network = Network()
 
@@ -322,7 +329,7 @@ class TestQuickNetworks:
         for _ in range(batcher_module.STREAK):
             await batcher.submit(found, images(0, 1, 2, 3), FAR)
         assert set(network.threads) == {"inference"}
-        await asyncio.sleep(0.05)  # until the thread waits again
+        await at_rest(batcher)
         network.log.clear()
         network.threads.clear()
         return found
@@ -374,11 +381,11 @@ class TestQuickNetworks:
             found = lane(network, most=64)
             for number in range(batcher_module.STREAK):
                 await batcher.submit(found, images(number), FAR)
-            await asyncio.sleep(0.05)
+            await at_rest(batcher)
             network.threads.clear()
             for size in (2, 64, 3, 6):
                 await batcher.submit(found, images(*range(size)), FAR)
-                await asyncio.sleep(0.05)
+                await at_rest(batcher)
 
         in_loop(test)
         assert network.threads == ["MainThread", "inference", "MainThread", "MainThread"]

@@ -21,7 +21,6 @@ from tritonclient.grpc import service_pb2 as pb
 
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime import open_predictor
-from mpdsgr_deploy.serving.http_connection import LINGER
 from mpdsgr_deploy.serving.listener import RESERVE
 
 SERVICE = "/inference.GRPCInferenceService/"
@@ -249,11 +248,9 @@ def test_probes_of_health_have_a_way_in_of_their_own(server: Served) -> None:
 def test_a_body_above_the_limit_gets_its_answer_while_it_is_still_sent(server: Served) -> None:
     whole = http("POST", INFER, bytes(1 << 25))
     for _ in range(3):
-        start = time.monotonic()
-        with server.connect(20) as connection:
-            connection.send(whole)
+        with server.connect() as connection:
+            connection.socket.sendall(whole)  # raises if the server closes after LINGER seconds, for want of reading
             assert connection.reply().status == 413
-        assert time.monotonic() - start < LINGER, "what was sent was not read"
 
 
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
@@ -264,7 +261,7 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
     lines = iter(process.stderr.readline, b"")
     port = next(int(found[1]) for line in lines if (found := re.search(rb"serving on \S+:(\d+)", line)))
     for number in range(3):  # 65,536 bytes are a full pipe
-        with Connection(port, 20) as connection:
+        with Connection(port) as connection:
             connection.send(http("GET", f"/v2/{'x' * 5000}") * 60)
             for _ in range(60):
                 assert connection.reply().status == 404
@@ -272,7 +269,7 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
             for _ in range(60):
                 assert connection.reply().status == 200, number
     process.terminate()
-    _, rest = process.communicate(timeout=30)
+    _, rest = process.communicate(timeout=60)
     assert process.returncode == 0
     told = [json.loads(line) for line in rest.splitlines()]
     assert all(len(line["path"]) <= 200 and line["peer"].startswith("127.0.0.1:") for line in told if "path" in line)
@@ -289,7 +286,7 @@ def test_lists_that_would_fill_the_memory(server: Served) -> None:
 
 
 def test_a_deadline_in_the_queue(hasty: Served) -> None:
-    with hasty.connect(60) as late:
+    with hasty.connect() as late:
         with hasty.hold():
             late.send(GOOD)
             assert eventually(lambda: hasty.metrics()[QUEUED] == 1)
@@ -329,7 +326,7 @@ def test_slow_clients(hasty: Served) -> None:
         stack.callback(end.set)
         start, found, threads = time.monotonic(), {}, []
         for name, (data, drops) in SLOW.items():
-            connection = stack.enter_context(hasty.connect(10))
+            connection = stack.enter_context(hasty.connect())
             connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.send(data)
             found[name] = connection
@@ -374,17 +371,17 @@ def test_a_server_that_was_held_up_does_not_blame_the_client(hasty: Served) -> N
         time.sleep(1)
         hasty.signal(signal.SIGCONT)
         assert [connection.reply().status for connection in connections] == [200] * 4
-        assert call.result(10)
+        assert call.result(60)
 
 
 def test_idle_and_old_connections_are_closed(hasty: Served) -> None:
-    with hasty.connect(10) as connection:
+    with hasty.connect() as connection:
+        start = time.monotonic()  # before the server can have begun to count
         connection.send(GOOD)
         assert_right(connection.reply())
-        start = time.monotonic()
         assert connection.closed()
         assert time.monotonic() - start > 0.4
-    with hasty.connect(10) as connection:
+    with hasty.connect() as connection:
         start = time.monotonic()
         while connection.send(GOOD) or connection.reply().headers.get("connection") != "close":
             assert time.monotonic() - start < 60
@@ -397,18 +394,18 @@ def test_calls_whose_message_does_not_come(hasty: Served) -> None:
     end = threading.Event()
     with grpc.insecure_channel(hasty.grpc) as channel:
         open_calls = [
-            channel.stream_unary(SERVICE + "ModelInfer").future(iter(lambda: end.wait(20) or b"", True))
+            channel.stream_unary(SERVICE + "ModelInfer").future(iter(lambda: end.wait(120) or b"", True))
             for _ in range(CONNECTIONS + 5)
         ]
         assert {call.code() for call in open_calls} <= {LATE, EXHAUSTED}
-        assert infer(channel, timeout=10).code() is grpc.StatusCode.OK
+        assert infer(channel, timeout=60).code() is grpc.StatusCode.OK
         end.set()
 
 
 def test_a_grpc_connection_that_says_nothing(hasty: Served) -> None:
-    with Connection(hasty.grpc_port, 5) as connection:
+    with Connection(hasty.grpc_port) as connection:
         connection.socket.recv(1 << 16)  # the server's settings
-        while connection.socket.recv(1 << 16):  # no wait of these lasts longer than the connection's five seconds
+        while connection.socket.recv(1 << 16):
             pass
 
 
@@ -423,6 +420,6 @@ def test_clients_that_do_not_take_their_answers(hasty: Served) -> None:
         with suppress(OSError):  # until the buffers on the way are full
             while True:
                 silent.sendall(http("GET", "/") * 60)
-        assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1, 15)
+        assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1)
         assert hasty.descriptors() <= before + 1  # the connection that asks
     assert_right(hasty.ask(GOOD))

@@ -60,7 +60,7 @@ class Container:
         user, group = docker.final_stage(SERVE)["USER"].split(":")
         words = ["nsenter", "--target", str(self.pid), "--root", "--mount", "--net", "--pid", "--"]
         words += ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--", *command]
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=SECONDS)
 
     def alive(self) -> None:
         """Raise AssertionError with the log if it has ended."""
@@ -172,7 +172,7 @@ def test_the_image_commands_work_behind_the_walls(key_file: Path) -> None:
         for key in key_file.read_text().splitlines()[1:]:
             assert json.loads(running.get("/status", key))["models"][0]["state"] == "READY"
         os.kill(running.pid, signal.SIGTERM)
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + SECONDS
         while running.healthy().returncode == 0:  # not ready any more, and not gone yet
             assert time.monotonic() < deadline
         code, log = running.stop()

@@ -204,7 +204,7 @@ def test_rapid_resets_take_nothing_from_others(server: Served) -> None:
     for attacker in attackers:
         attacker.start()
     try:
-        assert Counter(asked(server, seconds=30).code() for _ in range(8)) == {grpc.StatusCode.OK: 8}
+        assert Counter(asked(server, seconds=60).code() for _ in range(8)) == {grpc.StatusCode.OK: 8}
     finally:
         stop.set()
         for attacker in attackers:
@@ -217,7 +217,7 @@ def test_idle_connections_are_bounded_and_closed() -> None:
         before = served.descriptors()
         clients = [opened.enter_context(Http2(served.grpc_port)) for _ in range(3 * CONNECTIONS)]
         assert served.get("/v2/health/live").status == 200
-        greatest, stop = 0, time.monotonic() + 30
+        greatest, stop = 0, time.monotonic() + 60
         while not all(client.gone for client in clients):  # those over the limit at once, the others as they are idle
             assert time.monotonic() < stop
             greatest = max(greatest, served.descriptors() - before)
@@ -230,7 +230,7 @@ def test_idle_connections_are_bounded_and_closed() -> None:
 
 def test_a_client_moves_on_when_its_connection_is_old() -> None:
     with Served(limits={"connection_age_seconds": 1}) as served, Http2(served.grpc_port) as client:
-        stop = time.monotonic() + 10
+        stop = time.monotonic() + 60
         while not client.gone and time.monotonic() < stop:
             client.read(0.2)
         assert client.gone

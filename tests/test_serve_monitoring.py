@@ -122,7 +122,7 @@ class Prometheus:
 
     def get(self, path: str, **parameters: str) -> dict[str, list[dict]]:
         """The data of an answer."""
-        with self._opener.open(f"http://{self._address}/api/v1/{path}?{urlencode(parameters)}", timeout=10) as reply:
+        with self._opener.open(f"http://{self._address}/api/v1/{path}?{urlencode(parameters)}", timeout=60) as reply:
             return json.load(reply)["data"]
 
     def query(self, expression: str) -> list[dict]:

@@ -37,7 +37,7 @@ IMPORTED_FROM = os.environ.get("PYTHONPATH")
 
 def read_at_start() -> dict[str, str]:
     """The variables of this process's environment that decide how a program is loaded and what its imports are."""
-    prefixes = ("PYTHON", "LD_", "MALLOC_", "OMP_", "GRPC_")
+    prefixes = ("PYTHON", "LD_", "MALLOC_", "OMP_")
     return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
 
