@@ -44,6 +44,7 @@ def render(attempts: Lines, tiers: Lines) -> str:
     """All tables as Markdown."""
     parts = [
         union_table(attempts, tiers),
+        in_short(attempts, tiers),
         alone_table(tiers),
         each_table(attempts),
         group_table(attempts),
@@ -65,13 +66,13 @@ def union_table(attempts: Lines, tiers: Lines) -> str:
     for (name, tier), rows in by_tier(tiers).items():
         n = rows[0]["n"]
         own = [row for row in rows if row["condition"] == "mpd-apgd"]
-        union = np.logical_and.reduce([row["clean"] for row in rows] + [row["correct"] for row in rows])
         gradients, queries = (
             sum(row["evaluations"] for row in rows if (row["kind"] == "query") == asked) / n for asked in (False, True)
         )
-        cells = [f"{sum(rows[0]['clean'])} of {n}", str(sum(own[0]["correct"])) if own else "-", str(union.sum())]
+        cells = [f"{sum(rows[0]['clean'])} of {n}", str(sum(own[0]["correct"])) if own else "-", str(left_by(rows))]
+        known = floor(attempts, rows[0]["sha256"])
         cells += [
-            floor(attempts, rows[0]["sha256"]),
+            f"{known[0]} ({known[1]} attempts)" if known else "-",
             f"{gradients:.0f}",
             f"{queries:.0f}",
             f"{spent[name, tier]:.1f}",
@@ -110,13 +111,36 @@ def alone_table(tiers: Lines) -> str:
     return "\n".join([*lines, ""])
 
 
-def floor(attempts: Lines, sha256: str) -> str:
-    """How many images all attempts of the research attack left, and how many attempts there were."""
+def left_by(rows: Lines) -> int:
+    """How many images all conditions of a tier leave."""
+    return int(np.logical_and.reduce([row["clean"] for row in rows] + [row["correct"] for row in rows]).sum())
+
+
+def floor(attempts: Lines, sha256: str) -> tuple[int, int] | None:
+    """How many images all attempts of the research attack left, and how many attempts there were; None without any."""
     made = [line for line in attempts if line["sha256"] == sha256 and line["portfolio"] == "research"]
-    if not made:
-        return "-"
-    left = set.intersection(*(set(line["left"]) for line in made))
-    return f"{len(left)} ({len(made)} attempts)"
+    return (len(set.intersection(*(set(line["left"]) for line in made))), len(made)) if made else None
+
+
+def in_short(attempts: Lines, tiers: Lines) -> str:
+    """How far a release stays above the research attack, and how much longer it takes than before, in sentences."""
+    groups = by_tier(tiers)
+    networks = [name for name, tier in groups if tier == "release"]
+    above = {}
+    for name in networks:
+        rows = groups[name, "release"]
+        if known := floor(attempts, rows[0]["sha256"]):
+            above[name] = left_by(rows) - known[0]
+    spent = {key: sum(line["seconds"] for line in rows) for key, rows in groups.items()}
+    times = {name: spent[name, "release"] / spent[name, "release, before"] for name in networks}
+    together = sum(spent[name, "release"] for name in networks) / sum(spent[n, "release, before"] for n in networks)
+    mean = f"{np.mean([*above.values()]):+.1f} on average" if above else ""
+    gaps = ", ".join([mean, *(f"{name} {gap:+d}" for name, gap in above.items())])
+    ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in times.items())
+    return (
+        f"Images that a release leaves more than the research attack: {gaps}. Its time relative to that of before: "
+        f"{together:.2f} over all networks; {ratios}.\n"
+    )
 
 
 def each_table(attempts: Lines) -> str:
