@@ -9,7 +9,7 @@ from urllib.request import Request as Post
 from urllib.request import urlopen
 
 import pytest
-from ray_cluster import free_ports
+from ports import free_ports
 
 BUCKET = "bucket"
 

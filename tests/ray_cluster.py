@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -19,6 +18,7 @@ from urllib.request import Request, urlopen
 
 import yaml
 from click.testing import CliRunner
+from ports import free_ports
 
 MARK = "MPDSGR_TEST_CLUSTER"
 # Said aloud, since the first node of a cluster otherwise asks for the token that any earlier ray.init() left in the
@@ -35,16 +35,6 @@ NODE = [
     "--disable-usage-stats",
     "--include-log-monitor=false",  # no driver shows the logs of workers
 ]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, and that neither Linux nor Ray hands out to whoever asks for any port."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20000, 30000)
-        with suppress(OSError), socket.create_server(("", port)):
-            found += [port] if port not in found else []
-    return found
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 120, every: float = 0.02) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
-from ray_cluster import free_ports
+from ports import free_ports
 from zygote import ADDRESS, start
 
 from mpdsgr_deploy.checkpoint import load_checkpoint

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import QUICK_GATE, assert_input_error, mpdsgr_here, perturbed
 from oip_server import Handler, OipServer
+from ports import free_ports
 
 from mpdsgr_deploy.bundle import Bundle, NoiseInput, open_bundle
 from mpdsgr_deploy.errors import InputError
@@ -243,7 +244,7 @@ def validated(bundle: Bundle, url: str, tmp_path: Path, report: str = "report") 
 def test_the_command_validates_a_server_and_goes_on_after_it_died(
     bundle: Bundle, network: Predictor, tmp_path: Path
 ) -> None:
-    with OipServer(network, INPUTS) as server:
+    with OipServer(network, INPUTS, port=free_ports(1)[0]) as server:
         done = validated(bundle, server.url, tmp_path)
         assert done.returncode == 0, done.stderr
         whole = len(server.times)

@@ -10,17 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
+from ports import free_ports
 from served import BUNDLE, INFER, VERSION, Served, eventually, http, images, request
 from served_clients import OTHER, Clients, answers, assert_all_answered, messages, mismatched
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.server import _bound
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture
@@ -41,7 +36,7 @@ sys.addaudithook(hold)
 
 def loading(*arguments: object, **options: Any) -> Served:
     """A server that listens and is not ready yet."""
-    port = free_port()
+    (port,) = free_ports(1)
     served = Served(*arguments, "--port", port, wait=False, **options)
     served.port = port
     if not eventually(lambda: answers(served)):

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
@@ -18,6 +16,8 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import resealed
 from PIL import Image
+from ports import free_ports
+from served import Served
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data.files import read_image
@@ -34,30 +34,9 @@ READY = "!document.getElementById('main').hidden"
 
 @contextmanager
 def serving(*arguments: object, port: int = 0) -> Iterator[int]:
-    """`mpdsgr serve` in its own process, ready, and its port."""
-    command = [sys.executable, "-m", "mpdsgr_deploy", "serve", *map(str, arguments)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--grpc-port", "0"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if "serving on" in line:
-                port = int(line.partition("http://127.0.0.1:")[2].partition(",")[0])
-                break
-        else:
-            pytest.fail("the server ended before it was ready")
-        rest = threading.Thread(target=process.stderr.read)
-        rest.start()
-        yield port
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-    rest.join()
-    process.stderr.close()
+    """The port of `mpdsgr serve` with these arguments, while it serves."""
+    with Served(*arguments, "--port", port) as served:
+        yield served.port
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +250,7 @@ def test_a_server_that_goes_and_comes_back_with_keys(
     browser: Browser, bundle: Bundle, photo: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "keys").write_text("open-sesame-0123456789abcdef\n")
-    with serving(f"digits={bundle.path}") as port:
+    with serving(f"digits={bundle.path}", port=free_ports(1)[0]) as port:
         browser.open(f"http://127.0.0.1:{port}/")
         browser.wait(READY)
         browser.choose_file("#file", photo)

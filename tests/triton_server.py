@@ -8,7 +8,6 @@ made once a machine under pytest's cache.
 import fcntl
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +22,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from ports import free_ports
 
 PYTRITON = "0.7.0"
 PATIENCE = 240.0  # seconds; it needs two, but other tests may be running
@@ -99,7 +99,7 @@ def _site(env: Path) -> Path:
 @contextmanager
 def tritonserver(env: Path, repository: Path, log: Path) -> Iterator[Triton]:
     """A server that loaded every model of a repository; fails with its log if it does not."""
-    http, grpc = _free_ports(2)
+    http, grpc = free_ports(2)
     libraries = [_site(env) / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
     variables = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
@@ -141,11 +141,3 @@ def _ready(port: int) -> bool:
             return answer.status == 200
     except (URLError, OSError):
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
