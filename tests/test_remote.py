@@ -1,46 +1,29 @@
-"""Validation over a URL: a server of the Open Inference Protocol as a Predictor, well behaved and otherwise."""
+"""A server of the Open Inference Protocol as a Predictor, well behaved and otherwise."""
 
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QUICK_GATE, assert_input_error, mpdsgr_here, perturbed
 from oip_server import Handler, OipServer
-from ports import free_ports
+from over_url import FAST, INPUTS, SHAPE, linear, network
 
-from mpdsgr_deploy.bundle import Bundle, NoiseInput, open_bundle
+from mpdsgr_deploy.bundle import NoiseInput
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.runtime import NoiseSource, open_predictor, remote
+from mpdsgr_deploy.runtime import NoiseSource, remote
 from mpdsgr_deploy.runtime.remote import RemoteModel
-from mpdsgr_deploy.validation.report import Report
 
-SHAPE = (1, 8, 8)
-INPUTS = {"images": SHAPE}
-FAST = 1000.0  # requests a second
 X = np.random.default_rng(0).random((23, *SHAPE), np.float32)
-
-
-def linear(x: np.ndarray) -> np.ndarray:
-    """Logits with all 24 bits of float32 in use."""
-    return (x.reshape(len(x), -1) @ np.random.default_rng(1).normal(size=(64, 10))).astype(np.float32)
 
 
 def ask(server: OipServer, x: np.ndarray = X, **options: Any) -> np.ndarray:
     with RemoteModel(server.url, SHAPE, 10, **{"rate": FAST, **options}) as model:
         return model(x)
-
-
-@pytest.fixture
-def network(bundle: Bundle) -> Iterator[Predictor]:
-    with open_predictor(bundle) as predictor:
-        yield predictor
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
@@ -230,59 +213,6 @@ def test_servers_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
             ask(server, rate=0.0)
     with pytest.raises(InputError, match=f"cannot reach {server.url}: .*refused; is the server running"):
         ask(server)
-
-
-# The command, against the network of a bundle.
-
-
-def validated(bundle: Bundle, url: str, tmp_path: Path, report: str = "report") -> Any:
-    (tmp_path / "gate.toml").write_text(QUICK_GATE)
-    options = ["--gate", tmp_path / "gate.toml", "--report", tmp_path / report]
-    return mpdsgr_here("validate", bundle.path, "--url", url, "--rate", FAST, *options)
-
-
-def test_the_command_validates_a_server_and_goes_on_after_it_died(
-    bundle: Bundle, network: Predictor, tmp_path: Path
-) -> None:
-    with OipServer(network, INPUTS, port=free_ports(1)[0]) as server:
-        done = validated(bundle, server.url, tmp_path)
-        assert done.returncode == 0, done.stderr
-        whole = len(server.times)
-    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
-    assert (report.backend, report.artefact_file) == ("remote", server.url)
-
-    def dies(handler: Handler, number: int) -> bool:
-        if number == 9:
-            handler.oip.stop()
-            handler.close_connection = True
-        return number == 9
-
-    with OipServer(network, INPUTS, port=server.port, meddle=dies) as dying:
-        done = validated(bundle, server.url, tmp_path, "again")
-    assert_input_error(done, "cannot reach", "is the server running")
-    with OipServer(network, INPUTS, port=server.port) as second:
-        done = validated(bundle, server.url, tmp_path, "again")
-    assert done.returncode == 0, done.stderr
-    again = Report.model_validate_json((tmp_path / "again" / "report.json").read_text())
-    assert (again.rows, again.health) == (report.rows, report.health)
-    # asked twice: the golden batch, the clean images, and what was under way when the server died
-    assert len(dying.times) + len(second.times) == whole + 3
-
-
-def test_a_server_of_another_network_is_found_out(bundle: Bundle, tmp_path: Path) -> None:
-    with OipServer(linear, INPUTS) as server:
-        done = validated(bundle, server.url, tmp_path)
-    assert done.returncode == 3
-    assert "does not serve this bundle" in done.stderr
-    other = open_bundle(perturbed(bundle, tmp_path / "other"))
-    with open_predictor(other) as network, OipServer(network, INPUTS) as server:
-        done = validated(bundle, server.url, tmp_path)
-    assert done.returncode in (1, 3), done.stderr  # as the golden batch has it
-
-
-def test_a_rate_of_nothing_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    done = mpdsgr_here("validate", bundle.path, "--url", "http://x/v2/models/n", "--rate", 0, "--report", tmp_path)
-    assert_input_error(done, "--rate")
 
 
 def test_the_server_of_these_tests_follows_the_protocol() -> None:
