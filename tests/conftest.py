@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_tiers
 from click.testing import CliRunner
 from zygote import ASKING, SERVERS, ask, start
 
+from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.damage import cover_up, damage
 from mpdsgr_deploy.damage import seal_again as resealed
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.validation import probes
 
+quick_tiers.use()
 gc.disable()  # until everything is collected and imported
 HAS_TORCH = find_spec("torch") is not None
 TRAIN = {
@@ -43,7 +47,7 @@ SMALL = {
     "model": {"name": "vgg-small", "width": 0.25},
     "encoding": {"T": 3},
     "training": {"epochs": 3, "batch_size": 65, "pictures": 0},  # drawing takes longer than three epochs
-    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5", "rate"]},
+    "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 8, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},
 }
 FIRST = (
@@ -183,8 +187,10 @@ def _every_network_is_exported_once(tmp_path_factory: pytest.TempPathFactory) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting_once, "make_once", partial(made_once, tmp_path_factory))
+        patch.setattr(exporting_once.ONNXRegistry, "from_torchlib", exporting_once.one_registry)
         for place in ("bundle_writer", "rebuild", "steps"):
             patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", exporting_once.to_graph)
+        patch.setattr("mpdsgr_deploy.exporting.bundle_writer.promise", exporting_once.promise)
         yield
 
 
@@ -237,6 +243,13 @@ def stochastic_recipe() -> Recipe:
         attack={"eps": 0.1, "step": 0.05, "strong_steps": 3, "surrogates": [], "draws": 2},
         validation={"limit": 40, "seed": 7},
     )
+
+
+@pytest.fixture
+def real_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tier `commit` as users have it, in this process: see `quick_tiers`."""
+    monkeypatch.setitem(TIERS, "commit", quick_tiers.REAL)
+    monkeypatch.setattr(probes, "ENOUGH", quick_tiers.REAL_ENOUGH)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Attackers beyond plain PGD: expectation over noise, the attacker's surrogate, CW-L2, transfer, evaluation."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import foolbox
@@ -11,6 +12,7 @@ from conftest import assert_input_error, mpdsgr_here, small_recipe
 
 from mpdsgr_deploy.attacks import cw_l2, expectation, pgd
 from mpdsgr_deploy.attacks.attacker_surrogate import AveragedBackward, RateBackward, with_surrogate
+from mpdsgr_deploy.attacks.tiers import TierEntry, recipe_entries
 from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
@@ -18,7 +20,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.protocols import Array, Gradient
-from mpdsgr_deploy.recipe import SWEEP, Data, Gate
+from mpdsgr_deploy.recipe import SWEEP, Attack, Data, Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import LIF
 from mpdsgr_deploy.snn.surrogate import make_surrogate
@@ -168,7 +170,13 @@ def test_a_stochastic_network_is_repeatable_and_its_attacker_draws_other_noise(n
     assert np.array_equal(again.gradient, first.gradient)
 
 
-def test_evaluation_of_a_checkpoint_adds_up(noisy_run: Path, run_dir: Path) -> None:
+def test_evaluation_of_a_checkpoint_adds_up(noisy_run: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def entries(attack: Attack) -> list[TierEntry]:
+        """The recipe's, with a short search for the nearest image."""
+        quick = {"steps": 20, "searches": 2}
+        return [replace(e, values=quick) if e.method == "cw-l2" else e for e in recipe_entries(attack)]
+
+    monkeypatch.setattr("mpdsgr_deploy.validation.evaluate.recipe_entries", entries)
     found = evaluate(noisy_run, limit=20, transfer=run_dir)
     names = [row.name for row in found.rows]
     strong = ["pgd-strong", "strong rate", "cw-l2", "worst"]

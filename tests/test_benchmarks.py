@@ -1,6 +1,7 @@
 """The benchmarks' page shows what their results files hold; what can be counted is counted again."""
 
 import itertools
+import multiprocessing.dummy
 import sys
 from pathlib import Path
 
@@ -168,7 +169,9 @@ def test_the_smallest_benchmark_measures_publishes_and_renders(tmp_path: Path, m
     assert again.output == published.output == harness.page("step") + "\n"
 
 
-def test_a_small_attack_benchmark_runs() -> None:
+def test_a_small_attack_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With threads in place of the processes whose memory it measures, which take seconds to import torch."""
+    monkeypatch.setattr(attack.multiprocessing, "get_context", lambda method: multiprocessing.dummy)
     setting = {"width": 0.1, "T": 2, "batch": 2, "threads": 1, "steps": 1}
     found = attack.measure("vgg-small", setting, 2)
     assert found["median_difference"] < 1e-4

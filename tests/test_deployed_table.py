@@ -1,5 +1,6 @@
 """Tables of exported networks, measured a few minutes at a time, and how rows are compared."""
 
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
+from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.cli.table import command
-from mpdsgr_deploy.experiments import compare, deployed_page, eta_page, table_page
+from mpdsgr_deploy.experiments import compare, deployed_page, eta_page, table_page, time_limit
 from mpdsgr_deploy.experiments.records import (
     AttackedNetwork,
     Measured,
@@ -52,13 +54,19 @@ def run(folder: Path, minutes: float) -> Result:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table that was measured in two pieces, the first too short for anything."""
+    """A table that was measured in two pieces, the first too short for anything, the second in this process."""
     folder = tmp_path_factory.mktemp("deployed")
     (folder / "small.toml").write_text(SMALL)
     assert run(folder, 0.02).exit_code == 0
     assert not list((folder / "results").rglob("*.jsonl"))
-    assert run(folder, 4).exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time_limit, "run_limited", lambda child, seconds: CliRunner().invoke(main, child[3:]).exit_code)
+        assert run(folder, 4).exit_code == 0
     return folder
+
+
+def test_a_command_that_ends_in_time_gives_its_exit_code() -> None:
+    assert time_limit.run_limited([sys.executable, "-S", "-c", "raise SystemExit(3)"], 60) == 3
 
 
 def load(home: Path) -> tuple[TableSpec, Measured]:

@@ -81,15 +81,15 @@ def budgeted(epochs: int = 3, **settings: object) -> Recipe:
     return small_recipe(training={"epochs": epochs}, defence={"mpd-sgr": {"estimator": "empirical", **settings}})
 
 
-@pytest.mark.parametrize("target", [0.15, 0.25])
-def test_a_real_run_meets_its_target(target: float, tmp_path: Path) -> None:
-    """Constant eta 0.5 would end elsewhere: the targets lie 40 % apart."""
+def test_a_real_run_meets_its_target(tmp_path: Path) -> None:
+    target = 0.15
     recipe = budgeted(EPOCHS, target_omega=target)
     half = recipe.data.model_copy(update={"train_images": 585})
     train(recipe.model_copy(update={"data": half}), tmp_path / "run")
     history = load_checkpoint(tmp_path / "run" / "last").history
     assert history[-1]["omega"] == pytest.approx(target, rel=0.12)
     assert history[0]["omega_weight"] == pytest.approx(0.5)
+    assert abs(math.log(history[-1]["omega_weight"] / 0.5)) > 0.2  # where it started, Omega would be another one
     for before, after in pairwise(history):
         assert abs(math.log(after["omega_weight"] / before["omega_weight"])) <= LARGEST_STEP + 1e-6
         weighted = after["omega_weight"] * after["omega"]

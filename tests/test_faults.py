@@ -5,15 +5,14 @@ benchmarks/verdicts.py runs them, and some more, through the whole validation an
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import once
 from faults import FAULTS, UNSEEN, Fault, InProcess, Networks, Planted, judge, plant
 
-from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -26,6 +25,11 @@ def networks(precise: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Netwo
     class Shared(Networks):
         """Each trained and exported by whichever worker needs it first."""
 
+        def recipe(self, kind: str) -> Recipe:
+            recipe = super().recipe(kind)
+            attack = recipe.attack.model_copy(update={"strong_steps": 8})  # as the shared bundle's
+            return recipe.model_copy(update={"attack": attack})
+
         def made(self, kind: str) -> Path:
             folder = once(
                 tmp_path_factory, f"of-faults-{kind}", lambda out: shutil.copytree(super(Shared, self).made(kind), out)
@@ -34,12 +38,6 @@ def networks(precise: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Netwo
             return folder
 
     return Shared(tmp_path_factory.mktemp("networks"), healthy=precise)
-
-
-@pytest.fixture(autouse=True)
-def fewer_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Growing eps and twice the steps on 10 images, not on 50: they take half of the time."""
-    monkeypatch.setitem(TIERS, "commit", replace(TIERS["commit"], probe=10))
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS.values() if not f.thorough], ids=lambda fault: fault.name)

@@ -15,6 +15,7 @@ from mpdsgr_deploy.validation.report import Report
 
 KEPT = Path(__file__).parent / "bundle_with_attack_graphs.tar.xz"  # that of `mpdsgr doctor`, as export wrote it then
 GATE = Gate(max_drop=0.35)
+pytestmark = pytest.mark.usefixtures("real_tiers")
 
 
 @pytest.fixture

@@ -1,12 +1,8 @@
 """A validation that was killed goes on where it stopped, and nothing of it is taken for another one's."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,15 +63,25 @@ def kept(report: Path) -> set[str]:
     return {file.name for file in (report / PROGRESS).rglob("*.npz")}
 
 
+KILLED_BEHIND = """
+import os, signal
+from pathlib import Path
+from mpdsgr_deploy.attacks.run import Journal
+put = Journal.put
+
+def put_or_die(self, name, part):
+    if list(Path({report!r}).rglob({batch!r})):
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, name, part)
+
+Journal.put = put_or_die
+"""
+
+
 def killed(arguments: Sequence[str], report: Path, batch: str) -> set[str]:
-    """Run the command, kill it in the attack after `batch`, and return what it leaves."""
-    command = [sys.executable, "-m", "mpdsgr_deploy", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while batch not in kept(report):
-        assert process.poll() is None, "it ended before that batch"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    """Run the command, which is killed at the end of the attack after `batch`, and return what it leaves."""
+    done = mpdsgr(*arguments, prelude=KILLED_BEHIND.format(report=str(report), batch=batch))
+    assert done.returncode == -signal.SIGKILL, done.stderr
     return kept(report)
 
 

@@ -202,6 +202,8 @@ def reap(*_: object) -> None:
 def serve(listener: socket.socket, modules: list[str]) -> None:
     for name in modules:
         import_module(name)
+    if "mpdsgr_deploy.validation" in modules:
+        import_module("quick_tiers").use()
     gc.freeze()  # a collection in a child would copy every page that holds an object
     signal.signal(signal.SIGCHLD, reap)
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
