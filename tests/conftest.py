@@ -51,7 +51,7 @@ SMALL = {
     "validation": {"limit": 100},
 }
 FIRST = (
-    *("export", "attack_graph", "precision", "firing"),  # share the networks of test_export.exported
+    *("export", "attack_graph", "graph_attacker", "precision", "firing"),  # share the networks of test_export.exported
     *("deploy_ray", "study", "calls_home", "readme", "deployed_table", "predict_ray", "cli", "processes"),  # long
 )
 QUICK_GATE = "images = 20\nmax_drop = 0.5\n"  # as few images as can decide anything, in seconds

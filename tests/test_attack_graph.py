@@ -1,12 +1,10 @@
-"""The attack graph against torch's autograd, finite differences and formulas."""
+"""The attack graph of every kind of network against torch's autograd."""
 
 import copy
 import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from attack_networks import NETWORKS, SMALL, Run, deviation, images
 from conftest import assert_input_error, mpdsgr_here, small_recipe
 from exporting_once import to_graph
 from onnx import TensorProto
 from test_export import NAMES, exported, learned
-from test_stochastic_export import exported as exported_stochastic
 from torch.nn import functional as F
 
 from mpdsgr_deploy.attack_graph import attack_graph, derived
-from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, input_gradient
@@ -36,11 +33,9 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import SWEEP
 from mpdsgr_deploy.runtime import NoiseSource
-from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session
 from mpdsgr_deploy.runtime.tensorrt import build_engine
 from mpdsgr_deploy.runtime.torch_model import noise_inputs
-from mpdsgr_deploy.snn import Surrogate, Trace
 from mpdsgr_deploy.surrogates import AVERAGED, parse_surrogate, trained_surrogate
 
 KINDS = (
@@ -57,49 +52,6 @@ KINDS = (
     "superspike:20+averaged",
     "pdsg",
 )
-SMALL = (1, 8, 8)
-
-
-@cache
-def frames() -> tuple[SpikingNet, ir.Model, tuple[int, int, int]]:
-    """A warmed-up network of event frames, its graph and the shape of its images."""
-    torch.manual_seed(0)
-    shape, model = (6, 8, 8), build_model(small_recipe(encoding={"name": "frames"}), (6, 8, 8), 10)
-    for layer in model.layers():
-        layer.norm.momentum = 1.0
-    model(torch.rand(32, *shape))
-    return model.eval(), to_graph(simplify(model), shape), shape
-
-
-NETWORKS: dict[str, Callable[[], tuple[SpikingNet, ir.Model, tuple[int, int, int]]]] = {
-    **{name: lambda name=name: exported(name) for name in NAMES},  # type: ignore[misc]
-    "soft reset": lambda: exported("vgg-small", "soft"),
-    "poisson": lambda: (*exported_stochastic("poisson"), SMALL),
-    "rsc and stog": lambda: (*exported_stochastic("rsc and stog"), SMALL),
-    "feel": lambda: (*learned("feel", "frequency"), SMALL),
-    "dlif": lambda: (*learned("dlif", "direct"), SMALL),
-    "frames": frames,
-}
-
-
-def images(count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return draw.random((count, *shape), np.float32), draw.integers(0, 10, count)
-
-
-class Run:
-    """An attack graph in a session of its own: every output by name."""
-
-    def __init__(self, network: onnx.ModelProto, surrogate: str) -> None:
-        self.graph = attack_graph(network, surrogate)
-        onnx.checker.check_model(self.graph, full_check=True)
-        self.width = parse_surrogate(surrogate).width
-        self.session = Session(self.graph, CPU, source="the test")
-
-    def __call__(self, x: np.ndarray, y: np.ndarray, loss: float = 0, **further: np.ndarray) -> dict[str, np.ndarray]:
-        scalars = {"width": np.array(self.width, np.float32), "loss": np.array(loss, np.float32)}
-        inputs = {"images": x, "classes": y, **scalars, **further}
-        return dict(zip(self.session.outputs, self.session(inputs, self.session.outputs), strict=True))
 
 
 def by_torch(model: SpikingNet, x: np.ndarray, y: np.ndarray, surrogate: str, noise: Any, dtype: Any) -> Gradient:
@@ -113,11 +65,6 @@ def by_torch(model: SpikingNet, x: np.ndarray, y: np.ndarray, surrogate: str, no
 
     found = input_gradient(lambda x: attacked(x, None, draws), tensor, torch.from_numpy(y), loss)
     return Gradient(*(part.double().numpy() for part in found))
-
-
-def deviation(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of each image's gradient, in its largest component, relative to that [B]."""
-    return np.abs(found - expected).max((1, 2, 3)) / np.abs(expected).max((1, 2, 3)).clip(1e-30)
 
 
 def assert_torch_agrees(model: SpikingNet, run: Run, x: np.ndarray, y: np.ndarray, surrogate: str) -> None:
@@ -194,62 +141,6 @@ def test_a_network_trained_with_detached_resets_has_torchs_gradient() -> None:
 def test_a_wrong_surrogate_is_one_line(name: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         parse_surrogate(name)
-
-
-def logits_network(count: int, extra: str = "Identity") -> onnx.ModelProto:
-    """Images [batch, 1, 1, K] that are their own logits, through one more operator."""
-    text = f"""<ir_version: 10, opset_import: ["": 21]> own (float[batch, 1, 1, {count}] images)
-        => (float[batch, {count}] logits) <int64[2] shape = {{-1, {count}}}> {{
-            {"" if extra == "Identity" else f"changed = {extra} (images)"}
-            logits = Reshape ({"images" if extra == "Identity" else "changed"}, shape)
-        }}"""
-    return onnx.parser.parse_model(text)
-
-
-def dlr(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """By its definition, one image at a time."""
-    found = []
-    for row, k in zip(z, y.tolist(), strict=True):
-        wrong = torch.cat([row[:k], row[k + 1 :]])
-        ordered = row.sort(descending=True).values
-        gap = row[k] - wrong.max() if len(wrong) else 0 * row[k]
-        found.append(-gap / (ordered[0] - ordered[2] + 1e-12) if len(row) > 2 else -gap)
-    return torch.stack(found)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 10])
-def test_both_losses_and_their_mixture_have_autograds_gradient(count: int) -> None:
-    run = Run(logits_network(count), "triangle")
-    draw = np.random.default_rng(1)
-    x = draw.normal(0, 2, (64, 1, 1, count)).astype(np.float32)
-    y = draw.integers(0, count, 64)
-    z, classes = torch.from_numpy(x[:, 0, 0]).double().requires_grad_(), torch.from_numpy(y)
-    ce, ratio = F.cross_entropy(z, classes, reduction="none"), dlr(z, classes)
-    for loss in (0.0, 1.0, 0.25):
-        found = run(x, y, loss)
-        np.testing.assert_allclose(found["ce"], ce.detach(), atol=1e-5)
-        np.testing.assert_allclose(found["dlr"], ratio.detach(), atol=1e-4, rtol=1e-5)
-        (gradient,) = torch.autograd.grad(((1 - loss) * ce + loss * ratio).sum(), z, retain_graph=True)
-        np.testing.assert_allclose(found["gradient"][:, 0, 0], gradient, rtol=2e-4, atol=1e-5)
-
-
-def test_finite_differences_of_the_losses() -> None:
-    run = Run(logits_network(5), "triangle")
-    draw = np.random.default_rng(2)
-    x, y, h = draw.normal(0, 2, (16, 1, 1, 5)).astype(np.float32), draw.integers(0, 5, 16), 1e-2
-    for loss, name in ((0.0, "ce"), (1.0, "dlr")):
-        gradient = run(x, y, loss)["gradient"]
-        for k in range(5):
-            step = np.zeros_like(x)
-            step[..., k] = h
-            difference = (run(x + step, y)[name] - run(x - step, y)[name]) / (2 * h)
-            close = np.abs(difference - gradient[:, 0, 0, k]) < 1e-2 * (1 + np.abs(difference))
-            assert close.sum() >= 15  # a kink of DLR may lie between
-
-
-def test_an_operator_without_a_rule_is_named() -> None:
-    with pytest.raises(InputError, match=r"node changed \(Cos\) is an operator without a rule"):
-        attack_graph(logits_network(3, "Cos"), "triangle")
 
 
 def test_parts_that_do_not_tile_are_padded() -> None:
@@ -379,103 +270,3 @@ def test_tensorrt_builds_every_kind_of_backward_pass(surrogate: str, tmp_path: P
     save(learned("dlif", "direct")[1], tmp_path / "model.onnx")
     (tmp_path / "attack.onnx").write_bytes(derived(tmp_path / "model.onnx", surrogate))
     assert build_engine("tensorrt-rtx", tmp_path / "attack.onnx", (1, 2, 8))
-
-
-def attacker(name: str, folder: Path, surrogate: str = "triangle", **options: Any) -> GraphAttacker:
-    model, graph, shape = NETWORKS[name]()
-    save(graph, folder / "model.onnx")
-    return GraphAttacker(folder / "model.onnx", surrogate, noise=noise_inputs(model, shape), **options)
-
-
-def test_chunks_do_not_change_the_answer(tmp_path: Path) -> None:
-    x, y = images(33, (3, 16, 16))
-    with (
-        attacker("vgg-small", tmp_path, settings=RuntimeSettings(threads=1)) as whole,
-        attacker("vgg-small", tmp_path, settings=RuntimeSettings(threads=1, chunk=4)) as parts,
-    ):
-        for a, b in zip(whole(x, y), parts(x, y), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
-        with pytest.raises(InputError, match="pixels must be"):
-            whole(x + 1, y)
-
-
-def test_noise_is_fresh_seeded_and_averaged(tmp_path: Path) -> None:
-    x, y = images(6, SMALL)
-    with attacker("rsc and stog", tmp_path, seed=5) as one, attacker("rsc and stog", tmp_path, seed=5, draws=2) as two:
-        first, second = one(x, y), one(x, y)
-        assert not np.array_equal(first.gradient, second.gradient)
-        for a, b, mean in zip(first, second, two(x, y), strict=True):
-            np.testing.assert_allclose((a + b) / 2, mean, atol=1e-6)
-    with pytest.raises(InputError, match="takes the noise"):
-        GraphAttacker(tmp_path / "model.onnx", "triangle")
-
-
-def test_adaptive_is_assg_by_its_formula(tmp_path: Path) -> None:
-    """Two evaluations against torch with a sharpness of its own for each neuron; the second of half of the images."""
-    model, _, shape = exported("vgg-small")
-    x, y = images(8, shape)
-    rows = np.arange(0, 8, 2)
-    states: dict[str, list[np.ndarray]] = {}
-    with attacker("vgg-small", tmp_path, "adaptive") as run:
-        state = run.start(8)
-        for chosen in (slice(None), rows):
-            state = {name: value[chosen] for name, value in state.items()}
-            states = {layer: [pair[chosen] for pair in pairs] for layer, pairs in states.items()}
-            found, state = run.step(x[chosen], y[chosen], state)
-            expected = assg(model, x[chosen], y[chosen], states)
-            np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-            assert deviation(found.gradient, expected.gradient).max() <= 1e-5
-            for layer, (mean, spread) in states.items():
-                np.testing.assert_allclose(state[f"mean/{layer}"], mean, atol=1e-5)
-                np.testing.assert_allclose(state[f"deviation/{layer}"], spread, atol=1e-5)
-            x = (x + 0.05).clip(0, 1)
-
-
-def assg(model: SpikingNet, x: np.ndarray, y: np.ndarray, states: dict[str, list[np.ndarray]]) -> Gradient:
-    """By torch; moves `states`, the mean and the deviation [B, T, ...] of each layer."""
-    attacked = with_surrogate(model, "triangle")
-    sharpness: dict[str, list[torch.Tensor]] = {}
-
-    def observe(trace: Trace) -> None:
-        v = torch.stack([s.u for s in trace.states], 1).double().numpy() - trace.neuron.v_threshold
-        mean, spread = states.get(trace.layer, [np.ones_like(v), np.zeros_like(v)])
-        mean = 0.9 * mean + 0.1 * np.abs(v)
-        spread = 0.9 * spread + 0.1 * np.abs(np.abs(v) - mean)
-        states[trace.layer] = [mean, spread]
-        s = 2 / np.pi * np.tan(0.4 * np.pi) / (mean + 1.5 * spread + 1e-4)
-        sharpness[trace.layer] = list(torch.from_numpy(s).float().unbind(1))
-
-    with torch.no_grad():
-        attacked(torch.from_numpy(x), observe)
-
-    def derivative(layer: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        def arctangent(v: torch.Tensor) -> torch.Tensor:
-            s = sharpness[layer].pop()  # backpropagation goes from the last step to the first
-            return s / 2 / (1 + (torch.pi / 2 * s * v) ** 2)
-
-        return arctangent
-
-    for layer in attacked.layers():
-        layer.neuron.surrogate = Surrogate("assg", derivative(layer.name), float("inf"))
-    found = input_gradient(attacked, torch.from_numpy(x), torch.from_numpy(y))
-    return Gradient(*(part.numpy() for part in found))
-
-
-def test_attackers_of_one_kind_share_the_weights_and_answer_as_alone(bundle: Bundle) -> None:
-    model = bundle.variant("fp32")
-    draw = np.random.default_rng(0)
-    x, y = draw.random((3, *bundle.manifest.input_shape), np.float32), np.array([0, 1, 2])
-    network = NetworkFile(model, lambda x: x)
-    names = [("triangle:1", "ce"), ("triangle:0.5", "dlr"), ("triangle:1+averaged", "ce"), ("triangle:1", "ce")]
-    names += [("triangle:1+detached", "ce"), ("triangle:1", "weighted")]
-    shared = [network.attacker(name, loss=loss, draws=1) for name, loss in names]
-    sessions = [attacker._session for attacker in shared]
-    assert sessions[0] is sessions[1]
-    assert len(set(map(id, sessions))) == 5
-    with shared[0], shared[1]:
-        pass
-    for attacker, (name, loss) in zip(shared, names, strict=True):
-        with GraphAttacker(model, name, loss=loss) as alone:
-            towards = np.eye(10, dtype=np.float32)[y] if loss == "weighted" else y
-            for own, expected in zip(attacker(x, towards), alone(x, towards), strict=True):
-                np.testing.assert_array_equal(own, expected)

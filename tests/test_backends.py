@@ -1,10 +1,7 @@
 """Every backend answers as the torch model does, with settings measured on this machine where there are any."""
 
 import json
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,29 +10,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from conftest import assert_input_error, mpdsgr
 from onnx import helper, numpy_helper
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import gpu
-
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
-from mpdsgr_deploy.cli.doctor import state
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.parity import compare
-from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import shipped
-from mpdsgr_deploy.runtime import BACKENDS, NoiseSource, OnnxRuntime, open_predictor, tuning
+from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor, tuning
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, machine, prepared, prepared_settings
 from mpdsgr_deploy.runtime.openvino import OpenVino, chunks
 from mpdsgr_deploy.runtime.openvino_graph import rewrite
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.runtime.tuning import measured_at_start, tune
 
-DOCTOR = shipped("export") / "doctor"
 BUNDLES = Path(__file__).parent.parent / "export" / "bundles"
 TUNED = ("openvino", "onnxruntime-cpu")
 
@@ -63,31 +52,6 @@ def test_parity_with_torch_in_batches_of_every_kind(
             assert parity.labels_differ == 0
             assert parity.max_abs <= 1e-5, parity
         assert compare(expected[::2], predictor(images[::2])).holds  # not contiguous in memory
-
-
-def test_torch_compile_answers_as_torch_does() -> None:
-    bundle = open_bundle(DOCTOR / "bundle")
-    inputs, logits = bundle.golden()
-    with open_predictor(bundle, "torch-compile") as predictor:
-        first = predictor(inputs)
-        kept = first.copy()
-        np.testing.assert_allclose(predictor(inputs[::-1].copy()), logits[::-1], atol=1e-5)
-        assert np.array_equal(first, kept)
-
-
-def test_torch_compile_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small(torch.nn.Module):  # compiled as far as the C++ in a second, which a spiking network takes ten for
-        stochastic = False
-
-        def forward(self, x: torch.Tensor, observe: object, noise: object) -> torch.Tensor:
-            return x.exp().flatten(1)
-
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
-    torch._dynamo.reset()
-    model = TorchModel(Small(), (1, 8, 8)).compiled()
-    with pytest.raises(InputError, match=r"install a C\+\+ compiler") as error:
-        model(np.zeros((2, 1, 8, 8), np.float32))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("backend", TUNED)
@@ -217,7 +181,7 @@ def test_openvino_rounds_nothing_and_uses_the_threads_it_is_given(bundle: Bundle
 
 def test_openvino_says_that_it_does_not_round_to_float16(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    small = open_bundle(DOCTOR / "bundle")
+    small = open_bundle(shipped("export") / "doctor" / "bundle")
     for precision in ("fp32", "int8", "fp16"):
         assert "float16" not in caplog.text
         with open_predictor(small, "openvino", precision):
@@ -310,44 +274,6 @@ def test_the_build_command(copy: Bundle) -> None:
     assert prepared_settings(open_bundle(copy.path), "openvino", "fp32").model_dump() == settings
     assert_input_error(mpdsgr("build", copy.path, "--backend", "openvin"), "did you mean 'openvino'")
     assert_input_error(mpdsgr("build", copy.path, "--backend", "openvino", "--precision", "int4"), "it has fp32")
-
-
-def test_the_doctor_says_of_every_backend_whether_it_works(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for backend in ("onnxruntime-cpu", "openvino", "torch"):
-        assert state(bundle, backend, "fp32").startswith("works, ")
-    assert "it has fp32" in state(bundle, "openvino", "int4")
-    if not torch.cuda.is_available():
-        for backend in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
-            assert state(bundle, backend, "fp32").startswith("no: ")
-
-    def half_installed(bundle: Bundle, precision: str, noise: NoiseSource) -> None:
-        raise RuntimeError("libsomething.so is missing\nand so on")
-
-    monkeypatch.setitem(BACKENDS.loaded, "broken", half_installed)
-    assert state(bundle, "broken", "fp32") == "no: RuntimeError: libsomething.so is missing and so on"
-
-
-def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from mpdsgr_deploy.cli import main; main(['doctor', '--json'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
-    assert {row["step"] for row in shown["unproved_on_a_gpu"]} == set(gpu.STEPS)  # each waits for a step, and each step
-    backends = shown["backends"]
-    assert backends.keys() == BACKENDS.keys()
-    assert backends["openvino"]["fp32"].startswith("works, ")
-    assert re.match("works|no: no GPU can be used", backends["tensorrt-rtx"]["fp32"])  # an engine was built for it
-    assert not (DOCTOR / "bundle" / "engines").exists()
-    for backend in ("torch", "torch-compile"):
-        assert "mpdsgr-deploy[train]" in backends[backend]["fp32"]
-
-
-def test_the_doctors_network_is_the_one_of_its_recipe_and_small() -> None:
-    bundle = open_bundle(DOCTOR / "bundle")
-    assert bundle.manifest.recipe == load_recipe(DOCTOR / "recipe.toml").portable()
-    assert sum(file.stat().st_size for file in bundle.path.iterdir()) < 150_000
-    accuracy = bundle.manifest.variants["fp32"].accuracy
-    assert accuracy.correct > 0.9 * accuracy.n
 
 
 def test_a_manifest_keeps_its_digest_when_a_later_version_adds_a_field(bundle: Bundle) -> None:

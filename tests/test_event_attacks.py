@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_attack_graph import frames
+from attack_networks import frames
 
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import Batch

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import pytest
 import torch
-from test_attacks_strong import EPS, Linear, draw, linear
+from linear_model import EPS, Linear, draw, linear
 
 from mpdsgr_deploy.attacks import apgd, mpd_apgd, sa_pgd
 from mpdsgr_deploy.attacks.condition import Condition

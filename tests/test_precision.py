@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file
+from stochastic_networks import exported as exported_stochastic
 from test_export import NAMES, exported
-from test_stochastic_export import exported as exported_stochastic
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import load_checkpoint, save_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_attacks_strong import EPS, linear
+from linear_model import EPS, linear
 
 from mpdsgr_deploy.attacks import apgd
 from mpdsgr_deploy.bundle import Bundle

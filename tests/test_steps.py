@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_input_error, mpdsgr, mpdsgr_here, once, small_recipe
+from stochastic_networks import warmed_up
 from test_resume import Counted
-from test_stochastic_export import warmed_up
 
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.run import Journal
