@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import QUICK_GATE, exported, perturbed
+from conftest import QUICK_GATE, perturbed
+from served import BUNDLE
 
 from mpdsgr_deploy.bundle import open_bundle
 
@@ -69,15 +70,13 @@ def test_an_empty_environment_gets_a_working_command(environment: Path, tmp_path
     assert "mpdsgr-deploy[train]" in done.stderr
 
 
-@pytest.mark.usefixtures("real_tiers")
-def test_validation_needs_the_extra_cpu_and_no_other(environment: Path, run_dir: Path, tmp_path: Path) -> None:
+def test_validation_needs_the_extra_cpu_and_no_other(environment: Path, tmp_path: Path) -> None:
     """Neither torch nor the data set, whose images the bundle carries: a healthy bundle passes, a broken one fails."""
     absent = ["torch", "torchvision", "matplotlib", "jinja2", "sklearn", "onnxscript", "onnx_ir"]
     script = f"from importlib.util import find_spec; print([name for name in {absent} if find_spec(name)])"
     assert installed(environment, "python", "-c", script, cwd=tmp_path).stdout.strip() == "[]"
     (tmp_path / "gate.toml").write_text(QUICK_GATE)
-    exported(run_dir, tmp_path / "bundle", limit=20)  # by the tier that the installed package knows
-    bundle = open_bundle(tmp_path / "bundle")
+    bundle = open_bundle(BUNDLE)  # whose promise is of the tier that the installed package knows
     broken = perturbed(bundle, tmp_path / "broken")
     for path, code in ((bundle.path, 0), (broken, 1)):
         report = tmp_path / f"report-{code}"

@@ -83,7 +83,7 @@ def gradients_of_zero_behind_averaged_draws(copy: Planted) -> None:
     mislead(copy, nothing)
 
 
-@fault("evaluation", 3, "check 7", kind="sharp")
+@fault("evaluation", 3, "check 7", kind="sharp", thorough=True)
 def surrogate_too_sharp(copy: Planted) -> None:
     """A network trained, attacked and promised through a surrogate so narrow that hardly any gradient passes."""
 
