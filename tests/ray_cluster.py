@@ -82,6 +82,7 @@ class Cluster:
             MARK: self._mark,
             **NO_TOKEN,
             "OMP_NUM_THREADS": "1",
+            "RAY_prestart_worker_first_driver": "0",  # a process per CPU that nothing would use
             "RAY_worker_niceness": "0",  # not 15, at which replicas wait for all other work of a busy machine
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # not 30
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # not 3

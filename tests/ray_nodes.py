@@ -60,6 +60,7 @@ def nodes(store: ObjectStore) -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as environment:
         settings = {
             **NO_TOKEN,
+            "RAY_prestart_worker_first_driver": "0",  # a process per CPU that nothing would use
             "RAY_worker_niceness": "0",  # else actors would wait for all other work of a busy machine
             "REPORTER_UPDATE_INTERVAL_MS": "60000",  # not 5000: nobody reads what a node's agent measures
             MARK: secrets.token_hex(8),
