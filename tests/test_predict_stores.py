@@ -2,6 +2,7 @@
 
 import csv
 import io
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 import mpdsgr_deploy as mpd
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError, StoreError
-from mpdsgr_deploy.prediction.inputs import Inputs
+from mpdsgr_deploy.prediction.inputs import Inputs, travelling
 from mpdsgr_deploy.prediction.parquet import ParquetImages
 from mpdsgr_deploy.prediction.stream import Job
 from mpdsgr_deploy.recipes import shipped
@@ -195,6 +196,21 @@ def test_folders_are_listed_and_arrays_fetched_by_ranges(bundle: Bundle, uploade
     fetched = [1 + int(b) - int(a) for a, b in (text.removeprefix("bytes=").split("-") for text in ranges)]
     assert 0 < sum(fetched) < large.nbytes
     assert len(fetched) == 2
+
+
+def test_batches_that_travel_together_open_each_file_once(uploaded: ObjectStore) -> None:
+    """As one batch of all its images does, and not once for each batch."""
+    places = [place_of(address(name)) for name in ("shards/0.parquet", "arrays/b.npz", "shards/1.parquet")]
+
+    def requests(size: int) -> int:
+        with Inputs(places, SHAPE) as inputs, ThreadPoolExecutor(2) as pool:
+            batches = pickle.loads(pickle.dumps(travelling(inputs.batches(size))))
+            uploaded.fetched()
+            images = np.concatenate([batch.read(pool) for batch in batches])
+        assert np.array_equal(images, np.concatenate([PIXELS[:9], PIXELS[9:], PIXELS[9:]]))
+        return len(uploaded.fetched())
+
+    assert requests(2) == requests(N)
 
 
 def test_a_share_of_a_store_with_bad_files(bundle: Bundle, uploaded: ObjectStore, tmp_path: Path) -> None:

@@ -44,8 +44,12 @@ class InputBatch:
 
     def alone(self) -> "InputBatch":
         """The same batch with only the part of its source that it needs."""
-        source, start = self.source.part(self.start, self.stop)
-        return InputBatch(source, start, start + len(self))
+        (batch,) = travelling([self])
+        return batch
+
+    def follows(self, other: "InputBatch") -> bool:
+        """Whether this batch begins where the other one ends, in the same source."""
+        return self.source is other.source and self.start == other.stop
 
     def read(self, pool: Executor) -> Pixels:
         """The images [B, C, H, W]. Raises InputError naming the file that cannot be used."""
@@ -70,6 +74,27 @@ class InputBatch:
     def stamp(self) -> str:
         """A text that changes whenever the files behind the images do."""
         return self.source.stamp(self.start, self.stop)
+
+
+def travelling(batches: Sequence[InputBatch]) -> list[InputBatch]:
+    """The same batches for another thread or machine, with only the parts of their sources that they need.
+
+    Batches that follow each other share a part: its file is opened once, and what is compressed is read once.
+    """
+    runs: list[list[InputBatch]] = []
+    for batch in batches:
+        if runs and batch.follows(runs[-1][-1]):
+            runs[-1].append(batch)
+        else:
+            runs.append([batch])
+    return [batch for run in runs for batch in _with_part(run)]
+
+
+def _with_part(run: Sequence[InputBatch]) -> Iterator[InputBatch]:
+    first = run[0].start
+    source, start = run[0].source.part(first, run[-1].stop)
+    for batch in run:
+        yield InputBatch(source, start + batch.start - first, start + batch.stop - first)
 
 
 class Inputs:

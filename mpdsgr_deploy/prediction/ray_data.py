@@ -21,7 +21,7 @@ from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.faults import Faults
-from mpdsgr_deploy.prediction.inputs import InputBatch
+from mpdsgr_deploy.prediction.inputs import InputBatch, travelling
 from mpdsgr_deploy.prediction.parts import (
     SKIPPED,
     SUCCESS,
@@ -92,7 +92,7 @@ def _run(job: Job, folder: Parts, parts: dict[int, Sequence[InputBatch]], resour
     ray, data = need("ray", "ray"), need("ray.data", "ray")
     for name in ("ray", "ray.data"):  # hide Ray's messages about its plans and pools
         logging.getLogger(name).setLevel(logging.ERROR)
-    items = [{"part": i, "batches": ray.cloudpickle.dumps([b.alone() for b in part])} for i, part in parts.items()]
+    items = [{"part": i, "batches": ray.cloudpickle.dumps(travelling(part))} for i, part in parts.items()]
     with _connected(ray, resources.address):
         data.DataContext.get_current().enable_progress_bars = False
         most = min(resources.actors or len(items), len(items))  # as many as fit, also where machines join the cluster
