@@ -26,6 +26,25 @@ class ObjectStore:
     def __init__(self, fs: Any, requests: list[Request]) -> None:
         self.fs, self.requests = fs, requests
         self.refuse: int | None = None  # the status of all answers
+        self._changed, self._held, self._let_through = threading.Condition(), "", 0
+
+    def hold(self, key: str, *, after: int) -> None:
+        """Let so many more writes of keys that contain `key` through; others wait until `release`."""
+        with self._changed:
+            self._held, self._let_through = key, after
+
+    def release(self) -> None:
+        """Let every write through."""
+        with self._changed:
+            self._held = ""
+            self._changed.notify_all()
+
+    def wait_for_turn(self, key: str) -> None:
+        """In a request that writes: return once it is let through."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held not in key or self._let_through > 0)
+            if self._held and self._held in key:
+                self._let_through -= 1
 
     def put(self, files: dict[str, bytes]) -> None:
         """Write files by their keys."""
@@ -60,6 +79,8 @@ def object_store() -> Iterator[ObjectStore]:
         if store.refuse:
             respond(f"{store.refuse} Refused", [("Content-Length", "0")])
             return []
+        if environ["REQUEST_METHOD"] == "PUT":
+            store.wait_for_turn(environ["PATH_INFO"])
         return backend(environ, respond)
 
     (port,) = free_ports(1)
