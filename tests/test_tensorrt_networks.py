@@ -75,7 +75,7 @@ SYNAPSES = {
     "int8": quantised_spikes(np.int8, per_channel=True),
     "fp8": quantised_spikes(E4M3, per_channel=False),
 }
-BUILT = {"vgg-small": PRECISIONS, "wrn16-4": PRECISIONS, "vgg11-slim": ("fp32",)}  # the last of a single step
+BUILT = {"vgg-small": PRECISIONS, "wrn16-4": PRECISIONS, "vgg11": ("fp32",)}  # the last of a single step
 
 
 @pytest.mark.parametrize("name", BUILT)
