@@ -32,7 +32,7 @@ def server() -> Iterator[Served]:
         codes = {key.partition('code="')[2][:3] for key in served.metrics() if "requests_total" in key}
         assert not {code for code in codes if code[0] == "5"} - {"503"}  # a connection with too many requests
         assert served.metrics()["mpdsgr_in_flight_bytes"] == 0
-        assert served.descriptors() <= files + 2
+        assert eventually(lambda: served.descriptors() <= files + 2)
         assert served.rss() <= memory + 16 * MiB
 
 

@@ -158,6 +158,7 @@ def test_a_grpc_connection_that_says_nothing(hasty: Served) -> None:
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such option")
 def test_clients_that_do_not_take_their_answers(hasty: Served) -> None:
+    hasty.metrics()  # the first opens a file that stays open
     before = hasty.descriptors()
     with ExitStack() as stack:
         silent = stack.enter_context(socket.socket())
@@ -168,5 +169,5 @@ def test_clients_that_do_not_take_their_answers(hasty: Served) -> None:
             while True:
                 silent.sendall(http("GET", "/") * 60)
         assert eventually(lambda: hasty.metrics()["mpdsgr_connections"] == 1)
-        assert hasty.descriptors() <= before + 1  # the connection that asks
+        assert eventually(lambda: hasty.descriptors() <= before)
     assert_right(hasty.ask(GOOD))
