@@ -50,9 +50,11 @@ SMALL = {
     "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 8, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},
 }
-FIRST = (
-    *("export", "attack_graph", "graph_attacker", "precision", "firing"),  # share the networks of test_export.exported
-    *("deploy_ray", "study", "calls_home", "readme", "deployed_table", "predict_ray", "cli", "processes"),  # long
+FIRST = (  # what takes long, by worker
+    # these share the networks of test_export.exported; predict_ray comes when the other cluster is about to end
+    ("export", "attack_graph", "graph_attacker", "precision", "firing", "predict_ray"),
+    ("deploy_ray", "study"),
+    ("calls_home", "readme", "deployed_table", "cli", "processes"),
 )
 QUICK_GATE = "images = 20\nmax_drop = 0.5\n"  # as few images as can decide anything, in seconds
 
@@ -138,9 +140,19 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that share exported networks first, which one worker has then, and long tests before short ones."""
-    rank = {f"test_{name}.py": i - len(FIRST) for i, name in enumerate(FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.name, 0))
+    """Begin each worker's share, an equal stretch of all tests at first, with long ones; others take from its end."""
+    workers, total = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)), len(items)
+    long: dict[str, list[pytest.Item]] = {f"test_{name}.py": [] for names in FIRST for name in names}
+    short: list[pytest.Item] = []
+    for item in items:
+        long.get(item.path.name, short).append(item)
+    items.clear()
+    for worker in range(workers):
+        share = (total - len(items)) // (workers - worker)
+        begin = [item for names in FIRST[worker::workers] for name in names for item in long[f"test_{name}.py"]]
+        room = max(0, share - len(begin))
+        items += begin + short[:room]
+        del short[:room]
 
 
 def pytest_collection_finish() -> None:
