@@ -1,7 +1,9 @@
 """How often precisions agree with float32 on trained networks, on clean test images and on attacked ones.
 
-    mpdsgr train benchmarks/agreement.toml --out runs/agreement
-    python benchmarks/agreement.py runs/agreement OTHER_RUN... --root data
+    python benchmarks/agreement.py runs/clean/last runs/at/last --root data --attacked 10000
+
+Published are the accurate network of export/bundles/cifar10-clean and its adversarial fine-tuning,
+`cifar10-vgg11-slim-tune-at`.
 
 The attack is the recipe's PGD on the torch network, so that every precision meets the same pixels; attacked are as many
 of the first test images as `--attacked` says. OpenVINO runs int8 in int8 arithmetic; onnxruntime rounds float16 as the
