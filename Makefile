@@ -30,6 +30,7 @@ test-lowest:
 
 bench: .venv/.dev
 	.venv/bin/python benchmarks/step.py
+	.venv/bin/python benchmarks/neurons.py
 	.venv/bin/python benchmarks/training.py
 	.venv/bin/python benchmarks/linear.py
 	.venv/bin/python benchmarks/growth.py

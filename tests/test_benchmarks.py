@@ -27,6 +27,7 @@ import harness
 import largest
 import linear
 import memory
+import neurons
 import ray_data
 import step
 import steps
@@ -49,6 +50,7 @@ import workers
             largest,
             linear,
             memory,
+            neurons,
             ray_data,
             step,
         ),
@@ -228,6 +230,14 @@ def test_every_way_of_a_linear_layer_computes_the_same() -> None:
         torch.testing.assert_close(way(x, weight), x @ weight.t())
     samples = linear.measure(torch.float32, 2, shape=(4, 6, 5))
     assert {name: len(seconds) for name, seconds in samples.items()} == dict.fromkeys(linear.WAYS, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_steps_as_one_function_keep_the_potentials_alone(dtype: torch.dtype) -> None:
+    current = torch.randn(4, 3, 2, 5, 5).to(dtype).requires_grad_()
+    assert neurons.kept(neurons.as_one, current) == current.nbytes
+    assert neurons.kept(neurons.Neurons(), current) > current.nbytes
+    assert torch.equal(neurons.as_one(current), neurons.Neurons()(current))
 
 
 def test_growth_is_the_slope_of_the_logarithms() -> None:
