@@ -217,7 +217,7 @@ def render(result: dict[str, Any]) -> str:
         f"processor time), {adopting['peak bytes'] / 2**20:.0f} MiB at most; attacks on "
         f"{adopting['images attacked at once']} images at once: {adopting['peak bytes of attacks'] / 2**20:.0f} MiB.",
         f"VGG11 at width {setting['width']:g}, T = {setting['T']}, batch {setting['batch']}, {setting['threads']} "
-        f"threads; median [{harness.interval(n)[1]:.0%} interval] of n = {n} paired turns, on a machine with other "
+        f"threads; {harness.paired(n)}, on a machine with other "
         f"work. Logits differ by {apart['logits']:.1g} at most, gradients by "
         f"{apart['gradient, of the largest entry']:.1g} of the largest entry: a spike of the "
         "first layer within rounding of the threshold falls differently, and others behind it. "

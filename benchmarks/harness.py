@@ -58,6 +58,11 @@ def spread(values: Sequence[float], below: Sequence[float] | None = None, form: 
     return "{} [{}, {}]".format(*(form.format(v) for v in (statistics.median(ordered), ordered[k], ordered[-1 - k])))
 
 
+def paired(n: int, what: str = "turns") -> str:
+    """What the brackets of `spread` are, for n of them."""
+    return f"median [{interval(n)[1]:.0%} interval] of n = {n} paired {what}"
+
+
 def table(header: Sequence[str], rows: Iterable[Iterable[object]], *notes: str) -> str:
     """A Markdown table with notes below."""
     head, *body = (f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows))

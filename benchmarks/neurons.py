@@ -61,13 +61,11 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, turns: int) -> dict[str,
         layer(current).backward(gradient)
         current.grad = None
 
-    first = {name: harness.timed(partial(step, layer)) for name, layer in layers.items()}
+    contenders = {name: partial(harness.timed, partial(step, layer)) for name, layer in layers.items()}
     return {
-        "compiling": first[COMPILED],
+        "compiling": contenders[COMPILED](),
         "kept": {name: kept(layer, current) for name, layer in layers.items()},
-        "seconds": harness.take_turns(
-            {name: partial(harness.timed, partial(step, layer)) for name, layer in layers.items()}, turns
-        ),
+        "seconds": harness.take_turns(contenders, turns),
     }
 
 
@@ -102,7 +100,7 @@ def render(result: dict[str, Any]) -> str:
         ["precision", "neurons", "ms", "times the loop", "MB kept", "s to compile"],
         rows,
         f"T = {T}, batch {batch}, {channels} channels of {height}x{width}, triangle, hard reset, {result['threads']} "
-        f"threads; median [{harness.interval(n)[1]:.0%} interval] of n = {n} paired turns.",
+        f"threads; {harness.paired(n)}.",
         harness.source(result),
     )
 

@@ -62,7 +62,7 @@ def union_table(attempts: Lines, tiers: Lines) -> str:
         "| gradients per image | queries per image | processor s | times before |",
         "|---" * 10 + "|",
     ]
-    spent = {tier: sum(line["seconds"] for line in rows) for tier, rows in by_tier(tiers).items()}
+    spent = seconds_by_tier(tiers)
     for (name, tier), rows in by_tier(tiers).items():
         n = rows[0]["n"]
         own = [row for row in rows if row["condition"] == "mpd-apgd"]
@@ -88,6 +88,11 @@ def by_tier(tiers: Lines) -> dict[tuple[str, str], Lines]:
     for line in tiers:
         groups.setdefault((line["network"], line["tier"]), []).append(line)
     return groups
+
+
+def seconds_by_tier(tiers: Lines) -> dict[tuple[str, str], float]:
+    """Processor seconds of each network and tier."""
+    return {key: sum(line["seconds"] for line in rows) for key, rows in by_tier(tiers).items()}
 
 
 def alone_table(tiers: Lines) -> str:
@@ -131,7 +136,7 @@ def in_short(attempts: Lines, tiers: Lines) -> str:
         rows = groups[name, "release"]
         if known := floor(attempts, rows[0]["sha256"]):
             above[name] = left_by(rows) - known[0]
-    spent = {key: sum(line["seconds"] for line in rows) for key, rows in groups.items()}
+    spent = seconds_by_tier(tiers)
     times = {name: spent[name, "release"] / spent[name, "release, before"] for name in networks}
     together = sum(spent[name, "release"] for name in networks) / sum(spent[n, "release, before"] for n in networks)
     mean = f"{np.mean([*above.values()]):+.1f} on average" if above else ""

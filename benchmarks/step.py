@@ -92,7 +92,7 @@ def render(result: dict[str, Any]) -> str:
         ["training", *(column for p in result["seconds"] for column in (f"{p}, ms", f"{p}, times REG"))],
         rows,
         f"VGG11 at width {setting['width']}, 32x32 images, T = {setting['T']}, batch {setting['batch']}, "
-        f"{setting['threads']} threads; median [{harness.interval(n)[1]:.0%} interval] of n = {n} paired steps.",
+        f"{setting['threads']} threads; {harness.paired(n, 'steps')}.",
         harness.source(result),
     )
 

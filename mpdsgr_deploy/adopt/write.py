@@ -76,10 +76,9 @@ def adopt(
 
     images: with which the reference is made, in [0, 1] as all of this package's; preprocessing: what the network
     expects instead. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first, with "+detached" behind
-    it if the network was trained with detached resets. variants: other files of the same network by name, such as
-    int8. reference: logits [N, K] of the images by the framework that the network
-    was trained in, which the file then has to match. recipe: attack settings and gate; its neuron and model are filled
-    in.
+    it if the network was trained with detached resets. variants: other files of the same network by name, such as int8.
+    reference: logits [N, K] of the images by the framework that the network was trained in, which the file then has to
+    match. recipe: attack settings and gate; its neuron and model are filled in.
 
     Raises InputError for files or images that do not fit or that cannot be attacked, EvaluationError if the network
     does not answer as its reference, or not finitely.

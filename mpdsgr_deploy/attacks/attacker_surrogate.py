@@ -27,7 +27,7 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     """
     attacked = copy.deepcopy(model)
     kind, _, detached, averaged = parse_surrogate(name)
-    if detached and any(type(layer.neuron) is not LIF for layer in attacked.layers()):
+    if detached and not attacked.plain:
         raise InputError(f"surrogate {name!r}: only plain LIF neurons can detach their reset; leave {DETACHED} out")
     backward: Callable[[LIF], LIF]
     if kind in (RATE, PDSG):

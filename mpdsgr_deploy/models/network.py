@@ -84,6 +84,11 @@ class SpikingNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, SpikingLayer)]
 
     @property
+    def plain(self) -> bool:
+        """Whether all neurons are those of `LIF`, none of them a defence's."""
+        return all(type(layer.neuron) is LIF for layer in self.layers())
+
+    @property
     def stochastic(self) -> bool:
         """Whether two forward passes of the same image differ."""
         return self.encode.stochastic or any(layer.neuron.stochastic for layer in self.layers())

@@ -16,7 +16,6 @@ from mpdsgr_deploy.defences import DEFENCES, build_defended
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.models import MODELS, SpikingNet
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import LIF
 from mpdsgr_deploy.surrogates import ATTACK_ONLY, parse_surrogate, surrogate_nodes, trained_surrogate
 from mpdsgr_deploy.training.stages import check_stages
 
@@ -34,7 +33,7 @@ def preflight(recipe: Recipe, training: Images) -> None:
     _check_surrogates(recipe)
     with torch.device("meta"):
         model, _ = build_defended(recipe, training.shape, classes)
-    if recipe.neuron.detach_reset and any(type(layer.neuron) is not LIF for layer in model.layers()):
+    if recipe.neuron.detach_reset and not model.plain:
         raise InputError(
             f"neuron.detach_reset is for plain LIF neurons; {', '.join(recipe.defence)} puts others in their place"
         )
