@@ -46,8 +46,8 @@ def train(
     """Train a recipe (a built-in name, a .toml file or a `Recipe`) into directory `out`, and return that directory.
 
     overrides: texts such as "training.epochs=5" that replace fields of a recipe file. resume: continue an interrupted
-    run, or start one. profile: write where the time of the first steps went to out/profile. init: a run or checkpoint
-    whose weights training starts from (fine-tuning), or package.module:function, which returns a torch module.
+    run, or start one. profile: write where the time of the first steps went to out/profile. init: a run or bundle whose
+    weights training starts from (fine-tuning), or package.module:function, which returns a torch module.
     Raises InputError for a wrong recipe, missing data or extra `train`, or an `out` that holds another run.
     """
     need("lightning_fabric", "train")

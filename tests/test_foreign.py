@@ -27,6 +27,7 @@ from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.remote import RemoteModel
 from mpdsgr_deploy.surrogates import trained_surrogate
+from mpdsgr_deploy.training.trained_weights import find_weights
 
 # The surrogate of each library as it was trained. Norse 1.1 divides by (|x| + 1)^2 whatever its alpha.
 SURROGATES = {
@@ -85,6 +86,11 @@ def adopted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     assert done.exit_code == 0, done.output
     assert "next: mpdsgr validate" in done.output
     return open_bundle(out)
+
+
+def test_training_has_nothing_to_start_from_in_it(adopted: Bundle) -> None:
+    with pytest.raises(InputError, match="did not train, and no weights"):
+        find_weights(adopted.path)
 
 
 def test_the_users_file_is_deployed_byte_for_byte(adopted: Bundle) -> None:

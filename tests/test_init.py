@@ -1,18 +1,23 @@
-"""`train --init` from a torch module of another library: its layers map one to one, or an error names the first."""
+"""`train --init` from a bundle, and from a torch module of another library, whose layers map one to one."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import small_recipe
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.module_init import mapped_weights
+from mpdsgr_deploy.training.trained_weights import find_weights
 
 SHAPE, T = (1, 8, 8), 2
 RECIPE = {
@@ -108,3 +113,16 @@ def test_training_starts_from_a_module_and_says_so(tmp_path: Path, monkeypatch: 
     done = CliRunner().invoke(main, again)
     assert done.exit_code == 2
     assert "cannot be imported and called" in done.output
+
+
+def test_a_bundle_is_a_start_as_good_as_its_checkpoint(run_dir: Path, bundle: Bundle, tmp_path: Path) -> None:
+    of_bundle, of_run = find_weights(bundle.path), find_weights(run_dir)
+    assert of_bundle.sha256 == of_run.sha256
+    assert of_bundle._replace(file=of_run.file, recipe=of_run.recipe) == of_run
+    still = {"epochs": 1, "lr": 1e-12, "momentum": 0.0, "weight_decay": 0.0, "pictures": 0}
+    train(small_recipe(training=still, data={"train_images": 260}), tmp_path / "run", init=bundle.path)
+    checkpoint = load_checkpoint(tmp_path / "run" / "last")
+    assert checkpoint.init is not None
+    assert (checkpoint.init["weights_sha256"], checkpoint.init["epoch"]) == (of_run.sha256, of_run.epoch)
+    before, after = load_file(of_run.file), load_file(tmp_path / "run" / "last" / checkpoint.weights)
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before if "running" not in name)

@@ -18,9 +18,7 @@ DEFAULT = "digits-robust"  # of the methods measured, what keeps most under all 
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a recipe field.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run from its last finished epoch.")
-@click.option(
-    "--init", metavar="ORIGIN", help="Start from a checkpoint's weights, or those of package.module:function."
-)
+@click.option("--init", metavar="ORIGIN", help="Start from the weights of a run, a bundle or package.module:function.")
 @click.option("--profile", is_flag=True, help="Write where the time of the first steps went to OUT/profile.")
 @json_option
 def command(
@@ -41,8 +39,8 @@ def command(
     Several nodes train together with training.nodes: start this command by torchrun or srun, or once on each node with
     MASTER_ADDR, MASTER_PORT and NODE_RANK set. All of them need the data and a shared --out.
 
-    --init takes a run or checkpoint of this package, or package.module:function, which returns a torch module whose
-    layers map one to one onto the recipe's.
+    --init takes a run, a checkpoint or a bundle of this package, or package.module:function, which returns a torch
+    module whose layers map one to one onto the recipe's.
 
     \b
     Example:

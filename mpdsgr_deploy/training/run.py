@@ -45,7 +45,7 @@ from mpdsgr_deploy.training.stages import recipe_at
 from mpdsgr_deploy.training.state import STATE, begin, save
 
 RECIPE = "recipe.json"
-Origin = Path | str  # of first weights: a checkpoint's directory, or package.module:function
+Origin = Path | str  # of first weights: the directory of a trained network, or package.module:function
 
 
 def origin(text: str | os.PathLike[str]) -> Origin:
@@ -62,8 +62,8 @@ def train(
     Of a run on several nodes, or of a launcher, each process calls this; they share `out`, and one of them leads.
     resume continues an interrupted run of the same recipe from its last finished epoch (or starts one). profile writes
     where the time of its first steps went into out/profile. init: what to start from instead of random weights,
-    the directory of a checkpoint or the name of a torch module (package.module:function); a resumed run goes on from
-    its own.
+    the directory of a run, a checkpoint or a bundle, or the name of a torch module (package.module:function); a resumed
+    run goes on from its own.
     Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
     hardware, processes that do not fit the recipe or do not find each other, a full disk.
     """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
@@ -20,6 +20,7 @@ from mpdsgr_deploy.models.steps import per_step_names
 from mpdsgr_deploy.training.epoch import Learner
 from mpdsgr_deploy.training.identity import refuse_other_data
 from mpdsgr_deploy.training.module_init import mapped_weights, start_from_module, weights_sha256
+from mpdsgr_deploy.training.trained_weights import TrainedWeights, find_weights
 
 STATE = "state.pt"
 COMPARED = 500  # training images on which a module and the network that starts from it are compared
@@ -27,7 +28,8 @@ COMPARED = 500  # training images on which a module and the network that starts 
 
 class Past(NamedTuple):
     """What lies behind a run: the history entries of its epochs so far, and where its first weights come from, if they
-    were not random: a checkpoint's hash, epoch, recipe, provenance and own `init`, or a module's name and hash.
+    were not random: the hash, epoch, recipe and provenance of trained weights and their own `init`, or a module's name
+    and hash.
     """
 
     history: list[dict[str, Any]]
@@ -36,11 +38,11 @@ class Past(NamedTuple):
 
 def begin(learner: Learner, training: Images, out: Path, init: Path | str | None, data: dict[str, Any]) -> Past:
     """Fill the learner from the run's state, if `out` holds one, else from `init`, if there is one: the directory of a
-    checkpoint, or the name of a torch module, package.module:function.
+    run, a checkpoint or a bundle, or the name of a torch module, package.module:function.
 
     After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to. data: the
     `identity.data_identity` of the run's images.
-    Raises InputError for a damaged state, a checkpoint of another network, and for other images or another `init` than
+    Raises InputError for a damaged state, the weights of another network, and for other images or another `init` than
     the run started from.
     """
     if not (out / STATE).exists():
@@ -48,7 +50,7 @@ def begin(learner: Learner, training: Images, out: Path, init: Path | str | None
     past = _restore(learner, out / STATE, data)
     if init is not None:
         if isinstance(init, Path):
-            sha256 = load_checkpoint(find_checkpoint(init)).weights_sha256
+            sha256 = find_weights(init).sha256
         else:
             sha256 = weights_sha256(mapped_weights(find_module(init), learner.model))
         if past.init is None or past.init["weights_sha256"] != sha256:
@@ -72,7 +74,7 @@ def _restore(learner: Learner, path: Path, data: dict[str, Any]) -> Past:
 
 
 def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str, Any]:
-    """Fill the learner with the weights of a checkpoint or a module; returns the run's `Past.init`.
+    """Fill the learner with the weights of a trained network or a module; returns the run's `Past.init`.
 
     What a defence adds to the network (StoG's gates, DLIF's gains) and the origin lacks keeps its initial value.
     """
@@ -81,10 +83,9 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
     networks = [learner.model, *([] if learner.average is None else [learner.average])]
     if isinstance(init, str):
         return start_from_module(find_module(init), init, networks, training[:COMPARED])
-    recipe, path = learner.recipe, find_checkpoint(init)
-    checkpoint = load_checkpoint(path)
-    training.require_kind(recipe.data.name, checkpoint.shape, checkpoint.labels)
-    weights, own = load_file(path / checkpoint.weights), learner.model.state_dict()
+    recipe, trained = learner.recipe, find_weights(init)
+    training.require_kind(recipe.data.name, trained.shape, trained.labels)
+    weights, own = load_file(trained.file), learner.model.state_dict()
     for name in per_step_names(learner.model) & weights.keys():  # the first steps of a longer network
         weights[name] = weights[name][: len(own[name])]
     with torch.device("meta"):
@@ -93,24 +94,24 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
     misfits += [name for name in needed if name not in weights]
     if misfits:
         raise InputError(
-            f"the weights in {path} are of {described(checkpoint)} and do not fit this recipe (first at {misfits[0]}); "
+            f"the weights in {init} are of {described(trained)} and do not fit this recipe (first at {misfits[0]}); "
             f"give both the same sections model and neuron, and the defences that change neurons"
         )
     for network in networks:
         network.load_state_dict(weights, strict=False)
     return {
-        "weights_sha256": checkpoint.weights_sha256,
-        "epoch": checkpoint.epoch,
-        "recipe": checkpoint.recipe.model_dump(mode="json"),
-        "provenance": checkpoint.provenance,
-        "init": checkpoint.init,
+        "weights_sha256": trained.sha256,
+        "epoch": trained.epoch,
+        "recipe": trained.recipe.model_dump(mode="json"),
+        "provenance": trained.provenance,
+        "init": trained.init,
     }
 
 
-def described(checkpoint: Checkpoint) -> str:
-    """A checkpoint's network in words: its model, width and method."""
-    model = checkpoint.recipe.model
-    return f"{model.name!r} of width {model.width:g} ({checkpoint.recipe.method})"
+def described(trained: TrainedWeights) -> str:
+    """A trained network in words: its model, width and method."""
+    model = trained.recipe.model
+    return f"{model.name!r} of width {model.width:g} ({trained.recipe.method})"
 
 
 def save(learner: Learner, checkpoint: Checkpoint, data: dict[str, Any], out: Path) -> None:

@@ -1,0 +1,60 @@
+"""The weights of a trained network, in a checkpoint or in a bundle, from which another training can start."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mpdsgr_deploy.bundle import MANIFEST, WEIGHTS, open_bundle
+from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.recipe import Recipe
+
+
+class TrainedWeights(NamedTuple):
+    """A safetensors file, and what is known of its network: shape (C, H, W) of the images, the epoch it was saved
+    after, the provenance of its training, and its own `Past.init`, which bundles do not record.
+    """
+
+    file: Path
+    sha256: str
+    recipe: Recipe
+    shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    epoch: int
+    provenance: dict[str, Any]
+    init: dict[str, Any] | None = None
+
+
+def find_weights(path: Path) -> TrainedWeights:
+    """The weights in a bundle, a training run (its last epoch's) or a checkpoint.
+
+    Raises InputError as `open_bundle` and `load_checkpoint` do, for a directory that is none of these, and for a bundle
+    whose network was not trained by this package.
+    """
+    if (path / MANIFEST).is_file():
+        return _of_bundle(path)
+    directory = find_checkpoint(path)
+    found = load_checkpoint(directory)
+    file = directory / found.weights
+    return TrainedWeights(
+        file, found.weights_sha256, found.recipe, found.shape, found.labels, found.epoch, found.provenance, found.init
+    )
+
+
+def _of_bundle(path: Path) -> TrainedWeights:
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    if manifest.origin != "trained":
+        raise InputError(
+            f"{path} holds a network that this package did not train, and no weights to train on from; give --init the "
+            f"torch module it was made from (package.module:function)"
+        )
+    file, history = bundle.file(WEIGHTS), manifest.provenance
+    return TrainedWeights(
+        file,
+        manifest.files[WEIGHTS],
+        manifest.recipe,
+        manifest.input_shape,
+        manifest.labels,
+        history["epoch"],
+        history["training"],
+    )
