@@ -6,13 +6,18 @@ from spikingjelly.activation_based import functional, layer, neuron
 
 
 class Network(torch.nn.Module):
-    """Images [B, 3, 32, 32] to logits [B, K]; `width` multiplies every layer's width."""
+    """Images [B, 3, 32, 32] to logits [B, K]; `width` multiplies every layer's width.
 
-    def __init__(self, width: float, T: int) -> None:
+    plan: channels of the convolutions, P halves the map; hidden: the fully connected layers.
+    """
+
+    def __init__(
+        self, width: float, T: int, plan: tuple[int | str, ...] = PLAN, hidden: tuple[int, ...] = HIDDEN
+    ) -> None:
         super().__init__()
         modules: list[torch.nn.Module] = []
         fan_in, size = SHAPE[0], SHAPE[1]
-        for item in PLAN:
+        for item in plan:
             if item == "P":
                 modules.append(layer.AvgPool2d(2, step_mode="m"))
                 size //= 2
@@ -23,7 +28,7 @@ class Network(torch.nn.Module):
             fan_in = fan_out
         modules.append(layer.Flatten(step_mode="m"))
         fan_in *= size**2
-        for item in HIDDEN:
+        for item in hidden:
             fan_out = round(width * item)
             modules += [layer.Linear(fan_in, fan_out, step_mode="m"), spiking()]
             fan_in = fan_out
