@@ -1,11 +1,11 @@
-"""ASSG (arXiv 2512.22522): an arctangent whose sharpness s each neuron has for itself, at each step, for each image.
+"""ASSG (arXiv 2512.22522): an arctangent surrogate with a sharpness s per neuron, time step and image.
 
     M <- 0.9 M + 0.1 |v|             D <- 0.9 D + 0.1 ||v| - M|
     s = A / (M + 1.5 D + 1e-4)       dO/dU = (s / 2) / (1 + (pi s v / 2)^2)
 
-with v = U - V_th and A = (2 / pi) tan(0.4 pi). M and D move at every evaluation of an attack, from 1 and 0 on. They are
-inputs `mean/LAYER` and `deviation/LAYER` [batch, T, ...] and come out, moved, as `mean/LAYER/new` and
-`deviation/LAYER/new`: nothing is hidden, and since images come first an attack may drop some between evaluations.
+with v = U - V_th and A = (2 / pi) tan(0.4 pi). M and D start at 1 and 0 and are updated at every evaluation of an
+attack. They are inputs `mean/LAYER` and `deviation/LAYER` [batch, T, ...], and the updated values are the outputs
+`mean/LAYER/new` and `deviation/LAYER/new`. Images are the first axis, so an attack may drop some between evaluations.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from mpdsgr_deploy.surrogates import FLOOR, MEMORY, RELAXATION, SHARPNESS
 
 
 def adaptive_slopes(tape: Tape, layer: str, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
-    """dO/dU of each step of a layer from its v [B, ...], of the shape `shape`; declares and moves the layer's state."""
+    """Return dO/dU of each step of a layer from its v [B, ...] of shape `shape`, and update the layer's state."""
     batch, *neurons = shape
     for prefix in (MEAN, DEVIATION):
         kind = TensorProto.FLOAT, [batch, len(vs), *neurons]

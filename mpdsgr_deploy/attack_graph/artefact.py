@@ -1,4 +1,4 @@
-"""An exported network under attack: a backend's answers, and gradients of its own ONNX file."""
+"""An exported network under attack: logits from a backend, gradients from the network's own ONNX file."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,10 +19,10 @@ LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr", "weighted": "weighted"}
 
 
 class LastSession:
-    """The attack graph of an ONNX file that was asked for last, kept open: a network's weights lie in it once.
+    """Keep the session of the latest attack graph open, so that a network's weights are in memory once.
 
-    Attacks that differ in the surrogate's width or in ce and dlr alone share it. An attacker that is still in use keeps
-    the one that it has.
+    Attacks that differ only in the surrogate's width, or in ce and dlr, share it. An attacker still in use keeps the
+    one that it has.
     """
 
     def __init__(self, model: Path, provider: str = CPU) -> None:
@@ -31,7 +31,7 @@ class LastSession:
         self._session: Session | None = None
 
     def __call__(self, surrogate: str, loss: Loss) -> Session:
-        """The session for a surrogate and a loss. Raises InputError as `attack_session` does."""
+        """Return the session for a surrogate and a loss. Raises InputError as `attack_session` does."""
         kind = parse_surrogate(surrogate)._replace(width=0.0), loss == "weighted"  # the width is an input of the graph
         if self._session is None or kind != self._kind:
             self._kind = self._session = None  # before the next one takes as much memory
@@ -41,10 +41,10 @@ class LastSession:
 
 
 class NetworkFile:
-    """An ONNX file as `attacks.suite.Network` asks: `predictor` answers, gradients are those of its attack graph.
+    """An ONNX file as an `attacks.suite.Network`: `predictor` gives logits, the attack graph gives gradients.
 
-    noise: what it draws, of which an attacker draws its own from `seed`. provider: of onnxruntime, where gradients are
-    computed.
+    noise: its noise inputs, which an attacker draws anew from `seed`. provider: the one of onnxruntime on which
+    gradients are computed.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class NetworkFile:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> Self:
-        """One precision of a bundle. Raises InputError for one that it does not have."""
+        """Make the network of one precision of a bundle. Raises InputError for a precision that the bundle lacks."""
         manifest = bundle.manifest
         return cls(bundle.variant(precision), predictor, manifest.noise, manifest.recipe.validation.seed, provider)
 
@@ -63,11 +63,11 @@ class NetworkFile:
         return self._predictor(x)
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
-        """Raises InputError for an unknown surrogate, or a loss that attack graphs do not have."""
+        """Open gradients through a surrogate. Raises InputError for an unknown surrogate or loss."""
         return self._open(surrogate, choose("loss of attack graphs", LOSSES, loss), draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
-        """Gradients through surrogates that adapt to each image."""
+        """Open gradients through surrogates that adapt to each image."""
         return self._open(ADAPTIVE, "ce", draws)
 
     def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:

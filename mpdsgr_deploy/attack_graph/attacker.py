@@ -23,15 +23,15 @@ OWN = (CLASSES, WIDTH, LOSS, WEIGHTED)  # inputs that an attack graph adds
 
 
 class GraphAttacker:
-    """A Differentiable on an ONNX file, through the surrogate "KIND" or "KIND:WIDTH" of the attacker's choice.
+    """A Differentiable on an ONNX file, through any surrogate "KIND" or "KIND:WIDTH" that the attacker chooses.
 
     A context manager: the session ends with the block. The attack graph is derived here, in memory, from the file that
-    is under attack. loss: what is climbed, cross-entropy or the difference of logits ratio, or "weighted": calls then
-    take weights [B, K] in the place of classes, and climb weights . logits. A stochastic network meets
+    is under attack. loss: what an attack maximises, cross-entropy or the difference of logits ratio, or "weighted":
+    calls then take weights [B, K] in the place of classes, and the loss is weights . logits. A stochastic network meets
     the noise of its inputs `noise` (`Manifest.noise`) fresh in every evaluation, from a generator of `seed`, and is
     averaged over `draws` of it (EOT). settings: threads of the CPU provider (default: one per core) and images computed
-    at once (default: 32), which bounds the memory: see benchmarks/README.md. session: of `attack_session`, for an
-    attacker of the same kind on the same file; it stays open.
+    at once (default: 32), which bounds the memory: see benchmarks/README.md. session: one of `attack_session` for the
+    same kind and file, which stays open.
 
     Raises InputError for an unknown surrogate, noise that is not the network's, or what this machine cannot run.
     """
@@ -76,7 +76,7 @@ class GraphAttacker:
         *,
         provider: str = CPU,
     ) -> Self:
-        """The attacker of one precision through the surrogate of training, with the recipe's draws and seed."""
+        """Make the attacker of one precision through the training surrogate, with the recipe's draws and seed."""
         recipe = bundle.manifest.recipe
         return cls(
             bundle.variant(precision),
@@ -88,18 +88,20 @@ class GraphAttacker:
         )
 
     def __call__(self, x: NDArray[np.float32], y: NDArray[Any]) -> Gradient:
-        """Images x [B, C, H, W] in [0, 1] and classes y [B], or weights [B, K]; `adaptive` as at the first step of an
-        attack.
+        """Return the gradient at images x [B, C, H, W] in [0, 1] for classes y [B], or weights [B, K].
+
+        An `adaptive` surrogate is in the state of an attack's first step.
+
         """
         return self.step(x, y, self.start(len(x)))[0]
 
     def start(self, count: int) -> State:
-        """What `adaptive` knows of `count` images before an attack's first step; nothing for other surrogates."""
+        """Return the initial state of `adaptive` for `count` images; it is empty for other surrogates."""
         initial = {name: float(name.startswith(MEAN)) for name in self._states}
         return {name: np.full((count, *shape), initial[name], np.float32) for name, shape in self._states.items()}
 
     def step(self, x: NDArray[np.float32], y: NDArray[Any], state: State) -> tuple[Gradient, State]:
-        """One evaluation of an attack, and the state for the next.
+        """Return the gradient at one evaluation of an attack, and the state for the next.
 
         Every attack begins with `start`; if images leave the batch, take the same rows of everything in the state.
         """
@@ -113,7 +115,7 @@ class GraphAttacker:
         return Gradient(logits, loss, gradient), dict(zip(self._states, states, strict=True))
 
     def _averaged(self, x: NDArray[np.float32], y: NDArray[Any], state: State) -> list[NDArray[np.float32]]:
-        """All outputs for one chunk, averaged over draws of the noise."""
+        """Return all outputs for one chunk, averaged over draws of the noise."""
         total: list[NDArray[np.float32]] = []
         for _ in range(self._draws):
             inputs: dict[str, NDArray[Any]] = {
@@ -146,7 +148,7 @@ class GraphAttacker:
 def attack_session(
     model: Path, surrogate: str, *, loss: Loss = "ce", provider: str = CPU, settings: RuntimeSettings | None = None
 ) -> Session:
-    """The attack graph of an ONNX file, opened: one serves every width of the surrogate, and both ce and dlr.
+    """Open the attack graph of an ONNX file. One session serves every width of the surrogate, and both ce and dlr.
 
     Weights are stored once: an attack computes many images at a time, so that packing them in every run costs nothing
     that could be measured. Raises InputError as `GraphAttacker` does.

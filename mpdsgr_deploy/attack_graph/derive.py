@@ -1,4 +1,4 @@
-"""From an inference graph to its attack graph: the same nodes, the losses, and the backward pass."""
+"""Derive the attack graph of an inference graph: the same nodes, the losses, and the backward pass."""
 
 from pathlib import Path
 
@@ -20,31 +20,31 @@ OUTPUTS = (CE, DLR, GRADIENT)  # beside the logits
 
 
 def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = False) -> onnx.ModelProto:
-    """The attack graph of an exported network, through a surrogate "KIND" or "KIND:WIDTH".
+    """Derive the attack graph of an exported network, through a surrogate "KIND" or "KIND:WIDTH".
 
-    inputs   images float32 [batch, C, H, W], then the network's noise, as they are; classes int64 [batch]; width
+    inputs   images float32 [batch, C, H, W], then the network's noise inputs; classes int64 [batch]; width
              float32 [], which takes the place of WIDTH here (kinds without one ignore it); loss float32 []
     outputs  logits [batch, K]; ce and dlr [batch], as `losses` defines them; gradient [batch, C, H, W] of
              (1 - loss) ce + loss dlr, each image's own
-    `adaptive` has a state for each layer beside them, in and out; see `adaptive.py`.
+    For `adaptive` each layer's state is a further input and output; see `adaptive.py`.
     weighted: the input weights float32 [batch, K] takes the place of classes and loss, and the gradient is that of
-    weights . logits; ce and dlr are no outputs. It serves losses that are computed outside the graph.
+    weights . logits; ce and dlr are no outputs. This serves losses that are computed outside the graph.
 
-    The forward nodes stand there as they are, in the precision they have. The backward pass is float32 throughout. It
-    takes the weights from the artefact itself, once stored, so an int8 network is attacked through its rounded weights;
-    rounding itself is taken for the identity, which it is for the exact activations that export quantises. Noise, the
-    network's further inputs, counts as constant; spikes of the image against noise (Poisson encoding) pass the gradient
-    straight through. All other jumps are found by pattern, in networks of any origin: see `jumps`.
+    The forward nodes keep their order and precision. The backward pass is float32 throughout. It reads the weights of
+    the artefact itself, so an int8 network is attacked through its rounded weights. The derivative of rounding is taken
+    as 1, which is exact for the activations that export quantises. Noise, the network's further inputs, counts as
+    constant; spikes of the image against noise (Poisson encoding) pass the gradient straight through. All other jumps
+    are found by pattern, whichever library exported the network: see `jumps`.
 
-    Resets pass their gradient on, unless the surrogate's name ends in "+detached". With "+averaged" the gradient leaves
-    the membrane out and is averaged over time (HART), see `Neurons`.
+    Gradients pass through resets, unless the surrogate's name ends in "+detached". With "+averaged" they do not pass
+    through the membrane and are averaged over time (HART), see `Neurons`.
 
-    The width is an input, so one graph serves any; the kind is not, for a choice at run time would compute every kind
-    at every neuron, and the neurons are what a backward pass spends its time on. To try another kind, derive another
-    graph: it takes a fraction of a second. The result depends on `network` and the kind alone, to the last byte.
+    The width is an input, so one graph serves any width. The kind is fixed, because a choice at run time would compute
+    every kind at every neuron, where a backward pass spends most of its time. Deriving a graph for another kind takes a
+    fraction of a second. The same network and kind always give the same bytes.
 
     Raises InputError for an unknown surrogate, for a node that no rule differentiates, and for a comparison between
-    images and logits that no surrogate stands for.
+    images and logits that no surrogate can replace.
     """
     kind, _, detached, averaged = parse_surrogate(surrogate)
     network = inlined(network)
@@ -105,12 +105,12 @@ def _differentiate(tape: Tape, neurons: Neurons, node: onnx.NodeProto) -> None:
 
 
 def inlined(network: onnx.ModelProto) -> onnx.ModelProto:
-    """The network without functions of its own: their nodes stand where they were called."""
+    """Return the network with its own ONNX functions replaced by their nodes."""
     return onnx.inliner.inline_local_functions(network) if network.functions else network
 
 
 def derived(model: Path, surrogate: str) -> bytes:
-    """The attack graph of an ONNX file, as the bytes of one.
+    """Derive the attack graph of an ONNX file, as serialised bytes.
 
     Raises InputError as `read_network` and `attack_graph` do.
     """

@@ -1,4 +1,4 @@
-"""Where a network jumps: the spikes, and every other place where an image decides by comparison.
+"""Find where a network jumps: the spikes, and every other comparison whose outcome depends on the image.
 
 A spiking neuron of any library ends up in ONNX as a comparison of something that depends on the images, turned into a
 number: a Cast of `u >= V_th`, a Where with two constants, a Sign. There its derivative is zero almost everywhere, and a
@@ -29,7 +29,7 @@ MULTIPLE = {"Floor", "Round", "Ceil"}
 
 
 class Inequality(NamedTuple):
-    """[above >= below] or [above > below], where None is 0. passes: one of them is a spike itself, or noise."""
+    """[above >= below] or [above > below], where None is 0. passes: one side is a spike itself, or noise."""
 
     above: str | None
     below: str | None
@@ -49,7 +49,7 @@ class Jump(NamedTuple):
 
 
 def find_jumps(tape: Tape) -> list[Jump]:
-    """Every jump between images and logits, in the order of the nodes; sets which values of the tape have a cotangent.
+    """Return every jump between images and logits, in node order, and mark which values of the tape have a cotangent.
 
     Raises InputError for a comparison, a rounding or a choice that no surrogate stands for.
     """
@@ -62,10 +62,10 @@ def find_jumps(tape: Tape) -> list[Jump]:
 
 
 class _Finder:
-    """One walk through the nodes, in their order.
+    """Find the jumps in one pass over the nodes.
 
-    smooth: values that depend on the images through what has a derivative or a surrogate. decided: values that the
-    images decide by comparison, and that are not yet numbers; None: in a way that no surrogate stands for.
+    smooth: values that depend on the images through operators with a derivative or a surrogate. decided: booleans that
+    result from comparing values that depend on the images; None if no surrogate can replace the comparison.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -153,7 +153,7 @@ class _Finder:
         return False
 
     def _at(self, compared: str, branch: str, threshold: float) -> float | None:
-        """The value of a branch where `compared` is at the threshold; None if that is not plain to see."""
+        """Return the value of a branch where `compared` is at the threshold; None if the graph does not show it."""
         if branch == compared:
             return threshold
         maker = self.tape.makers.get(branch)
@@ -171,7 +171,7 @@ class _Finder:
         self._keep(node)
 
     def _keep(self, node: onnx.NodeProto) -> None:
-        """Its outputs depend on the images as its inputs do."""
+        """Mark the node's outputs as depending on the images in the way its inputs do."""
         self.smooth.update(node.output)
         if node.op_type in VIEWS | {"Cast"}:
             if node.input[0] in self.binary:
@@ -203,9 +203,7 @@ class _Finder:
 
 
 def values_read(node: onnx.NodeProto) -> list[str]:
-    """The values that a node reads, with those that the graphs of control flow read from outside without naming them
-    as inputs.
-    """
+    """Return the values that a node reads, including those that its subgraphs (control flow) read from outside."""
     inner = [
         name for entry in node.attribute if entry.HasField("g") for one in entry.g.node for name in values_read(one)
     ]
@@ -213,7 +211,7 @@ def values_read(node: onnx.NodeProto) -> list[str]:
 
 
 def why_not(node: onnx.NodeProto) -> str:
-    """The reason for refusing a node that decides by something other than a comparison with a threshold."""
+    """Explain why a node that decides by something other than a comparison with a threshold is refused."""
     if node.op_type in UNROLL:
         return "is control flow: unroll the time steps in `forward` (a Python loop of fixed length) and export again"
     if node.op_type in MULTIPLE:

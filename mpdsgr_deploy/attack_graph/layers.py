@@ -21,8 +21,8 @@ class LayerStep(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """steps: those of each layer, by its name, in the order of time. resets: (first output of the node that reads a
-    spike, the spike), for the edges through which a spike reaches a later potential of its own layer.
+    """steps: the time steps of each layer, in order, by its name. resets: (first output of the node that reads a spike,
+    the spike), for the edges through which a spike reaches a later potential of its own layer.
     """
 
     steps: dict[str, list[LayerStep]]
@@ -30,7 +30,7 @@ class Layers(NamedTuple):
 
 
 def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
-    """The layers of a network: by the names that export gives spikes, else by who resets whom.
+    """Group jumps into layers: by the names that export gives spikes, else by which spike resets which membrane.
 
     A spike whose potential is computed from an earlier spike by elementwise operations alone is a later step of that
     one's layer. Jumps that select (Where) belong to no layer. Raises InputError for exported names out of order.
@@ -57,7 +57,7 @@ def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
 
 
 def _potential(tape: Tape, jump: Jump) -> tuple[str | float | None, ...]:
-    """What a jump compares; exporters may store a threshold once for each comparison."""
+    """Identify the two values that a jump compares. Exporters may store a threshold once for each comparison."""
     values = jump.compared[:2]
     numbers = [None if value is None else tape.scalar(value) for value in values]
     return tuple(value if number is None else number for value, number in zip(values, numbers, strict=True))
@@ -75,7 +75,7 @@ def _by_name(spikes: Sequence[Jump]) -> dict[str, list[LayerStep]]:
 
 
 class _Walk:
-    """Back from each spike's potential to the latest earlier spike, through what a membrane does."""
+    """Search from each spike's potential back to the latest earlier spike, through the operations of a membrane."""
 
     def __init__(self, tape: Tape, spikes: Sequence[Jump]) -> None:
         self._tape = tape
@@ -90,7 +90,7 @@ class _Walk:
             self.resets |= {edge for edges in same.values() for edge in edges}
 
     def _back(self, jump: Jump, number: int) -> dict[int, set[tuple[str, str]]]:
-        """The earlier spikes that a potential is computed from, each with the edges that read it."""
+        """Return the earlier spikes that a potential is computed from, each with the edges that read it."""
         earlier: dict[int, set[tuple[str, str]]] = {}
         waiting = [value for value in jump.compared[:2] if value is not None]
         seen = set(waiting)

@@ -1,4 +1,4 @@
-"""The losses an attack climbs, and their gradient in the logits."""
+"""The losses that an attack maximises, and their gradients in the logits."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Losses(NamedTuple):
 
 
 def losses(tape: Tape, logits: str, classes: str, count: int) -> Losses:
-    """Both losses of logits z [B, K] and classes y [B], K = `count`.
+    """Add both losses of logits z [B, K] and classes y [B] to the graph, K = `count`.
 
     ce     -log softmax(z)_y
     dlr    -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), z_(k) the k-th largest logit (difference of logits

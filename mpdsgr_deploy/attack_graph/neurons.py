@@ -16,13 +16,14 @@ from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, AVERAGED, PDSG, RATE
 class Neurons:
     """The rule of every node that jumps, for one kind of surrogate.
 
-    detached: resets pass no gradient on, as in libraries that detach them. An attacker may choose, and either may be
-    the stronger. averaged: the gradient of every step's current is the mean over steps t of
+    detached: resets pass no gradient on, as in libraries that detach them; either choice may give the stronger attack.
+    averaged: the gradient of every step's current is the mean over steps t of
 
         dL/dO[t] dO/dU(U[t] - V_th)
 
     and nothing passes through membrane, leak or reset (HART; Hao et al., ICLR 2024, "Threaten Spiking Neural Networks
-    through Combining Rate and Temporal Information"). The wider the surrogate, the more it is a matter of rates.
+    through Combining Rate and Temporal Information"). The wider the surrogate, the more this gradient depends on firing
+    rates alone.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Neurons:
         return node.output[0] in self._jumps
 
     def __call__(self, node: onnx.NodeProto, cotangent: str) -> None:
-        """Give what the node compares, or the currents where steps are pooled, what follows from its cotangent."""
+        """Pass the node's cotangent on to the values it compares, or to the currents where steps are pooled."""
         jump = self._jumps[node.output[0]]
         place = self._place.get(node.output[0])
         if jump.size == "branches":
@@ -76,7 +77,7 @@ class Neurons:
             self._give(jump, self._sized(jump, cotangent), node.output[0])
 
     def _sized(self, jump: Jump, cotangent: str) -> str:
-        """The cotangent times the size of the jump."""
+        """Multiply the cotangent by the size of the jump."""
         if jump.size == "one":
             return cotangent
         if jump.size == "two":
@@ -107,7 +108,7 @@ class Neurons:
         return slope
 
     def _v(self, jump: Jump) -> str:
-        """The value that the node compares with zero: U - V_th."""
+        """Return the value that the node compares with zero: U - V_th."""
         above, below, _ = jump.compared
         parts = [None if value is None else self._tape.float32(value) for value in (above, below)]
         if parts[0] is None:
@@ -116,9 +117,10 @@ class Neurons:
         return parts[0] if parts[1] is None else self._tape.emit("Sub", parts[0], parts[1])
 
     def _branches(self, jump: Jump, cotangent: str) -> None:
-        """A choice between two values: each gets its share, and what is compared the difference that it makes.
+        """Differentiate a choice between two values, in them and in the compared values.
 
-        A choice that resets makes no difference where resets are detached; torch's own `where` never passes it on.
+        A choice that resets passes no gradient to the compared values where resets are detached; torch's `where` never
+        does.
         """
         tape, (condition, yes, no), output = self._tape, jump.node.input, jump.node.output[0]
         choose(tape, jump.node, cotangent)
@@ -128,13 +130,13 @@ class Neurons:
             self._give(jump, share, condition)
 
     def before(self, node: onnx.NodeProto) -> None:
-        """Called when all behind a node is done: the time to pass on for a layer whose steps are pooled."""
+        """Pass on the pooled gradient of a layer; called once all nodes behind `node` are done."""
         layer, t = self._place.get(node.output[0], ("", -1)) if node.output else ("", -1)
         if t == 0 and layer in self._waiting:
             self._pool(self._layers[layer], self._waiting.pop(layer))
 
     def _pool(self, steps: Sequence[LayerStep], waiting: list[str]) -> None:
-        """The mean of what the steps have to pass on, to the current of every step alike.
+        """Pass the mean of the steps' gradients on to the current of every step.
 
         `rate` multiplies it by [0 < mean current < V_th] / V_th, as if the neuron were the static activation
         clip(mean current / V_th, 0, 1) (rate gradient approximation attack, Bu et al., CVPR 2023). A current is what
@@ -157,14 +159,14 @@ class Neurons:
             tape.give(current, share if held == 1 else tape.emit("Mul", share, tape.constant(held)))
 
     def _mean(self, values: list[str], count: int) -> str:
-        """The sum of values divided by count."""
+        """Append nodes for the sum of values divided by count."""
         total = values[0]
         for value in values[1:]:
             total = self._tape.emit("Add", total, value)
         return total if count == 1 else self._tape.emit("Mul", total, self._tape.constant(1 / count))
 
     def _potential(self, step: LayerStep) -> tuple[str, str]:
-        """The names of a step's membrane potential and of its constant threshold."""
+        """Return the names of a step's membrane potential and of its constant threshold."""
         jump = step.jumps[0]
         above, below, _ = jump.compared
         if above is None or below is None or self._tape.array(below) is None or len(step.jumps) > 1:
@@ -172,7 +174,7 @@ class Neurons:
         return above, below
 
     def _current(self, potential: tuple[str, str], step: LayerStep) -> str:
-        """The summand of a potential that is not what was left of the last one."""
+        """Return the summand of a potential that is the input current, not the decayed previous potential."""
         made = self._tape.makers.get(potential[0])
         if made is None or made.op_type != "Add":
             raise refuse(

@@ -1,4 +1,4 @@
-"""PDSG (Lun et al., CVPR 2025, arXiv 2503.03272): a Gaussian as wide as the potentials of a channel spread.
+"""PDSG (Lun et al., CVPR 2025, arXiv 2503.03272): a Gaussian surrogate as wide as a channel's potentials spread.
 
     dO/dU[t] = exp(-(v - s/2)^2 / (2 s^2)) / (sqrt(2 pi) s)            with v = U[t] - V_th
 
@@ -14,7 +14,7 @@ from mpdsgr_deploy.attack_graph.tape import Tape
 
 
 def potential_slopes(tape: Tape, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
-    """dO/dU of each step of a layer from its v [B, C, ...] or [B, N], of the shape `shape`."""
+    """Return dO/dU of each step of a layer from its v [B, C, ...] or [B, N], of the shape `shape`."""
     first = 2 if len(shape) > 2 else 1  # of the axes over which a channel extends
     axes = tape.integers(*range(first, len(shape)))
     extents = [extent for extent in shape[first:] if isinstance(extent, int)]

@@ -1,4 +1,4 @@
-"""Building the backward pass behind a forward graph: new nodes, and the cotangent of each value added up on the way."""
+"""Build the backward pass behind a forward graph: append nodes, and sum each value's cotangents."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ PREFIX = "backward/"  # of everything that is added
 
 
 class Piece(NamedTuple):
-    """A cotangent of the elements start <= i < stop of one axis."""
+    """The cotangent of the elements start <= i < stop of one axis."""
 
     axis: int
     start: int
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 
 class Tape:
-    """A copy of `network`, to which `emit` appends nodes, and what is known about its values.
+    """A copy of `network`, to which `emit` appends nodes, with the types and constants of its values.
 
     Cotangents, d loss / d value, have the value's shape and are float32. Only values that depend on `source` have one.
     """
@@ -56,7 +56,7 @@ class Tape:
         return self.emit_many(op_type, *inputs, names=[name or self._fresh(op_type)], **attributes)[0]
 
     def emit_many(self, op_type: str, *inputs: str, names: Sequence[str] | int, **attributes: Any) -> list[str]:
-        """The outputs of a new node, by their names or how many they are."""
+        """Append a node and return its outputs, given as names or as their number."""
         outputs = [self._fresh(op_type) for _ in range(names)] if isinstance(names, int) else list(names)
         self.graph.node.append(helper.make_node(op_type, inputs, outputs, name=outputs[0], **attributes))
         return outputs
@@ -66,7 +66,7 @@ class Tape:
         return f"{PREFIX}{op_type}_{self._count}"
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """A constant of the graph; equal ones are stored once."""
+        """Return the name of a constant; equal constants are stored once."""
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -75,11 +75,11 @@ class Tape:
         return self._constants[key]
 
     def integers(self, *values: int) -> str:
-        """A constant int64 [n]: axes, shapes, positions."""
+        """Return the name of a constant int64 [n], such as axes, shapes or positions."""
         return self.constant(values, np.int64)
 
     def float32(self, value: str) -> str:
-        """The name of a forward value in float32, cast if necessary."""
+        """Return the name of a forward value in float32, cast if necessary."""
         if self.type(value).dtype == TensorProto.FLOAT:
             return value
         if value not in self._floats:
@@ -87,11 +87,11 @@ class Tape:
         return self._floats[value]
 
     def array(self, value: str) -> NDArray[Any] | None:
-        """The value of a constant of the forward graph; None if it depends on an input."""
+        """Return the value of a constant of the forward graph; None if it depends on an input."""
         return self._constant_values.get(value)
 
     def scalar(self, value: str) -> float | None:
-        """The number that a constant of one element holds; None for any other value."""
+        """Return the number in a constant of one element; None for any other value."""
         array = self.array(value)
         return float(array.item()) if array is not None and array.size == 1 else None
 
@@ -100,7 +100,7 @@ class Tape:
         return value in self.smooth
 
     def type(self, value: str) -> ValueType:
-        """Shape and type of a value of the forward graph. Raises InputError where they cannot be inferred."""
+        """Return shape and type of a value of the forward graph. Raises InputError where they cannot be inferred."""
         if value not in self._types:
             raise InputError(f"no attack graph: the shape of value {value!r} cannot be inferred; export it with shapes")
         return self._types[value]
@@ -109,13 +109,13 @@ class Tape:
         return self.type(value).shape
 
     def split(self, value: str, sizes: Sequence[int], axis: int) -> list[str]:
-        """Parts of a value of the given sizes along an axis."""
+        """Split a value into parts of the given sizes along an axis."""
         if len(set(sizes)) == 1 and self.opset >= 18:
             return self.emit_many("Split", value, names=len(sizes), axis=axis, num_outputs=len(sizes))
         return self.emit_many("Split", value, self.integers(*sizes), names=len(sizes), axis=axis)
 
     def pad(self, value: str, before: Sequence[int], after: Sequence[int], axes: Sequence[int], rank: int) -> str:
-        """A value with zeros around it along some of its axes."""
+        """Pad a value with zeros along some of its axes."""
         if self.opset >= 18:
             return self.emit("Pad", value, self.integers(*before, *after), "", self.integers(*axes))
         pads = np.zeros((2, rank), int)
@@ -123,7 +123,7 @@ class Tape:
         return self.emit("Pad", value, self.integers(*pads.ravel().tolist()))
 
     def give(self, value: str, cotangent: str, sign: int = 1) -> None:
-        """Add sign * cotangent to what `value` has; nothing if it does not depend on the source."""
+        """Add sign * cotangent to the cotangent of `value`; do nothing if it does not depend on the source."""
         if not self.depends(value) or (self.node is not None and (self.node.output[0], value) in self.unpaid):
             return
         if value in self._taken:
@@ -139,12 +139,12 @@ class Tape:
             self._cotangents[value] = (1, self.emit("Sub", above, below))
 
     def give_piece(self, value: str, piece: Piece) -> None:
-        """Add a cotangent of a part of `value`."""
+        """Add the cotangent of a part of `value`."""
         if self.depends(value):
             self._pieces.setdefault(value, []).append(piece)
 
     def take(self, value: str) -> str | None:
-        """The sum of what was given to a value; None if nothing was."""
+        """Return the sum of the cotangents given to a value; None if there were none."""
         for cotangent in self._whole(value, sorted(self._pieces.pop(value, []))):
             self.give(value, cotangent)
         self._taken.add(value)
@@ -154,7 +154,7 @@ class Tape:
         return cotangent if sign > 0 else self.emit("Neg", cotangent)
 
     def _whole(self, value: str, pieces: list[Piece]) -> list[str]:
-        """Cotangents of all of a value from those of its parts: put together where they tile it, else padded."""
+        """Make cotangents of a whole value from those of its parts: concatenated where they tile it, else padded."""
         if not pieces:
             return []
         axes, bounds = {piece.axis for piece in pieces}, [0, *(piece.stop for piece in pieces)]
@@ -170,7 +170,7 @@ class Tape:
         return padded
 
     def unbroadcast(self, cotangent: str, value: str, result: str) -> str:
-        """The cotangent of `value` from one that has the shape of `result`, to which it was broadcast."""
+        """Reduce a cotangent of `result`'s shape to that of `value`, which was broadcast to it."""
         wide, own = self.shape(result), self.shape(value)
         missing = len(wide) - len(own)
         if missing:
@@ -180,5 +180,5 @@ class Tape:
 
 
 def refuse(node: onnx.NodeProto, why: str) -> InputError:
-    """What to raise for a node that cannot be differentiated."""
+    """Return the error to raise for a node that cannot be differentiated."""
     return InputError(f"no attack graph: node {node.name or node.output[0]} ({node.op_type}) {why}")

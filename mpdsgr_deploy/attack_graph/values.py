@@ -24,7 +24,7 @@ class ValueType(NamedTuple):
 
 
 class ConstantValues:
-    """The constant values of a network: initializers, and what nodes compute from constants alone."""
+    """The constant values of a network: initializers, and values that nodes compute from constants alone."""
 
     def __init__(self, network: onnx.ModelProto) -> None:
         self._opsets = network.opset_import
@@ -38,7 +38,7 @@ class ConstantValues:
                 self._nodes |= dict.fromkeys(node.output, node)
 
     def get(self, value: str) -> NDArray[Any] | None:
-        """The array behind a value; None if it depends on an input."""
+        """Return the array behind a value; None if it depends on an input."""
         if value in self._initializers:
             return numpy_helper.to_array(self._initializers[value])
         if value in self._nodes and value not in self._computed:
@@ -52,7 +52,7 @@ class ConstantValues:
         return self._computed.get(value)
 
     def add(self, value: str, array: NDArray[Any]) -> None:
-        """Make a value known that was measured."""
+        """Register a value that was measured."""
         self._computed.setdefault(value, array)
 
     def _needed(self, value: str) -> NDArray[Any]:
@@ -62,12 +62,12 @@ class ConstantValues:
 
 
 def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str, ValueType]:
-    """Shape and type of every value, as far as they can be inferred; a value of unknown rank is left out.
+    """Infer shape and type of every value; a value of unknown rank is left out.
 
     Exporters that compute shapes in the graph (Shape, Gather, Concat, Reshape) leave sizes unknown where the batch is
     free. Those are measured: the network runs at two batch sizes, and a size that is the same in both does not depend
-    on the batch. Whole numbers that are the same in both are added to the constants: bounds of slices.
-    Raises InputError for a graph that contradicts itself.
+    on the batch. Integers that are the same in both, such as bounds of slices, are added to the constants. Raises
+    InputError for a graph that contradicts itself.
     """
     types = _inferred(network)
     made = [name for node in network.graph.node for name in node.output if name]
@@ -97,7 +97,7 @@ def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str
 def _measured(
     network: onnx.ModelProto, values: Sequence[str], shape: Sequence[int]
 ) -> dict[str, tuple[NDArray[Any], ...]]:
-    """Some of a network's values by their names, at each of the batch sizes that are tried."""
+    """Run the network at each trial batch size and return some of its values by name."""
     from mpdsgr_deploy.runtime.session import CPU, Session  # only where it is needed: it loads onnxruntime
 
     whole = onnx.ModelProto()
@@ -117,7 +117,7 @@ def _is_unknown(size: int | str | None) -> bool:
 def _size(
     known: int | str | None, first: int | str | None, second: int | str | None, batch: str | None
 ) -> int | str | None:
-    """A dimension from what it is at the two batch sizes that were tried."""
+    """Return a dimension, given its size at the two batch sizes that were tried."""
     if not _is_unknown(known):
         return known
     if (first, second) == TRIED:
@@ -126,7 +126,7 @@ def _size(
 
 
 def without_weights(network: onnx.ModelProto) -> onnx.ModelProto:
-    """The network without the values of its weights, which inference of shapes would copy."""
+    """Return the network without the values of its weights, which shape inference would copy."""
     bare = onnx.ModelProto(ir_version=network.ir_version, opset_import=network.opset_import)
     bare.graph.name = network.graph.name
     bare.functions.extend(network.functions)

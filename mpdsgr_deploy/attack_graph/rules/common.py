@@ -1,4 +1,4 @@
-"""What the rules share."""
+"""Helpers that the rules share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
@@ -12,19 +12,19 @@ Rule = Callable[[Tape, onnx.NodeProto, Sequence[str | None]], None]
 
 
 def only(cotangents: Sequence[str | None]) -> str:
-    """The cotangent of a node's only output that is used."""
+    """Return the cotangent of a node of which a single output is used."""
     used = [cotangent for cotangent in cotangents if cotangent is not None]
     assert len(used) == 1  # a rule is asked only where there is one
     return used[0]
 
 
 def are_numbers(sizes: Sequence[int | str | None]) -> TypeGuard[tuple[int, ...]]:
-    """Whether all sizes are known."""
+    """Whether all sizes are known numbers."""
     return all(isinstance(size, int) for size in sizes)
 
 
 def plane(tape: Tape, node: onnx.NodeProto, value: str) -> tuple[int, ...]:
-    """Height and width of a value [B, C, H, W], or as many sizes as it has there. Raises InputError if unknown."""
+    """Return the spatial sizes of a value [B, C, ...], for example height and width. Raises InputError if unknown."""
     sizes = tape.shape(value)[2:]
     if not are_numbers(sizes):
         raise refuse(node, "works on maps of unknown size")
@@ -32,14 +32,14 @@ def plane(tape: Tape, node: onnx.NodeProto, value: str) -> tuple[int, ...]:
 
 
 def constant_weights(tape: Tape, node: onnx.NodeProto) -> str:
-    """A product's weights in float32: those of the artefact itself, rounded as they are."""
+    """Return a product's weights in float32, as the artefact has rounded them."""
     if any(tape.depends(value) for value in node.input[1:]):
         raise refuse(node, "has weights that depend on the images")
     return tape.float32(node.input[1])
 
 
 def axes_of(tape: Tape, node: onnx.NodeProto, attribute: Any, position: int, rank: int) -> list[int]:
-    """The axes that a node names, as an attribute (older opsets) or as a constant input, counted from 0."""
+    """Return the axes that a node names, as an attribute (older opsets) or as a constant input, counted from 0."""
     if attribute:
         return [int(axis) % rank for axis in attribute]
     value = node.input[position] if len(node.input) > position else ""
@@ -50,7 +50,7 @@ def axes_of(tape: Tape, node: onnx.NodeProto, attribute: Any, position: int, ran
 
 
 def reshaped(tape: Tape, value: str, like: str) -> str:
-    """A cotangent in the shape of a value of the forward graph."""
+    """Reshape a cotangent to the shape of a value of the forward graph."""
     shape = tape.shape(like)
     if sum(not isinstance(size, int) for size in shape) > 1:
         return tape.emit("Reshape", value, tape.emit("Shape", like))

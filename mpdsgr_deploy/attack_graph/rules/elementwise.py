@@ -64,12 +64,12 @@ def _pow(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> 
 
 
 def _same(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """A change of number format: the rounding of weights and exact activations does not depend on the images."""
+    """Pass the cotangent through a change of number format, whose rounding does not depend on the images."""
     tape.give(node.input[0], only(cotangents))
 
 
 def _quantize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Rounding is taken for the identity and saturation for a clip, which is how quantisers write Relu.
+    """Differentiate QuantizeLinear: rounding as the identity, saturation as a clip, by which quantisers express Relu.
 
     Networks that this package exported quantise spikes, which lie inside the range.
     """
@@ -83,7 +83,7 @@ def _quantize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]
 
 
 def _bounds(tape: Tape, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """The smallest and the largest value that does not saturate; None for formats that do not hold whole numbers."""
+    """Return the smallest and the largest value that does not saturate; None for floating-point formats."""
     scale = tape.array(node.input[1])
     zero = tape.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
     if scale is None or zero is None:
@@ -117,7 +117,7 @@ def _extreme(op_type: str) -> Rule:
 
 
 def _clip(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Inside the bounds, which belong to the inside as in torch."""
+    """Pass the cotangent on where the value is within the bounds, both of which count as inside, as in torch."""
     x, cotangent = tape.float32(node.input[0]), only(cotangents)
     for position, outside in ((1, "Less"), (2, "Greater")):
         bound = node.input[position] if len(node.input) > position else ""
@@ -135,7 +135,7 @@ Slope = Callable[[Tape, onnx.NodeProto, str, str], str]  # x and y, both float32
 
 
 def _pointwise(slope: Slope) -> Rule:
-    """y = f(x), by its derivative."""
+    """Make the rule of an operator y = f(x) from its derivative."""
 
     def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
         if any(tape.depends(value) for value in node.input[1:]):

@@ -10,7 +10,7 @@ from mpdsgr_deploy.onnx_files import attribute
 
 
 def _batch_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """In inference it multiplies each channel by a fixed factor."""
+    """Multiply the cotangent by each channel's fixed factor, as batch normalisation does at inference."""
     value, scale, _, _, variance = node.input
     if attribute(node, "training_mode", 0):
         raise refuse(node, "normalises by the batch's own statistics; export the network in eval mode")
@@ -28,7 +28,7 @@ def _mean(tape: Tape, value: str, axes: Sequence[int], size: int) -> str:
 
 
 def _normalised(tape: Tape, x: str, cotangent: str, axes: Sequence[int], size: int, epsilon: float) -> str:
-    """The gradient through (x - mean) / sqrt(var + epsilon), both over `axes`: that of each image or position."""
+    """Differentiate (x - mean) / sqrt(var + epsilon), where mean and variance are taken over `axes`."""
     centred = tape.emit("Sub", x, _mean(tape, x, axes, size))
     variance = _mean(tape, tape.emit("Mul", centred, centred), axes, size)
     deviation = tape.emit("Sqrt", tape.emit("Add", variance, tape.constant(epsilon)))

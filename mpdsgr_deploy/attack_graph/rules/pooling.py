@@ -33,7 +33,7 @@ def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | N
 
 
 def _overlapping_average(tape: Tape, node: onnx.NodeProto, cotangent: str) -> str:
-    """Windows of any stride and padding: the cotangent over the number of values of its window, spread back."""
+    """Differentiate average pooling of any stride and padding: divide by the window's size, and spread back."""
     x, y, kernel, strides, dilations, before = _windows(tape, node)
     if attribute(node, "count_include_pad", 0) and not attribute(node, "ceil_mode", 0):
         share = tape.emit("Mul", cotangent, tape.constant(1 / prod(kernel)))
@@ -60,7 +60,7 @@ Windows = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ..
 
 
 def _windows(tape: Tape, node: onnx.NodeProto) -> Windows:
-    """Sizes of input and output, kernel, strides, dilations, and padding before the first value."""
+    """Return sizes of input and output, kernel, strides, dilations, and padding before the first value."""
     kernel = attribute(node, "kernel_shape", ())
     x, y = plane(tape, node, node.input[0]), plane(tape, node, node.output[0])
     ones = (1,) * len(x)
@@ -69,7 +69,7 @@ def _windows(tape: Tape, node: onnx.NodeProto) -> Windows:
 
 
 def _placed(tape: Tape, value: str, weights: str, channels: int, windows: Windows) -> str:
-    """What each window holds, put where its values came from and added up: a transposed convolution by channel."""
+    """Add each window's values up at the places they came from: a transposed convolution by channel."""
     x, y, kernel, strides, dilations, before = windows
     covered = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(strides, y, kernel, dilations, strict=True)]
     # what lies beyond the input on either side is cut off, what no window reaches is added as zeros
@@ -142,7 +142,7 @@ def _scaled(tape: Tape, cotangent: str, factor: float) -> str:
 
 
 def _resize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Nearest and linear: one matrix for each axis that changes, by which the cotangent is multiplied from behind."""
+    """Differentiate nearest and linear resizing: multiply by each changed axis's transposed interpolation matrix."""
     x, y = tape.shape(node.input[0]), tape.shape(node.output[0])
     mode = attribute(node, "mode", b"nearest")
     if mode not in (b"nearest", b"linear") or attribute(node, "axes", ()) or x[:2] != y[:2]:
@@ -162,7 +162,7 @@ def _resize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _interpolation(tape: Tape, node: onnx.NodeProto, axis: int, old: int, new: int) -> np.ndarray:
-    """The matrix [new, old] of a Resize along one axis, from its answers to unit vectors."""
+    """Return the matrix [new, old] of a Resize along one axis, computed by resizing unit vectors."""
     one = onnx.NodeProto()
     one.CopyFrom(node)
     scales = tape.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None

@@ -26,7 +26,7 @@ def explicit_pads(node: onnx.NodeProto, x: Sequence[int], kernel: Sequence[int])
 
 
 def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Stride 1: a convolution with the weights transposed and flipped. Else a transposed convolution."""
+    """Differentiate a convolution: with stride 1 by one with flipped, transposed weights, else by a transposed one."""
     weights = constant_weights(tape, node)
     x, y, kernel = (plane(tape, node, value) for value in (node.input[0], node.output[0], node.input[1]))
     ones = (1,) * len(x)
@@ -61,7 +61,7 @@ def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
 
 
 def _conv_transpose(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Its derivative is a convolution with the same weights."""
+    """Differentiate a transposed convolution: by a convolution with the same weights."""
     weights = constant_weights(tape, node)
     kernel = plane(tape, node, node.input[1])
     ones = (1,) * len(kernel)
@@ -99,7 +99,7 @@ def _gemm(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
 
 
 def _matmul(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Products of matrices in the last two axes; those before are broadcast."""
+    """Differentiate products of matrices in the last two axes; leading axes are broadcast."""
     left, right = node.input
     cotangent = only(cotangents)
     if tape.depends(left):
@@ -132,7 +132,7 @@ def _turned(tape: Tape, matrix: str) -> str:
 
 
 def _unstacked(tape: Tape, cotangent: str, value: str, other: str) -> str:
-    """Summed over the leading axes along which a product broadcast `value`."""
+    """Sum a cotangent over the leading axes along which a product broadcast `value`."""
     own, others = tape.shape(value)[:-2], tape.shape(other)[:-2]
     missing = max(0, len(others) - len(own))
     if missing:

@@ -12,7 +12,7 @@ from mpdsgr_deploy.onnx_files import attribute
 
 
 def _reduce(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """A sum or a mean over axes of known sizes."""
+    """Differentiate a sum or a mean over axes of known sizes."""
     value, cotangent = node.input[0], only(cotangents)
     shape = tape.shape(value)
     named = attribute(node, "axes", ())
@@ -28,7 +28,7 @@ def _reduce(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _reduce_max(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Along one axis; the first of equal values gets the cotangent."""
+    """Differentiate the maximum along one axis; the first of equal values gets the cotangent."""
     value, cotangent = node.input[0], only(cotangents)
     shape = tape.shape(value)
     named = attribute(node, "axes", ())
@@ -61,7 +61,7 @@ def _concat(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _split(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Back together; a part that does not reach the loss counts 0."""
+    """Concatenate the parts' cotangents; a part that does not reach the loss has a cotangent of 0."""
 
     def zeros(output: str) -> str:
         return tape.emit("Mul", tape.float32(output), tape.constant(0))
@@ -71,7 +71,7 @@ def _split(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -
 
 
 def _slice(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """A run along one axis is a piece of the value's cotangent; any other slice is put back axis by axis."""
+    """Put the cotangent of a slice back into place: as a piece along one axis, otherwise axis by axis."""
     value, *names = node.input
     starts, ends, axes, steps = (tape.array(names[i]) if len(names) > i and names[i] else None for i in range(4))
     shape = tape.shape(value)
@@ -100,12 +100,12 @@ def _slice(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -
 
 
 def _end(end: int, step: int) -> int | None:
-    """An end before the first element, which ONNX writes as a very small number, as Python has it."""
+    """Return the end of a reversed slice as Python writes it; in ONNX it is a very small number."""
     return None if step < 0 and end < -(2**31) + 2 else end
 
 
 def _put_back(tape: Tape, cotangent: str, axis: int, size: int, places: list[int], rank: int) -> str:
-    """A cotangent whose elements along an axis stood at `places` out of `size`: a product with unit vectors."""
+    """Scatter a cotangent to `places` out of `size` along an axis, as a product with unit vectors."""
     units = np.zeros((len(places), size), np.float32)
     units[np.arange(len(places)), places] = 1
     order = list(range(rank))
@@ -116,7 +116,7 @@ def _put_back(tape: Tape, cotangent: str, axis: int, size: int, places: list[int
 
 
 def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Supported for constant indices along one axis, of any number of dimensions."""
+    """Differentiate Gather with constant indices of any number of dimensions along one axis."""
     value, indices = node.input[0], tape.array(node.input[1])
     shape = tape.shape(value)
     axis = attribute(node, "axis", 0) % len(shape)
@@ -144,14 +144,14 @@ def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _gather_nd(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Torch's indexing by several arrays, as adaptive pooling of sizes that do not divide has it."""
+    """Differentiate torch's indexing by several arrays, which adaptive pooling uses for sizes that do not divide."""
     if attribute(node, "batch_dims", 0) or tape.depends(node.input[1]):
         raise refuse(node, "takes elements that are known only at run time")
     tape.give(node.input[0], _scattered(tape, node, node.input[1], only(cotangents)))
 
 
 def _scattered(tape: Tape, node: onnx.NodeProto, places: str, cotangent: str) -> str:
-    """Cotangents added up where they came from: places [..., k] in the first k axes."""
+    """Add cotangents up at the places [..., k], in the first k axes, that they came from."""
     if tape.opset < 16:
         raise refuse(node, "takes elements that are known only at run time; export with opset 18 or later")
     nothing = tape.emit("Expand", tape.constant(0), tape.emit("Shape", node.input[0]))
@@ -159,7 +159,7 @@ def _scattered(tape: Tape, node: onnx.NodeProto, places: str, cotangent: str) ->
 
 
 def _pad(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """The middle; reflected and repeated borders go back to where they came from."""
+    """Cut the padding off; cotangents of reflected and repeated borders are added where their values came from."""
     value, shape = node.input[0], tape.shape(node.input[0])
     pads = tape.array(node.input[1])
     named = tape.array(node.input[3]) if len(node.input) > 3 and node.input[3] else None
@@ -189,12 +189,12 @@ def _expand(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _reshape(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """The cotangent takes the shape that the value had before."""
+    """Give the cotangent the shape that the value had before."""
     tape.give(node.input[0], reshaped(tape, only(cotangents), node.input[0]))
 
 
 def _inverse(op_type: str) -> Rule:
-    """Squeeze and Unsqueeze undo each other."""
+    """Differentiate Squeeze and Unsqueeze by each other."""
 
     def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
         if len(node.input) < 2:
