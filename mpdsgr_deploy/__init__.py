@@ -19,7 +19,7 @@ __all__ = ["adopt", "export", "export_module", "open_bundle", "open_predictor", 
 
 
 def __getattr__(name: str) -> Any:
-    """The public functions, imported when first used: `import mpdsgr_deploy` alone loads nothing."""
+    """Import a public function when it is first used: `import mpdsgr_deploy` alone loads nothing."""
     if name in __all__:
         return getattr(import_module("mpdsgr_deploy.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

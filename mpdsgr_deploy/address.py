@@ -26,7 +26,7 @@ LOOPBACK = ("localhost:", "localhost/", "127.0.0.1:", "127.0.0.1/")
 
 
 class BundleAddress(NamedTuple):
-    """A directory or a remote address, and, if they are given, a precision and the digest of its manifest."""
+    """Where a bundle lies: a directory or a remote address, with the precision and the manifest's digest if given."""
 
     place: str
     precision: str | None = None
@@ -34,12 +34,12 @@ class BundleAddress(NamedTuple):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is to be fetched."""
+        """Whether the bundle has to be fetched from another machine."""
         return PROTOCOL.match(self.place) is not None
 
 
 def parse_address(text: str) -> BundleAddress:
-    """PLACE[@PRECISION][@sha256:DIGEST]. An existing path is taken literally, even if it contains "@"."""
+    """Parse PLACE[@PRECISION][@sha256:DIGEST]. An existing path is taken literally, even if it contains "@"."""
     if Path(text).expanduser().exists():
         return BundleAddress(text)
     digest = SHA256.search(text)
@@ -51,7 +51,7 @@ def parse_address(text: str) -> BundleAddress:
 
 
 def local_copy(address: BundleAddress) -> Path:
-    """The directory of a bundle, fetched into the cache if it is remote.
+    """Return the directory of a bundle, which is fetched into the cache if it is remote.
 
     Raises InputError for an address without a digest, one that cannot be read, and a bundle with another digest.
     """
@@ -74,7 +74,7 @@ def local_copy(address: BundleAddress) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where fetched bundles are kept: below MPDSGR_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    """Return the directory for fetched bundles, below MPDSGR_CACHE, XDG_CACHE_HOME or ~/.cache."""
     own, base = os.environ.get("MPDSGR_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else Path(base or Path.home() / ".cache") / "mpdsgr-deploy" / "bundles"
 
@@ -103,7 +103,7 @@ def _copy_from_file_system(place: str, target: Path) -> None:
 
 
 def _copy_from_registry(place: str, target: Path) -> None:
-    """As Docker does, without TLS from a registry on this machine only."""
+    """Copy the files of an OCI registry; as in Docker, only a registry on this machine is asked without TLS."""
     name = place.removeprefix(OCI)
     client = need("oras.client", "remote").OrasClient(insecure=name.startswith(LOOPBACK))
     client.pull(target=name, outdir=str(target))

@@ -1,4 +1,4 @@
-"""How much of what a process has freed glibc's malloc keeps; the C libraries of other systems are left as they are."""
+"""How much freed memory glibc's malloc keeps for reuse. The C libraries of other systems are left as they are."""
 
 import asyncio
 import ctypes
@@ -29,14 +29,14 @@ TRIM_EVERY = 60.0  # seconds
 
 
 def keep_pages() -> None:
-    """Let malloc keep the large blocks that are freed, for as long as this process lives."""
+    """Let malloc keep large freed blocks for reuse, for as long as this process lives."""
     if (mallopt := _function("mallopt")) is not None:
         for option, value in TRAINING.items():
             mallopt(option, value)
 
 
 def limit_free_memory() -> None:
-    """Let malloc keep little of what a burst took. Before any thread; what the environment sets stays as it is."""
+    """Let malloc return most memory after a burst. Call it before any thread starts; environment settings win."""
     if (mallopt := _function("mallopt")) is not None:
         for option, value in SERVING.items():
             if VARIABLES[option] not in os.environ:
@@ -44,7 +44,7 @@ def limit_free_memory() -> None:
 
 
 async def return_free_pages() -> None:
-    """Let malloc return the free pages within its heaps to the system, again and again, until this is cancelled."""
+    """Return the free pages within malloc's heaps to the system periodically, until this task is cancelled."""
     trim = _function("malloc_trim")
     while trim is not None:
         await asyncio.sleep(TRIM_EVERY)

@@ -1,4 +1,4 @@
-"""The public functions, `import mpdsgr_deploy as mpd`: a recipe to a checkpoint, a bundle, a verdict, predictions.
+"""The public functions, `import mpdsgr_deploy as mpd`: train, export, adopt, validate, predict.
 
 They take names and paths as the commands do, and return what the next step needs. Errors that a user can act on are
 `mpdsgr_deploy.errors.MpdsgrError`. Everything else in the package may change without notice.
@@ -76,11 +76,12 @@ def export(
 ) -> Bundle:
     """Write the bundle of a training run or checkpoint to directory `out`, and open it.
 
-    precisions: beside "fp32". max_drop: the largest share of the images that each of them may lose. tier: how hard the
-    reference is attacked. root: where the data set lies. limit: use only so many test images, the same in every call.
-    carry_images: put the test images into the bundle. steps: export the first time steps only, or "auto" the
-    fewest that lose less than max_drop on validation images. Raises InputError for a damaged checkpoint or an `out`
-    that is not ours, EvaluationError if the exported network differs from the torch model or max_drop cannot be met.
+    precisions: those to add to "fp32". max_drop: the largest loss of accuracy allowed for each, in [0, 1]. tier: how
+    hard the reference is attacked. root: where the data set lies. limit: use only so many test images, the same in
+    every call. carry_images: put the test images into the bundle. steps: export the first time steps only, or "auto"
+    the fewest that lose less than max_drop on validation images. Raises InputError for a damaged checkpoint or an `out`
+    that holds other files, EvaluationError if the exported network differs from the torch model or max_drop cannot be
+    met.
     """
     need("onnxscript", "train")
     from mpdsgr_deploy.exporting import export as write
@@ -113,9 +114,9 @@ def export_module(
     """Write the bundle of any torch module that maps images to logits to directory `out`, and open it.
 
     images: labelled images, or a data set's name, or an .npz file, with which the reference is made. surrogate: what
-    stands for its spikes under attack. Further arguments are those of `mpdsgr_deploy.exporting.export_module`.
-    Raises InputError for a module that cannot be exported or attacked, EvaluationError if its ONNX file answers
-    otherwise, or if a state is left over from one call to the next.
+    replaces the derivative of its spikes under attack. Further arguments are those of
+    `mpdsgr_deploy.exporting.export_module`. Raises InputError for a module that cannot be exported or attacked,
+    EvaluationError if its ONNX file answers otherwise, or if a state is left over from one call to the next.
     """
     need("onnxscript", "train")
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
@@ -138,8 +139,8 @@ def adopt(
 ) -> Bundle:
     """Write the bundle of any ONNX classifier, which stays as it is, to directory `out`, and open it.
 
-    Arguments as of `export_module`; further ones are those of `mpdsgr_deploy.adopt.adopt`.
-    Raises InputError for a network or images that do not fit or cannot be attacked.
+    The arguments are those of `export_module`; further ones are those of `mpdsgr_deploy.adopt.adopt`. Raises InputError
+    for a network or images that do not fit or cannot be attacked.
     """
     from mpdsgr_deploy.adopt import adopt as write
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
@@ -152,7 +153,7 @@ def open_bundle(path: AnyPath, *, require_signature: str | None = None) -> Bundl
     """Read and verify a bundle directory. Raises InputError if it is not a bundle, is damaged or incomplete.
 
     require_signature: who must have signed it: a file with a public key or certificates, or "IDENTITY,ISSUER" of
-    Sigstore. It is then read from a private copy of what was signed, and refused if it is not signed so.
+    Sigstore. The bundle is then read from a private copy of the signed files, and refused without such a signature.
     """
     return _open_bundle(Path(path), required_trust(require_signature))
 
@@ -171,10 +172,11 @@ def validate(
 ) -> "Report":
     """Attack the exported network, decide by the gate, and write the report into `report_dir`.
 
-    tier: how much is attacked ("commit", "release", "paper"); gate: a TOML file of rules; both default to the bundle's.
+    tier: how many images are attacked, and how hard ("commit", "release", "paper"); gate: a TOML file of rules. Both
+    default to the bundle's.
     limit: use only so many test images, the same in every call. root: where the data set lies, instead of the images in
-    the bundle. A gate file's `require_signature` holds here too.
-    rebuild: export again from the bundle's weights and compare the files; None: where torch is installed.
+    the bundle. A gate file's `require_signature` applies here too.
+    rebuild: export again from the bundle's weights and compare the files; None does so where torch is installed.
     Returns the report, whose `verdict` is "pass", "fail" or "invalid". Raises InputError for missing data, an unusable
     backend, or too few images for the gate, EvaluationError if the backend answers the golden batch wrongly.
     """
@@ -196,7 +198,7 @@ def validate(
 
 
 def rebuilding(asked: bool | None) -> "Rebuild | None":
-    """The function that exports again; None where torch is missing, or if `asked` is False.
+    """Return the function that exports again; None where torch is missing, or if `asked` is False.
 
     Raises InputError if `asked` is True and torch is missing.
     """
@@ -216,8 +218,9 @@ def predict(
     precision: str = "fp32",
     batch: int = 128,
 ) -> NDArray[np.float32]:
-    """Logits [N, K] of images: an array [N, C, H, W] (uint8, or float32 in [0, 1]), or paths and
-    addresses as of `mpdsgr predict`.
+    """Return logits [N, K] of images.
+
+    images: an array [N, C, H, W] (uint8, or float32 in [0, 1]), or paths and addresses as `mpdsgr predict` takes them.
 
     Raises InputError for images that do not fit the network, EvaluationError if the backend answers the golden batch
     wrongly.

@@ -69,11 +69,11 @@ class Bundle:
 
     @property
     def root(self) -> Path:
-        """The directory that the files are read from: `path`, or a private copy of what was signed."""
+        """The directory that the files are read from: `path`, or a private copy of the signed files."""
         return self.path if self.signed is None else self.signed.root
 
     def file(self, name: str) -> Path:
-        """The path of a verified file. Raises InputError if the manifest does not list it."""
+        """Return the path of a verified file. Raises InputError if the manifest does not list it."""
         if name not in self.manifest.files:
             raise InputError(
                 f"{self.path / MANIFEST} lists no hash for {name!r}, so it cannot be trusted; export again"
@@ -81,27 +81,26 @@ class Bundle:
         return self.root / name
 
     def variant(self, precision: str) -> Path:
-        """The ONNX file of a precision. Raises InputError naming the precisions there are."""
+        """Return the ONNX file of a precision. Raises InputError that names the bundle's precisions."""
         if precision not in self.manifest.variants:
             raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
         return self.file(self.manifest.variants[precision].file)
 
     def model_sha256(self, precision: str) -> str:
-        """The hash of a precision's ONNX file. Raises InputError as `variant` does."""
+        """Return the hash of a precision's ONNX file. Raises InputError as `variant` does."""
         return self.manifest.files[self.variant(precision).relative_to(self.root).as_posix()]
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
-        """What was built from a variant for a backend, on any machine."""
+        """Return what `mpdsgr build` made from a variant for a backend, on any machine."""
         return [p for p in self.manifest.prepared if (p.backend, p.precision) == (backend, precision)]
 
     def add(self, prepared: Prepared, engine: bytes | None = None) -> "Bundle":
-        """The bundle with `prepared`, and its engine if it has one; it replaces an earlier entry of this kind of
-        machine.
+        """Return the bundle with `prepared` and its engine, if any, in place of an earlier entry for such machines.
 
-        The engine's file is new, the manifest is replaced last and what it does not name any more, or does not name yet
-        because an earlier call was killed, is deleted after that: a crash leaves a whole bundle. What others added
-        since this one was opened stays. Signatures go: they are about other files. Raises InputError if the bundle was
-        changed or cannot be written.
+        The engine's file is written first and the manifest replaced after it, so a crash leaves a whole bundle. Files
+        that the manifest does not name are deleted last. Entries that other processes added meanwhile are kept.
+        Signatures are removed, because they cover other files. Raises InputError if the bundle was changed or cannot be
+        written.
         """
         same = ("backend", "precision", "machine", "batch")
         with exclusive(self.path / LOCK, "mpdsgr build", wait=True):
@@ -127,7 +126,7 @@ class Bundle:
         return bundle
 
     def refuse_output(self, out: Path, option: str = "--out") -> None:
-        """Raise InputError if `out`, which an option names, leads into this bundle: outputs belong elsewhere."""
+        """Raise InputError if the output path `out`, given by an option, lies inside this bundle."""
         if followed(out).is_relative_to(self.path.resolve()):
             raise InputError(f"{option} {out} lies in the bundle {self.path}; choose another place")
 
@@ -140,7 +139,7 @@ class Bundle:
         return None if promise is None else load_reference(self.file(REFERENCE), promise)
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Golden inputs [G, C, H, W], and the logits [G, K] a precision must answer them with, K the number of labels.
+        """Return golden inputs [G, C, H, W] and the logits [G, K] that a precision must give, K the number of labels.
 
         Those of fp32 are the torch reference's. Raises InputError if the file does not hold them.
         """
@@ -157,9 +156,9 @@ class Bundle:
 def open_bundle(path: Path | str, trust: Trust | None = None) -> Bundle:
     """Read and verify a bundle: a directory, or as a string an address of `mpdsgr_deploy.address` without a precision.
 
-    trust: whose signature it has to carry; nothing else of it is read before that is verified, and all later reading is
-    from a private copy of what was signed. Raises InputError if it is not a bundle, has a newer schema, is damaged or
-    incomplete, names files outside itself, or is not signed so.
+    trust: whose signature it has to carry. The signature is verified before anything else is read, and files are then
+    read from a private copy of what was signed. Raises InputError if it is not a bundle, has a newer schema, is damaged
+    or incomplete, names files outside itself, or lacks that signature.
     """
     if isinstance(path, str):
         address = parse_address(path)
@@ -187,7 +186,7 @@ def open_bundle(path: Path | str, trust: Trust | None = None) -> Bundle:
 
 
 def _inside(root: Path, name: str) -> Path:
-    """root/name, or InputError if that is, or links to, anything outside root."""
+    """Return root/name. Raises InputError if that is, or links to, a path outside root."""
     relative = PurePosixPath(name)
     file = root / relative
     try:
@@ -203,7 +202,7 @@ def _inside(root: Path, name: str) -> Path:
 def staged(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out` to build a bundle in; `seal` puts it in place, an exception removes it.
 
-    Raises InputError if `out` holds anything that is not part of a bundle of ours.
+    Raises InputError if `out` holds anything that is not part of a bundle.
     """
     recover_directory(out)
     claim_directory(out, MANIFEST, "bundle")
@@ -227,7 +226,7 @@ def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
 
 
 def _read_manifest(directory: Path, otherwise: str) -> Manifest:
-    """Raises InputError, as `read_document` does, and for one that does not match its digest."""
+    """Read a manifest. Raises InputError as `read_document` does, and if it does not match its own digest."""
     path = directory / MANIFEST
     manifest: Manifest = read_document(path, Manifest, SCHEMA_VERSION, otherwise=otherwise)
     if manifest.digest != manifest.computed_digest():

@@ -51,13 +51,13 @@ class Checkpoint(BaseModel):
 
     @property
     def curve(self) -> dict[str, list[Any]]:
-        """What training logged, by name: one value per epoch, None in epochs without it."""
+        """The values that training logged, by name: one per epoch, None for epochs without it."""
         names = dict.fromkeys(name for entry in self.history for name in entry if name not in NO_CURVE)
         return {name: [entry.get(name) for entry in self.history] for name in names}
 
     @property
     def origin(self) -> str:
-        """A phrase for people: which epoch of its run this is, and why."""
+        """A phrase for people that says which epoch of its run this is, and why it was chosen."""
         epoch = f"epoch {self.epoch} of {self.recipe.training.epochs}"
         if self.choice == "best":
             return f"best checkpoint ({epoch}; highest {self.score_of}: {self.metrics['score']:.1%})"
@@ -79,16 +79,16 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str,
 
 
 def weights_bytes(weights: "dict[str, Tensor]") -> bytes:
-    """Tensors by name as a safetensors file; equal tensors give equal bytes."""
+    """Return tensors by name as the bytes of a safetensors file; equal tensors give equal bytes."""
     from safetensors.torch import save
 
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
 
 
 def find_checkpoint(directory: Path, choice: Choice | None = None) -> Path:
-    """The checkpoint directory meant: `directory` itself, or a training run's `choice` below it, its last by default.
+    """Return the checkpoint directory: `directory` itself, or a training run's `choice` below it, by default the last.
 
-    Raises InputError if there is none, or if `directory` is itself a checkpoint and not the one of `choice`.
+    Raises InputError if there is none, or if `directory` is itself a checkpoint but not that of `choice`.
     """
     if (directory / FILE).is_file():
         if choice is not None and directory.name != choice:

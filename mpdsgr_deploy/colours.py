@@ -1,4 +1,4 @@
-"""The colours of all pictures: Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers tell apart."""
+"""The colours of all plots: Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers tell apart."""
 
 BLACK = "#000000"
 BLUE = "#0072B2"

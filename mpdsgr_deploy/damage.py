@@ -1,4 +1,4 @@
-"""Damaged copies of a bundle, with which the demo and the tests show that damage is detected."""
+"""Damage copies of a bundle, so that the demo and the tests can show that damage is detected."""
 
 import json
 import shutil
@@ -16,10 +16,10 @@ READOUT = "readout.weight"
 
 
 def damage(bundle: Bundle, out: Path, *, noise: float = 1.0) -> Path:
-    """A copy of `bundle` in directory `out` whose float32 network has other weights in its last layer.
+    """Copy `bundle` to directory `out`, with noise added to the last layer's weights in its float32 network.
 
-    noise: the standard deviation of what is added to these weights, in units of their own. Nothing else is changed, so
-    `open_bundle` refuses the copy.
+    noise: its standard deviation, in units of the weights' own. Nothing else is changed, so `open_bundle` refuses the
+    copy.
     """
     shutil.copytree(bundle.path, out)
     file = out / bundle.manifest.variants["fp32"].file

@@ -1,4 +1,4 @@
-"""What a user of bundles demands of them before anything else in them is read: a signature, and a verdict."""
+"""What a user of a bundle demands before anything else in it is read: a signature, and a verdict."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +18,14 @@ class Demand(NamedTuple):
     tier: str | None = None
 
     def open(self, path: Path) -> Bundle:
-        """The bundle, whose signature is verified before anything else of it is read. Raises as `open_bundle` does."""
+        """Open a bundle and verify its signature before anything else in it is read. Raises as `open_bundle` does."""
         return open_bundle(path, self.trust)
 
     def verdict(self, bundle: Bundle, precision: str) -> Vouched | None:
-        """The signed verdict on a precision of an opened bundle, if it carries one and signatures are demanded.
+        """Return the signed verdict on a precision of an opened bundle, if it carries one and signatures are demanded.
 
-        Raises InputError where a tier is demanded and no verdict says that the precision passed it, or a harder one. A
-        verdict that nobody demands and that cannot be trusted is left out, with a warning.
+        Raises InputError if a tier is demanded and no verdict says that the precision passed it or a harder one.
+        Without such a demand, a verdict that cannot be trusted is left out with a warning.
         """
         if self.trust is None:
             return None
@@ -42,9 +42,9 @@ class Demand(NamedTuple):
 
 
 def demand_of(signature: str | None, tier: str | None = None) -> Demand:
-    """What the options --require-signature and --require-verdict ask for.
+    """Return what the options --require-signature and --require-verdict demand.
 
-    Raises InputError for a key that is none, an unknown tier, and a verdict without a signer.
+    Raises InputError for an invalid key, an unknown tier, and a required verdict without a signer.
     """
     if tier and not signature:
         raise InputError("--require-verdict needs --require-signature: a verdict counts for what its signer does")

@@ -18,7 +18,7 @@ class MissingData(InputError):  # noqa: N818 - the name describes the problem
 class StoreError(MpdsgrError):
     """An object store that cannot be asked: no credentials, no access, no connection (exit code 2).
 
-    It is no InputError, since it says nothing of an input: a run that skips bad inputs ends.
+    It is not an InputError, because no input is at fault: a run that skips bad inputs ends with it.
     """
 
 
@@ -33,5 +33,5 @@ class EvaluationError(MpdsgrError):
 
 
 def one_line(error: object) -> str:
-    """The message of any error on one line; the name of its type if the message is empty."""
+    """Return the message of any error on one line, or the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Labelled images for a network from elsewhere: a data set by name, a folder of classes, or an .npz file."""
+"""Labelled images for a network that was trained elsewhere: a named data set, a folder of classes, or an .npz file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from mpdsgr_deploy.recipe import Data
 
 
 def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int] | None, limit: int | None) -> Images:
-    """Labelled images of shape (C, H, W) (None: of any shape), at most `limit` of them.
+    """Read at most `limit` labelled images of shape (C, H, W); with shape None images of any shape are accepted.
 
     source: a folder CLASS/NAME.png, an .npz file with pixels (uint8 [N, C, H, W]), classes (int [N]) and, if it has
     them, labels (str [K]); else a registered data set, whose files lie in `root`. Raises InputError for images of
@@ -59,7 +59,7 @@ def _archive(path: Path) -> Images:
 
 
 def relabelled(images: Images, labels: Sequence[str], classes: int) -> Images:
-    """The images with the names of the network's classes. Raises InputError unless there is one name per logit."""
+    """Return the images with the network's class names. Raises InputError unless there is one name per logit."""
     names = tuple(labels)
     if not names and len(images.labels) < classes and all(label.isdecimal() for label in images.labels):
         names = tuple(map(str, range(classes)))  # the archive names no classes and does not show all of them

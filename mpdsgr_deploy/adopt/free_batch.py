@@ -1,6 +1,6 @@
-"""A batch dimension that was fixed at export, made free where nothing depends on it.
+"""Make a batch dimension that was fixed at export dynamic, where nothing else depends on it.
 
-What exporters write down at a fixed batch are target shapes (Reshape, Expand, ConstantOfShape) and initial states, one
+At a fixed batch size exporters write it into target shapes (Reshape, Expand, ConstantOfShape) and initial states, one
 equal row for each image. Nobody has to trust these edits: `adopt` compares the network with the user's own file at its
 own batch, and with itself at others.
 """
@@ -21,7 +21,7 @@ PREFIX = "adopted/"  # of every value that is added
 
 
 def free_batch(network: onnx.ModelProto, batch: int) -> None:
-    """Name the batch dimension of input and output, and change what was written down for `batch` images."""
+    """Make the batch dimension of input and output dynamic, and rewrite the constants made for `batch` images."""
     graph = network.graph
     del graph.value_info[:]
     stored = {tensor.name for tensor in graph.initializer}
@@ -43,7 +43,7 @@ def free_batch(network: onnx.ModelProto, batch: int) -> None:
 
 
 def _cut_states(graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, NDArray[Any]], batch: int) -> None:
-    """Let a constant of `batch` equal rows be one row."""
+    """Replace a constant of `batch` equal rows by one of a single row, which broadcasts."""
     for position, name in enumerate(node.input):
         state = constants.get(name)
         if state is not None and state.ndim > 1 and len(state) == batch and (state == state[:1]).all():
@@ -51,12 +51,12 @@ def _cut_states(graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[st
 
 
 def _free_target(graph: onnx.GraphProto, node: onnx.NodeProto, target: NDArray[Any], batch: int) -> None:
-    """Let the size of the batch, alone or times the time steps, follow from the number of elements."""
+    """Replace the batch size in a target shape (alone or times the time steps) by -1 or 0, which ONNX infers."""
     sizes = [int(size) for size in target]
     if -1 in sizes:
         if sizes[0] != batch or 0 in sizes:
             return
-        sizes[0] = 0  # as of the input
+        sizes[0] = 0  # the input's own size
         for attribute in [entry for entry in node.attribute if entry.name == "allowzero"]:
             node.attribute.remove(attribute)
     else:
@@ -76,7 +76,7 @@ def _give(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, array: ND
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
-    """The values that stand in the graph, in an initializer or a Constant node, by their names."""
+    """Return the constants of the graph (initializers and Constant nodes) by name."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute:

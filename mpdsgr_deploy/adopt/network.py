@@ -1,8 +1,8 @@
-"""A foreign ONNX classifier: what is asked of it, and what is put in front of it so that it takes images in [0, 1].
+"""An ONNX classifier from elsewhere: what it must fulfil, and the nodes put in front so that it takes images in [0, 1].
 
 A file that takes float32 [batch, C, H, W] in [0, 1] with a free batch dimension is deployed byte for byte. Otherwise
-its nodes and weights stay as they are, and nodes in front of them do what the user said happens before: a range of
-pixels, a normalisation, the order of the axes. A batch dimension that was fixed at export is made free where nothing
+its nodes and weights stay as they are, and new nodes in front compute the preprocessing that the user states: a range
+of pixels, a normalisation, the order of the axes. A batch dimension that was fixed at export is made free where nothing
 depends on it.
 """
 
@@ -28,9 +28,9 @@ ELEMENTWISE = (*VIEWS, "Add", "Cast", "Clip", "Div", "Log", "Max", "Mean", "Min"
 
 
 class Preprocessing(NamedTuple):
-    """What the network expects of an image in [0, 1], in this order: another range, or (x - mean) / std per channel.
+    """How an image in [0, 1] becomes the network's input: scaled to another range, then (x - mean) / std per channel.
 
-    layout: the order of its input's axes.
+    layout: the order of the input's axes.
     """
 
     low: float = 0.0
@@ -44,7 +44,7 @@ class Preprocessing(NamedTuple):
         return self == Preprocessing()
 
     def applied(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Images [N, C, H, W] in [0, 1] as the network expects them."""
+        """Return images [N, C, H, W] in [0, 1] in the range, normalisation and axis order that the network expects."""
         x = x * np.float32(self.high - self.low) + np.float32(self.low)
         if self.mean:
             mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
@@ -53,7 +53,7 @@ class Preprocessing(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """A network float32 [batch, C, H, W] in [0, 1] to logits [batch, K].
+    """A network that maps images float32 [batch, C, H, W] in [0, 1] to logits [batch, K].
 
     unchanged: whether it is the user's file byte for byte; batch: the size that its batch was fixed to, None if free;
     before: what the file expects of an image.
@@ -68,7 +68,7 @@ class Classifier(NamedTuple):
 
 
 def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> Classifier:
-    """A classifier from the user's ONNX file. Raises InputError, saying what to do, for a file that is none."""
+    """Read a classifier from the user's ONNX file. Raises InputError with advice for a file that is not one."""
     before = Preprocessing() if preprocessing is None else preprocessing
     if not before.low < before.high:
         raise InputError(f"the network cannot take pixels from {before.low:g} to {before.high:g}; write LOW,HIGH")
@@ -142,7 +142,7 @@ def _only_input(file: Path, network: onnx.ModelProto) -> onnx.ValueInfoProto:
 
 
 def _classes(file: Path, network: onnx.ModelProto) -> int:
-    """The number of logits. Raises InputError for several outputs, and for probabilities."""
+    """Return the number of logits. Raises InputError for several outputs, and for probabilities."""
     if len(network.graph.output) != 1:
         names = ", ".join(entry.name for entry in network.graph.output)
         raise InputError(f"{file} has {len(network.graph.output)} outputs ({names}); export the logits alone")
@@ -163,13 +163,13 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
 
 
 def probabilities(network: onnx.ModelProto, *, through: Collection[str] = VIEWS) -> onnx.NodeProto | None:
-    """The node that turns logits into probabilities; None unless only operators of `through` follow it."""
+    """Find the node that turns logits into probabilities; None unless only operators of `through` follow it."""
     last = maker_of_output(network, through)
     return last if last is not None and last.op_type in PROBABILITIES else None
 
 
 def cut_off(file: Path, network: onnx.ModelProto, last: onnx.NodeProto | None) -> str:
-    """What to do about an output of probabilities, which `last` makes."""
+    """Advise how to remove the node `last`, which turns logits into probabilities."""
     holds = f"{file}: output {network.graph.output[0].name!r} holds probabilities, not logits; "
     if last is None:
         return f"{holds}export the values before they are normalised"
@@ -178,7 +178,7 @@ def cut_off(file: Path, network: onnx.ModelProto, last: onnx.NodeProto | None) -
 
 
 def _put_in_front(file: Path, network: onnx.ModelProto, before: Preprocessing, shape: tuple[int, int, int]) -> None:
-    """Nodes between images [batch, C, H, W] in [0, 1] and the network's own input."""
+    """Insert the preprocessing between images [batch, C, H, W] in [0, 1] and the network's own input."""
     graph, channels = network.graph, shape[0]
     stored = {tensor.name for tensor in graph.initializer}
     own = next(entry for entry in graph.input if entry.name not in stored)

@@ -1,4 +1,4 @@
-"""What an attack can and cannot follow in a network, node by node, before anything is written."""
+"""Which nodes of a network an attack can differentiate, before anything is written."""
 
 from collections import Counter
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ STANDS_FOR = {
 
 
 class NodeFinding(NamedTuple):
-    """One node between images and logits: its name, its operator, and what an attack makes of it."""
+    """One node between images and logits: its name, its operator, and how an attack differentiates it."""
 
     node: str
     operator: str
@@ -45,16 +45,19 @@ class Survey(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Time steps: of the layer that has most, 1 without spikes."""
+        """The number of time steps of the layer that has the most; 1 for a network without spikes."""
         return max(self.layers.values(), default=1)
 
     def counts(self) -> Counter[str]:
-        """How many nodes are faithful, approximate, unsupported."""
+        """The numbers of faithful, approximate and unsupported nodes."""
         return Counter(finding.status for finding in self.findings)
 
 
 def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
-    """Which nodes of a network can be attacked through a surrogate. Raises InputError for an unknown surrogate."""
+    """Classify the nodes of a network by how an attack through this surrogate differentiates them.
+
+    Raises InputError for an unknown surrogate.
+    """
     network = inlined(network)
     tape = Tape(network, network.graph.input[0].name)
     refused, jumps = "", []

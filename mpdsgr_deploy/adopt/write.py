@@ -1,4 +1,4 @@
-"""An ordinary bundle around somebody's own ONNX file."""
+"""Write a bundle around an ONNX file that was not exported by this package."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -74,9 +74,9 @@ def adopt(
 ) -> Bundle:
     """Write a bundle whose network is the ONNX file `model`, byte for byte wherever it takes images in [0, 1].
 
-    images: with which the reference is made, in [0, 1] as all of this package's; preprocessing: what the network
-    expects instead. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first, with "+detached" behind
-    it if the network was trained with detached resets. variants: other files of the same network by name, such as int8.
+    images: for the reference, in [0, 1] as everywhere in this package; preprocessing: how they become what the network
+    expects. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first, with "+detached" behind it if
+    the network was trained with detached resets. variants: other files of the same network by name, such as int8.
     reference: logits [N, K] of the images by the framework that the network was trained in, which the file then has to
     match. recipe: attack settings and gate; its neuron and model are filled in.
 
@@ -135,7 +135,7 @@ def adopt(
 
 
 def _recipe(base: Recipe, model: Path, named: SurrogateName, seen: Survey) -> Recipe:
-    """How to attack: through which surrogate, and where spikes reset a membrane, also with resets the other way."""
+    """Return the recipe of the attacks: the surrogate and, where spikes reset a membrane, also resets the other way."""
     also = dict.fromkeys([*base.attack.also, *([OTHER_RESETS[named.detached]] if seen.resets else [])])
     neuron = {"surrogate": named.kind, "surrogate_parameter": named.width, "detach_reset": named.detached}
     return base.model_copy(
@@ -149,7 +149,7 @@ def _recipe(base: Recipe, model: Path, named: SurrogateName, seen: Survey) -> Re
 
 
 def _placed(file: Path, classifier: Classifier, target: Path, images: Images, recipe: Recipe) -> AdoptedVariant:
-    """Put a network into the bundle and let it answer. Raises InputError where answers depend on the batch."""
+    """Put a network into the bundle and compute its logits. Raises InputError if they depend on the batch."""
     if classifier.unchanged:
         copyfile(file, target)
     else:
@@ -177,7 +177,7 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
 
 
 def _check_freed(file: Path, classifier: Classifier, x: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
-    """Raise InputError unless a network whose batch was made free answers as the user's file at its own batch."""
+    """Raise InputError unless the network with a dynamic batch answers as the user's file does at its fixed batch."""
     if classifier.batch is None:
         return
     rows = np.arange(classifier.batch) % len(x)
@@ -200,7 +200,7 @@ def _same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:
 
 
 def _agrees(model: Path, logits: NDArray[np.float32], reference: NDArray[np.float32] | None) -> NDArray[np.bool_]:
-    """Which rows of the file's logits are the reference's. Raises EvaluationError unless nearly all are."""
+    """Return which rows of the file's logits equal the reference's. Raises EvaluationError unless nearly all do."""
     if reference is None:
         return np.ones(len(logits), np.bool_)
     expected = reference[: len(logits)]
@@ -246,7 +246,7 @@ def _variant(name: str, part: AdoptedVariant, images: Images, recipe: Recipe) ->
 def _save_golden(
     folder: Path, parts: Mapping[str, AdoptedVariant], images: Images | None, exact: NDArray[np.bool_]
 ) -> None:
-    """A few inputs, or noise where no image may be carried, with each precision's logits."""
+    """Save the golden batch: a few images (noise where no image may be stored) with each precision's logits."""
     if images is not None:
         logits = {name: part.logits for name, part in parts.items()}
         x = images.unit()
