@@ -1,4 +1,4 @@
-"""The `mpdsgr` command: one module a subcommand, loaded when it is called, so that --help stays quick."""
+"""The `mpdsgr` command: one module per subcommand, loaded when it is called, so that --help stays quick."""
 
 import importlib
 import os
@@ -67,7 +67,7 @@ class OneLineErrors(click.Command):
 
 
 def drop_output() -> None:
-    """Let what is still to be written to stdout go nowhere: Python would try once more at its end, and complain."""
+    """Discard unwritten output to stdout: Python would try to write it again at exit, and print an error."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         return
@@ -76,7 +76,7 @@ def drop_output() -> None:
 
 
 def at_home(argument: str) -> str:
-    """The argument with the user's home directory for a leading ~, also behind OPTION=, where shells leave it."""
+    """Replace a leading ~ by the user's home directory, also after OPTION=, where shells do not."""
     option, equals, value = argument.partition("=")
     if equals and option.startswith("--") and value.startswith("~"):
         return f"{option}={os.path.expanduser(value)}"

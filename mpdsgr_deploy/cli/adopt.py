@@ -120,7 +120,7 @@ def _promised(reference: Any) -> Any:
 
 
 def _numbers(option: str, text: str | None, count: int | None = None) -> tuple[float, ...]:
-    """The numbers of a comma-separated option; () if it is not given."""
+    """Parse the numbers of a comma-separated option; () if it is not given."""
     if text is None:
         return ()
     try:
@@ -158,7 +158,7 @@ def _logits(path: Path) -> Any:
 
 
 def _report(surveyed: Any, source: str, as_json: bool) -> None:
-    """What a survey found. Raises InputError, behind the report, if the network cannot be attacked."""
+    """Print a survey. Raises InputError after it if the network cannot be attacked."""
     counts = surveyed.counts()
     if as_json:
         print_json(

@@ -142,7 +142,7 @@ def _show(results: LoadMeasurement, url: str, batch: int, as_json: bool) -> None
 
 
 def _numbers(option: str, text: str, low: float, high: float, whole: bool = False) -> list[float]:
-    """The numbers of a comma-separated option, each between `low` and `high`. Raises InputError otherwise."""
+    """Parse the numbers of a comma-separated option, each between `low` and `high`. Raises InputError otherwise."""
     try:
         values = [float(int(part) if whole else float(part)) for part in text.split(",")]
     except ValueError:
@@ -153,7 +153,7 @@ def _numbers(option: str, text: str, low: float, high: float, whole: bool = Fals
 
 
 def _read(path: Path) -> NDArray[Any]:
-    """Images [N, C, H, W] of an .npy or .npz file."""
+    """Read images [N, C, H, W] from an .npy or .npz file."""
     try:
         images = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -166,7 +166,7 @@ def _read(path: Path) -> NDArray[Any]:
 
 
 def _key(path: Path) -> str:
-    """The first line that is neither empty nor a comment."""
+    """Return the first line of a key file that is neither empty nor a comment."""
     lines = (line.strip() for line in path.read_text().splitlines())
     key = next((line for line in lines if line and not line.startswith("#")), None)
     if key is None:

@@ -1,4 +1,4 @@
-"""mpdsgr bench BUNDLE: what an image costs on this machine."""
+"""mpdsgr bench BUNDLE: time, memory and energy per image on this machine."""
 
 from collections.abc import Sequence
 

@@ -73,7 +73,7 @@ def command(
 
 
 def parse_batch(text: str) -> BatchSizes:
-    """MIN,OPT,MAX as three numbers. Raises InputError for anything else."""
+    """Parse MIN,OPT,MAX as three numbers. Raises InputError for anything else."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise InputError(f"--batch {text}: write three whole numbers MIN,OPT,MAX, for example 1,32,128")

@@ -65,7 +65,7 @@ def judge(bundle: Bundle, report_dir: Path) -> Report:
 
 
 def damaged(bundle: Bundle, out: Path) -> tuple[str, Report]:
-    """Why a damaged copy is refused when it is opened, and the report about it after its hashes were made to fit.
+    """Return why a damaged copy is refused when opened, and the report about it once its hashes were made to fit.
 
     Raises EvaluationError if either is accepted.
     """
@@ -87,7 +87,7 @@ def damaged(bundle: Bundle, out: Path) -> tuple[str, Report]:
 
 
 def print_demo(report: Report, damaged_report: Report) -> None:
-    """The accuracy of the torch network, of the exported one and of the damaged copy, by condition."""
+    """Print the accuracy of the torch network, the exported one and the damaged copy, by condition."""
     rows = {row.name: row for row in report.rows}
     # Not all: a validation stops once the gate has failed, and `worst` is then over what was attacked by that time
     damaged_rows = {row.name: row for row in damaged_report.rows if not (damaged_report.stopped and row.name == WORST)}

@@ -1,4 +1,4 @@
-"""mpdsgr deploy: one subcommand an engine"""
+"""mpdsgr deploy: one subcommand per serving engine"""
 
 import shlex
 from pathlib import Path
@@ -202,7 +202,7 @@ def ray(
 
 
 def _span(replicas: str) -> tuple[int, int]:
-    """The least and the most of N or MIN,MAX. Raises InputError for anything else."""
+    """Parse N or MIN,MAX as the smallest and the largest number. Raises InputError for anything else."""
     least, comma, most = replicas.partition(",")
     if not least.isdecimal() or (comma and not most.isdecimal()):
         raise InputError(f"--replicas {replicas}: write a number, or the least and the most, for example 1,4")

@@ -70,7 +70,7 @@ def command(bundle: str | None, as_json: bool) -> None:
 
 
 def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]:
-    """Rows (backend, precisions, state) for states by (backend, precision): rows with the same state are merged."""
+    """Turn states by (backend, precision) into rows (backend, precisions, state), one per backend and state."""
     precisions: dict[tuple[str, str], list[str]] = {}
     for (backend, precision), state in states.items():
         precisions.setdefault((backend, state), []).append(precision)
@@ -79,13 +79,13 @@ def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]
 
 @contextmanager
 def copy_of(directory: Path) -> Iterator[Path]:
-    """A copy to which engines can be added, gone with the block."""
+    """Make a temporary copy of a bundle, to which engines can be added."""
     with TemporaryDirectory() as folder:
         yield Path(shutil.copytree(directory, Path(folder) / directory.name))
 
 
 def state(bundle: Bundle, backend: str, precision: str, *, build: bool = False) -> str:
-    """'works' and how fast on the golden batch, or in one line why it does not; build: with an engine made for it."""
+    """Return 'works' with the speed on the golden batch, or one line on why it fails; build: build an engine first."""
     try:
         if build and backend in LIBRARIES:
             bundle, _ = prepare(backend, bundle, precision)

@@ -111,7 +111,7 @@ def command(
 
 
 def _steps(text: str) -> int | Literal["auto"]:
-    """What --steps says. Raises InputError for anything but "auto" or a positive number."""
+    """Parse --steps. Raises InputError for anything but "auto" or a positive number."""
     if text == "auto":
         return "auto"
     if not (text.isdecimal() and int(text)):
@@ -130,7 +130,7 @@ def _of_module(
     tier: str | None,
     carry: bool,
 ) -> "Bundle":
-    """The bundle of a module by its name, attacked on the images of `data`."""
+    """Export the module of that name, attacked on the images of `data`, to a bundle."""
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
     from mpdsgr_deploy.exporting import export_module, find_module
     from mpdsgr_deploy.recipe import Recipe

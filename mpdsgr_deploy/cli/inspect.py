@@ -138,14 +138,14 @@ def command(
 
 
 def print_card(bundle: Bundle, report: Path | None) -> None:
-    """The bundle's model card on stdout."""
+    """Print the bundle's model card."""
     from mpdsgr_deploy.validation.card import card, report_about
 
     click.echo(card(bundle, None if report is None else report_about(bundle, report)), nl=False)
 
 
 def write_attack_graph(bundle: str, out: Path) -> None:
-    """Derive the attack graph of BUNDLE[@PRECISION]. Raises InputError where a validation would, too."""
+    """Write the attack graph of BUNDLE[@PRECISION]. Raises InputError where a validation would."""
     from mpdsgr_deploy.attack_graph import derived
 
     opened, precision = opened_bundle(bundle, None)
@@ -158,7 +158,7 @@ def write_attack_graph(bundle: str, out: Path) -> None:
 def inspect_bundle(
     bundle: Bundle, flips: bool, plots: Path | None, root: str | None, images: int, as_json: bool
 ) -> None:
-    """Facts of a bundle and, with `flips`, where its precisions drift apart."""
+    """Print facts of a bundle and, with `flips`, where its precisions drift apart."""
     facts = bundle_facts(bundle)
     where, variants = flips_of(bundle, root=root, images=images) if flips else ("", [])
     if plots is not None:
@@ -183,7 +183,7 @@ def inspect_checkpoint(
     channels: tuple[int, ...],
     as_json: bool,
 ) -> None:
-    """Facts of a checkpoint and the statistics of its layers, measured anew where they are drawn."""
+    """Print facts of a checkpoint and the statistics of its layers, measured anew if they are also drawn."""
     facts, statistics = checkpoint_facts(path)
     where = LAST_EPOCH
     if plots is not None:

@@ -1,4 +1,4 @@
-"""What `mpdsgr inspect A B` prints."""
+"""The output of `mpdsgr inspect A B`."""
 
 from operator import attrgetter
 from pathlib import Path
@@ -35,7 +35,7 @@ def inspect_pair(a: str, b: str, *, plots: Path | None, root: str | None, images
 
 
 def as_record(a: Side, b: Side, differences: Differences) -> dict[str, Any]:
-    """The same for programs: pairs are lists of A's and B's value."""
+    """Return the comparison as JSON values: each pair is a list of A's and B's value."""
     layers = [{name: value for name, value in x._asdict().items() if name != "membranes"} for x in differences.layers]
     verdicts = [
         {"condition": v.condition, "n": v.n, "right": v.right, "only_a": v.flips.newly_wrong}
@@ -52,7 +52,7 @@ def print_sides(a: Side, b: Side) -> None:
 
 
 def print_differences(differences: Differences) -> None:
-    """Tables of what differs, and a line for each part that was left out."""
+    """Print tables of the differences, and a line for each part that was left out."""
     if differences.settings:
         settings = [(name, *map(_text, pair)) for name, pair in differences.settings.items()]
         print_table(("setting", "A", "B"), settings)

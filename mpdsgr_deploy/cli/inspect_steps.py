@@ -1,4 +1,4 @@
-"""What `mpdsgr inspect BUNDLE --steps` prints."""
+"""The output of `mpdsgr inspect BUNDLE --steps`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ MMACs: million multiply-accumulates."""
 
 
 def inspect_steps(bundle: Bundle, *, plots: Path | None, root: str | None, images: int | None, as_json: bool) -> None:
-    """Attack and time a bundle's networks at 1 to T time steps, print it, and draw it into `plots`."""
+    """Attack and time a bundle's networks at 1 to T time steps, print the results, and draw them into `plots`."""
     need("onnxscript", "train")
     from mpdsgr_deploy.exporting.step_table import step_costs
 
@@ -45,18 +45,18 @@ def inspect_steps(bundle: Bundle, *, plots: Path | None, root: str | None, image
 
 
 def accuracies(rows: "Sequence[StepCost]", precision: str) -> dict[str, list[float]]:
-    """Clean and worst accuracy in % of one precision, for 1 to T steps."""
+    """Return clean and worst accuracy in % of one precision, for 1 to T steps."""
     own = [row for row in rows if row.precision == precision]
     return {name: [100 * row.correct[name] / row.n for row in own] for name in (CLEAN, WORST)}
 
 
 def as_record(row: "StepCost") -> dict[str, Any]:
-    """A row for programs."""
+    """Return a row as JSON values."""
     return row._asdict() | {"flips": {name: flips._asdict() for name, flips in row.flips.items()}}
 
 
 def cells(row: "StepCost") -> dict[str, str]:
-    """A row for people, by column."""
+    """Return the cells of a row, as text by column."""
     percent = {f"{name} %": f"{100 * correct / row.n:.1f}" for name, correct in row.correct.items()}
     flips = {
         f"{name} lost, regained": f"{pair.lost}, {pair.regained}"

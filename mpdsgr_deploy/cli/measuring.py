@@ -55,14 +55,14 @@ class Measuring:
 
     @property
     def numbers(self) -> list[int]:
-        """The seeds; none where the option was not given. Raises InputError for what is not a list of numbers."""
+        """Return the seeds; empty if the option was not given. Raises InputError unless they are a list of numbers."""
         try:
             return sorted({int(part) for part in self.seeds.split(",")}) if self.seeds is not None else []
         except ValueError:
             raise InputError(f"--seeds {self.seeds!r}: write whole numbers with commas, for example 0,1,2") from None
 
     def measured(self, stems: Iterable[str]) -> list[str]:
-        """The records of those of `names` that have any."""
+        """Return the records of those of `names` that have any."""
         from mpdsgr_deploy.experiments.store import RECORDS
 
         return [stem for stem in stems if (self.results / stem / RECORDS).exists()]
@@ -83,7 +83,7 @@ class Measuring:
 
 
 def measuring(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command with these options, which it gets as `how`."""
+    """Decorate a command with these options, which are passed to it as `how`."""
 
     @wraps(command)
     def bundled(**values: Any) -> None:

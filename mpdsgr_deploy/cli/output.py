@@ -1,4 +1,4 @@
-"""What subcommands share: how a bundle is named, the --json switch, and tables on stdout."""
+"""Shared by the subcommands: the argument that names a bundle, the --json switch, and tables on stdout."""
 
 import json
 import math
@@ -39,7 +39,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def opened_bundle(text: str, precision: str | None, trust: Trust | None = None) -> tuple[Bundle, str]:
-    """The bundle of an argument BUNDLE[@PRECISION][@sha256:DIGEST], and the precision that it or --precision names.
+    """Open BUNDLE[@PRECISION][@sha256:DIGEST]; return it with the precision that it or --precision names.
 
     trust: who must have signed it. Raises InputError as `open_bundle` does, and where the two name different
     precisions.
@@ -51,7 +51,7 @@ def opened_bundle(text: str, precision: str | None, trust: Trust | None = None) 
 
 
 def print_json(value: Any) -> None:
-    """One machine-readable object on stdout. JSON has no NaN and no infinity: null stands for them."""
+    """Print one JSON object. JSON has no NaN and no infinity: null stands for them."""
     click.echo(json.dumps(_strict(value), allow_nan=False))
 
 
@@ -64,10 +64,10 @@ def _strict(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """Rows for people on stdout.
+    """Print rows as a table for people.
 
-    On a terminal a table with borders, in which the widest columns fold; one entry a block where that would leave a
-    column no room. Elsewhere, in pipes and logs, one plain line for each row.
+    On a terminal the table has borders and its widest columns fold; if a column would get no room, each row becomes a
+    block. In pipes and logs each row is one plain line.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -90,7 +90,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
 
 
 def print_sentence(text: str) -> None:
-    """A line for people on stdout, which a terminal breaks between words."""
+    """Print a line for people, which a terminal breaks between words."""
     click.echo(click.wrap_text(text, Console().width) if sys.stdout and sys.stdout.isatty() else text)
 
 

@@ -19,7 +19,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 class Named(NamedTuple):
-    """A report, its directory, and the bundle among the arguments that it is about."""
+    """A report, its directory, and the bundle among the arguments that it validates."""
 
     directory: Path
     report: Report
@@ -65,7 +65,7 @@ def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None,
 
 
 def _named(path: Path, bundles: list[Bundle]) -> Named:
-    """Raises InputError for what is no report, and for one that is about no bundle of `bundles` if there are any."""
+    """Read a report. Raises InputError if it is not one, or if it validates none of `bundles` though some are given."""
     if not (path / REPORT).is_file():
         raise InputError(f"{path} is neither a bundle (with {MANIFEST}) nor a directory with {REPORT}")
     report = load_report(path)

@@ -108,7 +108,7 @@ def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring
 
 
 def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) -> int:
-    """The same command in a process of its own, which is ended when the time is up. Returns its exit code, or 0."""
+    """Run the same command in a child process, which is ended when the time is up. Returns its exit code, or 0."""
     from mpdsgr_deploy.experiments.time_limit import run_limited
 
     options = {"--runs": how.runs, "--root": how.root, "--out": how.out, "--jobs": how.jobs, "--seeds": how.seeds}

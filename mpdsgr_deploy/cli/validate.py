@@ -115,7 +115,7 @@ def command(
 
 
 def print_report(report: Report) -> None:
-    """The verdict, its reasons and the table of conditions."""
+    """Print the verdict, its reasons and the table of conditions."""
     rows = [
         (
             row.name,

@@ -77,7 +77,7 @@ def command(
 
 
 def _trust(key: str | None, certificate: str | None, identity: str | None, issuer: str | None) -> Trust | None:
-    """Whom the options name. Raises InputError for more than one, and for an identity without its issuer."""
+    """Return the signer that the options name. Raises InputError for several, or an identity without its issuer."""
     if sum(option is not None for option in (key, certificate, identity)) > 1 or (identity is None) != (issuer is None):
         raise InputError("name one signer: --key FILE, --certificate FILE, or --identity NAME with --issuer URL")
     if key is not None:
@@ -98,7 +98,7 @@ def _verify_report(directory: Path, trust: Trust | None, as_json: bool) -> None:
 
 
 def golden_faults(bundle: Bundle) -> list[str]:
-    """Why a precision cannot be opened here, or does not answer the golden batch as it must."""
+    """Return why a precision cannot be opened here, or how it answers the golden batch wrongly."""
     faults = []
     for precision in bundle.manifest.variants:
         try:
