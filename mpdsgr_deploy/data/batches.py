@@ -1,7 +1,7 @@
-"""Batches of images that live on the device as uint8: shuffled, augmented, scaled to [0, 1] there.
+"""Batches of images that are kept on the device as uint8, and shuffled, augmented and scaled to [0, 1] there.
 
-All randomness comes from generators derived from (seed, purpose, counters), so epoch 7 is the same whether the run
-reached it in one run or was resumed, on any device.
+All randomness comes from generators derived from (seed, purpose, counters), so an epoch is the same on any device,
+whether or not the run was interrupted and resumed before it.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from mpdsgr_deploy.data.images import Images
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator that depends on the seed and the purpose (names, epoch, step, rank) alone."""
+    """Make a CPU generator that depends on the seed and the purpose (names, epoch, step, rank) alone."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def to_device(images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 [N, C, H, W] and classes [N] on the device; both stay in host memory where they do not fit."""
+    """Move pixels uint8 [N, C, H, W] and classes [N] to the device, or leave both in host memory if they do not fit."""
     pixels, classes = torch.from_numpy(images.pixels), torch.from_numpy(images.classes)
     return (pixels.to(device), classes.to(device)) if fits(pixels.nbytes, device) else (pixels, classes)
 
@@ -32,12 +32,12 @@ def fits(size: int, device: torch.device) -> bool:
 
 
 def shuffled_batches(count: int, batch_size: int, shuffle: torch.Generator) -> Iterator[Tensor]:
-    """Index tensors of one epoch in random order; the last incomplete batch is dropped."""
+    """Yield the index tensors of one epoch in random order; the last incomplete batch is dropped."""
     yield from torch.randperm(count, generator=shuffle)[: count // batch_size * batch_size].split(batch_size)
 
 
 def take(data: tuple[Tensor, Tensor], index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 [B, C, H, W] and classes [B] at `index`, on the device."""
+    """Return pixels uint8 [B, C, H, W] and classes [B] at `index`, on the device."""
     here = tuple(held[index.to(held.device)] for held in data)
     if data[0].device.type == "cpu" != device.type:  # a copy from pinned memory is asynchronous
         here = tuple(held.pin_memory() for held in here)
@@ -46,12 +46,12 @@ def take(data: tuple[Tensor, Tensor], index: Tensor, device: torch.device) -> tu
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 to float32 in [0, 1]."""
+    """Convert uint8 to float32 in [0, 1]."""
     return pixels.float() / 255
 
 
 def augment(pixels: Tensor, *, padding: int, flip: bool, draw: torch.Generator) -> Tensor:
-    """A random crop of each image [B, C, H, W] padded by `padding` zeros a side, and a random left-right flip."""
+    """Pad each image [B, C, H, W] by `padding` zeros a side, crop it at random, and flip it left-right at random."""
     count, channels, height, width = pixels.shape
     device = pixels.device
     padded = F.pad(pixels, [padding] * 4)

@@ -34,7 +34,7 @@ class Events(NamedTuple):
 
 
 def parse_events(data: bytes, name: str) -> Events:
-    """The events of a recording, which messages call `name`, in the order of the file.
+    """Read the events of a recording, in file order; `name` is the file's name for error messages.
 
     Raises InputError for one that is cut off, has no events, or has some outside the 34x34 pixels.
     """
@@ -69,7 +69,7 @@ def to_frames(events: Events, T: int) -> NDArray[np.uint8]:
 
 
 def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """As `decode_frames`, from a file. Raises InputError for one that cannot be read, too."""
+    """Read a file and decode it as `decode_frames` does. Raises InputError also if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -78,7 +78,7 @@ def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def decode_frames(content: bytes, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """A recording as the frames uint8 [2 T, 34, 34] = shape. Raises InputError for another shape or a damaged file."""
+    """Decode a recording to frames uint8 [2 T, 34, 34] = shape. Raises InputError if shape or file is invalid."""
     channels, *size = shape
     if not name.lower().endswith(RECORDINGS) or channels % 2 or size != [SIDE, SIDE]:
         raise InputError(

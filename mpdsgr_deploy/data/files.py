@@ -1,4 +1,4 @@
-"""Images from files."""
+"""Read images from files."""
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -27,7 +27,7 @@ def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
 
 
 def decode_image(content: bytes, name: str, shape: Shape) -> NDArray[np.uint8]:
-    """As `read_image`, from the content of a file that the message calls `name`."""
+    """Decode a file's content as `read_image` does; `name` is the file's name for error messages."""
     return _decoded(BytesIO(content), name, shape)
 
 
@@ -49,7 +49,7 @@ def _decoded(source: Path | BytesIO, name: str, shape: Shape) -> NDArray[np.uint
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """The image itself if it has no transparency, else its colours laid on white."""
+    """Return the image itself if it has no transparency, else its colours laid on white."""
     if not image.has_transparency_data:
         return image
     layer = image.convert("RGBA")
@@ -64,7 +64,7 @@ def read_labelled(
     labels: tuple[str, ...],
     name: str,
 ) -> Images:
-    """Data set `name` from its files and their classes: `read(path, shape)` of each, in one array allocated once."""
+    """Read data set `name` with `read(path, shape)` for each of its files, into an array that is allocated once."""
     pixels = np.empty((len(files), *shape), np.uint8)
     for i, (path, _) in enumerate(track(files, f"reading {name}")):
         pixels[i] = read(path, shape)

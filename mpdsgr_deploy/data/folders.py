@@ -1,4 +1,4 @@
-"""Walking folders of images, as torchvision's ImageFolder does: it follows links, and counts what it passes over."""
+"""Walk folders of images as torchvision's ImageFolder does: follow links, and count the files passed over."""
 
 import os
 from collections import Counter
@@ -24,13 +24,13 @@ class Walk(NamedTuple):
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of all formats that Pillow reads."""
+    """Return the suffixes, in lower case, of all formats that Pillow reads."""
     suffixes = Image.registered_extensions()
     return frozenset(suffix for suffix, name in suffixes.items() if name in Image.OPEN and name not in UNREADABLE)
 
 
 def walk(folder: Path, suffixes: Collection[str]) -> Walk:
-    """The files with one of the suffixes in a folder and its subfolders, sorted.
+    """List the files with one of the suffixes in a folder and its subfolders, sorted.
 
     Names that begin with a dot are hidden and passed over, as are files with other suffixes and links that lead nowhere
     or back to a folder above. Raises InputError for a folder that cannot be read.
@@ -47,22 +47,22 @@ def walk(folder: Path, suffixes: Collection[str]) -> Walk:
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """The files of `walk`; none where the folder does not exist."""
+    """List the files of `walk`; none if the folder does not exist."""
     return walk(folder, suffixes).files if folder.is_dir() else []
 
 
 def passed_over(counts: Counter[str]) -> str:
-    """The counts of `Walk.passed_over` in words: "5 .txt, 2 hidden"; empty if nothing was passed over."""
+    """Put the counts of `Walk.passed_over` into words: "5 .txt, 2 hidden"; empty if nothing was passed over."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item)))
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of a folder's subfolders, sorted, without hidden ones: its classes."""
+    """Return the names of a folder's subfolders, sorted, without hidden ones: its classes."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _entries(folder: Path, above: tuple[tuple[int, int], ...], counts: Counter[str]) -> Iterator[Path]:
-    """All regular files below a folder whose parents are `above`, by device and inode."""
+    """Yield all regular files below a folder; `above` are its parents, by device and inode, to detect loops."""
     try:
         status = folder.stat()
         entries = list(os.scandir(folder))

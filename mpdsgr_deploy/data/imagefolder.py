@@ -20,10 +20,11 @@ TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # the first of th
 
 
 def imagefolder(config: Data, train: bool) -> Images:
-    """One split, decoded to RGB once and kept in memory.
+    """Load one split, decoded to RGB once and kept in memory.
 
     Raises MissingData if `root` has no split at all, InputError for a missing split, a damaged image, a class that is
-    empty or in one split only. Training images are refused for a wrong test split too, before anything is trained.
+    empty or in one split only. Loading training images also checks the test split, so that its faults show before
+    training.
     """
     if config.image_size is None:
         raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels the images are brought to")
@@ -52,7 +53,7 @@ def _test_folder(root: Path) -> Path | None:
 
 
 def _files(folder: Path, labels: list[str]) -> list[tuple[Path, int]]:
-    """The images of a split with their classes. Raises InputError unless it has images of exactly these classes."""
+    """List the images of a split with their classes. Raises InputError unless its classes are exactly these."""
     unknown = [name for name in class_folders(folder) if name not in labels]
     if unknown:
         raise InputError(f"{folder} has a class {unknown[0]!r} that {TRAIN}/ has not; rename or remove it")

@@ -10,7 +10,7 @@ from mpdsgr_deploy.errors import InputError
 
 
 def to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
-    """uint8 to float32 in [0, 1], any shape: what a model sees. float32 stays as it is."""
+    """Convert uint8 of any shape to float32 in [0, 1], as models take it; float32 is returned unchanged."""
     return pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
 
 
@@ -34,7 +34,7 @@ class Images:
         return channels, height, width
 
     def unit(self) -> NDArray[np.float32]:
-        """All pixels as float32 in [0, 1]."""
+        """Return all pixels as float32 in [0, 1]."""
         return to_unit(self.pixels)
 
     def require_kind(self, name: str, shape: tuple[int, int, int], labels: tuple[str, ...]) -> None:
@@ -46,7 +46,7 @@ class Images:
             )
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation per channel, in [0, 1] units."""
+        """Return mean and standard deviation per channel, in [0, 1] units."""
         levels = np.arange(256)
         mean, std = [], []
         for c in range(self.shape[0]):

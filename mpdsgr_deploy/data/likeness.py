@@ -1,7 +1,7 @@
 """Whether images look like those a network was trained on, judged by the mean and the spread of their pixels.
 
-Inverted digits, pixels in 0..1 that were meant to be 0..255, or another colour order get confident nonsense from a
-classifier. Mean and standard deviation of the training images are in every network, to normalise its input by.
+A classifier gives confident wrong answers to inverted digits, to pixels on another scale, and to another order of
+colours. Every network holds mean and standard deviation of its training images, to normalise its input by.
 """
 
 from typing import Annotated, Self
@@ -48,7 +48,7 @@ class Likeness:
         return self
 
     def warning(self) -> str | None:
-        """One line if the mean or the spread of these images is far from that of the training images."""
+        """One line of text if mean or spread of these images is far from that of the training images, else None."""
         if not self._images:
             return None
         mean = self._sum / self._pixels

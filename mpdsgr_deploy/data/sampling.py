@@ -14,15 +14,15 @@ MIXED = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100"}  # in the or
 
 
 def in_sampling_order(images: Images) -> Images:
-    """The images unchanged where their classes are already mixed; else in `stratified_order`.
+    """Return the images unchanged if their classes are already mixed, else in `stratified_order`.
 
-    So digits, MNIST and CIFAR keep their usual order, and results on their first N images stay comparable.
+    Digits, MNIST and CIFAR therefore keep their usual order, and results on their first N images stay comparable.
     """
     return images[stratified_order(images.classes)] if is_class_by_class(images.classes) else images
 
 
 def name_sample(n: int, data: str) -> str:
-    """What the first n images are, in words: readers know the order of MIXED data sets, and of no others."""
+    """Describe the first n images in words. Only the data sets MIXED have an order that readers know."""
     return f"the first {n} test images of {data}" if data in MIXED else f"{n} test images of {data}, a fixed sample"
 
 

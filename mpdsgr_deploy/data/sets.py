@@ -33,9 +33,9 @@ def digits(config: Data, train: bool) -> Images:
 
 @cache
 def _digits_table() -> np.ndarray:
-    """64 pixels in [0, 16] and the class of each digit [1797, 65], float64.
+    """Read 64 pixels in [0, 16] and the class of each digit: float64 [1797, 65].
 
-    Read from scikit-learn's file where it lies as it has for years: importing scikit-learn takes seconds.
+    scikit-learn's file is read directly if it is at its usual place, because importing scikit-learn takes seconds.
     """
     package = find_spec("sklearn")
     for folder in (package and package.submodule_search_locations) or ():
@@ -47,7 +47,7 @@ def _digits_table() -> np.ndarray:
 
 
 def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
-    """A loader for a data set that torchvision reads from `data.root`."""
+    """Make a loader for a data set that torchvision reads from `data.root`."""
 
     def load(config: Data, train: bool) -> Images:
         dataset_class = getattr(need("torchvision.datasets", "train"), class_name)
@@ -106,12 +106,12 @@ DATASETS = Registry("data set", "mpdsgr_deploy.datasets", BUILT_IN)
 
 
 def at_home(config: Data) -> Data:
-    """The same data set with a leading ~ of its root, the user's home directory, written out."""
+    """Return the same data set with a leading ~ in its root expanded to the user's home directory."""
     return config.at(str(Path(config.root).expanduser()))
 
 
 def load_test(config: Data) -> Images:
-    """The test images, never seen in training or model selection, in an order whose every prefix samples all classes.
+    """Load the test images, unseen in training and model selection, in an order whose every prefix samples all classes.
 
     Raises MissingData where the data set is not on this machine, InputError where it is damaged or incomplete.
     """
@@ -119,7 +119,7 @@ def load_test(config: Data) -> Images:
 
 
 def load_training(config: Data) -> tuple[Images, Images]:
-    """Training images and the validation images held out of them. Raises InputError where they are missing."""
+    """Load training images and the validation images held out of them. Raises InputError if they are missing."""
     images = DATASETS.choose(config.name)(at_home(config), True)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     held_out = round(config.validation_share * len(images))

@@ -22,7 +22,7 @@ SHAPE = (3, 64, 64)
 
 
 def tiny_imagenet(config: Data, train: bool) -> Images:
-    """The images under `root` or `root/tiny-imagenet-200`, grey ones as RGB; classes in the order of their WNIDs.
+    """Load the images under `root` or `root/tiny-imagenet-200`, grey ones as RGB; classes are ordered by WNID.
 
     That is the order of torchvision's ImageFolder, so class numbers agree with those of other code bases.
     """
@@ -64,7 +64,7 @@ def _test_files(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
 
 
 def _labels(path: Path, wnids: list[str]) -> tuple[str, ...]:
-    """The words of each WNID; where two classes have the same, the WNID tells them apart."""
+    """Return the words of each WNID, with the WNID added where two classes have the same words."""
     entries = (line.partition("\t") for line in _lines(path))
     words = {wnid: text for wnid, _, text in entries}
     unknown = [wnid for wnid in wnids if not words.get(wnid)]
@@ -75,7 +75,7 @@ def _labels(path: Path, wnids: list[str]) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file. Raises InputError where it is missing or empty."""
+    """Read the lines of a text file. Raises InputError if it is missing or empty."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

@@ -20,9 +20,9 @@ from mpdsgr_deploy.schema import Count, Positive, Section, UnitInterval
 
 @contextmanager
 def deployed(model: SpikingNet, draw: torch.Generator) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A model in training as it will be deployed, for attacks on it: from images to logits.
+    """Return a function from images to logits that runs a model in training as it will be deployed, for attacks.
 
-    In eval mode, in fewer operations, and without gradients of the weights. draw: what a stochastic one draws from.
+    The model is in eval mode, simplified, and without gradients of the weights. draw: the noise of a stochastic model.
     """
     with frozen(model):
         simplified = simplify(model)

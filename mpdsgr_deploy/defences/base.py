@@ -24,9 +24,9 @@ class Step(NamedTuple):
     """One training step as a defence's loss sees it.
 
     `x` are the images the step trains on [B, C, H, W], `clean` the same before any attack (x itself if there is none),
-    `logits` [B, K] what the network answered on x and `readings` what the defence read of its layers meanwhile, in
-    their order. `forward` asks it about other images: in the same mode, precision and noise, so that answers differ by
-    the images alone, and without a trace in the running statistics.
+    `logits` [B, K] the network's output for x, and `readings` what the defence read of each layer in that pass, in
+    order. `forward` runs the network on other images in the same mode, precision and noise, so that outputs differ by
+    the images alone; it leaves the running statistics unchanged.
     """
 
     forward: Callable[[Tensor, Observer | None], Tensor]
@@ -51,7 +51,7 @@ S = TypeVar("S", bound=Section)
 
 
 class Defence(Generic[S]):
-    """Does nothing: the base of all defences. S is the schema of its table in a recipe."""
+    """The base of all defences, which changes nothing. S is the schema of its table in a recipe."""
 
     Settings: ClassVar[type[Section]]  # S again, for parsing; `register` sets it
     time_invariant: ClassVar[bool] = True  # leaves every step the same leak and input gain, as Theorem 1 assumes
@@ -71,25 +71,25 @@ class Defence(Generic[S]):
         return []
 
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
-        """The images a step trains on in place of x [B, C, H, W] in [0, 1]; x itself unless the defence attacks."""
+        """Return the images to train on in place of x [B, C, H, W] in [0, 1]: x itself unless the defence attacks."""
         return x
 
     def read(self, trace: Trace) -> Any:
-        """What `term` needs of a layer in the step's forward pass; None: nothing.
+        """Return what `term` needs of a layer in the step's forward pass; None if it needs nothing.
 
-        Traces themselves are not kept: they are most of a step's memory. It may be called twice, see `Reader`.
+        Traces themselves are not kept, because they are most of a step's memory. May be called twice, see `Reader`.
         """
         return None
 
     def term(self, step: Step) -> Term | None:
-        """What is added to the cross-entropy."""
+        """Return what is added to the cross-entropy; None for nothing."""
         return None
 
     def after_step(self, model: SpikingNet, draw: torch.Generator) -> None:
-        """Change the weights after the optimiser has."""
+        """Change the weights after the optimiser's step."""
 
     def begin_epoch(self, history: list[dict[str, Any]]) -> None:
-        """Take in the entries of the epochs so far: the only memory that a resumed run keeps."""
+        """Prepare an epoch, given the log entries of those before it: the only state that a resumed run restores."""
 
 
 AnyDefence = Defence[Any]
@@ -116,7 +116,7 @@ def register(name: str, settings: type[Section]) -> Callable[[D], D]:
 
 
 def make_defences(recipe: Recipe) -> list[AnyDefence]:
-    """The defences a recipe switches on. Raises InputError for an unknown one, a wrong setting or combination."""
+    """Make the defences that a recipe switches on. Raises InputError for a wrong name, setting or combination."""
     defences = []
     kinds = {name: DEFENCES.choose(name) for name in recipe.defence}
     for name, values in recipe.defence.items():
@@ -128,13 +128,16 @@ def make_defences(recipe: Recipe) -> list[AnyDefence]:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the defaults of its defences' settings written out. Raises InputError as `make_defences`."""
+    """Return the recipe with all settings of its defences written out. Raises InputError as `make_defences` does."""
     defences = zip(recipe.defence, make_defences(recipe), strict=True)
     return recipe.model_copy(update={"defence": {name: d.settings.model_dump(mode="json") for name, d in defences}})
 
 
 def build_defended(recipe: Recipe, shape: tuple[int, int, int], classes: int) -> tuple[SpikingNet, list[AnyDefence]]:
-    """The untrained model of a recipe as its defences change it, and these. Raises InputError as its parts do."""
+    """Build the untrained model of a recipe, changed by its defences, and return both.
+
+    Raises InputError as `build_model` and `make_defences` do.
+    """
     defences = make_defences(recipe)
     model = build_model(recipe, shape, classes)
     shapes = neuron_shapes(model, shape)
@@ -155,7 +158,7 @@ def replace_neurons(model: SpikingNet, derive: Callable[[SpikingLayer], LIF]) ->
 
 
 def neuron_shapes(model: SpikingNet, shape: tuple[int, int, int]) -> dict[str, Shape]:
-    """How many neurons each spiking layer has, [C, ...] by its name, seen in one forward pass of a blank image."""
+    """Return the shape [C, ...] of each spiking layer's neurons by name, measured with a blank image."""
     shapes: dict[str, Shape] = {}
 
     def observe(trace: Trace) -> None:

@@ -42,14 +42,14 @@ class DynamicLIF(DerivedLIF):
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
     ) -> tuple[Tensor, list[LIFState]]:
-        """As LIF; the current must have T steps, for the gains count from the first."""
+        """Run `LIF.forward` on the amplified current, which must have T steps, because the gains belong to steps."""
         gain = self.gain.to(current).view(-1, *[1] * (current.dim() - 1))
         return super().forward(gain * current, state, noise)
 
 
 @register("dlif", DynamicLIFSettings)
 class DynamicNeurons(Defence[DynamicLIFSettings]):
-    """Learned input gains, and the loss where an attack perturbs the images: one pass more, without a graph."""
+    """Learned input gains and, if images are attacked, the loss, which takes one more forward pass."""
 
     time_invariant = False
 
@@ -76,7 +76,7 @@ class DynamicNeurons(Defence[DynamicLIFSettings]):
 
 
 def leaky_integral(x: Tensor, tau: float) -> Tensor:
-    """Y_t = tau Y_{t-1} + x_t for x [T, ...], from Y_0 = 0; float32 [T, ...]."""
+    """Return Y_t = tau Y_{t-1} + x_t for x [T, ...], from Y_0 = 0; float32 [T, ...]."""
     total, totals = torch.zeros_like(x[0], dtype=torch.float32), []
     for step in x.float():
         total = tau * total + step

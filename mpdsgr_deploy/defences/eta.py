@@ -1,12 +1,12 @@
-"""The weight eta of a regulariser, found during training instead of by a sweep.
+"""Adjust the weight eta of a regulariser during training, in place of a sweep.
 
 After every epoch eta is multiplied by exp(step), a function of what the epochs so far have measured and of the eta
 they used, so that a resumed run repeats it. The controller works in log eta: eta is known up to orders of magnitude
 only, and what it does to Omega is closer to a power law than to a line. A step is at most ln 2 either way: 20 epochs
 can cross six decades, and one noisy epoch cannot undo more than the next can repair.
 
-What it cannot do: raise Omega above what the network has without a regulariser, move it once the learning rate has
-decayed, or hold it still where it answers at once and as steeply as 1 / eta.
+Limits: it cannot raise Omega above its value without a regulariser, cannot change it once the learning rate has
+decayed, and cannot hold it constant where it follows eta at once and as steeply as 1 / eta.
 """
 
 import math
@@ -33,14 +33,14 @@ RECENT = 3  # epochs whose validation accuracy is averaged: one alone, of 1,000 
 
 
 def step_to_omega(omegas: Sequence[float], target: float) -> float:
-    """The step in log eta after epochs whose mean Omegas were `omegas`, the last of them last.
+    """Return the step in log eta after epochs whose mean Omegas were `omegas`, in order.
 
-    It is ln(forecast / target), where the forecast carries ln Omega on for AHEAD epochs at its present pace. A short
-    run is an integrator: eta sets how fast Omega falls, and where it fell too far the decaying learning rate does not
-    bring it back, so a step from the last Omega alone would overshoot. In a long run Omega follows eta within an epoch,
-    where carrying on would oscillate; but then its changes alternate, and the pace counts only what two have in common.
-    With 4 epochs simulated plants of both kinds end within 3 % of the target in the median and within 8 % in most
-    cases; less overshoots the first kind, more oscillates on the second.
+    It is ln(forecast / target), where the forecast extrapolates ln Omega by AHEAD epochs at its present pace. In a
+    short run eta sets how fast Omega falls, and the decaying learning rate does not bring it back if it fell too far,
+    so a step from the last Omega alone would overshoot. In a long run Omega follows eta within an epoch, and
+    extrapolation would oscillate; but then its changes alternate in sign, and the pace counts only what two changes
+    have in common. With 4 epochs simulated plants of both kinds end within 3 % of the target in the median and within 8
+    % in most cases; less overshoots the first kind, more oscillates on the second.
     """
     logs = [math.log(max(omega, 1e-6) / target) for omega in omegas[-3:]]
     changes = [after - before for before, after in pairwise(logs)]
@@ -49,7 +49,7 @@ def step_to_omega(omegas: Sequence[float], target: float) -> float:
 
 
 def step_within_drop(drops: Sequence[float], max_drop: float) -> float:
-    """The step in log eta after epochs that lay `drops` below the reference in accuracy, the last of them last.
+    """Return the step in log eta after epochs whose accuracy was `drops` below the reference, in order.
 
     Doubles eta where nothing was lost, keeps it where the budget is just spent, halves it at twice the budget.
     """
@@ -58,19 +58,19 @@ def step_within_drop(drops: Sequence[float], max_drop: float) -> float:
 
 
 def clipped(step: float) -> float:
-    """The step, limited to [-LARGEST_STEP, LARGEST_STEP]."""
+    """Return the step, limited to [-LARGEST_STEP, LARGEST_STEP]."""
     return min(max(step, -LARGEST_STEP), LARGEST_STEP)
 
 
 def next_eta(eta: float, step: float) -> float:
-    """eta after a step, limited to RANGE."""
+    """Return eta after a step, limited to RANGE."""
     return min(max(eta * math.exp(step), RANGE[0]), RANGE[1])
 
 
 def reference_accuracies(run: str, recipe: Recipe) -> list[float]:
-    """Validation accuracy of a finished run, epoch by epoch, for a run of `recipe` to be held against.
+    """Return the validation accuracy of a finished run by epoch, as the reference for a run of `recipe`.
 
-    Raises InputError if there is none, if it has fewer epochs or if it validated on other images.
+    Raises InputError if there is no such run, if it has fewer epochs, or if it validated on other images.
     """
     last = Path(run) / "last"
     if not (last / FILE).is_file():
@@ -91,5 +91,5 @@ def reference_accuracies(run: str, recipe: Recipe) -> list[float]:
 
 
 def accuracies(history: Sequence[dict[str, Any]]) -> list[float]:
-    """Validation accuracy on clean images, epoch by epoch."""
+    """Return validation accuracy on clean images, epoch by epoch."""
     return [entry["validation_accuracy"] for entry in history]

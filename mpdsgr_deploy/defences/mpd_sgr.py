@@ -22,8 +22,8 @@ Share = Annotated[Number, Field(gt=0, lt=1)]
 class MPDSGRSettings(Section):
     """Estimator of the potentials' moments, measure of them (see `mpdsgr_deploy.mpd`), and the weight eta.
 
-    window: what the overlap is with, the surrogate's as in the paper, or the reach of the training attack: how far it
-    moves the potentials, so that what is penalised are spikes that it can flip. That one needs [defence.at].
+    window: the window of the overlap: the surrogate's, as in the paper, or the reach of the training attack, that is,
+    how far the attack moves the potentials. The latter penalises spikes that it can flip, and needs [defence.at].
 
     With a budget, `target_omega` or `max_drop`, eta is where the first epoch starts; see `mpdsgr_deploy.defences.eta`.
     """
@@ -54,7 +54,7 @@ class MPDSGRSettings(Section):
 
 
 class Met(NamedTuple):
-    """What the window `reach` needs of a layer: its name, its moments, and its potentials [B, C, ...] at every step."""
+    """The readings of a layer for the window `reach`: name, moments, and potentials [B, C, ...] at every step."""
 
     layer: str
     moments: Moments
@@ -121,12 +121,12 @@ class MPDSGR(Defence[MPDSGRSettings]):
 
 
 def reached(step: Step, met: Sequence[Met]) -> list[Tensor]:
-    """The overlap [T, C] of each layer with the window that the attacked images reach from the clean ones."""
+    """Return each layer's overlap [T, C] with a window as wide as the attack moves its potentials."""
     clean: dict[str, list[Tensor]] = {}
     step.forward(step.clean, lambda trace: clean.update({trace.layer: potentials(trace)}))
     return [interval_mass(*own.moments, reach(own.potentials, clean[own.layer])) for own in met]
 
 
 def potentials(trace: Trace) -> list[Tensor]:
-    """The membrane potentials of a layer, T tensors [B, C, ...]."""
+    """Return the membrane potentials of a layer, T tensors [B, C, ...]."""
     return [u for u, _ in trace.states]

@@ -33,7 +33,7 @@ class Projected(Protocol):
     """A module that can move its parameters to the nearest point of the set they are meant to be in."""
 
     def project(self) -> None:
-        """Do so, in place."""
+        """Move the parameters to the nearest point of their set, in place."""
 
 
 @register("rat", RetractionSettings)
@@ -60,14 +60,14 @@ class Retraction(Defence[RetractionSettings]):
 
 
 def retracted(w: Tensor, b: float) -> Tensor:
-    """(1 + b) W - b W W^T W for W [m, n], by way of the smaller of its two Gram matrices."""
+    """Return (1 + b) W - b W W^T W for W [m, n], computed with the smaller of its two Gram matrices."""
     rows, columns = w.shape
     cubed = (w @ w.T) @ w if rows <= columns else w @ (w.T @ w)
     return (1 + b) * w - b * cubed
 
 
 def sampled_rows(rows: int, draw: torch.Generator) -> Tensor:
-    """All row numbers of a small linear layer, a random 30 % of a large one's."""
+    """Return all row numbers of a small linear layer, or a random 30 % of a large one's."""
     if rows < SAMPLED_FROM:
         return torch.arange(rows)
     return torch.randperm(rows, generator=draw)[: int(SHARE * rows)]

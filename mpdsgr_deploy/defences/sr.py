@@ -39,11 +39,11 @@ class SparseGradients(Defence[SparseGradientSettings]):
 
 
 def best_wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """The class [B] with the largest of the logits [B, K] that is not y [B]."""
+    """Return the class [B] other than y [B] with the largest of the logits [B, K]."""
     return logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
 
 
 def confidence(logits: Tensor, y: Tensor, rival: Tensor) -> Tensor:
-    """f [B]: the softmax of class y against class `rival` alone."""
+    """Return f [B]: the softmax over class y and class `rival` alone."""
     true, other = (logits.gather(1, k[:, None]).squeeze(1) for k in (y, rival))
     return torch.sigmoid(true - other)

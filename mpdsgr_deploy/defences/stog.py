@@ -45,7 +45,7 @@ class GatedLIF(DerivedLIF):
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
     ) -> tuple[Tensor, list[LIFState]]:
-        """Gated spikes [T, B, ...], and the T states of the ungated membrane."""
+        """Return gated spikes [T, B, ...], and the T states of the ungated membrane."""
         spikes, states = super().forward(current, state, noise)
         u = uniform(len(spikes), spikes[0].float(), noise)
         gates = relaxed_gate(self.p, u, self.temperature) if self.training else (u < self.p).float()
@@ -53,7 +53,7 @@ class GatedLIF(DerivedLIF):
 
 
 def relaxed_gate(p: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Binary concrete gates in [0, 1] (Maddison et al., arXiv 1611.00712), differentiable in p.
+    """Return binary concrete gates in [0, 1] (Maddison et al., arXiv 1611.00712), differentiable in p.
 
     u ~ U(0, 1), any shape that p broadcasts to. As the temperature falls to 0 they become [u > 1 - p] ~ Bernoulli(p).
     """
@@ -64,8 +64,8 @@ def relaxed_gate(p: Tensor, u: Tensor, temperature: float) -> Tensor:
 class StochasticGating(Defence[GatingSettings]):
     """Gates behind every neuron, relaxed in training and 0 or 1 at test time, and a prior that closes them.
 
-    An attack's gradient passes where the gates it drew are open: the gate is a factor that does not depend on the
-    image. To average over draws is the attack's part (EOT).
+    An attack's gradient passes where the gates it drew are open, because a gate is a factor that does not depend on the
+    image. The attack has to average over draws (EOT).
     """
 
     learning = (
@@ -80,7 +80,7 @@ class StochasticGating(Defence[GatingSettings]):
             p.register_hook(lambda gradient: gradient if self.learning else torch.zeros_like(gradient))
 
     def undecayed(self, model: SpikingNet) -> list[nn.Parameter]:
-        """Every p: weight decay would be a second prior, a hundred times as strong."""
+        """Return every p, because weight decay would be a second prior, a hundred times as strong."""
         return [layer.neuron.p for layer in model.layers() if isinstance(layer.neuron, GatedLIF)]
 
     def read(self, trace: Trace) -> Tensor | None:

@@ -44,5 +44,5 @@ class ThresholdGuard(Defence[ThresholdGuardSettings]):
 
 
 def hinge(u: Tensor, v_threshold: float, delta: float) -> Tensor:
-    """The mean of max(0, delta - |U - V_th|) over potentials u of any shape."""
+    """Return the mean of max(0, delta - |U - V_th|) over potentials u of any shape."""
     return (delta - (u.float() - v_threshold).abs()).clamp(min=0).mean()

@@ -45,7 +45,7 @@ class Trades(Defence[TradesSettings]):
             raise InputError("trades trains on clean images beside its own attack, and at replaces them; keep one")
 
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
-        """x itself in training, which needs clean and attacked images; the attacked ones where a network is judged."""
+        """Return x itself in training, where the loss attacks it, and attacked images where a network is judged."""
         attacked = self._furthest(model, x, draw)
         if not model.training:
             return attacked
@@ -74,5 +74,5 @@ class Trades(Defence[TradesSettings]):
 
 
 def divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """KL(probabilities || softmax of logits) [B], both [B, K]."""
+    """Return KL(probabilities || softmax of logits) [B], both [B, K]."""
     return F.kl_div(logits.log_softmax(1), probabilities, reduction="none").sum(1)
