@@ -1,4 +1,4 @@
-"""What a person looks at: statistics of every layer's membrane, warnings about them, pictures of them.
+"""Diagnostics for people: statistics of every layer's membrane, warnings, and plots.
 
 `layer_statistics` imports no torch, `distribution` does, `plots` needs matplotlib; so nothing is imported here.
 """

@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures of its network's membrane."""
+"""Plot the membrane potentials of a checkpoint's network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def plot_checkpoint(
     root overrides where the data set lies; layers are drawn (all, if none is named), each into LAYER.png and
     LAYER-channels.png, and each of `channels` that it has into LAYER-channel-N.png. Returns which images they were, and
     the statistics of all layers. Raises InputError for a damaged checkpoint, missing data, an unknown layer, or an
-    `out` that is not ours.
+    `out` that holds other files.
     """
     checkpoint, model = load_network(find_checkpoint(directory))
     recipe = checkpoint.recipe

@@ -1,4 +1,4 @@
-"""What an ONNX network holds and computes, from the file's own shapes."""
+"""Count the parameters and operations of an ONNX network, from the file's own shapes."""
 
 from math import prod
 from typing import NamedTuple
@@ -13,9 +13,9 @@ NUMBERS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto
 
 
 class Macs(NamedTuple):
-    """Multiply-accumulates an image takes in products with weights (convolutions, linear layers).
+    """Multiply-accumulates per image in products with weights (convolutions, linear layers).
 
-    naive: were every product computed at all T steps, as the network is written in torch.
+    naive: if every product were computed at all T steps, as the network is written in torch.
     """
 
     exported: int
@@ -23,7 +23,7 @@ class Macs(NamedTuple):
 
 
 def parameters(network: onnx.ModelProto) -> int:
-    """How many numbers (weights, biases, constants) the tensors hold, in any precision.
+    """Count the numbers (weights, biases, constants) in the tensors, in any precision.
 
     Scales and zero points of quantised weights, shapes and single constants are not counted.
     """
@@ -34,7 +34,7 @@ def parameters(network: onnx.ModelProto) -> int:
 
 
 def macs(network: onnx.ModelProto, T: int) -> Macs:
-    """Multiply-accumulates of a network of T steps."""
+    """Count the multiply-accumulates of a network of T steps."""
     shapes = _shapes(network)
     exported = naive = 0
     for node in network.graph.node:
@@ -51,7 +51,7 @@ def macs(network: onnx.ModelProto, T: int) -> Macs:
 
 
 def _shapes(network: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """The shape of every value for a batch of one image."""
+    """Return the shape of every value for a batch of one image."""
     one = onnx.ModelProto()
     one.CopyFrom(network)
     for value in (*one.graph.input, *one.graph.output):

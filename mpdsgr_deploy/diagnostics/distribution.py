@@ -1,6 +1,6 @@
 """The distribution of membrane potentials of every layer, step and channel, measured over any number of batches.
 
-Potentials are counted into bins as they pass, never kept.
+Potentials are counted into bins during the forward pass and not kept.
 """
 
 import math
@@ -44,20 +44,20 @@ class Distribution(NamedTuple):
         return self.v_threshold - self.half_width, self.v_threshold + self.half_width
 
     def omega(self, moments: Moments) -> Tensor:
-        """Omega [T, C] under one of the two estimates: the probability of the window."""
+        """Return Omega [T, C] under one of the two estimates: the probability of the window."""
         return self.mass(moments, torch.tensor(self.window, dtype=torch.float64))[..., 0]
 
     def gaussian(self, moments: Moments) -> Tensor:
-        """Share [T, C, bins] of each bin under an estimate: what the histogram would be if it were exact."""
+        """Return the share [T, C, bins] of each bin under an estimate: the histogram if the estimate were exact."""
         return self.mass(moments, self.edges)
 
     def mass(self, moments: Moments, edges: Tensor) -> Tensor:
-        """What an estimate gives each interval between potentials `edges` [n + 1]: [T, C, n]."""
+        """Return the probability of each interval between potentials `edges` [n + 1] under an estimate: [T, C, n]."""
         mu, sigma = (moment.double()[..., None] for moment in moments)
         return torch.special.ndtr((edges.double() - self.v_threshold - mu) / sigma).diff()
 
     def statistics(self) -> LayerStatistics:
-        """The layer's means over steps and channels."""
+        """Return the layer's statistics, averaged over steps and channels."""
         return LayerStatistics(
             layer=self.layer,
             firing_rate=self.firing_rate.mean().item(),
@@ -72,7 +72,7 @@ class Distribution(NamedTuple):
 class LayerCounter:
     """Adds up one layer's traces, of the same network but any images.
 
-    All it keeps are counts and sums over images; Theorem 1's moments too, whose reset term is a mean over images.
+    It keeps counts and sums over images only, also for Theorem 1's moments, whose reset term is a mean over images.
     """
 
     def __init__(self, first: Trace) -> None:
@@ -120,7 +120,7 @@ class LayerCounter:
 
 
 def bin_edges(moments: Moments, v_threshold: float, half_width: float) -> Tensor:
-    """Edges [bins + 1] of equal bins around the threshold, among them the two borders of the window.
+    """Return edges [bins + 1] of equal bins around the threshold, among them the two borders of the window.
 
     They reach REACH standard deviations beyond every mean of `moments`, as far as bins no wider than half_width allow.
     """
@@ -132,7 +132,7 @@ def bin_edges(moments: Moments, v_threshold: float, half_width: float) -> Tensor
 
 
 def histogram(u: Tensor, edges: Tensor) -> Tensor:
-    """How many potentials of u [B, C, ...] lie in [edges[i], edges[i + 1]): int64 [C, bins]. Others are dropped."""
+    """Count the potentials of u [B, C, ...] in [edges[i], edges[i + 1]): int64 [C, bins]. Others are dropped."""
     channels, places = u.shape[1], len(edges) + 1  # with one place below all bins and one above
     place = torch.bucketize(u.float().transpose(0, 1).flatten(1).contiguous(), edges, right=True)
     place += places * torch.arange(channels, device=u.device)[:, None]
@@ -141,9 +141,9 @@ def histogram(u: Tensor, edges: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(model: SpikingNet, images: Tensor, *, batch_size: int, noise: Noise = None) -> list[Distribution]:
-    """Every layer's distribution over images [N, C, H, W] in [0, 1], in the order of the forward pass.
+    """Measure every layer's distribution over images [N, C, H, W] in [0, 1], in the order of the forward pass.
 
-    The model is taken as it is: put it in eval mode for the network that will be deployed.
+    The model's mode is not changed: put it in eval mode to measure the network that will be deployed.
     """
     counters: dict[str, LayerCounter] = {}
 

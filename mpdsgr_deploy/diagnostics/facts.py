@@ -1,4 +1,4 @@
-"""What a bundle, a training run or a checkpoint says of itself, every hash verified; torch is not needed."""
+"""Facts about a bundle, a training run or a checkpoint, read from its verified files; torch is not needed."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from mpdsgr_deploy.surrogates import trained_surrogate
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """What a bundle's manifest and ONNX files say, and how often neurons fire on the golden inputs."""
+    """Return facts from a bundle's manifest and ONNX files, and firing rates on the golden inputs."""
     manifest = bundle.manifest
     facts: dict[str, Any] = {
         "kind": "bundle, every hash verified",
@@ -77,14 +77,14 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
 
 
 def promised(promise: Promise, eps: float) -> str:
-    """What the reference network kept under each attack when it was exported."""
+    """Return the accuracy of the reference network under each attack, measured at export."""
     accuracies = ", ".join(f"{name} {100 * correct / promise.n:.1f} %" for name, correct in promise.correct.items())
     images = f"on {name_sample(promise.n, promise.data)}"
     return f"{images}, tier {promise.tier}, eps {eps * 255:.3g}/255: {accuracies}"
 
 
 def spans(layers: Mapping[str, str]) -> str:
-    """Precisions of layers, neighbours of the same precision together: `conv1 fp32, conv2 to conv5 int8`."""
+    """Summarise layers' precisions, neighbours of the same precision together: `conv1 fp32, conv2 to conv5 int8`."""
     parts = []
     for precision, group in groupby(layers, layers.__getitem__):
         first, *others = group
@@ -93,7 +93,7 @@ def spans(layers: Mapping[str, str]) -> str:
 
 
 def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
-    """What a verified checkpoint says of itself and of its layers in its last epoch."""
+    """Return facts about a verified checkpoint, and its layers' statistics in its last epoch."""
     checkpoint = load_checkpoint(find_checkpoint(path))
     facts = {
         "kind": "checkpoint, hash verified",
@@ -108,7 +108,7 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]
 
 
 def described_elsewhere(bundle: Bundle) -> dict[str, Any]:
-    """What was recognised in a network that was not trained here."""
+    """Return what was recognised in a network that this package did not train."""
     manifest = bundle.manifest
     adopted = manifest.provenance["adopted"]
     layers = ", ".join(f"{name} x {steps}" for name, steps in adopted["layers"].items()) or "none: no spiking network"
@@ -124,7 +124,7 @@ def described_elsewhere(bundle: Bundle) -> dict[str, Any]:
 
 
 def describe(recipe: Recipe, time_steps: str) -> dict[str, Any]:
-    """The facts of a recipe's network and training, as label and text."""
+    """Return facts about a recipe's network and training, as text by label."""
     model, neuron = recipe.model, recipe.neuron
     return {
         "model": f"{model.name}, width {model.width:g}, {time_steps}, {recipe.encoding.name} encoding",

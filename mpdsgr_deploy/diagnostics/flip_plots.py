@@ -1,4 +1,4 @@
-"""Pictures of where precisions drift from float32; torch is not needed. Shapes of markers differ too."""
+"""Plot where precisions drift from float32; torch is not needed. Lines differ in markers as well as in colour."""
 
 import math
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ SMALLEST = 0.6  # of the smallest rate drawn: where a logarithmic axis begins
 
 
 def plot_flips(variants: Sequence[SpikeFlips], out: Path) -> None:
-    """Write flips.png and density.png. Raises InputError for a directory `out` that is not ours."""
+    """Write flips.png and density.png. Raises InputError for a directory `out` that holds other files."""
     claim_directory(out, BY_LAYER, "set of plots of flips")
     write_atomic(out / BY_DENSITY, png(by_density(variants)))
     write_atomic(out / BY_LAYER, png(by_layer(variants)))
 
 
 def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
-    """Flip rate by layer, one panel per precision and one line per step; dashed: flips by each layer's own rounding."""
+    """Plot flip rates by layer: a panel per precision, a line per step; dashed: by each layer's own rounding."""
     layers = variants[0].layers()
     T = len(variants[0].steps) // len(layers)
     width = max(ENTRY * 2, 1.5 + len(variants) * max(3.2, 0.55 * len(layers)))
@@ -58,9 +58,9 @@ def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
 
 
 def by_density(variants: Sequence[SpikeFlips]) -> Figure:
-    """Flips by the layers' own rounding against the density at the threshold, and against density times movement.
+    """Plot flips by the layers' own rounding against the density at the threshold, and against density times movement.
 
-    On the right the points lie on the line where a flip is a potential that rounding carries across the threshold.
+    In the right panel, points lie on the line if flips are potentials that rounding carries across the threshold.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -90,7 +90,7 @@ def by_density(variants: Sequence[SpikeFlips]) -> Figure:
 
 
 def _label_decades(axis: Axis) -> None:
-    """Labels at powers of ten; within less than two of them also at 2 and 5 times these, and nowhere else."""
+    """Label powers of ten only or, on an axis shorter than two decades, also 2 and 5 times these."""
     low, high = axis.get_view_interval()
     narrow = high < 100 * low
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))

@@ -66,10 +66,10 @@ class SpikeFlips(NamedTuple):
 
 
 def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> tuple[str, list[SpikeFlips]]:
-    """Every other precision of a bundle against its fp32, on the first test images, and which images these are.
+    """Compare every other precision of a bundle with its fp32 on the first test images; also name these images.
 
-    Without `root` and without the data set where the recipe has it the golden inputs serve. Raises InputError if there
-    is no other precision, for a `root` without the data, without onnxruntime.
+    The golden inputs are used if no `root` is given and the data set is not where the recipe expects it. Raises
+    InputError if there is no other precision, for a `root` without the data, and without onnxruntime.
     """
     variants = {name: bundle.variant(name) for name in bundle.manifest.variants if name != REFERENCE}
     reference = onnx.load(bundle.variant(REFERENCE))
@@ -86,7 +86,7 @@ def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> t
 
 
 def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[np.float32]]:
-    """What the images are, and the images [N, C, H, W]."""
+    """Return a description of the images, and the images [N, C, H, W]."""
     manifest = bundle.manifest
     data = manifest.recipe.data
     try:
@@ -108,7 +108,7 @@ def compare_spikes(
     v_threshold: float,
     noise: NoiseSource | None = None,
 ) -> list[SpikeFlips]:
-    """Each of `variants` against `reference`, float32, on images [N, C, H, W], stochastic networks on the same noise.
+    """Compare each of `variants` with `reference` (float32) on images [N, C, H, W] and, if stochastic, the same noise.
 
     Raises InputError as `Recorder` does.
     """
@@ -126,7 +126,7 @@ def compare_spikes(
 
 
 class _Counter:
-    """Adds up, over batches, where one variant differs from float32."""
+    """Accumulates over batches where one variant differs from float32."""
 
     def __init__(self, steps: list[str], v_threshold: float) -> None:
         self.steps, self.v_threshold, self.n = steps, v_threshold, 0
@@ -135,7 +135,7 @@ class _Counter:
         self.labels_changed, self.logits_moved = 0, 0.0
 
     def add(self, expected: Recording, recorded: Recording, fresh: Recording) -> None:
-        """Count one batch: of float32, of the variant, of the variant's layers on float32's spikes."""
+        """Add one batch: recordings of float32, of the variant, and of the variant's layers given float32's spikes."""
         size = len(expected.logits)
         width = NEAR * self.v_threshold
         flipped_images = []

@@ -1,4 +1,4 @@
-"""One line of figures a layer, and what in them should worry a person."""
+"""Statistics of each layer, and warnings about them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -18,9 +18,9 @@ THEOREM_GAP = 0.15
 class LayerStatistics(NamedTuple):
     """How one layer's membrane stands to the surrogate's window, over all its neurons, steps and images.
 
-    `firing_rate` and `in_window` (|U - V_th| < half-width) are counted; the two Omegas are what the estimators believe
-    `in_window` to be; `scale` is the mean |lambda|. Those that need tdBN are None without it. `silent_channels` is the
-    share of channels that never fired; None in runs recorded before it was counted.
+    `firing_rate` and `in_window` (|U - V_th| < half-width) are counted; the two Omegas are estimates of `in_window`;
+    `scale` is the mean |lambda|. Those that need tdBN are None without it. `silent_channels` is the share of channels
+    that never fired; None in runs recorded before it was counted.
     """
 
     layer: str
@@ -33,7 +33,7 @@ class LayerStatistics(NamedTuple):
 
 
 class Concern(NamedTuple):
-    """Something that is wrong with a layer once `value` of its statistics is in the range that `worries`."""
+    """A fault of a layer, present if `value` of its statistics is in the range that `worries`."""
 
     value: Callable[[LayerStatistics], float | None]
     worries: Callable[[float], bool]
@@ -76,7 +76,7 @@ CONCERNS = (
 
 
 def warnings_of(statistics: Sequence[LayerStatistics], before: Iterable[LayerStatistics] = ()) -> list[str]:
-    """One line for each concern: the layers that have it, with their values, what it means and what to do.
+    """Return one line per concern: the layers that have it, with their values, what it means and what to do.
 
     before: statistics of an earlier epoch; a layer that had the same concern then is not named again.
     """
@@ -91,6 +91,6 @@ def warnings_of(statistics: Sequence[LayerStatistics], before: Iterable[LayerSta
 
 
 def worried(concern: Concern, statistics: Iterable[LayerStatistics]) -> dict[str, float]:
-    """The layers that have a concern, with the value that raises it."""
+    """Return the layers that have a concern, with the value that raises it."""
     values = {layer.layer: concern.value(layer) for layer in statistics}
     return {layer: value for layer, value in values.items() if value is not None and concern.worries(value)}

@@ -1,4 +1,4 @@
-"""Membrane potentials of several networks in one picture, layer by layer."""
+"""Plot membrane potentials of several networks together, layer by layer."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Line(NamedTuple):
 
 
 def draw_membranes(axes: Axes, networks: Sequence[tuple[Line, Membrane]]) -> None:
-    """The same layer of several networks as densities of U - V_th; the window is that of the first of them."""
+    """Draw one layer of several networks as densities of U - V_th, with the window of the first network."""
     for (label, colour, style), membrane in networks:
         edges = [membrane.start + membrane.width * step for step in range(len(membrane.share) + 1)]
         density = [share / membrane.width for share in membrane.share]

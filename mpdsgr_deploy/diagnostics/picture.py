@@ -1,4 +1,4 @@
-"""A matplotlib figure as a file and as an array."""
+"""Matplotlib figures in a common style, as files and as arrays."""
 
 import io
 from typing import Any
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def plain(axes: Axes, grid: Any = "both") -> None:
-    """A light grid, and no frame above and to the right."""
+    """Style axes with a light grid, and without a frame above and to the right."""
     axes.grid(axis=grid, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -23,5 +23,5 @@ def png(figure: Figure) -> bytes:
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The figure as an image [H, W, 3]."""
+    """Return the figure as an image [H, W, 3]."""
     return np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))

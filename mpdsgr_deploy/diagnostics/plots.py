@@ -1,4 +1,4 @@
-"""Pictures of measured distributions: an overview of all layers, and each layer's steps and channels.
+"""Plot measured distributions: an overview of all layers, and each layer's steps and channels.
 
 Lines differ in their dashes as well as in colour.
 """
@@ -24,7 +24,7 @@ TAIL = 5e-4  # share of the potentials on either side that the horizontal axis m
 
 
 def overview(layers: list[LayerStatistics]) -> Figure:
-    """Firing rate, share in the window with both Omegas, and mean |lambda|, layer by layer."""
+    """Plot firing rate, share in the window with both Omegas, and mean |lambda|, layer by layer."""
     figure = Figure(figsize=(max(6, min(WIDTH, 2 + 0.8 * len(layers))), 7), layout="constrained")
     rate, window, scale = figure.subplots(3, sharex=True)
     places = np.arange(len(layers))
@@ -60,7 +60,7 @@ def layer_steps(layer: Distribution) -> Figure:
 
 
 def layer_channels(layer: Distribution) -> Figure:
-    """The share in the window of every channel and step, and the potentials of the two extreme channels."""
+    """Plot the share in the window of every channel and step, and the potentials of the two extreme channels."""
     share = layer.in_window.numpy()
     order = np.argsort(-share.mean(0), kind="stable")
     heights = (MAP, height(layer), height(layer))
@@ -90,19 +90,19 @@ def rows(layer: Distribution) -> int:
 
 
 def height(layer: Distribution) -> float:
-    """Inches that a layer's panels take, with what stands above and below them."""
+    """Return the height of a layer's panels in inches, with the text above and below them."""
     return ABOVE + BELOW + rows(layer) * PANEL + (rows(layer) - 1) * BETWEEN
 
 
 def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> None:
-    """One panel per step: histogram, both Gaussians, the window.
+    """Draw one panel per step: histogram, both Gaussians, the window.
 
     channel: its index; None: the mean over all channels.
     """
     chosen = slice(None) if channel is None else slice(channel, channel + 1)
 
     def mean(values: Tensor) -> NDArray[np.float64]:
-        """The mean over the chosen channels: [T, C, ...] to [T, ...]."""
+        """Return the mean over the chosen channels: [T, C, ...] to [T, ...]."""
         return values[:, chosen].double().mean(1).numpy()
 
     estimates: list[tuple[str, str, str, Moments]] = [("empirical", EMPIRICAL, "--", layer.empirical)]
@@ -131,7 +131,7 @@ def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> 
 
 
 def panels(figure: FigureBase, layer: Distribution) -> list[Axes]:
-    """T labelled axes that share their scales. Their places are set by hand: a layout engine doubles the time."""
+    """Make T labelled axes that share their scales, placed by hand, because a layout engine doubles the time."""
     steps, total = len(layer.counts), height(layer)
     columns = math.ceil(steps / rows(layer))
     places = {
@@ -156,7 +156,7 @@ def panels(figure: FigureBase, layer: Distribution) -> list[Axes]:
 
 
 def visible(layer: Distribution, chosen: slice) -> tuple[float, float]:
-    """The part of the horizontal axis to show: nearly all potentials, and the window."""
+    """Return the part of the horizontal axis to show: nearly all potentials, and the window."""
     edges = layer.edges.numpy()
     shares = layer.counts[:, chosen].sum((0, 1)).numpy().cumsum()
     first, last = np.searchsorted(shares, [TAIL * shares[-1], (1 - TAIL) * shares[-1]])

@@ -1,4 +1,4 @@
-"""Accuracy against the number of time steps, as one picture; torch is not needed."""
+"""Plot accuracy against the number of time steps; torch is not needed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +15,13 @@ Accuracies = Mapping[str, Mapping[str, list[float]]]  # by precision and "clean"
 
 
 def plot_steps(accuracies: Accuracies, title: str, out: Path) -> None:
-    """Write steps.png. Raises InputError for a directory `out` that is not ours."""
+    """Write steps.png. Raises InputError for a directory `out` that holds other files."""
     claim_directory(out, PICTURE, "plot of time steps")
     write_atomic(out / PICTURE, png(by_steps(accuracies, title)))
 
 
 def by_steps(accuracies: Accuracies, title: str) -> Figure:
-    """Clean and worst in two colours, a line style and a marker for each precision."""
+    """Plot clean and worst accuracy in two colours, with a line style and a marker for each precision."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (precision, by_condition), line, marker in zip(accuracies.items(), LINES, MARKERS, strict=False):

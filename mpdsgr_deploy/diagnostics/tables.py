@@ -1,4 +1,4 @@
-"""What `mpdsgr inspect` shows of layers, as tables."""
+"""The tables of layers that `mpdsgr inspect` shows."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Table(NamedTuple):
 
 
 def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
-    """One row per layer, with everything that was measured on the images that `where` describes."""
+    """Make one row per layer, with everything measured on the images that `where` describes."""
     columns = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
     rows: list[list[object]] = [
         [f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in statistics
@@ -25,7 +25,7 @@ def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
 
 
 def flip_table(flips: SpikeFlips, precisions: Mapping[str, str], where: str) -> Table:
-    """One row per layer of a variant, averaged over steps. precisions: in which each layer's product is computed."""
+    """Make one row per layer of a variant, averaged over steps. precisions: that of each layer's product."""
     rows: list[dict[str, object]] = []
     for layer in flips.layers():
         steps = [step for step in flips.steps if step.layer == layer]

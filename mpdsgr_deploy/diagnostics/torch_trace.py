@@ -1,4 +1,4 @@
-"""What happens inside a torch network, recorded as `trace.Recorder` records an exported one."""
+"""Record potentials and spikes of a torch network, as `trace.Recorder` does for an exported one."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from mpdsgr_deploy.snn import Trace
 
 
 class TorchRecorder:
-    """A network in eval mode on the CPU, for images [B, *shape]; a stochastic one draws what its exported form does."""
+    """Records a network in eval mode on the CPU, for images [B, *shape]; a stochastic one draws its export's noise."""
 
     def __init__(self, model: SpikingNet, shape: tuple[int, int, int], seed: int) -> None:
         self._model, self._draws = model, noise_inputs(model, shape)
@@ -20,7 +20,7 @@ class TorchRecorder:
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.float32]) -> Recording:
-        """Images [B, C, H, W] in [0, 1]."""
+        """Run the network on images [B, C, H, W] in [0, 1]."""
         potentials: Steps = {}
         spikes: Steps = {}
 

@@ -1,7 +1,7 @@
-"""What happens inside an exported network: its ONNX file names potentials and spikes, here they become outputs.
+"""Record potentials and spikes of an exported network: its ONNX file names them, here they become outputs.
 
-torch is not needed. onnxruntime computes on the CPU, float16 rounded as the file says and Q/DQ pairs in float32; so
-what differs between precisions is what the files round. Another machine adds up in another order on top of that.
+torch is not needed. onnxruntime computes on the CPU, float16 rounded as the file says and Q/DQ pairs in float32, so
+precisions differ only by the rounding in the files. Another machine also adds in another order.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,11 +34,11 @@ class Recording(NamedTuple):
 
 
 class Recorder:
-    """An ONNX network that shows its potentials and spikes.
+    """An ONNX network whose potentials and spikes are outputs.
 
-    given_spikes: what spikes lead to (the next layer, the neuron's own reset) is computed from spikes that the caller
-    passes in, so that what differs in a layer comes from this layer. noise: of a stochastic network. Raises InputError
-    without onnxruntime, and for a file without such names.
+    given_spikes: what depends on spikes (the next layer, the neuron's own reset) is computed from spikes that the
+    caller passes in, so that differences in a layer come from this layer. noise: that of a stochastic network. Raises
+    InputError without onnxruntime, and for a file without such names.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Recorder:
     def __call__(
         self, images: NDArray[np.float32], spikes: Mapping[str, NDArray[np.float32]] | None = None
     ) -> Recording:
-        """Images [B, C, H, W] in [0, 1] and, for a recorder of `given_spikes`, the spikes of every step."""
+        """Run the network on images [B, C, H, W] in [0, 1] and, with `given_spikes`, the spikes of every step."""
         forced = {GIVEN + step: array for step, array in (spikes or {}).items()}
         feeds = {self._image: images, **self._noise(images), **forced}
         logits, *values = self._session(feeds, self._session.outputs)
@@ -80,6 +80,6 @@ def _read_given_spikes(network: onnx.ModelProto, steps: list[str]) -> None:
 
 
 def batches(images: NDArray[np.float32], what: str) -> Iterator[NDArray[np.float32]]:
-    """Images [N, C, H, W], a few at a time, with a progress bar called `what`."""
+    """Yield images [N, C, H, W] in batches, with a progress bar called `what`."""
     for start in track(range(0, len(images), BATCH), what):
         yield images[start : start + BATCH]

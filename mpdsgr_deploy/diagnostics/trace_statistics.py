@@ -8,7 +8,7 @@ from mpdsgr_deploy.snn import Observer, TdBN, Trace
 
 
 def layer_statistics(trace: Trace) -> LayerStatistics:
-    """A layer's statistics, counted and estimated, over one forward pass."""
+    """Return a layer's statistics, counted and estimated, over one forward pass."""
     surrogate, v_threshold = trace.neuron.surrogate, trace.neuron.v_threshold
     predicted = theorem(trace)
     counted = [((u - v_threshold).abs() < surrogate.half_width).float().mean() for u, _ in trace.states]
@@ -25,5 +25,5 @@ def layer_statistics(trace: Trace) -> LayerStatistics:
 
 
 def observe_layers(into: list[LayerStatistics]) -> Observer:
-    """An observer that appends each layer's statistics to `into`."""
+    """Make an observer that appends each layer's statistics to `into`."""
     return lambda trace: into.append(layer_statistics(trace))
