@@ -1,4 +1,4 @@
-"""How the rows of a table compare: accuracies over seeds, and paired differences between rows."""
+"""Compare the rows of a table: accuracies over seeds, and paired differences between rows."""
 
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
 
 def cell(records: list[Record], condition: str) -> Cell | None:
-    """What a row's seeds measured under a condition; None if one of them did not."""
+    """Return a row's accuracy under a condition over its seeds; None if one of them did not measure it."""
     if not all(condition in record.attacked.conditions for record in records):
         return None
     n = records[0].attacked.n
@@ -46,12 +46,12 @@ def cell(records: list[Record], condition: str) -> Cell | None:
 
 
 def shorts(records: list[Record], conditions: dict[str, str]) -> list[str]:
-    """Accuracies under conditions, without intervals; "-" for those not measured."""
+    """Return accuracies under conditions as text, without intervals; "-" for those not measured."""
     return [own.short if (own := cell(records, condition)) else "-" for condition in conditions.values()]
 
 
 def published_figures(table: TableSpec, title: str) -> Published | None:
-    """What was published for a row's recipe; None if this table gives it other data or another network."""
+    """Return the figures published for a row's recipe; None if this table gives it other data or another network."""
     path = find_recipe(table.row(title).recipe)
     own, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
     network = {"model", "neuron", "encoding"}
@@ -60,18 +60,18 @@ def published_figures(table: TableSpec, title: str) -> Published | None:
 
 
 def defences(record: Record) -> list[str]:
-    """The names of a row's defences, in the order of its recipe."""
+    """Return the names of a row's defences, in the order of its recipe."""
     return list(record.recipe.defence)
 
 
 def adversarial(record: Record) -> list[str]:
-    """Those of a row's defences that train on attacked images."""
+    """Return those of a row's defences that train on attacked images."""
     kinds = ((name, DEFENCES.get(name)) for name in record.recipe.defence)
     return [name for name, kind in kinds if kind is not None and kind.adversarial]
 
 
 def groups(measured: Measured) -> dict[str, Measured]:
-    """The rows without and with adversarial training; a group without rows is not there."""
+    """Group the rows without and with adversarial training; an empty group is left out."""
     split = {
         title: {row: records for row, records in measured.items() if bool(adversarial(records[0])) == attacked}
         for title, attacked in (("without adversarial training", False), ("with adversarial training", True))
@@ -80,29 +80,29 @@ def groups(measured: Measured) -> dict[str, Measured]:
 
 
 def baseline(measured: Measured, records: list[Record]) -> list[Record] | None:
-    """The row that `records` are compared with: its adversarial training alone, or no defence; None if not measured."""
+    """Return the row to compare `records` with: its adversarial training alone, or no defence; None if not measured."""
     expected = adversarial(records[0])
     candidates = [other for other in measured.values() if defences(other[0]) == expected]
     return candidates[0] if candidates and candidates[0] is not records else None
 
 
 def strong_curves(records: list[Record]) -> list[list[tuple[float, int, int]]]:
-    """(eps, correct images, images) of the strong PGD, one curve a seed."""
+    """Return (eps, correct images, images) of the strong PGD, one curve per seed."""
     curves = (next(iter(record.artefacts.values())).curves for record in records if record.artefacts)
     return [by_attack[STRONG_PGD] for by_attack in curves if STRONG_PGD in by_attack]
 
 
 def by_eps(records: list[Record]) -> dict[float, float]:
-    """Accuracy in % by eps, means over seeds, up to four times the eps of the recipe."""
+    """Return accuracy in % by eps, averaged over seeds, up to four times the eps of the recipe."""
     curves, largest = strong_curves(records), 4.001 * records[0].recipe.attack.eps
     points = zip(*curves, strict=True)
     return {p[0][0]: 100 * fmean(correct / n for _, correct, n in p) for p in points if p[0][0] <= largest}
 
 
 class Difference(NamedTuple):
-    """Points of accuracy that a row has more than another on the same images and seeds.
+    """The difference in accuracy between two rows, in percentage points, on the same images and seeds.
 
-    mean over the seeds both have, with a 95 % interval for the choice of images; None if neither gets any image right,
+    mean: over the common seeds; interval: 95 %, for the choice of images; None if neither row gets any image right,
     which proves nothing about other images. seeds: the difference of each seed.
     """
 
@@ -117,7 +117,7 @@ class Difference(NamedTuple):
 
 
 def difference(records: list[Record], others: list[Record], condition: str) -> Difference:
-    """`records` minus `others` under a condition; normal approximation over images, each averaged over its seeds."""
+    """Return `records` minus `others` under a condition: normal approximation over images, each averaged over seeds."""
     gained, any_right = paired(records, others, condition)
     each = gained.mean(0)
     half = Z95 * each.std(ddof=1) / len(each) ** 0.5
@@ -126,9 +126,9 @@ def difference(records: list[Record], others: list[Record], condition: str) -> D
 
 
 def paired(records: list[Record], others: list[Record], condition: str) -> tuple[NDArray[np.float64], bool]:
-    """Points that `records` have more than `others` by common seed and image, [seeds, n] in -100, 0, 100.
+    """Return the difference between `records` and `others` by common seed and image, [seeds, n] in -100, 0, 100.
 
-    And whether either gets any image right: if neither does, that proves nothing about other images.
+    Also return whether either gets any image right: if neither does, that proves nothing about other images.
     """
     ours, theirs = ({r.seed: r.attacked.verdicts(condition) for r in rows} for rows in (records, others))
     common = sorted(ours.keys() & theirs.keys())
@@ -137,5 +137,5 @@ def paired(records: list[Record], others: list[Record], condition: str) -> tuple
 
 
 def omega(records: list[Record]) -> float:
-    """Omega of the trained networks in [0, 1], of the potentials' own moments; mean over layers and seeds."""
+    """Return Omega in [0, 1] of the trained networks, by the empirical moments, averaged over layers and seeds."""
     return fmean(fmean(layer["omega_empirical"] for layer in record.layers) for record in records)

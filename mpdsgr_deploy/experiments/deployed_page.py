@@ -1,4 +1,4 @@
-"""The part of a table's page about exported networks: the order of the defences, each precision, accuracy by eps."""
+"""The sections of a table's page about exported networks: rank of the defences, each precision, accuracy by eps."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -15,7 +15,7 @@ COMPARED = {"clean": "clean", "PGD": PAPER, "union": UNION}
 
 
 def order(table: TableSpec, measured: Measured) -> str:
-    """The rows ranked by accuracy under all attacks, with and without adversarial training, and by PGD."""
+    """Rank the rows, with and without adversarial training, by accuracy under all attacks and by PGD."""
     parts = ["## Does the order persist?"]
     compared = {title: records for title, records in measured.items() if complete(records)}
     parts += [ranking(table, measured, group) for group in groups(compared).values()]
@@ -50,7 +50,7 @@ def ranking(table: TableSpec, measured: Measured, group: Measured) -> str:
 
 
 def complete(records: list[Record]) -> bool:
-    """Whether all evaluations of a row ran to the end; the others lack attacks and are not ranked."""
+    """Whether all evaluations of a row ran to the end. Rows that lack attacks are not ranked."""
     return all(artefact.stopped is None for record in records for artefact in record.artefacts.values())
 
 
@@ -61,7 +61,7 @@ def mean(records: list[Record], condition: str) -> float:
 
 
 def growth(measured: Measured) -> str:
-    """The strong PGD by eps, as a picture and as a table."""
+    """Show the strong PGD by eps, as a plot and as a table."""
     curves = {title: by_eps(records) for title, records in measured.items() if strong_curves(records)}
     n = next(curve for records in measured.values() for curve in strong_curves(records))[0][2]
     rows = [[title, *(f"{value:.1f}" for value in values.values())] for title, values in curves.items()]
@@ -71,7 +71,7 @@ def growth(measured: Measured) -> str:
 
 
 def precisions(measured: Measured) -> str:
-    """Every exported network: accuracy, how many passed the gate, and the verdicts that differ from the first's."""
+    """Show each precision's accuracy, how many passed the gate, and the verdicts that differ from the first's."""
     rows = []
     for title, records in measured.items():
         for precision in records[0].artefacts if complete(records) else ():
@@ -93,14 +93,14 @@ def precisions(measured: Measured) -> str:
 
 
 def flips(first: Sequence[AttackedExport], others: Sequence[AttackedExport], condition: str) -> str:
-    """Images newly wrong and newly right, seeds added up."""
+    """Return the numbers of images newly wrong and newly right, summed over seeds."""
     pairs = [(a.verdicts(condition), b.verdicts(condition)) for a, b in zip(first, others, strict=True)]
     worse, better = (sum(int((a & ~b).sum()) for a, b in order) for order in (pairs, [(b, a) for a, b in pairs]))
     return f"{worse} / {better}"
 
 
 def refusals(measured: Measured) -> list[tuple[str, int, str, str]]:
-    """Row, seed, precision and reason of every gate that failed or evaluation that was invalid."""
+    """List row, seed, precision and reason of every failed gate and invalid evaluation."""
     return [
         (title, record.seed, precision, reason)
         for title, records in measured.items()

@@ -25,7 +25,7 @@ HELPS, MASKS, HURTS, OPEN = "helps", "masks", "hurts", "undecided"
 
 
 class Effect(NamedTuple):
-    """Points that a method has more than its baseline: mean over seeds, and a 95 % interval for seeds and images."""
+    """Points that a method gains over its baseline: mean over seeds, 95 % interval for seeds and images."""
 
     mean: float
     low: float
@@ -36,11 +36,11 @@ class Effect(NamedTuple):
 
 
 def effect(records: list[Record], baseline: list[Record], condition: str) -> Effect | None:
-    """`records` minus `baseline`, paired by seed and image; None without a seed in common or the condition.
+    """Return `records` minus `baseline`, paired by seed and image; None without a common seed or the condition.
 
-    None too where neither gets an image right. The half-width is the root of two squares: the quantile of Student's t
-    times the standard error over seeds, and 1.96 times that over images, each averaged over its seeds. With one seed it
-    is that of the images alone.
+    None also if neither gets an image right. The half-width is the root of the sum of two squares: the quantile of
+    Student's t times the standard error over seeds, and 1.96 times the standard error over images, each image averaged
+    over its seeds. With one seed it is the second alone.
     """
     measured = all(condition in record.attacked.conditions for record in (*records, *baseline))
     if not measured or not common_seeds(records, baseline):
@@ -50,7 +50,7 @@ def effect(records: list[Record], baseline: list[Record], condition: str) -> Eff
 
 
 def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Effect | None:
-    """The mean effect of several pairs of records and baseline, over the seeds that all have; None without any."""
+    """Return the mean effect of several pairs of records and baseline over common seeds; None without any."""
     seeds = set.intersection(*(set(common_seeds(*pair)) for pair in pairs))
     if not seeds:
         return None
@@ -63,7 +63,7 @@ def common_seeds(records: list[Record], baseline: list[Record]) -> list[int]:
 
 
 def estimated(gained: NDArray[np.float64]) -> Effect:
-    """Mean and interval of points gained [seeds, n]."""
+    """Estimate mean and interval of the points gained [seeds, n]."""
     seeds, images = gained.shape
     square = (Z95 * gained.mean(0).std(ddof=1)) ** 2 / images
     if seeds > 1:
@@ -73,12 +73,12 @@ def estimated(gained: NDArray[np.float64]) -> Effect:
 
 
 def student_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t, to the three decimals that tables print: so intervals stay as published."""
+    """Return the 97.5 % quantile of Student's t, to three decimals so that published intervals do not change."""
     return round(float(student.ppf(0.975, freedom)), 3)
 
 
 def verdict(records: list[Record], baseline: list[Record]) -> str:
-    """The verdict that the intervals allow.
+    """Return the verdict that the intervals allow.
 
     helps: more images survive every attack. hurts: fewer do. masks: no more do, more survive PGD in the paper's
     setting, and the difference between the two is significant. undecided: none of these, or a single seed, which says
@@ -96,14 +96,14 @@ def verdict(records: list[Record], baseline: list[Record]) -> str:
 
 
 def emptied(records: list[Record], baseline: list[Record]) -> float:
-    """How much lower Omega is than the baseline's, averaged over the seeds that both have."""
+    """Return how much lower Omega is than the baseline's, averaged over the common seeds."""
     common = common_seeds(records, baseline)
     ours, theirs = ([record for record in rows if record.seed in common] for rows in (records, baseline))
     return omega(theirs) - omega(ours)
 
 
 class Pair(NamedTuple):
-    """A method in a setting, with the records of it and of the baseline that it is compared with."""
+    """A method in a setting, with its records and those of its baseline."""
 
     setting: Setting
     method: StudyMethod
@@ -112,7 +112,7 @@ class Pair(NamedTuple):
 
 
 def pairs(study: Study, measured: Measured) -> list[Pair]:
-    """Each setting's methods that were measured and whose baseline was."""
+    """Return each setting's methods that were measured together with their baseline."""
     compared = []
     for setting in study.settings:
         for method in study.methods_of(setting):

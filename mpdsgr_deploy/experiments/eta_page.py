@@ -1,4 +1,4 @@
-"""Which eta a sweep recommends: for each estimator the largest that costs little on the validation split."""
+"""Choose eta from a sweep: for each estimator the largest that costs little on the validation split."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from mpdsgr_deploy.experiments.records import Measured, Record
 
 
 def validation_accuracy(records: list[Record]) -> float:
-    """Accuracy on clean validation images after the last epoch, in %, averaged over seeds."""
+    """Return accuracy on clean validation images after the last epoch, in %, averaged over seeds."""
     return 100 * sum(record.curve["validation_accuracy"][-1] for record in records) / len(records)
 
 
 def swept(record: Record) -> list[dict[str, Any]]:
-    """The settings of those defences that are weighted by an eta: MPD-SGR, and what other packages weigh so."""
+    """Return the settings of a row's defences that have a weight eta: MPD-SGR, and those of other packages."""
     return [settings for settings in record.recipe.defence.values() if {"eta", "estimator"} <= settings.keys()]
 
 
 def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
-    """Points of clean validation accuracy that each estimator loses at each eta, against its baseline."""
+    """Return the points of clean validation accuracy that each estimator loses at each eta against its baseline."""
     lost: dict[str, dict[float, float]] = {}
     for records in measured.values():
         reference = baseline(measured, records)
@@ -31,7 +31,7 @@ def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
 
 
 def chosen(measured: Measured, budget: float) -> dict[str, float]:
-    """The largest eta of each estimator that loses at most `budget` points; an estimator without one is left out."""
+    """Return the largest eta of each estimator that loses at most `budget` points, if it has one."""
     lost = lost_by_eta(measured)
     within = {name: [eta for eta, cost in points.items() if cost <= budget] for name, points in lost.items()}
     return {name: max(etas) for name, etas in within.items() if etas}

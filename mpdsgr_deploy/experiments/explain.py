@@ -1,18 +1,18 @@
-"""What makes a network robust or not: perturbations of growing size, and the factors of its surrogate gradient.
+"""Explain a network's robustness: perturbations of growing size, and the factors of its surrogate gradient.
 
-A network meets random and adversarial steps of growing size; `sensitivity.py` defines what is compared. And for each
-layer the factors that MPD-SGR (arXiv 2511.12199) bounds the surrogate gradient with, measured so that their product is
-an estimate of it and no bound:
+Random and adversarial steps of growing size are applied; `sensitivity.py` defines what is compared. For each layer, the
+factors in the bound on the surrogate gradient of MPD-SGR (arXiv 2511.12199) are measured such that their product is an
+estimate of the gradient, not a bound:
 
-leak        sum of tau^k over T steps: what a potential remembers of its currents, without resets
+leak        sum of tau^k over T steps: the share of past currents in a potential, without resets
 weights     largest singular value of the map from the layer's input to its current, normalisation included
 surrogate   root mean square of the surrogate's derivative over images, neurons and steps
 
-The weights' factor is a product of three again, since a normalised layer gains what its input lacks:
+The weights' factor is itself a product of three, because a normalised layer amplifies a weak input:
 
-scale       root mean square of what tdBN multiplies a normalised current with; 1 without normalisation
+scale       root mean square of tdBN's factor on the normalised current; 1 without normalisation
 density     1 / the deviation of the layer's input over images, space and steps, root mean square over channels:
-            the sparser spikes are, the smaller their deviation and the more tdBN multiplies them with
+            the sparser the spikes, the smaller their deviation and the larger tdBN's factor
 filter      the rest: the largest gain from an input to a current of deviation one
 """
 
@@ -59,7 +59,7 @@ class LayerFactors(BaseModel):
 
     @property
     def filter(self) -> float:
-        """What of the weights' factor is neither scale nor density."""
+        """The part of the weights' factor that is neither scale nor density."""
         return self.weights / (self.scale * self.density)
 
 
@@ -101,9 +101,9 @@ def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpo
 def explain_rows(
     name: str, study: Study, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], images: int
 ) -> None:
-    """Explain the networks of rows on the first `images` test images, training those that are not trained yet.
+    """Explain the networks of rows on the first `images` test images, after training those that are missing.
 
-    Writes a record of each into the folder of the study's table.
+    Writes a record of each network into the folder of the study's table.
     """
     for run in runs_of(name, study.table(), rows, places, seeds or study.seeds):
         log.info("explaining %s", run)
@@ -113,7 +113,7 @@ def explain_rows(
 
 
 def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
-    """The factors of every layer, in the order of the forward pass."""
+    """Measure the factors of every layer, in the order of the forward pass."""
     inputs: dict[str, Tensor] = {}
     seen: dict[str, tuple[float, float, float]] = {}
 
@@ -153,7 +153,7 @@ def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
 
 
 def largest_gain(layer: SpikingLayer, shape: tuple[int, ...]) -> float:
-    """The largest singular value of a layer's affine map from input to current, by the power method on A^T A."""
+    """Return the largest singular value of a layer's affine map from input to current, by power iteration on A^T A."""
     v = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     offset = layer.current(torch.zeros(1, *shape)).detach()
     for _ in range(ITERATIONS):

@@ -15,7 +15,7 @@ EXPORTED = "neurons fp32"  # the neurons of the main tables
 
 
 class LayerFlips(BaseModel):
-    """Means over a layer's steps, as `StepFlips` has them; predicted: of density times fresh_moved, step by step."""
+    """The fields of `StepFlips` averaged over a layer's steps; predicted: the mean of density times fresh_moved."""
 
     firing_rate: float
     density: float
@@ -27,7 +27,7 @@ class LayerFlips(BaseModel):
 
 
 class PrecisionFlips(BaseModel):
-    """A variant against float32, as `SpikeFlips` has it, by layer."""
+    """A variant compared with float32, as in `SpikeFlips`, by layer."""
 
     labels_changed: int
     unflipped: int
@@ -35,7 +35,7 @@ class PrecisionFlips(BaseModel):
     layers: dict[str, LayerFlips]
 
     def mean(self, field: str) -> float:
-        """The mean of a field of `LayerFlips` over the layers, each with the same weight."""
+        """Return the mean of a field of `LayerFlips` over the layers, each with the same weight."""
         return fmean(getattr(layer, field) for layer in self.layers.values())
 
 
@@ -58,11 +58,11 @@ class FlipRecord(BaseModel):
 
     @property
     def eta(self) -> float:
-        """The weight of its regulariser, as the one axis of a sweep; 0 where no defence has such a weight."""
+        """Return the weight of its regulariser, the axis of a sweep; 0 if no defence has such a weight."""
         return max((settings["eta"] for settings in self.defence.values() if "eta" in settings), default=0.0)
 
     def of(self, precision: str) -> PrecisionFlips:
-        """The variant of a precision whose neurons compute in float32."""
+        """Return the variant of a precision whose neurons compute in float32."""
         return self.variants[f"{precision}, {EXPORTED}"]
 
 
@@ -70,7 +70,7 @@ FlipRows = dict[tuple[str, str], list[FlipRecord]]  # (table, row) -> its seeds
 
 
 def by_network(folder: Path) -> dict[tuple[str, str, int], FlipRecord]:
-    """The records of a folder by table, row and seed."""
+    """Return the records of a folder by table, row and seed."""
     return {(r.table, r.row, r.seed): r for r in read_records(folder / RECORDS, FlipRecord, SCHEMA_VERSION)}
 
 
@@ -82,7 +82,7 @@ def load(folder: Path) -> FlipRows:
 
 
 def baselines(rows: FlipRows) -> dict[tuple[str, str], tuple[str, str]]:
-    """Each row with a regulariser to the row of its table that lacks this regulariser and nothing else."""
+    """Map each row with a regulariser to the row of its table that differs by this regulariser alone."""
     by_defences = {(table, frozenset(records[0].defence)): (table, row) for (table, row), records in rows.items()}
     paired = {}
     for (table, row), records in rows.items():
@@ -94,7 +94,7 @@ def baselines(rows: FlipRows) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def sweep(rows: FlipRows) -> list[FlipRecord]:
-    """The first seeds of rows that differ by eta alone, and of the row without, by eta; empty where there are none."""
+    """Return the first seeds of rows that differ by eta alone, and of the row without it, by eta; empty without any."""
     paired = baselines(rows)
     shared = [without for without in paired.values() if list(paired.values()).count(without) > 1]
     swept = dict.fromkeys([*shared, *(row for row, without in paired.items() if without in shared)])

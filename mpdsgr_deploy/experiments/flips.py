@@ -1,4 +1,4 @@
-"""How many spikes float16, int8 and float8 flip in trained networks, and what other choices of the export would cost.
+"""Measure how many spikes float16, int8 and float8 flip in trained networks, also for other choices of the export.
 
 Networks are exported in every precision without writing a bundle, and spikes are compared on test images.
 """
@@ -30,9 +30,9 @@ from mpdsgr_deploy.provenance import provenance
 def measure_flips(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], images: int
 ) -> None:
-    """Measure the networks of rows on the first `images` test images; those that are measured already are skipped.
+    """Measure the networks of rows on the first `images` test images, unless they are measured already.
 
-    Networks that are not trained yet are. Writes a record of each into `FOLDER` of the results.
+    Missing networks are trained first. Writes a record of each into `FOLDER` of the results.
     """
     folder = places.out / FOLDER
     measured = by_network(folder)
@@ -43,7 +43,7 @@ def measure_flips(
 
 
 def variants(network: ir.Model, model: SpikingNet) -> dict[str, onnx.ModelProto]:
-    """Every precision with float32 and with float16 neurons, and int8 with another first or last product."""
+    """Make every precision with float32 and with float16 neurons, and int8 with another first or last product."""
     graphs = {}
     for precision in ("fp16", "int8", "fp8"):
         for neurons in ("fp32", "fp16"):
@@ -62,7 +62,7 @@ def variants(network: ir.Model, model: SpikingNet) -> dict[str, onnx.ModelProto]
 
 
 def in_int8(network: ir.Model, layer: str, step: float) -> ir.Model:
-    """`network`, changed in place, with a layer's weights rounded to int8 and its input to multiples of `step`."""
+    """Round a layer's weights to int8 and its input to multiples of `step`, in place; return `network`."""
     node = products(network)[layer]
     scale = initializer(node, f"{layer}/step", np.array(step, np.float32))
     zero = initializer(node, f"{layer}/zero", np.array(0, np.int8))
@@ -77,7 +77,7 @@ def in_int8(network: ir.Model, layer: str, step: float) -> ir.Model:
 
 
 def flips_of(run: Run, images: int) -> FlipRecord:
-    """A run's network of the last epoch in every variant. Raises InputError as training and export do."""
+    """Compare every variant of a run's last network with float32. Raises InputError as training and export do."""
     checkpoint, model = load_network(trained(run))
     recipe = checkpoint.recipe
     test = load_test(recipe.data.at(run.root))[:images]
@@ -102,7 +102,7 @@ def flips_of(run: Run, images: int) -> FlipRecord:
 
 
 def summary(flips: SpikeFlips) -> PrecisionFlips:
-    """A variant's flips with the steps of each layer averaged."""
+    """Return a variant's flips, averaged over the steps of each layer."""
     fields = [name for name in LayerFlips.model_fields if name != "predicted"]
     layers = {}
     for layer in flips.layers():

@@ -1,4 +1,4 @@
-"""The page of flips: its records as Markdown and as a plot."""
+"""The page about flipped spikes: its records as Markdown and as a plot."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,7 +65,7 @@ def rates(rows: FlipRows) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over seeds; the mean alone for one seed."""
+    """Return mean and standard deviation over seeds as text; the mean alone for one seed."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{deviation}"
 
@@ -78,7 +78,7 @@ class FlipPair(NamedTuple):
 
 
 def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[FlipPair]]:
-    """The pairs of every table, by table and row with MPD-SGR; a sweep over its weight is not among them."""
+    """Return the pairs of every table, by table and row with MPD-SGR; sweeps over its weight are left out."""
     paired: dict[tuple[str, str], list[FlipPair]] = {}
     swept = {(record.table, record.row) for record in sweep(rows)}
     for row, without in baselines(rows).items():
@@ -89,7 +89,7 @@ def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[FlipPair]]:
 
 
 def pairs(rows: FlipRows) -> str:
-    """The ratios of a network with MPD-SGR to the one without, seed by seed, as a table."""
+    """Show the ratios of a network with MPD-SGR to the one without, seed by seed, as a table."""
     columns = ["table", "row", "precision", "density", "own movement", "own flips", "all flips", "fewer flips"]
     columns += ["labels changed, without", "with"]
     lines = []
@@ -109,7 +109,7 @@ def pairs(rows: FlipRows) -> str:
 
 
 def law(rows: FlipRows) -> str:
-    """Own flips over density times own movement, layer by layer."""
+    """Show a layer's own flips divided by density times own movement, layer by layer."""
     lines = []
     for precision in PRECISIONS:
         layers = [layer for r in every(rows) for layer in r.of(precision).layers.values() if layer.predicted > 0]
@@ -144,13 +144,13 @@ def law(rows: FlipRows) -> str:
 
 
 def typical(pairs: Iterable[tuple[float, float]]) -> str:
-    """The geometric mean of ratios; "-" where something is 0, as in a network too small to flip anything."""
+    """Return the geometric mean of ratios as text; "-" if a value is 0, as in a network without any flip."""
     values = list(pairs)
     return f"{geometric_mean(a / b for a, b in values):.2f}" if all(a and b for a, b in values) else "-"
 
 
 def neurons(rows: FlipRows) -> str:
-    """float16 neurons beside float32 ones, network by network."""
+    """Compare float16 neurons with float32 ones, network by network."""
     lines = []
     for precision in PRECISIONS:
         single = [r.of(precision) for r in every(rows)]
@@ -167,7 +167,7 @@ def neurons(rows: FlipRows) -> str:
 
 
 def places(rows: FlipRows) -> str:
-    """Flips of int8 with another precision for the first or the last product."""
+    """Show the flips of int8 with another precision for the first or the last product."""
     lines = []
     for name in (f"int8, {EXPORTED}", *PLACES):
         variants = [r.variants[name] for r in every(rows)]
@@ -190,7 +190,7 @@ def every(rows: FlipRows) -> Iterable[FlipRecord]:
 
 
 def sources(rows: FlipRows) -> str:
-    """Networks, images, hardware and versions, each distinct line once."""
+    """List networks, images, hardware and versions, each distinct line once."""
     lines = set()
     for result in every(rows):
         origin = result.provenance
@@ -204,7 +204,7 @@ def sources(rows: FlipRows) -> str:
 
 
 def plot(rows: FlipRows) -> bytes:
-    """A PNG: own flips of every layer against what the density predicts, and flips against eta."""
+    """Return a PNG: own flips of every layer against the prediction from the density, and flips against eta."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     both, swept = [], sweep(rows)

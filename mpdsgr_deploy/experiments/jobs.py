@@ -48,7 +48,7 @@ def bring_up_to_date(
 def runs_of(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """Every row with every seed, seed by seed."""
+    """Return the runs of every row with every seed, seed by seed."""
     run = partial(
         Run,
         name,
@@ -60,7 +60,7 @@ def runs_of(
     )
 
     def alone(row: RowSpec, seed: int) -> Run:
-        """The run of a row that needs no other row's network."""
+        """Return the run of a row that needs no other row's network."""
         init = None if row.init is None else alone(table.row(row.init), seed)
         recipe = table.recipe(row, seed)
         return run(row.title, recipe, also=tuple(table.pgd_within(recipe.attack)), init=init, sender=None)
@@ -75,7 +75,7 @@ def runs_of(
 def missing_runs(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """The runs whose records are not there yet or are outdated."""
+    """Return the runs whose records are missing or outdated."""
     records = records_of(places.out / name)
     for run in runs_of(name, table, rows, places, seeds):
         record = records.get((run.row, run.recipe.training.seed))
@@ -87,9 +87,9 @@ def missing_runs(
 
 
 def measure_all(todo: list[Run], jobs: int) -> Failures:
-    """Measure all, after the networks are trained that they start from or whose attacked images they are tried with.
+    """Measure all runs, after training the networks that they start from or whose attacked images they use.
 
-    Returns what failed.
+    Returns the failed runs.
     """
     senders = [run.sender for run in todo if run.sender is not None]
     inits = [run.init for run in (*todo, *senders) if run.init is not None]
@@ -106,7 +106,7 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
 
 
 def work(todo: list[Run], jobs: int, task: Task) -> Failures:
-    """Do a task for all; logs after each how many are done and how long the rest may take. Returns what failed."""
+    """Do a task for every run and log the progress with an estimate of the time left. Returns the failed runs."""
     failures: Failures = []
     if not todo:
         return failures
@@ -122,7 +122,7 @@ def work(todo: list[Run], jobs: int, task: Task) -> Failures:
 
 
 def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, MpdsgrError | None]]:
-    """The runs in the order in which they finish, each with its error or None."""
+    """Yield the runs in the order in which they finish, each with its error or None."""
     if jobs == 1:
         yield from ((run, error_of(task, run)) for run in todo)
         return
@@ -142,10 +142,10 @@ def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, M
 
 
 def new_processes() -> BaseContext:
-    """How processes start that hold nothing of this one, such as its threads or CUDA context.
+    """Return the start method of processes that inherit nothing from this one, such as threads or a CUDA context.
 
-    They are forked from one that has imported what a run needs, which takes seconds; where there is no fork, each
-    imports it anew.
+    They are forked from a process that has imported the modules of a run, which takes seconds. Without fork, each
+    process imports them itself.
     """
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")

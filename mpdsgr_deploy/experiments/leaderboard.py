@@ -1,6 +1,6 @@
-"""A leaderboard: validation reports of several networks, ranked by accuracy under all attacks.
+"""Rank validation reports of several networks by accuracy under all attacks.
 
-Reports are compared only if they have the same images, eps, tier and version of the attack suite, complete and valid.
+Reports are compared only if they are complete and valid, and share images, eps, tier and version of the attack suite.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,17 +33,17 @@ class RankedReport(NamedTuple):
     report: Report
 
     def right(self, condition: str) -> NDArray[np.bool_]:
-        """Which images the network gets right under a condition that was tried [n]."""
+        """Return which images [n] the network classifies correctly under a condition."""
         row = self.report.row(condition)
         assert row is not None, condition
         return row.artefact.verdicts(row.n)
 
 
 def read_report(path: Path) -> RankedReport:
-    """A report: its file, or the directory that `mpdsgr validate` wrote it into.
+    """Read a report from its file, or from the directory that `mpdsgr validate` wrote.
 
-    Raises InputError for one that is missing or damaged, that ended before all attacks were tried, or in which a health
-    check failed: the accuracies of such reports cannot be ranked.
+    Raises InputError for a report that is missing or damaged, that ended before all attacks were made, or in which a
+    health check failed, because such accuracies cannot be ranked.
     """
     report = load_report(path)
     if report.stopped is not None or report.row(WORST) is None:
@@ -54,9 +54,9 @@ def read_report(path: Path) -> RankedReport:
 
 
 def ranked(entries: Sequence[RankedReport]) -> list[RankedReport]:
-    """The entries by accuracy under all attacks, then clean accuracy, the best first.
+    """Sort the entries by accuracy under all attacks, then clean accuracy, the best first.
 
-    Raises InputError that names two reports and what they differ in, where they cannot be compared.
+    Raises InputError that names two reports and their difference if they cannot be compared.
     """
     first, *others = entries
     for what, value in COMPARED.items():
@@ -70,7 +70,7 @@ def ranked(entries: Sequence[RankedReport]) -> list[RankedReport]:
 
 
 def render(entries: Sequence[RankedReport]) -> str:
-    """The page, as Markdown. Raises InputError as `ranked`."""
+    """Render the page as Markdown. Raises InputError as `ranked` does."""
     order = ranked(entries)
     report = order[0].report
     tried = {title: name for title, name in CONDITIONS.items() if all(e.report.row(name) for e in order)}
@@ -105,13 +105,13 @@ def line(place: int, order: Sequence[RankedReport], tried: dict[str, str]) -> li
 
 
 def significance(above: RankedReport, below: RankedReport) -> float:
-    """p-value of the difference between two networks under all attacks, on the same images."""
+    """Return the p-value of the difference between two networks under all attacks, on the same images."""
     ours, theirs = above.right(WORST), below.right(WORST)
     return mcnemar(int((ours & ~theirs).sum()), int((~ours & theirs).sum()))
 
 
 def origin(report: Report) -> str:
-    """One line on the network, backend, machine and code revision of a report."""
+    """Describe network, backend, machine and code revision of a report on one line."""
     machine, packages = report.provenance["hardware"], report.provenance["packages"]
     revision = report.provenance.get("revision")
     code = f"mpdsgr-deploy {report.provenance['mpdsgr_deploy']}" if revision is None else f"revision {revision}"

@@ -1,4 +1,4 @@
-"""One row of a table with one seed: train its network, evaluate it, write its record."""
+"""Measure one row of a table with one seed: train its network, evaluate it, write its record."""
 
 import hashlib
 import json
@@ -44,11 +44,11 @@ assert variants.DEPTHS  # imported to register the defences and models that stud
 
 @dataclass(frozen=True)
 class Run:
-    """One row with one seed, and where its files lie: training runs, data sets, records.
+    """One row with one seed, and the directories of training runs, data sets and records.
 
-    tier: the gate's, whose attacks torch's network meets; None: those of its recipe. also: further attacks on it.
-    init: the run whose network training starts from; None: random weights. sender: the run whose network's attacked
-    images are tried too.
+    tier: that of the gate, whose attacks are made on the torch network; None: those of its recipe. also: further
+    attacks. init: the run whose weights training starts from; None: random ones. sender: the run whose network's
+    attacked images are tried too.
     """
 
     table: str
@@ -68,10 +68,10 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """The training directory. It depends on all of the recipe that training depends on.
+        """The training directory, named by everything in the recipe that training depends on.
 
-        Values at their defaults are left out, so that a key which a later version adds trains nothing anew. Where a
-        default itself changes, training refuses the directory.
+        Values at their defaults are left out, so that a key added by a later version causes no retraining. If a default
+        itself changes, training refuses the directory.
         """
         content = self.recipe.model_dump(mode="json", exclude={*EVALUATION, "gate"}, exclude_defaults=True)
         content["defence"] = {name: chosen_settings(name, values) for name, values in self.recipe.defence.items()}
@@ -81,21 +81,21 @@ class Run:
 
 
 def chosen_settings(defence: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a defence that are not its defaults."""
+    """Return the settings of a defence that are not its defaults."""
     settings = parse(DEFENCES.choose(defence).Settings, values, f"[defence.{defence}]")
     return settings.model_dump(mode="json", exclude_defaults=True)
 
 
 def digest(content: Any) -> str:
-    """Eight hexadecimal digits that identify a JSON-ready value."""
+    """Return eight hexadecimal digits that identify a JSON-ready value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def trained(run: Run) -> Path:
-    """The checkpoint of a run's last epoch, which is trained (or continued) if it is not there yet.
+    """Return the checkpoint of a run's last epoch, after training (or continuing) it if it is missing.
 
-    Evaluated is the last epoch's network, at the end of the schedule: which epoch scores best on few validation images
-    is chance, and rows that stopped at different ages would differ in more than their method.
+    The last epoch's network is evaluated, because which epoch scores best on few validation images is chance, and rows
+    of different epochs would differ in more than their method.
     """
     init = None if run.init is None else trained(run.init)
     train(run.recipe.model_copy(update={"data": run.recipe.data.at(run.root)}), run.directory, resume=True, init=init)
@@ -105,8 +105,9 @@ def trained(run: Run) -> Path:
 def measure(run: Run) -> Record:
     """Train (or continue, or take the trained) network of a run, evaluate it, and write its record.
 
-    With `artefact` the network is exported and its exports are attacked; without, the torch network is, as by `tier`,
-    and with the images that fool the sender's network. Raises InputError as training, export and evaluation do.
+    With `artefact` the network is exported and the exports are attacked. Without it the torch network is attacked, as
+    by `tier` and with the images that fool the sender's network. Raises InputError as training, export and evaluation
+    do.
     """
     recipe, checkpoint_dir = run.recipe, trained(run)
     evaluation, artefacts = None, {}
@@ -149,14 +150,14 @@ def measure(run: Run) -> Record:
 
 
 def started_from(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """How a record names the checkpoint whose weights training started from."""
+    """Return the reference, for a record, to the checkpoint whose weights training started from."""
     return checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")}
 
 
 def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:
-    """Export a run's network and attack every precision of it through its own graph; reports without pictures.
+    """Export a run's network and validate every precision; the reports have no pictures.
 
-    On a GPU where onnxruntime has one. Finished reports are kept beside the run, and interrupted ones continue.
+    Uses a GPU if onnxruntime finds one. Finished reports are kept beside the run, and interrupted ones continue.
     """
     backend = "onnxruntime-cuda" if CUDA in onnxruntime.get_available_providers() else "onnxruntime-cpu"
     settings = artefact.model_dump(mode="json", exclude={"membranes"})
@@ -181,7 +182,7 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
 
 
 def membranes(model: SpikingNet, images: Images, recipe: Recipe) -> list[Membrane]:
-    """Histograms of every layer's membrane potentials over all steps and channels, within `RANGE`."""
+    """Return histograms of every layer's membrane potentials over all steps and channels, within `RANGE`."""
     noise = torch.Generator().manual_seed(recipe.validation.seed)
     device = next(model.parameters()).device
     x = torch.from_numpy(images.unit()).to(device)

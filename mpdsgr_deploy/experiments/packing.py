@@ -1,4 +1,4 @@
-"""A table's results and networks packed into tar files, to be copied from the machine that made them."""
+"""Pack a table's results and networks into tar files, to copy them from the machine that made them."""
 
 import io
 import tarfile
@@ -27,7 +27,7 @@ def pack(name: str, *, runs: Path, results: Path, out: Path) -> None:
 
 
 def tar(files: dict[str, Path]) -> bytes:
-    """An archive of files under the names given."""
+    """Write a tar archive of files under the given names."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, path in files.items():
@@ -36,7 +36,7 @@ def tar(files: dict[str, Path]) -> bytes:
 
 
 def pack_weights(runs: Path, out: Path) -> None:
-    """The last checkpoints of all runs that finished and are small enough, in pieces; the others are named."""
+    """Pack the last checkpoints of all finished, small enough runs in pieces, and log the other runs."""
     files: dict[str, Path] = {}
     with TemporaryDirectory() as scratch:
         for run in finished(runs):
@@ -62,7 +62,7 @@ def finished(runs: Path) -> Iterator[Path]:
 
 
 def halved(source: Path, target: Path) -> Path:
-    """A checkpoint with float16 weights, which `mpdsgr export` takes like any other."""
+    """Return a checkpoint with float16 weights, which `mpdsgr export` takes like any other."""
     checkpoint = load_checkpoint(source)
     weights = load_file(source / checkpoint.weights)
     small = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}

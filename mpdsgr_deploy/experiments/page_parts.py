@@ -21,7 +21,7 @@ def unmeasured(table: TableSpec, measured: Measured) -> str:
 
 
 def unhealthy(measured: Measured) -> str:
-    """Which evaluations are invalid and why, and the version of the attack suite."""
+    """List the invalid evaluations with their reasons, and the version of the attack suite."""
     records = [record for row in measured.values() for record in row]
     checked = [record for record in records if record.attacked.health]
     lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. {UNION}"]
@@ -32,7 +32,7 @@ def unhealthy(measured: Measured) -> str:
 
 
 def behaviour(measured: Measured) -> str:
-    """Membrane statistics, and what perturbations do in units of the network's own margin; means over seeds."""
+    """Show membrane statistics and the effect of perturbations in units of the margin, averaged over seeds."""
     rows = []
     for title, records in measured.items():
         effects = [record.sensitivity for record in records if record.sensitivity["n"]]
@@ -57,7 +57,7 @@ def behaviour(measured: Measured) -> str:
 
 
 def sources(measured: Measured) -> str:
-    """The checkpoint, then images, hardware, versions and revisions, each distinct one once."""
+    """List the checkpoint, then images, hardware, versions and revisions, each distinct one once."""
     records = [record for row in measured.values() for record in row]
     lines = set()
     for record in records:
@@ -73,7 +73,7 @@ def sources(measured: Measured) -> str:
 
 
 def exceptions(records: list[Record]) -> list[str]:
-    """A line for each run that was cut before its recipe's last epoch, or that started from trained weights."""
+    """Return a line for each run that was cut before its recipe's last epoch, or that started from trained weights."""
     lines = []
     for record in records:
         steps = record.curve.get("T", [record.recipe.encoding.T])[-1]

@@ -1,4 +1,4 @@
-"""The pictures of a table's page, as PNG files."""
+"""Plot the pictures of a table's page, as PNG files."""
 
 import io
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ COLOURS_OF_A_FILE = 128
 
 
 def png(figure: Figure) -> bytes:
-    """A small file; the same bytes for the same figure."""
+    """Return a figure as a small PNG file: the same bytes for the same figure."""
     drawn, out = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
     image = Image.open(drawn).convert("RGB")
@@ -41,7 +41,7 @@ def png(figure: Figure) -> bytes:
 
 
 def accuracies(table: TableSpec, measured: Measured) -> bytes:
-    """Each row's accuracy by condition with its interval; hollow where a figure is published."""
+    """Plot each row's accuracy by condition with its interval; hollow markers are published figures."""
     figure = Figure(figsize=(8, 1.2 + 0.32 * len(measured)), layout="constrained")
     axes = figure.subplots()
     stated = {title: published_figures(table, title) for title in measured}
@@ -66,13 +66,13 @@ def accuracies(table: TableSpec, measured: Measured) -> bytes:
 
 
 def labels(records: Sequence[Record]) -> dict[str, str]:
-    """Row to its name in a legend: its method, with the row's title if several rows have that method."""
+    """Map each row to its name in a legend: its method, with the row's title if several rows have that method."""
     methods = [record.recipe.method for record in records]
     return {r.row: m if methods.count(m) == 1 else f"{m} ({r.row})" for r, m in zip(records, methods, strict=True)}
 
 
 def styles(measured: Measured) -> dict[str, tuple[str, str]]:
-    """Colour and line of every row: rows whose defences differ by adversarial training alone share a colour."""
+    """Choose colour and line of every row: rows whose defences differ by adversarial training alone share a colour."""
     methods: dict[tuple[str, ...], int] = {}
     rows_of: dict[tuple[tuple[str, ...], bool], int] = {}
     looks = {}
@@ -87,10 +87,10 @@ def styles(measured: Measured) -> dict[str, tuple[str, str]]:
 
 
 def growth(measured: Measured) -> bytes | None:
-    """Accuracy of the first exported network of every row under the strong PGD, against eps; means over seeds.
+    """Plot accuracy of every row's first exported network under the strong PGD against eps, averaged over seeds.
 
-    The sizes of eps stand at equal distances, since rows differ most at small ones. None where no evaluation came so
-    far.
+    The values of eps have equal distances on the axis, because rows differ most at small ones. None if no evaluation
+    measured it.
     """
     panels = groups({title: records for title, records in measured.items() if curves_of(records)})
     if not panels:
@@ -112,7 +112,7 @@ def growth(measured: Measured) -> bytes | None:
 
 
 def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
-    """Accuracy of every row under PGD in the paper's setting, against eps; means over seeds. None with one eps only."""
+    """Plot accuracy of every row under the paper's PGD against eps, averaged over seeds; None for a single eps."""
     if not table.eps:
         return None
     names, look = labels([records[0] for records in measured.values()]), styles(measured)
@@ -132,7 +132,7 @@ def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
 
 
 def with_and_without(measured: Measured, defence: str | None) -> list[list[Record]]:
-    """First seeds of the rows with no other defence than `defence`, in two groups: without and with attacked images.
+    """Return the first seeds of rows with no defence but `defence`, in two groups: without and with attacked images.
 
     A group needs a row with the defence and one without it; with `defence` None there are no groups.
     """
@@ -149,7 +149,7 @@ def with_and_without(measured: Measured, defence: str | None) -> list[list[Recor
 
 
 def membranes(measured: Measured, defence: str | None) -> bytes | None:
-    """Every layer's membrane potentials with a defence and without, of the first seed; None without such a pair."""
+    """Plot every layer's membrane potentials with and without a defence, for the first seed; None without both."""
     rows = with_and_without(measured, defence)
     if not rows:
         return None

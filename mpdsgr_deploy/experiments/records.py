@@ -34,7 +34,7 @@ class PackedVerdicts(BaseModel):
 
     @classmethod
     def of(cls, settings: str, right: Bools) -> "PackedVerdicts":
-        """Pack verdicts [n]."""
+        """Pack verdicts [n] of one condition."""
         return cls(settings=settings, right=base64.b64encode(np.packbits(right).tobytes()).decode())
 
 
@@ -62,7 +62,7 @@ class AttackedNetwork(BaseModel):
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> "AttackedNetwork":
-        """The record of what `evaluate` returned."""
+        """Make the record of an evaluation that `evaluate` returned."""
         rows = evaluation.rows
         n = rows[0].n
         return cls(
@@ -75,12 +75,12 @@ class AttackedNetwork(BaseModel):
         )
 
     def verdicts(self, condition: str) -> Bools:
-        """Which images the network gets right under a condition [n]. Raises KeyError for one that was not tried."""
+        """Return which images [n] the network gets right under a condition. Raises KeyError for one not tried."""
         packed = np.frombuffer(base64.b64decode(self.conditions[condition].right), np.uint8)
         return np.unpackbits(packed)[: self.n].astype(bool)
 
     def accuracy(self, condition: str) -> float:
-        """The share of images it gets right under a condition. Raises KeyError as `verdicts`."""
+        """Return the share of images it gets right under a condition. Raises KeyError as `verdicts` does."""
         return int(self.verdicts(condition).sum()) / self.n
 
 
@@ -88,7 +88,7 @@ class AttackedExport(AttackedNetwork):
     """An exported network as `validate` judged it.
 
     curves: by attack, (eps, correct images, images) of growing eps; stopped: why it ended before all conditions were
-    tried; None: it did not.
+    tried, None if it did not.
     """
 
     verdict: str
@@ -100,7 +100,7 @@ class AttackedExport(AttackedNetwork):
 
     @classmethod
     def of_report(cls, report: Report) -> "AttackedExport":
-        """The record of a validation report."""
+        """Make the record of a validation report."""
         n = report.rows[0].n
         origin = {**report.provenance, "network": f"the {report.precision} network on {report.backend}"}
         return cls(
@@ -120,18 +120,18 @@ class AttackedExport(AttackedNetwork):
 
 
 def outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:
-    """Health checks without their explanations, which are the same in every record."""
+    """Return health checks without their explanations, which are the same in every record."""
     return [CheckOutcome(number=c.number, name=c.name, passed=c.passed, saw=c.saw) for c in checks]
 
 
 class Record(BaseModel):
     """One row with one seed.
 
-    checkpoint: which of the run's was evaluated, after `epoch` epochs; suite: version of the attack suite; tier: whose
-    attacks torch's network met, None: those its recipe names. curve: what training logged, by name, a value an epoch;
-    seconds: wall time of the training; layers: membrane statistics of its last epoch. `torch` is the evaluation of the
-    torch network, or else `artefacts` those of the exported network by precision. `provenance` is that of the training.
-    init: hash and epoch of the weights that training started from; None: random ones.
+    checkpoint: which of the run's was evaluated, after `epoch` epochs; suite: version of the attack suite; tier: that
+    whose attacks were made on the torch network, None: those its recipe names. curve: the values that training logged,
+    by name, one per epoch; seconds: wall time of the training; layers: membrane statistics of its last epoch. `torch`
+    is the evaluation of the torch network, or else `artefacts` those of the exported network by precision. `provenance`
+    is that of the training. init: hash and epoch of the weights that training started from; None for random ones.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -164,12 +164,12 @@ def put(folder: Path, record: Record) -> None:
 
 
 def records_of(folder: Path) -> dict[tuple[str, int], Record]:
-    """All records of a table's folder by row and seed. Raises InputError as `read_records`."""
+    """Return all records of a table's folder by row and seed. Raises InputError as `read_records` does."""
     return {(r.row, r.seed): r for r in read_records(folder / RECORDS, Record, SCHEMA_VERSION)}
 
 
 def outdated(record: Record, table: TableSpec) -> str | None:
-    """Why a record is not what its table asks for now; None if it is.
+    """Return why a record is not what its table asks for now; None if it is.
 
     A recipe field that was added since does not matter as long as its default keeps the earlier behaviour.
     """
@@ -198,7 +198,7 @@ Measured = dict[str, list[Record]]  # row -> its records, one per seed; without 
 
 
 def load_measured(table: TableSpec, folder: Path) -> Measured:
-    """The records of every row with all seeds there are. An outdated record is left out and logged."""
+    """Return the records of every row with all measured seeds. Outdated records are left out and logged."""
     known = {row.title for row in table.rows}
     by_row: Measured = {}
     for (row, _), record in sorted(records_of(folder).items()):

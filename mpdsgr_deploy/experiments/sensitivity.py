@@ -1,13 +1,13 @@
-"""Robust, or only hard to differentiate? The effect of a perturbation, compared with what the gradient predicts.
+"""Compare the effect of perturbations with what the gradient predicts: is a network robust, or hard to differentiate?
 
 margin        logit of the true class minus the best other, mean over the images the network gets right
-promised      eps * |d margin / d x|_1: the drop an attacker expects who trusts the surrogate gradient
-noise, pgd    the drop that really follows from U(-eps, eps) noise and from PGD in the recipe's setting
+promised      eps * |d margin / d x|_1: the drop that the surrogate gradient predicts
+noise, pgd    the measured drop under U(-eps, eps) noise and under PGD in the recipe's setting
 flipped       share of a layer's spikes that differ from those of the clean image, first to last layer
 
-A defence that masks lowers `promised` alone; one that protects lowers `pgd / margin` and `flipped` too. Drops are given
-in units of the network's own margin, since logit scales differ. A stochastic network draws the same noise for the clean
-and the perturbed image, so that what differs is the perturbation.
+Gradient masking lowers `promised` alone; a defence that protects lowers `pgd / margin` and `flipped` too. Drops are
+given in units of the network's own margin, because logit scales differ. A stochastic network draws the same noise for
+the clean and the perturbed image, so that what differs is the perturbation.
 """
 
 from collections import defaultdict
@@ -37,7 +37,7 @@ class FixedNoise:
             return self.model(x, observe, torch.Generator().manual_seed(self.seed))
 
     def observe(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Margin [N] and each layer's spikes [T, N, ...] as booleans."""
+        """Return margin [N] and each layer's spikes [T, N, ...] as booleans."""
         spikes: dict[str, Tensor] = {}
 
         def keep(trace: Trace) -> None:
@@ -47,15 +47,15 @@ class FixedNoise:
             return -margin(self(x, keep), y), spikes
 
     def margin_gradient(self, x: Tensor, y: Tensor) -> Tensor:
-        """d margin / d x through the training surrogate [N, C, H, W]."""
+        """Return d margin / d x [N, C, H, W] through the training surrogate."""
         x = x.clone().requires_grad_()
         return torch.autograd.grad(-margin(self(x), y).sum(), x)[0]
 
 
 def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, Any]:
-    """The means above over those of `images` that the model, in eval mode, gets right, as JSON-ready numbers.
+    """Return the means above over the `images` that the model, in eval mode, classifies correctly, as JSON values.
 
-    `n` is how many those are; without any there are no means.
+    `n` is the number of these images; without any there are no means.
     """
     attack, seed = recipe.attack, recipe.validation.seed
     device = next(model.parameters()).device
@@ -82,10 +82,10 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
 def batch_sums(
     probe: FixedNoise, x: Tensor, y: Tensor, noisy: Tensor, start: Tensor, recipe: Recipe
 ) -> dict[tuple[str, str | None], float]:
-    """The sums that `sensitivity` averages, over the images of a batch that the network gets right, by name and layer.
+    """Return the sums that `sensitivity` averages, over a batch's correctly classified images, by name and layer.
 
-    The whole batch passes through the network each time, since the noise of an image depends on its place in it. The
-    attack draws noise of its own.
+    The whole batch passes through the network each time, because an image's noise depends on its place in the batch.
+    The attack draws its own noise.
     """
     attack = recipe.attack
     noise = torch.Generator().manual_seed(probe.seed + 1)

@@ -1,4 +1,4 @@
-"""Records in a JSON-lines file, one per line, replaced by key. Several processes may write into one file."""
+"""Store records in a JSON-lines file, one per line, replaced by key. Several processes may write into one file."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def rounded(value: Any) -> Any:
-    """A JSON-ready value with its floats rounded to DIGITS significant digits."""
+    """Return a JSON-ready value with its floats rounded to DIGITS significant digits."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -30,9 +30,9 @@ Rounded = PlainSerializer(rounded)  # annotates a field of measured numbers
 
 
 def read_records(path: Path, model: type[R], version: int) -> list[R]:
-    """The records of a file, in its order; none if there is no file.
+    """Return the records of a file, in its order; none if there is no file.
 
-    Raises InputError that names the line for one that is damaged, does not fit `model`, or was written by a later
+    Raises InputError that names the line if a record is damaged, does not fit `model`, or was written by a later
     version of this package (its schema_version is above `version`).
     """
     records = []
@@ -50,12 +50,12 @@ def read_records(path: Path, model: type[R], version: int) -> list[R]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; none if it does not exist."""
+    """Return the lines of a text file; none if it does not exist."""
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
-    """Write a record into a file, in place of that with the same values of the fields `key`; sorted by these.
+    """Write a record in place of the one with the same values of the fields `key`; records are sorted by these.
 
     The file is replaced as a whole, so that a process killed at any time leaves the old or the new one.
     """

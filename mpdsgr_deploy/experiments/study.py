@@ -36,9 +36,9 @@ class Setting(Section):
 class Study(Section):
     """Every setting with every method of it. The first method is the baseline, the first setting the base setting.
 
-    `set` changes all recipes. What a setting changes in `defence.NAME` concerns its methods that have this defence, or
-    gives it to all if none has. A setting without the baseline shares the base's. With several seeds, each network is
-    also attacked with the images that fool the baseline's network of the next seed.
+    `set` changes all recipes. A setting's changes to `defence.NAME` apply to its methods that have this defence, or add
+    the defence to all methods if none has it. A setting without the baseline is compared with the base setting's. With
+    several seeds, each network is also attacked with the images that fool the baseline's network of the next seed.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Study(Section):
     settings: Annotated[tuple[Setting, ...], Field(strict=False, min_length=1)]
 
     def methods_of(self, setting: Setting) -> list[StudyMethod]:
-        """The methods that a setting is run with. Raises InputError for an unknown one."""
+        """Return the methods that a setting is run with. Raises InputError for an unknown one."""
         known = {method.name: method for method in self.methods}
         return [choose("method", known, name) for name in setting.methods or known]
 
@@ -61,7 +61,7 @@ class Study(Section):
         return f"{setting.name}.{method.name}"
 
     def chosen(self, names: Sequence[str]) -> list[RowSpec]:
-        """Rows of the table by setting or SETTING.METHOD; all without any. Raises InputError for an unknown one."""
+        """Return the table's rows named by setting or SETTING.METHOD, or all. Raises InputError for an unknown name."""
         rows = {row.title: row for row in self.table().rows}
         known = {title: [row] for title, row in rows.items()}
         for setting in self.settings:
@@ -69,13 +69,13 @@ class Study(Section):
         return [row for name in names for row in choose("setting", known, name)] or [*rows.values()]
 
     def baseline_of(self, setting: Setting) -> str:
-        """The title of the row that the methods of a setting are compared with."""
+        """Return the title of the row that the methods of a setting are compared with."""
         baseline = self.methods[0]
         own = setting if baseline in self.methods_of(setting) else self.settings[0]
         return self.title_of(own, baseline)
 
     def table(self) -> TableSpec:
-        """All runs as the rows of a table. Raises InputError as `checked`."""
+        """Return all runs as the rows of a table. Raises InputError as `checked` does."""
         rows = [self._row(setting, method) for setting, method in self.pairs()]
         table = TableSpec(
             title=self.title, seeds=self.seeds, limit=self.limit, tier=self.tier, set=self.set, rows=tuple(rows)
@@ -92,19 +92,19 @@ class Study(Section):
 
 
 def defences_of(method: StudyMethod) -> set[str | None]:
-    """Names of the defences of a method's recipe, and those it adds."""
+    """Return the names of the defences in a method's recipe, and of those it adds."""
     return {*load_recipe(find_recipe(method.recipe)).defence, *map(defence_of, method.set)}
 
 
 def built_in_studies() -> dict[str, Path]:
-    """Name to file of every study that ships."""
+    """Return the file of every study that ships, by name."""
     return {path.stem: path for path in sorted(shipped("train").glob("studies/*.toml"))}
 
 
 def load_study(name: str) -> tuple[str, Study]:
-    """A study and the name of its table: a file if `name` ends in .toml, else one that ships.
+    """Load a study, and return it with its table's name. `name` is a file if it ends in .toml, else one that ships.
 
-    Raises InputError for an unknown study or a file that does not fit.
+    Raises InputError for an unknown study or a file with wrong keys or values.
     """
     path = Path(name) if name.endswith(".toml") else choose("study", built_in_studies(), name)
     study: Study = parse(Study, read_toml(path), str(path))

@@ -1,4 +1,4 @@
-"""The page of a study: what each method changes in each setting."""
+"""The page of a study: the effect of each method in each setting."""
 
 from pathlib import Path
 from statistics import correlation
@@ -66,7 +66,7 @@ def meanings(study: Study) -> str:
 
 
 def effects(study: Study, compared: list[Pair]) -> str:
-    """Differences in points under every condition, and the verdict."""
+    """Show differences in points under every condition, and the verdict."""
     rows = []
     for setting, method, records, baseline in compared:
         cells = [str(effect(records, baseline, condition) or "-") for condition in CONDITIONS.values()]
@@ -95,7 +95,7 @@ def healthy(record: Record) -> bool:
 
 
 def together(compared: list[Pair]) -> str:
-    """The mean effect of methods in several settings under all attacks, and the settings with each verdict."""
+    """Show the mean effect of methods in several settings under all attacks, and the settings with each verdict."""
     by_method: dict[str, list[tuple[float, Pair]]] = {}
     for pair in compared:
         if (union := effect(pair.records, pair.baseline, WORST)) is not None:
@@ -111,7 +111,7 @@ def together(compared: list[Pair]) -> str:
 
 
 def dose(compared: list[Pair]) -> str:
-    """Whether what a method does follows how far it empties the window, whatever the setting."""
+    """Show whether a method's effect follows how far it lowers Omega, over all settings."""
     points = [
         (emptied(pair.records, pair.baseline), union.mean)
         for pair in compared
@@ -123,7 +123,7 @@ def dose(compared: list[Pair]) -> str:
 
 
 def goal(compared: list[Pair]) -> str:
-    """The methods that gain enough under all attacks at a small enough cost on clean images."""
+    """List the methods that gain enough under all attacks at a small enough cost on clean images."""
     worthwhile = []
     for setting, method, records, baseline in compared:
         union, clean = (effect(records, baseline, CONDITIONS[heading]) for heading in ("union", "clean"))

@@ -1,4 +1,4 @@
-"""The pictures of a study's page, as PNG files."""
+"""Plot the pictures of a study's page, as PNG files."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ Label = tuple[float, float, str]  # x, y, text
 
 
 def method_names(study: Study) -> dict[str, str]:
-    """Method's name in the file to what a reader sees: its label, or else the names of its defences."""
+    """Map each method's name in the file to its display name: its label, or else the names of its defences."""
     table = study.table()
     titles = {}
     for setting in study.settings:
@@ -47,7 +47,7 @@ def method_names(study: Study) -> dict[str, str]:
 
 
 def effects(study: Study, compared: list[Pair]) -> bytes:
-    """Differences with intervals: by gradients as the paper attacks, without gradients, and under all attacks."""
+    """Plot differences with intervals: under the paper's attack, without gradients, and under all attacks."""
     names = method_names(study)
     figure = Figure(figsize=(13, 1.2 + 0.24 * len(compared)), layout="constrained")
     panels = figure.subplots(1, len(DRAWN), sharex=True, sharey=True)
@@ -64,7 +64,7 @@ def effects(study: Study, compared: list[Pair]) -> bytes:
 
 
 def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
-    """Draw one method's effect and interval; nothing if it was not measured."""
+    """Draw one method's effect and interval, if it was measured."""
     if points is not None:
         colour = COLOURS[HELPS if points.low > 0 else HURTS if points.high < 0 else OPEN]
         axes.plot([points.low, points.high], [position, position], color=colour)
@@ -72,9 +72,9 @@ def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
 
 
 def dose(study: Study, compared: list[Pair]) -> bytes:
-    """What survives all attacks against how much Omega falls, one point a method and setting.
+    """Plot accuracy under all attacks against the decrease of Omega, one point per method and setting.
 
-    Named are those that help or mask, and the largest losses.
+    Points with the verdicts helps or masks, and the largest losses, have labels.
     """
     names = method_names(study)
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -97,9 +97,9 @@ def dose(study: Study, compared: list[Pair]) -> bytes:
 
 
 def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
-    """Clean accuracy against what survives all attacks, one point a row, with the intervals over images.
+    """Plot clean accuracy against accuracy under all attacks, one point per row, with the intervals over images.
 
-    Named are the rows that no other beats in both, and those that help or mask.
+    Rows that no other row beats in both, and those with the verdicts helps or masks, have labels.
     """
     names = {study.title_of(s, m): f"{s.name}: {method_names(study)[m.name]}" for s, m in study.pairs()}
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -124,7 +124,7 @@ def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
 
 
 def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
-    """A legend of the colours beside the axes, and the labels."""
+    """Add the axis labels, and a legend of the colours beside the axes."""
     for name, colour in COLOURS.items():
         axes.plot([], [], "o", color=colour, label=name)
     plain(axes)
@@ -134,9 +134,9 @@ def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
 
 
 def place(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
-    """Labels to the right of their points, moved down until none covers another, with a line to the point.
+    """Place labels to the right of their points, moved down until none covers another, with a line to the point.
 
-    A label that would leave the axes to the right is set to the left of its point.
+    A label that would extend beyond the axes is set to the left of its point.
     """
     scale = 72 / figure.dpi
     right = axes.bbox.x1 * scale

@@ -35,14 +35,14 @@ class RowSpec(Section):
 
     @property
     def title(self) -> str:
-        """What the row is called on the page and in the records."""
+        """The row's name on the page and in the records."""
         return self.name or self.recipe
 
 
 class ExportSpec(Section):
-    """How the exported networks of a table are attacked: the gate's tier and drop, for each of the precisions.
+    """How the exported networks of a table are validated: the gate's tier and drop, and the precisions.
 
-    membranes: a defence. The page draws the membrane potentials of the rows with it beside those of rows without any.
+    membranes: a defence; the page draws the membrane potentials of rows with it beside those of rows without any.
     """
 
     tier: TierName = "release"
@@ -52,17 +52,17 @@ class ExportSpec(Section):
 
     @property
     def gate(self) -> Gate:
-        """The rules that each exported network has to keep."""
+        """Return the rules that each exported network has to keep."""
         return Gate(tier=self.tier, max_drop=self.max_drop)
 
 
 class TableSpec(Section):
-    """Rows that are compared with one another.
+    """A table of rows that are compared with one another.
 
-    `set` changes the recipes of all rows, as `section.key=value`; an entry `defence.NAME.key=value` concerns the rows
-    that have this defence, and does not give it to the others. `limit` is the number of test images; None: all. With
-    `artefact` the networks are exported and the exported ones are attacked; without, the torch networks, under a `tier`
-    of the gate or else as the recipes say, and by PGD in the paper's setting within each of `eps` too. With
+    `set` changes the recipes of all rows, as `section.key=value`; an entry `defence.NAME.key=value` applies to the rows
+    that have this defence, and does not add it to others. `limit` is the number of test images; None: all. With
+    `artefact` the networks are exported and the exports are attacked. Without it the torch networks are attacked, under
+    a `tier` of the gate or else as the recipes say, and also by PGD in the paper's setting within each of `eps`. With
     `eta_budget` the rows are a sweep of MPD-SGR's eta: the page names the largest that costs at most so many points of
     clean accuracy on the validation split.
     """
@@ -78,17 +78,17 @@ class TableSpec(Section):
     rows: Annotated[tuple[RowSpec, ...], Field(strict=False, min_length=1)]
 
     def row(self, title: str) -> RowSpec:
-        """The row of that title. Raises InputError that lists all titles."""
+        """Return the row of that title. Raises InputError that lists all titles."""
         return choose("row", {row.title: row for row in self.rows}, title)
 
     def overrides(self, row: RowSpec) -> list[str]:
-        """What the table and the row change in the row's recipe."""
+        """Return the changes of the table and of the row to the row's recipe."""
         defences = load_recipe(find_recipe(row.recipe)).defence
         limit = [] if self.limit is None else [f"validation.limit={self.limit}"]
         return [*(o for o in self.set if defence_of(o) in (None, *defences)), *limit, *row.set]
 
     def recipe(self, row: RowSpec, seed: int) -> Recipe:
-        """What a row trains and how it is attacked, with all defaults written out.
+        """Return the recipe that a row is trained and attacked by, with all defaults written out.
 
         Raises InputError for an unknown recipe, key or defence, and for a value out of range.
         """
@@ -98,12 +98,12 @@ class TableSpec(Section):
         return resolved(load_recipe(find_recipe(row.recipe), overrides)).portable()
 
     def pgd_within(self, attack: Attack) -> list[TierEntry]:
-        """PGD in the paper's setting within each of `eps`, its steps smaller (or larger) by the same factor."""
+        """Return PGD in the paper's setting within each of `eps`, with steps scaled by the same factor."""
         step = attack.step / attack.eps
         return [entry("pgd", f"{PGD} {255 * eps:.3g}/255", eps=eps, step=eps * step) for eps in self.eps]
 
     def source(self, row: RowSpec, seed: int) -> tuple[RowSpec, Recipe] | None:
-        """The row whose network's attacked images are tried too, and what it trains; None without transfer."""
+        """Return the row whose network's attacked images are tried too, and its recipe; None without transfer."""
         if row.transfer is None:
             return None
         other = self.row(row.transfer)
@@ -112,20 +112,20 @@ class TableSpec(Section):
 
 
 def defence_of(override: str) -> str | None:
-    """NAME of `defence.NAME.key=value`; None for an override of another section."""
+    """Return NAME of `defence.NAME.key=value`; None for an override of another section."""
     section, *rest = override.partition("=")[0].strip().split(".")
     return rest[0] if section == "defence" and rest else None
 
 
 def built_in_tables() -> dict[str, Path]:
-    """Name to file of every table that ships."""
+    """Return the file of every table that ships, by name."""
     return {path.stem: path for path in sorted(shipped("train").glob("tables/*.toml"))}
 
 
 def load_table(name: str) -> tuple[str, TableSpec]:
-    """A table and its name: a file if `name` ends in .toml, else one that ships.
+    """Load a table, and return it with its name. `name` is a file if it ends in .toml, else one that ships.
 
-    Raises InputError for an unknown table, and as `checked`.
+    Raises InputError for an unknown table, and as `checked` does.
     """
     path = Path(name) if name.endswith(".toml") else choose("table", built_in_tables(), name)
     table: TableSpec = parse(TableSpec, read_toml(path), str(path))
@@ -133,7 +133,7 @@ def load_table(name: str) -> tuple[str, TableSpec]:
 
 
 def checked(table: TableSpec, source: str) -> TableSpec:
-    """The table itself.
+    """Check a table and return it.
 
     Raises InputError for row titles that are not unique, an override that concerns no row, a row that starts from one
     that is not there or itself starts from another, or a transfer between networks that are not there or not two.

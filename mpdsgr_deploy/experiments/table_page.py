@@ -25,7 +25,7 @@ def write_page(name: str, table: TableSpec, folder: Path) -> Path:
 
 
 def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
-    """By file name, without the pictures that the records do not suffice for."""
+    """Return the pictures by file name, without those that the records do not suffice for."""
     drawn: dict[str, bytes | None] = {
         PLOT: plots.accuracies(table, measured),
         EPS_PLOT: plots.within_eps(table, measured),
@@ -64,7 +64,7 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
 
 
 def exported(table: TableSpec, measured: Measured) -> list[str]:
-    """The sections about exported networks, where there are any, and what explains the accuracies."""
+    """Return the sections about exported networks, if there are any, and those that explain the accuracies."""
     explained = ["## Behind the accuracies", behaviour(measured)]
     if table.artefact is None:
         return explained
@@ -81,10 +81,10 @@ def exported(table: TableSpec, measured: Measured) -> list[str]:
 
 
 def quote(name: str, measured: Measured, text: str) -> str:
-    """`text` with the short form of a table behind its marker.
+    """Return `text` with the short form of a table inserted after its marker.
 
     <!-- table: NAME -->                      every row
-    <!-- table: NAME rows: ROW, ROW -->       these, as far as they are measured
+    <!-- table: NAME rows: ROW, ROW -->       these rows, if they are measured
     <!-- end of table -->
     """
 
@@ -98,7 +98,7 @@ def quote(name: str, measured: Measured, text: str) -> str:
 
 
 def short(measured: Measured) -> str:
-    """Mean accuracies of every row, with the deviation between seeds, under the conditions that decide."""
+    """Show mean accuracies of every row, with the deviation between seeds, under the main conditions."""
     within = {name.replace(PGD, "PGD"): name for name in conditions(measured) if name.startswith(f"{PGD} ")}
     columns = {"clean": CLEAN, "FGSM": FGSM, **within, "PGD": PGD, **STRONG}
     methods = [records[0].recipe.method for records in measured.values()]
@@ -109,12 +109,12 @@ def short(measured: Measured) -> str:
 
 
 def conditions(measured: Measured) -> list[str]:
-    """All that were measured in some row, in the order of the attack suite."""
+    """Return all conditions that were measured in some row, in the order of the attack suite."""
     return list(dict.fromkeys(name for records in measured.values() for name in records[0].attacked.conditions))
 
 
 def accuracies(measured: Measured) -> str:
-    """Every condition with its uncertainty, and the wall time of training."""
+    """Show every condition with its uncertainty, and the wall time of training."""
     rows = []
     for title, records in measured.items():
         cells = [str(cell(records, condition) or "-") for condition in COLUMNS.values()]
@@ -130,7 +130,7 @@ def accuracies(measured: Measured) -> str:
 
 
 def by_attack(measured: Measured) -> str:
-    """The conditions that the table of accuracies leaves out, for the tables that have some."""
+    """Show the conditions that the table of accuracies leaves out, if there are any."""
     extra = {name: name for name in conditions(measured) if name not in COLUMNS.values()}
     if not extra:
         return ""
@@ -140,7 +140,7 @@ def by_attack(measured: Measured) -> str:
 
 
 def beside_published(table: TableSpec, measured: Measured) -> str:
-    """Measured against published means, for the rows and conditions that have both."""
+    """Compare measured with published means, for the rows and conditions that have both."""
     stated = {title: figures for title in measured if (figures := published_figures(table, title))}
     published = {h: c for h, c in SHOWN.items() if any(getattr(figures, c) is not None for figures in stated.values())}
     if not published:

@@ -1,4 +1,4 @@
-"""A command that is stopped after a given time."""
+"""Run a command with a time limit."""
 
 import subprocess
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ GRACE = 20.0  # seconds between the request to stop and the end
 
 
 def run_limited(command: Sequence[str], seconds: float) -> int | None:
-    """Run a command; its exit status, or None if it was ended because the time was up."""
+    """Run a command and return its exit status, or None if it was ended because the time was up."""
     with subprocess.Popen(command) as child:
         try:
             return child.wait(seconds)

@@ -1,4 +1,4 @@
-"""The part of a table's page about fine-tuning: each defence against none, where both start from the same weights."""
+"""The section of a table's page about fine-tuning: each defence against none, started from the same weights."""
 
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, PGD, SQUARE, STRONG, WORST
 from mpdsgr_deploy.experiments.compare import difference
@@ -9,7 +9,7 @@ HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQ
 
 
 def against_none(measured: Measured) -> str:
-    """Points of accuracy that fine-tuning with a defence keeps more than without; empty without such rows."""
+    """Show the accuracy that fine-tuning with a defence gains over fine-tuning without; empty without such rows."""
     pairs = {
         title: (records, other)
         for title, records in measured.items()
@@ -34,7 +34,7 @@ def against_none(measured: Measured) -> str:
 
 
 def undefended(measured: Measured, record: Record) -> list[Record] | None:
-    """The row without a defence that started from the same weights as `record`; None if there is none."""
+    """Return the row without a defence that started from the same weights as `record`; None if there is none."""
     if record.init is None:
         return None
     same = (own for own in measured.values() if own[0].init == record.init and not own[0].recipe.defence)
@@ -46,5 +46,5 @@ def names(records: list[Record]) -> set[str]:
 
 
 def is_shown(condition: str) -> bool:
-    """PGD within any eps, and the conditions that have a heading."""
+    """Whether a condition is shown: PGD within any eps, and the conditions that have a heading."""
     return condition in HEADINGS or condition.split()[0] == PGD

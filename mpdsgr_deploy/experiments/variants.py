@@ -1,6 +1,6 @@
-"""Variants of the paper's regulariser that the studies try, and networks of several depths, for their recipes alone.
+"""Variants of the paper's regulariser and networks of several depths, which only the studies' recipes use.
 
-A variant that wins moves to `mpdsgr_deploy.defences`; the others stay, so that their results can be measured again.
+A variant that proves useful moves to `mpdsgr_deploy.defences`; the others stay, so that results can be reproduced.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ class VariantSettings(Section):
     """How a variant differs from eta * Omega.
 
     centre: of the window, the threshold (as derived) or 0 (as the paper prints it). reaches: which of mean and
-    deviation receives the gradient. widest: beyond this deviation, in thresholds, widening no longer counts. floor:
-    firing rate of a layer below which its shortfall, as a share of the floor, is added. anneal: eta falls to 0 ("out")
-    or rises from 0 ("in") linearly over the epochs.
+    deviation receives the gradient. widest: the deviation, in thresholds, beyond which widening no longer counts.
+    floor: firing rate of a layer below which its shortfall, as a share of the floor, is added. anneal: eta falls to 0
+    ("out") or rises from 0 ("in") linearly over the epochs.
     """
 
     estimator: str = "empirical"
@@ -58,7 +58,7 @@ class OverlapVariant(Defence[VariantSettings]):
         self.epochs = recipe.training.epochs
 
     def read(self, trace: Trace) -> Tensor | None:
-        """The overlap of a layer, and what it lacks of the floor."""
+        """Return the overlap of a layer, and its shortfall from the floor."""
         config = self.settings
         moments = layer_moments(trace, ESTIMATORS[config.estimator])
         if moments is None:
@@ -82,7 +82,7 @@ class OverlapVariant(Defence[VariantSettings]):
 class MarginSettings(Section):
     """eta weighs the term; width: of the window, in deviations of the channel's potentials at the step.
 
-    salient: neurons weigh by how much the margin's surrogate gradient moves with their current, else all the same.
+    salient: a neuron's weight is the size of the margin's surrogate gradient in its current; else all weigh the same.
     """
 
     eta: NonNegative = 0.5
@@ -92,10 +92,10 @@ class MarginSettings(Section):
 
 @register("membrane-margin", MarginSettings)
 class MembraneMargin(Defence[MarginSettings]):
-    """eta * the weighted mean of max(0, 1 - |V| / (width sigma)): each neuron is pushed away to the side it is on.
+    """eta * the weighted mean of max(0, 1 - |V| / (width sigma)), which moves potentials away from the threshold.
 
-    sigma is that of the batch, per channel and step, and carries its gradient: a scale of all potentials around the
-    threshold changes nothing. What is above the threshold is pushed up.
+    sigma is that of the batch, per channel and step, and carries a gradient, so that scaling all potentials around the
+    threshold changes nothing. Potentials above the threshold are moved up, those below it down.
     """
 
     def read(self, trace: Trace) -> Any:
@@ -120,8 +120,9 @@ class SalientSettings(Section):
 
 @register("salient-reach", SalientSettings)
 class SalientReach(Defence[SalientSettings]):
-    """MPD-SGR's window `reach`, where steps and channels weigh by how much their currents move the margin: flips that
-    carry the class count, others hardly. The weights carry no gradient.
+    """MPD-SGR's window `reach`, with steps and channels weighted by the effect of their currents on the margin.
+
+    Flips that matter for the class count most. The weights carry no gradient.
     """
 
     def check(self, recipe: Recipe) -> None:
@@ -138,27 +139,27 @@ class SalientReach(Defence[SalientSettings]):
 
 
 def empirical_moments(trace: Trace) -> Moments:
-    """Mean and deviation of a layer's potentials; measuring them needs nothing of the layer, so they exist."""
+    """Return mean and deviation of a layer's potentials, which exist for every layer."""
     moments = layer_moments(trace, ESTIMATORS["empirical"])
     assert moments is not None
     return moments
 
 
 def currents_of(trace: Trace) -> Tensor:
-    """A layer's currents [T, B, C, ...]. Raises InputError where the GPU's kernel did not write them."""
+    """Return a layer's currents [T, B, C, ...]. Raises InputError if the GPU's kernel did not write them."""
     if trace.current is None:
         raise InputError("this variant reads currents, which the GPU's kernel does not write; train on a CPU")
     return trace.current
 
 
 def saliency(step: Step, currents: Sequence[Tensor]) -> list[Tensor]:
-    """How much the margin's surrogate gradient moves with each current, as these are shaped, without a gradient."""
+    """Return the size of the margin's surrogate gradient in each current, in the currents' shape, detached."""
     rival = best_wrong(step.logits, step.y)
     margin = (step.logits.gather(1, step.y[:, None]) - step.logits.gather(1, rival[:, None])).sum()
     return [g.abs().float() for g in torch.autograd.grad(margin, currents, retain_graph=True)]
 
 
 def weighted(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """The weighted mean of each layer, averaged over the layers."""
+    """Return the weighted mean of each layer, averaged over the layers."""
     means = [(w * x).sum() / w.sum().clamp(min=1e-12) for w, x in zip(weights, values, strict=True)]
     return torch.stack(means).mean()

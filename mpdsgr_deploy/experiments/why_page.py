@@ -1,4 +1,4 @@
-"""The page and the plot of what explains a study: `mpdsgr study NAME ROWS --why`."""
+"""The page and the plot that explain a study's results: `mpdsgr study NAME ROWS --why`."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Value = Callable[[dict[str, Any]], float]  # of an entry of `Explained.sizes`
 
 
 def load_networks(study: Study, folder: Path) -> Networks:
-    """The explained networks of a study, in the order of its rows."""
+    """Return the explained networks of a study, in the order of its rows."""
     records = read_records(folder / RECORDS, Explained, SCHEMA_VERSION)
     rows = {row.title: [r for r in records if r.row == row.title] for row in study.table().rows}
     return {row: networks for row, networks in rows.items() if networks}
@@ -67,7 +67,7 @@ def render(study: Study, rows: Networks) -> str:
 
 
 def sources(networks: list[Explained]) -> str:
-    """Hardware, versions and revisions, each distinct one once."""
+    """List hardware, versions and revisions, each distinct one once."""
     origins = (network.provenance for network in networks)
     lines = (
         f"{o['hardware']['cpu']}, {o['hardware']['cores']} cores; torch {o['packages']['torch']}, revision "
@@ -78,7 +78,7 @@ def sources(networks: list[Explained]) -> str:
 
 
 def by_size(networks: list[Explained], value: Value) -> dict[float, float]:
-    """Means over seeds by eps, without networks that classify no image correctly."""
+    """Return means over seeds by eps, without networks that classify no image correctly."""
     values: dict[float, list[float]] = {}
     for network in networks:
         for size in network.sizes:
@@ -88,7 +88,7 @@ def by_size(networks: list[Explained], value: Value) -> dict[float, float]:
 
 
 def drop(kind: str) -> Value:
-    """The drop of the margin, in units of the network's own margin."""
+    """Return the drop of the margin, in units of the network's own margin."""
     return lambda size: size[kind] / size["margin"]
 
 
@@ -112,7 +112,7 @@ def flips(rows: Networks) -> str:
 
 
 def table_by_eps(rows: Networks, heading: str, values: dict[str, Value], digits: int) -> str:
-    """Means of each of `values` by row and eps; "-" where no network got an image right."""
+    """Show means of each of `values` by row and eps; "-" if no network got an image right."""
     sizes = sorted({size["eps"] for networks in rows.values() for network in networks for size in network.sizes})
     lines = []
     for row, networks in rows.items():
@@ -127,7 +127,7 @@ def mean_of(networks: list[Explained], number: int, factor: str) -> float:
 
 
 def made_of(rows: Networks) -> str:
-    """The factors, multiplied over layers, as powers of two."""
+    """Show the factors, multiplied over layers, as powers of two."""
     lines = []
     for row, networks in rows.items():
         totals = {factor: total(networks, factor) for factor in (*FACTORS, *PARTS)}
@@ -149,12 +149,12 @@ def made_of(rows: Networks) -> str:
 
 
 def total(networks: list[Explained], factor: str) -> float:
-    """The binary logarithm of a factor's product over layers, each layer's a mean over seeds."""
+    """Return the binary logarithm of a factor's product over layers, each layer averaged over seeds."""
     return sum(math.log2(mean_of(networks, number, factor)) for number in range(len(networks[0].layers)))
 
 
 def draw(rows: Networks) -> bytes:
-    """Drops by eps and flips by layer; below, the factors by layer. A colour a method, a line a setting."""
+    """Plot drops by eps and flips by layer above the factors by layer: a colour per method, a line per setting."""
     figure = Figure(figsize=(16, 7.5), layout="constrained")
     panels = figure.subplots(2, 4)
     for (row, networks), (colour, line) in zip(rows.items(), styles([*rows]), strict=True):
@@ -184,14 +184,14 @@ def draw(rows: Networks) -> bytes:
 
 
 def styles(rows: list[str]) -> list[tuple[str, str]]:
-    """Colour and line of rows SETTING.METHOD; settings and methods in the order in which they come."""
+    """Choose colour and line of rows SETTING.METHOD, settings and methods in their order of appearance."""
     named = [row.split(".", 1) for row in rows]
     settings, methods = (list(dict.fromkeys(names)) for names in zip(*named, strict=True))
     return [(PALETTE[methods.index(m) % len(PALETTE)], LINES[settings.index(s) % len(LINES)]) for s, m in named]
 
 
 def draw_flips(axes: Axes, networks: list[Explained], style: Any) -> None:
-    """Share of each layer's spikes that PGD flips at the recipe's eps, which is the last size but one."""
+    """Draw the share of each layer's spikes that PGD flips at the recipe's eps, the last size but one."""
     at = [network.sizes[-2]["flipped_pgd"] for network in networks if network.sizes[-2]["n"]]
     if at:
         axes.plot([*at[0]], [fmean(flips[layer] for flips in at) for layer in at[0]], **style)
