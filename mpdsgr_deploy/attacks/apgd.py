@@ -35,14 +35,15 @@ def apgd(
     that never do.
     """
     xp = array_namespace(x)
-    start = begin(xp, x, eps, draw)
+    start = begin(x, eps, draw)
     adversarial = xp.asarray(start, copy=True)
     logits, loss, gradient = target(start, y)
     state = _at_start(xp, start, x, y, loss, gradient, 2 * eps if step is None else step)
     last_check, checks = 0, checkpoints(steps)
     for number in range(steps + 1):
-        if keep == "broken":
-            state = state.only(still_right(xp, logits, state.y))
+        if keep == "broken" and xp.any(broken := ~still_right(xp, logits, state.y)):
+            adversarial[state.index[broken]] = state.current[broken]
+            state = state.only(~broken)
             if not state.y.shape[0]:
                 break
         if number in checks:
@@ -53,8 +54,6 @@ def apgd(
         iterate = _step(xp, state, eps, MOMENTUM if number else 1.0)
         logits, loss, gradient = target(iterate, state.y)
         state = _advance(xp, state, iterate, loss, gradient)
-        if keep == "broken":
-            adversarial[state.index] = iterate
     adversarial[state.index] = state.best
     return adversarial
 
@@ -102,9 +101,9 @@ def _at_start(xp: Array, start: Array, x: Array, y: Array, loss: Array, gradient
 
 def _step(xp: Array, state: _State, eps: float, momentum: float) -> Array:
     iterate = state.current + wide(state.eta) * xp.sign(state.gradient)
-    ascended = project(xp, iterate, state.x, eps)
+    ascended = project(iterate, state.x, eps)
     carried = momentum * (ascended - state.current) + (1 - momentum) * (state.current - state.previous)
-    return project(xp, state.current + carried, state.x, eps)
+    return project(state.current + carried, state.x, eps)
 
 
 def _advance(xp: Array, state: _State, iterate: Array, loss: Array, gradient: Array) -> _State:

@@ -43,7 +43,7 @@ def pgd(
     xp = array_namespace(x)
     if restarts > 1 and draw is None:
         raise ValueError("restarts without a draw would all start at x; give one")
-    starts = [begin(xp, x, eps, draw) for _ in range(restarts)]
+    starts = [begin(x, eps, draw) for _ in range(restarts)]
     if keep == "worst":
         return _largest_loss(xp, target, starts, x, y, eps, step, steps)
     adversarial = xp.asarray(x, copy=True)
@@ -63,14 +63,17 @@ def pgd(
     return adversarial
 
 
-def project(xp: Array, images: Array, x: Array, eps: float | Array) -> Array:
-    """The nearest point to `images` that is in [0, 1] and within eps of x."""
-    return xp.clip(x + xp.clip(images - x, -eps, eps), 0.0, 1.0)
+def project(images: Array, x: Array, eps: float | Array) -> Array:
+    """The nearest point to `images` that is in [0, 1] and within eps of x.
+
+    By the arrays' own `clip`: the array API's for numpy takes several times as long on small images.
+    """
+    return (x + (images - x).clip(-eps, eps)).clip(0.0, 1.0)
 
 
-def begin(xp: Array, x: Array, eps: float, draw: Draw | None) -> Array:
+def begin(x: Array, eps: float, draw: Draw | None) -> Array:
     """Where an attack on x starts: at a random place in its ball, or, without a draw, at x itself."""
-    return x if draw is None else project(xp, x + eps * draw(x.shape), x, eps)
+    return x if draw is None else project(x + eps * draw(x.shape), x, eps)
 
 
 def wide(per_image: Array) -> Array:
@@ -89,7 +92,7 @@ def _last(
     """PGD from `start`: its last iterate."""
     adversarial = start
     for _ in range(steps):
-        adversarial = project(xp, adversarial + step * xp.sign(target(adversarial, y).gradient), x, eps)
+        adversarial = project(adversarial + step * xp.sign(target(adversarial, y).gradient), x, eps)
     return adversarial
 
 
@@ -107,7 +110,7 @@ def _until_broken(
         active = active[standing]
         if number == steps or not active.shape[0]:
             break
-        adversarial = project(xp, adversarial[standing] + step * xp.sign(gradient[standing]), x[active], eps)
+        adversarial = project(adversarial[standing] + step * xp.sign(gradient[standing]), x[active], eps)
     never = xp.zeros(x.shape[0], dtype=xp.bool, device=device(x))
     never[active] = True
     return images, never
@@ -125,7 +128,7 @@ def _largest_loss(
             higher = loss > largest
             images, largest = xp.where(wide(higher), adversarial, images), xp.where(higher, loss, largest)
             if number < steps:
-                adversarial = project(xp, adversarial + step * xp.sign(gradient), x, eps)
+                adversarial = project(adversarial + step * xp.sign(gradient), x, eps)
     return images
 
 

@@ -31,7 +31,7 @@ def sa_pgd(
     draw, keep: as of `apgd`.
     """
     xp = array_namespace(x)
-    start = begin(xp, x, eps, draw)
+    start = begin(x, eps, draw)
     adversarial = xp.asarray(start, copy=True)
     state = _State(xp.arange(x.shape[0], device=device(x)), x, y, start, start, xp.full_like(x[:, 0, 0, 0], -xp.inf))
     momentum, power = xp.zeros_like(x), xp.zeros_like(x)
@@ -41,19 +41,19 @@ def sa_pgd(
         answer, adapted = target.step(state.current, state.y, adapted)
         state = _seen(xp, state, answer)
         gradient = answer.gradient
-        if keep == "broken":
-            adversarial[state.index] = state.current
-            standing = still_right(xp, answer.logits, state.y)
-            state, adapted = state.only(standing), {name: part[standing] for name, part in adapted.items()}
-            momentum, power, gradient = momentum[standing], power[standing], gradient[standing]
+        if keep == "broken" and xp.any(broken := ~still_right(xp, answer.logits, state.y)):
+            adversarial[state.index[broken]] = state.current[broken]
+            state, adapted = state.only(~broken), {name: part[~broken] for name, part in adapted.items()}
+            momentum, power, gradient = momentum[~broken], power[~broken], gradient[~broken]
         if number == steps or not state.y.shape[0]:
             break
         eta = eta / 2 if number in checks else eta
         h = gradient / _mean(xp, xp.abs(gradient))
         momentum = momentum / 2 + h
-        power = 0.8 * power + h**2 / _mean(xp, h**2)
-        move = xp.clip(momentum / (xp.sqrt(power) + 1e-12), -1.0, 1.0)
-        state = state._replace(current=project(xp, state.current + eta * move, state.x, eps))
+        squared = h**2
+        power = 0.8 * power + squared / _mean(xp, squared)
+        move = (momentum / (xp.sqrt(power) + 1e-12)).clip(-1.0, 1.0)
+        state = state._replace(current=project(state.current + eta * move, state.x, eps))
     adversarial[state.index] = state.best
     return adversarial
 

@@ -91,7 +91,7 @@ def _begin(predictor: Predictor, x: Floats, y: Ints, eps: float, seed: int, numb
     if active.size:
         words = np.stack([_raw(seed, number, (0, 1), -(-channels * width // 64)) for number in numbers[active]])
         signs = _signs(words, channels * width).reshape(-1, channels, 1, width)
-        striped = project(np, x[active] + np.float32(eps) * signs, x[active], eps)
+        striped = project(x[active] + np.float32(eps) * signs, x[active], eps)
         state.images[active] = striped
         state.margin[active], state.standing[active] = _judge(predictor(striped), y[active])
         state.queries[active] += 1
@@ -115,9 +115,9 @@ def _propose(
     inside = rows[:, None, :, None] & columns[:, None, None, :]
     step = np.float32(eps) * _signs(words[:, 2:], channels)[:, :, None, None]
     clean, best = x[active], state.images[active]
-    proposal = np.where(inside, project(np, clean + step, clean, eps), best)
+    proposal = np.where(inside, project(clean + step, clean, eps), best)
     idle = (proposal == best).all((1, 2, 3))  # a question not worth asking: the square is there already
-    proposal[idle] = np.where(inside[idle], project(np, clean[idle] - step[idle], clean[idle], eps), best[idle])
+    proposal[idle] = np.where(inside[idle], project(clean[idle] - step[idle], clean[idle], eps), best[idle])
     margin, standing = _judge(predictor(proposal), y[active])
     better = (margin <= state.margin[active]) | ~standing
     improved = active[better]
