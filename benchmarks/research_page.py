@@ -24,6 +24,7 @@ BEGIN, END = "<!-- tables: python benchmarks/research_page.py -->\n", "<!-- end 
 Lines = list[dict[str, Any]]
 GROUPED = dict.fromkeys(("averaged", "layers"), "MPD-APGD") | {"early": "APGD, superspike:1"}
 FURTHER = "further starts"
+SEED = 0  # of random starts, in all tables but that of seeds
 
 
 @click.command()
@@ -42,10 +43,12 @@ def read(file: Path) -> Lines:
 
 def render(attempts: Lines, tiers: Lines) -> str:
     """All tables as Markdown."""
+    first = [line for line in tiers if line["seed"] == SEED]
     parts = [
-        union_table(attempts, tiers),
-        in_short(attempts, tiers),
-        alone_table(tiers),
+        union_table(attempts, first),
+        in_short(attempts, first),
+        seed_table(attempts, tiers),
+        alone_table(first),
         each_table(attempts),
         group_table(attempts),
         source([*attempts, *tiers]),
@@ -146,6 +149,37 @@ def in_short(attempts: Lines, tiers: Lines) -> str:
         f"Images that a release leaves more than the research attack: {gaps}. Its time relative to that of before: "
         f"{together:.2f} over all networks; {ratios}.\n"
     )
+
+
+def seed_table(attempts: Lines, tiers: Lines) -> str:
+    """What a release leaves and takes with other random starts, of networks that were attacked with several."""
+    lines = ["What a release leaves with random starts of other seeds, its cost, and its time relative to before:", ""]
+    head = ["network", "seeds", "leaves", "on average", "all seeds together leave", "research attack leaves"]
+    head += ["gradients per image", "processor s", "times before, over all seeds"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(line["network"] for line in tiers):
+        releases, earlier = ([*by_seed(tiers, name, tier).values()] for tier in ("release", "release, before"))
+        if len(releases) < 2:
+            continue
+        left = [left_by(rows) for rows in releases]
+        every = [row for rows in releases for row in rows]
+        n, known = every[0]["n"], floor(attempts, every[0]["sha256"])
+        spent, before = (sum(row["seconds"] for rows in runs for row in rows) for runs in (releases, earlier))
+        gradients = sum(row["evaluations"] for row in every if row["kind"] != "query")
+        cells = [name, f"{len(releases)}", ", ".join(map(str, left)), f"{np.mean(left):.1f}", f"{left_by(every)}"]
+        cells += [str(known[0]) if known else "-", f"{gradients / n / len(releases):.0f}"]
+        cells += [f"{spent / len(releases):.1f}", f"{spent / before:.2f}" if len(earlier) == len(releases) else "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""]) if len(lines) > 4 else ""
+
+
+def by_seed(tiers: Lines, network: str, tier: str) -> dict[int, Lines]:
+    """The lines of a network and tier by the seed of their random starts."""
+    groups: dict[int, Lines] = {}
+    for line in tiers:
+        if (line["network"], line["tier"]) == (network, tier):
+            groups.setdefault(line["seed"], []).append(line)
+    return groups
 
 
 def each_table(attempts: Lines) -> str:

@@ -1,6 +1,7 @@
 """What every attack of a tier leaves and costs, on bundles and training runs, beside the research attack.
 
     python benchmarks/tier_strength.py export/bundles/digits runs/digits-reg --limit 100
+    python benchmarks/tier_strength.py runs/digits-reg --tier "release, before" --tier release --seed 1 --seed 2
 
 Beside each tier stands what it was before MPD-APGD, so that strength and cost can be compared. One line of JSON per
 condition goes to benchmarks/results/tiers.jsonl; a condition that has a line already is not measured again. Seconds are
@@ -10,6 +11,7 @@ of processor time, one thread, so that other work on the machine does not count.
 import json
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +52,34 @@ SETS: dict[str, tuple[TierEntry, ...]] = {
 @click.option("--tier", "tiers", multiple=True, type=click.Choice(list(SETS)), default=list(SETS))
 @click.option("--root", help="Where the data set lies.  [default: the recipe's]")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Test images.")
+@click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), default=(0,), help="Of random starts.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(networks: tuple[Path, ...], tiers: tuple[str, ...], root: str | None, limit: int, out: Path) -> None:
+def main(
+    networks: tuple[Path, ...],
+    tiers: tuple[str, ...],
+    root: str | None,
+    limit: int,
+    seeds: tuple[int, ...],
+    out: Path,
+) -> None:
     """Attack each of NETWORKS with every condition of each tier and append a line per condition."""
     for path in networks:
         with research.opened(path, root, limit) as network:
-            for tier in tiers:
-                for line in conditions(network, tier, out):
+            for seed, tier in product(seeds, tiers):
+                for line in conditions(network, tier, seed, out):
                     click.echo(
-                        f"{network.name}, {tier}, {line['condition']}: {sum(line['correct'])} of {line['n']} right, "
-                        f"{line['evaluations']} evaluations, {line['seconds']} s"
+                        f"{network.name}, {tier}, seed {seed}, {line['condition']}: {sum(line['correct'])} of "
+                        f"{line['n']} right, {line['evaluations']} evaluations, {line['seconds']} s"
                     )
 
 
-def conditions(network: research.Network, tier: str, out: Path) -> Iterator[dict[str, Any]]:
+def conditions(network: research.Network, tier: str, seed: int, out: Path) -> Iterator[dict[str, Any]]:
     """The lines of a tier's conditions within eps, old and new; new ones are appended to `out`."""
     attacked = OnnxNetwork(network.file)
     recipe, x, y = network.recipe, network.images.unit(), network.images.classes
     clean = attacked(x).argmax(1)
     source = Source(attacked, trained_surrogate(recipe))
-    suite = Suite.of(source, SETS[tier], recipe.attack, seed=recipe.validation.seed)
+    suite = Suite.of(source, SETS[tier], recipe.attack, seed=seed)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for condition in (condition for condition in suite.conditions if condition.eps is not None):
         key = {
@@ -77,6 +87,7 @@ def conditions(network: research.Network, tier: str, out: Path) -> Iterator[dict
             "sha256": research.sha256(network.file),
             "n": len(y),
             "tier": tier,
+            "seed": seed,
             "condition": condition.name,
             "settings": condition.settings,
         }

@@ -11,12 +11,15 @@ from click.testing import CliRunner
 from linear_model import EPS, linear
 
 from mpdsgr_deploy.attacks import apgd
+from mpdsgr_deploy.attacks.condition import FGSM, PGD
+from mpdsgr_deploy.attacks.tiers import entry
 from mpdsgr_deploy.bundle import Bundle
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import research
 import research_page
+import tier_strength
 
 
 @pytest.fixture
@@ -73,6 +76,35 @@ def test_aimed_at_the_only_wrong_class_is_untargeted() -> None:
     aimed = research.Aimed(target)
     adversarial = apgd(aimed, x, research.Aimed.encoded(y, 1 - y), eps=EPS, steps=20)
     assert np.array_equal(target(adversarial).argmax(1) != y, target.gap(x) < 0)
+
+
+def test_every_seed_is_measured_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tier_strength.SETS, "release", (entry("fgsm", FGSM), entry("pgd", PGD, steps=2)))
+    out, asked = tmp_path / "lines.jsonl", [str(bundle.path), "--tier", "release", "--limit", "6"]
+    for seeds in (["0"], ["0", "1"]):
+        seed = [word for number in seeds for word in ("--seed", number)]
+        done = CliRunner().invoke(tier_strength.main, [*asked, *seed, "--out", str(out)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    lines = research_page.read(out)
+    assert [(line["condition"], line["seed"]) for line in lines] == [("fgsm", 0), ("pgd", 0), ("fgsm", 1), ("pgd", 1)]
+
+
+def seed_line(network: str, tier: str, seed: int, correct: list[bool], seconds: float) -> dict:
+    """A line of `tier_strength`, of one condition."""
+    about = {"network": network, "sha256": network, "n": len(correct), "tier": tier, "seed": seed, "kind": "gradient"}
+    return {**about, "clean": [True] * len(correct), "correct": correct, "evaluations": 8, "seconds": seconds}
+
+
+def test_seeds_are_counted_one_by_one_and_together() -> None:
+    lines = [
+        seed_line("a", "release", 0, [True, True, False, False], 3),
+        seed_line("a", "release", 1, [True, False, False, True], 1),
+        seed_line("a", "release, before", 0, [True] * 4, 1),
+        seed_line("a", "release, before", 1, [True] * 4, 1),
+        seed_line("b", "release", 0, [True] * 4, 1),
+    ]
+    row = research_page.seed_table([], lines).splitlines()[-1]
+    assert row == "| a | 2 | 2, 2 | 2.0 | 1 | - | 2 | 2.0 | 2.00 |"
 
 
 def test_the_page_quotes_the_files() -> None:
