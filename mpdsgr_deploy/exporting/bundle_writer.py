@@ -55,20 +55,21 @@ def export(
 ) -> Bundle:
     """Write the bundle of a checkpoint (or of a training run: its last one, or `choice`) to directory `out`.
 
-    It has float32 and `precisions`. recipe: another one for attacks, gate and test images than the checkpoint's.
-    max_drop bounds what each precision may lose of float32's accuracy on clean and on attacked images, as a share of
-    them; layers go back to a finer precision until it holds. root overrides where the data set lies, limit the number
+    It has float32 and `precisions`. recipe: replaces the checkpoint's for attacks, gate and test images. max_drop
+    bounds the loss of each precision against float32's accuracy on clean and on attacked images, as a share of the
+    images; layers return to a finer precision until it holds. root overrides where the data set lies, limit the number
     of test images accuracy is measured on (default: the recipe's). tier: how hard, and on how many of these images, the
     torch network is attacked for the reference that `validate` holds the artefact against (default: the tier of the
-    recipe's gate); carry_images: these images go into the bundle too; if not, noise serves as golden inputs. Where
-    the data set is not on this machine, and `root` is not given, noise serves too, with no accuracy and no reference.
+    recipe's gate); carry_images: store these images in the bundle; without them, noise serves as golden inputs. If the
+    data set is not on this machine and `root` is not given, noise serves too, and there is no accuracy and no
+    reference.
     steps: export the network of the first steps only, whose readout is over these; "auto": of the fewest that lose less
-    than max_drop (default: that of the tier) on validation images, clean and attacked, as of `steps.fewest_steps`. What
-    is promised is then of this network.
+    than max_drop (default: that of the tier) on validation images, clean and attacked (`steps.fewest_steps`).
+    Accuracies and the reference are then those of this network.
 
-    Raises InputError for a damaged checkpoint, an unknown precision, an `out` that is not ours or a max_drop without
-    other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision has no
-    finite answer or max_drop cannot be met.
+    Raises InputError for a damaged checkpoint, an unknown precision, an `out` that holds other files or a max_drop
+    without other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision
+    has no finite answer or max_drop cannot be met.
     """
     variants = list(dict.fromkeys(["fp32", *precisions]))
     for name in variants:
@@ -159,7 +160,7 @@ def _with_steps(
     root: str | None,
     limit: int | None,
 ) -> tuple[Checkpoint, SpikingNet, dict[str, Any]]:
-    """The checkpoint and its network with the first `steps` only (None: all), and how their number was chosen."""
+    """Return the checkpoint and network of the first `steps` (None: all), and how that number was chosen."""
     recipe, chosen_by = checkpoint.recipe, dict[str, Any]()
     if steps == "auto":
         _, images = load_training(recipe.data.at(root))
@@ -173,9 +174,9 @@ def _with_steps(
 
 
 def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
-    """What the network normalises its input by: mean and spread of its training images.
+    """Return mean and spread of the training images, by which the network normalises its input.
 
-    None if it takes pixels as they are, such as one that training started from another library's module.
+    None if it does not normalise, for example if training started from another library's module.
     """
     mean, std = (values.flatten().tolist() for values in (model.normalize.mean, model.normalize.std))
     if not any(mean) and set(std) == {1.0}:
@@ -186,9 +187,7 @@ def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
 def _promise(
     model: TorchModel, recipe: Recipe, images: Images, tier: str, variants: dict[str, Variant], folder: Path
 ) -> Promise:
-    """Write the reference: torch's verdicts and logits, and logits of the precisions that every machine computes
-    equally.
-    """
+    """Write the reference: torch's verdicts and logits, and logits of the precisions that are machine-independent."""
     network = TorchNetwork(model)
     answers = predict(network, images.unit(), recipe.validation.batch_size, "clean")
     figures, reference = promise(network, recipe, images, tier, answers, of="torch")
@@ -217,7 +216,7 @@ def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) ->
 
 
 def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
-    """Enough float32 images for the parity check: test images, or noise where there are none."""
+    """Return float32 images for the parity check: test images, or noise if there are none."""
     count = sum(PARITY_BATCHES)
     if images is not None:
         return images[:count].unit()
@@ -231,13 +230,13 @@ def _answers(model: TorchModel, file: Path, inputs: np.ndarray) -> tuple[np.ndar
 
 
 def _in_batches(network: Predictor, inputs: np.ndarray) -> np.ndarray:
-    """Logits from consecutive batches of several sizes, which also proves the batch dimension dynamic."""
+    """Return logits from consecutive batches of several sizes, which also shows that the batch dimension is dynamic."""
     bounds = np.cumsum((0, *PARITY_BATCHES))
     return np.concatenate([network(inputs[a:b]) for a, b in pairwise(bounds) if a < len(inputs)])
 
 
 def _untried(graph: ir.Model, precision: str, folder: Path) -> Variant:
-    """Write a variant that there are no images to try on."""
+    """Write a variant without measuring it, because there are no images."""
     layers, file = plan(graph, precision), f"model.{precision}.onnx"
     save(convert(graph, layers), folder / file)
     return Variant(file=file, layers=layers)

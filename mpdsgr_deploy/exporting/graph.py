@@ -1,4 +1,4 @@
-"""Small tools on onnx_ir graphs that several passes share."""
+"""Small functions on onnx_ir graphs that several passes share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,18 +8,18 @@ from numpy.typing import NDArray
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array behind a value; None if it is computed at run time."""
+    """Return the array behind a value; None if it is computed at run time."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that computes a value, if it is one of `op_types`."""
+    """Return the node that computes a value, if it is one of `op_types`."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type in op_types else None
 
 
 def data(node: ir.Node) -> ir.Value:
-    """A node's first input. Raises ValueError for a node without one."""
+    """Return a node's first input. Raises ValueError for a node without one."""
     if not node.inputs or node.inputs[0] is None:
         raise ValueError(f"node {node.name!r} has no input")
     return node.inputs[0]
@@ -32,7 +32,7 @@ def insert(
     attributes: Mapping[str, Any] | None = None,
     count: int = 1,
 ) -> Sequence[ir.Value]:
-    """The `count` outputs of a new node in front of another one."""
+    """Insert a new node in front of another one and return its `count` outputs."""
     node = ir.node(op_type, inputs, attributes or {}, num_outputs=count)
     assert before.graph is not None
     before.graph.insert_before(before, node)
@@ -40,7 +40,7 @@ def insert(
 
 
 def initializer(user: ir.Node, name: str, array: NDArray[Any]) -> ir.Value:
-    """A new constant of the graph that `user` belongs to."""
+    """Add a constant to the graph that `user` belongs to."""
     tensor = ir.tensor(array, name=name)
     value = ir.val(name, tensor.dtype, array.shape, const_value=tensor)
     assert isinstance(user.graph, ir.Graph)

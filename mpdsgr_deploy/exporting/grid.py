@@ -1,4 +1,4 @@
-"""Which values of a graph lie on a known grid, whatever the image: spikes are 0 or 1, pooled spikes multiples of 1/4.
+"""Find values of a graph that lie on a known grid for every image: spikes are 0 or 1, pooled spikes multiples of 1/4.
 
 Such activations are quantised without any loss and without calibration images.
 """
@@ -22,7 +22,7 @@ class Grid(NamedTuple):
 
 
 def grids(model: ir.Model) -> dict[ir.Value, Grid]:
-    """The grid of every value that provably has one."""
+    """Return the grid of every value that provably has one."""
     known: dict[ir.Value, Grid] = {}
     for node in model.graph:
         grid = _grid(node, known)
@@ -47,9 +47,9 @@ def _grid(node: ir.Node, known: dict[ir.Value, Grid]) -> Grid | None:
 
 
 def _averaged(node: ir.Node) -> int:
-    """How many values of its input each value of an average pooling is the mean of; 0 for another node.
+    """Return the window size of an average pooling; 0 for any other node.
 
-    Not of a global average, whose grid no format would hold.
+    A global average counts as another node, because no format would hold its grid.
     """
     if node.op_type != "AveragePool":
         return 0

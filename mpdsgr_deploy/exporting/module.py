@@ -1,4 +1,4 @@
-"""Any torch module that maps images to logits, as a bundle: its ONNX file is adopted, torch is its paired reference."""
+"""Export any torch module that maps images to logits: its ONNX file is adopted, torch is the paired reference."""
 
 import contextlib
 import io
@@ -44,12 +44,12 @@ def export_module(
 ) -> Bundle:
     """Write the bundle of a torch module to directory `out`. The module unrolls its own time steps.
 
-    module: float32 [B, C, H, W] to logits [B, K], and nothing that it keeps from one call to the next. images: with
-    which the reference is made. precisions: besides fp32; int8 and fp8 quantise the products of spikes, whose scales
-    are exact. The other arguments are as of `adopt`.
+    module: float32 [B, C, H, W] to logits [B, K], without state that is kept from one call to the next. images: those
+    for the reference. precisions: those besides fp32; int8 and fp8 quantise the products of spikes, whose scales are
+    exact. The other arguments are those of `adopt`.
 
-    Raises InputError for a module that cannot be exported or attacked, EvaluationError if its ONNX file answers
-    otherwise, or if it answers the same images otherwise when asked again.
+    Raises InputError for a module that cannot be exported or attacked, EvaluationError if its ONNX file gives other
+    logits, or if the module gives other logits for the same images a second time.
     """
     for name in precisions:
         choose("precision", dict.fromkeys(PRECISIONS), name)
@@ -79,7 +79,7 @@ def export_module(
 
 
 def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
-    """Logits [N, K]. Raises EvaluationError where a state is left over between two calls."""
+    """Return logits [N, K]. Raises EvaluationError if state is left over between two calls."""
     try:
         with torch.no_grad():
             logits = torch.cat([module(part) for part in x.split(BATCH)]).float().numpy()
@@ -96,7 +96,7 @@ def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
 
 
 def _exported(module: nn.Module, example: Tensor) -> ir.Model:
-    """The module's graph with a free batch, its products named one by one."""
+    """Export the module's graph with a dynamic batch, and name each product."""
     batch = {0: torch.export.Dim("batch")}
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():

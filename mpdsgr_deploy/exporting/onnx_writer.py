@@ -1,4 +1,4 @@
-"""One network as an ONNX graph: unrolled over its T steps, batch dynamic, normalisation inside, values with names."""
+"""Write a network as an ONNX graph: unrolled over T steps, with dynamic batch, normalisation inside, named values."""
 
 import ast
 import contextlib
@@ -22,11 +22,11 @@ OPSET = 21  # the first with float8 in every operator of Q/DQ pairs
 
 
 def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
-    """`model` (eval mode) for input float32 [B, *shape] in [0, 1] and output float32 logits [B, K].
+    """Export `model` (eval mode): input float32 [B, *shape] in [0, 1], output float32 logits [B, K].
 
-    A stochastic network has its `noise_inputs` as further inputs, behind the images. Membrane potentials and spikes are
-    called `potential/LAYER/t` and `spikes/LAYER/t`, t counted from 0, and each product with weights, a node, is called
-    by its layer.
+    A stochastic network's `noise_inputs` are further inputs after the images. Membrane potentials and spikes are called
+    `potential/LAYER/t` and `spikes/LAYER/t`, t counted from 0, and each product with weights, a node, is called by its
+    layer.
     """
     noise = noise_inputs(model, shape)
     example = torch.full((2, *shape), 0.5)  # two: the exporter would take a batch of one for a constant
@@ -80,6 +80,6 @@ def _name(network: ir.Model, model: SpikingNet) -> None:
 
 
 def _module(node: ir.Node) -> str:
-    """The path of the innermost torch module that a node comes from."""
+    """Return the path of the innermost torch module that a node comes from."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))  # modules, then the node
     return scopes[-2] if len(scopes) > 1 else ""

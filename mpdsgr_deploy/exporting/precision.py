@@ -20,7 +20,7 @@ from mpdsgr_deploy.onnx_files import PRODUCTS
 
 
 class Format(NamedTuple):
-    """A number format of Q/DQ pairs: its largest number, and up to which integer it holds every integer."""
+    """A number format of Q/DQ pairs: its largest number, and the integer up to which it represents all integers."""
 
     dtype: ir.DataType
     numpy: np.dtype[Any]
@@ -37,17 +37,17 @@ PRECISIONS = (*FLOATS, *FORMATS)
 
 
 def products(model: ir.Model) -> dict[str, ir.Node]:
-    """The products with weights by the names of their layers, in the order of computation."""
+    """Return the products with weights by the names of their layers, in the order of computation."""
     return {str(node.name): node for node in model.graph if node.op_type in PRODUCTS}
 
 
 def plan(model: ir.Model, precision: str) -> dict[str, str]:
-    """Which precision each product of a variant has, by the name of its layer.
+    """Choose the precision of each product of a variant, by the name of its layer.
 
-    int8 and fp8 hold for products of spikes, whose grid the format represents exactly. The first product, of an image,
-    stays in float32, for the flips it makes are passed on by all others: in int8 it would make 2.5 times as many, in
-    float16 1.15 times (train/results/flips). So does the last, which costs neither accuracy nor time: it runs once for
-    all steps, as the first does with direct coding.
+    int8 and fp8 apply to products of spikes, whose grid the format represents exactly. The first product, of an image,
+    stays in float32, because all later layers pass its flips on: in int8 there would be 2.5 times as many flips, in
+    float16 1.15 times (train/results/flips). The last product stays in float32 too, at no cost in time: it runs once
+    for all steps, as the first does with direct coding.
     """
     nodes = products(model)
     if precision in FLOATS:
@@ -58,7 +58,7 @@ def plan(model: ir.Model, precision: str) -> dict[str, str]:
 
 
 def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -> ir.Model:
-    """A copy of a float32 graph whose products have the precisions `layers` and whose neurons compute in `neurons`.
+    """Return a copy of a float32 graph with products in the precisions `layers` and neurons computed in `neurons`.
 
     Input and output stay float32, and so does what comes before the first product (normalisation, encoding). Raises
     KeyError for a quantised layer whose input has no grid.
@@ -95,7 +95,7 @@ class _Casts:
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def to(self, dtype: ir.DataType, value: ir.Value, user: ir.Node) -> ir.Value:
-        """`value` in `dtype`, cast in front of its first `user` or, a constant, converted now."""
+        """Return `value` in `dtype`: cast in front of its first `user`, or converted now if it is a constant."""
         if value.dtype == dtype:
             return value
         if (value, dtype) not in self._made:
@@ -129,7 +129,7 @@ def _quantize(node: ir.Node, form: Format, grid: Grid, dtype: ir.DataType) -> No
 
 
 def rounded_weights(weights: NDArray[Any], form: Format, scale: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Weights [O, ...] as numbers of a format, and the scale [O] of each output channel that gives them their size."""
+    """Return weights [O, ...] rounded to numbers of a format, and the scale [O] of each output channel."""
     largest = np.abs(weights).reshape(len(weights), -1).max(1)
     scales = np.maximum(largest / form.largest, np.finfo(scale).tiny).astype(scale)  # of a silent channel too
     scaled = weights / scales.astype(np.float32).reshape(-1, *[1] * (weights.ndim - 1))
@@ -139,7 +139,7 @@ def rounded_weights(weights: NDArray[Any], form: Format, scale: np.dtype[Any]) -
 
 
 def _restore(graph: ir.Graph) -> None:
-    """The output in float32 under its own name again."""
+    """Cast the output back to float32 under its original name."""
     (logits_in,) = graph.outputs
     if logits_in.dtype == FLOATS["fp32"]:
         return

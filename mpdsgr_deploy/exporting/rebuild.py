@@ -1,7 +1,7 @@
-"""Export again and compare: are a bundle's networks what its own weights and its own recipe give?
+"""Export again and compare: do a bundle's own weights and recipe give its networks?
 
-Whoever trusts the weights (or has signed them) then need not trust the ONNX files: a branch that was added, a file of
-another training, weights that were changed, an operator of another library all make other bytes. Needs torch.
+A user who trusts the weights (or has signed them) then need not trust the ONNX files: an added branch, a file of
+another training, changed weights or an operator of another library all give different bytes. Needs torch.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ WRITERS = ("torch", "onnx", "onnxscript")  # packages whose versions decide whic
 
 
 def rebuild_faults(bundle: Bundle) -> list[str]:
-    """One line per file that differs from what the weights give; none if all are the same, byte for byte.
+    """Return one line per file that differs from a new export of the weights; none if all are equal byte for byte.
 
     Raises InputError if the weights are not those of the recipe's network.
     """
@@ -44,7 +44,7 @@ def rebuild_faults(bundle: Bundle) -> list[str]:
 
 
 def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Every precision with its file in `folder`, made from the weights, or with the layers that forbid it, by name.
+    """Export every precision from the weights to `folder`; return its file, or the layers that forbid it, by name.
 
     Those are the layers that only one of the manifest and the weights has.
     """
@@ -61,10 +61,10 @@ def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, l
 
 
 def different_gradients(bundle: Bundle) -> list[str]:
-    """One line per precision whose answers to the golden batch, or whose gradients there, are not those of the weights.
+    """Return one line per precision whose logits or gradients on the golden batch are not those of the weights.
 
-    Other versions of the exporting packages write other bytes for the same function; this compares the functions. A
-    branch that changes no answer and adds a gradient of its own shows, one that these images do not trigger does not.
+    Other versions of the exporting packages write other bytes for the same function, so this compares the functions. It
+    finds a branch that changes the gradient but no logits; it does not find one that these images do not trigger.
     """
     manifest, faults = bundle.manifest, []
     surrogate, seed = trained_surrogate(manifest.recipe), manifest.recipe.validation.seed
@@ -90,14 +90,14 @@ def different_gradients(bundle: Bundle) -> list[str]:
 
 
 def other_writers(bundle: Bundle) -> list[str]:
-    """The packages that wrote the bundle in another version than those here, whose bytes may then differ."""
+    """Return the packages whose versions here differ from those that wrote the bundle, so that bytes may differ."""
     mine, theirs = (made.get("packages", {}) for made in (provenance(), bundle.manifest.provenance.get("export", {})))
     versions = ((name, theirs.get(name), mine.get(name)) for name in WRITERS)
     return [f"{name} {there} there, {here} here" for name, there, here in versions if there != here]
 
 
 def check_rebuilt(bundle: Bundle) -> list[str]:
-    """The result of `rebuild_faults`; where other versions wrote the files, that of `different_gradients`.
+    """Return the result of `rebuild_faults` or, if other versions wrote the files, that of `different_gradients`.
 
     Raises InputError for a bundle without weights, and where files and the packages that write them differ, but not
     the gradients.

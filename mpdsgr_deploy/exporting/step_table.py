@@ -1,4 +1,4 @@
-"""What each number of time steps costs: a bundle's networks, exported again at 1 to T steps, attacked and timed."""
+"""Measure each number of time steps: a bundle's networks are exported again at 1 to T steps, attacked and timed."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +30,8 @@ ROUNDS = 15  # batches timed of each number of steps, one after the other, so th
 class StepCost(NamedTuple):
     """One precision at its first `steps` time steps, on n images.
 
-    correct, flips: by condition, the latter against all steps of the same precision. milliseconds: per image by batch
-    size, median, on onnxruntime's CPU provider. macs: multiply-accumulates per image in products with weights.
+    correct, flips: by condition; flips are counted against all T steps of the same precision. milliseconds: per image
+    by batch size, median, on onnxruntime's CPU provider. macs: multiply-accumulates per image in products with weights.
     """
 
     precision: str
@@ -44,10 +44,11 @@ class StepCost(NamedTuple):
 
 
 def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
-    """A row for each precision and number of steps.
+    """Return a row for each precision and number of steps.
 
-    After a kill the same call goes on with the attacks that are left; what was finished lies in the user's cache until
-    all rows are. Raises InputError for a network that was not trained here, and where the cache cannot be written.
+    After an interruption the same call continues with the remaining attacks; finished ones are kept in the user's cache
+    until all rows are done. Raises InputError for a network that was not trained here, and where the cache cannot be
+    written.
     """
     with _every_step(bundle) as files, unfinished_attacks(bundle.manifest.digest, images) as place:
         attacked = {
@@ -61,14 +62,14 @@ def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
 
 
 def step_times(bundle: Bundle, images: Images) -> dict[str, list[dict[int, float]]]:
-    """By precision, for 1 to T steps: `StepCost.milliseconds`. Raises InputError as `step_costs`."""
+    """Return `StepCost.milliseconds` by precision, for 1 to T steps. Raises InputError as `step_costs`."""
     with _every_step(bundle) as files:
         return {precision: _times(own, images) for precision, own in files.items()}
 
 
 @contextmanager
 def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
-    """The files of 1 to T steps by precision, for the length of a with block."""
+    """Provide the files of 1 to T steps by precision, for the length of a with block."""
     manifest = bundle.manifest
     if manifest.origin != "trained":
         raise InputError(f"{bundle.path} holds no weights to export again: its network is {manifest.origin}")
@@ -84,7 +85,7 @@ def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
 def _costs(
     precision: str, files: Sequence[StepFile], verdicts: Sequence[Mapping[str, Bools]], images: Images
 ) -> list[StepCost]:
-    """The rows of one precision: files and verdicts in the order of their steps."""
+    """Return the rows of one precision; files and verdicts are in the order of their steps."""
     log.info("timing %s", precision)
     times = _times(files, images)
     return [
@@ -107,7 +108,7 @@ def _times(files: Sequence[StepFile], images: Images) -> list[dict[int, float]]:
 
 
 def _milliseconds(files: Sequence[StepFile], images: NDArray[np.float32], batch: int) -> list[float]:
-    """The median time of a batch per image, for each of the files in turn."""
+    """Return the median time per image of a batch, for each file."""
     x = np.ascontiguousarray(np.resize(images, (batch, *images.shape[1:])))
     with ExitStack() as stack:
         networks = [stack.enter_context(_opened(file)) for file in files]

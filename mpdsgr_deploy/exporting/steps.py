@@ -1,4 +1,4 @@
-"""How many time steps are worth their cost: a network attacked at fewer steps than it has, and how few suffice."""
+"""Choose the number of time steps: attack a network at fewer steps than it has, and find how few suffice."""
 
 import hashlib
 import json
@@ -50,9 +50,9 @@ class StepFile(NamedTuple):
     noise: tuple[NoiseInput, ...]
 
     def attacked(self, images: Images, of: str, unfinished: Path | None = None) -> Mapping[str, Bools]:
-        """Its verdicts [n] on images: "clean", under each attack of tier `commit`, and "worst" over these.
+        """Return verdicts [n] on images: "clean", under each attack of tier `commit`, and "worst" over these.
 
-        unfinished: a directory of this network's in which they are kept, so that none is made again after a kill.
+        unfinished: a directory for this network in which they are kept, so that none is repeated after an interruption.
         """
         size, seed = self.recipe.validation.batch_size, self.recipe.validation.seed
         journal = None if unfinished is None else Journal(unfinished, sha256(self.file))
@@ -71,9 +71,9 @@ class StepFile(NamedTuple):
 
 @contextmanager
 def unfinished_attacks(network: str, images: Images) -> Iterator[Path]:
-    """A directory in the user's cache, this process's alone, for the length of a with block; an exception leaves it.
+    """Lock a directory in the user's cache for the length of a with block; it is kept only after an exception.
 
-    network: what, with the images, tells it from all others. Raises InputError where it cannot be written.
+    network: identifies it together with the images. Raises InputError if it cannot be written.
     """
     subject = json.dumps([__version__, SUITE_VERSION, TIER, network, images_sha256(images)])
     place = cache_directory() / "steps" / hashlib.sha256(subject.encode()).hexdigest()[:16]
@@ -89,8 +89,9 @@ def unfinished_attacks(network: str, images: Images) -> Iterator[Path]:
 def step_files(
     model: SpikingNet, recipe: Recipe, shape: Shape, steps: int, variants: Mapping[str, Mapping[str, str]], folder: Path
 ) -> dict[str, StepFile]:
-    """Write the network of the first `steps` in every precision of `variants`, which name the precision of each layer's
-    product; those that name none are planned here.
+    """Write the network of the first `steps` in every precision of `variants`.
+
+    A variant names the precision of each layer's product; if it does not, it is planned here.
 
     Raises InputError as `first_steps` does.
     """
@@ -115,7 +116,7 @@ class Flips(NamedTuple):
         return cls(int((full & ~fewer).sum()), int((~full & fewer).sum()), len(full))
 
     def rule_out(self, drop: float) -> bool:
-        """Whether they refute, at the one-sided 5 % level, that accuracy falls by `drop` or more; 0 < drop < 1.
+        """Whether they refute, at the one-sided 5 % level, a fall in accuracy by `drop` or more; 0 < drop < 1.
 
         The score test for a difference of paired proportions (Tango, Statistics in Medicine 17, 1998).
         """
@@ -126,20 +127,20 @@ class Flips(NamedTuple):
 
 
 def least_images(drop: float) -> int:
-    """How many images can refute a drop of accuracy, if none of their verdicts flips."""
+    """Return how many images are needed to refute a drop of accuracy, if none of their verdicts flips."""
     return ceil(Z * Z * (1 - drop) / drop)
 
 
 def fewest_steps(
     model: SpikingNet, recipe: Recipe, shape: Shape, images: Images, max_drop: float
 ) -> tuple[int, dict[str, Any]]:
-    """The fewest time steps that keep clean and attacked accuracy of the float32 network, and how that was found.
+    """Find the fewest time steps that keep clean and attacked accuracy of the float32 network; also explain the choice.
 
     images: validation images, never those that the result is reported on. Fewer and fewer steps are tried, from T - 1
     down, until one cannot rule out a drop of `max_drop` or more on clean images and under all attacks of tier `commit`.
-    So the number chosen is one that loses more with a probability of 5 % at most: both tests must succeed, and none is
-    made after one that failed. After a kill the same call goes on with the attacks that are left. Raises InputError for
-    too few images, and where the user's cache cannot be written.
+    The chosen number therefore loses more with a probability of at most 5 %: both tests must succeed, and none is made
+    after one that failed. After an interruption the same call continues with the remaining attacks. Raises InputError
+    for too few images, and where the user's cache cannot be written.
     """
     T, n = recipe.encoding.T, len(images)
     if not 0 < max_drop < 1:

@@ -1,4 +1,4 @@
-"""Exact rewrites of the exported graph: how time is taken apart and put together, without shape arithmetic.
+"""Exact rewrites of the exported graph: time steps are split and joined without shape arithmetic.
 
 The exporter writes a step as a slice of [T, B, ...] and a sequence as a stack that is reshaped. The same values come
 from one Split of [T*B, ...] and one Concat, which every backend runs faster.
@@ -19,7 +19,7 @@ def tidy(model: ir.Model) -> None:
 
 
 def split_steps(node: ir.Node) -> None:
-    """Reshape to [T, B, ...], then a Slice and a Squeeze a step: one Split along the folded axis."""
+    """Replace a Reshape to [T, B, ...] with a Slice and a Squeeze per step by one Split along the folded axis."""
     if node.op_type != "Reshape" or not _is_step_of(data(node), node.outputs[0]):
         return
     steps: dict[int, ir.Value] = {}
@@ -39,7 +39,7 @@ def split_steps(node: ir.Node) -> None:
 
 
 def join_steps(node: ir.Node) -> None:
-    """An Unsqueeze a step, their Concat to [T, B, ...] and its Reshape: one Concat of the steps to [T*B, ...]."""
+    """Replace an Unsqueeze per step, their Concat to [T, B, ...] and its Reshape by one Concat to [T*B, ...]."""
     stacked = [made_by(value, "Unsqueeze") for value in node.inputs]
     steps = [data(unsqueeze) for unsqueeze in stacked if unsqueeze is not None]
     if node.op_type != "Concat" or len(steps) < len(stacked) or not _is_step_of(steps[0], node.outputs[0]):
@@ -57,7 +57,7 @@ def join_steps(node: ir.Node) -> None:
 
 
 def cancel_views(node: ir.Node) -> None:
-    """A chain of views that ends in the shape it began with: nothing."""
+    """Remove a chain of views that ends in the shape it began with."""
     end, source = node.outputs[0], _viewed(node)
     while source is not None and not end.is_graph_output():
         if source.shape == end.shape:
@@ -67,7 +67,7 @@ def cancel_views(node: ir.Node) -> None:
 
 
 def _viewed(node: ir.Node | None) -> ir.Value | None:
-    """What a node shows in another shape; None if it computes something."""
+    """Return the value that a node shows in another shape; None if the node computes something."""
     if node is None or not node.inputs:
         return None
     whole = node.op_type == "Slice" and data(node).shape == node.outputs[0].shape

@@ -1,4 +1,4 @@
-"""Precision variants tried out on clean and on attacked images: what they cost in accuracy, and how to pay less."""
+"""Measure the accuracy that precision variants lose on clean and attacked images, and bound the loss."""
 
 from collections.abc import Mapping
 from math import inf, isnan
@@ -24,10 +24,9 @@ Answers = dict[str, NDArray[np.float32]]  # logits [N, K] of the clean and of th
 
 
 class Trial:
-    """A float32 graph, and the test images that its variants answer; written to `folder` on the way.
+    """A float32 graph, the test images that its variants are measured on, and the `folder` for their files.
 
-    attacked: whether they also answer those images under attack: of the torch network, by the recipe's PGD, so that all
-    variants meet the same pixels.
+    attacked: measure also on images attacked by the recipe's PGD through the torch network, the same for all variants.
     """
 
     def __init__(
@@ -41,8 +40,7 @@ class Trial:
         self._exact = self._answers("fp32", plan(graph, "fp32"))
 
     def variant(self, precision: str, max_drop: float | None) -> Variant:
-        """Write the variant, with layers in a finer precision where max_drop asks for it, and return its entry for the
-        manifest.
+        """Write the variant, with layers in a finer precision if max_drop requires it; return its manifest entry.
 
         Raises EvaluationError if no choice of layers keeps the loss of accuracy within max_drop.
         """
@@ -57,7 +55,7 @@ class Trial:
         return Variant(file=file, layers=layers, accuracy=accuracies["clean"], attacked=accuracies.get("attacked"))
 
     def _within(self, max_drop: float, precision: str, layers: dict[str, str]) -> tuple[dict[str, str], Answers]:
-        """Layers go back to a finer precision, that which alone moves the logits most first, until max_drop holds."""
+        """Return layers to a finer precision until max_drop holds, first the one that alone changes the logits most."""
         coarse = [name for name, chosen in layers.items() if chosen == precision]
         log.info("%s loses more than %.2f %% of accuracy: trying its %d layers", precision, 100 * max_drop, len(coarse))
         shifts = {name: self._moved(precision, name) for name in track(coarse, "each layer alone")}
@@ -74,7 +72,7 @@ class Trial:
         )
 
     def _answers(self, precision: str, layers: Mapping[str, str]) -> Answers:
-        """Write the variant, replacing an earlier choice of layers, and let it answer."""
+        """Write the variant, replacing an earlier choice of layers, and compute its logits."""
         file = self._folder / f"model.{precision}.onnx"
         save(convert(self._graph, layers), file)
         with OnnxRuntime(file, noise=self._noise) as network:
@@ -85,27 +83,27 @@ class Trial:
         return Accuracy(data=self._recipe.data.name, correct=right(logits, self._classes), n=len(self._classes))
 
     def _moved(self, precision: str, layer: str) -> float:
-        """How far the logits lie from float32's, on average, if only this layer has the precision (inf: overflow)."""
+        """Return the mean change of the logits if only this layer has the precision (inf: overflow)."""
         answers = self._answers(precision, {**plan(self._graph, "fp32"), layer: precision})
         shift = float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
         return inf if isnan(shift) else shift
 
 
 def right(logits: NDArray[np.float32], classes: NDArray[np.int64]) -> int:
-    """How many images logits [N, K] classify correctly."""
+    """Count the images that logits [N, K] classify correctly."""
     return int((logits.argmax(1) == classes).sum())
 
 
 def drop(exact: Answers, answers: Answers, classes: NDArray[np.int64]) -> float:
-    """The largest loss of accuracy against `exact`, on clean or on attacked images, as a share of them.
+    """Return the largest loss of accuracy against `exact`, on clean or on attacked images, as a share of them.
 
-    Divided once, so that 1 image of 100 is exactly the 0.01 that a user writes.
+    There is a single division, so that 1 image of 100 is exactly the 0.01 that a user writes.
     """
     return max(right(exact[name], classes) - right(logits, classes) for name, logits in answers.items()) / len(classes)
 
 
 def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.float32]:
-    """The images under the recipe's PGD with a random start, last iterate: float32 [N, C, H, W] in [0, 1]."""
+    """Attack the images by the recipe's PGD with a random start, last iterate: float32 [N, C, H, W] in [0, 1]."""
     config, size = recipe.attack, recipe.validation.batch_size
     target = network.attacker(draws=config.draws)
     draw = np.random.default_rng(recipe.validation.seed)
