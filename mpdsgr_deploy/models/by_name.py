@@ -1,4 +1,4 @@
-"""A torch module of any package by its name."""
+"""Find a torch module of any package by its name."""
 
 import importlib
 import sys
@@ -10,9 +10,9 @@ from mpdsgr_deploy.errors import InputError, one_line
 
 
 def find_module(name: str) -> nn.Module:
-    """The module that "package.module:attribute" names: itself, or what that function returns without arguments.
+    """Return the module that "package.module:attribute" names, or that a function of that name returns.
 
-    Modules of the working directory are found too. Raises InputError for what cannot be imported and for what is not a
+    Modules of the working directory are found too. Raises InputError for a name that cannot be imported or is not a
     torch module.
     """
     package, _, attribute = name.partition(":")

@@ -70,8 +70,10 @@ class SpikingNet(nn.Module):
         self.body, self.readout = nn.ModuleList(body), readout
 
     def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise | list[Tensor] = None) -> Tensor:
-        """noise: what stochastic encodings and neurons draw from, or this pass's draws [B, steps, ...] themselves, in
-        the order they are asked for; deterministic networks ignore it.
+        """Return logits [B, K] of images x [B, C, H, W] in [0, 1].
+
+        noise: the source that stochastic encodings and neurons draw from, or the draws [B, steps, ...] of this pass in
+        order; deterministic networks ignore it.
         """
         noise = in_turn(noise) if isinstance(noise, list) else noise
         steps = self.encode(x, self.normalize, noise)  # [T, B, C, H, W]
@@ -80,12 +82,12 @@ class SpikingNet(nn.Module):
         return logits
 
     def layers(self) -> list[SpikingLayer]:
-        """Every layer of neurons, in the order of the forward pass."""
+        """All layers of neurons, in the order of the forward pass."""
         return [module for module in self.modules() if isinstance(module, SpikingLayer)]
 
     @property
     def plain(self) -> bool:
-        """Whether all neurons are those of `LIF`, none of them a defence's."""
+        """Whether all neurons are plain `LIF` neurons, none of them replaced by a defence."""
         return all(type(layer.neuron) is LIF for layer in self.layers())
 
     @property
@@ -100,7 +102,7 @@ register = MODELS.register  # `builder(recipe, image shape, number of classes)` 
 
 
 def build_model(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
-    """The untrained model a recipe names; weights come from torch's global generator.
+    """Build the untrained model that a recipe names; weights come from torch's global generator.
 
     Raises InputError for an unknown model, surrogate or encoding, or an image size the model cannot take.
     """
@@ -108,12 +110,12 @@ def build_model(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
 
 
 def scaled(channels: int, recipe: Recipe) -> int:
-    """A layer's width at the recipe's width factor, at least 1."""
+    """Return a layer's width at the recipe's width factor, at least 1."""
     return max(1, round(channels * recipe.model.width))
 
 
 def make_readout(recipe: Recipe, fan_in: int, classes: int) -> Readout:
-    """The readout a recipe names.
+    """Build the readout that a recipe names.
 
     mean       the outputs' mean
     membrane   the potential of a leaky integrator without threshold after T steps: sum of tau^(T-t) y_t
@@ -122,7 +124,7 @@ def make_readout(recipe: Recipe, fan_in: int, classes: int) -> Readout:
 
 
 def readout_weights(recipe: Recipe) -> Tensor:
-    """What each step's output counts in a recipe's readout, [T]."""
+    """Return the weight of each step's output in a recipe's readout, [T]."""
     T, tau = recipe.encoding.T, recipe.neuron.tau
     mean = recipe.model.readout == "mean"
     return torch.tensor([1 / T if mean else tau ** (T - t) for t in range(1, T + 1)])
@@ -142,7 +144,7 @@ def make_neuron(recipe: Recipe) -> LIF:
 
 
 def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:
-    """The normalisation of a convolution's output that a recipe names."""
+    """Build the normalisation of a convolution's output that a recipe names."""
     match recipe.model.norm:
         case "tdbn":
             return TdBN(channels, v_threshold=recipe.neuron.v_threshold)
@@ -153,13 +155,13 @@ def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:
 
 
 def frequency_radii(config: EncodingSection, shape: Shape) -> tuple[int, ...]:
-    """The radius of each step's low-pass: those of the recipe, or evenly from half the image's side down."""
+    """Return the radius of each step's low-pass: those of the recipe, or evenly from half the image's side down."""
     half, T = max(shape[1:]) // 2, config.T
     return config.radii or tuple(max(1, round(half * (T - t) / T)) for t in range(T))
 
 
 def make_encoding(recipe: Recipe, shape: Shape) -> Encoding:
-    """The encoding a recipe names, for images of `shape`. Raises InputError for one that does not fit them."""
+    """Build the encoding that a recipe names for images of `shape`. Raises InputError if it does not fit them."""
     channels, height, width = shape
     config = recipe.encoding
     T = config.T

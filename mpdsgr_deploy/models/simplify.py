@@ -1,7 +1,7 @@
 """Exact simplifications of a network in eval mode, for export and attack: the same function up to float rounding.
 
-Each pass changes a network in eval mode in place; `simplify` applies them to a copy. That time is folded into the batch
-for layers without state needs no pass: `SpikingNet` computes that way.
+Each pass changes a network in eval mode in place; `simplify` applies them to a copy. Folding time into the batch for
+stateless layers needs no pass, because `SpikingNet` computes that way.
 """
 
 import copy
@@ -19,7 +19,7 @@ Pass = Callable[[SpikingNet], None]
 
 
 def fold_norm(model: SpikingNet) -> None:
-    """Each convolution absorbs the (td)BN behind it: running statistics, scale and shift."""
+    """Fold each (td)BN into the convolution before it: running statistics, scale and shift."""
     for layer in model.layers():
         conv, norm = layer.synapse, layer.norm
         if isinstance(conv, nn.Conv2d) and isinstance(norm, TdBN | nn.BatchNorm2d):
@@ -40,7 +40,7 @@ class Once(Encoding):
 
 
 def encode_once(model: SpikingNet) -> None:
-    """With direct coding, all that lies before the first neurons is computed for one step, not for T equal ones."""
+    """With direct coding, compute everything before the first neurons for one step instead of T equal ones."""
     if isinstance(model.encode, Direct):
         model.encode = Once(model.T, model.encode.channels)
         model.layers()[0].neuron.hold = model.T
@@ -58,7 +58,7 @@ class SumFirst(Readout):
 
 
 def sum_before_readout(model: SpikingNet) -> None:
-    """The last linear layer sees the weighted sum of the T steps (with the readout `mean`: their mean)."""
+    """Apply the last linear layer to the weighted sum of the T steps (with the readout `mean`: their mean)."""
     model.readout = SumFirst(model.readout)
 
 
@@ -66,7 +66,7 @@ PASSES: tuple[Pass, ...] = (fold_norm, encode_once, sum_before_readout)
 
 
 def simplify(model: SpikingNet, passes: Sequence[Pass] = PASSES) -> SpikingNet:
-    """A copy of `model`, which must be in eval mode, after `passes`. It shares what weights they leave as they are."""
+    """Return a copy of `model`, which must be in eval mode, after `passes`. Unchanged weights are shared."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     simplified = copy.deepcopy(model, shared)
     for simplification in passes:

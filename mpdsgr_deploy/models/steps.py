@@ -1,8 +1,8 @@
-"""A network at another number of time steps: the same weights, since a LIF neuron has none that belong to a step.
+"""Run a network at another number of time steps with the same weights: a LIF neuron has none that belong to a step.
 
-What belongs to T are the encoding, the readout's average over time, and what some defences learn for each step. The
-network of the first N steps answers with the readout over these alone: the mean of their outputs, or the potential of a
-leaky integrator after N steps.
+The encoding, the readout's average over time, and the per-step parameters of some defences depend on T. The network of
+the first N steps answers with the readout over these alone: the mean of their outputs, or the potential of a leaky
+integrator after N steps.
 """
 
 import copy
@@ -16,15 +16,15 @@ from mpdsgr_deploy.snn import LIF
 
 
 def per_step_names(model: nn.Module) -> set[str]:
-    """The names of the parameters [T, ...] that hold a value for each step."""
+    """Return the names of the parameters [T, ...] that hold a value for each step."""
     neurons = {path: module for path, module in model.named_modules() if isinstance(module, LIF)}
     return {f"{path}.{name}" for path, neuron in neurons.items() for name in neuron.per_step}
 
 
 def set_time_steps(model: SpikingNet, recipe: Recipe, shape: Shape) -> None:
-    """Let a model compute encoding.T time steps of `recipe`; its weights stay.
+    """Set a model to encoding.T time steps of `recipe`; its weights do not change.
 
-    Raises InputError for neurons that learn something for each step and do not say what, or for fewer than T steps.
+    Raises InputError for neurons with undeclared per-step parameters, or with parameters for fewer than T steps.
     """
     T = recipe.encoding.T
     if model.T == T:
@@ -41,7 +41,7 @@ def set_time_steps(model: SpikingNet, recipe: Recipe, shape: Shape) -> None:
 
 
 def first_steps(model: SpikingNet, recipe: Recipe, shape: Shape, steps: int) -> tuple[SpikingNet, Recipe]:
-    """The network that answers after the first `steps` of the model's T, which shares its weights, and its recipe.
+    """Return the network of the first `steps` of the model's T time steps, with shared weights, and its recipe.
 
     Raises InputError for a number outside 1..T, and for an encoding whose steps are frames of a recording.
     """

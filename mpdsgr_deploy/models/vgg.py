@@ -24,7 +24,7 @@ VGG16_PLAN = (64, 64, P, 128, 128, P, 256, 256, 256, P, 512, 512, 512, P, 512, 5
 
 
 def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str], hidden: Sequence[int]) -> SpikingNet:
-    """Convolutions of `plan` channels (P halves the map), then `hidden` fully connected spiking layers.
+    """Build convolutions of `plan` channels (P halves the map), then `hidden` fully connected spiking layers.
 
     The fully connected layers have a bias and no tdBN, as in the SNN-RAT family of code bases. `model.width` of the
     recipe multiplies every width. Raises InputError where the image is too small to be halved so often.
