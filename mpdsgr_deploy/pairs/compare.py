@@ -1,4 +1,4 @@
-"""Everything in which two sides can be compared, and why a part was left out."""
+"""Compare two sides in everything that both have, and say why a part was left out."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,8 +13,9 @@ Curves = dict[str, tuple[list[Any], list[Any]]]
 
 
 class Differences(NamedTuple):
-    """a against b. settings: values that differ; curves: values per epoch of what both trainings logged; layers: on the
-    images that `measured_on` names; verdicts: recorded ones, else clean ones on these images. left_out: part to reason.
+    """The differences between A and B. settings: values that differ; curves: values per epoch of what both trainings
+    logged; layers: on the images that `measured_on` names; verdicts: recorded ones, else clean ones on these images.
+    left_out: part to reason.
     """
 
     settings: dict[str, tuple[Any, Any]]
@@ -26,7 +27,7 @@ class Differences(NamedTuple):
 
 
 def compare(a: Side, b: Side, *, root: str | None = None, images: int = 128) -> Differences:
-    """Compare what both sides have. root: where the data set lies; images: on how many of it both networks run."""
+    """Compare what both sides have. root: where the data set lies; images: on how many both networks run."""
     left_out: dict[str, str] = {}
 
     def part(name: str, make: Callable[[], Any]) -> Any:
@@ -48,7 +49,7 @@ def compare(a: Side, b: Side, *, root: str | None = None, images: int = 128) -> 
 
 
 def training_curves(a: Side, b: Side) -> Curves:
-    """What both trainings logged, a value per epoch. Raises InputError for a side that holds no history."""
+    """Return the values per epoch that both trainings logged. Raises InputError for a side without a history."""
     for side in (a, b):
         if side.checkpoint is None or not side.checkpoint.history:
             raise InputError(f"{side.name} is a {side.kind} and holds no training history")

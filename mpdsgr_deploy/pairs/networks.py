@@ -28,8 +28,8 @@ Floats = NDArray[np.float32]
 class LayerPair(NamedTuple):
     """One layer of both networks, as shares of its neurons over all steps and images.
 
-    firing_rate; in_window: potentials in the surrogate's window. overlap: what both histograms have in common, 1 for
-    equal ones. spikes_differ: None where the networks do not have the same neurons or steps there.
+    firing_rate; in_window: potentials in the surrogate's window. overlap: the common area of both histograms, 1 if they
+    are equal. spikes_differ: None if the networks do not have the same neurons or steps there.
     """
 
     layer: str
@@ -41,7 +41,7 @@ class LayerPair(NamedTuple):
 
 
 class SharedImages(NamedTuple):
-    """What the images are, the images [N, C, H, W] in [0, 1] and their classes [N]; None: golden inputs have none."""
+    """A description of the images, the images [N, C, H, W] in [0, 1], and their classes [N], None for golden inputs."""
 
     where: str
     pixels: NDArray[np.float32]
@@ -49,7 +49,7 @@ class SharedImages(NamedTuple):
 
 
 class NetworkPair(NamedTuple):
-    """Layers that both networks have, in the order of computation. clean: None without the images' classes."""
+    """The layers that both networks have, in the order of computation. clean: None without the images' classes."""
 
     where: str
     layers: list[LayerPair]
@@ -57,7 +57,7 @@ class NetworkPair(NamedTuple):
 
 
 def paired_networks(a: Side, b: Side, *, root: str | None = None, images: int = 128) -> NetworkPair:
-    """Run both on the first test images: those a bundle carries, else the data set's, else golden inputs.
+    """Run both networks on the first test images: those a bundle carries, else the data set's, else golden inputs.
 
     root: where the data set lies. Raises InputError, saying why, for a report, for networks of other images, for
     missing data, for an ONNX file that does not name its spikes, and for a checkpoint without torch.
@@ -81,7 +81,7 @@ def paired_networks(a: Side, b: Side, *, root: str | None = None, images: int = 
 
 
 def open_network(side: Side) -> Callable[[Floats], Recording]:
-    """From images to what happens in the network."""
+    """Open a side's network as a function from images [B, C, H, W] to its potentials, spikes and logits."""
     if side.bundle is not None:
         manifest = side.bundle.manifest
         noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
@@ -97,7 +97,7 @@ def open_network(side: Side) -> Callable[[Floats], Recording]:
 
 
 def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImages:
-    """The first `count` images that both networks take."""
+    """Return the first `count` images that both networks take."""
     for what, ours, theirs in zip(("data", "shape", "labels"), a.images or (), b.images or (), strict=False):
         if ours != theirs:
             raise InputError(f"other images: {what} {ours}, and {theirs}")
@@ -130,7 +130,7 @@ def by_layer(recording: Recording) -> Answers:
 
 
 class _Layer:
-    """Adds up one layer of one network over steps and batches, and in how many spikes another network differs."""
+    """Accumulates one layer of one network over steps and batches, and the spikes in which another network differs."""
 
     def __init__(self, side: Side) -> None:
         assert side.recipe is not None

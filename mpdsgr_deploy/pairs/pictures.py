@@ -1,4 +1,4 @@
-"""Pictures of two sides: membrane potentials of every layer, and training curves."""
+"""Plot two sides: membrane potentials of every layer, and training curves."""
 
 import math
 from pathlib import Path
@@ -19,9 +19,9 @@ COLOURS, STYLES = (BLUE, VERMILION), ("-", "--")
 
 
 def draw(differences: Differences, names: tuple[str, str], out: Path) -> list[str]:
-    """Write membranes.png and curves.png, as far as there is something to draw, and return their names.
+    """Write membranes.png and curves.png, if there is data for them, and return their names.
 
-    names: of A and B, for the legend. Raises InputError for a directory `out` that is not ours.
+    names: of A and B, for the legend. Raises InputError for a directory `out` that holds other files.
     """
     pictures = {}
     lines = [Line(*look) for look in zip(names, COLOURS, STYLES, strict=True)]
@@ -37,7 +37,7 @@ def draw(differences: Differences, names: tuple[str, str], out: Path) -> list[st
 
 
 def membranes(layers: list[LayerPair], lines: list[Line]) -> Figure:
-    """Potentials of both networks, one panel per layer."""
+    """Plot the potentials of both networks, one panel per layer."""
     figure, panels = _panels(len(layers))
     for axes, layer in zip(panels, layers, strict=False):
         draw_membranes(axes, list(zip(lines, layer.membranes, strict=True)))
@@ -48,7 +48,7 @@ def membranes(layers: list[LayerPair], lines: list[Line]) -> Figure:
 
 
 def curves(pairs: Curves, lines: list[Line]) -> Figure:
-    """Both trainings, one panel per quantity."""
+    """Plot the curves of both trainings, one panel per quantity."""
     figure, panels = _panels(len(pairs))
     for axes, (name, values) in zip(panels, pairs.items(), strict=False):
         for line, one in zip(lines, values, strict=True):

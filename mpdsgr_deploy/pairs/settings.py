@@ -1,4 +1,4 @@
-"""In what the recipes of two networks, and the facts about them, differ."""
+"""Find the differences between two networks' recipes, and between the facts about them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +9,9 @@ from mpdsgr_deploy.validation.model_facts import ModelFacts
 
 
 def differing_settings(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
-    """Values of a and of b by name, where they differ: recipes by `section.key`, None for a key that one lacks.
+    """Return pairs of values that differ, by name: recipes by `section.key`, None for a key that one side lacks.
 
-    A report holds no recipe: beside one, the facts that both sides state are compared.
+    A report holds no recipe: if one side is a report, the facts that both sides state are compared.
     """
     if a.recipe is not None and b.recipe is not None:
         left, right = (flattened(recipe) | network_facts(side) for recipe, side in ((a.recipe, a), (b.recipe, b)))
@@ -24,7 +24,7 @@ def differing_settings(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
 
 
 def flattened(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values by `section.key`, without what belongs to one machine."""
+    """Return a recipe's values by `section.key`, without those that belong to one machine."""
     return dict(_leaves(recipe.portable().model_dump(mode="json"), ""))
 
 
@@ -37,7 +37,7 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def network_facts(side: Side) -> dict[str, Any]:
-    """What is known of a network beside its recipe."""
+    """Return the facts about a network that its recipe does not hold."""
     if side.bundle is None:
         return {"epoch": side.checkpoint.epoch} if side.checkpoint else {}
     facts = ModelFacts.of(side.bundle, side.precision)
@@ -51,7 +51,7 @@ def network_facts(side: Side) -> dict[str, Any]:
 
 
 def stated_facts(side: Side) -> dict[str, Any]:
-    """The same names for a report and for what has a recipe, as far as each states them."""
+    """Return the facts that a side states, under the same names for reports and for sides with a recipe."""
     facts: dict[str, Any] = {}
     if side.report is not None:
         report, model = side.report, side.report.model

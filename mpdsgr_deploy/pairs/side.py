@@ -12,9 +12,9 @@ from mpdsgr_deploy.validation.report import REPORT, Report, load_report
 
 
 class Side(NamedTuple):
-    """What a path holds: exactly one of `checkpoint` (with its `directory`), `bundle` and `report` is there.
+    """The content of a path: exactly one of `checkpoint` (with its `directory`), `bundle` and `report` is set.
 
-    precision: which of the bundle's networks; empty for what is no bundle.
+    precision: which of the bundle's networks; empty if this is not a bundle.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Side(NamedTuple):
 
     @property
     def recipe(self) -> Recipe | None:
-        """The recipe that the network was trained with; None: a report holds none."""
+        """The recipe that the network was trained with; None for a report, which holds none."""
         if self.checkpoint is not None:
             return self.checkpoint.recipe
         return None if self.bundle is None else self.bundle.manifest.recipe
 
     @property
     def images(self) -> tuple[str, tuple[int, int, int], tuple[str, ...]] | None:
-        """What images the network takes: data set, (C, H, W) and labels; None: a report does not say."""
+        """The images that the network takes: data set, (C, H, W) and labels; None for a report, which does not say."""
         if self.checkpoint is not None:
             return self.checkpoint.recipe.data.name, self.checkpoint.shape, self.checkpoint.labels
         if self.bundle is not None:
@@ -44,9 +44,9 @@ class Side(NamedTuple):
 
 
 def read_side(text: str) -> Side:
-    """What `text` names: a directory or a report's file, or a bundle as BUNDLE[@PRECISION][@sha256:DIGEST].
+    """Read what `text` names: a directory, a report's file, or a bundle as BUNDLE[@PRECISION][@sha256:DIGEST].
 
-    Raises InputError for what is none of these, is damaged, or lacks that precision.
+    Raises InputError if it is none of these, is damaged, or lacks that precision.
     """
     address = parse_address(text)
     path = local_copy(address)

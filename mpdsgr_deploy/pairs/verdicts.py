@@ -1,8 +1,8 @@
-"""Recorded verdicts of two networks on the same images under the same attacks, paired.
+"""Pair the recorded verdicts of two networks on the same images under the same attacks.
 
 A report holds the verdicts of the deployed file, a bundle those of the torch network that it was exported from. A
-condition is paired where both sides name it alike and state the same settings; which surrogate the attacker looked
-through may differ, since it belongs to the network. The worst case is that over the paired attacks within eps.
+condition is paired if both sides give it the same name and settings; the attacker's surrogate may differ, because it
+belongs to the network. The worst case is that over the paired attacks within eps.
 """
 
 import re
@@ -40,12 +40,12 @@ class PairedVerdict(NamedTuple):
 
     @classmethod
     def of(cls, condition: str, a: Bools, b: Bools) -> "PairedVerdict":
-        """From the verdicts [n] of both."""
+        """Pair the verdicts [n] of both networks."""
         return cls(condition, len(a), (int(a.sum()), int(b.sum())), VerdictFlips.of(a, b))
 
 
 def paired_verdicts(a: Side, b: Side, root: str | None = None) -> tuple[list[PairedVerdict], str]:
-    """Every condition that both met, and which attacks were left out and why, or "".
+    """Return every condition that both met, and a text on the attacks left out and why, or "".
 
     root: where the data set lies, if a bundle does not carry its images. Raises InputError, saying why, if a side holds
     no verdicts or the images are not the same.
@@ -72,7 +72,7 @@ def paired_verdicts(a: Side, b: Side, root: str | None = None) -> tuple[list[Pai
 
 
 def recorded(side: Side) -> Mapping[tuple[str, str], Bools]:
-    """Verdicts [n] by condition and settings. Raises InputError if nothing was recorded."""
+    """Return verdicts [n] by condition and settings. Raises InputError if nothing was recorded."""
     if side.report is not None:
         n = side.report.rows[0].n
         complete = [row for row in side.report.rows if row.n == n and not row.at_most and row.name != WORST]
@@ -90,14 +90,14 @@ def recorded(side: Side) -> Mapping[tuple[str, str], Bools]:
 
 
 def eps(side: Side) -> float | None:
-    """The bound of the recorded attacks."""
+    """Return the bound of the recorded attacks."""
     if side.report is not None:
         return side.report.eps
     return side.recipe.attack.eps if side.recipe else None
 
 
 def images_in_common(a: Side, b: Side, root: str | None) -> int:
-    """How many images, the first of both, both sides answered. Raises InputError if they are not the same images."""
+    """Return how many first images both sides answered. Raises InputError if they are not the same images."""
     if a.report is not None and b.report is not None:
         if a.report.images_sha256 != b.report.images_sha256:
             raise InputError(f"other images: {_images(a.report)}, and {_images(b.report)}")
