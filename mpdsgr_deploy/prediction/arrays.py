@@ -1,4 +1,4 @@
-"""Images in NumPy's array files, read from disk or by byte ranges from a store when their turn comes."""
+"""Images in NumPy's array files, read on demand from disk or by byte ranges from a store."""
 
 from concurrent.futures import Executor
 from copy import copy
@@ -20,7 +20,7 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 class ArrayFile:
     """Images [N, C, H, W] of a .npy file or of a .npz's array `images` (or its first): uint8, or float32 in [0, 1].
 
-    Raises InputError for another dtype or shape, pixels out of range, an array in Fortran order, a damaged file.
+    Raises InputError for another dtype or shape, pixels out of range, an array in Fortran order, or a damaged file.
     """
 
     def __init__(self, path: Place, shape: Shape) -> None:

@@ -1,4 +1,4 @@
-"""What an image costs on this machine: time, memory and energy of a bundle's networks, by backend, precision, batch."""
+"""Measure time, memory and energy per image of a bundle's networks, by backend, precision and batch size."""
 
 import math
 import time
@@ -18,7 +18,7 @@ ROUNDS = 5  # the least number of batches that are timed, after a first one that
 
 
 class Cost(NamedTuple):
-    """What was measured with one backend, precision and batch.
+    """The measurement of one backend, precision and batch size.
 
     latency_ms, latency_p95_ms: median and 95th percentile of a batch; memory_mib: resident memory of the process while
     it ran; joules: of the processor packages and GPUs, per image, None where the machine reports neither. error: why
@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
 def measure_costs(
     bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int], *, seconds: float
 ) -> list[Cost]:
-    """Every combination, `seconds` each, on the bundle's golden inputs.
+    """Measure every combination for `seconds` each, on the bundle's golden inputs.
 
     The `error` of a combination that cannot run gives the reason.
     """
@@ -56,7 +56,7 @@ def measure_costs(
 
 
 def estimate(cost: Cost, images: int, hours: float) -> Estimate:
-    """The time and cost of `images` at a measured rate."""
+    """Estimate time and machines for `images` at a measured rate."""
     alone = images / cost.images_per_second / 3600
     return Estimate(images, alone, math.ceil(alone / hours))
 
@@ -84,7 +84,7 @@ def _measured(bundle: Bundle, backend: str, precision: str, batch: int, seconds:
 
 
 def resident_memory() -> float | None:
-    """The resident memory of this process in MiB; None where the system does not report it."""
+    """Return the resident memory of this process in MiB; None if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -93,13 +93,13 @@ def resident_memory() -> float | None:
 
 
 def used_energy() -> float | None:
-    """Joules that processors and GPUs have used since some moment; None where neither can be read."""
+    """Return the joules used by processors and GPUs since an arbitrary moment; None if neither can be read."""
     readings = [joules for joules in (package_energy(), gpu_energy()) if joules is not None]
     return sum(readings) if readings else None
 
 
 def gpu_energy() -> float | None:
-    """Joules that all NVIDIA GPUs have used since some moment; None without any, or without nvidia-ml-py."""
+    """Return the joules used by all NVIDIA GPUs since an arbitrary moment; None without one or nvidia-ml-py."""
     try:
         import pynvml as nvml
 
@@ -111,7 +111,7 @@ def gpu_energy() -> float | None:
 
 
 def package_energy(root: Path = RAPL) -> float | None:
-    """Joules that all processor packages have used since some moment; None where they cannot be read."""
+    """Return the joules used by all processor packages since an arbitrary moment; None if they cannot be read."""
     try:
         counters = [int((zone / "energy_uj").read_text()) for zone in sorted(root.glob("intel-rapl:[0-9]"))]
     except OSError:

@@ -1,4 +1,4 @@
-"""Inputs that were skipped: which, and why."""
+"""Record which inputs were skipped, and why."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ NOT_FINITE = "the network's logits are not finite"
 
 
 def place_of_faults(out: Path) -> Path:
-    """The file that names the skipped inputs of output `out`, with the columns input and reason."""
+    """Return the file that names the skipped inputs of output `out`, with the columns input and reason."""
     out = followed(out)
     return out.with_name(f"{out.name}.skipped.csv")
 
@@ -29,7 +29,7 @@ class Faults:
         self.reasons, self.rows = dict(unusable), 0
 
     def without(self, answers: Iterable[tuple[InputBatch, Chunk]]) -> Iterator[Chunk]:
-        """The answers without the images whose logits are NaN; their files are read once more for the reason.
+        """Yield the answers without the images whose logits are NaN; their files are read again for the reason.
 
         A second pass over the same answers counts nothing twice.
         """
@@ -48,7 +48,7 @@ class Faults:
             yield Chunk([chunk.names[i] for i in np.flatnonzero(usable)], chunk.logits[usable])
 
     def content(self) -> bytes | None:
-        """The file that names what was skipped; None if nothing was."""
+        """Return the content of the file that names the skipped inputs; None if there are none."""
         if not self.reasons:
             return None
         text = io.StringIO()
@@ -56,7 +56,7 @@ class Faults:
         return text.getvalue().encode(errors="surrogateescape")
 
     def save(self, path: Path) -> None:
-        """Write `path`, or remove what an earlier run left there if nothing was skipped."""
+        """Write `path` or, if nothing was skipped, remove the file of an earlier run."""
         content = self.content()
         if content is None:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Inputs of any size in bounded batches: folders are listed, not read; files stay where they are until their turn."""
+"""Read inputs of any size in bounded batches: folders are listed first, files are read on demand."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,7 +22,7 @@ WINDOW = 1024  # addresses that wait for their turn in memory
 
 
 class Read(NamedTuple):
-    """Pixels [B, C, H, W] of a batch, and by position why an image cannot be used; its pixels are 0."""
+    """The pixels [B, C, H, W] of a batch, and the faults of unusable images by position; their pixels are 0."""
 
     pixels: Pixels
     faults: dict[int, str]
@@ -43,7 +43,7 @@ class InputBatch:
         return self.source.names(self.start, self.stop)
 
     def alone(self) -> "InputBatch":
-        """The same batch with only the part of its source that it needs."""
+        """Return the same batch with only the part of its source that it needs."""
         (batch,) = travelling([self])
         return batch
 
@@ -52,11 +52,11 @@ class InputBatch:
         return self.source is other.source and self.start == other.stop
 
     def read(self, pool: Executor) -> Pixels:
-        """The images [B, C, H, W]. Raises InputError naming the file that cannot be used."""
+        """Read the images [B, C, H, W]. Raises InputError that names the unusable file."""
         return self.source.read(self.start, self.stop, pool)
 
     def read_usable(self, pool: Executor) -> Read:
-        """The images, with faults in place of those that cannot be used."""
+        """Read the images, with faults in place of those that cannot be used."""
         with suppress(InputError):
             return Read(self.read(pool), {})
         images, faults = {}, {}
@@ -72,14 +72,14 @@ class InputBatch:
         return Read(pixels, faults)
 
     def stamp(self) -> str:
-        """A text that changes whenever the files behind the images do."""
+        """Return a text that changes whenever the images' files do."""
         return self.source.stamp(self.start, self.stop)
 
 
 def travelling(batches: Sequence[InputBatch]) -> list[InputBatch]:
-    """The same batches for another thread or machine, with only the parts of their sources that they need.
+    """Return the same batches for another thread or machine, with only the parts of their sources that they need.
 
-    Batches that follow each other share a part: its file is opened once, and what is compressed is read once.
+    Consecutive batches share a part, so its file is opened once and compressed content is read once.
     """
     runs: list[list[InputBatch]] = []
     for batch in batches:
@@ -100,8 +100,8 @@ def _with_part(run: Sequence[InputBatch]) -> Iterator[InputBatch]:
 class Inputs:
     """Images, folders of images and shards, in the order given. A context manager: closes what it opened.
 
-    unusable: the places that cannot be opened, with the reason, if `skip`. Else InputError is raised for what does not
-    exist, an empty folder, or a shard of other images. StoreError is raised for a store that cannot be asked.
+    unusable: with `skip`, the inputs that cannot be opened, with the reason. Without it, InputError is raised for a
+    missing input, an empty folder, or a shard of other images. StoreError is raised for a store that cannot be asked.
     """
 
     def __init__(self, places: Sequence[Place], shape: Shape, *, skip: bool = False) -> None:
@@ -114,7 +114,7 @@ class Inputs:
                 self._sources.append(shard)
 
     def _each(self, answer: Callable[[Place], T], places: Sequence[Place]) -> Iterator[T]:
-        """The answers for the places, in order, without those that are skipped; stores are asked many at a time."""
+        """Yield the answers for the inputs in order, without skipped ones; stores are asked for many at a time."""
 
         def tried(place: Place) -> T | InputError:
             try:
@@ -135,7 +135,7 @@ class Inputs:
                         raise result
 
     def _add(self, names: Listed) -> None:
-        """Add image files, to the source before if they lie beside its: so batches are full of images named singly."""
+        """Add image files, to the source before if they lie in the same place, so that single files fill batches."""
         last = self._sources[-1] if self._sources else None
         if not names.images:
             return
@@ -150,7 +150,7 @@ class Inputs:
         return sum(map(len, self._sources))
 
     def batches(self, size: int) -> list[InputBatch]:
-        """All images in batches of `size`, fewer in the last batch of a shard or of a row of image files."""
+        """Return all images in batches of `size`, fewer in the last batch of a shard or of a series of image files."""
         return [
             InputBatch(source, start, min(start + size, len(source)))
             for source in self._sources

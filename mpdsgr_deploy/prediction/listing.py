@@ -1,4 +1,4 @@
-"""What an input names: an image, a shard, or a folder of them, here or in a store. Folders are listed, not read.
+"""Resolve an input: an image, a shard, or a folder of them, here or in a store. Folders are listed, not read.
 
 Shards are NumPy arrays and Parquet files. Those in a folder are read where it holds no images.
 """
@@ -22,7 +22,7 @@ SHARDS = ARRAY_SUFFIXES | PARQUET_SUFFIXES
 
 
 class Listed(NamedTuple):
-    """Images, as paths here or as stamps in a store of fsspec, and shards."""
+    """The images of an input (paths here, stamps in a store of fsspec), and its shards."""
 
     images: Sequence[str]
     shards: Sequence[Place] = ()
@@ -30,10 +30,10 @@ class Listed(NamedTuple):
 
 
 def listed(place: Place, shape: Shape) -> Listed:
-    """What an input names, for a network of inputs [C, H, W] = shape.
+    """List the images or shards that an input names, for a network of inputs [C, H, W] = shape.
 
-    Raises InputError for what does not exist and for a folder without images or shards, StoreError for a store that
-    cannot be asked.
+    Raises InputError for a missing input and for a folder without images or shards, StoreError for a store that cannot
+    be reached.
     """
     if isinstance(place, Stored):
         info = place.info()
@@ -49,7 +49,7 @@ def listed(place: Place, shape: Shape) -> Listed:
 
 
 def open_shard(place: Place, shape: Shape) -> ImageSource:
-    """The images of a shard. Raises InputError as its class does."""
+    """Open the images of a shard. Raises InputError as its class does."""
     kind = ParquetImages if suffix_of(str(place)) in PARQUET_SUFFIXES else ArrayFile
     return kind(place, shape)
 
@@ -78,7 +78,7 @@ def _of_folder(folder: Place, shape: Shape) -> Listed:
 
 
 def _walk_store(folder: Stored, suffixes: Collection[str]) -> tuple[list[str], Counter[str]]:
-    """As `walk`, in a store: the stamps of the files, in the order that their paths have here."""
+    """Walk a folder in a store as `walk` does here; return the stamps of its files, sorted like local paths."""
     stamps, counts = [], Counter[str]()
     with asking(folder):
         for _, folders, files in folder.store.walk(folder.path, detail=True, on_error="raise"):

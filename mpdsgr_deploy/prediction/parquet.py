@@ -76,7 +76,7 @@ class ParquetImages:
         self._forget()
 
     def _rows_from(self, start: int, stop: int) -> list[bytes | None]:
-        """The column's rows from `start` up to `stop`; these are held until later ones are asked for."""
+        """Return the column's rows from `start` up to `stop`, which are kept until later ones are read."""
         with reading(f"Parquet file {self._path}"):
             if not self._first <= start <= self._first + len(self._rows):
                 self._seek(start, stop - start)
@@ -93,7 +93,7 @@ class ParquetImages:
         return rows
 
     def _seek(self, start: int, size: int) -> None:
-        """Stream from the row group that holds row `start` on, some `size` rows at a time."""
+        """Restart the stream at the row group that holds row `start`, about `size` rows at a time."""
         self.close()
         group = bisect_right(self._starts, start) - 1
         self._first, self._rows = self._starts[group], []
@@ -120,9 +120,9 @@ class ParquetImages:
 
 
 def image_column(schema: Any, path: str) -> str:
-    """The column of a pyarrow schema that holds encoded images: `image`, `img`, or the only one of its type.
+    """Return the column of a pyarrow schema that holds encoded images: `image`, `img`, or the only one of its type.
 
-    Raises InputError, with the names of all columns, if there is none or several could be meant.
+    Raises InputError that lists all columns if there is none, or if several could be meant.
     """
     columns = {field.name: leaf for field in schema if (leaf := _leaf(field))}
     for name in NAMES:
@@ -138,7 +138,7 @@ def image_column(schema: Any, path: str) -> str:
 
 
 def _leaf(field: Any) -> str | None:
-    """The path of the bytes in a column, if it holds some."""
+    """Return the path of the bytes within a column, if it holds any."""
     if str(field.type) in BYTES:
         return str(field.name)
     inner = {child.name: str(child.type) for child in field.type} if str(field.type).startswith("struct") else {}

@@ -36,7 +36,7 @@ class Partial:
     The chain of digests shows how much of the file is whole and still belongs to inputs and settings: a record that is
     torn or damaged, or whose image was changed since, is dropped with all that follow it.
 
-    Raises InputError if the file cannot be written, is not ours, or is being written by another process.
+    Raises InputError if the file cannot be written, is no such file, or is being written by another process.
     """
 
     def __init__(self, path: Path, settings: str, classes: int) -> None:
@@ -56,7 +56,7 @@ class Partial:
             raise
 
     def resume(self, batches: Sequence[InputBatch]) -> int:
-        """How many of the batches are finished; what follows them in the file is cut off."""
+        """Return how many of the batches are finished, and cut off whatever follows them in the file."""
         done, end = 0, 0
         self._file.seek(0)
         if self._file.read(len(self._head)) == self._head:
@@ -78,7 +78,7 @@ class Partial:
         return done
 
     def append(self, batch: InputBatch, logits: NDArray[np.float32]) -> None:
-        """Write the next batch to disk, where it survives the process."""
+        """Write the next batch to disk, so that it survives the end of the process."""
         data = np.ascontiguousarray(logits, "<f4").tobytes()
         self._digest = self._next(batch, data)
         with writing(self.path, KEPT):
@@ -86,7 +86,7 @@ class Partial:
             self._file.flush()
 
     def chunks(self, batches: Sequence[InputBatch]) -> Iterator[Chunk]:
-        """The finished batches, all of them, read back one by one."""
+        """Read all finished batches back, one by one."""
         self._file.seek(len(self._head))
         for batch in batches:
             data = self._file.read(4 * len(batch) * self._classes)

@@ -1,11 +1,11 @@
 """The folder that a prediction job on a cluster writes its parts to, here or in an object store.
 
-    _job.json             what is computed: a rerun of the same job goes on, another one is refused
+    _job.json             the job: a rerun of the same job continues, another job is refused
     part-00000.parquet    the rows of some batches, each file written once and whole
     _skipped-00000.csv    inputs that part 0 left out, and why
     _SUCCESS              the number of rows, written when every part is there
 
-Readers of Parquet folders leave names with an underscore alone.
+Readers of Parquet folders ignore names that begin with an underscore.
 """
 
 import json
@@ -37,10 +37,10 @@ def skipped_name(number: int) -> str:
 
 
 class Parts(Protocol):
-    """A folder of parts. Its methods raise InputError or StoreError where it cannot be read or written."""
+    """A folder of parts. Its methods raise InputError or StoreError if it cannot be read or written."""
 
     def claimed(self) -> AbstractContextManager[None]:
-        """Raises InputError if the folder holds anything else, or another process on this machine writes into it."""
+        """Claim the folder. Raises InputError if it holds other files or another process here writes into it."""
         ...
 
     def describe(self, job: dict[str, Any]) -> None:
@@ -48,11 +48,11 @@ class Parts(Protocol):
         ...
 
     def names(self) -> set[str]:
-        """What is in the folder."""
+        """Return the names of the files in the folder."""
         ...
 
     def part(self, number: int) -> AbstractContextManager[BinaryIO]:
-        """A file to write, which becomes the part once the block has ended well."""
+        """Open a file to write, which becomes the part if the block ends without an error."""
         ...
 
     def open(self, name: str) -> IO[bytes]: ...
@@ -67,7 +67,7 @@ def parts_at(place: Place) -> Parts:
 
 
 class PartsHere:
-    """In a local or shared directory, locked against other processes while a job runs."""
+    """Parts in a local or shared directory, which is locked while a job runs."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -103,10 +103,10 @@ class PartsHere:
 
 
 class PartsInStore:
-    """In an object store, which shows a file whole or not at all and knows no locks.
+    """Parts in an object store, which has no locks, and where a file appears only once it is complete.
 
-    Only one of two different jobs can create _job.json, so that no two mix. Two processes with the same job write the
-    same files twice.
+    Only one of two different jobs can create _job.json, so that their parts do not mix. Two processes with the same job
+    write the same files twice.
     """
 
     def __init__(self, place: Stored) -> None:
@@ -157,7 +157,7 @@ class PartsInStore:
 
 
 def count_rows(parts: Parts, numbers: Iterable[int]) -> int:
-    """The rows of these parts."""
+    """Count the rows of these parts."""
     parquet = need("pyarrow.parquet", "parquet")
 
     def rows(number: int) -> int:
@@ -169,7 +169,7 @@ def count_rows(parts: Parts, numbers: Iterable[int]) -> int:
 
 
 def save_faults(parts: Parts, name: str, faults: Faults) -> None:
-    """Write what was skipped, or remove what an earlier run left there if nothing was."""
+    """Write the skipped inputs or, if there are none, remove the file of an earlier run."""
     if content := faults.content():
         parts.write(name, content)
     else:

@@ -1,8 +1,8 @@
-"""A prediction job on many machines: Ray Data hands parts of it to actors, each of which holds a predictor.
+"""Run a prediction job on many machines: Ray Data hands parts of it to actors, each with a predictor.
 
-Parts are cut between batches, so the rows are those of a single machine, bit for bit. A part that was begun by a worker
-or a driver that died is computed again and written under its own name: every row is there exactly once. All
-machines see bundle, inputs and OUT under the same paths, or in a store that all of them may use.
+Parts end at batch boundaries, so the rows are those of a single machine, bit for bit. If a worker or the driver dies,
+an unfinished part is computed again and written under the same name, so that every row exists exactly once. All
+machines must reach bundle, inputs and OUT under the same paths, or in a store.
 """
 
 import hashlib
@@ -42,10 +42,10 @@ PART = 32  # batches per file
 
 
 class Resources(NamedTuple):
-    """Where a job runs: on the cluster at `address` ("local": on one of this process), actors up to `actors`.
+    """Where a job runs: on the cluster at `address` ("local": one of this process), with at most `actors` actors.
 
-    cpus, gpus: what an actor takes of its machine, in whole or fractional devices. bundle: the address from which
-    machines fetch the job's bundle, if it has one; else they see its directory.
+    cpus, gpus: devices of an actor, whole or fractional. bundle: the address from which machines fetch the job's
+    bundle; without one they read its directory.
     """
 
     address: str
@@ -81,7 +81,7 @@ def predict_on_cluster(job: Job, out: Place, resources: Resources) -> int:
 
 
 def _description(job: Job, batches: Sequence[InputBatch]) -> dict[str, Any]:
-    """What the rows of a job depend on."""
+    """Return everything that the rows of a job depend on."""
     inputs = hashlib.sha256()
     for batch in batches:
         inputs.update(os.fsencode(batch.stamp()))
@@ -114,7 +114,7 @@ def _run(job: Job, folder: Parts, parts: dict[int, Sequence[InputBatch]], resour
 
 
 def _fitting(available: Mapping[str, float], resources: Resources) -> int:
-    """How many actors fit into a cluster's devices now, 1 at least: others may join.
+    """Return how many actors fit into a cluster's devices now, at least 1, because machines may join later.
 
     Raises InputError if none fits, and the cluster is this machine alone.
     """
@@ -131,7 +131,7 @@ def _fitting(available: Mapping[str, float], resources: Resources) -> int:
 
 @contextmanager
 def _connected(ray: Any, address: str) -> Iterator[None]:
-    """A connection to Ray that ends with the block, unless the process was connected before."""
+    """Connect to Ray for the length of the block; an existing connection is kept."""
     if ray.is_initialized():
         yield
         return
@@ -153,7 +153,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
 class _Actor:
     """Holds a predictor on one machine of the cluster and writes one part after another.
 
-    Our errors are returned, not raised: of those Ray keeps only a text with its own advice.
+    Errors of this package are returned, because Ray reduces raised ones to a text with its own advice.
     """
 
     def __init__(self, job: Job, folder: Parts, address: BundleAddress | None = None) -> None:

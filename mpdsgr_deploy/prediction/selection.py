@@ -1,4 +1,4 @@
-"""Which inputs a run takes: those listed in a file, or one share of them if several machines work on the same job."""
+"""Select the inputs of a run: those listed in a file, or one share of them if several machines share the job."""
 
 import os
 import re
@@ -19,7 +19,7 @@ class Shard(NamedTuple):
     total: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This share of the items; the shares are contiguous, so all of them in order are all items."""
+        """Return this share of the items; shares are contiguous, so that all shares in order are all items."""
         start, stop = (len(items) * part // self.total for part in (self.number - 1, self.number))
         return items[start:stop]
 
@@ -36,10 +36,10 @@ def parse_shard(text: str) -> Shard:
 
 
 def read_list(file: Place) -> list[Place]:
-    """The paths and addresses in a text file, one per line; "-" is standard input. Blank lines are left out.
+    """Read paths and addresses from a text file, one per line; "-" is standard input. Blank lines are ignored.
 
     Paths are relative to the working directory. Raises InputError for a file that cannot be read or names nothing,
-    StoreError for a store that cannot be asked.
+    StoreError for a store that cannot be reached.
     """
     try:
         if str(file) == "-":

@@ -1,4 +1,4 @@
-"""Images in a fixed order, read one stretch after another: from files here, from files in a store."""
+"""Images in a fixed order, read in consecutive ranges from files here or in a store."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -19,19 +19,19 @@ Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
 
 
 class ImageSource(Protocol):
-    """Images in a fixed order. `read` is called for one stretch after another; it may use the pool's threads."""
+    """Images in a fixed order. `read` is called for consecutive ranges, and may use the pool's threads."""
 
     def __len__(self) -> int: ...
     @property
     def shape(self) -> Shape: ...
     def part(self, start: int, stop: int) -> tuple["ImageSource", int]:
-        """A source that holds these images, for another thread or process, and the index of the first in it."""
+        """Return a source of these images for another thread or process, and the index of the first image in it."""
         ...
 
     def names(self, start: int, stop: int) -> list[str]: ...
     def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
     def stamp(self, start: int, stop: int) -> str:
-        """A text that changes whenever the files behind these images do."""
+        """Return a text that changes whenever these images' files do."""
         ...
 
     def close(self) -> None: ...
@@ -43,7 +43,7 @@ def takes_images(shape: Shape) -> bool:
 
 
 class ImageFiles:
-    """Image files, or event recordings where the network's input has other than 1 or 3 channels."""
+    """Image files, or event recordings if the network's input does not have 1 or 3 channels."""
 
     store = None
 
@@ -74,9 +74,9 @@ class ImageFiles:
 
 
 class StoredImages:
-    """As `ImageFiles`, in a store of fsspec, by their stamps; the files of a stretch are fetched side by side.
+    """Image files in a store of fsspec, given by their stamps; the files of a range are fetched concurrently.
 
-    `read` raises InputError for a file that is gone or damaged, StoreError for a store that cannot be asked.
+    `read` raises InputError for a file that is gone or damaged, StoreError for a store that cannot be reached.
     """
 
     def __init__(self, stamps: Sequence[str], shape: Shape, store: Any) -> None:
@@ -114,7 +114,7 @@ class StoredImages:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what a decoder raises into InputError "cannot read WHAT: ..."; errors of ours pass."""
+    """Turn a decoder's errors into InputError "cannot read WHAT: ..."; this package's own errors pass."""
     try:
         yield
     except MpdsgrError:
@@ -124,6 +124,6 @@ def reading(what: str) -> Iterator[None]:
 
 
 def decoded(names: Sequence[str], contents: Iterable[bytes], shape: Shape, pool: Executor) -> NDArray[np.uint8]:
-    """The pixels [B, C, H, W] of files by their names and contents. Raises InputError for one that is damaged."""
+    """Decode files, given by name and content, to pixels [B, C, H, W]. Raises InputError for a damaged file."""
     decode = partial(decode_image if takes_images(shape) else decode_frames, shape=shape)
     return np.stack(list(pool.map(decode, contents, names)))

@@ -1,4 +1,4 @@
-"""Predictions of inputs of any size: reading, inference and writing overlap, and few batches are alive at a time."""
+"""Predict inputs of any size: reading, inference and writing overlap, and few batches are in memory at a time."""
 
 import json
 import os
@@ -33,11 +33,11 @@ DECODERS = min(8, os.cpu_count() or 1)  # threads
 
 @dataclass(frozen=True)
 class Job:
-    """Images, folders and shards to classify, here or in a store: by which network, on what, how.
+    """A prediction job: the inputs, here or in a store, the network, the backend and the options.
 
-    batch: images per inference; processes: how many infer; top: how many labels an image gets. skip: inputs that cannot
-    be used are left out, and named with the reason in `place_of_faults`; else they end the run. shard: which share of
-    the batches is done here; all shares in order are the rows of the whole, bit for bit.
+    batch: images per inference; processes: how many run inference; top: labels per image. skip: leave out unusable
+    inputs, and list them with the reason in `place_of_faults`; without it they end the run. shard: the share of the
+    batches to compute; all shares in order are the rows of the whole job, bit for bit.
     """
 
     bundle: Bundle
@@ -51,9 +51,9 @@ class Job:
     shard: Shard = WHOLE
 
     def to_stream(self, file: BinaryIO, suffix: str) -> int:
-        """Write the format of a suffix as the answers come; returns the number of images.
+        """Write the format of a suffix to a stream as results come; return the number of images.
 
-        The format must be one that is written in a single pass. Raises InputError as `to_file` does.
+        The format must be one that can be written in a single pass. Raises InputError as `to_file` does.
         """
         write = find_writer(suffix, self.bundle.manifest.labels, self.top)
         with self.open_inputs() as inputs:
@@ -65,11 +65,11 @@ class Job:
             return sum(map(len, batches)) - faults.rows
 
     def to_file(self, out: Path) -> int:
-        """Write `out` in the format of its suffix; returns the number of images.
+        """Write `out` in the format of its suffix; return the number of images.
 
         `out` is replaced once everything is finished. Until then the finished logits are in `out`.partial, and the same
-        job goes on from there, as does one whose other images were changed. Raises InputError for inputs, options or
-        an output that cannot be used, EvaluationError for a network that does not answer as it should.
+        job continues from there, up to the first image that was changed. Raises InputError for inputs, options or an
+        output that cannot be used, EvaluationError for a network that answers the golden batch wrongly.
         """
         if out.is_dir():
             raise InputError(f"--out {out} is a directory; give the name of a file")
@@ -101,7 +101,7 @@ class Job:
             return sum(map(len, batches)) - faults.rows
 
     def logits(self) -> NDArray[np.float32]:
-        """Logits [N, K] of all inputs, held in memory together. Raises InputError as `to_file` does."""
+        """Return logits [N, K] of all inputs, held in memory together. Raises InputError as `to_file` does."""
         with self.open_inputs() as inputs:
             return np.concatenate([logits for _, (_, logits) in self._answers(inputs.batches(self.batch))])
 
@@ -116,15 +116,15 @@ class Job:
                     raise InputError(f"--out {out} would overwrite the input {path}; choose another --out")
 
     def open_inputs(self) -> Inputs:
-        """The inputs, listed. Raises InputError as `Inputs` does."""
+        """List the inputs. Raises InputError as `Inputs` does."""
         return Inputs(self.paths, self.bundle.manifest.input_shape, skip=self.skip)
 
     def settings(self) -> str:
-        """What the logits depend on besides the inputs; their last bits depend on the batch size too."""
+        """Return what the logits depend on besides the inputs; the batch size affects their last bits."""
         return json.dumps([self.bundle.manifest.digest, self.backend, self.precision, self.batch])
 
     def _answers(self, batches: Sequence[InputBatch], done: int = 0) -> Iterator[tuple[InputBatch, Chunk]]:
-        """Batches and their logits [B, K] in order, from batch `done` on; NaN stands for images that are skipped."""
+        """Yield batches and their logits [B, K] in order, from batch `done` on; NaN stands for skipped images."""
         if done == len(batches):
             return
         worker = Worker(self.bundle, self.backend, self.precision, self.batch)
@@ -134,7 +134,7 @@ class Job:
     def answers_through(
         self, submit: Submit, batches: Sequence[InputBatch], done: int = 0
     ) -> Iterator[tuple[InputBatch, Chunk]]:
-        """As `_answers`, with workers that run already."""
+        """Yield batches and logits as `_answers` does, with workers that run already."""
         sizes = [len(batch) for batch in batches]
         fitted = self.batch
         trained = self.bundle.manifest.pixels
@@ -167,7 +167,7 @@ class Job:
 
 
 def place_of_partial(out: Path) -> Path:
-    """Where the finished logits of output `out` are kept until all are."""
+    """Return the file that keeps the finished logits of output `out` until all are finished."""
     out = followed(out)
     return out.with_name(f"{out.name}.partial")
 
@@ -175,9 +175,9 @@ def place_of_partial(out: Path) -> Path:
 def ahead(
     items: Iterable[Item], submit: Callable[[Item], "Future[Result]"], limit: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Each item with the result of its future, in order; at most `limit` futures wait beside the one asked for.
+    """Yield each item with the result of its future, in order; at most `limit` futures wait beside the current one.
 
-    Where the items or submitting fail, the results of the items before come first, then the error.
+    If iterating or submitting fails, the results of earlier items come first, then the error.
     """
     source = iter(items)
     waiting: deque[tuple[Item, Future[Result]]] = deque()

@@ -1,4 +1,4 @@
-"""Workers that answer batches: a thread of this process, or processes with a GPU each. Both return futures."""
+"""Workers that run inference on batches: a thread of this process, or processes with a GPU each."""
 
 import multiprocessing
 import os
@@ -27,16 +27,16 @@ GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per GPU; in a container, t
 
 
 class Answer(NamedTuple):
-    """Logits float32 [B, K], and the largest batch that fitted into memory so far."""
+    """The logits float32 [B, K], and the largest batch that fitted into memory so far."""
 
     logits: NDArray[np.float32]
     batch: int
 
 
 class Halving:
-    """Answers batches. One that is too large for memory is halved, and later ones are limited to that size.
+    """Runs inference on batches. A batch too large for memory is halved, and later ones are limited to that size.
 
-    Raises OutOfMemory where a single image is too much.
+    Raises OutOfMemory if a single image does not fit.
     """
 
     def __init__(self, predictor: Predictor, batch: int) -> None:
@@ -60,7 +60,7 @@ Submit = Callable[[Pixels], "Future[Answer]"]
 
 
 class Worker(NamedTuple):
-    """What a worker opens, and the largest batch it is given. Raises as `open_predictor` does."""
+    """What a worker opens, and its largest batch. Opening raises as `open_predictor` does."""
 
     bundle: Bundle
     backend: str
@@ -75,11 +75,10 @@ class Worker(NamedTuple):
 
 @contextmanager
 def started(worker: Worker, processes: int) -> Iterator[Submit]:
-    """Hand batches to the worker in this process (1) or to `processes` new ones.
+    """Start workers: one in this process (1), or `processes` new ones.
 
     Batches that have not started when the block ends are dropped. Each of several processes sees one GPU, in turn, of
-    those in CUDA_VISIBLE_DEVICES or of all there are. Raises
-    InputError if a process dies.
+    those in CUDA_VISIBLE_DEVICES or of all. Raises InputError if a process dies.
     """
     with ExitStack() as stack:
         if processes == 1:
@@ -110,7 +109,7 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Processes that start in this block inherit the mask; Windows has no such mask."""
+    """Block interrupts in processes that start within this block. Does nothing on Windows."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -122,7 +121,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def visible_gpus() -> list[str]:
-    """Values of CUDA_VISIBLE_DEVICES that show one GPU each."""
+    """Return values of CUDA_VISIBLE_DEVICES that show one GPU each."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
         return [gpu for gpu in allowed.split(",") if gpu]
@@ -143,7 +142,7 @@ def _begin(worker: Worker, turns: "SimpleQueue[str | None]") -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process with its parent, so that a killed parent leaves no process and no GPU memory behind."""
+    """End this process when its parent ends, so that a killed parent leaves no process and no GPU memory behind."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Predictions as CSV, JSON lines, Parquet or NumPy arrays, written chunk by chunk."""
+"""Write predictions as CSV, JSON lines, Parquet or NumPy arrays, chunk by chunk."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ ROW_GROUP = 65536  # rows per group, which a Parquet reader decodes together
 
 
 def best(logits: NDArray[np.float32], top: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The `top` most probable classes of logits [B, K] and their softmax probabilities, [B, top] each, best first."""
+    """Return the `top` most probable classes of logits [B, K] and their probabilities, [B, top] each, best first."""
     probabilities = np.exp(logits - logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
     classes = np.argsort(-logits, axis=1, kind="stable")[:, :top]  # of equal ones the first, as argmax
@@ -31,7 +31,7 @@ def best(logits: NDArray[np.float32], top: int) -> tuple[NDArray[np.int64], NDAr
 
 
 def headings(top: int) -> list[str]:
-    """input, label, probability; for several labels input, label_1, probability_1, label_2, ..."""
+    """Return the column names: input, label, probability; for several labels input, label_1, probability_1, ..."""
     return ["input", *(f"{what}{rank}" for rank in _ranks(top) for what in ("label", "probability"))]
 
 
@@ -60,7 +60,7 @@ def write_jsonl(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top:
 
 
 def write_parquet(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top: int) -> None:
-    """The columns `headings`: strings, and float32 probabilities. Bytes of names that are not UTF-8 become U+FFFD."""
+    """Write the columns `headings`: strings, float32 probabilities. Bytes that are not UTF-8 become U+FFFD."""
     arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
     scores = [(f"label{rank}", arrow.string()) for rank in _ranks(top)]
     fields = dict([("input", arrow.string()), *scores])
@@ -82,7 +82,7 @@ def write_parquet(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], to
 
 
 def write_npz(file: BinaryIO, chunks: Chunks) -> None:
-    """The arrays inputs [N] (names), logits float32 [N, K] and classes int64 [N]."""
+    """Write the arrays inputs [N] (names), logits float32 [N, K] and classes int64 [N]."""
     count = width = kinds = 0
     for names, logits in chunks():
         count, width, kinds = count + len(names), max(width, *map(len, names)), logits.shape[1]
@@ -101,9 +101,9 @@ FORMATS: dict[str, Callable[..., None]] = {
 
 
 def find_writer(suffix: str, labels: tuple[str, ...], top: int) -> Writer:
-    """The writer for a file suffix, with the `top` best labels of each image.
+    """Return the writer for a file suffix, with the `top` best labels of each image.
 
-    Raises InputError for an unknown suffix, for more labels than there are, where pyarrow is missing.
+    Raises InputError for an unknown suffix, for more labels than there are, and if pyarrow is missing.
     """
     if suffix not in FORMATS:
         raise InputError(f"the name of the output must end in one of {', '.join(FORMATS)}, not in {suffix!r}")
