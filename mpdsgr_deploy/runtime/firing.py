@@ -1,7 +1,7 @@
-"""How much each layer of an exported network fires, image by image, beside its logits.
+"""Measure how much each layer of an exported network fires, image by image, together with the logits.
 
 Export names spikes `spikes/LAYER/t`. Here the network gets one more output, in memory: their means. The spikes of an
-encoding (Poisson) have no such name: they belong to no layer.
+encoding (Poisson) have no such name, because they belong to no layer.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ PROVIDERS = {"onnxruntime-cpu": CPU, "onnxruntime-cuda": CUDA}  # the backends t
 
 
 class FiringRates:
-    """Images float32 [B, C, H, W] in [0, 1] to logits [B, K] and firing rates [B, L], both float32.
+    """Maps images float32 [B, C, H, W] in [0, 1] to logits [B, K] and firing rates [B, L], both float32.
 
     A rate is the mean over steps and neurons of a layer's spikes, for one image; `layers` names the L layers in the
-    order of the network. In a network with gates (StoG) these are the spikes in front of the gates, those that reset
-    the membrane. A stochastic network gets the same noise as from `open_predictor`.
+    order of the network. In a network with gates (StoG) the spikes before the gates are counted, which reset the
+    membrane. A stochastic network gets the same noise as from `open_predictor`.
 
     network: the bundle's ONNX model, if it has been read already. A context manager: the session ends with the block.
     Threads may share it. Raises InputError for a backend that does not show spikes or cannot run here, or a file
@@ -70,7 +70,7 @@ class FiringRates:
 
 
 def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]]:
-    """The spikes of every step, by layer, in the order of the network. Raises InputError if it does not name them."""
+    """Return the names of every step's spikes, by layer in order. Raises InputError if the network lacks them."""
     steps: dict[str, list[str]] = {}
     for node in network.graph.node:
         for name in node.output:
@@ -83,10 +83,10 @@ def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]
 
 
 def with_firing_rates(network: onnx.ModelProto, steps: Mapping[str, list[str]]) -> onnx.ModelProto:
-    """A copy with one more output, firing_rate [batch, L]; steps: the spikes of every step, by layer.
+    """Return a copy with one more output, firing_rate [batch, L]; steps: the spikes of every step, by layer.
 
-    Means over neurons, step by step, times a matrix that takes the means over steps: in float32 also where spikes are
-    float16, in which a mean would be rounded.
+    Means over the neurons of each step are multiplied by a matrix that averages over steps, in float32 even if spikes
+    are float16, in which a mean would be rounded.
     """
     observable = onnx.ModelProto()
     observable.CopyFrom(network)

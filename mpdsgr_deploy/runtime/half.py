@@ -1,4 +1,4 @@
-"""float16 networks on a CPU with every rounding that the ONNX file prescribes.
+"""Run float16 networks on a CPU with every rounding that the ONNX file prescribes.
 
 onnxruntime has no float16 arithmetic on a CPU. It computes such nodes in float32 and removes the roundings between
 them, so only the weights of a float16 network are rounded. It keeps roundings that are written as Cast nodes.
@@ -14,7 +14,7 @@ FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 def for_cpu(model: Path | onnx.ModelProto) -> str | bytes:
-    """What onnxruntime should load on a CPU: the network itself, or its `rounded_as_written` if it holds float16."""
+    """Return what onnxruntime should load on a CPU: the network, or `rounded_as_written` of it if it uses float16."""
     network = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
     if not any(tensor.data_type == FLOAT16 for tensor in network.graph.initializer):
         return as_it_is(model)
@@ -26,10 +26,10 @@ def as_it_is(model: Path | onnx.ModelProto) -> str | bytes:
 
 
 def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that computes in float32 and rounds to float16 every value the file has in float16.
+    """Return a copy that computes in float32 and rounds to float16 every value that the file has in float16.
 
-    Every value keeps its name and gets the type float32. A machine with float16 arithmetic rounds a product once, after
-    adding up in float32; so does this.
+    Every value keeps its name and gets the type float32. As on a machine with float16 arithmetic, a product is rounded
+    once, after accumulation in float32.
     """
     types = _types(network)
     copy = onnx.ModelProto()
@@ -57,6 +57,6 @@ def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _types(network: onnx.ModelProto) -> dict[str, int]:
-    """The element type of every value that nodes compute."""
+    """Return the element type of every value that nodes compute."""
     graph = onnx.shape_inference.infer_shapes(network, strict_mode=True).graph
     return {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}

@@ -1,4 +1,4 @@
-"""Input of predictors: the check that every backend makes, and many images in bounded batches."""
+"""The input of predictors: the check that every backend makes, and prediction of many images in batches."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,6 @@ def check_images(x: NDArray[np.float32], shape: tuple[int, int, int]) -> None:
 def predict(
     predictor: Predictor, x: NDArray[np.float32], batch_size: int = 128, what: str = "predicting"
 ) -> NDArray[np.float32]:
-    """Logits [N, K] of images [N, C, H, W], `batch_size` at a time, with a progress bar called `what`."""
+    """Return logits [N, K] of images [N, C, H, W], `batch_size` at a time, with a progress bar called `what`."""
     starts = range(0, len(x), batch_size)
     return np.concatenate([predictor(x[start : start + batch_size]) for start in track(starts, what)])

@@ -5,15 +5,15 @@
     normal   Box-Muller of the words w, w' of a pair: sqrt(-2 ln a) (cos b, sin b),
              a = (w + 1/2) / 2^32, b = 2 pi w' / 2^32
 
-So an image gets the same noise in every batch and position, on every backend and machine; any change of a pixel
-draws fresh noise. Of numpy only Philox's raw words are used, whose stream it never changes (NEP 19; a Generator's
-distributions may change with its version). Uniform draws are exact; normal ones are computed in float64, without
-rejections, so that another machine's logarithm moves one by a rounding at most, never the ones behind it. A CPU core
-makes a uniform draw in some 6 ns and a normal one in 40 ns: 0.15 and 1 ms for T = 8 steps of a 3x32x32 image.
+An image therefore gets the same noise in every batch and position, on every backend and machine; any change of a pixel
+draws fresh noise. Only the raw words of numpy's Philox are used, whose stream numpy never changes (NEP 19; a
+Generator's distributions may change with its version). Uniform draws are exact; normal ones are computed in float64
+without rejections, so that another machine's logarithm changes one draw by at most a rounding, and no later draw. A CPU
+core makes a uniform draw in some 6 ns and a normal one in 40 ns: 0.15 and 1 ms for T = 8 steps of a 3x32x32 image.
 
 The seed is the defender's secret. An attacker who knows it knows the noise of every image and attacks a deterministic
-network; what is evaluated is an attacker without it, who averages over other draws (EOT). The cost of being a function:
-an image that once fooled the network always does, and an attacker who may query many near copies may find one.
+network. Evaluations assume an attacker without it, who averages over other draws (EOT). Because the noise depends on
+the image alone, an image that once fooled the network always does, and many queries with near copies may find one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,13 +70,13 @@ class NoiseSource:
 
 
 def uniform(key: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """U[0, 1) in multiples of 2^-24; key: 16 bytes."""
+    """Return U[0, 1) in multiples of 2^-24; key: 16 bytes."""
     high = _pairs(key, shape) >> 8
     return _shaped(high.astype(np.float32) * np.float32(2**-24), shape)
 
 
 def normal(key: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """N(0, 1), at most 6.8 in size, as any draw from 2^32 possible radii; key: 16 bytes."""
+    """Return N(0, 1), at most 6.8 in size because there are 2^32 possible radii; key: 16 bytes."""
     radius, angle = _pairs(key, shape).astype(np.float64).T / 2**32
     radius = np.sqrt(-2 * np.log(radius + 2**-33))
     angle *= 2 * np.pi
@@ -87,7 +87,7 @@ DISTRIBUTIONS = {"uniform": uniform, "normal": normal}
 
 
 def _pairs(key: bytes, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Pairs of random words [n, 2], just enough to fill `shape`."""
+    """Return pairs of random words [n, 2], just enough to fill `shape`."""
     count = (prod(shape) + 1) // 2
     raw = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(count)
     return raw.astype("<u8").view("<u4").reshape(count, 2)

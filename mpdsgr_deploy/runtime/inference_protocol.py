@@ -1,6 +1,6 @@
-"""Requests and responses of the Open Inference Protocol (v2) over HTTP, as a client writes and reads them.
+"""Write requests and read responses of the Open Inference Protocol (v2) over HTTP, as a client.
 
-Tensors stand in the JSON, or behind it in the order in which it names them (the extension `binary_tensor_data`):
+Tensors are in the JSON, or follow it in the order in which it names them (the extension `binary_tensor_data`):
 https://github.com/kserve/open-inference-protocol
 """
 
@@ -28,7 +28,7 @@ class EncodedRequest(NamedTuple):
 
 
 def encode_request(tensors: Mapping[str, NDArray[Any]], output: str, *, binary: bool) -> EncodedRequest:
-    """Ask for one output of these inputs, uint8 or float, whose first axis is the batch. binary: in both directions."""
+    """Encode a request for one output of these inputs, uint8 or float [B, ...]. binary: tensors in both directions."""
     inputs: list[dict[str, Any]] = []
     data: list[bytes] = []
     for name, tensor in tensors.items():
@@ -49,7 +49,7 @@ def encode_request(tensors: Mapping[str, NDArray[Any]], output: str, *, binary: 
 
 
 class OutputTensor(NamedTuple):
-    """An output as a response claims it. content: its bytes, or the (nested) list of a JSON response."""
+    """An output as a response describes it. content: its bytes, or the (nested) list of a JSON response."""
 
     datatype: str
     shape: list[int]
@@ -57,16 +57,16 @@ class OutputTensor(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether there are as many numbers as the shape says, as far as the datatype is known."""
+        """Whether there are as many numbers as the shape says, if the datatype is known."""
         count = prod(self.shape)
         if isinstance(self.content, list):
             return count in (len(self.content), np.size(self.content))
         return self.datatype not in DTYPES or len(self.content) == count * DTYPES[self.datatype].itemsize
 
     def floats(self) -> NDArray[np.float32]:
-        """The numbers, float32 [*shape], in fresh memory. Raises ValueError if they are none or do not fit the shape.
+        """Return the numbers, float32 [*shape], in fresh memory. Raises ValueError if they do not fit the shape.
 
-        A number that float32 cannot hold is infinite.
+        A number beyond the range of float32 becomes infinite.
         """
         if isinstance(self.content, list):
             with np.errstate(over="ignore"):
@@ -77,9 +77,9 @@ class OutputTensor(NamedTuple):
 
 
 def read_output(body: bytes, json_size: int | None, name: str) -> OutputTensor:
-    """The output of that name in a response. json_size: bytes of JSON, None for all of the body.
+    """Return the output of that name in a response. json_size: bytes of JSON, None for all of the body.
 
-    Raises ValueError for anything that is no such response.
+    Raises ValueError if this is not such a response.
     """
     try:
         start = len(body) if json_size is None else json_size

@@ -1,4 +1,4 @@
-"""How a backend runs a network on one machine: measured by `mpdsgr build`, kept in the bundle, used where it fits."""
+"""A backend's settings for a network on one kind of machine, measured by `mpdsgr build` and kept in the bundle."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ PACKAGES = {"openvino": "openvino", "onnxruntime-cpu": "onnxruntime"}  # the bac
 
 
 class RuntimeSettings(Section):
-    """threads: for one inference; None: one per core. chunk: images computed at once; None: the backend's own choice.
+    """threads: those of one inference; None: one per core. chunk: images computed at once; None: the backend's choice.
 
-    milliseconds: by batch size, the time that was measured when these settings were chosen; shown to people only.
+    milliseconds: by batch size, the time measured when these settings were chosen, for information only.
     """
 
     threads: Count | None = None
@@ -23,13 +23,13 @@ class RuntimeSettings(Section):
 
 
 def machine(backend: str) -> dict[str, str]:
-    """What a backend's settings depend on: the CPU, how many cores this process may use, the library's version."""
+    """Return what a backend's settings depend on: the CPU, this process's cores, the library's version."""
     here, package = hardware(), PACKAGES[backend]
     return {"cpu": here["cpu"], "cores": str(here["cores"]), package: package_version(package) or "unknown"}
 
 
 def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSettings:
-    """The settings measured for this network on a machine like this one, or the defaults.
+    """Return the settings measured for this network on a machine like this one, or the defaults.
 
     Raises InputError if the bundle holds something else in their place.
     """

@@ -16,10 +16,10 @@ from mpdsgr_deploy.runtime.session import CPU, Session, failure
 class OnnxRuntime:
     """A Predictor on an ONNX file. A context manager: the session ends with the block. Threads may share it.
 
-    model: the file, or its content, which messages then call `source`. provider: an onnxruntime execution provider;
-    InputError if this machine cannot run it. noise: for a stochastic network the source of its noise inputs; InputError
-    if it does not fit them. settings: threads of the CPU provider, and how many images are computed at once; by default
-    one thread per core, and the whole batch.
+    model: the file, or its content, with the name `source` for error messages. provider: an execution provider of
+    onnxruntime. noise: for a stochastic network, the source of its noise inputs. settings: threads of the CPU provider,
+    and how many images are computed at once; by default one thread per core, and the whole batch. Raises InputError if
+    this machine cannot run the provider, or if the noise does not fit the network.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class OnnxRuntime:
         return self._computed(x, self._session.outputs[:1])[0]
 
     def answers(self, x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Every output of the network, each [B, ...], for images as a Predictor takes them."""
+        """Return every output of the network, each [B, ...], for images as a Predictor takes them."""
         return self._computed(x, self._session.outputs)
 
     def _computed(self, x: NDArray[np.float32], outputs: list[str]) -> list[NDArray[np.float32]]:

@@ -1,4 +1,4 @@
-"""Open a bundle on a named backend, and prove on its golden batch that it answers as it should."""
+"""Open a bundle on a named backend, and check on its golden batch that the logits are right."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -65,9 +65,9 @@ DEFAULT_BACKEND = "onnxruntime-cpu"
 def open_predictor(
     bundle: Bundle, backend: str = DEFAULT_BACKEND, precision: str = "fp32", *, seed: int | None = None
 ) -> Iterator[Predictor]:
-    """A Predictor for the length of a with block.
+    """Open a Predictor for the length of a with block.
 
-    seed: of a stochastic network's noise; None: the recipe's `validation.seed`, which everyone who has the bundle
+    seed: that of a stochastic network's noise; None: the recipe's `validation.seed`, which everyone with the bundle
     knows. Raises InputError for an unknown backend or precision or a backend that cannot run here, EvaluationError if
     the golden batch is not answered with the reference's labels and logits.
     """

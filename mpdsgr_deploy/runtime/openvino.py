@@ -1,11 +1,11 @@
 """OpenVINO on a CPU: the fastest exact path there, for float32 and for the int8 variant.
 
-Its bf16 and f16 hints round activations and flip spikes, so the precision is always f32; what is int8 is so in the
-graph. A static batch is what makes it fast: only then are a neuron's operations fused into one kernel and the T steps
-joined in place (with a dynamic batch the same network takes 1.2 to 1.4 times as long). So a network is compiled for the
-few batch sizes that any batch can be cut into, each when it is first needed, from a graph that `openvino_graph` has
-rewritten to the same answers. float16 it computes in float32 and without the roundings in between, whatever the file
-says: closer to float32 than a GPU is.
+Its bf16 and f16 hints round activations and flip spikes, so the precision is always f32; int8 products are int8 in the
+graph. Only with a static batch does OpenVINO fuse a neuron's operations into one kernel and join the T steps in place
+(with a dynamic batch the same network takes 1.2 to 1.4 times as long). A network is therefore compiled for the few
+batch sizes that any batch can be cut into, each when first needed, from a graph that `openvino_graph` has rewritten
+without changing the logits. OpenVINO computes float16 in float32 without the roundings in between, so its results are
+closer to float32 than a GPU's.
 """
 
 import io
@@ -33,8 +33,8 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 class OpenVino:
     """A Predictor on an ONNX file, on the CPU. A context manager: the compiled networks end with the block.
 
-    Threads may share it: one inference runs at a time, with all of `settings.threads`. Raises InputError if the file is
-    none or holds an operator that OpenVINO does not know, or if `noise` does not fit a stochastic network's inputs.
+    Threads may share it: one inference runs at a time, with all of `settings.threads`. Raises InputError if the file
+    cannot be read or holds an operator unknown to OpenVINO, or if `noise` does not fit a stochastic network's inputs.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class OpenVino:
             return np.concatenate([self._logits(x[rows]) for rows in chunks(len(x), self._chunk)])
 
     def _logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [n, K] of exactly one chunk, copied out of the request, whose buffer the next one overwrites."""
+        """Return logits [n, K] of one chunk, copied from the request, whose buffer the next chunk overwrites."""
         feeds = {self._images: x, **self._noise(x)}
         try:
             request = self._requests.get(len(x)) or self._compile(len(x))
@@ -94,7 +94,7 @@ class OpenVino:
 
 
 def chunks(batch: int, largest: int) -> Iterator[slice]:
-    """Cut a batch into as many `largest` as fit and then powers of two: few sizes serve all batches."""
+    """Cut a batch into chunks of `largest` and then powers of two, so that few sizes serve all batches."""
     start = 0
     while start < batch:
         rest = batch - start
@@ -104,7 +104,7 @@ def chunks(batch: int, largest: int) -> Iterator[slice]:
 
 
 def reason(error: Exception) -> str:
-    """OpenVINO's error message on one line, without references to its source code."""
+    """Return OpenVINO's error message on one line, without references to its source code."""
     lines = [line.strip() for line in str(error).splitlines()]
     sentences = [
         line for line in lines if line and not line.startswith(("Exception from", "Check ", "FrontEnd API", "To fac"))

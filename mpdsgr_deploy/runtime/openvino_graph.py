@@ -1,7 +1,7 @@
-"""Exact rewrites of a network for OpenVINO, made each time a file is loaded; bundles stay as they were exported.
+"""Exact rewrites of a network for OpenVINO, applied each time a file is loaded; the bundle's file is not changed.
 
-They take work away that stands beside the products: neurons in fewer operations, spikes as bytes also where they are
-pooled, and time taken apart without copies. Answers are the same to the bit as long as potentials are finite.
+They reduce the work besides the products: neurons in fewer operations, spikes as bytes also when they are pooled, and
+time steps split without copies. Logits are the same to the bit as long as potentials are finite.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ Image = tuple[int, ...]  # C, H and W
 
 
 def rewrite(network: onnx.ModelProto) -> onnx.ModelProto:
-    """The same network, faster in OpenVINO; `network` itself is changed. What no rewrite fits stays as it is."""
+    """Rewrite `network` in place so that it runs faster in OpenVINO, and return it. Unmatched nodes do not change."""
     for change in (unsigned, choose_reset, pool_bytes, split_in_place):
         change(Graph(network))
     del network.graph.value_info[:]  # shapes of before
@@ -32,7 +32,7 @@ def rewrite(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class Graph:
-    """Who makes and who uses each value of a network, and its constants, as they are when this is made."""
+    """The maker and the users of each value of a network, and its constants, at the time of construction."""
 
     def __init__(self, network: onnx.ModelProto) -> None:
         self.proto = network.graph
@@ -46,7 +46,7 @@ class Graph:
         self._shapes = {value.name: value.type.tensor_type.shape.dim for value in self.proto.value_info}
 
     def maker(self, value: str, kind: str) -> onnx.NodeProto | None:
-        """The node of that kind that makes a value."""
+        """Return the node that makes a value, if it is of that kind."""
         node = self.makers.get(value)
         return node if node is not None and node.op_type == kind else None
 
@@ -54,7 +54,7 @@ class Graph:
         return onnx.numpy_helper.to_array(self.constants[value]) if value in self.constants else None
 
     def image(self, value: str) -> Image:
-        """C, H and W of a value [N, C, H, W] of known size; () for all others."""
+        """Return C, H and W of a value [N, C, H, W] of known size; () for all others."""
         sizes = tuple(dim.dim_value for dim in self._shapes.get(value, ()))
         return sizes[1:] if len(sizes) == 4 and all(sizes[1:]) else ()
 
@@ -65,7 +65,7 @@ class Graph:
         return name
 
     def put(self, rewritten: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto]]) -> None:
-        """Replace each node by those it becomes, and drop what nothing uses any more."""
+        """Replace each node by the given nodes, and drop nodes that nothing uses any more."""
         nodes = [new for node in self.proto.node for new in rewritten(node)]
         used = {name for node in nodes for name in node.input} | self.outputs
         while len(living := [node for node in nodes if used.intersection(node.output)]) < len(nodes):
@@ -76,11 +76,11 @@ class Graph:
 
 
 def unsigned(graph: Graph) -> None:
-    """uint8 in place of int8 activations; weights stay int8.
+    """Use uint8 in place of int8 activations; weights stay int8.
 
-    Only spikes and their means are ever quantised, 0 to 127 steps, the same numbers in both types. x86 multiplies
-    unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it, which saves a
-    fifth of the time.
+    Only spikes and their means are quantised, to 0 to 127 steps, which are the same numbers in both types. x86
+    multiplies unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it, which
+    saves a fifth of the time.
     """
     for node in graph.proto.node:
         if node.op_type != "QuantizeLinear" or len(node.input) < 3:
@@ -92,7 +92,7 @@ def unsigned(graph: Graph) -> None:
 
 
 def choose_reset(graph: Graph) -> None:
-    """u (1 - spike) in one choice, without the spike as a number: 0 where the neuron fired, else u."""
+    """Compute u (1 - spike) by one Where, without the spike as a number: 0 if the neuron fired, else u."""
 
     def rewritten(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         for rest, value in (node.input, reversed(node.input)) if node.op_type == "Mul" else ():
@@ -108,7 +108,7 @@ def choose_reset(graph: Graph) -> None:
 
 
 def _complement(graph: Graph, value: str) -> str | None:
-    """b if the value is 1 - b, b the outcome of a comparison as a number."""
+    """Return b if the value is 1 - b and b is the result of a comparison as a number."""
     subtraction = graph.maker(value, "Sub")
     one = None if subtraction is None else graph.constant(subtraction.input[0])
     if subtraction is None or one is None or one.size > 1 or one != 1:
@@ -124,7 +124,7 @@ def _compares(graph: Graph, value: str) -> bool:
 def pool_bytes(graph: Graph) -> None:
     """Quantise spikes before their average is taken, on the grid of the averages: windows then add up bytes.
 
-    A spike is as many steps as a window has places, so that every average is a whole number of steps.
+    A spike is represented by as many steps as a window has places, so that every average is a whole number of steps.
     """
     pools = {}
     for node in graph.proto.node:
@@ -147,7 +147,7 @@ def pool_bytes(graph: Graph) -> None:
 
 
 def _adds_up(graph: Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> bool:
-    """Whether windows of spikes are averaged whose places are as many as the steps from 0 to 1."""
+    """Whether windows of spikes are averaged that have as many places as there are steps from 0 to 1."""
     places = prod(attribute(pool, "kernel_shape", ()))
     step = graph.constant(quantised.input[1])
     whole = not any(attribute(pool, "pads", ())) and not attribute(pool, "ceil_mode", 0)
@@ -164,10 +164,12 @@ def _are_spikes(graph: Graph, value: str) -> bool:
 
 
 def split_in_place(graph: Graph) -> None:
-    """Let the neurons of an int8 convolution see [N, H W C], the order in which it writes: OpenVINO then takes the
-    steps apart without copying them, which it does for values of two dimensions only. It transposes nothing.
+    """Let the neurons of an int8 convolution work on [N, H W C], the order in which it writes.
 
-    What is quantised behind the neurons stays so: its pair moves in front of the views, where OpenVINO looks for it.
+    OpenVINO then splits the steps without copies, which it does for values of two dimensions only, and no transposition
+    is needed.
+
+    Values quantised after the neurons stay quantised: the Q/DQ pair moves before the views, where OpenVINO expects it.
     """
     flat: dict[str, Image] = {}  # what is split and what is joined again
     for node in graph.proto.node:
@@ -195,7 +197,7 @@ def split_in_place(graph: Graph) -> None:
 
 
 def _flattened(graph: Graph, source: str, image: Image) -> list[onnx.NodeProto]:
-    """source [N, C, H, W] as source/flat [N, H W C]."""
+    """Make nodes that flatten source [N, C, H, W] to source/flat [N, H W C]."""
     size = graph.add_constant(f"size/{prod(image)}", np.array([-1, prod(image)], np.int64))
     return [
         onnx.helper.make_node("Transpose", [source], [f"{source}/nhwc"], f"{source}/nhwc", perm=[0, 2, 3, 1]),
@@ -204,7 +206,7 @@ def _flattened(graph: Graph, source: str, image: Image) -> list[onnx.NodeProto]:
 
 
 def _viewed(graph: Graph, target: str, image: Image) -> list[onnx.NodeProto]:
-    """target/flat [N, H W C] as target [N, C, H, W]."""
+    """Make nodes that view target/flat [N, H W C] as target [N, C, H, W]."""
     channels, height, width = image
     name = f"size/{height}/{width}/{channels}"
     size = graph.add_constant(name, np.array([-1, height, width, channels], np.int64))
@@ -221,17 +223,16 @@ def _pairs(graph: Graph, rounding: onnx.NodeProto) -> bool:
 
 
 def _in_int8(graph: Graph, split: onnx.NodeProto) -> bool:
-    """Whether a Split alone takes the output of a convolution of quantised numbers, of known size: such a one writes
-    with channels last on every CPU.
-    """
+    """Whether a Split alone uses the output of a quantised convolution of known size, which writes channels last."""
     product = graph.maker(split.input[0], "Conv")
     quantised = product is not None and graph.maker(product.input[0], "DequantizeLinear") is not None
     return quantised and graph.image(split.input[0]) != () and len(graph.users[split.input[0]]) == 1
 
 
 def _joined(graph: Graph, split: onnx.NodeProto) -> list[str]:
-    """The Concats along the batch in which all that comes of a Split ends, if nothing on the way sees places or
-    channels; else none.
+    """Return the Concats along the batch in which all results of a Split end.
+
+    There are none if a node between the two depends on places or channels.
     """
     inside, joined = set(split.output), list[str]()
     for node in _behind(graph, split):
@@ -245,7 +246,7 @@ def _joined(graph: Graph, split: onnx.NodeProto) -> list[str]:
 
 
 def _behind(graph: Graph, split: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """What uses a Split's outputs, directly or through elementwise nodes, in the order of computation."""
+    """Return the nodes that use a Split's outputs, directly or through elementwise nodes, in order of computation."""
     reached = set(split.output)
     for node in graph.proto.node:
         if reached.intersection(node.input):

@@ -1,7 +1,7 @@
-"""onnxruntime's providers that come in wheels of their own, beside its CPU package.
+"""Providers of onnxruntime that are installed as separate wheels beside its CPU package.
 
 By its packaging guide such a wheel holds a module onnxruntime_ep_NAME with `get_library_path`, and `get_ep_names` or
-`get_ep_name`. `get_available_providers` does not list what they bring; `get_ep_devices` does, once it is registered.
+`get_ep_name`. `get_available_providers` does not list such providers; `get_ep_devices` does, once registered.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ NAMES = {"CUDAExecutionProvider": ("CUDAExecutionProvider", "CudaPluginExecution
 
 
 def plugin_devices(ort: Any, provider: str) -> list[Any]:
-    """The devices of the first plug-in of this provider that is installed; empty without one. ort: onnxruntime."""
+    """Return the devices of this provider's first installed plug-in; empty without one. ort: onnxruntime."""
     names = NAMES.get(provider, (provider,))
     for module in (name for _, name, _ in iter_modules() if name.startswith(PREFIX)):
         _register(ort, module)
@@ -29,7 +29,7 @@ def plugin_devices(ort: Any, provider: str) -> list[Any]:
 
 @cache
 def _register(ort: Any, module: str) -> None:
-    """Let onnxruntime load the library of a plug-in's module, once per process; a warning if it cannot."""
+    """Let onnxruntime load a plug-in's library, once per process; log a warning if it cannot."""
     try:
         plugin = import_module(module)
         ort.register_execution_provider_library(module, plugin.get_library_path())

@@ -26,7 +26,7 @@ MODEL_PATH = re.compile(r"(.*/v2)/models/[^/]+(/versions/[^/]+)?")
 
 
 class ModelUrl(NamedTuple):
-    """Where a model is served. port: None is that of the scheme; path: of the model; root: of the server, .../v2."""
+    """The URL of a served model. port: None for the scheme's; path: the model's; root: the server's, .../v2."""
 
     tls: bool
     host: str
@@ -36,7 +36,7 @@ class ModelUrl(NamedTuple):
 
     @classmethod
     def split(cls, url: str) -> "ModelUrl":
-        """The parts of http[s]://HOST:PORT/v2/models/NAME; raises InputError for a URL that is none of those."""
+        """Split http[s]://HOST:PORT/v2/models/NAME into its parts. Raises InputError for any other URL."""
         try:
             parts = urlsplit(url)
             host, port, path = parts.hostname, parts.port, MODEL_PATH.fullmatch(parts.path.rstrip("/"))
@@ -51,12 +51,12 @@ class ModelUrl(NamedTuple):
 class RemoteModel:
     """The model behind `url` (http://HOST:PORT/v2/models/NAME), a Predictor for images [B, *shape].
 
-    noise: what a stochastic network's model takes beside images, unless the server draws it itself. rate: requests a
-    second, at most, so that an evaluation does not starve a server's other clients. Tensors travel in binary form where
-    the server says that it takes it, else in JSON, bit for bit in both; a batch that the server finds too large is
-    halved. A context manager, which closes the connection.
+    noise: the source of a stochastic network's noise inputs, unless the server draws the noise itself. rate: requests
+    per second at most, so that an evaluation does not starve a server's other clients. Tensors are sent in binary form
+    if the server supports it, else in JSON, bit for bit in both; a batch that the server finds too large is halved. A
+    context manager, which closes the connection.
 
-    Raises InputError for a URL that is none, a server that cannot be reached, refuses, or answers with anything but
+    Raises InputError for an invalid URL and for a server that cannot be reached, refuses, or answers with anything but
     finite logits [B, classes].
     """
 
@@ -74,7 +74,7 @@ class RemoteModel:
             raise
 
     def _introduce(self) -> None:
-        """Learn what the model takes and gives, and how tensors may travel."""
+        """Ask the server for the model's inputs and outputs, and in which form tensors may be sent."""
         described = self._server.ask("GET", self._at.path)
         if described.status != 200:
             raise self._refused(described)
@@ -114,7 +114,7 @@ class RemoteModel:
         return np.concatenate(parts)
 
     def _has(self, extension: str) -> bool:
-        """Whether the server, asked for its metadata, names an extension of the protocol."""
+        """Whether the server's metadata name an extension of the protocol."""
         answer = self._server.ask("GET", self._at.root)
         try:
             return answer.status == 200 and extension in json.loads(answer.body)["extensions"]
@@ -122,7 +122,7 @@ class RemoteModel:
             return False
 
     def _logits(self, answer: "_Answer", count: int) -> NDArray[np.float32]:
-        """Logits float32 [count, classes] of a response. Raises InputError for one that holds none."""
+        """Return logits float32 [count, classes] of a response. Raises InputError if it holds none."""
         try:
             output = read_output(answer.body, None if answer.header is None else int(answer.header), self._output)
             if output.shape != [count, self._classes]:
@@ -147,7 +147,7 @@ class RemoteModel:
 
 
 class _Answer(NamedTuple):
-    """status; body; header: how long the JSON in the body is, as the server writes it; location: of a redirect."""
+    """A response. header: the length of the JSON in the body, as the server writes it; location: that of a redirect."""
 
     status: int
     body: bytes
@@ -157,7 +157,7 @@ class _Answer(NamedTuple):
 
 
 class _Server:
-    """Requests on one connection that is kept alive, at most `rate` of them a second. url: for messages."""
+    """Sends requests on one kept-alive connection, at most `rate` per second. url: for error messages."""
 
     def __init__(self, at: ModelUrl, url: str, rate: float) -> None:
         if not rate > 0:
@@ -170,7 +170,7 @@ class _Server:
     def ask(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = MappingProxyType({})
     ) -> _Answer:
-        """The answer to a request. A server that is too busy is asked again after the time it names, a few times."""
+        """Return the answer to a request. A busy server is asked again, a few times, after the time it names."""
         answer = self._once(method, path, body, headers)
         for attempt in range(ATTEMPTS - 1):
             if answer.status not in BUSY:
@@ -193,7 +193,7 @@ class _Server:
         return self._once(method, path, body, headers)
 
     def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
-        """One request, not before its time."""
+        """Send one request, waiting until the rate allows it."""
         wait = self._next - time.monotonic()
         if wait > 0:
             time.sleep(wait)
@@ -208,12 +208,12 @@ class _Server:
 
 
 def excerpt(body: bytes) -> str:
-    """The start of a response's body, for an error of one line."""
+    """Return the start of a response's body, for an error message of one line."""
     return one_line(body.decode(errors="replace"))[:200] if body else "nothing"
 
 
 def _seconds(header: str | None, otherwise: float) -> float:
-    """What a Retry-After header asks for, within reason."""
+    """Return the seconds that a Retry-After header asks for, within a limit."""
     try:
         return min(LONGEST_WAIT, max(0.0, float(header or "")))
     except ValueError:

@@ -1,4 +1,4 @@
-"""An onnxruntime session, with its silent fallback refused: asked for CUDA it uses CUDA or raises."""
+"""An onnxruntime session without silent fallback: asked for CUDA, it uses CUDA or raises."""
 
 import io
 import os
@@ -33,9 +33,9 @@ NO_MEMORY = re.compile(r"Failed to allocate memory|out of ?memory|ALLOC_FAILED|b
 class Session:
     """One network on one provider. A context manager: it ends with the block. Threads may share it.
 
-    network: an ONNX file, or its content; source: what messages call it. threads: of the CPU provider; None:
-    `usual_threads`. packs: keep another copy of the weights of linear layers, in the order in which a product reads
-    them; without, they are packed in every run. Raises InputError if this machine cannot run the provider or the
+    network: an ONNX file, or its content; source: its name in messages. threads: those of the CPU provider; None:
+    `usual_threads`. packs: keep a second copy of the weights of linear layers, in the order in which a product reads
+    them; otherwise they are packed in every run. Raises InputError if this machine cannot run the provider or the
     network.
     """
 
@@ -85,7 +85,7 @@ class Session:
         self._value = ort.OrtValue.ortvalue_from_numpy
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """Fresh output arrays. Inputs and outputs are bound on the provider's device: one copy to it and one back."""
+        """Return fresh output arrays. Inputs and outputs are bound on the device: one copy to it, one back."""
         binding = self._session.io_binding()  # one per call, so that threads can share the session
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._value(np.asarray(array, order="C"), self._device))
@@ -103,7 +103,7 @@ class Session:
 
 
 def session_options(ort: Any, provider: str, threads: int | None, *, packs: bool) -> Any:
-    """The SessionOptions of `ort`, which is onnxruntime, for the arguments of `Session`."""
+    """Return the SessionOptions for the arguments of `Session`. ort: the module onnxruntime."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well; printing them would repeat them
     options.intra_op_num_threads = threads or usual_threads()
@@ -117,8 +117,7 @@ def session_options(ort: Any, provider: str, threads: int | None, *, packs: bool
 
 
 def preload_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from NVIDIA's wheels: the provider does not search there, but finds libraries that are
-    loaded.
+    """Load CUDA and cuDNN from NVIDIA's wheels, where the provider does not search; it finds loaded libraries.
 
     If one is missing, the provider's own error names it.
     """
@@ -128,7 +127,7 @@ def preload_libraries(ort: Any) -> None:
 
 
 def usual_threads() -> int:
-    """The number in OMP_NUM_THREADS, which torch and BLAS obey but onnxruntime ignores; 0 (one per core) without it.
+    """Return OMP_NUM_THREADS, which torch and BLAS obey but onnxruntime ignores; 0 (one per core) if it is not set.
 
     Two processes with one thread per core each would spend their time waiting for one another.
     """
@@ -139,7 +138,7 @@ def usual_threads() -> int:
 
 
 def failure(what: str, error: Exception) -> InputError:
-    """The error to raise in place of onnxruntime's own."""
+    """Return the error to raise in place of onnxruntime's own."""
     kind, advice = InputError, "see `mpdsgr doctor`"
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         kind, advice = OutOfMemory, "it has too little memory; free some or use a smaller batch"

@@ -1,4 +1,4 @@
-"""A torch network as a Predictor and as a Differentiable: the reference an artefact is held against."""
+"""A torch network as a Predictor and as a Differentiable: the reference that an artefact is compared with."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ NO_MEMORY = "can't allocate memory"  # in torch's message for the CPU, which has
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
-    """cuDNN without TF32, whose ten bits of mantissa would flip spikes, and without nondeterministic algorithms."""
+    """Disable TF32 in cuDNN, whose ten bits of mantissa would flip spikes, and nondeterministic algorithms."""
     flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
@@ -35,7 +35,7 @@ def exact_convolutions() -> AbstractContextManager[None]:
 
 @contextmanager
 def telling_memory(what: str) -> Iterator[None]:
-    """Raise OutOfMemory where torch finds too little memory for `what`."""
+    """Raise OutOfMemory if torch has too little memory for `what`."""
     try:
         yield
     except RuntimeError as error:
@@ -46,7 +46,7 @@ def telling_memory(what: str) -> Iterator[None]:
 
 @torch.no_grad()
 def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseInput, ...]:
-    """The noise that `model` (eval mode) draws in a pass over images [B, *shape], in order; empty if deterministic."""
+    """List the noise that `model` (eval mode) draws in a pass over images [B, *shape]; empty if deterministic."""
     draws: list[NoiseInput] = []
 
     def draw(kind: Kind, steps: int, x: torch.Tensor) -> torch.Tensor:
@@ -61,9 +61,9 @@ def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseI
 class TorchModel:
     """Runs on the GPU if there is one. `shape` is (C, H, W) of the input; numpy in, fresh numpy out.
 
-    A stochastic network answers with the noise that `noise` makes of each image (None: the source of `seed`), as its
-    exported form does; its attackers draw other noise, fresh for every gradient, so that none is fitted to the noise
-    the answers will have. InputError if `noise` is not what the network draws.
+    A stochastic network gets the noise that `noise` makes of each image (None: the source of `seed`), as its exported
+    form does. Its attackers draw other noise, fresh for every gradient, so that no attack is fitted to the noise of the
+    final answers. Raises InputError if `noise` is not what the network draws.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TorchModel:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, noise: NoiseSource | None = None) -> Self:
-        """The network of the bundle's recipe with its weights. Raises InputError if it was not trained here."""
+        """Load the network of the bundle's recipe with its weights. Raises InputError if it was not trained here."""
         manifest = bundle.manifest
         if manifest.origin != "trained":
             raise InputError(
@@ -99,10 +99,10 @@ class TorchModel:
         return logits
 
     def compiled(self) -> Self:
-        """The same model, whose answers (not its gradients) from now on come from torch.compile.
+        """Compute logits (not gradients) by torch.compile from now on; return this model.
 
-        A dynamic batch is compiled at most for 1, 2 to 7, and 8 or more images, tens of seconds each the first time;
-        fixed sizes would not be faster, and would be compiled more often. Raises InputError where there is no compiler.
+        A dynamic batch is compiled at most for 1, 2 to 7, and 8 or more images, which takes tens of seconds each time.
+        Fixed sizes would not be faster, and would be compiled more often. Raises InputError without a compiler.
         """
         from torch._inductor.exc import InductorError  # imported here, since it loads the whole compiler
 
@@ -125,7 +125,7 @@ class TorchModel:
         return self
 
     def attacker(self, surrogate: str | None = None, *, loss: Loss = cross_entropy, draws: int = 1) -> Differentiable:
-        """The network as an attacker differentiates it, through the training surrogate or the one named.
+        """Return the network as an attacker differentiates it, through the training surrogate or the one named.
 
         draws: over how many draws of its noise a stochastic network's gradient is averaged. Raises InputError for an
         unknown surrogate.
@@ -142,7 +142,7 @@ class TorchModel:
         return expectation(gradient, draws) if model.stochastic else gradient
 
     def adaptive_attacker(self, *, draws: int = 1) -> Adaptive:
-        """The network as an attacker differentiates it whose surrogates adapt; draws: as of `attacker`."""
+        """Return the network differentiated through surrogates that adapt; draws: as for `attacker`."""
         noise = torch.Generator().manual_seed(self._seed + 1)
         return _AdaptiveArrays(self, AdaptiveTorch(self._model, self.shape, noise), draws if self.stochastic else 1)
 
@@ -161,7 +161,7 @@ class TorchModel:
 
 
 class _AdaptiveArrays:
-    """AdaptiveTorch for numpy arrays, averaged over draws of the noise."""
+    """`AdaptiveTorch` for numpy arrays, averaged over draws of the noise."""
 
     def __init__(self, model: TorchModel, target: AdaptiveTorch, draws: int) -> None:
         self._model, self._target, self._draws = model, target, draws
@@ -193,7 +193,7 @@ class TorchNetwork:
         return self._model(x)
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
-        """Raises InputError for an unknown surrogate."""
+        """Return the network as an attacker differentiates it. Raises InputError for an unknown surrogate."""
         return nullcontext(self._model.attacker(surrogate, loss=LOSSES[loss], draws=draws))
 
     def adaptive(self, *, draws: int) -> AbstractContextManager[Adaptive]:

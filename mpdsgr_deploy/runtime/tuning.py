@@ -1,4 +1,4 @@
-"""Which settings run a network fastest here: measured by `mpdsgr build` for the bundle, or as a server starts."""
+"""Measure which settings run a network fastest here: by `mpdsgr build` for the bundle, or when a server starts."""
 
 import math
 import statistics
@@ -36,11 +36,11 @@ OPENERS: dict[str, Opener] = {"openvino": OpenVino, "onnxruntime-cpu": OnnxRunti
 def tune(
     backend: str, bundle: Bundle, precision: str, batch: tuple[int, int, int] | None = None
 ) -> tuple[Bundle, Prepared]:
-    """The bundle with the fastest settings of a backend for this machine, and these.
+    """Return the bundle with the fastest settings of a backend for this machine, and these settings.
 
-    First the chunk is chosen, with one thread per core, then fewer threads are tried; the fastest is the one with the
-    smallest geometric mean of its times over batches of 1, 8 and 32. Raises InputError for a `batch`: settings serve
-    all of them.
+    First the chunk is chosen, with one thread per core, then fewer threads are tried. The fastest setting has the
+    smallest geometric mean of its times over batches of 1, 8 and 32. Raises InputError if `batch` is given, because
+    settings serve all batch sizes.
     """
     if batch is not None:
         raise InputError(f"{backend} needs no --batch: its settings are measured for all; leave it out")
@@ -57,17 +57,17 @@ def tune(
 
 
 def halvings(cores: int) -> Iterator[int]:
-    """cores/2, cores/4, ... down to 1."""
+    """Yield cores/2, cores/4, ... down to 1."""
     while cores > 1:
         cores //= 2
         yield cores
 
 
 def measured_at_start(backend: str, bundle: Bundle, precision: str, cores: int) -> RuntimeSettings:
-    """Settings for a server that has so many cores, of a bundle that has none for this machine.
+    """Measure settings for a server with so many cores, for a bundle that has none for this machine.
 
-    Threads are doubled from one on for as long as that pays; where OMP_NUM_THREADS is set, that many are taken. A
-    network that is too slow to be measured in START_SECONDS has work for a thread per core.
+    Threads are doubled from one on for as long as that is faster; OMP_NUM_THREADS, if set, is used instead. A network
+    that is too slow to be measured in START_SECONDS gets a thread per core.
     """
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
@@ -87,12 +87,12 @@ def measured_at_start(backend: str, bundle: Bundle, precision: str, cores: int) 
 
 
 def _speedup(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Geometric mean over the batches that both have."""
+    """Return the geometric mean of the speed-up over the batch sizes that both have."""
     return math.exp(statistics.fmean(math.log(before[n] / after[n]) for n in before.keys() & after.keys()))
 
 
 def _timings(predictor: Predictor, images: NDArray[np.float32], deadline: float) -> dict[str, float]:
-    """Milliseconds by batch size, of those for which there seems to be time."""
+    """Measure milliseconds by batch size, for those that seem to fit into the time left."""
     timings: dict[str, float] = {}
     each = 0.0
     for batch in BATCHES:
@@ -104,7 +104,7 @@ def _timings(predictor: Predictor, images: NDArray[np.float32], deadline: float)
 
 
 def _chunk(timings: Mapping[str, float]) -> int | None:
-    """Images to compute at once: fewer than a large batch has where their activations fit a cache and its do not."""
+    """Choose the images to compute at once: fewer than a large batch if only then the activations fit into a cache."""
     *_, middle, large = BATCHES
     if str(large) in timings and timings[str(large)] / large > CHUNK_PAYS * timings[str(middle)] / middle:
         return middle
@@ -117,7 +117,7 @@ def _fastest(
     deadline: float,
     candidates: list[RuntimeSettings],
 ) -> RuntimeSettings:
-    """The fastest of the candidates that there is time for, the first in any case, with its milliseconds."""
+    """Return the fastest of the candidates, with its milliseconds: the first, and the others while time is left."""
     measured: list[RuntimeSettings] = []
     for candidate in candidates:
         if measured and time.monotonic() > deadline:
@@ -134,7 +134,7 @@ def _fastest(
 
 
 def milliseconds(predictor: Predictor, images: NDArray[np.float32]) -> float:
-    """The shortest time of a few inferences, the one that other work on the machine disturbed least."""
+    """Return the shortest time of a few inferences, which other work on the machine disturbed least."""
     predictor(images)  # compiles and allocates
     seconds = []
     for _ in range(REPETITIONS):

@@ -1,13 +1,13 @@
-"""What has never run on a GPU, how it is tested meanwhile, and which step of benchmarks/gpu.py will prove it.
+"""The parts that have never run on a GPU, how they are tested meanwhile, and the step of benchmarks/gpu.py for each.
 
-A row goes when a published result of that step has answered it.
+A row is removed once a result of that step has been published.
 """
 
 from typing import NamedTuple
 
 
 class Unproved(NamedTuple):
-    """What is claimed, how it is tested without a GPU, and by which step it will be proved on one."""
+    """A claim, how it is tested without a GPU, and the step that will prove it on one."""
 
     what: str
     tested: str

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX, the libraries themselves: engines built, kept in a bundle and run. Neither needs torch."""
+"""TensorRT and TensorRT-RTX, without torch: build engines, keep them in a bundle, run them."""
 
 from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes, build_engine
 from mpdsgr_deploy.runtime.tensorrt.predictor import TensorRT

@@ -1,7 +1,7 @@
 """All calls that touch the GPU: an engine on one CUDA stream, through cuda-core, with as little logic as possible.
 
-Not yet run on a GPU. Without one, tests check the order of the calls, what is released and the errors against a
-stand-in that records calls and holds each against the signature in cuda-core.
+This module has not run on a GPU yet. Without one, tests check the order of the calls, the release of memory and the
+errors against a stand-in that records calls and compares each with the signature in cuda-core.
 """
 
 import ctypes
@@ -23,20 +23,20 @@ NO_GPU = "use a machine with an NVIDIA GPU and its driver, or --backend onnxrunt
 
 
 class GPU(NamedTuple):
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves."""
+    """The first GPU that CUDA_VISIBLE_DEVICES allows."""
 
     name: str
     compute_capability: str
 
 
 def gpu(extra: str) -> GPU:
-    """The GPU used here. Raises InputError if there is none, or where `extra` is not installed."""
+    """Return the GPU to use. Raises InputError if there is none, or if `extra` is not installed."""
     device = use_device(need("cuda.core", extra))
     return GPU(device.name, ".".join(map(str, device.compute_capability)))
 
 
 def use_device(core: ModuleType) -> Any:
-    """The GPU, made the one that this thread's CUDA calls use. Raises InputError if there is none."""
+    """Select the GPU for this thread's CUDA calls and return it. Raises InputError if there is none."""
     try:
         device = core.Device(0)
         device.set_current()
@@ -47,7 +47,7 @@ def use_device(core: ModuleType) -> Any:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Raise OutOfMemory or InputError where a CUDA call fails in the block."""
+    """Raise OutOfMemory or InputError if a CUDA call fails in the block."""
     try:
         yield
     except MpdsgrError:
@@ -91,7 +91,7 @@ class Engine:
             self._context_settings.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
 
     def context(self) -> Any:
-        """A new execution context without memory of its own."""
+        """Make an execution context without memory of its own."""
         context = self.cuda_engine.create_execution_context(self._context_settings)
         if context is None:
             raise failure(self.logger, f"{self.backend} cannot run the engine", "use a smaller --batch")
@@ -101,7 +101,7 @@ class Engine:
 def refuse_invalid(trt: ModuleType, loader: Any, plan: bytes, advice: str) -> None:
     """Raise InputError if the plan's header is damaged or of another version. TensorRT-RTX alone can tell.
 
-    It calls plans invalid on GPUs that it is not made for and yet runs on, so its other diagnostics are warnings only.
+    Its other diagnostics are only warnings, because it also calls plans invalid on GPUs on which they run.
     """
     if not hasattr(loader, "get_engine_validity"):
         return
@@ -153,8 +153,8 @@ class CudaStream:
 class CudaExecution:
     """One batch size on a stream: an execution context and, once captured, its CUDA graph.
 
-    Each has its own context, since a graph is bound to the state of the context it was captured from; activations share
-    the stream's memory, since a stream runs one at a time.
+    Each has its own context, because a graph is bound to the state of the context it was captured from. Activations
+    share the stream's memory, because a stream runs one execution at a time.
     """
 
     def __init__(self, stream: CudaStream, batch: int) -> None:
@@ -185,7 +185,7 @@ class CudaExecution:
             stream.sync()
 
     def capture(self) -> None:
-        """Run as one CUDA graph from now on; log a warning if that is impossible. One ordinary run must come before."""
+        """Run as one CUDA graph from now on, or log a warning if that is impossible. Call `run` once before."""
         stream = self._stream.stream
         capturable: Callable[[int], bool] = getattr(self._context, "is_stream_capturable", lambda stream: True)
         try:

@@ -1,7 +1,7 @@
-"""An ONNX file made into an engine, by TensorRT or TensorRT-RTX.
+"""Build an engine from an ONNX file, by TensorRT or TensorRT-RTX.
 
-Networks are strongly typed: the ONNX file fixes every precision, none is chosen here. The one exception, TF32 in
-float32 products, is switched off: its ten bits of mantissa would flip spikes.
+Networks are strongly typed: the ONNX file fixes every precision. TF32 in float32 products, the one exception, is
+switched off, because its ten bits of mantissa would flip spikes.
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ MAX_OPSET = 24
 def build_engine(
     backend: str, model: Path, batch: BatchSizes, timing_cache: Path | None = None, targets: Sequence[str] = ()
 ) -> bytes:
-    """The serialized engine of `model` for batches of `batch`, which the first dimension of every input counts.
+    """Build the serialized engine of `model` for batch sizes `batch`, the first dimension of every input.
 
-    timing_cache: where TensorRT keeps what it measured, so that the next build is quick; TensorRT-RTX measures nothing.
-    targets: GPUs or compute capabilities that TensorRT-RTX compiles for; without any, those from 8.0 on that it serves.
+    timing_cache: where TensorRT keeps its measurements, so that the next build is quick; TensorRT-RTX measures nothing.
+    targets: GPUs or compute capabilities that TensorRT-RTX compiles for; default: all that it supports from 8.0 on.
     Raises InputError, which names node and operator where one is refused.
     """
     _check_batch(batch)
@@ -95,7 +95,7 @@ def _parse(trt: ModuleType, logger: Any, network: Any, model: Path, backend: str
 
 
 def _profile(builder: Any, network: Any, batch: BatchSizes) -> Any:
-    """The shapes to optimise for. Raises InputError where another dimension than the first is dynamic."""
+    """Return the shapes to optimise for. Raises InputError if a dimension other than the first is dynamic."""
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -109,7 +109,7 @@ def _profile(builder: Any, network: Any, batch: BatchSizes) -> Any:
 
 
 def _read_timings(config: Any, path: Path) -> None:
-    """Give the builder the measurements of earlier builds; a cache of another version or a damaged one is ignored."""
+    """Give the builder the measurements of earlier builds; a cache that is damaged or of another version is ignored."""
     for content in (path.read_bytes() if path.exists() else b"", b""):
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, False):

@@ -13,7 +13,7 @@ from mpdsgr_deploy.progress import log
 
 
 class Library(NamedTuple):
-    """One of the two: our extra that installs it, and the name of its Python module."""
+    """One of the two libraries: the extra that installs it, and the name of its Python module."""
 
     extra: str
     module: str
@@ -28,20 +28,20 @@ LIBRARIES = {"tensorrt": Library("tensorrt", "tensorrt"), "tensorrt-rtx": Librar
 
 
 def load(backend: str) -> ModuleType:
-    """The module of a backend. Raises InputError naming the extra if it cannot be imported."""
+    """Import the module of a backend. Raises InputError that names the extra if this fails."""
     library = choose("backend", LIBRARIES, backend)
     return need(library.module, library.extra)
 
 
 def served(trt: ModuleType) -> dict[str, Any]:
-    """TensorRT-RTX's names of the compute capabilities that it holds kernels for, by "8.9"; empty for TensorRT."""
+    """Return TensorRT-RTX's names for its compute capabilities, by a text such as "8.9"; empty for TensorRT."""
     kinds = getattr(trt, "ComputeCapability", None)
     members = {} if kinds is None else kinds.__members__
     return {f"{name[2:-1]}.{name[-1]}": kind for name, kind in members.items() if name.startswith("SM")}
 
 
 def find_targets(trt: ModuleType, backend: str, targets: Sequence[str]) -> list[Any]:
-    """The library's names for GPUs or compute capabilities such as h200 or 8.9. Raises InputError if it serves none."""
+    """Return the library's names for GPUs or capabilities such as h200 or 8.9. Raises InputError if it has none."""
     kinds = served(trt)
     capabilities = {target: CAPABILITIES.get(target.lower(), target) for target in targets}
     for target, capability in capabilities.items():
@@ -56,7 +56,7 @@ def find_targets(trt: ModuleType, backend: str, targets: Sequence[str]) -> list[
 
 
 def listener(trt: ModuleType) -> Any:
-    """An ILogger of `trt` that keeps error messages in its list `errors` and passes warnings on to our log.
+    """Make an ILogger of `trt` that keeps error messages in its list `errors` and logs warnings.
 
     Calls that fail return None or False; only the logger gets the reason.
     """
@@ -81,8 +81,8 @@ def listener(trt: ModuleType) -> Any:
 def without_collection() -> Iterator[None]:
     """Pause Python's garbage collection while TensorRT may call a listener.
 
-    TensorRT calls it under the lock that its destructors take: a collection there which meets what a failed call left
-    behind would deadlock. For one thread at a time.
+    TensorRT calls a listener while it holds the lock that its destructors take. A collection there that frees objects
+    of a failed call would deadlock. For one thread at a time.
     """
     running = gc.isenabled()
     gc.disable()
@@ -94,7 +94,7 @@ def without_collection() -> Iterator[None]:
 
 
 def failure(listener: Any, what: str, advice: str) -> InputError:
-    """The error to raise where a call failed: `what`, the first thing the library said about it, `advice`."""
+    """Return the error to raise for a failed call: `what`, the library's first error message, `advice`."""
     # "catchCudaError" follows any error and adds nothing
     messages = [message for message in listener.errors if "catchCudaError" not in message]
     text = one_line_message((messages or listener.errors or ["it does not say why"])[0])
@@ -104,5 +104,5 @@ def failure(listener: Any, what: str, advice: str) -> InputError:
 
 
 def one_line_message(message: str) -> str:
-    """A message without line breaks and without the places in the library's source it came from."""
+    """Return a message without line breaks and without references to the library's source."""
     return one_line(re.sub(r"\bIn \S+ at /\S+:\d+", "", message))

@@ -1,6 +1,6 @@
-"""The Predictor on an engine: batches cut and padded to what it takes, streams shared by threads, graphs kept by size.
+"""The Predictor on an engine: it cuts and pads batches, shares streams among threads, and keeps graphs by batch size.
 
-All device code is behind the protocols `Stream` and `Execution`, which `cuda.py` implements.
+The device code is in `cuda.py`, which implements the protocols `Stream` and `Execution`.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,7 @@ SIZES = 16  # batch sizes whose contexts and graphs a stream keeps
 
 
 class Execution(Protocol):
-    """One batch size on a stream."""
+    """The execution of one batch size on a stream."""
 
     def run(self) -> None:
         """Compute the stream's output from its inputs, and wait for it."""
@@ -54,10 +54,10 @@ class Stream(Protocol):
 
 
 class Lane:
-    """A stream and its executions by batch size, the least recently used of them dropped beyond SIZES.
+    """A stream and its executions by batch size; beyond SIZES of them, the least recently used is dropped.
 
-    A size's first batch runs plainly, which is the warm-up that a capture needs; its second is captured. So a size that
-    comes once pays for no graph.
+    A size's first batch runs without a graph, as the warm-up that a capture needs; its second is captured. A size that
+    occurs once therefore costs no capture.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -66,7 +66,7 @@ class Lane:
         self._captured: set[int] = set()
 
     def __call__(self, feeds: Mapping[str, Array], smallest: int) -> Array:
-        """Fresh output rows for n rows of every input; fewer than `smallest` are filled up with zeros."""
+        """Return fresh output rows for n rows of every input; fewer than `smallest` are padded with zeros."""
         n = len(next(iter(feeds.values())))
         size = max(n, smallest)
         for name, rows in feeds.items():
@@ -96,8 +96,8 @@ class Lane:
 class TensorRT:
     """A Predictor on an engine, for several threads. A context manager: device memory is freed with the block.
 
-    stream makes one more `Stream`; batch is the engine's; shape that of an image; name of the input that takes images;
-    noise gives what a stochastic network takes beside them.
+    stream: makes one more `Stream`; batch: the engine's batch sizes; shape: that of an image; name: that of the input
+    for images; noise: the source of a stochastic network's noise inputs.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TensorRT:
 
     @classmethod
     def from_bundle(cls, backend: str, bundle: Bundle, precision: str, noise: NoiseSource) -> Self:
-        """The bundle's engine for this machine. Raises InputError with the command that builds it, where none fits."""
+        """Open the bundle's engine for this machine. Raises InputError, with the build command, if none fits."""
         prepared = find(backend, bundle, precision, machine(backend))
         assert prepared.file is not None  # for the type checker: `find` asks for both
         assert prepared.batch is not None
@@ -143,7 +143,7 @@ class TensorRT:
 
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
-        """A lane for this thread alone: a free one, a new one, or the next to be given back."""
+        """Take a lane for this thread alone: a free one, a new one, or the next one that another thread returns."""
         try:
             lane = self._free.get_nowait()
         except Empty:
@@ -154,7 +154,7 @@ class TensorRT:
             self._free.put(lane)
 
     def _new_lane(self) -> Lane | None:
-        """One more lane; None if there are enough, or if the memory holds no more than there are."""
+        """Make one more lane; None if there are enough, or if the memory does not suffice."""
         with self._lock:
             if len(self._lanes) >= self._most:
                 return None

@@ -1,4 +1,4 @@
-"""Engines in a bundle: built for this machine, reused on it, and refused on another.
+"""Engines in a bundle: built for one kind of machine, reused there, and refused on others.
 
 A TensorRT engine belongs to one GPU model and one version of TensorRT. A TensorRT-RTX engine belongs to one version of
 TensorRT-RTX and to no GPU: it is built without one, for the compute capabilities that the library has kernels for, and
@@ -19,7 +19,7 @@ BATCH: BatchSizes = (1, 32, 128)
 
 
 def machine(backend: str) -> dict[str, str]:
-    """What an engine of this backend depends on: versions and, for TensorRT, the GPU. Raises InputError without one."""
+    """Return what an engine depends on: versions and, for TensorRT, the GPU. Raises InputError if that is missing."""
     version = str(load(backend).__version__)
     if backend == "tensorrt-rtx":
         return {"tensorrt-rtx": version}
@@ -30,10 +30,10 @@ def machine(backend: str) -> dict[str, str]:
 def prepare(
     backend: str, bundle: Bundle, precision: str, batch: BatchSizes | None = None, targets: Sequence[str] = ()
 ) -> tuple[Bundle, Prepared]:
-    """Build an engine of a bundle's network for batches from the smallest to the largest, and add it to the bundle.
+    """Build an engine of a bundle's network for a range of batch sizes, and add it to the bundle.
 
-    targets: GPUs or compute capabilities that it is for, see `build_engine`. Raises InputError as that does, and where
-    the precision, the library or, for TensorRT, a GPU is missing.
+    targets: GPUs or compute capabilities, see `build_engine`. Raises InputError as `build_engine` does, and if the
+    precision, the library or, for TensorRT, a GPU is missing.
     """
     model = bundle.variant(precision)
     here = machine(backend)
@@ -46,15 +46,15 @@ def prepare(
 
 
 def timing_cache(here: dict[str, str]) -> Path:
-    """Where TensorRT's measurements of one kind of machine are kept: the user's cache directory."""
+    """Return the file, in the user's cache, for TensorRT's measurements of one kind of machine."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "mpdsgr-deploy" / ("-".join(here.values()).replace(" ", "-").replace("/", "-") + ".timing")
 
 
 def find(backend: str, bundle: Bundle, precision: str, here: dict[str, str]) -> Prepared:
-    """The engine to run here: of those that fit, the one with the smallest MIN, of these the one with the largest MAX.
+    """Find the engine to run here: of those that fit, the one with the smallest MIN and then the largest MAX.
 
-    Raises InputError with the command that builds one, where there is none, or only engines of another network, GPU or
+    Raises InputError with the command that builds one if there is none, or only engines of another network, GPU or
     version.
     """
     command = f"mpdsgr build {bundle.path} --backend {backend} --precision {precision}"
