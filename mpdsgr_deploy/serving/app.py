@@ -1,4 +1,4 @@
-"""A server's state and life, whatever listens for it: HTTP and gRPC here, Ray Serve elsewhere."""
+"""The state and life cycle of a server, independent of its listeners: HTTP and gRPC here, or Ray Serve."""
 
 import asyncio
 import itertools
@@ -30,18 +30,18 @@ EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "mo
 
 
 class Memory:
-    """The bytes that requests in work take up, at most `limit` of them."""
+    """Counts the bytes held by requests in progress, at most `limit` of them."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
 
     def share(self) -> "Share":
-        """One request's part of it, given back at the end of a with block."""
+        """Open one request's share, which is released at the end of a with block."""
         return Share(self)
 
 
 class Share:
-    """What one request holds of the memory."""
+    """The memory that one request holds."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory, self.held = memory, 0
@@ -53,7 +53,7 @@ class Share:
         self._memory.used -= self.held
 
     def take(self, count: int) -> None:
-        """Reserve `count` more bytes. Raises Refused if they are not free now, or never will be."""
+        """Reserve `count` more bytes. Raises Refused if they are not free, or exceed the limit."""
         memory = self._memory
         if self.held + count > memory.limit:
             raise too_large(memory.limit)
@@ -66,8 +66,8 @@ class Share:
 class Server:
     """The served models, their limits and the state of the server. Call `start` and `close` in one event loop.
 
-    models: `[NAME=]BUNDLE[@PRECISION]` each. group: the processes of which this is one. Raises InputError for a name
-    that is invalid or appears twice.
+    models: `[NAME=]BUNDLE[@PRECISION]` each. group: the server's processes, including this one. Raises InputError for a
+    name that is invalid or appears twice.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Server:
 
     @property
     def largest_message(self) -> int:
-        """Bytes of the largest valid inference request over gRPC, of any model."""
+        """The size in bytes of the largest valid gRPC inference request of any model."""
         return min(self.repository.largest_message, self.memory.limit)
 
     async def start(self) -> None:
@@ -111,26 +111,26 @@ class Server:
         self.counts.loaded = 1
 
     async def close(self) -> None:
-        """Answer what was accepted, then free the models."""
+        """Answer the accepted requests, then free the models."""
         self._tidying.cancel()
         await self.repository.close()
         await asyncio.to_thread(self.batcher.close)
 
     @property
     def counts(self) -> ProcessCounts:
-        """What this process shows the others of the group."""
+        """The counts that this process shows the others of the group."""
         return self.group.own
 
     @property
     def ready(self) -> bool:
-        """Whether a balancer should send requests here: every model of every process has answered its golden batch.
+        """Whether a load balancer should send requests: every model of every process has answered its golden batch.
 
-        A model that was unloaded since does not count.
+        Models that were unloaded since do not count.
         """
         return self.group.loaded and not self.draining
 
     def new_id(self) -> str:
-        """An identifier for a request that brings none."""
+        """Make an identifier for a request without one."""
         return next(self._ids)
 
     def authorize(self, authorization: str) -> None:
@@ -153,7 +153,7 @@ class Server:
             log_request(protocol, request, code, refused)
 
     async def require_same_bundles(self) -> None:
-        """Raise InputError unless every model is the very bundle that the other processes serve."""
+        """Raise InputError unless every model is the same bundle that the other processes serve."""
         for figures in (await self.group.ask("figures")).values():
             for name, other in figures.items():
                 model = self.repository.entry(name).model
@@ -163,16 +163,16 @@ class Server:
                     )
 
     def require_control(self) -> None:
-        """Raise Refused where models may not be loaded and unloaded by request."""
+        """Raise Refused if requests may not load and unload models."""
         if not self.repository_control:
             raise Refused(Why.FORBIDDEN, "start the server with --repository-control to load and unload models")
 
     def metadata(self) -> dict[str, Any]:
-        """The server's metadata in the JSON form of the protocol."""
+        """Return the server's metadata in the JSON form of the protocol."""
         return {"name": "mpdsgr-deploy", "version": __version__, "extensions": EXTENSIONS}
 
     def index(self, *, ready: bool) -> list[dict[str, str]]:
-        """The repository index: of all models, or with `ready` of those that answer."""
+        """Return the repository index of all models, or with `ready` of those that answer."""
         return [
             {
                 "name": entry.source.name,
@@ -185,7 +185,7 @@ class Server:
         ]
 
     async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
-        """The statistics extension for one model, or for all that answer, summed over all processes."""
+        """Return the statistics extension for one model, or all that answer, summed over all processes."""
         if name:
             models = [self.repository.model(name, version)]
         else:
@@ -194,7 +194,7 @@ class Server:
         return {"model_stats": [statistics_extension(model, _of(model, others)) for model in models]}
 
     async def status(self) -> dict[str, Any]:
-        """What the page shows, summed over all processes."""
+        """Return the data of the status page, summed over all processes."""
         others = await self.group.ask("figures")
         server = {
             "version": __version__,
@@ -206,13 +206,13 @@ class Server:
         return {"server": server, "models": models}
 
     async def figures(self) -> dict[str, Figures]:
-        """By model, what the other processes ask this one for."""
+        """Return this process's figures by model, for the other processes to sum."""
         models = [entry.model for entry in self.repository if entry.model]
         return {model.source.name: Figures(model.digest, model.statistics, model.lane.images) for model in models}
 
 
 def _of(model: ServedModel | None, others: Mapping[int, Mapping[str, Figures]]) -> list[Figures]:
-    """The figures of this version of a model in the other processes."""
+    """Return the other processes' figures for this version of a model."""
     if model is None:
         return []
     same_name = (figures.get(model.source.name) for figures in others.values())

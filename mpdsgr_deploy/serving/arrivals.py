@@ -1,4 +1,4 @@
-"""How many gRPC messages arrive at a time: nothing of one can be read, or refused, before it is whole."""
+"""Limit how many gRPC messages arrive at a time, because none can be read or refused before it is complete."""
 
 import asyncio
 from collections import deque
@@ -14,10 +14,10 @@ Content = TypeVar("Content")
 
 
 class Arrivals:
-    """`places` messages arrive at once, so that together they fit the memory set aside for them.
+    """Lets `places` messages arrive at once, so that together they fit into the memory reserved for them.
 
-    Others wait for a place, `waiting` of them at most. While they do, a message has so little time that all of them
-    get a place within about PATIENCE: clients who send slowly, or nothing, hold up nobody for longer.
+    At most `waiting` others wait for a place. While any wait, the time for an arrival is short enough that all get a
+    place within about PATIENCE, so that clients who send slowly, or nothing, delay nobody for longer.
     """
 
     def __init__(self, places: int, waiting: int) -> None:
@@ -28,7 +28,7 @@ class Arrivals:
         self._timer: asyncio.TimerHandle | None = None
 
     async def read(self, receive: Callable[[], Awaitable[Content]], seconds: float) -> Content:
-        """The result of `receive`. Raises Refused if it takes longer than `seconds`, or too many messages wait."""
+        """Return the result of `receive`. Raises Refused after `seconds`, or if too many messages wait."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as timeout:
@@ -74,7 +74,7 @@ class Arrivals:
         self._places_used -= 1
 
     def _hurry(self) -> None:
-        """End the oldest arrivals that had their time, as many as wait, and look again when the next one has."""
+        """End the oldest arrivals whose time is over, as many as messages wait, and check again at the next one's."""
         self._timer = None
         loop = asyncio.get_running_loop()
         now, needed = loop.time(), len(self._waiting)

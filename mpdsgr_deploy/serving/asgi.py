@@ -14,7 +14,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class AsgiBody:
-    """A request's body, in messages of ASGI."""
+    """A request's body, received as ASGI messages."""
 
     def __init__(self, receive: Receive, *, at_end: bool) -> None:
         self._receive, self.at_end, self.complete = receive, at_end, at_end
@@ -39,7 +39,7 @@ class AsgiBody:
 
 
 class Asgi:
-    """The application of a server whose models are loaded; the end of its lifespan closes the server.
+    """The ASGI application of a server whose models are loaded; the end of its lifespan closes the server.
 
     with_id: whether responses name the request in x-request-id; Ray adds that header itself.
     """

@@ -1,7 +1,8 @@
-"""Batches without waiting: whatever came in while the last batch was computed is the next one.
+"""Batch requests without waiting: those that arrive while one batch is computed form the next.
 
-One thread computes, model after model: those with waiting requests take turns, so a busy one starves no other. What
-takes less time than two changes of thread is computed by the event loop itself, once all that it has read is queued.
+One thread computes for all models; models with waiting requests take turns, so that a busy one delays no other for
+long. A batch that takes less time than two thread switches is computed by the event loop itself, once all requests that
+it has read are queued.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ Images = NDArray[np.float32]
 
 
 class Outputs(NamedTuple):
-    """Logits [B, K] and, where they were asked for, the mean firing rate of each layer [B, L]."""
+    """The logits [B, K] and, if requested, the mean firing rate of each layer [B, L]."""
 
     logits: NDArray[np.float32]
     rates: NDArray[np.float32] | None = None
@@ -34,7 +35,7 @@ Compute = Callable[[Images, bool], Outputs]  # the flag: with firing rates
 
 
 class QueuedRequest:
-    """A request that waits. deadline: on the monotonic clock; what has passed it is not computed."""
+    """A request that waits. deadline: on the monotonic clock; later requests are not computed."""
 
     __slots__ = ("arrived", "deadline", "future", "images", "rates", "refusal")
 
@@ -47,8 +48,8 @@ class QueuedRequest:
 class ModelLane:
     """The queue of one model version. most: images per batch; room: images that may wait.
 
-    compute: the outputs of a batch, or an error if one of its images is invalid; problem: why a request's images are
-    invalid, or None.
+    compute: returns the outputs of a batch, or raises if an image is invalid; problem: returns why a request's images
+    are invalid, or None.
     """
 
     def __init__(
@@ -68,15 +69,15 @@ class ModelLane:
 
     @property
     def quick(self) -> bool:
-        """Whether the event loop computes the next batch. The first with firing rates opens a network."""
+        """Whether the event loop computes the next batch; not one with firing rates, which may open a network."""
         return self.streak >= STREAK and min(self.images, self.most) <= self.quick_images and not self.jobs[0].rates
 
     def close(self) -> None:
-        """Forget the network, which refers to this lane: a cycle would stay in memory until a garbage collection."""
+        """Drop the network, which refers to this lane: a cycle would stay in memory until a garbage collection."""
         self.compute = _closed
 
     def learn(self, images: int, seconds: float) -> None:
-        """Learn from the time of a batch: up to twice as many images count as quick, if the time allows that many."""
+        """Update the number of images that count as quick, from the time of a batch; it at most doubles."""
         if seconds >= QUICK:
             self.streak, self.quick_images = 0, 0.0
             return
@@ -84,7 +85,7 @@ class ModelLane:
         self.quick_images = max(self.quick_images, images * min(2.0, QUICK / max(seconds, 1e-9)))
 
     def take(self) -> tuple[list[QueuedRequest], list[QueuedRequest]]:
-        """The next batch from the front of the queue, and the requests before its end that are too late or given up."""
+        """Take the next batch from the queue, and the requests passed over because they are late or cancelled."""
         batch: list[QueuedRequest] = []
         dropped: list[QueuedRequest] = []
         images, now = 0, time.monotonic()
@@ -103,7 +104,7 @@ class ModelLane:
 
 
 class Batcher:
-    """Computes what is submitted, in a thread of its own, for the event loop that made it. Ends with `close`."""
+    """Computes submitted requests in a thread, for the event loop that made it, until `close`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -116,7 +117,7 @@ class Batcher:
     def submit(
         self, lane: ModelLane, images: Images, deadline: float, *, rates: bool = False
     ) -> "asyncio.Future[Outputs]":
-        """A future of the outputs of images [B <= lane.most, C, H, W]; cancel it to give up.
+        """Return a future of the outputs of images [B <= lane.most, C, H, W], which can be cancelled.
 
         The future raises Refused if the deadline passes first. Raises Refused at once if the lane is full.
         """
@@ -139,7 +140,7 @@ class Batcher:
         return job.future
 
     def _turn(self) -> None:
-        """In the event loop: compute a batch of a quick lane, unless the thread has taken it meanwhile."""
+        """Compute, in the event loop, a batch of a quick lane, unless the thread has taken it meanwhile."""
         self._called = False
         with self._ready:
             turn = None if self._busy or self._closed else self._next(quick=True)
@@ -153,7 +154,7 @@ class Batcher:
             _deliver(*turn, *_timed(*turn))
 
     def _next(self, *, quick: bool) -> tuple[ModelLane, list[QueuedRequest], list[QueuedRequest]] | None:
-        """The lane whose turn it is, its next batch, and what is dropped. quick: None if it is not."""
+        """Return the lane whose turn it is, its next batch, and the dropped requests; with `quick` only a quick one."""
         if not self._turns or (quick and not self._turns[0].quick):
             return None
         lane = self._turns.popleft()
@@ -163,7 +164,7 @@ class Batcher:
         return lane, batch, dropped
 
     def close(self) -> None:
-        """Compute nothing more and end the thread."""
+        """End the thread; nothing more is computed."""
         with self._ready:
             self._closed = True
             self._ready.notify()
@@ -198,14 +199,14 @@ def _closed(images: Images, rates: bool) -> Outputs:
 def _timed(
     lane: ModelLane, batch: list[QueuedRequest], _: list[QueuedRequest]
 ) -> tuple[Outputs | Exception | None, float, float]:
-    """What comes out of a batch, when it began, and how many seconds it took."""
+    """Compute a batch; return its outputs or error, when it began, and its duration in seconds."""
     start = time.monotonic()
     outcome = _computed(lane, batch) if batch else None
     return outcome, start, time.monotonic() - start
 
 
 def _computed(lane: ModelLane, batch: list[QueuedRequest]) -> Outputs | Exception:
-    """What comes out of the requests of a batch that turn out to have no `refusal`."""
+    """Compute the requests of a batch that have no `refusal` after the check of their pixels."""
     images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
     try:
         return lane.compute(images, batch[0].rates)
@@ -226,7 +227,7 @@ def _deliver(
     start: float,
     seconds: float,
 ) -> None:
-    """In the event loop: hand each request its rows, or the reason why there are none."""
+    """Set, in the event loop, each request's rows, or the reason why there are none."""
     lane.running -= len(batch) + len(dropped)
     for job in dropped:
         lane.statistics.dropped["cancelled" if job.future.cancelled() else "deadline"] += 1

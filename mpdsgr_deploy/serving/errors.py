@@ -1,4 +1,4 @@
-"""What a request can be refused for, and how each protocol says it."""
+"""The reasons for refusing a request, and their status in each protocol."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -32,7 +32,7 @@ class Why(Enum):
 
 
 class Refused(Exception):  # noqa: N818 - a refusal is an answer
-    """A request is answered with this one line. headers: of the HTTP response; a 503 always says when to ask again."""
+    """Ends a request with a message of one line. headers: for the HTTP response; a 503 always has Retry-After."""
 
     def __init__(self, why: Why, message: str, *, headers: Mapping[str, str] = NO_HEADERS) -> None:
         super().__init__(message)
@@ -41,24 +41,24 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer
             self.headers["retry-after"] = RETRY_AFTER
 
     def without_frames(self) -> Self:
-        """This refusal, for whoever caught it and keeps it.
+        """Return this refusal without its traceback, for callers that keep it.
 
-        The frames that it passed hold the request, and it: such a cycle would stay in memory, with the request's body,
-        until a garbage collection.
+        The frames of the traceback hold the request, which holds the refusal: the cycle would stay in memory, with the
+        request's body, until a garbage collection.
         """
         self.__traceback__ = self.__context__ = None
         return self
 
 
 def internal(error: Exception) -> Refused:
-    """The refusal for a bug, of ours or of a backend: the answer to this request, not the end of the server.
+    """Make the refusal for an unexpected error, of this package or a backend, so that the server goes on.
 
-    It drops the error's frames, as `Refused.without_frames` does: the batch's future keeps the error.
+    It drops the error's frames as `Refused.without_frames` does, because the batch's future keeps the error.
     """
     error.__traceback__ = None
     return Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
 
 
 def invalid(message: str) -> Refused:
-    """A request that breaks the protocol or does not fit the model."""
+    """Make the refusal of a request that breaks the protocol or does not fit the model."""
     return Refused(Why.INVALID, message)

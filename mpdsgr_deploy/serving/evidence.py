@@ -1,4 +1,4 @@
-"""What a bundle and a report beside it say of a served network: how it was trained, and what it withstood."""
+"""Evidence about a served network from its bundle and a report beside it: its training and its robustness."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from mpdsgr_deploy.signing.verdict import Vouched
 def evidence(
     bundle: Bundle, precision: str, golden: NDArray[np.float32], vouched: Vouched | None = None
 ) -> dict[str, Any]:
-    """What /status shows of a network. methods: of its training, by the names of recipes; reference: right answers.
+    """Return what /status shows of a network. methods: those of its training; reference: counts of right answers.
 
     golden: float32 [G, C, H, W], whose mean tells a viewer whether images are light on dark. validation: of the newest
-    report that lies beside the bundle and is of this very network, or None, as it is where signatures are demanded.
-    signature: who signed the bundle and, with the counts of its conditions, a verdict on it; None where no signature
-    was demanded, and so none was verified.
+    report beside the bundle that is about this network; None without one, and if signatures are demanded. signature:
+    who signed the bundle and, with the counts of its conditions, a verdict on it; None if no signature was demanded,
+    and so none was verified.
     """
     manifest, promise = bundle.manifest, bundle.manifest.reference
     reference = None

@@ -1,4 +1,4 @@
-"""A model's counts, of one process or of several together, as `/stats` and the page show them."""
+"""A model's counts in one process, or summed over several, as `/stats` and the page show them."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ ENOUGH = 100  # requests, so that one of them is above the 99th percentile
 
 
 class Figures(NamedTuple):
-    """A model in one process: its digest, what was counted, and how many images wait."""
+    """A model in one process: its digest, its counts, and the number of waiting images."""
 
     digest: str
     statistics: Statistics
@@ -20,7 +20,7 @@ class Figures(NamedTuple):
 
 
 def statistics_extension(model: ServedModel, others: Sequence[Figures]) -> dict[str, Any]:
-    """The model's entry in the statistics extension. others: of the other processes that serve it."""
+    """Return the model's entry in the statistics extension. others: the figures of the other processes."""
     counts = [model.statistics, *(other.statistics for other in others)]
 
     def duration(*histograms: Histogram, timed: bool = True) -> dict[str, int]:
@@ -46,7 +46,7 @@ def statistics_extension(model: ServedModel, others: Sequence[Figures]) -> dict[
 
 
 def status(entry: Entry, backend: str, others: Sequence[Figures]) -> dict[str, Any]:
-    """What the page shows of a model. others: of the other processes that serve it."""
+    """Return what the page shows of a model. others: the figures of the other processes that serve it."""
     source, model = entry.source, entry.model
     status: dict[str, Any] = {
         "name": source.name,
@@ -80,7 +80,7 @@ def status(entry: Entry, backend: str, others: Sequence[Figures]) -> dict[str, A
 
 
 class Recent(NamedTuple):
-    """The last requests. span: the seconds they were answered in; milliseconds: of each request."""
+    """The last requests. span: the seconds in which they were answered; milliseconds: the latency of each."""
 
     span: float
     images: int
@@ -95,7 +95,7 @@ def _recent(counts: Statistics, now: float) -> Recent:
 
 
 def _percentiles(times: list[float]) -> dict[str, float | None] | None:
-    """p50 and p99 of sorted times; None for a percentile that too few times lie above."""
+    """Return p50 and p99 of sorted times; None for a percentile with too few times above it."""
     if not times:
         return None
     return {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)] if len(times) >= ENOUGH else None}

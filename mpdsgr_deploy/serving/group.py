@@ -1,4 +1,4 @@
-"""The processes of one server: what each shows the others in shared memory, and what they ask one another."""
+"""The processes of one server: shared counters, and questions over Unix sockets."""
 
 import asyncio
 import ctypes
@@ -15,7 +15,7 @@ Answer = Callable[[], Awaitable[Any]]
 
 
 class ProcessCounts(ctypes.Structure):
-    """What one process shows the others in shared memory."""
+    """The counters that one process shows the others in shared memory."""
 
     requests: int  # in work
     connections: int  # open over HTTP
@@ -28,7 +28,7 @@ class ProcessCounts(ctypes.Structure):
     hung: int  # and that stood still and were killed
 
     def clear(self) -> None:
-        """Forget a process that has ended; `loaded`, `died` and `hung` belong to its place and stay."""
+        """Reset the counters of a process that has ended; `loaded`, `died` and `hung` belong to its place and stay."""
         self.requests = self.connections = self.accepting = self.lost = self.beats = self.opening = 0
 
 
@@ -36,10 +36,10 @@ ProcessCounts._fields_ = [(name, ctypes.c_int64) for name in ProcessCounts.__ann
 
 
 class Group:
-    """The processes of one server, `index` being this one; forked children share the memory.
+    """The processes of one server; `index` is this one's. Forked children share the memory.
 
-    folder: where each has a Unix socket for questions, if there are several; answers are pickled, so no other user may
-    write to it. replacement: this process was started in place of one that died.
+    folder: the directory of their Unix sockets, if there are several; answers are pickled, so no other user may write
+    to it. replacement: this process was started in place of one that died.
     """
 
     def __init__(self, processes: int = 1, folder: Path = Path()) -> None:
@@ -50,12 +50,12 @@ class Group:
         self.join(0)
 
     def join(self, index: int, *, replacement: bool = False) -> None:
-        """Be the process of this index from now on."""
+        """Make this process the one with this index."""
         self.index, self.own, self.replacement = index, self.rows[index], replacement
 
     @property
     def loaded(self) -> bool:
-        """Whether every process has opened its models; one that died since counts as it was."""
+        """Whether every process has opened its models; a process that died later still counts."""
         return all(row.loaded for row in self.rows)
 
     @property
@@ -72,7 +72,7 @@ class Group:
         return self.folder / str(index)
 
     async def listen(self, answers: Mapping[str, Answer]) -> None:
-        """Answer the others' questions from now on, each by what stands under its name."""
+        """Answer the others' questions from now on, each by the function of that name."""
         if self.processes == 1:
             return
 
@@ -89,7 +89,7 @@ class Group:
         self._server = await asyncio.start_unix_server(answer, self._socket(self.index))
 
     async def ask(self, question: str) -> dict[int, Any]:
-        """The answers of the other processes, by index; whoever does not answer in time is left out."""
+        """Return the answers of the other processes by index; those that do not answer in time are left out."""
         others = [index for index in range(self.processes) if index != self.index]
         answers = await asyncio.gather(*(self._ask(index, question) for index in others), return_exceptions=True)
         return {i: a for i, a in zip(others, answers, strict=True) if not isinstance(a, BaseException)}
@@ -106,7 +106,7 @@ class Group:
 
 @contextmanager
 def group_of(processes: int) -> Iterator[Group]:
-    """So many processes, of which this is the one that starts the others."""
+    """Make a group of so many processes, in the process that starts the others."""
     if processes == 1:  # which asks nobody
         yield Group()
         return

@@ -44,12 +44,12 @@ class Grpc:
         return cls(inner, bound)
 
     async def stop(self, seconds: float) -> None:
-        """Accept nothing more and wait so long for what is in work."""
+        """Accept no more calls, and wait so many seconds for those in progress."""
         await self._server.stop(seconds)
 
 
 class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
-    """Refuses calls of unknown methods, so that they are counted and logged."""
+    """Refuses calls of unknown methods, so that such calls are counted and logged."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -63,7 +63,7 @@ class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
 
 
 def _options(server: Server) -> list[tuple[str, int]]:
-    """The bounds of gRPC's core, whose defaults are unbounded, or so low that honest clients reach them."""
+    """Return the limits of gRPC's core, whose defaults are unbounded, or so low that honest clients reach them."""
     limits = server.limits
     calls = limits.connections * STREAMS
     window = min(max(limits.in_flight_bytes // limits.connections, SMALLEST_WINDOW), LARGEST_WINDOW)

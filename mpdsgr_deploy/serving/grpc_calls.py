@@ -1,4 +1,4 @@
-"""What stands around every gRPC call, whatever its method: keys, bounds on its message, counting and the log."""
+"""Checks around every gRPC call, whatever its method: keys, limits on its message, counting and the log."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ SMALL = 4096  # bytes of a message to a method that needs no key
 
 
 class Call:
-    """One call, for the log: the model it reached, if any; refused: what it is refused for."""
+    """One call, for the log: the model it reached, if any; refused: why it is refused."""
 
     method = "gRPC"
 
@@ -44,7 +44,7 @@ class Call:
 
 
 class Method(NamedTuple):
-    """A gRPC method. answer: from a message's bytes to the response; open: it needs no key; reads: it has a message."""
+    """A gRPC method. answer: maps a message's bytes to the response; open: no key needed; reads: it has a message."""
 
     answer: Callable[[Server, bytes, Call], Awaitable[Any]]
     serialize: Callable[[Any], bytes]
@@ -54,7 +54,7 @@ class Method(NamedTuple):
 
 
 class Guard:
-    """What every call meets before its method: keys, bounds on its message, counting and the log."""
+    """Checks every call before its method: key and limits on its message; counts and logs it."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -64,7 +64,7 @@ class Guard:
         self._open_arrivals = Arrivals(min(places, OPEN_PLACES), WAITING)
 
     def service(self, name: str, methods: Mapping[str, Method]) -> Any:
-        """The service for grpc.aio. Calls are streams to it, so that their message is waited for here, with a bound."""
+        """Return the service for grpc.aio. Calls are streams to it, so that the wait for a message is bounded here."""
         handlers = {
             method: grpc.stream_unary_rpc_method_handler(
                 partial(self._unary, method, entry), response_serializer=entry.serialize
@@ -87,7 +87,7 @@ class Guard:
 
     @asynccontextmanager
     async def call(self, name: str, context: grpc.aio.ServicerContext, *, open: bool = False) -> AsyncIterator[Call]:
-        """Surrounds one call: refuses it without a key, counts it, and ends it with a status if it was refused."""
+        """Surround one call: refuse it without a key, count it, and end it with a status if it was refused."""
         server = self.server
         call = Call(name, context, server.new_id())
         server.counts.requests += 1
@@ -113,7 +113,7 @@ class Guard:
             await _abort(context, call.refused)
 
     async def message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes:
-        """A call's message. Raises Refused for one that is late, missing, or larger than its method needs."""
+        """Return a call's message. Raises Refused if it is late, missing, or larger than its method needs."""
         content = await self.next_message(call, open=open, large=large)
         if content is None:
             if not call.peer:  # gRPC's core has ended the call: a message above every limit, or a client that left
@@ -122,7 +122,7 @@ class Guard:
         return content
 
     async def next_message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes | None:
-        """A stream's next message, or None at its end. Raises Refused as `message` does."""
+        """Return a stream's next message, or None at its end. Raises Refused as `message` does."""
         arrivals = self._open_arrivals if open else self._arrivals
         content = await arrivals.read(call.context.read, self.server.limits.body_seconds)
         if not isinstance(content, bytes):  # the client has closed its side
@@ -136,8 +136,8 @@ class Guard:
 async def _abort(context: grpc.aio.ServicerContext, refused: Refused) -> None:
     """End a call with a status. The library raises AbortError again once the call's handler has returned.
 
-    It keeps that error with the call, and the error keeps the frames that it passes: the handler's hold the call and
-    its message, and such a cycle would stay in memory until a garbage collection.
+    It keeps that error with the call, and the error keeps its frames, of which the handler's hold the call and its
+    message: the cycle would stay in memory until a garbage collection.
     """
     try:
         await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))

@@ -1,4 +1,4 @@
-"""The services beside the protocol's own that gRPC tools expect: grpc.health.v1, and reflection."""
+"""The further services that gRPC tools expect: grpc.health.v1, and reflection."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)  # of HealthCheckRespo
 
 
 def health(guard: Guard) -> list[Any]:
-    """The health services for grpc.aio. A request names "", the protocol's service, or a model."""
+    """Return the health services for grpc.aio. A request names "", the protocol's service, or a model."""
     streams = Streams(guard)
     check = guard.service(
         HEALTH, {"Check": Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)}
@@ -36,7 +36,7 @@ def health(guard: Guard) -> list[Any]:
 
 
 def reflection(guard: Guard) -> list[Any]:
-    """Both versions of the reflection service for grpc.aio."""
+    """Return both versions of the reflection service for grpc.aio."""
     reflect = grpc.stream_stream_rpc_method_handler(
         Streams(guard).reflect, response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString
     )
@@ -68,13 +68,13 @@ def _status(server: Server, service: str) -> int:
 
 
 class Streams:
-    """Calls that stay open: WATCHERS at most, and they end with the server."""
+    """Calls that stay open, at most WATCHERS of them; they end with the server."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard, self._server, self._open = guard, guard.server, 0
 
     async def watch(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        """A service's status now, and again whenever it changes."""
+        """Send a service's status now, and again whenever it changes."""
         async with self._guard.call("Watch", context, open=True) as call:
             service = _service(await self._guard.message(call, open=True))
             self._take()
@@ -94,7 +94,7 @@ class Streams:
             self._open -= 1
 
     async def reflect(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        """Answers each question of a client about the services and their messages."""
+        """Answer a client's questions about the services and their messages."""
         servicer = grpc_reflection.ReflectionServicer((SERVICE, HEALTH, *REFLECTION))
         async with self._guard.call("ServerReflectionInfo", context) as call:
             self._take()

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over gRPC, with the stubs that tritonclient ships: own ones would clash with them."""
+"""The Open Inference Protocol over gRPC, with the stubs that tritonclient ships; other stubs would clash with them."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -91,7 +91,7 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
 
 
 def _tensors(request: Any) -> list[InputTensor]:
-    """The inputs, with their data in raw form or as typed contents; never both."""
+    """Return the inputs, with their data in raw form or as typed contents; never both."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise invalid(f"{len(request.inputs)} inputs and {len(raw)} raw contents")
@@ -115,7 +115,7 @@ def _requested_output(output: Any) -> RequestedOutput:
 
 
 def _parameter(parameters: Any, name: str) -> Any:
-    """The value of a parameter, of any type; 0 where it is not given."""
+    """Return the value of a parameter, of any type; 0 if it is not set."""
     if name not in parameters:
         return 0
     kind = parameters[name].WhichOneof("parameter_choice")
@@ -130,7 +130,7 @@ def _parsed(kind: Any, content: bytes) -> Any:
 
 
 def _method(name: str, handler: Callable[[Server, Any], Awaitable[Answer]], **options: bool) -> Method:
-    """The method of this name, whose handler takes a parsed message and returns the response's fields."""
+    """Make the method of this name, whose handler takes a parsed message and returns the response's fields."""
     request, response = getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response")
 
     async def answer(server: Server, content: bytes, call: Call) -> Any:

@@ -1,7 +1,7 @@
-"""A gRPC message's bytes, looked through before a parser makes objects of them.
+"""Scan a gRPC message's bytes before a parser makes objects of them.
 
-An empty entry takes two bytes on the wire and two hundred in memory. A valid inference request has a few dozen fields
-in all, whatever its tensors hold, so counting stops there.
+An empty entry takes two bytes on the wire and two hundred in memory. A valid inference request has a few dozen fields,
+whatever its tensors hold, so a message with more is refused.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Scan:
         self._content, self._left = content, MOST
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Number, start and end of each field's value. Raises Refused for too many, or what is no message."""
+        """Yield number, start and end of each field's value. Raises Refused for too many, or for an invalid message."""
         place = start
         while place < end:
             self._left -= 1
@@ -51,7 +51,7 @@ class Scan:
             place = stop
 
     def _varint(self, place: int, end: int) -> tuple[int, int]:
-        """A number of at most ten bytes, and where it ends."""
+        """Return a number of at most ten bytes, and its end."""
         content, value = self._content, 0
         for shift in range(0, 70, 7):
             if place >= end:
@@ -65,7 +65,7 @@ class Scan:
 
 
 def check_infer_request(content: bytes) -> None:
-    """Raise Refused for more fields than a valid ModelInferRequest has, at every level where they take memory."""
+    """Raise Refused if a ModelInferRequest has more fields than a valid one, at any level where they take memory."""
     scan = Scan(content)
     for number, start, end in scan.fields(0, len(content)):
         if number == INPUTS:

@@ -1,4 +1,4 @@
-"""Whether a process still turns its event loop: it counts in shared memory, and its supervisor reads the count."""
+"""Detect a process whose event loop hangs: it counts in shared memory, and its supervisor reads the count."""
 
 import asyncio
 
@@ -9,21 +9,21 @@ OPENING_FACTOR = 10  # times as long while a process starts or opens a network: 
 
 
 def beat(group: Group, seconds: float) -> None:
-    """Count this turn of the running event loop and ones to come, LOOKS of them in so many seconds."""
+    """Count turns of the running event loop from now on, LOOKS of them in so many seconds."""
     group.own.beats += 1
     asyncio.get_running_loop().call_later(seconds / LOOKS, beat, group, seconds)
 
 
 class Watch:
-    """What a supervisor has seen of one process. seconds: how long its event loop may stand still."""
+    """Observes the counter of one process. seconds: how long its event loop may stand still."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self._seconds, self._seen, self._beats, self._silent = seconds, now, 0, 0.0
 
     def is_hung(self, counts: ProcessCounts, now: float) -> bool:
-        """Look at what the process shows in its group, at a time on the monotonic clock.
+        """Read the process's counter, at a time on the monotonic clock; return whether it hangs.
 
-        A look that comes late proves nothing: the supervisor may have been stopped, and the process with it.
+        A late reading proves nothing, because the supervisor may have been stopped, and the process with it.
         """
         self._silent += min(now - self._seen, 2 * self._seconds / LOOKS)
         if counts.beats != self._beats:

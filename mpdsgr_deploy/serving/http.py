@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over HTTP: from a request's head and body to its answer, whatever moves the bytes."""
+"""The Open Inference Protocol over HTTP: answers requests, given as head and body, independent of the transport."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
 
 
 class Body(Protocol):
-    """A request's body as it comes."""
+    """A request's body, read as it arrives."""
 
     complete: bool  # all of it has come
 
@@ -35,10 +35,10 @@ class Body(Protocol):
         """Whether all of it was read."""
 
     async def read(self) -> bytes:
-        """The next part. Raises Refused if the client leaves before it is there."""
+        """Return the next part. Raises Refused if the client disconnects first."""
 
     def watch(self, left: Callable[[], None] | None) -> None:
-        """Call this when the client leaves, at once if it has left; None: nothing any more."""
+        """Call `left` when the client disconnects, at once if it has; None: call nothing any more."""
 
 
 class Reply(NamedTuple):
@@ -84,7 +84,7 @@ class Http:
         self.server = server
 
     async def answer(self, exchange: Exchange) -> Reply:
-        """Answer a request, count it and log it; what goes wrong is answered as a refusal."""
+        """Answer a request, count it and log it; errors are answered as refusals."""
         server = self.server
         if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
             exchange.id = server.new_id()
@@ -140,7 +140,7 @@ class Http:
         return Reply(503, json.dumps({"ready": False}).encode(), headers=((b"retry-after", RETRY_AFTER.encode()),))
 
     async def _model(self, exchange: Exchange, parts: list[str]) -> Reply:
-        """parts: of the path, from the model's name on."""
+        """Answer a request about a model. parts: those of the path, from the model's name on."""
         name, version, action = parts[0], "", parts[1:]
         if action[:1] == ["versions"] and len(action) > 1:
             version, action = action[1], action[2:]
@@ -192,7 +192,7 @@ class Http:
         return Reply(200, b"")
 
     async def _body(self, exchange: Exchange, most: int) -> bytes:
-        """The whole body, inflated if it is compressed, of at most so many bytes. Raises Refused."""
+        """Return the whole body, decompressed, of at most so many bytes. Raises Refused if it is larger or invalid."""
         most = min(most, self.server.memory.limit)
         length = exchange.headers.get("content-length")
         if length is not None and int(length) > most:  # servers let only numbers through
@@ -263,13 +263,13 @@ def _page() -> Reply:
 
 
 def refusal_reply(error: Refused) -> Reply:
-    """The response to a refused request."""
+    """Make the response to a refused request."""
     headers = tuple((name.encode(), value.encode()) for name, value in error.headers.items())
     return Reply(error.why.status, json.dumps({"error": str(error)}).encode(), headers=headers)
 
 
 def response_headers(request_id: str, reply: Reply) -> list[tuple[bytes, bytes]]:
-    """The headers of a response, except for `connection`."""
+    """Return the headers of a response, except for `connection`."""
     return [
         (b"content-type", reply.kind),
         (b"content-length", str(len(reply.body)).encode()),

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection: httptools parses what comes, and every wait, every size and every queue has a bound."""
+"""One HTTP/1.1 connection, parsed by httptools; every wait, size and queue is bounded."""
 
 import asyncio
 from collections import deque
@@ -33,7 +33,7 @@ PROBES = ("/v2/health/live", "/v2/health/ready")
 class ConnectionOwner(Protocol):
     """The listener, which is told when a connection is open (its TLS handshake done) and when it has ended.
 
-    tasks: what answers requests, so that the event loop does not forget it.
+    tasks: the tasks that answer requests, kept so that they are not garbage collected.
     """
 
     server: Server
@@ -45,13 +45,13 @@ class ConnectionOwner(Protocol):
     def connection_ended(self, connection: "HttpConnection") -> None: ...
 
     def refusal(self, error: Refused) -> bytes:
-        """The whole response to what never became a request."""
+        """Return the whole response to input that never became a request."""
 
 
 class HttpConnection(asyncio.Protocol):
-    """Answers the requests of one client in their order.
+    """Answers the requests of one client in order.
 
-    has_place: whether it is within the limit on connections. One that waits for a place may ask for health alone.
+    has_place: whether it is within the limit on connections. Without a place, a client may ask for health only.
     """
 
     def __init__(self, owner: ConnectionOwner, *, has_place: bool) -> None:
@@ -84,7 +84,7 @@ class HttpConnection(asyncio.Protocol):
             self._expect(PROBE_SECONDS, BUSY)
 
     def give_place(self) -> None:
-        """Another connection has ended: this one may ask for anything from now on."""
+        """Allow all requests from now on, because another connection has ended."""
         self.has_place = True
         if self._late is BUSY:
             self._expect(self._limits.header_seconds, SLOW)
@@ -121,7 +121,7 @@ class HttpConnection(asyncio.Protocol):
             self._expect(self._limits.header_seconds, SLOW)
 
     def eof_received(self) -> None:
-        """The client sends nothing more: it has left."""
+        """Treat the end of the client's data as its disconnection."""
 
     # what the parser calls
 
@@ -216,12 +216,12 @@ class HttpConnection(asyncio.Protocol):
         self.read_on()
 
     def write(self, data: bytes) -> None:
-        """Send something before the answer."""
+        """Send bytes before the answer."""
         if not self.over:
             self._transport.write(data)
 
     def _end(self, error: Refused) -> None:
-        """Answer what cannot be a request, in its turn, and close."""
+        """Answer invalid input, after the requests before it, and close."""
         if self.over or self._last:
             return
         wrong, self._incoming = self._incoming, None  # a request whose rest is wrong gets this answer
@@ -237,7 +237,7 @@ class HttpConnection(asyncio.Protocol):
         self._close(clean=False)
 
     def _close(self, *, clean: bool) -> None:
-        """End the connection; where more may be on its way, not before the client had time to read the answer."""
+        """End the connection; if more data may be coming, only after the client had time to read the answer."""
         self.over = True
         self._queue.clear()
         self._incoming = None  # so that reading goes on, for nothing: bytes left unread would reset the connection
@@ -252,7 +252,7 @@ class HttpConnection(asyncio.Protocol):
         self._expect(LINGER, None)
 
     def shut(self) -> None:
-        """Close a connection on which no request has begun; others close behind their answer."""
+        """Close the connection: now if no request has begun, else after the answer."""
         if self._active is None and not self._head_open and not self.over:
             self._close(clean=True)
 
@@ -263,7 +263,7 @@ class HttpConnection(asyncio.Protocol):
     # bounds on time and on what is buffered
 
     def _expect(self, seconds: float, late: Refused | None) -> None:
-        """Wait `seconds` for the client; then answer `late`, if there is such an answer, and close."""
+        """Wait `seconds` for the client, then send the answer `late`, if there is one, and close."""
         self._late = late
         self._timer.expect(seconds)
 
@@ -288,7 +288,7 @@ class HttpConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def read_on(self) -> None:
-        """Take in more, unless enough requests wait or a body is not read yet."""
+        """Read more from the client, unless enough requests wait or a body is not read yet."""
         incoming = self._incoming
         if self._read_paused and not (len(self._queue) >= READ_AHEAD or (incoming is not None and incoming.full)):
             self._read_paused = False

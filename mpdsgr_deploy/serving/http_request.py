@@ -1,4 +1,4 @@
-"""An HTTP request on its way in: its head is here, its body may still come."""
+"""An HTTP request whose head has arrived and whose body may still arrive."""
 
 import asyncio
 import time
@@ -12,13 +12,13 @@ BODY_BYTES = 1 << 16  # of a body that may wait to be read before the client has
 
 
 class Wire(Protocol):
-    """What a request needs of its connection."""
+    """The interface of a connection that a request needs."""
 
     def write(self, data: bytes) -> None:
-        """Send something before the answer."""
+        """Send bytes before the answer."""
 
     def read_on(self) -> None:
-        """Take in more of what the client sends."""
+        """Read more of what the client sends."""
 
 
 class Head(NamedTuple):
@@ -31,7 +31,7 @@ class Head(NamedTuple):
 
 
 class IncomingRequest:
-    """A request whose head is here, and the part of its body that has arrived and was not read yet."""
+    """A request whose head has arrived, with the part of its body that has arrived and is not read yet."""
 
     __slots__ = (
         *("_arrived", "_connection", "_left", "_size", "_waiter"),
@@ -54,7 +54,7 @@ class IncomingRequest:
 
     @property
     def full(self) -> bool:
-        """Whether more of the body should not be taken in yet."""
+        """Whether no more of the body should be received yet."""
         return self._size > BODY_BYTES
 
     def feed(self, part: bytes) -> None:
@@ -63,12 +63,12 @@ class IncomingRequest:
         self._wake()
 
     def finish(self) -> None:
-        """The body is complete."""
+        """Mark the body as complete."""
         self.complete = True
         self._wake()
 
     def leave(self) -> None:
-        """The client has left."""
+        """Note that the client has disconnected."""
         self.gone = True
         self._wake()
         if self._left is not None:

@@ -21,14 +21,14 @@ class ClientTimer:
         self._handle: asyncio.TimerHandle | None = None
 
     def expect(self, seconds: float) -> None:
-        """Give the client so many seconds from now."""
+        """Give the client `seconds` from now."""
         self._due = self._loop.time() + seconds
         if self._handle is None or self._fires > self._due:
             self._cancel()
             self._start()
 
     def rest(self) -> None:
-        """Expect nothing of the client for now."""
+        """Stop waiting for the client for now."""
         self._due = inf
 
     def end(self) -> None:
@@ -68,7 +68,7 @@ def _nothing() -> None:
 
 @contextmanager
 def client_time(timeout: asyncio.Timeout, seconds: float) -> Iterator[None]:
-    """Let `timeout` expire once the client has had so many seconds within the block."""
+    """Let `timeout` expire once the client has had `seconds` within the block."""
     timer = ClientTimer(lambda: timeout.reschedule(0))
     timer.expect(seconds)
     try:

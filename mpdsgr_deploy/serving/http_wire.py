@@ -1,4 +1,4 @@
-"""HTTP/1.1 as bytes: whole responses, refusals, and repairs of what httptools would misread in a request."""
+"""Encode HTTP/1.1 responses and refusals, and change requests that httptools would misread."""
 
 import re
 from functools import lru_cache
@@ -24,7 +24,7 @@ BUSY = Refused(Why.BUSY, "too many connections; try again soon")
 
 
 def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: bool = True) -> bytes:
-    """A whole response. with_body: False for the response to HEAD, which names the body's length and omits it."""
+    """Encode a whole response. with_body: False for HEAD, whose response states only the body's length."""
     parts = [STATUS_LINES.get(reply.status) or b"HTTP/1.1 %d Closed\r\n" % reply.status]
     for name, value in response_headers(request_id, reply):
         parts += (name, b": ", value, b"\r\n")
@@ -35,18 +35,18 @@ def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: 
 
 
 def encode_refusal(error: Refused, request_id: str) -> bytes:
-    """The response to what never became a request, with the headers of every other; the connection ends with it."""
+    """Encode the response to input that never became a request, with the usual headers; the connection ends with it."""
     return encode_reply(refusal_reply(error), request_id, keep_alive=False)
 
 
 @lru_cache(maxsize=1024)
 def url_path(url: bytes) -> str:
-    """The decoded path of a request's URL. Raises an error that httptools reports unless it has one, in ASCII."""
+    """Return the decoded path of a request's URL. Raises an error that httptools reports unless it is ASCII."""
     path: str = httptools.parse_url(url).path.decode("ascii")
     return unquote(path) if "%" in path else path
 
 
 def without_upgrade(data: bytes) -> bytes:
-    """The same bytes with every `Upgrade` header renamed, as httptools would take what follows for another protocol."""
+    """Rename every `Upgrade` header, because httptools would take the following bytes for another protocol."""
     end = data.find(b"\r\n\r\n") + 2  # of the last header that is here
     return UPGRADE.sub(b"\r\nignored:", data[:end]) + data[end:] if UPGRADE.search(data, 0, end) else data

@@ -1,4 +1,4 @@
-"""One inference request of either protocol: from what it claims to the tensors of the answer."""
+"""Answer one inference request of either protocol: from its description to the tensors of the answer."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ MICROSECONDS = 1e-6  # of a request's parameter `timeout`
 
 
 class RequestedOutput(NamedTuple):
-    """An output that is asked for. classes: how many of the best classes, as labels; 0: its numbers."""
+    """A requested output. classes: how many of the best classes to return as labels; 0: its numbers."""
 
     name: str
     binary: bool = False
@@ -26,7 +26,7 @@ class RequestedOutput(NamedTuple):
 
 
 class InferenceRequest(NamedTuple):
-    """inputs: removed once they are images, because lists of numbers take ten times the memory. timeout: seconds."""
+    """A request. inputs: removed once converted, because lists take ten times the memory. timeout: in seconds."""
 
     id: str
     inputs: list[InputTensor]
@@ -36,7 +36,7 @@ class InferenceRequest(NamedTuple):
 
 
 class OutputAnswer(NamedTuple):
-    """An output's numbers, or its labels [B][k]."""
+    """The answer for one output: its numbers, or its labels [B][k]."""
 
     requested: RequestedOutput
     content: NDArray[np.float32] | list[list[str]]
@@ -52,7 +52,7 @@ class OutputAnswer(NamedTuple):
         return "BYTES" if isinstance(self.content, list) else "FP32"
 
     def raw(self) -> bytes:
-        """The content as both protocols send it in binary form."""
+        """Return the content in the binary form of both protocols."""
         if isinstance(self.content, list):
             return bytes_tensor(self.content)
         return np.ascontiguousarray(self.content, "<f4").tobytes()
@@ -65,9 +65,9 @@ async def infer(
     seconds: float,
     watch: Watch | None = None,
 ) -> list[OutputAnswer]:
-    """Answer a request, in at most so many seconds from now unless it sets a shorter time itself.
+    """Answer a request within `seconds` from now, or within its own timeout if that is shorter.
 
-    watch: takes what to call when the client leaves, after which nothing is computed for it. Raises Refused.
+    watch: registers a function to call when the client disconnects; the request is then dropped. Raises Refused.
     """
     start = time.monotonic()
     if len(request.inputs) != 1:
@@ -91,7 +91,7 @@ async def _watched(
     seconds: float | None,
     watch: Watch | None,
 ) -> Outputs:
-    """The future's result, unless the time passes or the client leaves first."""
+    """Return the future's result, unless the time passes or the client disconnects first."""
     timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, _late, future)
     has_left = False
 

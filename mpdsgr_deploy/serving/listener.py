@@ -32,14 +32,14 @@ NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Tls(NamedTuple):
-    """PEM files. client_ca: who must have signed a client's certificate; None: clients need none."""
+    """PEM files. client_ca: the authority for clients' certificates; None: clients need none."""
 
     certificate: Path
     key: Path
     client_ca: Path | None = None
 
     def context(self) -> ssl.SSLContext:
-        """What serves with these files. Raises InputError unless they make a TLS server."""
+        """Return the SSL context of a server with these files. Raises InputError if they are unusable."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.renew(context)
         if self.client_ca is not None:
@@ -51,14 +51,14 @@ class Tls(NamedTuple):
         return context
 
     def renew(self, context: ssl.SSLContext) -> None:
-        """Let new connections see the certificate as the files are now. Raises InputError as `context` does."""
+        """Use the current content of the files for new connections. Raises InputError as `context` does."""
         try:
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
             raise InputError(f"no TLS with {self.certificate} and {self.key}: {error}") from None
 
     def grpc(self) -> grpc.ServerCredentials:
-        """What gRPC serves with; it looks for a renewed certificate at every handshake."""
+        """Return gRPC's credentials, which look for a renewed certificate at every handshake."""
         ca = None if self.client_ca is None else self.client_ca.read_bytes()
         configuration = grpc.ssl_server_certificate_configuration([self._pair()], root_certificates=ca)
         known = [self._pair()]
@@ -101,7 +101,7 @@ class Listener:
         self._loop.add_reader(self._sock, self._take_turn)
 
     def renew_certificate(self) -> None:
-        """Show the certificate as its files are now to clients that come from now on; one that is bad is not taken."""
+        """Use the current certificate files for new connections; a bad certificate is not used."""
         if self._tls is not None and self._context is not None:
             try:
                 self._tls.renew(self._context)
@@ -116,7 +116,7 @@ class Listener:
         return any(not c.has_sent and now - c.opened < FRESH for c in self.connections)
 
     def stop_accepting(self) -> None:
-        """Accept what the system has accepted already, and nothing more; other processes take it if there are any."""
+        """Accept the connections that the system has accepted already, and no more; other processes take new ones."""
         if self._accepting:
             self._accepting, self.server.counts.accepting = False, 0
             self._loop.remove_reader(self._sock)
@@ -126,7 +126,7 @@ class Listener:
         self._sock.close()
 
     async def close(self, seconds: float) -> None:
-        """Close idle connections now, others behind their answer, and what is left after so many seconds."""
+        """Close idle connections now, others after their answer, and the rest after `seconds`."""
         end = self._loop.time() + seconds
         while self.tasks and self._loop.time() < end:
             for connection in list(self.connections):
@@ -144,7 +144,7 @@ class Listener:
             task.cancel()
 
     def _take_turn(self) -> None:
-        """Accept, unless another process has fewer connections and takes them soon."""
+        """Accept connections, unless another process has fewer and takes them soon."""
         group = self.server.group
         if group.has_most_connections and not self._waited:
             self._waited = True
@@ -198,7 +198,7 @@ class Listener:
         self.connections.add(connection)
 
     def connection_ended(self, connection: HttpConnection) -> None:
-        """Give its place to the connection that has waited longest for one."""
+        """Give the ended connection's place to the one that has waited longest."""
         self.server.counts.connections -= 1
         self.connections.discard(connection)
         self._without_place.pop(connection, None)
@@ -212,7 +212,7 @@ class Listener:
             waiting.give_place()
 
     def refusal(self, error: Refused) -> bytes:
-        """The whole response to what never became a request, which is counted."""
+        """Return the whole response to input that never became a request, and count it."""
         self.server.other_codes["http", str(error.why.status)] += 1
         return encode_refusal(error, self.server.new_id())
 

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on stderr."""
+"""Structured logs: one JSON object per line on stderr."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ class RequestLog(Protocol):
 
 
 class JsonLines(logging.Formatter):
-    """time (s since 1970), level, message, the fields of every line, and those that a record carries in `fields`."""
+    """Formats time (s since 1970), level, message, the common fields, and those in a record's `fields`."""
 
     def __init__(self, **fields: object) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class JsonLines(logging.Formatter):
 class Lines(logging.Handler):
     """Writes lines to a stream as long as somebody reads them.
 
-    A pipe that nobody reads would stop the process: what it does not take waits here, MOST_WAITING lines at most, and
-    is written before the next line that it takes.
+    A pipe that nobody reads would block the process. Lines that it does not accept wait here, at most MOST_WAITING of
+    them, and are written before the next line that it accepts.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -99,9 +99,7 @@ class Lines(logging.Handler):
 
 
 def log_json(**fields: object) -> None:
-    """Send all log lines and warnings to stderr as JSON, each with these fields; of other packages, only warnings and
-    errors.
-    """
+    """Send log lines to stderr as JSON with these fields; from other packages only warnings and errors."""
     handler = Lines(sys.stderr)
     handler.setFormatter(JsonLines(**fields))
     log.setLevel(logging.INFO)
@@ -111,7 +109,7 @@ def log_json(**fields: object) -> None:
 
 
 def log_request(protocol: str, request: RequestLog, code: str, refused: Refused | None) -> None:
-    """One line for a request; a warning if the server is at fault or overloaded."""
+    """Log one line for a request; a warning if the server is at fault or overloaded."""
     fields: dict[str, Any] = {
         "request_id": request.id,
         "protocol": protocol,

@@ -27,7 +27,7 @@ HISTOGRAMS = {  # a metric's name to that in `Statistics`, and what it tells
 
 
 async def text(server: Server) -> bytes:
-    """All metrics as they are now; where a server has several processes, with the label `process`.
+    """Return all current metrics, with the label `process` if the server has several processes.
 
     A process that dies takes its counts with it, and the next one starts at 0, as Prometheus expects of a series.
     """
@@ -41,12 +41,12 @@ async def text(server: Server) -> bytes:
 
 
 def families(server: Server) -> list[Metric]:
-    """What this process counts."""
+    """Return the metric families of this process."""
     return [*_counts(server), *ProcessCollector(registry=None).collect()]
 
 
 def _by_process(metrics: Mapping[int, Iterable[Metric]]) -> list[Metric]:
-    """Families of all processes, each sample with the index of its process as a label."""
+    """Return the families of all processes, each sample with the index of its process as a label."""
     merged: dict[str, Metric] = {}
     for index, of_process in sorted(metrics.items()):
         for metric in of_process:
@@ -57,7 +57,7 @@ def _by_process(metrics: Mapping[int, Iterable[Metric]]) -> list[Metric]:
 
 
 class Collected(Collector):
-    """A collector of metrics that were collected before."""
+    """A collector that returns metrics which were collected before."""
 
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
@@ -67,10 +67,10 @@ class Collected(Collector):
 
 
 def _counts(server: Server) -> Iterator[Metric]:
-    """What the server counts of its requests and models.
+    """Return the counts of the server's requests and models.
 
-    It runs in a thread while the event loop counts on, so it reads a copy of every mapping: of `dict(mapping)`, not
-    of `list(mapping.items())`, whose tuples may set off a garbage collection and with it a change of thread.
+    It runs in a thread while the event loop counts on, so it reads a copy of every mapping, made by `dict(mapping)`:
+    the tuples of `list(mapping.items())` may trigger a garbage collection and with it a thread switch.
     """
     yield from _of_models(server)
     yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", server.memory.used)
@@ -124,7 +124,7 @@ def _of_models(server: Server) -> Iterator[Metric]:
 
 
 def _grpc_connections(port: int | None) -> Iterable[Metric]:
-    """This process' TCP connections to the gRPC port, whose library does not say; nothing without /proc/net."""
+    """Count this process's TCP connections to the gRPC port, which gRPC does not report; none without /proc/net."""
     if port is None:
         return
     ending, open_now = f":{port:04X}", 0
@@ -140,7 +140,7 @@ def _grpc_connections(port: int | None) -> Iterable[Metric]:
 
 
 def _files() -> set[str]:
-    """The targets of the open file descriptors of this process."""
+    """Return the targets of this process's open file descriptors."""
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -154,7 +154,7 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 
 def _gpu_memory() -> list[Metric]:
-    """What nvidia-smi reports, in bytes; nothing where there is no GPU."""
+    """Return the GPU memory that nvidia-smi reports, in bytes; none without a GPU."""
     if which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]

@@ -1,4 +1,4 @@
-"""One version of a model: a bundle's network, opened and proved on its golden batch, and what it says of itself."""
+"""One version of a model: a bundle's network, opened and checked on its golden batch, and its metadata."""
 
 import threading
 from contextlib import ExitStack, suppress
@@ -29,14 +29,14 @@ VERSION_DIGITS = 12  # of the bundle's digest: replicas and restarts agree on it
 
 
 def version_of(manifest: Manifest) -> str:
-    """The version that a bundle is served as, on whatever machine."""
+    """Return the version that a bundle is served as, the same on every machine."""
     return manifest.digest[:VERSION_DIGITS]
 
 
 class OpenedBundle(Bundle):
-    """A bundle whose golden batch of one precision is in memory: what happens to its files later changes nothing.
+    """A bundle with one precision's golden batch in memory, so that later changes of its files have no effect.
 
-    measured: settings of this backend for a bundle that brings none for this machine.
+    measured: settings of this backend, for a bundle that has none for this machine.
     """
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
@@ -45,7 +45,7 @@ class OpenedBundle(Bundle):
         self._measured: list[Prepared] = []
 
     def measure(self, backend: str, cores: int, known: RuntimeSettings | None) -> RuntimeSettings | None:
-        """The settings in use: the bundle's own if they need no more cores, or those known, or else measured now."""
+        """Return the settings to use: the bundle's own if they need no more cores, else `known`, else measured now."""
         if backend not in machine_settings.PACKAGES:
             return None
         settings = machine_settings.prepared_settings(self, backend, self._precision)
@@ -55,7 +55,7 @@ class OpenedBundle(Bundle):
         return settings
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
-        """With what was measured here."""
+        """Return the bundle with the settings measured here, if there are any."""
         return [*self._measured, *super().prepared(backend, precision)]
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -63,9 +63,9 @@ class OpenedBundle(Bundle):
 
 
 class ServedModel:
-    """A served version. backend: what runs it, on so many cores. lane: where its requests wait.
+    """A served version. backend: runs it, on so many cores. lane: the queue of its requests.
 
-    settings: those of the version before, because a measurement beside live traffic would say little; None: measure
+    settings: those of the version before, because a measurement during live traffic would be unreliable; None: measure
     them. Raises InputError and EvaluationError as `open_predictor` does.
     """
 
@@ -122,7 +122,7 @@ class ServedModel:
 
     @property
     def outputs(self) -> dict[str, list[int]]:
-        """Names and shapes; a request that names none gets the first."""
+        """The outputs' names and shapes; a request that names none gets the first."""
         shapes = {self.output: [-1, len(self.labels)], MARGIN: [-1]}
         return {**shapes, FIRING_RATE: [-1, len(self.layers)]} if self.layers else shapes
 
@@ -134,7 +134,7 @@ class ServedModel:
             raise invalid(f"classification is of {self.output!r}, not of {name!r}")
 
     def metadata(self) -> dict[str, Any]:
-        """The model's metadata in the JSON form of the protocol."""
+        """Return the model's metadata in the JSON form of the protocol."""
         tensor = {"name": self.input.name, "datatype": "FP32", "shape": [-1, *self.input.shape]}
         outputs = [{"name": n, "datatype": "FP32", "shape": shape} for n, shape in self.outputs.items()]
         return {
@@ -146,7 +146,7 @@ class ServedModel:
         }
 
     def config(self) -> dict[str, Any]:
-        """The model configuration extension, in the JSON form of Triton's ModelConfig."""
+        """Return the model configuration extension, in the JSON form of Triton's ModelConfig."""
         parameters = {
             "precision": self.source.precision,
             "backend": self.backend,

@@ -9,7 +9,7 @@ from importlib import resources
 
 @cache
 def page() -> tuple[bytes, bytes]:
-    """The page, in UTF-8, and the value of its header `Content-Security-Policy`."""
+    """Return the page, in UTF-8, and the value of its header `Content-Security-Policy`."""
     content = resources.files("mpdsgr_deploy.serving").joinpath("page.html").read_bytes()
     script, style = (_digest(content, tag) for tag in (b"script", b"style"))
     policy = (
@@ -20,6 +20,6 @@ def page() -> tuple[bytes, bytes]:
 
 
 def _digest(content: bytes, tag: bytes) -> str:
-    """The source expression that allows the page's only element with this tag."""
+    """Return the source expression that allows the page's only element with this tag."""
     (inside,) = re.findall(b"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
     return f"'sha256-{b64encode(sha256(inside).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""The server's ASGI application as a Ray Serve deployment: what a config that `mpdsgr deploy ray` wrote imports."""
+"""The server's ASGI application as a Ray Serve deployment, imported by the configs of `mpdsgr deploy ray`."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mpdsgr_deploy.serving.logs import log_json
 
 
 async def started(arguments: Arguments) -> Server:
-    """A server with its models loaded. Raises MpdsgrError if one cannot serve, or is not that of the config."""
+    """Start a server and load its models. Raises MpdsgrError if one cannot serve, or is not that of the config."""
     keys = None if arguments.api_key_file is None else Path(arguments.api_key_file)
     models = [f"{network.name}={network.bundle}@{network.precision}" for network in arguments.networks]
     server = Server(models, arguments.settings, backend=arguments.backend, keys=keys)
@@ -30,7 +30,7 @@ async def started(arguments: Arguments) -> Server:
 @serve.deployment(name=DEPLOYMENT)
 @serve.ingress()
 class Replica:
-    """One server. An error of its start is what Ray shows of a deployment that fails."""
+    """One server. If its start fails, Ray shows the error as the reason why the deployment failed."""
 
     async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
         limit_free_memory()
@@ -41,11 +41,11 @@ class Replica:
         return Asgi(self._server, with_id=False)
 
     async def check_health(self) -> None:
-        """What Ray asks every few seconds; it replaces a replica that raises."""
+        """Raise if the server has failed: Ray calls this every few seconds and replaces a replica that raises."""
         if not self._server.ready:
             raise RuntimeError("not ready: " + str(self._server.index(ready=False)))
 
 
 def build(arguments: Arguments) -> serve.Application:
-    """The application of a config's `args`."""
+    """Build the application from a config's `args`."""
     return Replica.bind(arguments)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""The served models by name: loaded, swapped for a newer version of their bundle, unloaded.
+"""The served models by name: load them, replace them by a newer version of their bundle, unload them.
 
-A new version is opened and answers its golden batch beside the old one, which serves until then, and is closed once the
-requests that it accepted are answered. A version that fails leaves the old one serving.
+The old version serves until the new one is open and has answered its golden batch, and is closed once its accepted
+requests are answered. If the new version fails, the old one goes on serving.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
 
 
 class Entry:
-    """A served name. model: the version that answers, if any; reason: why there is none, or why no newer one."""
+    """A served name. model: the version that answers, if any; reason: why there is none, or no newer one."""
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
@@ -31,9 +31,9 @@ class Entry:
 
 
 class Repository:
-    """All models of a server. backend: what runs them; cores: that there are for it.
+    """All models of a server. backend: runs them; cores: the number it may use.
 
-    group: shows the other processes of the server that a network is being opened.
+    group: shows the server's other processes that a network is being opened.
     """
 
     def __init__(self, sources: Sequence[ModelSource], backend: str, limits: Limits, cores: int, group: Group) -> None:
@@ -46,14 +46,14 @@ class Repository:
         return iter(self._entries.values())
 
     def entry(self, name: str) -> Entry:
-        """The entry of this name. Raises Refused if it is not served."""
+        """Return the entry of this name. Raises Refused if it is not served."""
         try:
             return self._entries[name]
         except KeyError:
             raise Refused(Why.NOT_FOUND, f"there is no model {name[:100]!r}") from None
 
     def model(self, name: str, version: str = "") -> ServedModel:
-        """The model that answers now. Raises Refused if there is none of this name and version."""
+        """Return the model that answers now. Raises Refused if there is none of this name and version."""
         entry = self.entry(name)
         if entry.model is None:
             why = Why.NOT_READY if entry.state == LOADING else Why.NOT_FOUND
@@ -68,9 +68,9 @@ class Repository:
             await self._load(entry)
 
     async def load(self, name: str) -> None:
-        """Open the bundle as it lies on disk now and switch to it. Raises Refused if it cannot serve; the old one does.
+        """Open the bundle on disk and switch to it. Raises Refused if it cannot serve; the old version then goes on.
 
-        The path is the one the server was started with: none comes from a request.
+        The path is the one the server was started with, never one from a request.
         """
         try:
             await self._load(self.entry(name))
@@ -80,7 +80,7 @@ class Repository:
             raise Refused(Why.INVALID, f"cannot load model {name!r}: {one_line(error)}") from None
 
     async def reload_changed(self) -> None:
-        """Load every model whose bundle is another than the one served; what fails is logged."""
+        """Load every model whose bundle on disk differs from the one served; failures are logged."""
         for entry in self:
             if entry.model is None or entry.source.on_disk().get("digest") != entry.model.digest:
                 try:
@@ -112,7 +112,7 @@ class Repository:
             self._retire(old)
 
     async def unload(self, name: str) -> None:
-        """Answer no more requests of this model; those accepted are answered."""
+        """Accept no more requests for this model; accepted ones are answered."""
         entry = self.entry(name)
         async with entry.lock:
             old, entry.model, entry.state, entry.reason = entry.model, None, UNAVAILABLE, "unloaded"
@@ -139,7 +139,7 @@ async def _drained(model: ServedModel) -> None:
 
 
 def _message_bytes(source: ModelSource, most: int) -> int:
-    """Bytes of the largest gRPC request that the bundle on disk takes."""
+    """Return the size of the largest gRPC request that the bundle on disk takes."""
     try:
         channels, height, width = map(int, source.on_disk()["input_shape"])
     except (KeyError, TypeError, ValueError):

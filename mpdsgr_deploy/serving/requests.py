@@ -1,4 +1,4 @@
-"""An inference request over HTTP: JSON, and behind it the binary tensors of the extension; and its answer."""
+"""Parse inference requests over HTTP (JSON, followed by the extension's binary tensors), and encode answers."""
 
 from collections.abc import Container, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ BINARY = "binary_data"
 
 
 def parse_request(body: bytes, header_length: str | None, image_input: ImageInput) -> InferenceRequest:
-    """A request's body. header_length: of the JSON, where tensors follow. Raises Refused for what is no request."""
+    """Parse a request's body. header_length: that of the JSON, if tensors follow. Raises Refused if it is invalid."""
     place = len(body) if header_length is None else _length(header_length, len(body))
     head = body[:place]
     image_input.check_json(head)
@@ -36,21 +36,21 @@ def parse_request(body: bytes, header_length: str | None, image_input: ImageInpu
 
 
 def identifier(value: Any) -> str:
-    """A request's `id`. Raises Refused if it is not a short text."""
+    """Return a request's `id`. Raises Refused if it is not a short text."""
     if not isinstance(value, str) or len(value) > 256:
         raise invalid("id must be a text of at most 256 characters")
     return value
 
 
 def timeout(value: Any) -> float | None:
-    """Seconds of a request's parameter `timeout`, microseconds; 0: None. Raises Refused if it is no whole number."""
+    """Return a request's parameter `timeout` (microseconds; 0: None) in seconds. Raises Refused if it is no integer."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise invalid("timeout must be a whole number of microseconds")
     return value * MICROSECONDS or None
 
 
 def classes(value: Any) -> int:
-    """How many classes an output's parameter `classification` asks for. Raises Refused if it is no whole number."""
+    """Return how many classes an output's parameter `classification` requests. Raises Refused if it is no integer."""
     if type(value) is not int or not 0 <= value < 2**31:
         raise invalid("classification must be how many classes, a whole number")
     return value
@@ -63,7 +63,7 @@ def refuse_shared_memory(parameters: Container[str], instead: str) -> None:
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """The members of a JSON object. Raises Refused for anything else; numbers beyond 64 bits become floats."""
+    """Parse a JSON object. Raises Refused for anything else; numbers beyond 64 bits become floats."""
     try:
         return members(orjson.loads(content), "the request")
     except orjson.JSONDecodeError as error:  # no UTF-8, an infinite number and too deep nesting too
@@ -71,7 +71,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
 
 
 def members(value: Any, what: str) -> dict[str, Any]:
-    """The members of a JSON object without those that are null, because some clients send all there might be."""
+    """Return the members of a JSON object without null ones, because some clients send every possible member."""
     if not isinstance(value, dict):
         raise invalid(f"{what} must be a JSON object")
     if None not in value.values():
@@ -86,7 +86,7 @@ def _length(text: str, most: int) -> int:
 
 
 def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor, int]:
-    """An input, and where in the body the next one's bytes begin."""
+    """Parse an input, and return it with the position in the body of the next one's bytes."""
     name, datatype, shape = (entry.get(key) for key in ("name", "datatype", "shape"))
     if not isinstance(name, str) or not isinstance(datatype, str):
         raise invalid("an input needs a name and a datatype")
@@ -128,7 +128,7 @@ def _list(value: Any, what: str) -> list[Any]:
 
 
 def response(model: ServedModel, request: InferenceRequest, answers: Sequence[OutputAnswer]) -> tuple[bytes, bytes]:
-    """The JSON of a response, and the tensors that follow it in binary form."""
+    """Return the JSON of a response, and the tensors that follow it in binary form."""
     outputs: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for answer in answers:

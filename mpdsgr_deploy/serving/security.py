@@ -1,4 +1,4 @@
-"""Who may ask, and where a server may listen."""
+"""Decide which clients may send requests, and at which addresses a server may listen."""
 
 import hmac
 import ipaddress
@@ -16,9 +16,9 @@ CHECK_EVERY = 1.0  # seconds between looks at the file
 
 
 class ApiKeys:
-    """The keys of a file, one a line, # for comments; read again when the file changes.
+    """The API keys of a file, one per line, # for comments; read again when the file changes.
 
-    While the file is missing or holds no proper keys, nobody is let in: to delete it is to revoke every key. Raises
+    While the file is missing or holds no valid keys, every client is refused, so deleting it revokes every key. Raises
     InputError for a file without a key or with one that is too short to be a secret.
     """
 
@@ -43,7 +43,7 @@ class ApiKeys:
         return (status.st_mtime_ns, status.st_size), [sha256(key.encode()).digest() for key in keys]
 
     def accepts(self, authorization: str) -> bool:
-        """Whether an Authorization header, `Bearer KEY`, names one of the keys. Takes as long for any wrong key."""
+        """Whether an Authorization header `Bearer KEY` names one of the keys; equally slow for any wrong key."""
         self._refresh()
         kind, _, key = authorization.partition(" ")
         digest = sha256(key.strip().encode()).digest()
@@ -69,7 +69,7 @@ class ApiKeys:
 
 
 def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
-    """Raise InputError for an address that others reach, unless clients must show who they are or it is wanted so."""
+    """Raise InputError for an address that others reach, unless clients are authenticated or `insecure` is set."""
     if authenticated or insecure or is_loopback(host):
         return
     raise InputError(
@@ -79,10 +79,10 @@ def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
 
 
 def check_caller(host: str, origin: str | None) -> None:
-    """Raise Refused for what a page of another site, in a browser on this machine, makes a loopback server do.
+    """Raise Refused for requests that another site's page, in a browser here, makes to a loopback server.
 
-    host and origin: the headers. A browser names the page's site in Origin; one that was led here by a name of that
-    site's own (DNS rebinding) says so in Host.
+    host and origin: the headers. A browser names the page's site in Origin; after DNS rebinding, Host holds the name of
+    the other site.
     """
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
     if not is_loopback(name.strip("[]")[:100]) or origin not in (None, f"http://{host}", f"https://{host}"):

@@ -1,4 +1,4 @@
-"""The process: listeners, signals, and an end that loses no accepted request."""
+"""The server process: listeners, signals, and a shutdown that loses no accepted request."""
 
 import asyncio
 import gc
@@ -33,7 +33,7 @@ OTHER_FILES = 200  # that a server has open beside its connections
 
 
 class Address(NamedTuple):
-    """Where to listen. grpc_port: None for no gRPC; a port 0 is any free one."""
+    """The addresses to listen at. grpc_port: None for no gRPC; port 0 is any free one."""
 
     host: str
     port: int
@@ -41,7 +41,7 @@ class Address(NamedTuple):
 
 
 def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: bool = False) -> int:
-    """Serve until SIGTERM or SIGINT; returns how many accepted requests got no answer.
+    """Serve until SIGTERM or SIGINT; return how many accepted requests got no answer.
 
     Raises InputError if an address cannot be used or a model cannot serve.
     """
@@ -88,7 +88,7 @@ def _run_group(server: Server, address: Address, sock: socket.socket, tls: Tls |
 
 
 def _raise_file_limit(connections: int) -> None:
-    """Let every connection that is allowed have its file descriptor, as far as the machine does."""
+    """Raise the limit of open files, if the system allows it, so that every allowed connection has its descriptor."""
     needed = 2 * connections + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -105,7 +105,7 @@ def _raise_file_limit(connections: int) -> None:
 
 
 async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls | None, alive: int | None) -> int:
-    """alive: a file that ends with the process that supervises this one, if one does."""
+    """Run the server. alive: a file that closes when the supervising process ends; None without one."""
     loop, group = asyncio.get_running_loop(), server.group
     end, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -155,7 +155,7 @@ async def _listen(server: Server, http: Listener, address: Address, tls: Tls | N
 
 
 async def _load(server: Server, end: asyncio.Event) -> bool:
-    """Open the models while /v2/health/live already answers. False if the end comes first."""
+    """Open the models while /v2/health/live already answers. False if the server is told to end first."""
     loading = asyncio.ensure_future(server.start())
     ending = asyncio.ensure_future(end.wait())
     await asyncio.wait({loading, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -175,7 +175,7 @@ async def _reload(server: Server, http: Listener, asked: asyncio.Event) -> None:
 
 
 async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[float, int]:
-    """Answer what was accepted. The seconds that are left for answers to be sent, and how many there will not be."""
+    """Answer accepted requests; return the seconds left for sending answers, and how many requests get none."""
     limits, clock = server.limits, time.monotonic
     server.draining = True
     log.info("stopping: not ready any more, %d requests in work", server.counts.requests)
@@ -208,7 +208,7 @@ def _bound(host: str, port: int, option: str = "--port") -> socket.socket:
 
 
 def _reserved(host: str, port: int) -> socket.socket:
-    """A socket on a port on which, until it is closed, only processes of this user that share it can listen."""
+    """Reserve a port: until the socket is closed, only this user's processes that share it can listen there."""
     with _bound(host, port, "--grpc-port") as free:
         where = free.getsockname()
     shared = socket.socket(free.family, free.type)

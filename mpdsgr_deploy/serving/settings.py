@@ -1,4 +1,4 @@
-"""What a server allows, from a TOML file: every bound has a default that suits one machine."""
+"""The limits of a server, from a TOML file; every default suits one machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +40,8 @@ class Limits(Section):
 
 
 class Machine(Section):
-    """processes: that share the ports, so that reading and writing requests uses more than one core. hang_seconds: one
-    of several whose event loop stands still for longer is killed and replaced.
+    """processes: how many share the ports, so that reading and writing requests uses several cores. hang_seconds: one
+    of several processes whose event loop stands still for longer is killed and replaced.
     """
 
     processes: Count = 1
@@ -49,7 +49,7 @@ class Machine(Section):
 
 
 class Log(Section):
-    """requests: a line for every request, not only for those refused."""
+    """requests: log a line for every request, not only for refused ones."""
 
     requests: bool = False
 
@@ -63,12 +63,12 @@ class TrustSettings(Section):
     require_verdict: str = ""
 
     def demand(self) -> Demand:
-        """What is demanded of a bundle. Raises InputError as `demand_of` does."""
+        """Return what is demanded of a bundle. Raises InputError as `demand_of` does."""
         return demand_of(self.require_signature, self.require_verdict)
 
 
 class ServerSettings(Section):
-    """The whole file."""
+    """The whole settings file."""
 
     limits: Limits = Limits()
     machine: Machine = Machine()
@@ -76,19 +76,19 @@ class ServerSettings(Section):
     trust: TrustSettings = TrustSettings()
 
     def demanding(self, signature: str | None, least_tier: str | None) -> "ServerSettings":
-        """The settings, overridden by the options --require-signature and --require-verdict where these are given."""
+        """Return the settings with the options --require-signature and --require-verdict in place, if given."""
         options = {"require_signature": signature, "require_verdict": least_tier}
         trust = self.trust.model_copy(update={key: value for key, value in options.items() if value})
         return self.model_copy(update={"trust": trust})
 
     def everywhere(self) -> "ServerSettings":
-        """The settings for servers that start elsewhere: a key file by its full path."""
+        """Return the settings for servers that start elsewhere: a key file by its full path."""
         key = self.trust.require_signature
         return self.demanding(str(Path(key).resolve()) if Path(key).is_file() else None, None)
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServerSettings:
-    """The settings of a file, or the defaults, with `section.key=value` overrides.
+    """Load the settings of a file, or the defaults, with `section.key=value` overrides.
 
     Raises InputError for a file that cannot be read, an unknown key or a value out of range.
     """

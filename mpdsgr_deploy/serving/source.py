@@ -1,4 +1,4 @@
-"""Which network of which bundle is served, and by what name: `[NAME=]BUNDLE[@PRECISION]`, as commands take it."""
+"""The arguments `[NAME=]BUNDLE[@PRECISION]` of commands: which network of which bundle is served by which name."""
 
 import json
 import re
@@ -24,7 +24,7 @@ class ModelSource(NamedTuple):
     demand: Demand = NOTHING
 
     def on_disk(self) -> dict[str, Any]:
-        """What the manifest says now, or nothing; whether that is true is seen when the bundle is opened."""
+        """Read the manifest now, unverified; None if it cannot be read. Opening the bundle verifies it."""
         try:
             content = json.loads((self.path / MANIFEST).read_bytes())
         except (OSError, ValueError):
@@ -33,7 +33,7 @@ class ModelSource(NamedTuple):
 
 
 def sources(texts: Sequence[str], demand: Demand = NOTHING) -> list[ModelSource]:
-    """What the texts name, in their order. Raises InputError for a name that no URL takes or that comes twice."""
+    """Parse the arguments in order. Raises InputError for a name that URLs cannot contain or that appears twice."""
     by_name: dict[str, ModelSource] = {}
     for text in texts:
         source = _source(text)
@@ -44,7 +44,7 @@ def sources(texts: Sequence[str], demand: Demand = NOTHING) -> list[ModelSource]
 
 
 def _source(text: str) -> ModelSource:
-    """Without a name it is the directory's, with -PRECISION behind it where one other than fp32 is meant."""
+    """Parse one argument. The default name is the directory's, plus -PRECISION if that is not fp32."""
     name, place = "", text
     if "=" in text and not Path(text).exists():
         name, _, place = text.partition("=")

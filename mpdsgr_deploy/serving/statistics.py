@@ -27,7 +27,7 @@ class Histogram:
 
 
 class Moment(NamedTuple):
-    """A request that was answered: when, on the monotonic clock, how long it took in seconds, how many images."""
+    """An answered request: its time on the monotonic clock, its duration in seconds, its number of images."""
 
     end: float
     seconds: float

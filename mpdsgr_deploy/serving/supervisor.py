@@ -1,4 +1,4 @@
-"""Several processes that are one server: started, replaced when they die or hang, told to reload and to end.
+"""Run several processes as one server: start them, replace those that die or hang, tell them to reload and to end.
 
 The parent opens the ports and forks before anything has started a thread. It serves nothing itself.
 """
@@ -29,9 +29,9 @@ Work = Callable[[int], int]  # what a process does until it ends, given a file t
 
 
 class Child:
-    """One place among the processes, and who has it. waits: seconds before the next one; due: when that is.
+    """One place among the processes, and its process. waits: seconds before the next one; due: when to start it.
 
-    watch: what was seen of this process; hung: it stood still and was killed.
+    watch: the observation of this process; hung: it stood still and was killed.
     """
 
     def __init__(self, index: int) -> None:
@@ -42,8 +42,8 @@ class Child:
 class Supervisor:
     """Runs `work` in each process of a group; `run` returns when all have ended after SIGTERM or SIGINT.
 
-    ports: closed in the parent as the end begins, so that they end with the last child. announce: called once every
-    process has loaded its models. hang_seconds: a process whose event loop stands still for longer is killed.
+    ports: closed in the parent when the shutdown begins, so that they close with the last child. announce: called once
+    every process has loaded its models. hang_seconds: a process whose event loop stands still for longer is killed.
     """
 
     def __init__(self, group: Group, work: Work, ports: list[socket.socket], hang_seconds: float) -> None:
@@ -53,7 +53,7 @@ class Supervisor:
         self._ending, self.lost = False, 0
 
     def run(self, announce: Callable[[], None]) -> int:
-        """How many accepted requests got no answer. Raises what a process raised before all had loaded."""
+        """Run; return how many accepted requests got no answer. Raises what a process raised before all had loaded."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno()), [signal.signal(one, _note) for one in SIGNALS]
@@ -87,7 +87,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _be(self, child: Child, *, replacement: bool) -> NoReturn:
-        """In the forked process: work, and end with it whatever happens."""
+        """Work in the forked process, and end the process afterwards, whatever happens."""
         code = EvaluationError.exit_code
         try:
             signal.set_wakeup_fd(-1)
@@ -109,7 +109,7 @@ class Supervisor:
         return self._group.folder / f"error-{child.index}"
 
     def _patience(self) -> float:
-        """Seconds until the next process is to be started, or the next look at those that run."""
+        """Return the seconds until the next process is to be started, or the running ones checked."""
         due = [] if self._ending else [child.due for child in self._children if not child.pid]
         return min([self._hang_seconds / LOOKS, *(max(0.0, moment - time.monotonic()) for moment in due)])
 
@@ -184,4 +184,4 @@ class Supervisor:
 
 
 def _note(*_: object) -> None:
-    """What a signal calls; `set_wakeup_fd` tells of it."""
+    """Do nothing: the handler of signals, which arrive through `set_wakeup_fd`."""

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: what a request may claim, and what the numbers behind it must be."""
+"""Tensors of the Open Inference Protocol: check a request's description of them, and their numbers."""
 
 import struct
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class InputTensor(NamedTuple):
 
 
 class ImageInput(NamedTuple):
-    """What a model takes: images float32 in [0, 1] or uint8, [B, *shape] with at most `most` of them."""
+    """A model's input: images float32 in [0, 1] or uint8, [B, *shape] with at most `most` of them."""
 
     name: str
     shape: tuple[int, int, int]
@@ -38,12 +38,12 @@ class ImageInput(NamedTuple):
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of the largest valid request over HTTP, which is in JSON."""
+        """The size of the largest valid request over HTTP, which is in JSON."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * JSON_CHARACTERS
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of the largest valid request over gRPC, raw or typed."""
+        """The size of the largest valid request over gRPC, raw or typed."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * 4
 
     def check_json(self, content: bytes) -> None:
@@ -57,10 +57,10 @@ class ImageInput(NamedTuple):
             raise invalid(f"the request has more values than {self.most} images need")
 
     def images(self, tensor: InputTensor) -> NDArray[np.float32]:
-        """The images [B, C, H, W] of a tensor. Raises Refused unless its claims fit the model and its numbers them.
+        """Return a tensor's images [B, C, H, W]. Raises Refused unless description, model and numbers fit together.
 
-        Whether their pixels are valid is checked where they are computed (see `pixel_problem`): here numpy would hand
-        the interpreter to another thread, which costs every request two changes of threads.
+        Pixel values are checked when the batch is computed (see `pixel_problem`): here numpy would release the
+        interpreter to another thread, which costs every request two thread switches.
         """
         if tensor.name != self.name:
             raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
@@ -74,7 +74,7 @@ class ImageInput(NamedTuple):
         return to_unit(self._numbers(tensor).reshape(tensor.shape))
 
     def pixel_problem(self, images: NDArray[np.float32]) -> Refused | None:
-        """Why a predictor refuses these images, if it does."""
+        """Return why a predictor refuses these images, or None."""
         try:
             check_images(images, self.shape)
         except InputError as error:
@@ -98,7 +98,7 @@ class ImageInput(NamedTuple):
 
 
 def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The numbers of a list that is flat, or nested as the shape says. Raises Refused otherwise."""
+    """Return the numbers of a list that is flat, or nested as the shape says. Raises Refused otherwise."""
     numbers: Sequence[Any] = content
     for depth, size in enumerate(shape):
         if not (numbers and isinstance(numbers[0], list)):
@@ -125,7 +125,7 @@ def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[A
 
 
 def _packed(numbers: Sequence[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    """The numbers as an array, in a third of the time that numpy takes; None unless each is one that fits."""
+    """Return the numbers as an array, three times as fast as numpy; None unless all are numbers that fit the type."""
     try:
         array = np.frombuffer(struct.pack(f"<{len(numbers)}{FORMATS[dtype]}", *numbers), dtype)
     except (struct.error, OverflowError):
@@ -135,18 +135,18 @@ def _packed(numbers: Sequence[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None
 
 
 def too_large(limit: int) -> Refused:
-    """The refusal of a body that no valid request needs."""
+    """Return the refusal of a body that is larger than any valid request."""
     return Refused(Why.TOO_LARGE, f"the body may have {limit} bytes")
 
 
 def best(logits: NDArray[np.float32], labels: Sequence[str], k: int) -> list[list[str]]:
-    """The classification extension: for each row the k best as "value:index:label", best first."""
+    """Return the classification extension: for each row the k best as "value:index:label", best first."""
     order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return [[f"{row[i]:.6f}:{i}:{labels[i]}" for i in places] for row, places in zip(logits, order, strict=True)]
 
 
 def margin(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The best logit minus the second best, float32 [B]; 0 where there is one class."""
+    """Return the best logit minus the second best, float32 [B]; 0 for a single class."""
     if logits.shape[1] < 2:
         return np.zeros(len(logits), np.float32)
     top = np.partition(logits, -2, axis=1)[:, -2:]
@@ -155,6 +155,6 @@ def margin(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def bytes_tensor(rows: Sequence[Sequence[str]]) -> bytes:
-    """BYTES as the protocol sends them: each element behind its length, four bytes little-endian."""
+    """Encode BYTES as the protocol does: each element after its length, four bytes little-endian."""
     encoded = [text.encode() for row in rows for text in row]
     return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)

@@ -14,7 +14,7 @@ NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def span(headers: Mapping[str, str], model: ServedModel, request_id: str) -> AbstractContextManager[object]:
-    """A server's span around an inference, below the caller's if the headers name it (W3C Trace Context)."""
+    """Open a span around an inference, as a child of the caller's if the headers name one (W3C Trace Context)."""
     if trace is None:
         return NOTHING
     # get_tracer answers a real one only once somebody has set up where spans go

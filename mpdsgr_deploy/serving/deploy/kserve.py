@@ -1,8 +1,9 @@
-"""KServe resources for bundles: an InferenceService each, on Triton or on our own server.
+"""KServe resources for bundles: an InferenceService for each, on Triton or on `mpdsgr serve`.
 
-Our own server gets its bundle by `storageUri`, as /mnt/models. Triton needs a directory above its model: for one model
-that is the repository, by `storageUri`; of several each gets its own, as /mnt/models/NAME, by `storageUris`.
-They ask for the deployment mode Standard: KServe's default one forbids volumes and a time to end.
+`mpdsgr serve` gets its bundle through `storageUri`, as /mnt/models. Triton needs the directory above its model: a
+single model gets the repository through `storageUri`; with several, each gets its own as /mnt/models/NAME by
+`storageUris`. The resources ask for the deployment mode Standard, because KServe's default forbids volumes and a
+termination time.
 """
 
 import re
@@ -33,9 +34,10 @@ Resource = dict[str, Any]
 
 
 class ReplicaSpec(NamedTuple):
-    """Of one model: server's image, devices, cores, memory as Kubernetes writes it, how many, and as whom.
+    """The replicas of one model: container image, devices, cores, memory (as in Kubernetes), number, and user.
 
-    demand: what our own server asks of its bundle; Triton has no such thing, and is given what was verified.
+    demand: the signatures that `mpdsgr serve` requires. Triton cannot require any, so its files are verified
+    beforehand.
     """
 
     image: str | None = None
@@ -47,7 +49,7 @@ class ReplicaSpec(NamedTuple):
     demand: Demand = Demand()
 
     def check(self) -> None:
-        """Raise InputError for a value that Kubernetes does not take."""
+        """Raise InputError for a value that Kubernetes does not accept."""
         least, most = self.replicas
         if not 0 <= least <= most or most < 1:
             raise InputError(f"--replicas {least},{most}: write the least and the most, for example 1,4")
@@ -64,12 +66,12 @@ def write_resources(
     runtime: str = "triton",
     replica: ReplicaSpec = ReplicaSpec(),  # noqa: B008 - it cannot change
 ) -> list[str]:
-    """Write the resources of each model to `out`, fresh or an earlier one; the names of the files.
+    """Write the resources of each model to `out`, new or of an earlier call; return the files' names.
 
-    storage_uri: the parent of what each model needs: of its directory in a model repository, or of its bundle.
-    runtime: of RUNTIMES. Raises InputError for a URI that is none or that KServe cannot fetch so, a name that
-    Kubernetes does not take or that two would have, an image that is missing, and where `out` cannot be written. A file
-    that was edited since an earlier call stays; what would have been written lies beside it, as NAME.new.
+    storage_uri: the parent of each model's directory in a model repository, or of its bundle. runtime: one of RUNTIMES.
+    Raises InputError for a URI that is invalid or that KServe cannot fetch, a name that Kubernetes does not accept or
+    that two models would have, a missing image, and if `out` cannot be written. A file that was edited since an earlier
+    call is kept, and the new content is written beside it as NAME.new.
     """
     make = choose("runtime", RUNTIMES, runtime)
     replica.check()
@@ -85,7 +87,7 @@ def write_resources(
 
 
 def _triton_runtime(replica: ReplicaSpec) -> Resource:
-    """The ServingRuntime that every model on Triton uses."""
+    """Return the ServingRuntime that every model on Triton uses."""
     command = [
         "tritonserver",
         f"--model-repository={MODELS}",
@@ -175,7 +177,7 @@ def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
 
 
 def _demanding(demand: Demand) -> list[str]:
-    """The options by which our own server asks the same of its bundle."""
+    """Return the options by which `mpdsgr serve` demands the same of its bundle."""
     if demand.trust is None:
         return []
     trust = demand.trust
@@ -185,7 +187,7 @@ def _demanding(demand: Demand) -> list[str]:
 
 
 def _key(trust: Trust) -> Resource:
-    """The signer's public key as a ConfigMap for every pod."""
+    """Return the signer's public key as a ConfigMap for every pod."""
     data = {KEY: trust.pem.decode(errors="replace")}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": TRUST}, "data": data}
 
@@ -217,12 +219,12 @@ def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> 
 
 
 def _threads(replica: ReplicaSpec) -> Resource:
-    """As many threads as cores in the limit: with one for each core of the node, the quota would stop them."""
+    """Set as many threads as the limit has cores; one per core of the node would exceed the CPU quota."""
     return {"name": "OMP_NUM_THREADS", "value": str(replica.cpus)}
 
 
 def _pod(user: int, replica: ReplicaSpec) -> Resource:
-    """Fields of every predictor: it is not root, and is ended only after it has answered what it accepted."""
+    """Return fields of every predictor: it is not root, and ends only after answering the accepted requests."""
     identity = {"runAsNonRoot": True, "runAsUser": user, "fsGroup": user, "seccompProfile": {"type": "RuntimeDefault"}}
     least, most = replica.replicas
     account = {} if replica.service_account is None else {"serviceAccountName": replica.service_account}
@@ -231,7 +233,7 @@ def _pod(user: int, replica: ReplicaSpec) -> Resource:
 
 
 def _common(replica: ReplicaSpec) -> Resource:
-    """Fields of every container: ports, probes, resources and no privileges. Loading may take five minutes."""
+    """Return fields of every container: ports, probes, resources and no privileges. Loading may take five minutes."""
     return {
         "ports": [{"name": "http1", "containerPort": HTTP, "protocol": "TCP"}],
         "startupProbe": _probe("ready", period=5, failures=60),
@@ -254,7 +256,7 @@ def _probe(what: str, period: int, failures: int) -> Resource:
 
 
 def _scratch() -> Resource:
-    """The one place to write to on a read-only root."""
+    """Return the one writable volume on a read-only root."""
     return {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 

@@ -1,4 +1,4 @@
-"""The networks that are deployed, each with its opened bundle."""
+"""The networks to deploy, each with its opened bundle."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from mpdsgr_deploy.serving.source import NOTHING, sources
 
 
 class Chosen(NamedTuple):
-    """One precision of a bundle under the name it is served by."""
+    """One precision of a bundle, with the name it is served by."""
 
     name: str
     bundle: Bundle
@@ -17,7 +17,7 @@ class Chosen(NamedTuple):
 
 
 def choose_models(texts: Sequence[str], demand: Demand = NOTHING) -> list[Chosen]:
-    """What `[NAME=]BUNDLE[@PRECISION]` each name. Raises InputError as `sources` and `demand` do."""
+    """Open each `[NAME=]BUNDLE[@PRECISION]`. Raises InputError as `sources` and `demand` do."""
     chosen = [Chosen(source.name, demand.open(source.path), source.precision) for source in sources(texts)]
     for _, bundle, precision in chosen:
         bundle.variant(precision)

@@ -1,6 +1,6 @@
-"""A directory that a deploy command writes: whole or not at all, over what it wrote there before and nothing else.
+"""The output directory of a deploy command, written completely or not at all, over its own earlier output only.
 
-Its checksums lie in it in the format of sha256sum, so that `sha256sum -c` checks what was copied somewhere else.
+It contains checksums in the format of sha256sum, so that `sha256sum -c` checks a copy elsewhere.
 """
 
 import difflib
@@ -19,11 +19,11 @@ LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
 @contextmanager
 def output_directory(out: Path, sums: str, what: str, *, keep_edits: bool = False) -> Iterator[Path]:
-    """A scratch directory, which takes the place of `out` when the block ends well.
+    """Make a scratch directory, which replaces `out` if the block ends without an error.
 
-    sums: the file of checksums, by which a later call knows `out` for `what` it may replace. Raises InputError where
+    sums: the file of checksums, by which a later call recognises `out` as `what` it may replace. Raises InputError if
     `out` holds a file that no earlier call wrote or, unless `keep_edits`, that was changed since. With `keep_edits` a
-    changed file stays as it is, what it would be now lies beside it, as NAME.new, and the log shows the difference.
+    changed file is kept, its new content is written beside it as NAME.new, and the log shows the difference.
     """
     out = out.resolve()  # a link is followed, not replaced
     recover_directory(out)
@@ -42,7 +42,7 @@ def output_directory(out: Path, sums: str, what: str, *, keep_edits: bool = Fals
 
 
 def _edited(out: Path, sums: str) -> list[str]:
-    """Files of an earlier call that were changed since. Raises InputError for files that no call wrote."""
+    """Return files of an earlier call that were changed since. Raises InputError for files that no call wrote."""
     text = (out / sums).read_text(encoding="utf-8", errors="replace")
     known = {name: digest for digest, name in LINE.findall(text)}
     changed = []
@@ -58,7 +58,7 @@ def _edited(out: Path, sums: str) -> list[str]:
 
 
 def _keep(edited: Path, written: Path) -> None:
-    """Let `written` be as it was edited, with what it would be beside it."""
+    """Keep the edited version of `written`, with the new content beside it."""
     theirs = edited.read_text(encoding="utf-8", errors="replace")
     ours = written.read_text(encoding="utf-8") if written.exists() else ""
     if theirs != ours:

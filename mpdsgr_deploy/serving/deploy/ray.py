@@ -1,6 +1,6 @@
-"""A Ray Serve config that runs our own server in every replica, behind an HAProxy on every node.
+"""A Ray Serve config that runs the server of this package in every replica, behind an HAProxy on every node.
 
-HTTP only. Ray itself lets in whoever reaches its ports (they run code on the cluster), so its network must be closed.
+HTTP only. Whoever reaches Ray's own ports can run code on the cluster, so they must not be reachable from outside.
 """
 
 import math
@@ -26,7 +26,7 @@ RETRIES = 2  # on other replicas; bounded, for a request that brings a process d
 
 
 class RayNetwork(Section):
-    """What a replica serves. digest: of the bundle that the config was written for."""
+    """A network that a replica serves. digest: that of the bundle for which the config was written."""
 
     name: str
     bundle: str
@@ -35,7 +35,7 @@ class RayNetwork(Section):
 
 
 class Arguments(Section):
-    """What a config tells each replica. api_key_file: its path on every node."""
+    """The arguments of each replica. api_key_file: its path on every node."""
 
     networks: Annotated[list[RayNetwork], Field(min_length=1)]
     backend: str
@@ -44,7 +44,7 @@ class Arguments(Section):
 
 
 class Place(NamedTuple):
-    """replicas: least and most; gpu: share of one that a replica takes; host, port: where every node listens."""
+    """Where an application runs. replicas: least and most; gpu: share per replica; host, port: of every node."""
 
     replicas: tuple[int, int] = (1, 1)
     gpu: float = 0.0
@@ -62,10 +62,10 @@ def write_config(
     *,
     insecure: bool = False,
 ) -> Path:
-    """Write the config of one application with these models to `out`, fresh or an earlier one; its path.
+    """Write the config of one application with these models to `out`, new or of an earlier call; return its path.
 
-    Raises InputError for an unknown backend, a place that cannot be, a host that others reach without `keys` unless
-    `insecure`, and where `out` cannot be written.
+    Raises InputError for an unknown backend, impossible numbers, a host that others reach without `keys` unless
+    `insecure`, and if `out` cannot be written.
     """
     least, most = place.replicas
     if not 1 <= least <= most:

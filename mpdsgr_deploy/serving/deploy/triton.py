@@ -1,12 +1,12 @@
 """A Triton model repository from bundles.
 
-NAME/config.pbtxt     what goes in and out, batches, devices
+NAME/config.pbtxt     inputs, outputs, batches, devices
 NAME/labels.txt       for Triton's classification extension
 NAME/warmup/          a golden image, which every instance answers before the model is ready
-NAME/1/model.onnx     or model.plan, or one plan a compute capability
+NAME/1/model.onnx     or model.plan, or one plan per compute capability
 
 Triton checks no values. An ONNX network is written with a check in it: images outside [0, 1] get NaN. An engine cannot
-have one, so it answers them as if they were images.
+have such a check, so it answers them as if they were valid.
 """
 
 import shutil
@@ -44,7 +44,7 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
 
 
 class Written(NamedTuple):
-    """What was written of one model. engines: compute capability to version of TensorRT; noise: asked of clients."""
+    """The files of one model. engines: TensorRT's version by compute capability; noise: inputs that clients send."""
 
     name: str
     precision: str
@@ -54,10 +54,10 @@ class Written(NamedTuple):
 
 
 def write_repository(models: Sequence[Chosen], out: Path, backend: str = "onnxruntime", gpus: int = 0) -> list[Written]:
-    """Write a model repository to `out`, fresh or an earlier one.
+    """Write a model repository to `out`, new or of an earlier call.
 
-    backend: of BACKENDS; gpus: how many each model runs on, 0: the CPU. Raises InputError for an unknown backend, for
-    networks and engines that Triton cannot use, and where `out` is something else or cannot be written.
+    backend: one of BACKENDS; gpus: how many each model runs on, 0: the CPU. Raises InputError for an unknown backend,
+    for networks and engines that Triton cannot use, and if `out` holds other files or cannot be written.
     """
     platform = choose("backend", BACKENDS, backend)
     if backend == "tensorrt" and not gpus:
@@ -98,7 +98,7 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
 
 
 def _checked_network(model: Chosen, gpus: int) -> onnx.ModelProto:
-    """The network as Triton runs it, with the check of its images."""
+    """Return the network with a check of its images, as Triton runs it."""
     source = model.bundle.variant(model.precision)
     content = source if gpus else for_cpu(source)  # on a CPU float16 is rounded only where it is written down
     loaded = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
@@ -108,7 +108,7 @@ def _checked_network(model: Chosen, gpus: int) -> onnx.ModelProto:
 def _put_engines(
     directory: Path, bundle: Bundle, engines: dict[str, Prepared]
 ) -> tuple[int, list[int], dict[str, str]]:
-    """Copy engines by compute capability; the largest batch, those to prefer, and the names of several files."""
+    """Copy engines by compute capability; return the largest and the preferred batches, and several files' names."""
     files: dict[str, str] = {}
     if len(engines) > 1:
         files = {capability: f"model-{capability}.plan" for capability in engines}
@@ -122,10 +122,10 @@ def _put_engines(
 
 
 def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
-    """The TensorRT engine for each compute capability, all of the newest version of TensorRT that has one.
+    """Return the TensorRT engine for each compute capability, all of the newest version of TensorRT that has one.
 
-    Raises InputError where there is none, where two kinds of GPU have one compute capability, by which alone Triton
-    tells GPUs apart, and where an engine does not take single images, which no one pads in Triton.
+    Raises InputError if there is none, if two kinds of GPU share a compute capability, because Triton distinguishes
+    GPUs by that alone, and if an engine does not take single images, because Triton does not pad batches.
     """
     command = f"mpdsgr build {bundle.path} --backend tensorrt --precision {precision}"
     sha = bundle.model_sha256(precision)

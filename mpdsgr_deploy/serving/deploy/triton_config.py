@@ -1,4 +1,4 @@
-"""A model's config.pbtxt for Triton, made as a protobuf message, so that it has only fields that Triton knows."""
+"""Make a model's config.pbtxt for Triton as a protobuf message, so that it has only fields that Triton knows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ TYPES: dict[int, str] = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.FLOAT16: "T
 
 
 class TritonTensor(NamedTuple):
-    """An input or output as Triton describes it. dims: without the batch."""
+    """An input or output in Triton's form. dims: without the batch."""
 
     name: str
     data_type: str
@@ -23,9 +23,9 @@ class TritonTensor(NamedTuple):
 
 
 class TritonPlan(NamedTuple):
-    """How one network is to run. preferred: batches to fill; engines: file name by compute capability, if it matters.
+    """How one network runs. preferred: batch sizes to fill; engines: file name by compute capability, if several.
 
-    gpus: how many; 0: on the CPU. parameters: notes for people; backends skip what they do not know.
+    gpus: how many; 0: on the CPU. parameters: notes for people, which backends ignore.
     """
 
     name: str
@@ -38,12 +38,12 @@ class TritonPlan(NamedTuple):
 
 
 def library() -> Any:
-    """Triton's own description of a configuration. Raises InputError naming the extra where it is missing."""
+    """Import Triton's protobuf definition of a configuration. Raises InputError that names a missing extra."""
     return need("tritonclient.grpc.model_config_pb2", "serve")
 
 
 def tensors(network: onnx.ModelProto) -> tuple[list[TritonTensor], list[TritonTensor]]:
-    """A network's inputs and outputs. Raises InputError for one that cannot be described to Triton."""
+    """Return a network's inputs and outputs. Raises InputError for one that Triton cannot describe."""
     weights = {tensor.name for tensor in network.graph.initializer}
     inputs = [_tensor(value) for value in network.graph.input if value.name not in weights]
     return inputs, [_tensor(value) for value in network.graph.output]
@@ -61,10 +61,10 @@ def _tensor(value: onnx.ValueInfoProto) -> TritonTensor:
 
 
 def config(plan: TritonPlan, network: onnx.ModelProto) -> str:
-    """The text of config.pbtxt. Raises InputError as `tensors`.
+    """Return the text of config.pbtxt. Raises InputError as `tensors` does.
 
-    `dynamic_batching` says no more than which batches to fill: a queue policy of any kind was seen to hold requests for
-    half a second. The first input is warmed up with an image from a file, others, which are noise, with zeros.
+    `dynamic_batching` states only which batches to fill, because any queue policy was seen to hold requests for half a
+    second. The warm-up uses an image from a file for the first input, and zeros for the others, which are noise.
     """
     pb2 = library()
     text_format = need("google.protobuf.text_format", "serve")

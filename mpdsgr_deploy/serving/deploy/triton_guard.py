@@ -1,4 +1,4 @@
-"""A check inside a network for engines that check no values: images that are none get NaN, not a valid answer.
+"""A check inside a network, for servers that check no values: invalid images get NaN instead of an answer.
 
 `mpdsgr serve` refuses images with NaN or values outside [0, 1]; Triton computes whatever it gets, and 0..255 where the
 network was trained on [0, 1] comes out as a confident wrong class.
@@ -14,9 +14,9 @@ PREFIX = "valid_image"
 
 
 def guarded(network: onnx.ModelProto, images: str) -> onnx.ModelProto:
-    """A copy whose first output [B, K] is NaN in the rows of images [B, C, H, W] with a value outside [0, 1], or NaN.
+    """Return a copy whose first output [B, K] is NaN for images [B, C, H, W] with NaN or a value outside [0, 1].
 
-    images: the name of that input. The other rows are computed by the very nodes that the network has.
+    images: the name of that input. The other rows are computed by the network's own nodes.
     """
     checked = onnx.ModelProto()
     checked.CopyFrom(network)

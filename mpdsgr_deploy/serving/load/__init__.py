@@ -1,4 +1,4 @@
-"""Load on a running server of the Open Inference Protocol: closed and open loops, and what they measure."""
+"""Put load on a server of the Open Inference Protocol, in closed and open loops, and measure it."""
 
 from mpdsgr_deploy.serving.load.loops import Load
 from mpdsgr_deploy.serving.load.measure import LoadMeasurement, measure

@@ -1,4 +1,4 @@
-"""The two loops: users who wait for their answer before they ask again, and arrivals that wait for nobody."""
+"""The two kinds of load: a closed loop of users who wait for their answers, and an open loop of Poisson arrivals."""
 
 import asyncio
 import threading
@@ -20,9 +20,9 @@ UNSENT = "unsent"
 
 @dataclass(frozen=True)
 class Load:
-    """How much is asked: `concurrency` users in a closed loop, or `rate` requests a second in an open one.
+    """The amount of load: `concurrency` users in a closed loop, or `rate` requests per second in an open one.
 
-    It ends after `seconds` or `requests`, whichever comes first, when what is on its way has been answered.
+    It ends after `seconds` or `requests`, whichever comes first, once the requests sent have been answered.
     """
 
     seconds: float
@@ -36,8 +36,8 @@ class Load:
 
 @dataclass
 class Tally:
-    """What a load did. latencies: seconds of each good answer; in_time: good ones before the load's time was over;
-    errors: how many of which kind; started, ended: on the monotonic clock, the latter without waiting for the last.
+    """The result of a load. latencies: seconds of each good answer; in_time: good answers within the load's time;
+    errors: counts by kind; started, ended: on the monotonic clock, the latter without waiting for the last answers.
     """
 
     latencies: "array[float]" = field(default_factory=lambda: array("d"))
@@ -49,17 +49,17 @@ class Tally:
 
     @property
     def requests(self) -> int:
-        """How many were sent and came to an end, good or bad."""
+        """The number of finished requests, good or bad."""
         return len(self.latencies) + self.errors.total() - self.errors[UNSENT]
 
     @property
     def busy(self) -> float:
-        """Seconds from the start to the last answer before the load's time was over."""
+        """The seconds from the start to the last answer within the load's time."""
         return max(self.ended - self.started, 1e-6)
 
 
 class Traffic:
-    """Sends the requests in turn and keeps the tally. problem: None for a good answer, else the kind of error."""
+    """Sends the requests in turn and keeps the tally. problem: returns the kind of error, None for a good answer."""
 
     def __init__(
         self, endpoint: Endpoint, requests: Sequence[bytes], problem: Callable[[HttpAnswer], str | None]
@@ -75,7 +75,7 @@ class Traffic:
         return self._stop
 
     async def exchange(self, connection: Connection, due: float) -> bool:
-        """One request; its latency counts from when it was due. Returns whether an answer came."""
+        """Send one request, whose latency counts from when it was due; return whether an answer came."""
         tally, kind = self.tally, None
         tally.sent += 1
         try:
@@ -94,7 +94,7 @@ class Traffic:
 
 
 def arrivals(load: Load, seed: int) -> Iterator[float]:
-    """When each request of an open loop is due, in seconds from its start: a Poisson process of the load's rate."""
+    """Yield when each request of an open loop is due, in seconds from its start, by a Poisson process."""
     gaps, due = np.random.default_rng(seed), 0.0
     for _ in range(load.requests):
         due += gaps.exponential(1 / load.rate)
@@ -104,7 +104,7 @@ def arrivals(load: Load, seed: int) -> Iterator[float]:
 
 
 async def run(load: Load, traffic: Traffic, seed: int) -> None:
-    """Put `load` on the server; traffic.tally holds what happened, also when this is cancelled."""
+    """Put `load` on the server; traffic.tally holds the result, also if this is cancelled."""
     await (_OpenLoop(traffic).run(load, seed) if load.rate else _closed(load, traffic))
 
 
@@ -128,9 +128,9 @@ async def _closed(load: Load, traffic: Traffic) -> None:
 
 
 class _OpenLoop:
-    """Requests that arrive in their own time, each on a connection that is idle or new.
+    """Sends requests at their own times, each on an idle or new connection.
 
-    A thread of its own tells when one is due: timers of the event loop are a millisecond coarse.
+    A separate thread signals when one is due, because timers of the event loop have a resolution of a millisecond.
     """
 
     def __init__(self, traffic: Traffic) -> None:

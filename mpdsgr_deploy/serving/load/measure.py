@@ -1,4 +1,4 @@
-"""Measure a running server: find out what the model takes, load it, say what came of it."""
+"""Measure a running server: ask for the model's inputs, put load on it, and summarise."""
 
 import asyncio
 import re
@@ -25,7 +25,7 @@ WARM_UP = 0.1  # of a load's seconds and requests, one second at most, which is 
 
 @dataclass
 class LoadMeasurement:
-    """What is known so far: complete after `measure`, the loads up to then after an interrupt."""
+    """The results so far: all after `measure`, those up to the interrupt otherwise."""
 
     model: TargetModel | None = None
     outcomes: list[LoadOutcome] = field(default_factory=list)
@@ -43,10 +43,10 @@ def measure(
 ) -> None:
     """Put each of `loads` on the model at `url` (http://HOST:PORT/v2/models/NAME) and fill `measurement`.
 
-    batch: images a request; images: [N, C, H, W] uint8, or float32 in [0, 1], instead of random ones; key: sent as a
-    bearer token. KeyboardInterrupt is raised after the load that it ended has gone into `measurement`.
+    batch: images per request; images: [N, C, H, W] uint8, or float32 in [0, 1], instead of random ones; key: sent as a
+    bearer token. KeyboardInterrupt is raised after the interrupted load has been added to `measurement`.
 
-    Raises InputError for a server that cannot be reached, or refuses the first request.
+    Raises InputError if the server cannot be reached, or refuses the first request.
     """
     endpoint = Endpoint(ModelUrl.split(url), {"Authorization": f"Bearer {key}"} if key else {})
     with asyncio.Runner(loop_factory=need("uvloop", "serve").new_event_loop) as runner:
@@ -98,7 +98,7 @@ async def _tell(load: Load, tally: Tally) -> None:
 
 
 async def _try(model: TargetModel, request: bytes, batch: int) -> None:
-    """One request before the load: what a server says to it tells more than a count of errors."""
+    """Send one request before the load, because the server's message tells more than a count of errors."""
     connection = Connection(model.endpoint)
     try:
         answer = await connection.ask(request)
@@ -113,7 +113,7 @@ async def _try(model: TargetModel, request: bytes, batch: int) -> None:
 
 
 async def _cpu_seconds(endpoint: Endpoint) -> float | None:
-    """What the server's process has computed so far, as its Prometheus page says; None if it says nothing."""
+    """Return the CPU seconds of the server's process from its Prometheus page; None if it does not report them."""
     connection = Connection(endpoint)
     try:
         page = await connection.ask(endpoint.message("GET", endpoint.at.root.removesuffix("/v2") + "/metrics"))
@@ -126,7 +126,7 @@ async def _cpu_seconds(endpoint: Endpoint) -> float | None:
 
 
 def perf_analyzer(model: TargetModel, load: Load, batch: int) -> str:
-    """The command line of Triton's perf_analyzer for the same load; it measures windows until they agree."""
+    """Return the command line of Triton's perf_analyzer for the same load; it measures windows until they agree."""
     at = model.endpoint.at
     name, _, version = at.path.removeprefix(at.root + "/models/").partition("/versions/")
     prefix = at.root.removesuffix("/v2")

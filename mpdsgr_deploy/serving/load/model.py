@@ -1,4 +1,4 @@
-"""The model under load: what it takes, the requests made of that, and whether an answer has the shape it must have."""
+"""The model under load: its inputs, requests made for them, and the check of an answer's shape."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DIFFERENT, MEMORY = 16, 1 << 26  # requests, and bytes of them: a server that ke
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output as the server's metadata describe it; shape without the batch, -1 for what varies."""
+    """An input or output as the server's metadata describe it; shape without the batch, -1 for a variable size."""
 
     name: str
     datatype: str
@@ -27,7 +27,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TargetModel:
-    """What a server says of a model. server: its own name and version; binary: tensors may travel in that form."""
+    """A server's description of a model. server: its name and version; binary: whether it takes binary tensors."""
 
     url: str
     endpoint: Endpoint
@@ -37,9 +37,9 @@ class TargetModel:
     binary: bool
 
     def requests(self, batch: int, images: NDArray[Any] | None, seed: int) -> list[bytes]:
-        """Whole HTTP requests of `batch` images each: random ones, or `images` [N, C, H, W] in turn.
+        """Encode whole HTTP requests of `batch` images each: random ones, or `images` [N, C, H, W] in turn.
 
-        Raises InputError for images of another shape, or an input whose shape or type cannot be made up.
+        Raises InputError for images of another shape, or an input for which no values can be generated.
         """
         size = sum(prod(tensor.shape) for tensor in self.inputs) * batch * (4 if self.binary else 20)
         rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ class TargetModel:
         return self.endpoint.message("POST", f"{self.endpoint.at.path}/infer", body, headers)
 
     def problem(self, answer: HttpAnswer, batch: int) -> str | None:
-        """None for logits of the right shape, else the status, or "wrong answer"."""
+        """Return None for logits of the right shape, else the status, or "wrong answer"."""
         if answer.status != 200:
             return str(answer.status)
         try:
@@ -68,7 +68,7 @@ class TargetModel:
 
 
 async def describe(url: str, endpoint: Endpoint) -> TargetModel:
-    """Ask a server about a model; raises InputError if it does not answer or does not know the model."""
+    """Ask a server about a model. Raises InputError if it does not answer or does not know the model."""
     connection = Connection(endpoint)
     try:
         described = await connection.ask(endpoint.message("GET", endpoint.at.path))
@@ -102,7 +102,7 @@ async def describe(url: str, endpoint: Endpoint) -> TargetModel:
 
 
 def _values(tensor: TensorSpec, batch: int, rng: np.random.Generator) -> NDArray[Any]:
-    """Random values [batch, *shape]: all bytes, or floats in [0, 1)."""
+    """Generate random values [batch, *shape]: all bytes, or floats in [0, 1)."""
     if tensor.datatype not in DTYPES or any(size < 1 for size in tensor.shape):
         shape = [*map(int, tensor.shape)]
         raise InputError(
@@ -115,7 +115,7 @@ def _values(tensor: TensorSpec, batch: int, rng: np.random.Generator) -> NDArray
 
 
 def _chosen(tensor: TensorSpec, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
-    """`batch` of the images from `start` on, over and over, as the type that the model takes."""
+    """Return `batch` images from `start` on, cyclically, in the type that the model takes."""
     fits = len(tensor.shape) == images.ndim - 1 and all(
         expected in (-1, size) for expected, size in zip(tensor.shape, images.shape[1:], strict=True)
     )

@@ -1,4 +1,4 @@
-"""The figures of one load: percentiles, errors, CPU; for a table and as JSON."""
+"""The figures of one load for a table and as JSON: percentiles, errors, CPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ OWN_LIMIT = 0.9  # of a core: above it the load tool itself is what is measured
 
 
 def percentile(seconds: Sequence[float], percent: float) -> float | None:
-    """By linear interpolation; None where fewer than one value is expected above it."""
+    """Return a percentile by linear interpolation; None if fewer than one value is expected above it."""
     if len(seconds) * (100 - percent) < 100 - 1e-6:
         return None
     return float(np.percentile(np.asarray(seconds), percent))
@@ -23,7 +23,7 @@ def percentile(seconds: Sequence[float], percent: float) -> float | None:
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """server_cpu: seconds the server's process computed meanwhile, None where it does not say; own_cpu: this one."""
+    """The outcome of a load. server_cpu: the server's CPU seconds, None if not reported; own_cpu: this process's."""
 
     load: Load
     batch: int
@@ -34,12 +34,12 @@ class LoadOutcome:
 
     @property
     def images_per_second(self) -> float:
-        """Counted in good answers until the load's time was over."""
+        """Images in good answers within the load's time, per second."""
         return self.tally.in_time * self.batch / self.tally.busy
 
     @property
     def latency_ms(self) -> dict[str, float | None]:
-        """Percentiles over the good answers; in an open loop from when a request was due."""
+        """Percentiles of latency over the good answers; in an open loop from when a request was due."""
         seconds = {f"p{p:g}": percentile(self.tally.latencies, p) for p in PERCENTILES}
         return {name: None if value is None else round(1000 * value, 4) for name, value in seconds.items()}
 
@@ -52,7 +52,7 @@ class LoadOutcome:
 
     @property
     def warnings(self) -> list[str]:
-        """Why the figures may not be the server's."""
+        """Reasons why the figures may not be those of the server."""
         warnings = []
         if (share := self.own_cpu / self.tally.busy) > OWN_LIMIT:
             warnings.append(f"{self.load}: this tool took {share:.0%} of a core, so the figures are its own")
@@ -61,7 +61,7 @@ class LoadOutcome:
         return warnings
 
     def row(self) -> list[str]:
-        """The cells below COLUMNS, behind one for the load itself."""
+        """Return the cells below COLUMNS, after one for the load itself."""
         load = f"{self.load.rate:g}" if self.load.rate else str(self.load.concurrency)
         latency = [_number(value) for value in self.latency_ms.values()]
         errors = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.tally.errors.items())) or "0"
@@ -69,7 +69,7 @@ class LoadOutcome:
         return [load, str(self.tally.requests), rate, *latency, errors, _number(self.server_cpu_ms)]
 
     def to_json(self) -> dict[str, Any]:
-        """All figures as JSON values."""
+        """Return all figures as JSON values."""
         load = {"rate": self.load.rate} if self.load.rate else {"concurrency": self.load.concurrency}
         return {
             "loop": "open" if self.load.rate else "closed",
@@ -86,5 +86,5 @@ class LoadOutcome:
 
 
 def _number(value: float | None) -> str:
-    """Three digits or so: more is noise."""
+    """Format a number with about three digits, because more would be noise."""
     return "-" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
