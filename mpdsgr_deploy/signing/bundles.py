@@ -1,10 +1,10 @@
-"""A bundle's signature, BUNDLE/model.sig, in the OpenSSF model-signing format: signing, and a verified private copy.
+"""Sign a bundle in the OpenSSF model-signing format (BUNDLE/model.sig), and make a verified private copy.
 
     model.sig              names every file of the bundle with its sha256; the stock `model_signing verify` reads it
     verdicts/PRECISION.sig signed statements about the bundle (`signing.verdict`), each with a signature of its own
 
-Neither is in the manifest or in model.sig itself, so both travel with every copy and change no digest. What changes the
-bundle itself, such as `mpdsgr build`, removes them: they were about other files.
+Neither is listed in the manifest or in model.sig itself, so both are copied with the bundle and change no digest.
+Commands that change the bundle, such as `mpdsgr build`, remove them, because they cover other files.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ CHUNK = 1 << 20
 class SignedCopy:
     """A bundle's signed files in a private directory, which is removed with the last reference to this object.
 
-    root: the directory; signer: who signed, in words. In another process, to which a bundle was sent, the place that
-    the copy was made from is verified again, and has to carry the same signature.
+    root: the directory; signer: who signed, in words. If a bundle is sent to another process, the original directory is
+    verified there again, and must carry the same signature.
     """
 
     def __init__(self, path: Path, trust: Trust) -> None:
@@ -69,7 +69,7 @@ def _remove(directory: Path, process: int) -> None:
 
 
 def _signed_files(statement: Statement, place: Path) -> dict[str, str]:
-    """Relative path to sha256. Raises InputError for a statement that names none."""
+    """Return the sha256 of each signed file by relative path. Raises InputError for a statement without files."""
     try:
         predicate = statement["predicate"]
         resources = predicate["resources"]
@@ -82,7 +82,7 @@ def _signed_files(statement: Statement, place: Path) -> dict[str, str]:
 
 
 def _copy(path: Path, out: Path, signed: dict[str, str]) -> None:
-    """Copy what was signed, hashing what is written. Raises InputError unless that is all there is, and unchanged."""
+    """Copy the signed files and verify their hashes. Raises InputError if one was changed, or others exist."""
     advice = "do not use it; get the signed bundle again"
     missing = set(signed)
     for name, file in _files(path, signed):
@@ -103,9 +103,9 @@ def _copy(path: Path, out: Path, signed: dict[str, str]) -> None:
 
 
 def _files(path: Path, signed: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
-    """Names and paths of a bundle's files, without what a signature leaves out and `signed` does not name.
+    """Return names and paths of a bundle's files, except those that signatures leave out unless `signed` names them.
 
-    Raises InputError for links and devices: they can lead anywhere.
+    Raises InputError for links and devices, which can lead anywhere.
     """
     root = path.resolve()
     for file in sorted(root.rglob("*")):
@@ -120,7 +120,7 @@ def _files(path: Path, signed: Collection[str] = ()) -> Iterator[tuple[str, Path
 
 
 def sign_bundle(path: Path, signer: Signer) -> Path:
-    """Sign the bundle in directory `path` as it lies there; returns the signature's file.
+    """Sign the bundle in directory `path`; return the signature's file.
 
     Raises InputError for a key that cannot be used, or a directory with links.
     """
@@ -140,7 +140,7 @@ def sign_bundle(path: Path, signer: Signer) -> Path:
 
 
 def drop_signatures(path: Path) -> bool:
-    """Remove a bundle's signature and verdicts, which are about files that were changed. Returns whether there were."""
+    """Remove a bundle's signature and verdicts after its files changed. Return whether there were any."""
     signed = (path / SIGNATURE).exists() or (path / VERDICTS).exists()
     (path / SIGNATURE).unlink(missing_ok=True)
     shutil.rmtree(path / VERDICTS, ignore_errors=True)

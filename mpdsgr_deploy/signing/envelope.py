@@ -1,7 +1,7 @@
-"""The one place that calls model-signing: DSSE envelopes in Sigstore bundles, signed and verified.
+"""Sign and verify DSSE envelopes in Sigstore bundles; the only module that calls model-signing.
 
-model-signing publishes functions for the signatures of directories only. Statements of other kinds are handed to the
-signer and the verifier behind them, which are the same for both.
+model-signing has public functions for the signatures of directories only. Other statements are passed to the signer and
+the verifier that these functions use.
 """
 
 import json
@@ -32,17 +32,17 @@ Statement = dict[str, Any]
 
 @dataclass(frozen=True)
 class Signer:
-    """What signs: an EC private key, with its certificate and that one's chain if there is one, else Sigstore.
+    """The signer: an EC private key, with its certificate and chain if there is one, else Sigstore.
 
-    A key's password is read from the environment, MPDSGR_KEY_PASSWORD. Without a key the identity is what the
-    environment offers (a CI job's own token), or one that a browser confirms.
+    A key's password is read from the environment variable MPDSGR_KEY_PASSWORD. Without a key, the identity is that of a
+    CI job's token in the environment, or one that a browser confirms.
     """
 
     key: Path | None = None
     certificate: Path | None = None
 
     def config(self) -> Any:
-        """A signing configuration of model-signing. Raises InputError for a key that cannot be used."""
+        """Make a signing configuration of model-signing. Raises InputError for an unusable key."""
         config = need("model_signing.signing", "sign").Config()
         if self.key is None:
             return config.use_sigstore_signer(use_ambient_credentials=True)
@@ -54,22 +54,22 @@ class Signer:
         return config.use_elliptic_key_signer(private_key=self.key, password=password.encode() if password else None)
 
     def explain(self, error: Exception) -> InputError:
-        """What to tell the user of an error of model-signing."""
+        """Explain an error of model-signing to the user."""
         what = "a Sigstore identity" if self.key is None else str(self.key)
         hint = "" if self.key is None else f"; it takes an EC key of P-256, P-384 or P-521, its password in {PASSWORD}"
         return InputError(f"cannot sign with {what}: {one_line(error)}{hint}")
 
 
 class _Payload(NamedTuple):
-    """What model-signing's signers take."""
+    """A payload in the form that model-signing's signers take."""
 
     statement: Any
 
 
 def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, str], predicate: Statement) -> bytes:
-    """A signed in-toto statement as a Sigstore bundle in JSON. subject: name to sha256.
+    """Sign an in-toto statement; return a Sigstore bundle in JSON. subject: sha256 by name.
 
-    Numbers become doubles on the way: integers beyond 2^53 have to be text. Raises InputError where signing fails.
+    Numbers become doubles, so integers beyond 2^53 have to be text. Raises InputError if signing fails.
     """
     try:
         config = signer.config()
@@ -90,7 +90,7 @@ def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, st
 
 
 def read_signature(path: Path) -> bytes | None:
-    """The content of a signature file; None where there is none. Raises InputError if it is no plain, small file."""
+    """Read a signature file; None if there is none. Raises InputError if it is not a plain, small file."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"{path} is no plain file; a signature is one")
     try:
@@ -106,7 +106,7 @@ def read_signature(path: Path) -> bytes | None:
 
 
 def verified_statement(content: bytes, place: Path, trust: Trust) -> tuple[Statement, str]:
-    """The in-toto statement in a signature, and who signed it. place: where the signature lay, for messages.
+    """Return the in-toto statement in a signature, and who signed it. place: the signature's file, for messages.
 
     Raises InputError unless `trust` covers the signer.
     """
@@ -133,7 +133,7 @@ def verified_statement(content: bytes, place: Path, trust: Trust) -> tuple[State
 
 
 def _verified(verifying: Any, content: bytes, trust: Trust) -> tuple[str, bytes]:
-    """Type and payload of an envelope, once its signature is verified."""
+    """Verify an envelope's signature, and return its type and payload."""
     config = verifying.Config()
     with TemporaryDirectory() as folder:
         pem, file = Path(folder) / "trust.pem", Path(folder) / "signature"
@@ -151,7 +151,7 @@ def _verified(verifying: Any, content: bytes, trust: Trust) -> tuple[str, bytes]
 
 
 def _description(trust: Trust, material: Any) -> str:
-    """Who signed, in words for people. A key is named by the digest that model-signing calls its hint."""
+    """Describe the signer for people. A key is named by the digest that model-signing calls its hint."""
     if trust.kind == "identity":
         return f"{trust.name} ({trust.issuer})"
     if trust.kind == "certificate":

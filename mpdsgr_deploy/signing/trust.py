@@ -13,9 +13,9 @@ PRIVATE = b"PRIVATE KEY-----"
 
 @dataclass(frozen=True)
 class Trust:
-    """One accepted signer. name: as the user wrote it; pem: the content of that file; issuer: who knows an identity.
+    """One accepted signer. name: as the user wrote it; pem: the content of that file; issuer: that of an identity.
 
-    The file is read once, so that every later check is made with the key that was there at the start.
+    The file is read once, so that every later check uses the key that was there at the start.
     """
 
     kind: Kind
@@ -28,12 +28,12 @@ class Trust:
 
 
 def required_trust(text: str | None) -> Trust | None:
-    """Whom the option --require-signature names; None if it is empty or not given. Raises as `parse_trust` does."""
+    """Parse the option --require-signature; None if it is empty or not given. Raises as `parse_trust` does."""
     return parse_trust(text) if text else None
 
 
 def parse_trust(text: str) -> Trust:
-    """A PEM file with a public key or with the certificates of an authority, or `IDENTITY,ISSUER` of Sigstore.
+    """Parse a PEM file with a public key or an authority's certificates, or `IDENTITY,ISSUER` of Sigstore.
 
     Raises InputError for a file that cannot be read or holds something else.
     """
@@ -60,9 +60,7 @@ def parse_trust(text: str) -> Trust:
 
 
 def trust_of_kind(text: str, kind: Kind, option: str) -> Trust:
-    """The key or certificate file `text` that `option` names. Raises InputError for the other kind, and otherwise as
-    `parse_trust` does.
-    """
+    """Read the key or certificate file `text` of `option`. Raises as `parse_trust`, and for the other kind of file."""
     trust = parse_trust(text)
     if trust.kind != kind:
         raise InputError(f"{option} {text} holds a {trust.kind}; give it with --{trust.kind}")
@@ -70,5 +68,5 @@ def trust_of_kind(text: str, kind: Kind, option: str) -> Trust:
 
 
 def beside(file: Path, text: str) -> str:
-    """The key that a TOML file names: a relative path starts from that file's directory. "" names none."""
+    """Resolve the key that a TOML file names: a relative path starts at that file's directory; "" names none."""
     return str(file.parent / text) if (file.parent / text).is_file() else text

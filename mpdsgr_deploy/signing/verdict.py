@@ -1,7 +1,7 @@
-"""A verdict that travels with its bundle: what a report says, as a signed in-toto statement about the bundle's digest.
+"""A report's verdict as a signed in-toto statement about the bundle's digest, which a bundle can carry.
 
-The predicate is in-toto's own test-result, so that any policy engine can read `result` and `failedTests`. What that has
-no field for stands beside these under the name EXTENSION, as in-toto's parsing rules allow.
+The predicate is in-toto's own test-result, so that any policy engine can read `result` and `failedTests`. Further
+fields are stored under the name EXTENSION, as in-toto's parsing rules allow.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ RESULTS = {"pass": "PASSED", "fail": "FAILED"}
 
 
 class ConditionCount(BaseModel):
-    """Images that the artefact gets right under one condition, beside the torch network on the same images.
+    """Images that the artefact gets right under one condition, and the torch network's count on the same images.
 
-    at_most: not all attacks were made, so that `correct` is an upper bound.
+    at_most: not all attacks were made, so `correct` is an upper bound.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,7 +41,7 @@ class ConditionCount(BaseModel):
 
 
 class SignedVerdict(BaseModel):
-    """One validation of one of a bundle's networks. seed: in decimal; gate: its rules; files: sha256 of the report's.
+    """A validation of one of a bundle's networks. seed: in decimal; gate: its rules; files: the report's sha256.
 
     Unknown fields are ignored: later versions may say more.
     """
@@ -65,11 +65,11 @@ class SignedVerdict(BaseModel):
 
     @property
     def line(self) -> str:
-        """For people: the verdict and what it rests on."""
+        """One line for people: the verdict and what it rests on."""
         return f"{self.verdict} at tier {self.tier}, {self.precision} on {self.backend}, {self.images}"
 
     def counts(self) -> dict[str, str]:
-        """Correct images of n, by condition."""
+        """Return the numbers of correct images and of all images, by condition."""
         return {count.name: f"{count.correct}/{count.n}" for count in self.conditions}
 
 
@@ -81,7 +81,7 @@ class Vouched(NamedTuple):
 
 
 def sign_verdict(verdict: SignedVerdict, name: str, failed: Mapping[str, bool], signer: Signer) -> bytes:
-    """The signed statement. name: of the bundle; failed: by condition. Raises InputError as `sign_statement` does."""
+    """Sign a verdict. name: the bundle's; failed: whether each condition failed. Raises as `sign_statement` does."""
     predicate = {
         "result": RESULTS[verdict.verdict],
         "configuration": [{"name": verdict.images, "digest": {"sha256": verdict.images_sha256}}],
@@ -93,7 +93,7 @@ def sign_verdict(verdict: SignedVerdict, name: str, failed: Mapping[str, bool], 
 
 
 def read_verdict(content: bytes, place: Path, trust: Trust) -> Vouched:
-    """The verdict in a signed statement. Raises InputError unless `trust` signed it and it is one of ours."""
+    """Read a verdict from a signed statement. Raises InputError unless `trust` signed it and it is a verdict."""
     statement, signer = verified_statement(content, place, trust)
     try:
         (subject,), predicate = statement["subject"], statement["predicate"]
@@ -109,12 +109,12 @@ def read_verdict(content: bytes, place: Path, trust: Trust) -> Vouched:
 
 
 def place_of_verdict(bundle: Path, precision: str) -> Path:
-    """Where a bundle carries the verdict on a precision."""
+    """Return the file in which a bundle carries the verdict on a precision."""
     return bundle / VERDICTS / f"{precision}.sig"
 
 
 def carry_verdict(bundle: Path, precision: str, content: bytes) -> Path:
-    """Put a signed verdict into its bundle, where it replaces an earlier one on this precision."""
+    """Put a signed verdict into its bundle, in place of an earlier one on this precision."""
     place = place_of_verdict(bundle, precision)
     place.parent.mkdir(exist_ok=True)
     write_atomic(place, content)
@@ -122,7 +122,7 @@ def carry_verdict(bundle: Path, precision: str, content: bytes) -> Path:
 
 
 def carried_verdict(bundle: Path, precision: str, digest: str, trust: Trust) -> Vouched | None:
-    """The verdict that a bundle carries on a precision; None if there is none.
+    """Return the verdict that a bundle carries on a precision; None if there is none.
 
     Raises InputError as `read_verdict` does, and for a verdict on other files or another precision.
     """
