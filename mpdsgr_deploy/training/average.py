@@ -1,9 +1,10 @@
-"""An exponential average of the weights over the steps of a run, in place of the last step's weights.
+"""An exponential moving average of the weights over a run's steps, used in place of the last weights.
 
     a <- d_s a + (1 - d_s) w,    d_s = min(decay, (1 + s) / (10 + s))
 
-after step s, counted from 0 over the whole run: the untrained weights are forgotten within a few tens of steps. The
-average has other activations than any network it averages, so its running statistics are measured before it is used.
+after step s, counted from 0 over the whole run, so that the untrained weights are forgotten within a few tens of steps.
+The averaged network's activations differ from those of every network in the average, so its running statistics are
+measured before it is used.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from mpdsgr_deploy.snn import TdBN
 
 @torch.no_grad()
 def update_average(average: SpikingNet, model: SpikingNet, *, decay: float, step: int) -> None:
-    """Take the weights after `step` of the run into the average. Its running statistics stay as they are."""
+    """Add the weights after `step` of the run to the average. Its running statistics do not change."""
     share = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
 

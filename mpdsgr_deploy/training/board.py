@@ -1,4 +1,4 @@
-"""How a run is displayed: one log line per epoch; curves, warnings and pictures in TensorBoard."""
+"""Display a run: one log line per epoch; curves, warnings and pictures in TensorBoard."""
 
 import threading
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from mpdsgr_deploy.training.epoch import Data, Learner
 
 @contextmanager
 def open_board(folder: Path, first_epoch: int) -> Iterator[SummaryWriter]:
-    """A writer of TensorBoard's files, for epochs from `first_epoch` on (counted from 1).
+    """Open a writer of TensorBoard's files, for epochs from `first_epoch` on (counted from 1).
 
-    TensorBoard writes in a thread of its own and raises that thread's error in the next call as well, so the traceback
-    that Python prints for the thread says nothing more. Raises InputError where the folder cannot be written.
+    TensorBoard writes in a thread and raises the thread's error also in the next call, so the traceback that Python
+    prints for the thread is suppressed. Raises InputError if the folder cannot be written.
     """
     python_hook = threading.excepthook
 
@@ -59,7 +59,7 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
-    """Log the curves and the line of the last epoch in `history`, with warnings about layers that are new."""
+    """Log the curves and the line of the last epoch in `history`, with new warnings about layers."""
     entry = history[-1]
     epoch = entry["epoch"]
     for name, value in entry.items():

@@ -1,4 +1,4 @@
-"""One epoch of learning and one of validation."""
+"""Train for one epoch, and validate once."""
 
 import math
 from collections import defaultdict
@@ -28,7 +28,7 @@ Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
 
 class Learner(NamedTuple):
-    """What an epoch needs. `wrapped` is `model` as Fabric runs it (precision, several devices)."""
+    """The objects that an epoch needs. `wrapped` is `model` as Fabric runs it (precision, several devices)."""
 
     fabric: Fabric
     recipe: Recipe
@@ -41,18 +41,18 @@ class Learner(NamedTuple):
 
     @property
     def judged(self) -> SpikingNet:
-        """The network that is validated and saved: the average of the weights, if there is one."""
+        """The network that is validated and saved: the averaged one, if there is an average, else `model`."""
         return self.model if self.average is None else self.average
 
     def images(self, pixels: Tensor, draw: torch.Generator) -> Tensor:
-        """Pixels uint8 [B, C, H, W] as training sees them before any attack: varied, in [0, 1]."""
+        """Augment pixels uint8 [B, C, H, W] and scale them to [0, 1], as training uses them before any attack."""
         config = self.recipe.data
         if config.augment != "none":
             pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
         return to_unit(pixels)
 
     def attacked(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
-        """The images the run trains on in place of x; x itself where no defence attacks."""
+        """Return the images to train on in place of x; x itself if no defence attacks."""
         with self.fabric.autocast():
             for defence in self.defences:
                 x = defence.examples(model, x, y, draw)
@@ -60,7 +60,7 @@ class Learner(NamedTuple):
 
 
 def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
-    """One pass over the training images; returns the epoch's means of all that `batch_loss` returns.
+    """Train for one pass over the training images; return the epoch's means of all values of `batch_loss`.
 
     Raises InputError if the loss or a weight is no longer finite.
     """
@@ -105,7 +105,7 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
 
 
 def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """One batch's `loss`, its parts (cross_entropy, and each defence's term and weight), and train_accuracy.
+    """Return a batch's `loss`, its parts (cross_entropy, each defence's term and weight), and train_accuracy.
 
     pixels uint8 [B, C, H, W], y [B]; all values are scalars.
     """
@@ -163,15 +163,15 @@ def settle_average(learner: Learner, data: Data, epoch: int) -> None:
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
-    """Cosine schedule from lr at step 0 to 0 at `steps`."""
+    """Return the cosine schedule from lr at step 0 to 0 at `steps`."""
     return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
 def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, float], list[LayerStatistics]]:
-    """Validation accuracy, the score that selects the best checkpoint, and layer statistics of the first batch.
+    """Return validation accuracy, the score that selects the best checkpoint, and the first batch's layer statistics.
 
-    The score is the accuracy on what the run trains for: clean images, or under the training attack.
+    The score is the accuracy on the kind of images that the run trains on: clean, or under the training attack.
     """
     fabric, recipe = learner.fabric, learner.recipe
     learner.wrapped.eval()

@@ -1,4 +1,4 @@
-"""What identifies a training run: its recipe and its data."""
+"""Identify a training run by its recipe and its data, and refuse to resume another one."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ DIGESTS = {
 def refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
     """Raise InputError if a run would be resumed with a recipe that changes its training.
 
-    `attack` and `validation` matter only after training, `recompute` and `pictures` change no bit.
+    `attack` and `validation` matter only after training; `recompute` and `pictures` do not change the results.
     """
     ignored: Any = {"attack": True, "validation": True, "training": {"recompute", "pictures"}}
     old, new = (recipe.model_dump(exclude=ignored) for recipe in (before, now))
@@ -35,7 +35,7 @@ def refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
 
 
 def data_identity(training: Images, validation: Images) -> dict[str, Any]:
-    """What identifies the images of a run, in types that a state file can hold."""
+    """Return the identity of a run's images, in types that a state file can hold."""
     return {
         "labels": list(training.labels),
         "shape": list(training.shape),
@@ -46,7 +46,7 @@ def data_identity(training: Images, validation: Images) -> dict[str, Any]:
 
 
 def refuse_other_nodes(fabric: Fabric, out: Path, epochs: int, data: dict[str, Any]) -> None:
-    """Raise InputError if this process sees other finished epochs in `out`, or other images, than process 0 does."""
+    """Raise InputError if this process finds other finished epochs in `out`, or other images, than process 0."""
     first: tuple[int, dict[str, Any]] = fabric.broadcast((epochs, data))
     if first[0] != epochs:
         raise InputError(
@@ -62,7 +62,7 @@ def refuse_other_nodes(fabric: Fabric, out: Path, epochs: int, data: dict[str, A
 def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any], out: Path) -> None:
     """Raise InputError, naming the first difference, if a run would be resumed on other images or classes.
 
-    before: None for a run of a version that did not record its data.
+    before: the recorded identity; None for a run of a version that did not record its data.
     """
     different = [what for what in now if before is not None and before.get(what) != now[what]]
     if before is None or not different:

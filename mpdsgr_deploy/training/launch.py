@@ -1,4 +1,4 @@
-"""Which processes make a run: one for each device of every node, started here, by torchrun or by srun."""
+"""The processes of a run: one for each device of every node, started here, by torchrun or by srun."""
 
 import os
 import re
@@ -29,8 +29,8 @@ MEETING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # where the nodes of a ru
 
 
 class Launch(NamedTuple):
-    """How the processes of a run come about. started: by a launcher, not by this process; leads: this process writes
-    the run's files, or its first child does.
+    """How a run's processes start. started: by a launcher; leads: this process, or its first child, writes the
+    files.
     """
 
     environment: type[ClusterEnvironment]
@@ -39,9 +39,10 @@ class Launch(NamedTuple):
 
 
 def find_launch(config: Training, variables: Mapping[str, str]) -> Launch:
-    """The launch that the environment variables of this process describe.
+    """Return the launch that the environment variables of this process describe.
 
-    Raises InputError where they do not fit `training.nodes` and `training.devices`: each process would train alone.
+    Raises InputError if they do not fit `training.nodes` and `training.devices`, because each process would train
+    alone.
     """
     for variable, launcher in LAUNCHERS.items():
         count = variables.get(variable, "1")
@@ -74,7 +75,7 @@ def _started(config: Training, variables: Mapping[str, str], launcher: str, coun
 
 
 def make_fabric(config: Training, launch: Launch) -> Fabric:
-    """The Fabric of this process. Raises InputError for hardware that is not there, or a launcher's other settings."""
+    """Make the Fabric of this process. Raises InputError for missing hardware, or conflicting launcher settings."""
     try:
         environment = launch.environment()
         environment.validate_settings(config.devices, config.nodes)
@@ -94,10 +95,10 @@ def make_fabric(config: Training, launch: Launch) -> Fabric:
 
 
 def strategy(config: Training, *, started: bool = False) -> Strategy | str:
-    """How the processes of a run work together; started: by a launcher.
+    """Return the strategy by which the processes of a run work together; started: by a launcher.
 
-    Gradients are exchanged in buckets while the backward pass goes on, and live in the buckets. Every parameter has a
-    gradient in every step, so that no graph is searched for those without. Buffers are rank 0's, where they differ.
+    Gradients are exchanged in buckets during the backward pass, and are views of the buckets. Every parameter has a
+    gradient in every step, so no search for unused parameters is needed. Buffers that differ are those of rank 0.
     """
     if config.processes == 1:
         return "auto"
@@ -108,8 +109,8 @@ def strategy(config: Training, *, started: bool = False) -> Strategy | str:
 def run_processes(fabric: Fabric, function: Callable[..., None], *arguments: object) -> None:
     """Call `function` with a Fabric and the arguments in every process that belongs to this one.
 
-    It must belong to a module, since other processes import it. Raises its InputError, and InputError where the nodes
-    do not find each other.
+    It must belong to a module, because other processes import it. Raises its InputError, and InputError if the nodes do
+    not find each other.
     """
     try:
         fabric.launch(function, *arguments)

@@ -1,9 +1,9 @@
-"""Starting a training run from any torch module whose layers map one to one onto the recipe's network.
+"""Start a training run from any torch module whose layers map one to one onto the recipe's network.
 
 Layers are matched in the order in which the module registers them, by kind and shape: convolutions and linear layers,
-and the normalisation behind each. tdBN multiplies by alpha V_th what plain batch normalisation does not, so its weight
-is divided by that; a bias in front of a normalisation is taken into its mean. Neurons are the recipe's: what they do
-otherwise than the module's shows in how many validation images both answer alike, which is logged and recorded.
+and the normalisation behind each. tdBN, unlike batch normalisation, multiplies by alpha V_th, so its weight is divided
+by that; a bias before a normalisation is subtracted from its mean. Neurons are the recipe's: the share of validation
+images with equal labels shows how much they differ from the module's, and is logged and recorded.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ ALIKE = 0.9  # share of images on which a network that starts from a module shou
 
 
 class Layer(NamedTuple):
-    """A synapse with the normalisation that is registered behind it."""
+    """A synapse (convolution or linear layer) with the normalisation that is registered after it."""
 
     name: str
     synapse: nn.Conv2d | nn.Linear
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 
 
 def layers(network: nn.Module) -> list[Layer]:
-    """The layers of a network in the order in which it registers them."""
+    """Return the layers of a network in the order in which it registers them."""
     in_order: list[Layer] = []
     for name, part in network.named_modules():
         if isinstance(part, SYNAPSES):
@@ -44,7 +44,7 @@ def layers(network: nn.Module) -> list[Layer]:
 
 
 def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
-    """The entries of the network's state that the module's layers determine.
+    """Return the entries of the network's state that the module's layers determine.
 
     Raises InputError for the first layer that has no counterpart of its kind, shape and normalisation.
     """
@@ -115,10 +115,10 @@ def _of_layer(their: Layer, our: Layer) -> dict[str, Tensor]:
 
 
 def start_from_module(module: nn.Module, name: str, networks: Sequence[nn.Module], images: Images) -> dict[str, Any]:
-    """Fill the recipe's networks with a module's weights; returns where they come from, for the checkpoint.
+    """Fill the recipe's networks with a module's weights; return their origin, for the checkpoint.
 
-    The module takes pixels in [0, 1], so the networks do not normalise them. images: on which both are asked. Raises
-    InputError for layers that do not map, and for a module that does not take these images.
+    The module takes pixels in [0, 1], so the networks do not normalise them. images: those on which both are compared.
+    Raises InputError for layers that do not map, and for a module that does not take these images.
     """
     module = module.eval().cpu()
     weights = mapped_weights(module, networks[0])
@@ -136,13 +136,13 @@ def start_from_module(module: nn.Module, name: str, networks: Sequence[nn.Module
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """The hash of weights by their names."""
+    """Return the hash of weights and their names."""
     content = b"".join(tensor.cpu().contiguous().numpy().tobytes() for _, tensor in sorted(weights.items()))
     return hashlib.sha256(content).hexdigest()
 
 
 def _alike(module: nn.Module, network: nn.Module, images: Images) -> float:
-    """The share of images that both give the same label."""
+    """Return the share of images that both give the same label."""
     device, was_training = next(network.parameters()).device, network.training
     network.eval()
     same = 0

@@ -1,7 +1,7 @@
-"""Checks before the first epoch what export and validation will need of a network.
+"""Check, before the first epoch, that a network can be trained, exported and validated.
 
-Everything runs on the meta device, which computes shapes and no values, but for models and defences of other packages:
-these are exported once, untrained, because an operator without a rule for its gradient shows in the ONNX graph alone.
+Checks run on the meta device, which computes shapes and no values. Only models and defences of other packages are
+exported once, untrained, because an operator without a gradient rule can only be seen in the ONNX graph.
 """
 
 from functools import partial
@@ -69,7 +69,7 @@ def _check_step(recipe: Recipe, model: SpikingNet, training: Images) -> None:
 
 
 def _is_foreign(recipe: Recipe) -> bool:
-    """Whether another package's model or defence takes part."""
+    """Whether the recipe uses another package's model or defence."""
     parts = [MODELS[recipe.model.name], *(DEFENCES[name] for name in recipe.defence)]
     functions = [part.func if isinstance(part, partial) else part for part in parts]  # whose own module is functools
     return any(str(function.__module__).partition(".")[0] != OURS for function in functions)

@@ -1,4 +1,4 @@
-"""The time of a training step by layer: torch's profile, with the layers' names as ranges.
+"""Profile a training step by layer: torch's profiler, with the layers' names as ranges.
 
     OUT/profile/trace.json.gz    for chrome://tracing or Perfetto
     OUT/profile/profile.txt      the table, OUT/profile/profile.json the same for programs
@@ -32,12 +32,12 @@ Place = tuple[str, bool]  # whose time it is, and whether in the backward pass
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """A range of that name in the profile, if one is running."""
+    """Open a range of that name in the profile, if one is running."""
     return record_function(name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
 
 
 def parts_of(model: SpikingNet) -> dict[str, nn.Module]:
-    """The modules that get a row of their own, by its name, in the order of the forward pass."""
+    """Return the modules that get a row of their own, by its name, in the order of the forward pass."""
     parts: dict[str, nn.Module] = {"encoding": model.encode}
     for number, module in enumerate(model.body, 1):
         if not isinstance(module, SpikingLayer):
@@ -67,7 +67,7 @@ class Profile:
         self._profiler.start()
 
     def _named(self, name: str, module: nn.Module) -> Iterator[Any]:
-        """Hooks that put each forward pass of the module into a range, even if it raises an exception."""
+        """Add hooks that put each forward pass of the module into a range, even if it raises an exception."""
 
         def before(*_: Any) -> None:
             self._ranges.append(record_function(name).__enter__())
@@ -84,7 +84,7 @@ class Profile:
             self._profiler.step()
 
     def close(self) -> None:
-        """End the profile; a run that was too short has none."""
+        """End the profile. A run that was too short has none."""
         if not self._done:
             self._finish()
             log.warning("no profile: it needs %d training steps", WARM_UP + STEPS)
@@ -107,8 +107,10 @@ class Profile:
 
 
 def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
-    """An average step: its milliseconds, and for each row those of its forward and backward pass, and the MiB by which
-    memory grew in its forward pass.
+    """Summarise an average step.
+
+    Returns its milliseconds, and for each row those of its forward and backward pass and the MiB by which memory grew
+    in its forward pass.
     """
     whole = [event for event in events if event.name.startswith(STEP) and event.device_type.name == "CPU"]
     count, on_gpu = len(whole), any(event.device_type.name == "CUDA" for event in events)
@@ -143,7 +145,7 @@ def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
 
 
 def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[FunctionEvent, Place]]:
-    """The CPU events that belong to a row of the table, each with its row and direction."""
+    """Yield the CPU events that belong to a row of the table, each with its row and direction."""
     known = set(names)
     created: dict[tuple[int, int], FunctionEvent] = {}  # the operation by its thread and autograd sequence number
     for event in sorted(events, key=lambda event: event.time_range.start):
@@ -176,14 +178,14 @@ def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[Func
 
 
 def within(event: FunctionEvent | None, kind: Callable[[FunctionEvent], bool]) -> bool:
-    """Whether the event or one around it is of a kind."""
+    """Whether the event or one that encloses it is of a kind."""
     while event is not None and not kind(event):
         event = event.cpu_parent
     return event is not None
 
 
 def peak_memory() -> int:
-    """Peak memory in bytes: what torch held on the GPU since the last reset, or, without a GPU, this process's.
+    """Return peak memory in bytes: torch's on the GPU since the last reset or, without a GPU, this process's.
 
     0 on Windows, where the latter is unknown.
     """

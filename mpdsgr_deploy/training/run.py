@@ -3,7 +3,7 @@
     OUT/recipe.json       the resolved recipe; marks the directory as ours
     OUT/state.pt          what a resumed run needs; with OUT/best and OUT/last, the checkpoints, see training.state
     OUT/tensorboard       curves, warnings, pictures of the membrane
-    OUT/profile           where the time went, if asked for
+    OUT/profile           the profile of the first steps, if requested
 
 Randomness is a function of (seed, purpose, epoch, step), so a resumed run repeats the interrupted epoch: on a CPU bit
 for bit, on a GPU up to the order in which cuDNN adds.
@@ -49,7 +49,7 @@ Origin = Path | str  # of first weights: the directory of a trained network, or 
 
 
 def origin(text: str | os.PathLike[str]) -> Origin:
-    """What a user names as the origin of first weights: the name of a torch module as it is, else a path."""
+    """Parse the origin of the first weights: the name of a torch module, else a path."""
     name = os.fspath(text)
     return name if ":" in name and not Path(name).exists() else Path(name)
 
@@ -57,14 +57,14 @@ def origin(text: str | os.PathLike[str]) -> Origin:
 def train(
     recipe: Recipe, out: Path, *, resume: bool = False, profile: bool = False, init: Origin | None = None
 ) -> bool:
-    """Train what `recipe` describes into directory `out`; whether this process leads the run and wrote `out`.
+    """Train `recipe` into directory `out`; return whether this process leads the run and wrote `out`.
 
-    Of a run on several nodes, or of a launcher, each process calls this; they share `out`, and one of them leads.
-    resume continues an interrupted run of the same recipe from its last finished epoch (or starts one). profile writes
-    where the time of its first steps went into out/profile. init: what to start from instead of random weights,
-    the directory of a run, a checkpoint or a bundle, or the name of a torch module (package.module:function); a resumed
-    run goes on from its own.
-    Raises InputError for a directory that is not ours or already holds a run, a changed recipe, missing data or
+    In a run on several nodes, or of a launcher, each process calls this; they share `out`, and one of them leads.
+    resume: continue an interrupted run of the same recipe after its last finished epoch (or start one). profile: write
+    the profile of the first steps to out/profile. init: what to start from instead of random weights, the directory of
+    a run, a checkpoint or a bundle, or the name of a torch module (package.module:function); a resumed run goes on from
+    its own.
+    Raises InputError for a directory that holds other files or a run already, a changed recipe, missing data or
     hardware, processes that do not fit the recipe or do not find each other, a full disk.
     """
     need("matplotlib", "train")  # draws after the first epoch, too late to find it missing
@@ -90,7 +90,7 @@ def train(
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    """A directory for a training run, which no other process writes to within the block."""
+    """Claim a directory for a training run, so that no other process writes to it within the block."""
     claim_directory(out, RECIPE, "training run")
     with exclusive(out / LOCK, "mpdsgr train"):
         yield
@@ -149,7 +149,7 @@ def _run(
 def _checkpoint(
     staged: Recipe, training: Images, history: list[dict[str, Any]], scored: str, started_from: dict[str, Any] | None
 ) -> Checkpoint:
-    """The checkpoint of the last epoch in `history`, without its weights."""
+    """Make the checkpoint of the last epoch in `history`, without its weights."""
     return Checkpoint(
         recipe=staged.portable(),
         shape=training.shape,
@@ -165,9 +165,9 @@ def _checkpoint(
 
 
 def _one_epoch(learner: Learner, staged: Recipe, training: Data, validation: Data, epoch: int) -> dict[str, Any]:
-    """Train and validate for an epoch at the time steps of `staged`; returns the history's entry.
+    """Train and validate for an epoch at the time steps of `staged`; return the history's entry.
 
-    Of its times, `seconds` is on the clock and `cpu_seconds` what this process computed, also on a shared machine.
+    In it, `seconds` is wall time and `cpu_seconds` this process's CPU time, which is comparable on a shared machine.
     """
     started, computed = time.perf_counter(), time.process_time()
     shape = training[0].shape[1:]
@@ -189,7 +189,7 @@ def _one_epoch(learner: Learner, staged: Recipe, training: Data, validation: Dat
 
 
 def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
-    """The untrained network and its optimiser, on this process's device."""
+    """Make the untrained network and its optimiser, on this process's device."""
     config = recipe.training
     torch.manual_seed(config.seed)
     model, defences = build_defended(recipe, training.shape, len(training.labels))
@@ -211,6 +211,6 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
 
 
 def score_of(learner: Learner, images: int) -> str:
-    """What selects the best checkpoint of a run: what `validate_epoch` measures as the score."""
+    """Name the score of `validate_epoch`, which selects the best checkpoint of a run."""
     attacked = any(type(defence).examples is not Defence.examples for defence in learner.defences)
     return f"accuracy on {images} validation images, {'under the training attack' if attacked else 'clean'}"

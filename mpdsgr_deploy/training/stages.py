@@ -1,6 +1,6 @@
-"""Time steps that grow while a network is trained: most epochs at few steps, which are cheap, the last at encoding.T.
+"""Train at a growing number of time steps: most epochs at few steps, which are cheap, the last at encoding.T.
 
-A network of LIF neurons has the same weights at every T (`models.steps`), so that a stage starts from those of the one
+A network of LIF neurons has the same weights at every T (`models.steps`), so a stage starts from those of the one
 before. tdBN's running statistics, joint over time, are replaced by momentum 0.1 within the first tens of a stage's
 batches.
 """
@@ -29,7 +29,7 @@ def check_stages(recipe: Recipe) -> None:
 
 
 def recipe_at(recipe: Recipe, epoch: int) -> Recipe:
-    """The recipe with the time steps of `epoch`, counted from 0, as its encoding.T."""
+    """Return the recipe with the time steps of `epoch`, counted from 0, as its encoding.T."""
     for stage in recipe.training.stages:
         if epoch < stage.epochs:
             return recipe.model_copy(update={"encoding": recipe.encoding.model_copy(update={"T": stage.T})})

@@ -1,7 +1,7 @@
-"""What a run leaves after every epoch, and how it starts: from nothing, from a checkpoint, or where it was interrupted.
+"""Save a run after every epoch, and start one: from random weights, from a checkpoint, or where it was interrupted.
 
 OUT/state.pt          everything a resumed run needs, replaced atomically after every epoch
-OUT/best  OUT/last    checkpoints, by validation score and by age
+OUT/best  OUT/last    checkpoints: that of the best validation score, and the latest
 """
 
 import io
@@ -27,9 +27,10 @@ COMPARED = 500  # training images on which a module and the network that starts 
 
 
 class Past(NamedTuple):
-    """What lies behind a run: the history entries of its epochs so far, and where its first weights come from, if they
-    were not random: the hash, epoch, recipe and provenance of trained weights and their own `init`, or a module's name
-    and hash.
+    """The past of a run: the history entries of its epochs, and the origin of its first weights.
+
+    init: None for random weights; else the hash, epoch, recipe and provenance of trained weights and their own `init`,
+    or a module's name and hash.
     """
 
     history: list[dict[str, Any]]
@@ -37,10 +38,11 @@ class Past(NamedTuple):
 
 
 def begin(learner: Learner, training: Images, out: Path, init: Path | str | None, data: dict[str, Any]) -> Past:
-    """Fill the learner from the run's state, if `out` holds one, else from `init`, if there is one: the directory of a
-    run, a checkpoint or a bundle, or the name of a torch module, package.module:function.
+    """Fill the learner from the run's state, if `out` holds one, else from `init`, if that is given.
 
-    After Fabric's set-up, so that the optimiser's buffers land on the device its parameters moved to. data: the
+    init: the directory of a run, a checkpoint or a bundle, or the name of a torch module, package.module:function.
+
+    Call it after Fabric's set-up, so that the optimiser's buffers are on the device of its parameters. data: the
     `identity.data_identity` of the run's images.
     Raises InputError for a damaged state, the weights of another network, and for other images or another `init` than
     the run started from.
@@ -74,9 +76,9 @@ def _restore(learner: Learner, path: Path, data: dict[str, Any]) -> Past:
 
 
 def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str, Any]:
-    """Fill the learner with the weights of a trained network or a module; returns the run's `Past.init`.
+    """Fill the learner with the weights of a trained network or a module; return the run's `Past.init`.
 
-    What a defence adds to the network (StoG's gates, DLIF's gains) and the origin lacks keeps its initial value.
+    Parameters of a defence (StoG's gates, DLIF's gains) that the origin lacks keep their initial values.
     """
     from safetensors.torch import load_file
 
@@ -109,13 +111,13 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
 
 
 def described(trained: TrainedWeights) -> str:
-    """A trained network in words: its model, width and method."""
+    """Describe a trained network: its model, width and method."""
     model = trained.recipe.model
     return f"{model.name!r} of width {model.width:g} ({trained.recipe.method})"
 
 
 def save(learner: Learner, checkpoint: Checkpoint, data: dict[str, Any], out: Path) -> None:
-    """Checkpoints first, state last: whatever of this epoch was not written when a run dies, a resumed run repeats."""
+    """Save the checkpoints, then the state, so that a resumed run repeats an epoch whose files are incomplete."""
     weights = learner.judged.state_dict()
     T = checkpoint.recipe.encoding.T  # at another T it is another network, whose scores say nothing about this one
     scores = [entry["score"] for entry in checkpoint.history if entry.get("T", T) == T]

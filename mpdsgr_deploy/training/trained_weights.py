@@ -10,8 +10,8 @@ from mpdsgr_deploy.recipe import Recipe
 
 
 class TrainedWeights(NamedTuple):
-    """A safetensors file, and what is known of its network: shape (C, H, W) of the images, the epoch it was saved
-    after, the provenance of its training, and its own `Past.init`, which bundles do not record.
+    """A safetensors file, and facts about its network: shape (C, H, W) of the images, the epoch after which it was
+    saved, the provenance of its training, and its own `Past.init`, which bundles do not record.
     """
 
     file: Path
@@ -25,7 +25,7 @@ class TrainedWeights(NamedTuple):
 
 
 def find_weights(path: Path) -> TrainedWeights:
-    """The weights in a bundle, a training run (its last epoch's) or a checkpoint.
+    """Find the weights in a bundle, a training run (its last epoch's) or a checkpoint.
 
     Raises InputError as `open_bundle` and `load_checkpoint` do, for a directory that is none of these, and for a bundle
     whose network was not trained by this package.
