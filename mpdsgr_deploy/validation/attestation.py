@@ -17,7 +17,7 @@ ARTEFACT = "artefact"  # the name of what failed where no single condition did
 
 
 def sign_report(directory: Path, signer: Signer) -> tuple[Path, bytes]:
-    """Sign the report in `directory`; returns the signature's place and content.
+    """Sign the report in `directory`; return the signature's path and content.
 
     Raises InputError for a report that is damaged, of an earlier version or invalid, and for an unusable key.
     """
@@ -31,7 +31,7 @@ def sign_report(directory: Path, signer: Signer) -> tuple[Path, bytes]:
 
 
 def verify_report(directory: Path, trust: Trust) -> Vouched:
-    """The signed verdict of the report in `directory`.
+    """Return the signed verdict of the report in `directory`.
 
     Raises InputError if it is not signed by `trust`, or if a file of the report was changed, added or removed.
     """
@@ -47,9 +47,9 @@ def verify_report(directory: Path, trust: Trust) -> Vouched:
 
 
 def stated(report: Report, files: dict[str, str]) -> SignedVerdict:
-    """What a report's statement says. files: name to sha256 of the files of the report.
+    """Return the verdict that a report's statement contains. files: sha256 of the report's files by name.
 
-    Raises InputError for a report that proves nothing, or that does not name its bundle's digest.
+    Raises InputError for a report that is invalid, or that does not name its bundle's digest.
     """
     if report.verdict == "invalid":
         raise InputError("this report is invalid, so there is nothing to sign; mend what it names and validate again")
@@ -88,7 +88,7 @@ def _count(row: Row) -> ConditionCount:
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """sha256 of the report's files. Raises InputError for links, which can lead anywhere, and for other directories."""
+    """Return the sha256 of a report's files. Raises InputError for links, and for a directory without a report."""
     if not (directory / REPORT).is_file():
         raise InputError(f"{directory} holds no {REPORT}; name the directory that `mpdsgr validate` wrote")
     paths = [path for path in sorted(directory.rglob("*")) if path.name not in (VERDICT, LOCK)]

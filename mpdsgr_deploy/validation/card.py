@@ -1,4 +1,4 @@
-"""A model card for the Hugging Face Hub, all of it read from a bundle's manifest and a validation's report.
+"""Make a model card for the Hugging Face Hub from a bundle's manifest and a validation's report.
 
 The metadata block follows the Hub's model card specification; its values are JSON, which is YAML too.
 """
@@ -19,7 +19,7 @@ HEADLINE = {"clean": "accuracy", "worst": "accuracy under all attacks"}
 
 
 def report_about(bundle: Bundle, path: Path) -> Report:
-    """The report at `path`, as of `load_report`. Raises InputError if it is not about a file of this bundle."""
+    """Load the report at `path` as `load_report` does. Raises InputError if it is not about a file of this bundle."""
     report = load_report(path)
     if report.artefact_sha256 not in {bundle.model_sha256(precision) for precision in bundle.manifest.variants}:
         raise InputError(f"{path} is about another network than {bundle.path}; validate this bundle")
@@ -27,7 +27,7 @@ def report_about(bundle: Bundle, path: Path) -> Report:
 
 
 def card(bundle: Bundle, report: Report | None = None) -> str:
-    """The card as Markdown. report: the deployed file's own verdict; without it, the reference network's accuracies."""
+    """Return the card as Markdown. report: the deployed file's; without it, the reference's accuracies are shown."""
     name = bundle.path.resolve().name
     sections = [
         ["---", *_metadata(bundle, report, name), "---", "", f"# {name}", ""],

@@ -1,4 +1,4 @@
-"""Which verdicts of a measurement are compared with the bundle's reference: those under equal attacks on equal images.
+"""Pair the verdicts of a measurement with those of the bundle's reference under equal attacks on equal images.
 
 A reference met the conditions of the tier it was exported with, and those of the smaller tiers. Where settings
 differ, verdicts are not compared; the worst case is compared over the attacks that both met.
@@ -23,8 +23,8 @@ MUST_BE_COMPARED = "strong-pgd"  # its settings are the same in all tiers, excep
 class Comparison:
     """verdicts [n]: the reference's, by condition, for the conditions that it met too; empty without a reference.
 
-    attacks: the conditions within eps that both met. alone: those that only the artefact meets. transfer: those that
-    have no counterpart, since the reference is not attacked from elsewhere.
+    attacks: the conditions within eps that both met. alone: those that only the artefact meets. transfer: transferred
+    attacks, which the reference never meets.
     """
 
     verdicts: Mapping[str, Bools]
@@ -41,11 +41,11 @@ class Comparison:
 
     @property
     def worst(self) -> Bools | None:
-        """The reference's worst case [n] over the attacks that both met; None: there are none."""
+        """The reference's worst case [n] over the attacks that both met; None if there are none."""
         return union(self.verdicts, (CLEAN, *self.attacks)) if self.attacks else None
 
     def paired_worst(self, measurement: Measurement) -> VerdictFlips | None:
-        """The worst case of both over the same attacks, and transferred images; None: nothing to compare."""
+        """The worst case of both over the same attacks, and transferred images; None if there is nothing to compare."""
         mine, theirs = measurement.verdicts, self.worst
         if theirs is None or measurement.stopped is not None:
             return None
@@ -75,7 +75,7 @@ def compare_conditions(reference: Reference | None, conditions: Sequence[Conditi
 
 
 def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[Row]:
-    """The report's rows: the clean images, every condition that was measured, and the worst case within eps."""
+    """Return the report's rows: the clean images, every measured condition, and the worst case within eps."""
     stopped, n = measurement.stopped, measurement.n
     other = "the reference met no such attack" if comparison.verdicts else "no reference for these images"
     made = [

@@ -1,4 +1,4 @@
-"""Robustness of a checkpoint's torch network, without exporting it: what tables of trained networks are made of."""
+"""Measure the robustness of a checkpoint's torch network, without exporting it, for tables of trained networks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +37,9 @@ class EvaluatedRow(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """Every condition in turn, and `worst`: right under all of those within eps.
+    """The verdicts under every condition in turn, and `worst`: right under all of those within eps.
 
-    `health` has the checks that need no artefact; where one failed the accuracies prove nothing.
+    `health` has the checks that need no artefact; if one failed, the accuracies prove nothing.
     """
 
     images: str
@@ -50,7 +50,7 @@ class Evaluation(BaseModel):
 
     @classmethod
     def of(cls, report: Report) -> "Evaluation":
-        """What a report says of an exported network."""
+        """Return the evaluation of an exported network from a report."""
         rows = [EvaluatedRow(name=r.name, settings=r.settings, n=r.n, score=r.artefact) for r in report.rows]
         network = f"the {report.precision} network on {report.backend}"
         made = {**report.provenance, "network": network}
@@ -69,9 +69,9 @@ def evaluate(
 ) -> Evaluation:
     """Attack the network of a checkpoint (or of a training run: its last one) as its recipe says.
 
-    recipe: attacks and test images of another one instead. root and limit override the recipe's test images; transfer
-    is the checkpoint of another network whose attacked images are tried as well; tier: of the gate, whose attacks are
-    made in place of those the recipe names; also: further attacks. Raises InputError for missing data or a damaged
+    recipe: another one, for attacks and test images. root and limit override the recipe's test images; transfer is the
+    checkpoint of another network whose attacked images are tried as well; tier: one of the gate's, whose attacks
+    replace those that the recipe names; also: further attacks. Raises InputError for missing data or a damaged
     checkpoint.
     """
     checkpoint, model = load_network(find_checkpoint(checkpoint_dir))

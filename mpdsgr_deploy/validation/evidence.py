@@ -1,4 +1,4 @@
-"""The evidence for health checks, gathered from what was answered and measured."""
+"""Gather the evidence for health checks from logits and measurements."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from a ne
 
 
 def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebuild | None = None) -> Evidence:
-    """The evidence that needs no attack, from the logits [n, K] of the clean images."""
+    """Return the evidence that needs no attack, from the logits [n, K] of the clean images."""
     images, compared = subject.images, subject.comparison
     reach = Reach(reference=True, missing=compared.missing, contradictions=compared.contradictions)
     return Evidence(
@@ -42,7 +42,7 @@ def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebui
 
 
 def rebuilt(rebuild: Rebuild, bundle: Bundle) -> Rebuilt:
-    """The result of `rebuild`, or the reason why the bundle cannot be exported again."""
+    """Return the result of `rebuild`, or the reason why the bundle cannot be exported again."""
     try:
         return Rebuilt(rebuild(bundle))
     except InputError as error:
@@ -50,7 +50,7 @@ def rebuilt(rebuild: Rebuild, bundle: Bundle) -> Rebuilt:
 
 
 def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measurement) -> Evidence:
-    """The same with what the attacks showed; of a measurement that stopped early only what does not need all of it."""
+    """Add the evidence from the attacks; after an early stop, only what does not need all of them."""
     evidence = replace(
         of_attacks(evidence, measurement, subject.suite.conditions, subject.target.trained),
         artefact=subject.suite.network,
@@ -74,7 +74,7 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
 
 
 def of_attacks(evidence: Evidence, measurement: Measurement, conditions: Sequence[Condition], trained: str) -> Evidence:
-    """The evidence from attacks on a torch network or an artefact. trained: the surrogate it was trained with."""
+    """Return the evidence from attacks on a torch network or an artefact. trained: the training surrogate."""
     attacked = {o.condition.name: np.flatnonzero(o.predicted == NOT_FINITE).tolist() for o in measurement.outcomes}
     clean = np.flatnonzero(measurement.clean == NOT_FINITE).tolist()
     evidence = replace(

@@ -1,4 +1,4 @@
-"""Is the artefact the network that was exported? Its logits are compared with those stored in the bundle."""
+"""Check that the artefact is the network that was exported: compare its logits with those in the bundle."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ def check_answers(reference: Reference | None, precision: str, logits: NDArray[n
 
 
 def answer_faults(parity: Parity | None) -> list[str]:
-    """A fault if the logits differ by more than single flipped spikes; None if not."""
+    """Return a fault if the logits differ by more than single flipped spikes, else None."""
     if parity is None:
         return []
     same = parity.within_tolerance >= SAME_ROWS * parity.rows

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG inside the page: text stays text and takes the page's colour, also in dark mode.
+"""The report's figures, as SVG inside the page: text remains text in the page's colour, also in dark mode.
 
 Lines differ in markers and dashes as well as in colour. Figures are narrow, so that a telephone does not shrink their
 text; a wide page sets them side by side.
@@ -36,7 +36,7 @@ SETTINGS: Any = {
 
 
 def figures(report: Report) -> dict[str, str]:
-    """The figures that the report has data for, as SVG elements by title."""
+    """Return the figures that the report has data for, as SVG elements by title."""
     pictures = {}
     with rc_context(SETTINGS):
         if any(curve.points for curve in report.curves):
@@ -49,7 +49,7 @@ def figures(report: Report) -> dict[str, str]:
 
 
 def by_eps(report: Report) -> Figure:
-    """Accuracy of the artefact against the strength of each attack; the evaluated strength is marked."""
+    """Plot accuracy of the artefact against the strength of each attack; the evaluated strength is marked."""
     figure, axes = blank(3.2)
     curves = sorted((c for c in report.curves if c.points), key=final)[: len(COLOURS)]
     for curve, colour, marker, dash in zip(curves, COLOURS, MARKERS, DASHES, strict=False):
@@ -73,15 +73,13 @@ def by_eps(report: Report) -> Figure:
 
 
 def shown_eps(report: Report) -> float:
-    """How far the axis goes: a few times the evaluated eps. Larger eps, where no image survives, are left to health
-    check 4.
-    """
+    """Return the end of the axis, a few times the evaluated eps. Health check 4 covers larger values."""
     largest = max(point.eps for curve in report.curves for point in curve.points)
     return largest if report.eps is None else min(largest, WIDEST * report.eps)
 
 
 def by_attacker(report: Report) -> Figure:
-    """Accuracy under every white-box attacker with its interval, and at the top under all attacks together."""
+    """Plot accuracy under every white-box attacker with its interval, and at the top under all attacks together."""
     rows = sweep(report)
     worst = report.row("worst")
     bars = rows if worst is None else [worst, *rows]
@@ -110,17 +108,17 @@ def by_attacker(report: Report) -> Figure:
 
 
 def attackers(report: Report) -> list[Row]:
-    """The white-box attacks with many steps, through each surrogate."""
+    """Return the white-box attacks with many steps, through each surrogate."""
     return [row for row in report.rows if row.surrogate is not None]
 
 
 def sweep(report: Report) -> list[Row]:
-    """The strongest MOST of the attackers, the strongest last."""
+    """Return the strongest MOST of the attackers, the strongest last."""
     return sorted(attackers(report), key=lambda row: -row.artefact.accuracy)[-MOST:]
 
 
 def named(row: Row) -> str:
-    """The label of a condition in the figure."""
+    """Return the label of a condition in the figure."""
     if row.name == "worst":
         return "worst: the union"
     return "trained surrogate" if row.name == STRONG else short(str(row.surrogate))
@@ -132,12 +130,12 @@ def final(curve: Curve) -> float:
 
 
 def short(name: str) -> str:
-    """The name, cut to LONGEST characters."""
+    """Cut a name to LONGEST characters."""
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def blank(height: float) -> tuple[Figure, Axes]:
-    """A figure of the common width with one pair of axes."""
+    """Make a figure of the common width with one pair of axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -145,7 +143,7 @@ def blank(height: float) -> tuple[Figure, Axes]:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element; `name` makes its ids unique in the page."""
+    """Return the figure as an SVG element; `name` makes its ids unique in the page."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)

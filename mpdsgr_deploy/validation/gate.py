@@ -1,21 +1,21 @@
-"""The gate: what an artefact must keep. Decided by paired verdicts, and only by as many as can decide it.
+"""The gate: the accuracy that an artefact must keep, decided by paired tests on enough images.
 
 A drop fails if the artefact loses more than the limit and the loss is significant: of the images whose verdict differs,
 more than half are newly wrong by an exact one-sided McNemar test. The accuracy without attack and that under all
 attacks are tested at p < 0.003, where most damage shows, each single attack at p < 0.0005: with a dozen of them a
-healthy artefact is refused less than once in a hundred times (exactly, for 100 to 1,000 images, flips up to 20 %).
-Eleven images that only the artefact gets wrong are the fewest that can show a drop under a single attack, so a limit of
-1 % takes 1,000 images; `power` says which drops a run can see.
+healthy artefact is refused less than once in a hundred times (computed exactly for 100 to 1,000 images and flips up to
+20 %). Eleven images that only the artefact gets wrong are the fewest that can show a drop under a single attack, so a
+limit of 1 % takes 1,000 images; `power` says which drops a run can see.
 
-Many faults cost a little under every attack. So where a drop is beyond its limit and not significant by itself, all
-conditions are tested together: per image, the conditions that the artefact lost minus those that it gained, and over
-images the exact paired permutation test (signs flipped at random), at p < 0.001. Conditions of one image depend on one
-another, which this test allows for, since it flips an image as a whole. benchmarks/gate_power.py measures what it adds.
+Many faults cost a little under every attack. If a drop is beyond its limit but not significant by itself, all
+conditions are therefore tested together: per image, the conditions that the artefact lost minus those that it gained,
+and over images the exact paired permutation test (signs flipped at random), at p < 0.001. Conditions of one image
+depend on one another, which this test allows for, because it flips an image as a whole. benchmarks/gate_power.py
+measures its power.
 
-Square is left out unless the gate names it in `drops`:
-its random search takes another way on any other network, and then decides a dozen of 100 images otherwise by chance;
-what it breaks counts in the worst case. A floor fails if the artefact's accuracy is below it; n images, all of them
-right, prove it where their 95 % Wilson interval begins above.
+Square is left out unless the gate names it in `drops`: its random search differs on every network, which by chance
+changes about a dozen of 100 verdicts. Images that it breaks count in the worst case. A floor fails if the artefact's
+accuracy is below it; a floor is decidable if the 95 % Wilson interval of n right images begins above it.
 """
 
 import math
@@ -55,10 +55,10 @@ def load_gate(path: Path) -> Gate:
 
 
 def signature_of_gate(path: Path) -> str | None:
-    """The key by which a gate file requires bundles to be signed, if it does; a relative path starts beside the file.
+    """Return the key that a gate file requires as signer, if any; a relative path starts beside the file.
 
-    A gate in a bundle's own recipe cannot require one: it would vouch for itself. Raises InputError as `load_gate`
-    does.
+    A gate in a bundle's own recipe cannot require one, because the bundle would vouch for itself. Raises InputError as
+    `load_gate` does.
     """
     text = read_toml(path).get(REQUIRE_SIGNATURE)
     if text is None:
@@ -69,32 +69,32 @@ def signature_of_gate(path: Path) -> str | None:
 
 
 def usual_limit(gate: Gate) -> float:
-    """The drop allowed in conditions without a rule of their own: the gate's, else the tier's."""
+    """Return the drop allowed in conditions without a rule of their own: the gate's, else the tier's."""
     return TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
 
 
 def limit(gate: Gate, name: str) -> float:
-    """The drop of accuracy allowed in a condition; 1 allows any."""
+    """Return the drop of accuracy allowed in a condition; 1 allows any."""
     return gate.drops.get(name, 1.0 if name in CHANCY else usual_limit(gate))
 
 
 def significant(name: str) -> float:
-    """The p-value below which a drop in a condition is significant."""
+    """Return the p-value below which a drop in a condition is significant."""
     return SIGNIFICANT_OVERALL if name in OVERALL else SIGNIFICANT
 
 
 def fewest_flips(p: float) -> int:
-    """The smallest number of flips, all one way, that is significant at this p-value."""
+    """Return the smallest number of flips, all one way, that is significant at this p-value."""
     return math.floor(-math.log2(p)) + 1
 
 
 def least_decidable(n: int) -> float:
-    """The smallest limit on a drop, in [0, 1], that n images can decide in every condition."""
+    """Return the smallest limit on a drop, in [0, 1], that n images can decide in every condition."""
     return (fewest_flips(SIGNIFICANT) - 1) / n if n else 1.0
 
 
 def fewest_images(gate: Gate, names: Iterable[str]) -> int:
-    """The smallest n with which every rule of the gate can be decided, for the conditions `names`."""
+    """Return the smallest n with which every rule of the gate can be decided, for the conditions `names`."""
     limits = {(limit(gate, name), fewest_flips(significant(name))) for name in names}
     drops = [flips if not share else math.ceil((flips - 1) / share - 1e-9) for share, flips in limits if share < 1]
     floors = [math.ceil(Z95**2 * floor / (1 - floor)) for floor in gate.floors.values() if floor < 1]
@@ -102,8 +102,10 @@ def fewest_images(gate: Gate, names: Iterable[str]) -> int:
 
 
 def check_gate(gate: Gate, names: Sequence[str], n: int, referenced: Collection[str]) -> None:
-    """Raise InputError for a gate that decides nothing, and for rules about a condition that is not evaluated, about
-    the drop in one that the reference never met, or that n images cannot decide.
+    """Raise InputError for a gate that decides nothing, or whose rules cannot be decided.
+
+    A rule cannot be decided if its condition is not evaluated, if it bounds a drop in a condition that the reference
+    never met, or if n images are too few.
 
     referenced: those of the conditions `names` that the reference has verdicts of.
     """
@@ -136,7 +138,7 @@ def regressed(gate: Gate, name: str, n: int, worse: int, better: int) -> bool:
 
 
 def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
-    """One reason for each rule that the artefact breaks. Rows that ended early are judged by `lost`."""
+    """Return one reason for each rule that the artefact breaks. Rows that ended early are judged by `lost`."""
     reasons = []
     n = max((row.n for row in rows), default=0)
     whole = [row for row in rows if row.n == n]
@@ -155,7 +157,7 @@ def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
 
 
 def together(gate: Gate, rows: Sequence[Row]) -> list[Reason]:
-    """The largest drop beyond its limit, if what the bounded conditions lost is significant together."""
+    """Return the largest drop beyond its limit, if the losses of the bounded conditions are significant together."""
     bounded = [row for row in rows if row.reference is not None and limit(gate, row.name) < 1]
     beyond = {row.name: drop for row in bounded if (drop := _drop(row)) > limit(gate, row.name) + 1e-9}
     single = [row for row in bounded if row.name != WORST]  # which is made of the others
@@ -174,13 +176,13 @@ def _drop(row: Row) -> float:
 
 
 def _losses(row: Row) -> NDArray[np.int64]:
-    """[n]: 1 where the artefact alone is wrong, -1 where the reference alone is, else 0."""
+    """Return [n]: 1 where the artefact alone is wrong, -1 where the reference alone is, else 0."""
     assert row.reference is not None
     return row.reference.verdicts(row.n).astype(np.int64) - row.artefact.verdicts(row.n)
 
 
 def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int) -> str | None:
-    """Why the gate will fail for any outcome on the remaining images; None while it can still pass.
+    """Return why the gate will fail for any outcome on the remaining images; None while it can still pass.
 
     correct: verdicts [m] on the first m of n images; reference: all of its verdicts [n].
     """

@@ -1,4 +1,4 @@
-"""Which images an artefact is evaluated on, and whether they are the promised ones."""
+"""Choose the images for evaluating an artefact, and check that they are the promised ones."""
 
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -20,9 +20,9 @@ MAX_REPEATED = 0.01  # share of the names of classes that may occur before; Imag
 
 
 def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Images:
-    """The test images that the bundle carries; with `data` or `root`, or where it carries none, the data set's own.
+    """Load the test images that the bundle carries; with `data` or `root`, or if it has none, the data set's own.
 
-    Raises InputError for missing data, or images of another kind than the network was made for.
+    Raises InputError for missing data, or if the network was not made for such images.
     """
     manifest = bundle.manifest
     if data is None and root is None and IMAGES in manifest.files:
@@ -37,9 +37,9 @@ def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Ima
 
 
 def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: str | None, root: str | None) -> Images:
-    """The first `limit` test images; without a limit as many as usual, or as there are and the reference answered.
+    """Return the first `limit` test images; None: the `usual` number, or as many as the reference answered.
 
-    Raises InputError where there are fewer than `limit`.
+    Raises InputError if there are fewer than `limit`.
     """
     manifest = bundle.manifest
     images = evaluation_images(bundle, data, root)
@@ -56,9 +56,9 @@ def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: st
 
 
 def own_images(bundle: Bundle, images: Images, data: str | None, root: str | None) -> Images | None:
-    """The data set's own images to hold `images` against: themselves, where `data` or `root` chose them.
+    """Return the data set's own images to compare `images` with: themselves if `data` or `root` chose them.
 
-    None: the data set is not on this machine, and images and classes are the bundle's word.
+    None if the data set is not on this machine; images and classes are then as the bundle claims.
     """
     if data is not None or root is not None or IMAGES not in bundle.manifest.files:
         return images
@@ -66,9 +66,9 @@ def own_images(bundle: Bundle, images: Images, data: str | None, root: str | Non
 
 
 def _at_hand(data: Data, count: int) -> Images | None:
-    """The first `count` test images of a data set, or None where it is not on this machine.
+    """Return the first `count` test images of a data set, or None if it is not on this machine.
 
-    A folder of images is never recognised: its name does not identify it.
+    A folder of images is never recognised, because its name does not identify it.
     """
     if data.name == "imagefolder":
         return None
@@ -79,9 +79,9 @@ def _at_hand(data: Data, count: int) -> Images | None:
 
 
 def image_faults(name: str, images: Images, reference: Reference | None, own: Images | None = None) -> list[str]:
-    """How these images, the first of data set `name`, differ from those that were promised.
+    """Return how these images, the first of data set `name`, differ from those that were promised.
 
-    own: the data set's own, where they are at hand; without them, images and classes are as the bundle claims.
+    own: the data set's own, if available; without them, images and classes are as the bundle claims.
     """
     image_digests, faults = digests(images), []
     if len(images) and images.classes.max(initial=0) >= len(images.labels):
@@ -100,7 +100,7 @@ def image_faults(name: str, images: Images, reference: Reference | None, own: Im
 
 
 def _differences(images: Images, own: Images) -> Iterator[str]:
-    """How images and names of classes differ from those of the data set itself."""
+    """Return how images and names of classes differ from those of the data set itself."""
     common = min(len(images), len(own))
     if different := int((digests(images[:common]) != digests(own[:common])).sum()):
         yield f"{different} of {common} images are not those of the data set"
@@ -109,7 +109,7 @@ def _differences(images: Images, own: Images) -> Iterator[str]:
 
 
 def blake2b_64(image_digests: NDArray[np.uint64]) -> str:
-    """The 64-bit blake2b of a sequence of images, in hex, from that of each."""
+    """Return the 64-bit blake2b of a sequence of images, in hex, computed from those of the images."""
     return blake2b(image_digests.astype("<u8").tobytes(), digest_size=8).hexdigest()
 
 
@@ -117,6 +117,6 @@ Kind = tuple[tuple[int, int, int], tuple[str, ...]]  # shape of an image, class 
 
 
 def require_alike(path: Path, theirs: Kind, expected: Kind) -> None:
-    """Raise InputError unless another network, that of `path`, was made for images of the same kind."""
+    """Raise InputError unless another network, from `path`, was made for images of the same kind."""
     if theirs != expected:
         raise InputError(f"{path} was not trained on images like those under attack; take another")

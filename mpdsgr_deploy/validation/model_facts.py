@@ -1,4 +1,4 @@
-"""Figures of the network under validation, for comparing reports."""
+"""Facts about the network under validation, for comparing reports."""
 
 import onnx
 from pydantic import BaseModel
@@ -8,7 +8,7 @@ from mpdsgr_deploy.diagnostics.cost import macs, parameters
 
 
 class ModelFacts(BaseModel):
-    """How it was trained, its time steps, parameters, and multiply-accumulates for an image."""
+    """A network's training method, time steps, parameters, and multiply-accumulates per image."""
 
     architecture: str
     method: str

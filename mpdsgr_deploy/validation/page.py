@@ -20,7 +20,7 @@ from mpdsgr_deploy.validation.report import (
 
 
 def page(report: Report) -> str:
-    """The whole page. Names of files, labels and conditions are untrusted: the template escapes all but our SVG."""
+    """Render the page. Names of files, labels and conditions are untrusted: the template escapes all but our SVG."""
     loader = PackageLoader("mpdsgr_deploy.validation")
     templates = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -41,7 +41,7 @@ def page(report: Report) -> str:
 
 
 def headlines(report: Report) -> Iterator[tuple[str, Any]]:
-    """The two accuracies at the top of the page: clean, and under all attacks together."""
+    """Return the two accuracies at the top of the page: clean, and under all attacks together."""
     yield "clean", report.row("clean")
     yield (
         f"under every attack, eps {report.eps:.4g}" if report.eps is not None else "under every attack",
@@ -50,7 +50,7 @@ def headlines(report: Report) -> Iterator[tuple[str, Any]]:
 
 
 def provenance(report: Report) -> Iterator[tuple[str, str]]:
-    """What identifies this evaluation, then its machine and software versions."""
+    """Return what identifies this evaluation, then its machine and software versions."""
     yield "artefact", report.artefact_file
     yield "sha256 of the artefact", report.artefact_sha256
     yield "images", report.images
@@ -62,7 +62,7 @@ def provenance(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def plain(value: Any) -> str:
-    """A setting of any type as text."""
+    """Format a setting of any type as text."""
     if value is None:
         return "none"
     if isinstance(value, Mapping):

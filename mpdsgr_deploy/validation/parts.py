@@ -1,7 +1,7 @@
-"""Is an ONNX file made of parts whose meaning is known? An operator's name alone does not say what it computes.
+"""Check that an ONNX file uses standard parts only: an operator's name alone does not say what it computes.
 
-`Mul` of another domain may be anything, and so may a function of the file's own; numbers in a file beside it are not
-covered by the file's hash; a type such as bfloat16 rounds what the manifest says is exact.
+`Mul` of another domain may be anything, and so may a function defined in the file; numbers in an external file are not
+covered by the hash; a type such as bfloat16 rounds values that the manifest says are exact.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ STORED = {
 
 
 def foreign_parts(network: ModelProto, precisions: set[str] | None) -> list[str]:
-    """What in a file is not ONNX's own, lies outside the file, or rounds otherwise than `precisions` of its layers.
+    """Return the parts of a file that are not standard, lie outside it, or round differently from `precisions`.
 
-    precisions: None for a file of another library, whose number types are not promised.
+    precisions: those of its layers; None for a file of another library, which promises no number types.
     """
     faults = [f"it defines operators of its own: {function.name}" for function in network.functions]
     named = STORED if precisions is None else {*precisions, "fp32"}
@@ -38,7 +38,7 @@ def foreign_parts(network: ModelProto, precisions: set[str] | None) -> list[str]
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """A graph and all graphs in its nodes."""
+    """Yield a graph and all graphs in its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

@@ -1,4 +1,4 @@
-"""Examples for the report: a few images that an attack broke, as small PNG files."""
+"""Make examples for the report: a few images that an attack broke, as small PNG files."""
 
 import base64
 import io
@@ -28,11 +28,11 @@ def examples(
     eps: float | None = None,
     count: int = 6,
 ) -> list[Example]:
-    """At most `count` images that the attack broke, of as many classes as possible; the choice is deterministic.
+    """Return at most `count` images that the attack broke, of as many classes as possible, chosen deterministically.
 
-    clean, attacked: [N, C, H, W] in [0, 1]; classes [N] the true ones; before, after [N] the ones predicted for clean
-    and attacked images. In the picture of the difference, -eps is black and eps is white; without eps, the largest
-    change is.
+    clean, attacked: [N, C, H, W] in [0, 1]; classes [N]: the true ones; before, after [N]: those predicted for clean
+    and attacked images. In the picture of the difference -eps is black and eps is white; without eps, the largest
+    change takes its place.
     """
     return [
         Example(
@@ -48,7 +48,7 @@ def examples(
 
 
 def chosen(classes: Classes, broken: NDArray[np.bool_], count: int) -> list[int]:
-    """Up to `count` broken images: the first of every class, then the second of every class, and so on."""
+    """Choose up to `count` broken images: the first of every class, then the second of every class, and so on."""
     seen: dict[int, int] = {}
     turns: list[tuple[int, int]] = []
     for i in np.flatnonzero(broken):
@@ -58,14 +58,14 @@ def chosen(classes: Classes, broken: NDArray[np.bool_], count: int) -> list[int]
 
 
 def magnified(clean: Floats, attacked: Floats, eps: float | None) -> Floats:
-    """The difference [C, H, W], brought from [-eps, eps] to [0, 1]: 0.5 means no change."""
+    """Map the difference [C, H, W] from [-eps, eps] to [0, 1]: 0.5 means no change."""
     difference = attacked - clean
     span = eps or float(np.abs(difference).max()) or 1.0
     return np.clip(0.5 + difference / (2 * span), 0, 1)
 
 
 def picture(image: Floats) -> str:
-    """An image [C, H, W] in [0, 1] as a PNG file in base64; other numbers of channels than 1 and 3 are averaged."""
+    """Encode an image [C, H, W] in [0, 1] as PNG in base64; channels are averaged unless there are 1 or 3."""
     planes = image if len(image) in (1, 3) else image.mean(0, keepdims=True)
     pixels = np.round(255 * np.clip(planes, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
     drawn = Image.fromarray(pixels if len(planes) == 3 else pixels[..., 0])

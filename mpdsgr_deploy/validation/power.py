@@ -1,8 +1,8 @@
-"""What a run of n images could have seen: the smallest true drop of accuracy that the gate refuses reliably.
+"""Compute the power of a run of n images: the smallest true drop of accuracy that the gate refuses reliably.
 
 A true drop of d turns an image wrong with probability s + d and right with probability s, where s is the rate at which
-verdicts flip either way by rounding alone. The number of flips is binomial, and so is the share of them that are for
-the worse; the gate's own test decides each outcome, so the probability is exact.
+verdicts flip either way by rounding alone. The number of flips is binomial, and so is the number of these that are for
+the worse; the gate's own test is applied to each outcome, so the probability is exact.
 """
 
 import math
@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 
 def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: float) -> float | None:
-    """The smallest drop in [0, 1] refused with a probability of 90 %, given the flips of this run; None: there is none.
+    """Return the smallest drop in [0, 1] refused with 90 % probability, given the flips of this run; None without one.
 
     allowed: the gate's limit, in [0, 1]; worse, better: flips seen among the n images; significant: the p-value below
     which the gate calls a drop significant.
@@ -42,7 +42,7 @@ def _smallest(n: int, allowed: float, flips: float, significant: float) -> float
 
 
 def refused(n: int, allowed: float, flips: float, drop: float, significant: float) -> float:
-    """The probability in [0, 1] that the gate refuses a true drop; flips: probability of a flip by chance, each way."""
+    """Return the probability in [0, 1] that the gate refuses a true drop; flips: the probability of a flip each way."""
     rate = 2 * flips + drop
     if rate <= 0:
         return 0.0
@@ -55,14 +55,14 @@ def refused(n: int, allowed: float, flips: float, drop: float, significant: floa
 
 
 def _refused_of(discordant: int, n: int, allowed: float, share: float, significant: float) -> float:
-    """The same for a known number of flips, each for the worse with probability `share`."""
+    """Return that probability for a known number of flips, each for the worse with probability `share`."""
     counts = _refused_counts(discordant, allowed * n + 1e-9, significant)
     return float(np.exp(_log_binomial(discordant, counts, share)).sum())
 
 
 @lru_cache(4096)
 def _refused_counts(discordant: int, limit: float, significant: float) -> NDArray[np.int64]:
-    """How many of the flips for the worse are refused: all these counts."""
+    """Return the counts of flips for the worse that the gate refuses."""
     worse = np.arange(discordant + 1)
     # P(at least this many flips are for the worse) by chance
     tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[::-1]
@@ -70,7 +70,7 @@ def _refused_counts(discordant: int, limit: float, significant: float) -> NDArra
 
 
 def _log_binomial(n: int, k: NDArray[np.int64], p: float) -> Floats:
-    """log P(X = k) for X ~ Binomial(n, p)."""
+    """Return log P(X = k) for X ~ Binomial(n, p)."""
     log_factorials = _log_factorials(n)
     ways = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -81,5 +81,5 @@ def _log_binomial(n: int, k: NDArray[np.int64], p: float) -> Floats:
 
 @lru_cache(4096)
 def _log_factorials(n: int) -> Floats:
-    """log k! for k from 0 to n, [n + 1]."""
+    """Return log k! for k from 0 to n, [n + 1]."""
     return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])

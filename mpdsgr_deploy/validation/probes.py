@@ -1,4 +1,4 @@
-"""Further attacks on some of the images, for health checks and figures: growing eps, and twice the steps."""
+"""Make further attacks on some of the images, for health checks and figures: growing eps, twice the steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +31,7 @@ Bools = NDArray[np.bool_]
 def growth(
     suite: Suite, x: Floats, y: Classes, clean: Classes, *, batch_size: int, journal: Journal | None
 ) -> dict[str, dict[float, Bools]]:
-    """Verdicts [m] on images x [m, C, H, W] under FGSM and under the strong PGD by eps, from 0 to 1."""
+    """Return verdicts [m] on images x [m, C, H, W] under FGSM and under the strong PGD by eps, from 0 to 1."""
     fgsm, strong = (next(c for c in suite.conditions if c.name == name) for name in (FGSM, STRONG))
     quick = {FGSM: fgsm, STRONG: replace(strong, steps=GROWTH_STEPS, restarts=1)}
     eps = fgsm.bound
@@ -48,10 +48,10 @@ def growth(
 def convergence(
     suite: Suite, measurement: Measurement, x: Floats, *, floor: float | None, batch_size: int, journal: Journal | None
 ) -> Convergence:
-    """What twice the steps of every attack that the worst case rests on do to the first m images, x [m, C, H, W].
+    """Make every attack that the worst case rests on with twice the steps, on the first m images x [m, C, H, W].
 
-    Each starts at the same points as before, on the images that all attacks before it left. floor: what the gate asks
-    of the worst case.
+    Each starts at the same points as before, on the images that all attacks before it left. floor: what the gate
+    requires of the worst case.
     """
     m = len(x)
     y, clean = measurement.y[:m], measurement.clean[:m]
@@ -71,8 +71,9 @@ def convergence(
 
 
 def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:
-    """The attacks with many steps that the worst case rests on: those that alone break an image of `right` [n], and the
-    strongest of them, which is there if no other is.
+    """Return the attacks with many steps that the worst case rests on.
+
+    These are the attacks that alone break an image of `right` [n], and in any case the strongest attack.
     """
     attacks = [o for o in outcomes if o.condition.kind == "gradient" and o.condition.eps and o.condition.steps > 1]
     strong = [o for o in attacks if o.condition.rank is None or o.condition.name == STRONG]
@@ -87,10 +88,10 @@ def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:
 def search(
     suite: Suite, measurement: Measurement, x: Floats, *, batch_size: int, journal: Journal | None
 ) -> Search | None:
-    """What Square breaks of the first m images, x [m, C, H, W], that no attack with a gradient broke.
+    """Try Square on those of the first m images x [m, C, H, W] that no attack with a gradient broke.
 
-    It has ENOUGH queries, or as many as the tier. None for a stochastic network, whose noise a search wears down, and
-    where the tier has no Square.
+    It has ENOUGH queries, or as many as in the tier. None for a stochastic network, whose noise eventually fails under
+    repeated queries, and if the tier has no Square.
     """
     square = next((c for c in suite.conditions if isinstance(c, Square)), None)
     if square is None or suite.network.stochastic:
@@ -109,11 +110,11 @@ def search(
 
 
 def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, batch_size: int) -> Slopes | None:
-    """How the loss of the network's own answers changes along its gradient's signs, and along random ones.
+    """Measure how the loss of the network's own answers changes along its gradient's signs and along random ones.
 
-    Of the images x [m, C, H, W] those that are classified correctly. None for a stochastic network, whose answers
-    differ by more than small steps do. The loss is the cross-entropy; where float32 holds no gradient of it, since the
-    network is that certain, it is the margin: the best wrong logit minus the true one.
+    Only correctly classified images of x [m, C, H, W] are used. None for a stochastic network, whose noise changes the
+    answers more than small steps do. The loss is the cross-entropy; if its gradient underflows in float32, because the
+    network is very confident, it is the margin: the best wrong logit minus the true one.
     """
     network, trained = suite.network, suite.source.trained
     chosen = np.flatnonzero(clean == y)
@@ -154,7 +155,7 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
 
 
 def cross_entropy(logits: Floats, y: Classes) -> Floats:
-    """The cross-entropy [m] of logits [m, K] of classes y [m]."""
+    """Return the cross-entropy [m] of logits [m, K] and classes y [m]."""
     logits = logits.astype(np.float64)
     largest = logits.max(axis=1, keepdims=True)
     total = np.log(np.exp(logits - largest).sum(axis=1)) + largest[:, 0]

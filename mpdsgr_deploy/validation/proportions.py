@@ -9,7 +9,7 @@ Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share correct/n; (0, 1) where nothing was counted. A mean count may be broken."""
+    """Return the 95 % Wilson score interval of a share correct/n; (0, 1) for n = 0. Counts may be fractions (means)."""
     if n == 0:
         return 0.0, 1.0
     share, z2 = correct / n, Z95**2
@@ -19,23 +19,23 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
 
 
 def binomial_tail(k: int, n: int) -> float:
-    """P(X >= k) for X ~ Binomial(n, 1/2), exactly."""
+    """Return P(X >= k) for X ~ Binomial(n, 1/2), exactly."""
     ways: int = sum(math.comb(n, i) for i in range(k, n + 1))
     return ways / (1 << n)
 
 
 def exceeds(k: int, n: int, share: float) -> float:
-    """P(X >= k) for X ~ Binomial(n, share): could k of n be chance if no more than `share` are so?"""
+    """Return P(X >= k) for X ~ Binomial(n, share): the p-value of k out of n if the true share is at most `share`."""
     return 1.0 - sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(k))
 
 
 def mcnemar(worse: int, better: int) -> float:
-    """Exact two-sided McNemar p-value: could `worse` against `better` discordant images be chance?"""
+    """Return the exact two-sided McNemar p-value of `worse` against `better` discordant images."""
     return min(1.0, 2 * binomial_tail(max(worse, better), worse + better))
 
 
 def sign_flip_tail(differences: NDArray[np.int64]) -> float:
-    """P(sum of +-|d| >= sum of d) for integers d [n] whose signs are even chances: the exact paired permutation test.
+    """Return P(sum of +-|d| >= sum of d) for integers d [n] with random signs: the exact paired permutation test.
 
     With differences of -1, 0 and 1 it is the one-sided McNemar test.
     """

@@ -1,4 +1,4 @@
-"""Why a validation did not pass or ended early, as values with their condition or health check."""
+"""Reasons why a validation did not pass or ended early, with their condition or health check."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Reason(BaseModel):
-    """One fault. condition: where the gate found it; check: the number of the health
-    check that failed; neither: the artefact as a whole.
+    """One fault of an artefact or evaluation.
+
+    condition: where the gate found it; check: the number of the failed health check; neither: the artefact as a whole.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -19,7 +20,7 @@ class Reason(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        """Reports before schema 3 hold lines of text."""
+        """Convert from reports before schema 3, which hold lines of text."""
         return {"text": value} if isinstance(value, str) else value
 
     def __str__(self) -> str:
@@ -46,7 +47,7 @@ class EarlyStop(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        """Reports before schema 3 hold a line of text."""
+        """Convert from reports before schema 3, which hold a line of text."""
         return {"after": None, "why": value} if isinstance(value, str) else value
 
     def __str__(self) -> str:

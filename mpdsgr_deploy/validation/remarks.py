@@ -13,9 +13,9 @@ MASKED = 0.1  # share of images between the trained surrogate's gradient and all
 
 
 def remarks(subject: Subject, measurement: Measurement, convergence: Convergence | None = None) -> list[str]:
-    """Sentences for the report; of a measurement that stopped early only what holds without its attacks.
+    """Return sentences for the report; after an early stop, only those that hold without the missing attacks.
 
-    convergence: what twice the steps of the attacks that the worst case rests on did, None where that was not tried.
+    convergence: the effect of twice the steps of the attacks that the worst case rests on; None if not tried.
     """
     if measurement.stopped is not None:
         return list(_own_word(subject))
@@ -43,7 +43,7 @@ def _masking(measurement: Measurement) -> Iterator[str]:
 
 
 def _upper_bound(subject: Subject) -> Iterator[str]:
-    """How much lower the reference's worst case fell at export under more attacks, on the same images."""
+    """Remark how much lower the reference's worst case fell at export under more attacks, on the same images."""
     reference, here = subject.reference, subject.comparison.worst
     promise = subject.target.bundle.manifest.reference
     if reference is None or promise is None or here is None:
@@ -60,7 +60,7 @@ def _upper_bound(subject: Subject) -> Iterator[str]:
 
 
 def _not_converged(convergence: Convergence | None) -> Iterator[str]:
-    """How many images twice the steps broke, of those that all attacks had left."""
+    """Remark how many images twice the steps broke, of those that survived all attacks."""
     if convergence is not None and convergence.broken:
         attacks = ", ".join(convergence.attacks)
         yield (

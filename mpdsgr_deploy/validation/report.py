@@ -34,7 +34,7 @@ NOT_COMPARED = "not compared"
 
 
 class Point(BaseModel):
-    """Correct images of n under one attack of strength eps."""
+    """The number of correct images of n under one attack of strength eps."""
 
     eps: float
     correct: int
@@ -49,13 +49,13 @@ class Curve(BaseModel):
 
     @classmethod
     def of(cls, attack: str, verdicts: Mapping[float, NDArray[np.bool_]]) -> "Curve":
-        """A curve from verdicts [n] by eps."""
+        """Make a curve from verdicts [n] by eps."""
         points = [Point(eps=eps, correct=int(right.sum()), n=len(right)) for eps, right in sorted(verdicts.items())]
         return cls(attack=attack, points=points)
 
 
 class Example(BaseModel):
-    """One broken image: its number, its label, what was predicted for it clean and attacked.
+    """One broken image: its number, its label, the labels predicted for it clean and attacked.
 
     pictures: PNG files in base64: clean, attacked, and the difference, magnified, grey where nothing changed.
     """
@@ -69,7 +69,7 @@ class Example(BaseModel):
 
 
 class VariantFlips(BaseModel):
-    """One of the bundle's precisions against its fp32 network on the same n images, clean and attacked."""
+    """One of the bundle's precisions compared with fp32 on the same n images, clean and attacked."""
 
     precision: str
     n: int
@@ -82,8 +82,8 @@ class Report(BaseModel):
 
     bundle_sha256: the digest of its manifest; signer: who signed the bundle, if that was required. suite: version of
     the attack suite, 1 in reports that do not say; bundle_sha256, model: None in reports before they were recorded.
-    seconds: how long it took; stopped: it ended early, so accuracy under all attacks is an upper bound. remarks: what a
-    reader of `worst` should know beside it.
+    seconds: the duration; stopped: why it ended early, so that accuracy under all attacks is an upper bound. remarks:
+    further information on `worst`.
     """
 
     schema_version: int = 3
@@ -127,9 +127,9 @@ class Report(BaseModel):
 
 
 def load_report(path: Path) -> Report:
-    """A report: its file, or the directory that `mpdsgr validate` wrote it into.
+    """Load a report from its file, or from the directory that `mpdsgr validate` wrote.
 
-    Raises InputError for one that is missing, damaged, or of a later version.
+    Raises InputError if it is missing, damaged, or of a later version.
     """
     file, version = path / REPORT if path.is_dir() else path, Report.model_fields["schema_version"].default
     report: Report = read_document(
@@ -139,14 +139,14 @@ def load_report(path: Path) -> Report:
 
 
 class Finding(NamedTuple):
-    """What is wrong, a line for each fault, and what to do about it."""
+    """A fault of the artefact or the evaluation: one line for each problem, and what to do about it."""
 
     what: list[str]
     advice: str
 
 
 def findings(report: Report) -> Iterator[Finding]:
-    """The failed health checks, then the gate's reasons."""
+    """Return the failed health checks, then the gate's reasons."""
     for check in report.health:
         if check.failed:
             yield Finding([f"check {check.number}, {check.name}: {check.saw}"], check.advice)
@@ -155,37 +155,37 @@ def findings(report: Report) -> Iterator[Finding]:
 
 
 def gate_reasons(report: Report) -> list[Reason]:
-    """The gate's own reasons, without those that repeat a failed health check."""
+    """Return the gate's own reasons, without those that repeat a failed health check."""
     return [reason for reason in report.reasons if reason.check is None]
 
 
 def not_compared(report: Report) -> list[str]:
-    """The conditions without a reference, though there is one for these images; transferred images have none."""
+    """Return the conditions without a reference, if there is one for these images; transferred images are left out."""
     if not any(row.reference for row in report.rows):
         return []
     return [row.name for row in report.rows if row.reference is None and row.name != "worst" and row.comparable]
 
 
 def headline_first(report: Report) -> list[Row]:
-    """The rows in reading order: the accuracy under all attacks before the single conditions."""
+    """Sort the rows in reading order: the accuracy under all attacks before the single conditions."""
     return sorted(report.rows, key=lambda row: row.name != "worst")
 
 
 def sensitivity(report: Report) -> str:
-    """One sentence on the smallest drops that this run could detect; empty if nothing was compared."""
+    """Return one sentence on the smallest drops that this run could detect; empty if nothing was compared."""
     named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]
     seen = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
     return f"a true drop of {', of '.join(seen)} would have been refused with 90 % probability" if seen else ""
 
 
 def percent(score: Score) -> str:
-    """Accuracy and interval in %, for people."""
+    """Format accuracy and interval in %, for people."""
     low, high = score.interval
     return f"{100 * score.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def accuracy_text(row: Row, stopped: EarlyStop | None = None) -> str:
-    """A row's accuracy with its interval, marked as an upper bound if attacks are missing."""
+    """Format a row's accuracy with its interval, marked as an upper bound if attacks are missing."""
     if not row.at_most:
         return percent(row.artefact)
     moment = f", {stopped.moment}" if stopped and row.name == "worst" else f", of {row.n} images attacked"

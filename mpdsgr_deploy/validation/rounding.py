@@ -1,7 +1,7 @@
-"""Is a reduced precision the float32 network, rounded where its manifest says so and the same everywhere else?
+"""Check that a reduced precision is the float32 network, rounded where its manifest says so and equal elsewhere.
 
-Its answers differ from float32's, by how much nobody can say beforehand. So the two files are compared: node by node,
-with all their numbers, and the int8 and float8 activations, which are exact, by leaving them out.
+Its logits differ from float32's by an unpredictable amount. The two files are therefore compared node by node, with all
+their numbers. The int8 and float8 activations, which are exact, are checked by removing their rounding.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 
 
 class Constant(NamedTuple):
-    """A number or many, at the value they are computed with, and the TensorProto type they are stored in."""
+    """One or several numbers, with the values used in computation and the TensorProto type they are stored in."""
 
     value: Array
     stored: int
@@ -48,10 +48,10 @@ class ResolvedNode(NamedTuple):
 
 
 def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> list[str]:
-    """What in a precision's file is neither float32's nor rounded from it; x: images [n, C, H, W] to try it on.
+    """Return what in a precision's file is neither float32's nor rounded from it; x: images [n, C, H, W] to test it.
 
-    Nothing for a network from elsewhere: its other precisions are files of another quantiser, whose choices (operators
-    that it fuses, activations that it rounds) are not ours. These are held to float32's verdicts alone.
+    Empty for an adopted network, whose other precisions come from another quantiser with its own choices (fused
+    operators, rounded activations). Those are compared with float32 by their verdicts alone.
     """
     if bundle.manifest.origin != "trained":
         return []
@@ -62,7 +62,7 @@ def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> l
 
 
 def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) -> Iterator[str]:
-    """Differences between a float32 network and its rounded form, other than the rounding of `layers` itself."""
+    """Return differences between a float32 network and its rounded form, other than the rounding of `layers`."""
     ours, theirs = resolve_nodes(exact), resolve_nodes(rounded)
     if [step.operator for step in ours] != [step.operator for step in theirs]:
         yield f"it does not have float32's {len(ours)} operators"
@@ -86,7 +86,7 @@ def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) 
 
 
 def resolve_nodes(network: ModelProto) -> list[ResolvedNode]:
-    """A network without its changes of number format, in the order of the file."""
+    """Return a network's nodes without changes of number format, in the order of the file."""
     constants = {tensor.name: tensor for tensor in network.graph.initializer}
     makers = {output: node for node in network.graph.node for output in node.output}
     places: dict[str, tuple[int, int]] = {}
@@ -115,7 +115,7 @@ def resolve_nodes(network: ModelProto) -> list[ResolvedNode]:
 
 
 def operator(node: NodeProto) -> tuple[str, str]:
-    """A node's operator: its domain ("" for ONNX's own) and its name."""
+    """Return a node's operator: its domain ("" for ONNX's own) and its name."""
     return ("" if node.domain in STANDARD else node.domain, node.op_type)
 
 
@@ -155,7 +155,7 @@ def is_rounded(exact: Array, rounded: Array, form: str) -> bool:
 
 
 def _activation_faults(bundle: Bundle, precision: str, network: ModelProto, x: NDArray[np.float32]) -> list[str]:
-    """Rounded activations that are not exact: without the rounding the same file must answer the same."""
+    """Return rounded activations that are not exact: without the rounding, the file must give the same logits."""
     if not any(node.op_type == "QuantizeLinear" for node in network.graph.node):
         return []
     manifest = bundle.manifest
@@ -169,7 +169,7 @@ def _activation_faults(bundle: Bundle, precision: str, network: ModelProto, x: N
 
 
 def without_rounded_activations(network: ModelProto) -> ModelProto:
-    """The same network, whose products read what QuantizeLinear would have rounded."""
+    """Return the network with products that read the values before QuantizeLinear."""
     bare = ModelProto.FromString(network.SerializeToString())
     makers = {output: node for node in bare.graph.node for output in node.output}
     for node in bare.graph.node:

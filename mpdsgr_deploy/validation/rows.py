@@ -1,4 +1,4 @@
-"""One row of a report: the artefact under one condition, beside its reference where there is one."""
+"""One row of a report: the artefact under one condition, and its reference if there is one."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ TRANSFERRED = "transferred images"  # why nothing is compared under them
 
 
 class Score(BaseModel):
-    """Correct images of n with a 95 % Wilson interval; `bitmap` holds each image's verdict, packed, as hex."""
+    """The number of correct images of n with a 95 % Wilson interval; `bitmap` packs the verdicts, as hex."""
 
     correct: int
     accuracy: float
@@ -25,7 +25,7 @@ class Score(BaseModel):
         return cls(correct=count, accuracy=accuracy, interval=wilson(count, n), bitmap=bitmap)
 
     def verdicts(self, n: int) -> NDArray[np.bool_]:
-        """The verdicts [n] on the n images: True where the prediction was right."""
+        """Return the verdicts [n] on the n images: True where the prediction was right."""
         return np.unpackbits(np.frombuffer(bytes.fromhex(self.bitmap), np.uint8))[:n].astype(bool)
 
 
@@ -43,17 +43,17 @@ class VerdictFlips(BaseModel):
 
     @property
     def p_text(self) -> str:
-        """The p-value as text; "-" where no image differs, since then nothing was tested."""
+        """The p-value as text; "-" if no image differs, because then nothing was tested."""
         return f"{self.p_value:.2g}" if self.newly_wrong + self.newly_right else "-"
 
 
 class Row(BaseModel):
     """One condition. eps: the L-infinity bound, None where there is none; reference: the torch network under the same
-    attack on itself; evaluations: gradients, or queries, that an image cost on average.
+    attack on itself; evaluations: the average number of gradients, or queries, per image.
 
-    surrogate: through which a strong white-box attack saw the network. at_most: the accuracy is an upper bound, since
-    not all attacks were made or not all images attacked. not_compared: why there is no reference. detectable: the
-    smallest drop of accuracy that the gate refuses with a probability of 90 %, at the rate at which verdicts flip here.
+    surrogate: the one that a strong white-box attack used. at_most: the accuracy is an upper bound, because not all
+    attacks were made or not all images attacked. not_compared: why there is no reference. detectable: the smallest drop
+    of accuracy that the gate refuses with a probability of 90 %, at the rate at which verdicts flip here.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Row(BaseModel):
 
     @property
     def comparable(self) -> bool:
-        """Whether a reference could have met this condition: transferred images are the artefact's alone."""
+        """Whether a reference could have met this condition: it never meets transferred images."""
         return self.not_compared != TRANSFERRED
 
     @classmethod
@@ -89,9 +89,9 @@ class Row(BaseModel):
         at_most: bool = False,
         not_compared: str | None = None,
     ) -> "Row":
-        """From the artefact's verdicts [N], and the reference's [N] on the same images.
+        """Make a row from the artefact's verdicts [N], and the reference's [N] on the same images.
 
-        flips: if given, of other verdicts than these two.
+        flips: given if they are those of other verdicts than these two.
         """
         paired = None if reference is None else VerdictFlips.of(reference, artefact)
         return cls(

@@ -1,4 +1,4 @@
-"""Which rules a verdict rests on, complete, and where each came from."""
+"""All rules that a verdict rests on, and the origin of each."""
 
 import math
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ class Rule(BaseModel):
 
 
 def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: str | None) -> tuple[str, str]:
-    """The tier, and who chose it: the caller, else the gate, else the reference (`promised`), else the recipe.
+    """Return the tier, and who chose it: the caller, else the gate, the reference (`promised`), or the recipe.
 
-    Raises InputError where the caller wants weaker attacks than those that the gate's figures were chosen for.
+    Raises InputError if the caller wants weaker attacks than those that the gate's figures were chosen for.
     """
     pinned = gate.tier if gate is not None and "tier" in gate.model_fields_set else None
     if pinned and tier in smaller_tiers(pinned):
@@ -41,10 +41,10 @@ def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: s
 
 
 def settled(gate: Gate, tier: str, n: int) -> Gate:
-    """The gate for n images with nothing left open.
+    """Return the gate for n images with all defaults filled in.
 
-    Where it bounds no drop, its tier does, or the smallest limit that so few images can decide, up to
-    WIDEST_USUAL_LIMIT: fewer images decide nothing, unless a gate allows more.
+    If it does not bound a drop, the limit is its tier's, or the smallest one that so few images can decide, up to
+    WIDEST_USUAL_LIMIT. Fewer images can decide nothing, unless the gate allows larger drops.
     """
     usual = max(TIERS[tier].max_drop, min(least_decidable(n), WIDEST_USUAL_LIMIT))
     return gate.model_copy(
@@ -53,7 +53,7 @@ def settled(gate: Gate, tier: str, n: int) -> Gate:
 
 
 def check_pins(gate: Gate, recipe: Recipe, images_sha256: str, n: int) -> None:
-    """Raise InputError where the evaluation is not the one that the gate's figures were chosen for."""
+    """Raise InputError if the evaluation is not the one that the gate's figures were chosen for."""
     if gate.eps is not None and not math.isclose(gate.eps, recipe.attack.eps, rel_tol=1e-6):
         raise InputError(
             f"the gate is for attacks with eps {gate.eps:.6g}, the bundle's recipe has {recipe.attack.eps:.6g}; export "
@@ -71,7 +71,7 @@ def check_pins(gate: Gate, recipe: Recipe, images_sha256: str, n: int) -> None:
 def stated_rules(
     replacement: Gate | None, rules: Gate, recipe: Recipe, *, tier_from: str, data: str, n: int
 ) -> Iterator[Rule]:
-    """Every rule of a settled gate, with its origin.
+    """Return every rule of a settled gate, with its origin.
 
     replacement: the gate that replaces the recipe's, if any; data: the name of the data set that is evaluated.
     """

@@ -22,9 +22,9 @@ from mpdsgr_deploy.validation.target import Target, fingerprint
 class Subject(NamedTuple):
     """Everything a validation is about, complete before the first attack.
 
-    data: the data set that the images are a sample of, by name; own: that data set's own images, None where it is not
-    on this machine; reference: what the bundle promises for the images, None for others; comparison: what of it can be
-    held against the attacks of `suite`.
+    data: the name of the data set that the images are a sample of; own: that data set's own images, None if it is not
+    on this machine; reference: what the bundle promises for the images, None for others; comparison: the part of it
+    that can be compared under the attacks of `suite`.
     """
 
     target: Target
@@ -52,7 +52,7 @@ class Subject(NamedTuple):
 
 
 def identity(subject: Subject, transfer: Path | None) -> str:
-    """Everything that the result of a batch depends on."""
+    """Return everything that the result of a batch depends on."""
     target, manifest = subject.target, subject.target.bundle.manifest
     networks = [target.bundle.model_sha256(precision) for precision in (target.precision, "fp32")]
     engines = [
@@ -75,7 +75,7 @@ def identity(subject: Subject, transfer: Path | None) -> str:
 
 
 def warn_of_gaps(compared: Comparison, tier: str, bundle: Bundle) -> None:
-    """Say under which conditions nothing is compared, since the reference never met them or not with these settings."""
+    """Warn of conditions without a comparison, because the reference never met them with these settings."""
     promise = bundle.manifest.reference
     if promise is not None and compared.verdicts and compared.alone:
         log.warning(
@@ -86,7 +86,7 @@ def warn_of_gaps(compared: Comparison, tier: str, bundle: Bundle) -> None:
 
 
 def warn_if_unlike(target: Target, images: Images) -> None:
-    """Say if the images' mean or spread is far from that of the training images: inverted, or of another scale."""
+    """Warn if the images' mean or spread is far from the training images': they may be inverted or on another scale."""
     trained = target.bundle.manifest.pixels
     if trained is not None and (unlike := Likeness(trained).add(images.pixels).warning()):
         log.warning("%s", unlike)

@@ -1,4 +1,4 @@
-"""The report for machines and for a glance: Markdown for a pull request, JUnit for a CI system, a badge."""
+"""Short forms of the report: Markdown for a pull request, JUnit for a CI system, a badge."""
 
 import json
 import re
@@ -30,14 +30,14 @@ STATES = {"passed": "ok", "failed": "FAILED", "not compared": "NOT COMPARED"}
 
 
 def markdown(text: str) -> str:
-    """Untrusted text as itself within a line of Markdown: no markup, no HTML, no line break."""
+    """Escape untrusted text for a line of Markdown: no markup, no HTML, no line break."""
     line = " ".join(text.split())
     line = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
     return MARKUP.sub(r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def summary(report: Report) -> str:
-    """A Markdown page, fit for a pull request comment and for GitHub's step summary."""
+    """Render a Markdown page for a pull request comment and for GitHub's step summary."""
     how = f"{markdown(report.precision)}, {markdown(report.backend)}"
     about = f"{report.network}; {report.images}; tier {report.tier}; seed {report.seed}."
     lines = [f"## {report.verdict.upper()}: {markdown(report.bundle)} ({how})", ""]
@@ -85,7 +85,7 @@ class Case(NamedTuple):
 
 
 def junit(report: Report) -> bytes:
-    """One test case per health check, one per condition under the gate, one for the gate's other rules."""
+    """Render one test case per health check, one per condition under the gate, one for the gate's other rules."""
     suite = ElementTree.Element("testsuite", name=f"mpdsgr validate {readable(report.bundle)}")
     tests = cases(report)
     for case in tests:
@@ -103,7 +103,7 @@ def junit(report: Report) -> bytes:
 
 
 def cases(report: Report) -> list[Case]:
-    """The health checks, the conditions, and whatever else the gate found."""
+    """Return the test cases: the health checks, the conditions, and the gate's other findings."""
     checks = [
         Case(
             f"check {check.number}: {check.name}",
@@ -136,12 +136,12 @@ def _undecided(row: Row, report: Report) -> str | None:
 
 
 def readable(text: str) -> str:
-    """The text without the characters that XML cannot hold."""
+    """Return the text without the characters that XML cannot hold."""
     return NOT_IN_XML.sub("\ufffd", text)
 
 
 def badge(report: Report) -> bytes:
-    """What https://shields.io/badges/endpoint-badge reads. An invalid evaluation shows no accuracy: it has none."""
+    """Return the JSON of https://shields.io/badges/endpoint-badge. An invalid evaluation shows no accuracy."""
     clean, worst = report.row("clean"), report.row("worst")
     parts = []
     if worst is not None and report.eps is not None:

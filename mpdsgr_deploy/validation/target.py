@@ -1,4 +1,4 @@
-"""What is validated: one precision of a bundle, on a backend of this machine or behind a server's URL."""
+"""The target of a validation: one precision of a bundle, on a backend of this machine or at a server's URL."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # there gradients are co
 
 @dataclass(frozen=True)
 class Target:
-    """One precision of a bundle; where it answers. url: of a server that serves it, asked `rate` times a second."""
+    """One precision of a bundle, and where it runs. url: a server that serves it, with `rate` requests per second."""
 
     bundle: Bundle
     backend: str = DEFAULT_BACKEND
@@ -49,11 +49,10 @@ class Target:
 
     @contextmanager
     def open(self) -> Iterator[NetworkFile]:
-        """The artefact under attack: answers from the backend or server, gradients from its attack graph.
+        """Open the artefact for attacks: logits from the backend or server, gradients from its attack graph.
 
-        The attack graph is derived here, from the network that answers: one that cannot be attacked is refused before
-        anything is measured. Raises InputError and EvaluationError as `open_predictor` does, InputError as
-        `attack_session`.
+        The attack graph is derived here, so that a network that cannot be attacked is refused before anything is
+        measured. Raises InputError and EvaluationError as `open_predictor` does, InputError as `attack_session`.
         """
         provider = CUDA if self.url is None and self.backend in ON_CUDA else CPU
         with self._predictor() as predictor:
@@ -79,8 +78,10 @@ class Target:
 
     @contextmanager
     def sources(self, other: Path | None) -> Iterator[dict[str, Source]]:
-        """Networks whose adversarial images are tried on the artefact: the float32 one of its own bundle where it has
-        another precision, and `other`, a bundle or (with torch) a checkpoint.
+        """Return networks whose adversarial images are tried on the artefact.
+
+        These are the float32 network of its bundle, if the artefact has another precision, and `other`, a bundle or
+        (with torch) a checkpoint.
         """
         networks: dict[str, Source] = {}
         with ExitStack() as stack:
@@ -92,7 +93,7 @@ class Target:
             yield networks
 
     def foreign_parts(self) -> list[str]:
-        """What in the network's file, or in float32's, is not made of ONNX's own parts."""
+        """Return the parts of the network's file, or of float32's, that are not standard ONNX."""
         variants, faults = self.bundle.manifest.variants, []
         for precision in dict.fromkeys(("fp32", self.precision)):
             network = onnx.load(self.bundle.variant(precision), load_external_data=False)
@@ -102,11 +103,11 @@ class Target:
         return faults
 
     def largest_batches(self) -> list[int]:
-        """The largest batch of every engine that was built for the artefact."""
+        """Return the largest batch of every engine that was built for the artefact."""
         return [one.batch[-1] for one in self.bundle.prepared(self.backend, self.precision) if one.batch is not None]
 
     def fresh(self) -> Predictor | None:
-        """Answers from a new `mpdsgr predict` process for each batch; None for a server."""
+        """Return a function that answers each batch in a new `mpdsgr predict` process; None for a server."""
         if self.url is not None:
             return None
 
@@ -125,15 +126,16 @@ class Target:
 
 
 def fingerprint(other: Path) -> str:
-    """A digest of a bundle or checkpoint: of the file in it that holds the hashes of the others."""
+    """Return a digest of a bundle or checkpoint: that of the file with the other files' hashes."""
     bundle = other / MANIFEST
     return sha256(bundle if bundle.is_file() else find_checkpoint(other) / FILE)
 
 
 @contextmanager
 def _other(path: Path, own: Bundle) -> Iterator[Source]:
-    """Another network for images like those of `own`. Raises InputError if it was made for others, or if `own` had to
-    be signed and it is not.
+    """Open another network for images like those of `own`.
+
+    Raises InputError if it was made for other images, or if it lacks the signature that was required of `own`.
     """
     mine, trust = own.manifest, own.signed.trust if own.signed else None
     if not (path / MANIFEST).is_file():

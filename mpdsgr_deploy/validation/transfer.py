@@ -1,4 +1,4 @@
-"""A checkpoint's network whose attacked images are tried on another; needs torch."""
+"""Open a checkpoint's network whose attacked images are tried on another network; needs torch."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mpdsgr_deploy.validation.image_checks import require_alike
 
 
 def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:
-    """A checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
+    """Open a checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
     source = find_checkpoint(checkpoint_dir)
     checkpoint = load_checkpoint(source)
     require_alike(checkpoint_dir, (checkpoint.shape, checkpoint.labels), (shape, labels))

@@ -1,4 +1,4 @@
-"""The validation stage: bundle in, report out. The artefact is attacked through itself; nothing here needs torch."""
+"""Validate a bundle and return the report. The artefact is attacked through its own graph; torch is not needed."""
 
 import time
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ Floats = NDArray[np.float32]
 
 
 class Judged(NamedTuple):
-    """What came out: everything the report needs beside the subject."""
+    """The results: everything that the report needs besides the subject."""
 
     measurement: Measurement
     rows: list[Row]
@@ -78,16 +78,16 @@ def validate(
     report_dir: Path | None = None,
     rebuild: Rebuild | None = None,
 ) -> Report:
-    """Attack the artefact through its own gradient, compare with the reference in its bundle, and decide.
+    """Attack the artefact through its own gradient, compare it with the bundle's reference, and decide.
 
-    gate: other rules than the recipe's. tier: how much is attacked; default: the gate's, else that of the reference.
-    data, root: the data set's images instead of those in the bundle; limit: the
-    first `limit`. transfer: a bundle or checkpoint whose adversarial images are tried too. report_dir: where finished
-    batches are kept, so that the same call goes on after a kill. rebuild: compares the bundle with what its weights
-    give (`exporting.rebuild.check_rebuilt`, which needs torch). The verdict is `invalid` if a health check failed,
-    else `fail` if the gate refuses, else `pass`.
+    gate: rules in place of the recipe's. tier: how much is attacked; default: the gate's, else that of the reference.
+    data, root: use the data set's images instead of those in the bundle; limit: use the first `limit`. transfer: a
+    bundle or checkpoint whose adversarial images are tried too. report_dir: where finished batches are kept, so that
+    the same call continues after an interruption. rebuild: compares the bundle with a new export of its weights
+    (`exporting.rebuild.check_rebuilt`, which needs torch). The verdict is `invalid` if a health check failed, else
+    `fail` if the gate refuses, else `pass`.
 
-    Raises InputError for missing data, an unusable backend, or too few images for what the gate asks.
+    Raises InputError for missing data, an unusable backend, or too few images for the gate's rules.
     """
     started = time.monotonic()
     recipe = target.bundle.manifest.recipe
@@ -119,7 +119,7 @@ def validate(
 
 
 def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
-    """Answers, then attacks, then looks at a part of the images, then checks and rules: each from what came before."""
+    """Compute the answers, make the attacks, probe some images, run the checks, and apply the rules, in this order."""
     target, suite, images = subject.target, subject.suite, subject.images
     x, y, size = images.unit(), images.classes, subject.batch_size
     logits = predict(suite.network, x, size, CLEAN)
@@ -152,7 +152,7 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
 
 
 def _not_the_network(target: Target, parity: Parity | None, x: Floats) -> list[Reason]:
-    """How the artefact differs from the network that was exported."""
+    """Return how the artefact differs from the network that was exported."""
     rounding = [] if target.precision == "fp32" else rounding_faults(target.bundle, target.precision, x[:TRIED])
     return [Reason(text=text) for text in (*fidelity.answer_faults(parity), *rounding)]
 
@@ -165,7 +165,7 @@ def _lost(subject: Subject, name: str, correct: NDArray[np.bool_]) -> str | None
 def _not_worth_attacking(
     subject: Subject, clean: NDArray[np.int64], wrong: Sequence[Reason], checks: Sequence[Check]
 ) -> Stopped | None:
-    """Why no attack can change the verdict."""
+    """Return the reasons why no attack can change the verdict, if there are any."""
     if why := _lost(subject, CLEAN, clean == subject.images.classes):
         return Stopped(None, CLEAN, why)
     invalid = [f"check {check.number} ({check.name}) failed" for check in checks if check.failed]
@@ -173,7 +173,7 @@ def _not_worth_attacking(
 
 
 def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: Floats) -> tuple[list[Curve], Evidence]:
-    """What growing eps, twice the steps and search do to the first of the images x [n, C, H, W]."""
+    """Try growing eps, twice the steps and random search on the first of the images x [n, C, H, W]."""
     suite, size, journal = subject.suite, subject.batch_size, subject.journal
     searched = probes.search(suite, measurement, x[: probes.SEARCHED], batch_size=size, journal=journal)
     x = x[: TIERS[subject.gate.tier].probe]
@@ -188,7 +188,7 @@ def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: F
 
 
 def _with_power(row: Row, gate: Gate) -> Row:
-    """The row with the smallest drop that the gate would have refused reliably."""
+    """Return the row with the smallest drop that the gate would have refused reliably."""
     if row.flips is None or row.at_most:
         return row
     allowed, flips = limit(gate, row.name), row.flips
@@ -201,7 +201,7 @@ def _invalid(checks: Sequence[Check]) -> list[Reason]:
 
 
 def _failures(gate: Gate, rows: list[Row], wrong: Sequence[Reason], stopped: Stopped | None) -> list[Reason]:
-    """What the artefact does worse than allowed."""
+    """Return the rules of the gate that the artefact breaks."""
     broken = [*failures(gate, rows), *wrong]
     if stopped and stopped.condition and stopped.condition not in {reason.condition for reason in broken}:
         broken.append(Reason(condition=stopped.condition, text=stopped.why))
@@ -226,7 +226,7 @@ def _examples(subject: Subject, measurement: Measurement, x: Floats) -> list[Exa
 
 
 def _origin(manifest: Manifest) -> str:
-    """Where a network comes from, in words."""
+    """Describe where a network comes from."""
     elsewhere = {"adopted": "adopted as an ONNX file", "module": "exported from a torch module"}
     return elsewhere.get(manifest.origin) or f"trained with {manifest.recipe.method}"
 

@@ -1,4 +1,4 @@
-"""What each precision of a bundle changes: its verdicts beside those of the float32 network, on the same images."""
+"""Compare the verdicts of each precision of a bundle with those of the float32 network on the same images."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ from mpdsgr_deploy.validation.rows import VerdictFlips
 def variant_flips(
     bundle: Bundle, x: NDArray[np.float32], measurement: Measurement, batch_size: int
 ) -> list[VariantFlips]:
-    """Every other precision of the bundle against float32, on images x [n, C, H, W] as they are and on those that the
-    strong PGD made of them on the network that was measured.
+    """Compare every other precision of the bundle with float32, on clean images x [n, C, H, W] and on those that the
+    strong PGD made from them on the measured network.
     """
     strong = measurement.outcome(STRONG)
     if len(bundle.manifest.variants) == 1 or strong is None or strong.images is None:

@@ -1,4 +1,4 @@
-"""Writes a report as report.json, junit.xml, summary.md, badge.json and, for people, report.html."""
+"""Write a report as report.json, junit.xml, summary.md, badge.json and, for people, report.html."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from mpdsgr_deploy.validation.report import PAGE, PROGRESS, REPORT, SUMMARY, Rep
 def report_directory(directory: Path) -> Iterator[None]:
     """Keep a directory for one report while the block measures it, which may take hours.
 
-    Raises InputError, before the block, if the directory is somebody else's or another process writes a report there.
+    Raises InputError, before the block, if the directory holds other files or another process writes a report there.
     """
     claim_directory(directory, REPORT, "report", partial=PROGRESS)
     with exclusive(directory / LOCK, "report"):
@@ -47,7 +47,7 @@ def write_report(report: Report, directory: Path) -> Path:
 
 
 def drawable() -> bool:
-    """Is what the page needs installed? Everything else is written without it."""
+    """Whether the packages for the page are installed; everything else is written without them."""
     try:
         need("jinja2", "report")
         need("matplotlib", "report")

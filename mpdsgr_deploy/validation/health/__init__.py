@@ -1,4 +1,4 @@
-"""Is the evaluation itself believable? Health checks, registered by number; importing this package registers all."""
+"""Health checks of the evaluation itself, registered by number; importing this package registers all."""
 
 from mpdsgr_deploy.validation.health import artefact, attacks
 from mpdsgr_deploy.validation.health.registry import (

@@ -1,4 +1,4 @@
-"""Checks of what is evaluated: is the artefact a function, the network that was exported, on the promised images?"""
+"""Check what is evaluated: that the artefact is a function and the exported network, on the promised images."""
 
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,10 +33,10 @@ def check_function(
     batch_sizes: Sequence[int] = (PROBE,),
     logits: Floats | None = None,
 ) -> Seen:
-    """The artefact gives the same logits again, in other batches, in another order, and in a new process.
+    """Check that the artefact gives the same logits again, in other batches and orders, and in a new process.
 
-    batch_sizes: the recipe's and the largest of every engine; each is tried, and one image more. logits [n, K]: what it
-    answered to x [n, C, H, W] before the attacks.
+    batch_sizes: the recipe's and the largest of every engine; each is tried, and one image more. logits [n, K]: its
+    answers to x [n, C, H, W] before the attacks.
     """
     probe = x[:PROBE]
     first, last = artefact(probe), artefact(x[-PROBE:])
@@ -66,13 +66,13 @@ def check_function(
 
 
 def _otherwise(artefact: Predictor, probe: Floats, half: int) -> Iterator[tuple[str, Floats]]:
-    """Answers [m, K] to the same images in other batches and in another order."""
+    """Return answers [m, K] to the same images in other batches and in another order."""
     yield "in two batches", np.concatenate([artefact(piece) for piece in (probe[:half], probe[half:]) if len(piece)])
     yield "in reverse order", artefact(probe[::-1])[::-1]
 
 
 def _other_sizes(artefact: Predictor, x: Floats, largest: Sequence[int]) -> Iterator[tuple[str, int, Floats]]:
-    """Answers [m, K] to batches of other sizes, whose kernels may round otherwise, and how many rows to compare."""
+    """Yield answers [m, K] to batches of other sizes, whose kernels may round differently, and the rows to compare."""
     alone = x[:ALONE]
     yield "one by one", len(alone), np.concatenate([artefact(alone[i : i + 1]) for i in range(len(alone))])
     for size in sorted({3, 7, *(min(size + more, len(x)) for size in largest for more in (0, 1))}):
@@ -87,7 +87,7 @@ def _other_sizes(artefact: Predictor, x: Floats, largest: Sequence[int]) -> Iter
     advice="give test images, and export with the data set at hand or write floors into the gate",
 )
 def check_compared(n: int, compared: Compared) -> Seen:
-    """At least one image was evaluated, and at least one condition has a reference."""
+    """Check that at least one image was evaluated, and that at least one condition has a reference."""
     against = "the reference" if compared.reference else "floors" if compared.floors else ""
     saw = f"{n} images against {against or 'nothing: no reference answered them, and the gate has no floor'}"
     return Seen([] if n and against else [saw], saw)
@@ -100,12 +100,12 @@ def check_compared(n: int, compared: Compared) -> Seen:
     advice="validate on the data set itself (--root), or export again with it at hand",
 )
 def check_images(image_faults: Sequence[str], rule: str) -> Seen:
-    """The images are those the reference saw, in their order, and those of the data set."""
+    """Check that the images are those of the reference, in their order, and those of the data set."""
     return Seen(image_faults, rule)
 
 
 def are_probabilities(outputs: Floats) -> bool:
-    """Whether every row of outputs [n, K] is positive and adds up to 1; not so without rows."""
+    """Whether every row of outputs [n, K] is positive and adds up to 1; False without rows."""
     return bool(len(outputs) and (outputs >= 0).all() and np.abs(outputs.sum(axis=1) - 1).max() < CERTAIN)
 
 
@@ -116,9 +116,9 @@ def are_probabilities(outputs: Floats) -> bool:
     advice="export the linear readout's mean over time, before any softmax or count",
 )
 def check_logits(logits: Floats, rounded_outputs: bool = False) -> Seen:
-    """The outputs [n, K] are logits, not probabilities or counts of spikes.
+    """Check that the outputs [n, K] are logits, not probabilities or counts of spikes.
 
-    rounded_outputs: the file rounds them to 8 bits, as quantisers do; these too are more than a count of few steps.
+    rounded_outputs: whether the file rounds them to 8 bits, as quantisers do; such logits are accepted.
     """
     faults = []
     if len(logits) and (logits == logits[0]).all():
@@ -138,7 +138,7 @@ def check_logits(logits: Floats, rounded_outputs: bool = False) -> Seen:
     advice="a layer overflows: export that precision again with other layers in float32 (--max-drop), or leave it out",
 )
 def check_finite(not_finite: Mapping[str, Sequence[int]]) -> Seen:
-    """No output of any image, clean or attacked, is NaN or infinite."""
+    """Check that no output of any image, clean or attacked, is NaN or infinite."""
     faults = [f"{name}: not finite for image {first_few(images)}" for name, images in not_finite.items() if images]
     return Seen(faults, f"outputs under {len(not_finite)} conditions are finite")
 
@@ -150,7 +150,7 @@ def check_finite(not_finite: Mapping[str, Sequence[int]]) -> Seen:
     advice="use more images (--limit), or a data set in mixed order; export again so that the reference has them too",
 )
 def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
-    """Every class occurs if there are enough images, else about as many classes as chance gives.
+    """Check that every class occurs or, with few images, about as many classes as chance gives.
 
     classes [n]: of the images; labels: the names of all K classes.
     """
@@ -171,7 +171,7 @@ def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
     advice="export again; if the bundle came from elsewhere, do not trust it",
 )
 def check_parts(foreign: Sequence[str]) -> Seen:
-    """The file uses standard operators, number types of its precision, and no external data."""
+    """Check that the file uses standard operators, number types of its precision, and no external data."""
     return Seen(foreign, "standard operators, numbers in the types of the precision, nothing outside the file")
 
 
@@ -182,7 +182,7 @@ def check_parts(foreign: Sequence[str]) -> Seen:
     advice="export again from the checkpoint; do not use these files",
 )
 def check_rebuilt(rebuilt: Rebuilt) -> Seen:
-    """Exporting again from the bundle's weights and recipe gives the same files, byte for byte."""
+    """Check that exporting again from the bundle's weights and recipe gives the same files, byte for byte."""
     return Seen(
         rebuilt.faults,
         rebuilt.unknown or "exported again from the weights, byte for byte the same",
@@ -191,6 +191,6 @@ def check_rebuilt(rebuilt: Rebuilt) -> Seen:
 
 
 def first_few(values: Sequence[object]) -> str:
-    """The first values and how many more there are."""
+    """Return the first values as text, and how many more there are."""
     few = ", ".join(map(str, values[:5]))
     return f"{few} and {len(values) - 5} more" if len(values) > 5 else few

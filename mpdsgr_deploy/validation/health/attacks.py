@@ -1,4 +1,4 @@
-"""Checks of the attacks: are they as strong as they claim to be?"""
+"""Check that the attacks are as strong as they claim to be."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -33,7 +33,7 @@ MAX_SEARCHED = 0.05  # share of images that search may break where gradients bro
     advice="an attack that cheats proves nothing; report this as a bug of the attack",
 )
 def check_budget(budget_faults: Sequence[str], rule: str) -> Seen:
-    """The attacked images obey the attack's rules, and it is stated which images they are."""
+    """Check that the attacked images obey the attack's rules, and that it is stated which images they are."""
     return Seen(budget_faults, f"{rule}: attacked pixels finite, in [0, 1], within eps and not rounded to 8 bits")
 
 
@@ -44,7 +44,7 @@ def check_budget(budget_faults: Sequence[str], rule: str) -> Seen:
     advice="attack with other surrogates, and with APGD and Square, before believing any figure",
 )
 def check_order(verdicts: Verdicts) -> Seen:
-    """Accuracy under noise >= FGSM >= PGD >= strong PGD >= the union of all, up to chance."""
+    """Check accuracy under noise >= FGSM >= PGD >= strong PGD >= the union of all, up to chance."""
     return ordered(verdicts, BY_STRENGTH)
 
 
@@ -55,7 +55,7 @@ def check_order(verdicts: Verdicts) -> Seen:
     advice="the network's own gradient serves attackers badly: attack through other surrogates and with APGD",
 )
 def check_black_box(verdicts: Verdicts, black_box: Sequence[str], white_box: Sequence[str]) -> Seen:
-    """Attacks without the network's gradient break no more images than those with it, up to chance."""
+    """Check that attacks without the network's gradient break no more images than those with it, up to chance."""
     together = {"white-box": union(verdicts, white_box)} if white_box else {}
     pairs = [ordered({**verdicts, **together}, (name, "white-box")) for name in black_box]
     faults = [fault for seen in pairs for fault in seen.faults]
@@ -82,7 +82,7 @@ def ordered(verdicts: Verdicts, attacks: Sequence[str]) -> Seen:
     advice="the attack does not reach the network: look at the gradients (check 7) and at other surrogates",
 )
 def check_growth(growth: Mapping[float, Bools]) -> Seen:
-    """Accuracy under the strong PGD falls with eps, to zero where any image can be painted.
+    """Check that accuracy under the strong PGD falls with eps, to zero where eps allows any image.
 
     growth: verdicts [m] on the same images by eps.
     """
@@ -101,11 +101,11 @@ def check_growth(growth: Mapping[float, Bools]) -> Seen:
     advice="validate with a larger tier, raise attack.strong_steps in the recipe, or promise a lower floor",
 )
 def check_convergence(convergence: Convergence) -> Seen:
-    """Twice the steps break few images that survived all attacks, and the floor of the worst case holds without these.
+    """Check that twice the steps break few surviving images, and that the floor of the worst case holds without them.
 
-    No attack on a spiking network is seen to end: small steps through weak gradients break images ever more slowly. The
-    artefact and its reference meet the same steps, so the drop between them is a fair comparison at any number; a
-    floor is not, as it speaks of every attack.
+    No attack on a spiking network was seen to converge: small steps through weak gradients break images ever more
+    slowly. The artefact and its reference meet the same steps, so the drop between them is a fair comparison at any
+    number; a floor is not, because it is a statement about every attack.
     """
     broken, standing, n, attacks, worst, floor = convergence
     names = ", ".join(f"{name} with {2 * steps} steps instead of {steps}" for name, steps in attacks.items())
@@ -126,7 +126,7 @@ def check_convergence(convergence: Convergence) -> Seen:
     advice="use a tier as it comes; all of them sweep",
 )
 def check_sweep(surrogates: Sequence[str | None], trained: str) -> Seen:
-    """The attacker tried surrogates of other widths and shapes than the trained one, adaptive ones too."""
+    """Check that the attacker tried surrogates of other widths and shapes than the trained one, and adaptive ones."""
     required, tried = required_surrogates(trained), set(surrogates)
     missing = [name for name in required if name not in tried]
     return Seen([f"missing: {', '.join(missing)}"] if missing else [], f"{trained} (trained), {', '.join(required)}")
@@ -139,7 +139,7 @@ def check_sweep(surrogates: Sequence[str | None], trained: str) -> Seen:
     advice="the trained surrogate is too narrow to attack through, or the network saturates: see the sweep",
 )
 def check_gradients(gradients: tuple[int, int, int]) -> Seen:
-    """Gradients through the trained surrogate rarely vanish and are always finite."""
+    """Check that gradients through the trained surrogate rarely vanish and are always finite."""
     samples, zero, not_finite = gradients
     share = zero / samples if samples else 1.0
     saw = f"of {samples} gradients {100 * share:.2f} % were zero, {not_finite} not finite"
@@ -153,7 +153,7 @@ def check_gradients(gradients: tuple[int, int, int]) -> Seen:
     advice="do not trust gradients of this file: compare it with the weights (--rebuild), attack it by queries",
 )
 def check_slopes(slopes: Slopes) -> Seen:
-    """Along the gradient's signs the loss rises further than along random signs, on nearly all images."""
+    """Check that the loss rises further along the gradient's signs than along random ones, on nearly all images."""
     steps = (f"{grad:+.2g} against {rand:+.2g} at {step:.3g}" for step, (grad, rand) in slopes.rises.items())
     saw = f"further than along random directions on {slopes.steeper} of {slopes.n} images; mean rise {', '.join(steps)}"
     return Seen([saw] if slopes.n and slopes.steeper < MIN_STEEPER * slopes.n else [], saw)
@@ -166,7 +166,7 @@ def check_slopes(slopes: Slopes) -> Seen:
     advice="do not trust gradients of this file: compare it with the weights (--rebuild), or export it yourself",
 )
 def check_search(search: Search) -> Seen:
-    """Of all images, random search breaks few that no attack with a gradient broke."""
+    """Check that random search breaks few of the images that survive all attacks with a gradient."""
     broken, standing, n, queries = search
     saw = f"{queries} queries break {broken} of the {standing} images that gradients left, of {n}"
     return Seen([saw] if exceeds(broken, n, MAX_SEARCHED) < ORDER_P else [], saw)
@@ -179,9 +179,9 @@ def check_search(search: Search) -> Seen:
     advice="validate with the settings of the export, or export again; see where the attack graph loses the gradient",
 )
 def check_reach(reach: Reach, n: int) -> Seen:
-    """The artefact withstands the attacks no better than the reference, each of those that both met and all together.
+    """Check that the artefact survives the attacks no better than the reference, each of them and all together.
 
-    A reference that has not met them proves nothing; where there is none at all, floors decide.
+    A reference that has not met an attack proves nothing about it; without any reference, floors decide.
     """
     if not reach.reference:
         return Seen([], "no reference answered these images: the gate's floors alone decide", not_compared=True)

@@ -25,7 +25,7 @@ State = Literal["passed", "failed", "not compared"]
 
 
 class Seen(NamedTuple):
-    """What a check saw: `faults` in words, none if it passed; otherwise what it found in order.
+    """The result of a check: `faults` in words, none if it passed, and what it found in order.
 
     not_compared: there was nothing to hold this against, which is neither good nor bad.
     """
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 
 class Check(BaseModel):
-    """One health check: what it saw, why that matters, and what to do if it failed."""
+    """One health check: its result, why it matters, and what to do if it failed."""
 
     number: int
     name: str
@@ -48,7 +48,7 @@ class Check(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_passed(cls, values: Any) -> Any:
-        """Reports of earlier versions know two states only."""
+        """Convert from reports of earlier versions, which have two states only."""
         if isinstance(values, dict) and "state" not in values:
             return {**values, "state": "passed" if values.get("passed") else "failed"}
         return values
@@ -64,10 +64,10 @@ class Check(BaseModel):
 
 
 class Convergence(NamedTuple):
-    """What more steps do: of n images, `standing` survived all attacks, and `broken` of these twice the steps broke.
+    """The effect of twice the steps: of n images, `standing` survived all attacks, of which `broken` were now broken.
 
-    attacks: which were made longer, with the steps they had. worst: the accuracy in the worst case, over all images of
-    the evaluation, in [0, 1]. floor: what the gate asks of it, None for nothing.
+    attacks: the prolonged ones, with their original steps. worst: the accuracy in the worst case, over all images of
+    the evaluation, in [0, 1]. floor: what the gate requires of it, None for nothing.
     """
 
     broken: int
@@ -79,7 +79,7 @@ class Convergence(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What the verdict rests on. reference: there is one for these images; floors: the gate has some."""
+    """What the verdict rests on. reference: whether there is one for these images; floors: whether the gate has any."""
 
     reference: bool
     floors: bool
@@ -88,10 +88,10 @@ class Compared(NamedTuple):
 class Reach(NamedTuple):
     """The worst case of artefact and reference over the attacks that both met.
 
-    reference: there is one for these images. flips: None if no attack was met by both. missing: attacks that the
-    reference must have met; alone: those it has not. allowed: change of accuracy that the gate allows, in [0, 1].
-    each: the flips under every attack that both met. contradictions: images that the reference counts as right in the
-    worst case and as broken by one of its attacks.
+    reference: whether there is one for these images. flips: None if no attack was met by both. missing: attacks that
+    the reference should have met but has not; alone: those that only the artefact met. allowed: change of accuracy that
+    the gate allows, in [0, 1]. each: the flips under every attack that both met. contradictions: images that the
+    reference counts as right in the worst case and as broken by one of its attacks.
     """
 
     reference: bool
@@ -104,7 +104,7 @@ class Reach(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """How far the loss rises along the gradient and along random directions, from the network's answers alone.
+    """The rise of the loss along the gradient and along random directions, computed from the network's answers alone.
 
     steeper: of n images, those whose loss rises further along the gradient. rises: by step size, the mean rise of the
     loss along the gradient and along random directions.
@@ -116,9 +116,9 @@ class Slopes(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What random search breaks of the images that no attack with a gradient broke.
+    """The result of random search on the images that no attack with a gradient broke.
 
-    broken: of n images, those it broke; standing: those that were left to it. queries: how many it had per image.
+    broken: of n images, those it broke; standing: those it was tried on. queries: the number per image.
     """
 
     broken: int
@@ -136,7 +136,7 @@ class Rebuilt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What checks examine. None: not available in this evaluation, so checks that need it do not run.
+    """The evidence that checks examine. None: not available in this evaluation, so checks that need it do not run.
 
     rule: which images, in words; budget_faults: how attacked images break the rules; verdicts: of a measurement that
     did not stop early; black_box, white_box: names of conditions by what they know; gradients: how many were computed
@@ -211,7 +211,7 @@ def health_check(number: int, name: str, *, why: str, advice: str) -> Callable[[
 
 
 def run_checks(evidence: Evidence, numbers: Sequence[int] | None = None) -> list[Check]:
-    """All checks, or those of `numbers`, for which the evidence has what they need, in the order of their numbers."""
+    """Run all checks, or those of `numbers`, for which the evidence suffices, in the order of their numbers."""
     at_hand = {field.name: value for field in fields(evidence) if (value := getattr(evidence, field.name)) is not None}
     made = []
     for number in sorted(CHECKS) if numbers is None else numbers:
