@@ -14,7 +14,7 @@ from mpdsgr_deploy.locks import LOCK, exclusive
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -34,7 +34,7 @@ def writing(path: Path, reassurance: str) -> Iterator[None]:
 
 
 def followed(path: Path) -> Path:
-    """The absolute path that links lead to. Raises InputError for links in a circle."""
+    """Resolve links to an absolute path. Raises InputError for links in a circle."""
     try:
         target = path.resolve()
         if target.is_symlink():  # Python 3.13 returns False where earlier versions raise
@@ -53,7 +53,7 @@ def is_stream(path: Path) -> bool:
 def complete_file(path: Path, temporary: Path, reassurance: str) -> Iterator[BinaryIO]:
     """Write `temporary`, which replaces `path` once it is complete and on disk; an exception removes it.
 
-    Raises InputError as `writing`.
+    Raises InputError as `writing` does.
     """
     with writing(path, reassurance):
         try:
@@ -71,7 +71,7 @@ def complete_file(path: Path, temporary: Path, reassurance: str) -> Iterator[Bin
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, so that `path` holds either its old content or all of the new, whenever the process dies.
+    """Open a file to write, so that `path` holds the old content or all of the new, whenever the process dies.
 
     A symbolic link is followed, not replaced; a pipe or a device is written to directly. Raises InputError if the disk
     is full or the path cannot be written; the old file is then untouched, as it is when the block raises.
@@ -87,7 +87,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync_directory(path: Path) -> None:
-    """Make a renaming in a directory survive a power cut; does nothing on Windows, which has no such call."""
+    """Make a renaming in a directory survive a power cut. Does nothing on Windows, which has no such call."""
     if os.name == "nt":
         return
     directory = os.open(path, os.O_RDONLY)
@@ -104,9 +104,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") -> None:
-    """Make `path` a directory for our output. Existing content is accepted only beside `marker`, our own file.
+    """Create `path` or accept it as an output directory: existing content is accepted only beside the file `marker`.
 
-    partial: a name that unfinished output has there, from which a later run goes on.
+    partial: the name of unfinished output there, which a later run continues.
 
     Raises InputError for a file, for a directory that holds anything else, and where it cannot be created.
     """
@@ -121,7 +121,7 @@ def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") ->
 
 
 def not_ours(place: object, marker: str, what: str) -> InputError:
-    """The error for an output directory that holds other things than ours."""
+    """Return the error for an output directory that holds other files."""
     return InputError(f"{place} exists and is not a {what} of ours (it has no {marker}); choose an empty directory")
 
 
@@ -133,10 +133,10 @@ def recover_directory(out: Path) -> None:
 
 @contextmanager
 def scratch_directory(out: Path, what: str) -> Iterator[Path]:
-    """An empty directory beside `out`, which was claimed, to make `what` in; `replace_directory` puts it in place.
+    """Make an empty directory beside the claimed `out`, to build `what` in; `replace_directory` moves it to `out`.
 
-    It is removed after the block, as is `out` if it is still empty. Raises InputError where the system refuses to
-    write, and while another process makes something for the same `out`.
+    It is removed after the block, as is `out` if it is still empty. Raises InputError if it cannot be written, and
+    while another process builds for the same `out`.
     """
     scratch = out.with_name(f".{out.name}.tmp")
     with exclusive(out.with_name(f".{out.name}{LOCK}"), f"process that makes {what} {out}"):

@@ -18,9 +18,9 @@ LOCK = ".lock"  # a directory's lock file
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:
-    """Take the exclusive lock of an open file, which closing it gives back; False: another process has it.
+    """Take the exclusive lock of an open file, which is released on closing; False if another process has it.
 
-    wait: until it is free. On a file system without locks it always succeeds.
+    wait: block until it is free. On a file system without locks this always succeeds.
     """
     try:
         if fcntl is not None:

@@ -31,7 +31,7 @@ class Accuracy(BaseModel):
 
 
 class Variant(BaseModel):
-    """One precision of the network, and how accurate it was on clean and on attacked images when it was exported.
+    """One precision of the network, and its accuracy on clean and on attacked images at export.
 
     layers: the precision each layer multiplies in, by name, `readout` the last.
     """
@@ -53,8 +53,8 @@ class Variant(BaseModel):
 class Prepared(BaseModel):
     """What `mpdsgr build` made of one variant for one backend on one kind of machine.
 
-    machine: what must be the same where it is used (names of devices, versions); batch: the smallest, best and largest
-    batch it takes; None: any. file: an engine; settings: what was measured fastest, for a backend without engines.
+    machine: what must be equal where it is used (names of devices, versions); batch: the smallest, best and largest
+    batch it takes; None: any. file: an engine; settings: the fastest measured ones, for a backend without engines.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,16 +69,16 @@ class Prepared(BaseModel):
 
     @property
     def key(self) -> str:
-        """The beginning of its file name, unique in the bundle."""
+        """The prefix of its file name, unique in the bundle."""
         profile = "-".join(map(str, self.batch or ("any",)))
         words = (self.backend, *self.machine.values(), self.precision, f"batch-{profile}", self.model_sha256[:8])
         return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower())
 
 
 class NoiseInput(BaseModel):
-    """A further input of a stochastic network, float32 [B, *shape]: what one of its parts draws in a pass.
+    """An input of a stochastic network, float32 [B, *shape], for the random numbers of one of its parts.
 
-    shape: (T, ...), a draw for every step; kind: of U[0, 1) or of N(0, 1). `runtime.image_noise` makes the values.
+    shape: (T, ...), a draw for every step; kind: U[0, 1) or N(0, 1). `runtime.image_noise` makes the values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,7 +113,7 @@ class Manifest(BaseModel):
 
     @property
     def time_steps(self) -> str:
-        """The number of time steps, and of how many, for people."""
+        """The number of time steps as text, with the number in training if the export has fewer."""
         T = self.recipe.encoding.T
         return f"T = {T}" if self.trained_steps is None else f"T = {T} of the {self.trained_steps} it was trained with"
 

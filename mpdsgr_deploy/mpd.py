@@ -34,17 +34,17 @@ class Moments(NamedTuple):
 
 
 def leak_sum(a: float, T: int) -> Tensor:
-    """D(a, t) = sum_{i=1..t} a^(t-i) for t = 1..T: [T]."""
+    """Return D(a, t) = sum_{i=1..t} a^(t-i) for t = 1..T: [T]."""
     return torch.tensor([sum(a**k for k in range(t)) for t in range(1, T + 1)])
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """Mean over batch and space: [B, C, ...] to [C]."""
+    """Return the mean over batch and space: [B, C, ...] to [C]."""
     return x.float().mean([0, *range(2, x.dim())])
 
 
 def reset_shift(trace: Trace) -> Tensor:
-    """S [T, C], measured on the batch. Detached: a reading of the state, not a path for the gradient."""
+    """Return S [T, C], measured on the batch and detached: no gradient passes through it."""
     neuron, u = trace.neuron, trace.states[0].u
     shift = torch.zeros(u.shape[1], device=u.device)
     shifts = [shift]
@@ -60,8 +60,9 @@ def reset_shift(trace: Trace) -> Tensor:
 
 
 def theorem(trace: Trace) -> Moments | None:
-    """Theorem 1: the gradient reaches lambda and beta only. None for a layer that it does not describe: one without
-    tdBN, or whose neurons change over time.
+    """Return the moments of Theorem 1, whose gradient reaches lambda and beta only.
+
+    None for a layer that the theorem does not describe: without tdBN, or with neurons that change over time.
     """
     if not isinstance(trace.norm, TdBN) or not trace.neuron.time_invariant:
         return None
@@ -101,7 +102,7 @@ class _BatchMoments(torch.autograd.Function):
 
 
 def empirical(trace: Trace) -> Moments:
-    """Batch moments per channel and step: the gradient reaches every weight."""
+    """Return batch moments per channel and step, whose gradient reaches every weight."""
     if trace.moments is not None:
         mean, variance, _ = trace.moments
     else:
@@ -115,18 +116,18 @@ ESTIMATORS: dict[str, Estimator] = {"theorem": theorem, "empirical": empirical}
 
 
 def overlap(moments: Moments, surrogate: Surrogate) -> Tensor:
-    """Omega [T, C] in [0, 1]: the probability mass within the surrogate's half-width of the threshold."""
+    """Return Omega [T, C] in [0, 1]: the probability mass within the surrogate's half-width of the threshold."""
     return interval_mass(*moments, surrogate.half_width)
 
 
 def expected_gradient(moments: Moments, surrogate: Surrogate) -> Tensor:
-    """E[surrogate'(V)] / surrogate'(0) [T, C] in [0, 1]: the mean surrogate gradient as a share of its peak.
+    """Return E[surrogate'(V)] / surrogate'(0) [T, C] in [0, 1]: the mean surrogate gradient as a share of its peak.
 
-    What the overlap approximates by a window of height one, for a surrogate of any shape. Divided by the peak so that
-    eta weighs the same kind of number in both: for the rectangular surrogate the two are equal (E[surrogate'] is
-    Omega / a, its peak 1 / a). Where the Gaussian is much wider than the window, the ratio to Omega is 1/2 for the
-    triangle, 0.55 for the sigmoid and 0.05 for superspike, whose window of 95 % mass is mostly tail. Raises InputError
-    for a surrogate without `expected`.
+    The overlap approximates this by a window of height one. The division by the peak makes the two comparable, so that
+    eta has the same meaning in both: for the rectangular surrogate they are equal (E[surrogate'] is Omega / a, its peak
+    1 / a). Where the Gaussian is much wider than the window, the ratio to Omega is 1/2 for the triangle, 0.55 for the
+    sigmoid and 0.05 for superspike, whose window of 95 % mass is mostly tail. Raises InputError for a surrogate without
+    `expected`.
     """
     if surrogate.expected is None:
         raise InputError(f"the mean gradient of surrogate {surrogate.name!r} is not known; set measure = 'overlap'")
@@ -139,41 +140,40 @@ MEASURES: dict[str, Measure] = {"overlap": overlap, "expected-gradient": expecte
 
 
 def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
-    """Mean of a measure over steps and channels of one layer; None where the estimator does not describe that layer."""
+    """Return the mean of a measure over a layer's steps and channels; None if the estimator does not describe it."""
     with unrounded(trace):
         moments = estimator(trace)
         return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
 
 
 def layer_moments(trace: Trace, estimator: Estimator) -> Moments | None:
-    """An estimator's moments of a layer, in float32; None where it does not describe that layer."""
+    """Return an estimator's moments of a layer, in float32; None if it does not describe that layer."""
     with unrounded(trace):
         return estimator(trace)
 
 
 def unrounded(trace: Trace) -> torch.autocast:
-    """A context without autocast, on the device of a layer's tensors."""
+    """Return a context without autocast, on the device of a layer's tensors."""
     u = trace.states[0].u
     return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast knows no meta tensors
 
 
 def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """How far one set of images moves the potentials of another: T tensors [B, C, ...] each to [T, C].
+    """Return the distance between the potentials of two sets of images: T tensors [B, C, ...] each to [T, C].
 
-    Root mean square over images and space, float32. As the half-width of a window around the threshold it makes the
-    overlap an estimate of the spikes that flip between the two, where potentials are Gaussian and independent of what
-    moves them. It grows with the weights as sigma does: larger weights, which empty a window of fixed width, do not
-    empty this one.
+    It is the root mean square over images and space, float32. With this half-width of the window, the overlap estimates
+    the spikes that flip between the two sets, if potentials are Gaussian and independent of their change. It grows with
+    the weights as sigma does: larger weights reduce the overlap with a window of fixed width, but not with this one.
     """
     squares = [(u.float() - v.float()).square() for u, v in zip(potentials, others, strict=True)]
     return (torch.stack([per_channel(square) for square in squares]) + SIGMA_FLOOR**2).sqrt()
 
 
 def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:
-    """The mean over the layers that were measured in a step, a differentiable float32 scalar.
+    """Return the mean over the layers measured in a step, a differentiable float32 scalar.
 
-    Each layer weighs the same, whatever its number of channels; None stands for a layer that the estimator does not
-    describe. Raises InputError if it describes none.
+    Each layer has the same weight, whatever its number of channels; None stands for a layer that the estimator does not
+    describe. Raises InputError if it describes no layer.
     """
     layers = [value for value in values if value is not None]
     if not layers:

@@ -1,4 +1,4 @@
-"""Trained networks, rebuilt from the recipe and the weights that a checkpoint or a bundle holds."""
+"""Rebuild trained networks from the recipe and the weights in a checkpoint or a bundle."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mpdsgr_deploy.recipe import Recipe
 
 
 def load_network(directory: Path) -> tuple[Checkpoint, SpikingNet]:
-    """The checkpoint in `directory` and its network, in eval mode, on the CPU.
+    """Load the checkpoint in `directory` and its network, in eval mode, on the CPU.
 
     Raises InputError as `load_checkpoint` and `load_model` do.
     """

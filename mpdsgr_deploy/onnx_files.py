@@ -1,4 +1,4 @@
-"""ONNX files of networks: how they are read, and the names by which exported values are found again."""
+"""Read ONNX files of networks, and find exported values by their names."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -23,12 +23,12 @@ MEAN, DEVIATION, NEW = "mean/", "deviation/", "/new"
 
 
 def layer_of(step: str) -> str:
-    """LAYER of `LAYER/t`, `potential/LAYER/t` without its prefix; a layer's name may have slashes of its own."""
+    """Return LAYER of `LAYER/t` (`potential/LAYER/t` without its prefix); a layer's name may contain slashes."""
     return step.rpartition("/")[0]
 
 
 def read_network(model: Path) -> onnx.ModelProto:
-    """An ONNX file. Raises InputError if there is no such file."""
+    """Read an ONNX file. Raises InputError if there is no such file."""
     try:
         return onnx.load(model)
     except Exception as error:  # protobuf's DecodeError, of a package without types, or an OSError
@@ -36,13 +36,13 @@ def read_network(model: Path) -> onnx.ModelProto:
 
 
 def rounds_outputs(network: onnx.ModelProto) -> bool:
-    """Whether the output of a network is a dequantised value, which takes 256 levels at most."""
+    """Whether the output of a network is a dequantised value, which has at most 256 levels."""
     maker = maker_of_output(network)
     return maker is not None and maker.op_type == "DequantizeLinear"
 
 
 def maker_of_output(network: onnx.ModelProto, through: Collection[str] = VIEWS) -> onnx.NodeProto | None:
-    """The last node that does more than the operators of `through`; None if a graph input stands there."""
+    """Return the last node that is not one of the operators of `through`; None if they lead to a graph input."""
     makers = {name: node for node in network.graph.node for name in node.output}
     maker = makers.get(network.graph.output[0].name)
     while maker is not None and maker.op_type in through:
@@ -51,7 +51,7 @@ def maker_of_output(network: onnx.ModelProto, through: Collection[str] = VIEWS) 
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """An attribute of a node; a list as a tuple."""
+    """Return an attribute of a node; a list becomes a tuple."""
     for entry in node.attribute:
         if entry.name == name:
             value = onnx.helper.get_attribute_value(entry)

@@ -1,4 +1,4 @@
-"""Whether two sets of logits are equal enough: one definition for export, the golden check and validation."""
+"""Decide whether two sets of logits agree: one definition for export, the golden check and validation."""
 
 from collections.abc import Sequence
 
@@ -51,10 +51,10 @@ def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Pari
 
 
 def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32]]) -> NDArray[np.intp]:
-    """The rows whose logits another machine should reproduce, at most GOLDEN_ROWS of all N.
+    """Choose the rows whose logits another machine should reproduce, at most GOLDEN_ROWS of all N.
 
     agreeing [N]: where the reference and the file agree, so that no potential lies within rounding of the threshold.
-    logits [N, K] of each precision: among those, the widest margins between the two best logits in all of them.
+    logits [N, K] of each precision: agreeing rows with the widest margins between the two best logits are chosen.
     """
     rows = np.flatnonzero(agreeing)
     best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]

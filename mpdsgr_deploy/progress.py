@@ -41,7 +41,7 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 @contextmanager
 def meter(what: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Count `unit`s up to `total`, `done` of them from before: call what this yields with how many more there are.
+    """Show progress in `unit`s up to `total`, starting at `done`: call the yielded function with each increment.
 
     Shows count and speed: a bar on a terminal, else a log line now and then; nothing unless `show_progress` was called.
     """

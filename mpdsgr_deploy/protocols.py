@@ -1,6 +1,4 @@
-"""What every model offers, on any backend: logits (Predictor), logits and gradients (Differentiable), or
-gradients through surrogates that adapt (Adaptive).
-"""
+"""The interfaces of a model: Predictor (logits), Differentiable (gradients), Adaptive (surrogates that adapt)."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -12,13 +10,13 @@ Array = Any  # a numpy array or a torch tensor; the output has the type of the i
 
 
 class Predictor(Protocol):
-    """Images float32 [B, C, H, W] in [0, 1] to freshly allocated float32 logits [B, K]."""
+    """Maps images float32 [B, C, H, W] in [0, 1] to freshly allocated float32 logits [B, K]."""
 
     def __call__(self, x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
 
 
 class Gradient(NamedTuple):
-    """At a batch of images: logits [B, K], the loss of each sample [B], and d loss / d x [B, C, H, W]."""
+    """The result at a batch of images: logits [B, K], the loss of each sample [B], and d loss / d x [B, C, H, W]."""
 
     logits: Array
     loss: Array
@@ -26,7 +24,7 @@ class Gradient(NamedTuple):
 
 
 class Differentiable(Protocol):
-    """Images x [B, C, H, W] and classes y [B] to a `Gradient`; each sample's gradient is of its own loss."""
+    """Maps images x [B, C, H, W] and classes y [B] to a `Gradient`; each sample's gradient is of its own loss."""
 
     def __call__(self, x: Array, y: Array, /) -> Gradient: ...
 
@@ -37,8 +35,8 @@ State = Mapping[str, Array]  # by name; the first axis of every array is the ima
 class Adaptive(Protocol):
     """A Differentiable whose surrogates adapt to each image's neurons from one evaluation to the next (ASSG).
 
-    What they have adapted to is an argument: `start` gives it for `count` images before an attack, each evaluation
-    takes it and hands on the next. An attack that drops images takes the same rows of every array.
+    The state of the surrogates is an argument: `start` returns it for `count` images before an attack, and each
+    evaluation takes it and returns the next. An attack that drops images takes the same rows of every array in it.
     """
 
     def start(self, count: int, /) -> State: ...

@@ -14,7 +14,7 @@ PACKAGES = ("numpy", "torch", "torchvision", "lightning-fabric", "onnx", "onnxsc
 
 
 def provenance() -> dict[str, Any]:
-    """A JSON-ready record of this process; nothing heavy is imported for it."""
+    """Return a JSON-ready record of this process, without importing heavy packages."""
     from mpdsgr_deploy import __version__
 
     return {
@@ -29,7 +29,7 @@ def provenance() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -38,9 +38,9 @@ def package_version(name: str) -> str | None:
 
 @cache
 def source_revision() -> str | None:
-    """The git commit this package runs from, '+dirty' if its files differ from it; None outside a checkout.
+    """Return the git commit this package runs from, with '+dirty' if files differ from it; None outside a checkout.
 
-    As of the first call: what a process has imported does not change with the files.
+    The result of the first call is kept, because imported code does not change with the files.
     """
     source = Path(__file__).parent
     if not (source.parent / ".git").exists():
@@ -58,7 +58,7 @@ def _git(directory: Path, *arguments: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model and usable cores; GPU names where torch is already loaded and sees any."""
+    """Return CPU model and usable cores, and GPU names if torch is already loaded and sees any."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
     torch = sys.modules.get("torch")

@@ -38,7 +38,7 @@ SWEEP = (
 
 
 class Data(Section):
-    """Which images, and how they are varied in training."""
+    """Which images are used, and how they are augmented in training."""
 
     name: str = "cifar10"
     root: str = "data"  # where the data set's files lie
@@ -50,12 +50,12 @@ class Data(Section):
     frames: Count | None = None  # n-mnist only: frames a recording is cut into; with encoding "frames" T equals it
 
     def at(self, root: str | None) -> "Data":
-        """The same data set where its files lie in `root`; None: in `self.root`."""
+        """Return the same data set with its files in `root`; None keeps `self.root`."""
         return self if root is None else self.model_copy(update={"root": root})
 
 
 class Model(Section):
-    """Which architecture; `mpdsgr_deploy.models.MODELS` holds the names."""
+    """Which architecture is used; `mpdsgr_deploy.models.MODELS` holds the names."""
 
     name: str = "vgg11"
     width: Annotated[Number, Field(gt=0, le=16)] = 1.0  # multiplies every layer's width
@@ -181,12 +181,12 @@ Floor = Annotated[Number, Field(gt=0, le=1)]
 class Gate(Section):
     """What an artefact must keep to pass `mpdsgr validate`; shares of the images, in [0, 1]. See validation.gate.
 
-    tier: how much is attacked (attacks.tiers). images: how many test images; None: as many as the tier takes.
+    tier: how many images are attacked, and how hard (attacks.tiers). images: how many; None: as many as the tier takes.
     max_drop: largest loss of accuracy against the reference, in every condition but Square; None: the tier's. drops:
     the same for single conditions, Square too. floors: the least accuracy of single conditions; "worst" is the union of
     all attacks within eps.
 
-    eps, images_sha256, least_images: what the figures were chosen for; another evaluation is refused.
+    eps, images_sha256, least_images: the evaluation that the figures were chosen for; any other is refused.
     """
 
     tier: Literal["commit", "release", "paper"] = "commit"
@@ -227,11 +227,11 @@ class Recipe(Section):
 
     @property
     def method(self) -> str:
-        """How the network is trained, as tables name it: REG, AT, MPD-SGR, AT + RAT."""
+        """The training method as tables name it: REG, AT, MPD-SGR, AT + RAT."""
         return " + ".join(name.upper() for name in self.defence) or "REG"
 
     def portable(self) -> "Recipe":
-        """The same without what belongs to one machine: data.root back to its default."""
+        """Return the same recipe without machine-specific values: data.root is reset to its default."""
         return self.model_copy(update={"data": self.data.at(Data().root)})
 
 
@@ -251,7 +251,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a recipe file laid over those of the recipe it extends, without checking them."""
+    """Read the values of a recipe file over those of the recipe it extends, without checking them."""
     if path in above:
         raise InputError(f"{path} extends itself through {', '.join(p.name for p in above)}")
     values = read_toml(path)
@@ -266,7 +266,7 @@ def read_extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both tables: where both have a key, `above` wins, and tables in them are merged likewise."""
+    """Merge two tables: if both have a key, `above` wins; nested tables are merged in the same way."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -27,18 +27,18 @@ class Published(Section):
 
 
 def shipped(stage: str) -> Path:
-    """A stage's folder: beside the package in a checkout, inside it once installed."""
+    """Return a stage's folder: beside the package in a checkout, inside it once installed."""
     installed = PACKAGE / "shipped" / stage
     return installed if installed.is_dir() else PACKAGE.parent / stage
 
 
 def built_in_recipes() -> dict[str, Path]:
-    """Name to file of every recipe that ships."""
+    """Return the file of every recipe that ships, by name."""
     return {path.stem: path for path in sorted(shipped("train").glob("recipes/*.toml"), key=lambda p: p.stem)}
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file: a path if it ends in .toml, else the built-in recipe of that name."""
+    """Return a recipe's file: the path itself if it ends in .toml, else the built-in recipe of that name."""
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -48,21 +48,21 @@ def find_recipe(name: str) -> Path:
 
 
 def title(path: Path) -> str:
-    """A recipe's title: the comment on its first line."""
+    """Return a recipe's title: the comment on its first line."""
     with path.open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
 
 
 def published(path: Path) -> Published | None:
-    """The figures in a recipe's own table [published], if it has one. Raises InputError for wrong keys or ranges."""
+    """Return the figures of a recipe's own table [published], if any. Raises InputError for wrong keys or ranges."""
     values = read_toml(path).get("published")
     return None if values is None else parse(Published, values, f"{path}: [published]")
 
 
 def flattened(path: Path) -> str:
-    """A recipe as one file that needs no other: its opening comment, then what it and those it extends set.
+    """Return a recipe as one file that needs no other: its opening comment, then all values it sets or inherits.
 
-    Published figures are left out: they belong to the recipe that ships, not to an edited copy.
+    Published figures are left out, because they belong to the recipe that ships, not to an edited copy.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = "\n".join(takewhile(lambda line: line.startswith("#"), lines))

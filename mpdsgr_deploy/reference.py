@@ -1,4 +1,4 @@
-"""What a bundle promises: how the torch network answered the evaluation images, clean and attacked, when exported.
+"""A bundle's reference: how the torch network answered the evaluation images, clean and attacked, at export.
 
     reference.npz    64-bit blake2b of each image, torch's logits, its verdict on each image under each condition
     images.npz       the images themselves, so that a machine without the data set can validate the bundle
@@ -53,7 +53,7 @@ class Promise(BaseModel):
 
 
 class Reference(NamedTuple):
-    """What the torch network answered.
+    """The torch network's answers to the evaluation images.
 
     digests: uint64 [n], the images' 64-bit blake2b. logits: float32 [n, K] of each precision whose answers do not
     depend on the machine, fp32's being torch's own. verdicts: bool [n] by condition, each attack made on the torch
@@ -70,16 +70,16 @@ class Reference(NamedTuple):
     nested: Mapping[tuple[str, str], NDArray[np.bool_]] = {}
 
     def under(self, name: str, settings: str) -> NDArray[np.bool_] | None:
-        """Its verdicts [n] under the condition of that name with those settings; None: there is no such condition."""
+        """Return its verdicts [n] under the condition of that name and settings; None if there is no such condition."""
         if self.settings.get(name) == settings:
             return self.verdicts.get(name)
         return self.nested.get((name, settings))
 
 
 def digests(images: Images) -> NDArray[np.uint64]:
-    """The 64-bit blake2b of each image's pixels and class, by which it is known again: uint64 [N].
+    """Return the 64-bit blake2b of each image's pixels and class, which identifies it: uint64 [N].
 
-    Enough against mix-ups; `images_sha256` is for those who must trust a list of images.
+    This detects mix-ups; use `images_sha256` where a list of images must be trusted.
     """
     hashes = [
         blake2b(pixels.tobytes() + int(k).to_bytes(8, "little"), digest_size=8).digest()
@@ -89,7 +89,7 @@ def digests(images: Images) -> NDArray[np.uint64]:
 
 
 def images_sha256(images: Images) -> str:
-    """sha256 of all pixels, uint8 [N, C, H, W], followed by all classes, little-endian int64 [N]."""
+    """Return the sha256 of all pixels, uint8 [N, C, H, W], followed by all classes, little-endian int64 [N]."""
     content = sha256(np.ascontiguousarray(images.pixels).data)
     content.update(np.ascontiguousarray(images.classes, "<i8").data)
     return content.hexdigest()

@@ -34,7 +34,7 @@ CALLABLE = Expected("a callable", callable)
 class Registry(Mapping[str, T]):
     """Entries by name: built-ins in the order they were registered, then those of other packages by name.
 
-    kind: what error messages call an entry, such as "data set". group: of the entry points of other packages.
+    kind: the word for an entry in error messages, such as "data set". group: that of other packages' entry points.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Registry(Mapping[str, T]):
         self.loaded[name] = entry
 
     def choose(self, name: str) -> T:
-        """The entry of that name. Raises InputError, with the names there are, if it is unknown."""
+        """Return the entry of that name. Raises InputError that lists the known names if it is unknown."""
         return choose(self.kind, self, name)
 
     def __getitem__(self, name: str) -> T:
@@ -79,7 +79,7 @@ class Registry(Mapping[str, T]):
         return len(self.loaded.keys() | self._find_plugins().keys())
 
     def _find_plugins(self) -> dict[str, EntryPoint]:
-        """The entry points of this group by name. Raises InputError if one has the name of another or of a built-in."""
+        """Return the entry points of this group by name. Raises InputError if two, or one and a built-in, collide."""
         if self._plugins is None:
             plugins: dict[str, EntryPoint] = {}
             for point in sorted(_installed(self.group), key=lambda point: point.name):
@@ -112,5 +112,5 @@ def _installed(group: str) -> tuple[EntryPoint, ...]:
 
 
 def distribution(point: EntryPoint) -> str:
-    """Name and version of the package that an entry point belongs to."""
+    """Return name and version of the package that an entry point belongs to."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value

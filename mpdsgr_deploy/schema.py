@@ -36,7 +36,7 @@ class Section(BaseModel):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file. Raises InputError if it cannot be read or is none."""
+    """Read a TOML file. Raises InputError if it cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -48,7 +48,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def override(values: dict[str, Any], overrides: Sequence[str], *, example: str) -> None:
     """Write `section.key=value` overrides, whose values are TOML (a bare word is a string), into nested tables.
 
-    Raises InputError, with `example`, for one that is not of this form or takes a value for a section.
+    Raises InputError, with `example`, for an override of another form, or one that replaces a section by a value.
     """
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -67,7 +67,7 @@ def override(values: dict[str, Any], overrides: Sequence[str], *, example: str) 
 
 
 def to_toml(values: dict[str, Any], table: str = "") -> str:
-    """Nested tables of strings, numbers, booleans and lists as TOML; `table` is the name of the outermost.
+    """Format nested tables of strings, numbers, booleans and lists as TOML; `table` is the name of the outermost.
 
     Tables in a list are written inline.
     """
@@ -80,7 +80,7 @@ def to_toml(values: dict[str, Any], table: str = "") -> str:
 
 
 def _inline(value: Any) -> str:
-    """A value as TOML writes it on one line."""
+    """Format a value as TOML on one line."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_inline(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
@@ -89,7 +89,7 @@ def _inline(value: Any) -> str:
 
 
 def read_json(path: Path, *, otherwise: str) -> Any:
-    """The content of a JSON file of ours. Raises InputError, ending in `otherwise`, if it is missing or damaged."""
+    """Read one of this package's JSON files. Raises InputError, ending in `otherwise`, if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -99,9 +99,10 @@ def read_json(path: Path, *, otherwise: str) -> Any:
 
 
 def read_document(path: Path, model: type[BaseModel], version: int, *, otherwise: str) -> Any:
-    """A JSON file of ours as `model`. `otherwise` tells the user how to get a good one.
+    """Read one of this package's JSON files as `model`. `otherwise` tells the user how to get a good one.
 
-    Raises InputError if it is missing, damaged, of no schema version or one above `version`, or does not fit the model.
+    Raises InputError if it is missing, damaged, has no schema version or one above `version`, or does not fit the
+    model.
     """
     values = read_json(path, otherwise=otherwise)
     written = values.get("schema_version") if isinstance(values, dict) else None

@@ -1,4 +1,4 @@
-"""Files in object stores, and wherever else fsspec finds an address: s3://BUCKET/KEY, gs://BUCKET/KEY, hf://...
+"""Files in object stores and other file systems of fsspec: s3://BUCKET/KEY, gs://BUCKET/KEY, hf://...
 
 Credentials are the store's own (environment, configuration, the machine's role). Listings are never cached, since other
 machines write into the same folders.
@@ -40,7 +40,7 @@ class Stored:
         return Stored(f"{self.address.rstrip('/')}/{name}", self.store, f"{self.path}/{name}")
 
     def info(self) -> Mapping[str, Any]:
-        """Its entry in a listing, as it was when it was first asked for. Raises what `asking` says."""
+        """Its entry in a listing, read at first use. Raises as `asking` does."""
         if self._info is None:
             with asking(self):
                 self._info = self.store.info(self.path)
@@ -51,9 +51,9 @@ Place = Path | Stored
 
 
 def place_of(text: str) -> Place:
-    """The place that a path or an address names; nothing is asked of a store yet.
+    """Return the place that a path or an address names, without contacting a store.
 
-    Raises InputError for an unknown protocol, and where the package that speaks it is missing.
+    Raises InputError for an unknown protocol, and if the package for it is missing.
     """
     protocol = PROTOCOL.match(text)
     if protocol is None:
@@ -70,13 +70,13 @@ def place_of(text: str) -> Place:
 
 
 def suffix_of(place: Place | str) -> str:
-    """The suffix of a path or an address, in lower case: ".png"; empty if it has none."""
+    """Return the suffix of a path or an address, in lower case: ".png"; empty if it has none."""
     return PurePosixPath(str(place)).suffix.lower()
 
 
 @contextmanager
 def asking(address: object) -> Iterator[None]:
-    """Turn what a store's library raises into an error of ours, as `failure` does."""
+    """Turn the errors of a store's library into those of this package, as `failure` does."""
     try:
         yield
     except MpdsgrError:
@@ -86,9 +86,9 @@ def asking(address: object) -> Iterator[None]:
 
 
 def failure(address: object, error: BaseException) -> MpdsgrError:
-    """What to raise for an error of a store's library at an address.
+    """Return the error to raise for an error of a store's library at an address.
 
-    InputError for what does not exist; StoreError for all else, such as missing credentials.
+    InputError if the address does not exist; StoreError for all else, such as missing credentials.
     """
     reason = one_line(error)
     if isinstance(error, FileNotFoundError):
@@ -102,14 +102,14 @@ def failure(address: object, error: BaseException) -> MpdsgrError:
 
 
 def opened(place: Place) -> IO[bytes]:
-    """The file, to be read; in a store by byte ranges. Raises OSError for one here, as `asking` says in a store."""
+    """Open a file for reading, in a store by byte ranges. Raises OSError for a local file, as `asking` in a store."""
     if isinstance(place, Path):
         return place.open("rb")
     return BufferedReader(_Ranges(place), READ_AHEAD)
 
 
 class _Ranges(RawIOBase):
-    """A stored file as byte ranges. Raises our own errors, so that no reader takes a store's for a damaged file."""
+    """A stored file, read by byte ranges. Raises this package's errors, so that no reader reports a damaged file."""
 
     def __init__(self, place: Stored) -> None:
         self._place, self._at = place, 0
@@ -137,7 +137,7 @@ class _Ranges(RawIOBase):
 
 
 def stamp_of(place: Place) -> str:
-    """A text that changes whenever the file does: by its size and time, or its tag in a store."""
+    """Return a text that changes whenever the file does: its size and time, or its tag in a store."""
     if isinstance(place, Stored):
         return stamp_from(place.address, place.info())
     try:
@@ -148,13 +148,13 @@ def stamp_of(place: Place) -> str:
 
 
 def stamp_from(address: str, info: Mapping[str, Any]) -> str:
-    """As `stamp_of`, from an entry of a store's listing."""
+    """Return the stamp of `stamp_of` from an entry of a store's listing."""
     version = next((info[key] for key in VERSIONS if info.get(key)), "")
     return f"{address}\0{info.get('size')}\0{version}\0"
 
 
 def name_in(stamp: str) -> str:
-    """The address or path that a stamp begins with."""
+    """Return the address or path that a stamp begins with."""
     return stamp.partition("\0")[0]
 
 

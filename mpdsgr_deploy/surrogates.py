@@ -1,8 +1,8 @@
-"""Surrogate gradients: what stands in for dO/dU of the spike O = [U >= V_th] on the backward pass. No torch here.
+"""Surrogate gradients, which replace dO/dU of the spike O = [U >= V_th] in the backward pass. No torch here.
 
-A surrogate is named "KIND" or "KIND:WIDTH", for example "triangle:0.5". Each kind is written once, as a derivative of
-v = U - V_th on the array API (training, attacks through torch), with the same formula as ONNX nodes (attacks on
-deployed networks) and as a line of the GPU kernels beside it. The tests hold the three together.
+A surrogate is named "KIND" or "KIND:WIDTH", for example "triangle:0.5". Each kind has a derivative of v = U - V_th on
+the array API (training, attacks through torch) and beside it the same formula as ONNX nodes (attacks on deployed
+networks) and as a line of the GPU kernels. Tests check that the three agree.
 
 Another package adds a kind through an entry point of the group "mpdsgr_deploy.surrogates": a `SurrogateKind`. Without
 `nodes` it trains, but no attack graph can be derived for it; without a line in the kernels it runs on torch's path.
@@ -37,7 +37,7 @@ SHARPNESS = 2 / math.pi * math.tan(0.4 * math.pi)
 
 
 class GraphWriter(Protocol):
-    """What `Nodes` needs of the graph that it adds to; `mpdsgr_deploy.attack_graph.tape.Tape` is one."""
+    """The graph to which `Nodes` adds; `mpdsgr_deploy.attack_graph.tape.Tape` is one."""
 
     def emit(self, op_type: str, *inputs: str, **attributes: Any) -> str: ...
 
@@ -54,13 +54,13 @@ class Nodes:
         self._scalars: dict[str, str] = {}
 
     def once(self, key: str, make: Callable[[], str]) -> str:
-        """A scalar that depends on the width alone: `make` adds its nodes the first time that `key` is asked for."""
+        """Return a scalar that depends on the width alone; `make` adds its nodes at the first use of `key`."""
         if key not in self._scalars:
             self._scalars[key] = make()
         return self._scalars[key]
 
     def inverse(self) -> str:
-        """1 / width."""
+        """Return the name of 1 / width."""
         return self.once("inverse", lambda: self.emit("Reciprocal", self.width))
 
 
@@ -215,7 +215,7 @@ KINDS: Registry[SurrogateKind] = Registry(
 
 
 class SurrogateName(NamedTuple):
-    """A kind, its width, which kinds without one ignore, and which parts of the gradient an attacker changes.
+    """A kind, its width (ignored by kinds without one), and the parts of the gradient that an attacker changes.
 
     detached: resets pass no gradient on. averaged: none passes through membrane, leak or reset, and every step's
     current gets the mean over time of (gradient of the spike) * dO/dU (HART, Hao et al., ICLR 2024).
@@ -258,7 +258,7 @@ def parse_surrogate(name: str) -> SurrogateName:
 
 
 def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
-    """The ONNX nodes of a kind's derivative. Raises InputError for a kind without them."""
+    """Return the ONNX nodes of a kind's derivative. Raises InputError for a kind without them."""
     nodes = KINDS.choose(kind).nodes
     if nodes is None:
         raise InputError(
@@ -269,25 +269,25 @@ def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
 
 
 def scaled(name: str, factor: float) -> str:
-    """The surrogate with a window `factor` times as wide: "triangle:1" scaled by 0.25 is "triangle:0.25"."""
+    """Return the surrogate with a window `factor` times as wide: "triangle:1" scaled by 0.25 is "triangle:0.25"."""
     parsed = parse_surrogate(name)
     width = parsed.width / factor if KINDS.choose(parsed.kind).narrows else parsed.width * factor
     return str(parsed._replace(width=width))
 
 
 def trained_surrogate(recipe: "Recipe") -> str:
-    """The surrogate that a network was trained with, with its width: "triangle:1", "arctan:2+detached"."""
+    """Return the surrogate that a network was trained with, with its width: "triangle:1", "arctan:2+detached"."""
     neuron = recipe.neuron
     named = parse_surrogate(neuron.surrogate)
     return str(named._replace(width=neuron.surrogate_parameter or named.width, detached=neuron.detach_reset))
 
 
 def with_resets(surrogate: str, *, detached: bool) -> str:
-    """The surrogate with detached resets, or without."""
+    """Return the surrogate with or without detached resets."""
     return str(parse_surrogate(surrogate)._replace(detached=detached))
 
 
 def trained_half_width(recipe: "Recipe") -> float:
-    """Half the window of U - V_th in which that surrogate passes a gradient; as of `SurrogateKind`."""
+    """Return half the window of U - V_th in which the training surrogate passes a gradient; see `SurrogateKind`."""
     kind, width, *_ = parse_surrogate(trained_surrogate(recipe))
     return KINDS.choose(kind).half_width(width)
