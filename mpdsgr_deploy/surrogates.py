@@ -123,7 +123,8 @@ def _sigmoid_nodes(nodes: Nodes, v: str) -> str:
 
 def _superspike(v: Array, k: float) -> Array:
     """1 / (1 + k |v|)^2."""
-    return (1 + k * array_namespace(v).abs(v)) ** -2
+    below = 1 + k * array_namespace(v).abs(v)
+    return 1 / (below * below)
 
 
 def _superspike_nodes(nodes: Nodes, v: str) -> str:

@@ -21,16 +21,16 @@ def test_torch_compile_answers_as_torch_does() -> None:
         assert np.array_equal(first, kept)
 
 
-def test_torch_compile_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_without_a_compiler_is_one_line() -> None:
     class Small(torch.nn.Module):  # compiled as far as the C++ in a second, which a spiking network takes ten for
         stochastic = False
 
         def forward(self, x: torch.Tensor, observe: object, noise: object) -> torch.Tensor:
             return x.exp().flatten(1)
 
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
     torch._dynamo.reset()
     model = TorchModel(Small(), (1, 8, 8)).compiled()
-    with pytest.raises(InputError, match=r"install a C\+\+ compiler") as error:
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler")})  # a monkeypatch would remove it
+    with missing, pytest.raises(InputError, match=r"install a C\+\+ compiler") as error:
         model(np.zeros((2, 1, 8, 8), np.float32))
     assert "\n" not in str(error.value)

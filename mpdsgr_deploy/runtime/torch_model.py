@@ -1,6 +1,5 @@
 """A torch network as a Predictor and as a Differentiable: the reference that an artefact is compared with."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
@@ -20,6 +19,7 @@ from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient, State
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
+from mpdsgr_deploy.snn.compiled import quiet_compiler
 from mpdsgr_deploy.snn.draws import Kind
 
 NO_MEMORY = "can't allocate memory"  # in torch's message for the CPU, which has no error class
@@ -106,8 +106,7 @@ class TorchModel:
         """
         from torch._inductor.exc import InductorError  # imported here, since it loads the whole compiler
 
-        # A warning about CUDA on machines without a GPU, which only tells developers of torch something
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        quiet_compiler()
         forward = torch.compile(self._model, dynamic=True)
 
         def answer(*arguments: Any) -> torch.Tensor:

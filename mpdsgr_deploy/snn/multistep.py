@@ -11,18 +11,29 @@ the gradient d_t of the loss in U_t, from the last step back, is
     soft   d_t = gU_t + tau_{t+1} d_{t+1}           + (gO_t - tau_{t+1} d_{t+1} V_th) s(U_t - V_th)
 
 where gU and gO are what reaches potentials and spikes from elsewhere and s is the surrogate. A detached reset, one
-whose spikes pass no gradient on, leaves out the term after gO_t.
+whose spikes pass no gradient on, leaves out the term after gO_t. The gradient is computed in float32 where the
+potentials are float16 or bfloat16, and rounded at the end. There is no second derivative.
+
+`_forward` and `_backward` are written once and run in two ways. Step by step, every result goes into its row of an
+output, which is the fastest way without a compiler. Compiled, by `compiled.py` or with the whole network by its user,
+results are new tensors that are stacked at the end, and a compiler makes one loop of all steps.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from math import frexp
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from mpdsgr_deploy.snn import compiled
+from mpdsgr_deploy.snn.memory_order import MemoryOrder
 from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import Surrogate
+
+Leak = float | Tensor
 
 
 def multistep_lif(
@@ -33,18 +44,17 @@ def multistep_lif(
     current [T, B, ...], or [1, B, ...], which then lasts for all steps. state: potential and spikes [B, ...] before
     them, None at rest. A GPU runs the kernels of `triton_lif` where they know the case.
     """
-    steps, tau, v_threshold, hard, surrogate, detach_reset = constants
-    kernels = gpu_kernels(current, tau, surrogate)
+    kernels = gpu_kernels(current, constants.tau, constants.surrogate)
     if kernels is not None:
         potentials, spikes = kernels.triton_lif(current, state, constants)
         return potentials, spikes
     before = (None, None) if state is None else state
-    leaks = tau.to(current) if isinstance(tau, Tensor) else tau
-    u, spikes = _MultiStep.apply(current, *before, leaks, steps, v_threshold, hard, surrogate, detach_reset)
+    tau = constants.tau
+    u, spikes = _MultiStep.apply(current, *before, tau.to(current) if isinstance(tau, Tensor) else tau, constants)
     return u, spikes
 
 
-def gpu_kernels(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> Any:
+def gpu_kernels(x: Tensor, tau: Leak, surrogate: Surrogate) -> Any:
     """The module `triton_lif` if x is on a GPU and it knows the case; else None."""
     kernels = _triton_lif() if _on_gpu(x) else None
     return kernels if kernels is not None and kernels.takes(x, tau, surrogate) else None
@@ -67,78 +77,149 @@ def _triton_lif() -> Any:
 class _MultiStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        current: Tensor,
-        u_before: Tensor | None,
-        spikes_before: Tensor | None,
-        tau: float | Tensor,
-        steps: int,
-        v_threshold: float,
-        hard: bool,
-        surrogate: Surrogate,
-        detach_reset: bool,
+        ctx: Any, current: Tensor, u_before: Tensor | None, spikes_before: Tensor | None, tau: Leak, how: LIFConstants
     ) -> tuple[Tensor, Tensor]:
-        held = len(current) < steps
-        u = current.new_empty((steps, *current.shape[1:])) if held else torch.empty_like(current)
-        spikes = torch.empty_like(u)
-        last_u, last_spikes = u_before, spikes_before
-        for t in range(steps):
-            now = current[0 if held else t]
-            if last_u is None or last_spikes is None:
-                u[t].copy_(now)
-            elif hard and not isinstance(tau, Tensor) and _exact(tau, u.dtype):
-                torch.addcmul(now, last_u, _silent(last_u, v_threshold) if t else 1 - last_spikes, value=tau, out=u[t])
-            else:
-                torch.mul(_left(last_u, last_spikes, v_threshold, hard), _leak(tau, t), out=u[t]).add_(now)
-            torch.ge(u[t], v_threshold, out=spikes[t])
-            last_u, last_spikes = u[t], spikes[t]
+        constants = how.steps, tau, how.v_threshold, how.hard
+        # in 16 bits single steps round after every operation, which a compiled loop would have to imitate
+        u, spikes = _run(_forward, constants, (current, u_before, spikes_before), compiles=current.dtype.itemsize >= 4)
         ctx.save_for_backward(u, u_before, spikes_before, tau if isinstance(tau, Tensor) else None)
-        ctx.tau, ctx.v_threshold, ctx.hard, ctx.surrogate, ctx.held = tau, v_threshold, hard, surrogate, held
-        ctx.detach_reset = detach_reset
+        ctx.tau, ctx.how, ctx.held = tau, how, len(current) < how.steps
         ctx.set_materialize_grads(False)
         return u, spikes
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        grad_u, grad_spikes = grads
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, u_before, spikes_before, leaks = ctx.saved_tensors
-        tau = ctx.tau if leaks is None else leaks
-        v_threshold, hard = ctx.v_threshold, ctx.hard
-        to_current = torch.zeros_like(u[:1]) if ctx.held else torch.empty_like(u)
+        tau, how = ctx.tau if leaks is None else leaks, ctx.how
         to_tau = torch.zeros_like(leaks) if leaks is not None and ctx.needs_input_grad[3] else None
-        later: Tensor | None = None  # tau_{t+1} d_{t+1}
-        for t in reversed(range(len(u))):
-            d = torch.empty_like(u[t]) if ctx.held else to_current[t]
-            if later is not None and not ctx.detach_reset:
-                torch.mul(later, u[t] if hard else v_threshold, out=d)
-                d = d.neg_() if grad_spikes is None else torch.sub(grad_spikes[t], d, out=d)
-                d.mul_(ctx.surrogate.derivative(u[t] - v_threshold))
-            elif grad_spikes is not None:
-                torch.mul(grad_spikes[t], ctx.surrogate.derivative(u[t] - v_threshold), out=d)
-            else:
-                d.zero_()
-            if later is not None:
-                d = d.addcmul_(later, _silent(u[t], v_threshold)) if hard else d.add_(later)
-            if grad_u is not None:
-                d.add_(grad_u[t])
-            if ctx.held:
-                to_current[0].add_(d)
-            first = u_before if t == 0 else u[t - 1]
-            if first is None:
-                break
-            if to_tau is not None:
-                fired = spikes_before if t == 0 else (u[t - 1] >= v_threshold).to(u.dtype)
-                to_tau[t] = (d * _left(first, fired, v_threshold, hard)).sum(0).sum_to_size(leaks[t].shape)
-            later = _leak(tau, t) * d
-        to_u = to_spikes = None
-        if u_before is not None and later is not None:
-            to_u = later * (1 - spikes_before) if hard else later
-            if not ctx.detach_reset:
-                to_spikes = -later * u_before if hard else -later * v_threshold
-        return to_current, to_u, to_spikes, to_tau, None, None, None, None, None
+        function = _backward if to_tau is None else partial(_backward, to_tau=to_tau)
+        constants = tau, how.v_threshold, how.hard, how.surrogate.derivative, how.detach_reset, ctx.held
+        return *_run(function, constants, (u, *grads, u_before, spikes_before)), to_tau, None
 
 
-def _leak(tau: float | Tensor, t: int) -> float | Tensor:
+def _run(function: compiled.Function, constants: tuple[Any, ...], tensors: Any, *, compiles: bool = True) -> Any:
+    """function(*constants, *tensors, in_place=...), compiled where that can be and pays."""
+    whole = torch.compiler.is_compiling()
+    if whole or any(isinstance(constant, Tensor) for constant in constants):  # leaks are not elementwise
+        return function(*constants, *tensors, in_place=not whole)
+    order = MemoryOrder.of(tensors[0])
+    results = compiled.run(function, constants, tuple(map(order.flattened, tensors)), compiles=compiles)
+    return tuple(y if y is None else order.restored(y) for y in results)
+
+
+def _forward(
+    steps: int,
+    tau: Leak,
+    v_threshold: float,
+    hard: bool,
+    current: Tensor,
+    u: Tensor | None,
+    spikes: Tensor | None,
+    *,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    """Potentials and spikes [T, ...] of a current [T, ...] or [1, ...] and the state [...] before."""
+    held = len(current) < steps
+    potentials, fired = _Rows(current, steps, in_place), _Rows(current, steps, in_place)
+    for t in range(steps):
+        now, row = current[0 if held else t], potentials.row(t)
+        if u is None or spikes is None:
+            u = torch.mul(now, 1, out=row)
+        elif hard and not isinstance(tau, Tensor) and _exact(tau, u.dtype):
+            u = torch.addcmul(now, u, _compared(torch.lt, u, v_threshold) if t else 1 - spikes, value=tau, out=row)
+        else:
+            u = torch.add(torch.mul(_left(u, spikes, v_threshold, hard), _leak(tau, t), out=row), now, out=row)
+        spikes = _compared(torch.ge, u, v_threshold, fired.row(t))
+        potentials.put(t, u)
+        fired.put(t, spikes)
+    return potentials.whole(), fired.whole()
+
+
+def _backward(
+    tau: Leak,
+    v_threshold: float,
+    hard: bool,
+    derivative: Callable[[Tensor], Tensor],
+    detach_reset: bool,
+    held: bool,
+    u: Tensor,
+    grad_u: Tensor | None,
+    grad_spikes: Tensor | None,
+    u_before: Tensor | None,
+    spikes_before: Tensor | None,
+    *,
+    in_place: bool,
+    to_tau: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients in the current and in the state before, from those in potentials u and spikes; fills in `to_tau`."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    to_current = _Rows(u, 1 if held else len(u), in_place, wide)
+    later = total = None  # tau_{t+1} d_{t+1}, and the sum of all d
+    for t in reversed(range(len(u))):
+        now, row = u[t].to(wide), None if held else to_current.row(t)
+        d = torch.zeros_like(now) if grad_spikes is None else grad_spikes[t].to(wide)
+        if later is not None and not detach_reset:
+            d = torch.sub(d, torch.mul(later, now if hard else v_threshold, out=row), out=row)
+        d = torch.mul(d, derivative(now - v_threshold), out=row)
+        if later is not None:
+            silent = _compared(torch.lt, now, v_threshold) if hard else None
+            d = torch.add(d, later, out=row) if silent is None else torch.addcmul(d, later, silent, out=row)
+        if grad_u is not None:
+            d = torch.add(d, grad_u[t].to(wide), out=row)
+        if held:
+            total = d if total is None else total + d
+        else:
+            to_current.put(t, d)
+        first = u_before if t == 0 else u[t - 1]
+        if first is None:
+            break
+        if to_tau is not None:
+            fired = spikes_before if t == 0 else (u[t - 1] >= v_threshold).to(u.dtype)
+            assert fired is not None
+            to_tau[t] = (d * _left(first, fired, v_threshold, hard)).sum(0).sum_to_size(to_tau[t].shape)
+        later = d * _leak(tau, t)
+    if total is not None:
+        to_current.put(0, total)
+    to_u = to_spikes = None
+    if u_before is not None and spikes_before is not None and later is not None:
+        to_u = (later * (1 - spikes_before) if hard else later).to(u.dtype)
+        if not detach_reset:
+            to_spikes = (-later * (u_before if hard else v_threshold)).to(u.dtype)
+    return to_current.whole(), to_u, to_spikes
+
+
+class _Rows:
+    """The steps [...] of an output [T, ...]: rows to write in place, or new tensors that are stacked at the end.
+
+    wide: the type of the results, if it is not that of the output, which has the type and step shape of `like`.
+    """
+
+    def __init__(self, like: Tensor, steps: int, in_place: bool, wide: torch.dtype | None = None) -> None:
+        rows: list[Any] = [None] * steps
+        self._dtype, self._whole, self._rows, self._scratch = like.dtype, None, rows, None
+        if in_place:
+            self._whole = torch.empty_like(like) if len(like) == steps else like.new_empty((steps, *like.shape[1:]))
+            self._rows = [*self._whole.unbind(0)]
+            if wide not in (None, like.dtype):
+                self._scratch = torch.empty_like(like[0], dtype=wide)
+
+    def row(self, t: int) -> Tensor | None:
+        """Where results of step t go, the last of which `put` takes: what torch's functions take as `out`."""
+        row: Tensor | None = self._rows[t]
+        return row if self._scratch is None else self._scratch
+
+    def put(self, t: int, value: Tensor) -> None:
+        if self._whole is None:
+            self._rows[t] = value.to(self._dtype)
+        elif value is not self._rows[t]:
+            self._rows[t].copy_(value)
+
+    def whole(self) -> Tensor:
+        return torch.stack(self._rows) if self._whole is None else self._whole
+
+
+def _leak(tau: Leak, t: int) -> Leak:
     return tau[t] if isinstance(tau, Tensor) else tau
 
 
@@ -147,10 +228,10 @@ def _exact(tau: float, dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4 or frexp(tau)[0] == 0.5
 
 
-def _silent(u: Tensor, v_threshold: float) -> Tensor:
-    """1 - O of potentials, in their own type: booleans as masks cost a CPU twenty times as much."""
-    u = u.detach()
-    return torch.lt(u, v_threshold, out=torch.empty_like(u))
+def _compared(compare: Callable[..., Any], u: Tensor, v_threshold: float, out: Tensor | None = None) -> Tensor:
+    """1 or 0 in u's own type: booleans on the way cost a CPU twenty times as much."""
+    compared: Tensor = compare(u, v_threshold, out=torch.empty_like(u) if out is None else out)
+    return compared
 
 
 def _left(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:

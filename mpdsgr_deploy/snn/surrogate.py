@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class Surrogate(NamedTuple):
     parameter: float | None = None
 
 
+@lru_cache(maxsize=256)  # so that functions compiled for a surrogate serve all networks that have it
 def make_surrogate(name: str, width: float | None = None) -> Surrogate:
     """The surrogate "KIND" or "KIND:WIDTH", or a kind with the width given beside it.
 

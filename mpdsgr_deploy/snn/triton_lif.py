@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpdsgr_deploy.snn import triton_kernels as kernels
+from mpdsgr_deploy.snn.memory_order import is_dense, strided_as
 from mpdsgr_deploy.snn.state import LIFConstants, StepMoments
 from mpdsgr_deploy.snn.surrogate import Surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN
@@ -76,7 +77,7 @@ def norm_lif(
     for T up to 16.
     """
     scale = bias = mean = deviation = None
-    x = x if _dense(x) else x.contiguous()
+    x = x if is_dense(x) else x.contiguous()
     if norm is not None:
         scale, bias = norm.scale.float(), norm.bias.float()
         with torch.no_grad():
@@ -134,20 +135,6 @@ def _tiles(x: Tensor, per_channel: bool) -> _Tiles:
     return _Tiles(N, C, D, N // C, 512 if block_c == 1 else 1024 // block_c, block_c)
 
 
-def _dense(x: Tensor) -> bool:
-    """Whether step follows step in memory, and each fills its own without gaps, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return len(x) == 1 or x.stride(0) == expected
-
-
-def _like(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
-
-
 def _launch(kernel: Any, x: Tensor, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     with torch.cuda.device_of(x):  # does nothing on a CPU, where the interpreter runs
         kernel[grid](*arguments, **constants, **OPTIONS)
@@ -168,11 +155,11 @@ class _Lif(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         constants = task.constants
         T = constants.steps
-        x = x if _dense(x) else x.contiguous()
+        x = x if is_dense(x) else x.contiguous()
         cut = _tiles(x, scale is not None or task.moments)
         shape, stride = (T, *x.shape[1:]), (cut.N, *x.stride()[1:])
         if u_first is not None and spikes_first is not None:
-            u_first, spikes_first = _like(u_first, stride[1:]), _like(spikes_first, stride[1:])
+            u_first, spikes_first = strided_as(u_first, stride[1:]), strided_as(spikes_first, stride[1:])
         spikes = x.new_empty_strided(shape, stride)
         stored = task.keep is not None and (task.potentials or any(ctx.needs_input_grad))
         u_saved = torch.empty_like(spikes, dtype=task.keep) if stored else None
@@ -215,7 +202,7 @@ class _Lif(torch.autograd.Function):
         device = next(grad for grad in grads if grad is not None).device
         to_x = torch.empty_like(ctx.x, device=device)
         stride = (cut.N, *to_x.stride()[1:])
-        received = [None if grad is None else _like(grad, stride) for grad in (grads[1], grads[0])]
+        received = [None if grad is None else strided_as(grad, stride) for grad in (grads[1], grads[0])]
         slope = constant = None
         if grads[2] is not None or grads[3] is not None:
             slope = torch.zeros_like(mean_u) if grads[3] is None else grads[3] * (2 / cut.M)
