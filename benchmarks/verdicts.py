@@ -58,7 +58,7 @@ def main(cache: Path, seeds: int, part: str) -> None:
 
 
 def planted(faults: Iterable[Fault], networks: Networks, cache: Path) -> Iterator[dict[str, Any]]:
-    """How every planted fault ends."""
+    """Yield how every planted fault ends."""
     for fault in faults:
         file = cache / "outcomes" / f"fault {fault.name}.json"
         yield earlier(file) or keep(file, _outcome(fault, networks))
@@ -76,7 +76,7 @@ def _outcome(fault: Fault, networks: Networks) -> dict[str, Any]:
 
 
 def whole(networks: Networks, cache: Path, seeds: int) -> Iterator[dict[str, Any]]:
-    """How networks without a fault end; a fresh process is asked about the first case of each."""
+    """Yield how networks without a fault end; the first case of each network also runs in a fresh process."""
     for seed in range(seeds):
         for number, (precision, backend) in enumerate(CASES):
             file = cache / "outcomes" / f"healthy {seed} {precision} {backend}.json"
@@ -101,7 +101,7 @@ def _healthy(networks: Networks, seed: int, precision: str, backend: str, *, fre
 
 
 def earlier(file: Path) -> dict[str, Any] | None:
-    """An outcome of an earlier call."""
+    """Return an outcome of an earlier call."""
     return json.loads(file.read_bytes()) if file.exists() else None
 
 
@@ -114,20 +114,20 @@ def keep(file: Path, outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_design(unseen: list[dict[str, Any]]) -> Iterator[str]:
-    """The section of what passes, since nothing at hand tells."""
+    """Yield the lines of the section on faults that pass, because no evidence contradicts them."""
     ended = {fault["name"]: fault for fault in unseen}
     yield from ("## Not caught, by design", "")
     yield (
-        "Nothing in these bundles, or on the machine that validates them, contradicts what they say. They are planted "
-        "too, so that this list is no guess."
+        "These bundles pass, because neither they nor the machine that validates them hold anything that contradicts "
+        "what they state. They are planted too, so that this list is measured."
     )
     yield ""
     yield (
-        "Does transfer from a network that is known help against decoys? Where the weights are, their export is "
-        "compared with the files byte by byte, or gradient by gradient, which shows more. Other precisions are made "
-        "from float32's file, so a decoy in it is in them too. What is left is a decoy in a file without weights that "
-        "is too weak for slopes and for search to show: there attacks made on an export of your own and tried on the "
-        "file break what it hides (`--transfer`; `weak decoy beside an export of ones own` above)."
+        "Transfer from a known network helps against one kind of decoy only. If the weights are available, comparing "
+        "their export with the files, byte by byte or gradient by gradient, shows more. Other precisions are made from "
+        "float32's file, so they contain its decoy too. The remaining kind is a decoy in a file without weights that is "
+        "too weak for the checks of slopes and search: attacks on your own export, tried on the file, then break the "
+        "images that it hides (`--transfer`; `weak decoy beside an export of ones own` above)."
     )
     yield from ("", "| fault | what went wrong | exit code | the report says | what helps |", "|---|---|---|---|---|")
     for fault in UNSEEN.values():
@@ -138,7 +138,7 @@ def by_design(unseen: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The page: every fault that is still planted, how it ended and what caught it; then the healthy ones."""
+    """Render the page: every fault that is still planted, how it ended and what caught it; then the healthy ones."""
     faults = [fault for fault in result["faults"] if fault["name"] in FAULTS]
     healthy = result["healthy"]
     passed = [case for case in healthy if case["ended"] == 0]
@@ -150,10 +150,10 @@ def render(result: dict[str, Any]) -> str:
         f"{len(passed)} of them passed. Written by `python benchmarks/verdicts.py`; the faults are functions in "
         "`tests/faults`, which `make test` runs too.",
         "",
-        "Where a fault lies in the artefact, hashes and golden logits were made anew from the faulty "
-        "file, as an exporter with that fault would make them: only the promise, or the float32 sibling, can "
-        "tell. Exit code 1: the artefact is worse or another; 2: it cannot be evaluated; 3: the evaluation proves "
-        "nothing.",
+        "If a fault lies in the artefact, hashes and golden logits were recomputed from the faulty file, as an exporter "
+        "with that fault would compute them, so that only the promise (the reference in the bundle) or the float32 "
+        "file can reveal the fault. Exit code 1: the artefact is worse or another one; 2: it cannot be evaluated; 3: "
+        "the evaluation proves nothing.",
         "",
         "| fault | what went wrong | lies in | file | exit code | caught by | which said |",
         "|---|---|---|---|---|---|---|",
@@ -162,8 +162,8 @@ def render(result: dict[str, Any]) -> str:
         by, said = catcher(fault)
         cells = [fault["name"], fault["story"], fault["place"], fault["precision"], fault["ended"], by, said]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", f"Healthy: {len({c['seed'] for c in healthy})} networks, each trained, attacked and promised with a "]
-    lines[-1] += "seed of its own; every precision, each on the backends of a CPU."
+    lines += ["", f"Healthy: {len({c['seed'] for c in healthy})} networks, each trained, attacked and exported with a "]
+    lines[-1] += "seed of its own, in every precision, on every CPU backend."
     lines += ["", "| precision | backend | validations | passed |", "|---|---|---|---|"]
     for case in CASES:
         validations = [c for c in healthy if (c["precision"], c["backend"]) == case]
@@ -191,7 +191,7 @@ def since(faults: list[dict[str, Any]]) -> list[str]:
 
 
 def catcher(fault: dict[str, Any]) -> tuple[str, str]:
-    """What caught a fault, by name, and its words."""
+    """Return the name of what caught a fault, and its message."""
     if not fault["said"]:
         return "nothing", ""
     reasons = sorted(fault["said"], key=lambda reason: not reason.startswith(f"{fault['caught']},"))
