@@ -1,6 +1,5 @@
 """One small trained network, its bundle, and the command, shared by all tests."""
 
-import fcntl
 import gc
 import logging
 import os
@@ -9,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from typing import Any
 import pytest
 import quick_tiers
 from click.testing import CliRunner
-from zygote import ASKING, SERVERS, ask, start
+from once import make_once
+from zygote import ASKING, BASE, SERVERS, ask, start
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle, open_bundle
@@ -120,17 +119,13 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A file or folder that `make` writes once in a test run, shared by all workers: not to be written to."""
+    return make_once(base_of_all(tmp_path_factory), name, make)
+
+
+def base_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder that all workers share."""
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    common = base / "common"
-    common.mkdir(exist_ok=True)
-    with (common / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, also when `make` fails
-        if not (common / name).exists():
-            make(common / f"{name}.new")
-            (common / f"{name}.new").rename(common / name)
-    return common / name
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -157,7 +152,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look at it again, a twentieth of the time."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 
@@ -191,17 +185,16 @@ def exported(run: Path, out: Path, **options: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _every_network_is_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where bundles are written and checked, and in tests that import `exporting_once`."""
+    """Where bundles are written and checked, in tests that import `exporting_once`, and in forked commands."""
     if "torch" not in sys.modules:
         yield  # nobody exports here
         return
     import exporting_once
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting_once, "make_once", partial(made_once, tmp_path_factory))
-        patch.setattr(exporting_once.ONNXRegistry, "from_torchlib", exporting_once.one_registry)
-        for place in ("bundle_writer", "rebuild", "steps"):
-            patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", exporting_once.to_graph)
+        base = base_of_all(tmp_path_factory)
+        exporting_once.use(patch, base)
+        patch.setenv(BASE, str(base))
         patch.setattr("mpdsgr_deploy.exporting.bundle_writer.promise", exporting_once.promise)
         yield
 

@@ -3,15 +3,18 @@
 import hashlib
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+import pytest
 import torch
+from once import make_once
 from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -30,8 +33,16 @@ one_registry = staticmethod(cache(ONNXRegistry.from_torchlib))
 """In place of that method, which takes a quarter of an export: exports only read what it returns."""
 _known: dict[str, tuple[nn.Module, ir.Model]] = {}
 _attacked: list[nn.Module] = []
-make_once: Callable[[str, Callable[[Path], object]], Path] | None = None
-"""Fills a file that all workers share; set at the start of a session."""
+shared: Callable[[str, Callable[[Path], object]], Path] | None = None
+"""Fills a file that all processes of a test run share; set by `use`."""
+
+
+def use(patch: pytest.MonkeyPatch, base: Path) -> None:
+    """Have this process export each network once, into files under `base`."""
+    patch.setattr(sys.modules[__name__], "shared", partial(make_once, base))
+    patch.setattr(ONNXRegistry, "from_torchlib", one_registry)
+    for place in ("bundle_writer", "rebuild", "steps"):
+        patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", to_graph)
 
 
 def identity(value: object) -> object:
@@ -68,9 +79,9 @@ def to_graph(model: nn.Module, shape: Shape) -> ir.Model:
 
 
 def _exported(model: Any, shape: Shape, key: str) -> ir.Model:
-    if make_once is None:
+    if shared is None:
         return onnx_writer.to_graph(model, shape)
-    file = make_once(f"{key}.onnx", lambda path: onnx.save(ir.to_proto(onnx_writer.to_graph(model, shape)), path))
+    file = shared(f"{key}.onnx", lambda path: onnx.save(ir.to_proto(onnx_writer.to_graph(model, shape)), path))
     return ir.from_proto(onnx.load(file))
 
 
@@ -82,7 +93,7 @@ def promise(
     def measured() -> tuple[Promise, Reference]:
         return attacking.promise(network, recipe, images, tier, logits, of=of)
 
-    if make_once is None:
+    if shared is None:
         return measured()
     arrays = [torch.from_numpy(array) for array in (images.pixels, images.classes, logits)]
     tiers = [repr(TIERS[name]) for name in (*smaller_tiers(tier), tier)]
@@ -90,6 +101,6 @@ def promise(
     _attacked.append(model)  # lest another object gets the id of a part
     parts = (model, recipe.model_dump_json(), images.labels, *arrays, *tiers)
     key = hashlib.sha256(repr(identity(parts)).encode()).hexdigest()
-    file = make_once(f"{key}.promise", lambda path: path.write_bytes(pickle.dumps(measured())))
+    file = shared(f"{key}.promise", lambda path: path.write_bytes(pickle.dumps(measured())))
     answer: tuple[Promise, Reference] = pickle.loads(file.read_bytes())
     return answer

@@ -154,7 +154,7 @@ def test_a_job_survives_a_killed_node_and_a_rerun_computes_what_is_missing(
     times = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
     gone = out / part_name(1)
     gone.unlink()
-    assert mpdsgr_here(*arguments(bundle, array, out)).returncode == 0
+    assert mpdsgr_here(*arguments(bundle, array, out), "--processes", 1).returncode == 0
     assert rows(out) == expected
     assert [path for path in times if path.stat().st_mtime_ns != times[path]] == [gone]
     other = [*arguments(bundle, array, out), "--top", 2]
@@ -278,7 +278,7 @@ def test_a_machine_fetches_a_bundle_that_it_does_not_have(
 
 def test_bad_inputs_are_skipped_or_end_the_run(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
-    base = ["predict", bundle.path, folder / "00.png", tmp_path / "bad.png", "--ray", "local"]
+    base = ["predict", bundle.path, folder / "00.png", tmp_path / "bad.png", "--ray", "local", "--processes", 1]
     assert_input_error(mpdsgr_here(*base), "name it with --out")
     done = mpdsgr_here(*base, "--out", tmp_path / "stop")
     assert_input_error(done, "cannot decode image", "bad.png")

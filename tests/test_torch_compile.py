@@ -11,7 +11,9 @@ from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 
 
-def test_torch_compile_answers_as_torch_does() -> None:
+def test_torch_compile_answers_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # without vector instructions, which the compiler tries out and then builds for, most of half a minute
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
     bundle = open_bundle(shipped("export") / "doctor" / "bundle")
     inputs, logits = bundle.golden()
     with open_predictor(bundle, "torch-compile") as predictor:

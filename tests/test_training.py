@@ -121,6 +121,17 @@ def test_a_disk_that_pictures_fill_is_one_line_and_the_run_goes_on(tmp_path: Pat
     assert mpdsgr(*command, "--resume").returncode == 0
 
 
+# Forked, two processes need not import torch again. What they are handed is pickled, as for spawned ones.
+FORKED = """
+import pickle
+from lightning_fabric import Fabric
+from mpdsgr_deploy.training import launch
+Strategy, launched = launch.DDPStrategy, Fabric.launch
+launch.DDPStrategy = lambda start_method, **options: Strategy(start_method="fork", **options)
+Fabric.launch = lambda self, *handed: launched(self, *pickle.loads(pickle.dumps(handed)))
+"""
+
+
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """One validation batch for two ranks: the rank without one must not keep the other waiting."""
     arguments = [
@@ -135,7 +146,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
         "--set",
         "validation.batch_size=130",
     ]
-    done = mpdsgr("train", *TINY, *arguments, "--out", tmp_path / "run", "--json")
+    done = mpdsgr("train", *TINY, *arguments, "--out", tmp_path / "run", "--json", prelude=FORKED)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["validation_accuracy"] > 0.5
     assert done.stderr.count("epoch 2 ") == 1  # one process reports

@@ -72,7 +72,7 @@ def environment(cache: Path) -> Path:
             pip = [sys.executable, "-m", "pip", "--python", env / "bin" / "python", "--disable-pip-version-check"]
             wanted = [f"nvidia-pytriton=={PYTRITON}", f"onnxruntime=={version('onnxruntime')}", "numpy<2"]
             wanted += ["flatbuffers", "packaging", "protobuf"]  # what these need of what they ask for
-            command = [*pip, "install", "--quiet", "--no-deps", "--only-binary", ":all:", *wanted]
+            command = [*pip, "install", "--quiet", "--no-compile", "--no-deps", "--only-binary", ":all:", *wanted]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
             if done.returncode:
                 pytest.skip(f"no tritonserver can be installed here: {done.stderr.strip().splitlines()[-1]}")

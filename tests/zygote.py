@@ -25,11 +25,14 @@ from tempfile import TemporaryDirectory, mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+BASE = "MPDSGR_TEST_BASE"  # the environment variable with the folder of what all processes share
 PACKAGE = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
 ADDRESS = "MPDSGR_TEST_ZYGOTE"  # the environment variable with the address of the socket
 SERVERS = f"{ADDRESS}_OF_SERVERS"  # and that of the process that forks servers
 MODULES = {
-    ADDRESS: [f"mpdsgr_deploy.{name}" for name in PACKAGE],
+    ADDRESS: [*(f"mpdsgr_deploy.{name}" for name in PACKAGE), "exporting_once"],
     SERVERS: ["mpdsgr_deploy.cli.serve", "mpdsgr_deploy.serving.server", "onnxruntime"],
 }
 IMPORTED_FROM = os.environ.get("PYTHONPATH")
@@ -150,6 +153,8 @@ def run(arguments: list[str], cwd: str, environment: dict[str, str], prelude: st
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    if (once := sys.modules.get("exporting_once")) and BASE in environment:
+        once.use(pytest.MonkeyPatch(), Path(environment[BASE]))
     exec(prelude, {})
     from mpdsgr_deploy.cli import main
 
