@@ -126,8 +126,8 @@ def by_design(unseen: list[dict[str, Any]]) -> Iterator[str]:
         "Transfer from a known network helps against one kind of decoy only. If the weights are available, comparing "
         "their export with the files, byte by byte or gradient by gradient, shows more. Other precisions are made from "
         "float32's file, so they contain its decoy too. The remaining kind is a decoy in a file without weights that "
-        "is too weak for the checks of slopes and search: attacks on your own export, tried on the file, then break the "
-        "images that it hides (`--transfer`; `weak decoy beside an export of ones own` above)."
+        "is too weak for the checks of slopes and search: attacks on your own export, tried on the file, then break "
+        "the images that it hides (`--transfer`; `weak decoy beside an export of ones own` above)."
     )
     yield from ("", "| fault | what went wrong | exit code | the report says | what helps |", "|---|---|---|---|---|")
     for fault in UNSEEN.values():
@@ -151,8 +151,8 @@ def render(result: dict[str, Any]) -> str:
         "`tests/faults`, which `make test` runs too.",
         "",
         "If a fault lies in the artefact, hashes and golden logits were recomputed from the faulty file, as an "
-        "exporter with that fault would compute them, so that only the promise (the reference in the bundle) or the float32 "
-        "file can reveal the fault. Exit code 1: the artefact is worse or another one; 2: it cannot be evaluated; 3: "
+        "exporter with that fault would compute them, so that only the promise (the reference in the bundle) or the "
+        "float32 file can reveal the fault. Exit code 1: the artefact is worse or another one; 2: it cannot be evaluated; 3: "
         "the evaluation proves nothing.",
         "",
         "| fault | what went wrong | lies in | file | exit code | caught by | which said |",
