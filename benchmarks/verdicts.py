@@ -152,8 +152,8 @@ def render(result: dict[str, Any]) -> str:
         "",
         "If a fault lies in the artefact, hashes and golden logits were recomputed from the faulty file, as an "
         "exporter with that fault would compute them, so that only the promise (the reference in the bundle) or the "
-        "float32 file can reveal the fault. Exit code 1: the artefact is worse or another one; 2: it cannot be evaluated; 3: "
-        "the evaluation proves nothing.",
+        "float32 file can reveal the fault. Exit code 1: the artefact is worse or another one; 2: it cannot be "
+        "evaluated; 3: the evaluation proves nothing.",
         "",
         "| fault | what went wrong | lies in | file | exit code | caught by | which said |",
         "|---|---|---|---|---|---|---|",
