@@ -34,7 +34,7 @@ class AdaptiveTorch:
             self._model(torch.zeros(1, *shape, device=model.normalize.mean.device), measure, torch.Generator())
 
     def start(self, count: int) -> State:
-        """Means of 1 and deviations of 0."""
+        """Return the initial state: means of 1 and deviations of 0."""
         device = self._model.normalize.mean.device
         initial = {MEAN: 1.0, DEVIATION: 0.0}
         return {
@@ -44,7 +44,7 @@ class AdaptiveTorch:
         }
 
     def step(self, x: Tensor, y: Tensor, state: State) -> tuple[Gradient, State]:
-        """The gradient through surrogates as sharp as the state, moved on by these images, makes them."""
+        """Return the gradient through surrogates whose sharpness follows the state, and the next state."""
         next_state = {name: torch.empty_like(value) for name, value in state.items()}
         for layer in self._model.layers():
             layer.neuron.stepwise = _adapting(layer.name, state, next_state)
@@ -53,7 +53,7 @@ class AdaptiveTorch:
 
 
 def _adapting(layer: str, state: State, next_state: State) -> Callable[[int], Surrogate]:
-    """From time step to surrogate. Its derivative, asked for once a step, leaves the state moved on in `next_state`."""
+    """Return a function from time step to surrogate, whose derivative writes the updated state into `next_state`."""
 
     def surrogate(t: int) -> Surrogate:
         def derivative(v: Tensor) -> Tensor:

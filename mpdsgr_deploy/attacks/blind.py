@@ -25,7 +25,7 @@ from mpdsgr_deploy.recipe import Attack
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Condition):
-    """Random perturbations, which no attack may be weaker than."""
+    """Random perturbations, than which no attack may be weaker."""
 
     kind: ClassVar[Kind] = "noise"
 
@@ -38,7 +38,7 @@ class Noise(Condition):
 
     @abstractmethod
     def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
-        """One image [C, H, W] with noise of `rng`."""
+        """Return one image [C, H, W] with noise of `rng`."""
 
 
 @register

@@ -18,7 +18,7 @@ def cw_l2(
     lr: float = 0.05,
     constant: float = 1.0,
 ) -> Array:
-    """Adversarial images near x [B, C, H, W] in [0, 1] with classes y [B]; x itself where none was found.
+    """Adversarial images near x [B, C, H, W] in [0, 1] with classes y [B]; x itself if none was found.
 
     `margin` is a Differentiable whose loss is the best wrong logit minus the true one: positive once fooled. Minimises
     |x' - x|^2 + c max(-margin, 0) by Adam in x' = (1 + tanh w) / 2, which keeps x' in [0, 1]; the weight c is searched

@@ -1,4 +1,4 @@
-"""What a condition of an evaluation is: a way to turn clean images into attacked ones, described by its fields.
+"""The conditions of an evaluation: ways to turn clean images into attacked ones, described by their fields.
 
 A condition is a frozen dataclass. Its class says how images are attacked and is registered under a name; its fields say
 with which bound, surrogate, loss and effort. `attacks.conditions` holds the classes of this package, `attacks.tiers`
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     places: Classes
 
     def rows(self, chosen: slice | Classes) -> "Batch":
-        """The part of the batch that `chosen` selects."""
+        """Return the part of the batch that `chosen` selects."""
         return Batch(self.x[chosen], self.y[chosen], self.places[chosen])
 
 
@@ -114,14 +114,14 @@ class Condition(ABC):
 
     @property
     def bound(self) -> float:
-        """eps of a condition that has one."""
+        """The eps of a condition that has one."""
         assert self.eps is not None, f"{self.name} has no eps"
         return self.eps
 
     @property
     @abstractmethod
     def settings(self) -> str:
-        """How strong it is, for people. Derived from the fields: equal text means equal strength."""
+        """Describe the attack's strength for people. It is derived from the fields: equal text means equal strength."""
 
     @property
     def swept(self) -> bool:
@@ -139,14 +139,14 @@ class Condition(ABC):
 
     @abstractmethod
     def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
-        """The batch attacked. All that is random comes from `generators`, each image's own."""
+        """Attack a batch. All random numbers come from `generators`, each image's own."""
 
     def faults(self, clean: Floats, attacked: Floats) -> list[str]:
-        """How attacked images [B, C, H, W] break rules of this attack beside eps and [0, 1]."""
+        """Return how attacked images [B, C, H, W] break rules of this attack other than eps and [0, 1]."""
         return []
 
     def generators(self, batch: Batch) -> Generators:
-        """Random numbers that depend on the seed, the condition's stream and the place of each image alone."""
+        """Make generators that depend on the seed, the condition's stream and the place of each image alone."""
         stream = (self.stream or self.name).encode()
         return [np.random.default_rng((self.seed, place, *stream)) for place in batch.places.tolist()]
 

@@ -43,7 +43,7 @@ class GradientAttack(Condition):
 
     @property
     def through(self) -> str:
-        """The surrogate in words."""
+        """The surrogate, described in words."""
         return f"through {self.surrogate}"
 
     def target(self, network: Network) -> AbstractContextManager[Any]:
@@ -56,7 +56,7 @@ class GradientAttack(Condition):
 
     @abstractmethod
     def climb(self, target: Any, batch: Batch, draw: Draw) -> Floats:
-        """Attacked images. draw: where random starts come from."""
+        """Return attacked images. draw: the source of random starts."""
 
 
 @register
@@ -81,7 +81,7 @@ class FGSM(GradientAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class PaperPGD(GradientAttack):
-    """PGD as papers have it: few steps of a fixed size, the last iterate counts."""
+    """PGD as in papers: few steps of a fixed size, of which the last iterate counts."""
 
     method: ClassVar[str] = "pgd"
 
@@ -167,7 +167,7 @@ class OtherResetsPGD(StrongPGD):
 @register
 @dataclass(frozen=True, kw_only=True)
 class DetachedPGD(OtherResetsPGD):
-    """Its gradient does not pass through resets, as libraries that detach them have it."""
+    """Its gradient does not pass through resets, as in libraries that detach them."""
 
     method: ClassVar[str] = "strong-pgd-detached"
     detached: ClassVar[bool] = True
@@ -265,5 +265,5 @@ class CarliniWagner(GradientAttack):
 
 
 def kept_iterate(keep: Keep) -> Literal["broken", "worst"]:
-    """For attacks that have no use for the last iterate."""
+    """Return which iterate to keep, for attacks that do not use the last one."""
     return "worst" if keep == "worst" else "broken"

@@ -24,15 +24,15 @@ class CountedGradients:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """samples, zero and not_finite; of a stochastic network each counts once for all draws that it averages."""
+        """Return samples, zero and not_finite; all draws that a stochastic network averages count once."""
         return self.samples, self.zero, self.not_finite
 
     def start(self, count: int) -> State:
-        """As of an Adaptive."""
+        """Return the initial state of the target for `count` images."""
         return self._target.start(count)
 
     def step(self, x: Array, y: Array, state: State) -> tuple[Gradient, State]:
-        """As of an Adaptive."""
+        """Pass an evaluation of the target through, and count its gradients."""
         answer, next_state = self._target.step(x, y, state)
         self._count(answer)
         return answer, next_state

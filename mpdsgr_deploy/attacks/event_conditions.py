@@ -95,11 +95,11 @@ class EventAttack(Condition):
 
     @abstractmethod
     def propose(self, counts: Counts, clean: Counts, slope: Floats, wanted: int) -> list[Edit]:
-        """As `event_search.Propose`."""
+        """Propose edits, as an `event_search.Propose`."""
 
     @abstractmethod
     def spent(self, change: Counts) -> Counts:
-        """How many edits changes of the counts [B, C, H, W] are [B]; more than any budget if they are none at all."""
+        """Return the numbers [B] of edits between counts [B, C, H, W]; beyond any budget if no edits explain them."""
 
     def faults(self, clean: Floats, attacked: Floats) -> list[str]:
         try:

@@ -38,7 +38,7 @@ Propose = Callable[[Counts, Counts, Floats, int], list[Edit]]
 
 
 class EventSearch(NamedTuple):
-    """How a search goes about it.
+    """The settings of a search.
 
     share: of the budget that a round spends at most; None: a round keeps all edits that help, and what is not needed is
     dropped in the end (SDA). candidates: round r asks the network about r * candidates edits of every recording that
@@ -70,7 +70,7 @@ class _Recording:
         return leaves and (into is None or bool(can_gain(counts[into], clean[into], levels)))
 
     def without(self, dropped: int) -> Counts:
-        """The counts without the `dropped` edits that gained least."""
+        """Return the counts without the `dropped` edits that gained least."""
         order = np.argsort(self.gains, kind="stable")[dropped:]
         return applied(self.clean, [self.edits[i] for i in sorted(order)])
 
@@ -136,7 +136,7 @@ def _round(
 
 
 def counts_of(x: Floats, levels: int) -> Counts:
-    """The counts [B, C, H, W] behind frames x. Raises InputError if they are not whole numbers of 0..levels."""
+    """Return the counts [B, C, H, W] of frames x. Raises InputError unless they are whole numbers of 0..levels."""
     scaled = x.astype(np.float64) * levels
     counts = np.rint(scaled).astype(np.int64)
     if np.abs(scaled - counts).max(initial=0) > 1e-3 or counts.min(initial=0) < 0 or counts.max(initial=0) > levels:
@@ -148,7 +148,7 @@ def counts_of(x: Floats, levels: int) -> Counts:
 
 
 def applied(counts: Counts, edits: Sequence[Edit]) -> Counts:
-    """Counts with edits made."""
+    """Return counts after edits."""
     flat = counts.ravel().copy()
     for out, into in edits:
         if out is not None:
@@ -175,7 +175,7 @@ def _frames(counts: Sequence[Counts], levels: int) -> Floats:
 def _gains(
     network: Predictor, active: Sequence[_Recording], proposals: Sequence[list[Edit]], before: Floats, levels: int
 ) -> list[list[float]]:
-    """By how much every proposed edit alone lowers the margin."""
+    """Return by how much every proposed edit alone lowers the margin."""
     trials = [(r, edit) for r, edits in zip(active, proposals, strict=True) for edit in edits]
     after: list[float] = []
     for start in range(0, len(trials), TRIALS):

@@ -98,5 +98,5 @@ def onto_plane(points: Floats, normals: Floats, offsets: Floats) -> Floats:
 
 
 def _largest(change: Floats) -> Floats:
-    """The largest entry of each image's change [B]."""
+    """Return the largest entry of each image's change [B]."""
     return np.asarray(np.abs(change).reshape(len(change), -1).max(axis=1))

@@ -1,4 +1,4 @@
-"""A network under every condition of a suite: the one engine behind references, tables and validation.
+"""Measure a network under every condition of a suite, for references, tables and validation alike.
 
 `measure` goes through the conditions, weak ones first, and returns a frozen `Measurement`; nothing of it changes
 afterwards. Torch networks and exported artefacts are measured alike.
@@ -67,27 +67,27 @@ class Measurement:
 
     @property
     def n(self) -> int:
-        """Images."""
+        """The number of images."""
         return len(self.y)
 
     @cached_property
     def verdicts(self) -> Mapping[str, Bools]:
-        """Verdicts [m] by condition, with "clean" first and "worst" last."""
+        """Return verdicts [m] by condition, with "clean" first and "worst" last."""
         attacked = {outcome.condition.name: outcome.correct for outcome in self.outcomes}
         return {CLEAN: self.clean == self.y, **attacked, WORST: self.standing}
 
     def outcome(self, name: str) -> Outcome | None:
-        """The outcome of the condition of that name, if it was measured."""
+        """Return the outcome of the condition of that name, if it was measured."""
         return next((outcome for outcome in self.outcomes if outcome.condition.name == name), None)
 
 
 def union(verdicts: Mapping[str, Bools], names: Iterable[str]) -> Bools:
-    """Which images [n] are right under all of these conditions: the worst case over them."""
+    """Return which images [n] are right under all of these conditions: the worst case over them."""
     return np.logical_and.reduce([verdicts[name] for name in names])
 
 
 def within_eps(conditions: Iterable[Condition]) -> list[str]:
-    """The conditions that count in the worst case: those with an L-infinity bound."""
+    """Return the conditions that count in the worst case: those with an L-infinity bound."""
     return [condition.name for condition in conditions if condition.eps is not None]
 
 
@@ -175,13 +175,13 @@ class _Remaining:
         self._started, self._total, self._spent = time.monotonic(), total, 0
 
     def after(self, cost: int) -> float:
-        """Seconds that are left once `cost` more is spent."""
+        """Return the seconds that are left once `cost` more is spent."""
         self._spent += cost
         return (time.monotonic() - self._started) / self._spent * (self._total - self._spent)
 
 
 def budget_faults(name: str, clean: Floats, attacked: Floats, eps: float | None) -> list[str]:
-    """What is wrong with attacked images: not finite, outside [0, 1], or further than eps from the clean ones."""
+    """Return the faults of attacked images: not finite, outside [0, 1], or further than eps from the clean ones."""
     if not np.isfinite(attacked).all():
         return [f"{name} has non-finite pixels"]
     if attacked.min() < 0 or attacked.max() > 1:

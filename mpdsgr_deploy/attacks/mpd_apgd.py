@@ -28,7 +28,7 @@ FIRST_STEP = 0.5  # of APGD, in units of eps
 
 
 class Through(NamedTuple):
-    """How the network is differentiated: k of superspike:k, and the loss."""
+    """A way to differentiate the network: the k of superspike:k, and the loss."""
 
     sharpness: float
     loss: Literal["ce", "dlr"] = "ce"
@@ -106,7 +106,7 @@ def mpd_apgd(
 
 
 def gradients(steps: int, schedule: Sequence[Round] = SCHEDULE) -> int:
-    """Gradients per image at most: of each climb, one more to judge it, and one of the clean image."""
+    """Return the most gradients per image: those of each climb, one more to judge it, and one of the clean image."""
     return 1 + sum(steps * turn.length + 2 for turn in schedule)
 
 
@@ -122,7 +122,7 @@ def _climb(
     start: Draw | None,
     keep: Literal["broken", "worst"],
 ) -> Array:
-    """What one round makes of the images x, whose classes are y and, where it aims, `aims` [B]."""
+    """Attack images x of classes y in one round; `aims` [B] are the wrong classes of a round that aims."""
     classes, climbed = (y, target) if aims is None else (xp.stack([y, aims], axis=1), _Towards(target))
     length = steps * turn.length
     if turn.climb == "apgd":
@@ -131,7 +131,7 @@ def _climb(
 
 
 def _margin(xp: Array, logits: Array, y: Array) -> Array:
-    """True logit minus the best wrong one [B], for at least two classes."""
+    """Return the true logit minus the best wrong one [B], for at least two classes."""
     true = y[:, None] == xp.arange(logits.shape[1], device=device(logits))[None, :]
     best_wrong = xp.max(xp.where(true, -xp.inf, logits), axis=1)
     return xp.sum(xp.where(true, logits, xp.zeros_like(logits)), axis=1) - best_wrong

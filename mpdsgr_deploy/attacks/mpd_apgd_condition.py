@@ -35,7 +35,7 @@ class MPDAutoPGD(GradientAttack):
 
     @property
     def schedule(self) -> tuple[Round, ...]:
-        """The rounds that are made."""
+        """The rounds of the attack."""
         return SCHEDULE[: self.rounds]
 
     @property

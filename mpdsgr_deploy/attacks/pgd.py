@@ -64,7 +64,7 @@ def pgd(
 
 
 def project(images: Array, x: Array, eps: float | Array) -> Array:
-    """The nearest point to `images` that is in [0, 1] and within eps of x.
+    """Return the nearest point to `images` that is in [0, 1] and within eps of x.
 
     By the arrays' own `clip`: the array API's for numpy takes several times as long on small images.
     """
@@ -72,12 +72,12 @@ def project(images: Array, x: Array, eps: float | Array) -> Array:
 
 
 def begin(x: Array, eps: float, draw: Draw | None) -> Array:
-    """Where an attack on x starts: at a random place in its ball, or, without a draw, at x itself."""
+    """Return the start of an attack on x: a random point in its ball or, without a draw, x itself."""
     return x if draw is None else project(x + eps * draw(x.shape), x, eps)
 
 
 def wide(per_image: Array) -> Array:
-    """[B] to [B, 1, 1, 1]."""
+    """Reshape [B] to [B, 1, 1, 1]."""
     return per_image[:, None, None, None]
 
 

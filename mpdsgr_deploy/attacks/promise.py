@@ -1,4 +1,4 @@
-"""What a bundle promises: how a network answers the test images, clean and under every attack of a tier."""
+"""Measure a bundle's promise: how a network answers the test images, clean and under every attack of a tier."""
 
 from mpdsgr_deploy.attacks.condition import WORST, Floats, Network
 from mpdsgr_deploy.attacks.measure import measure

@@ -1,4 +1,4 @@
-"""Carry conditions out: batch by batch, images that are wrong anyway left alone, what is finished kept on disk."""
+"""Run conditions batch by batch: leave misclassified images alone, and keep finished batches on disk."""
 
 import hashlib
 import shutil
@@ -23,7 +23,7 @@ VERDICTS = "verdicts.npz"  # in place of them once all are finished
 
 
 class Journal:
-    """Finished batches in a directory, so that a killed evaluation goes on where it stopped.
+    """Finished batches in a directory, so that an interrupted evaluation continues where it stopped.
 
     identity: everything the result of a batch depends on; what was kept under another identity is not used.
     """
@@ -82,7 +82,7 @@ class Journal:
             batch.unlink()
 
     def verdicts(self) -> dict[str, NDArray[np.bool_]] | None:
-        """What `finish` kept; None if missing or damaged."""
+        """Return the verdicts that `finish` kept; None if missing or damaged."""
         try:
             with np.load(self._directory / VERDICTS, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
@@ -152,7 +152,7 @@ def classes_of(logits: Floats) -> Classes:
 
 
 def gather(parts: list[Part]) -> tuple[Attacked, Classes]:
-    """All parts in one: images and costs, and the classes predicted."""
+    """Join all parts: images and costs, and the predicted classes."""
     counts = np.sum([part.attacked[1:] for part in parts], axis=0)
     attacked = Attacked(np.concatenate([part.attacked.images for part in parts]), *map(int, counts))
     return attacked, np.concatenate([part.predicted for part in parts])

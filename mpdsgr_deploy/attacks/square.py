@@ -34,7 +34,7 @@ class SquareState(NamedTuple):
     proposals: Ints  # [], made so far
 
     def copy(self) -> "SquareState":
-        """The same, in memory of its own."""
+        """Return a copy in separate memory."""
         return SquareState(**{name: part.copy() for name, part in self._asdict().items()})
 
 
@@ -78,12 +78,12 @@ def square(
 
 
 def share(step: int, queries: int) -> float:
-    """Of the image that a square covers at proposal number `step`, in an attack of so many queries."""
+    """Return the share of the image that a square covers at proposal `step`, in an attack of so many queries."""
     return P_INIT / 2 ** bisect_left(HALVINGS, step * max(1.0, 10_000 / queries))
 
 
 def _begin(predictor: Predictor, x: Floats, y: Ints, eps: float, seed: int, numbers: Ints) -> SquareState:
-    """After the first two questions: the images themselves, then stripes on those that the network gets right."""
+    """Make the first two queries: the images themselves, then stripes on those that the network gets right."""
     count, channels, _, width = x.shape
     margin, standing = _judge(predictor(x), y)
     state = SquareState(x.copy(), margin, standing, np.ones(count, np.int64), np.zeros((), np.int64))

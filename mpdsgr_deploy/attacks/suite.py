@@ -55,12 +55,12 @@ class Suite:
 
     @property
     def network(self) -> Network:
-        """The network that is attacked, and that judges what attacks return."""
+        """The network that is attacked, and that classifies attacked images."""
         return self.source.network
 
     @contextmanager
     def open(self, condition: Condition) -> Iterator[Callable[[Batch], Attacked]]:
-        """An attack by a condition, which need not be one of the suite's.
+        """Open an attack by a condition, which need not be one of the suite's.
 
         What attacks a stochastic network is opened anew for every batch, which then meets the same noise whatever came
         before it: a batch evaluated after a kill has the result it had before.

@@ -41,7 +41,7 @@ def best_wrong(logits: Floats, y: Classes) -> AimedLoss:
 
 
 def from_to(y: Classes, aim: Classes, count: int) -> Floats:
-    """The gradient of z_t - z_y in `count` logits, [B, count]."""
+    """Return the gradient of z_t - z_y in `count` logits, [B, count]."""
     rows, weights = np.arange(len(y)), np.zeros((len(y), count), np.float32)
     weights[rows, aim] = 1
     weights[rows, y] = -1

@@ -1,4 +1,4 @@
-"""Which conditions an evaluation is made of, as data: the three tiers of the gate, and what recipes ask for."""
+"""The conditions of evaluations, as data: the three tiers of the gate, and the attacks that recipes ask for."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,7 +172,7 @@ BY_STRENGTH = (
 
 
 def recipe_entries(attack: Attack) -> tuple[TierEntry, ...]:
-    """What a recipe asks for, as tables of trained networks have it."""
+    """Return the entries that a recipe asks for, for tables of trained networks."""
     l2 = () if attack.l2 is None else (entry("cw-l2", CW),)
     return (*BASIC, entry("strong-pgd", STRONG, rank=3), entry("strong-pgd", THROUGH, EACH), *l2)
 

@@ -54,7 +54,7 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """In here the network is in eval mode and its parameters take no gradient: a pass keeps nothing for them."""
+    """Keep the network in eval mode, without gradients of its parameters, for the length of a with block."""
     training, learned = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for p in learned:

@@ -19,14 +19,14 @@ Noise = torch.Generator | Draw | None
 
 
 def uniform(steps: int, x: Tensor, noise: Noise) -> Tensor:
-    """U[0, 1) of shape [steps, *x.shape], on x's device and in its dtype; fresh for every step."""
+    """Draw U[0, 1) of shape [steps, *x.shape], on x's device and in its dtype; fresh for every step."""
     if callable(noise):
         return noise("uniform", steps, x)
     return torch.rand((steps, *x.shape), generator=noise, device="cpu").to(x)
 
 
 def normal(steps: int, x: Tensor, noise: Noise) -> Tensor:
-    """N(0, 1) of shape [steps, *x.shape], on x's device and in its dtype; fresh for every step."""
+    """Draw N(0, 1) of shape [steps, *x.shape], on x's device and in its dtype; fresh for every step."""
     if callable(noise):
         return noise("normal", steps, x)
     return torch.randn((steps, *x.shape), generator=noise, device="cpu").to(x)

@@ -36,7 +36,7 @@ class Direct(Encoding):
 
 
 def straight_through(rounded: Tensor, x: Tensor) -> Tensor:
-    """What x was rounded to, with the gradient of x itself."""
+    """Return the rounded values of x with the gradient of x itself."""
     if not torch.is_grad_enabled():  # also the path that the ONNX exporter traces
         return rounded
     return rounded + (x - x.detach())  # the second term is zero forward, the identity backward

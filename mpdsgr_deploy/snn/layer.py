@@ -73,12 +73,12 @@ class SpikingLayer(Temporal):
         self.name, self.synapse, self.norm, self.neuron = name, synapse, norm, neuron
 
     def current(self, x: Tensor) -> Tensor:
-        """What drives the neurons, from spikes or encoded input of one step [B, ...]: [B, C, ...]."""
+        """Return the neurons' current [B, C, ...] from spikes or encoded input of one step [B, ...]."""
         current = self.synapse(x)
         return current if self.norm is None else self.norm(current)
 
     def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
-        """Spikes or encoded input [T, B, ...] to spikes [T, B, C, ...]."""
+        """Map spikes or encoded input [T, B, ...] to spikes [T, B, C, ...]."""
         kernels = self._kernels(x)
         if kernels is not None:
             return self._in_one_kernel(kernels, fold_time(self.synapse, x), observe)

@@ -66,7 +66,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 @cache
 def _triton_lif() -> Any:
-    """None without Triton, which torch brings along only where it is built for GPUs."""
+    """Import `triton_lif`; None without Triton, which only GPU builds of torch contain."""
     try:
         from mpdsgr_deploy.snn import triton_lif
     except ImportError:
@@ -235,5 +235,5 @@ def _compared(compare: Callable[..., Any], u: Tensor, v_threshold: float, out: T
 
 
 def _left(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:
-    """The membrane potential after the reset."""
+    """Return the membrane potential after the reset."""
     return u * (1 - spikes) if hard else u - v_threshold * spikes

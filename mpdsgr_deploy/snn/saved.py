@@ -29,7 +29,7 @@ def levels(module: nn.Module, received: int | None) -> int | None:
 
 @contextmanager
 def in_bytes(x: Tensor, n: int | None) -> Iterator[None]:
-    """What is run in here saves x, multiples of 1/n in [0, 1], as int8. n None: as it is."""
+    """Save x, multiples of 1/n in [0, 1], as int8 within a with block; with n None save it as it is."""
     if n is None or torch.compiler.is_compiling():
         yield
         return

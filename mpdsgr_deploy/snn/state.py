@@ -30,8 +30,8 @@ class LIFState(NamedTuple):
 
 
 class StepMoments(NamedTuple):
-    """Of the potential U, per step and channel, float32 [T, C]: mean, variance (of the batch: divided by the number of
-    elements), and the mean of what the reset after the step takes away, which carries no gradient.
+    """Moments of the potential U, per step and channel, float32 [T, C]: mean, variance (of the batch: divided by the
+    number of elements), and the mean of what the reset after the step takes away, which carries no gradient.
     """
 
     mean: Tensor

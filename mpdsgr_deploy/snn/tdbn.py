@@ -60,7 +60,7 @@ class TdBN(nn.Module):
 
 @contextmanager
 def frozen_statistics(*models: nn.Module) -> Iterator[None]:
-    """Forward passes in here leave the running statistics of tdBN and batch normalisation as they are.
+    """Keep the running statistics of tdBN and batch normalisation unchanged for the length of a with block.
 
     In train mode a batch is still normalised by its own statistics: they merely enter with momentum 0. (Restoring the
     buffers afterwards would invalidate every graph that saved them.)

@@ -41,7 +41,7 @@ def takes(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> bool:
 
 
 class NormLIF(NamedTuple):
-    """Of `norm_lif`: spikes [T, B, C, ...] in the type of x; if asked for, potentials, float32, and their moments."""
+    """Spikes [T, B, C, ...] in the type of x and, on request, potentials (float32) and their moments."""
 
     spikes: Tensor
     u: Tensor | None
