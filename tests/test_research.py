@@ -103,8 +103,10 @@ def test_seeds_are_counted_one_by_one_and_together() -> None:
         seed_line("a", "release, before", 1, [True] * 4, 1),
         seed_line("b", "release", 0, [True] * 4, 1),
     ]
-    row = research_page.seed_table([], lines).splitlines()[-1]
-    assert row == "| a | 2 | 2, 2 | 2.0 | 1 | - | 2 | 2.0 | 2.00 |"
+    attempt = {"sha256": "a", "portfolio": "research", "left": [0]}
+    _, _, _, _, row, _, gap = research_page.seed_table([attempt], lines).splitlines()
+    assert row == "| a | 2 | 2, 2 | 2.0 | 1 | 1 | 2 | 2.0 | 2.00 |"
+    assert gap.endswith("on average over seeds: a +1.0.")
 
 
 def test_the_page_quotes_the_files() -> None:
