@@ -33,7 +33,7 @@ ASKING = (
 
 @dataclass(frozen=True, kw_only=True)
 class EventAttack(Condition):
-    """At most `budget` edits of events in frames that hold 0..levels of them; subclasses say which edits.
+    """Make at most `budget` edits of events in frames that hold 0..levels of them; subclasses say which edits.
 
     Searches one after the other on what those before left: TRUSTING through `surrogate` and each of `others`, then each
     of `asking` through `surrogate`.
@@ -94,7 +94,7 @@ class EventAttack(Condition):
         return Attacked(images, gradients + network.asked, zero, not_finite)
 
     @abstractmethod
-    def propose(self, counts: Counts, clean: Counts, slope: Floats, wanted: int) -> list[Edit]:
+    def propose(self, counts: Counts, clean: Counts, slope: Floats, most_edits: int) -> list[Edit]:
         """Propose edits, as an `event_search.Propose`."""
 
     @abstractmethod
@@ -118,10 +118,10 @@ class EventFlips(EventAttack):
     method: ClassVar[str] = "event-flips"
     edits: ClassVar[str] = "added or removed"
 
-    def propose(self, counts: Counts, clean: Counts, slope: Floats, wanted: int) -> list[Edit]:
+    def propose(self, counts: Counts, clean: Counts, slope: Floats, most_edits: int) -> list[Edit]:
         gain = np.where(can_gain(counts, clean, self.levels), slope, NOTHING).ravel()
         loss = np.where(can_lose(counts, clean), -slope, NOTHING).ravel()
-        best = _best(np.concatenate([gain, loss]), wanted).tolist()
+        best = _best(np.concatenate([gain, loss]), most_edits).tolist()
         return [Edit(None, i) if i < gain.size else Edit(i - gain.size, None) for i in best]
 
     def spent(self, change: Counts) -> Counts:
@@ -146,7 +146,7 @@ class EventRetiming(EventAttack):
         within = "" if self.shift is None else f" by at most {self.shift}"
         return f"moved to another frame{within}"
 
-    def propose(self, counts: Counts, clean: Counts, slope: Floats, wanted: int) -> list[Edit]:
+    def propose(self, counts: Counts, clean: Counts, slope: Floats, most_edits: int) -> list[Edit]:
         frames, width = _frames(counts), counts[0].size * POLARITIES  # [T, places]
         before, slopes = _frames(clean), _frames(slope)
         give = np.where(can_lose(frames, before), -slopes, NOTHING)
@@ -155,7 +155,7 @@ class EventRetiming(EventAttack):
         apart = np.abs(steps[:, None] - steps[None, :])
         allowed = (apart > 0) & (apart <= (self.shift or len(frames)))
         promise = np.where(allowed[:, :, None], give[:, None] + take[None], NOTHING)  # [from, to, place]
-        starts, ends, places = np.unravel_index(_best(promise.ravel(), wanted), promise.shape)
+        starts, ends, places = np.unravel_index(_best(promise.ravel(), most_edits), promise.shape)
         edits = zip((starts * width + places).tolist(), (ends * width + places).tolist(), strict=True)
         return [Edit(out, into) for out, into in edits]
 
@@ -176,9 +176,9 @@ class _Asked:
         return self._network(x)
 
 
-def _best(promise: Floats, wanted: int) -> Counts:
-    """The places of the largest values, largest first, at most `wanted`; none that is impossible."""
-    count = min(wanted, promise.size)
+def _best(promise: Floats, most_edits: int) -> Counts:
+    """Return the places of at most `most_edits` largest values, largest first, without impossible ones."""
+    count = min(most_edits, promise.size)
     places = np.argpartition(-promise, count - 1)[:count]
     ordered = places[np.lexsort((places, -promise[places]))]
     return ordered[promise[ordered] > NOTHING]

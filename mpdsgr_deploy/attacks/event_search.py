@@ -117,8 +117,8 @@ def _round(
     before, weights = best_wrong(network(images), labels)
     slopes = np.asarray(gradients(images, weights).gradient)
     most = None if search.share is None else max(1, round(search.share * budget))
-    wanted = number * search.candidates if search.candidates else 2 * (budget if most is None else most)
-    proposals = [propose(r.counts, r.clean, slope, wanted) for r, slope in zip(active, slopes, strict=True)]
+    most_edits = number * search.candidates if search.candidates else 2 * (budget if most is None else most)
+    proposals = [propose(r.counts, r.clean, slope, most_edits) for r, slope in zip(active, slopes, strict=True)]
     trusted = [[float(len(edits) - place) for place in range(len(edits))] for edits in proposals]
     gains = _gains(network, active, proposals, before, levels) if search.candidates else trusted
     made = [len(r.edits) for r in active]

@@ -82,6 +82,6 @@ def _seen(xp: Array, state: _State, answer: Gradient) -> _State:
 
 
 def _mean(xp: Array, values: Array) -> Array:
-    """Of each image, [B, 1, 1, 1]; 1 where it is 0, since what is divided by it is 0 there as well."""
+    """Return each image's mean [B, 1, 1, 1]; 1 where it is 0, because its dividend is 0 there too."""
     mean = xp.mean(values, axis=(1, 2, 3), keepdims=True)
     return xp.where(mean > 0, mean, xp.ones_like(mean))

@@ -1,4 +1,4 @@
-"""From a checkpoint, or any torch module, to a deployment bundle."""
+"""Export a checkpoint, or any torch module, to a deployment bundle."""
 
 from mpdsgr_deploy.exporting.bundle_writer import export
 from mpdsgr_deploy.exporting.module import export_module

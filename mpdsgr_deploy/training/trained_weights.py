@@ -33,10 +33,17 @@ def find_weights(path: Path) -> TrainedWeights:
     if (path / MANIFEST).is_file():
         return _of_bundle(path)
     directory = find_checkpoint(path)
-    found = load_checkpoint(directory)
-    file = directory / found.weights
+    checkpoint = load_checkpoint(directory)
+    file = directory / checkpoint.weights
     return TrainedWeights(
-        file, found.weights_sha256, found.recipe, found.shape, found.labels, found.epoch, found.provenance, found.init
+        file,
+        checkpoint.weights_sha256,
+        checkpoint.recipe,
+        checkpoint.shape,
+        checkpoint.labels,
+        checkpoint.epoch,
+        checkpoint.provenance,
+        checkpoint.init,
     )
 
 
