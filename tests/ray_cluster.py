@@ -24,6 +24,13 @@ MARK = "MPDSGR_TEST_CLUSTER"
 # Said aloud, since the first node of a cluster otherwise asks for the token that any earlier ray.init() left in the
 # user's home, and the second node does not send it.
 NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+# The system ends a node, and the node what it started, when this process dies without an end: after a test that hangs
+START = """
+import ctypes, signal
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+from ray.scripts.scripts import main
+main()
+"""
 NODE = [
     "--block",
     "--node-ip-address=127.0.0.2",  # Ray would replace 127.0.0.1 with an address that others reach
@@ -99,7 +106,7 @@ class Cluster:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/state",
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{haproxy}/metrics.sock",
         }
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *NODE, *arguments]
+        command = [sys.executable, "-c", START, "start", *NODE, *arguments]
         command.append(f"--dashboard-agent-listen-port={self._agents[number]}")
         with (self._place / f"node{number}.log").open("wb") as log:
             environment = {**os.environ, **environment}

@@ -160,6 +160,9 @@ class TestEnd:
             assert clients.seen(3)
             served.signal(signal.SIGTERM)
             assert eventually(lambda: served.get("/v2/health/ready").status == 503)
+            for _ in range(10):  # connections of their own, so that both processes get some
+                late = served.post(INFER, request(images()), {"X-Request-Id": "late"})
+                assert late.status == 200, "it is not ready, and still answers"
             assert served.stop(signal.SIGINT) == 0
         tales = clients.all
         assert {tale.code for tale in tales} <= {"200", "refused", "closed", "UNAVAILABLE"}
