@@ -161,7 +161,7 @@ def test_membrane_readout_is_a_leaky_integrator_also_exported(tau: float, tmp_pa
     """m_t = tau m_{t-1} + y_t without threshold; the logits are m_T."""
     torch.manual_seed(0)
     sections = {"model": {"name": "vgg-small", "width": 0.25, "readout": "membrane"}, "neuron": {"tau": tau}}
-    model = build_model(recipe(**sections, encoding={"T": 5}), (1, 8, 8), 3).eval()
+    model = build_model(recipe(**sections, encoding={"T": 3}), (1, 8, 8), 3).eval()
     seen: list[torch.Tensor] = []
     hook = model.readout.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = torch.rand(4, 1, 8, 8)
