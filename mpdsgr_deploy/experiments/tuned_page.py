@@ -1,4 +1,4 @@
-"""The section of a table's page about fine-tuning: each defence against none, started from the same weights."""
+"""The section of a table's page about fine-tuning: each defence or encoding against none, from the same weights."""
 
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, PGD, SQUARE, STRONG, WORST
 from mpdsgr_deploy.experiments.compare import difference
@@ -7,13 +7,15 @@ from mpdsgr_deploy.experiments.records import Measured, Record
 
 HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQUARE: SQUARE, WORST: "union"}
 
+UNDEFENDED_ENCODINGS = {"direct", "frames"}
+
 
 def against_none(measured: Measured) -> str:
-    """Show the accuracy that fine-tuning with a defence gains over fine-tuning without; empty without such rows."""
+    """Show what a defence or an encoding gains in fine-tuning over fine-tuning without; empty without such rows."""
     pairs = {
         title: (records, other)
         for title, records in measured.items()
-        if records[0].recipe.defence and (other := undefended(measured, records[0])) is not None
+        if is_defended(records[0]) and (other := undefended(measured, records[0])) is not None
     }
     if not pairs:
         return ""
@@ -30,15 +32,20 @@ def against_none(measured: Measured) -> str:
         "steps are smaller by the same factor."
     )
     table = markdown(["row", *columns.values()], rows)
-    return f"## What a defence adds in fine-tuning\n\n{table}\n\n{note}"
+    return f"## What a defence or an encoding adds in fine-tuning\n\n{table}\n\n{note}"
 
 
 def undefended(measured: Measured, record: Record) -> list[Record] | None:
     """Return the row without a defence that started from the same weights as `record`; None if there is none."""
     if record.init is None:
         return None
-    same = (own for own in measured.values() if own[0].init == record.init and not own[0].recipe.defence)
+    same = (own for own in measured.values() if own[0].init == record.init and not is_defended(own[0]))
     return next(same, None)
+
+
+def is_defended(record: Record) -> bool:
+    """Whether a network has a defence, or an encoding that noise or filters make one."""
+    return bool(record.recipe.defence) or record.recipe.encoding.name not in UNDEFENDED_ENCODINGS
 
 
 def names(records: list[Record]) -> set[str]:
