@@ -32,6 +32,7 @@ import ray_data
 import step
 import steps
 import strength
+import time_to_accuracy
 import training
 import workers
 
@@ -54,7 +55,7 @@ import workers
             ray_data,
             step,
         ),
-        *(steps, strength, training),
+        *(steps, strength, time_to_accuracy, training),
     ],
 )
 def test_the_page_quotes_the_files(benchmark: object) -> None:
@@ -245,6 +246,12 @@ def test_all_steps_as_one_function_keep_the_potentials_alone(dtype: torch.dtype)
     assert neurons.kept(neurons.as_one, current) == current.nbytes
     assert neurons.kept(neurons.Neurons(), current) > current.nbytes
     assert torch.equal(neurons.as_one(current), neurons.Neurons()(current))
+
+
+def test_an_accuracy_is_reached_only_with_all_time_steps() -> None:
+    accuracies = ((1, 0.9), (4, 0.5), (4, 0.8))
+    curve = [{"T": T, "cpu_seconds": 10.0 * n, "accuracy": a} for n, (T, a) in enumerate(accuracies, 1)]
+    assert [time_to_accuracy.reached(curve, target) for target in (0.5, 0.7, 0.85)] == [20.0, 30.0, None]
 
 
 def test_growth_is_the_slope_of_the_logarithms() -> None:

@@ -1,6 +1,6 @@
 """Attackers that run an attack graph: their chunks, noise, adaptive surrogates and what they share."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,12 @@ def assg(model: SpikingNet, x: np.ndarray, y: np.ndarray, states: dict[str, list
     with torch.no_grad():
         attacked(torch.from_numpy(x), observe)
 
-    def derivative(layer: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        def arctangent(v: torch.Tensor) -> torch.Tensor:
-            s = sharpness[layer].pop()  # backpropagation goes from the last step to the first
-            return s / 2 / (1 + (torch.pi / 2 * s * v) ** 2)
-
-        return arctangent
+    def surrogate(layer: str, t: int) -> Surrogate:
+        s = sharpness[layer][t]
+        return Surrogate("assg", lambda v: s / 2 / (1 + (torch.pi / 2 * s * v) ** 2), float("inf"))
 
     for layer in attacked.layers():
-        layer.neuron.surrogate = Surrogate("assg", derivative(layer.name), float("inf"))
+        layer.neuron.stepwise = partial(surrogate, layer.name)
     found = input_gradient(attacked, torch.from_numpy(x), torch.from_numpy(y))
     return Gradient(*(part.numpy() for part in found))
 
