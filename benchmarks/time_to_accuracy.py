@@ -20,7 +20,7 @@ from typing import Any
 import click
 import harness
 import numpy as np
-from workers import MALLOC, VERSIONS, environment
+from workers import MALLOC, VERSIONS, python_of_peers
 
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_training
@@ -83,7 +83,7 @@ def peer(recipe: Recipe, data: Path) -> list[dict[str, Any]]:
     config, T = recipe.training, recipe.encoding.T
     numbers = map(str, (recipe.model.width, T, config.epochs, config.batch_size, config.seed))
     script = harness.FOLDER / "peers" / "train.py"
-    command = [environment() / "bin" / "python", script, data, *numbers]
+    command = [python_of_peers(), script, data, *numbers]
     done = subprocess.run(command, check=True, env=variables(), stdout=subprocess.PIPE, text=True)
     return [{"T": T, **json.loads(line)} for line in done.stdout.splitlines()]
 

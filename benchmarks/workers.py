@@ -50,8 +50,7 @@ class Worker:
 @contextmanager
 def worker(name: str, width: float, T: int, threads: int, accelerator: str) -> Iterator[Worker]:
     """Start it; it ends with the block."""
-    here = name == "ours" or all(map(find_spec, ("spikingjelly", "torchattacks")))  # a machine without a network
-    python = Path(sys.executable) if here else environment() / "bin" / "python"
+    python = Path(sys.executable) if name == "ours" else python_of_peers()
     script = harness.FOLDER / "peers" / "worker.py"
     command = [python, script, *map(str, (name, width, T, threads, accelerator))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -60,6 +59,12 @@ def worker(name: str, width: float, T: int, threads: int, accelerator: str) -> I
             sys.exit(f"error: {name} does not run; remove {ENVIRONMENT} and try again")
         yield Worker(process)
         process.stdin.close()
+
+
+def python_of_peers() -> Path:
+    """Return the interpreter that imports the peers: this one if it can, else that of their environment."""
+    here = all(map(find_spec, ("spikingjelly", "torchattacks")))  # a machine without a network
+    return Path(sys.executable) if here else environment() / "bin" / "python"
 
 
 def environment() -> Path:

@@ -28,7 +28,7 @@ Function = Callable[..., Tensors]
 
 
 def run(function: Function, constants: tuple[Hashable, ...], tensors: Tensors, *, compiles: bool = True) -> Tensors:
-    """function(*constants, *tensors, in_place=...) of tensors [N] or [T, N], the first of which is no None.
+    """Return function(*constants, *tensors, in_place=...) of tensors [N] or [T, N]; the first one is not None.
 
     in_place=False asks for the same results by functions that change no tensor, which are those that compile well.
     compiles=False: it is never compiled.
@@ -81,23 +81,23 @@ def _kernel(function: Function, constants: tuple[Hashable, ...], form: tuple[Has
 
 
 def compile_function(function: Function, tensors: Tensors, results: Tensors) -> Callable[[Tensors], Tensors] | None:
-    """The function for tensors of this form and any N, which returns None where these results are None.
+    """Compile the function for tensors of this form and any N; it returns None where these results are None.
 
-    None if it computes what torch and its compiler may round differently.
+    Return None if it computes anything that torch and its compiler may round differently.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # imported here, as it loads a part of the compiler
 
-    def on_those_given(*given: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(given)
-        found = function(*(x if x is None else next(rest) for x in tensors), in_place=False)
-        return tuple(y for y in found if y is not None)
+    def on_present(*present: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(present)
+        outputs = function(*(x if x is None else next(remaining) for x in tensors), in_place=False)
+        return tuple(y for y in outputs if y is not None)
 
-    def given(tensors: Tensors) -> list[Tensor]:
+    def without_none(tensors: Tensors) -> list[Tensor]:
         return [x.data for x in tensors if x is not None]  # data: of a view torch would also guard the tensor behind it
 
     quiet_compiler()
     # traced here, since torch.compile would take floats for variables and cannot follow a surrogate's array API
-    graph = make_fx(on_those_given)(*(x[..., :FEWEST].clone() for x in given(tensors)))
+    graph = make_fx(on_present)(*(x[..., :FEWEST].clone() for x in without_none(tensors)))
     if not all(
         node.target.overloadpacket.__name__ in EXACT for node in graph.graph.nodes if node.op == "call_function"
     ):
@@ -108,14 +108,14 @@ def compile_function(function: Function, tensors: Tensors, results: Tensors) -> 
 
     def run(tensors: Tensors) -> Tensors:
         with torch.autocast("cpu", enabled=False):  # else torch compiles with and without
-            found = iter(fast(*given(tensors)))
-        return tuple(None if none else next(found) for none in absent)
+            outputs = iter(fast(*without_none(tensors)))
+        return tuple(None if none else next(outputs) for none in absent)
 
     return run
 
 
 def quiet_compiler() -> None:
-    """Without a warning about CUDA on machines without a GPU, which only tells developers of torch something."""
+    """Suppress a warning about CUDA on machines without a GPU, which is meant for developers of torch."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
