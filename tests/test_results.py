@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(small: Path) -> None:
     for broken, expected in (
         (SMALL.replace("defence.mpd-sgr.eta", "defence.rat.b"), "no row has the defence"),
         (SMALL + '[[rows]]\nrecipe = "digits-reg"\n', "digits-reg appear twice"),
-        (SMALL + 'init = "empirical"\n', "with an init of its own"),
+        (SMALL + 'init = "empirical"\n', "empirical would start from weights that depend on its own"),
         (SMALL.replace('"empirical"', '"../empirical"'), "name"),
         (SMALL.replace("limit", "limits"), "unknown key 'limits'"),
         (SMALL.replace("[0, 1]", "[]"), "seeds"),
@@ -210,6 +210,11 @@ def test_a_row_starts_from_the_network_of_another(measured: Path, tmp_path: Path
     spec = load_table(str(file))[1]
     assert outdated(record, spec) is None
     assert "from other weights" in str(outdated(record.model_copy(update={"init": None}), spec))
+    file.write_text(file.read_text() + '[[rows]]\nrecipe = "digits-reg"\nname = "again"\ninit = "tuned"\n')
+    assert table(file, "again", "--seeds", "1").exit_code == 0
+    (tuned,) = (tmp_path / "runs" / "small").glob("tuned-seed1-*")
+    again = records_of(tmp_path / "results" / "small")["again", 1]
+    assert again.init == {"weights_sha256": load_checkpoint(tuned / "last").weights_sha256, "epoch": 1}
 
 
 def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:

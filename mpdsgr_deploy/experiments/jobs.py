@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -92,9 +93,10 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
     Returns the failed runs.
     """
     senders = [run.sender for run in todo if run.sender is not None]
-    inits = [run.init for run in (*todo, *senders) if run.init is not None]
+    generations = zip_longest(*(ancestors(run) for run in (*todo, *senders)))
+    inits = [[run for run in generation if run is not None] for generation in generations]
     failures: Failures = []
-    for group in (inits, senders, todo):
+    for group in (*inits, senders, todo):
         failed = {str(run) for run, _ in failures}
         ready = {str(run): run for run in group if not {str(run.init), str(run.sender)} & failed}
         for run in todo if group is todo else ():
@@ -103,6 +105,11 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
                 failures.append((run, InputError(f"not measured, since {missing[0]} failed")))
         failures += work([*ready.values()], jobs, measure if group is todo else trained)
     return failures
+
+
+def ancestors(run: Run) -> list[Run]:
+    """Return the runs from whose weights a run starts, directly or through each other, the first one first."""
+    return [] if run.init is None else [*ancestors(run.init), run.init]
 
 
 def work(todo: list[Run], jobs: int, task: Task) -> Failures:

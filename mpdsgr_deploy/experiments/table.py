@@ -136,7 +136,7 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     """Check a table and return it.
 
     Raises InputError for row titles that are not unique, an override that concerns no row, a row that starts from one
-    that is not there or itself starts from another, or a transfer between networks that are not there or not two.
+    that is not there or that starts from it, or a transfer between networks that are not there or not two.
     """
     titles = [row.title for row in table.rows]
     if repeated := {title for title in titles if titles.count(title) > 1}:
@@ -144,8 +144,8 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     used = {override for row in table.rows for override in table.overrides(row)}
     if unused := [override for override in table.set if override not in used]:
         raise InputError(f"{source}: no row has the defence that {', '.join(unused)} changes")
-    if chained := [row.title for row in table.rows if row.init and table.row(row.init).init]:
-        raise InputError(f"{source}: {', '.join(chained)} would start from a row with an init of its own")
+    if circular := [row.title for row in table.rows if starts_from_itself(table, row)]:
+        raise InputError(f"{source}: {', '.join(circular)} would start from weights that depend on its own")
     senders = [table.row(row.transfer) for row in table.rows if row.transfer is not None]
     if senders and len(set(table.seeds)) < 2:
         raise InputError(f"{source}: transfer is between networks of two seeds, and the table has one; give it another")
@@ -154,3 +154,12 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     if table.eps and table.artefact is not None:
         raise InputError(f"{source}: eps is for attacks on torch's networks; leave out eps or [artefact]")
     return table
+
+
+def starts_from_itself(table: TableSpec, row: RowSpec) -> bool:
+    """Tell whether the rows that a row starts from, one after the other, lead to a row for the second time."""
+    visited: set[str] = set()
+    while row.init is not None and row.title not in visited:
+        visited.add(row.title)
+        row = table.row(row.init)
+    return row.title in visited
