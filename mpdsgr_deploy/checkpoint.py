@@ -23,6 +23,7 @@ FILE = "checkpoint.json"
 Choice = Literal["last", "best"]
 CHOICES: tuple[Choice, ...] = ("last", "best")  # the first is the default
 NO_CURVE = {"epoch", "layers", "peak_mib", "score"}  # entries of the history that are no curve over the epochs
+VALIDATION_PGD = "validation_pgd"  # accuracy of an epoch, where the recipe attacks validation images
 
 
 class Checkpoint(BaseModel):

@@ -113,6 +113,7 @@ class Training(Section):
     sync_norm: bool = False  # tdBN's statistics are joint over all devices; regularisers read each share
     recompute: Literal["none", "layers"] = "none"  # in the backward pass, instead of keeping their tensors
     pictures: Annotated[int, Field(ge=0)] = 10  # epochs between drawings of the membrane in TensorBoard; 0: none
+    attacked_images: Annotated[int, Field(ge=0)] = 0  # the first validation images, under [attack]'s PGD each epoch
     seed: Seed = 0
 
     @property

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from conftest import mpdsgr
 
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
-from mpdsgr_deploy.checkpoint import load_checkpoint
+from mpdsgr_deploy.checkpoint import VALIDATION_PGD, load_checkpoint
 from mpdsgr_deploy.cli.table import command
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments import flip_records, flips_page, page_parts, table_page
@@ -238,6 +238,17 @@ def test_fine_tuning_is_compared_with_that_without_a_defence_from_the_same_weigh
     assert str(pgd) in page
     rows["digits-reg"] = [record.model_copy(update={"init": None}) for record in rows["digits-reg"]]
     assert "in fine-tuning" not in table_page.render("small", spec, rows)
+
+
+def test_accuracy_under_pgd_is_drawn_by_epoch_where_it_was_measured(measured: Path) -> None:
+    spec = load_table(str(measured))[1]
+    rows = load_measured(spec, measured.parent / "results" / "small")
+    assert table_page.EPOCHS_PLOT not in table_page.pictures(spec, rows)
+    assert table_page.EPOCHS_PLOT not in table_page.render("small", spec, rows)
+    attacked = {VALIDATION_PGD: rows["empirical"][0].curve["validation_accuracy"]}
+    rows["empirical"][0] = rows["empirical"][0].model_copy(update={"curve": {**rows["empirical"][0].curve, **attacked}})
+    assert table_page.pictures(spec, rows)[table_page.EPOCHS_PLOT][:4] == b"\x89PNG"
+    assert f"({table_page.EPOCHS_PLOT})" in table_page.render("small", spec, rows)
 
 
 def test_flips_are_counted_in_every_variant_of_a_trained_row(measured: Path) -> None:

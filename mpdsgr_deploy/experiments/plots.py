@@ -8,6 +8,7 @@ from PIL import Image
 
 from mpdsgr_deploy import colours
 from mpdsgr_deploy.attacks.condition import CLEAN, PGD
+from mpdsgr_deploy.checkpoint import VALIDATION_PGD
 from mpdsgr_deploy.colours import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PURPLE, SKY_BLUE, VERMILION, VIOLET
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
 from mpdsgr_deploy.diagnostics.picture import plain
@@ -126,6 +127,29 @@ def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
         colour, line = look[row]
         axes.plot([*points], [*points.values()], line, color=colour, marker="o", markersize=3, label=names[row])
     axes.set(xlabel="eps (1/255)", ylabel="accuracy under PGD in the paper's setting (%)", ylim=(0, None))
+    plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+def attacked_by_epoch(measured: Measured) -> dict[str, Record]:
+    """Return the first seed's record of every row whose validation images were attacked after each epoch."""
+    return {row: records[0] for row, records in measured.items() if VALIDATION_PGD in records[0].curve}
+
+
+def by_epoch(measured: Measured) -> bytes | None:
+    """Plot the validation accuracy of every row's first seed by epoch, clean and under PGD; None without any."""
+    first = attacked_by_epoch(measured)
+    if not first:
+        return None
+    names, look = labels([*first.values()]), styles(measured)
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for row, record in first.items():
+        for curve, line, what in (("validation_accuracy", "-", "clean"), (VALIDATION_PGD, ":", "PGD")):
+            values = [100 * value for value in record.curve[curve]]
+            axes.plot(range(1, len(values) + 1), values, line, color=look[row][0], label=f"{names[row]}, {what}")
+    axes.set(xlabel="epoch", ylabel="accuracy on validation images (%)", ylim=(0, None))
     plain(axes)
     axes.legend(frameon=False, fontsize=8)
     return png(figure)

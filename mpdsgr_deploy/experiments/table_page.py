@@ -14,6 +14,7 @@ from mpdsgr_deploy.experiments.table import TableSpec
 
 COLUMNS = {**SHOWN, **STRONG}  # of the table of accuracies: heading -> condition
 EPS_PLOT = "eps.png"
+EPOCHS_PLOT = "epochs.png"
 PAGE, PLOT = "README.md", "plot.png"
 
 
@@ -29,6 +30,7 @@ def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
     drawn: dict[str, bytes | None] = {
         PLOT: plots.accuracies(table, measured),
         EPS_PLOT: plots.within_eps(table, measured),
+        EPOCHS_PLOT: plots.by_epoch(measured),
     }
     if table.artefact is not None:
         drawn[deployed_page.GROWTH] = plots.growth(measured)
@@ -53,6 +55,7 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
             tuned_page.against_none(measured),
             f"![accuracy of every row]({PLOT})",
             f"![accuracy against eps]({EPS_PLOT})" if table.eps else "",
+            f"![accuracy by epoch, clean and under PGD]({EPOCHS_PLOT})" if plots.attacked_by_epoch(measured) else "",
             beside_published(table, measured),
         ]
         if table.eta_budget is not None:

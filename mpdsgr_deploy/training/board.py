@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from mpdsgr_deploy.checkpoint import VALIDATION_PGD
 from mpdsgr_deploy.data.batches import generator, take, to_unit
 from mpdsgr_deploy.diagnostics.distribution import measure
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics, warnings_of
@@ -70,7 +71,7 @@ def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
             if isinstance(value, float):
                 board.add_scalar(f"{name}/{layer['layer']}", value, epoch)
     log.info(
-        "epoch %d  T %d  %.0f s  loss %.3f  train %.1f %%  validation %.1f %%%s  omega %.3f  firing rate %.3f",
+        "epoch %d  T %d  %.0f s  loss %.3f  train %.1f %%  validation %.1f %%%s%s  omega %.3f  firing rate %.3f",
         epoch,
         entry["T"],
         entry["seconds"],
@@ -78,6 +79,7 @@ def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
         100 * entry["train_accuracy"],
         100 * entry["validation_accuracy"],
         f" ({100 * entry['score']:.1f} % attacked)" if entry["score"] != entry["validation_accuracy"] else "",
+        f"  PGD {100 * entry[VALIDATION_PGD]:.1f} %" if VALIDATION_PGD in entry else "",
         sum(layer["omega_empirical"] for layer in entry["layers"]) / len(entry["layers"]),
         sum(layer["firing_rate"] for layer in entry["layers"]) / len(entry["layers"]),
     )

@@ -41,6 +41,7 @@ from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refus
 from mpdsgr_deploy.training.launch import find_launch, make_fabric, run_processes
 from mpdsgr_deploy.training.preflight import preflight
 from mpdsgr_deploy.training.profile import Profile, peak_memory
+from mpdsgr_deploy.training.robustness import attack_epoch
 from mpdsgr_deploy.training.stages import recipe_at
 from mpdsgr_deploy.training.state import STATE, begin, save
 
@@ -184,6 +185,7 @@ def _one_epoch(learner: Learner, staged: Recipe, training: Data, validation: Dat
         "peak_mib": round(peak_memory() / 2**20, 1),
         **learned,
         **validated,
+        **attack_epoch(learner, validation, epoch),
         "layers": [layer._asdict() for layer in layers],
     }
 

@@ -1,0 +1,34 @@
+"""Attack some validation images after an epoch, to see when robustness comes, and whether it goes again."""
+
+import torch
+
+from mpdsgr_deploy.checkpoint import VALIDATION_PGD
+from mpdsgr_deploy.data.batches import generator, take, to_unit
+from mpdsgr_deploy.defences.adversarial import AdversarialSettings, AdversarialTraining, deployed
+from mpdsgr_deploy.training.epoch import Data, Learner
+
+
+def attack_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
+    """Return the accuracy on the first `training.attacked_images` validation images under PGD; {} if that is 0.
+
+    It is the PGD of the recipe's [attack], through the surrogate of training and with a random start, on the network
+    that is saved. The gradient of a stochastic network is that of a single draw of its noise, not the mean over
+    `attack.draws`, so its accuracy is higher here than under `mpdsgr validate`. Only the latter measures what a network
+    withstands; this curve shows how robustness changes during training.
+    """
+    fabric, recipe = learner.fabric, learner.recipe
+    count, attack = min(recipe.training.attacked_images, len(data[1])), recipe.attack
+    if not count:
+        return {}
+    attacker = AdversarialTraining(AdversarialSettings(eps=attack.eps, steps=attack.steps, step=attack.step))
+    correct = torch.zeros((), device=fabric.device)
+    for number, index in enumerate(torch.arange(count).split(recipe.validation.batch_size)):
+        if number % recipe.training.processes != fabric.global_rank:
+            continue
+        pixels, y = take(data, index, fabric.device)
+        draw = generator(recipe.training.seed, "attacked validation", epoch, number)
+        with fabric.autocast():
+            attacked = attacker.examples(learner.judged, to_unit(pixels), y, draw)
+            with deployed(learner.judged, draw) as network, torch.no_grad():
+                correct += (network(attacked).argmax(1) == y).sum()
+    return {VALIDATION_PGD: float(torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum"))) / count}
