@@ -73,7 +73,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert_input_error(gone, f"cannot reach {server.url}", "is the server running?")
     assert_input_error(too_large, "answers 400 to 5 images", "a batch of 5 is above 4")
     assert_input_error(unknown, "answers 404")
-    assert_input_error(both, "give one of them")
+    assert_input_error(both, "give only one of them")
     assert_input_error(zero, "--rate '0' is not a list of numbers")
     assert_input_error(missing, "no.npy")
     assert_input_error(mpdsgr_here("bench", "--url", "localhost:8000"), "names no model")
@@ -96,4 +96,4 @@ def test_a_keyboard_interrupt_prints_what_was_measured_until_then() -> None:
     (measured,) = json.loads(out)["loads"]
     assert 0 < measured["requests"] < len(server.times)
     assert measured["errors"] == {}
-    assert err.decode().splitlines()[-1].startswith("interrupted; the figures are of what was measured")
+    assert err.decode().splitlines()[-1].startswith("interrupted; the figures cover what was measured before")

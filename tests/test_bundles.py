@@ -57,7 +57,7 @@ def test_a_copy_is_validated_as_it_comes(tmp_path: Path, monkeypatch: pytest.Mon
     assert "--root DIR (where cifar10 lies)" in bare.output
     again = CliRunner().invoke(main, ["bundles", "--copy", "digits"])
     assert again.exit_code == 2
-    assert "digits already exists here" in again.output
+    assert "digits already exists in this directory" in again.output
     unknown = CliRunner().invoke(main, ["bundles", "--copy", "digitz"])
     assert unknown.exit_code == 2
     assert "digits" in unknown.output

@@ -26,6 +26,13 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     assert f"mpdsgr {name}" in done.output
 
 
+def test_the_list_of_commands_describes_each_in_a_whole_sentence() -> None:
+    listed = CliRunner().invoke(main, ["--help"]).output.partition("Commands:")[2].split("\n")
+    sentences = [line.split(maxsplit=1) for line in listed if line.strip()]
+    assert [name for name, _ in sentences] == list(COMMANDS)
+    assert all(sentence.endswith(".") and not sentence.endswith("...") for _, sentence in sentences)
+
+
 def test_usage_errors_are_exit_code_2() -> None:
     for arguments in (["tarin"], ["export"], ["predict", "x"], ["validate", "b", "--report", "r", "--limit", "0"]):
         assert CliRunner().invoke(main, arguments).exit_code == 2

@@ -59,8 +59,8 @@ def test_what_cannot_be_compared_is_one_line(
 
     assert "has one precision only" in error(bundle.path, "--flips")
     assert "is none" in error(run_dir, "--flips")
-    assert "add --flips" in error(precise.path, "--plots", tmp_path / "plots")
-    assert "without --layer" in error(precise.path, "--flips", "--layer", "conv1")
+    assert "--plots needs --flips" in error(precise.path, "--plots", tmp_path / "plots")
+    assert "--layer and --channel are only for checkpoints" in error(precise.path, "--flips", "--layer", "conv1")
     assert "add --plots" in error(precise.path, "--images", "5")
     unnamed = onnx.load(bundle.variant("fp32"))
     for node in unnamed.graph.node:

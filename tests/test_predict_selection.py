@@ -47,7 +47,7 @@ def test_a_list_of_inputs(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     done = mpdsgr_here("predict", bundle.path, "--list", tmp_path / "list.txt", "--out", tmp_path / "out.csv")
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in csv.reader((tmp_path / "out.csv").read_text().splitlines())][1:] == names
-    assert_input_error(mpdsgr_here("predict", bundle.path), "nothing to predict")
+    assert_input_error(mpdsgr_here("predict", bundle.path), "there is nothing to classify")
     (tmp_path / "empty").write_text("\n")
     for path in (tmp_path / "empty", tmp_path / "none"):
         with pytest.raises(InputError, match="--list"):

@@ -266,7 +266,7 @@ def test_a_store_that_cannot_be_asked_ends_a_run_that_skips(
 ) -> None:
     """Else a run whose credentials expire would skip all the images that are left."""
     command = ["predict", bundle.path, address("photos"), "--on-error", "skip"]
-    assert_input_error(mpdsgr_here(*command, "--out", address("o.csv")), "only --ray writes to a store")
+    assert_input_error(mpdsgr_here(*command, "--out", address("o.csv")), "to which only --ray writes")
     with Inputs([place_of(address("photos"))], SHAPE, skip=True) as inputs, ThreadPoolExecutor(2) as pool:
         uploaded.refuse = 403
         with pytest.raises(StoreError, match=r"access denied .*check the credentials"):

@@ -193,7 +193,7 @@ class TestDemands:
     ) -> None:
         report = report_of(released, tmp_path / "report", bundle_sha256="0" * 64)
         done = mpdsgr_here("sign", released, report, "--key", keys.private)
-        assert_input_error(done, "is about another bundle")
+        assert_input_error(done, "is the report of another bundle")
 
 
 class TestServing:

@@ -43,7 +43,7 @@ class OneLineErrors(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()  # here, where an error still has a line of its own
+            sys.stdout.flush()  # at exit Python would print an error of this as a traceback
             return result
         except BrokenPipeError:  # the reader has seen enough, as `| head` has
             drop_output()
@@ -52,7 +52,7 @@ class OneLineErrors(click.Command):
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; what was finished is on disk", err=True)
+            click.echo("interrupted; results that were finished before are on disk", err=True)
             sys.exit(130)
         except OSError as error:
             click.echo(f"error: {error}", err=True)
@@ -60,9 +60,11 @@ class OneLineErrors(click.Command):
             sys.exit(InputError.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception:  # a bug of ours: Python's own exit code 1 would read as "the model regressed"
+        except Exception:  # a bug of ours: Python's own exit code 1 would read as "the gate failed"
             traceback.print_exc()
-            click.echo("error: this is a bug in mpdsgr-deploy; nothing was proved either way", err=True)
+            click.echo(
+                "error: this is a bug in mpdsgr-deploy, so the command gave no result; please report it", err=True
+            )
             sys.exit(EvaluationError.exit_code)
 
 
@@ -102,13 +104,19 @@ class LazyGroup(OneLineErrors, click.Group):
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mpdsgr")
 def main() -> None:
-    """Train robust spiking networks, export them, and prove the exported artefact is still robust.
+    """Train robust spiking neural networks, export them to ONNX, and test that the exported network is still robust.
+
+    A bundle is the directory that `mpdsgr export` writes: ONNX files, test images, and the accuracies that were
+    measured with and without attacks. The commands `validate`, `predict`, `serve` and others take a bundle.
 
     \b
-    Exit codes: 0 pass, 1 the gate failed (the model regressed), 2 usage or input error,
-    3 the evaluation itself is not valid.
+    Exit codes of all commands:
+      0  success
+      1  the gate failed: the network is less accurate or less robust than allowed
+      2  the usage or an input is wrong
+      3  an evaluation is not valid, so that it proves nothing
 
-    Nothing has run on a GPU yet: `mpdsgr doctor` lists what that leaves unproved.
+    Nothing has run on a GPU yet: `mpdsgr doctor` lists the parts that are untested for that reason.
 
     \b
     Start here:  mpdsgr demo
@@ -116,6 +124,6 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, with >&- for example
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it lasts as long as the process
-    if not sys.warnoptions:  # of the libraries: for their developers, and in no words of ours
+    if not sys.warnoptions:  # warnings of libraries are meant for their developers, not for our users
         warnings.simplefilter("ignore")
     show_progress()

@@ -18,23 +18,61 @@ SHOWN = 20  # nodes that a report lists one by one
 
 @click.command("adopt")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--images", metavar="DATA", help="A data set's name, a folder of CLASS/NAME.png, or an .npz file.")
-@click.option("--root", help="Where the files of a data set lie.")
 @click.option(
-    "--surrogate", default="triangle:1", show_default=True, help="KIND, KIND:WIDTH or KIND:WIDTH+detached of spikes."
+    "--images",
+    metavar="DATA",
+    help="Test images to attack: a data set's name, a folder of CLASS/NAME.png, or an .npz file.",
 )
-@click.option("--labels", help="The classes in the order of the logits: comma-separated, or a file of one per line.")
-@click.option("--mean", metavar="M,...", help="The network takes (x - mean) / std of pixels x in [0, 1].")
-@click.option("--std", metavar="S,...", help="See --mean; one number per channel, or one for all.")
-@click.option("--range", "pixels", metavar="LOW,HIGH", help="The network takes pixels in another range: 0,255.")
-@click.option("--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", show_default=True, help="Of its input.")
-@click.option("--variant", "variants", multiple=True, metavar="NAME=FILE", help="The network in another precision.")
-@click.option("--reference", type=click.Path(path_type=Path), help=".npz with `logits` of the framework it comes from.")
-@click.option("--limit", type=click.IntRange(1), help="Take only the first N images.")
-@click.option("--tier", help=f"How hard the reference is attacked: {', '.join(TIERS)}.  [default: commit]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the recipe, such as attack.eps=4/255.")
+@click.option("--root", help="Directory of the data set, if --images names one.")
+@click.option(
+    "--surrogate",
+    default="triangle:1",
+    show_default=True,
+    help="Surrogate gradient of the spikes: KIND, KIND:WIDTH or, where the reset passes no gradient, "
+    "KIND:WIDTH+detached.",
+)
+@click.option(
+    "--labels",
+    help="Names of the classes in the order of the logits, separated by commas, or a file with one per line.",
+)
+@click.option(
+    "--mean",
+    metavar="M,...",
+    help="Mean of the pixels, one per channel or one for all, if the network takes (x - mean) / std.",
+)
+@click.option("--std", metavar="S,...", help="Standard deviation of the pixels; see --mean.")
+@click.option(
+    "--range",
+    "pixels",
+    metavar="LOW,HIGH",
+    help="Range of the pixels that the network takes, such as 0,255.  [default: 0,1]",
+)
+@click.option(
+    "--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", show_default=True, help="Layout of the input."
+)
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="ONNX file of the same network in another precision, such as int8=net.int8.onnx; may be repeated.",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help=".npz file with the array `logits` that the original framework computes for the images; MODEL must match it.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Use only the first N images.")
+@click.option("--tier", help=f"Which set of attacks to run for the reference: {', '.join(TIERS)}.  [default: commit]")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a field of the recipe, such as attack.eps=4/255; may be repeated.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Bundle directory to write.")
-@click.option("--check", is_flag=True, help="Only report which nodes can be attacked, and how; write nothing.")
+@click.option("--check", is_flag=True, help="Report which nodes an attack can pass, and how, and write nothing.")
 @json_option
 def command(
     model: Path,
@@ -55,14 +93,18 @@ def command(
     check: bool,
     as_json: bool,
 ) -> None:
-    """Turn MODEL, any ONNX classifier, into a deployment bundle: attacked, gated and served as it is.
+    """Make a bundle of an ONNX classifier from elsewhere.
 
-    The file may come from SpikingJelly, snnTorch, Norse or sinabs, its time steps unrolled, or be an ordinary network.
-    It is deployed byte for byte if it takes float32 [batch, C, H, W] in [0, 1]; otherwise say with --mean and --std,
-    --range or --layout what stands in front of its nodes. Spikes are found by pattern; a comparison that no surrogate
-    stands for is an error, since an attack would see no gradient and the network would look robust.
+    MODEL is an ONNX file: a spiking network from SpikingJelly, snnTorch, Norse or sinabs whose time steps are unrolled,
+    or an ordinary network. It is attacked, and the results are stored as the reference for `mpdsgr validate`. A file
+    that takes float32 [batch, C, H, W] in [0, 1] is deployed unchanged. For any other input, describe it with --mean
+    and --std, --range or --layout; nodes that convert the images are then put in front.
 
-    --check reports every node between images and logits as faithful, approximate or unsupported.
+    Spikes are recognised by the pattern of their nodes. A comparison that matches no pattern is an error: an attack
+    would get no gradient through it, and the network would only look robust.
+
+    --check reports for each node between images and logits whether its gradient is faithful, approximate or
+    unsupported.
 
     \b
     Example:

@@ -21,25 +21,71 @@ CONCURRENCY = "1,8,32"
 
 @click.command("bench")
 @click.argument("bundle", required=False)
-@click.option("--url", help="Measure a server in place of BUNDLE: http://HOST:PORT/v2/models/NAME.")
-@click.option("--backend", "backends", multiple=True, help=f"Of BUNDLE; again for more.  [default: {DEFAULT_BACKEND}]")
-@click.option("--precision", "precisions", multiple=True, help="Of BUNDLE; again for more.  [default: all it has]")
-@click.option("--total", type=click.IntRange(1), help="For BUNDLE: also state how long N images take.")
-@click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True, help="For --total.")
-@click.option("--concurrency", help=f"Closed loop: users who wait for their answers.  [default: {CONCURRENCY}]")
-@click.option("--rate", help="Open loop instead: requests a second, which arrive at random and wait for nobody.")
-@click.option("--seconds", type=click.FloatRange(0.1, 86400), default=10.0, show_default=True, help="Of each load.")
+@click.option("--url", help="Measure the server at http://HOST:PORT/v2/models/NAME instead of a BUNDLE.")
 @click.option(
-    "--requests", type=click.IntRange(1, 10_000_000), default=1_000_000, show_default=True, help="Of each, at most."
+    "--backend",
+    "backends",
+    multiple=True,
+    help=f"Runtime of BUNDLE's network; may be repeated.  [default: {DEFAULT_BACKEND}]",
 )
 @click.option(
-    "--batch", "sizes", default="1", show_default=True, help="Images per request; of BUNDLE several, as 1,32,256."
+    "--precision", "precisions", multiple=True, help="Precision of BUNDLE; may be repeated.  [default: all it has]"
 )
 @click.option(
-    "--images", type=click.Path(path_type=Path), help=".npy of shape [N, C, H, W], uint8 or float32.  [default: random]"
+    "--total",
+    type=click.IntRange(1),
+    help="With BUNDLE: also estimate how long this number of images takes, and on how many machines.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random images and arrivals.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="Its first line goes with every request.")
+@click.option(
+    "--hours",
+    type=click.FloatRange(0, min_open=True),
+    default=24.0,
+    show_default=True,
+    help="Hours within which --total images must be finished.",
+)
+@click.option(
+    "--concurrency",
+    help="Closed loop: numbers of clients, each of which waits for an answer before its next request.  "
+    f"[default: {CONCURRENCY}]",
+)
+@click.option(
+    "--rate",
+    help="Open loop: requests per second, sent at random times whether or not earlier ones are answered.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1, 86400),
+    default=10.0,
+    show_default=True,
+    help="Duration of each measurement.",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(1, 10_000_000),
+    default=1_000_000,
+    show_default=True,
+    help="Largest number of requests in each measurement.",
+)
+@click.option(
+    "--batch",
+    "sizes",
+    default="1",
+    show_default=True,
+    help="Images per request; with BUNDLE also several sizes, such as 1,32,256.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help=".npy file with the images to send, [N, C, H, W] of uint8 or float32.  [default: random images]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the random images and of the random times of --rate.",
+)
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File whose first line is sent as the API key.")
 @json_option
 def command(
     bundle: str | None,
@@ -58,18 +104,18 @@ def command(
     api_key_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what an image costs: with BUNDLE on this machine, or a running server of the Open Inference Protocol.
+    """Measure the speed of a bundle here, or of a running server.
 
-    With BUNDLE every --backend, --precision and --batch is tried for --seconds: images per second, the time per batch,
-    memory, energy where the machine reports it, and with --total how long a job takes and how many machines it needs.
+    With BUNDLE every combination of --backend, --precision and --batch runs for --seconds on this machine. The table
+    shows images per second, time per batch, memory and, if the machine reports it, energy. With --total it also shows
+    how long that number of images takes and how many machines are needed.
 
-    With --url any server of the protocol is measured: this package's, Triton, any other.
-
-    Several loads run one after another: --concurrency 1,8,32 or --rate 100,500. Latency in an open loop counts from
-    when a request was due, so that a server which falls behind cannot hide it. A percentile that too few requests stand
-    behind is a dash, as is the CPU of a server whose /metrics does not report it. A tenth of each load, a second at
-    most, goes before it and is not counted. Ctrl-C prints what was measured until then. SSL_CERT_FILE names a private
-    authority of an https server.
+    With --url it measures a server of the Open Inference Protocol (v2), such as `mpdsgr serve` or Triton. Several
+    values of --concurrency or of --rate are measured one after another. With --rate the latency of a request counts
+    from the time at which it should have been sent, so that a server which falls behind shows it. A dash stands for a
+    percentile with too few requests, and for the CPU time of a server that does not report it in /metrics. Before each
+    measurement the same load runs for a tenth of the time, at most a second, and is not counted. Ctrl-C prints the
+    results so far. For an https server with a private certificate authority set SSL_CERT_FILE.
 
     \b
     Example:
@@ -92,11 +138,11 @@ def command(
         )
         return
     if len(batches) > 1 or backends or precisions or total:
-        raise InputError("--backend, --precision, --total and several batches are for BUNDLE; a server has its own")
+        raise InputError("--backend, --precision, --total and several batches work only with BUNDLE, not with --url")
     assert url is not None
     (batch,) = batches
     if concurrency and rate:
-        raise InputError("--concurrency is a closed loop and --rate an open one; give one of them")
+        raise InputError("--concurrency and --rate are two ways of sending requests; give only one of them")
     loads = (
         [Load(seconds, requests, rate=value) for value in _numbers("--rate", rate, 1e-3, 1e5)]
         if rate
@@ -114,7 +160,7 @@ def command(
         interrupted = True
     _show(results, url, batch, as_json)
     if interrupted:
-        click.echo("interrupted; the figures are of what was measured until then", err=True)
+        click.echo("interrupted; the figures cover what was measured before", err=True)
         sys.exit(130)
 
 
@@ -134,7 +180,7 @@ def _show(results: LoadMeasurement, url: str, batch: int, as_json: bool) -> None
         title = f"{url} ({model.server}), batch {batch}, {kinds}, {tensors} tensors"
         first = "rate" if outcomes[0].load.rate else "users"
         print_table([first, *COLUMNS], [outcome.row() for outcome in outcomes], title)
-        click.echo(f"{LEGEND}\nThe same with Triton's tool:")
+        click.echo(f"{LEGEND}\nCommands that make the same measurement with Triton's perf_analyzer:")
         for outcome in outcomes:
             click.echo(f"  {outcome.perf_analyzer}")
     for warning in warnings:
@@ -157,11 +203,11 @@ def _read(path: Path) -> NDArray[Any]:
     try:
         images = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not an .npy file: {error}") from None
+        raise InputError(f"{path} is not an .npy file ({error}); write one with numpy.save") from None
     if not isinstance(images, np.ndarray) or images.ndim != 4 or not len(images):
-        raise InputError(f"{path} holds no array of images [N, C, H, W]")
+        raise InputError(f"{path} holds no array of images [N, C, H, W]; write one with numpy.save")
     if images.dtype not in (np.uint8, np.float32):
-        raise InputError(f"{path} holds {images.dtype}; images are uint8, or float32 in [0, 1]")
+        raise InputError(f"{path} holds {images.dtype}; convert the images to uint8, or to float32 in [0, 1]")
     return images
 
 

@@ -8,7 +8,7 @@ from mpdsgr_deploy.cli.output import opened_bundle, print_json, print_table
 from mpdsgr_deploy.errors import EvaluationError
 from mpdsgr_deploy.prediction.cost import Cost, Estimate, estimate, measure_costs
 
-COLUMNS = ("backend", "precision", "batch", "images/s", "ms a batch", "p95 ms", "MiB", "J an image")
+COLUMNS = ("backend", "precision", "batch", "images/s", "ms per batch", "p95 ms", "MiB", "J per image")
 
 
 def bench_bundle(
@@ -37,7 +37,7 @@ def bench_bundle(
     if as_json:
         print_json({"costs": [cost._asdict() for cost in costs], "estimate": needed and needed._asdict()})
         return
-    print_table(COLUMNS, [_row(cost) for cost in measured], f"{bundle.path}: what an image costs on this machine")
+    print_table(COLUMNS, [_row(cost) for cost in measured], f"{bundle.path}: speed, memory and energy on this machine")
     for cost in costs:
         if cost.error:
             click.echo(f"not measured: {cost.backend} {cost.precision} batch {cost.batch}: {cost.error}")
@@ -54,6 +54,6 @@ def _row(cost: Cost) -> tuple[str, ...]:
 
 def _sentence(best: Cost, needed: Estimate, hours: float) -> str:
     return (
-        f"{needed.images} images take {needed.hours:.2g} hours on this machine with {best.backend}, {best.precision}, "
-        f"batch {best.batch}; {needed.machines} such machines do them in {hours:g} hours"
+        f"{needed.images} images take {needed.hours:.2g} hours on this machine with {best.backend}, {best.precision} "
+        f"and batch {best.batch}; to finish them in {hours:g} hours takes {needed.machines} such machines"
     )

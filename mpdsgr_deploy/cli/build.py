@@ -15,7 +15,7 @@ from mpdsgr_deploy.runtime.tensorrt import BatchSizes, prepare
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
 from mpdsgr_deploy.runtime.tuning import OPENERS, tune
 
-# bundle, precision, the batches wanted (None: the builder's own choice), of TensorRT targets, to what was added
+# From bundle, precision, batch sizes (None: the builder's default) and, for TensorRT, targets to what was added
 Builder = Callable[..., tuple[Bundle, Prepared]]
 BUILDERS: dict[str, Builder] = {
     **{backend: partial(prepare, backend) for backend in LIBRARIES},
@@ -25,26 +25,36 @@ BUILDERS: dict[str, Builder] = {
 
 @click.command("build")
 @click.argument("bundle")
-@click.option("--backend", required=True, help=f"What will run the network: {', '.join(BUILDERS)}.")
+@click.option("--backend", required=True, help=f"Runtime to prepare for: {', '.join(BUILDERS)}.")
 @precision_option
-@click.option("--batch", metavar="MIN,OPT,MAX", help="TensorRT: smallest, best, largest batch.  [default: 1,32,128]")
+@click.option(
+    "--batch",
+    metavar="MIN,OPT,MAX",
+    help="For TensorRT: the smallest, the optimal and the largest batch size.  [default: 1,32,128]",
+)
 @click.option(
     "--target",
     metavar="GPU,...",
-    help="TensorRT-RTX: for these compute capabilities or GPUs: 8.9, l4.  [default: all from 8.0 on]",
+    help="For TensorRT-RTX: compute capabilities or names of GPUs, such as 8.9 or l4.  [default: all from 8.0 on]",
 )
 @json_option
 def command(
     bundle: str, backend: str, precision: str | None, batch: str | None, target: str | None, as_json: bool
 ) -> None:
-    """Prepare BUNDLE for a backend and keep the result in it. Run this on the machine that will serve it.
+    """Add an engine or tuned settings for a backend to BUNDLE.
 
-    A TensorRT engine works on this model of GPU with this version of TensorRT. A TensorRT-RTX engine is built without
-    a GPU and works with this version of TensorRT-RTX on GPUs that it has kernels for: version 1.7 on compute
-    capabilities 8.0, 8.6, 8.9, 12.0 and 12.1, and fp16 on 7.5 where --target names it; not on H100 and H200 (9.0),
-    Orin (8.7) or B200 (10.0). Neither has run on a GPU yet. For openvino and onnxruntime-cpu it is measured, for some
-    seconds, which number of threads and of images at once is fastest: settings for machines with this CPU, as many
-    cores and this version of the backend.
+    Run this on the machine that will serve the bundle.
+
+    For tensorrt it builds an engine, which works only on the same model of GPU and with the same version of TensorRT.
+
+    For tensorrt-rtx it builds an engine without a GPU. The engine works with the same version of TensorRT-RTX on the
+    GPUs that this version supports. Version 1.7 supports compute capabilities 8.0, 8.6, 8.9, 12.0 and 12.1, and 7.5
+    for fp16 if --target names it. It does not support H100 and H200 (9.0), Orin (8.7) or B200 (10.0). Engines of both
+    kinds have not run on a GPU yet.
+
+    For openvino and onnxruntime-cpu it measures, in about 20 seconds, which number of threads and which number of
+    images per call is fastest. The settings apply to machines with the same CPU, the same number of cores and the same
+    version of the backend.
 
     \b
     Example:
@@ -59,15 +69,15 @@ def command(
     batch_sizes = None if batch is None else parse_batch(batch)
     opened, chosen = opened_bundle(bundle, precision)
     opened.variant(chosen)
-    log.info("building %s of %s for %s ...", chosen, opened.path, backend)
+    log.info("preparing %s of %s for %s ...", chosen, opened.path, backend)
     started = time.perf_counter()
     _, prepared = builder(opened, chosen, batch_sizes)
     seconds = time.perf_counter() - started
     if as_json:
         print_json({"bundle": str(opened.path), "seconds": round(seconds, 3), **prepared.model_dump()})
         return
-    made = f"engine {prepared.file}" if prepared.file else f"settings {prepared.settings}"
-    click.echo(f"{made} in {opened.path}, after {seconds:.1f} s")
+    addition = f"engine {prepared.file}" if prepared.file else f"settings {prepared.settings}"
+    click.echo(f"added {addition} to {opened.path} in {seconds:.1f} s")
     report = f"{opened.path}-{backend}"
     click.echo(f"next: mpdsgr validate {opened.path}@{chosen} --backend {backend} --report {report}")
 

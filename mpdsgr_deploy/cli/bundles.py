@@ -14,14 +14,15 @@ from mpdsgr_deploy.reference import IMAGES
 
 
 @click.command("bundles")
-@click.option("--copy", "name", metavar="NAME", help="Copy a bundle here.")
+@click.option("--copy", "name", metavar="NAME", help="Copy a bundle into the current directory.")
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the trained networks that come with the package as bundles, or copy one here.
+    """List the trained networks that come with the package, or copy one.
 
-    clean and worst are accuracies of the torch network, without an attack and under all of the tier's; worst counts
-    what survives every attack within eps. Where a bundle has no images of its own, `mpdsgr validate --root` says where
-    the data set lies.
+    They are bundles, ready for `mpdsgr validate`, `predict` and `serve`. The columns clean and worst are accuracies of
+    the torch network on n test images: without an attack, and counting only images that are correct under every attack
+    of the tier within eps. If a bundle contains no test images, give `mpdsgr validate` the directory of the data set
+    with --root.
 
     \b
     Example:
@@ -32,8 +33,8 @@ def command(name: str | None, as_json: bool) -> None:
     if name is not None:
         source, target = choose("bundle", bundles, name), Path(name)
         if target.exists():
-            raise InputError(f"{target} already exists here; rename it first")
-        manifest = open_bundle(source).manifest  # whole, by its hashes
+            raise InputError(f"{target} already exists in this directory; rename or remove it first")
+        manifest = open_bundle(source).manifest  # checks the hashes of all files
         shutil.copytree(source, target)
         if as_json:
             print_json({"copied": str(target)})

@@ -22,15 +22,21 @@ NO_FLOORS = "gate.floors={}"  # of accuracy itself, which moves by some points f
 
 
 @click.command("demo")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Directory for the run, the bundles and the reports.",
+)
 @json_option
 def command(out: Path, as_json: bool) -> None:
-    """The whole path on real images in a few minutes on a CPU: train, export, validate; then the same with a damaged
-    network.
+    """Train, export and validate a small network, then a damaged copy.
 
-    Trains a robust network on scikit-learn's digits, exports it to ONNX, and attacks both. Then it damages the weights
-    in two copies of the bundle: one as it is, one whose hashes and golden batch were made to fit. Both must be refused.
-    A finished or interrupted demo in --out is continued.
+    Takes a few minutes on a CPU. It trains a robust network on scikit-learn's digits, exports it to ONNX, and attacks
+    the torch network and the exported one. Then it damages the weights in two copies of the bundle. In the second copy
+    it also recomputes the hashes and the expected answers, as someone would who wants to hide the damage. The first
+    copy must be refused when it is opened, the second by validation. If --out holds an interrupted demo, it continues.
 
     \b
     Example:

@@ -15,13 +15,14 @@ from mpdsgr_deploy.serving.deploy import triton as triton_files
 from mpdsgr_deploy.serving.deploy.models import choose_models
 
 FILE = click.Path(path_type=Path, dir_okay=False)
+REPLICAS = "Number of replicas, or the smallest and the largest number, between which the load decides."
 models_argument = click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")
-out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory for the files.")
 
 
 @click.group("deploy")
 def command() -> None:
-    """Write what other engines need to serve bundles.
+    """Write the files that Triton, KServe or Ray Serve need for bundles.
 
     \b
     Example:
@@ -34,9 +35,11 @@ def command() -> None:
 @command.command("triton")
 @models_argument
 @out_option
-@click.option("--backend", default="onnxruntime", show_default=True, help="Triton's: onnxruntime or tensorrt.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="Triton backend: onnxruntime or tensorrt.")
 @click.option(
-    "--gpus", type=click.IntRange(0, 64), help="How many each model runs on; 0: a CPU.  [tensorrt: 1, else 0]"
+    "--gpus",
+    type=click.IntRange(0, 64),
+    help="Number of GPUs that each model runs on; 0 runs it on a CPU.  [default: 1 for tensorrt, else 0]",
 )
 @signature_option
 @verdict_option
@@ -50,14 +53,15 @@ def triton(
     least_tier: str | None,
     as_json: bool,
 ) -> None:
-    """Write a Triton model repository: called as `mpdsgr serve` calls its models.
+    """Write a model repository for Triton.
 
-    Triton checks no pixel values. An ONNX network is written with a check in it, and answers NaN to an image with NaN
-    or values outside [0, 1], which mpdsgr serve refuses; an engine answers such an image as if it were valid.
+    Models are named as by `mpdsgr serve`. Unlike `mpdsgr serve`, Triton does not refuse images with NaN or with values
+    outside [0, 1]. The ONNX networks in the repository therefore contain a check, and answer NaN to such an image.
+    TensorRT engines contain no check and answer it as if it were valid.
 
-    With --backend tensorrt they are the engines that `mpdsgr build`
-    put into the bundles; those for GPUs of different compute capability go side by side. --out is fresh or holds what
-    this command wrote before.
+    With --backend tensorrt the repository contains the engines that `mpdsgr build` has added to the bundles. It can
+    contain engines for several compute capabilities at once. --out must be a new directory or one that this command
+    has written.
 
     \b
     Example:
@@ -78,29 +82,43 @@ def triton(
         print_json({"repository": str(out), "models": facts, "next": following})
         return
     if backend == "tensorrt":
-        click.echo("warning: engines check no pixel values: 0..255 or NaN is answered as if it were an image", err=True)
+        click.echo(
+            "warning: TensorRT engines do not check pixel values: they answer NaN and values outside [0, 1] as if they "
+            "were valid, so check images before you send them",
+            err=True,
+        )
     for model in written:
         engines = [f"TensorRT {version} for {capability}" for capability, version in model.engines.items()]
-        click.echo(f"{model.name}: {model.precision}, {' and '.join(engines) or 'ONNX'}, batches to {model.largest}")
+        click.echo(f"{model.name}: {model.precision}, {' and '.join(engines) or 'ONNX'}, batches up to {model.largest}")
         for entry in model.noise:
             drawn = "U[0, 1)" if entry.kind == "uniform" else "N(0, 1)"
-            click.echo(f"  clients must also send {entry.name} FP32 [B, {', '.join(map(str, entry.shape))}] of {drawn}")
+            shape = ", ".join(map(str, entry.shape))
+            click.echo(f"  clients must also send the tensor {entry.name}, FP32 [B, {shape}], drawn from {drawn}")
     click.echo(f"model repository in {out}; next: {following}")
 
 
 @command.command("kserve")
 @models_argument
 @out_option
-@click.option("--storage-uri", required=True, metavar="URI", help="Where the cluster finds what is served (see above).")
 @click.option(
-    "--runtime", default="triton", show_default=True, help=f"What serves: {', '.join(kserve_files.RUNTIMES)}."
+    "--storage-uri",
+    required=True,
+    metavar="URI",
+    help="Address from which the cluster loads the models, as described above.",
 )
-@click.option("--image", help="Its container image.  [triton: NVIDIA's; mpdsgr: yours, from serve/docker]")
-@click.option("--gpus", type=click.IntRange(0, 64), default=0, show_default=True, help="Of each replica; 0: a CPU.")
-@click.option("--cpus", type=click.IntRange(1, 256), default=2, show_default=True, help="Cores of each replica.")
-@click.option("--memory", default="2Gi", show_default=True, help="Of each replica.")
-@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help="Fixed, or scaled by load.")
-@click.option("--service-account", help="That reads the storage: it names the credentials.")
+@click.option("--runtime", default="triton", show_default=True, help=f"Server: {', '.join(kserve_files.RUNTIMES)}.")
+@click.option(
+    "--image",
+    help="Container image of the server. mpdsgr needs one that you built from serve/docker.  [default for triton: "
+    "NVIDIA's]",
+)
+@click.option(
+    "--gpus", type=click.IntRange(0, 64), default=0, show_default=True, help="GPUs per replica; 0 runs it on a CPU."
+)
+@click.option("--cpus", type=click.IntRange(1, 256), default=2, show_default=True, help="CPU cores per replica.")
+@click.option("--memory", default="2Gi", show_default=True, help="Memory per replica, as Kubernetes writes it.")
+@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help=REPLICAS)
+@click.option("--service-account", help="Kubernetes service account with the credentials for the storage.")
 @signature_option
 @verdict_option
 @json_option
@@ -115,13 +133,15 @@ def kserve(
     replicas: str,
     **replica: Any,
 ) -> None:
-    """Write KServe resources: one InferenceService a model, and the ServingRuntime they use.
+    """Write Kubernetes resources for KServe.
 
-    With --runtime triton, URI is where you put what `mpdsgr deploy triton` wrote of the same bundles, with the same
-    --gpus; with --runtime mpdsgr it is where the bundles themselves lie, each under its directory's name. It is a place
-    that KServe reads, such as s3://BUCKET/PATH, gs://BUCKET/PATH or pvc://CLAIM/PATH. Several models on Triton need
-    KServe 0.17 and s3 or gs; everything else works from 0.16 on. A file in --out that you edited stays, and the
-    difference is shown.
+    The resources are one InferenceService per model and the ServingRuntime that all of them use. With --runtime triton
+    URI is the place to which you copied the output of `mpdsgr deploy triton` for the same bundles and the same --gpus.
+    With --runtime mpdsgr it is the place of the bundles, each in a directory of its name. KServe reads addresses such
+    as s3://BUCKET/PATH, gs://BUCKET/PATH and pvc://CLAIM/PATH.
+
+    KServe 0.16 is required; several models on Triton require 0.17, and s3 or gs. A file in --out that you have edited
+    is kept, and the command shows the difference.
 
     \b
     Example:
@@ -143,15 +163,33 @@ def kserve(
 @command.command("ray")
 @models_argument
 @out_option
-@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help="Fixed, or scaled by load.")
-@click.option("--gpu", type=click.FloatRange(0), default=0.0, show_default=True, help="Share each replica takes.")
-@click.option("--backend", help="What runs the networks.  [onnxruntime-cuda with --gpu, else onnxruntime-cpu]")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address every node listens on.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Of HTTP.")
-@click.option("--settings", type=FILE, help="TOML file with limits, as of mpdsgr serve.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
-@click.option("--api-key-file", type=FILE, help="Keys that clients must send, one per line; on every node.")
-@click.option("--insecure", is_flag=True, help="Listen where others reach it, without keys.")
+@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help=REPLICAS)
+@click.option(
+    "--gpu",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="GPUs per replica; 0.5 shares one between two.",
+)
+@click.option(
+    "--backend", help="Runtime of the networks.  [default: onnxruntime-cuda with --gpu, else onnxruntime-cpu]"
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address on which every node listens.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port for HTTP.")
+@click.option("--settings", type=FILE, help="TOML file with settings, as for `mpdsgr serve`.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting, such as limits.batch=128; may be repeated.",
+)
+@click.option(
+    "--api-key-file",
+    type=FILE,
+    help="File of keys, one per line, of which clients must send one; it must exist on every node.",
+)
+@click.option("--insecure", is_flag=True, help="Allow a --host that other machines reach, without API keys.")
 @signature_option
 @verdict_option
 @json_option
@@ -171,10 +209,12 @@ def ray(
     least_tier: str | None,
     as_json: bool,
 ) -> None:
-    """Write a Ray Serve config: one application, whose replicas each serve all these models as mpdsgr serve does.
+    """Write a configuration for Ray Serve.
 
-    HTTP only: no gRPC. Bundles and key file must lie at the same paths on every node, where mpdsgr-deploy[ray,cpu] (or
-    gpu) is installed. Several nodes need --host 0.0.0.0. Protect Ray's own ports: whoever reaches them can run code.
+    It describes one application, and each of its replicas serves all the models over HTTP, as `mpdsgr serve` does, but
+    not over gRPC. On every node mpdsgr-deploy[ray,cpu] or mpdsgr-deploy[ray,gpu] must be installed, and the bundles and
+    the file of keys must be at the same paths. For several nodes set --host 0.0.0.0. Protect Ray's own ports, because
+    anyone who reaches them can run code.
 
     \b
     Example:
@@ -202,8 +242,8 @@ def ray(
 
 
 def _span(replicas: str) -> tuple[int, int]:
-    """Parse N or MIN,MAX as the smallest and the largest number. Raises InputError for anything else."""
+    """Parse N or MIN,MAX as the smallest and the largest number. Raises InputError for any other text."""
     least, comma, most = replicas.partition(",")
     if not least.isdecimal() or (comma and not most.isdecimal()):
-        raise InputError(f"--replicas {replicas}: write a number, or the least and the most, for example 1,4")
+        raise InputError(f"--replicas {replicas}: write a number, or the smallest and the largest one, for example 1,4")
     return int(least), int(most or least)

@@ -36,11 +36,12 @@ EXTRAS = {
 @click.argument("bundle", required=False)
 @json_option
 def command(bundle: str | None, as_json: bool) -> None:
-    """Show what is installed, and which backends really work here: each answers a golden batch.
+    """Show what is installed and which backends work on this machine.
 
-    The batch is BUNDLE's, or that of a small spiking network that comes with the package; for that one engines are
-    built first, where BUNDLE must hold its own. torch-compile takes a while. A last table names what of this package
-    has never run on a GPU.
+    A backend works if it gives the stored answers to a golden batch, a few images whose logits are known. Without
+    BUNDLE the command uses a small spiking network of this package, and builds TensorRT engines for it. With BUNDLE it
+    uses that bundle's networks, and only the engines that are already in it. The backend torch-compile takes some time.
+    A last table lists the parts of this package that have never run on a GPU.
 
     \b
     Example:
@@ -65,7 +66,9 @@ def command(bundle: str | None, as_json: bool) -> None:
     ]
     print_table(("extra", "packages"), rows, "Packages")
     hardware = ", ".join(f"{name} {value}" for name, value in machine["hardware"].items())
-    print_table(("never run on a GPU", "tested without one", "benchmarks/gpu.py --step"), UNPROVED, "Not proved yet")
+    print_table(
+        ("never run on a GPU", "tested without one", "benchmarks/gpu.py --step"), UNPROVED, "Not tested on a GPU yet"
+    )
     click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")
 
 
@@ -96,5 +99,5 @@ def state(bundle: Bundle, backend: str, precision: str, *, build: bool = False) 
             return f"works, {len(inputs) / (time.perf_counter() - started):.0f} images/s in batches of {len(inputs)}"
     except MpdsgrError as error:
         return f"no: {error}"
-    except Exception as error:  # what a half-installed library raises is what one asks the doctor about
+    except Exception as error:  # a half-installed library may raise anything, and the user needs to read it
         return f"no: {type(error).__name__}: {one_line(error)}"

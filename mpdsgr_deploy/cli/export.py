@@ -22,19 +22,44 @@ if TYPE_CHECKING:
     "--checkpoint",
     "choice",
     type=click.Choice(CHOICES),
-    help="Which epoch of RUN: the last, or the best by its validation score.  [default: last]",
+    help="Which epoch of RUN to export: the last, or the one with the best validation score.  [default: last]",
 )
-@click.option("--precision", default="", metavar="P,...", help="Besides fp32: fp16, int8, fp8, comma-separated.")
-@click.option("--steps", metavar="N|auto", help="Export the first N time steps, or the fewest within --max-drop.")
 @click.option(
-    "--max-drop", type=click.FloatRange(0, 1), help="Largest loss of each precision and of --steps, clean and attacked."
+    "--precision",
+    default="",
+    metavar="P,...",
+    help="Also export these precisions besides fp32: fp16, int8, fp8, separated by commas.",
 )
-@click.option("--root", help="Where the data set lies, for accuracy and golden inputs.  [default: the recipe's]")
-@click.option("--limit", type=click.IntRange(1), help="Measure accuracy on N test images only, the same in every call.")
-@click.option("--tier", help=f"How hard the reference is attacked: {', '.join(TIERS)}.  [default: the recipe's gate's]")
-@click.option("--data", help="Of a module: a data set's name, a folder of CLASS/NAME.png, or an .npz file.")
-@click.option("--surrogate", default="triangle:1", show_default=True, help="Of a module: what stands for its spikes.")
-@click.option("--images/--no-images", default=True, show_default=True, help="Carry the test images in the bundle.")
+@click.option(
+    "--steps",
+    metavar="N|auto",
+    help="Export only the first N time steps, or with auto the fewest that keep to --max-drop.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1),
+    help="Largest drop of accuracy, clean and under attack, that a precision or --steps may cause, as a share of the "
+    "images: 0.005 is half a point.",
+)
+@click.option("--root", help="Directory of the data set.  [default: the recipe's data.root]")
+@click.option("--limit", type=click.IntRange(1), help="Measure accuracy on only N test images, the same in every call.")
+@click.option(
+    "--tier",
+    help=f"Which set of attacks to run on the torch network: {', '.join(TIERS)}.  [default: the recipe's gate.tier]",
+)
+@click.option("--data", help="Images for a module: a data set's name, a folder of CLASS/NAME.png, or an .npz file.")
+@click.option(
+    "--surrogate",
+    default="triangle:1",
+    show_default=True,
+    help="For a module: the surrogate gradient of its spikes, as KIND or KIND:WIDTH.",
+)
+@click.option(
+    "--images/--no-images",
+    default=True,
+    show_default=True,
+    help="Store the test images in the bundle, or leave them out.",
+)
 @json_option
 def command(
     run: Path,
@@ -51,22 +76,25 @@ def command(
     images: bool,
     as_json: bool,
 ) -> None:
-    """Turn RUN (a training run, one of its checkpoints, or package.module:function) into a deployment bundle.
+    """Export a trained network to a bundle with ONNX files.
 
-    The ONNX file is compared with the torch model before anything is written. Other precisions also meet attacked
-    images. The torch network is attacked as `mpdsgr validate` will attack the artefact, and its verdicts go into the
-    bundle as the reference, with the test images, so that a machine without torch and data set can validate it (leave
-    them out with --no-images where their licence asks for it). --tier release takes 1,000 images and stronger attacks.
+    RUN is a training run, one of its checkpoints, or package.module:function. The ONNX file is compared with the torch
+    network before anything is written. Then the torch network is attacked with the attacks that `mpdsgr validate` will
+    run on the exported one. The bundle stores the results as the reference, and the test images too, so that a machine
+    without torch and without the data set can validate it. Use --no-images if the licence of the images forbids
+    copies. --tier release takes 1,000 images and stronger attacks than the default, commit.
 
-    With --max-drop 0.005 none may lose more than half a point of accuracy: layers go back to fp16 (those of
-    fp16 to fp32), the worst first, until that holds.
+    Reduced precisions are also compared under attack. With --max-drop 0.005 none may lose more than half a point of
+    accuracy: the layers of int8 and fp8 that lose most are set back to fp16 (those of fp16 to fp32), until all keep to
+    it.
 
-    --steps N exports the network that answers after the first N time steps, of which everything in the bundle is then
-    measured. --steps auto takes the fewest that, on validation images, rule out a drop of --max-drop (default: that of
-    the tier) with 95 % confidence, clean and attacked; `mpdsgr inspect BUNDLE --steps` shows what each number costs.
+    --steps N exports a network that answers after the first N time steps; all measurements in the bundle are then of
+    that network. --steps auto takes the smallest N for which validation images rule out a drop of more than --max-drop
+    (default: the tier's) with 95 % confidence, clean and under attack. `mpdsgr inspect BUNDLE --steps` shows accuracy
+    and time for each N.
 
-    package.module:function returns any torch module that maps images to logits; --data says with which images it is
-    attacked. Its ONNX file has to answer as it does.
+    package.module:function is a function that returns any torch module which maps images to logits. --data names the
+    images on which it is attacked.
 
     \b
     Example:

@@ -25,28 +25,38 @@ IMAGES = 128
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("other", required=False)
-@click.option("--flips", is_flag=True, help="Compare a bundle's precisions with fp32, spike by spike.")
-@click.option("--steps", is_flag=True, help="Attack and time a bundle's networks at 1 to T time steps; needs torch.")
-@click.option("--plots", type=click.Path(path_type=Path), help="Directory to draw flips, steps or the membrane into.")
-@click.option("--root", help="Where the data set lies.  [default: the recipe's]")
+@click.option("--flips", is_flag=True, help="Compare a bundle's other precisions with fp32, spike by spike.")
+@click.option("--steps", is_flag=True, help="Attack and time a bundle's networks with 1 to T time steps; needs torch.")
+@click.option(
+    "--plots", type=click.Path(path_type=Path), help="Directory for plots of flips, steps or membrane potentials."
+)
+@click.option("--root", help="Directory of the data set.  [default: the recipe's data.root]")
 @click.option(
     "--limit",
     "--images",
     "images",
     type=click.IntRange(1),
-    help=f"How many test images are measured.  [default: {IMAGES}; with --steps {STEP_IMAGES}]",
+    help=f"Number of test images to measure.  [default: {IMAGES}; with --steps {STEP_IMAGES}]",
 )
-@click.option("--card", "as_card", is_flag=True, help="Write a bundle's model card, for the Hugging Face Hub.")
-@click.option("--report", type=click.Path(path_type=Path), help="Validation report to put on the card.")
+@click.option("--card", "as_card", is_flag=True, help="Print a bundle's model card for the Hugging Face Hub.")
+@click.option("--report", type=click.Path(path_type=Path), help="Validation report to quote on the model card.")
 @click.option(
     "--attack-graph",
     "attack_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write a bundle's network with its losses and their gradient in the images, as ONNX.",
+    help="Write an ONNX file with a bundle's network, its losses and their gradients with respect to the images.",
 )
-@click.option("--layer", "layers", multiple=True, metavar="NAME", help="Draw a checkpoint's layer, not all.")
-@click.option("--channel", "channels", multiple=True, type=click.IntRange(0), help="Draw a channel of it too.")
+@click.option(
+    "--layer", "layers", multiple=True, metavar="NAME", help="Plot only this layer of a checkpoint; may be repeated."
+)
+@click.option(
+    "--channel",
+    "channels",
+    multiple=True,
+    type=click.IntRange(0),
+    help="Also plot this channel of the layers; may be repeated.",
+)
 @json_option
 def command(
     path: Path,
@@ -63,28 +73,30 @@ def command(
     channels: tuple[int, ...],
     as_json: bool,
 ) -> None:
-    """Show what PATH holds: a bundle, a training run or a checkpoint. Verifies every hash on the way.
+    """Show a bundle, a run or a checkpoint, or compare two of them.
 
-    With OTHER two of these, or of validation reports, are compared, as far as both have it: settings, training curves,
-    spikes and membrane potentials on the same images (--plots draws them), recorded verdicts with McNemar's p. What
-    cannot be compared is named with the reason. A bundle's network is chosen as BUNDLE@PRECISION.
+    PATH is a bundle, a training run or a checkpoint; every hash in it is verified. With OTHER, the command compares two
+    of these, or two validation reports: settings, training curves, spikes and membrane potentials on the same images,
+    and the results per image with the p-value of McNemar's test. It names each part that cannot be compared, and the
+    reason. BUNDLE@PRECISION chooses a network of a bundle.
 
-    --plots measures a training run's or a checkpoint's network anew, on test images, and draws the potentials of every
-    layer, step and channel beside the Gaussians of Theorem 1 and the surrogate's window.
+    --plots of a run or checkpoint measures its network on test images and plots the membrane potentials of every layer,
+    time step and channel, with the Gaussians that the paper's Theorem 1 assumes and the window in which the surrogate
+    gradient is not zero.
 
-    --flips shows for every layer of a bundle's other precisions which share of the spikes differs from fp32 (flips),
-    how far potentials moved, and how densely they lie at the threshold. A flip upstream causes flips downstream; `by
-    its own rounding` are those of a layer that is given the spikes of fp32. An image's drift begins in the first layer
-    with a flip. With --plots it is drawn too.
+    --flips shows for every layer of the other precisions the share of spikes that differ from fp32 (flips), the change
+    of the membrane potentials, and their density at the threshold. A flip in one layer causes flips in later layers.
+    The column `by its own rounding` counts only the flips of a layer whose input spikes are those of fp32.
 
-    --steps exports the network at 1 to T time steps again and shows what each number costs, for every precision:
-    accuracy clean, under PGD and under all attacks of tier commit, the images that flip against T steps, time and
-    multiply-accumulates. `mpdsgr export --steps` then exports so many.
+    --steps exports the network again with 1 to T time steps and shows for each number and precision: accuracy without
+    attack, under PGD and under all attacks of tier commit, the images whose result changes against T steps, the time,
+    and the multiply-accumulate operations. Choose a number for `mpdsgr export --steps` from it.
 
-    --attack-graph writes the network of BUNDLE or BUNDLE@PRECISION as a validation attacks it: its own nodes, and
-    behind them cross-entropy, DLR and their gradient in the images, through the surrogate that it was trained with.
+    --attack-graph writes the network of BUNDLE or BUNDLE@PRECISION as `mpdsgr validate` attacks it: the nodes of the
+    network, followed by the cross-entropy and DLR losses and their gradients with respect to the images, computed with
+    the surrogate gradient of the training.
 
-    --card prints a README.md with the metadata that the Hugging Face Hub reads, nothing in it typed by hand.
+    --card prints a README.md with the metadata that the Hugging Face Hub reads, made from the bundle and the report.
 
     \b
     Example:
@@ -97,34 +109,38 @@ def command(
     """
     if attack_file is not None:
         if other or flips or steps or plots or root or images or as_card or report or layers or channels or as_json:
-            raise InputError("--attack-graph writes a file and shows nothing; leave out other options")
+            raise InputError("--attack-graph only writes a file; leave out OTHER and all other options")
         write_attack_graph(str(path), attack_file)
         return
     if other is not None:
         if flips or steps or as_card or report or layers or channels:
-            raise InputError("two paths are compared; leave out --flips, --steps, --card, --report, --layer, --channel")
+            raise InputError(
+                "--flips, --steps, --card, --report, --layer and --channel do not work with two paths; leave them out"
+            )
         if plots is not None:
             need("matplotlib", "report")
         inspect_pair(str(path), other, plots=plots, root=root, images=images or IMAGES, as_json=as_json)
         return
     is_bundle = (path / MANIFEST).exists()
     if flips and steps:
-        raise InputError("--flips and --steps measure two things; give one of them at a time")
+        raise InputError("--flips and --steps are two measurements; give only one of them")
     if (flips or steps) and not is_bundle:
-        raise InputError(f"--flips and --steps are about a bundle; {path} is none")
+        raise InputError(f"--flips and --steps need a bundle, and {path} is not one; export it first")
     if is_bundle and ((plots and not (flips or steps)) or layers or channels):
-        raise InputError(f"{path} is a bundle; add --flips or --steps to draw it, without --layer and --channel")
+        raise InputError(
+            f"{path} is a bundle: --plots needs --flips or --steps, and --layer and --channel are only for checkpoints"
+        )
     if not (flips or steps or plots) and (root or images or layers or channels):
         raise InputError(
-            "--root, --images, --layer and --channel say what to measure; add --plots DIRECTORY, --flips or --steps"
+            "--root, --images, --layer and --channel need a measurement; add --plots DIRECTORY, --flips or --steps"
         )
     if as_card:
         if flips or steps or plots or as_json or not is_bundle:
-            raise InputError("--card is for a bundle, without --flips, --steps, --plots and --json")
+            raise InputError("--card needs a bundle, and does not work with --flips, --steps, --plots or --json")
         print_card(open_bundle(path), report)
         return
     if report is not None:
-        raise InputError("--report is what --card quotes; add --card")
+        raise InputError("--report only has an effect with --card; add --card, or leave --report out")
     if plots is not None:
         need("matplotlib", "report")
     if steps:

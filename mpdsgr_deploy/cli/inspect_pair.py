@@ -11,8 +11,9 @@ from mpdsgr_deploy.pairs.compare import Differences, compare
 from mpdsgr_deploy.pairs.side import Side, read_side
 
 COLUMNS = ("A fires", "B fires", "differ", "A near", "B near", "overlap")  # of a layer
-LEGEND = """fires: spikes per neuron and step; differ: spikes that differ; near:
-potentials in the surrogate's window; overlap: of the histograms of potentials"""
+LEGEND = """fires: spikes per neuron and time step; differ: spikes that differ;
+near: potentials in the surrogate's window; overlap: how far the histograms of
+the potentials overlap"""
 FLIPS = attrgetter("newly_wrong", "newly_right", "p_text")
 
 
@@ -31,7 +32,7 @@ def inspect_pair(a: str, b: str, *, plots: Path | None, root: str | None, images
     print_sides(*sides)
     print_differences(differences)
     if plots is not None:
-        print_sentence(f"{' and '.join(drawn)} in {plots}" if drawn else f"nothing to draw, so nothing in {plots}")
+        print_sentence(f"{' and '.join(drawn)} in {plots}" if drawn else f"there was nothing to plot in {plots}")
 
 
 def as_record(a: Side, b: Side, differences: Differences) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def print_differences(differences: Differences) -> None:
         settings = [(name, *map(_text, pair)) for name, pair in differences.settings.items()]
         print_table(("setting", "A", "B"), settings)
     else:
-        click.echo("no setting differs")
+        click.echo("all settings are equal")
     if differences.curves:
         curves = [(name.replace("_", " "), *map(_course, pair)) for name, pair in differences.curves.items()]
         print_table(("first > last epoch", "A", "B"), curves)
@@ -73,10 +74,10 @@ def print_differences(differences: Differences) -> None:
             (pair.condition, *(f"{100 * right / pair.n:.1f}" for right in pair.right), *FLIPS(pair.flips))
             for pair in differences.verdicts
         ]
-        title = f"% of {differences.verdicts[0].n} images right, images that one alone has right, McNemar's p"
+        title = f"% of {differences.verdicts[0].n} images correct, images that only one has correct, McNemar's p"
         print_table(("condition", "A", "B", "only A", "only B", "p"), verdicts, title)
     for part, reason in differences.left_out.items():
-        print_sentence(f"left out: {part}: {reason}")
+        print_sentence(f"not compared: {part}: {reason}")
 
 
 def _text(value: Any) -> str:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 IMAGES = 350  # as many as tier `commit` takes
 LEGEND = """\
-worst: right under every attack of tier commit. lost, regained: images that all
-steps get right and fewer do not, and the reverse. ms: per image, onnxruntime-cpu.
-MMACs: million multiply-accumulates."""
+worst: correct under every attack of tier commit. lost: images that are correct
+with all time steps and wrong with fewer; regained: the reverse. ms: milliseconds
+per image with onnxruntime-cpu. MMACs: million multiply-accumulate operations."""
 
 
 def inspect_steps(bundle: Bundle, *, plots: Path | None, root: str | None, images: int | None, as_json: bool) -> None:

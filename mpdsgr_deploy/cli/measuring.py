@@ -16,18 +16,30 @@ if TYPE_CHECKING:
     from mpdsgr_deploy.experiments.jobs import Places
 
 OPTIONS = (
-    click.option("--seeds", metavar="0,1,..", help="Train with these seeds.  [default: those of the file]"),
-    click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time."),
+    click.option("--seeds", metavar="0,1,..", help="Seeds to train with.  [default: those of the file]"),
     click.option(
-        "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Training runs."
+        "--jobs",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Number of trainings to run at the same time.",
     ),
-    click.option("--root", default="data", show_default=True, help="Where the data set lies."),
+    click.option(
+        "--runs",
+        type=click.Path(path_type=Path),
+        default=Path("runs"),
+        show_default=True,
+        help="Directory for the training runs.",
+    ),
+    click.option("--root", default="data", show_default=True, help="Directory of the data set."),
     click.option(
         "--out",
         type=click.Path(path_type=Path),
-        help="Folder of the results.  [default: train/results in a checkout, else results]",
+        help="Directory for the results.  [default: train/results in a checkout, else results]",
     ),
-    click.option("--render-only", is_flag=True, help="Measure nothing, render the page (without NAME: every page)."),
+    click.option(
+        "--render-only", is_flag=True, help="Only write the page from earlier results; without NAME every page."
+    ),
 )
 
 
@@ -62,7 +74,7 @@ class Measuring:
             raise InputError(f"--seeds {self.seeds!r}: write whole numbers with commas, for example 0,1,2") from None
 
     def measured(self, stems: Iterable[str]) -> list[str]:
-        """Return the records of those of `names` that have any."""
+        """Return those of `stems` for which there are records."""
         from mpdsgr_deploy.experiments.store import RECORDS
 
         return [stem for stem in stems if (self.results / stem / RECORDS).exists()]

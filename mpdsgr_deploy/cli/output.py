@@ -19,23 +19,27 @@ from mpdsgr_deploy.signing.trust import Trust
 NARROWEST = 16  # columns of text that a folded cell keeps
 
 precision_option = click.option(
-    "--precision", help="Which of the bundle's networks.  [default: that of BUNDLE@PRECISION, else fp32]"
+    "--precision",
+    help="Which of the bundle's networks to use: fp32, fp16, int8 or fp8.  [default: the one of BUNDLE@PRECISION, else "
+    "fp32]",
 )
 signature_option = click.option(
     "--require-signature",
     "signature",
     metavar="KEY",
     envvar="MPDSGR_REQUIRE_SIGNATURE",
-    help="Refuse bundles that are not signed so: a public key, certificates, or IDENTITY,ISSUER.",
+    help="Refuse bundles without a valid signature by KEY: a file with a public key or with certificates, or "
+    "IDENTITY,ISSUER of Sigstore.",
 )
 verdict_option = click.option(
     "--require-verdict",
     "least_tier",
     metavar="TIER",
     envvar="MPDSGR_REQUIRE_VERDICT",
-    help="Refuse bundles without a verdict, signed by KEY, that they passed this tier or a harder one.",
+    help="Refuse bundles that lack a verdict, signed by the KEY of --require-signature, that they passed validation in "
+    "this tier or a harder one.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 
 
 def opened_bundle(text: str, precision: str | None, trust: Trust | None = None) -> tuple[Bundle, str]:

@@ -20,18 +20,23 @@ from mpdsgr_deploy.stores import Place, Stored, place_of
 @click.argument("bundle")
 @click.argument("inputs", nargs=-1, type=place_of, metavar="[INPUTS]...")
 @click.option(
-    "--list", "listed", type=place_of, metavar="PATH", help="File with more INPUTS, one per line; - is stdin."
+    "--list", "listed", type=place_of, metavar="PATH", help="File with more INPUTS, one per line; - reads stdin."
 )
-@click.option("--shard", metavar="I/N", default="1/1", help="Only share I of N, for machine I of N machines.")
+@click.option(
+    "--shard", metavar="I/N", default="1/1", help="Classify only part I of N, to divide the work among N machines."
+)
 @click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="What an input that cannot be read does: end the run, or be left out and named in OUT.skipped.csv.",
+    help="What to do with an input that cannot be read: stop the run, or skip it and list it in OUT.skipped.csv.",
 )
 @click.option(
-    "--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the network; on a GPU none has run yet."
+    "--backend",
+    default=DEFAULT_BACKEND,
+    show_default=True,
+    help="Runtime of the network; `mpdsgr doctor` lists all. None has run on a GPU yet.",
 )
 @precision_option
 @signature_option
@@ -39,19 +44,31 @@ from mpdsgr_deploy.stores import Place, Stored, place_of
 @click.option(
     "--processes",
     type=click.IntRange(1),
-    help="Processes that infer, each on a GPU of its own where there are some.  [default: 1; on Ray as fit]",
+    help="Number of processes that run the network, each on its own GPU if there are GPUs.  [default: 1; with --ray as "
+    "many as the cluster has room for]",
 )
 @click.option(
-    "--ray", "cluster", metavar="ADDRESS", help="Run on the Ray cluster there, or with local on one of this machine."
+    "--ray",
+    "cluster",
+    metavar="ADDRESS",
+    help="Run on the Ray cluster at ADDRESS: HOST:PORT, auto, or local for a new one on this machine.",
 )
-@click.option("--ray-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs of a Ray actor.")
-@click.option("--ray-gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="GPUs of a Ray actor.")
-@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="How many labels an image gets.")
+@click.option("--ray-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs for each Ray actor.")
+@click.option(
+    "--ray-gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="GPUs for each Ray actor, such as 0.5."
+)
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of labels to write per image, the most probable first.",
+)
 @click.option(
     "--out",
     type=place_of,
     metavar="PATH",
-    help=f"{', '.join(FORMATS)} file to write, with --ray a folder.  [default: CSV on stdout]",
+    help=f"File to write, ending in {', '.join(FORMATS)}; with --ray a directory.  [default: CSV on stdout]",
 )
 def command(
     bundle: str,
@@ -70,27 +87,29 @@ def command(
     top: int,
     out: Place | None,
 ) -> None:
-    """Classify INPUTS with BUNDLE: images, folders of them, .npy, .npz and Parquet files, here or in a store.
+    """Classify images with a bundle's network.
 
-    Arrays are uint8, or float32 in [0, 1], of shape [N, C, H, W]. Parquet files have a column of encoded images.
-    INPUTS, --list and, with --ray, OUT may be addresses: s3://BUCKET/KEY, gs://BUCKET/KEY.
+    INPUTS are image files, folders of them, .npy and .npz files with an array [N, C, H, W] of uint8 or of float32 in
+    [0, 1], and Parquet files with a column of encoded images. INPUTS, --list and, with --ray, OUT may be addresses in
+    an object store: s3://BUCKET/KEY or gs://BUCKET/KEY.
 
-    Images are resized and centre cropped, transparent pixels laid on white. A network of event frames takes .bin
-    recordings in place of images. A warning says if the pixels' mean or spread is far from that of the training images,
-    as those of inverted digits are.
+    Images are resized and cropped at the centre; transparent pixels become white. A network for event frames takes
+    .bin recordings instead of images. A warning appears if the mean or the spread of the pixels is far from that of
+    the training images, for example if black and white are exchanged.
 
-    CSV, JSON lines and Parquet hold an image's labels and their probabilities, best first: label and probability; with
-    --top 2 the columns label_1, probability_1, label_2, probability_2, in JSON the lists labels and probabilities. .npz
-    holds the names, logits and class numbers.
+    CSV, JSON lines and Parquet hold each image's label and its probability. With --top 2 the columns are label_1,
+    probability_1, label_2 and probability_2, and JSON has the lists labels and probabilities. .npz holds the names of
+    the inputs, the logits and the class numbers.
 
-    With --out, what is finished lies in OUT.partial until all is. After a kill, a crash or a full disk the same command
-    goes on there. An image that cannot be read ends the run in the same way: mend or remove it and run again, or leave
-    such inputs out with --on-error skip. A batch too large for the memory is halved. Several machines share a job with
-    --shard 1/N to N/N: their rows in this order are those of a single run, bit for bit.
+    While the command runs, finished results are in OUT.partial. After an interruption, a crash or a full disk run the
+    same command again, and it continues from there. An image that cannot be read also stops the run: repair or remove
+    it and run the command again, or use --on-error skip. A batch that is too large for the memory is halved. With
+    --shard 1/N to N/N several machines share the work; their files in this order equal the file of a single run, bit
+    for bit.
 
-    With --ray the job is shared by the machines of a Ray cluster, which all see BUNDLE, INPUTS and OUT under these
-    names. OUT is then a folder of Parquet files with the rows of a single machine, bit for bit, and _SUCCESS at the
-    end; after a kill the same command computes the parts that are missing.
+    With --ray the machines of a Ray cluster share the work. BUNDLE, INPUTS and OUT must be at the same paths on all of
+    them. OUT becomes a directory of Parquet files, whose rows equal those of a single machine bit for bit, and gets the
+    file _SUCCESS at the end. After an interruption the same command computes only the missing parts.
 
     \b
     Example:
@@ -100,7 +119,7 @@ def command(
     """
     paths = [*inputs, *(read_list(listed) if listed else [])]
     if not paths:
-        raise InputError("nothing to predict; give INPUTS, or a file that names them with --list")
+        raise InputError("there is nothing to classify; give INPUTS, or --list with a file that names them")
     opened, chosen = opened_bundle(bundle, precision, required_trust(signature))
     job = Job(
         opened,
@@ -124,10 +143,12 @@ def command(
         click.echo(f"{rows} predictions in {out}")
         return
     if isinstance(out, Stored):
-        raise InputError(f"--out {out}: only --ray writes to a store, with --ray local on this machine alone")
+        raise InputError(
+            f"--out {out} is in an object store, to which only --ray writes; add --ray local to use just this machine"
+        )
     if out is not None:
         count, skipped = job.to_file(out), place_of_faults(out)
-        also = f"; what was skipped is in {skipped}" if skipped.exists() else ""
+        also = f"; skipped inputs are listed in {skipped}" if skipped.exists() else ""
         click.echo(f"{count} predictions in {out}{also}")
         return
     job.to_stream(sys.stdout.buffer, ".csv")

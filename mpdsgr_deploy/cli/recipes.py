@@ -11,22 +11,26 @@ from mpdsgr_deploy.recipes import Published, built_in_recipes, find_recipe, flat
 
 
 @click.command("recipes")
-@click.option("--copy", "name", metavar="NAME", help="Copy a recipe here as one file, to edit it.")
+@click.option(
+    "--copy", "name", metavar="NAME", help="Copy a recipe into the current directory, as one file that you can edit."
+)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the built-in recipes with the accuracies a paper published for them, or copy one here.
+    """List the built-in recipes, or copy one to edit it.
 
-    A copy holds everything that the recipe and those it extends set.
+    A recipe is a TOML file that describes the data, the network and the training. The list shows the accuracies that a
+    paper has published for it. A copy also contains the settings of the recipes that it extends.
 
     \b
     Example:
+      mpdsgr recipes
       mpdsgr recipes --copy digits-mpdsgr
     """
     if name is not None:
         source = find_recipe(name)
         target = Path(source.name)
         if target.exists():
-            raise InputError(f"{target} already exists here; rename it first")
+            raise InputError(f"{target} already exists in this directory; rename or remove it first")
         write_atomic(target, flattened(source).encode())
         if as_json:
             print_json({"copied": str(target)})
@@ -38,7 +42,11 @@ def command(name: str | None, as_json: bool) -> None:
         print_json({name: {"title": what, "published": p and p.model_dump()} for name, (what, p) in recipes.items()})
     else:
         rows = [(name, what, *figures(p)) for name, (what, p) in recipes.items()]
-        print_table(("recipe", "what it is", "clean", "noise", "FGSM", "PGD", "BIM"), rows, "published accuracies in %")
+        print_table(
+            ("recipe", "what it is", "clean", "noise", "FGSM", "PGD", "BIM"),
+            rows,
+            "recipes, and accuracies in % that a paper has published for them",
+        )
 
 
 def figures(stated: Published | None) -> list[str]:

@@ -13,7 +13,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 
-LOST = 4  # the exit code of a stop that left accepted requests without an answer
+LOST = 4  # exit code if the server stopped before it had answered all accepted requests
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -21,23 +21,55 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Of HTTP; 0: any free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port for HTTP; 0 takes any free port.",
 )
-@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="Of gRPC.")
-@click.option("--processes", type=click.IntRange(1), help="That share the ports. [default: machine.processes, 1]")
-@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the networks.")
-@click.option("--settings", type=FILE, help="TOML file with limits; serve/settings.toml has them all.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: limits.batch=128.")
 @click.option(
-    "--api-key-file", type=FILE, help="Keys that clients must send, one per line; read again when it changes."
+    "--grpc-port",
+    type=click.IntRange(0, 65535),
+    default=8001,
+    show_default=True,
+    help="Port for gRPC; 0 takes any free port.",
 )
-@click.option("--tls-certificate", type=FILE, help="PEM file; with --tls-key.")
-@click.option("--tls-key", type=FILE, help="PEM file; with --tls-certificate.")
-@click.option("--tls-client-ca", type=FILE, help="PEM file of who signs the certificates that clients must show.")
-@click.option("--insecure", is_flag=True, help="Listen where others reach it, without keys or client certificates.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Number of server processes, which share the ports.  [default: the setting machine.processes, 1]",
+)
+@click.option(
+    "--backend", default=DEFAULT_BACKEND, show_default=True, help="Runtime of the networks; `mpdsgr doctor` lists all."
+)
+@click.option("--settings", type=FILE, help="TOML file with settings; serve/settings.toml lists all with comments.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting, such as limits.batch=128; may be repeated.",
+)
+@click.option(
+    "--api-key-file",
+    type=FILE,
+    help="File of keys, one per line, of which clients must send one; it is read again when it changes.",
+)
+@click.option("--tls-certificate", type=FILE, help="PEM file with the server's certificate; needs --tls-key.")
+@click.option("--tls-key", type=FILE, help="PEM file with the private key of --tls-certificate.")
+@click.option(
+    "--tls-client-ca", type=FILE, help="PEM file with the authorities that must have signed the clients' certificates."
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Allow a --host that other machines reach, without API keys or client certificates.",
+)
 @signature_option
 @verdict_option
-@click.option("--repository-control", is_flag=True, help="Let requests load and unload the models named here.")
+@click.option(
+    "--repository-control", is_flag=True, help="Allow requests that load and unload the models of this command."
+)
 def command(
     models: tuple[str, ...],
     host: str,
@@ -56,14 +88,18 @@ def command(
     least_tier: str | None,
     repository_control: bool,
 ) -> None:
-    """Serve networks over the Open Inference Protocol (v2): HTTP with JSON and binary tensors, and gRPC.
+    """Serve networks over HTTP and gRPC.
 
-    A model is called NAME, or as its bundle's directory, with -PRECISION behind it where one other than fp32 is named.
-    Each answers its bundle's golden batch before the server is ready. SIGTERM ends the server without losing a request
-    it accepted (exit code 4 if some could not be answered in time); SIGHUP loads bundles that changed, and switches to
-    them once they are proved, and reads TLS certificates anew.
+    The server speaks the Open Inference Protocol (v2), over HTTP with JSON or binary tensors, and over gRPC. A model is
+    called NAME, or without a NAME like its bundle's directory, followed by -PRECISION for a precision other than fp32.
+    Before the server is ready, each network must give the stored answers to its bundle's golden batch, a few images
+    whose logits are known.
 
-    On a machine with several GPUs start one server for each, with CUDA_VISIBLE_DEVICES.
+    SIGTERM stops the server after all accepted requests are answered; the exit code is 4 if some could not be answered
+    in time. SIGHUP reads TLS certificates again and loads bundles that have changed; a changed bundle replaces the old
+    one once its golden batch is answered correctly.
+
+    On a machine with several GPUs start one server per GPU and set CUDA_VISIBLE_DEVICES.
 
     \b
     Example:
@@ -73,7 +109,7 @@ def command(
     if find_spec("fcntl") is None:
         raise InputError("mpdsgr serve needs Linux or macOS; on Windows run it in WSL or in a container")
     limit_free_memory()
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its core's lines are not for the user
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC reads it when imported; its log lines do not help a user
     need("httptools", "serve")
     need("orjson", "serve")
     need("tritonclient.grpc", "serve")

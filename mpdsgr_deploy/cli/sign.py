@@ -28,17 +28,25 @@ class Named(NamedTuple):
 
 @click.command("sign")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE|REPORT...")
-@click.option("--key", type=FILE, help="EC private key in PEM; its password, if any, in MPDSGR_KEY_PASSWORD.")
-@click.option("--certificate", type=FILE, help="PEM file with the certificate of --key, and those above it.")
-@click.option("--sigstore", is_flag=True, help="Sign as who you are (a CI job, an account): asks Sigstore's servers.")
+@click.option(
+    "--key", type=FILE, help="PEM file with an EC private key. MPDSGR_KEY_PASSWORD holds its password, if it has one."
+)
+@click.option(
+    "--certificate", type=FILE, help="PEM file with the certificate of --key and its intermediate certificates."
+)
+@click.option(
+    "--sigstore",
+    is_flag=True,
+    help="Sign through Sigstore with the identity of this CI job or your account; contacts Sigstore's servers.",
+)
 @json_option
 def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None, sigstore: bool, as_json: bool) -> None:
-    """Sign bundles and reports, so that whoever takes them can tell who vouches for them.
+    """Sign bundles and reports, so that others can check their origin.
 
-    A bundle gets model.sig (OpenSSF model-signing: `model_signing verify` accepts it), which covers every file in it. A
-    report, which is the directory that `mpdsgr validate` wrote, gets verdict.sig: an in-toto statement of its verdict
-    about the digest of its bundle. If that bundle is named beside it, the bundle carries the verdict too, and
-    `mpdsgr serve --require-verdict` finds it there.
+    A bundle gets model.sig in the format of OpenSSF model-signing, which `model_signing verify` accepts. It covers
+    every file of the bundle. A report, the directory that `mpdsgr validate` wrote, gets verdict.sig: an in-toto
+    statement of its verdict and of the digest of the bundle. If the command also names that bundle, the verdict is
+    copied into the bundle, where `mpdsgr serve --require-verdict` reads it.
 
     \b
     Example:
@@ -46,7 +54,7 @@ def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None,
       mpdsgr sign bundles/digits reports/digits --key ci.pem
     """
     if sigstore == (key is not None) or (certificate is not None and key is None):
-        raise InputError("say who signs: --key FILE, with --certificate if it has one, or --sigstore alone")
+        raise InputError("say who signs: either --key FILE, with --certificate FILE if the key has one, or --sigstore")
     need("model_signing.signing", "sign")
     signer = Signer(key, certificate)
     bundles = [open_bundle(path) for path in paths if (path / MANIFEST).is_file()]
@@ -75,6 +83,7 @@ def _named(path: Path, bundles: list[Bundle]) -> Named:
             return Named(path, report, bundle)
     if bundles:
         raise InputError(
-            f"{path} is about another bundle than {bundles[0].path}; validate this one, or sign them apart"
+            f"{path} is the report of another bundle than {bundles[0].path}; validate that bundle, or sign the two in "
+            "separate commands"
         )
     return Named(path, report, None)

@@ -14,13 +14,20 @@ from mpdsgr_deploy.lookup import need
 @click.argument("name", required=False)
 @click.argument("rows", nargs=-1)
 @measuring
-@click.option("--why", is_flag=True, help="Measure what perturbations and gradients do in the networks of the rows.")
-@click.option("--images", type=click.IntRange(1), default=200, show_default=True, help="Test images of --why.")
+@click.option(
+    "--why",
+    is_flag=True,
+    help="Instead measure how perturbations and gradients pass through the trained networks of the rows.",
+)
+@click.option(
+    "--images", type=click.IntRange(1), default=200, show_default=True, help="Number of test images for --why."
+)
 def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, images: int) -> None:
-    """Compare methods in several settings: run the ROWS (all without any) of the study NAME, and render its page.
+    """Compare training methods in several settings, and write a page.
 
-    NAME is one that `mpdsgr study` lists, or a .toml file; ROWS are settings or SETTING.METHOD. Records are kept as
-    those of `mpdsgr table` are.
+    NAME is a study that `mpdsgr study` without arguments lists, or a .toml file. ROWS are names of settings, or
+    SETTING.METHOD for a single method; without them everything is measured. Earlier results are kept, an interrupted
+    measurement continues, and a row whose recipe has changed is measured again.
 
     \b
     Example:

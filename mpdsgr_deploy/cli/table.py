@@ -17,11 +17,26 @@ from mpdsgr_deploy.lookup import need
 @click.argument("name", required=False)
 @click.argument("rows", nargs=-1)
 @measuring
-@click.option("--flips", is_flag=True, help="Count the spikes that each precision flips in the trained networks.")
-@click.option("--images", type=click.IntRange(1), default=500, show_default=True, help="Test images of --flips.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after so long; run again to continue.")
-@click.option("--from", "from_reports", is_flag=True, help="Rank the validation reports that NAME and ROWS are.")
-@click.option("--pack", type=click.Path(path_type=Path), help="Pack results and networks as tar files into a folder.")
+@click.option(
+    "--flips", is_flag=True, help="Instead count the spikes of the trained networks that change in each precision."
+)
+@click.option(
+    "--images", type=click.IntRange(1), default=500, show_default=True, help="Number of test images for --flips."
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Stop after this many minutes; the same command continues later.",
+)
+@click.option(
+    "--from",
+    "from_reports",
+    is_flag=True,
+    help="Instead print a leaderboard of validation reports, whose paths replace NAME and ROWS.",
+)
+@click.option(
+    "--pack", type=click.Path(path_type=Path), help="Also pack results and networks as tar files into this directory."
+)
 def command(
     name: str | None,
     rows: tuple[str, ...],
@@ -32,10 +47,11 @@ def command(
     from_reports: bool,
     pack: Path | None,
 ) -> None:
-    """Train and attack the ROWS (all without any) of the table NAME, and render its page.
+    """Train and attack the networks of a table, and write its page.
 
-    NAME is one that `mpdsgr table` lists, or a .toml file. What was measured is kept, what was interrupted continues,
-    and what was measured with another recipe is measured again.
+    NAME is a table that `mpdsgr table` without arguments lists, or a .toml file. ROWS are titles of its rows; without
+    them all rows are measured. Earlier results are kept, an interrupted measurement continues, and a row whose recipe
+    has changed is measured again.
 
     \b
     Example:

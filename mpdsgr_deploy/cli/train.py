@@ -10,16 +10,24 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe
 
-DEFAULT = "digits-robust"  # of the methods measured, what keeps most under all attacks; see train/results
+DEFAULT = "digits-robust"  # the most accurate under all attacks of the methods in train/results
 
 
 @click.command("train")
 @click.argument("recipe", default=DEFAULT)
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a recipe field.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a field of the recipe; may be repeated.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Directory for the run.  [default: runs/RECIPE]")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run from its last finished epoch.")
-@click.option("--init", metavar="ORIGIN", help="Start from the weights of a run, a bundle or package.module:function.")
-@click.option("--profile", is_flag=True, help="Write where the time of the first steps went to OUT/profile.")
+@click.option("--init", metavar="ORIGIN", help="Start from the weights of ORIGIN, as described above.")
+@click.option(
+    "--profile", is_flag=True, help="Also profile the first training steps with torch's profiler, into OUT/profile."
+)
 @json_option
 def command(
     recipe: str,
@@ -30,17 +38,20 @@ def command(
     profile: bool,
     as_json: bool,
 ) -> None:
-    """Train RECIPE: a built-in name (see `mpdsgr recipes`) or a .toml file; digits-robust without one.
+    """Train a network as RECIPE describes it.
 
-    That is adversarial training with SR, which keeps most under all attacks of what was measured; the paper's own
-    method is cifar10-vgg11-mpdsgr, or digits-mpdsgr. Writes checkpoints (last, best), TensorBoard curves and what
-    --resume needs. `mpdsgr export` takes the last epoch; --checkpoint best takes the one that validated best.
+    RECIPE is a built-in name (`mpdsgr recipes` lists them) or a .toml file. The default, digits-robust, combines
+    adversarial training with the SR regulariser, the most accurate under attack of the methods measured. The paper's
+    own method, MPD-SGR, is in the recipes cifar10-vgg11-mpdsgr and digits-mpdsgr.
 
-    Several nodes train together with training.nodes: start this command by torchrun or srun, or once on each node with
-    MASTER_ADDR, MASTER_PORT and NODE_RANK set. All of them need the data and a shared --out.
+    The run directory gets the checkpoints of the last and of the best epoch, TensorBoard curves, and the state that
+    --resume needs. `mpdsgr export` takes the last epoch unless it is given --checkpoint best.
 
-    --init takes a run, a checkpoint or a bundle of this package, or package.module:function, which returns a torch
-    module whose layers map one to one onto the recipe's.
+    To train on several nodes set training.nodes, and start this command by torchrun or srun, or once on each node with
+    MASTER_ADDR, MASTER_PORT and NODE_RANK set. Every node needs the data set and the same shared --out.
+
+    ORIGIN of --init is a run, a checkpoint or a bundle of this package, or package.module:function, where the function
+    returns a torch module whose layers correspond one to one to those of the recipe's network.
 
     \b
     Example:

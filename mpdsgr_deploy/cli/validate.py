@@ -24,36 +24,51 @@ from mpdsgr_deploy.validation.writing import report_directory, write_report
 @click.command("validate")
 @click.argument("bundle")
 @click.option(
-    "--backend", default=DEFAULT_BACKEND, show_default=True, help="What runs the artefact; on a GPU none has run yet."
+    "--backend",
+    default=DEFAULT_BACKEND,
+    show_default=True,
+    help="Runtime of the network; `mpdsgr doctor` lists all. None has run on a GPU yet.",
 )
 @precision_option
 @signature_option
-@click.option("--url", help="Validate the server there: http://HOST:PORT/v2/models/NAME, which serves BUNDLE.")
+@click.option("--url", help="Attack the server at http://HOST:PORT/v2/models/NAME, which must serve BUNDLE.")
 @click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),
     default=20.0,
     show_default=True,
-    help="Requests a second to --url, at most.",
+    help="Largest number of requests per second to send to --url.",
 )
-@click.option("--tier", help=f"How much is attacked: {', '.join(TIERS)}.  [default: the gate's, else the reference's]")
-@click.option("--gate", type=click.Path(path_type=Path), help="TOML file with the rules.  [default: the recipe's]")
-@click.option("--data", help="Data set whose test images are used.  [default: the images in the bundle]")
-@click.option("--root", help="Where the data set lies, whose images are then used.")
 @click.option(
-    "--limit", type=click.IntRange(1), help="Use N test images only, the same in every call.  [default: the tier's]"
+    "--tier", help=f"Which set of attacks to run: {', '.join(TIERS)}.  [default: the gate's, else the reference's]"
 )
-@click.option("--transfer", type=click.Path(path_type=Path), help="Bundle or checkpoint to attack from too.")
+@click.option(
+    "--gate",
+    type=click.Path(path_type=Path),
+    help="TOML file with the rules of the gate.  [default: the recipe's gate]",
+)
+@click.option("--data", help="Data set from which to take the test images.  [default: the images in the bundle]")
+@click.option("--root", help="Directory of the data set; its images replace those in the bundle.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="Use only N test images, the same in every call.  [default: the tier's number]",
+)
+@click.option(
+    "--transfer",
+    type=click.Path(path_type=Path),
+    help="Another bundle or checkpoint, on which adversarial images are also computed (a transfer attack).",
+)
 @click.option(
     "--report",
     "report_dir",
     type=click.Path(path_type=Path),
-    help="Directory to write.  [default: reports/NAME-PRECISION of the bundle]",
+    help="Directory for the report.  [default: reports/NAME-PRECISION, with the bundle's name]",
 )
 @click.option(
     "--rebuild/--no-rebuild",
     default=None,
-    help="Export again from the bundle's weights and compare the files.  [default: where torch is installed]",
+    help="Also export again from the bundle's weights and compare the files.  [default: if torch is installed]",
 )
 @json_option
 @click.pass_context
@@ -75,12 +90,16 @@ def command(
     rebuild: bool | None,
     as_json: bool,
 ) -> None:
-    """Attack BUNDLE's exported network and decide whether it is still as accurate and as robust as promised.
+    """Attack a bundle's network and compare it with its reference.
 
-    Needs no torch: the network is attacked through its own attack graph, and held against the reference that
-    `mpdsgr export` measured. Exit code 0 pass, 1 the gate failed, 3 the evaluation is not valid. The report directory
-    gets report.json, junit.xml, summary.md, badge.json and, with the extra `report`, report.html. After a kill the same
-    command goes on where it stopped.
+    The verdict is about the exported network itself, and torch is not needed: the attacks use a graph with gradients
+    that is derived from the ONNX file. Accuracies with and without attacks are compared with the reference that
+    `mpdsgr export` measured on the torch network. The tiers are sets of attacks: commit (350 images, some minutes, for
+    every change), release (1,000 images, stronger attacks), paper (all test images, the strongest attacks).
+
+    Exit code: 0 the gate passed, 1 the gate failed, 3 the evaluation is not valid. The report directory gets
+    report.json, junit.xml, summary.md, badge.json and, if the extra `report` is installed, report.html. To continue an
+    interrupted validation, run the same command again.
 
     \b
     Example:

@@ -19,11 +19,19 @@ FILE = click.Path(dir_okay=False)
 
 @click.command("verify")
 @click.argument("bundle", metavar="BUNDLE|REPORT")
-@click.option("--rebuild", is_flag=True, help="Export again from the weights and compare the files; needs torch.")
-@click.option("--key", type=FILE, help="Public key in PEM, by whose private key it must be signed.")
-@click.option("--certificate", type=FILE, help="Certificates in PEM, by one of which its signer must be certified.")
-@click.option("--identity", metavar="NAME", help="Who must have signed it through Sigstore; asks Sigstore's servers.")
-@click.option("--issuer", metavar="URL", help="Who vouches for --identity.")
+@click.option("--rebuild", is_flag=True, help="Also export again from the weights and compare the files; needs torch.")
+@click.option("--key", type=FILE, help="PEM file with the public key of the required signer.")
+@click.option(
+    "--certificate",
+    type=FILE,
+    help="PEM file with certificates, one of which must have issued the signer's certificate.",
+)
+@click.option(
+    "--identity",
+    metavar="NAME",
+    help="Identity of the required signer in Sigstore, such as an e-mail address; contacts Sigstore's servers.",
+)
+@click.option("--issuer", metavar="URL", help="OpenID Connect provider that confirmed --identity.")
 @json_option
 def command(
     bundle: str,
@@ -34,16 +42,16 @@ def command(
     issuer: str | None,
     as_json: bool,
 ) -> None:
-    """Check that BUNDLE is whole and consistent, without attacking it, and who signed it.
+    """Check a bundle's hashes, answers and signature, without attacks.
 
-    Hashes of all files, and the answers of every precision to the golden batch. With --rebuild also that weights and
-    recipe give these very files. With a key, certificates or an identity its signature comes first, and then everything
-    is read from a private copy of what was signed.
+    The answers are those of every precision to the golden batch, a few images whose logits are stored in the bundle.
+    --rebuild also checks that the weights and the recipe give exactly these files. With --key, --certificate or
+    --identity the signature is checked first, and all later checks read a private copy of the signed files.
 
-    A REPORT, the directory that `mpdsgr validate` wrote, is checked by its signature alone: every file in it is as it
-    was when `mpdsgr sign` signed it.
+    Of a REPORT, a directory that `mpdsgr validate` wrote, only the signature is checked: no file may have changed since
+    `mpdsgr sign` signed it.
 
-    Exit code 2 if a hash or a signature is wrong, 3 if something else differs.
+    Exit code: 2 if a hash or a signature is wrong, 3 if an answer or a rebuilt file differs.
 
     \b
     Example:
@@ -69,17 +77,17 @@ def command(
         signed = {"signer": signer, "verdicts": [verdict.model_dump() for verdict in verdicts]}
         print_json({"bundle": str(bundle), "checked": checked, "faults": faults, **(signed if signer else {})})
     else:
-        click.echo(f"{bundle}: {', '.join(checked)}: {'all as they should be' if not faults else ''}")
+        click.echo(f"{bundle}: checked {', '.join(checked)}: {'all correct' if not faults else 'not all correct'}")
         for line in [*([f"signed by {signer}"] if signer else []), *(v.line for v in verdicts), *faults]:
             click.echo(f"  {line}")
     if faults:
-        raise EvaluationError(f"{bundle} is not what it says: {faults[0]}")
+        raise EvaluationError(f"{bundle} does not match its manifest: {faults[0]}")
 
 
 def _trust(key: str | None, certificate: str | None, identity: str | None, issuer: str | None) -> Trust | None:
     """Return the signer that the options name. Raises InputError for several, or an identity without its issuer."""
     if sum(option is not None for option in (key, certificate, identity)) > 1 or (identity is None) != (issuer is None):
-        raise InputError("name one signer: --key FILE, --certificate FILE, or --identity NAME with --issuer URL")
+        raise InputError("give one signer: --key FILE, --certificate FILE, or --identity NAME with --issuer URL")
     if key is not None:
         return trust_of_kind(key, "key", "--key")
     if certificate is not None:
@@ -89,12 +97,14 @@ def _trust(key: str | None, certificate: str | None, identity: str | None, issue
 
 def _verify_report(directory: Path, trust: Trust | None, as_json: bool) -> None:
     if trust is None:
-        raise InputError(f"{directory} is a report, which is verified by its signature; name its signer with --key")
+        raise InputError(
+            f"{directory} is a report, of which only the signature can be verified; give its signer's --key"
+        )
     verdict, signer = verify_report(directory, trust)
     if as_json:
         print_json({"report": str(directory), "signer": signer, "verdict": verdict.model_dump()})
         return
-    click.echo(f"{directory}: every file is as it was signed\n  signed by {signer}\n  {verdict.line}")
+    click.echo(f"{directory}: no file has changed since it was signed\n  signed by {signer}\n  {verdict.line}")
 
 
 def golden_faults(bundle: Bundle) -> list[str]:
