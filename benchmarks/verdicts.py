@@ -153,9 +153,9 @@ def render(result: dict[str, Any]) -> str:
         "If a fault lies in the artefact, hashes and golden logits were recomputed from the faulty file, as an "
         "exporter with that fault would compute them, so that only the promise (the reference in the bundle) or the "
         "float32 file can reveal the fault. Exit code 1: the artefact is worse or another one; 2: it cannot be "
-        "evaluated; 3: the evaluation proves nothing.",
+        "evaluated; 3: the evaluation proves nothing. Messages are worded as they were in the measured revision.",
         "",
-        "| fault | what went wrong | lies in | file | exit code | caught by | which said |",
+        "| fault | what went wrong | lies in | file | exit code | caught by | message |",
         "|---|---|---|---|---|---|---|",
     ]
     for fault in faults:
@@ -200,7 +200,7 @@ def catcher(fault: dict[str, Any]) -> tuple[str, str]:
         name, _, saw = said.partition(": ")
         return name, saw.partition("; ")[0]
     if fault["ended"] == 1:
-        rules = {"newly wrong": "gate", "does not answer": "kept answers"}
+        rules = {"newly wrong": "gate", "does not answer": "kept answers", "answers differ": "kept answers"}
         return next((rule for words, rule in rules.items() if words in said), "float32 sibling"), said
     return ("golden batch" if "golden batch" in said else "refused before the attack"), said
 

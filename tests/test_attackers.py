@@ -219,4 +219,4 @@ def test_transfer_from_another_kind_of_network_is_refused(bundle: Bundle, run_di
     file = tmp_path / "other" / "checkpoint.json"
     file.write_text(file.read_text().replace('"labels": [', '"labels": [\n  "none of these",'))
     done = mpdsgr_here("validate", bundle.path, "--transfer", tmp_path / "other", "--report", tmp_path / "report")
-    assert_input_error(done, "was not trained on images like those under attack")
+    assert_input_error(done, "takes other images than the network under attack")

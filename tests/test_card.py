@@ -62,9 +62,9 @@ def test_without_a_report_the_card_says_whose_accuracies_these_are(shipped: Bund
 def test_what_a_card_cannot_be_made_of_is_refused(bundle: Bundle, report_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     for options, part in (
-        ([bundle.path, "--card", "--report", report_dir], "is about another network"),
-        ([BUNDLE, "--card", "--report", tmp_path / "none"], "run `mpdsgr validate`"),
-        ([BUNDLE, "--card", "--report", tmp_path], "is not a report"),
+        ([bundle.path, "--card", "--report", report_dir], "is the report of another network"),
+        ([BUNDLE, "--card", "--report", tmp_path / "none"], "give a report of `mpdsgr validate`"),
+        ([BUNDLE, "--card", "--report", tmp_path], "give a report of `mpdsgr validate`"),
         ([BUNDLE, "--card", "--json"], "--card needs a bundle"),
         ([BUNDLE, "--report", report_dir], "add --card"),
     ):

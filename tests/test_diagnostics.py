@@ -156,8 +156,8 @@ HEALTHY = LayerStatistics("conv1", 0.15, 0.42, 0.40, 0.41, 1.0, 0.1)
         ({"silent_channels": 0.6}, "conv2 (0.6): more than 50% of the channels never fired"),
         ({"firing_rate": 0.95}, "conv2 (0.95): firing rate above 0.9"),
         ({"scale": 2.5}, "conv2 (2.5): mean |lambda| above 2"),
-        ({"omega_theorem": 0.12}, "conv2 (0.3): Theorem 1's Omega is more than 0.15 off"),
-        ({"omega_theorem": 0.62}, "conv2 (0.2): Theorem 1's Omega is more than 0.15 off"),
+        ({"omega_theorem": 0.12}, "conv2 (0.3): Omega by Theorem 1 differs by more than 0.15"),
+        ({"omega_theorem": 0.62}, "conv2 (0.2): Omega by Theorem 1 differs by more than 0.15"),
     ],
 )
 def test_each_warning_fires_on_its_own_fault_only(change: dict[str, float], says: str) -> None:

@@ -57,7 +57,7 @@ def test_what_cannot_be_compared_is_one_line(
         assert done.exit_code == 2, done.output
         return done.stderr
 
-    assert "has one precision only" in error(bundle.path, "--flips")
+    assert "has only one precision" in error(bundle.path, "--flips")
     assert "is none" in error(run_dir, "--flips")
     assert "--plots needs --flips" in error(precise.path, "--plots", tmp_path / "plots")
     assert "--layer and --channel are only for checkpoints" in error(precise.path, "--flips", "--layer", "conv1")
@@ -66,7 +66,7 @@ def test_what_cannot_be_compared_is_one_line(
     for node in unnamed.graph.node:
         for names in (node.input, node.output):
             names[:] = [name.replace("spikes/", "s/") for name in names]
-    with pytest.raises(InputError, match="does not name its potentials"):
+    with pytest.raises(InputError, match="does not name its membrane potentials"):
         Recorder(unnamed)
 
     def no_data(config: object) -> None:

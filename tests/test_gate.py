@@ -177,10 +177,10 @@ def test_rules_of_single_conditions_go_before_the_general_one() -> None:
     assert failures(rules, [row("clean", 95), row("fgsm", 90), row("pgd", 50)]) == []
     broken = failures(rules, [row("clean", 94), row("fgsm", 89), row("pgd", 49)])
     assert [reason.line for reason in broken] == [
-        "clean: 6 images newly wrong and 0 newly right of 100, a drop of 6.00%; 5.00% allowed",
-        "fgsm: 11 images newly wrong and 0 newly right of 100, a drop of 11.00%; 10.00% allowed",
+        "clean: of 100 images 6 are newly wrong and 0 newly right, a drop of 6.00%, where 5.00% is allowed",
+        "fgsm: of 100 images 11 are newly wrong and 0 newly right, a drop of 11.00%, where 10.00% is allowed",
         "fgsm: accuracy 89.00% is below the floor 90.00%",
-        "pgd: 51 images newly wrong and 0 newly right of 100, a drop of 51.00%; 50.00% allowed",
+        "pgd: of 100 images 51 are newly wrong and 0 newly right, a drop of 51.00%, where 50.00% is allowed",
     ]
     alone = row("fgsm", 89).model_copy(update={"reference": None, "flips": None})
     assert len(failures(rules, [alone])) == 1  # the floor
@@ -230,7 +230,8 @@ def test_losses_too_few_in_each_condition_are_significant_together(monkeypatch: 
     monkeypatch.setattr(rules_of_the_gate, "SIGNIFICANT", SIGNIFICANT)
     broken = failures(gate("0.05"), rows_with_losses(5, worse=8, better=1))
     assert [reason.line for reason in broken] == [
-        "attack 0: a drop of 7.00%; 5.00% allowed; significant in 5 conditions together, p = 4e-08"
+        "attack 0: a drop of 7.00%, where 5.00% is allowed; "
+        "statistically significant over 5 conditions together, p = 4e-08"
     ]
     assert failures(gate("0.05"), rows_with_losses(1, worse=8, better=1)) == []  # one alone is not
     assert failures(gate("0.08"), rows_with_losses(5, worse=8, better=1)) == []  # within the limit

@@ -34,13 +34,13 @@ NAMES = ("clean", "pgd", "worst")
             Gate(drops={"pgd": 0.1}),
             100,
             ("clean",),
-            "bounds the drop under 'pgd', which the bundle's reference has not",
+            "limits the drop under 'pgd', with which the bundle's reference was not",
         ),
-        (Gate(drops={"pgd": 0.1}, floors={"pgd": 0.1}), 100, (), "bounds the drop under 'pgd'"),
+        (Gate(drops={"pgd": 0.1}, floors={"pgd": 0.1}), 100, (), "limits the drop under 'pgd'"),
         (Gate(), 100, (), "nothing to decide"),
-        (Gate(max_drop=0.05), 79, NAMES, "79 images cannot decide this gate: it takes 80"),
-        (Gate(max_drop=0.0), 4, NAMES, "it takes 5"),
-        (Gate(floors={"worst": 0.9}), 34, (), "it takes 35"),
+        (Gate(max_drop=0.05), 79, NAMES, "79 images cannot decide this gate, which needs 80"),
+        (Gate(max_drop=0.0), 4, NAMES, "which needs 5"),
+        (Gate(floors={"worst": 0.9}), 34, (), "which needs 35"),
     ],
 )
 def test_gates_that_cannot_decide_are_refused(rules: Gate, n: int, referenced: tuple[str, ...], expected: str) -> None:
@@ -113,7 +113,7 @@ def test_the_tier_is_the_callers_or_the_gates_or_the_references() -> None:
     assert chosen_tier(None, Gate(tier="release"), recipe, "commit") == ("release", "the gate")
     assert chosen_tier(None, Gate(max_drop=0.1), recipe, "paper") == ("paper", "the bundle's reference")
     assert chosen_tier(None, None, recipe, None) == ("commit", "the recipe")
-    with pytest.raises(InputError, match="gate asks for tier release, and tier commit attacks less"):
+    with pytest.raises(InputError, match="gate requires tier release, and tier commit has weaker attacks"):
         chosen_tier("commit", Gate(tier="release"), recipe, "release")
 
 
@@ -125,7 +125,7 @@ def test_a_gate_that_bounds_no_drop_has_the_least_that_its_images_can_decide(mon
     check_gate(few, NAMES, 497, NAMES)
     stated = {rule.name: rule for rule in stated_rules(None, few, Recipe(), tier_from="it", data="cifar10", n=497)}
     assert stated["max drop"].value == "2.01%"
-    assert stated["max drop"].origin == "the least that 497 images can decide; tier release asks for 1.00%"
+    assert stated["max drop"].origin == "the smallest drop that 497 images can decide; tier release allows 1.00%"
     assert settled(Gate(max_drop=0.005), "release", 497).max_drop == 0.005  # and is refused, as it cannot be decided
 
 
@@ -135,7 +135,7 @@ def test_too_few_images_are_not_given_a_limit_that_decides_nothing(
     n: int, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rules_of_the_gate, "SIGNIFICANT", SIGNIFICANT)
-    with pytest.raises(InputError, match=rf"{n} images cannot decide this gate: it takes 100 "):
+    with pytest.raises(InputError, match=rf"{n} images cannot decide this gate, which needs 100 "):
         check_gate(settled(Gate(), tier, n), NAMES, n, NAMES)
 
 
@@ -156,8 +156,8 @@ def test_every_rule_says_where_it_comes_from() -> None:
     ("pinned", "expected"),
     [
         ({"eps": 0.1}, "for attacks with eps 0.1, the bundle's recipe has 0.0313725"),
-        ({"images_sha256": "ab"}, "for the images with sha256 ab, these have cd"),
-        ({"least_images": 1000}, "asks for 1000 images or more, not 100"),
+        ({"images_sha256": "ab"}, "for images with sha256 ab, and these have cd"),
+        ({"least_images": 1000}, "requires at least 1000 images, not 100"),
     ],
 )
 def test_a_gate_pins_what_its_figures_were_chosen_for(pinned: dict[str, Any], expected: str) -> None:

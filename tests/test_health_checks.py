@@ -84,7 +84,7 @@ def test_check_4_flags_accuracy_that_outlives_any_eps() -> None:
 def test_check_5_flags_an_attack_that_was_stopped_early() -> None:
     def passed(broken: int, floor: float | None = None) -> bool:
         seen = attack_checks.check_convergence(Convergence(broken, 40, 50, {"apgd-ce": 20}, 0.6, floor))
-        assert f"{broken} of 50" in seen.saw
+        assert f"{broken} more of 50" in seen.saw
         return seen.passed
 
     assert passed(0)
@@ -99,7 +99,7 @@ def test_check_5_holds_a_floor_against_what_twice_the_steps_break(broken: int, f
     """A floor that the worst case itself misses is no matter of steps: the gate fails for it."""
     seen = attack_checks.check_convergence(Convergence(broken, 40, 50, {"apgd-ce": 20}, 0.6, floor))
     assert seen.passed == holds
-    assert ("below the floor" in seen.saw) != holds
+    assert ("below the gate's floor" in seen.saw) != holds
 
 
 def test_check_6_flags_a_sweep_that_left_something_out() -> None:
@@ -138,7 +138,7 @@ def test_check_19_flags_a_search_that_beats_the_gradients(broken: int, passed: b
     seen = attack_checks.check_search(Search(broken, 60, 100, 500))
     assert (seen.passed, seen.saw) == (
         passed,
-        f"500 queries break {broken} of the 60 images that gradients left, of 100",
+        f"of 100 images attacks with gradients left 60 correct; of these 500 queries each break {broken}",
     )
 
 
@@ -216,10 +216,10 @@ def test_check_13_flags_a_reference_that_met_none_of_the_attacks() -> None:
     assert attack_checks.check_reach(Reach(True), 100).failed
     found = attack_checks.check_reach(Reach(True, sound, missing=["pgd-strong"]), 100)
     assert found.failed
-    assert "no verdicts under pgd-strong" in found.saw
+    assert "no results under pgd-strong" in found.saw
     part = attack_checks.check_reach(Reach(True, sound, alone=["apgd-ce"]), 100)
     assert part.passed
-    assert "only the artefact met apgd-ce" in part.saw
+    assert "only the artefact was attacked with apgd-ce" in part.saw
 
 
 def test_check_9_flags_an_empty_comparison() -> None:

@@ -41,7 +41,7 @@ def test_a_run_and_its_bundle_fire_alike(run_dir: Path, precise: Bundle) -> None
         assert layer.spikes_differ == pytest.approx(0, abs=1e-3)
         assert layer.overlap == pytest.approx(1, abs=1e-3)
         assert layer.firing_rate[0] == pytest.approx(layer.firing_rate[1], abs=1e-3)
-    assert "holds no verdicts" in same.left_out["recorded verdicts"]
+    assert "holds no results of attacks" in same.left_out["recorded verdicts"]
     (clean,) = same.verdicts
     assert (clean.condition, clean.n) == ("clean", 16)
     rounded = compared(run_dir, f"{precise.path}@int8")
@@ -120,7 +120,7 @@ def rows(attack: str, eps: float) -> list[Row]:
         (
             {"images_sha256": "1" * 64},
             "recorded verdicts",
-            "other images: the first 40 test",
+            "the two used different images: the first 40 test",
         ),
         ({"suite": 2}, "attacks", "attack suite 1 and 2"),
         (
@@ -167,15 +167,15 @@ def test_a_report_is_paired_with_what_the_bundle_recorded_on_its_images(tmp_path
 def test_bundles_of_other_images_share_settings_alone() -> None:
     differences = compared(DIGITS, CIFAR)
     assert differences.settings["data.name"] == ("digits", "cifar10")
-    assert differences.left_out["spikes, membranes"] == "other images: data digits, and cifar10"
-    assert differences.left_out["recorded verdicts"].startswith("other images")
+    assert differences.left_out["spikes, membranes"] == "the two are for different images: data digits, and cifar10"
+    assert differences.left_out["recorded verdicts"].endswith("were measured on different images")
     assert differences.layers == differences.verdicts == []
 
 
 def test_without_the_data_set_golden_inputs_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where no `data` lies
     differences = compared(CIFAR, f"{CIFAR}@int8")
-    assert differences.measured_on == "8 golden inputs; --root brings test images"
+    assert differences.measured_on == "8 golden inputs; give --root to use test images"
     assert differences.layers[0].spikes_differ == 0  # the first layer is float32 in both
     assert 0 < (differences.layers[-1].spikes_differ or 0) < 0.1
     assert differences.verdicts == []  # golden inputs have no labels
@@ -184,7 +184,7 @@ def test_without_the_data_set_golden_inputs_serve(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ((DIGITS, "nothing"), ["nothing is no training run, checkpoint, bundle or report"]),
+        ((DIGITS, "nothing"), ["nothing is not a training run, checkpoint, bundle or report"]),
         ((DIGITS, f"{DIGITS}@fp4"), ["fp4", "fp32, int8"]),
         ((DIGITS, DIGITS, "--flips"), ["do not work with two paths; leave them out"]),
     ],

@@ -43,7 +43,7 @@ def subject(
 
 def test_a_gap_between_the_trained_surrogate_and_all_attacks_is_reported() -> None:
     (masked,) = remarks(subject("release", "release", 9, 9), measured(strong=15, worst=9))
-    assert "leaves 75.0% of 20 images, all attacks together leave 45.0%" in masked
+    assert "75.0% of 20 images are correct, after all attacks together 45.0%" in masked
     assert "by 30.0 points" in masked
     assert remarks(subject("release", "release", 9, 9), measured(strong=10, worst=9)) == []
 
@@ -51,7 +51,8 @@ def test_a_gap_between_the_trained_surrogate_and_all_attacks_is_reported() -> No
 @pytest.mark.parametrize("exported", ["release", "paper"])
 def test_a_quick_tier_says_by_how_much_a_longer_one_went_below_it(exported: str) -> None:
     (bound,) = remarks(subject("commit", exported, here=12, there=10), measured(strong=10, worst=10))
-    assert f"tier commit left 12 of these 20 images right, those of tier {exported} 10" in bound
+    assert "at export 12 of these 20 images were correct after the attacks of tier commit" in bound
+    assert f"after those of tier {exported} 10" in bound
 
 
 def test_without_a_longer_tier_at_export_it_says_how_to_learn() -> None:
@@ -69,7 +70,7 @@ def test_nothing_is_said_of_a_measurement_that_stopped_early() -> None:
 def test_images_that_nothing_can_be_compared_with_are_said_to_be_the_bundles_own_word(data: str, known: bool) -> None:
     stopped = Stopped(STRONG, WORST, "too few")
     (own_word,) = remarks(subject(own=None, data=data), measured(strong=10, worst=9, stopped=stopped))
-    assert "the bundle's own word" in own_word
+    assert "come from the bundle and were not verified" in own_word
     assert "--root" in own_word
     assert ("beyond the first 100" in own_word) == known
 
@@ -79,4 +80,4 @@ def test_a_worst_that_twice_the_steps_lower_says_by_how_much() -> None:
     converged = Convergence(0, 9, N, {"mpd-apgd": 100}, worst=9 / N)
     assert remarks(*plain, converged) == []
     (lowered,) = remarks(*plain, converged._replace(broken=2))
-    assert "twice the steps of mpd-apgd break 2 of the 9 that all attacks had left (10.0 points)" in lowered
+    assert "mpd-apgd with twice the steps break 2 of the 9 images that were still correct (10.0 points)" in lowered

@@ -104,10 +104,12 @@ def test_the_summary_says_what_to_do() -> None:
         "- worst: accuracy 56.50% is below the floor 60.00%\n- 200 images, at least 1000 are required\n  - **do:** find"
         in text
     )
-    assert "- ended early, stopped after fgsm: the gate cannot be met any more\n" in text
+    assert "- stopped after fgsm: the gate cannot be met any more\n" in text
     assert "| **worst** | 56.5 [49.6, 63.2] | 57.5 [50.6, 64.1] | 2 | 0 | 0.5 |\n" in text
     assert "| gaussian | 97.5 [94.3, 98.9] | not compared | - | - | - |\n" in text
-    assert "- not compared with the reference, which met no such attack: gaussian, strong triangle:0.25," in text
+    assert (
+        "- not compared with the reference, which was not attacked in this way: gaussian, strong triangle:0.25," in text
+    )
 
 
 def stopped_early() -> Report:

@@ -86,7 +86,7 @@ class TestCommands:
         if words == [
             "validate"
         ]:  # the gate asks for more images than there are, which is found once the bundle is open
-            assert_input_error(accepted, "the gate asks for 99999 images")
+            assert_input_error(accepted, "the gate requires at least 99999 images")
         else:
             assert accepted.returncode == 0, accepted.stderr
 
@@ -127,7 +127,7 @@ class TestFromPython:
 
     def test_networks_to_attack_from_must_be_signed_as_well(self, signed: Path, keys: Keys, tmp_path: Path) -> None:
         target = Target(open_bundle(signed, keys.trust))
-        for other, expected in ((BUNDLE, "is not signed"), (tmp_path, "carries no signature")):
+        for other, expected in ((BUNDLE, "is not signed"), (tmp_path, "cannot be signed")):
             with pytest.raises(InputError, match=expected), target.sources(other):
                 pass
 

@@ -75,8 +75,8 @@ def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> t
     reference = onnx.load(bundle.variant(REFERENCE))
     if not variants:
         raise InputError(
-            f"{bundle.path} has one precision only, so there is nothing to compare; export it with "
-            f"--precision {REFERENCE},int8"
+            f"{bundle.path} has only one precision, so there is nothing to compare; export it with --precision "
+            f"{REFERENCE},int8"
         )
     where, x = _images(bundle, root, images)
     recipe = bundle.manifest.recipe

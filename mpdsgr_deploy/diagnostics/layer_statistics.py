@@ -44,33 +44,35 @@ CONCERNS = (
     Concern(
         lambda s: s.firing_rate,
         lambda rate: rate < SILENT_RATE,
-        f"firing rate below {SILENT_RATE:g}: a silent layer passes on neither signal nor gradient, and what an attack "
-        "cannot differentiate is not thereby robust; lower the regulariser's weight or the learning rate",
+        f"firing rate below {SILENT_RATE:g}: a silent layer passes on neither signal nor gradient, and a network "
+        "that an attack cannot differentiate only looks robust; lower the regulariser's weight or the learning "
+        "rate",
     ),
     Concern(
         lambda s: s.silent_channels,
         lambda share: share > SILENT_CHANNELS,
-        f"more than {SILENT_CHANNELS:.0%} of the channels never fired: the layer is narrower than it looks; lower the "
-        "regulariser's weight or weight decay, or take a smaller model.width",
+        f"more than {SILENT_CHANNELS:.0%} of the channels never fired, so the layer has fewer useful channels "
+        "than it seems; lower the regulariser's weight or the weight decay, or choose a smaller model.width",
     ),
     Concern(
         lambda s: s.firing_rate,
         lambda rate: rate > SATURATED_RATE,
-        f"firing rate above {SATURATED_RATE:g}: neurons that always fire tell inputs apart as little as silent ones; "
-        "raise neuron.v_threshold or lower the learning rate",
+        f"firing rate above {SATURATED_RATE:g}: neurons that always fire distinguish inputs as little as silent "
+        "ones; raise neuron.v_threshold or lower the learning rate",
     ),
     Concern(
         lambda s: s.scale,
         lambda scale: scale > INFLATED_SCALE,
-        f"mean |lambda| above {INFLATED_SCALE:g}, from 1 at the start: against such potentials the surrogate is "
-        "narrower, which masks gradients and is not robustness; attack with wider surrogates, lower the regulariser's "
-        "weight, raise weight decay",
+        f"mean |lambda| above {INFLATED_SCALE:g} (it starts at 1): the membrane potentials are so large that the "
+        "surrogate's window is narrow beside them, which masks gradients without making the network robust; "
+        "attack with wider surrogates, lower the regulariser's weight or raise the weight decay",
     ),
     Concern(
         lambda s: None if s.omega_theorem is None else abs(s.omega_theorem - s.in_window),
         lambda gap: gap > THEOREM_GAP,
-        f"Theorem 1's Omega is more than {THEOREM_GAP:g} off the counted share: its Gaussian does not describe this "
-        "layer, whose input is not independent from step to step; train with defence.mpd-sgr.estimator = 'empirical'",
+        f"Omega by Theorem 1 differs by more than {THEOREM_GAP:g} from the counted share: the layer's input is "
+        "not independent from step to step, so the theorem's Gaussian does not describe it; train with "
+        "defence.mpd-sgr.estimator = 'empirical'",
     ),
 )
 

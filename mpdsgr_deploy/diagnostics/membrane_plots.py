@@ -9,7 +9,7 @@ from mpdsgr_deploy.colours import YELLOW
 from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.diagnostics.picture import plain
 
-AXIS = "U - V_th; yellow: where the surrogate passes a gradient"
+AXIS = "U - V_th; yellow: the surrogate's gradient is not zero"
 DRAWN = (-4, 3)  # of U - V_th
 
 

@@ -37,9 +37,9 @@ def flip_table(flips: SpikeFlips, precisions: Mapping[str, str], where: str) -> 
                 "at the first step": f"{100 * steps[0].rate:.3f}",
                 "at the last": f"{100 * steps[-1].rate:.3f}",
                 "by its own rounding": f"{100 * flips.mean('fresh', layer):.3f}",
-                "mean |moved|": f"{flips.mean('moved', layer):.2g}",
+                "mean |change|": f"{flips.mean('moved', layer):.2g}",
                 "density": f"{flips.mean('density', layer):.3f}",
-                "images it begins in": sum(step.first for step in steps),
+                "images that drift from here": sum(step.first for step in steps),
             }
         )
     changed = f"{flips.labels_changed} of {flips.n} labels changed ({flips.labels_changed / flips.n:.1%})"

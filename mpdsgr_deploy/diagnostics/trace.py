@@ -47,7 +47,7 @@ class Recorder:
         made = [name for node in network.graph.node for name in node.output]
         self.steps = [name.removeprefix(SPIKES) for name in made if name.startswith(SPIKES)]
         if not self.steps or not {POTENTIAL + step for step in self.steps} <= set(made):
-            raise InputError("the ONNX file does not name its potentials and spikes; export the network again")
+            raise InputError("the ONNX file does not name its membrane potentials and spikes; export the network again")
         observable = rounded_as_written(network)
         names = [prefix + step for prefix in (POTENTIAL, SPIKES) for step in self.steps]
         observable.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)  # their types are inferred

@@ -52,7 +52,7 @@ def training_curves(a: Side, b: Side) -> Curves:
     """Return the values per epoch that both trainings logged. Raises InputError for a side without a history."""
     for side in (a, b):
         if side.checkpoint is None or not side.checkpoint.history:
-            raise InputError(f"{side.name} is a {side.kind} and holds no training history")
+            raise InputError(f"{side.name} is a {side.kind}, which holds no training history")
     assert a.checkpoint is not None
     assert b.checkpoint is not None
     ours, theirs = a.checkpoint.curve, b.checkpoint.curve

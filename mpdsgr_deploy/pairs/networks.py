@@ -87,7 +87,7 @@ def open_network(side: Side) -> Callable[[Floats], Recording]:
         noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
         return Recorder(onnx.load(side.bundle.variant(side.precision)), noise)
     if side.checkpoint is None:
-        raise InputError(f"{side.name} is a report, which holds no network; give its bundle")
+        raise InputError(f"{side.name} is a report, which holds no network; give its bundle instead")
     need("torch", "train")
     from mpdsgr_deploy.diagnostics.torch_trace import TorchRecorder
     from mpdsgr_deploy.networks import load_network
@@ -100,7 +100,7 @@ def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImage
     """Return the first `count` images that both networks take."""
     for what, ours, theirs in zip(("data", "shape", "labels"), a.images or (), b.images or (), strict=False):
         if ours != theirs:
-            raise InputError(f"other images: {what} {ours}, and {theirs}")
+            raise InputError(f"the two are for different images: {what} {ours}, and {theirs}")
     bundle = a.bundle or b.bundle
     recipe = a.recipe or b.recipe
     assert recipe is not None
@@ -110,7 +110,7 @@ def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImage
         if bundle is None or root is not None:
             raise
         golden, _ = bundle.golden()
-        return SharedImages(f"{len(golden)} golden inputs; --root brings test images", golden, None)
+        return SharedImages(f"{len(golden)} golden inputs; give --root to use test images", golden, None)
     sample = images[:count]
     return SharedImages(name_sample(len(sample), recipe.data.name), sample.unit(), sample.classes)
 

@@ -57,7 +57,7 @@ def read_side(text: str) -> Side:
     if path.is_file() or (path / REPORT).is_file():
         return Side(text, "report", path, report=load_report(path))
     if not any((path / part / FILE).is_file() for part in ("", *CHOICES)):
-        raise InputError(f"{text} is no training run, checkpoint, bundle or report; give the directory of one")
+        raise InputError(f"{text} is not a training run, checkpoint, bundle or report; give the directory of one")
     directory = find_checkpoint(path)
     checkpoint = load_checkpoint(directory)
     return Side(text, "checkpoint" if directory == path else "training run", directory, checkpoint=checkpoint)

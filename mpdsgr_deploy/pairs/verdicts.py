@@ -67,7 +67,7 @@ def paired_verdicts(a: Side, b: Side, root: str | None = None) -> tuple[list[Pai
         pairs[f"{WORST} of these"] = worst[0], worst[1]
     unpaired = sorted({name for name, _ in (*left, *right)} - pairs.keys() - {WORST})
     if unpaired and not reason:
-        reason = f"{', '.join(unpaired)}: only one side met them with these settings"
+        reason = f"{', '.join(unpaired)}: only one side was attacked with these settings"
     return [PairedVerdict.of(name, *verdicts) for name, verdicts in pairs.items()], reason
 
 
@@ -79,10 +79,10 @@ def recorded(side: Side) -> Mapping[tuple[str, str], Bools]:
         verdicts = {(row.name, row.settings): row.artefact.verdicts(n) for row in complete}
     else:
         if side.precision not in ("", REFERENCE):
-            raise InputError(f"a bundle holds no verdicts of {side.precision}; compare reports of `mpdsgr validate`")
+            raise InputError(f"a bundle holds no results of {side.precision}; compare reports of `mpdsgr validate`")
         reference = side.bundle.reference() if side.bundle else None
         if reference is None:
-            raise InputError(f"{side.name} holds no verdicts; compare reports of `mpdsgr validate`")
+            raise InputError(f"{side.name} holds no results of attacks; compare reports of `mpdsgr validate`")
         settings = {CLEAN: "", **reference.settings}
         verdicts = {(name, how): reference.verdicts[name] for name, how in settings.items() if name != WORST}
         verdicts |= reference.nested
@@ -100,7 +100,7 @@ def images_in_common(a: Side, b: Side, root: str | None) -> int:
     """Return how many first images both sides answered. Raises InputError if they are not the same images."""
     if a.report is not None and b.report is not None:
         if a.report.images_sha256 != b.report.images_sha256:
-            raise InputError(f"other images: {_images(a.report)}, and {_images(b.report)}")
+            raise InputError(f"the two used different images: {_images(a.report)}, and {_images(b.report)}")
         return min(side.rows[0].n for side in (a.report, b.report))
     if a.bundle is not None and b.bundle is not None:
         left, right = (bundle.reference() for bundle in (a.bundle, b.bundle))
@@ -108,7 +108,7 @@ def images_in_common(a: Side, b: Side, root: str | None) -> int:
         assert right is not None
         n = min(len(left.digests), len(right.digests))
         if not np.array_equal(left.digests[:n], right.digests[:n]):
-            raise InputError(f"other images: those of {a.name}, and those of {b.name}")
+            raise InputError(f"{a.name} and {b.name} were measured on different images")
         return n
     report, bundle = (a.report, b.bundle) if a.report is not None else (b.report, a.bundle)
     assert report is not None
@@ -116,7 +116,7 @@ def images_in_common(a: Side, b: Side, root: str | None) -> int:
     n, images = report.rows[0].n, evaluation_images(bundle, None, root)
     reference = bundle.manifest.reference
     if reference is None or n > reference.n or images_sha256(images[:n]) != report.images_sha256:
-        raise InputError(f"other images: {_images(report)}, and those of the bundle {bundle.path}")
+        raise InputError(f"the two used different images: {_images(report)}, and those of the bundle {bundle.path}")
     return n
 
 

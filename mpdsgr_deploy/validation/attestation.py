@@ -42,7 +42,9 @@ def verify_report(directory: Path, trust: Trust) -> Vouched:
     signed, present = vouched.verdict.files, _digests(directory)
     changed = sorted(name for name in signed.keys() | present.keys() if signed.get(name) != present.get(name))
     if changed:
-        raise InputError(f"{directory / changed[0]} is not as it was signed: do not use this report; get it again")
+        raise InputError(
+            f"{directory / changed[0]} has changed since it was signed; do not use this report, and get it again"
+        )
     return vouched
 
 
@@ -52,7 +54,9 @@ def stated(report: Report, files: dict[str, str]) -> SignedVerdict:
     Raises InputError for a report that is invalid, or that does not name its bundle's digest.
     """
     if report.verdict == "invalid":
-        raise InputError("this report is invalid, so there is nothing to sign; mend what it names and validate again")
+        raise InputError(
+            "this report's verdict is invalid, so it cannot be signed; correct what the report names and validate again"
+        )
     if report.bundle_sha256 is None:
         raise InputError("this report is from an earlier version and does not name its bundle's digest; validate again")
     return SignedVerdict(
@@ -90,9 +94,12 @@ def _count(row: Row) -> ConditionCount:
 def _digests(directory: Path) -> dict[str, str]:
     """Return the sha256 of a report's files. Raises InputError for links, and for a directory without a report."""
     if not (directory / REPORT).is_file():
-        raise InputError(f"{directory} holds no {REPORT}; name the directory that `mpdsgr validate` wrote")
+        raise InputError(f"{directory} holds no {REPORT}; give the directory that `mpdsgr validate` wrote")
     paths = [path for path in sorted(directory.rglob("*")) if path.name not in (VERDICT, LOCK)]
     for path in paths:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise InputError(f"{path} is a link or no plain file; a signature covers plain files")
+            raise InputError(
+                f"{path} is a link or a special file, and a signature covers only plain files; remove it or replace "
+                "it by a plain file"
+            )
     return {path.relative_to(directory).as_posix(): sha256(path) for path in paths if path.is_file()}

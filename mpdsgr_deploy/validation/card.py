@@ -22,7 +22,9 @@ def report_about(bundle: Bundle, path: Path) -> Report:
     """Load the report at `path` as `load_report` does. Raises InputError if it is not about a file of this bundle."""
     report = load_report(path)
     if report.artefact_sha256 not in {bundle.model_sha256(precision) for precision in bundle.manifest.variants}:
-        raise InputError(f"{path} is about another network than {bundle.path}; validate this bundle")
+        raise InputError(
+            f"{path} is the report of another network than {bundle.path}; validate this bundle and give its report"
+        )
     return report
 
 
@@ -79,7 +81,7 @@ def _summary(bundle: Bundle) -> Iterator[str]:
 def _accuracy(bundle: Bundle) -> Iterator[str]:
     promise = bundle.manifest.reference
     if promise is None:
-        yield "Not measured: no test images were at hand when the network was exported."
+        yield "Not measured: there were no test images when the network was exported."
         return
     yield (
         f"Of the network before its export, on {promise.n} test images of {promise.data}, under attacks of at most "
@@ -115,8 +117,8 @@ def _precisions(bundle: Bundle) -> Iterator[str]:
 
 def _limits(bundle: Bundle, report: Report | None) -> Iterator[str]:
     eps = bundle.manifest.recipe.attack.eps * 255
-    yield f"- Robustness was measured for changes of at most {eps:.3g}/255 per pixel (L-infinity), and for no others."
-    yield "- An accuracy under attack is an upper bound: a stronger attack may leave less."
+    yield f"- Robustness was measured only for changes of at most {eps:.3g}/255 per pixel (L-infinity)."
+    yield "- An accuracy under attack is an upper bound: a stronger attack may lower it."
     if report is None:
         yield "- The deployed file itself was not attacked for this card."
     else:

@@ -77,7 +77,7 @@ def compare_conditions(reference: Reference | None, conditions: Sequence[Conditi
 def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[Row]:
     """Return the report's rows: the clean images, every measured condition, and the worst case within eps."""
     stopped, n = measurement.stopped, measurement.n
-    other = "the reference met no such attack" if comparison.verdicts else "no reference for these images"
+    other = "the reference was not attacked in this way" if comparison.verdicts else "no reference for these images"
     made = [
         Row.of(
             CLEAN,
@@ -107,10 +107,10 @@ def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[R
     bound = "; stopped early, so an upper bound" if stopped else ""
     over = ""
     if comparison.attacks and comparison.alone:
-        over = f"; compared over {len(comparison.attacks)} of the attacks, those that the reference met"
+        over = f"; compared over those {len(comparison.attacks)} attacks that the reference was attacked with"
     worst = Row.of(
         WORST,
-        f"right under every condition within eps{bound}{over}",
+        f"correct under every condition within eps{bound}{over}",
         measurement.standing,
         eps=eps,
         reference=None if stopped else comparison.worst,

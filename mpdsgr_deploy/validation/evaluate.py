@@ -94,7 +94,7 @@ def _measured(suite: Suite, images: Images, size: int, rule: str) -> tuple[list[
     clean = classes_of(predict(suite.network, x, size, CLEAN))
     measurement = measure(suite, x, y, clean, batch_size=size)
     settings = {condition.name: condition.settings for condition in suite.conditions}
-    named = {CLEAN: "test images as they are", **settings, WORST: "right under every condition within eps"}
+    named = {CLEAN: "test images as they are", **settings, WORST: "correct under every condition within eps"}
     rows = [
         EvaluatedRow(name=name, settings=named[name], n=n, score=Score.of(correct))
         for name, correct in measurement.verdicts.items()

@@ -25,4 +25,4 @@ def answer_faults(parity: Parity | None) -> list[str]:
         return []
     same = parity.within_tolerance >= SAME_ROWS * parity.rows
     labels = parity.labels_differ <= max(1, (1 - SAME_LABELS) * parity.rows)
-    return [] if same and labels else [f"the artefact does not answer as the exported network did: {parity}"]
+    return [] if same and labels else [f"the artefact's answers differ from those of the exported network: {parity}"]

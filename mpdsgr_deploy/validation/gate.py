@@ -64,7 +64,9 @@ def signature_of_gate(path: Path) -> str | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise InputError(f"{path}: {REQUIRE_SIGNATURE} is a text: the file of a public key or of certificates")
+        raise InputError(
+            f"{path}: {REQUIRE_SIGNATURE} must be a text, the path of a file with a public key or certificates"
+        )
     return beside(path, text)
 
 
@@ -114,20 +116,20 @@ def check_gate(gate: Gate, names: Sequence[str], n: int, referenced: Collection[
             raise InputError(f"the gate has a rule for {name!r}, which is not evaluated here: {', '.join(names)}")
     if not referenced and not gate.floors:
         raise InputError(
-            "nothing to decide: the bundle has no reference for these images and the gate no floors; export again "
-            "where the data set lies, or give the gate floors"
+            "the gate has nothing to decide: the bundle has no reference for these images, and the gate has no "
+            "floors; export again on a machine with the data set, or add floors to the gate"
         )
     for name in gate.drops:
         if name not in referenced:
             raise InputError(
-                f"the gate bounds the drop under {name!r}, which the bundle's reference has not met; export again, "
-                f"with --tier {gate.tier}, where the data set lies"
+                f"the gate limits the drop under {name!r}, with which the bundle's reference was not attacked; "
+                f"export again with --tier {gate.tier} on a machine with the data set"
             )
     needed = fewest_images(gate, referenced)
     if n < needed:
         raise InputError(
-            f"{n} images cannot decide this gate: it takes {needed} (validation.gate says why); use more (--limit, or "
-            f"--tier when exporting), or allow more"
+            f"{n} images cannot decide this gate, which needs {needed} images; use more (--limit, or --tier when "
+            "exporting), or allow a larger drop in the gate"
         )
 
 
@@ -146,8 +148,8 @@ def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
         if row.flips is not None:
             worse, better, allowed = row.flips.newly_wrong, row.flips.newly_right, limit(gate, row.name)
             if regressed(gate, row.name, row.n, worse, better):
-                text = f"{worse} images newly wrong and {better} newly right of {row.n}"
-                drop = f"a drop of {(worse - better) / row.n:.2%}; {allowed:.2%} allowed"
+                text = f"of {row.n} images {worse} are newly wrong and {better} newly right"
+                drop = f"a drop of {(worse - better) / row.n:.2%}, where {allowed:.2%} is allowed"
                 reasons.append(Reason(condition=row.name, text=f"{text}, {drop}"))
         floor = gate.floors.get(row.name)
         if floor is not None and row.artefact.accuracy < floor:
@@ -167,8 +169,13 @@ def together(gate: Gate, rows: Sequence[Row]) -> list[Reason]:
     if p >= SIGNIFICANT_TOGETHER:
         return []
     name = max(beyond, key=lambda name: beyond[name] - limit(gate, name))
-    text = f"a drop of {beyond[name]:.2%}; {limit(gate, name):.2%} allowed"
-    return [Reason(condition=name, text=f"{text}; significant in {len(single)} conditions together, p = {p:.1g}")]
+    text = f"a drop of {beyond[name]:.2%}, where {limit(gate, name):.2%} is allowed"
+    return [
+        Reason(
+            condition=name,
+            text=f"{text}; statistically significant over {len(single)} conditions together, p = {p:.1g}",
+        )
+    ]
 
 
 def _drop(row: Row) -> float:
@@ -195,5 +202,5 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
         # at best, all remaining images that the reference gets wrong are classified correctly
         best = better + int((~reference[done:]).sum())
         if regressed(gate, name, n, worse, best):
-            return f"after {done} of {n} images the drop cannot come back within the limit"
+            return f"after {done} of {n} images the drop cannot return within the limit any more"
     return None

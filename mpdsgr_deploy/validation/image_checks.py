@@ -46,11 +46,11 @@ def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: st
     carried = data is None and root is None and IMAGES in manifest.files
     counts = {"the bundle carries" if carried else "the data set has": len(images)}
     if manifest.reference is not None and data in (None, manifest.recipe.data.name):
-        counts["the bundle's reference answered"] = manifest.reference.n
+        counts["the bundle's reference covers"] = manifest.reference.n
     for what, count in counts.items():
         if limit is not None and limit > count:
-            more = "say with --root where the data set lies" if carried else "use fewer with --limit"
-            advice = more if count == len(images) else "export again with more --limit or --tier"
+            more = "give the directory of the data set with --root" if carried else "use fewer with --limit"
+            advice = more if count == len(images) else "export again with a larger --limit or --tier"
             raise InputError(f"{what} {count} test images, not {limit}; {advice}")
     return images[: min([*counts.values(), limit or usual or len(images)])]
 
@@ -91,11 +91,11 @@ def image_faults(name: str, images: Images, reference: Reference | None, own: Im
     if reference is not None:
         common = min(len(image_digests), len(reference.digests))
         if different := int((image_digests[:common] != reference.digests[:common]).sum()):
-            faults.append(f"{different} of {common} images are not those the reference answered")
+            faults.append(f"{different} of {common} images differ from those of the reference")
     if own is not None:
         faults += _differences(images, own)
     if name in WELL_KNOWN and len(images) >= FIRST and blake2b_64(image_digests[:FIRST]) != WELL_KNOWN[name]:
-        faults.append(f"the first {FIRST} are not the first {FIRST} test images of {name}")
+        faults.append(f"the first {FIRST} images are not the first {FIRST} test images of {name}")
     return faults
 
 
@@ -103,9 +103,9 @@ def _differences(images: Images, own: Images) -> Iterator[str]:
     """Return how images and names of classes differ from those of the data set itself."""
     common = min(len(images), len(own))
     if different := int((digests(images[:common]) != digests(own[:common])).sum()):
-        yield f"{different} of {common} images are not those of the data set"
+        yield f"{different} of {common} images differ from those of the data set"
     if images.labels != own.labels:
-        yield "the classes have other names, or another order, than in the data set"
+        yield "the names or the order of the classes differ from the data set"
 
 
 def blake2b_64(image_digests: NDArray[np.uint64]) -> str:
@@ -119,4 +119,6 @@ Kind = tuple[tuple[int, int, int], tuple[str, ...]]  # shape of an image, class 
 def require_alike(path: Path, theirs: Kind, expected: Kind) -> None:
     """Raise InputError unless another network, from `path`, was made for images of the same kind."""
     if theirs != expected:
-        raise InputError(f"{path} was not trained on images like those under attack; take another")
+        raise InputError(
+            f"{path} takes other images than the network under attack; give another bundle or checkpoint to --transfer"
+        )

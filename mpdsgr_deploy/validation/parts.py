@@ -25,7 +25,7 @@ def foreign_parts(network: ModelProto, precisions: set[str] | None) -> list[str]
 
     precisions: those of its layers; None for a file of another library, which promises no number types.
     """
-    faults = [f"it defines operators of its own: {function.name}" for function in network.functions]
+    faults = [f"it defines the custom operator {function.name}" for function in network.functions]
     named = STORED if precisions is None else {*precisions, "fp32"}
     allowed: set[int] = {STORED[precision] for precision in named}
     allowed |= set() if precisions is not None else {TensorProto.UINT8, TensorProto.DOUBLE}
@@ -48,7 +48,7 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 def _tensor_faults(tensor: TensorProto, allowed: set[int]) -> Iterator[str]:
     if tensor.data_location == TensorProto.EXTERNAL:
-        yield f"{tensor.name} lies in another file, which no hash covers"
+        yield f"{tensor.name} is stored in another file, which no hash covers"
     if tensor.data_type not in allowed | WHOLE:
         yield f"{tensor.name} is stored as {TensorProto.DataType.Name(tensor.data_type).lower()}"
 

@@ -26,8 +26,8 @@ def _own_word(subject: Subject) -> Iterator[str]:
     if subject.own is None:
         known = f" beyond the first {FIRST}, whose digest is known," if subject.data in WELL_KNOWN else ""
         yield (
-            f"images and classes{known} are the bundle's own word: {subject.data} is not on this machine to compare "
-            "them with; say with --root where it lies"
+            f"images and classes{known} come from the bundle and were not verified, because {subject.data} is not "
+            "on this machine; give its directory with --root"
         )
 
 
@@ -36,9 +36,9 @@ def _masking(measurement: Measurement) -> Iterator[str]:
     gap = (int(strong.sum()) - int(worst.sum())) / n
     if gap >= MASKED:
         yield (
-            f"gradient masking: strong PGD through the surrogate of training leaves {strong.mean():.1%} of {n} images, "
-            f"all attacks together leave {worst.mean():.1%}; an evaluation with that gradient alone would overstate "
-            f"robustness by {100 * gap:.1f} points"
+            f"gradient masking: after strong PGD through the surrogate of the training {strong.mean():.1%} of {n} "
+            f"images are correct, after all attacks together {worst.mean():.1%}; an evaluation with only that "
+            f"surrogate would overstate the robustness by {100 * gap:.1f} points"
         )
 
 
@@ -52,11 +52,14 @@ def _upper_bound(subject: Subject) -> Iterator[str]:
     if tier in smaller_tiers(promise.tier):
         there = int((reference.verdicts[WORST][:n] & here).sum())
         yield (
-            f"worst is an upper bound: at export the attacks of tier {tier} left {int(here.sum())} of these {n} images "
-            f"right, those of tier {promise.tier} {there}"
+            f"worst is an upper bound: at export {int(here.sum())} of these {n} images were correct after the "
+            f"attacks of tier {tier}, and after those of tier {promise.tier} {there}"
         )
     elif smaller_tiers(tier) == []:
-        yield f"worst is an upper bound: tier {tier} is the quick one; export with --tier release to learn by how much"
+        yield (
+            f"worst is an upper bound, since tier {tier} uses short attacks; export with --tier release to see what "
+            "stronger attacks leave"
+        )
 
 
 def _not_converged(convergence: Convergence | None) -> Iterator[str]:
@@ -64,7 +67,7 @@ def _not_converged(convergence: Convergence | None) -> Iterator[str]:
     if convergence is not None and convergence.broken:
         attacks = ", ".join(convergence.attacks)
         yield (
-            f"worst has not converged: on the first {convergence.n} images twice the steps of {attacks} break "
-            f"{convergence.broken} of the {convergence.standing} that all attacks had left "
-            f"({100 * convergence.broken / convergence.n:.1f} points), and longer attacks would break more"
+            f"worst has not converged: on the first {convergence.n} images {attacks} with twice the steps break "
+            f"{convergence.broken} of the {convergence.standing} images that were still correct "
+            f"({100 * convergence.broken / convergence.n:.1f} points), so longer attacks would break more"
         )

@@ -22,13 +22,14 @@ PROGRESS = ".progress"  # finished batches of a validation under way
 Verdict = Literal["pass", "fail", "invalid"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "invalid": 3}
 MEANING: dict[Verdict, str] = {
-    "pass": "the artefact keeps its accuracy, clean and attacked, within the gate's rules",
+    "pass": "the artefact's accuracy, clean and under attack, is within the gate's rules",
     "fail": "the artefact breaks a rule of the gate",
-    "invalid": "a health check failed, so this evaluation proves nothing, neither good nor bad",
+    "invalid": "a health check failed, so this evaluation says nothing about the artefact",
 }
 GATE_ADVICE = (
-    "find the condition in the table; clean images newly wrong: export again, in a finer precision or with --max-drop; "
-    "attacked accuracy too low: train with a stronger defence; too few images: give more; or change the gate, knowingly"
+    "find the condition in the table; if clean images are newly wrong, export again in a finer precision or with "
+    "--max-drop; if the accuracy under attack is too low, train with a stronger defence; if there are too few "
+    "images, use more; change the gate only if its rules are wrong"
 )
 NOT_COMPARED = "not compared"
 
@@ -132,9 +133,7 @@ def load_report(path: Path) -> Report:
     Raises InputError if it is missing, damaged, or of a later version.
     """
     file, version = path / REPORT if path.is_dir() else path, Report.model_fields["schema_version"].default
-    report: Report = read_document(
-        file, Report, version, otherwise="if it is not a report, run `mpdsgr validate` to make one"
-    )
+    report: Report = read_document(file, Report, version, otherwise="give a report of `mpdsgr validate`")
     return report
 
 
@@ -175,7 +174,7 @@ def sensitivity(report: Report) -> str:
     """Return one sentence on the smallest drops that this run could detect; empty if nothing was compared."""
     named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]
     seen = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
-    return f"a true drop of {', of '.join(seen)} would have been refused with 90 % probability" if seen else ""
+    return f"with a probability of 90 % the gate would have refused a true drop of {', of '.join(seen)}" if seen else ""
 
 
 def percent(score: Score) -> str:

@@ -65,24 +65,24 @@ def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) 
     """Return differences between a float32 network and its rounded form, other than the rounding of `layers`."""
     ours, theirs = resolve_nodes(exact), resolve_nodes(rounded)
     if [step.operator for step in ours] != [step.operator for step in theirs]:
-        yield f"it does not have float32's {len(ours)} operators"
+        yield f"it does not have the {len(ours)} operators of the float32 network"
         return
     for one, other in zip(ours, theirs, strict=True):
         name, form = one.name, layers.get(one.name, "fp32") if one.operator[1] in PRODUCTS else "fp32"
         if (one.attributes, len(one.inputs)) != (other.attributes, len(other.inputs)):
-            yield f"{name} is not float32's {one.operator[1]}"
+            yield f"{name} is not the {one.operator[1]} of the float32 network"
             continue
         for place, (a, b) in enumerate(zip(one.inputs, other.inputs, strict=True)):
             if not isinstance(a, Constant) or not isinstance(b, Constant):
                 if a != b:
-                    yield f"{name} reads something else than in float32"
+                    yield f"{name} has other inputs than in the float32 network"
             elif one.operator[1] in PRODUCTS and place == 1:
                 if b.stored != STORED[form]:
                     yield f"the weights of {name} are not stored in {form}"
                 if not is_rounded(a.value, b.value, form):
-                    yield f"the weights of {name} are not float32's rounded to {form}"
+                    yield f"the weights of {name} are not those of the float32 network rounded to {form}"
             elif not is_rounded(a.value, b.value, form if form == "fp16" else "fp32"):  # int8 and fp8 keep their bias
-                yield f"a constant of {name} is not float32's"
+                yield f"a constant of {name} differs from the float32 network"
 
 
 def resolve_nodes(network: ModelProto) -> list[ResolvedNode]:
@@ -165,7 +165,7 @@ def _activation_faults(bundle: Bundle, precision: str, network: ModelProto, x: N
         onnx.save(without_rounded_activations(network), path)
         with OnnxRuntime(path, noise=noise) as exact, OnnxRuntime(bundle.variant(precision), noise=noise) as rounded:
             same = not answer_faults(compare(exact(x), rounded(x)))
-    return [] if same else [f"{precision}: its scales round activations that float32 has exactly"]
+    return [] if same else [f"{precision}: its scales round activations that are exact in float32"]
 
 
 def without_rounded_activations(network: ModelProto) -> ModelProto:

@@ -29,7 +29,7 @@ def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: s
     pinned = gate.tier if gate is not None and "tier" in gate.model_fields_set else None
     if pinned and tier in smaller_tiers(pinned):
         raise InputError(
-            f"the gate asks for tier {pinned}, and tier {tier} attacks less; leave out --tier, or change the gate"
+            f"the gate requires tier {pinned}, and tier {tier} has weaker attacks; leave out --tier, or change the gate"
         )
     if tier is not None:
         return tier, "the caller"
@@ -61,11 +61,11 @@ def check_pins(gate: Gate, recipe: Recipe, images_sha256: str, n: int) -> None:
         )
     if gate.images_sha256 is not None and gate.images_sha256 != images_sha256:
         raise InputError(
-            f"the gate is for the images with sha256 {gate.images_sha256}, these have {images_sha256}; validate on "
-            "those, or change the gate"
+            f"the gate is for images with sha256 {gate.images_sha256}, and these have {images_sha256}; validate "
+            "on the images of the gate, or change the gate"
         )
     if gate.least_images is not None and n < gate.least_images:
-        raise InputError(f"the gate asks for {gate.least_images} images or more, not {n}; give more with --limit")
+        raise InputError(f"the gate requires at least {gate.least_images} images, not {n}; use more with --limit")
 
 
 def stated_rules(
@@ -83,7 +83,9 @@ def stated_rules(
     if own.max_drop is not None:
         origin = source
     elif rules.max_drop is not None and rules.max_drop > TIERS[rules.tier].max_drop:
-        origin = f"the least that {n} images can decide; tier {rules.tier} asks for {TIERS[rules.tier].max_drop:.2%}"
+        origin = (
+            f"the smallest drop that {n} images can decide; tier {rules.tier} allows {TIERS[rules.tier].max_drop:.2%}"
+        )
     else:
         origin = f"tier {rules.tier}"
     yield Rule(name="max drop", value=f"{rules.max_drop:.2%}", origin=origin)

@@ -79,8 +79,8 @@ def warn_of_gaps(compared: Comparison, tier: str, bundle: Bundle) -> None:
     promise = bundle.manifest.reference
     if promise is not None and compared.verdicts and compared.alone:
         log.warning(
-            "the reference was attacked with tier %s, the artefact is with tier %s: nothing is compared under %s; "
-            "validate with --tier %s, or export with --tier %s",
+            "the reference was attacked with tier %s and the artefact is attacked with tier %s, so these "
+            "conditions are not compared: %s; validate with --tier %s, or export with --tier %s",
             *(promise.tier, tier, ", ".join(compared.alone), promise.tier, tier),
         )
 

@@ -45,9 +45,11 @@ def summary(report: Report) -> str:
         lines += [f"- {markdown(what)}" for what in finding.what]
         lines.append(f"  - **do:** {finding.advice}")
     if report.stopped:
-        lines.append(f"- ended early, {markdown(report.stopped.moment)}: {markdown(report.stopped.why)}")
+        lines.append(f"- {markdown(report.stopped.moment)}: {markdown(report.stopped.why)}")
     if alone := not_compared(report):
-        lines.append(f"- {NOT_COMPARED} with the reference, which met no such attack: {markdown(', '.join(alone))}")
+        lines.append(
+            f"- {NOT_COMPARED} with the reference, which was not attacked in this way: {markdown(', '.join(alone))}"
+        )
     lines += [f"- {markdown(remark)}" for remark in report.remarks]
     lines += [
         "",

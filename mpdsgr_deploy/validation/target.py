@@ -73,7 +73,9 @@ class Target:
             inputs, logits = self.bundle.golden(self.precision)
             parity = compare(logits, remote(inputs))
             if parity.labels_differ:
-                raise EvaluationError(f"{url} does not serve this bundle: its golden batch is answered with {parity}")
+                raise EvaluationError(
+                    f"{url} does not serve this bundle: its answers to the golden batch differ ({parity})"
+                )
             yield remote
 
     @contextmanager
@@ -114,7 +116,7 @@ class Target:
         def answer(x: NDArray[np.float32]) -> NDArray[np.float32]:
             with tempfile.TemporaryDirectory() as folder:
                 images, out = Path(folder) / "images.npy", Path(folder) / "logits.npz"
-                with writing(images, "what was finished is kept"):
+                with writing(images, "finished results are kept"):
                     np.save(images, x)
                 command = [sys.executable, "-m", "mpdsgr_deploy", "predict", str(self.bundle.root), str(images)]
                 options = ["--backend", self.backend, "--precision", self.precision, "--out", str(out)]
@@ -140,7 +142,7 @@ def _other(path: Path, own: Bundle) -> Iterator[Source]:
     mine, trust = own.manifest, own.signed.trust if own.signed else None
     if not (path / MANIFEST).is_file():
         if trust is not None:
-            raise InputError(f"{path} is no bundle, so it carries no signature; export it and sign the bundle")
+            raise InputError(f"{path} is not a bundle, so it cannot be signed; export it and sign the bundle")
         need("torch", "train")
         from mpdsgr_deploy.validation.transfer import other_network
 

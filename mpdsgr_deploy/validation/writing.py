@@ -52,6 +52,9 @@ def drawable() -> bool:
         need("jinja2", "report")
         need("matplotlib", "report")
     except InputError:
-        log.warning("no report.html: it takes jinja2 and matplotlib; pip install 'mpdsgr-deploy[report]' brings them")
+        log.warning(
+            "report.html was not written, because it needs jinja2 and matplotlib; install them with: pip install "
+            "'mpdsgr-deploy[report]'"
+        )
         return False
     return True

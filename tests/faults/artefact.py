@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from faults.planted import Planted, fault
 from mpdsgr_deploy.bundle import WEIGHTS
 
-ANSWERS = "does not answer as the exported network did"
+ANSWERS = "answers differ from those of the exported network"
 
 
 @fault("artefact", 1, ANSWERS)

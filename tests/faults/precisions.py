@@ -11,13 +11,13 @@ from faults.artefact import four_bits, noisy
 from faults.planted import Planted, fault
 
 
-@fault("artefact", 1, "round activations that float32 has exactly", precision="int8")
+@fault("artefact", 1, "round activations that are exact in float32", precision="int8")
 def spikes_quantised_too_coarsely(copy: Planted) -> None:
     """Pooled spikes are quarters; a scale for whole ones rounds them away."""
     copy.change("conv2/step", lambda step: step * 4)
 
 
-@fault("artefact", 1, "round activations that float32 has exactly", precision="int8")
+@fault("artefact", 1, "round activations that are exact in float32", precision="int8")
 def spikes_quantised_too_finely(copy: Planted) -> None:
     """A scale so small that a spike is cut off at the largest int8."""
     copy.change("conv3/step", lambda step: step / 256)
@@ -48,7 +48,7 @@ def int8_that_is_float32(copy: Planted) -> None:
     copy.answered_anew.add("int8")
 
 
-@fault("artefact", 1, "is not float32's", precision="int8", thorough=True)
+@fault("artefact", 1, "differs from the float32 network", precision="int8", thorough=True)
 def int8_leak_perturbed(copy: Planted) -> None:
     """A time constant rounded with the weights, in the int8 file alone."""
     copy.export_as(neuron={"tau": 0.52})
@@ -66,7 +66,7 @@ def fp16_bias_too_small(copy: Planted) -> None:
     copy.change("body.3.synapse.bias", lambda bias: bias * 0.9)
 
 
-@fault("artefact", 1, "is not float32's", precision="fp16")
+@fault("artefact", 1, "differs from the float32 network", precision="fp16")
 def fp16_leak_perturbed(copy: Planted) -> None:
     """A time constant rounded in the float16 file alone."""
     copy.export_as(neuron={"tau": 0.52})
@@ -79,7 +79,7 @@ def fp16_with_fresh_noise(copy: Planted) -> None:
     copy.append(noise, helper.make_node("Add", ["raw", "noise"], ["logits"]))
 
 
-@fault("artefact", 1, "is not float32's", precision="fp8", thorough=True)
+@fault("artefact", 1, "differs from the float32 network", precision="fp8", thorough=True)
 def fp8_threshold_perturbed(copy: Planted) -> None:
     """A threshold in another unit in the float8 file alone."""
     copy.export_as(neuron={"v_threshold": 1.03})

@@ -27,7 +27,7 @@ def figures_and_verdicts_edited(copy: Planted) -> None:
     copy.write(REFERENCE, found)
 
 
-@fault("promise", 1, "does not answer as the exported network did")
+@fault("promise", 1, "answers differ from those of the exported network")
 def figures_of_another_training(copy: Planted) -> None:
     """The reference left over from the export before."""
     copy.take(REFERENCE)

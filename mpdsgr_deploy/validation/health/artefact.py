@@ -22,9 +22,12 @@ FEW_VALUES = 128  # the most distinct logits of a readout that counts spikes; a 
 
 @health_check(
     8,
-    "the artefact is a function of its input",
-    why="answers that depend on the batch, on earlier images or on chance are not those that were attacked",
-    advice="state leaks between batches or the backend is not deterministic; export again, or use another backend",
+    "the artefact's answers depend only on its input",
+    why=(
+        "if answers depend on the batch, on earlier images or on chance, users get other answers than those that "
+        "were attacked"
+    ),
+    advice="state is kept between batches, or the backend is not deterministic; export again, or use another backend",
 )
 def check_function(
     artefact: Predictor,
@@ -49,7 +52,7 @@ def check_function(
         try:
             parity = compare(first, answer(probe))
         except subprocess.CalledProcessError as error:
-            faults.append(f"{how}: it failed: {error.stderr.decode(errors='replace').strip()[-200:]}")
+            faults.append(f"{how} it failed: {error.stderr.decode(errors='replace').strip()[-200:]}")
             continue
         if parity.within_tolerance < parity.rows:  # the same kernels on the same batch: every row must agree
             faults.append(f"{how}: {parity}")
@@ -61,8 +64,8 @@ def check_function(
         parity = compare(first[:rows], logits[:rows])
         if answer_faults(parity):
             faults.append(f"{how}: {parity}")
-    asked = "again, in other batches of one and more, in reverse order" + (" and in a fresh process" if fresh else "")
-    return Seen(faults, f"{len(probe)} images {asked}: same answers")
+    asked = "again, in batches of other sizes and in reverse order" + (" and in a fresh process" if fresh else "")
+    return Seen(faults, f"{len(probe)} images gave the same answers {asked}")
 
 
 def _otherwise(artefact: Predictor, probe: Floats, half: int) -> Iterator[tuple[str, Floats]]:
@@ -82,9 +85,9 @@ def _other_sizes(artefact: Predictor, x: Floats, largest: Sequence[int]) -> Iter
 
 @health_check(
     9,
-    "something was compared",
-    why="a comparison of nothing finds no difference",
-    advice="give test images, and export with the data set at hand or write floors into the gate",
+    "the artefact was compared with something",
+    why="a comparison over no images or without a reference finds no difference",
+    advice="provide test images, and export on a machine with the data set or add floors to the gate",
 )
 def check_compared(n: int, compared: Compared) -> Seen:
     """Check that at least one image was evaluated, and that at least one condition has a reference."""
@@ -96,7 +99,7 @@ def check_compared(n: int, compared: Compared) -> Seen:
 @health_check(
     11,
     "the images are the promised ones",
-    why="on chosen images any network is accurate and robust",
+    why="any network is accurate and robust on images that were selected for it",
     advice="validate on the data set itself (--root), or export again with it at hand",
 )
 def check_images(image_faults: Sequence[str], rule: str) -> Seen:
@@ -112,8 +115,11 @@ def are_probabilities(outputs: Floats) -> bool:
 @health_check(
     12,
     "the outputs are logits",
-    why="a softmax saturates and counts have plateaus: gradients and queries then find nothing to follow",
-    advice="export the linear readout's mean over time, before any softmax or count",
+    why=(
+        "softmax saturates, and spike counts change only in steps; attacks then find no gradient and no change to "
+        "follow"
+    ),
+    advice="export the mean over time of the linear readout, before any softmax or spike count",
 )
 def check_logits(logits: Floats, rounded_outputs: bool = False) -> Seen:
     """Check that the outputs [n, K] are logits, not probabilities or counts of spikes.
@@ -122,20 +128,23 @@ def check_logits(logits: Floats, rounded_outputs: bool = False) -> Seen:
     """
     faults = []
     if len(logits) and (logits == logits[0]).all():
-        return Seen(["every image has the same outputs: the network is dead, no spike depends on the image"], "")
+        return Seen(["every image has the same outputs, so no spike depends on the image"], "")
     if are_probabilities(logits):
-        faults.append("every row is positive and adds up to 1: probabilities")
+        faults.append("every row is positive and adds up to 1, so the outputs are probabilities")
     distinct = len(np.unique(logits.round(5)))
     if logits.size > 4 * FEW_VALUES and distinct <= (FEW_ROUNDED if rounded_outputs else FEW_VALUES):
-        faults.append(f"{logits.size} outputs take {distinct} values only, as counts of spikes do")
-    return Seen(faults, f"{distinct} distinct values in {len(logits)} rows")
+        faults.append(f"{logits.size} outputs take only {distinct} different values, as spike counts do")
+    return Seen(faults, f"{distinct} different values in {len(logits)} rows")
 
 
 @health_check(
     14,
     "every output is finite",
-    why="the largest of outputs with a NaN is chance, so what it says of an image means nothing",
-    advice="a layer overflows: export that precision again with other layers in float32 (--max-drop), or leave it out",
+    why="the class with the largest output is arbitrary if an output is NaN",
+    advice=(
+        "a layer overflows; export that precision again with --max-drop, which keeps sensitive layers in a finer "
+        "precision, or leave it out"
+    ),
 )
 def check_finite(not_finite: Mapping[str, Sequence[int]]) -> Seen:
     """Check that no output of any image, clean or attacked, is NaN or infinite."""
@@ -145,9 +154,12 @@ def check_finite(not_finite: Mapping[str, Sequence[int]]) -> Seen:
 
 @health_check(
     15,
-    "the classes are represented",
-    why="the first images of a list sorted by class are of one class, and accuracy on one class is not accuracy",
-    advice="use more images (--limit), or a data set in mixed order; export again so that the reference has them too",
+    "all classes are represented",
+    why=(
+        "the first images of a list sorted by class are all of one class, and accuracy on one class says nothing "
+        "about the others"
+    ),
+    advice="use more images (--limit) or a data set in mixed order, and export again to extend the reference",
 )
 def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
     """Check that every class occurs or, with few images, about as many classes as chance gives.
@@ -161,31 +173,31 @@ def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
     saw = f"{present} of {count} classes among {n} images, {counts.min()} to {counts.max()} images each"
     missing = [label for label, images in zip(labels, counts, strict=True) if not images]
     few = present < expected / 2 or (n >= EACH * count and missing)
-    return Seen([f"{saw}; none of {first_few(missing)}"] if few else [], saw)
+    return Seen([f"{saw}, and none of {first_few(missing)}"] if few else [], saw)
 
 
 @health_check(
     16,
-    "the network is made of known parts",
-    why="an operator of another library, or a number in a type of its own, need not do what its name says",
-    advice="export again; if the bundle came from elsewhere, do not trust it",
+    "the network consists of standard operators",
+    why="a custom operator or an unusual number type need not do what its name says",
+    advice="export again; if the bundle comes from someone else, do not trust it",
 )
 def check_parts(foreign: Sequence[str]) -> Seen:
     """Check that the file uses standard operators, number types of its precision, and no external data."""
-    return Seen(foreign, "standard operators, numbers in the types of the precision, nothing outside the file")
+    return Seen(foreign, "only standard operators, only number types of the precision, and no data outside the file")
 
 
 @health_check(
     17,
-    "the files are what the weights give",
-    why="what the weights do not give was put there by hand: another training, a branch, an operator of one's own",
-    advice="export again from the checkpoint; do not use these files",
+    "the files equal an export of the weights",
+    why="if the files differ, someone has changed them: other weights, an added branch or a custom operator",
+    advice="do not use these files; export again from the checkpoint",
 )
 def check_rebuilt(rebuilt: Rebuilt) -> Seen:
     """Check that exporting again from the bundle's weights and recipe gives the same files, byte for byte."""
     return Seen(
         rebuilt.faults,
-        rebuilt.unknown or "exported again from the weights, byte for byte the same",
+        rebuilt.unknown or "the weights were exported again, and the files are equal byte for byte",
         not_compared=bool(rebuilt.unknown),
     )
 

@@ -29,8 +29,8 @@ MAX_SEARCHED = 0.05  # share of images that search may break where gradients bro
 @health_check(
     1,
     "attacked images obey the rules",
-    why="images outside the ball break any network; images rounded to bytes are weaker attacks",
-    advice="an attack that cheats proves nothing; report this as a bug of the attack",
+    why="larger changes than eps break any network, and images rounded to 8 bits are weaker attacks",
+    advice="an attack that breaks these rules proves nothing; please report it as a bug of the attack",
 )
 def check_budget(budget_faults: Sequence[str], rule: str) -> Seen:
     """Check that the attacked images obey the attack's rules, and that it is stated which images they are."""
@@ -40,8 +40,11 @@ def check_budget(budget_faults: Sequence[str], rule: str) -> Seen:
 @health_check(
     2,
     "stronger attacks break more",
-    why="where one step breaks more than many, the gradient leads the attack astray: it is masked",
-    advice="attack with other surrogates, and with APGD and Square, before believing any figure",
+    why=(
+        "if an attack of one step breaks more images than one of many steps, the gradient points in wrong "
+        "directions: it is masked"
+    ),
+    advice="do not rely on any of these accuracies before you have attacked with other surrogates, APGD and Square",
 )
 def check_order(verdicts: Verdicts) -> Seen:
     """Check accuracy under noise >= FGSM >= PGD >= strong PGD >= the union of all, up to chance."""
@@ -50,9 +53,12 @@ def check_order(verdicts: Verdicts) -> Seen:
 
 @health_check(
     3,
-    "black-box does not beat white-box",
-    why="an attacker with the gradient can do all that one without it can; if not, the gradient is masked",
-    advice="the network's own gradient serves attackers badly: attack through other surrogates and with APGD",
+    "black-box attacks do not break more than white-box attacks",
+    why=(
+        "with the gradient an attacker can do everything that is possible without it; if it achieves less, the "
+        "gradient is masked"
+    ),
+    advice="the network's own gradient is of little use to an attacker; attack through other surrogates and with APGD",
 )
 def check_black_box(verdicts: Verdicts, black_box: Sequence[str], white_box: Sequence[str]) -> Seen:
     """Check that attacks without the network's gradient break no more images than those with it, up to chance."""
@@ -77,9 +83,9 @@ def ordered(verdicts: Verdicts, attacks: Sequence[str]) -> Seen:
 
 @health_check(
     4,
-    "accuracy falls to nothing as eps grows",
-    why="with eps 0.5 and more an image can become any other: an attack that fails there is broken",
-    advice="the attack does not reach the network: look at the gradients (check 7) and at other surrogates",
+    "accuracy falls to zero as eps grows",
+    why="with eps 0.5 an image can be made uniformly grey, so an attack that fails there is broken",
+    advice="the attack has no effect on the network; look at check 7 (gradients) and attack through other surrogates",
 )
 def check_growth(growth: Mapping[float, Bools]) -> Seen:
     """Check that accuracy under the strong PGD falls with eps, to zero where eps allows any image.
@@ -90,14 +96,18 @@ def check_growth(growth: Mapping[float, Bools]) -> Seen:
     named = {f"eps {eps:.3g}": growth[eps] for eps in radii}
     order = ordered(named, list(named))
     share = float(growth[radii[-1]].mean())
-    fault = [f"at eps {radii[-1]:.3g} {100 * share:.1f} % are left"] if share > MAX_AT_LARGE_EPS else []
+    fault = (
+        [f"at eps {radii[-1]:.3g} {100 * share:.1f} % of the images are still correct"]
+        if share > MAX_AT_LARGE_EPS
+        else []
+    )
     return Seen([*fault, *order.faults], order.otherwise)
 
 
 @health_check(
     5,
-    "more steps hardly help the attack",
-    why="an attack stopped early counts images as robust that it was about to break",
+    "more steps hardly strengthen the attack",
+    why="an attack that stops too early counts images as robust that it would have broken",
     advice="validate with a larger tier, raise attack.strong_steps in the recipe, or promise a lower floor",
 )
 def check_convergence(convergence: Convergence) -> Seen:
@@ -109,12 +119,13 @@ def check_convergence(convergence: Convergence) -> Seen:
     """
     broken, standing, n, attacks, worst, floor = convergence
     names = ", ".join(f"{name} with {2 * steps} steps instead of {steps}" for name, steps in attacks.items())
-    saw = f"{names}: {broken} of {n} images more are broken, {standing - broken} are left"
+    saw = f"{names}: {broken} more of {n} images are broken, {standing - broken} are still correct"
     faults = [saw] if exceeds(broken, n, MAX_MORE_STEPS) < ORDER_P else []
     converged = worst - broken / n if n else worst
     if floor is not None and converged < floor <= worst:
         faults.append(
-            f"{saw}; {worst:.2%} less these {broken / n:.2%} is below the floor {floor:.2%} of the worst case"
+            f"{saw}; the accuracy of {worst:.2%} less these {broken / n:.2%} is below the gate's floor of "
+            f"{floor:.2%} for worst"
         )
     return Seen(faults, saw)
 
@@ -122,8 +133,8 @@ def check_convergence(convergence: Convergence) -> Seen:
 @health_check(
     6,
     "other surrogates were tried",
-    why="the attacker chooses the surrogate, and the trained one is seldom the strongest",
-    advice="use a tier as it comes; all of them sweep",
+    why="an attacker may use any surrogate gradient, and the one used in training is seldom the strongest",
+    advice="use an unchanged tier; every tier attacks through several surrogates",
 )
 def check_sweep(surrogates: Sequence[str | None], trained: str) -> Seen:
     """Check that the attacker tried surrogates of other widths and shapes than the trained one, and adaptive ones."""
@@ -136,47 +147,63 @@ def check_sweep(surrogates: Sequence[str | None], trained: str) -> Seen:
     7,
     "gradients exist",
     why="an attack without gradients is no attack",
-    advice="the trained surrogate is too narrow to attack through, or the network saturates: see the sweep",
+    advice=(
+        "the surrogate of the training is too narrow to attack through, or the network saturates; see the attacks "
+        "through other surrogates"
+    ),
 )
 def check_gradients(gradients: tuple[int, int, int]) -> Seen:
     """Check that gradients through the trained surrogate rarely vanish and are always finite."""
     samples, zero, not_finite = gradients
     share = zero / samples if samples else 1.0
-    saw = f"of {samples} gradients {100 * share:.2f} % were zero, {not_finite} not finite"
+    saw = f"of {samples} gradients {100 * share:.2f} % were zero and {not_finite} were not finite"
     return Seen([saw] if not_finite or share > MAX_ZERO_GRADIENTS else [], saw)
 
 
 @health_check(
     18,
     "the loss climbs along the gradient",
-    why="a branch that does nothing but add a gradient of its own leads attacks astray; the answers give it away",
-    advice="do not trust gradients of this file: compare it with the weights (--rebuild), attack it by queries",
+    why=(
+        "a network can contain a branch that changes no answer and only adds a misleading gradient; the loss itself "
+        "shows it"
+    ),
+    advice="do not trust gradients of this file; compare it with the weights (--rebuild) and attack without them",
 )
 def check_slopes(slopes: Slopes) -> Seen:
     """Check that the loss rises further along the gradient's signs than along random ones, on nearly all images."""
-    steps = (f"{grad:+.2g} against {rand:+.2g} at {step:.3g}" for step, (grad, rand) in slopes.rises.items())
-    saw = f"further than along random directions on {slopes.steeper} of {slopes.n} images; mean rise {', '.join(steps)}"
+    steps = (
+        f"{grad:+.2g} against {rand:+.2g} with a change of {step:.3g}" for step, (grad, rand) in slopes.rises.items()
+    )
+    saw = f"on {slopes.steeper} of {slopes.n} images further than in random directions; mean rise {', '.join(steps)}"
     return Seen([saw] if slopes.n and slopes.steeper < MIN_STEEPER * slopes.n else [], saw)
 
 
 @health_check(
     19,
-    "search breaks little that gradients left",
-    why="a decoy that weakens the gradient leaves some slope; a search that asks for answers alone is not led astray",
-    advice="do not trust gradients of this file: compare it with the weights (--rebuild), or export it yourself",
+    "search without gradients breaks few further images",
+    why="a manipulated network can hide most of its gradient, but not its answers, which are all that a search needs",
+    advice="do not trust gradients of this file; compare it with the weights (--rebuild), or export it yourself",
 )
 def check_search(search: Search) -> Seen:
     """Check that random search breaks few of the images that survive all attacks with a gradient."""
     broken, standing, n, queries = search
-    saw = f"{queries} queries break {broken} of the {standing} images that gradients left, of {n}"
+    saw = (
+        f"of {n} images attacks with gradients left {standing} correct; of these {queries} queries each break {broken}"
+    )
     return Seen([saw] if exceeds(broken, n, MAX_SEARCHED) < ORDER_P else [], saw)
 
 
 @health_check(
     13,
-    "the attack reaches the artefact as it reached the reference",
-    why="export adds no robustness: what seems to is a gradient that misleads, or a weaker attack",
-    advice="validate with the settings of the export, or export again; see where the attack graph loses the gradient",
+    "attacks on the artefact are as strong as on the reference",
+    why=(
+        "an export cannot add robustness; if it seems to, the artefact's gradient misleads the attack, or the attack "
+        "is weaker"
+    ),
+    advice=(
+        "validate with the settings of the export, or export again, and look for the node of the attack graph that "
+        "loses the gradient"
+    ),
 )
 def check_reach(reach: Reach, n: int) -> Seen:
     """Check that the artefact survives the attacks no better than the reference, each of them and all together.
@@ -184,18 +211,21 @@ def check_reach(reach: Reach, n: int) -> Seen:
     A reference that has not met an attack proves nothing about it; without any reference, floors decide.
     """
     if not reach.reference:
-        return Seen([], "no reference answered these images: the gate's floors alone decide", not_compared=True)
+        return Seen([], "there is no reference for these images, so only the gate's floors decide", not_compared=True)
     if reach.contradictions:
-        return Seen([f"the reference's worst case holds {reach.contradictions} images that its own attacks broke"], "")
+        return Seen(
+            [f"the reference counts {reach.contradictions} images as correct that its own attacks broke"],
+            "",
+        )
     if reach.missing:
-        return Seen([f"the reference holds no verdicts under {', '.join(reach.missing)} with these settings"], "")
+        return Seen([f"the reference holds no results under {', '.join(reach.missing)} with these settings"], "")
     if reach.flips is None:
-        return Seen(["the reference met none of these attacks"], "")
+        return Seen(["the reference was attacked with none of these attacks"], "")
     worse, better = reach.flips.newly_wrong, reach.flips.newly_right
     p = binomial_tail(better, worse + better)
     saw = f"in the worst case {better} of {n} images newly right, {worse} newly wrong (p = {p:.2g})"
     if reach.alone:
-        saw += f"; only the artefact met {', '.join(reach.alone)}"
+        saw += f"; only the artefact was attacked with {', '.join(reach.alone)}"
     least = reach.allowed * n + 1e-9
     faults = [saw] if better - worse > least and p < ORDER_P else []
     for name, flips in reach.each.items():
