@@ -184,6 +184,19 @@ def exported(run: Path, out: Path, **options: Any) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _neurons_are_not_compiled() -> Iterator[None]:
+    """On a busy machine the neurons of many tests would together take long enough to be compiled, which costs more."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from mpdsgr_deploy.snn import compiled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "PAYS", float("inf"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _every_network_is_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where bundles are written and checked, in tests that import `exporting_once`, and in forked commands."""
     if "torch" not in sys.modules:
