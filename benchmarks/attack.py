@@ -122,9 +122,8 @@ def render(result: dict[str, Any]) -> str:
         ["network", "attacker", "images/s", "times torch", "peak MiB", "MiB per image"],
         rows,
         f"PGD of {setting['steps']} steps on {setting['batch']} images of 32x32, networks of width "
-        f"{setting['width']:g}, T = {setting['T']}, {setting['threads']} threads; medians "
-        f"[{harness.interval(turns)[1]:.0%} interval] of {turns} paired turns; weights included in the peak. "
-        f"onnxruntime {result['versions']['onnxruntime']}.",
+        f"{setting['width']:g}, T = {setting['T']}, {setting['threads']} threads; {harness.paired(turns)}; "
+        f"weights included in the peak. onnxruntime {result['versions']['onnxruntime']}.",
         harness.source(result),
     )
 

@@ -195,7 +195,8 @@ def thresholds(model: SpikingNet, images: Images) -> list[Policy]:
 def run(bundles: tuple[Path, ...], root: str | None, limit: int) -> dict[str, Any]:
     """Attack each bundle's network with early exits and with fewer steps."""
     show_progress()
-    networks = harness.with_earlier("early_exit", [measure(path, root, limit) for path in bundles])
+    measured = {path.resolve().name: measure(path, root, limit) for path in bundles}
+    networks = {**harness.load("early_exit")["networks"], **measured}
     return {"attack_steps": STEPS, "surrogates": SURROGATES, "networks": networks}
 
 
@@ -213,7 +214,6 @@ def measure(path: Path, root: str | None, limit: int) -> dict[str, Any]:
     clean = unattacked(model, policies, many.unit(), many.classes)
     attacked = attack(model, policies, few.unit(), few.classes, recipe.attack.eps)
     return {
-        "name": path.resolve().name,
         "digest": manifest.digest,
         "images": name_sample(len(few), recipe.data.name),
         "validation": len(validation),
@@ -239,24 +239,24 @@ def render(result: dict[str, Any]) -> str:
     """A table with a row for each policy, and what the networks and images are."""
     header = ("network", "answers after", "mean steps", "mean steps, attacked", "clean %", "worst % [95 % interval]")
     lines = []
-    for network in result["networks"]:
+    for name, network in result["networks"].items():
         for policy in network["policies"]:
             n, threshold = network["n"], policy["threshold"]
             low, high = wilson(policy["worst"], n)
             lines.append(
                 (
-                    network["name"],
+                    name,
                     policy["name"] if threshold is None else f"margin {threshold:.3g}",
-                    *(f"{policy[name]:.2f}" for name in ("steps", "steps_attacked")),
+                    *(f"{policy[steps]:.2f}" for steps in ("steps", "steps_attacked")),
                     f"{100 * policy['clean'] / network['n_clean']:.1f}",
                     f"{100 * policy['worst'] / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                 )
             )
     notes = [
-        f"- {network['name']}: {network['images']}, eps {network['eps'] * 255:.3g}/255; clean accuracy and mean "
+        f"- {name}: {network['images']}, eps {network['eps'] * 255:.3g}/255; clean accuracy and mean "
         f"steps on {network['n_clean']:,}; thresholds chosen on {network['validation']:,} validation images. "
         + harness.source(network)
-        for network in result["networks"]
+        for name, network in result["networks"].items()
     ]
     legend = (
         f"`worst`: right at every iterate of {result['attack_steps']} steps of APGD through each of "

@@ -1,7 +1,4 @@
-"""How every benchmark takes turns, summarises, publishes and renders; the scripts say only what is measured.
-
-Brackets hold an interval of the median: the k-th smallest to the k-th largest sample, k as large as 95 % allow.
-"""
+"""How every benchmark takes turns, summarises, publishes and renders; the scripts say only what is measured."""
 
 import functools
 import json
@@ -17,20 +14,17 @@ import torch
 
 from mpdsgr_deploy.provenance import provenance
 
-FOLDER, PAGE, RESULTS = (Path(__file__).parent / name for name in (".", "README.md", "results"))
-MANUAL = FOLDER.parent / "export" / "README.md"  # which shows these tables:
-IN_THE_MANUAL = ("steps", "early_exit")
-Contenders, Result = Mapping[str, Callable[[], Any]], dict[str, Any]
+FOLDER = Path(__file__).parent
+RESULTS, PAGES = FOLDER / "results", [FOLDER / "README.md", FOLDER.parent / "export" / "README.md"]
 
 
-def take_turns(each: Contenders, turns: int, *, warm_up: int = 1, seconds: float = 0) -> dict[str, list[Any]]:
-    """Samples of each: `turns` or more, until `seconds` have passed, in an order that rotates against disturbances."""
-    names, taken, deadline = list(each), list[dict[str, Any]](), 0.0
-    while len(taken) < warm_up + turns or clock() < deadline:
-        deadline = clock() + seconds if len(taken) == warm_up else deadline
-        first = (len(taken) - warm_up) % len(names)
-        taken.append({name: each[name]() for name in names[first:] + names[:first]})
-    return {name: [samples[name] for samples in taken[warm_up:]] for name in names}
+def take_turns(each: Mapping[str, Callable[[], Any]], turns: int, *, warm_up: int = 1) -> dict[str, list[Any]]:
+    """Samples of each, in an order that rotates against disturbances; those of turns to warm up are left out."""
+    names, samples = list(each), list[dict[str, Any]]()
+    for turn in range(-warm_up, turns):
+        first = turn % len(names)
+        samples.append({name: each[name]() for name in names[first:] + names[:first]})
+    return {name: [sample[name] for sample in samples[warm_up:]] for name in names}
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -44,7 +38,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def interval(n: int) -> tuple[int, float]:
-    """k - 1 for n samples, and the probability that their interval covers the median: below 95 % for fewer than six."""
+    """k - 1 and coverage of a median's interval, k-th smallest to k-th largest of n samples: 95 % or more if n > 5."""
     covers = [1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range((n + 1) // 2)]
     return max(((k, share) for k, share in enumerate(covers) if share >= 0.95), default=(0, covers[0]))
 
@@ -52,10 +46,9 @@ def interval(n: int) -> tuple[int, float]:
 def spread(values: Sequence[float], below: Sequence[float] | None = None, form: str = "{:.2f}") -> str:
     """Median and interval of the values, or of their ratios to `below` in the same turn; one value has no interval."""
     ordered = sorted(values if below is None else [a / b for a, b in zip(values, below, strict=True)])
-    if len(ordered) == 1:
-        return form.format(ordered[0])
     k, _ = interval(len(ordered))
-    return "{} [{}, {}]".format(*(form.format(v) for v in (statistics.median(ordered), ordered[k], ordered[-1 - k])))
+    middle, *ends = (form.format(value) for value in (statistics.median(ordered), ordered[k], ordered[-1 - k]))
+    return f"{middle} [{', '.join(ends)}]" if len(ordered) > 1 else middle
 
 
 def paired(n: int, what: str = "turns") -> str:
@@ -69,48 +62,39 @@ def table(header: Sequence[str], rows: Iterable[Iterable[object]], *notes: str) 
     return "\n".join([head, "|---" * len(header) + "|", *body, "", *notes, ""])
 
 
-def source(result: Result) -> str:
+def source(result: dict[str, Any]) -> str:
     """Where a result comes from, in one line."""
-    origin, machine = result["provenance"], result["provenance"]["hardware"]
+    made, machine = result["provenance"], result["provenance"]["hardware"]
     device = " + ".join([f"{machine['cores']} cores of {machine['cpu']}", *machine.get("gpus", [])])
-    commit, plus, dirty = (origin["revision"] or "unknown").partition("+")
-    revision, day = commit[:12] + plus + dirty, origin["created"][:10]
-    return f"{device}; torch {origin['packages']['torch']}; revision {revision}; {day}."
+    commit, plus, dirty = (made["revision"] or "unknown").partition("+")
+    return f"{device}; torch {made['packages']['torch']}; revision {commit[:12]}{plus}{dirty}; {made['created'][:10]}."
 
 
-def load(name: str) -> Result:
+def load(name: str) -> dict[str, Any]:
     """The result that benchmarks/NAME.py wrote."""
     return json.loads((RESULTS / f"{name}.json").read_bytes())
 
 
-def with_earlier(name: str, networks: Sequence[Result]) -> list[Result]:
-    """The networks in the results of benchmarks/NAME.py, with these in place of those of the same name."""
-    known = load(name)["networks"] if (RESULTS / f"{name}.json").exists() else []
-    return [*({one["name"]: one for one in (*known, *networks)}.values())]
-
-
-def page(name: str, body: str | None = None) -> str:
-    """The table of benchmarks/NAME.py in the page; `body` replaces it."""
-    file = MANUAL if name in IN_THE_MANUAL else PAGE
+def page(name: str, body: str) -> tuple[Path, str]:
+    """The page that has a place for the table of benchmarks/NAME.py, and its text with `body` in that place."""
     begin, end = f"<!-- table: python benchmarks/{name}.py -->\n", f"<!-- end of {name} -->\n"
-    before, _, rest = file.read_text().partition(begin)
-    shown, _, after = rest.partition(end)
-    if body is not None:
-        file.write_text(f"{before}{begin}{body}{end}{after}")
-    return shown
+    file = next(file for file in PAGES if begin in file.read_text())
+    before, rest = file.read_text().split(begin)
+    return file, f"{before}{begin}{body}{end}{rest.split(end)[1]}"
 
 
-def command(name: str, measure: Callable[..., Result], render: Callable[[Result], str]) -> click.Command:
+def command(name: str, measure: Callable[..., dict[str, Any]], render: Callable[[Any], str]) -> click.Command:
     """The command line of benchmarks/NAME.py, with the options of `measure`."""
 
+    @click.command()
+    @click.option("--mode", type=click.Choice(["publish", "try", "render"]), default="publish", show_default=True)
     @functools.wraps(measure)
-    def run(mode: str, **options: Any) -> None:
+    def run(mode: str, **options: Any) -> None:  # try: publish nothing; render: measure nothing
         result = load(name) if mode == "render" else {**measure(**options), "provenance": provenance()}
         if mode == "publish":
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         click.echo(render(result))
         if mode != "try":
-            page(name, render(result))
+            Path.write_text(*page(name, render(result)))
 
-    modes = click.Choice(["publish", "try", "render"])  # try: publish nothing; render: measure nothing
-    return click.command()(click.option("--mode", type=modes, default="publish", show_default=True)(run))
+    return run

@@ -8,6 +8,7 @@ network without neurons would take. The peers, SpikingJelly, snnTorch and a plai
 own, each eager and compiled with channels last, in float32 and in bf16.
 """
 
+import math
 import os
 import statistics
 import tempfile
@@ -178,7 +179,10 @@ def request_of(path: Path, shape: tuple[int, ...], threads: int, *, count: bool 
 
 def measure(variants: dict[str, Inference], batch: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of each variant's inferences, two at least; warming up compiles and allocates."""
-    return harness.take_turns({name: partial(infer, batch) for name, infer in variants.items()}, 2, seconds=seconds)
+    contenders = {name: partial(infer, batch) for name, infer in variants.items()}
+    harness.take_turns(contenders, 0)
+    turn = harness.timed(lambda: harness.take_turns(contenders, 1, warm_up=0))
+    return harness.take_turns(contenders, max(2, math.ceil(seconds / turn)), warm_up=0)
 
 
 def render(result: dict[str, Any]) -> str:

@@ -74,10 +74,7 @@ def render(result: dict[str, Any]) -> str:
             ratio = harness.spread(seconds, samples["linear"])
             rows.append([precision, name, f"{1000 * middle:.0f}", f"{rate:.0f}", ratio])
     turns = len(result["seconds"]["fp32"]["linear"])
-    note = (
-        f"{ROWS} rows, {INPUTS} to {OUTPUTS}; medians [{harness.interval(turns)[1]:.0%} interval] of {turns} paired "
-        f"turns, {result['threads']} threads."
-    )
+    note = f"{ROWS} rows, {INPUTS} to {OUTPUTS}; {harness.paired(turns)}, {result['threads']} threads."
     return harness.table(["precision", "as", "ms", "GFLOP/s", "times linear"], rows, f"{note} {harness.source(result)}")
 
 

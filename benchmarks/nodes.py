@@ -197,10 +197,9 @@ def render(result: dict[str, Any]) -> str:
     return harness.table(
         ["instructions", "batch", "variant", "ms", "share of the int8 limit", *KINDS],
         rows,
-        f"VGG11 at width {setting['width']:g}, 32x32 images, T = {setting['T']}, {setting['threads']} threads; medians "
-        f"[{harness.interval(setting['turns'])[1]:.0%} interval] of {setting['turns']} paired turns; shares of "
-        f"the time in nodes, medians of {setting['counted']} runs. onnxruntime {versions['onnxruntime']}, OpenVINO "
-        f"{versions['openvino']}.",
+        f"VGG11 at width {setting['width']:g}, 32x32 images, T = {setting['T']}, {setting['threads']} threads; "
+        f"{harness.paired(setting['turns'])}; shares of the time in nodes, medians of {setting['counted']} "
+        f"runs. onnxruntime {versions['onnxruntime']}, OpenVINO {versions['openvino']}.",
         harness.source(result),
     )
 

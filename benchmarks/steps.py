@@ -6,7 +6,6 @@ The same as `mpdsgr inspect BUNDLE --steps`; the rows of bundles that are not na
 bundle that was trained at fewer steps, from the weights of a longer run, `--tuned` shows its own number of steps only.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,11 @@ def run(
 ) -> dict[str, Any]:
     """Attack and time each bundle at every number of steps."""
     show_progress()
-    if again:
-        return {"networks": [retimed(network, bundles + tuned, root) for network in harness.load("steps")["networks"]]}
-    paths = [*((path, False) for path in bundles), *((path, True) for path in tuned)]
-    measured = [measure(path, root, limit, is_tuned) for path, is_tuned in paths]
-    return {"networks": sorted(harness.with_earlier("steps", measured), key=lambda network: network["tuned"])}
+    networks: dict[str, dict[str, Any]] = harness.load("steps")["networks"]
+    for path in bundles + tuned:
+        name = path.resolve().name
+        networks[name] = retimed(path, networks[name], root) if again else measure(path, root, limit, path in tuned)
+    return {"networks": dict(sorted(networks.items(), key=lambda entry: entry[1]["tuned"]))}
 
 
 def measure(path: Path, root: str | None, limit: int, tuned: bool) -> dict[str, Any]:
@@ -58,7 +57,6 @@ def measure(path: Path, root: str | None, limit: int, tuned: bool) -> dict[str, 
     images = images_of(bundle, limit, root)
     recipe = manifest.recipe
     return {
-        "name": path.resolve().name,
         "tuned": tuned,
         "digest": manifest.digest,
         "network": f"{recipe.model.name}, width {recipe.model.width:g}, {recipe.method}, {manifest.time_steps}",
@@ -70,11 +68,8 @@ def measure(path: Path, root: str | None, limit: int, tuned: bool) -> dict[str, 
     }
 
 
-def retimed(network: dict[str, Any], paths: Sequence[Path], root: str | None) -> dict[str, Any]:
-    """A network of the results file with new times, if it is the one of these bundles."""
-    (path,) = [path for path in paths if path.resolve().name == network["name"]] or [None]
-    if path is None:
-        return network
+def retimed(path: Path, network: dict[str, Any], root: str | None) -> dict[str, Any]:
+    """A network of the results file with new times of its bundle."""
     bundle = open_bundle(path)
     earlier = bundle.manifest.provenance.get("rewritten", {}).get("digest")  # before its attack graphs were left out
     assert network["digest"] in (bundle.manifest.digest, earlier), f"{path} is not what was attacked"
@@ -100,15 +95,15 @@ def as_record(row: StepCost) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     """The table, and what the networks and images are."""
     lines = [
-        (f"{network['name']}, tuned" if network["tuned"] else network["name"], *cells(row))
-        for network in result["networks"]
+        (f"{name}, tuned" if network["tuned"] else name, *cells(row))
+        for name, network in result["networks"].items()
         for row in network["rows"]
         if not network["tuned"] or row["steps"] == max(other["steps"] for other in network["rows"])
     ]
     notes = [
-        f"- {network['name']}: {network['network']}; {network['images']}, eps {network['eps'] * 255:.3g}/255, "
+        f"- {name}: {network['network']}; {network['images']}, eps {network['eps'] * 255:.3g}/255, "
         f"seed {network['seed']}. {harness.source(network)}"
-        for network in result["networks"]
+        for name, network in result["networks"].items()
     ]
     legend = LEGEND.format(threads=result["provenance"]["hardware"]["cores"])
     return harness.table(HEADER, lines, legend, "", *notes)

@@ -49,12 +49,12 @@ def run(runs: tuple[Path, ...], root: str, limit: int, cache: Path) -> dict[str,
     """Attack each network, of a run the best, both ways."""
     show_progress()
     cache.mkdir(parents=True, exist_ok=True)
-    networks = harness.with_earlier(NAME, [measure(run, root, limit, cache) for run in runs])
-    return {"networks": networks, "pyautoattack": package_version("pyautoattack")}
+    measured = dict(measure(run, root, limit, cache) for run in runs)
+    return {"networks": {**harness.load(NAME)["networks"], **measured}, "pyautoattack": package_version("pyautoattack")}
 
 
-def measure(path: Path, root: str, limit: int, cache: Path) -> dict[str, Any]:
-    """Images that survive each attack, and what it cost."""
+def measure(path: Path, root: str, limit: int, cache: Path) -> tuple[str, dict[str, Any]]:
+    """The network's name; images that survive each attack, and what it cost."""
     with opened(path, root, limit) as found:
         recipe, x, y, sha256 = found.recipe, found.images.unit(), found.images.classes, network_sha256(found.file)
         network = TorchModel(found.model, found.images.shape, recipe.validation.seed)
@@ -71,8 +71,8 @@ def measure(path: Path, root: str, limit: int, cache: Path) -> dict[str, Any]:
         if not file.exists():
             write_atomic(file, json.dumps(attack()).encode())
         rows += json.loads(file.read_bytes())
-    about = {"name": found.name, "sha256": sha256, "suite": SUITE_VERSION, "provenance": provenance()}
-    return {**about, "recipe": recipe.model_dump(mode="json"), "n": len(y), "rows": rows}
+    about = {"sha256": sha256, "suite": SUITE_VERSION, "provenance": provenance()}
+    return found.name, {**about, "recipe": recipe.model_dump(mode="json"), "n": len(y), "rows": rows}
 
 
 def row(
@@ -141,21 +141,20 @@ def autoattack(
 def render(result: dict[str, Any]) -> str:
     """The Markdown table, and what its networks are."""
     header = ["network", "attack", "right", "gradients per image", "queries per image", "s"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    notes = []
-    for network in result["networks"]:
+    rows, notes = [], []
+    for name, network in result["networks"].items():
         recipe, n = Recipe.model_validate(network["recipe"]), network["n"]
         for line in network["rows"]:
             right = f"{line['correct']} ({line['correct'] / n:.1%})"
-            costs = f"{line['gradients']:.0f} | {line['queries']:.0f} | {line['seconds']:.0f}"
-            lines.append(f"| {network['name']} | {line['attack']} | {right} | {costs} |")
+            costs = (f"{line[cost]:.0f}" for cost in ("gradients", "queries", "seconds"))
+            rows.append((name, line["attack"], right, *costs))
         notes.append(
-            f"- {network['name']}: {recipe.method}, {recipe.model.name}, width {recipe.model.width:g}, T = "
+            f"- {name}: {recipe.method}, {recipe.model.name}, width {recipe.model.width:g}, T = "
             f"{recipe.encoding.T}; eps {recipe.attack.eps:.4g}, the first {n} test images of {recipe.data.name}; suite "
             f"{network['suite']}; {harness.source(network)}"
         )
     notes.append(f"- pyautoattack {result['pyautoattack']}; seconds on a machine with other work.")
-    return "\n".join([*lines, "", *notes, ""])
+    return harness.table(header, rows, *notes)
 
 
 main = harness.command("strength", run, render)

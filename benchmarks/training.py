@@ -104,8 +104,8 @@ def render(result: dict[str, Any]) -> str:
         [*header, "of the peak"],
         rows,
         f"VGG11 at width {setting['width']:g}, T = {setting['T']}, batch {setting['batch']}, {setting['threads']} "
-        f"threads, malloc told to keep its pages; medians [{harness.interval(turns)[1]:.0%} interval] of {turns} "
-        f"paired turns. Matrix product: {peaks}; copy: {floor['copy_bytes_a_second'] / 1e9:.1f} GB/s. {versions}.",
+        f"threads, malloc told to keep its pages; {harness.paired(turns)}. Matrix product: {peaks}; "
+        f"copy: {floor['copy_bytes_a_second'] / 1e9:.1f} GB/s. {versions}.",
         harness.source(result),
     )
 

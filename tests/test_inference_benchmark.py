@@ -17,7 +17,8 @@ from mpdsgr_deploy.recipe import Recipe
 
 def test_the_page_quotes_the_file() -> None:
     result = harness.load("inference")
-    assert harness.page("inference") == inference.render(result)
+    file, text = harness.page("inference", inference.render(result))
+    assert file.read_text() == text
     for taken in result["seconds"].values():
         assert {*result["peers"], inference.INT8, inference.LIMIT} < taken.keys()
         assert len({len(samples) for samples in taken.values()}) == 1
@@ -25,7 +26,8 @@ def test_the_page_quotes_the_file() -> None:
 
 def test_the_page_says_where_the_time_goes() -> None:
     result = harness.load("nodes")
-    assert harness.page("nodes") == nodes.render(result)
+    file, text = harness.page("nodes", nodes.render(result))
+    assert file.read_text() == text
     for batches in result["measured"].values():
         for variants in batches.values():
             assert all(kinds["kinds"]["int8 products"] > 0 for name, kinds in variants.items() if name != nodes.OTHERS)
