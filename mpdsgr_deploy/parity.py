@@ -6,9 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from mpdsgr_deploy.reference import Reference
+
 TOLERANCE = 1e-5  # what float32 rounding alone may do to a logit
 MINIMUM_SHARE = 0.95
 GOLDEN_ROWS = 8
+SAME_ROWS = 0.9  # share of images whose logits must agree to TOLERANCE where single spikes may be flipped by rounding
+SAME_LABELS = 0.99
 
 
 class Parity(BaseModel):
@@ -60,3 +64,21 @@ def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32
     best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
     margins = (best[..., -1] - best[..., 0]).min(0)  # 0 where there is one label only
     return np.sort(rows[np.argsort(-margins[rows], kind="stable")][:GOLDEN_ROWS])
+
+
+def check_answers(reference: Reference | None, precision: str, logits: NDArray[np.float32]) -> Parity | None:
+    """Compare clean logits [N, K] with the stored ones; None for a precision whose rounding depends on the machine."""
+    expected = reference.logits.get(precision) if reference else None
+    if expected is None:
+        return None
+    common = min(len(expected), len(logits))
+    return compare(expected[:common], logits[:common])
+
+
+def answer_faults(parity: Parity | None) -> list[str]:
+    """Return a fault if the logits differ by more than single flipped spikes, else None."""
+    if parity is None:
+        return []
+    same = parity.within_tolerance >= SAME_ROWS * parity.rows
+    labels = parity.labels_differ <= max(1, (1 - SAME_LABELS) * parity.rows)
+    return [] if same and labels else [f"the artefact's answers differ from those of the exported network: {parity}"]

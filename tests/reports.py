@@ -8,9 +8,8 @@ from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.pictures import examples
-from mpdsgr_deploy.validation.reasons import Reason
 from mpdsgr_deploy.validation.report import Curve, Point, Report, VariantFlips
-from mpdsgr_deploy.validation.rows import Row, VerdictFlips
+from mpdsgr_deploy.validation.rows import Reason, Row, VerdictFlips
 
 N = 200
 

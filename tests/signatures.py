@@ -20,9 +20,8 @@ from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.signing.bundles import sign_bundle
 from mpdsgr_deploy.signing.envelope import Signer
 from mpdsgr_deploy.signing.trust import Trust, parse_trust
-from mpdsgr_deploy.validation.reasons import Reason
 from mpdsgr_deploy.validation.report import Report
-from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.rows import Reason, Row
 
 
 class Keys(NamedTuple):

@@ -22,8 +22,7 @@ from mpdsgr_deploy.validation.gate import (
     lost,
     regressed,
 )
-from mpdsgr_deploy.validation.power import refused, smallest_drop
-from mpdsgr_deploy.validation.proportions import binomial_tail, sign_flip_tail, wilson
+from mpdsgr_deploy.validation.proportions import binomial_tail, refused, sign_flip_tail, smallest_drop, wilson
 from mpdsgr_deploy.validation.rows import Row
 
 SHARES = ["0", "0.01", "0.05", "0.1", "0.15", "1/3", "0.35", "0.5", "0.7", "0.8", "0.9", "0.95"]

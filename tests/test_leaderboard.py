@@ -10,8 +10,7 @@ from mpdsgr_deploy.cli.table import command
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.leaderboard import read_report, render
 from mpdsgr_deploy.recipe import Gate
-from mpdsgr_deploy.validation.model_facts import ModelFacts
-from mpdsgr_deploy.validation.report import Report
+from mpdsgr_deploy.validation.report import ModelFacts, Report
 from mpdsgr_deploy.validation.rows import Row
 
 RESULTS = Path(__file__).parent.parent / "train" / "results" / "leaderboard"

@@ -15,8 +15,8 @@ from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.health import Check
 from mpdsgr_deploy.validation.page import plain
-from mpdsgr_deploy.validation.reasons import EarlyStop
 from mpdsgr_deploy.validation.report import Report
+from mpdsgr_deploy.validation.rows import EarlyStop
 from mpdsgr_deploy.validation.summary import badge, junit, summary
 from mpdsgr_deploy.validation.writing import report_directory, write_report
 
@@ -142,16 +142,8 @@ def test_what_is_not_compared_is_not_green() -> None:
     cases = {case.get("name"): case.find("skipped") for case in ElementTree.fromstring(junit(report))}
     assert "not compared" in cases["gate: gaussian"].get("message")
     assert cases["gate: fgsm"] is None
-    alone = Check(number=13, name="reach", state="not compared", saw="no reference", advice="")
+    alone = Check(number=13, name="reach", state="not compared", saw="no reference", why="", advice="")
     assert "check 13, reach: NOT COMPARED" in summary(sample(health=[alone]))
-
-
-def test_reports_of_earlier_versions_are_read() -> None:
-    old = json.loads(sample().model_dump_json())
-    old |= {"schema_version": 2, "reasons": ["pgd: lost"], "stopped": "pgd: lost"}
-    old["health"] = [{"number": 1, "name": "one", "passed": False, "saw": "", "advice": ""}]
-    report = Report.model_validate(old)
-    assert (report.reasons[0].line, report.stopped.why, report.health[0].state) == ("pgd: lost", "pgd: lost", "failed")
 
 
 def test_the_badge_follows_the_endpoint_schema() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mpdsgr_deploy.pairs.side import Side
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.validation.model_facts import ModelFacts
+from mpdsgr_deploy.validation.report import ModelFacts
 
 
 def differing_settings(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:

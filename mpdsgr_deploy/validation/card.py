@@ -11,9 +11,8 @@ from typing import Any
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.diagnostics.facts import describe, spans
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.proportions import wilson
-from mpdsgr_deploy.validation.report import Report, accuracy_text, headline_first, load_report
+from mpdsgr_deploy.validation.report import ModelFacts, Report, accuracy_text, headline_first, load_report
 
 HEADLINE = {"clean": "accuracy", "worst": "accuracy under all attacks"}
 

@@ -32,8 +32,7 @@ from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.schema import parse, read_toml
 from mpdsgr_deploy.signing.trust import beside
 from mpdsgr_deploy.validation.proportions import Z95, binomial_tail, sign_flip_tail
-from mpdsgr_deploy.validation.reasons import Reason
-from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.rows import Reason, Row
 
 SIGNIFICANT = 0.0005  # p-value below which a drop under one attack is significant
 SIGNIFICANT_OVERALL = 0.003  # the same for the accuracies in OVERALL

@@ -1,15 +1,27 @@
-"""report.html: one file that needs no script, no network and no other file."""
+"""report.html: one file that needs no script, no network and no other file.
 
+Figures are SVG inside the page: text remains text in the page's colour, also in dark mode. Lines differ in markers and
+dashes as well as in colour. Figures are narrow, so that a telephone does not shrink their text; a wide page sets them
+side by side.
+"""
+
+import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from mpdsgr_deploy.validation.figures import figures
+from mpdsgr_deploy.attacks.condition import STRONG
+from mpdsgr_deploy.colours import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY_BLUE, VERMILION
 from mpdsgr_deploy.validation.report import (
     MEANING,
+    Curve,
     Report,
     accuracy_text,
     findings,
@@ -17,6 +29,24 @@ from mpdsgr_deploy.validation.report import (
     not_compared,
     sensitivity,
 )
+from mpdsgr_deploy.validation.rows import Row
+
+WIDTH = 4.1  # inches
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, GREY)
+MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
+HEADLINE, ATTACKER = VERMILION, BLUE
+INK = "#010203"  # replaced by the page's own text colour
+WIDEST = 4.2  # times the evaluated eps
+MOST = 24  # attackers in one figure, the strongest
+LONGEST = 22  # characters of a name in a figure
+SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mpdsgr",
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.parse_math": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
 
 
 def page(report: Report) -> str:
@@ -70,3 +100,121 @@ def plain(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(plain, value)) or "none"
     return str(value)
+
+
+def figures(report: Report) -> dict[str, str]:
+    """Return the figures that the report has data for, as SVG elements by title."""
+    pictures = {}
+    with rc_context(SETTINGS):
+        if any(curve.points for curve in report.curves):
+            left = f", the {len(COLOURS)} strongest attacks" if len(report.curves) > len(COLOURS) else ""
+            pictures[f"Accuracy against eps{left}"] = svg(by_eps(report), "eps")
+        if sweep(report):
+            left = f" {MOST} of {len(attackers(report))}" if len(attackers(report)) > MOST else ""
+            pictures[f"Which attacker is the strongest?{left}"] = svg(by_attacker(report), "attackers")
+    return pictures
+
+
+def by_eps(report: Report) -> Figure:
+    """Plot accuracy of the artefact against the strength of each attack; the evaluated strength is marked."""
+    figure, axes = blank(3.2)
+    curves = sorted((c for c in report.curves if c.points), key=final)[: len(COLOURS)]
+    for curve, colour, marker, dash in zip(curves, COLOURS, MARKERS, DASHES, strict=False):
+        points = sorted(curve.points, key=lambda point: point.eps)
+        accuracy = [100 * point.correct / max(point.n, 1) for point in points]
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": dash,
+            "markersize": 4.5,
+            "linewidth": 1.6,
+        }
+        axes.plot([point.eps for point in points], accuracy, label=short(curve.attack), **style)
+    if report.eps is not None:
+        axes.axvline(report.eps, color=INK, linewidth=1, linestyle=":", label=f"evaluated: eps {report.eps:.3g}")
+    axes.set(xlabel="eps, the largest change of a pixel", ylabel="accuracy (%)", ylim=(0, 100))
+    axes.set_xlim(0, shown_eps(report))
+    axes.grid(axis="y", color=GRID, alpha=0.3, linewidth=0.6)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def shown_eps(report: Report) -> float:
+    """Return the end of the axis, a few times the evaluated eps. Health check 4 covers larger values."""
+    largest = max(point.eps for curve in report.curves for point in curve.points)
+    return largest if report.eps is None else min(largest, WIDEST * report.eps)
+
+
+def by_attacker(report: Report) -> Figure:
+    """Plot accuracy under every white-box attacker with its interval, and at the top under all attacks together."""
+    rows = sweep(report)
+    worst = report.row("worst")
+    bars = rows if worst is None else [worst, *rows]
+    figure, axes = blank(0.9 + 0.3 * len(bars))
+    for place, row in enumerate(bars):
+        low, high = (100 * bound for bound in row.artefact.interval)
+        accuracy = 100 * row.artefact.accuracy
+        colour, marker, size = (HEADLINE, "D", 7.0) if row is worst else (ATTACKER, "o", 5.0)
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot([accuracy], [place], marker=marker, color=colour, markersize=size, clip_on=False)
+        axes.annotate(
+            f"{accuracy:.1f}",
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    if worst is not None:
+        axes.axvline(100 * worst.artefact.accuracy, color=HEADLINE, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(bars)), [named(row) for row in bars])
+    axes.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5))
+    axes.grid(axis="x", color=GRID, alpha=0.3, linewidth=0.6)
+    return figure
+
+
+def attackers(report: Report) -> list[Row]:
+    """Return the white-box attacks with many steps, through each surrogate."""
+    return [row for row in report.rows if row.surrogate is not None]
+
+
+def sweep(report: Report) -> list[Row]:
+    """Return the strongest MOST of the attackers, the strongest last."""
+    return sorted(attackers(report), key=lambda row: -row.artefact.accuracy)[-MOST:]
+
+
+def named(row: Row) -> str:
+    """Return the label of a condition in the figure."""
+    if row.name == "worst":
+        return "worst: the union"
+    return "trained surrogate" if row.name == STRONG else short(str(row.surrogate))
+
+
+def final(curve: Curve) -> float:
+    last = max(curve.points, key=lambda point: point.eps)
+    return last.correct / max(last.n, 1)
+
+
+def short(name: str) -> str:
+    """Cut a name to LONGEST characters."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def blank(height: float) -> tuple[Figure, Axes]:
+    """Make a figure of the common width with one pair of axes."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return the figure as an SVG element; `name` makes its ids unique in the page."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'(<[^<>]*\s)id="', rf'\1id="{name}-', text)
+    text = re.sub(r'(<[^<>]*(?:url\(|href="))#', rf"\1#{name}-", text)
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)

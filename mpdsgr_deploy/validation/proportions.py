@@ -1,11 +1,22 @@
-"""The statistics of paired verdicts: intervals for a share, a test for two classifiers on the same images."""
+"""The statistics of paired verdicts: intervals for a share, tests of two classifiers on the same images, their power.
+
+A true drop of d turns an image wrong with probability s + d and right with probability s, where s is the rate at which
+verdicts flip either way by rounding alone. The number of flips is binomial, and so is the number of these that are for
+the worse; the gate's own test is applied to each outcome, so the probability is exact.
+"""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+RELIABLE = 0.9  # probability with which the smallest drop is refused
+SPREAD = 8.0  # how many standard deviations of the number of flips are summed over
+RESOLUTION = 5e-4  # of the drop that is returned
+
+Floats = NDArray[np.float64]
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
@@ -46,3 +57,70 @@ def sign_flip_tail(differences: NDArray[np.int64]) -> float:
         below = (np.concatenate([below, np.zeros(size)]) + shifted) / 2
     most = int(sizes.sum() - differences.sum()) // 2  # the negative ones of these differences
     return min(1.0, float(below[: most + 1].sum()))
+
+
+def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: float) -> float | None:
+    """Return the smallest drop in [0, 1] refused with 90 % probability, given the flips of this run; None without one.
+
+    allowed: the gate's limit, in [0, 1]; worse, better: flips seen among the n images; significant: the p-value below
+    which the gate calls a drop significant.
+    """
+    return _smallest(n, allowed, min(worse, better) / n, significant)  # flips by rounding alone, in each direction
+
+
+@lru_cache(1024)  # most rows of a report have the same few flips
+def _smallest(n: int, allowed: float, flips: float, significant: float) -> float | None:
+    low, high = 0.0, 1.0 - 2 * flips
+    if allowed >= 1 or refused(n, allowed, flips, high, significant) < RELIABLE:
+        return None
+    while high - low > RESOLUTION:
+        middle = (low + high) / 2
+        if refused(n, allowed, flips, middle, significant) < RELIABLE:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def refused(n: int, allowed: float, flips: float, drop: float, significant: float) -> float:
+    """Return the probability in [0, 1] that the gate refuses a true drop; flips: the probability of a flip each way."""
+    rate = 2 * flips + drop
+    if rate <= 0:
+        return 0.0
+    spread = SPREAD * math.sqrt(n * rate * (1 - rate)) + 1
+    fewest, most = max(0, math.floor(n * rate - spread)), min(n, math.ceil(n * rate + spread))
+    counts = np.arange(fewest, most + 1)
+    weights = np.exp(_log_binomial(n, counts, rate))
+    chances = [_refused_of(int(count), n, allowed, (flips + drop) / rate, significant) for count in counts]
+    return float(weights @ np.array(chances))
+
+
+def _refused_of(discordant: int, n: int, allowed: float, share: float, significant: float) -> float:
+    """Return that probability for a known number of flips, each for the worse with probability `share`."""
+    counts = _refused_counts(discordant, allowed * n + 1e-9, significant)
+    return float(np.exp(_log_binomial(discordant, counts, share)).sum())
+
+
+@lru_cache(4096)
+def _refused_counts(discordant: int, limit: float, significant: float) -> NDArray[np.int64]:
+    """Return the counts of flips for the worse that the gate refuses."""
+    worse = np.arange(discordant + 1)
+    # P(at least this many flips are for the worse) by chance
+    tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[::-1]
+    return worse[(tails < significant) & (2 * worse - discordant > limit)]
+
+
+def _log_binomial(n: int, k: NDArray[np.int64], p: float) -> Floats:
+    """Return log P(X = k) for X ~ Binomial(n, p)."""
+    log_factorials = _log_factorials(n)
+    ways = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hits = np.where(k > 0, k * np.log(p), 0.0)
+        misses = np.where(n - k > 0, (n - k) * np.log1p(-p), 0.0)
+    return np.asarray(ways + hits + misses)
+
+
+@lru_cache(4096)
+def _log_factorials(n: int) -> Floats:
+    """Return log k! for k from 0 to n, [n + 1]."""
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])

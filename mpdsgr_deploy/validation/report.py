@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.schema import read_document
 from mpdsgr_deploy.validation.health import Check
-from mpdsgr_deploy.validation.model_facts import ModelFacts
-from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
-from mpdsgr_deploy.validation.rows import Row, Score, VerdictFlips
+from mpdsgr_deploy.validation.rows import EarlyStop, Reason, Row, Score, VerdictFlips
 from mpdsgr_deploy.validation.rules import Rule
 
 REPORT, PAGE, SUMMARY = "report.json", "report.html", "summary.md"
@@ -76,6 +77,27 @@ class VariantFlips(BaseModel):
     n: int
     clean: VerdictFlips
     attacked: VerdictFlips
+
+
+class ModelFacts(BaseModel):
+    """A network's training method, time steps, parameters, and multiply-accumulates per image."""
+
+    architecture: str
+    method: str
+    steps: int
+    parameters: int
+    macs: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, precision: str) -> "ModelFacts":
+        recipe, network = bundle.manifest.recipe, onnx.load(bundle.variant(precision))
+        return cls(
+            architecture=f"{recipe.model.name}, width {recipe.model.width:g}",
+            method=recipe.method,
+            steps=recipe.encoding.T,
+            parameters=parameters(network),
+            macs=macs(network, recipe.encoding.T).exported,
+        )
 
 
 class Report(BaseModel):

@@ -16,10 +16,9 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.onnx_files import PRODUCTS
-from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.parity import answer_faults, compare
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
-from mpdsgr_deploy.validation.fidelity import answer_faults
 from mpdsgr_deploy.validation.parts import QUANTIZING, STANDARD, STORED
 
 # half a unit in the last place of each format, relative to the number (float) or to its channel's scale (int8)

@@ -1,12 +1,53 @@
-"""One row of a report: the artefact under one condition, and its reference if there is one."""
+"""The parts of a report: reasons, and rows with the artefact under one condition beside its reference."""
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from mpdsgr_deploy.validation.proportions import mcnemar, wilson
 
 TRANSFERRED = "transferred images"  # why nothing is compared under them
+
+
+class Reason(BaseModel):
+    """One fault of an artefact or evaluation.
+
+    condition: where the gate found it; check: the number of the failed health check; neither: the artefact as a whole.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    condition: str | None = None
+    check: int | None = None
+
+    def __str__(self) -> str:
+        return self.line
+
+    @property
+    def line(self) -> str:
+        if self.check is not None:
+            return f"check {self.check}, {self.text}"
+        return self.text if self.condition is None else f"{self.condition}: {self.text}"
+
+
+class EarlyStop(BaseModel):
+    """An evaluation that ended before all attacks were made. after: the condition it ended under, None: before any.
+
+    The accuracy under all attacks is then an upper bound.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    after: str | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.moment}: {self.why}"
+
+    @property
+    def moment(self) -> str:
+        return f"stopped after {self.after}" if self.after else "stopped before any attack"
 
 
 class Score(BaseModel):

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from mpdsgr_deploy.validation.reasons import Reason
 from mpdsgr_deploy.validation.report import (
     GATE_ADVICE,
     NOT_COMPARED,
@@ -19,7 +18,7 @@ from mpdsgr_deploy.validation.report import (
     percent,
     sensitivity,
 )
-from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.rows import Reason, Row
 
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 MARKUP = re.compile(r"([\\`*_\[\]|~#])")

@@ -18,29 +18,26 @@ from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.manifest import Manifest
-from mpdsgr_deploy.parity import Parity
+from mpdsgr_deploy.parity import Parity, answer_faults, check_answers
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import images_sha256
 from mpdsgr_deploy.runtime import predict
-from mpdsgr_deploy.validation import comparison, fidelity, probes
-from mpdsgr_deploy.validation.comparison import compare_conditions
+from mpdsgr_deploy.validation import comparison, probes
+from mpdsgr_deploy.validation.comparison import compare_conditions, variant_flips
 from mpdsgr_deploy.validation.evidence import Rebuild, attacked_evidence, without_attack
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
 from mpdsgr_deploy.validation.health import Check, Convergence, Evidence, run_checks
 from mpdsgr_deploy.validation.image_checks import chosen_images, own_images
-from mpdsgr_deploy.validation.model_facts import ModelFacts
 from mpdsgr_deploy.validation.pictures import examples
-from mpdsgr_deploy.validation.power import smallest_drop
-from mpdsgr_deploy.validation.reasons import EarlyStop, Reason
+from mpdsgr_deploy.validation.proportions import smallest_drop
 from mpdsgr_deploy.validation.remarks import remarks
-from mpdsgr_deploy.validation.report import PROGRESS, Curve, Example, Report, VariantFlips, Verdict
+from mpdsgr_deploy.validation.report import PROGRESS, Curve, Example, ModelFacts, Report, VariantFlips, Verdict
 from mpdsgr_deploy.validation.rounding import rounding_faults
-from mpdsgr_deploy.validation.rows import Row
+from mpdsgr_deploy.validation.rows import EarlyStop, Reason, Row
 from mpdsgr_deploy.validation.rules import Rule, check_pins, chosen_tier, settled, stated_rules
 from mpdsgr_deploy.validation.subject import Subject, identity, warn_if_unlike, warn_of_gaps
 from mpdsgr_deploy.validation.target import REMOTE, Target
-from mpdsgr_deploy.validation.variants import variant_flips
 
 TRIED = 100  # images that a precision's rounding is tried on
 Floats = NDArray[np.float32]
@@ -124,7 +121,7 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     x, y, size = images.unit(), images.classes, subject.batch_size
     logits = predict(suite.network, x, size, CLEAN)
     clean = classes_of(logits)
-    parity = fidelity.check_answers(subject.reference, target.precision, logits)
+    parity = check_answers(subject.reference, target.precision, logits)
     wrong = _not_the_network(target, parity, x)
     if subject.journal is not None:
         subject.journal.begin(logits)
@@ -154,7 +151,7 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
 def _not_the_network(target: Target, parity: Parity | None, x: Floats) -> list[Reason]:
     """Return how the artefact differs from the network that was exported."""
     rounding = [] if target.precision == "fp32" else rounding_faults(target.bundle, target.precision, x[:TRIED])
-    return [Reason(text=text) for text in (*fidelity.answer_faults(parity), *rounding)]
+    return [Reason(text=text) for text in (*answer_faults(parity), *rounding)]
 
 
 def _lost(subject: Subject, name: str, correct: NDArray[np.bool_]) -> str | None:

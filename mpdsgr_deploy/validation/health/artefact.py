@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.parity import compare
+from mpdsgr_deploy.parity import answer_faults, compare
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.validation.fidelity import answer_faults
 from mpdsgr_deploy.validation.health.registry import Compared, Rebuilt, Seen, health_check
 
 Floats = NDArray[np.float32]

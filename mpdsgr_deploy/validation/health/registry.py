@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, ParamSpec
+from typing import Literal, NamedTuple, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, computed_field, model_validator
+from pydantic import BaseModel, computed_field
 
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.validation.rows import VerdictFlips
@@ -42,16 +42,8 @@ class Check(BaseModel):
     name: str
     state: State
     saw: str
-    why: str = ""  # absent from results of earlier versions
+    why: str
     advice: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_passed(cls, values: Any) -> Any:
-        """Convert from reports of earlier versions, which have two states only."""
-        if isinstance(values, dict) and "state" not in values:
-            return {**values, "state": "passed" if values.get("passed") else "failed"}
-        return values
 
     @computed_field  # type: ignore[prop-decorator]
     @property
