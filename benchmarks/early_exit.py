@@ -31,7 +31,7 @@ from mpdsgr_deploy.attacks import apgd
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.bundle import WEIGHTS, open_bundle
 from mpdsgr_deploy.data import Images, load_training
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import encode_once, fold_norm, simplify
 from mpdsgr_deploy.networks import load_model

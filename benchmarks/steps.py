@@ -14,7 +14,7 @@ import harness
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import Images
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.exporting.step_table import BATCHES, CONDITIONS, StepCost, step_costs, step_times
 from mpdsgr_deploy.progress import show_progress
 from mpdsgr_deploy.provenance import provenance

@@ -164,7 +164,7 @@ class Attack(Section):
 class Validation(Section):
     """Which test images `mpdsgr validate` uses, and the seed of its noise and random starts."""
 
-    limit: Count | None = None  # only so many test images: the first in the order of data.sampling
+    limit: Count | None = None  # only so many test images: the first in `data.images.in_sampling_order`
     batch_size: Count = 128
     seed: Seed = 0
 

@@ -11,8 +11,7 @@ from linear_model import EPS, draw, linear
 
 from mpdsgr_deploy.attack_graph.adaptive import SHARPNESS
 from mpdsgr_deploy.attacks import SquareState, apgd, pgd, sa_pgd, square
-from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch, _adapting
-from mpdsgr_deploy.attacks.torch_target import cross_entropy, dlr, input_gradient
+from mpdsgr_deploy.attacks.torch_target import AdaptiveTorch, _adapting, cross_entropy, dlr, input_gradient
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.models import build_model

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
-from mpdsgr_deploy.attacks.apgd_t import apgd_t
+from mpdsgr_deploy.attacks.apgd import apgd_t
 from mpdsgr_deploy.attacks.condition import Network
 from mpdsgr_deploy.attacks.fab import fab_t, onto_plane
 from mpdsgr_deploy.attacks.run import gather, run

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.cli.table import command
-from mpdsgr_deploy.experiments import compare, deployed_page, eta_page, table_page, time_limit
+from mpdsgr_deploy.experiments import compare, deployed_page, eta_page, jobs, table_page
 from mpdsgr_deploy.experiments.records import (
     AttackedNetwork,
     Measured,
@@ -60,13 +60,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run(folder, 0.02).exit_code == 0
     assert not list((folder / "results").rglob("*.jsonl"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time_limit, "run_limited", lambda child, seconds: CliRunner().invoke(main, child[3:]).exit_code)
+        patch.setattr(jobs, "run_limited", lambda child, seconds: CliRunner().invoke(main, child[3:]).exit_code)
         assert run(folder, 4).exit_code == 0
     return folder
 
 
 def test_a_command_that_ends_in_time_gives_its_exit_code() -> None:
-    assert time_limit.run_limited([sys.executable, "-S", "-c", "raise SystemExit(3)"], 60) == 3
+    assert jobs.run_limited([sys.executable, "-S", "-c", "raise SystemExit(3)"], 60) == 3
 
 
 def load(home: Path) -> tuple[TableSpec, Measured]:

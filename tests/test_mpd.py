@@ -6,7 +6,7 @@ import torch
 from conftest import small_recipe
 from scipy.stats import norm as normal
 
-from mpdsgr_deploy.diagnostics.trace_statistics import layer_statistics
+from mpdsgr_deploy.diagnostics.distribution import layer_statistics
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.mpd import (

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.data.images import Images
-from mpdsgr_deploy.data.sampling import MIXED, in_sampling_order, is_class_by_class, name_sample, stratified_order
+from mpdsgr_deploy.data.images import MIXED, Images, in_sampling_order, is_class_by_class, name_sample, stratified_order
 from mpdsgr_deploy.data.sets import BUILT_IN
 from mpdsgr_deploy.recipe import Data
 

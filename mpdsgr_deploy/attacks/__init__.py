@@ -1,7 +1,6 @@
 """Attacks as pure functions on the protocols; numpy arrays and torch tensors alike. Nothing here imports torch."""
 
-from mpdsgr_deploy.attacks.apgd import apgd
-from mpdsgr_deploy.attacks.apgd_t import apgd_t
+from mpdsgr_deploy.attacks.apgd import apgd, apgd_t
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
 from mpdsgr_deploy.attacks.expectation import expectation
 from mpdsgr_deploy.attacks.fab import fab_t

@@ -1,17 +1,24 @@
 """Auto-PGD in the L-infinity ball: PGD with momentum, whose step size follows the loss of each image.
 
 Source: Croce & Hein, arXiv 2003.01690, Algorithm 1. APGD-CE and APGD-DLR are this attack on a target of that loss.
+APGD-T, the second of the four attacks of AutoAttack's standard version, aims the targeted difference of logits ratio at
+one wrong class after the other.
 """
 
 from typing import Literal, NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.pgd import Draw, begin, project, still_right, wide
-from mpdsgr_deploy.protocols import Array, Differentiable
+from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, Aimed, try_each_class
+from mpdsgr_deploy.protocols import Array, Differentiable, Predictor
 
 MOMENTUM = 0.75  # share of the new step; the rest is the last move's
 RHO = 0.75  # of the steps since the last checkpoint that must have raised the loss
+Floats = NDArray[np.float32]
+Classes = NDArray[np.int64]
 
 
 def apgd(
@@ -133,3 +140,33 @@ def _check(xp: Array, state: _State, needed: float) -> _State:
         largest_at_check=state.largest,
         halved=halve,
     )
+
+
+def apgd_t(
+    network: Predictor,
+    gradients: Differentiable,
+    x: Floats,
+    y: Classes,
+    *,
+    eps: float,
+    steps: int = 100,
+    classes: int = CLASSES_AIMED_AT,
+    draw: Draw | None = None,
+    keep: Literal["broken", "worst"] = "broken",
+) -> Floats:
+    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after (steps + 1) * classes gradients each.
+
+    network: answers; gradients: the same network with the loss "weighted". draw, keep: as of `apgd`; every class is
+    approached from a start of its own, drawn beforehand. An image is left alone once the network gets it wrong. With
+    fewer than four classes the loss is the difference of the two logits; with one class x comes back as it is.
+    """
+    target = Aimed(network, gradients)
+    aims = min(classes, network(x[:1]).shape[1] - 1)
+    offsets = iter([None if draw is None else draw(x.shape) for _ in range(aims)])
+
+    def attempt(chosen: Floats, pairs: Classes, places: Classes) -> Floats:
+        offset = next(offsets)
+        start: Draw | None = None if offset is None else lambda shape: offset[places]
+        return np.asarray(apgd(target, chosen, pairs, eps=eps, steps=steps, draw=start, keep=keep))
+
+    return try_each_class(network, x, y, attempt, classes)

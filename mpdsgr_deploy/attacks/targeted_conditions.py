@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mpdsgr_deploy.attacks.apgd_t import apgd_t
+from mpdsgr_deploy.attacks.apgd import apgd_t
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
 from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
 from mpdsgr_deploy.attacks.counting import CountedGradients

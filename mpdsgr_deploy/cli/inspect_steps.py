@@ -9,7 +9,7 @@ import click
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.cli.output import print_json, print_table
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.validation.image_checks import chosen_images
 

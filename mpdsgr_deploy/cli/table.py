@@ -125,7 +125,7 @@ def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring
 
 def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) -> int:
     """Run the same command in a child process, which is ended when the time is up. Returns its exit code, or 0."""
-    from mpdsgr_deploy.experiments.time_limit import run_limited
+    from mpdsgr_deploy.experiments.jobs import run_limited
 
     options = {"--runs": how.runs, "--root": how.root, "--out": how.out, "--jobs": how.jobs, "--seeds": how.seeds}
     passed_on = [str(part) for pair in options.items() if pair[1] is not None for part in pair]

@@ -1,6 +1,6 @@
 """The distribution of membrane potentials of every layer, step and channel, measured over any number of batches.
 
-Potentials are counted into bins during the forward pass and not kept.
+Potentials are counted into bins during the forward pass and not kept. `observe_layers` takes the statistics of one pass.
 """
 
 import math
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.mpd import SIGMA_FLOOR, Moments, empirical, per_channel, theorem
-from mpdsgr_deploy.snn import Noise, TdBN, Trace
+from mpdsgr_deploy.mpd import SIGMA_FLOOR, Moments, empirical, overlap, per_channel, theorem
+from mpdsgr_deploy.snn import Noise, Observer, TdBN, Trace
 
 BINS = 240  # at most, a layer
 REACH = 5  # standard deviations around every channel's mean that the bins cover
@@ -155,3 +155,25 @@ def measure(model: SpikingNet, images: Tensor, *, batch_size: int, noise: Noise 
     for batch in images.split(batch_size):
         model(batch, observe, noise)
     return [counter.distribution() for counter in counters.values()]
+
+
+def layer_statistics(trace: Trace) -> LayerStatistics:
+    """Return a layer's statistics, counted and estimated, over one forward pass."""
+    surrogate, v_threshold = trace.neuron.surrogate, trace.neuron.v_threshold
+    predicted = theorem(trace)
+    counted = [((u - v_threshold).abs() < surrogate.half_width).float().mean() for u, _ in trace.states]
+    rates = torch.stack([per_channel(spikes) for _, spikes in trace.states])
+    return LayerStatistics(
+        layer=trace.layer,
+        firing_rate=rates.mean().item(),
+        in_window=torch.stack(counted).mean().item(),
+        omega_theorem=None if predicted is None else overlap(predicted, surrogate).mean().item(),
+        omega_empirical=overlap(empirical(trace), surrogate).mean().item(),
+        scale=trace.norm.weight.abs().mean().item() if isinstance(trace.norm, TdBN) else None,
+        silent_channels=(rates.sum(0) == 0).float().mean().item(),
+    )
+
+
+def observe_layers(into: list[LayerStatistics]) -> Observer:
+    """Make an observer that appends each layer's statistics to `into`."""
+    return lambda trace: into.append(layer_statistics(trace))

@@ -10,7 +10,7 @@ import onnx
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.errors import InputError

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, Steps, batches
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.runtime import NoiseSource

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
-from mpdsgr_deploy.colours import YELLOW
 from mpdsgr_deploy.diagnostics.membrane import Membrane
-from mpdsgr_deploy.diagnostics.picture import plain
+from mpdsgr_deploy.diagnostics.picture import YELLOW, plain
 
 AXIS = "U - V_th; yellow: the surrogate's gradient is not zero"
 DRAWN = (-4, 3)  # of U - V_th

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure, FigureBase
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpdsgr_deploy.colours import BLUE, LIGHT_GREY, MIDDLE_GREY, VERMILION, YELLOW
 from mpdsgr_deploy.diagnostics.distribution import Distribution
 from mpdsgr_deploy.diagnostics.layer_statistics import INFLATED_SCALE, SATURATED_RATE, SILENT_RATE, LayerStatistics
+from mpdsgr_deploy.diagnostics.picture import BLUE, LIGHT_GREY, MIDDLE_GREY, VERMILION, YELLOW
 from mpdsgr_deploy.mpd import Moments
 
 COLUMNS = 4  # panels in a row, at most

@@ -6,8 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mpdsgr_deploy.colours import CLEAN, UNION
-from mpdsgr_deploy.diagnostics.picture import plain, png
+from mpdsgr_deploy.diagnostics.picture import CLEAN, UNION, plain, png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 
 PICTURE, LINES, MARKERS = "steps.png", ("-", "--", ":", "-."), "osD^"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mpdsgr_deploy.experiments.compare import baseline, by_eps, cell, difference, groups, strong_curves
-from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.page_parts import markdown
 from mpdsgr_deploy.experiments.records import AttackedExport, Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipes import find_recipe, published

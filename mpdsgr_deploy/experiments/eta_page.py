@@ -3,7 +3,7 @@
 from typing import Any
 
 from mpdsgr_deploy.experiments.compare import baseline
-from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.page_parts import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record
 
 

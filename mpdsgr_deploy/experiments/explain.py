@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.experiments.jobs import Places, runs_of
 from mpdsgr_deploy.experiments.measure import CHECKPOINT, trained
 from mpdsgr_deploy.experiments.records import KEY

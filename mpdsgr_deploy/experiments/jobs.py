@@ -5,6 +5,7 @@ Finished runs are kept, interrupted ones continue, and runs that were measured w
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +26,7 @@ from mpdsgr_deploy.progress import log
 
 Task = Callable[[Run], object]
 Failures = list[tuple[Run, MpdsgrError]]
+GRACE = 20.0  # seconds between the request to stop and the end
 
 
 @dataclass(frozen=True)
@@ -173,4 +175,19 @@ def error_of(task: Task, run: Run) -> MpdsgrError | None:
         task(run)
     except MpdsgrError as error:
         return error
+    return None
+
+
+def run_limited(command: Sequence[str], seconds: float) -> int | None:
+    """Run a command and return its exit status, or None if it was ended because the time was up."""
+    with subprocess.Popen(command) as child:
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            log.info("the time is up; the same command continues")
+            child.terminate()  # not SIGINT, which a command in the background of a shell ignores
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            child.kill()
     return None

@@ -6,12 +6,23 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mpdsgr_deploy import colours
 from mpdsgr_deploy.attacks.condition import CLEAN, PGD
 from mpdsgr_deploy.checkpoint import VALIDATION_PGD
-from mpdsgr_deploy.colours import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PURPLE, SKY_BLUE, VERMILION, VIOLET
+from mpdsgr_deploy.diagnostics import picture
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
-from mpdsgr_deploy.diagnostics.picture import plain
+from mpdsgr_deploy.diagnostics.picture import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    OLIVE,
+    ORANGE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILION,
+    VIOLET,
+    plain,
+)
 from mpdsgr_deploy.experiments.compare import (
     SHOWN,
     STRONG,
@@ -26,7 +37,7 @@ from mpdsgr_deploy.experiments.compare import strong_curves as curves_of
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
 
-DOTS = {"clean": colours.CLEAN, "FGSM": colours.FGSM, "PGD": colours.PGD, "union": colours.UNION}
+DOTS = {"clean": picture.CLEAN, "FGSM": picture.FGSM, "PGD": picture.PGD, "union": picture.UNION}
 PALETTE = (BLACK, VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY_BLUE, GREY, OLIVE, VIOLET)
 LINES = ("-", "--", ":", "-.")
 COLOURS_OF_A_FILE = 128

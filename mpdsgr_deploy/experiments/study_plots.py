@@ -6,8 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.attacks.suite import WORST
-from mpdsgr_deploy.colours import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION
-from mpdsgr_deploy.diagnostics.picture import plain
+from mpdsgr_deploy.diagnostics.picture import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION, plain
 from mpdsgr_deploy.experiments.compare import cell
 from mpdsgr_deploy.experiments.effect import (
     CONDITIONS,

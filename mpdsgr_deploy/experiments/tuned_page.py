@@ -2,7 +2,7 @@
 
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, PGD, SQUARE, STRONG, WORST
 from mpdsgr_deploy.experiments.compare import difference
-from mpdsgr_deploy.experiments.markdown import markdown
+from mpdsgr_deploy.experiments.page_parts import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record
 
 HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQUARE: SQUARE, WORST: "union"}

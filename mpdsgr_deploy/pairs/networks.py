@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.diagnostics.membrane import RANGE, Membrane
 from mpdsgr_deploy.diagnostics.trace import Recorder, Recording, batches
 from mpdsgr_deploy.errors import InputError, MissingData

@@ -6,9 +6,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpdsgr_deploy.colours import BLUE, VERMILION
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
-from mpdsgr_deploy.diagnostics.picture import plain, png
+from mpdsgr_deploy.diagnostics.picture import BLUE, VERMILION, plain, png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.pairs.compare import Curves, Differences
 from mpdsgr_deploy.pairs.networks import LayerPair

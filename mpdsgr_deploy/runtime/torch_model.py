@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks import expectation
-from mpdsgr_deploy.attacks.adaptive_torch import AdaptiveTorch
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
-from mpdsgr_deploy.attacks.torch_target import Loss, cross_entropy, dlr, input_gradient, margin, weighted
+from mpdsgr_deploy.attacks.torch_target import AdaptiveTorch, Loss, cross_entropy, dlr, input_gradient, margin, weighted
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, take, to_unit
 from mpdsgr_deploy.defences import AnyDefence, Step
+from mpdsgr_deploy.diagnostics.distribution import observe_layers
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
-from mpdsgr_deploy.diagnostics.trace_statistics import observe_layers
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import track

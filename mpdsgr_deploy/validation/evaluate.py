@@ -13,7 +13,7 @@ from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS, TierEntry, recipe_entries
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.data.sampling import name_sample
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe

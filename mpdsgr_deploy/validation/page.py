@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.attacks.condition import STRONG
-from mpdsgr_deploy.colours import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY_BLUE, VERMILION
+from mpdsgr_deploy.diagnostics.picture import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY_BLUE, VERMILION
 from mpdsgr_deploy.validation.report import (
     MEANING,
     Curve,

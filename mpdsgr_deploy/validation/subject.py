@@ -10,8 +10,8 @@ from mpdsgr_deploy.attacks.run import Journal
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.data.likeness import Likeness
-from mpdsgr_deploy.data.sampling import name_sample
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.reference import Reference, images_sha256
