@@ -23,11 +23,11 @@ import uvloop
 from processes import children, serving, stat, tree
 
 from mpdsgr_deploy.runtime.remote import ModelUrl
-from mpdsgr_deploy.serving.deploy.models import choose_models
 from mpdsgr_deploy.serving.deploy.triton import write_repository
 from mpdsgr_deploy.serving.load.connection import Endpoint
 from mpdsgr_deploy.serving.load.loops import Load, Traffic, run
 from mpdsgr_deploy.serving.load.model import describe
+from mpdsgr_deploy.serving.source import choose_models
 
 sys.path.append(str(harness.FOLDER.parent / "tests"))
 from triton_server import PYTRITON, environment, tritonserver

@@ -21,9 +21,9 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
-from mpdsgr_deploy.serving.deploy.models import choose_models
 from mpdsgr_deploy.serving.deploy.triton import SUMS, write_repository
 from mpdsgr_deploy.serving.deploy.triton_config import CONFIG, tensors
+from mpdsgr_deploy.serving.source import choose_models
 
 CLIENTS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")

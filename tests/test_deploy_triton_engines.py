@@ -11,9 +11,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from mpdsgr_deploy.bundle import Bundle, Prepared, open_bundle
-from mpdsgr_deploy.serving.deploy.models import choose_models
 from mpdsgr_deploy.serving.deploy.triton import write_repository
 from mpdsgr_deploy.serving.deploy.triton_config import CONFIG
+from mpdsgr_deploy.serving.source import choose_models
 
 
 @pytest.fixture

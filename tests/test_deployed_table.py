@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.cli.table import command
-from mpdsgr_deploy.experiments import compare, deployed_page, eta_page, jobs, table_page
+from mpdsgr_deploy.experiments import compare, jobs, table_page, table_sections
 from mpdsgr_deploy.experiments.records import (
     AttackedNetwork,
     Measured,
@@ -142,13 +142,13 @@ def test_a_row_whose_evaluation_ended_early_is_named_and_not_compared(home: Path
     (record,) = rows["digits-mpdsgr"]
     cut = {p: a.model_copy(update={"stopped": "check 1 failed", "curves": {}}) for p, a in record.artefacts.items()}
     rows["digits-mpdsgr"] = [record.model_copy(update={"artefacts": cut})]
-    text = deployed_page.order(spec, rows)
+    text = table_sections.order(spec, rows)
     assert "Ended early, so not compared: digits-mpdsgr." in text
-    assert "| digits-mpdsgr |" not in text + deployed_page.precisions(rows)
+    assert "| digits-mpdsgr |" not in text + table_sections.precisions(rows)
     assert table_page.pictures(spec, rows).keys() == {"plot.png", "growth.png", "membranes.png"}
     rows["digits-reg"] = [rows["digits-reg"][0].model_copy(update={"artefacts": cut})]
     assert table_page.pictures(spec, rows).keys() == {"plot.png", "membranes.png"}
-    assert deployed_page.GROWTH not in table_page.render("small", spec, rows)
+    assert table_sections.GROWTH not in table_page.render("small", spec, rows)
 
 
 def fake(row: str, defence: list[str], verdicts: list[list[int]]) -> list[Record]:
@@ -209,7 +209,7 @@ def test_the_largest_eta_within_the_budget_is_chosen() -> None:
         "c": row(0.480, estimator="theorem", eta=1.0),
         "d": row(0.300, estimator="empirical", eta=0.1),
     }
-    assert eta_page.chosen(rows, 1.0) == {"theorem": 0.5}
-    assert eta_page.chosen(rows, 2.0) == {"theorem": 1.0}
-    assert "| theorem | +0.50 | +0.80 | +2.00 | 0.5 |" in eta_page.choice(rows, 1.0)
-    assert "| empirical | +20.00 | - | - | - |" in eta_page.choice(rows, 1.0)
+    assert table_sections.chosen(rows, 1.0) == {"theorem": 0.5}
+    assert table_sections.chosen(rows, 2.0) == {"theorem": 1.0}
+    assert "| theorem | +0.50 | +0.80 | +2.00 | 0.5 |" in table_sections.choice(rows, 1.0)
+    assert "| empirical | +20.00 | - | - | - |" in table_sections.choice(rows, 1.0)

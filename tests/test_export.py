@@ -15,8 +15,7 @@ from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.data import load_test, load_training
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.exporting import export
-from mpdsgr_deploy.exporting.onnx_writer import save
-from mpdsgr_deploy.exporting.tidy import tidy
+from mpdsgr_deploy.exporting.onnx_writer import save, tidy
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import PASSES, Pass, encode_once, fold_norm, simplify, sum_before_readout
 from mpdsgr_deploy.networks import load_model

@@ -15,9 +15,8 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import load_checkpoint, save_checkpoint
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export
-from mpdsgr_deploy.exporting.grid import Grid, grids
 from mpdsgr_deploy.exporting.onnx_writer import save
-from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, convert, plan, products, rounded_weights
+from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, Grid, convert, grids, plan, products, rounded_weights
 from mpdsgr_deploy.exporting.trial import drop
 from mpdsgr_deploy.parity import TOLERANCE, golden_rows
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor

@@ -20,7 +20,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import LIF, Reader, SpikingLayer, Trace, recompute
-from mpdsgr_deploy.snn.saved import in_bytes, levels
+from mpdsgr_deploy.snn.recompute import in_bytes, levels
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.epoch import Learner, batch_loss

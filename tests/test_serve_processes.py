@@ -19,9 +19,9 @@ from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.serving import model as model_module
 from mpdsgr_deploy.serving.group import Group
-from mpdsgr_deploy.serving.heartbeat import Watch
 from mpdsgr_deploy.serving.model import OpenedBundle
 from mpdsgr_deploy.serving.settings import Limits
+from mpdsgr_deploy.serving.supervisor import Watch
 
 TWO = ("--processes", 2)
 

@@ -17,8 +17,8 @@ from mpdsgr_deploy.exporting.precision import PRECISIONS
 from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.tensorrt import build_engine, cuda, prepare
+from mpdsgr_deploy.runtime.tensorrt.engine import find, machine, timing_cache
 from mpdsgr_deploy.runtime.tensorrt.library import CAPABILITIES, load, served
-from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine, timing_cache
 
 HERE = {"tensorrt": {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.16.1.11"}}
 

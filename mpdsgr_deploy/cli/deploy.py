@@ -12,7 +12,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.deploy import kserve as kserve_files
 from mpdsgr_deploy.serving.deploy import ray as ray_files
 from mpdsgr_deploy.serving.deploy import triton as triton_files
-from mpdsgr_deploy.serving.deploy.models import choose_models
+from mpdsgr_deploy.serving.source import choose_models
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 REPLICAS = "Number of replicas, or the smallest and the largest number, between which the load decides."

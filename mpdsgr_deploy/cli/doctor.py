@@ -18,7 +18,6 @@ from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import BACKENDS, open_predictor
 from mpdsgr_deploy.runtime.tensorrt import prepare
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
-from mpdsgr_deploy.runtime.unproved import UNPROVED
 
 EXTRAS = {
     "train": ("torch", "torchvision", "lightning-fabric", "tensorboard", "safetensors", "onnxscript", "scikit-learn"),
@@ -30,6 +29,17 @@ EXTRAS = {
     "report": ("matplotlib", "jinja2"),
     "parquet": ("pyarrow",),
 }
+# The parts that have never run on a GPU, how they are tested meanwhile, and the step of benchmarks/gpu.py for each
+UNPROVED = (
+    ("Triton kernels of the LIF neuron", "in Triton's interpreter, and compiled for sm_90", "kernels"),
+    ("onnxruntime-cuda, its plug-in", "choice of provider and errors, with stand-ins", "providers"),
+    ("verdicts on a GPU equal those on a CPU", "not at all", "providers"),
+    ("attack graph on CUDA", "on onnxruntime's CPU provider", "attack"),
+    ("training on GPUs, several of them, several nodes", "on CPUs, as processes on one machine", "training"),
+    ("CIFAR-10 at the paper's size", "small networks on a CPU", "cifar10"),
+    ("tensorrt, onnxruntime-tensorrt", "not at all: no library without a GPU", "inference"),
+    ("tensorrt-rtx", "engines are built, CUDA calls recorded by a stand-in", "inference"),
+)
 
 
 @click.command("doctor")
@@ -57,7 +67,7 @@ def command(bundle: str | None, as_json: bool) -> None:
     machine = provenance()
     if as_json:
         backends = {name: {p: states[name, p] for p in precisions} for name in BACKENDS}
-        unproved = [row._asdict() for row in UNPROVED]
+        unproved = [dict(zip(("what", "tested", "step"), row, strict=True)) for row in UNPROVED]
         print_json({"backends": backends, "packages": packages, "unproved_on_a_gpu": unproved, **machine})
         return
     print_table(("backend", "precision", "state"), grouped(states), "Backends")

@@ -1,4 +1,4 @@
-"""Read images from files, and find them as torchvision's ImageFolder does: follow links, count the files passed over."""
+"""Read images from files. Folders are walked as torchvision's ImageFolder does; files passed over are counted."""
 
 import os
 from collections import Counter

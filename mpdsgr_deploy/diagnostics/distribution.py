@@ -1,6 +1,6 @@
 """The distribution of membrane potentials of every layer, step and channel, measured over any number of batches.
 
-Potentials are counted into bins during the forward pass and not kept. `observe_layers` takes the statistics of one pass.
+Potentials are counted into bins during the forward pass and not kept. `observe_layers` measures a single pass.
 """
 
 import math

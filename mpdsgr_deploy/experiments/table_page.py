@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
-from mpdsgr_deploy.experiments import deployed_page, eta_page, plots, tuned_page
+from mpdsgr_deploy.experiments import plots, table_sections
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.page_parts import (
     UNION,
@@ -41,8 +41,8 @@ def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
         EPOCHS_PLOT: plots.by_epoch(measured),
     }
     if table.artefact is not None:
-        drawn[deployed_page.GROWTH] = plots.growth(measured)
-        drawn[deployed_page.MEMBRANES] = plots.membranes(measured, table.artefact.membranes)
+        drawn[table_sections.GROWTH] = plots.growth(measured)
+        drawn[table_sections.MEMBRANES] = plots.membranes(measured, table.artefact.membranes)
     return {name: picture for name, picture in drawn.items() if picture is not None}
 
 
@@ -60,14 +60,14 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
             accuracies(measured),
             by_attack(measured),
             unhealthy(measured),
-            tuned_page.against_none(measured),
+            table_sections.against_none(measured),
             f"![accuracy of every row]({PLOT})",
             f"![accuracy against eps]({EPS_PLOT})" if table.eps else "",
             f"![accuracy by epoch, clean and under PGD]({EPOCHS_PLOT})" if plots.attacked_by_epoch(measured) else "",
             beside_published(table, measured),
         ]
         if table.eta_budget is not None:
-            parts.append(eta_page.choice(measured, table.eta_budget))
+            parts.append(table_sections.choice(measured, table.eta_budget))
         parts += exported(table, measured)
         parts += ["## Where it was measured", sources(measured)]
     parts.append(unmeasured(table, measured))
@@ -79,14 +79,14 @@ def exported(table: TableSpec, measured: Measured) -> list[str]:
     explained = ["## Behind the accuracies", behaviour(measured)]
     if table.artefact is None:
         return explained
-    parts = [deployed_page.order(table, measured)]
+    parts = [table_sections.order(table, measured)]
     if any(map(strong_curves, measured.values())):
-        parts.append(deployed_page.growth(measured))
-    parts += [deployed_page.precisions(measured), *explained]
+        parts.append(table_sections.growth(measured))
+    parts += [table_sections.precisions(measured), *explained]
     defence = table.artefact.membranes
     if plots.with_and_without(measured, defence):
         parts.append(
-            f"![membrane potentials with {defence and defence.upper()} and without]({deployed_page.MEMBRANES})"
+            f"![membrane potentials with {defence and defence.upper()} and without]({table_sections.MEMBRANES})"
         )
     return parts
 

@@ -1,13 +1,14 @@
 """Compare two sides in everything that both have, and say why a part was left out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.pairs.networks import LayerPair, paired_networks
-from mpdsgr_deploy.pairs.settings import differing_settings
 from mpdsgr_deploy.pairs.side import Side
 from mpdsgr_deploy.pairs.verdicts import PairedVerdict, paired_verdicts
+from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.validation.report import ModelFacts
 
 Curves = dict[str, tuple[list[Any], list[Any]]]
 
@@ -57,3 +58,65 @@ def training_curves(a: Side, b: Side) -> Curves:
     assert b.checkpoint is not None
     ours, theirs = a.checkpoint.curve, b.checkpoint.curve
     return {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+
+
+def differing_settings(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
+    """Return pairs of values that differ, by name: recipes by `section.key`, None for a key that one side lacks.
+
+    A report holds no recipe: if one side is a report, the facts that both sides state are compared.
+    """
+    if a.recipe is not None and b.recipe is not None:
+        left, right = (flattened(recipe) | network_facts(side) for recipe, side in ((a.recipe, a), (b.recipe, b)))
+        names = [*left, *(name for name in right if name not in left)]
+    else:
+        left, right = stated_facts(a), stated_facts(b)
+        names = [name for name in left if name in right]
+    values = {name: (left.get(name), right.get(name)) for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+def flattened(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's values by `section.key`, without those that belong to one machine."""
+    return dict(_leaves(recipe.portable().model_dump(mode="json"), ""))
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def network_facts(side: Side) -> dict[str, Any]:
+    """Return the facts about a network that its recipe does not hold."""
+    if side.bundle is None:
+        return {"epoch": side.checkpoint.epoch} if side.checkpoint else {}
+    facts = ModelFacts.of(side.bundle, side.precision)
+    return {
+        "epoch": side.bundle.manifest.provenance.get("epoch"),
+        "time steps trained with": side.bundle.manifest.trained_steps,
+        "precision": side.precision,
+        "parameters": facts.parameters,
+        "multiply-accumulates": facts.macs,
+    }
+
+
+def stated_facts(side: Side) -> dict[str, Any]:
+    """Return the facts that a side states, under the same names for reports and for sides with a recipe."""
+    facts: dict[str, Any] = {}
+    if side.report is not None:
+        report, model = side.report, side.report.model
+        facts = {"eps": report.eps, "precision": report.precision, "tier": report.tier, "suite": report.suite}
+        facts |= {"backend": report.backend, "seed": report.seed, "images": report.images, "verdict": report.verdict}
+    else:
+        assert side.recipe is not None
+        recipe = side.recipe
+        model = None if side.bundle is None else ModelFacts.of(side.bundle, side.precision)
+        facts = {"eps": recipe.attack.eps, "seed": recipe.validation.seed, "method": recipe.method}
+        facts["time steps"] = recipe.encoding.T
+        facts |= {"precision": side.precision} if side.precision else {}
+    if model is not None:
+        facts |= {"architecture": model.architecture, "method": model.method, "time steps": model.steps}
+        facts |= {"parameters": model.parameters, "multiply-accumulates": model.macs}
+    return facts

@@ -1,11 +1,19 @@
-"""An onnxruntime session without silent fallback: asked for CUDA, it uses CUDA or raises."""
+"""An onnxruntime session without silent fallback: asked for CUDA, it uses CUDA or raises.
+
+Providers may be installed as separate wheels. By onnxruntime's packaging guide such a wheel holds a module
+onnxruntime_ep_NAME with `get_library_path`, and `get_ep_names` or `get_ep_name`. `get_available_providers` does not
+list such providers; `get_ep_devices` does, once registered.
+"""
 
 import io
 import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Self
 
 import numpy as np
@@ -14,8 +22,8 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
+from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.half import as_it_is, for_cpu
-from mpdsgr_deploy.runtime.plugins import plugin_devices
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 EXTRAS = {CPU: "cpu", CUDA: "gpu", TENSORRT: "gpu"}
@@ -28,6 +36,9 @@ NEEDS = {
 OPTIONS = {CPU: {}, CUDA: {"use_tf32": "0"}, TENSORRT: {}}  # TF32 would flip spikes
 # of its arena; of CUDA; of cuDNN and cuBLAS; of C++
 NO_MEMORY = re.compile(r"Failed to allocate memory|out of ?memory|ALLOC_FAILED|bad_alloc|bad allocation", re.IGNORECASE)
+PREFIX = "onnxruntime_ep_"  # of the modules of such wheels
+# The same provider under the name that its first plug-in builds gave it
+NAMES = {"CUDAExecutionProvider": ("CUDAExecutionProvider", "CudaPluginExecutionProvider")}
 
 
 class Session:
@@ -143,3 +154,23 @@ def failure(what: str, error: Exception) -> InputError:
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         kind, advice = OutOfMemory, "it has too little memory; free some or use a smaller batch"
     return kind(f"onnxruntime {what}: {one_line(error)}; {advice}")
+
+
+def plugin_devices(ort: Any, provider: str) -> list[Any]:
+    """Return the devices of this provider's first installed plug-in; empty without one. ort: onnxruntime."""
+    names = NAMES.get(provider, (provider,))
+    for module in (name for _, name, _ in iter_modules() if name.startswith(PREFIX)):
+        _register(ort, module)
+    devices: list[Any] = getattr(ort, "get_ep_devices", list)()  # of onnxruntime 1.23 and later
+    by_name = ([device for device in devices if device.ep_name == name] for name in names)
+    return next(filter(None, by_name), [])
+
+
+@cache
+def _register(ort: Any, module: str) -> None:
+    """Let onnxruntime load a plug-in's library, once per process; log a warning if it cannot."""
+    try:
+        plugin = import_module(module)
+        ort.register_execution_provider_library(module, plugin.get_library_path())
+    except Exception as error:  # whatever a half-installed plug-in raises; the provider is then missing
+        log.warning("the onnxruntime plug-in %s cannot be used: %s", module, one_line(error))

@@ -7,7 +7,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from mpdsgr_deploy.serving import tracing
+from mpdsgr_deploy.serving import logs
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.grpc_calls import Call, Method
@@ -80,7 +80,7 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
     outputs = [_requested_output(output) for output in request.outputs]
     limit = timeout(_parameter(request.parameters, "timeout"))
     asked = InferenceRequest(identifier(request.id), _tensors(request), outputs, limit, binary=True)
-    with tracing.span(call.metadata, model, call.id):
+    with logs.span(call.metadata, model, call.id):
         answers = await infer(model, server.batcher, asked, server.limits.request_seconds)
     call.images = answers[0].shape[0]
     response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.inference_protocol import HEADER
-from mpdsgr_deploy.serving import metrics, tracing
+from mpdsgr_deploy.serving import logs, metrics
 from mpdsgr_deploy.serving.app import Server, Share
 from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.http_timer import client_time
@@ -164,7 +164,7 @@ class Http:
         body = await self._body(exchange, model.input.body_bytes)
         model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
         request = parse_request(body, exchange.headers.get(HEADER.lower()), model.input)
-        with tracing.span(exchange.headers, model, exchange.id):
+        with logs.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.body.watch)
         head, binary = response(model, request, answers)
         exchange.images = answers[0].shape[0]

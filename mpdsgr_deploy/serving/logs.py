@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on stderr."""
+"""Structured logs, one JSON object per line on stderr, and OpenTelemetry spans where that package is set up."""
 
 import json
 import logging
@@ -7,7 +7,8 @@ import select
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol, TextIO
 
 from mpdsgr_deploy.progress import log
@@ -17,6 +18,12 @@ from mpdsgr_deploy.serving.model import ServedModel
 MOST_WAITING = 10_000  # lines
 LONGEST_PATH = 200  # characters of a path in a line
 requests = logging.getLogger("mpdsgr_deploy.requests")
+try:
+    from opentelemetry import propagate, trace
+except ImportError:
+    trace = None  # type: ignore[assignment]
+
+NO_SPAN: AbstractContextManager[object] = nullcontext()
 
 
 class RequestLog(Protocol):
@@ -126,3 +133,17 @@ def log_request(protocol: str, request: RequestLog, code: str, refused: Refused 
     else:
         level = logging.WARNING if refused.why.status >= 500 else logging.INFO
         requests.log(level, "%s", refused, extra={"fields": fields})
+
+
+def span(headers: Mapping[str, str], model: ServedModel, request_id: str) -> AbstractContextManager[object]:
+    """Open a span around an inference, as a child of the caller's if the headers name one (W3C Trace Context)."""
+    if trace is None:
+        return NO_SPAN
+    # get_tracer answers a real one only once somebody has set up where spans go
+    tracer = trace.get_tracer("mpdsgr_deploy")
+    if isinstance(tracer, trace.ProxyTracer | trace.NoOpTracer):
+        return NO_SPAN
+    attributes = {"model": model.source.name, "version": model.version, "request_id": request_id}
+    return tracer.start_as_current_span(
+        "infer", context=propagate.extract(headers), kind=trace.SpanKind.SERVER, attributes=attributes
+    )

@@ -18,11 +18,10 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving import metrics
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.grpc import Grpc
-from mpdsgr_deploy.serving.heartbeat import beat
 from mpdsgr_deploy.serving.listener import BACKLOG, Listener, Tls
 from mpdsgr_deploy.serving.logs import log_json
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
-from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor
+from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor, beat
 
 LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
 QUIET = 5  # looks, 10 ms apart, that find no request: gRPC cancels those that its own thread has not handed over yet

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpdsgr_deploy.address import local_copy, parse_address
-from mpdsgr_deploy.bundle import MANIFEST
+from mpdsgr_deploy.bundle import MANIFEST, Bundle
 from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.errors import InputError
 
@@ -55,3 +55,20 @@ def _source(text: str) -> ModelSource:
     if not NAME.fullmatch(name):
         raise InputError(f"{text!r}: {name!r} cannot name a model (letters, digits, _ . - only); write NAME={place}")
     return ModelSource(name, path, precision)
+
+
+class Chosen(NamedTuple):
+    """One precision of a bundle, with the name it is served by."""
+
+    name: str
+    bundle: Bundle
+    precision: str
+
+
+def choose_models(texts: Sequence[str], demand: Demand = NOTHING) -> list[Chosen]:
+    """Open each `[NAME=]BUNDLE[@PRECISION]`. Raises InputError as `sources` and `demand` do."""
+    chosen = [Chosen(source.name, demand.open(source.path), source.precision) for source in sources(texts)]
+    for _, bundle, precision in chosen:
+        bundle.variant(precision)
+        demand.verdict(bundle, precision)
+    return chosen

@@ -1,8 +1,10 @@
 """Run several processes as one server: start them, replace those that die or hang, tell them to reload and to end.
 
 The parent opens the ports and forks before anything has started a thread. It serves nothing itself.
+A process counts turns of its event loop in shared memory; the parent reads the count, and so sees that one hangs.
 """
 
+import asyncio
 import os
 import pickle
 import select
@@ -18,14 +20,40 @@ from typing import NoReturn
 
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.serving.group import Group
-from mpdsgr_deploy.serving.heartbeat import LOOKS, Watch
+from mpdsgr_deploy.serving.group import Group, ProcessCounts
 
+LOOKS = 10  # of the supervisor, and counts of a process, within the time that it may stand still
+OPENING_FACTOR = 10  # times as long while a process starts or opens a network: some libraries hold the interpreter then
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that died is replaced, doubled each time
 STEADY = 60.0  # seconds of life after which the next wait is the first one again
 LOOK_EVERY = 0.05  # seconds, while the processes load
 Work = Callable[[int], int]  # what a process does until it ends, given a file that ends with the parent; requests lost
+
+
+def beat(group: Group, seconds: float) -> None:
+    """Count turns of the running event loop from now on, LOOKS of them in so many seconds."""
+    group.own.beats += 1
+    asyncio.get_running_loop().call_later(seconds / LOOKS, beat, group, seconds)
+
+
+class Watch:
+    """Observes the counter of one process. seconds: how long its event loop may stand still."""
+
+    def __init__(self, seconds: float, now: float) -> None:
+        self._seconds, self._seen, self._beats, self._silent = seconds, now, 0, 0.0
+
+    def is_hung(self, counts: ProcessCounts, now: float) -> bool:
+        """Read the process's counter, at a time on the monotonic clock; return whether it hangs.
+
+        A late reading proves nothing, because the supervisor may have been stopped, and the process with it.
+        """
+        self._silent += min(now - self._seen, 2 * self._seconds / LOOKS)
+        if counts.beats != self._beats:
+            self._silent = 0.0
+        self._seen, self._beats = now, counts.beats
+        busy = counts.opening or not counts.beats
+        return self._silent > self._seconds * (OPENING_FACTOR if busy else 1)
 
 
 class Child:

@@ -1,7 +1,6 @@
 """TensorRT and TensorRT-RTX, without torch: build engines, keep them in a bundle, run them."""
 
-from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes, build_engine
+from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes, build_engine, prepare
 from mpdsgr_deploy.runtime.tensorrt.predictor import TensorRT
-from mpdsgr_deploy.runtime.tensorrt.prepare import prepare
 
 __all__ = ["BatchSizes", "TensorRT", "build_engine", "prepare"]

@@ -18,8 +18,7 @@ from mpdsgr_deploy.errors import InputError, OutOfMemory
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.tensorrt import cuda
-from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes
-from mpdsgr_deploy.runtime.tensorrt.prepare import find, machine
+from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes, find, machine
 
 Array = NDArray[np.float32]
 Noise = Callable[[Array], Mapping[str, Array]]

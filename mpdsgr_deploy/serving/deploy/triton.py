@@ -23,7 +23,6 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.half import for_cpu
-from mpdsgr_deploy.serving.deploy.models import Chosen
 from mpdsgr_deploy.serving.deploy.output import output_directory
 from mpdsgr_deploy.serving.deploy.triton_config import (
     CONFIG,
@@ -33,9 +32,10 @@ from mpdsgr_deploy.serving.deploy.triton_config import (
     WARMUP,
     TritonPlan,
     config,
+    guarded,
     library,
 )
-from mpdsgr_deploy.serving.deploy.triton_guard import guarded
+from mpdsgr_deploy.serving.source import Chosen
 
 BACKENDS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 SUMS = "mpdsgr-triton.sha256"

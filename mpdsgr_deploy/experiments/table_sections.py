@@ -1,8 +1,10 @@
-"""The sections of a table's page about exported networks: rank of the defences, each precision, accuracy by eps."""
+"""The sections of a table's page: exported networks, the choice of eta, and fine-tuning from the same weights."""
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
+from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, PGD, SQUARE, STRONG, WORST
 from mpdsgr_deploy.experiments.compare import baseline, by_eps, cell, difference, groups, strong_curves
 from mpdsgr_deploy.experiments.page_parts import markdown
 from mpdsgr_deploy.experiments.records import AttackedExport, Measured, Record
@@ -12,6 +14,9 @@ from mpdsgr_deploy.recipes import find_recipe, published
 GROWTH, MEMBRANES = "growth.png", "membranes.png"
 PAPER, UNION = "pgd", "worst"  # the paper's setting, and everything within eps
 COMPARED = {"clean": "clean", "PGD": PAPER, "union": UNION}
+HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQUARE: SQUARE, WORST: "union"}
+
+UNDEFENDED_ENCODINGS = {"direct", "frames"}
 
 
 def order(table: TableSpec, measured: Measured) -> str:
@@ -108,3 +113,94 @@ def refusals(measured: Measured) -> list[tuple[str, int, str, str]]:
         for precision, artefact in record.artefacts.items()
         for reason in artefact.reasons
     ]
+
+
+def validation_accuracy(records: list[Record]) -> float:
+    """Return accuracy on clean validation images after the last epoch, in %, averaged over seeds."""
+    return 100 * sum(record.curve["validation_accuracy"][-1] for record in records) / len(records)
+
+
+def swept(record: Record) -> list[dict[str, Any]]:
+    """Return the settings of a row's defences that have a weight eta: MPD-SGR, and those of other packages."""
+    return [settings for settings in record.recipe.defence.values() if {"eta", "estimator"} <= settings.keys()]
+
+
+def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
+    """Return the points of clean validation accuracy that each estimator loses at each eta against its baseline."""
+    lost: dict[str, dict[float, float]] = {}
+    for records in measured.values():
+        reference = baseline(measured, records)
+        if reference is None:
+            continue
+        for settings in swept(records[0]):
+            points = validation_accuracy(reference) - validation_accuracy(records)
+            lost.setdefault(settings["estimator"], {})[settings["eta"]] = points
+    return lost
+
+
+def chosen(measured: Measured, budget: float) -> dict[str, float]:
+    """Return the largest eta of each estimator that loses at most `budget` points, if it has one."""
+    lost = lost_by_eta(measured)
+    within = {name: [eta for eta, cost in points.items() if cost <= budget] for name, points in lost.items()}
+    return {name: max(etas) for name, etas in within.items() if etas}
+
+
+def choice(measured: Measured, budget: float) -> str:
+    recommended, lost = chosen(measured, budget), lost_by_eta(measured)
+    columns = sorted({eta for points in lost.values() for eta in points})
+    rows = [
+        [name, *(f"{points[eta]:+.2f}" if eta in points else "-" for eta in columns), f"{recommended.get(name, '-')}"]
+        for name, points in lost.items()
+    ]
+    return (
+        "## The choice of eta\n\nPoints of clean accuracy on the validation split lost against the row without "
+        f"MPD-SGR, and the largest eta that loses at most {budget:g}:\n\n"
+        + markdown(["estimator", *(f"eta {eta:g}" for eta in columns), "chosen"], rows)
+    )
+
+
+def against_none(measured: Measured) -> str:
+    """Show what a defence or an encoding gains in fine-tuning over fine-tuning without; empty without such rows."""
+    pairs = {
+        title: (records, other)
+        for title, records in measured.items()
+        if is_defended(records[0]) and (other := undefended(measured, records[0])) is not None
+    }
+    if not pairs:
+        return ""
+    met = [names(records) & names(other) for records, other in pairs.values()]
+    conditions = [name for name in next(iter(pairs.values()))[0][0].attacked.conditions if all(name in m for m in met)]
+    columns = {name: HEADINGS.get(name, name.replace(PGD, "PGD")) for name in conditions if is_shown(name)}
+    rows = [
+        [title, *(str(difference(records, other, name)) for name in columns)]
+        for title, (records, other) in pairs.items()
+    ]
+    note = (
+        "Points of accuracy more than the row that started from the same weights without a defence, paired by image "
+        "and seed [95 % interval for the choice of images]. PGD is in the paper's setting; with an eps behind it, its "
+        "steps are smaller by the same factor."
+    )
+    table = markdown(["row", *columns.values()], rows)
+    return f"## What a defence or an encoding adds in fine-tuning\n\n{table}\n\n{note}"
+
+
+def undefended(measured: Measured, record: Record) -> list[Record] | None:
+    """Return the row without a defence that started from the same weights as `record`; None if there is none."""
+    if record.init is None:
+        return None
+    same = (own for own in measured.values() if own[0].init == record.init and not is_defended(own[0]))
+    return next(same, None)
+
+
+def is_defended(record: Record) -> bool:
+    """Whether a network has a defence, or an encoding that noise or filters make one."""
+    return bool(record.recipe.defence) or record.recipe.encoding.name not in UNDEFENDED_ENCODINGS
+
+
+def names(records: list[Record]) -> set[str]:
+    return set.intersection(*(set(record.attacked.conditions) for record in records))
+
+
+def is_shown(condition: str) -> bool:
+    """Whether a condition is shown: PGD within any eps, and the conditions that have a heading."""
+    return condition in HEADINGS or condition.split()[0] == PGD
