@@ -124,7 +124,7 @@ def test_untrusted_names_stay_text() -> None:
     assert not any("onerror" in attributes for _, attributes in elements.found)
     assert text.count("&lt;script&gt;") > 10
     ElementTree.fromstring(junit(spoilt))
-    ElementTree.fromstring(junit(sample(bundle="a\x00b", reasons=["\x1b"])))
+    ElementTree.fromstring(junit(sample(bundle="a\x00b", reasons=[{"text": "\x1b"}])))
     assert "<script" not in summary(spoilt)
 
 
