@@ -1,7 +1,5 @@
 """APGD, Square and SA-PGD on a trained spiking network, against formulas and other implementations."""
 
-from pathlib import Path
-
 import foolbox
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from conftest import small_recipe
 from linear_model import EPS, draw, linear
 
 from mpdsgr_deploy.attack_graph.adaptive import SHARPNESS
-from mpdsgr_deploy.attacks import SquareState, apgd, pgd, sa_pgd, square
+from mpdsgr_deploy.attacks import apgd, pgd, sa_pgd, square
 from mpdsgr_deploy.attacks.torch_target import AdaptiveTorch, _adapting, cross_entropy, dlr, input_gradient
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
@@ -109,19 +107,6 @@ class TestSquare:
         torch.manual_seed(0)
         _, _, success = attack(oracle, torch.from_numpy(x), torch.from_numpy(y), epsilons=EPS)
         assert broken(model, mine, y).mean() > success.float().mean().item()
-
-    def test_resumed_from_a_file_it_ends_where_it_would_have(self, spiking, tmp_path: Path) -> None:
-        model, x, y = spiking
-        whole = square(model, x[:60], y[:60], eps=EPS, queries=150)
-        saved: list[SquareState] = []
-        square(model, x[:60], y[:60], eps=EPS, queries=150, save=saved.append, every=70)
-        assert [int(state.proposals) for state in saved[:2]] == [70, 140]
-        np.savez(tmp_path / "state.npz", **saved[0]._asdict())
-        with np.load(tmp_path / "state.npz") as file:
-            resumed = square(model, x[:60], y[:60], eps=EPS, queries=150, state=SquareState(**file))
-        for a, b in zip(resumed, whole, strict=True):
-            assert np.array_equal(a, b)
-        assert saved[0].proposals == 70  # what was saved is left untouched
 
     def test_splitting_the_batch_changes_nothing(self) -> None:
         target, x, y = linear()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from mpdsgr_deploy.attack_graph.losses import losses
+from mpdsgr_deploy.attack_graph.derive import losses
 from mpdsgr_deploy.attack_graph.tape import Tape
 from mpdsgr_deploy.attacks.square import _judge
 from mpdsgr_deploy.attacks.torch_target import cross_entropy, dlr, margin

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto
 
-from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes
+from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes, potential_slopes
 from mpdsgr_deploy.attack_graph.jumps import Jump
 from mpdsgr_deploy.attack_graph.layers import Layers, LayerStep
-from mpdsgr_deploy.attack_graph.potentials import potential_slopes
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, AVERAGED, PDSG, RATE, STRAIGHT, Nodes, surrogate_nodes
 

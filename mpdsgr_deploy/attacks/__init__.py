@@ -9,10 +9,9 @@ from mpdsgr_deploy.attacks.mpd_apgd import mpd_apgd
 from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.pgd import bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
-from mpdsgr_deploy.attacks.square import SquareState, square
+from mpdsgr_deploy.attacks.square import square
 
 __all__ = [
-    "SquareState",
     "apgd",
     "apgd_t",
     "bim",

@@ -100,7 +100,7 @@ class AveragedBackward(PooledBackward):
 
 
 class SpreadBackward(OtherBackward):
-    """PDSG: a surrogate as wide as a channel's potentials spread; the formula is in `attack_graph.potentials`."""
+    """PDSG: a surrogate as wide as a channel's potentials spread; the formula is in `attack_graph.adaptive`."""
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None

@@ -5,7 +5,6 @@ predictors are.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,19 +22,12 @@ CHUNK = 64  # proposals whose random words are made at once
 
 
 class SquareState(NamedTuple):
-    """How far an attack has come: plain arrays, for `np.savez(file, **state._asdict())` and
-    `SquareState(**np.load(file))`.
-    """
+    """How far an attack has come."""
 
     images: Floats  # [B, C, H, W], the best found so far: where the network is fooled, or else nearest to it
     margin: Floats  # [B], the true logit minus the best wrong one there
     standing: NDArray[np.bool_]  # [B], not fooled yet
     queries: Ints  # [B], spent on each image
-    proposals: Ints  # [], made so far
-
-    def copy(self) -> "SquareState":
-        """Return a copy in separate memory."""
-        return SquareState(**{name: part.copy() for name, part in self._asdict().items()})
 
 
 def square(
@@ -47,9 +39,6 @@ def square(
     queries: int = 5000,
     seed: int = 0,
     indices: Ints | None = None,
-    state: SquareState | None = None,
-    save: Callable[[SquareState], None] | None = None,
-    every: int = 100,
 ) -> SquareState:
     """Attack x [B, C, H, W] in [0, 1] with classes y [B] by at most `queries` questions an image.
 
@@ -60,20 +49,16 @@ def square(
     of the image that a square covers falls by a schedule made for 10,000 queries and rescaled to fewer. An image leaves
     the batch once fooled.
     indices [B]: each image's number in the data set (None: 0, 1, ...). Its random choices depend on that and the seed
-    alone, never on its neighbours. state: where an earlier call with the same arguments stopped; it is left untouched.
-    save: called with a copy of the state after every `every` proposals and at the end.
+    alone, never on its neighbours.
     """
     numbers = np.arange(len(x)) if indices is None else indices
-    state = _begin(predictor, x, y, eps, seed, numbers) if state is None else state.copy()
+    state = _begin(predictor, x, y, eps, seed, numbers)
     dice = _Dice(seed, numbers, x.shape[1])
-    while state.proposals < queries - 2 and state.standing.any():
-        step, active = int(state.proposals), np.flatnonzero(state.standing)
+    for step in range(queries - 2):
+        active = np.flatnonzero(state.standing)
+        if not active.size:
+            break
         _propose(predictor, state, x, y, eps, active, dice.words(step, active), share(step, queries))
-        state.proposals[...] += 1
-        if save is not None and state.proposals % every == 0:
-            save(state.copy())
-    if save is not None:
-        save(state.copy())
     return state
 
 
@@ -86,7 +71,7 @@ def _begin(predictor: Predictor, x: Floats, y: Ints, eps: float, seed: int, numb
     """Make the first two queries: the images themselves, then stripes on those that the network gets right."""
     count, channels, _, width = x.shape
     margin, standing = _judge(predictor(x), y)
-    state = SquareState(x.copy(), margin, standing, np.ones(count, np.int64), np.zeros((), np.int64))
+    state = SquareState(x.copy(), margin, standing, np.ones(count, np.int64))
     active = np.flatnonzero(standing)
     if active.size:
         words = np.stack([_raw(seed, number, (0, 1), -(-channels * width // 64)) for number in numbers[active]])

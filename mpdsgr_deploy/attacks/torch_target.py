@@ -39,7 +39,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio [B] (Croce & Hein, arXiv 2003.01690): the margin over the spread of the top three.
 
     Positive once the network is fooled; scaling the logits does not change it. It needs three classes: with fewer it is
-    the margin. `attack_graph.losses` has the same as ONNX nodes.
+    the margin. `attack_graph.derive` has the same as ONNX nodes.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)

@@ -17,7 +17,7 @@ from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.grpc_calls import Call, Guard, Method
 from mpdsgr_deploy.serving.grpc_methods import METHODS, SERVICE
-from mpdsgr_deploy.serving.http_wire import HEAD_BYTES
+from mpdsgr_deploy.serving.http_request import HEAD_BYTES
 from mpdsgr_deploy.serving.listener import Tls
 
 HEALTH = "grpc.health.v1.Health"

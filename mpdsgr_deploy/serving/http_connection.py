@@ -9,19 +9,20 @@ import httptools
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Exchange, Http
-from mpdsgr_deploy.serving.http_request import Head, IncomingRequest
-from mpdsgr_deploy.serving.http_timer import ClientTimer
-from mpdsgr_deploy.serving.http_wire import (
+from mpdsgr_deploy.serving.http_request import (
     BAD,
     BUSY,
     HEAD_BYTES,
     PIPELINE_FULL,
     SLOW,
     TOO_LONG,
+    Head,
+    IncomingRequest,
     encode_reply,
     url_path,
     without_upgrade,
 )
+from mpdsgr_deploy.serving.http_timer import ClientTimer
 
 PIPELINED = 64  # requests on a connection that wait for the answer to the one before
 READ_AHEAD = 8  # of these that are read before the client has to wait; while reading stops, its leaving goes unseen

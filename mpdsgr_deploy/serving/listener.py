@@ -18,7 +18,7 @@ from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import HttpConnection
-from mpdsgr_deploy.serving.http_wire import BUSY, HEAD_BYTES, encode_refusal
+from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, encode_refusal
 
 RESERVE = 32  # connections above the limit, for probes of health alone
 AT_ONCE = 200  # connections accepted before others get their turn

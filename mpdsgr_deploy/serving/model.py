@@ -1,7 +1,11 @@
-"""One version of a model: a bundle's network, opened and checked on its golden batch, and its metadata."""
+"""One version of a model: a bundle's network, opened and checked on its golden batch, its metadata and evidence of its
+robustness, which is in its bundle and in a report beside it.
+"""
 
+import json
 import threading
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +22,11 @@ from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.tuning import measured_at_start
 from mpdsgr_deploy.serving.batcher import ModelLane, Outputs
 from mpdsgr_deploy.serving.errors import invalid
-from mpdsgr_deploy.serving.evidence import evidence
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import ModelSource
 from mpdsgr_deploy.serving.statistics import Statistics
 from mpdsgr_deploy.serving.tensors import ImageInput
+from mpdsgr_deploy.signing.verdict import Vouched
 
 MARGIN, FIRING_RATE = "margin", "firing_rate"
 VERSION_DIGITS = 12  # of the bundle's digest: replicas and restarts agree on it
@@ -170,3 +174,57 @@ class ServedModel:
             "dynamic_batching": {},
             "parameters": {key: {"string_value": value} for key, value in parameters.items()},
         }
+
+
+def evidence(
+    bundle: Bundle, precision: str, golden: NDArray[np.float32], vouched: Vouched | None = None
+) -> dict[str, Any]:
+    """Return what /status shows of a network. methods: those of its training; reference: counts of right answers.
+
+    golden: float32 [G, C, H, W], whose mean tells a viewer whether images are light on dark. validation: of the newest
+    report beside the bundle that is about this network; None without one, and if signatures are demanded. signature:
+    who signed the bundle and, with the counts of its conditions, a verdict on it; None if no signature was demanded,
+    and so none was verified.
+    """
+    manifest, promise = bundle.manifest, bundle.manifest.reference
+    reference = None
+    if promise is not None:
+        reference = {
+            "data": promise.data,
+            "n": promise.n,
+            "clean": promise.correct.get("clean"),
+            "worst": promise.correct.get("worst"),
+            "eps": manifest.recipe.attack.eps,
+        }
+    return {
+        "digest": manifest.digest,
+        "methods": sorted(name for name, settings in dict(manifest.recipe.defence).items() if settings is not None),
+        "time_steps": manifest.time_steps if manifest.origin == "trained" else None,
+        "reference": reference,
+        "golden_mean": round(float(golden.mean()), 4),
+        "validation": None if bundle.signed else _validation(bundle, precision),
+        "signature": bundle.signed and _signature(bundle.signed.signer, vouched),
+    }
+
+
+def _signature(signer: str, vouched: Vouched | None) -> dict[str, Any]:
+    verdict = None if vouched is None else {"line": vouched.verdict.line, "correct": vouched.verdict.counts()}
+    return {"signer": signer, "verdict": verdict}
+
+
+def _validation(bundle: Bundle, precision: str) -> dict[str, Any] | None:
+    path, sha = bundle.path.absolute(), bundle.model_sha256(precision)
+    places = [path.with_name(f"{path.name}-report"), path.parent / "report", *_inside(path.parent / "reports")]
+    reports = [file for place in places if (file := place / "report.json").is_file()]
+    for file in sorted(reports, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            report = json.loads(file.read_bytes())
+            if report["artefact_sha256"] == sha:
+                return {key: str(report[key]) for key in ("verdict", "tier", "backend", "images")}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no report of ours
+    return None
+
+
+def _inside(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []
