@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, CLEAN, MPD_APGD, PGD, SQUARE, WORST
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.experiments.page_parts import markdown
+from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.validation.proportions import mcnemar
 from mpdsgr_deploy.validation.report import Report, load_report, percent
 

@@ -1,14 +1,12 @@
-"""What pages share: tables in Markdown, files, and the sections that tables and studies have in common."""
+"""The sections that the pages of tables and of studies share."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.experiments.compare import omega
+from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
-from mpdsgr_deploy.files import write_atomic
 
 UNION = f"Union: measured with suite {SUITE_VERSION}."  # records of other versions are outdated, so on no page
 
@@ -86,17 +84,3 @@ def exceptions(records: list[Record]) -> list[str]:
             start = f"started from weights of epoch {record.init['epoch']} ({record.init['weights_sha256'][:12]})"
             lines.append(f"- {record.row}, seed {record.seed}: {start}")
     return lines
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of columns, each with a cell per row."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
-
-
-def publish(page: Path, text: str, pictures: Mapping[str, bytes]) -> Path:
-    """Write a page, and beside it the pictures, given by file name. Returns the page's path."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        write_atomic(page.with_name(name), picture)
-    write_atomic(page, text.encode())
-    return page

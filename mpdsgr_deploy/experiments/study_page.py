@@ -7,7 +7,8 @@ from mpdsgr_deploy.attacks.suite import WORST
 from mpdsgr_deploy.experiments import study_plots
 from mpdsgr_deploy.experiments.compare import shorts
 from mpdsgr_deploy.experiments.effect import CONDITIONS, Pair, common_seeds, effect, emptied, pairs, pooled, verdict
-from mpdsgr_deploy.experiments.page_parts import behaviour, markdown, publish, seeds, sources, unhealthy, unmeasured
+from mpdsgr_deploy.experiments.markdown import markdown, publish
+from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, Record, load_measured
 from mpdsgr_deploy.experiments.study import PREFIX, Study
 

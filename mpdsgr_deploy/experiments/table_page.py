@@ -7,16 +7,8 @@ from statistics import fmean
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
 from mpdsgr_deploy.experiments import plots, table_sections
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
-from mpdsgr_deploy.experiments.page_parts import (
-    UNION,
-    behaviour,
-    markdown,
-    publish,
-    seeds,
-    sources,
-    unhealthy,
-    unmeasured,
-)
+from mpdsgr_deploy.experiments.markdown import markdown, publish
+from mpdsgr_deploy.experiments.page_parts import UNION, behaviour, seeds, sources, unhealthy, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.table import TableSpec
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained, LayerFactors
-from mpdsgr_deploy.experiments.page_parts import markdown, publish
+from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.plots import LINES, PALETTE, png
 from mpdsgr_deploy.experiments.store import read_records
 from mpdsgr_deploy.experiments.study import Study
