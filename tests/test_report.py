@@ -13,7 +13,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target, validate
-from mpdsgr_deploy.validation.health import Check
+from mpdsgr_deploy.validation.health.registry import Check
 from mpdsgr_deploy.validation.page import plain
 from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import EarlyStop

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,11 +32,8 @@ class AimedAttack(GradientAttack):
     def cost(self) -> int:
         return (self.steps + 1) * self.classes * self.draws
 
-    def target(self, network: Network) -> AbstractContextManager[Target]:
-        return self._pair(network)
-
     @contextmanager
-    def _pair(self, network: Network) -> Iterator[Target]:
+    def target(self, network: Network) -> Iterator[Target]:
         with network.attacker(str(self.surrogate), loss=self.loss, draws=self.draws) as gradients:
             yield network, gradients
 

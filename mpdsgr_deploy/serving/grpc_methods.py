@@ -7,12 +7,13 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from mpdsgr_deploy.serving import logs
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.grpc_calls import Call, Method
 from mpdsgr_deploy.serving.grpc_wire import check_infer_request
 from mpdsgr_deploy.serving.inference import InferenceRequest, RequestedOutput, infer
+from mpdsgr_deploy.serving.logs import span
+from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.requests import classes, identifier, refuse_shared_memory, timeout
 from mpdsgr_deploy.serving.tensors import InputTensor
 
@@ -21,43 +22,15 @@ CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
 Answer = dict[str, Any]  # in the JSON form that HTTP has too
 
 
-async def _server_live(server: Server, request: Any) -> Answer:
-    return {"live": True}
-
-
-async def _server_ready(server: Server, request: Any) -> Answer:
-    return {"ready": server.ready}
-
-
-async def _model_ready(server: Server, request: Any) -> Answer:
+def _is_ready(server: Server, request: Any) -> bool:
     try:
-        server.repository.model(request.name, request.version)
+        _model(server, request)
     except Refused:
-        return {"ready": False}
-    return {"ready": True}
+        return False
+    return True
 
 
-async def _server_metadata(server: Server, request: Any) -> Answer:
-    return server.metadata()
-
-
-async def _model_metadata(server: Server, request: Any) -> Answer:
-    return server.repository.model(request.name, request.version).metadata()
-
-
-async def _model_config(server: Server, request: Any) -> Answer:
-    return {"config": server.repository.model(request.name, request.version).config()}
-
-
-async def _model_statistics(server: Server, request: Any) -> Answer:
-    return await server.statistics(request.name, request.version)
-
-
-async def _repository_index(server: Server, request: Any) -> Answer:
-    return {"models": server.index(ready=request.ready)}
-
-
-async def _repository_model_load(server: Server, request: Any) -> Answer:
+async def _load(server: Server, request: Any) -> Answer:
     server.require_control()
     if request.parameters:
         raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
@@ -65,7 +38,7 @@ async def _repository_model_load(server: Server, request: Any) -> Answer:
     return {}
 
 
-async def _repository_model_unload(server: Server, request: Any) -> Answer:
+async def _unload(server: Server, request: Any) -> Answer:
     server.require_control()
     await server.repository.unload(request.model_name)
     return {}
@@ -80,7 +53,7 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
     outputs = [_requested_output(output) for output in request.outputs]
     limit = timeout(_parameter(request.parameters, "timeout"))
     asked = InferenceRequest(identifier(request.id), _tensors(request), outputs, limit, binary=True)
-    with logs.span(call.metadata, model, call.id):
+    with span(call.metadata, model, call.id):
         answers = await infer(model, server.batcher, asked, server.limits.request_seconds)
     call.images = answers[0].shape[0]
     response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)
@@ -129,26 +102,31 @@ def _parsed(kind: Any, content: bytes) -> Any:
         raise invalid(f"the message is no {kind.DESCRIPTOR.name}") from None
 
 
-def _method(name: str, handler: Callable[[Server, Any], Awaitable[Answer]], **options: bool) -> Method:
+def _model(server: Server, request: Any) -> ServedModel:
+    return server.repository.model(request.name, request.version)
+
+
+def _method(name: str, handler: Callable[[Server, Any], Answer | Awaitable[Answer]], **options: bool) -> Method:
     """Make the method of this name, whose handler takes a parsed message and returns the response's fields."""
     request, response = getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response")
 
     async def answer(server: Server, content: bytes, call: Call) -> Any:
-        return ParseDict(await handler(server, _parsed(request, content)), response())
+        made = handler(server, _parsed(request, content))
+        return ParseDict(await made if isinstance(made, Awaitable) else made, response())
 
     return Method(answer, response.SerializeToString, **options)
 
 
 METHODS: dict[str, Method] = {
-    "ServerLive": _method("ServerLive", _server_live, open=True, reads=False),
-    "ServerReady": _method("ServerReady", _server_ready, open=True, reads=False),
-    "ServerMetadata": _method("ServerMetadata", _server_metadata),
-    "ModelReady": _method("ModelReady", _model_ready),
-    "ModelMetadata": _method("ModelMetadata", _model_metadata),
-    "ModelConfig": _method("ModelConfig", _model_config),
-    "ModelStatistics": _method("ModelStatistics", _model_statistics),
+    "ServerLive": _method("ServerLive", lambda server, _: {"live": True}, open=True, reads=False),
+    "ServerReady": _method("ServerReady", lambda server, _: {"ready": server.ready}, open=True, reads=False),
+    "ServerMetadata": _method("ServerMetadata", lambda server, _: server.metadata()),
+    "ModelReady": _method("ModelReady", lambda server, request: {"ready": _is_ready(server, request)}),
+    "ModelMetadata": _method("ModelMetadata", lambda server, request: _model(server, request).metadata()),
+    "ModelConfig": _method("ModelConfig", lambda server, request: {"config": _model(server, request).config()}),
+    "ModelStatistics": _method("ModelStatistics", lambda server, asked: server.statistics(asked.name, asked.version)),
     "ModelInfer": Method(_model_infer, pb.ModelInferResponse.SerializeToString, large=True),
-    "RepositoryIndex": _method("RepositoryIndex", _repository_index),
-    "RepositoryModelLoad": _method("RepositoryModelLoad", _repository_model_load),
-    "RepositoryModelUnload": _method("RepositoryModelUnload", _repository_model_unload),
+    "RepositoryIndex": _method("RepositoryIndex", lambda server, asked: {"models": server.index(ready=asked.ready)}),
+    "RepositoryModelLoad": _method("RepositoryModelLoad", _load),
+    "RepositoryModelUnload": _method("RepositoryModelUnload", _unload),
 }

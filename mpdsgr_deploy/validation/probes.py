@@ -14,7 +14,7 @@ from mpdsgr_deploy.attacks.run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.progress import track
-from mpdsgr_deploy.validation.health import Convergence, Search, Slopes
+from mpdsgr_deploy.validation.health.registry import Convergence, Search, Slopes
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's eps
 GROWTH_STEPS = 20  # of the strong PGD
