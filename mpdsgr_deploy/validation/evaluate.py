@@ -24,7 +24,7 @@ from mpdsgr_deploy.validation.evidence import of_attacks
 from mpdsgr_deploy.validation.health.registry import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import Score
-from mpdsgr_deploy.validation.transfer import other_network
+from mpdsgr_deploy.validation.target import other_network
 
 
 class EvaluatedRow(BaseModel):

@@ -5,7 +5,7 @@ more than half are newly wrong by an exact one-sided McNemar test. The accuracy 
 attacks are tested at p < 0.003, where most damage shows, each single attack at p < 0.0005: with a dozen of them a
 healthy artefact is refused less than once in a hundred times (computed exactly for 100 to 1,000 images and flips up to
 20 %). Eleven images that only the artefact gets wrong are the fewest that can show a drop under a single attack, so a
-limit of 1 % takes 1,000 images; `power` says which drops a run can see.
+limit of 1 % takes 1,000 images; `proportions.smallest_drop` says which drops a run can see.
 
 Many faults cost a little under every attack. If a drop is beyond its limit but not significant by itself, all
 conditions are therefore tested together: per image, the conditions that the artefact lost minus those that it gained,

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
 
 # 64-bit blake2b of the first 100 test images, with their classes, of data sets whose order is the same everywhere.
@@ -58,22 +57,16 @@ def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: st
 def own_images(bundle: Bundle, images: Images, data: str | None, root: str | None) -> Images | None:
     """Return the data set's own images to compare `images` with: themselves if `data` or `root` chose them.
 
-    None if the data set is not on this machine; images and classes are then as the bundle claims.
+    None if the data set is not on this machine; images and classes are then as the bundle claims. A folder of images is
+    never recognised, because its name does not identify it.
     """
     if data is not None or root is not None or IMAGES not in bundle.manifest.files:
         return images
-    return _at_hand(bundle.manifest.recipe.data, len(images))
-
-
-def _at_hand(data: Data, count: int) -> Images | None:
-    """Return the first `count` test images of a data set, or None if it is not on this machine.
-
-    A folder of images is never recognised, because its name does not identify it.
-    """
-    if data.name == "imagefolder":
+    config = bundle.manifest.recipe.data
+    if config.name == "imagefolder":
         return None
     try:
-        return load_test(data)[:count]
+        return load_test(config)[: len(images)]
     except InputError:
         return None
 

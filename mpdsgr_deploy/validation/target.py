@@ -144,8 +144,6 @@ def _other(path: Path, own: Bundle) -> Iterator[Source]:
         if trust is not None:
             raise InputError(f"{path} is not a bundle, so it cannot be signed; export it and sign the bundle")
         need("torch", "train")
-        from mpdsgr_deploy.validation.transfer import other_network
-
         yield other_network(path, mine.input_shape, mine.labels)
         return
     bundle = open_bundle(path, trust)
@@ -153,3 +151,14 @@ def _other(path: Path, own: Bundle) -> Iterator[Source]:
     require_alike(path, (manifest.input_shape, manifest.labels), (mine.input_shape, mine.labels))
     with open_predictor(bundle) as predictor:
         yield Source(NetworkFile.from_bundle(bundle, "fp32", predictor), trained_surrogate(manifest.recipe))
+
+
+def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:
+    """Open a checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
+    from mpdsgr_deploy.networks import load_network
+    from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
+
+    checkpoint, network = load_network(find_checkpoint(checkpoint_dir))
+    require_alike(checkpoint_dir, (checkpoint.shape, checkpoint.labels), (shape, labels))
+    model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
+    return Source(TorchNetwork(model), trained_surrogate(checkpoint.recipe))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import onnx
+from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 
@@ -55,3 +56,12 @@ def reshaped(tape: Tape, value: str, like: str) -> str:
     if sum(not isinstance(size, int) for size in shape) > 1:
         return tape.emit("Reshape", value, tape.emit("Shape", like))
     return tape.emit("Reshape", value, tape.integers(*(size if isinstance(size, int) else -1 for size in shape)))
+
+
+def multiplied(tape: Tape, cotangent: str, axis: int, matrix: NDArray[Any], rank: int) -> str:
+    """Multiply a cotangent with `rank` axes by a matrix [old, new] along one of them."""
+    order = list(range(rank))
+    order[axis], order[-1] = order[-1], order[axis]
+    last = cotangent if axis == rank - 1 else tape.emit("Transpose", cotangent, perm=order)
+    product = tape.emit("MatMul", last, tape.constant(matrix))
+    return product if axis == rank - 1 else tape.emit("Transpose", product, perm=order)

@@ -151,10 +151,6 @@ def _positive(tape: Tape, x: str) -> str:
     return tape.emit("Cast", tape.emit("Greater", x, tape.constant(0)), to=TensorProto.FLOAT)
 
 
-def _relu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return _positive(tape, x)
-
-
 def _leaky_relu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     below = tape.constant(attribute(node, "alpha", 0.01))
     return tape.emit("Where", tape.emit("Greater", x, tape.constant(0)), tape.constant(1), below)
@@ -171,14 +167,6 @@ def _elu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     return tape.emit("Where", above, tape.constant(1), tape.emit("Add", y, alpha))
 
 
-def _sigmoid(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return tape.emit("Mul", y, tape.emit("Sub", tape.constant(1), y))
-
-
-def _tanh(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return tape.emit("Sub", tape.constant(1), tape.emit("Mul", y, y))
-
-
 def _hard_sigmoid(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     """alpha where 0 < alpha x + beta < 1."""
     inside = tape.emit("And", tape.emit("Greater", y, tape.constant(0)), tape.emit("Less", y, tape.constant(1)))
@@ -193,17 +181,9 @@ def _hard_swish(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     return tape.emit("Where", tape.emit("Greater", x, tape.constant(-3)), above, tape.constant(0))
 
 
-def _softplus(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return tape.emit("Sigmoid", x)
-
-
 def _gaussian(tape: Tape, x: str, factor: float) -> str:
     """factor exp(-x^2)."""
     return tape.emit("Mul", tape.emit("Exp", tape.emit("Neg", tape.emit("Mul", x, x))), tape.constant(factor))
-
-
-def _erf(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return _gaussian(tape, x, 2 / sqrt(pi))
 
 
 def _gelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
@@ -221,32 +201,12 @@ def _gelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     return tape.emit("Mul", tape.emit("Add", tape.emit("Add", one, t), rising), half)
 
 
-def _exp(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return y
-
-
-def _log(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return tape.emit("Reciprocal", x)
-
-
-def _sqrt(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return tape.emit("Div", tape.constant(0.5), y)
-
-
-def _reciprocal(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return tape.emit("Neg", tape.emit("Mul", y, y))
-
-
-def _abs(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return tape.emit("Sign", x)
-
-
 def _neg(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
     tape.give(node.input[0], only(cotangents), -1)
 
 
 RULES: dict[str, Rule] = {
-    "Abs": _pointwise(_abs),
+    "Abs": _pointwise(lambda tape, node, x, y: tape.emit("Sign", x)),
     "Add": _sign(1),
     "Cast": _same,  # of booleans, see `jumps`
     "Clip": _clip,
@@ -254,14 +214,14 @@ RULES: dict[str, Rule] = {
     "Div": _div,
     "Dropout": _same,
     "Elu": _pointwise(_elu),
-    "Erf": _pointwise(_erf),
-    "Exp": _pointwise(_exp),
+    "Erf": _pointwise(lambda tape, node, x, y: _gaussian(tape, x, 2 / sqrt(pi))),
+    "Exp": _pointwise(lambda tape, node, x, y: y),
     "Gelu": _pointwise(_gelu),
     "HardSigmoid": _pointwise(_hard_sigmoid),
     "HardSwish": _pointwise(_hard_swish),
     "Identity": _same,
     "LeakyRelu": _pointwise(_leaky_relu),
-    "Log": _pointwise(_log),
+    "Log": _pointwise(lambda tape, node, x, y: tape.emit("Reciprocal", x)),
     "Max": _extreme("GreaterOrEqual"),
     "Mean": _sum,
     "Min": _extreme("LessOrEqual"),
@@ -270,13 +230,13 @@ RULES: dict[str, Rule] = {
     "PRelu": _pointwise(_prelu),
     "Pow": _pow,
     "QuantizeLinear": _quantize,
-    "Reciprocal": _pointwise(_reciprocal),
-    "Relu": _pointwise(_relu),
-    "Sigmoid": _pointwise(_sigmoid),
-    "Softplus": _pointwise(_softplus),
-    "Sqrt": _pointwise(_sqrt),
+    "Reciprocal": _pointwise(lambda tape, node, x, y: tape.emit("Neg", tape.emit("Mul", y, y))),
+    "Relu": _pointwise(lambda tape, node, x, y: _positive(tape, x)),
+    "Sigmoid": _pointwise(lambda tape, node, x, y: tape.emit("Mul", y, tape.emit("Sub", tape.constant(1), y))),
+    "Softplus": _pointwise(lambda tape, node, x, y: tape.emit("Sigmoid", x)),
+    "Sqrt": _pointwise(lambda tape, node, x, y: tape.emit("Div", tape.constant(0.5), y)),
     "Sub": _sign(-1),
     "Sum": _sum,
-    "Tanh": _pointwise(_tanh),
+    "Tanh": _pointwise(lambda tape, node, x, y: tape.emit("Sub", tape.constant(1), tape.emit("Mul", y, y))),
     "Where": _where,
 }

@@ -8,7 +8,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from mpdsgr_deploy.attack_graph.rules.common import Rule, only, plane
+from mpdsgr_deploy.attack_graph.rules.common import Rule, multiplied, only, plane
 from mpdsgr_deploy.attack_graph.rules.products import explicit_pads
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.onnx_files import attribute
@@ -153,11 +153,7 @@ def _resize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
         if old == new:
             continue
         matrix = _interpolation(tape, node, axis, old, new)  # [new, old]
-        order = list(range(rank))
-        order[axis], order[-1] = order[-1], order[axis]
-        last = cotangent if axis == rank - 1 else tape.emit("Transpose", cotangent, perm=order)
-        spread = tape.emit("MatMul", last, tape.constant(matrix))
-        cotangent = spread if axis == rank - 1 else tape.emit("Transpose", spread, perm=order)
+        cotangent = multiplied(tape, cotangent, axis, matrix, rank)
     tape.give(node.input[0], cotangent)
 
 

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 import onnx
 
-from mpdsgr_deploy.attack_graph.rules.common import Rule, are_numbers, axes_of, only, reshaped
+from mpdsgr_deploy.attack_graph.rules.common import Rule, are_numbers, axes_of, multiplied, only, reshaped
 from mpdsgr_deploy.attack_graph.tape import Piece, Tape, refuse
 from mpdsgr_deploy.onnx_files import attribute
 
@@ -108,11 +108,7 @@ def _put_back(tape: Tape, cotangent: str, axis: int, size: int, places: list[int
     """Scatter a cotangent to `places` out of `size` along an axis, as a product with unit vectors."""
     units = np.zeros((len(places), size), np.float32)
     units[np.arange(len(places)), places] = 1
-    order = list(range(rank))
-    order[axis], order[-1] = order[-1], order[axis]
-    last = cotangent if axis == rank - 1 else tape.emit("Transpose", cotangent, perm=order)
-    spread = tape.emit("MatMul", last, tape.constant(units))
-    return spread if axis == rank - 1 else tape.emit("Transpose", spread, perm=order)
+    return multiplied(tape, cotangent, axis, units, rank)
 
 
 def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
