@@ -137,7 +137,9 @@ def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, M
         return
     # read by torch and BLAS when a new process loads them: together the processes use each core once
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    with ProcessPoolExecutor(jobs, new_processes(), initializer=die_on_interrupt) as pool:
+    with ProcessPoolExecutor(  # Ctrl-C ends a worker silently; the parent process reports it
+        jobs, new_processes(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    ) as pool:
         pending = {pool.submit(error_of, task, run): run for run in todo}
         try:
             for future in as_completed(pending):
@@ -161,11 +163,6 @@ def new_processes() -> BaseContext:
     context = get_context("forkserver")
     context.set_forkserver_preload([measure.__module__])
     return context
-
-
-def die_on_interrupt() -> None:
-    """Let Ctrl-C end a worker silently; the parent process reports it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def error_of(task: Task, run: Run) -> MpdsgrError | None:

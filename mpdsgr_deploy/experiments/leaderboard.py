@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, CLEAN, MPD_APGD, PGD, SQUARE, WORST
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.markdown import markdown
-from mpdsgr_deploy.validation.proportions import mcnemar
 from mpdsgr_deploy.validation.report import Report, load_report, percent
+from mpdsgr_deploy.validation.rows import VerdictFlips
 
 CONDITIONS = {"PGD": PGD, "APGD-CE": APGD_CE, "APGD-DLR": APGD_DLR, "Square": SQUARE, "MPD-APGD": MPD_APGD}
 COMPARED: dict[str, Callable[[Report], Any]] = {
@@ -99,15 +99,10 @@ def line(place: int, order: Sequence[RankedReport], tried: dict[str, str]) -> li
     if model is not None:
         facts = [model.method, model.architecture, str(model.steps), f"{model.parameters:,}", f"{model.macs:,}"]
     accuracies = [percent(row.artefact) for name in (CLEAN, *tried.values(), WORST) if (row := report.row(name))]
-    p = "" if place == 0 else f"{significance(order[place - 1], entry):.2g}"
+    flips = VerdictFlips.of(order[place - 1].right(WORST), entry.right(WORST))
+    p = "" if place == 0 else f"{flips.p_value:.2g}"
     cost = sum(row.evaluations for row in report.rows)
     return [str(place + 1), *facts, report.precision, *accuracies, p, f"{cost:.0f}"]
-
-
-def significance(above: RankedReport, below: RankedReport) -> float:
-    """Return the p-value of the difference between two networks under all attacks, on the same images."""
-    ours, theirs = above.right(WORST), below.right(WORST)
-    return mcnemar(int((ours & ~theirs).sum()), int((~ours & theirs).sum()))
 
 
 def origin(report: Report) -> str:

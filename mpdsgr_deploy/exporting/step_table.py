@@ -111,13 +111,10 @@ def _milliseconds(files: Sequence[StepFile], images: NDArray[np.float32], batch:
     """Return the median time per image of a batch, for each file."""
     x = np.ascontiguousarray(np.resize(images, (batch, *images.shape[1:])))
     with ExitStack() as stack:
-        networks = [stack.enter_context(_opened(file)) for file in files]
+        noise = [NoiseSource(file.noise, file.recipe.validation.seed) for file in files]
+        networks = [stack.enter_context(OnnxRuntime(f.file, noise=n)) for f, n in zip(files, noise, strict=True)]
         seconds = [[_seconds(network, x) for network in networks] for _ in range(ROUNDS + 1)]
     return (1000 / batch * np.median(seconds[1:], axis=0)).tolist()  # the first round warms up
-
-
-def _opened(file: StepFile) -> OnnxRuntime:
-    return OnnxRuntime(file.file, noise=NoiseSource(file.noise, file.recipe.validation.seed))
 
 
 def _seconds(network: Predictor, x: NDArray[np.float32]) -> float:

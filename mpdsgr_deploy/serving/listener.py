@@ -4,9 +4,7 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,15 +228,10 @@ class Listener:
                 "ssl_shutdown_timeout": TLS_GOODBYE,
             }
         try:
-            factory: Callable[[], HttpConnection] = partial(_itself, connection)
-            await self._loop.connect_accepted_socket(factory, sock, **options)
+            await self._loop.connect_accepted_socket(lambda: connection, sock, **options)
         except (OSError, TimeoutError):  # no handshake; errors of TLS are such too
             pass
         finally:
             if not connection.connected:
                 sock.close()
                 self.connection_ended(connection)
-
-
-def _itself(connection: HttpConnection) -> HttpConnection:
-    return connection

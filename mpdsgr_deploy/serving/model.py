@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
+from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.manifest import Prepared
 from mpdsgr_deploy.onnx_files import read_network
@@ -30,11 +30,6 @@ from mpdsgr_deploy.signing.verdict import Vouched
 
 MARGIN, FIRING_RATE = "margin", "firing_rate"
 VERSION_DIGITS = 12  # of the bundle's digest: replicas and restarts agree on it
-
-
-def version_of(manifest: Manifest) -> str:
-    """Return the version that a bundle is served as, the same on every machine."""
-    return manifest.digest[:VERSION_DIGITS]
 
 
 class OpenedBundle(Bundle):
@@ -91,7 +86,7 @@ class ServedModel:
         self.signer = signed.signer if signed else ""
         self.vouched = demand.verdict(self._bundle, self.source.precision)
         self.digest, self.labels, self.output = manifest.digest, manifest.labels, manifest.output_name
-        self.version = version_of(manifest)
+        self.version = manifest.digest[:VERSION_DIGITS]
         self.settings = self._bundle.measure(self.backend, cores, self.settings)
         self._predictor = self._stack.enter_context(open_predictor(self._bundle, self.backend, self.source.precision))
         self.input = ImageInput(manifest.input_name, manifest.input_shape, most)

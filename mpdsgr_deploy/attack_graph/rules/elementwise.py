@@ -146,11 +146,6 @@ def _pointwise(slope: Slope) -> Rule:
     return rule
 
 
-def _positive(tape: Tape, x: str) -> str:
-    """1 where x > 0, else 0."""
-    return tape.emit("Cast", tape.emit("Greater", x, tape.constant(0)), to=TensorProto.FLOAT)
-
-
 def _leaky_relu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     below = tape.constant(attribute(node, "alpha", 0.01))
     return tape.emit("Where", tape.emit("Greater", x, tape.constant(0)), tape.constant(1), below)
@@ -201,10 +196,6 @@ def _gelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     return tape.emit("Mul", tape.emit("Add", tape.emit("Add", one, t), rising), half)
 
 
-def _neg(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    tape.give(node.input[0], only(cotangents), -1)
-
-
 RULES: dict[str, Rule] = {
     "Abs": _pointwise(lambda tape, node, x, y: tape.emit("Sign", x)),
     "Add": _sign(1),
@@ -226,12 +217,14 @@ RULES: dict[str, Rule] = {
     "Mean": _sum,
     "Min": _extreme("LessOrEqual"),
     "Mul": _mul,
-    "Neg": _neg,
+    "Neg": lambda tape, node, cotangents: tape.give(node.input[0], only(cotangents), -1),
     "PRelu": _pointwise(_prelu),
     "Pow": _pow,
     "QuantizeLinear": _quantize,
     "Reciprocal": _pointwise(lambda tape, node, x, y: tape.emit("Neg", tape.emit("Mul", y, y))),
-    "Relu": _pointwise(lambda tape, node, x, y: _positive(tape, x)),
+    "Relu": _pointwise(
+        lambda tape, node, x, y: tape.emit("Cast", tape.emit("Greater", x, tape.constant(0)), to=TensorProto.FLOAT)
+    ),
     "Sigmoid": _pointwise(lambda tape, node, x, y: tape.emit("Mul", y, tape.emit("Sub", tape.constant(1), y))),
     "Softplus": _pointwise(lambda tape, node, x, y: tape.emit("Sigmoid", x)),
     "Sqrt": _pointwise(lambda tape, node, x, y: tape.emit("Div", tape.constant(0.5), y)),
