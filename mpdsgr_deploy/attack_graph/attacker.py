@@ -1,6 +1,7 @@
 """White-box attacks on the artefact itself: gradients from the attack graph of its ONNX file, in onnxruntime."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +23,7 @@ CHUNK = 32  # images computed at once
 OWN = (CLASSES, WIDTH, LOSS, WEIGHTED)  # inputs that an attack graph adds
 
 
-class GraphAttacker:
+class GraphAttacker(AbstractContextManager["GraphAttacker"]):
     """A Differentiable on an ONNX file, through any surrogate "KIND" or "KIND:WIDTH" that the attacker chooses.
 
     A context manager: the session ends with the block. The attack graph is derived here, in memory, from the file that
@@ -136,9 +137,6 @@ class GraphAttacker:
             draw = self._random.random if entry.kind == "uniform" else self._random.standard_normal
             draws[entry.name] = draw((count, *entry.shape), np.float32)
         return draws
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self._owns:

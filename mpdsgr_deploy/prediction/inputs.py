@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -97,7 +97,7 @@ def _with_part(run: Sequence[InputBatch]) -> Iterator[InputBatch]:
         yield InputBatch(source, start + batch.start - first, start + batch.stop - first)
 
 
-class Inputs:
+class Inputs(AbstractContextManager["Inputs"]):
     """Images, folders of images and shards, in the order given. A context manager: closes what it opened.
 
     unusable: with `skip`, the inputs that cannot be opened, with the reason. Without it, InputError is raised for a
@@ -156,9 +156,6 @@ class Inputs:
             for source in self._sources
             for start in range(0, len(source), size)
         ]
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         for source in self._sources:

@@ -3,9 +3,9 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
     logits: NDArray[np.float32]
 
 
-class Partial:
+class Partial(AbstractContextManager["Partial"]):
     """A file of logits, one record per batch. A context manager that removes a file without records at its end.
 
         MAGIC, sha256 of the settings
@@ -99,9 +99,6 @@ class Partial:
 
     def _next(self, batch: InputBatch, data: bytes) -> bytes:
         return hashlib.sha256(self._digest + os.fsencode(batch.stamp()) + data).digest()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         with suppress(OSError):

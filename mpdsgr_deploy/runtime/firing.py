@@ -5,7 +5,7 @@ encoding (Poisson) have no such name, because they belong to no layer.
 """
 
 from collections.abc import Mapping
-from typing import Self
+from contextlib import AbstractContextManager
 
 import numpy as np
 import onnx
@@ -25,7 +25,7 @@ OUTPUT = "firing_rate"
 PROVIDERS = {"onnxruntime-cpu": CPU, "onnxruntime-cuda": CUDA}  # the backends that can return firing rates
 
 
-class FiringRates:
+class FiringRates(AbstractContextManager["FiringRates"]):
     """Maps images float32 [B, C, H, W] in [0, 1] to logits [B, K] and firing rates [B, L], both float32.
 
     A rate is the mean over steps and neurons of a layer's spikes, for one image; `layers` names the L layers in the
@@ -61,9 +61,6 @@ class FiringRates:
     def __call__(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         logits, rates = self._network.answers(x)
         return logits, rates
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._network.__exit__()

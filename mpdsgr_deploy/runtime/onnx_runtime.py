@@ -1,7 +1,7 @@
 """A network on onnxruntime as a Predictor."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import onnx
@@ -13,7 +13,7 @@ from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
 
 
-class OnnxRuntime:
+class OnnxRuntime(AbstractContextManager["OnnxRuntime"]):
     """A Predictor on an ONNX file. A context manager: the session ends with the block. Threads may share it.
 
     model: the file, or its content, with the name `source` for error messages. provider: an execution provider of
@@ -60,9 +60,6 @@ class OnnxRuntime:
 
     def _run(self, x: NDArray[np.float32], outputs: list[str]) -> list[NDArray[np.float32]]:
         return self._session({self._input: x, **self._noise(x)}, outputs)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._session.__exit__()

@@ -11,8 +11,9 @@ closer to float32 than a GPU's.
 import io
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ CHUNK = 8  # images; about as fast as any larger batch, and its activations stay
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 
 
-class OpenVino:
+class OpenVino(AbstractContextManager["OpenVino"]):
     """A Predictor on an ONNX file, on the CPU. A context manager: the compiled networks end with the block.
 
     Threads may share it: one inference runs at a time, with all of `settings.threads`. Raises InputError if the file
@@ -85,9 +86,6 @@ class OpenVino:
         compiled = self._core.compile_model(self._network, "CPU", self._options)
         self._requests[batch] = compiled.create_infer_request()
         return self._requests[batch]
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._requests.clear()

@@ -4,9 +4,10 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from types import MappingProxyType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -48,7 +49,7 @@ class ModelUrl(NamedTuple):
         return cls(parts.scheme == "https", host, port, path[0], path[1])
 
 
-class RemoteModel:
+class RemoteModel(AbstractContextManager["RemoteModel"]):
     """The model behind `url` (http://HOST:PORT/v2/models/NAME), a Predictor for images [B, *shape].
 
     noise: the source of a stochastic network's noise inputs, unless the server draws the noise itself. rate: requests
@@ -138,9 +139,6 @@ class RemoteModel:
         if 300 <= answer.status < 400:
             return InputError(f"{self._url} redirects to {answer.location}; give the URL of the server itself")
         return InputError(f"{self._url} answers {answer.status}: {excerpt(answer.body)}")
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._server.close()

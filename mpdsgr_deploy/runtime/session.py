@@ -9,12 +9,12 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnx
@@ -41,7 +41,7 @@ PREFIX = "onnxruntime_ep_"  # of the modules of such wheels
 NAMES = {"CUDAExecutionProvider": ("CUDAExecutionProvider", "CudaPluginExecutionProvider")}
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """One network on one provider. A context manager: it ends with the block. Threads may share it.
 
     network: an ONNX file, or its content; source: its name in messages. threads: those of the CPU provider; None:
@@ -105,9 +105,6 @@ class Session:
         self._session.run_with_iobinding(binding)
         arrays: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
         return arrays
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._session = None

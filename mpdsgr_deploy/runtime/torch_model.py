@@ -57,7 +57,7 @@ def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseI
     return tuple(draws)
 
 
-class TorchModel:
+class TorchModel(AbstractContextManager["TorchModel"]):
     """Runs on the GPU if there is one. `shape` is (C, H, W) of the input; numpy in, fresh numpy out.
 
     A stochastic network gets the noise that `noise` makes of each image (None: the source of `seed`), as its exported
@@ -150,9 +150,6 @@ class TorchModel:
 
     def tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._model.cpu()  # frees GPU memory

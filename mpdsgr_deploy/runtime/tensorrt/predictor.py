@@ -5,7 +5,7 @@ The device code is in `cuda.py`, which implements the protocols `Stream` and `Ex
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from queue import Empty, LifoQueue
 from threading import Lock
 from typing import Protocol, Self
@@ -92,7 +92,7 @@ class Lane:
         self._stream.close()
 
 
-class TensorRT:
+class TensorRT(AbstractContextManager["TensorRT"]):
     """A Predictor on an engine, for several threads. A context manager: device memory is freed with the block.
 
     stream: makes one more `Stream`; batch: the engine's batch sizes; shape: that of an image; name: that of the input
@@ -166,9 +166,6 @@ class TensorRT:
                 return None
             self._lanes.append(lane)
             return lane
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         for lane in self._lanes:
