@@ -207,7 +207,7 @@ def staged(out: Path) -> Iterator[Path]:
     recover_directory(out)
     claim_directory(out, MANIFEST, "bundle")
     if (out / MANIFEST).exists():
-        manifest: Manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
+        manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
         known = {*manifest.files, MANIFEST, LOCK, SIGNATURE}
         files = [p.relative_to(out) for p in out.rglob("*") if not p.is_dir()]
         strangers = [file for file in files if file.as_posix() not in known and file.parts[0] != VERDICTS]
@@ -228,7 +228,7 @@ def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
 def _read_manifest(directory: Path, otherwise: str) -> Manifest:
     """Read a manifest. Raises InputError as `read_document` does, and if it does not match its own digest."""
     path = directory / MANIFEST
-    manifest: Manifest = read_document(path, Manifest, SCHEMA_VERSION, otherwise=otherwise)
+    manifest = read_document(path, Manifest, SCHEMA_VERSION, otherwise=otherwise)
     if manifest.digest != manifest.computed_digest():
         raise InputError(f"{path} does not match its own digest: it was changed or damaged; copy it again")
     return manifest

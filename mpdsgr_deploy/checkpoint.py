@@ -105,7 +105,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """Read and verify the checkpoint in `directory`. Raises InputError if anything is missing, damaged or newer."""
     path = directory / FILE
     advice = "take another checkpoint or train again"
-    checkpoint: Checkpoint = read_document(path, Checkpoint, SCHEMA_VERSION, otherwise=advice)
+    checkpoint = read_document(path, Checkpoint, SCHEMA_VERSION, otherwise=advice)
     weights = directory / checkpoint.weights
     if Path(checkpoint.weights).name != checkpoint.weights or not weights.is_file():
         raise InputError(f"{path} names weights {checkpoint.weights!r}, which are not beside it")

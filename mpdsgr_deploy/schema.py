@@ -5,11 +5,13 @@ import tomllib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mpdsgr_deploy.errors import InputError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def _fraction(value: Any) -> Any:
@@ -98,7 +100,7 @@ def read_json(path: Path, *, otherwise: str) -> Any:
         raise InputError(f"{path} is damaged (not JSON); {otherwise}") from None
 
 
-def read_document(path: Path, model: type[BaseModel], version: int, *, otherwise: str) -> Any:
+def read_document(path: Path, model: type[M], version: int, *, otherwise: str) -> M:
     """Read one of this package's JSON files as `model`. `otherwise` tells the user how to get a good one.
 
     Raises InputError if it is missing, damaged, has no schema version or one above `version`, or does not fit the
@@ -113,7 +115,7 @@ def read_document(path: Path, model: type[BaseModel], version: int, *, otherwise
     return parse(model, values, str(path))
 
 
-def parse(model: type[BaseModel], values: Any, source: str) -> Any:
+def parse(model: type[M], values: Any, source: str) -> M:
     """Validate `values` as `model`; raise InputError with one line that names source, key and allowed values."""
     try:
         return model.model_validate(values)

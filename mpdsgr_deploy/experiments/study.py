@@ -107,5 +107,4 @@ def load_study(name: str) -> tuple[str, Study]:
     Raises InputError for an unknown study or a file with wrong keys or values.
     """
     path = Path(name) if name.endswith(".toml") else choose("study", built_in_studies(), name)
-    study: Study = parse(Study, read_toml(path), str(path))
-    return f"{PREFIX}{path.stem}", study
+    return f"{PREFIX}{path.stem}", parse(Study, read_toml(path), str(path))

@@ -128,8 +128,7 @@ def load_table(name: str) -> tuple[str, TableSpec]:
     Raises InputError for an unknown table, and as `checked` does.
     """
     path = Path(name) if name.endswith(".toml") else choose("table", built_in_tables(), name)
-    table: TableSpec = parse(TableSpec, read_toml(path), str(path))
-    return path.stem, checked(table, str(path))
+    return path.stem, checked(parse(TableSpec, read_toml(path), str(path)), str(path))
 
 
 def checked(table: TableSpec, source: str) -> TableSpec:

@@ -36,10 +36,8 @@ def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSe
     here, network = machine(backend), bundle.model_sha256(precision)
     for prepared in bundle.prepared(backend, precision):
         if prepared.machine == here and prepared.model_sha256 == network:
-            settings: RuntimeSettings = parse(
-                RuntimeSettings, prepared.settings, f"{bundle.path}: settings of {backend}, {precision}"
-            )
-            return settings
+            source = f"{bundle.path}: settings of {backend}, {precision}"
+            return parse(RuntimeSettings, prepared.settings, source)
     return RuntimeSettings()
 
 

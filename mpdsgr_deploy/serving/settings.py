@@ -97,5 +97,4 @@ def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServerSet
     if path is not None and isinstance(trust, dict) and isinstance(key := trust.get("require_signature"), str):
         trust["require_signature"] = beside(path, key)
     override(values, overrides, example="limits.batch=128")
-    settings: ServerSettings = parse(ServerSettings, values, str(path or "--set"))
-    return settings
+    return parse(ServerSettings, values, str(path or "--set"))

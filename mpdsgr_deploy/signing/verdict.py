@@ -102,7 +102,7 @@ def read_verdict(content: bytes, place: Path, trust: Trust) -> Vouched:
         values, result, digest = predicate[EXTENSION], predicate["result"], subject["digest"]["sha256"]
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{place} is signed, but holds no verdict of mpdsgr validate; sign its report again") from None
-    verdict: SignedVerdict = parse(SignedVerdict, values, str(place))
+    verdict = parse(SignedVerdict, values, str(place))
     if (result, digest) != (RESULTS[verdict.verdict], verdict.bundle_sha256):
         raise InputError(f"{place} contradicts itself; sign its report again")
     return Vouched(verdict, signer)

@@ -49,8 +49,7 @@ def load_gate(path: Path) -> Gate:
     """The rules of a gate file. Raises InputError for a missing file or an unknown key."""
     values = read_toml(path)
     values.pop(REQUIRE_SIGNATURE, None)
-    gate: Gate = parse(Gate, values, str(path))
-    return gate
+    return parse(Gate, values, str(path))
 
 
 def signature_of_gate(path: Path) -> str | None:

@@ -155,8 +155,7 @@ def load_report(path: Path) -> Report:
     Raises InputError if it is missing, damaged, or of a later version.
     """
     file, version = path / REPORT if path.is_dir() else path, Report.model_fields["schema_version"].default
-    report: Report = read_document(file, Report, version, otherwise="give a report of `mpdsgr validate`")
-    return report
+    return read_document(file, Report, version, otherwise="give a report of `mpdsgr validate`")
 
 
 class Finding(NamedTuple):
