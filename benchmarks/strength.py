@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from research import opened
 from research import sha256 as network_sha256
 
+from mpdsgr_deploy.attacks.condition import CLEAN, Source
 from mpdsgr_deploy.attacks.measure import measure as measure_suite
-from mpdsgr_deploy.attacks.suite import CLEAN, Source, Suite
+from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.files import write_atomic

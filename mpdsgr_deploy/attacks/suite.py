@@ -9,23 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from mpdsgr_deploy.attacks.condition import (
-    CLEAN,
-    PGD,
-    SQUARE,
-    STRONG,
-    TRANSFER,
-    WORST,
-    Attacked,
-    Batch,
-    Condition,
-    Network,
-    Source,
-)
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Condition, Network, Source
 from mpdsgr_deploy.attacks.tiers import TierEntry, resolved
 from mpdsgr_deploy.recipe import Attack
-
-__all__ = ["CLEAN", "PGD", "SQUARE", "STRONG", "TRANSFER", "WORST", "Source", "Suite"]
 
 
 @dataclass(frozen=True)

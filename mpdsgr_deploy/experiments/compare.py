@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.suite import STRONG as STRONG_PGD
+from mpdsgr_deploy.attacks.condition import STRONG as STRONG_PGD
 from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from mpdsgr_deploy.attacks.suite import PGD, WORST
+from mpdsgr_deploy.attacks.condition import PGD, WORST
 from mpdsgr_deploy.experiments.compare import omega, paired
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.study import Setting, Study, StudyMethod

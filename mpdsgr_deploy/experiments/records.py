@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from mpdsgr_deploy.attacks.suite import TRANSFER
+from mpdsgr_deploy.attacks.condition import TRANSFER
 from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.errors import InputError

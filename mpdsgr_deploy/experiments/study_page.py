@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import correlation
 
-from mpdsgr_deploy.attacks.suite import WORST
+from mpdsgr_deploy.attacks.condition import WORST
 from mpdsgr_deploy.experiments import study_plots
 from mpdsgr_deploy.experiments.compare import shorts
 from mpdsgr_deploy.experiments.effect import CONDITIONS, Pair, common_seeds, effect, emptied, pairs, pooled, verdict

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpdsgr_deploy.attacks.suite import WORST
+from mpdsgr_deploy.attacks.condition import WORST
 from mpdsgr_deploy.diagnostics.picture import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION, plain
 from mpdsgr_deploy.experiments.compare import cell
 from mpdsgr_deploy.experiments.effect import (
