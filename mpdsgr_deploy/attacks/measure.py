@@ -86,11 +86,6 @@ def union(verdicts: Mapping[str, Bools], names: Iterable[str]) -> Bools:
     return np.logical_and.reduce([verdicts[name] for name in names])
 
 
-def within_eps(conditions: Iterable[Condition]) -> list[str]:
-    """Return the conditions that count in the worst case: those with an L-infinity bound."""
-    return [condition.name for condition in conditions if condition.eps is not None]
-
-
 def measure(
     suite: Suite,
     x: Floats,
@@ -109,7 +104,7 @@ def measure(
     stopped: a reason not to begin. of: begins what progress is called. Raises InputError as the attacks do.
     """
     standing, outcomes = clean == y, list[Outcome]()
-    left = _Remaining(sum(condition.cost + 1 for condition in suite.conditions))
+    began, spent, total = time.monotonic(), 0, sum(condition.cost + 1 for condition in suite.conditions)
     for condition in suite.conditions:
         if stopped is not None:
             break
@@ -117,7 +112,8 @@ def measure(
             suite, condition, x, y, clean, standing, batch_size, journal, hopeless, of
         )
         outcomes.append(outcome)
-        seconds = left.after(condition.cost + 1)
+        spent += condition.cost + 1
+        seconds = (time.monotonic() - began) / spent * (total - spent)
         share = 100 * outcome.correct.mean()
         log.info("%-24s %5.1f %%   about %.0f s left", f"{of}{condition.name}", share, seconds)
     if stopped is not None:
@@ -155,7 +151,8 @@ def _outcome(
     attacked, predicted = gather(parts)
     done = predicted == y[: len(predicted)]
     images = attacked.images if name == STRONG else None
-    if images is not None and _rounded(images, broken=(clean == y)[: len(done)] & ~done):
+    broken = (clean == y)[: len(done)] & ~done
+    if images is not None and broken.any() and rounded_to_bytes(images[broken]):
         faults.append(f"{name} left every pixel on the 8-bit grid, from random starts")
     seconds = time.perf_counter() - begun
     return Outcome(condition, done, predicted, *attacked[1:], tuple(faults), images, seconds), standing, stopped
@@ -166,18 +163,6 @@ def _stop(during: str, verdicts: Iterable[tuple[str, Bools]], hopeless: Hopeless
         if why := hopeless(name, correct):
             return Stopped(during, name, why)
     return None
-
-
-class _Remaining:
-    """An estimate of the time that is left, from the cost of what is done."""
-
-    def __init__(self, total: int) -> None:
-        self._started, self._total, self._spent = time.monotonic(), total, 0
-
-    def after(self, cost: int) -> float:
-        """Return the seconds that are left once `cost` more is spent."""
-        self._spent += cost
-        return (time.monotonic() - self._started) / self._spent * (self._total - self._spent)
 
 
 def budget_faults(name: str, clean: Floats, attacked: Floats, eps: float | None) -> list[str]:
@@ -195,7 +180,3 @@ def rounded_to_bytes(attacked: Floats) -> bool:
     """Whether every pixel lies on the 8-bit grid; random starts leave it, so such images were saved as bytes."""
     levels = attacked * 255
     return bool((np.abs(levels - np.rint(levels)) < 1e-3).all())
-
-
-def _rounded(images: Floats, broken: Bools) -> bool:
-    return bool(broken.any()) and rounded_to_bytes(images[broken])

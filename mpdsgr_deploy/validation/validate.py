@@ -143,7 +143,8 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     if measurement.stopped is None:
         curves, evidence = _probed(subject, measurement, evidence, x)
     health = run_checks(evidence)
-    reasons = [*_invalid(health), *_failures(subject.gate, rows, wrong, measurement.stopped)]
+    invalid = [Reason(check=c.number, text=f"{c.name}: {c.saw}; {c.advice}") for c in health if c.failed]
+    reasons = [*invalid, *_failures(subject.gate, rows, wrong, measurement.stopped)]
     pictures = _examples(subject, measurement, x)
     return Judged(measurement, rows, health, reasons, curves, pictures, parity, evidence.convergence)
 
@@ -191,10 +192,6 @@ def _with_power(row: Row, gate: Gate) -> Row:
     allowed, flips = limit(gate, row.name), row.flips
     drop = smallest_drop(row.n, allowed, flips.newly_wrong, flips.newly_right, significant(row.name))
     return row.model_copy(update={"detectable": drop})
-
-
-def _invalid(checks: Sequence[Check]) -> list[Reason]:
-    return [Reason(check=c.number, text=f"{c.name}: {c.saw}; {c.advice}") for c in checks if c.failed]
 
 
 def _failures(gate: Gate, rows: list[Row], wrong: Sequence[Reason], stopped: Stopped | None) -> list[Reason]:
