@@ -27,7 +27,7 @@ from mpdsgr_deploy.runtime.remote import RemoteModel
 from mpdsgr_deploy.runtime.session import CPU, CUDA
 from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation.image_checks import require_alike
-from mpdsgr_deploy.validation.parts import foreign_parts
+from mpdsgr_deploy.validation.network_file import foreign_parts
 
 REMOTE = "remote"
 ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # there gradients are computed beside the answers

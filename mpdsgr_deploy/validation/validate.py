@@ -29,11 +29,11 @@ from mpdsgr_deploy.validation.evidence import Rebuild, attacked_evidence, withou
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
 from mpdsgr_deploy.validation.health.registry import Check, Convergence, Evidence, run_checks
 from mpdsgr_deploy.validation.image_checks import chosen_images, own_images
+from mpdsgr_deploy.validation.network_file import rounding_faults
 from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.proportions import smallest_drop
 from mpdsgr_deploy.validation.remarks import remarks
 from mpdsgr_deploy.validation.report import PROGRESS, Curve, Example, ModelFacts, Report, VariantFlips, Verdict
-from mpdsgr_deploy.validation.rounding import rounding_faults
 from mpdsgr_deploy.validation.rows import EarlyStop, Reason, Row
 from mpdsgr_deploy.validation.rules import Rule, check_pins, chosen_tier, settled, stated_rules
 from mpdsgr_deploy.validation.subject import Subject, identity, warn_if_unlike, warn_of_gaps

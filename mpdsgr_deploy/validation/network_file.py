@@ -1,6 +1,10 @@
-"""Check that a reduced precision is the float32 network, rounded where its manifest says so and equal elsewhere.
+"""Check a network's ONNX file: that it has standard parts only, and is float32's, rounded where its manifest says so.
 
-Its logits differ from float32's by an unpredictable amount. The two files are therefore compared node by node, with all
+An operator's name alone does not say what it computes: `Mul` of another domain may be anything, and so may a function
+defined in the file; numbers in an external file are not covered by the hash; a type such as bfloat16 rounds values that
+the manifest says are exact.
+
+A reduced precision is equal to float32 except for its rounding. Its logits differ from float32's by an unpredictable amount. The two files are therefore compared node by node, with all
 their numbers. The int8 and float8 activations, which are exact, are checked by removing their rounding.
 """
 
@@ -12,19 +16,71 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.onnx_files import PRODUCTS
 from mpdsgr_deploy.parity import answer_faults, compare
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
-from mpdsgr_deploy.validation.parts import QUANTIZING, STANDARD, STORED
 
+STANDARD = ("", "ai.onnx")
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+WHOLE = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}  # shapes, axes and comparisons
+# What numbers may be stored in or cast to, by the precision of the layers in a file
+STORED = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
+    "fp8": TensorProto.FLOAT8E4M3FN,
+}
 # half a unit in the last place of each format, relative to the number (float) or to its channel's scale (int8)
 FLOAT_ROUNDING = {"fp16": 2.0**-11, "fp8": 2.0**-4}
 
 Array = NDArray[Any]
+
+
+def foreign_parts(network: ModelProto, precisions: set[str] | None) -> list[str]:
+    """Return the parts of a file that are not standard, lie outside it, or round differently from `precisions`.
+
+    precisions: those of its layers; None for a file of another library, which promises no number types.
+    """
+    faults = [f"it defines the custom operator {function.name}" for function in network.functions]
+    named = STORED if precisions is None else {*precisions, "fp32"}
+    allowed: set[int] = {STORED[precision] for precision in named}
+    allowed |= set() if precisions is not None else {TensorProto.UINT8, TensorProto.DOUBLE}
+    for graph in _graphs(network.graph):
+        for tensor in graph.initializer:
+            faults += _tensor_faults(tensor, allowed)
+        for node in graph.node:
+            faults += _node_faults(node, allowed)
+    return list(dict.fromkeys(faults))
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """Yield a graph and all graphs in its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else [])):
+                yield from _graphs(inner)
+
+
+def _tensor_faults(tensor: TensorProto, allowed: set[int]) -> Iterator[str]:
+    if tensor.data_location == TensorProto.EXTERNAL:
+        yield f"{tensor.name} is stored in another file, which no hash covers"
+    if tensor.data_type not in allowed | WHOLE:
+        yield f"{tensor.name} is stored as {TensorProto.DataType.Name(tensor.data_type).lower()}"
+
+
+def _node_faults(node: NodeProto, allowed: set[int]) -> Iterator[str]:
+    if node.domain not in STANDARD:
+        yield f"{node.name or node.op_type} is {node.op_type} of the domain {node.domain!r}"
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            yield from _tensor_faults(attribute.t, allowed)
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i not in allowed | WHOLE:
+            yield f"{node.name or 'a Cast'} rounds to {TensorProto.DataType.Name(attribute.i).lower()}"
 
 
 class Constant(NamedTuple):
