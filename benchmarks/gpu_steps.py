@@ -34,6 +34,7 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, load_images
 from mpdsgr_deploy.runtime import open_predictor, session
+from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.validation.proportions import mcnemar
 
 TOP = harness.FOLDER.parent
@@ -178,10 +179,11 @@ def attack(place: Place) -> None:
     provider = session.CUDA if place.gpu else session.CPU
     images, count = digits_images(), 256 if place.gpu else 20
     x, y = images.unit()[:count], images.classes[:count]
+    surrogate = trained_surrogate(bundle.manifest.recipe)
     for precision in bundle.manifest.variants:
         found, gradients = {}, {}
         for name in dict.fromkeys((provider, session.CPU)):
-            with GraphAttacker.from_bundle(bundle, precision, provider=name) as target:
+            with GraphAttacker(bundle.variant(precision), surrogate, provider=name) as target:
                 gradients[name] = target(x, y).gradient
                 started = time.perf_counter()
                 attacked = pgd(target, x, y, eps=0.1, step=0.025, steps=10)

@@ -246,7 +246,7 @@ def test_inspect_writes_the_attack_graph_that_tensorrt_builds(precision: str, pr
     x, y = images(4, SMALL)
     with (
         Session(file, CPU, source=file) as written,
-        GraphAttacker.from_bundle(precise, precision) as derived_in_memory,
+        GraphAttacker(precise.variant(precision), trained_surrogate(precise.manifest.recipe)) as derived_in_memory,
     ):
         inputs = {"images": x, "classes": y, "width": np.array(1, np.float32), "loss": np.array(0, np.float32)}
         (gradient,) = written(inputs, ["gradient"])

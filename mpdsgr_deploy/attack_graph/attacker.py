@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph.derive import attack_graph
-from mpdsgr_deploy.bundle import Bundle, NoiseInput
+from mpdsgr_deploy.bundle import NoiseInput
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import CLASSES, GRADIENT, LOSS, MEAN, NEW, WEIGHTED, WIDTH, read_network
 from mpdsgr_deploy.protocols import Gradient, State
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
-from mpdsgr_deploy.surrogates import parse_surrogate, trained_surrogate
+from mpdsgr_deploy.surrogates import parse_surrogate
 
 Loss = Literal["ce", "dlr", "weighted"]
 CHUNK = 32  # images computed at once
@@ -68,25 +68,6 @@ class GraphAttacker(AbstractContextManager["GraphAttacker"]):
         losses = [] if self._weighted else [loss]
         self._outputs = [self._session.outputs[0], *losses, GRADIENT, *(f"{name}{NEW}" for name in self._states)]
         self._chunk = settings.chunk or CHUNK
-
-    @classmethod
-    def from_bundle(
-        cls,
-        bundle: Bundle,
-        precision: str = "fp32",
-        *,
-        provider: str = CPU,
-    ) -> Self:
-        """Make the attacker of one precision through the training surrogate, with the recipe's draws and seed."""
-        recipe = bundle.manifest.recipe
-        return cls(
-            bundle.variant(precision),
-            trained_surrogate(recipe),
-            noise=bundle.manifest.noise,
-            seed=recipe.validation.seed,
-            draws=recipe.attack.draws,
-            provider=provider,
-        )
 
     def __call__(self, x: NDArray[np.float32], y: NDArray[Any]) -> Gradient:
         """Return the gradient at images x [B, C, H, W] in [0, 1] for classes y [B], or weights [B, K].

@@ -4,8 +4,9 @@ An operator's name alone does not say what it computes: `Mul` of another domain 
 defined in the file; numbers in an external file are not covered by the hash; a type such as bfloat16 rounds values that
 the manifest says are exact.
 
-A reduced precision is equal to float32 except for its rounding. Its logits differ from float32's by an unpredictable amount. The two files are therefore compared node by node, with all
-their numbers. The int8 and float8 activations, which are exact, are checked by removing their rounding.
+A reduced precision is equal to float32 except for its rounding. Its logits differ from float32's by an
+unpredictable amount. The two files are therefore compared node by node, with all their numbers. The int8 and float8
+activations, which are exact, are checked by removing their rounding.
 """
 
 import tempfile
