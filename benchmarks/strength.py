@@ -27,7 +27,6 @@ from mpdsgr_deploy.attacks.condition import CLEAN, Source
 from mpdsgr_deploy.attacks.measure import measure as measure_suite
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import show_progress
@@ -68,11 +67,11 @@ def measure(path: Path, root: str, limit: int, cache: Path) -> tuple[str, dict[s
     }
     rows = [row(CLEAN, clean == y)]
     for part, attack in parts.items():
-        file = cache / f"{found.name}-{sha256[:8]}-{len(y)}-{SUITE_VERSION}-{part}.json"
+        file = cache / f"{found.name}-{sha256[:8]}-{len(y)}-{TIERS['release'].suite}-{part}.json"
         if not file.exists():
             write_atomic(file, json.dumps(attack()).encode())
         rows += json.loads(file.read_bytes())
-    about = {"sha256": sha256, "suite": SUITE_VERSION, "provenance": provenance()}
+    about = {"sha256": sha256, "suite": TIERS["release"].suite, "provenance": provenance()}
     return found.name, {**about, "recipe": recipe.model_dump(mode="json"), "n": len(y), "rows": rows}
 
 

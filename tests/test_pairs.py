@@ -114,6 +114,12 @@ def rows(attack: str, eps: float) -> list[Row]:
     return [Row.of(name, "", np.arange(40) < 9, eps=eps) for name in ("clean", attack, "worst")]
 
 
+def test_tiers_have_versions_of_their_own_and_are_paired_by_settings(tmp_path: Path) -> None:
+    release = {"tier": "release", "suite": 2}
+    differences = compared(report(tmp_path, "REG", 39, 10), report(tmp_path, "AT", 38, 30, **release))
+    assert "pgd" in [pair.condition for pair in differences.verdicts]
+
+
 @pytest.mark.parametrize(
     ("fields", "part", "reason"),
     [

@@ -3,13 +3,14 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from conftest import mpdsgr
 
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
+from mpdsgr_deploy.attacks.tiers import TIERS, suite_of
 from mpdsgr_deploy.checkpoint import VALIDATION_PGD, load_checkpoint
 from mpdsgr_deploy.cli.table import command
 from mpdsgr_deploy.errors import InputError
@@ -70,7 +71,7 @@ def test_a_table_is_measured_and_its_page_has_the_means_of_the_records(measured:
     record = records["empirical", 1]
     settings = record.recipe.defence["mpd-sgr"]
     assert (settings["estimator"], settings["eta"], record.recipe.training.seed) == ("empirical", 0.25, 1)
-    assert (record.attacked.n, record.checkpoint, record.suite) == (40, "last", SUITE_VERSION)
+    assert (record.attacked.n, record.checkpoint, record.suite) == (40, "last", suite_of(None))
     clean = [records["digits-reg", seed].attacked.accuracy("clean") for seed in (0, 1)]
     mean, deviation = sum(clean) / 2, abs(clean[0] - clean[1]) / 2**0.5
     low, high = wilson(40 * mean, 40)
@@ -128,11 +129,24 @@ def test_numbers_are_rounded_where_they_were_measured_and_nowhere_else(measured:
 def test_records_of_an_earlier_attack_suite_are_measured_again(measured: Path) -> None:
     spec = load_table(str(measured))[1]
     rows = load_measured(spec, measured.parent / "results" / "small")
-    assert f"Union: measured with suite {SUITE_VERSION}." in table_page.render("small", spec, rows)
+    assert f"Union: measured with suite {spec.suite}." in table_page.render("small", spec, rows)
     record = rows["empirical"][0]
     assert outdated(record, spec) is None
-    earlier = record.model_copy(update={"suite": SUITE_VERSION - 1})
-    assert f"was measured with attack suite {SUITE_VERSION - 1}, not with today's" in str(outdated(earlier, spec))
+    earlier = record.model_copy(update={"suite": spec.suite - 1})
+    assert f"was measured with attack suite {spec.suite - 1}, not with today's" in str(outdated(earlier, spec))
+
+
+def test_a_stronger_tier_leaves_the_records_of_other_tiers_valid(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load_table(str(measured))[1]
+    (record, *_) = records_of(measured.parent / "results" / "small").values()
+    tiers = {tier: spec.model_copy(update={"tier": tier}) for tier in ("commit", "release")}
+    records = {tier: record.model_copy(update={"tier": tier, "suite": own.suite}) for tier, own in tiers.items()}
+    assert [outdated(records[tier], own) for tier, own in tiers.items()] == [None, None]
+    monkeypatch.setitem(TIERS, "release", replace(TIERS["release"], suite=TIERS["release"].suite + 1))
+    assert outdated(records["commit"], tiers["commit"]) is None
+    assert f"not with today's, {TIERS['release'].suite}" in str(outdated(records["release"], tiers["release"]))
 
 
 def test_a_page_says_which_run_was_cut_and_which_started_from_weights(measured: Path) -> None:

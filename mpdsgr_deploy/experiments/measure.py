@@ -10,8 +10,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from mpdsgr_deploy.attacks.tiers import TierEntry
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
+from mpdsgr_deploy.attacks.tiers import TierEntry, suite_of
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
@@ -130,7 +129,7 @@ def measure(run: Run) -> Record:
         table=run.table,
         row=run.row,
         seed=recipe.training.seed,
-        suite=SUITE_VERSION,
+        suite=suite_of(run.tier if run.artefact is None else run.artefact.tier),
         checkpoint=CHECKPOINT,
         epoch=checkpoint.epoch,
         recipe=recipe,

@@ -2,13 +2,10 @@
 
 from statistics import fmean
 
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.experiments.compare import omega
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.table import TableSpec
-
-UNION = f"Union: measured with suite {SUITE_VERSION}."  # records of other versions are outdated, so on no page
 
 
 def seeds(records: list[Record]) -> str:
@@ -20,11 +17,16 @@ def unmeasured(table: TableSpec, measured: Measured) -> str:
     return f"Not measured: {', '.join(missing)}." if missing else ""
 
 
+def union_suite(measured: Measured) -> str:
+    """Name the version of the attacks, which is the same for all records that are not outdated."""
+    return f"Union: measured with suite {next(iter(measured.values()))[0].suite}."
+
+
 def unhealthy(measured: Measured) -> str:
     """List the invalid evaluations with their reasons, and the version of the attack suite."""
     records = [record for row in measured.values() for record in row]
     checked = [record for record in records if record.attacked.health]
-    lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. {UNION}"]
+    lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. {union_suite(measured)}"]
     for record in checked:
         failed = [check for check in record.attacked.health if not check.passed]
         lines += [f"- {record.row}, seed {record.seed}: check {c.number} ({c.name}) failed: {c.saw}" for c in failed]

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from mpdsgr_deploy.attacks.condition import TRANSFER
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.store import RECORDS, Rounded, put_record, read_records
@@ -127,7 +126,7 @@ def outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:
 class Record(BaseModel):
     """One row with one seed.
 
-    checkpoint: which of the run's was evaluated, after `epoch` epochs; suite: version of the attack suite; tier: that
+    checkpoint: which of the run's was evaluated, after `epoch` epochs; suite: version of its attacks; tier: that
     whose attacks were made on the torch network, None: those its recipe names. curve: the values that training logged,
     by name, one per epoch; seconds: wall time of the training; layers: membrane statistics of its last epoch. `torch`
     is the evaluation of the torch network, or else `artefacts` those of the exported network by precision. `provenance`
@@ -176,8 +175,8 @@ def outdated(record: Record, table: TableSpec) -> str | None:
     from mpdsgr_deploy.defences import resolved
 
     who = f"{record.row}, seed {record.seed},"
-    if record.suite != SUITE_VERSION:
-        return f"{who} was measured with attack suite {record.suite}, not with today's, {SUITE_VERSION}"
+    if record.suite != table.suite:
+        return f"{who} was measured with attack suite {record.suite}, not with today's, {table.suite}"
     row = table.row(record.row)
     now, before = table.recipe(row, record.seed).model_dump(), resolved(record.recipe).model_dump()
     if changed := [section for section in now if before[section] != now[section]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mpdsgr_deploy.attacks.condition import PGD
-from mpdsgr_deploy.attacks.tiers import TierEntry, entry
+from mpdsgr_deploy.attacks.tiers import TierEntry, entry, suite_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.recipe import Attack, Gate, Recipe, load_recipe
@@ -76,6 +76,11 @@ class TableSpec(Section):
     artefact: ExportSpec | None = None
     eta_budget: NonNegative | None = None
     rows: Annotated[tuple[RowSpec, ...], Field(strict=False, min_length=1)]
+
+    @property
+    def suite(self) -> int:
+        """The version of the attacks that its networks meet."""
+        return suite_of(self.tier if self.artefact is None else self.artefact.tier)
 
     def row(self, title: str) -> RowSpec:
         """Return the row of that title. Raises InputError that lists all titles."""

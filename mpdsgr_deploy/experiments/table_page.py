@@ -8,7 +8,7 @@ from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
 from mpdsgr_deploy.experiments import plots, table_sections
 from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.markdown import markdown, publish
-from mpdsgr_deploy.experiments.page_parts import UNION, behaviour, seeds, sources, unhealthy, unmeasured
+from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, union_suite, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.table import TableSpec
 
@@ -108,7 +108,7 @@ def short(measured: Measured) -> str:
     rows = []
     for (title, records), method in zip(measured.items(), methods, strict=True):
         rows.append([method if methods.count(method) == 1 else f"{method} ({title})", *shorts(records, columns)])
-    return f"{markdown(['method', *columns], rows)}\n\n{UNION}"
+    return f"{markdown(['method', *columns], rows)}\n\n{union_suite(measured)}"
 
 
 def conditions(measured: Measured) -> list[str]:

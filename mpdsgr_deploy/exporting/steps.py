@@ -19,7 +19,7 @@ from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.run import Journal
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
+from mpdsgr_deploy.attacks.tiers import suite_of
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
@@ -75,7 +75,7 @@ def unfinished_attacks(network: str, images: Images) -> Iterator[Path]:
 
     network: identifies it together with the images. Raises InputError if it cannot be written.
     """
-    subject = json.dumps([__version__, SUITE_VERSION, TIER, network, images_sha256(images)])
+    subject = json.dumps([__version__, suite_of(TIER), TIER, network, images_sha256(images)])
     place = cache_directory() / "steps" / hashlib.sha256(subject.encode()).hexdigest()[:16]
     try:
         place.mkdir(parents=True, exist_ok=True)

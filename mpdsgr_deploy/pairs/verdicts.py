@@ -54,7 +54,7 @@ def paired_verdicts(a: Side, b: Side, root: str | None = None) -> tuple[list[Pai
     n = images_in_common(a, b, root)
     both = [condition for condition in left if condition in right and condition[0] != CLEAN]
     reason = ""
-    if a.report and b.report and a.report.suite != b.report.suite:
+    if a.report and b.report and a.report.tier == b.report.tier and a.report.suite != b.report.suite:
         both, reason = [], f"attack suite {a.report.suite} and {b.report.suite}"
     elif eps(a) != eps(b):
         both, reason = [], f"eps {eps(a)} and {eps(b)}"

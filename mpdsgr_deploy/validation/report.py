@@ -104,7 +104,7 @@ class Report(BaseModel):
     """Everything a verdict rests on. `images` states which images were used and by which rule.
 
     bundle_sha256: the digest of its manifest; signer: who signed the bundle, if that was required. suite: version of
-    the attack suite, 1 in reports that do not say; bundle_sha256, model: None in reports before they were recorded.
+    the tier's attacks, 1 in reports that do not say; bundle_sha256, model: None in reports before they were recorded.
     seconds: the duration; stopped: why it ended early, so that accuracy under all attacks is an upper bound. remarks:
     further information on `worst`.
     """

@@ -15,7 +15,6 @@ from mpdsgr_deploy.attacks.measure import Measurement, Stopped, measure
 from mpdsgr_deploy.attacks.run import Journal, classes_of
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.attacks.version import SUITE_VERSION
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.manifest import Manifest
 from mpdsgr_deploy.parity import Parity, answer_faults, check_answers
@@ -243,7 +242,7 @@ def _report(subject: Subject, judged: Judged, flips: list[VariantFlips], rules: 
         backend=REMOTE if target.url else target.backend,
         precision=target.precision,
         tier=gate.tier,
-        suite=SUITE_VERSION,
+        suite=TIERS[gate.tier].suite,
         images=subject.rule,
         images_sha256=images_sha256(subject.images),
         seed=recipe.validation.seed,
