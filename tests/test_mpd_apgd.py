@@ -9,7 +9,7 @@ from linear_model import EPS, Linear, draw, linear
 
 from mpdsgr_deploy.attacks import apgd, mpd_apgd, sa_pgd
 from mpdsgr_deploy.attacks.condition import Condition
-from mpdsgr_deploy.attacks.mpd_apgd import SCHEDULE, Round, Through, gradients
+from mpdsgr_deploy.attacks.mpd_apgd import QUICK, SCHEDULE, Round, Through, gradients
 from mpdsgr_deploy.attacks.run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import entry, resolved
@@ -182,6 +182,12 @@ def test_hart_goes_through_every_width_and_leaves_broken_images_alone() -> None:
 
 
 def test_the_settings_tell_all_that_makes_it_stronger() -> None:
-    variants = [condition(), condition(steps=30), condition(rounds=2), condition("hart"), condition("hart", steps=30)]
+    variants = [
+        condition(),
+        condition(steps=30),
+        condition(schedule=QUICK),
+        condition("hart"),
+        condition("hart", steps=30),
+    ]
     variants.append(condition("hart", widths=(0.5, 1.0)))
     assert len({made.settings for made in variants}) == len(variants)

@@ -49,9 +49,13 @@ class Round(NamedTuple):
     aim: int | None = None
 
 
-SCHEDULE = (
+Schedule = tuple[Round, ...]
+QUICK: Schedule = (
     Round("sa-pgd", Through(20), 1, near=0.4),
     Round("apgd", Through(10, "dlr"), 1, near=0.25),
+)
+SCHEDULE: Schedule = (
+    *QUICK,
     Round("apgd", Through(20), 1, near=0.25, aim=1),
     Round("sa-pgd", Through(30), 3, near=0.2),
     Round("apgd", Through(20), 3, near=0.15),

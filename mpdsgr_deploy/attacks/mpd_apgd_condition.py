@@ -10,13 +10,13 @@ import numpy as np
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Kind, Network, register, starts
 from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
 from mpdsgr_deploy.attacks.counting import CountedGradients
-from mpdsgr_deploy.attacks.mpd_apgd import SCHEDULE, Round, Through, gradients, mpd_apgd
+from mpdsgr_deploy.attacks.mpd_apgd import QUICK, SCHEDULE, Round, Schedule, Through, gradients, mpd_apgd
 from mpdsgr_deploy.attacks.pgd import Draw
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
 
-TRANSFERRED_ROUNDS = 3  # those on all images that stand
 HEAVY_TAILED = "superspike"  # 1 / (1 + k |U - V_th|)^2
+TRANSFERRED: Schedule = (*QUICK, Round("apgd", Through(20), 1, near=0.25, aim=1))
 
 
 @register
@@ -27,16 +27,11 @@ class MPDAutoPGD(GradientAttack):
     method: ClassVar[str] = "mpd-apgd"
 
     steps: int = 100
-    rounds: int = len(SCHEDULE)
+    schedule: Schedule = SCHEDULE
 
     @classmethod
     def recipe_values(cls, attack: Attack) -> dict[str, Any]:
         return {"eps": attack.eps, "surrogate": HEAVY_TAILED}
-
-    @property
-    def schedule(self) -> tuple[Round, ...]:
-        """The rounds of the attack."""
-        return SCHEDULE[: self.rounds]
 
     @property
     def settings(self) -> str:
@@ -90,7 +85,7 @@ class StrongTransfer(MPDAutoPGD):
     method: ClassVar[str] = "transfer-strong"
     kind: ClassVar[Kind] = "transfer"
 
-    rounds: int = TRANSFERRED_ROUNDS
+    schedule: Schedule = TRANSFERRED
 
     @property
     def settings(self) -> str:

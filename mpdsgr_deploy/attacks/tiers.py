@@ -31,6 +31,7 @@ from mpdsgr_deploy.attacks.condition import (
     WORST,
     Condition,
 )
+from mpdsgr_deploy.attacks.mpd_apgd import QUICK
 from mpdsgr_deploy.recipe import Attack
 from mpdsgr_deploy.surrogates import ADAPTIVE, scaled
 
@@ -117,7 +118,7 @@ TIERS = {
             entry("strong-pgd", STRONG, rank=3),
             *SWEEP,
             entry("sa-pgd", SA_PGD),
-            entry("mpd-apgd", MPD_APGD, rounds=2),
+            entry("mpd-apgd", MPD_APGD, schedule=QUICK),
             STRONG_TRANSFER,
             entry("square", SQUARE, queries=100),
         ),
