@@ -11,6 +11,7 @@ from typing import Any
 import click
 import numpy as np
 import research
+import schedules
 import tier_strength
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -30,9 +31,9 @@ SEED = 0  # of random starts, in all tables but that of seeds
 @click.command()
 def main() -> None:
     """Write the tables into the page, and the plot."""
-    attempts, tiers = read(research.RESULTS), read(tier_strength.RESULTS)
+    attempts, tiers, trials = map(read, (research.RESULTS, tier_strength.RESULTS, schedules.RESULTS))
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    write_atomic(PAGE, f"{before}{BEGIN}{render(attempts, tiers)}{END}{rest.partition(END)[2]}".encode())
+    write_atomic(PAGE, f"{before}{BEGIN}{render(attempts, tiers, trials)}{END}{rest.partition(END)[2]}".encode())
     plot([line for line in attempts if line["portfolio"] == "grid"])
 
 
@@ -41,7 +42,7 @@ def read(file: Path) -> Lines:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def render(attempts: Lines, tiers: Lines) -> str:
+def render(attempts: Lines, tiers: Lines, trials: Lines) -> str:
     """All tables as Markdown."""
     first = [line for line in tiers if line["seed"] == SEED]
     parts = [
@@ -49,11 +50,13 @@ def render(attempts: Lines, tiers: Lines) -> str:
         in_short(attempts, first),
         seed_table(attempts, tiers),
         alone_table(first),
+        schedules.schedule_table(trials, {line["network"]: floor(attempts, line["sha256"]) for line in trials}),
         each_table(attempts),
         group_table(attempts),
-        source([*attempts, *tiers]),
+        source([*attempts, *tiers, *trials]),
         revisions("Attempts", attempts),
         revisions("Conditions of the tiers", tiers),
+        revisions("Trials of schedules", trials),
     ]
     return "\n".join(filter(None, parts)) + "\n"
 
@@ -208,14 +211,8 @@ def each_table(attempts: Lines) -> str:
 def group_table(attempts: Lines) -> str:
     """What groups of attempts break together, beside as many further starts, of what each portfolio's first left."""
     lines = ["What groups of attempts of 100 steps break together, beside further starts of the ordinary kind:", ""]
-    head = [
-        "network",
-        "n",
-        "on what was left by",
-        "attempts",
-        "break together",
-        "of these not broken by further starts",
-    ]
+    head = ["network", "n", "on what was left by", "attempts", "break together"]
+    head += ["of these not broken by further starts"]
     head += ["by further starts alone", "strongest attempt breaks", "gradients"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for network, portfolio in dict.fromkeys((a["network"], a["portfolio"]) for a in attempts):

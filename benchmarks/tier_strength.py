@@ -19,9 +19,10 @@ import click
 import numpy as np
 import research
 from numpy.typing import NDArray
+from schedules import SCHEDULES
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
-from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, SA_PGD, SQUARE, STRONG
+from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, MPD_APGD, SA_PGD, SQUARE, STRONG
 from mpdsgr_deploy.attacks.run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import BASIC, SWEEP, TIERS, TierEntry, entry
@@ -45,11 +46,12 @@ SETS: dict[str, tuple[TierEntry, ...]] = {
     ),
     "release": TIERS["release"].entries,
 }
+TRIALS = {name: (entry("mpd-apgd", MPD_APGD, schedule=schedule),) for name, schedule in SCHEDULES.items()}
 
 
 @click.command()
 @click.argument("networks", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--tier", "tiers", multiple=True, type=click.Choice(list(SETS)), default=list(SETS))
+@click.option("--tier", "tiers", multiple=True, type=click.Choice([*SETS, *TRIALS]), default=list(SETS))
 @click.option("--root", help="Where the data set lies.  [default: the recipe's]")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Test images.")
 @click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), default=(0,), help="Of random starts.")
@@ -79,7 +81,7 @@ def conditions(network: research.Network, tier: str, seed: int, out: Path) -> It
     recipe, x, y = network.recipe, network.images.unit(), network.images.classes
     clean = attacked(x).argmax(1)
     source = Source(attacked, trained_surrogate(recipe))
-    suite = Suite.of(source, SETS[tier], recipe.attack, seed=seed)
+    suite = Suite.of(source, (SETS | TRIALS)[tier], recipe.attack, seed=seed)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for condition in (condition for condition in suite.conditions if condition.eps is not None):
         key = {

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import research
 import research_page
+import schedules
 import tier_strength
 
 
@@ -109,8 +110,15 @@ def test_seeds_are_counted_one_by_one_and_together() -> None:
     assert gap.endswith("on average over seeds: a +1.0.")
 
 
+def test_schedules_are_averaged_over_seeds() -> None:
+    lines = [seed_line("a", "A", 0, [True] * 3 + [False], 1), seed_line("a", "A", 1, [True] * 4, 1)]
+    lines += [seed_line("b", "A", 0, [True] * 4, 1), seed_line("b", "suite 3", 0, [True] * 4, 1)]
+    *_, first, second, end = schedules.schedule_table(lines, {"a": (3, 9), "b": None}).split("\n")
+    assert (first, second, end) == ("| A | +0.5, 2 (2) | - |", "| suite 3 | - | - |", "")
+
+
 def test_the_page_quotes_the_files() -> None:
     shown = research_page.PAGE.read_text().partition(research_page.BEGIN)[2].partition(research_page.END)[0]
-    attempts, tiers = research_page.read(research.RESULTS), research_page.read(research_page.tier_strength.RESULTS)
-    assert shown == research_page.render(attempts, tiers)
+    files = research.RESULTS, tier_strength.RESULTS, schedules.RESULTS
+    assert shown == research_page.render(*map(research_page.read, files))
     assert research_page.PLOT.exists()
