@@ -37,6 +37,15 @@ SCHEDULES: dict[str, Schedule] = {
     "A": (*short(0.6, 0.3, 0.25), *MIDDLE, climb(50, 9, 0.1), climb(20, 9, 0.1), climb(20, 9, 0.1, aim=0)),
     "B": (*short(0.6, 0.4, 0.25), *MIDDLE, climb(50, 9, 0.1), climb(20, 9, 0.1), *LAST),
     "C": (*short(0.6, 0.4, 0.25), *MIDDLE, climb(50, 9, 0.12), climb(20, 9, 0.08), *LAST),
+    "D": (
+        *short(0.6, 0.4, 0.3),
+        climb(20, 3, 0.2),
+        climb(20, 3, 0.12, aim=1),
+        climb(30, 9, 0.05),
+        climb(20, 9, 0.04),
+        climb(20, 9, 0.04, aim=0),
+        climb(20, 9, 0.04, aim=1),
+    ),
 }
 
 
