@@ -18,7 +18,7 @@ from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import TdBN
 from mpdsgr_deploy.training import run, train
-from mpdsgr_deploy.training.average import measure_statistics, update_average
+from mpdsgr_deploy.training.epoch import measure_statistics, update_average
 from mpdsgr_deploy.training.stages import recipe_at
 
 SHAPE = (1, 8, 8)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import (
     Attacked,
@@ -17,10 +18,19 @@ from mpdsgr_deploy.attacks.condition import (
     Network,
     register,
 )
-from mpdsgr_deploy.attacks.noise import gaussian, uniform
 from mpdsgr_deploy.attacks.square import square
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.recipe import Attack
+
+
+def uniform(x: NDArray[np.float32], *, eps: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """x + U(-eps, eps) per pixel, clipped to [0, 1]."""
+    return np.clip(x + rng.uniform(-eps, eps, x.shape).astype(np.float32), 0, 1)
+
+
+def gaussian(x: NDArray[np.float32], *, std: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """x + N(0, std^2) per pixel, clipped to [0, 1]; not bounded by any eps."""
+    return np.clip(x + rng.normal(0, std, x.shape).astype(np.float32), 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

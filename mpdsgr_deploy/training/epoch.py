@@ -1,14 +1,23 @@
-"""Train for one epoch, and validate once."""
+"""Train for one epoch, and validate once.
+
+The weights that are validated may be an exponential moving average over the run's steps, in place of the last weights:
+
+    a <- d_s a + (1 - d_s) w,    d_s = min(decay, (1 + s) / (10 + s))
+
+after step s, counted from 0 over the whole run, so that the untrained weights are forgotten within a few tens of steps.
+The averaged network's activations differ from those of every network in the average, so its running statistics are
+measured before it is used.
+"""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, take, to_unit
@@ -19,8 +28,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.snn import Observer, Reader, Trace, frozen_statistics
-from mpdsgr_deploy.training.average import measure_statistics, update_average
+from mpdsgr_deploy.snn import Observer, Reader, TdBN, Trace, frozen_statistics
 from mpdsgr_deploy.training.profile import Profile, span
 
 STATISTICS_BATCHES = 32  # of the training's batch size, which the averaged network's statistics are measured on
@@ -194,3 +202,25 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
             correct[1] += right if attacked is clean else (model(attacked, None, draw).argmax(1) == y).sum()
     accuracies = torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum")) / len(data[1])
     return dict(zip(("validation_accuracy", "score"), accuracies.tolist(), strict=True)), layers
+
+
+@torch.no_grad()
+def update_average(average: SpikingNet, model: SpikingNet, *, decay: float, step: int) -> None:
+    """Add the weights after `step` of the run to the average. Its running statistics do not change."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+
+
+@torch.no_grad()
+def measure_statistics(model: SpikingNet, batches: Iterable[Tensor], noise: torch.Generator) -> None:
+    """Set the running statistics of tdBN and batch normalisation to their means over batches of images [B, C, H, W]."""
+    norms = [part for part in model.modules() if isinstance(part, TdBN | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    model.train()
+    for number, x in enumerate(batches, 1):
+        for norm in norms:
+            norm.momentum = 1 / number  # of the n-th batch: a mean over all n
+        model(x, None, noise)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
