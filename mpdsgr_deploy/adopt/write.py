@@ -12,14 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.adopt.evaluation_images import relabelled
-from mpdsgr_deploy.adopt.network import (
-    ELEMENTWISE,
-    Classifier,
-    Preprocessing,
-    cut_off,
-    probabilities,
-    read_classifier,
-)
+from mpdsgr_deploy.adopt.network import ELEMENTWISE, Classifier, Preprocessing, cut_off, probabilities, read_classifier
 from mpdsgr_deploy.adopt.survey import Survey, survey
 from mpdsgr_deploy.attack_graph import attack_graph
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile

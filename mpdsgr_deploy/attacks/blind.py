@@ -8,16 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attacks.condition import (
-    Attacked,
-    Batch,
-    Condition,
-    Floats,
-    Generators,
-    Kind,
-    Network,
-    register,
-)
+from mpdsgr_deploy.attacks.condition import Attacked, Batch, Condition, Floats, Generators, Kind, Network, register
 from mpdsgr_deploy.attacks.square import square
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.recipe import Attack
