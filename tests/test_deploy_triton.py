@@ -116,7 +116,7 @@ def test_what_the_command_writes_and_says(precise: Bundle, stochastic: Bundle, t
     done = mpdsgr_here("deploy", "triton", precise.path, stochastic.path, "--out", out)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:2] == ["precise: fp32, ONNX, batches to 128", "noisy: fp32, ONNX, batches to 128"]
+    assert lines[:2] == ["precise: fp32, ONNX, batches up to 128", "noisy: fp32, ONNX, batches up to 128"]
     assert lines[2] == "  clients must also send uniform_0 FP32 [B, 3, 1, 8, 8] of U[0, 1)"
     behind = 2 + len(stochastic.manifest.noise)  # a line for each of its inputs
     assert f"-v {out}:/models:ro" in lines[behind]
