@@ -52,7 +52,8 @@ SMALL = {
 FIRST = (  # what takes long, by worker
     # these share the networks of test_export.exported; predict_ray comes when the other cluster is about to end
     ("export", "attack_graph", "graph_attacker", "precision", "firing", "predict_ray"),
-    ("deploy_ray", "study"),
+    # loading torch's compiler takes seconds, once for both files that use it
+    ("deploy_ray", "compiled_neurons", "torch_compile", "study"),
     ("calls_home", "readme", "deployed_table", "cli", "processes"),
 )
 QUICK_GATE = "images = 20\nmax_drop = 0.5\n"  # as few images as can decide anything, in seconds

@@ -87,6 +87,7 @@ ROWS = """
 recipe = "digits-reg"
 """
 METHODS = """
+tier = "commit"
 [[methods]]
 name = "reg"
 recipe = "digits-reg"

@@ -207,7 +207,7 @@ def test_from_a_store_into_a_store_though_driver_and_worker_are_killed(
     bundle: Bundle, array: Path, expected: list[dict[str, object]], nodes: Nodes, store: ObjectStore
 ) -> None:
     store.put({"shards/0.parquet": shard(array)})
-    command = arguments(bundle, f"s3://{BUCKET}/shards", f"s3://{BUCKET}/out")
+    command = [*arguments(bundle, f"s3://{BUCKET}/shards", f"s3://{BUCKET}/out"), "--processes", 1]
 
     def parts() -> set[str]:
         return {path for path in store.fs.find(f"{BUCKET}/out") if "part-" in path}
