@@ -10,9 +10,17 @@ import harness
 import inference
 import nodes
 import onnx
+import pytest
+from exporting_once import to_graph
 from networks import settled
 
 from mpdsgr_deploy.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def _both_benchmarks_export_the_same_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for benchmark in (inference, nodes):
+        monkeypatch.setattr(benchmark, "to_graph", to_graph)
 
 
 def test_the_page_quotes_the_file() -> None:
