@@ -40,7 +40,7 @@ from mpdsgr_deploy.snn import SpikingLayer
 from mpdsgr_deploy.training.module_init import mapped_weights
 
 OURS, ADOPTED = "exported by us", "adopted"
-# ru_maxrss of a child counts what its parent held when it forked; this counts from the child's own start
+# ru_maxrss of a child includes memory that its parent held when it forked; this value does not
 PEAK = """
 import atexit
 from pathlib import Path

@@ -27,7 +27,7 @@ PATHS = (
     *("/", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats", "/status", "/v2/repository/index"),
     *(f"/v2/models/{MODEL}", f"/v2/models/{MODEL}/config", f"/v2/models/{MODEL}/versions/1/infer", "/v2/models/../x"),
 )
-# Empty inputs, outputs and contents, which take a hundred times as much once they are objects
+# Empty inputs, outputs and contents, which take a hundred times as much memory as objects
 EMPTY = (b"\x2a\0", b"\x32\0", b"\x3a\0")
 INFER = f"/v2/models/{MODEL}/infer"
 

@@ -28,7 +28,7 @@ PACKAGES = (
     *("ml-dtypes", "onnx", "onnx-ir", "onnxscript", "pydantic", "pydantic-core", "safetensors", "typing-inspection"),
 )
 PINNED = ("onnxruntime-gpu==1.31.1", *(package for package in PEERS if "snntorch" not in package))
-# --target in place of an environment: what is there already, torch above all, stays as it is
+# --target instead of an environment, so that installed packages, above all torch, do not change
 RUN = """\
 set -e
 python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target site wheels/*.whl

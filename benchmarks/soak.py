@@ -179,7 +179,7 @@ async def _reloads(server: Process, bundle: Bundle, url: str, counts: Counts) ->
     """Another version of the bundle, with the same network, time after time; each has to take over."""
     for number in itertools.count(1):
         await asyncio.sleep(1 if number == 1 else RELOAD_EVERY)
-        # settings of a backend that is not served
+        # settings of a backend that this server does not use
         settings = prepared(bundle, "openvino", "fp32", RuntimeSettings(threads=number))
         version = (await asyncio.to_thread(bundle.add, settings)).manifest.digest[:VERSION_DIGITS]
         os.kill(server.pid, signal.SIGHUP)

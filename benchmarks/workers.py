@@ -18,7 +18,7 @@ import click
 import harness
 
 ENVIRONMENT = harness.FOLDER.parent / "runs" / "peers"
-# what they import beside what this environment has; their own lists would bring another torch
+# packages that they need beside this environment; their own requirements would install another torch
 PACKAGES = (
     *("spikingjelly==2.0.0", "loguru<1,>=0.7", "h5py", "requests", "SciencePlots"),
     *("snntorch==1.0.0", "torchattacks==3.5.1"),

@@ -62,7 +62,7 @@ def local_copy(address: BundleAddress) -> Path:
         return path
     if address.sha256 is None:
         raise InputError(
-            f"{address.place} needs the bundle's digest behind it, @sha256:DIGEST: what is fetched is verified by it"
+            f"{address.place} has no digest; append @sha256:DIGEST of the bundle, by which the download is verified"
         )
     cache = cache_directory() / address.sha256
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _fetch(address: BundleAddress, cache: Path) -> None:
         copy(address.place, scratch)
     except MpdsgrError:
         raise
-    except Exception as error:  # every file system of fsspec has its own
+    except Exception as error:  # each file system of fsspec raises its own errors
         raise InputError(f"cannot fetch {address.place}: {type(error).__name__}: {one_line(error)}") from error
     _verify(scratch, address)
     shutil.rmtree(cache, ignore_errors=True)
@@ -116,4 +116,7 @@ def _verify(directory: Path, address: BundleAddress) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{address.place} is not a bundle (it has no readable {MANIFEST})") from None
     if stated != address.sha256:
-        raise InputError(f"{address.place} is not the bundle that the address names: its digest is {stated}")
+        raise InputError(
+            f"{address.place} is another bundle than the address names: its digest is {stated}; correct the digest or "
+            "the address"
+        )

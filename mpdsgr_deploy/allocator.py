@@ -19,7 +19,7 @@ MIB = 1 << 20
 # has a thread of its own.
 TRAINING = {MMAP_MAX: 0, ARENA_MAX: 1, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**28}
 SERVING = {
-    ARENA_MAX: 2,  # heaps; where each thread has its own, each keeps what its largest burst took
+    ARENA_MAX: 2,  # with a heap per thread, each keeps the memory of its largest burst
     # bytes from which a block goes back to the system once it is freed, and free ones at the end of a heap; glibc would
     # raise both as it sees large blocks, up to 32 and 64 MiB, and much smaller ones cost CPU for every batch
     MMAP_THRESHOLD: MIB,

@@ -57,7 +57,7 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(find_recipe(str(recipe)), overrides)
     elif overrides:
-        raise InputError("overrides are for recipe files; change the Recipe itself with model_copy")
+        raise InputError("overrides work only with recipe files and names; change a Recipe object with model_copy")
     run(recipe, Path(out), resume=resume, profile=profile, init=None if init is None else origin(init))
     return Path(out)
 

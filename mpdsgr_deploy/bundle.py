@@ -128,7 +128,7 @@ class Bundle:
     def refuse_output(self, out: Path, option: str = "--out") -> None:
         """Raise InputError if the output path `out`, given by an option, lies inside this bundle."""
         if followed(out).is_relative_to(self.path.resolve()):
-            raise InputError(f"{option} {out} lies in the bundle {self.path}; choose another place")
+            raise InputError(f"{option} {out} is inside the bundle {self.path}; choose another place")
 
     def reference(self) -> Reference | None:
         """The torch network's reference verdicts, if the bundle has them.
@@ -147,9 +147,13 @@ class Bundle:
             with np.load(self.file(GOLDEN), allow_pickle=False) as arrays:
                 inputs, logits = arrays["inputs"], arrays[precision]
         except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise InputError(f"{self.path / GOLDEN} does not hold inputs and logits of {precision} ({error})") from None
+            raise InputError(
+                f"{self.path / GOLDEN} does not hold inputs and logits of {precision} ({error}); export again"
+            ) from None
         if logits.shape != (len(inputs), len(self.manifest.labels)):
-            raise InputError(f"{self.path / GOLDEN} and the {len(self.manifest.labels)} labels do not belong together")
+            raise InputError(
+                f"{self.path / GOLDEN} does not fit the {len(self.manifest.labels)} labels of the bundle; export again"
+            )
         return inputs, logits
 
 
@@ -163,7 +167,7 @@ def open_bundle(path: Path | str, trust: Trust | None = None) -> Bundle:
     if isinstance(path, str):
         address = parse_address(path)
         if address.precision is not None:
-            raise InputError(f"{path!r}: a bundle is opened with all its precisions; leave @{address.precision} out")
+            raise InputError(f"{path!r}: this opens a bundle with all its precisions; leave @{address.precision} out")
         path = local_copy(address)
     path = path.expanduser()
     advice = "make a bundle with `mpdsgr export`"
@@ -191,10 +195,10 @@ def _inside(root: Path, name: str) -> Path:
     file = root / relative
     try:
         inside = file.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError):  # a symlink loop, a NUL in the name
+    except (OSError, RuntimeError, ValueError):  # for a loop of symbolic links, or a NUL in the name
         inside = False
     if not inside or relative.is_absolute() or ".." in relative.parts or "\\" in name:
-        raise InputError(f"{root / MANIFEST} names {name!r}, which leaves the bundle; do not use this bundle")
+        raise InputError(f"{root / MANIFEST} names {name!r}, which is outside the bundle; do not use this bundle")
     return file
 
 

@@ -22,8 +22,8 @@ SCHEMA_VERSION = 2
 FILE = "checkpoint.json"
 Choice = Literal["last", "best"]
 CHOICES: tuple[Choice, ...] = ("last", "best")  # the first is the default
-NO_CURVE = {"epoch", "layers", "peak_mib", "score"}  # entries of the history that are no curve over the epochs
-VALIDATION_PGD = "validation_pgd"  # accuracy of an epoch, where the recipe attacks validation images
+NO_CURVE = {"epoch", "layers", "peak_mib", "score"}  # entries of the history that are not plotted over the epochs
+VALIDATION_PGD = "validation_pgd"  # accuracy under attack after an epoch, if the recipe attacks validation images
 
 
 class Checkpoint(BaseModel):
@@ -108,7 +108,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     checkpoint = read_document(path, Checkpoint, SCHEMA_VERSION, otherwise=advice)
     weights = directory / checkpoint.weights
     if Path(checkpoint.weights).name != checkpoint.weights or not weights.is_file():
-        raise InputError(f"{path} names weights {checkpoint.weights!r}, which are not beside it")
+        raise InputError(f"{path} names the weights {checkpoint.weights!r}, which are not in its directory")
     if sha256(weights) != checkpoint.weights_sha256:
         raise InputError(f"{weights} is damaged: its content does not match the hash in {FILE}")
     return checkpoint

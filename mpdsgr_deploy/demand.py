@@ -47,9 +47,12 @@ def demand_of(signature: str | None, tier: str | None = None) -> Demand:
     Raises InputError for an invalid key, an unknown tier, and a required verdict without a signer.
     """
     if tier and not signature:
-        raise InputError("--require-verdict needs --require-signature: a verdict counts for what its signer does")
+        raise InputError(
+            "--require-verdict needs --require-signature, because a verdict is only as trustworthy as its signer"
+        )
     if tier:
-        from mpdsgr_deploy.attacks.tiers import TIERS  # with every attack, which a server otherwise does without
+        # imported here, because it loads every attack, which a server does not need
+        from mpdsgr_deploy.attacks.tiers import TIERS
 
         choose("tier", TIERS, tier)
     return Demand(required_trust(signature), tier or None)
@@ -58,11 +61,11 @@ def demand_of(signature: str | None, tier: str | None = None) -> Demand:
 def _require(vouched: Vouched | None, tier: str, what: str) -> None:
     from mpdsgr_deploy.attacks.tiers import TIERS
 
-    advice = f"validate it with --tier {tier}, then `mpdsgr sign` bundle and report together"
+    advice = f"validate it with --tier {tier}, then sign the bundle and the report with one call of `mpdsgr sign`"
     if vouched is None:
         raise InputError(f"{what} carries no signed verdict, and one of tier {tier} is required; {advice}")
     verdict, order = vouched.verdict, list(TIERS)
     if verdict.verdict != "pass":
-        raise InputError(f"{what} did not pass: its signed verdict is {verdict.line}; do not deploy it")
+        raise InputError(f"{what} did not pass validation: its signed verdict is {verdict.line}; do not deploy it")
     if verdict.tier not in order or order.index(verdict.tier) < order.index(tier):
-        raise InputError(f"{what} passed tier {verdict.tier} only, and tier {tier} is required; {advice}")
+        raise InputError(f"{what} passed only tier {verdict.tier}, and tier {tier} is required; {advice}")

@@ -40,7 +40,7 @@ def followed(path: Path) -> Path:
         if target.is_symlink():  # Python 3.13 returns False where earlier versions raise
             raise RuntimeError
     except RuntimeError:
-        raise InputError(f"cannot write {path}: its links lead in a circle; choose another place") from None
+        raise InputError(f"cannot write {path}: its symbolic links form a circle; choose another place") from None
     return target
 
 
@@ -78,11 +78,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     path = followed(path)
     if is_stream(path):
-        with writing(path, "what was written is with its reader"), path.open("wb") as file:
+        with writing(path, "its reader has received the first part"), path.open("wb") as file:
             yield file
         return
     temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so that killed runs leave at most one file
-    with complete_file(path, temporary, "what was there before is untouched") as file:
+    with complete_file(path, temporary, "the earlier file is unchanged") as file:
         yield file
 
 
@@ -122,7 +122,7 @@ def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") ->
 
 def not_ours(place: object, marker: str, what: str) -> InputError:
     """Return the error for an output directory that holds other files."""
-    return InputError(f"{place} exists and is not a {what} of ours (it has no {marker}); choose an empty directory")
+    return InputError(f"{place} exists and is not a {what} of mpdsgr (it has no {marker}); choose an empty directory")
 
 
 def recover_directory(out: Path) -> None:
@@ -146,7 +146,7 @@ def scratch_directory(out: Path, what: str) -> Iterator[Path]:
             yield scratch
         except OSError as error:
             reason = error.strerror or error
-            raise InputError(f"cannot write {what} {out}: {reason}; an older one is untouched") from error
+            raise InputError(f"cannot write {what} {out}: {reason}; an earlier one is unchanged") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             with suppress(OSError):  # this removes only an empty directory

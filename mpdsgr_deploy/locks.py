@@ -26,7 +26,7 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         else:
-            # one byte far behind the content, since Windows keeps others from reading what is locked
+            # lock one byte far after the content, because on Windows others cannot read a locked part
             position = file.tell()
             file.seek(2**31 - 2)
             try:
@@ -58,7 +58,7 @@ def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
             )
         if _is_at(file, path):
             break
-        file.close()  # its holder has just removed it: this lock is on a deleted file
+        file.close()  # its holder has just removed the file, so this lock is on a deleted file
     try:
         yield
     finally:

@@ -27,6 +27,6 @@ def need(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise InputError(
-            f"{package} is needed here and could not be imported ({error}); "
-            f"install it with: pip install 'mpdsgr-deploy[{extra}]'"
+            f"this needs the package {package}, which could not be imported ({error}); install it with: pip "
+            f"install 'mpdsgr-deploy[{extra}]'"
         ) from error

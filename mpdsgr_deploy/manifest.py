@@ -41,7 +41,7 @@ class Variant(BaseModel):
     file: str
     attack: str = ""  # in older bundles a file with its attack graph, which nothing reads: it is derived when needed
     layers: dict[str, str] = {}
-    accuracy: Accuracy | None = None  # None: the data set was not at hand
+    accuracy: Accuracy | None = None  # None: the data set was not available
     attacked: Accuracy | None = None  # None: not measured
 
     @property
@@ -61,7 +61,7 @@ class Prepared(BaseModel):
 
     backend: str
     precision: str
-    model_sha256: str  # of the ONNX file it was made from
+    model_sha256: str  # sha256 of the ONNX file that it was made from
     machine: dict[str, str]
     batch: tuple[int, int, int] | None = None
     file: str | None = None
@@ -101,11 +101,12 @@ class Manifest(BaseModel):
     noise: tuple[NoiseInput, ...] = ()
     labels: tuple[str, ...]
     pixels: PixelStatistics | None = None  # of the training images; None: not known
-    recipe: Recipe  # of the network as exported: T, encoding and neuron among the rest
+    recipe: Recipe  # recipe of the network as exported, with its T, encoding and neuron
     trained_steps: int | None = None  # time steps it was trained with, where only the first encoding.T are exported
-    origin: Literal["trained", "module", "adopted"] = "trained"  # here, as a torch module, or only as an ONNX file
+    # trained by this package, exported from a torch module, or adopted as an ONNX file
+    origin: Literal["trained", "module", "adopted"] = "trained"
     variants: dict[str, Variant]
-    reference: Promise | None = None  # None: the data set was not at hand
+    reference: Promise | None = None  # None: the data set was not available
     prepared: tuple[Prepared, ...] = ()
     provenance: dict[str, Any]
     files: dict[str, str]  # relative path -> sha256

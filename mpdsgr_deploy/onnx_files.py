@@ -31,8 +31,8 @@ def read_network(model: Path) -> onnx.ModelProto:
     """Read an ONNX file. Raises InputError if there is no such file."""
     try:
         return onnx.load(model)
-    except Exception as error:  # protobuf's DecodeError, of a package without types, or an OSError
-        raise InputError(f"{model} is not an ONNX file ({type(error).__name__}); export again") from None
+    except Exception as error:  # an OSError, or protobuf's DecodeError, which has no type stubs
+        raise InputError(f"{model} is not an ONNX file ({type(error).__name__}); export the network again") from None
 
 
 def rounds_outputs(network: onnx.ModelProto) -> bool:

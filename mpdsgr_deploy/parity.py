@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mpdsgr_deploy.reference import Reference
 
-TOLERANCE = 1e-5  # what float32 rounding alone may do to a logit
+TOLERANCE = 1e-5  # difference of logits that float32 rounding alone can cause
 MINIMUM_SHARE = 0.95
 GOLDEN_ROWS = 8
 SAME_ROWS = 0.9  # share of images whose logits must agree to TOLERANCE where single spikes may be flipped by rounding
@@ -62,7 +62,7 @@ def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32
     """
     rows = np.flatnonzero(agreeing)
     best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
-    margins = (best[..., -1] - best[..., 0]).min(0)  # 0 where there is one label only
+    margins = (best[..., -1] - best[..., 0]).min(0)  # 0 if there is only one label
     return np.sort(rows[np.argsort(-margins[rows], kind="stable")][:GOLDEN_ROWS])
 
 

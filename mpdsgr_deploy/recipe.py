@@ -43,7 +43,8 @@ class Data(Section):
     name: str = "cifar10"
     root: str = "data"  # where the data set's files lie
     train_images: Count | None = None  # use only this many training images (a fixed random choice)
-    validation_share: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of the training images, for model selection
+    # share of the training images that is used for model selection
+    validation_share: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
     crop_padding: Count = 4
     image_size: Count | None = None  # imagefolder only: shorter side resized to this, centre cropped
@@ -60,7 +61,7 @@ class Model(Section):
     name: str = "vgg11"
     width: Annotated[Number, Field(gt=0, le=16)] = 1.0  # multiplies every layer's width
     norm: Literal["tdbn", "bn", "none"] = "tdbn"
-    readout: Literal["mean", "membrane"] = "mean"  # of the last linear layer over time; see models.network
+    readout: Literal["mean", "membrane"] = "mean"  # readout of the last linear layer over time; see models.network
 
 
 class Neuron(Section):
@@ -79,7 +80,7 @@ class EncodingSection(Section):
 
     name: str = "direct"
     T: Count = 8
-    std: NonNegative = 0.25  # rsc: of the noise added to pixels in [0, 1]
+    std: NonNegative = 0.25  # rsc: standard deviation of the noise added to pixels in [0, 1]
     levels: Count = 2  # sqe: steps between a black and a white pixel; 1 is poisson
     # frequency: the radius of each step's low-pass; None: evenly from half the image's side down
     radii: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
@@ -101,7 +102,7 @@ class Training(Section):
     lr: Positive = 0.1
     momentum: UnitInterval = 0.9
     weight_decay: NonNegative = 5e-4
-    label_smoothing: UnitInterval = 0.0  # of the cross-entropy: the share of the target spread over all classes
+    label_smoothing: UnitInterval = 0.0  # share of the cross-entropy's target that is spread over all classes
     # first epochs at other T, in this order; the rest of `epochs` runs at encoding.T. See mpdsgr_deploy.training.stages
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
     # decay per step of an exponential average of the weights, which is then what is validated and saved; 0: none
@@ -109,9 +110,10 @@ class Training(Section):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     nodes: Count = 1  # machines, each with `devices`; see mpdsgr_deploy.training.launch
-    devices: Count = 1  # of each node; each normalises its own share of the batch, unless sync_norm
+    devices: Count = 1  # devices per node; each normalises its own share of the batch, unless sync_norm
     sync_norm: bool = False  # tdBN's statistics are joint over all devices; regularisers read each share
-    recompute: Literal["none", "layers"] = "none"  # in the backward pass, instead of keeping their tensors
+    # recompute layers in the backward pass instead of keeping their tensors
+    recompute: Literal["none", "layers"] = "none"
     pictures: Annotated[int, Field(ge=0)] = 10  # epochs between drawings of the membrane in TensorBoard; 0: none
     attacked_images: Annotated[int, Field(ge=0)] = 0  # the first validation images, under [attack]'s PGD each epoch
     seed: Seed = 0
@@ -134,7 +136,10 @@ class Training(Section):
     def _ends_at_the_encodings_steps(self) -> "Training":
         staged = sum(stage.epochs for stage in self.stages)
         if self.stages and staged >= self.epochs:
-            raise ValueError(f"stages take {staged} epochs and leave none of epochs = {self.epochs} at encoding.T")
+            raise ValueError(
+                f"stages take {staged} epochs, so none of epochs = {self.epochs} is left for training at encoding.T; "
+                "raise epochs or shorten stages"
+            )
         return self
 
 
@@ -148,10 +153,10 @@ class Attack(Section):
     step: Positive = 0.01
     strong_steps: Count = 40  # PGD with step eps/4; an image is broken once any iterate fools the model
     surrogates: Annotated[tuple[str, ...], Field(strict=False)] = SWEEP  # strong PGD through each of these too
-    draws: Count = 8  # over which a stochastic network's gradient is averaged
+    draws: Count = 8  # draws over which a stochastic network's gradient is averaged
     l2: Positive | None = None  # also CW-L2: an image is broken if it is fooled within this L2 distance
     gaussian_std: NonNegative = 0.1
-    events: Count = 20  # that attacks on event frames add, remove or move; see attacks.event_conditions
+    events: Count = 20  # largest number of events that an attack adds, removes or moves; see attacks.event_conditions
     also: Annotated[tuple[str, ...], Field(strict=False)] = ()  # other registered attacks, made beside those of a tier
 
     @model_validator(mode="after")
@@ -171,11 +176,11 @@ class Validation(Section):
 
 def _decides(value: float) -> float:
     if value >= 1:
-        raise ValueError("a drop of 1 is all of the accuracy, so this decides nothing; write 0.01 for 1 %")
+        raise ValueError("a limit of 1 would allow the loss of all accuracy; write 0.01 for 1 %")
     return value
 
 
-Drop = Annotated[UnitInterval, AfterValidator(_decides)]  # of accuracy, a share of the images
+Drop = Annotated[UnitInterval, AfterValidator(_decides)]  # a drop of accuracy as a share of the images
 Floor = Annotated[Number, Field(gt=0, le=1)]
 
 
@@ -217,13 +222,18 @@ class Recipe(Section):
     def _one_frame_a_step(self) -> "Recipe":
         T, frames = self.encoding.T, self.data.frames
         if self.encoding.name == "frames" and frames not in (None, T):
-            raise ValueError(f"encoding 'frames' shows a frame a step, but encoding.T is {T} and data.frames {frames}")
+            raise ValueError(
+                f"encoding 'frames' shows one frame per time step, but encoding.T is {T} and data.frames is {frames}; "
+                "make them equal"
+            )
         return self
 
     @model_validator(mode="after")
     def _tdbn_alone_is_synchronised(self) -> "Recipe":
         if self.training.sync_norm and self.model.norm != "tdbn":
-            raise ValueError(f"training.sync_norm is for model.norm 'tdbn', not {self.model.norm!r}; leave it out")
+            raise ValueError(
+                f"training.sync_norm works only with model.norm 'tdbn', not {self.model.norm!r}; leave it out"
+            )
         return self
 
     @property

@@ -121,7 +121,7 @@ def load_reference(path: Path, promise: Promise) -> Reference:
         one.correct for one in promise.nested
     ]
     if not counts or {len(array) for array in arrays_read.values()} != {promise.n}:
-        raise InputError(f"the manifest beside {path} promises other figures than that file holds; export again")
+        raise InputError(f"the manifest beside {path} states other figures than that file holds; export again")
     return reference
 
 

@@ -56,7 +56,7 @@ class Registry(Mapping[str, T]):
     def add(self, name: str, entry: T) -> None:
         """Make `entry` available under `name`. Raises InputError if the name is taken."""
         if name in self.loaded:
-            raise InputError(f"{self.kind} {name!r} is registered twice; names must differ")
+            raise InputError(f"{self.kind} {name!r} is registered twice; rename one of them")
         self.loaded[name] = entry
 
     def choose(self, name: str) -> T:
@@ -64,7 +64,7 @@ class Registry(Mapping[str, T]):
         return choose(self.kind, self, name)
 
     def __getitem__(self, name: str) -> T:
-        plugins = self._find_plugins()  # also for a built-in, so that a name taken twice never goes unnoticed
+        plugins = self._find_plugins()  # also for a built-in name, so that a duplicate is always noticed
         if name not in self.loaded:
             self.loaded[name] = self._load(plugins[name])
         return self.loaded[name]
@@ -97,7 +97,7 @@ class Registry(Mapping[str, T]):
         source = f"{self.kind} {point.name!r} of the installed package {distribution(point)}"
         try:
             entry = point.load()
-        except Exception as error:  # whatever the other package's code raises
+        except Exception as error:  # code of another package may raise any type
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise InputError(f"{source} cannot be loaded ({reason}); repair or uninstall that package") from error
         if not self.expected.accepts(entry):

@@ -44,7 +44,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from None
+        raise InputError(f"{path} is not a TOML file: {error}") from None
 
 
 def override(values: dict[str, Any], overrides: Sequence[str], *, example: str) -> None:
@@ -111,7 +111,9 @@ def read_document(path: Path, model: type[M], version: int, *, otherwise: str) -
     if type(written) is not int or written < 1:
         raise InputError(f"{path} has no valid schema_version; {otherwise}")
     if written > version:
-        raise InputError(f"{path} has schema version {written}, this mpdsgr-deploy reads {version}; upgrade it")
+        raise InputError(
+            f"{path} has schema version {written}, and this mpdsgr-deploy reads {version}; upgrade mpdsgr-deploy"
+        )
     return parse(model, values, str(path))
 
 

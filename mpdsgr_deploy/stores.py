@@ -18,8 +18,8 @@ from mpdsgr_deploy.lookup import need
 
 PROTOCOL = re.compile(r"([a-z][a-z0-9+]*)://")
 HERE = ("file", "local")
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of ours, by protocol
-READ_AHEAD = 2**20  # bytes fetched at least at a time
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of this package
+READ_AHEAD = 2**20  # smallest number of bytes that are fetched at a time
 # What changes with a file's content, as file systems call it in their listings; the first that is there counts
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified", "created")
 
@@ -81,7 +81,7 @@ def asking(address: object) -> Iterator[None]:
         yield
     except MpdsgrError:
         raise
-    except Exception as error:  # every file system of fsspec has its own
+    except Exception as error:  # each file system of fsspec raises its own errors
         raise failure(address, error) from error
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 # neuron's own; and a width of each channel's own (in `mpdsgr_deploy.attack_graph`: `neurons`, `adaptive`, `potentials`)
 STRAIGHT, RATE, ADAPTIVE, PDSG = "straight-through", "rate", "adaptive", "pdsg"
 ATTACK_ONLY = (STRAIGHT, RATE, ADAPTIVE, PDSG)
-DETACHED = "+detached"  # ends a name by which resets pass no gradient on
-AVERAGED = "+averaged"  # ends a name by which every step's current gets the mean gradient of all steps (HART)
+DETACHED = "+detached"  # suffix of a surrogate through whose resets no gradient passes
+AVERAGED = "+averaged"  # suffix of a surrogate with which each step gets the mean gradient of all steps (HART)
 # Of `adaptive` (ASSG, arXiv 2512.22522): the authors' values, with 0.4 for the share of the gradient that may vanish
 MEMORY, RELAXATION, FLOOR = 0.9, 1.5, 1e-4
 SHARPNESS = 2 / math.pi * math.tan(0.4 * math.pi)
@@ -246,7 +246,7 @@ def parse_surrogate(name: str) -> SurrogateName:
     if kind not in KINDS:
         choose("surrogate", dict.fromkeys([*KINDS, *ATTACK_ONLY]), kind)
     if averaged and (detached or kind not in KINDS):
-        raise InputError(f"surrogate {name!r}: {AVERAGED} follows KIND or KIND:NUMBER, and passes nothing on to resets")
+        raise InputError(f"surrogate {name!r}: write {AVERAGED} after KIND or KIND:NUMBER and without {DETACHED}")
     if not colon:
         return SurrogateName(kind, KINDS[kind].width if kind in KINDS else 1.0, detached, averaged)
     try:
@@ -263,8 +263,8 @@ def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
     nodes = KINDS.choose(kind).nodes
     if nodes is None:
         raise InputError(
-            f"surrogate {kind!r} has no ONNX nodes, so a network deployed with it could not be attacked; "
-            "give its SurrogateKind `nodes`"
+            f"surrogate {kind!r} has no ONNX nodes, so an exported network could not be attacked through it; give "
+            "its SurrogateKind `nodes`"
         )
     return nodes
 

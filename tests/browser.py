@@ -18,7 +18,7 @@ FLAGS = [
     *("--disable-component-update", "--disable-sync", "--disable-quic", "--disable-dev-shm-usage"),
     "--remote-debugging-pipe",
 ]
-# the browser reads 3 and writes 4; a process of its own arranges that, for a fork may not run code beside threads
+# the browser reads 3 and writes 4, set up by another process, because a fork beside threads may not run code
 START = (
     "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
 )
@@ -34,7 +34,7 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
         (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-        # out of the way of 3 and 4, or one copy would overwrite the other
+        # not at 3 or 4, where one copy would overwrite the other
         high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(

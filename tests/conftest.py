@@ -49,8 +49,8 @@ SMALL = {
     "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 8, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},
 }
-FIRST = (  # what takes long, by worker
-    # these share the networks of test_export.exported; predict_ray comes when the other cluster is about to end
+FIRST = (  # the slowest tests, by worker
+    # these share the networks of test_export.exported; predict_ray starts when the other cluster stops
     ("export", "attack_graph", "graph_attacker", "precision", "firing", "predict_ray"),
     # loading torch's compiler takes seconds, once for both files that use it
     ("deploy_ray", "compiled_neurons", "torch_compile", "study"),

@@ -9,8 +9,8 @@ def head(line: str, *headers: str) -> bytes:
 
 
 POST = f"POST {INFER} HTTP/1.1"
-HTTP = "this is no HTTP/1.1 request"
-HEAD = "head may have 65536 bytes"
+HTTP = "this is not an HTTP/1.1 request"
+HEAD = "head of a request may have at most 65536 bytes"
 WIRE: dict[str, tuple[bytes, int, str]] = {
     "garbage": (bytes(range(256)), 400, HTTP),
     "zeros": (bytes(1000), 400, HTTP),
@@ -67,14 +67,14 @@ WIRE: dict[str, tuple[bytes, int, str]] = {
         431,
         HEAD,
     ),
-    "GET of inference": (http("GET", INFER), 405, "use POST, not GET"),
-    "PUT of inference": (http("PUT", INFER, GOOD), 405, "use POST, not PUT"),
-    "DELETE of a model": (http("DELETE", "/v2/models/bundle"), 405, "use GET, not DELETE"),
-    "POST of metadata": (http("POST", "/v2", b"{}"), 405, "use GET, not POST"),
-    "POST of readiness": (http("POST", "/v2/health/ready", b"{}"), 405, "use GET, not POST"),
-    "POST of metrics": (http("POST", "/metrics", b"{}"), 405, "use GET, not POST"),
-    "GET of the index": (http("GET", "/v2/repository/index"), 405, "use POST, not GET"),
-    "TRACE": (http("TRACE", "/v2"), 405, "use GET, not TRACE"),
+    "GET of inference": (http("GET", INFER), 405, "does not accept GET; use POST"),
+    "PUT of inference": (http("PUT", INFER, GOOD), 405, "does not accept PUT; use POST"),
+    "DELETE of a model": (http("DELETE", "/v2/models/bundle"), 405, "does not accept DELETE; use GET"),
+    "POST of metadata": (http("POST", "/v2", b"{}"), 405, "does not accept POST; use GET"),
+    "POST of readiness": (http("POST", "/v2/health/ready", b"{}"), 405, "does not accept POST; use GET"),
+    "POST of metrics": (http("POST", "/metrics", b"{}"), 405, "does not accept POST; use GET"),
+    "GET of the index": (http("GET", "/v2/repository/index"), 405, "does not accept GET; use POST"),
+    "TRACE": (http("TRACE", "/v2"), 405, "does not accept TRACE; use GET"),
     "OPTIONS": (http("OPTIONS", "*"), 404, "there is no *"),
     "index of no JSON": (http("POST", "/v2/repository/index", b"{"), 400, "not JSON"),
     "loading": (http("POST", "/v2/repository/models/bundle/load", b"{}"), 403, "--repository-control"),

@@ -97,7 +97,7 @@ def object_store() -> Iterator[ObjectStore]:
             "EC2_METADATA_DISABLED": "true",
         }.items():
             environment.setenv(f"AWS_{name}", value)
-        # a store that this process had before left its buckets to moto, and its address to the file systems of fsspec
+        # an earlier store of this process left its buckets in moto, and its address in fsspec's file systems
         urlopen(Post(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")).close()
         s3fs.S3FileSystem.clear_instance_cache()
         store.fs = fsspec.filesystem("s3", use_listings_cache=False)

@@ -37,7 +37,7 @@ def test_check_reports_node_by_node_and_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        (["Softmax logits q", "Clip q p"], r"cut node q \(Softmax\) off and make its input 'logits' the output"),
+        (["Softmax logits q", "Clip q p"], r"remove node q \(Softmax\) and make its input 'logits' the output"),
         (["Exp logits e", "ReduceSum e s", "Div e s p"], "holds probabilities, not logits; export the values before"),
     ],
 )
@@ -56,7 +56,7 @@ def test_probabilities_are_seen_by_their_sum(nodes: list[str], message: str, tmp
 
 def test_a_framework_that_answers_otherwise_is_an_invalid_evaluation(tmp_path: Path) -> None:
     logits = np.random.default_rng(0).normal(size=(12, 10)).astype(np.float32)
-    with pytest.raises(EvaluationError, match="does not answer as the framework it comes from"):
+    with pytest.raises(EvaluationError, match="gives other logits than the framework it comes from"):
         adopt(file("norse-lif"), digits(12), tmp_path / "out", reference=logits, recipe=quick())
     assert not (tmp_path / "out").exists()
 
@@ -105,7 +105,7 @@ def changed(network: onnx.ModelProto, how: str) -> None:
 
 
 BAD = {
-    "probabilities": r"holds probabilities, not logits; cut node p \(Softmax\) off and make its input 'logits'",
+    "probabilities": r"holds probabilities, not logits; remove node p \(Softmax\) and make its input 'logits'",
     "labels": "output 'label' is int64; export logits as float32",
     "two outputs": "has 2 outputs",
     "an integer input": "is uint8 with 4 axes",
@@ -113,7 +113,7 @@ BAD = {
     "two inputs": r"has 2 inputs \(images, state\)",
     "a custom operator": r"is a custom operator \(my.own",
     "an old opset": "has opset 11; export again with opset 13",
-    "external data": "keeps its weights in other files; save it as one",
+    "external data": "stores its weights in separate files; save everything in one",
     "much external data": "is larger than 2 GB",
     "a large file": "is larger than 2 GB",
     "no file": "is not an ONNX file",
@@ -144,10 +144,10 @@ def test_bad_input_is_one_line_that_says_what_to_do(how: str, tmp_path: Path) ->
         (["--mean", "0.5"], "--mean and --std belong together"),
         (["--mean", "1,2", "--std", "1,1"], "takes 1 channels"),
         (["--range", "0-255"], "write numbers with commas"),
-        (["--range", "255,0"], "cannot take pixels from 255 to 0"),
+        (["--range", "255,0"], "--range 255,0 is not a range of pixels"),
         (["--surrogate", "triangel"], "did you mean 'triangle'"),
-        (["--surrogate", "triangle+averaged"], "is an attacker's"),
-        (["--surrogate", "straight-through"], "is an attacker's"),
+        (["--surrogate", "triangle+averaged"], "exists only for attacks"),
+        (["--surrogate", "straight-through"], "exists only for attacks"),
         (["--variant", "int8"], "write NAME=FILE"),
         (["--variant", "a=x.onnx", "--variant", "a=y.onnx"], "names a more than once"),
         (["--layout", "nhwc"], "shape"),

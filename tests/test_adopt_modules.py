@@ -100,7 +100,7 @@ def test_a_module_is_exported_with_torch_as_its_reference(tmp_path: Path) -> Non
 
 
 def test_a_state_that_is_left_over_is_found(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="a state is left over from one call to the next"):
+    with pytest.raises(EvaluationError, match="a state is left from the last call"):
         export_module(Net(leaks=True), digits(200), tmp_path / "out")
 
 
@@ -111,7 +111,7 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(find_module("own_net:build"), torch.nn.Module)
     for name, message in (
         ("own_net:none", "AttributeError"),
-        ("own_net:word", "gives a str"),
+        ("own_net:word", "returns a str"),
         ("no_net:x", "ModuleNot"),
     ):
         with pytest.raises(InputError, match=message):

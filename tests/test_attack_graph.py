@@ -135,7 +135,7 @@ def test_a_network_trained_with_detached_resets_has_torchs_gradient() -> None:
         ("sigmoid:x", "KIND:NUM"),
         ("rate:2", "KIND"),
         ("rate+averaged", "KIND"),
-        ("triangle:1+detached+averaged", "nothing on to resets"),
+        ("triangle:1+detached+averaged", "and without .detached"),
     ],
 )
 def test_a_wrong_surrogate_is_one_line(name: str, expected: str) -> None:
@@ -256,7 +256,7 @@ def test_inspect_writes_the_attack_graph_that_tensorrt_builds(precision: str, pr
 
 def test_inspect_refuses_what_does_not_go_with_an_attack_graph(precise: Bundle, tmp_path: Path) -> None:
     for path, arguments, complaint in (
-        (precise.path, ["--attack-graph", precise.path / "attack.onnx"], "lies in the bundle"),
+        (precise.path, ["--attack-graph", precise.path / "attack.onnx"], "is inside the bundle"),
         (precise.path, ["--attack-graph", tmp_path / "none" / "attack.onnx"], "cannot write"),
         (precise.path, ["--attack-graph", tmp_path / "attack.onnx", "--flips"], "leave out OTHER"),
         (f"{precise.path}@int4", ["--attack-graph", tmp_path / "attack.onnx"], "has no precision 'int4'"),

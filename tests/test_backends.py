@@ -186,7 +186,7 @@ def test_openvino_says_that_it_does_not_round_to_float16(caplog: pytest.LogCaptu
         assert "float16" not in caplog.text
         with open_predictor(small, "openvino", precision):
             pass
-    assert "openvino computes float16 in float32" in caplog.text
+    assert "openvino computes float16 networks in float32" in caplog.text
 
 
 def test_what_openvino_refuses_is_named_in_one_line(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_server_that_answers_something_else_is_told_at_once(wrong: dict[str, A
         handler.logits(np.zeros((1, 10), np.float32), binary=True, **wrong)
         return True
 
-    with OipServer(linear, INPUTS, meddle=meddle) as server, pytest.raises(InputError, match="something else"):
+    with OipServer(linear, INPUTS, meddle=meddle) as server, pytest.raises(InputError, match="does not return"):
         load(server)
 
 
@@ -189,7 +189,7 @@ def test_what_a_server_is_too_slow_for_is_said_to_be_unsent(monkeypatch: pytest.
     assert 30 < unsent < 120  # about 100 were due and 20 answered
     assert outcome.tally.requests == len(outcome.tally.latencies) < 30
     assert outcome.warnings == [
-        f"200 a second: {unsent} requests were due and never sent, so far was the server behind"
+        f"200 per second: {unsent} requests were due but not sent, because the server was too far behind"
     ]
 
 

@@ -34,7 +34,9 @@ def test_cpu_comes_from_the_servers_metrics_and_warns_of_a_busy_tool() -> None:
     assert outcome.server_cpu_ms == pytest.approx(10.0)
     busy = LoadOutcome(outcome.load, 1, outcome.tally, None, 0.95 * outcome.tally.busy, "")
     assert busy.server_cpu_ms is None
-    assert busy.warnings == ["concurrency 4: this tool took 95% of a core, so the figures are its own"]
+    assert busy.warnings == [
+        "concurrency 4: this tool took 95% of a CPU core, so the figures show its limit and not the server's"
+    ]
 
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:

@@ -167,8 +167,8 @@ def test_tiny_imagenet(tiny_imagenet: Path) -> None:
         ("wnids.txt", b"n01\nn02\nn03\nn09\n", False, "words.txt has no words for class 'n09'"),
         ("words.txt", None, False, "cannot read .*words.txt"),
         ("val/val_annotations.txt", None, False, "cannot read .*val_annotations.txt"),
-        ("val/val_annotations.txt", b"val_0.JPEG\tn01\nval_1.JPEG\tn09\t0\n", False, "line 2: 'n09' is none"),
-        ("val/val_annotations.txt", b"val_0.JPEG", False, "line 1: '' is none"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn01\nval_1.JPEG\tn09\t0\n", False, "line 2: 'n09' is not one"),
+        ("val/val_annotations.txt", b"val_0.JPEG", False, "line 1: '' is not one"),
         ("val/images/val_3.JPEG", None, False, r"val_3\.JPEG: .*No such file"),
         ("val/images/val_3.JPEG", 500, False, r"cannot decode image .*val_3\.JPEG"),
         ("train/n02/images/n02_7.JPEG", 500, True, r"cannot decode image .*n02_7\.JPEG"),
@@ -217,7 +217,7 @@ def test_imagefolder(folder: Path) -> None:
     assert (len(training), len(validation)) == (18, 2)
     with pytest.raises(InputError, match=r"data\.image_size"):
         load_test(Data(name="imagefolder", root=str(folder)))
-    with pytest.raises(InputError, match="one folder for each class"):
+    with pytest.raises(InputError, match="one folder per class"):
         load_test(Data(name="imagefolder", root=str(folder / "train"), image_size=8))
     (folder / "test" / "class0" / "0.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"cannot decode image .*0\.png"):

@@ -74,6 +74,6 @@ def test_an_attack_that_moves_nothing_costs_nothing() -> None:
 
 
 def test_not_beside_adversarial_training() -> None:
-    with pytest.raises(InputError, match="keep one"):
+    with pytest.raises(InputError, match="remove one of the two"):
         build_defended(small_recipe(defence={"trades": {}, "at": {}}), SHAPE, 10)
     assert DEFENCES["trades"].adversarial

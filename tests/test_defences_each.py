@@ -110,7 +110,7 @@ def test_what_was_learned_survives_a_checkpoint(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("pair", [("feel", "dlif"), ("dlif", "stog"), ("stog", "feel")])
 def test_two_defences_that_change_the_neurons_are_refused(pair: tuple[str, str]) -> None:
-    with pytest.raises(InputError, match="two defences change the neurons"):
+    with pytest.raises(InputError, match="two defences replace the neurons"):
         build_defended(recipe_with({name: {} for name in pair}), SHAPE, 10)
 
 

@@ -221,16 +221,18 @@ def test_wrong_choices_are_one_line(precise: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
     odd, long = (shutil.copytree(precise.path, tmp_path / name) for name in ("11vgg", "v" * 51))
     twins = [shutil.copytree(precise.path, tmp_path / name) for name in ("a_b", "a.b")]
-    assert_input_error(deploy(out, precise.path, uri="models/triton"), "'models/triton' is no place KServe reads")
-    assert_input_error(deploy(out, precise.path, uri="s3://"), "is no place KServe reads")
-    assert_input_error(deploy(out, odd), "'11vgg' cannot name an InferenceService", "write NAME=")
-    assert_input_error(deploy(out, long), "50 characters at most")
+    assert_input_error(
+        deploy(out, precise.path, uri="models/triton"), "KServe cannot read --storage-uri 'models/triton'"
+    )
+    assert_input_error(deploy(out, precise.path, uri="s3://"), "KServe cannot read --storage-uri")
+    assert_input_error(deploy(out, odd), "'11vgg' is not a valid name for an InferenceService", "write NAME=")
+    assert_input_error(deploy(out, long), "at most 50 characters")
     assert_input_error(deploy(out, *twins), "two resources would be called 'a-b'")
     assert_input_error(deploy(out, precise.path, "--runtime", "trition"), "did you mean 'triton'?")
     assert_input_error(deploy(out, precise.path, "--runtime", "mpdsgr"), "--runtime mpdsgr needs --image")
     both = (precise.path, f"{precise.path}@int8")
     assert_input_error(deploy(out, *both, uri="pvc://a/b"), "does not fetch several pvc:// directories")
     assert_input_error(deploy(out, *both, uri="oci://a/b"), "does not fetch several oci:// directories")
-    assert_input_error(deploy(out, precise.path, "--replicas", "3,1"), "the least and the most")
+    assert_input_error(deploy(out, precise.path, "--replicas", "3,1"), "the smallest and the largest")
     assert_input_error(deploy(out, precise.path, "--memory", "much"), "--memory")
     assert not out.exists()

@@ -185,7 +185,7 @@ def test_only_our_own_unchanged_files_are_replaced(precise: Bundle, tmp_path: Pa
     out.mkdir()
     (out / "notes.md").write_text("mine")
     command = ("deploy", "triton", precise.path, "--out", out)
-    assert_input_error(mpdsgr_here(*command), "not a Triton model repository of ours")
+    assert_input_error(mpdsgr_here(*command), "not a Triton model repository of mpdsgr")
     (out / "notes.md").unlink()
     assert mpdsgr_here(*command).returncode == 0
     (out / "precise" / "notes.md").write_text("mine")
@@ -193,7 +193,7 @@ def test_only_our_own_unchanged_files_are_replaced(precise: Bundle, tmp_path: Pa
     (out / "precise" / "notes.md").unlink()
     text = (out / "precise" / CONFIG).read_text()
     (out / "precise" / CONFIG).write_text(text.replace("128", "32"))
-    assert_input_error(mpdsgr_here(*command), "config.pbtxt was changed since")
+    assert_input_error(mpdsgr_here(*command), "config.pbtxt has been changed since")
     (out / "precise" / CONFIG).write_text(text)
     assert mpdsgr_here(*command).returncode == 0
 
@@ -219,7 +219,7 @@ def test_wrong_choices_are_one_line(precise: Bundle, tmp_path: Path) -> None:
     twin = shutil.copytree(precise.path, tmp_path / "twin" / "precise")
     odd = shutil.copytree(precise.path, tmp_path / "my net")
     assert_input_error(deploy(precise.path, twin), "two models would be called 'precise'", "write NAME=BUNDLE")
-    assert_input_error(deploy(odd), "'my net' cannot name a model", "write NAME=")
+    assert_input_error(deploy(odd), "'my net' is not a valid model name", "write NAME=")
     assert_input_error(deploy(f"{precise.path}@int4"), "no precision 'int4'", "int8")
     assert_input_error(deploy(precise.path, "--backend", "tensorrt-rtx"), "unknown backend", "did you mean 'tensorrt'?")
     assert_input_error(deploy(tmp_path), "is not a bundle")

@@ -77,8 +77,8 @@ def test_engines_that_triton_cannot_serve_are_refused(built: Engines, tmp_path: 
     out = tmp_path / "out"
     assert_input_error(built.deploy(out), "holds no TensorRT engine of int8", "mpdsgr build", "--backend tensorrt")
     built.add("NVIDIA H100", "9.0", (8, 16, 64))
-    assert_input_error(built.deploy(out), "takes no batch below 8", "--batch 1,16,64")
-    assert_input_error(built.deploy(out, "--gpus", 0), "runs on a GPU only", "--gpus")
+    assert_input_error(built.deploy(out), "takes no batches below 8", "--batch 1,16,64")
+    assert_input_error(built.deploy(out, "--gpus", 0), "run only on GPUs", "--gpus")
     built.add("NVIDIA H200", "9.0", (1, 16, 64))
     assert_input_error(built.deploy(out), "NVIDIA H100 and NVIDIA H200", "9.0")
     assert not out.exists()

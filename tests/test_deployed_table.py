@@ -134,7 +134,7 @@ def test_records_of_another_evaluation_are_outdated(home: Path) -> None:
     assert outdated(record, spec) is None
     more = spec.model_copy(update={"artefact": ExportSpec(tier="release", precisions=("fp32", "int8"))})
     for changed in (more, spec.model_copy(update={"artefact": None})):
-        assert "does not have the exported networks" in str(outdated(record, changed))
+        assert "lacks exported networks" in str(outdated(record, changed))
 
 
 def test_a_row_whose_evaluation_ended_early_is_named_and_not_compared(home: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_drop_is_counted_from_the_reference_at_the_same_epoch(run_dir: Path)
         ({"target_omega": 0.2, "max_drop": 0.01, "reference": "runs/digits-reg"}, "give one of them"),
         ({"max_drop": 0.01}, "belong together"),
         ({"reference": "runs/digits-reg"}, "belong together"),
-        ({"target_omega": 0.2, "eta": 0}, "start from an eta above 0"),
+        ({"target_omega": 0.2, "eta": 0}, "eta must start above 0"),
         ({"target_omega": 1.5}, "target_omega.*less than 1"),
         ({"measure": "gradient"}, "unknown measure 'gradient'; allowed: expected-gradient, overlap"),
     ],
@@ -157,7 +157,7 @@ def test_a_reference_that_does_not_fit_is_one_line(run_dir: Path, tmp_path: Path
     for recipe, expected in (
         (budgeted(max_drop=0.01, reference=str(tmp_path)), "is not a training run"),
         (budgeted(4, **settings), "has 3 epochs and this run 4"),
-        (Recipe.model_validate(other_images), r"differs in data\.validation_share"),
+        (Recipe.model_validate(other_images), r"has other values of data\.validation_share"),
     ):
         with pytest.raises(InputError, match=expected) as error:
             train(recipe, tmp_path / "run")

@@ -136,7 +136,7 @@ def test_the_data_set_is_read_in_its_layout(n_mnist: Path, tmp_path: Path) -> No
 
 def test_one_frame_a_step(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[data]\nname = 'n-mnist'\nframes = 3\n[encoding]\nname = 'frames'\nT = 4\n")
-    with pytest.raises(InputError, match=r"encoding\.T is 4 and data\.frames 3"):
+    with pytest.raises(InputError, match=r"encoding\.T is 4 and data\.frames is 3"):
         load_recipe(tmp_path / "r.toml")
     recipe = load_recipe(tmp_path / "r.toml", ["encoding.T=3", "model.name=vgg-small"])
     model = build_model(recipe, (6, 34, 34), 10)
@@ -177,4 +177,4 @@ def test_a_network_is_trained_exported_and_used_on_recordings(n_mnist: Path, tmp
     found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert [row["input"] for row in found[:10]] == [str(n_mnist / "Test" / str(k) / "00009.bin") for k in range(10)]
     assert [row["label"] for row in found[:10]] == [row["label"] for row in found[10:]]
-    assert_input_error(mpdsgr("predict", bundle.path, __file__), "takes arrays, or .bin recordings")
+    assert_input_error(mpdsgr("predict", bundle.path, __file__), "takes arrays, and .bin recordings")

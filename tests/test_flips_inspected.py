@@ -58,7 +58,7 @@ def test_what_cannot_be_compared_is_one_line(
         return done.stderr
 
     assert "has only one precision" in error(bundle.path, "--flips")
-    assert "is none" in error(run_dir, "--flips")
+    assert "is not one" in error(run_dir, "--flips")
     assert "--plots needs --flips" in error(precise.path, "--plots", tmp_path / "plots")
     assert "--layer and --channel are only for checkpoints" in error(precise.path, "--flips", "--layer", "conv1")
     assert "add --plots" in error(precise.path, "--images", "5")

@@ -82,7 +82,7 @@ def test_what_was_passed_over_is_said(root: Path, caplog: pytest.LogCaptureFixtu
     (root / "test" / "cat" / "labels.csv").touch()
     (root / "test" / ".ipynb_checkpoints").mkdir()
     assert load_test(config(root)).labels == ("cat", "dog")
-    assert "6 images; passed over 1 .csv" in caplog.text
+    assert "6 images; ignored 1 .csv" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -94,7 +94,7 @@ def test_other_names_of_the_test_split(root: Path, name: str) -> None:
 def test_classes_must_agree_between_the_splits_before_training(root: Path) -> None:
     shutil.move(root / "test" / "dog", root / "test" / "fox")
     for load in (load_test, load_training):
-        with pytest.raises(InputError, match="class 'fox' that train/ has not"):
+        with pytest.raises(InputError, match="class 'fox' that train/ does not have"):
             load(config(root))
     shutil.rmtree(root / "test" / "fox")
     for load in (load_test, load_training):
@@ -103,7 +103,7 @@ def test_classes_must_agree_between_the_splits_before_training(root: Path) -> No
     shutil.copytree(root / "train" / "dog", root / "test" / "dog")
     for path in (root / "train" / "dog").iterdir():
         path.rename(path.with_suffix(".txt"))
-    with pytest.raises(InputError, match=r"train/dog has no images \(passed over: 6 \.txt\)"):
+    with pytest.raises(InputError, match=r"train/dog has no images \(ignored: 6 \.txt\)"):
         load_training(config(root))
 
 

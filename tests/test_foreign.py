@@ -89,7 +89,7 @@ def adopted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_training_has_nothing_to_start_from_in_it(adopted: Bundle) -> None:
-    with pytest.raises(InputError, match="did not train, and no weights"):
+    with pytest.raises(InputError, match="was not trained by this package, and no weights"):
         find_weights(adopted.path)
 
 
@@ -179,7 +179,7 @@ def test_a_comparison_that_nobody_follows_is_refused(tmp_path: Path, monkeypatch
     words = ["adopt", network, "--images", "digits", "--limit", 50, "--surrogate", "arctan:2", "--out", out]
     done = CliRunner().invoke(main, [str(word) for word in words])
     assert done.exit_code == 2
-    assert "_to_copy/whole (Cast) decides by what depends on the images" in done.output
+    assert "_to_copy/whole (Cast) compares values that depend on the images" in done.output
     assert not out.exists()
 
 

@@ -101,7 +101,7 @@ def test_backends_are_timed_and_compared() -> None:
     recipe = Recipe.model_validate({"model": {"name": "vgg-small", "width": 0.1}, "encoding": {"T": 2}})
     backends = {**gpu_inference.REHEARSED, "wrong": lambda *arguments: Wrong()}
     gpu_inference.measure(notes, recipe, [1, 3], 3, backends)
-    assert "tensorrt is needed" in notes["tensorrt, fp32"]["refused"]
+    assert "needs the package tensorrt" in notes["tensorrt, fp32"]["refused"]
     for n in (1, 3):
         assert notes[f"torch, batch {n}"]["times_torch"] == 1
         assert notes[f"torch, batch {n}"]["ms"] > 0

@@ -80,7 +80,7 @@ def test_a_network_that_starts_from_a_module_answers_as_it_does() -> None:
         (lambda m: m.body[0].__delitem__(1), "is normalised and its counterpart body.0.0 is not"),
         (lambda m: m.body[1].__setitem__(0, nn.Conv2d(4, 9, 3, padding=1)), r"body.1.0 is a Conv2d \[9, 4, 3, 3\]"),
         (lambda m: m.body[0].__setitem__(0, nn.Conv2d(1, 4, 3, padding=1, stride=2)), r"has stride \(2, 2\)"),
-        (lambda m: m.body[0].__setitem__(1, nn.BatchNorm2d(4, track_running_stats=False)), "keeps no statistics"),
+        (lambda m: m.body[0].__setitem__(1, nn.BatchNorm2d(4, track_running_stats=False)), "has no running statistics"),
     ],
 )
 def test_layers_that_do_not_map_are_named(change, message: str) -> None:

@@ -105,8 +105,8 @@ def test_two_nodes_learn_what_one_does_though_they_are_killed(tmp_path: Path) ->
     [
         ({}, {"WORLD_SIZE": "2"}, "torchrun started 2 processes, but .* for training.nodes=1 times"),
         ({"nodes": 2}, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "set both to what the launcher starts"),
-        ({"nodes": 2}, {"WORLD_SIZE": "2", "RANK": "0"}, "through torchrun or srun only"),
-        ({"devices": 2}, {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 .* through torchrun or srun only"),
+        ({"nodes": 2}, {"WORLD_SIZE": "2", "RANK": "0"}, "only through torchrun or srun"),
+        ({"devices": 2}, {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 .* only through torchrun or srun"),
         ({"nodes": 2}, {}, "start mpdsgr train with torchrun or srun, or once on each node with MASTER_ADDR"),
         ({"nodes": 2}, {"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "2"}, "the last from 0 to 1"),
         ({}, {"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes"),

@@ -254,13 +254,13 @@ def test_bad_precisions_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="unknown precision 'int4'"):
         export(run_dir, tmp_path / "bundle", precisions=["int4"])
-    with pytest.raises(InputError, match="name them with --precision"):
+    with pytest.raises(InputError, match="add --precision or"):
         export(run_dir, tmp_path / "bundle", precisions=["fp32"], max_drop=0.01)
     with pytest.raises(InputError, match="no precision 'int8'; it has fp32"), open_predictor(bundle, precision="int8"):
         pass
-    with pytest.raises(InputError, match="float32 reference only"), open_predictor(precise, "torch", "int8"):
+    with pytest.raises(InputError, match="runs only fp32"), open_predictor(precise, "torch", "int8"):
         pass
-    with pytest.raises(InputError, match="--max-drop needs the data set"):
+    with pytest.raises(InputError, match="--max-drop needs the test images"):
         export(run_without_data, tmp_path / "bundle", precisions=["int8"], max_drop=0.01)
 
 

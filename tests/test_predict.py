@@ -143,7 +143,7 @@ def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         ("double.npy", good.astype(np.float64), "these are float64"),
         ("swapped.npy", good.astype(">f4"), "these are >f4"),
         ("objects.npy", np.full((1, *shape), None), "these are object"),
-        ("scalar.npy", np.float32(0), r"shape \[N >= 1, 2, 3, 4\], these have \[\]"),
+        ("scalar.npy", np.float32(0), r"shape \[N >= 1, 2, 3, 4\], and these have \[\]"),
         ("none.npy", good[:0], r"have \[0, 2, 3, 4\]"),
         ("other.npy", good[:, :1], r"have \[5, 1, 3, 4\]"),
         ("fortran.npy", np.asfortranarray(good), "np.ascontiguousarray"),

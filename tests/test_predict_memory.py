@@ -36,7 +36,9 @@ def test_a_batch_too_large_for_memory_is_halved_and_said_once(
         job(bundle, folder, batch=32).to_file(tmp_path / "out.npz")
     np.testing.assert_allclose(np.load(tmp_path / "out.npz")["logits"], logits, atol=1e-5)
     assert sizes == [32, 16, 8, *[4] * 15]
-    assert [r.message for r in caplog.records if "memory" in r.message] == ["out of memory: going on with batches of 4"]
+    assert [r.message for r in caplog.records if "memory" in r.message] == [
+        "out of memory; continuing with batches of 4"
+    ]
 
 
 def write_network(path: Path, nodes: list[onnx.NodeProto], **inputs: tuple[object, ...]) -> Path:

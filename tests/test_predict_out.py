@@ -44,7 +44,7 @@ def test_the_bundle_is_not_written_into(bundle: Bundle, array: Path, tmp_path: P
     copy = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
     (tmp_path / "link").symlink_to(copy, target_is_directory=True)
     for out in (copy / "golden.npz", copy / "new.csv", tmp_path / "link" / "new.csv"):
-        assert_input_error(mpdsgr_here("predict", copy, array, "--out", out), "lies in the bundle")
+        assert_input_error(mpdsgr_here("predict", copy, array, "--out", out), "is inside the bundle")
     open_bundle(copy)
     assert not (copy / "new.csv").exists()
 

@@ -158,7 +158,9 @@ def test_a_job_survives_a_killed_node_and_a_rerun_computes_what_is_missing(
     assert rows(out) == expected
     assert [path for path in times if path.stat().st_mtime_ns != times[path]] == [gone]
     other = [*arguments(bundle, array, out), "--top", 2]
-    assert_input_error(mpdsgr_here(*other), "holds predictions of another bundle, other inputs or settings")
+    assert_input_error(
+        mpdsgr_here(*other), "holds predictions of another bundle, of other inputs or with other settings"
+    )
     assert [path.name for path in out.glob(".*.tmp")] == []
 
 
@@ -240,8 +242,8 @@ def test_from_a_store_into_a_store_though_driver_and_worker_are_killed(
     names = [f"s3://{BUCKET}/shards/0.parquet[{i}]" for i in range(COUNT)]
     assert written == [{**row, "input": name} for name, row in zip(names, expected, strict=True)]
     assert json.loads(store.fs.cat_file(f"{BUCKET}/out/{SUCCESS}")) == {"rows": COUNT}
-    assert_input_error(mpdsgr_here(*command, "--top", 2), "holds predictions of another bundle, other inputs")
-    assert_input_error(mpdsgr_here(*command, "--out", f"s3://{BUCKET}/shards"), "is not a set of predictions of ours")
+    assert_input_error(mpdsgr_here(*command, "--top", 2), "holds predictions of another bundle, of other inputs")
+    assert_input_error(mpdsgr_here(*command, "--out", f"s3://{BUCKET}/shards"), "is not a set of predictions of mpdsgr")
     assert_input_error(mpdsgr_here(*command, "--out", "s3://no-bucket/out"), "s3://no-bucket/out does not exist")
 
 

@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_and_writes_every_row_once_in_any_format(
         place.write_bytes(left)
         caplog.clear()
         assert Job(bundle, (folder,), "slow", "fp32", BATCH).to_file(out) == N
-        finished = int(caplog.text.split("going on after the ")[1].split()[0])
+        finished = int(caplog.text.split("continuing after the ")[1].split()[0])
         assert 0.5 * N < finished < N
         job(bundle, folder).to_file(tmp_path / f"whole{suffix}")
         assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
@@ -133,20 +133,20 @@ def test_a_partial_of_something_else_is_not_gone_on_with(
 
     broken.write_bytes(good[:50])
     fails(job(bundle, photos))  # batches of 4: 8 images are finished
-    fails(job(bundle, photos), "going on after the 8 images")
-    fails(job(bundle, photos, batch=3), "starting anew")
-    fails(job(bundle, photos, batch=3), "going on after the 9 images")
+    fails(job(bundle, photos), "continuing after the 8 images")
+    fails(job(bundle, photos, batch=3), "starting from the beginning")
+    fails(job(bundle, photos, batch=3), "continuing after the 9 images")
     later = 10**18
     os.utime(photos / "07.png", ns=(later, later))  # changed after it was classified
-    fails(job(bundle, photos, batch=3), "going on after the 6 images")
+    fails(job(bundle, photos, batch=3), "continuing after the 6 images")
     other = Bundle(bundle.path, bundle.manifest.model_copy(update={"digest": "another"}))
-    fails(job(other, photos, batch=3), "starting anew")
+    fails(job(other, photos, batch=3), "starting from the beginning")
     os.utime(photos / "00.png", ns=(later, later))
-    fails(job(other, photos, batch=3), "starting anew")
+    fails(job(other, photos, batch=3), "starting from the beginning")
     broken.unlink()  # what comes after the finished images may change
     caplog.clear()
     assert job(other, photos, batch=3).to_file(out) == 11
-    assert "going on after the 9 images" in caplog.text
+    assert "continuing after the 9 images" in caplog.text
     assert [Path(row["input"]).name for row in csv.DictReader(out.read_text().splitlines())] == [
         f"{i:02}.png" for i in range(12) if i != 9
     ]
@@ -154,7 +154,7 @@ def test_a_partial_of_something_else_is_not_gone_on_with(
 
 def test_a_partial_file_is_ours_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.partial").write_text("my thesis")
-    with pytest.raises(InputError, match="not a partial output of ours"):
+    with pytest.raises(InputError, match="was not written by mpdsgr predict"):
         Partial(tmp_path / "mine.partial", "settings", 3)
     assert (tmp_path / "mine.partial").read_text() == "my thesis"
     with Partial(tmp_path / "a", "settings", 3), pytest.raises(InputError, match="written by another mpdsgr predict"):
@@ -197,7 +197,7 @@ def test_a_process_that_dies_ends_the_run_in_one_line_and_it_goes_on(
     assert not out.exists()
     process = slow(bundle.path, *folders, "--batch", 2, "--out", out)
     _, stderr = process.communicate(timeout=60)
-    assert "going on after the " in stderr
+    assert "continuing after the " in stderr
     job(bundle, *folders, batch=2).to_file(tmp_path / "whole.csv")
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
@@ -241,12 +241,12 @@ main()
     arguments = ["predict", str(bundle.path), str(folder), "--batch", str(BATCH), "--out", str(out)]
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)
     what = "out.npz.partial" if room < 1 else "out.npz:"
-    assert_input_error(done, "cannot write", what, "free some space", "kept" if room < 1 else "untouched")
+    assert_input_error(done, "cannot write", what, "free some space", "kept" if room < 1 else "unchanged")
     assert out.read_bytes() == b"older"
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["out.npz", "out.npz.partial"]
     done = mpdsgr(*arguments)
     assert done.returncode == 0
-    assert "going on after the " in done.stderr
+    assert "continuing after the " in done.stderr
     job(bundle, folder).to_file(tmp_path / "whole.npz")
     assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 

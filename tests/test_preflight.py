@@ -34,7 +34,7 @@ def test_a_sound_recipe_passes(images: Images) -> None:
 
 def test_detached_resets_of_a_defences_own_neurons(images: Images) -> None:
     recipe = small_recipe(neuron={"detach_reset": True}, defence={"dlif": {}})
-    with pytest.raises(InputError, match=r"neuron\.detach_reset is for plain LIF neurons; dlif"):
+    with pytest.raises(InputError, match=r"neuron\.detach_reset works only for plain LIF neurons, which dlif"):
         preflight(recipe, images)
 
 

@@ -119,5 +119,5 @@ def exchanged_of_every_pass(folder: Path) -> None:
 
 
 def test_other_norms_are_not_synchronised() -> None:
-    with pytest.raises(ValidationError, match="sync_norm is for"):
+    with pytest.raises(ValidationError, match="sync_norm works only with"):
         small_recipe(model={"norm": "bn"}, training={"sync_norm": True})

@@ -20,7 +20,7 @@ def test_onnxruntime_on_tensorrt_says_what_it_needs(bundle: Bundle, monkeypatch:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path))
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")  # put back afterwards
-    with pytest.raises(InputError, match=r"fell back to CPUExec.*libnvinfer.so.10.*not the 11 .*tensorrt>=10.16,<11"):
+    with pytest.raises(InputError, match=r"used CPUExec.*libnvinfer.so.10.*not the 11 .*tensorrt>=10.16,<11"):
         OnnxRuntime(bundle.variant("fp32"), "TensorrtExecutionProvider")
 
     def refused(*arguments: object, **named: object) -> None:
@@ -71,4 +71,4 @@ def test_a_provider_that_comes_as_a_plug_in_is_found(
     (device,) = devices
     assert (device.name, device.library) == ("onnxruntime_ep_cuda", "/its/library.so")
     assert chosen == [([device], {"use_tf32": "0"})]
-    assert "onnxruntime_ep_broken cannot be used: No module named 'missing_module'" in caplog.text
+    assert "onnxruntime_ep_broken cannot be used and is ignored: No module named 'missing_module'" in caplog.text

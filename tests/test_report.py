@@ -64,7 +64,7 @@ def test_a_report_of_broken_logits_can_be_read_again() -> None:
 
 def test_a_report_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="not a report of ours"), report_directory(tmp_path):
+    with pytest.raises(InputError, match="not a report of mpdsgr"), report_directory(tmp_path):
         pytest.fail("the block was entered")
 
 

@@ -133,7 +133,7 @@ def test_records_of_an_earlier_attack_suite_are_measured_again(measured: Path) -
     record = rows["empirical"][0]
     assert outdated(record, spec) is None
     earlier = record.model_copy(update={"suite": spec.suite - 1})
-    assert f"was measured with attack suite {spec.suite - 1}, not with today's" in str(outdated(earlier, spec))
+    assert f"was measured with attack suite {spec.suite - 1}, and the current one is" in str(outdated(earlier, spec))
 
 
 def test_a_stronger_tier_leaves_the_records_of_other_tiers_valid(
@@ -146,7 +146,7 @@ def test_a_stronger_tier_leaves_the_records_of_other_tiers_valid(
     assert [outdated(records[tier], own) for tier, own in tiers.items()] == [None, None]
     monkeypatch.setitem(TIERS, "release", replace(TIERS["release"], suite=TIERS["release"].suite + 1))
     assert outdated(records["commit"], tiers["commit"]) is None
-    assert f"not with today's, {TIERS['release'].suite}" in str(outdated(records["release"], tiers["release"]))
+    assert f"and the current one is {TIERS['release'].suite}" in str(outdated(records["release"], tiers["release"]))
 
 
 def test_a_page_says_which_run_was_cut_and_which_started_from_weights(measured: Path) -> None:
@@ -179,7 +179,7 @@ def test_mistakes_are_one_line(small: Path) -> None:
         assert expected in str(error.value)
         assert "\n" not in str(error.value)
     for broken, expected in (
-        (SMALL.replace("defence.mpd-sgr.eta", "defence.rat.b"), "no row has the defence"),
+        (SMALL.replace("defence.mpd-sgr.eta", "defence.rat.b"), "changes a defence that no row has"),
         (SMALL + '[[rows]]\nrecipe = "digits-reg"\n', "digits-reg appear twice"),
         (SMALL + 'init = "empirical"\n', "empirical would start from weights that depend on its own"),
         (SMALL.replace('"empirical"', '"../empirical"'), "name"),
@@ -209,7 +209,10 @@ def test_a_run_that_another_keeps_from_being_measured_is_said(small: Path) -> No
     small.write_text(SMALL.replace('recipe = "digits-reg"', TOO_LARGE).replace('name = "empirical"', attacked))
     done = table(small, "empirical", "--seeds", "0")
     assert done.exit_code == 2
-    assert "error: empirical, seed 0: not measured, since too-large, seed 1 failed" in done.output
+    assert (
+        "error: empirical, seed 0: it was not measured, because too-large, seed 1, from which it starts, failed"
+        in done.output
+    )
 
 
 def test_a_row_starts_from_the_network_of_another(measured: Path, tmp_path: Path) -> None:
@@ -236,8 +239,8 @@ def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:
     record = records_of(measured.parent / "results" / "small")["empirical", 0]
     assert outdated(record, spec) is None
     assert "another recipe" in outdated(record.model_copy(update={"seed": 1}), spec)
-    assert "under the attacks" in outdated(record, spec.model_copy(update={"tier": "commit"}))
-    assert "under the attacks" in outdated(record, spec.model_copy(update={"eps": (0.01,)}))
+    assert "under all attacks" in outdated(record, spec.model_copy(update={"tier": "commit"}))
+    assert "under all attacks" in outdated(record, spec.model_copy(update={"eps": (0.01,)}))
 
 
 def test_fine_tuning_is_compared_with_that_without_a_defence_from_the_same_weights(measured: Path) -> None:

@@ -87,7 +87,7 @@ def test_resume_knows_the_data(folder: Path, tmp_path: Path) -> None:
     (folder / "train" / "cat" / "3.png").unlink()
     refused("training images before: 12, now: 11")
     Image.new("RGB", (8, 8), "white").save(folder / "train" / "cat" / "3.png")
-    refused("images are others, or in another order")
+    refused("images are different, or in another order")
     train(recipe(folder, 1), run, resume=True)
 
 

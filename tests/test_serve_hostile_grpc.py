@@ -125,33 +125,33 @@ def parameter(kind: str, value: Any) -> Any:
 
 
 REFUSED = {
-    "no protobuf": (b"\xff\xff\xff garbage", "no ModelInferRequest"),
-    "cut off": (infer().SerializeToString()[:-5], "no ModelInferRequest"),
-    "name is no UTF-8": (b"\x0a\x02\xff\xfe", "no ModelInferRequest"),
-    "no input": (changed(lambda r: r.ClearField("inputs"), typed), "this request has 0"),
+    "no protobuf": (b"\xff\xff\xff garbage", "not a ModelInferRequest"),
+    "cut off": (infer().SerializeToString()[:-5], "not a ModelInferRequest"),
+    "name is no UTF-8": (b"\x0a\x02\xff\xfe", "not a ModelInferRequest"),
+    "no input": (changed(lambda r: r.ClearField("inputs"), typed), "this one has 0"),
     "raw without inputs": (changed(lambda r: r.ClearField("inputs")), "0 inputs and 1 raw"),
     "two inputs, one raw": (changed(lambda r: r.inputs.append(r.inputs[0])), "2 inputs and 1 raw"),
     "one input, two raw": (changed(lambda r: r.raw_input_contents.append(b"")), "1 inputs and 2 raw"),
     "the input twice": (
         changed(lambda r: (r.inputs.append(r.inputs[0]), r.raw_input_contents.append(r.raw_input_contents[0]))),
-        "this request has 2",
+        "this one has 2",
     ),
     "unknown input": (changed(lambda r: setattr(r.inputs[0], "name", "image")), "there is no input 'image'"),
     "nameless input": (changed(lambda r: setattr(r.inputs[0], "name", "")), "there is no input ''"),
     "FP64": (raw(X.astype("f8").tobytes(), "FP64"), "not 'FP64'"),
     "no datatype": (raw(X.tobytes(), ""), "not ''"),
     "BYTES": (raw(b"", "BYTES"), "not 'BYTES'"),
-    "no shape": (shaped(), "has shape [B, 1, 8, 8], not []"),
+    "no shape": (shaped(), "must have shape [B, 1, 8, 8], not []"),
     "rank 3": (shaped(1, 8, 8), "not [1, 8, 8]"),
     "rank 5": (shaped(1, 1, 1, 8, 8), "not [1, 1, 1, 8, 8]"),
     "no image": (shaped(0, 1, 8, 8), "not [0, 1, 8, 8]"),
     "another size": (shaped(1, 1, 4, 16), "not [1, 1, 4, 16]"),
     "negative": (shaped(-1, 1, 8, 8), "not [-1, 1, 8, 8]"),
     "two negatives": (shaped(-1, -1, 8, 8), "not [-1, -1, 8, 8]"),
-    "10^12 images": (shaped(10**12, 1, 8, 8), "may hold 8 images"),
-    "2^63 - 1 images": (shaped(2**63 - 1, 1, 8, 8), "may hold 8 images"),
-    "2^62 channels": (shaped(4, 2**62, 8, 8), "has shape"),
-    "over the limit": (shaped(9, 1, 8, 8), "may hold 8 images, this one holds 9"),
+    "10^12 images": (shaped(10**12, 1, 8, 8), "may hold at most 8 images"),
+    "2^63 - 1 images": (shaped(2**63 - 1, 1, 8, 8), "may hold at most 8 images"),
+    "2^62 channels": (shaped(4, 2**62, 8, 8), "must have shape"),
+    "over the limit": (shaped(9, 1, 8, 8), "may hold at most 8 images, and this one holds 9"),
     "more than the data": (shaped(2, 1, 8, 8), "takes 512 bytes, got 256"),
     "a byte less": (raw(X.tobytes()[:-1]), "takes 256 bytes, got 255"),
     "a byte more": (raw(X.tobytes() + b"\0"), "takes 256 bytes, got 257"),
@@ -164,26 +164,29 @@ REFUSED = {
     "below 0": (pixel(-0.001), "in [0, 1]"),
     "raw and typed": (
         changed(lambda r: r.inputs[0].contents.fp32_contents.append(1.0)),
-        "has its data twice",
+        "has data in both",
     ),
     "no data": (changed(lambda r: r.inputs[0].ClearField("contents"), typed), "takes 64 numbers, got 0"),
     "typed NaN": (typed(numbers=[float("nan")] * 64), "finite"),
     "typed too few": (typed(numbers=[0.5] * 63), "takes 64 numbers, got 63"),
     "typed too many": (typed(numbers=[0.5] * 65), "takes 64 numbers, got 65"),
-    "fp64_contents": (typed("fp64_contents"), "stand in fp32_contents, not in fp64_contents"),
+    "fp64_contents": (typed("fp64_contents"), "belong in fp32_contents, not in fp64_contents"),
     "int_contents": (typed("int_contents", numbers=[1] * 64), "not in int_contents"),
     "bool_contents": (typed("bool_contents", numbers=[True] * 64), "not in bool_contents"),
     "bytes_contents": (typed("bytes_contents", numbers=[b"1"] * 64), "not in bytes_contents"),
-    "UINT8 in fp32_contents": (typed("fp32_contents", "UINT8"), "stand in uint_contents"),
-    "UINT8 256": (typed("uint_contents", "UINT8", [256] * 64), "do not fit UINT8"),
-    "UINT8 2^32 - 1": (typed("uint_contents", "UINT8", [2**32 - 1] * 64), "do not fit UINT8"),
+    "UINT8 in fp32_contents": (typed("fp32_contents", "UINT8"), "belong in uint_contents"),
+    "UINT8 256": (typed("uint_contents", "UINT8", [256] * 64), "outside the range of UINT8"),
+    "UINT8 2^32 - 1": (typed("uint_contents", "UINT8", [2**32 - 1] * 64), "outside the range of UINT8"),
     "two kinds of contents": (
         changed(lambda r: r.inputs[0].contents.int_contents.append(1), typed),
-        "stand in fp32_contents, not in",
+        "belong in fp32_contents, not in",
     ),
     "unknown output": (asked("probabilities"), "there is no output 'probabilities'"),
-    "an output twice": (changed(lambda r: r.outputs.add(name="logits"), asked), "asked for twice"),
-    "classes of the margin": (asked("margin", classification=("int64_param", 3)), "classification is of 'logits'"),
+    "an output twice": (changed(lambda r: r.outputs.add(name="logits"), asked), "requested twice"),
+    "classes of the margin": (
+        asked("margin", classification=("int64_param", 3)),
+        "classification is only available for the output 'logits'",
+    ),
     "-1 classes": (asked(classification=("int64_param", -1)), "classification must be"),
     "2^62 classes": (asked(classification=("int64_param", 2**62)), "classification must be"),
     "classes in words": (asked(classification=("string_param", "3")), "classification must be"),
@@ -227,7 +230,7 @@ def test_versions_that_are_not_there(channel: grpc.Channel, version: str) -> Non
 @pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"])
 def test_bytes_that_are_no_message(channel: grpc.Channel, method: str) -> None:
     error = refused(channel, method, b"\x07\xff\xff")
-    assert (error.code(), error.details()) == (INVALID, f"the message is no {method}Request")
+    assert (error.code(), error.details()) == (INVALID, f"the message is not a {method}Request")
 
 
 @pytest.mark.parametrize("method", ["ModelStreamInfer", "SystemSharedMemoryRegister", "TraceSetting", "Nope", ""])

@@ -35,7 +35,7 @@ def test_every_model_is_listed_with_what_it_is_and_how_it_does(shown: Browser) -
             "p50",
         ):
             assert part in card
-    assert shown.text("#result") == "The prediction of an image appears here."
+    assert shown.text("#result") == "The prediction for an image appears here."
 
 
 def test_the_curl_line_is_one_that_a_shell_takes(shown: Browser, port: int) -> None:

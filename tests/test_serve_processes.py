@@ -100,7 +100,7 @@ class TestDeath:
             if tale.logits is not None:
                 np.testing.assert_allclose(tale.logits, expected, atol=1e-5)
         (line,) = [text for text in messages(served) if "signal 9" in text]
-        lost = int(re.findall(r"with (\d+) requests in work; another starts in 0.5 s", line)[0])
+        lost = int(re.findall(r"with (\d+) requests in progress; another starts in 0.5 s", line)[0])
         assert code == (4 if lost else 0)
 
     def test_one_that_takes_its_place_serves_what_the_others_serve(self, tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ class TestDeath:
             assert by_process(served, "mpdsgr_process_restarts_total", reason="died") == [0, 0]
             assert served.post(INFER, request(images())).json()["model_version"] == VERSION
             assert served.stop() == 0
-        (line,) = [line for line in served.lines if "hung" in line["message"]]
+        (line,) = [line for line in served.lines if "event loop" in line["message"]]
         assert line["message"] == (
-            "process 0 hung: its event loop stood still for over 1.5 s, so it was killed, with 0 requests in work; "
+            "process 0 was killed because its event loop had not run for over 1.5 s, with 0 requests in progress; "
             "another starts in 0.5 s"
         )
         assert line["level"] == "error"

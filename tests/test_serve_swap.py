@@ -149,7 +149,7 @@ class TestHotSwap:
             async with started(place):
                 pytest.fail("it serves")
 
-        with pytest.raises(MpdsgrError, match=r"changed while it was opened|golden"):
+        with pytest.raises(MpdsgrError, match=r"changed while it was being opened|golden"):
             asyncio.run(test())
 
     def test_a_later_version_keeps_the_settings_measured_for_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:

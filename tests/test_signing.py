@@ -116,7 +116,7 @@ class TestTampering:
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"verificationMaterial": 3}', b"[" * 10_000])
     def test_with_a_signature_that_is_none(self, copy: Path, keys: Keys, content: bytes) -> None:
         (copy / SIGNATURE).write_bytes(content)
-        refused(copy, keys.trust, "no signature")
+        refused(copy, keys.trust, "is not a signature")
 
     def test_another_key_and_a_signature_that_is_missing_or_endless(
         self, copy: Path, keys: Keys, stranger: Keys
@@ -147,7 +147,7 @@ class TestTampering:
         refused(copy, keys.trust, r"holds engines/evil.plan, which model.sig does not cover")
         added.unlink()
         os.mkfifo(added)
-        refused(copy, keys.trust, "no plain file")
+        refused(copy, keys.trust, "plain file")
         shutil.rmtree(added.parent)
         added.parent.symlink_to(tmp_path)
         refused(copy, keys.trust, "link")
@@ -159,7 +159,7 @@ class TestTampering:
         signature = Path(shutil.copy(copy / SIGNATURE, tmp_path))
         (copy / SIGNATURE).unlink()
         (copy / SIGNATURE).symlink_to(signature)
-        refused(copy, keys.trust, "no plain file")
+        refused(copy, keys.trust, "plain file")
 
     def test_a_signature_that_leaves_files_out_vouches_for_none_of_them(self, copy: Path, keys: Keys) -> None:
         (copy / SIGNATURE).unlink()

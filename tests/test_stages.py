@@ -221,7 +221,7 @@ def test_weights_of_another_network_are_no_start(staged: Path, tmp_path: Path, c
 
 
 def test_stages_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="leave none of epochs = 3"):
+    with pytest.raises(ValueError, match="none of epochs = 3 is left"):
         recipe_of(training={"stages": [{"epochs": 3, "T": 1}]})
     for sections, expected in (
         ({"encoding": {"name": "frequency", "T": 3}}, "steps are alike"),

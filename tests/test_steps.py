@@ -112,11 +112,11 @@ def test_steps_that_there_are_not_are_refused() -> None:
             first_steps(model, recipe, SHAPE, wrong)
     frames = small_recipe(encoding={"name": "frames"})
     events, _ = build_defended(frames, (3, 8, 8), 10)
-    with pytest.raises(InputError, match="would leave out its end"):
+    with pytest.raises(InputError, match="would not see its end"):
         first_steps(events, frames, (3, 8, 8), 2)
     model, recipe = network("dlif")
     longer = recipe.model_copy(update={"encoding": recipe.encoding.model_copy(update={"T": T + 1})})
-    with pytest.raises(InputError, match="belong to 3 time steps and cannot compute 4"):
+    with pytest.raises(InputError, match="have parameters for 3 time steps and cannot compute 4"):
         first_steps(model, longer, SHAPE, T + 1)
 
 
@@ -183,7 +183,7 @@ def test_the_fewest_steps_are_chosen_by_clean_and_attacked_images(monkeypatch: p
     assert [tried["within"] for tried in record["tried"]] == [True, False]
     assert record["tried"][1][WORST] == {"lost": 9, "regained": 0, "n": 100}
     assert record["images"] == "100 validation images of digits"
-    with pytest.raises(InputError, match=r"takes 268 validation images to rule out a drop of 1\.00%, not 100"):
+    with pytest.raises(InputError, match=r"a drop of 1\.00% takes 268 validation images, and there are 100"):
         fewest_steps(model, recipe, SHAPE, images, 0.01)
     with pytest.raises(InputError, match="between 0 and 1"):
         fewest_steps(model, recipe, SHAPE, images, 0)
@@ -290,5 +290,5 @@ def test_inspect_shows_what_each_number_of_steps_costs(short: Bundle, costs: Cal
 
 
 def test_inspect_steps_needs_a_bundle_with_weights(run_dir: Path, short: Bundle) -> None:
-    assert_input_error(mpdsgr_here("inspect", run_dir, "--steps"), "is none")
+    assert_input_error(mpdsgr_here("inspect", run_dir, "--steps"), "is not one")
     assert_input_error(mpdsgr_here("inspect", short.path, "--steps", "--flips"), "one of them")

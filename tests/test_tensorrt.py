@@ -166,7 +166,7 @@ def test_without_an_engine_or_a_gpu_the_next_step_is_named(copy: Bundle) -> None
     prepare(RTX, copy, "fp32", (1, 2, 4))
     with pytest.raises(InputError, match="no GPU can be used here"), open_predictor(open_bundle(copy.path), RTX):
         pass
-    with pytest.raises(InputError, match=r"tensorrt is needed.*mpdsgr-deploy\[tensorrt\]|no GPU"):
+    with pytest.raises(InputError, match=r"needs the package tensorrt.*mpdsgr-deploy\[tensorrt\]|no GPU"):
         prepare("tensorrt", copy, "fp32")
 
 

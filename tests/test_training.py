@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_survives(which: str, tmp_pat
     )
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     done = mpdsgr("train", *arguments, "--resume", prelude=limited)
-    assert_input_error(done, "cannot write", "untouched")
+    assert_input_error(done, "cannot write", "unchanged")
     assert len(load_checkpoint(tmp_path / "run" / "last").history) == len(before.history) + (which == "state")
     assert len(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["history"]) == 1
     assert not list((tmp_path / "run").rglob("*.tmp"))

@@ -19,7 +19,7 @@ def test_runs_are_not_overwritten_nor_resumed_with_another_recipe(run_dir: Path,
     with pytest.raises(InputError, match=r"neuron\.tau, training\.epochs"):
         train(small_recipe(neuron={"tau": 0.9}, training={"epochs": 9}), run_dir, resume=True)
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(InputError, match="not a training run of ours"):
+    with pytest.raises(InputError, match="not a training run of mpdsgr"):
         train(small_recipe(), tmp_path)
     with pytest.raises(InputError, match="cannot use"):
         train(small_recipe(), tmp_path / "thesis.tex")
@@ -95,7 +95,7 @@ def test_damaged_checkpoints_are_refused(run_dir: Path, tmp_path: Path, damage: 
         expected = "schema version 99"
     elif damage == "weights elsewhere":
         path.write_text(text.replace(checkpoint.weights, "../" + checkpoint.weights))
-        expected = "not beside it"
+        expected = "not in its directory"
     else:
         path.unlink()
         expected = "mpdsgr train"

@@ -156,7 +156,7 @@ def test_a_masked_gradient_is_an_invalid_evaluation(bundle: Bundle, monkeypatch:
 
 def test_data_of_another_kind_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     shuffled = Bundle(bundle.path, bundle.manifest.model_copy(update={"labels": bundle.manifest.labels[::-1]}))
-    with pytest.raises(InputError, match="not what the network was made for"):
+    with pytest.raises(InputError, match="does not fit the network"):
         validate(Target(shuffled), root=str(tmp_path))
     with pytest.raises(InputError, match="download=True"):
         validate(Target(bundle), data="cifar10", root=str(tmp_path))

@@ -155,7 +155,7 @@ class TestDemands:
         [
             ("none", "carries no signed verdict"),
             ("another precision", "on other files"),
-            ("easier", "passed tier commit only"),
+            ("easier", "passed only tier commit"),
             ("failed", "did not pass"),
             ("another bundle", "on other files"),
             ("another signer", "cannot be verified"),
@@ -279,6 +279,6 @@ class TestDeploying:
     def test_triton_gets_no_bundle_that_did_not_pass(self, released: Path, keys: Keys, tmp_path: Path) -> None:
         demand = ["--require-signature", keys.public, "--require-verdict"]
         done = mpdsgr_here("deploy", "triton", released, "--out", tmp_path / "out", *demand, "paper")
-        assert_input_error(done, "passed tier release only", "--tier paper")
+        assert_input_error(done, "passed only tier release", "--tier paper")
         done = mpdsgr_here("deploy", "triton", released, "--out", tmp_path / "out", *demand, "release")
         assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ class Peer:
         library, _, compiled = name.partition("-")
         self.layout = torch.channels_last if compiled else torch.contiguous_format
         network = importlib.import_module(f"{library}_vgg11").Network(width, T).to(device, memory_format=self.layout)
-        # a shape that changes is compiled anew: kernels for any batch would be slower
+        # compile again for each shape, because kernels for any batch size would be slower
         self.network = torch.compile(network, dynamic=False) if compiled else network
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9)
 

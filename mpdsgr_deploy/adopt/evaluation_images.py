@@ -23,7 +23,10 @@ def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int]
     path = Path(source)
     if path.is_dir():
         if shape is None:
-            raise InputError(f"{path} is a folder, whose images have no size of their own; give an .npz file or a name")
+            raise InputError(
+                f"{path} is a folder, and its images have no common size for this network; give an .npz file or the "
+                "name of a data set"
+            )
         images = _folder(path, shape)
     elif path.suffix == ".npz":
         images = _archive(path)
@@ -38,7 +41,9 @@ def _folder(path: Path, shape: tuple[int, int, int]) -> Images:
     labels = tuple(class_folders(path))
     files = [(file, k) for k, label in enumerate(labels) for file in files_below(path / label, image_suffixes())]
     if not files:
-        raise InputError(f"no images under {path}; expected {path}/CLASS/NAME.png, one folder a class")
+        raise InputError(
+            f"there are no images under {path}; put them at {path}/CLASS/NAME.png, with one folder per class"
+        )
     return in_sampling_order(read_labelled(files, read_image, shape=shape, labels=labels, name=path.name))
 
 
@@ -48,11 +53,13 @@ def _archive(path: Path) -> Images:
             pixels, classes = arrays["pixels"], arrays["classes"]
             labels = tuple(map(str, arrays["labels"])) if "labels" in arrays else ()
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise InputError(f"{path} does not hold the arrays pixels and classes ({error})") from None
+        raise InputError(
+            f"{path} does not hold the arrays pixels and classes ({error}); write it with numpy.savez"
+        ) from None
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or classes.shape != pixels.shape[:1]:
         raise InputError(f"{path}: pixels must be uint8 [N, C, H, W] and classes int [N]")
     if classes.dtype.kind not in "iu" or (len(classes) and classes.min() < 0):
-        raise InputError(f"{path}: classes must be whole numbers from 0")
+        raise InputError(f"{path}: classes must be whole numbers, counted from 0")
     count = int(classes.max(initial=-1)) + 1
     return in_sampling_order(Images(pixels, classes.astype(np.int64), labels or tuple(map(str, range(count)))))
 
@@ -69,5 +76,8 @@ def relabelled(images: Images, labels: Sequence[str], classes: int) -> Images:
             "one label per logit with --labels"
         )
     if int(images.classes.max(initial=0)) >= classes:
-        raise InputError(f"an image has class {images.classes.max()}; the network has {classes} logits, from 0")
+        raise InputError(
+            f"an image has class {images.classes.max()}, but the network has {classes} logits, for classes from 0 to "
+            f"{classes - 1}"
+        )
     return Images(images.pixels, images.classes, names)

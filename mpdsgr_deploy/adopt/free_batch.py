@@ -17,7 +17,7 @@ BROADCASTS = {
     *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mul"),
     *("Or", "Pow", "Sub", "Sum", "Where", "Xor"),
 }
-PREFIX = "adopted/"  # of every value that is added
+PREFIX = "adopted/"  # prefix of the name of every value that is added
 
 
 def free_batch(network: onnx.ModelProto, batch: int) -> None:
@@ -33,7 +33,7 @@ def free_batch(network: onnx.ModelProto, batch: int) -> None:
         if node.op_type == "Reshape" and (target := constants.get(node.input[1])) is not None:
             _free_target(graph, node, target, batch)
         elif node.op_type == "Expand" and (target := constants.get(node.input[1])) is not None:
-            if len(target) > 1 and target[0] == batch:  # what is computed from images has the batch already
+            if len(target) > 1 and target[0] == batch:  # values computed from images have the batch axis already
                 _give(graph, node, 1, np.array([1, *target[1:]], np.int64))
         elif node.op_type == "ConstantOfShape" and (target := constants.get(node.input[0])) is not None:
             if len(target) > 1 and target[0] == batch:
@@ -56,7 +56,7 @@ def _free_target(graph: onnx.GraphProto, node: onnx.NodeProto, target: NDArray[A
     if -1 in sizes:
         if sizes[0] != batch or 0 in sizes:
             return
-        sizes[0] = 0  # the input's own size
+        sizes[0] = 0  # 0 copies the size of the input
         for attribute in [entry for entry in node.attribute if entry.name == "allowzero"]:
             node.attribute.remove(attribute)
     else:

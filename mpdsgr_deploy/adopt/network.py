@@ -21,8 +21,8 @@ from mpdsgr_deploy.attack_graph.values import without_weights
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.onnx_files import VIEWS, maker_of_output
 
-LARGEST = 2**31 - 1  # bytes that protobuf writes
-OLDEST = 13  # opset
+LARGEST = 2**31 - 1  # bytes, the most that protobuf can write
+OLDEST = 13  # the oldest opset that is accepted
 PROBABILITIES = {"Softmax", "Sigmoid", "Hardmax"}
 ELEMENTWISE = (*VIEWS, "Add", "Cast", "Clip", "Div", "Log", "Max", "Mean", "Min", "Mul", "ReduceMean", "Sum")
 
@@ -71,7 +71,9 @@ def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> C
     """Read a classifier from the user's ONNX file. Raises InputError with advice for a file that is not one."""
     before = Preprocessing() if preprocessing is None else preprocessing
     if not before.low < before.high:
-        raise InputError(f"the network cannot take pixels from {before.low:g} to {before.high:g}; write LOW,HIGH")
+        raise InputError(
+            f"--range {before.low:g},{before.high:g} is not a range of pixels; write LOW,HIGH with LOW below HIGH"
+        )
     network = _load(file)
     _check_operators(file, network)
     images = _only_input(file, network)
@@ -79,7 +81,10 @@ def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> C
     batch, *sizes = dims
     height, width, channels = sizes if before.layout == "nhwc" else (*sizes[1:], sizes[0])
     if channels is None or height is None or width is None:
-        raise InputError(f"{file}: input {images.name!r} has no fixed channels, height and width; export it with them")
+        raise InputError(
+            f"{file}: input {images.name!r} has no fixed channels, height and width; export the network with a fixed "
+            "image size"
+        )
     if batch is not None:
         free_batch(network, batch)
     classes = _classes(file, network)
@@ -97,15 +102,15 @@ def _load(file: Path) -> onnx.ModelProto:
         network = onnx.load(file, load_external_data=False)
     except InputError:
         raise
-    except Exception as error:  # an OSError, or protobuf's DecodeError, of a package without types
+    except Exception as error:  # an OSError, or protobuf's DecodeError, which has no type stubs
         raise InputError(f"{file} is not an ONNX file ({type(error).__name__}: {one_line(error)})") from None
     outside = [tensor for tensor in network.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     if sum(prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in outside) > LARGEST:
         raise InputError(too_large)
     if outside:
         raise InputError(
-            f"{file} keeps its weights in other files; save it as one: "
-            f"python -c \"import onnx; onnx.save(onnx.load('{file.name}'), 'one-file.onnx')\""
+            f'{file} stores its weights in separate files; save everything in one file: python -c "import onnx; '
+            f"onnx.save(onnx.load('{file.name}'), 'one-file.onnx')\""
         )
     if not network.graph.node or not network.graph.output:
         raise InputError(f"{file} is not an ONNX network: it has no nodes or no output")
@@ -130,7 +135,10 @@ def _only_input(file: Path, network: onnx.ModelProto) -> onnx.ValueInfoProto:
     inputs = [entry for entry in network.graph.input if entry.name not in stored]
     if len(inputs) != 1:
         names = ", ".join(entry.name for entry in inputs) or "none"
-        raise InputError(f"{file} has {len(inputs)} inputs ({names}); export a network of images alone, state inside")
+        raise InputError(
+            f"{file} has {len(inputs)} inputs ({names}); export a network whose only input is the images and which "
+            "starts with its own initial state"
+        )
     images, tensor = inputs[0], inputs[0].type.tensor_type
     if tensor.elem_type != TensorProto.FLOAT or len(tensor.shape.dim) != 4:
         kind = TensorProto.DataType.Name(tensor.elem_type).lower()
@@ -145,7 +153,7 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
     """Return the number of logits. Raises InputError for several outputs, and for probabilities."""
     if len(network.graph.output) != 1:
         names = ", ".join(entry.name for entry in network.graph.output)
-        raise InputError(f"{file} has {len(network.graph.output)} outputs ({names}); export the logits alone")
+        raise InputError(f"{file} has {len(network.graph.output)} outputs ({names}); export only the logits")
     logits = network.graph.output[0]
     if logits.type.tensor_type.elem_type != TensorProto.FLOAT:
         kind = TensorProto.DataType.Name(logits.type.tensor_type.elem_type).lower()
@@ -157,7 +165,7 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
     dims = graph.output[0].type.tensor_type.shape.dim
     if len(dims) != 2 or not dims[1].HasField("dim_value"):
         raise InputError(
-            f"{file}: output {logits.name!r} is not a batch of logits [batch, classes]; export those alone"
+            f"{file}: output {logits.name!r} is not a batch of logits [batch, classes]; export only such logits"
         )
     return int(dims[1].dim_value)
 
@@ -174,7 +182,7 @@ def cut_off(file: Path, network: onnx.ModelProto, last: onnx.NodeProto | None) -
     if last is None:
         return f"{holds}export the values before they are normalised"
     name = last.name or last.output[0]
-    return f"{holds}cut node {name} ({last.op_type}) off and make its input {last.input[0]!r} the output"
+    return f"{holds}remove node {name} ({last.op_type}) and make its input {last.input[0]!r} the output"
 
 
 def _put_in_front(file: Path, network: onnx.ModelProto, before: Preprocessing, shape: tuple[int, int, int]) -> None:
@@ -189,7 +197,10 @@ def _put_in_front(file: Path, network: onnx.ModelProto, before: Preprocessing, s
         steps.append(("Add", np.array(before.low)))
     for op_type, values in (("Sub", before.mean), ("Div", before.std)):
         if values and len(values) not in (1, channels):
-            raise InputError(f"{file} takes {channels} channels; give one number per channel, not {len(values)}")
+            raise InputError(
+                f"{file} takes {channels} channels, but there are {len(values)} numbers; give one per channel, or one "
+                "for all"
+            )
         if values:
             steps.append((op_type, np.array(values).reshape(-1, 1, 1)))
     if before.layout == "nhwc":

@@ -69,10 +69,10 @@ def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
     if not jumps and refused:
         return Survey([_unsupported(refused, network)], 0, {}, 0, refused)
     layers = group(tape, jumps)
-    made = {jump.node.output[0]: jump for jump in jumps}
+    jump_of_output = {jump.node.output[0]: jump for jump in jumps}
     needed = _needed(network)
     findings = [
-        _finding(node, made.get(node.output[0]), refused)
+        _finding(node, jump_of_output.get(node.output[0]), refused)
         for node in network.graph.node
         if node.output[0] in needed and any(tape.depends(name) for name in node.output)
     ]

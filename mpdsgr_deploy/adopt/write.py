@@ -37,8 +37,9 @@ from mpdsgr_deploy.validation.health.artefact import are_probabilities, check_lo
 
 ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
 CHUNK = RuntimeSettings(chunk=32)  # images that a network computes at once, which bounds the memory
-BATCHES = (1, 2, 5)  # sizes in which the first images are asked, alone and together
-OTHER_RESETS = {False: DetachedPGD.method, True: AttachedPGD.method}  # by whether the named surrogate detaches resets
+BATCHES = (1, 2, 5)  # batch sizes with which the first images are classified
+# key: whether the named surrogate detaches the reset
+OTHER_RESETS = {False: DetachedPGD.method, True: AttachedPGD.method}
 Origin = Literal["adopted", "module"]
 
 
@@ -79,17 +80,20 @@ def adopt(
     out, base = out.resolve(), Recipe() if recipe is None else recipe
     named = parse_surrogate(surrogate)
     if named.averaged or named.kind in ATTACK_ONLY:
-        raise InputError(f"surrogate {surrogate!r} is an attacker's; name one to train with: {', '.join(KINDS)}")
+        raise InputError(
+            f"surrogate {surrogate!r} exists only for attacks; choose one that networks are trained with: "
+            f"{', '.join(KINDS)}"
+        )
     main = read_classifier(model, preprocessing)
     images = relabelled(images, labels, main.classes)
     if not len(images):
-        raise InputError(f"there are no images to attack {model} with; give some that are labelled")
+        raise InputError(f"there are no images on which to attack {model}; give labelled images with --images")
     if images.shape != main.shape:
         raise InputError(f"the images have shape {images.shape}; {model} takes {main.shape} (C, H, W)")
-    seen = survey(main.network, surrogate)
-    if seen.refused:
-        raise InputError(seen.refused)
-    filled = _recipe(base, model, named, seen)
+    surveyed = survey(main.network, surrogate)
+    if surveyed.refused:
+        raise InputError(surveyed.refused)
+    filled = _recipe(base, model, named, surveyed)
     ends = main.network.graph.input[0].name, main.network.graph.output[0].name
     tier = tier or filled.gate.tier
     promised = images[: choose("tier", TIERS, tier).images]
@@ -98,11 +102,12 @@ def adopt(
         for name, file in variants.items():
             other = _same_kind(file, read_classifier(file, preprocessing), main)
             parts[name] = _placed(file, other, scratch / f"model.{name}.onnx", promised, filled)
-            attack_graph(other.network, surrogate)  # refuses what cannot be attacked, as the survey does of float32
+            # raises InputError if it cannot be attacked, as the survey does for float32
+            attack_graph(other.network, surrogate)
         exact = _agrees(model, parts["fp32"].logits, reference)
         _warn_of_chance(parts["fp32"].logits, promised)
         _warn_of_counts(parts["fp32"].logits)
-        main = main._replace(network=onnx.ModelProto())  # attacks take their memory; the files are all that is needed
+        main = main._replace(network=onnx.ModelProto())  # free the memory for the attacks, which read the files
         written = {name: _variant(name, part, promised, filled) for name, part in parts.items()}
         with OnnxRuntime(scratch / "model.fp32.onnx", settings=CHUNK) as predictor:
             network = NetworkFile(scratch / "model.fp32.onnx", predictor)
@@ -123,7 +128,7 @@ def adopt(
             variants=written,
             reference=figures,
             origin=origin,
-            provenance=_provenance(parts, preprocessing, seen, origin),
+            provenance=_provenance(parts, preprocessing, surveyed, origin),
         )
 
 
@@ -156,14 +161,16 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
             pieces = [network(x[a:b]) for a, b in pairwise(bounds) if a < len(x)]
         except InputError as error:
             size = "" if classifier.batch is None else f" than {classifier.batch}"
-            raise InputError(f"{file} runs on no batch of another size{size} ({one_line(error)}); {ADVICE}") from None
+            raise InputError(
+                f"{file} does not run with another batch size{size} ({one_line(error)}); {ADVICE}"
+            ) from None
         parity = compare(together, np.concatenate(pieces)[: len(x)])
         if not parity.holds:
-            raise InputError(f"{file} answers an image otherwise in another batch ({parity}); {ADVICE}")
+            raise InputError(f"{file} gives an image other logits in another batch ({parity}); {ADVICE}")
         _check_freed(file, classifier, x, together)
         logits = predict(network, images.unit(), recipe.validation.batch_size, f"{target.stem}, clean")
     if logits.shape != (len(images), classifier.classes) or not np.isfinite(logits).all():
-        raise EvaluationError(f"{file} does not answer with {classifier.classes} finite logits an image")
+        raise EvaluationError(f"{file} does not give {classifier.classes} finite logits for each image")
     if are_probabilities(logits):
         raise InputError(cut_off(file, classifier.network, probabilities(classifier.network, through=ELEMENTWISE)))
     return AdoptedVariant(file, classifier._replace(network=onnx.ModelProto()), logits)
@@ -180,14 +187,16 @@ def _check_freed(file: Path, classifier: Classifier, x: NDArray[np.float32], log
     parity = compare(expected, logits[rows])
     if not parity.holds:
         raise InputError(
-            f"{file} is bound to batches of {classifier.batch}, and answers otherwise without ({parity}); {ADVICE}"
+            f"{file} has a fixed batch size of {classifier.batch}, and gives other logits when it is changed "
+            f"({parity}); {ADVICE}"
         )
 
 
 def _same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:
     if (other.shape, other.classes) != (main.shape, main.classes):
         raise InputError(
-            f"{file} takes {other.shape} to {other.classes} logits; the network {main.shape} to {main.classes}"
+            f"{file} maps {other.shape} to {other.classes} logits, but the network maps {main.shape} to "
+            f"{main.classes}; give the same network in another precision"
         )
     return other
 
@@ -199,12 +208,16 @@ def _agrees(model: Path, logits: NDArray[np.float32], reference: NDArray[np.floa
     expected = reference[: len(logits)]
     if expected.shape != logits.shape:
         raise InputError(
-            f"the reference holds logits {list(reference.shape)}; at least {list(logits.shape)} are needed"
+            f"--reference holds logits {list(reference.shape)}, but {list(logits.shape)} are needed, a row for "
+            "each image"
         )
     parity = compare(expected.astype(np.float32), logits)
     if not parity.holds:
-        raise EvaluationError(f"{model} does not answer as the framework it comes from: {parity}; no bundle written")
-    log.info("the file against the reference: %s", parity)
+        raise EvaluationError(
+            f"{model} gives other logits than the framework it comes from ({parity}), so no bundle was written; "
+            "compare the images and their preprocessing in both"
+        )
+    log.info("logits of the file compared with the reference: %s", parity)
     return np.asarray(np.abs(expected - logits).max(1) <= TOLERANCE)
 
 
@@ -222,8 +235,9 @@ def _warn_of_counts(logits: NDArray[np.float32]) -> None:
     check = check_logits(logits)
     if check.failed:
         log.warning(
-            "%s: `mpdsgr validate` will end INVALID (check %d), since attacks find nothing to follow on such plateaus; "
-            "let the network return the mean over time of what its last synapses give, without neurons behind them",
+            "%s: `mpdsgr validate` will end INVALID (check %d), because such outputs give attacks no gradient to "
+            "follow; let the network return the mean over time of the currents of its last layer, without "
+            "neurons after it",
             check.saw,
             check.number,
         )
@@ -259,7 +273,7 @@ def _provenance(
     parts: Mapping[str, AdoptedVariant], preprocessing: Preprocessing | None, seen: Survey, origin: Origin
 ) -> dict[str, Any]:
     main = parts["fp32"]
-    how = "byte for byte" if main.classifier.unchanged else "with what stands in front of its nodes"
+    how = "byte for byte" if main.classifier.unchanged else "with preprocessing nodes in front"
     return {
         "export": provenance(),
         "checkpoint": f"{'adopted' if origin == 'adopted' else 'module exported'} from {main.file.name}, {how}",

@@ -55,12 +55,12 @@ def _updated(tape: Tape, state: str, value: str) -> str:
 
 def potential_slopes(tape: Tape, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
     """Return dO/dU of each step of a layer from its v [B, C, ...] or [B, N], of the shape `shape`."""
-    first = 2 if len(shape) > 2 else 1  # of the axes over which a channel extends
+    first = 2 if len(shape) > 2 else 1  # the first axis over which a channel extends
     axes = tape.integers(*range(first, len(shape)))
     extents = [extent for extent in shape[first:] if isinstance(extent, int)]
     assert len(extents) == len(shape) - first
     size = prod(extents)
-    sums: list[str] = []  # of v, up to each step, [B, C, 1, ...] or [B, 1]
+    sums: list[str] = []  # sums of v up to each step, each [B, C, 1, ...] or [B, 1]
     slopes = []
     for t, v in enumerate(vs):
         total = tape.emit("ReduceSum", v, axes, keepdims=1)

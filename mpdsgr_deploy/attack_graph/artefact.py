@@ -34,7 +34,7 @@ class LastSession:
         """Return the session for a surrogate and a loss. Raises InputError as `attack_session` does."""
         kind = parse_surrogate(surrogate)._replace(width=0.0), loss == "weighted"  # the width is an input of the graph
         if self._session is None or kind != self._kind:
-            self._kind = self._session = None  # before the next one takes as much memory
+            self._kind = self._session = None  # free its memory before the next one needs as much
             self._session = attack_session(self._model, surrogate, loss=loss, provider=self._provider)
             self._kind = kind
         return self._session

@@ -59,7 +59,7 @@ class GraphAttacker(AbstractContextManager["GraphAttacker"]):
         expected_noise = {name: tuple(shape[1:]) for name, shape in others if name not in (*OWN, *self._states)}
         if expected_noise != {entry.name: entry.shape for entry in noise}:
             raise InputError(
-                f"{model} takes the noise {expected_noise or 'none'}; give its attacker the manifest's entries"
+                f"{model} takes the noise {expected_noise or 'none'}; pass the entries of its manifest to the attacker"
             )
         self._noise, self._draws, self._random = tuple(noise), draws if noise else 1, np.random.default_rng([seed, 1])
         self._scalars = {WIDTH: np.array(parse_surrogate(surrogate).width, np.float32)}

@@ -18,7 +18,7 @@ from mpdsgr_deploy.onnx_files import CE, CLASSES, DLR, GRADIENT, LOSS, WEIGHTED,
 from mpdsgr_deploy.surrogates import ADAPTIVE, parse_surrogate
 
 TINY = 1e-12  # keeps DLR finite where three logits are equal
-OUTPUTS = (CE, DLR, GRADIENT)  # beside the logits
+OUTPUTS = (CE, DLR, GRADIENT)  # outputs of the attack graph beside the logits
 
 
 class Losses(NamedTuple):
@@ -123,7 +123,7 @@ def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = F
         _differentiate(tape, neurons, node)
     gradient = tape.take(images.name)
     if gradient is None:
-        raise InputError("no attack graph: no gradient reaches the images")
+        raise InputError("no attack graph: no gradient reaches the images, so there is nothing to attack through")
     tape.emit("Identity", gradient, name=GRADIENT)
     del tape.graph.input[len(network.graph.input) :]
     width = helper.make_tensor_value_info(WIDTH, TensorProto.FLOAT, [])

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 
 COMPARISONS = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
-SHAPES = {"Shape", "Size"}  # what they give depends on no pixel
+SHAPES = {"Shape", "Size"}  # their results do not depend on pixels
 VIEWS = {"Dropout", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 LINEAR = VIEWS | {"Add", "Cast", "Concat", "Conv", "Div", "Gather", "Gemm", "MatMul", "Mul", "Neg", "ReduceMean"}
 LINEAR |= {"ReduceSum", "Slice", "Split", "Sub", "Sum"}
@@ -106,7 +106,7 @@ class _Finder:
         above, below = node.input if node.op_type.startswith("Greater") else reversed(node.input)
         if above in self.decided or below in self.decided:
             return None
-        if below in self.noise or above in self.noise:  # an encoding draws spikes of mean x by x >= noise
+        if below in self.noise or above in self.noise:  # an encoding draws spikes with mean x as x >= noise
             return Inequality(above, below, passes=True) if below in self.noise else None
         between = self.tape.scalar(below)
         if above in self.binary and between is not None and 0 <= between <= 1:
@@ -215,5 +215,11 @@ def why_not(node: onnx.NodeProto) -> str:
     if node.op_type in UNROLL:
         return "is control flow: unroll the time steps in `forward` (a Python loop of fixed length) and export again"
     if node.op_type in MULTIPLE:
-        return "rounds what depends on the images, as neurons that fire several times a step do; use single spikes"
-    return "decides by what depends on the images, and no surrogate stands for it: an attack would see no gradient"
+        return (
+            "rounds values that depend on the images, as neurons with several spikes per step do; use neurons with "
+            "at most one spike per step"
+        )
+    return (
+        "compares values that depend on the images and has no surrogate gradient, so an attack would get no gradient "
+        "through it"
+    )

@@ -40,7 +40,7 @@ def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
     walk = _Walk(tape, spikes)
     if named:
         return Layers(_by_name(named), walk.resets)
-    steps: dict[int, LayerStep] = {}  # by the first jump at a potential
+    steps: dict[int, LayerStep] = {}  # key: the first jump at a potential
     first: dict[tuple[str | float | None, ...], int] = {}
     for number, jump in enumerate(spikes):
         twin = first.setdefault(_potential(tape, jump), number)
@@ -69,7 +69,7 @@ def _by_name(spikes: Sequence[Jump]) -> dict[str, list[LayerStep]]:
         layer, _, step = jump.node.output[0].removeprefix(SPIKES).rpartition("/")
         steps = layers.setdefault(layer, [])
         if step != str(len(steps)):
-            raise refuse(jump.node, f"comes where step {len(steps)} of layer {layer} is expected")
+            raise refuse(jump.node, f"stands where step {len(steps)} of layer {layer} is expected; export again")
         steps.append(LayerStep([jump]))
     return layers
 
@@ -93,7 +93,7 @@ class _Walk:
         """Return the earlier spikes that a potential is computed from, each with the edges that read it."""
         earlier: dict[int, set[tuple[str, str]]] = {}
         waiting = [value for value in jump.compared[:2] if value is not None]
-        seen = set(waiting)
+        visited = set(waiting)
         while waiting:
             node = self._tape.makers.get(waiting.pop())
             if node is None or node.op_type not in MEMBRANE:
@@ -102,7 +102,7 @@ class _Walk:
                 spike = self._numbers.get(value)
                 if spike is not None and spike < number:
                     earlier.setdefault(spike, set()).add((node.output[0], value))
-                elif value not in seen and self._tape.depends(value):
-                    seen.add(value)
+                elif value not in visited and self._tape.depends(value):
+                    visited.add(value)
                     waiting.append(value)
         return earlier

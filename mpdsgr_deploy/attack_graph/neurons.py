@@ -33,18 +33,18 @@ class Neurons:
         self._derivative = surrogate_nodes("arctan" if kind in ATTACK_ONLY else kind)
         self._jumps = {jump.node.output[0]: jump for jump in jumps}
         self._layers = layers.steps
-        self._place = {  # spikes to layer and step
+        self._place = {  # name of the spikes -> layer and step
             jump.node.output[0]: (layer, t)
             for layer, steps in layers.steps.items()
             for t, step in enumerate(steps)
             for jump in step.jumps
         }
-        self._slopes: dict[str, str] = {}  # by jump, where several share one or `adaptive` has made them
+        self._slopes: dict[str, str] = {}  # key: the jump, if several share a slope or `adaptive` made it
         if kind in (ADAPTIVE, PDSG):
             for layer, steps in self._layers.items():
                 self._adapt(layer, steps)
-        self._pools = averaged or kind == RATE  # whether a layer's steps pass on one gradient, the mean of theirs
-        self._waiting: dict[str, list[str]] = {}  # where they do: what the layer's steps have to pass on
+        self._pools = averaged or kind == RATE  # whether all steps of a layer pass on the mean of their gradients
+        self._waiting: dict[str, list[str]] = {}  # if they do: gradients that the layer's steps have not passed on yet
         if detached:
             tape.unpaid |= layers.resets
 
@@ -83,7 +83,7 @@ class Neurons:
             return self._tape.emit("Mul", cotangent, self._tape.constant(2))
         _, yes, no = jump.node.input
         high, low = self._tape.array(yes), self._tape.array(no)
-        assert high is not None  # or it would be a jump between branches
+        assert high is not None  # otherwise this is a jump between branches
         assert low is not None
         return self._tape.emit("Mul", cotangent, self._tape.constant(high.astype("f4") - low.astype("f4")))
 
@@ -102,7 +102,7 @@ class Neurons:
             return self._slopes[key]
         slope = self._derivative(self._nodes, self._v(jump))
         place = self._place.get(key)
-        if place is not None:  # the other jumps at this potential: surrogates are even
+        if place is not None:  # also for the other jumps at this potential, since surrogates are even
             self._slopes |= dict.fromkeys((j.node.output[0] for j in self._layers[place[0]][place[1]].jumps), slope)
         return slope
 
@@ -144,7 +144,7 @@ class Neurons:
         tape = self._tape
         potentials = [self._potential(step) for step in steps]
         currents = [potentials[0][0], *(self._current(*both) for both in zip(potentials[1:], steps[1:], strict=True))]
-        distinct = list(dict.fromkeys(currents))  # one, where the current lasts
+        distinct = list(dict.fromkeys(currents))  # only one if the current is the same at all steps
         if self._kind == RATE:
             threshold = tape.float32(potentials[0][1])
             mean = self._mean([tape.float32(current) for current in distinct], len(distinct))
@@ -169,19 +169,21 @@ class Neurons:
         jump = step.jumps[0]
         above, below, _ = jump.compared
         if above is None or below is None or self._tape.array(below) is None or len(step.jumps) > 1:
-            raise refuse(jump.node, f"compares otherwise than exported networks do; leave rate and {AVERAGED} out")
+            raise refuse(
+                jump.node, f"compares in another way than networks exported here; leave rate and {AVERAGED} out"
+            )
         return above, below
 
     def _current(self, potential: tuple[str, str], step: LayerStep) -> str:
         """Return the summand of a potential that is the input current, not the decayed previous potential."""
-        made = self._tape.makers.get(potential[0])
-        if made is None or made.op_type != "Add":
+        maker = self._tape.makers.get(potential[0])
+        if maker is None or maker.op_type != "Add":
             raise refuse(
                 step.jumps[0].node,
-                f"has a potential that is not what was left of the last one plus a current; {RATE} and {AVERAGED} are "
-                "for networks that were trained and exported here",
+                f"has a membrane potential that is not the previous one plus a current; {RATE} and {AVERAGED} "
+                "work only for networks that were trained and exported here",
             )
-        return made.input[1]
+        return maker.input[1]
 
 
 def choose(tape: Tape, node: onnx.NodeProto, cotangent: str) -> None:

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mpdsgr_deploy.attack_graph.values import ConstantValues, ValueType, value_types
 from mpdsgr_deploy.errors import InputError
 
-PREFIX = "backward/"  # of everything that is added
+PREFIX = "backward/"  # prefix of the name of every node that is added
 
 
 class Piece(NamedTuple):
@@ -43,7 +43,7 @@ class Tape:
         self._types = value_types(network, self._constant_values)
         self.smooth: set[str] = set()  # values with a cotangent, set by `find_jumps`
         self.unpaid: set[tuple[str, str]] = set()  # (a node's first output, its input): gradients that do not count
-        self.node: onnx.NodeProto | None = None  # the one that is being differentiated
+        self.node: onnx.NodeProto | None = None  # the node that is being differentiated
         self._constants: dict[tuple[Any, ...], str] = {}
         self._floats: dict[str, str] = {}
         self._cotangents: dict[str, tuple[int, str]] = {}  # sign and name
@@ -102,7 +102,10 @@ class Tape:
     def type(self, value: str) -> ValueType:
         """Return shape and type of a value of the forward graph. Raises InputError where they cannot be inferred."""
         if value not in self._types:
-            raise InputError(f"no attack graph: the shape of value {value!r} cannot be inferred; export it with shapes")
+            raise InputError(
+                f"no attack graph: the shape of value {value!r} cannot be inferred; export the network with fixed "
+                "shapes"
+            )
         return self._types[value]
 
     def shape(self, value: str) -> tuple[int | str | None, ...]:
@@ -134,7 +137,7 @@ class Tape:
         old_sign, old = self._cotangents[value]
         if sign == old_sign:
             self._cotangents[value] = (sign, self.emit("Add", old, cotangent))
-        else:  # a difference, positive
+        else:  # a difference with a positive sign
             above, below = (cotangent, old) if sign > 0 else (old, cotangent)
             self._cotangents[value] = (1, self.emit("Sub", above, below))
 
@@ -164,7 +167,7 @@ class Tape:
         padded = []
         for piece in pieces:
             size = self.shape(value)[piece.axis]
-            assert isinstance(size, int)  # or there would be no piece
+            assert isinstance(size, int)  # otherwise there would be no piece
             around = [piece.start], [size - piece.stop], [piece.axis]
             padded.append(self.pad(piece.cotangent, *around, len(self.shape(value))))
         return padded

@@ -11,9 +11,9 @@ from onnx.reference import ReferenceEvaluator
 
 from mpdsgr_deploy.errors import InputError, one_line
 
-TRIED = (2, 3)  # batch sizes
+TRIED = (2, 3)  # batch sizes with which shapes are measured
 SMALL = 1024  # elements; larger constants are weights, whose values no shape depends on
-COMPUTING_SHAPES = {"Shape", "Size"}  # operators; without one, nothing is measured
+COMPUTING_SHAPES = {"Shape", "Size"}  # if a network has none of these operators, nothing is measured
 
 
 class ValueType(NamedTuple):
@@ -57,7 +57,7 @@ class ConstantValues:
 
     def _needed(self, value: str) -> NDArray[Any]:
         array = self.get(value)
-        assert array is not None  # what computes a constant is constant
+        assert array is not None  # the inputs of a constant are constants
         return array
 
 
@@ -70,15 +70,15 @@ def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str
     InputError for a graph that contradicts itself.
     """
     types = _inferred(network)
-    made = [name for node in network.graph.node for name in node.output if name]
-    unknown = [name for name in made if name not in types or any(map(_is_unknown, types[name].shape))]
+    computed_names = [name for node in network.graph.node for name in node.output if name]
+    unknown = [name for name in computed_names if name not in types or any(map(_is_unknown, types[name].shape))]
     images = network.graph.input[0]
     dims = images.type.tensor_type.shape.dim
     if not unknown or len(network.graph.input) > 1 or not all(size.HasField("dim_value") for size in dims[1:]):
         return types
     if COMPUTING_SHAPES.isdisjoint(node.op_type for node in network.graph.node):
         return types
-    numbers = [name for name in made if name in types and types[name].dtype == TensorProto.INT64]
+    numbers = [name for name in computed_names if name in types and types[name].dtype == TensorProto.INT64]
     try:
         runs = _measured(network, [*unknown, *numbers], [size.dim_value for size in dims[1:]])
     except Exception:  # a network that runs at no batch of another size, which whoever runs it will say
@@ -98,7 +98,7 @@ def _measured(
     network: onnx.ModelProto, values: Sequence[str], shape: Sequence[int]
 ) -> dict[str, tuple[NDArray[Any], ...]]:
     """Run the network at each trial batch size and return some of its values by name."""
-    from mpdsgr_deploy.runtime.session import CPU, Session  # only where it is needed: it loads onnxruntime
+    from mpdsgr_deploy.runtime.session import CPU, Session  # imported only here, because it loads onnxruntime
 
     whole = onnx.ModelProto()
     whole.CopyFrom(network)
@@ -144,7 +144,7 @@ def _inferred(network: onnx.ModelProto) -> dict[str, ValueType]:
     bare = without_weights(network)
     try:
         graph = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph
-    except Exception as error:  # onnx's InferenceError, or of C++
+    except Exception as error:  # onnx's InferenceError, or an error from its C++ code
         raise InputError(f"no attack graph: the network's shapes cannot be inferred ({one_line(error)})") from None
     types = {tensor.name: ValueType(tuple(tensor.dims), tensor.data_type) for tensor in bare.graph.initializer}
     for entry in (*graph.input, *graph.value_info, *graph.output):

@@ -45,7 +45,7 @@ class OneLineErrors(click.Command):
             result = super().invoke(ctx)
             sys.stdout.flush()  # at exit Python would print an error of this as a traceback
             return result
-        except BrokenPipeError:  # the reader has seen enough, as `| head` has
+        except BrokenPipeError:  # the reader closed the pipe, as `| head` does
             drop_output()
             sys.exit(0)
         except MpdsgrError as error:

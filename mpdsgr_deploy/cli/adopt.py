@@ -192,7 +192,7 @@ def _logits(path: Path) -> Any:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             logits = arrays["logits"]
-    except Exception as error:  # numpy's for files that are none of its own are many
+    except Exception as error:  # numpy raises many types for files that it did not write
         raise InputError(f"{path} does not hold an array `logits` ({error}); write it with numpy.savez") from None
     if logits.ndim != 2 or logits.dtype.kind != "f":
         raise InputError(f"{path}: logits must be numbers [N, K], these are {logits.dtype} {list(logits.shape)}")

@@ -18,7 +18,7 @@ from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 RECIPE = "digits-robust"
 COLUMNS = ("clean", "gaussian", "fgsm", "pgd-strong", WORST)
-NO_FLOORS = "gate.floors={}"  # of accuracy itself, which moves by some points from one CPU to another
+NO_FLOORS = "gate.floors={}"  # accuracy differs by some points between CPUs
 
 
 @click.command("demo")

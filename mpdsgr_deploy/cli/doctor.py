@@ -32,13 +32,13 @@ EXTRAS = {
 # The parts that have never run on a GPU, how they are tested meanwhile, and the step of benchmarks/gpu.py for each
 UNPROVED = (
     ("Triton kernels of the LIF neuron", "in Triton's interpreter, and compiled for sm_90", "kernels"),
-    ("onnxruntime-cuda, its plug-in", "choice of provider and errors, with stand-ins", "providers"),
+    ("onnxruntime-cuda, its plug-in", "choice of provider and error messages, with a fake library", "providers"),
     ("verdicts on a GPU equal those on a CPU", "not at all", "providers"),
     ("attack graph on CUDA", "on onnxruntime's CPU provider", "attack"),
     ("training on GPUs, several of them, several nodes", "on CPUs, as processes on one machine", "training"),
     ("CIFAR-10 at the paper's size", "small networks on a CPU", "cifar10"),
-    ("tensorrt, onnxruntime-tensorrt", "not at all: no library without a GPU", "inference"),
-    ("tensorrt-rtx", "engines are built, CUDA calls recorded by a stand-in", "inference"),
+    ("tensorrt, onnxruntime-tensorrt", "not at all, because the library needs a GPU", "inference"),
+    ("tensorrt-rtx", "engines are built, and a fake driver records the CUDA calls", "inference"),
 )
 
 
@@ -102,7 +102,8 @@ def state(bundle: Bundle, backend: str, precision: str, *, build: bool = False) 
     try:
         if build and backend in LIBRARIES:
             bundle, _ = prepare(backend, bundle, precision)
-        with open_predictor(bundle, backend, precision) as predictor:  # answers the golden batch rightly, or raises
+        # raises unless the golden batch is answered correctly
+        with open_predictor(bundle, backend, precision) as predictor:
             inputs, _ = bundle.golden()
             started = time.perf_counter()
             predictor(inputs)

@@ -10,7 +10,7 @@ from mpdsgr_deploy.cli.output import print_json, print_sentence, print_table
 from mpdsgr_deploy.pairs.compare import Differences, compare
 from mpdsgr_deploy.pairs.side import Side, read_side
 
-COLUMNS = ("A fires", "B fires", "differ", "A near", "B near", "overlap")  # of a layer
+COLUMNS = ("A fires", "B fires", "differ", "A near", "B near", "overlap")  # columns of the table of layers
 LEGEND = """fires: spikes per neuron and time step; differ: spikes that differ;
 near: potentials in the surrogate's window; overlap: how far the histograms of
 the potentials overlap"""

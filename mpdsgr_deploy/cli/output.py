@@ -16,7 +16,7 @@ from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.signing.trust import Trust
 
-NARROWEST = 16  # columns of text that a folded cell keeps
+NARROWEST = 16  # smallest width of a folded cell, in characters
 
 precision_option = click.option(
     "--precision",

@@ -161,4 +161,4 @@ def print_report(report: Report) -> None:
     if seen := sensitivity(report):
         click.echo(f"  {seen}")
     for name in not_compared(report):
-        click.echo(f"{name}: {NOT_COMPARED} with the reference, which was not attacked in this way")
+        click.echo(f"  {name}: {NOT_COMPARED} with the reference, which was not attacked in this way")

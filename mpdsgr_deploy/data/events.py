@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError
 
 RECORDINGS = ".bin"
-SIDE = 34  # pixels
-RECORD = 5  # bytes
+SIDE = 34  # height and width in pixels
+RECORD = 5  # bytes per event
 # A record with this y is not an event: the camera's clock has wrapped, and later times grow by this much, as in readers
 # that the data set's authors publish. The 23 bits alone last 8.4 s and so do not wrap within a recording of 0.3 s.
 WRAPPED, CLOCK = 240, 2**13
@@ -82,7 +82,7 @@ def decode_frames(content: bytes, name: str, shape: tuple[int, int, int]) -> NDA
     channels, *size = shape
     if not name.lower().endswith(RECORDINGS) or channels % 2 or size != [SIDE, SIDE]:
         raise InputError(
-            f"{name}: a network of input {list(shape)} takes arrays, or {RECORDINGS} recordings where that is "
-            f"[2 T, {SIDE}, {SIDE}]"
+            f"{name}: a network with input {list(shape)} takes arrays, and {RECORDINGS} recordings only if its "
+            f"input is [2 T, {SIDE}, {SIDE}]"
         )
     return to_frames(parse_events(content, name), channels // 2)

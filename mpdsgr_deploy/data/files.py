@@ -42,7 +42,9 @@ def _decoded(source: Path | BytesIO, name: str, shape: Shape) -> NDArray[np.uint
     try:
         with Image.open(source) as image:
             if image.mode[0] in "IF":
-                raise InputError(f"{name} has more than 8 bits a channel, which would be clipped; convert it first")
+                raise InputError(
+                    f"{name} has more than 8 bits per channel, which would be clipped; convert it to 8 bits first"
+                )
             upright = opaque(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     except InputError:

@@ -26,13 +26,13 @@ def imagefolder(config: Data, train: bool) -> Images:
     training.
     """
     if config.image_size is None:
-        raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels the images are brought to")
+        raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels to which images are resized")
     root = Path(config.root)
     training, test = root / TRAIN, _test_folder(root)
     if not training.is_dir() and test is None:
         raise MissingData(
-            f"no images under {root}; expected {training}/CLASS/NAME.png and {root / TEST[0]}/CLASS/NAME.png, one "
-            f"folder for each class"
+            f"there are no images under {root}; put them at {training}/CLASS/NAME.png and "
+            f"{root / TEST[0]}/CLASS/NAME.png, with one folder per class"
         )
     folder = training if train else test
     if folder is None or not folder.is_dir():
@@ -40,7 +40,11 @@ def imagefolder(config: Data, train: bool) -> Images:
     labels = class_folders(training if training.is_dir() else folder)
     files = _files(folder, labels)
     if train and test is None:
-        log.warning("%s has no test split (%s): what is trained cannot be validated on it", root, ", ".join(TEST))
+        log.warning(
+            "%s has no test split (%s), so a network that is trained on it cannot be validated on it",
+            root,
+            ", ".join(TEST),
+        )
     elif train and test is not None:
         _files(test, labels)
     shape = (3, config.image_size, config.image_size)
@@ -55,21 +59,23 @@ def _files(folder: Path, labels: list[str]) -> list[tuple[Path, int]]:
     """List the images of a split with their classes. Raises InputError unless its classes are exactly these."""
     unknown = [name for name in class_folders(folder) if name not in labels]
     if unknown:
-        raise InputError(f"{folder} has a class {unknown[0]!r} that {TRAIN}/ has not; rename or remove it")
+        raise InputError(f"{folder} has a class {unknown[0]!r} that {TRAIN}/ does not have; rename or remove it")
     files, counts = [], Counter[str]()
     for k, label in enumerate(labels):
         walked = walk(folder / label, image_suffixes()) if (folder / label).is_dir() else None
         if walked is None or not walked.files:
             others = passed_over(walked.passed_over) if walked else ""
-            seen = f" (passed over: {others})" if others else ""
+            ignored = f" (ignored: {others})" if others else ""
             raise InputError(
-                f"{folder / label} has no images{seen}: each class needs some in every split, in a format that Pillow "
-                f"reads"
+                f"{folder / label} has no images{ignored}; each class needs images in every split, in a format that "
+                "Pillow reads"
             )
         files += [(path, k) for path in walked.files]
         counts += walked.passed_over
     if not files:
-        raise InputError(f"no images under {folder}; expected {folder}/CLASS/NAME.png, one folder for each class")
+        raise InputError(
+            f"there are no images under {folder}; put them at {folder}/CLASS/NAME.png, with one folder per class"
+        )
     if counts:
-        log.warning("%s: %d images; passed over %s", folder, len(files), passed_over(counts))
+        log.warning("%s: %d images; ignored %s", folder, len(files), passed_over(counts))
     return files

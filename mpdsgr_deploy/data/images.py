@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError
 
 ORDER_SEED = 0
-MIXED = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100"}  # in the order that everybody knows
+MIXED = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100"}  # data sets whose published order mixes the classes
 
 
 def to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
@@ -48,8 +48,8 @@ class Images:
         """Raise InputError unless these images, of data set `name`, have a network's input shape and class names."""
         if self.shape != shape or self.labels != labels:
             raise InputError(
-                f"{name} is not what the network was made for: its images have shape {self.shape} and classes "
-                f"{', '.join(self.labels[:5])}; the network takes {shape} and {', '.join(labels[:5])}"
+                f"{name} does not fit the network: its images have shape {self.shape} and classes "
+                f"{', '.join(self.labels[:5])}, but the network takes {shape} and {', '.join(labels[:5])}"
             )
 
     def statistics(self) -> tuple[list[float], list[float]]:

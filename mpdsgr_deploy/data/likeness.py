@@ -16,7 +16,7 @@ SAMPLE, GRID = 1024, 32  # how many images are examined, and about how many rows
 # A network's training images are spread around their mean by `std` over all pixels; the mean of a single image by less
 # than that, so a mean of n images that is further off than SHIFT + CHANCE / sqrt(n) is significant.
 SHIFT, CHANCE = 0.5, 1.5
-SPREAD, ENOUGH = 2.5, 8  # factor by which the spread may differ, once this many images are known
+SPREAD, ENOUGH = 2.5, 8  # factor by which the spread may differ, checked for at least this many images
 
 
 class PixelStatistics(BaseModel):

@@ -71,7 +71,9 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
 def n_mnist(config: Data, train: bool) -> Images:
     """`root/Train/DIGIT/*.bin` and `root/Test/DIGIT/*.bin`: event recordings, each binned to data.frames frames."""
     if config.frames is None:
-        raise InputError(f"data set {config.name!r} needs data.frames, how many frames a recording is cut into")
+        raise InputError(
+            f"data set {config.name!r} needs data.frames, the number of frames into which a recording is cut"
+        )
     labels = tuple("0123456789")
     files = []
     root = Path(config.root)
@@ -121,14 +123,16 @@ def load_training(config: Data) -> tuple[Images, Images]:
     images = DATASETS.choose(config.name)(at_home(config), True)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     held_out = round(config.validation_share * len(images))
-    rest = order[held_out:]
+    training_order = order[held_out:]
     if config.train_images is not None:
-        if config.train_images > len(rest):
+        if config.train_images > len(training_order):
             raise InputError(
-                f"data.train_images is {config.train_images}, but {config.name} leaves {len(rest)} training images "
-                f"after the validation split"
+                f"data.train_images is {config.train_images}, but {config.name} leaves {len(training_order)} training "
+                "images after the validation split"
             )
-        rest = rest[: config.train_images]
-    if not held_out or not len(rest):
-        raise InputError(f"{config.name} has {len(images)} training images, too few for data.validation_share")
-    return images[rest], images[order[:held_out]]
+        training_order = training_order[: config.train_images]
+    if not held_out or not len(training_order):
+        raise InputError(
+            f"{config.name} has only {len(images)} training images, too few for data.validation_share; raise it"
+        )
+    return images[training_order], images[order[:held_out]]

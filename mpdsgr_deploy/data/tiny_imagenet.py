@@ -54,10 +54,13 @@ def _test_files(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
     classes = {wnid: k for k, wnid in enumerate(wnids)}
     files = []
     for number, line in enumerate(_lines(annotations), 1):
-        name, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
+        name, _, class_and_box = line.partition("\t")
+        wnid = class_and_box.partition("\t")[0]
         if wnid not in classes:
-            raise InputError(f"{annotations}, line {number}: {wnid!r} is none of the classes of wnids.txt")
+            raise InputError(
+                f"{annotations}, line {number}: {wnid!r} is not one of the classes in wnids.txt; unpack {FOLDER}.zip "
+                "again"
+            )
         files.append((folder / "val" / "images" / name, classes[wnid]))
     return files
 

@@ -153,7 +153,9 @@ def replace_neurons(model: SpikingNet, derive: Callable[[SpikingLayer], LIF]) ->
     """
     for layer in model.layers():
         if type(layer.neuron) is not LIF:
-            raise InputError("two defences change the neurons, and the second would undo the first; keep one of them")
+            raise InputError(
+                "two defences replace the neurons, and the second would undo the first; remove one of them"
+            )
         layer.neuron = derive(layer)
 
 
@@ -163,7 +165,7 @@ def neuron_shapes(model: SpikingNet, shape: tuple[int, int, int]) -> dict[str, S
 
     def observe(trace: Trace) -> None:
         if trace.layer in shapes:
-            raise InputError(f"two layers of the model are called {trace.layer!r}; names must differ")
+            raise InputError(f"two layers of the model are called {trace.layer!r}; give each another name")
         shapes[trace.layer] = tuple(trace.states[0].u.shape[1:])
 
     was_training = model.training

@@ -20,7 +20,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 
 LARGEST_STEP = math.log(2)
-RANGE = (1e-3, 1e3)  # where eta stays if the budget cannot be met
+RANGE = (1e-3, 1e3)  # bounds of eta, for budgets that cannot be met
 AHEAD = 4  # epochs; see step_to_omega
 # What a reference must share with the run held against it: the images it validates on, and the network.
 COMPARED: Any = {
@@ -77,15 +77,18 @@ def reference_accuracies(run: str, recipe: Recipe) -> list[float]:
         raise InputError(f"defence.mpd-sgr.reference: {run} is not a training run; train it first, without defence")
     checkpoint = load_checkpoint(last)
     if "mpd-sgr" in checkpoint.recipe.defence:
-        raise InputError(f"defence.mpd-sgr.reference: {run} has mpd-sgr itself; train one without")
+        raise InputError(f"defence.mpd-sgr.reference: {run} was trained with mpd-sgr; train a reference without it")
     theirs, ours = (r.model_dump(include=COMPARED) for r in (checkpoint.recipe, recipe))
     changed = [f"{part}.{key}" for part in ours for key in ours[part] if theirs[part][key] != ours[part][key]]
     if changed:
-        raise InputError(f"defence.mpd-sgr.reference: {run} differs in {', '.join(changed)}; train one with the same")
+        raise InputError(
+            f"defence.mpd-sgr.reference: {run} has other values of {', '.join(changed)}; train a reference with the "
+            "same values"
+        )
     if len(checkpoint.history) < recipe.training.epochs:
         raise InputError(
             f"defence.mpd-sgr.reference: {run} has {len(checkpoint.history)} epochs and this run "
-            f"{recipe.training.epochs}; train it as long or lower training.epochs"
+            f"{recipe.training.epochs}; train the reference for as many epochs, or lower training.epochs"
         )
     return accuracies(checkpoint.history)
 

@@ -31,9 +31,9 @@ class MPDSGRSettings(Section):
     estimator: str = "theorem"
     measure: str = "overlap"
     window: Literal["surrogate", "reach"] = "surrogate"
-    eta: NonNegative = 0.5  # unknown in print; sweep 0.1 .. 10, or set a budget
-    target_omega: Share | None = None  # of the measure chosen, mean over an epoch's training images
-    max_drop: Share | None = None  # of clean validation accuracy, below the reference at the same epoch
+    eta: NonNegative = 0.5  # the paper does not state it; try 0.1 to 10, or set a budget
+    target_omega: Share | None = None  # target of the chosen measure, as a mean over an epoch's training images
+    max_drop: Share | None = None  # largest drop of clean validation accuracy below the reference at the same epoch
     reference: str | None = None  # directory of a run trained without the regulariser
 
     @model_validator(mode="after")
@@ -43,13 +43,13 @@ class MPDSGRSettings(Section):
         if self.target_omega is not None and self.max_drop is not None:
             raise ValueError("target_omega and max_drop are two budgets for one eta; give one of them")
         if self.eta == 0 and (self.target_omega or self.max_drop):
-            raise ValueError("a budget multiplies eta epoch by epoch; start from an eta above 0")
+            raise ValueError("a budget multiplies eta after every epoch, so eta must start above 0")
         return self
 
     @model_validator(mode="after")
     def _reach_is_a_window(self) -> "MPDSGRSettings":
         if self.window == "reach" and self.measure != "overlap":
-            raise ValueError("window 'reach' is a window of the overlap; leave out measure")
+            raise ValueError("window 'reach' works only with measure 'overlap'; leave out measure")
         return self
 
 
@@ -68,7 +68,7 @@ class MPDSGR(Defence[MPDSGRSettings]):
     def __init__(self, settings: MPDSGRSettings) -> None:
         super().__init__(settings)
         self.eta = settings.eta
-        self.reference: list[float] = []  # validation accuracy an epoch
+        self.reference: list[float] = []  # validation accuracy after each epoch
 
     def check(self, recipe: Recipe) -> None:
         choose("estimator", ESTIMATORS, self.settings.estimator)
@@ -81,13 +81,13 @@ class MPDSGR(Defence[MPDSGRSettings]):
         changing = [name for name in recipe.defence if not DEFENCES[name].time_invariant]
         if self.settings.estimator == "theorem" and changing:
             raise InputError(
-                f"the theorem needs neurons that are the same at every step, and {', '.join(changing)} changes "
-                f"them; set defence.mpd-sgr.estimator = 'empirical'"
+                f"the theorem estimator needs neurons that are the same at every step, and {', '.join(changing)} "
+                "changes them; set defence.mpd-sgr.estimator = 'empirical'"
             )
         if self.settings.window == "reach" and "at" not in recipe.defence:
             raise InputError(
-                "the window 'reach' is that of the training attack and nothing attacks; add [defence.at] or set "
-                "defence.mpd-sgr.window = 'surrogate'"
+                "the window 'reach' follows from the attack in training, and this recipe has none; add "
+                "[defence.at] or set defence.mpd-sgr.window = 'surrogate'"
             )
         self.recipe = recipe
 

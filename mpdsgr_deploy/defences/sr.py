@@ -31,7 +31,8 @@ class SparseGradients(Defence[SparseGradientSettings]):
 
     def term(self, step: Step) -> Term:
         h, x = self.settings.h, step.x.detach().requires_grad_()
-        rival = best_wrong(step.logits, step.y)  # chosen at x alone, so that f is one function at both ends
+        # chosen only at x, so that f is the same function at x and at the attacked image
+        rival = best_wrong(step.logits, step.y)
         (gradient,) = torch.autograd.grad(confidence(step.forward(x, None), step.y, rival).sum(), x)
         here = confidence(step.logits, step.y, rival)
         there = confidence(step.forward(step.x + h * gradient.sign(), None), step.y, rival)

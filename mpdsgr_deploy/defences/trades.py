@@ -38,11 +38,14 @@ class Trades(Defence[TradesSettings]):
 
     def __init__(self, settings: TradesSettings) -> None:
         super().__init__(settings)
-        self._attacked: Tensor | None = None  # of the batch between `examples` and `term`
+        self._attacked: Tensor | None = None  # attacked images of the batch, from `examples` to `term`
 
     def check(self, recipe: Recipe) -> None:
         if "at" in recipe.defence:
-            raise InputError("trades trains on clean images beside its own attack, and at replaces them; keep one")
+            raise InputError(
+                "trades needs the clean images beside its own attack, and at replaces them by attacked ones; remove "
+                "one of the two"
+            )
 
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
         """Return x itself in training, where the loss attacks it, and attacked images where a network is judged."""

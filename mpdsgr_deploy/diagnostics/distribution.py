@@ -14,7 +14,7 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import SIGMA_FLOOR, Moments, empirical, overlap, per_channel, theorem
 from mpdsgr_deploy.snn import Noise, Observer, TdBN, Trace
 
-BINS = 240  # at most, a layer
+BINS = 240  # largest number of bins per layer
 REACH = 5  # standard deviations around every channel's mean that the bins cover
 
 
@@ -125,7 +125,8 @@ def bin_edges(moments: Moments, v_threshold: float, half_width: float) -> Tensor
     They reach REACH standard deviations beyond every mean of `moments`, as far as bins no wider than half_width allow.
     """
     mu, sigma = moments
-    reach = min(max(1, math.ceil((mu.abs() + REACH * sigma).max().item() / half_width)), BINS // 2)  # in half-widths
+    # in half-widths of the window
+    reach = min(max(1, math.ceil((mu.abs() + REACH * sigma).max().item() / half_width)), BINS // 2)
     fineness = BINS // (2 * reach)
     steps = torch.arange(-reach * fineness, reach * fineness + 1, device=mu.device)
     return v_threshold + half_width * steps / fineness
@@ -133,7 +134,7 @@ def bin_edges(moments: Moments, v_threshold: float, half_width: float) -> Tensor
 
 def histogram(u: Tensor, edges: Tensor) -> Tensor:
     """Count the potentials of u [B, C, ...] in [edges[i], edges[i + 1]): int64 [C, bins]. Others are dropped."""
-    channels, places = u.shape[1], len(edges) + 1  # with one place below all bins and one above
+    channels, places = u.shape[1], len(edges) + 1  # one more place below all bins and one above
     place = torch.bucketize(u.float().transpose(0, 1).flatten(1).contiguous(), edges, right=True)
     place += places * torch.arange(channels, device=u.device)[:, None]
     return torch.bincount(place.flatten(), minlength=channels * places).view(channels, places)[:, 1:-1]

@@ -16,8 +16,8 @@ from mpdsgr_deploy.files import claim_directory, write_atomic
 
 BY_LAYER, BY_DENSITY = "flips.png", "density.png"
 COLOURS, MARKERS, FRESH = (BLUE, VERMILION, GREEN, PURPLE), "osD^", "black"
-ENTRY = 2.3  # inches that an entry of the legend takes
-SMALLEST = 0.6  # of the smallest rate drawn: where a logarithmic axis begins
+ENTRY = 2.3  # width of an entry of the legend in inches
+SMALLEST = 0.6  # a logarithmic axis begins at this share of the smallest rate
 
 
 def plot_flips(variants: Sequence[SpikeFlips], out: Path) -> None:
@@ -32,7 +32,7 @@ def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
     layers = variants[0].layers()
     T = len(variants[0].steps) // len(layers)
     width = max(ENTRY * 2, 1.5 + len(variants) * max(3.2, 0.55 * len(layers)))
-    columns = int(width / ENTRY)  # of the legend, whose longest entry is the last
+    columns = int(width / ENTRY)  # columns of the legend, whose longest entry is the last
     figure = Figure(figsize=(width, 4.0 + 0.2 * math.ceil((T + 1) / columns)), layout="constrained")
     panels = figure.subplots(1, len(variants), sharey=True, squeeze=False)[0]
     places, shades = np.arange(len(layers)), colormaps["viridis_r"](np.linspace(0.2, 1, T))
@@ -47,7 +47,7 @@ def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
         axes.set(xlabel="layer", yscale="symlog")
         axes.spines[["top", "right"]].set_visible(False)
     positive = [100 * rate for flips in variants for s in flips.steps for rate in (s.rate, s.fresh) if rate > 0]
-    for axes in panels:  # linear, so that zero has a place, up to the smallest rate there is
+    for axes in panels:  # linear below the smallest rate, so that zero can be drawn
         axes.set_yscale("symlog", linthresh=min(positive, default=1))
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("spikes that differ from fp32 (%)")
@@ -65,7 +65,7 @@ def by_density(variants: Sequence[SpikeFlips]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     rates = []
     for flips, colour, marker in zip(variants, COLOURS, MARKERS, strict=False):
-        steps = [step for step in flips.steps if step.fresh > 0]  # a logarithmic axis has no zero
+        steps = [step for step in flips.steps if step.fresh > 0]  # zero cannot be drawn on a logarithmic axis
         rates += [step.fresh for step in steps]
         density, movement, fresh = (
             np.array([getattr(step, name) for step in steps]) for name in ("density", "fresh_moved", "fresh")

@@ -131,7 +131,7 @@ class _Counter:
     def __init__(self, steps: list[str], v_threshold: float) -> None:
         self.steps, self.v_threshold, self.n = steps, v_threshold, 0
         self.sums = {step: np.zeros(6) for step in steps}  # the six rates and means of StepFlips
-        self.first = np.zeros(len(steps) + 1, np.int64)  # the last: images without a flip
+        self.first = np.zeros(len(steps) + 1, np.int64)  # the last entry counts images without a flip
         self.labels_changed, self.logits_moved = 0, 0.0
 
     def add(self, expected: Recording, recorded: Recording, fresh: Recording) -> None:

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-RANGE = (-4.5, 3.5)  # of U - V_th in a histogram: what pictures show, and a little more
+RANGE = (-4.5, 3.5)  # range of U - V_th in a histogram: that of the plots, and a little more
 
 
 class Membrane(BaseModel):

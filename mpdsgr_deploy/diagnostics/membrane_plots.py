@@ -9,7 +9,7 @@ from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.diagnostics.picture import YELLOW, plain
 
 AXIS = "U - V_th; yellow: the surrogate's gradient is not zero"
-DRAWN = (-4, 3)  # of U - V_th
+DRAWN = (-4, 3)  # range of U - V_th that is plotted
 
 
 class Line(NamedTuple):

@@ -16,8 +16,8 @@ from mpdsgr_deploy.diagnostics.layer_statistics import INFLATED_SCALE, SATURATED
 from mpdsgr_deploy.diagnostics.picture import BLUE, LIGHT_GREY, MIDDLE_GREY, VERMILION, YELLOW
 from mpdsgr_deploy.mpd import Moments
 
-COLUMNS = 4  # panels in a row, at most
-WIDTH, MAP, PANEL = 13.0, 2.4, 1.6  # inches: a page, the height of a heat map and of a panel
+COLUMNS = 4  # largest number of panels in a row
+WIDTH, MAP, PANEL = 13.0, 2.4, 1.6  # in inches: width of a page, height of a heat map and of a panel
 ABOVE, BETWEEN, BELOW = 0.8, 0.55, 0.8  # inches around panels, for their titles, their axis and the legend
 COUNTED, IN_WINDOW, THEOREM, EMPIRICAL, WINDOW = LIGHT_GREY, MIDDLE_GREY, VERMILION, BLUE, YELLOW
 TAIL = 5e-4  # share of the potentials on either side that the horizontal axis may leave out
@@ -30,7 +30,7 @@ def overview(layers: list[LayerStatistics]) -> Figure:
     places = np.arange(len(layers))
 
     def values(name: str) -> NDArray[np.float64]:
-        return np.array([getattr(layer, name) for layer in layers], float)  # None becomes NaN: not drawn
+        return np.array([getattr(layer, name) for layer in layers], float)  # None becomes NaN, which is not drawn
 
     rate.bar(places, values("firing_rate"), 0.6, color=COUNTED, label="firing rate")
     rate.plot(places, values("silent_channels"), "kv", label="channels that never fire", clip_on=False)

@@ -10,7 +10,8 @@ from mpdsgr_deploy.diagnostics.picture import CLEAN, UNION, plain, png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 
 PICTURE, LINES, MARKERS = "steps.png", ("-", "--", ":", "-."), "osD^"
-Accuracies = Mapping[str, Mapping[str, list[float]]]  # by precision and "clean" or "worst": %, for 1 to T steps
+# precision -> "clean" or "worst" -> accuracy in % for 1 to T steps
+Accuracies = Mapping[str, Mapping[str, list[float]]]
 
 
 def plot_steps(accuracies: Accuracies, title: str, out: Path) -> None:

@@ -17,7 +17,8 @@ class Table(NamedTuple):
 
 def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
     """Make one row per layer, with everything measured on the images that `where` describes."""
-    columns = [name.replace("_", " ") for name in LayerStatistics._fields]  # may break between words
+    # spaces, so that a narrow terminal can break the headings
+    columns = [name.replace("_", " ") for name in LayerStatistics._fields]
     rows: list[list[object]] = [
         [f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in statistics
     ]

@@ -19,7 +19,7 @@ from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.half import rounded_as_written
 from mpdsgr_deploy.runtime.session import CPU, Session
 
-GIVEN = "given/"  # given/LAYER/t takes the place of spikes/LAYER/t
+GIVEN = "given/"  # the input given/LAYER/t replaces spikes/LAYER/t
 BATCH = 8  # images per batch: all potentials of all layers and steps are held in memory
 
 Steps = dict[str, NDArray[np.float32]]
@@ -44,13 +44,14 @@ class Recorder:
     def __init__(
         self, network: onnx.ModelProto, noise: NoiseSource | None = None, *, given_spikes: bool = False
     ) -> None:
-        made = [name for node in network.graph.node for name in node.output]
-        self.steps = [name.removeprefix(SPIKES) for name in made if name.startswith(SPIKES)]
-        if not self.steps or not {POTENTIAL + step for step in self.steps} <= set(made):
+        computed_names = [name for node in network.graph.node for name in node.output]
+        self.steps = [name.removeprefix(SPIKES) for name in computed_names if name.startswith(SPIKES)]
+        if not self.steps or not {POTENTIAL + step for step in self.steps} <= set(computed_names):
             raise InputError("the ONNX file does not name its membrane potentials and spikes; export the network again")
         observable = rounded_as_written(network)
         names = [prefix + step for prefix in (POTENTIAL, SPIKES) for step in self.steps]
-        observable.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)  # their types are inferred
+        # onnxruntime infers their types
+        observable.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         if given_spikes:
             _read_given_spikes(observable, self.steps)
         self._session = Session(observable, CPU, source="the network with its potentials and spikes")

@@ -42,8 +42,8 @@ from mpdsgr_deploy.snn import SpikingLayer, TdBN, Trace
 
 RECORDS = "why.jsonl"
 SCHEMA_VERSION = 1
-SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # times the recipe's eps
-ITERATIONS = 200  # of the power method
+SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # as multiples of the recipe's eps
+ITERATIONS = 200  # iterations of the power method
 
 
 class LayerFactors(BaseModel):
@@ -115,13 +115,13 @@ def explain_rows(
 def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
     """Measure the factors of every layer, in the order of the forward pass."""
     inputs: dict[str, Tensor] = {}
-    seen: dict[str, tuple[float, float, float]] = {}
+    measured: dict[str, tuple[float, float, float]] = {}
 
     def observe(trace: Trace) -> None:
         v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
         rate = torch.stack([spikes for _, spikes in trace.states]).mean()
         rms = trace.neuron.surrogate.derivative(v).square().mean().sqrt()
-        seen[trace.layer] = (leak_sum(trace.neuron.tau, len(trace.states))[-1].item(), rms.item(), rate.item())
+        measured[trace.layer] = (leak_sum(trace.neuron.tau, len(trace.states))[-1].item(), rms.item(), rate.item())
 
     def remember(layer: SpikingLayer) -> Any:
         return layer.synapse.register_forward_pre_hook(lambda _, x: inputs.update({layer.name: x[0]}))
@@ -134,9 +134,9 @@ def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
     return [
         LayerFactors(
             layer=layer.name,
-            leak=seen[layer.name][0],
+            leak=measured[layer.name][0],
             weights=largest_gain(layer, tuple(inputs[layer.name].shape[1:])),
-            surrogate=seen[layer.name][1],
+            surrogate=measured[layer.name][1],
             scale=layer.norm.scale.square().mean().sqrt().item() if isinstance(layer.norm, TdBN) else 1.0,
             density=inputs[layer.name]
             .transpose(0, 1)
@@ -146,7 +146,7 @@ def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
             .clamp(min=1e-12)
             .rsqrt()
             .item(),
-            firing_rate=seen[layer.name][2],
+            firing_rate=measured[layer.name][2],
         )
         for layer in model.layers()
     ]

@@ -11,7 +11,7 @@ from mpdsgr_deploy.experiments.store import RECORDS, Rounded, read_records
 FOLDER = "flips"
 KEY = ("table", "row", "seed")
 SCHEMA_VERSION = 1
-EXPORTED = "neurons fp32"  # the neurons of the main tables
+EXPORTED = "neurons fp32"  # number format of the neurons in the main tables
 
 
 class LayerFlips(BaseModel):
@@ -48,7 +48,7 @@ class FlipRecord(BaseModel):
     seed: int
     checkpoint: str
     method: str
-    defence: dict[str, dict[str, Any]]  # as in the run's recipe
+    defence: dict[str, dict[str, Any]]  # the section `defence` of the run's recipe
     network: str
     weights_sha256: str
     data: str

@@ -51,10 +51,11 @@ def variants(network: ir.Model, model: SpikingNet) -> dict[str, onnx.ModelProto]
     layers = plan(network, "int8")
     first, *_, last = layers
     mean, std = model.normalize.mean, model.normalize.std
-    reach = float((mean.maximum(1 - mean) / std).max())  # of the normalised image
+    reach = float((mean.maximum(1 - mean) / std).max())  # largest absolute value of the normalised image
     for place, layer, step in (
         ("first", first, reach / FORMATS["int8"].largest),
-        ("last", last, 1 / (4 * model.T)),  # mean spikes, pooled once at most, are multiples of it: nothing is rounded
+        # mean spikes, pooled at most once, are multiples of this scale, so nothing is rounded
+        ("last", last, 1 / (4 * model.T)),
     ):
         graphs[f"{place} product fp16"] = convert(network, {**layers, layer: "fp16"})
         graphs[f"{place} product int8"] = in_int8(convert(network, layers), layer, step)

@@ -113,7 +113,7 @@ def law(rows: FlipRows) -> str:
     for precision in PRECISIONS:
         layers = [layer for r in every(rows) for layer in r.of(precision).layers.values() if layer.predicted > 0]
         flipping = [variant for r in every(rows) if (variant := r.of(precision)).mean("rate")]
-        if not layers or not flipping:  # on few images it may be that nothing flips
+        if not layers or not flipping:  # with few images there may be no flip
             lines.append([precision, "0", "", "", ""])
             continue
         own = sorted(layer.fresh / layer.predicted for layer in layers)

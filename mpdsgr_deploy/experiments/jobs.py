@@ -84,7 +84,7 @@ def missing_runs(
         record = records.get((run.row, run.recipe.training.seed))
         reason = "" if record is None else outdated(record, table)
         if reason:
-            log.warning("again: %s", reason)
+            log.warning("measuring again: %s", reason)
         if reason is not None:
             yield run
 
@@ -104,7 +104,9 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
         for run in todo if group is todo else ():
             missing = sorted({str(run.init), str(run.sender)} & failed)
             if missing:
-                failures.append((run, InputError(f"not measured, since {missing[0]} failed")))
+                failures.append(
+                    (run, InputError(f"it was not measured, because {missing[0]}, from which it starts, failed"))
+                )
         failures += work([*ready.values()], jobs, measure if group is todo else trained)
     return failures
 
@@ -124,9 +126,9 @@ def work(todo: list[Run], jobs: int, task: Task) -> Failures:
     for number, (run, error) in enumerate(as_finished(todo, jobs, task), 1):
         if error is not None:
             failures.append((run, error))
-        left = (time.monotonic() - started) / number * (len(todo) - number)
+        seconds_left = (time.monotonic() - started) / number * (len(todo) - number)
         status = "FAILED" if error else "done"
-        log.info("%d of %d: %s %s; about %.0f min left", number, len(todo), run, status, left / 60)
+        log.info("%d of %d: %s %s; about %.0f min left", number, len(todo), run, status, seconds_left / 60)
     return failures
 
 
@@ -144,10 +146,14 @@ def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, M
         try:
             for future in as_completed(pending):
                 if crash := future.exception():  # the error is raised once the pool has shut down
-                    log.error("%s: %s; waiting for what is under way", pending[future], type(crash).__name__)
+                    log.error(
+                        "%s: %s; waiting for the runs that are in progress", pending[future], type(crash).__name__
+                    )
                 yield pending[future], future.result()
         except BrokenProcessPool:
-            raise InputError("a run's process was killed, perhaps for memory; start again with fewer --jobs") from None
+            raise InputError(
+                "the process of a run was killed, perhaps because memory was short; run again with fewer --jobs"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -181,8 +187,8 @@ def run_limited(command: Sequence[str], seconds: float) -> int | None:
         try:
             return child.wait(seconds)
         except subprocess.TimeoutExpired:
-            log.info("the time is up; the same command continues")
-            child.terminate()  # not SIGINT, which a command in the background of a shell ignores
+            log.info("the time is up; run the same command again to continue")
+            child.terminate()  # not SIGINT, which commands ignore that a shell started in the background
         try:
             child.wait(GRACE)
         except subprocess.TimeoutExpired:

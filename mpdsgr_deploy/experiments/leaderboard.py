@@ -47,9 +47,14 @@ def read_report(path: Path) -> RankedReport:
     """
     report = load_report(path)
     if report.stopped is not None or report.row(WORST) is None:
-        raise InputError(f"{path} ended early ({report.stopped}), so its accuracy under all attacks is only a bound")
+        raise InputError(
+            f"{path} was stopped early ({report.stopped}), so its accuracy under all attacks is only an upper bound "
+            "and cannot be ranked"
+        )
     if report.verdict == "invalid":
-        raise InputError(f"{path} is not valid: {report.reasons[0]}; it proves nothing, so it cannot be ranked")
+        raise InputError(
+            f"{path} is the report of an evaluation that is not valid ({report.reasons[0]}), so it cannot be ranked"
+        )
     return RankedReport(str(path), report)
 
 

@@ -12,7 +12,7 @@ from mpdsgr_deploy.checkpoint import FILE, load_checkpoint, save_checkpoint
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
 
-PIECE = 15 * 2**20  # bytes of a packed file
+PIECE = 15 * 2**20  # largest size of a packed file in bytes
 SMALL = 40 * 2**20  # bytes of the largest float16 checkpoint that is packed
 
 
@@ -43,7 +43,7 @@ def pack_weights(runs: Path, out: Path) -> None:
             checkpoint = halved(run / "last", Path(scratch) / run.name)
             size = sum(path.stat().st_size for path in checkpoint.iterdir())
             if size > SMALL:
-                log.info("%s stays here: %.0f MiB in float16", run.name, size / 2**20)
+                log.info("%s is not packed, because it takes %.0f MiB in float16", run.name, size / 2**20)
                 continue
             files |= {f"{run.name}/{path.name}": path for path in checkpoint.iterdir()}
         packed = tar(files)

@@ -176,20 +176,20 @@ def outdated(record: Record, table: TableSpec) -> str | None:
 
     who = f"{record.row}, seed {record.seed},"
     if record.suite != table.suite:
-        return f"{who} was measured with attack suite {record.suite}, not with today's, {table.suite}"
+        return f"{who} was measured with attack suite {record.suite}, and the current one is {table.suite}"
     row = table.row(record.row)
     now, before = table.recipe(row, record.seed).model_dump(), resolved(record.recipe).model_dump()
     if changed := [section for section in now if before[section] != now[section]]:
         return f"{who} was measured with another recipe (other values in {', '.join(changed)})"
     if (row.init is None) != (record.init is None):
-        return f"{who} was trained from other weights than its table asks for"
+        return f"{who} was trained from other weights than the table states"
     asked = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
     if asked != {precision: artefact.tier for precision, artefact in record.artefacts.items()}:
-        return f"{who} does not have the exported networks that its table asks for"
+        return f"{who} lacks exported networks that the table states"
     transferred = TRANSFER in record.attacked.conditions
     lacking = {line.name for line in table.pgd_within(record.recipe.attack)} - set(record.attacked.conditions)
     if table.artefact is None and (lacking or (table.tier, row.transfer is not None) != (record.tier, transferred)):
-        return f"{who} was not measured under the attacks that its table asks for"
+        return f"{who} was not measured under all attacks that the table states"
     return None
 
 
@@ -208,5 +208,5 @@ def load_measured(table: TableSpec, folder: Path) -> Measured:
         if reason is None:
             by_row.setdefault(row, []).append(record)
         else:
-            log.warning("left out: %s", reason)
+            log.warning("not on the page: %s", reason)
     return {row.title: by_row[row.title] for row in table.rows if row.title in by_row}

@@ -13,7 +13,7 @@ from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.schema import parse
 
 RECORDS = "results.jsonl"
-DIGITS = 6  # significant ones of a measured number
+DIGITS = 6  # significant digits of a measured number
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -44,7 +44,9 @@ def read_records(path: Path, model: type[R], version: int) -> list[R]:
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{source} is damaged; remove the line and measure again") from None
         if written > version:
-            raise InputError(f"{source} has schema version {written}, this mpdsgr-deploy reads {version}; upgrade it")
+            raise InputError(
+                f"{source} has schema version {written}, and this mpdsgr-deploy reads {version}; upgrade mpdsgr-deploy"
+            )
         records.append(parse(model, values, source))
     return records
 

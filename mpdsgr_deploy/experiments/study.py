@@ -12,7 +12,7 @@ from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe, shipped
 from mpdsgr_deploy.schema import Count, Section, Seed, parse, read_toml
 
-PREFIX = "study-"  # of the names of their tables
+PREFIX = "study-"  # prefix of the names of studies' tables
 
 
 class StudyMethod(Section):

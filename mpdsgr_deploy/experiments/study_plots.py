@@ -27,8 +27,8 @@ from mpdsgr_deploy.experiments.study import Study
 DRAWN = ("PGD", "Square", "union")
 BASELINE = BLACK
 COLOURS = {HELPS: GREEN, MASKS: ORANGE, HURTS: VERMILION, OPEN: GREY}
-NAMED = 6  # of the largest losses
-LINE_HEIGHT = 9.0  # points between two labels
+NAMED = 6  # number of largest losses that are labelled
+LINE_HEIGHT = 9.0  # distance between two labels in points
 Label = tuple[float, float, str]  # x, y, text
 
 
@@ -139,7 +139,7 @@ def place(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
     """
     scale = 72 / figure.dpi
     right = axes.bbox.x1 * scale
-    boxes: list[tuple[float, float, float]] = []  # left, right, y of those placed, in points
+    boxes: list[tuple[float, float, float]] = []  # left, right and y of the labels that are placed, in points
     for x, y, text in sorted(texts, key=lambda label: -label[1]):
         at_x, at_y = (value * scale for value in axes.transData.transform((x, y)))
         width = 3.4 * len(text)

@@ -16,7 +16,7 @@ from mpdsgr_deploy.schema import Count, NonNegative, Number, Section, Seed, Unit
 TITLE = r"^\w[\w.+-]*$"
 FileName = Annotated[str, Field(pattern=TITLE)]
 TierName = Literal["commit", "release", "paper"]
-Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists only
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists but no tuples
 Eps = Annotated[Number, Field(gt=0, le=1)]
 
 
@@ -144,19 +144,21 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     """
     titles = [row.title for row in table.rows]
     if repeated := {title for title in titles if titles.count(title) > 1}:
-        raise InputError(f"{source}: rows {', '.join(sorted(repeated))} appear twice; give each a name of its own")
+        raise InputError(f"{source}: rows {', '.join(sorted(repeated))} appear twice; give each row another title")
     used = {override for row in table.rows for override in table.overrides(row)}
     if unused := [override for override in table.set if override not in used]:
-        raise InputError(f"{source}: no row has the defence that {', '.join(unused)} changes")
+        raise InputError(f"{source}: {', '.join(unused)} changes a defence that no row has; leave it out")
     if circular := [row.title for row in table.rows if starts_from_itself(table, row)]:
-        raise InputError(f"{source}: {', '.join(circular)} would start from weights that depend on its own")
+        raise InputError(
+            f"{source}: {', '.join(circular)} would start from weights that depend on its own result; change `init`"
+        )
     senders = [table.row(row.transfer) for row in table.rows if row.transfer is not None]
     if senders and len(set(table.seeds)) < 2:
-        raise InputError(f"{source}: transfer is between networks of two seeds, and the table has one; give it another")
+        raise InputError(f"{source}: transfer attacks need networks of two seeds, and the table has one; add a seed")
     if senders and table.artefact is not None:
-        raise InputError(f"{source}: transfer attacks torch's networks; leave out transfer or [artefact]")
+        raise InputError(f"{source}: transfer attacks only torch networks; leave out transfer or [artefact]")
     if table.eps and table.artefact is not None:
-        raise InputError(f"{source}: eps is for attacks on torch's networks; leave out eps or [artefact]")
+        raise InputError(f"{source}: eps applies only to attacks on torch networks; leave out eps or [artefact]")
     return table
 
 

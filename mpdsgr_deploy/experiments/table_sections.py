@@ -12,7 +12,7 @@ from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipes import find_recipe, published
 
 GROWTH, MEMBRANES = "growth.png", "membranes.png"
-PAPER, UNION = "pgd", "worst"  # the paper's setting, and everything within eps
+PAPER, UNION = "pgd", "worst"  # condition in the paper's setting, and condition of all attacks within eps
 COMPARED = {"clean": "clean", "PGD": PAPER, "union": UNION}
 HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQUARE: SQUARE, WORST: "union"}
 

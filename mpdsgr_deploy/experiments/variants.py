@@ -65,7 +65,8 @@ class OverlapVariant(Defence[VariantSettings]):
             return None
         mu, sigma = moments
         shortfall = mu.new_zeros(())
-        if config.floor is not None:  # differentiable, unlike the spikes: what a Gaussian exceeds the threshold by
+        # the mean excess of a Gaussian over the threshold, which is differentiable, unlike the spikes
+        if config.floor is not None:
             shortfall = (1 - normal_cdf(mu / sigma).mean() / config.floor).clamp(min=0)
         mu = mu + trace.neuron.v_threshold if config.centre == "zero" else mu
         mu = mu.detach() if config.reaches == "deviation" else mu
@@ -127,7 +128,7 @@ class SalientReach(Defence[SalientSettings]):
 
     def check(self, recipe: Recipe) -> None:
         if "at" not in recipe.defence:
-            raise InputError("salient-reach needs an attack that reaches; add [defence.at]")
+            raise InputError("salient-reach needs an attack in training; add [defence.at]")
 
     def read(self, trace: Trace) -> Any:
         return currents_of(trace), Met(trace.layer, empirical_moments(trace), potentials(trace))
@@ -148,7 +149,7 @@ def empirical_moments(trace: Trace) -> Moments:
 def currents_of(trace: Trace) -> Tensor:
     """Return a layer's currents [T, B, C, ...]. Raises InputError if the GPU's kernel did not write them."""
     if trace.current is None:
-        raise InputError("this variant reads currents, which the GPU's kernel does not write; train on a CPU")
+        raise InputError("this variant reads the input currents, which the GPU kernel does not store; train on a CPU")
     return trace.current
 
 

@@ -19,7 +19,7 @@ from mpdsgr_deploy.experiments.study import Study
 PAGE, PLOT = "WHY.md", "why.png"
 FACTORS = ("leak", "weights", "surrogate")
 KINDS = {"pgd": "strong PGD", "noise": "noise"}
-PARTS = ("scale", "density", "filter")  # of the weights
+PARTS = ("scale", "density", "filter")  # factors of the weights
 DROPS = {"promised": "promised by the gradient", "pgd": "real: strong PGD", "noise": "real: random noise"}
 DRAWN = {
     "surrogate": "surrogate's rms derivative",
@@ -28,7 +28,7 @@ DRAWN = {
     "filter": "of it, the filters",
 }
 Networks = dict[str, list[Explained]]  # row -> its networks, one per seed
-Value = Callable[[dict[str, Any]], float]  # of an entry of `Explained.sizes`
+Value = Callable[[dict[str, Any]], float]  # from an entry of `Explained.sizes` to the value
 
 
 def load_networks(study: Study, folder: Path) -> Networks:

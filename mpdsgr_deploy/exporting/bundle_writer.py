@@ -76,8 +76,7 @@ def export(
         choose("precision", dict.fromkeys(PRECISIONS), name)
     if max_drop is not None and len(variants) == 1 and steps != "auto":
         raise InputError(
-            "--max-drop bounds what other precisions and fewer steps lose; name them with --precision, or add --steps "
-            "auto"
+            "--max-drop limits the losses of other precisions and of fewer time steps; add --precision or --steps auto"
         )
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir, choice)
@@ -88,11 +87,11 @@ def export(
     tier = tier or checkpoint.recipe.gate.tier
     asked = choose("tier", TIERS, tier).images
     trained = checkpoint.recipe.encoding.T
-    with staged(out) as scratch:  # refuses another's directory before the export takes its seconds
+    with staged(out) as scratch:  # raises for a directory with other files before the export begins
         checkpoint, model, chosen_by = _with_steps(checkpoint, model, steps, max_drop, tier, root, limit)
         images = _test_images(checkpoint, root, limit)
         if images is None and max_drop is not None:
-            raise InputError("--max-drop needs the data set's test images; give their folder with --root")
+            raise InputError("--max-drop needs the test images of the data set; give its directory with --root")
         inputs = _probe(images, checkpoint.shape)
         reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
         graph = to_graph(simplify(model), checkpoint.shape)
@@ -100,14 +99,17 @@ def export(
         expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
         parity = compare(expected, onnx_logits)
         if not parity.holds:
-            raise EvaluationError(f"the exported network differs from the torch model: {parity}; no bundle written")
-        log.info("onnxruntime against torch: %s", parity)
+            raise EvaluationError(
+                f"the exported network differs from the torch network ({parity}), so no bundle was written; please "
+                "report this as a bug"
+            )
+        log.info("onnxruntime compared with torch: %s", parity)
         if images is None:
             written = {name: _untried(graph, name, scratch) for name in variants}
         else:
             trial = Trial(graph, reference, checkpoint.recipe, images, scratch, attacked=len(variants) > 1)
             written = {name: trial.variant(name, max_drop) for name in variants}
-        if not carry_images:  # not as golden inputs either
+        if not carry_images:  # images must not be stored as golden inputs either
             inputs = _probe(None, checkpoint.shape)
             expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
         logits = {"fp32": expected}
@@ -115,9 +117,10 @@ def export(
             with OnnxRuntime(scratch / written[name].file, noise=reference.noise) as artefact:
                 logits[name] = artefact(inputs)
             if not np.isfinite(logits[name]).all():
-                raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave it out")
+                raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave this precision out")
         for variant in written.values():
-            derived(scratch / variant.file, trained_surrogate(checkpoint.recipe))  # refuses what cannot be attacked
+            # raises InputError if the network cannot be attacked
+            derived(scratch / variant.file, trained_surrogate(checkpoint.recipe))
         figures = None
         if images is not None:
             promised = images[:asked]
@@ -205,9 +208,9 @@ def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) ->
     try:
         images = load_test(config)
     except MissingData as error:
-        if root is not None:  # it was asked for
+        if root is not None:  # the caller asked for this data set
             raise
-        log.warning("accuracy is not measured and noise serves as golden input: %s", error)
+        log.warning("accuracy is not measured, and noise is used as golden input: %s", error)
         return None
     images.require_kind(config.name, checkpoint.shape, checkpoint.labels)
     if limit is not None and limit > len(images):

@@ -26,7 +26,7 @@ from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 
-BATCH = 64  # images that torch answers at once
+BATCH = 64  # images per call of the torch module
 
 
 def export_module(
@@ -84,13 +84,13 @@ def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
         with torch.no_grad():
             logits = torch.cat([module(part) for part in x.split(BATCH)]).float().numpy()
             again = torch.cat([module(part) for part in x.split(BATCH - 1)]).float().numpy()
-    except Exception as error:  # whatever the module raises
+    except Exception as error:  # the module may raise any type
         raise InputError(f"the module does not take images {list(x.shape[1:])}: {one_line(error)}") from error
     parity = compare(logits, again)
     if not parity.holds:
         raise EvaluationError(
-            f"the module answers the same images otherwise when asked again ({parity}): a state is left over from one "
-            "call to the next, or it draws noise; reset it at the beginning of `forward`"
+            f"the module gives other logits when it is called again with the same images ({parity}), because a "
+            "state is left from the last call, or it draws noise; reset the state at the beginning of `forward`"
         )
     return np.asarray(logits)
 
@@ -113,7 +113,7 @@ def _exported(module: nn.Module, example: Tensor) -> ir.Model:
             )
     except Exception as error:  # the exporter's errors share no public base class
         raise InputError(f"torch cannot export the module: {one_line(error)[:300]}") from error
-    assert program is not None  # None only where a path is given
+    assert program is not None  # it is None only if a path was given
     graph = program.model
     common.ClearMetadataAndDocStringPass()(graph)
     for number, node in enumerate(graph.graph):
@@ -127,10 +127,11 @@ def _variant(graph: ir.Model, precision: str, fp32: Path) -> Path:
     chosen = sum(own == precision for own in layers.values())
     if not chosen:
         raise InputError(
-            f"{precision} would change no product: none between the first and the last takes spikes, whose scale is "
-            f"exact; leave {precision} out, or quantise the ONNX file yourself and adopt it with --variant"
+            f"{precision} would change nothing: only products of spikes between the first and the last layer are "
+            f"quantised, and there are none; leave {precision} out, or quantise the ONNX file yourself and adopt "
+            "it with --variant"
         )
-    log.info("%s: %d of %d products", precision, chosen, len(layers))
+    log.info("%s: %d of %d products are quantised", precision, chosen, len(layers))
     file = fp32.with_name(f"{precision}.onnx")
     save(convert(graph, layers), file)
     return file

@@ -32,7 +32,7 @@ def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
     layer.
     """
     noise = noise_inputs(model, shape)
-    example = torch.full((2, *shape), 0.5)  # two: the exporter would take a batch of one for a constant
+    example = torch.full((2, *shape), 0.5)  # two images, because the exporter treats a batch size of one as a constant
     # absent, not empty: the exporter names the batch dimension only where each input has its dynamic shape
     further = {"noise": [torch.full((2, *entry.shape), 0.5) for entry in noise]} if noise else {}
     batch = {0: torch.export.Dim("batch")}
@@ -49,7 +49,7 @@ def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
             opset_version=OPSET,
             verbose=False,
         )
-        assert program is not None  # None only where a path is given
+        assert program is not None  # it is None only if a path was given
     network = program.model
     tidy(network)
     _name(network, model)
@@ -124,7 +124,7 @@ def join_steps(node: ir.Node) -> None:
         return
     for user in node.outputs[0].consumers():
         target = constant(user.inputs[1]) if user.op_type == "Reshape" else None
-        if target is None or not target.all():  # a 0 would copy a dimension that is no longer there
+        if target is None or not target.all():  # a 0 would copy a dimension that no longer exists
             continue
         (joined,) = insert(user, "Concat", steps, {"axis": 0})
         joined.type = steps[0].type

@@ -94,7 +94,7 @@ def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -
             node.attributes["to"] = ir.AttrInt64("to", dtype)
         for value in node.outputs:
             if value.dtype in FLOATS.values():
-                value.type = ir.TensorType(dtype)  # not its dtype: a clone shares types with the original
+                value.type = ir.TensorType(dtype)  # a new type, because a clone shares its types with the original
     _restore(converted.graph)
     common.RemoveUnusedNodesPass()(converted)
     return converted
@@ -116,7 +116,7 @@ class _Casts:
                 (made,) = insert(user, "Cast", [value], {"to": dtype})
                 made.shape, made.dtype = value.shape, dtype
             else:
-                with np.errstate(over="ignore"):  # what overflows answers inf, which `export` refuses
+                with np.errstate(over="ignore"):  # overflow becomes inf, which `export` refuses
                     array = array.astype(dtype.numpy())
                 made = initializer(user, f"{value.name}/{dtype.name}", array)
             self._made[value, dtype] = made
@@ -143,7 +143,8 @@ def _quantize(node: ir.Node, form: Format, grid: Grid, dtype: ir.DataType) -> No
 def rounded_weights(weights: NDArray[Any], form: Format, scale: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return weights [O, ...] rounded to numbers of a format, and the scale [O] of each output channel."""
     largest = np.abs(weights).reshape(len(weights), -1).max(1)
-    scales = np.maximum(largest / form.largest, np.finfo(scale).tiny).astype(scale)  # of a silent channel too
+    # also defined for a channel of zeros
+    scales = np.maximum(largest / form.largest, np.finfo(scale).tiny).astype(scale)
     scaled = weights / scales.astype(np.float32).reshape(-1, *[1] * (weights.ndim - 1))
     if form.numpy.kind == "i":
         scaled = np.rint(scaled)
@@ -176,7 +177,8 @@ def grids(model: ir.Model) -> dict[ir.Value, Grid]:
 def _grid(node: ir.Node, known: dict[ir.Value, Grid]) -> Grid | None:
     if node.op_type == "Cast" and data(node).dtype == ir.DataType.BOOL:
         return Grid(1.0, 1)
-    values = node.inputs if node.op_type in ("Concat", "Mul") else node.inputs[:1]  # the others only shape or choose
+    # the other inputs are shapes or indices
+    values = node.inputs if node.op_type in ("Concat", "Mul") else node.inputs[:1]
     inputs = [known[value] for value in values if value in known]
     if len(inputs) < len(values) or not inputs:
         return None

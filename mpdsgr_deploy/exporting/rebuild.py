@@ -22,7 +22,7 @@ from mpdsgr_deploy.parity import MINIMUM_SHARE, compare
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.surrogates import trained_surrogate
 
-ALIKE = 1e-2  # of a gradient's largest entry: what rounding in another order may change
+ALIKE = 1e-2  # change that rounding in another order may cause, as a share of the largest entry
 WRITERS = ("torch", "onnx", "onnxscript")  # packages whose versions decide which bytes are written
 
 
@@ -39,7 +39,7 @@ def rebuild_faults(bundle: Bundle) -> list[str]:
                 faults.append(f"{variant.file}: the manifest and the weights differ in the layers {layers}")
                 continue
             if again.read_bytes() != bundle.variant(precision).read_bytes():
-                faults.append(f"{variant.file} is not what the weights and the recipe give")
+                faults.append(f"{variant.file} differs from an export of the weights and the recipe")
     return faults
 
 
@@ -55,7 +55,7 @@ def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, l
         again = folder / f"model.{precision}.onnx"
         layers = sorted(plan(graph, precision).keys() ^ variant.layers.keys())
         if not layers:
-            with writing(again, "what was finished is kept"):
+            with writing(again, "finished results are kept"):
                 save(convert(graph, variant.layers), again)
         yield precision, again, layers
 
@@ -103,13 +103,16 @@ def check_rebuilt(bundle: Bundle) -> list[str]:
     the gradients.
     """
     if bundle.manifest.origin != "trained":
-        raise InputError(f"{bundle.path} holds no weights to export again: its network is {bundle.manifest.origin}")
+        raise InputError(
+            f"{bundle.path} holds no weights from which to export again, because its network is "
+            f"{bundle.manifest.origin}"
+        )
     faults = rebuild_faults(bundle)
     if faults and (others := other_writers(bundle)):
         if functions := different_gradients(bundle):
             return functions
         raise InputError(
-            f"{'; '.join(faults)}, but other versions wrote it ({'; '.join(others)}), and answers and gradients on the "
-            "golden batch are those of the weights: compare with those versions installed"
+            f"{'; '.join(faults)}, but other versions wrote it ({'; '.join(others)}), and answers and gradients "
+            "on the golden batch equal those of the weights; install those versions to compare the files"
         )
     return faults

@@ -24,7 +24,7 @@ from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
 
 CONDITIONS = (CLEAN, PGD, WORST)
 BATCHES = (1, 32)
-ROUNDS = 15  # batches timed of each number of steps, one after the other, so that a busy moment meets all of them
+ROUNDS = 15  # rounds of timing; each round times every number of steps, so that other load affects all equally
 
 
 class StepCost(NamedTuple):
@@ -72,7 +72,9 @@ def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
     """Provide the files of 1 to T steps by precision, for the length of a with block."""
     manifest = bundle.manifest
     if manifest.origin != "trained":
-        raise InputError(f"{bundle.path} holds no weights to export again: its network is {manifest.origin}")
+        raise InputError(
+            f"{bundle.path} holds no weights from which to export again, because its network is {manifest.origin}"
+        )
     recipe, shape = manifest.recipe, manifest.input_shape
     model = load_model(bundle.file(WEIGHTS), recipe, shape, len(manifest.labels))
     layers = {name: variant.layers for name, variant in manifest.variants.items()}
@@ -114,7 +116,7 @@ def _milliseconds(files: Sequence[StepFile], images: NDArray[np.float32], batch:
         noise = [NoiseSource(file.noise, file.recipe.validation.seed) for file in files]
         networks = [stack.enter_context(OnnxRuntime(f.file, noise=n)) for f, n in zip(files, noise, strict=True)]
         seconds = [[_seconds(network, x) for network in networks] for _ in range(ROUNDS + 1)]
-    return (1000 / batch * np.median(seconds[1:], axis=0)).tolist()  # the first round warms up
+    return (1000 / batch * np.median(seconds[1:], axis=0)).tolist()  # the first round is warm-up
 
 
 def _seconds(network: Predictor, x: NDArray[np.float32]) -> float:

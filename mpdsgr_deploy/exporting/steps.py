@@ -144,11 +144,13 @@ def fewest_steps(
     """
     T, n = recipe.encoding.T, len(images)
     if not 0 < max_drop < 1:
-        raise InputError("no number of images rules out every drop; --steps auto takes a --max-drop between 0 and 1")
+        raise InputError(
+            "--steps auto needs a --max-drop between 0 and 1, because no number of images rules out every drop"
+        )
     if n < least_images(max_drop):
         raise InputError(
-            f"it takes {least_images(max_drop)} validation images to rule out a drop of {max_drop:.2%}, not {n}; allow "
-            f"more with --max-drop, or name a number of --steps"
+            f"to rule out a drop of {max_drop:.2%} takes {least_images(max_drop)} validation images, and there "
+            f"are {n}; raise --max-drop, or give a number to --steps"
         )
 
     with ExitStack() as stack:

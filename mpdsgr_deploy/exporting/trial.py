@@ -57,18 +57,23 @@ class Trial:
     def _within(self, max_drop: float, precision: str, layers: dict[str, str]) -> tuple[dict[str, str], Answers]:
         """Return layers to a finer precision until max_drop holds, first the one that alone changes the logits most."""
         coarse = [name for name, chosen in layers.items() if chosen == precision]
-        log.info("%s loses more than %.2f %% of accuracy: trying its %d layers", precision, 100 * max_drop, len(coarse))
+        log.info(
+            "%s loses more than %.2f %% of accuracy; measuring each of its %d layers",
+            precision,
+            100 * max_drop,
+            len(coarse),
+        )
         shifts = {name: self._moved(precision, name) for name in track(coarse, "each layer alone")}
         for name in sorted(coarse, key=lambda name: -shifts[name]):
             layers = {**layers, name: FINER[precision]}
             answers = self._answers(precision, layers)
             lost = drop(self._exact, answers, self._classes)
-            log.info("with %s in %s it loses %.2f %%", name, FINER[precision], 100 * lost)
+            log.info("with %s in %s the loss is %.2f %%", name, FINER[precision], 100 * lost)
             if lost <= max_drop:
                 return layers, answers
         raise EvaluationError(
-            f"{precision} loses {lost:.2%} of accuracy even with every layer in {FINER[precision]}; no bundle written: "
-            f"leave {precision} out, or allow more with --max-drop"
+            f"{precision} loses {lost:.2%} of accuracy even with every layer in {FINER[precision]}, so no bundle "
+            f"was written; leave {precision} out, or raise --max-drop"
         )
 
     def _answers(self, precision: str, layers: Mapping[str, str]) -> Answers:

@@ -20,9 +20,11 @@ def find_module(name: str) -> nn.Module:
         sys.path.insert(0, str(Path.cwd()))
     try:
         attribute_value = getattr(importlib.import_module(package), attribute)
-        made = attribute_value if isinstance(attribute_value, nn.Module) else attribute_value()
-    except Exception as error:  # whatever the other package's code raises
+        module = attribute_value if isinstance(attribute_value, nn.Module) else attribute_value()
+    except Exception as error:  # code of another package may raise any type
         raise InputError(f"{name} cannot be imported and called: {type(error).__name__}: {one_line(error)}") from error
-    if not isinstance(made, nn.Module):
-        raise InputError(f"{name} gives a {type(made).__name__}; give a torch module, or a function that returns one")
-    return made
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"{name} returns a {type(module).__name__}; name a torch module, or a function that returns one"
+        )
+    return module

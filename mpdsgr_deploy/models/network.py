@@ -52,7 +52,7 @@ class Readout(nn.Linear):
 
     def forward(self, steps: Tensor) -> Tensor:
         outputs = fold_time(super().forward, steps)
-        return (self.over_time[:, None, None] * outputs).sum(0)  # a product that autocast leaves in float32
+        return (self.over_time[:, None, None] * outputs).sum(0)  # this product stays in float32 under autocast
 
 
 class SpikingNet(nn.Module):
@@ -132,7 +132,7 @@ def readout_weights(recipe: Recipe) -> Tensor:
 
 def make_neuron(recipe: Recipe) -> LIF:
     config = recipe.neuron
-    KINDS.choose(config.surrogate)  # a kind without its width, and none of an attacker's
+    KINDS.choose(config.surrogate)  # only the kind, without a width, and none that exists only for attacks
     surrogate = make_surrogate(config.surrogate, config.surrogate_parameter)
     return LIF(
         tau=config.tau,
@@ -169,7 +169,9 @@ def make_encoding(recipe: Recipe, shape: Shape) -> Encoding:
     def frequency() -> Encoding:
         radii = frequency_radii(config, shape)
         if len(radii) != T:
-            raise InputError(f"encoding.radii has {len(radii)} values and encoding.T is {T}; give one radius a step")
+            raise InputError(
+                f"encoding.radii has {len(radii)} values and encoding.T is {T}; give one radius per time step"
+            )
         return Frequency(channels, (height, width), radii)
 
     def frames() -> Encoding:

@@ -33,7 +33,9 @@ def set_time_steps(model: SpikingNet, recipe: Recipe, shape: Shape) -> None:
         neuron = layer.neuron
         learned = [getattr(neuron, name) for name in neuron.per_step]
         if not (neuron.time_invariant or learned) or any(len(values) < T for values in learned):
-            raise InputError(f"the neurons of {layer.name} belong to {model.T} time steps and cannot compute {T}")
+            raise InputError(
+                f"the neurons of {layer.name} have parameters for {model.T} time steps and cannot compute {T}"
+            )
         for name, values in zip(neuron.per_step, learned, strict=True):
             setattr(neuron, name, nn.Parameter(values.detach()[:T]))
     model.encode, model.T = make_encoding(recipe, shape), T
@@ -50,8 +52,9 @@ def first_steps(model: SpikingNet, recipe: Recipe, shape: Shape, steps: int) -> 
         raise InputError(f"this network has {encoding.T} time steps, so it cannot be cut to {steps}")
     if encoding.name == "frames" and steps < encoding.T:
         raise InputError(
-            f"with encoding 'frames' a step is a part of the recording, and the first {steps} of {encoding.T} would "
-            f"leave out its end; train with encoding.T and data.frames {steps}, which `train --init` starts from this"
+            f"with encoding 'frames' each step sees a part of the recording, so the first {steps} of {encoding.T} "
+            f"would not see its end; train with encoding.T and data.frames {steps}, which `train --init` can "
+            "start from this network"
         )
     radii = frequency_radii(encoding, shape)[:steps] if encoding.name == "frequency" else encoding.radii
     recipe = recipe.model_copy(update={"encoding": encoding.model_copy(update={"T": steps, "radii": radii})})

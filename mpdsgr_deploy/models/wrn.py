@@ -20,7 +20,7 @@ from mpdsgr_deploy.snn import Noise, Observer, SpikingLayer, Temporal, fold_time
 
 STEM = 16
 GROUPS = ((64, 1), (128, 2), (256, 2))  # channels and stride of each group of blocks
-BLOCKS = 2  # in a group
+BLOCKS = 2  # blocks per group
 
 
 class ConvexCombination(nn.Module):

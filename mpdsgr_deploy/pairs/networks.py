@@ -21,7 +21,7 @@ from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.surrogates import trained_half_width
 from mpdsgr_deploy.validation.image_checks import evaluation_images
 
-BINS = 160  # of a histogram
+BINS = 160  # bins of a histogram
 Floats = NDArray[np.float32]
 
 

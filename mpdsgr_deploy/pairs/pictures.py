@@ -13,7 +13,7 @@ from mpdsgr_deploy.pairs.compare import Curves, Differences
 from mpdsgr_deploy.pairs.networks import LayerPair
 
 MEMBRANES, CURVES = "membranes.png", "curves.png"
-COLUMNS, PANEL = 4, (2.8, 2.4)  # panels in a row, at most; inches of a panel
+COLUMNS, PANEL = 4, (2.8, 2.4)  # largest number of panels in a row; width and height of a panel in inches
 COLOURS, STYLES = (BLUE, VERMILION), ("-", "--")
 
 

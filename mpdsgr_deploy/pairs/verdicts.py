@@ -24,7 +24,7 @@ from mpdsgr_deploy.validation.rows import VerdictFlips
 Bools = NDArray[np.bool_]
 REFERENCE = "fp32"
 UNBOUNDED = {CLEAN, GAUSSIAN, CW, WORST}  # conditions that do not count towards the worst case
-SURROGATE = re.compile(r", through [^,]+$")  # the end of a condition's settings
+SURROGATE = re.compile(r", through [^,]+$")  # the surrogate, at the end of a condition's settings
 
 
 class PairedVerdict(NamedTuple):

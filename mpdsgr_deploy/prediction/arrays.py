@@ -36,13 +36,13 @@ class ArrayFile:
         expected_shape = ", ".join(map(str, shape))
         if len(array_shape) != 4 or not array_shape[0] or array_shape[1:] != shape:
             raise InputError(
-                f"{path}: images must have shape [N >= 1, {expected_shape}], these have {list(array_shape)}"
+                f"{path}: images must have shape [N >= 1, {expected_shape}], and these have {list(array_shape)}"
             )
         if self._dtype not in (np.uint8, np.float32):
-            raise InputError(f"{path}: images must be uint8, or float32 in [0, 1]; these are {self._dtype}")
+            raise InputError(f"{path}: images must be uint8, or float32 in [0, 1], and these are {self._dtype}")
         if fortran_order:
             raise InputError(
-                f"{path} is in Fortran order, so its images lie scattered; save np.ascontiguousarray of it"
+                f"{path} is in Fortran order, so its images are not contiguous; save np.ascontiguousarray of the array"
             )
         self._count = array_shape[0]
 
@@ -62,7 +62,7 @@ class ArrayFile:
         with reading(f"array {self._path}"):
             if self._file is None:
                 self._file = self._open()
-            # a compressed member is inflated from its start on a step back, so it stays open between the stretches
+            # seeking backwards decompresses a member from its start, so the file stays open between reads
             self._file.seek(self._offset + start * images[0].nbytes)
             if self._file.readinto(images.data.cast("B")) < images.nbytes:  # type: ignore[attr-defined]
                 raise EOFError("the file is cut off")

@@ -106,7 +106,7 @@ def gpu_energy() -> float | None:
         nvml.nvmlInit()
         gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         return sum(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) for gpu in gpus) / 1000 if gpus else None
-    except Exception:  # ImportError; an NVMLError without a driver, or of a GPU that does not count
+    except Exception:  # an ImportError, or an NVMLError without a driver or for a GPU without an energy counter
         return None
 
 

@@ -17,8 +17,8 @@ from mpdsgr_deploy.prediction.sources import ImageFiles, ImageSource, Pixels, St
 from mpdsgr_deploy.stores import Place
 
 T = TypeVar("T")
-AT_ONCE = 32  # addresses that a store is asked about at a time
-WINDOW = 1024  # addresses that wait for their turn in memory
+AT_ONCE = 32  # number of addresses that are requested from a store at a time
+WINDOW = 1024  # number of addresses that wait in memory
 
 
 class Read(NamedTuple):

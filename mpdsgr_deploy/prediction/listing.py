@@ -43,7 +43,7 @@ def listed(place: Place, shape: Shape) -> Listed:
     if place.is_dir():
         return _of_folder(place, shape)
     if not place.exists():
-        raise InputError(f"{place} does not exist")
+        raise InputError(f"{place} does not exist; correct the path")
     return Listed([], [place]) if _is_shard(str(place)) else Listed([str(place)])
 
 
@@ -66,11 +66,13 @@ def _of_folder(folder: Place, shape: Shape) -> Listed:
         counts.update(suffix_of(name_in(shard)) for shard in shards)
     others = passed_over(counts)
     if not files:
-        seen = f", only others: {others}" if others else ""
-        raise InputError(f"no images in folder {folder}{seen}; looked for {', '.join(sorted(suffixes | SHARDS))}")
+        other_files = f", but other files: {others}" if others else ""
+        raise InputError(
+            f"folder {folder} has no images{other_files}; images end in {', '.join(sorted(suffixes | SHARDS))}"
+        )
     if others:
         kind = "images" if images else "shards"
-        log.info("%s: %d %s; passed over %s", folder, len(images or shards), kind, others)
+        log.info("%s: %d %s; ignored %s", folder, len(images or shards), kind, others)
     if images:
         return Listed(images, store=folder.store if isinstance(folder, Stored) else None)
     return Listed([], [place_of(name_in(shard)) for shard in shards])
@@ -89,7 +91,7 @@ def _walk_store(folder: Stored, suffixes: Collection[str]) -> tuple[list[str], C
                     counts["hidden"] += 1
                 elif suffix_of(name) in suffixes:
                     stamps.append(stamp_from(folder.store.unstrip_protocol(info["name"]), info))
-                elif name:  # else the folder's own entry
+                elif name:  # an entry without a name is the folder itself
                     counts[suffix_of(name) or "without a suffix"] += 1
     return sorted(stamps, key=lambda stamp: name_in(stamp).split("/")), counts
 

@@ -17,7 +17,7 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.sources import ImageSource, decoded, reading, takes_images
 from mpdsgr_deploy.stores import Place, opened, stamp_of
 
-NAMES = ("image", "img")  # of the column, before its type decides
+NAMES = ("image", "img")  # names of the image column; without one of them its type decides
 BYTES = ("binary", "large_binary", "binary_view")  # types of Arrow
 PAGES = 2**20  # bytes read at a time: a row group may be larger than the memory
 
@@ -37,13 +37,14 @@ class ParquetImages:
         self._stamp = stamp_of(path)
         self._file: IO[bytes] | None
         self._batches: Iterator[list[bytes | None]]
-        self._rows: list[bytes | None]  # from row _first on
+        self._rows: list[bytes | None]  # the rows that are in memory, from row _first on
         self._forget()
         with reading(f"Parquet file {path}"), closing(self):
             table = self._open()
             self._column = image_column(table.schema_arrow, str(path))
             groups = range(table.metadata.num_row_groups)
-            self._starts = [0, *accumulate(table.metadata.row_group(i).num_rows for i in groups)]  # of the row groups
+            # first row of each row group
+            self._starts = [0, *accumulate(table.metadata.row_group(i).num_rows for i in groups)]
         if not len(self):
             raise InputError(f"{path} has no rows")
 
@@ -63,7 +64,7 @@ class ParquetImages:
         contents = []
         for name, content in zip(names, self._rows_from(start, stop), strict=True):
             if not content:
-                raise InputError(f"{name} holds no bytes; a file that the row names has to be embedded in it")
+                raise InputError(f"{name} holds no bytes; a row must contain the image file itself, not only its name")
             contents.append(content)
         return decoded(names, contents, self.shape, pool)
 
@@ -83,7 +84,7 @@ class ParquetImages:
             while self._first + len(self._rows) < stop:
                 batch = next(self._batches, None)
                 if batch is None:
-                    raise EOFError("it has fewer rows than it says")
+                    raise EOFError("it has fewer rows than its header states")
                 self._rows += batch
                 self._drop_before(start)
             self._drop_before(start)
@@ -116,7 +117,7 @@ class ParquetImages:
     def _forget(self) -> None:
         self._file = None
         self._batches = iter(())
-        self._rows, self._first = [], -1  # nothing was read
+        self._rows, self._first = [], -1  # no row is in memory
 
 
 def image_column(schema: Any, path: str) -> str:
@@ -132,8 +133,8 @@ def image_column(schema: Any, path: str) -> str:
         return next(iter(columns.values()))
     what = f"{len(columns)} columns of bytes, {', '.join(columns)}" if columns else "no column of encoded images"
     raise InputError(
-        f"{path} has {what}; one of bytes, or of structs with the field bytes, must be named {' or '.join(NAMES)} "
-        f"(its columns: {', '.join(schema.names)})"
+        f"{path} has {what}; name the column of images, which holds bytes or structs with the field bytes, "
+        f"{' or '.join(NAMES)} (its columns: {', '.join(schema.names)})"
     )
 
 

@@ -16,8 +16,8 @@ from mpdsgr_deploy.locks import lock, remove_locked
 from mpdsgr_deploy.prediction.inputs import InputBatch
 
 MAGIC = b"mpdsgr predictions 1\n"
-BINARY = getattr(os, "O_BINARY", 0)  # of Windows
-KEPT = "what was finished is kept"
+BINARY = getattr(os, "O_BINARY", 0)  # exists only on Windows
+KEPT = "finished results are kept"
 
 
 class Chunk(NamedTuple):
@@ -49,7 +49,7 @@ class Partial(AbstractContextManager["Partial"]):
                 raise InputError(f"{path} is being written by another mpdsgr predict; choose another --out")
             start = self._file.read(len(MAGIC))
             if not MAGIC.startswith(start):
-                raise InputError(f"{path} is not a partial output of ours; rename it or choose another --out")
+                raise InputError(f"{path} was not written by mpdsgr predict; rename it or choose another --out")
             self.was_empty = not start
         except InputError:
             self._file.close()

@@ -90,7 +90,7 @@ class PartsHere:
     def part(self, number: int) -> AbstractContextManager[BinaryIO]:
         path = self._path / part_name(number)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two processes may write the same part
-        return complete_file(path, temporary, "the parts that are finished are kept")
+        return complete_file(path, temporary, "finished parts are kept")
 
     def open(self, name: str) -> IO[bytes]:
         return (self._path / name).open("rb")
@@ -164,7 +164,7 @@ def count_rows(parts: Parts, numbers: Iterable[int]) -> int:
         with parts.open(part_name(number)) as file:
             return int(parquet.read_metadata(file).num_rows)
 
-    with ThreadPoolExecutor(16) as pool:  # a store takes its time for each
+    with ThreadPoolExecutor(16) as pool:  # a store needs a while to answer for each part
         return sum(pool.map(rows, numbers))
 
 
@@ -177,4 +177,6 @@ def save_faults(parts: Parts, name: str, faults: Faults) -> None:
 
 
 def _other_job(place: Place) -> InputError:
-    return InputError(f"{place} holds predictions of another bundle, other inputs or settings; choose another --out")
+    return InputError(
+        f"{place} holds predictions of another bundle, of other inputs or with other settings; choose another --out"
+    )

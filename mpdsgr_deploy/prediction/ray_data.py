@@ -71,7 +71,7 @@ def predict_on_cluster(job: Job, out: Place, resources: Resources) -> int:
         names = folder.names()
         missing = {i: part for i, part in enumerate(parts) if part_name(i) not in names}
         if len(missing) < len(parts):
-            log.info("going on: %d of %d parts are in %s", len(parts) - len(missing), len(parts), out)
+            log.info("continuing: %d of %d parts are in %s", len(parts) - len(missing), len(parts), out)
         save_faults(folder, SKIPPED, Faults(inputs.unusable if job.shard.number == 1 else {}))
         if missing:
             _run(job, folder, missing, resources)
@@ -124,8 +124,8 @@ def _fitting(available: Mapping[str, float], resources: Resources) -> int:
         devices = ", ".join(f"{available.get(name, 0):g} {name}s" for name in asked)
         needed = f"an actor takes {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
         if resources.address == "local":
-            raise InputError(f"{needed}, this machine has {devices}; lower --ray-cpus or --ray-gpus")
-        log.warning("%s, the cluster has %s; waiting for machines to join it", needed, devices)
+            raise InputError(f"{needed}, and this machine has {devices}; lower --ray-cpus or --ray-gpus")
+        log.warning("%s, and the cluster has %s; waiting for more machines to join it", needed, devices)
     return max(1, fitting)
 
 
@@ -143,7 +143,9 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
             logging_level="ERROR",
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"no Ray cluster answers at {address}: {one_line(error)}") from error
+        raise InputError(
+            f"no Ray cluster answers at {address} ({one_line(error)}); start one, or use --ray local"
+        ) from error
     try:
         yield
     finally:

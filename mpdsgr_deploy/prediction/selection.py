@@ -49,7 +49,8 @@ def read_list(file: Place) -> list[Place]:
                 content = source.read()
     except OSError as error:
         raise InputError(f"cannot read --list {file}: {error.strerror}") from None
-    paths = [place_of(os.fsdecode(line)) for line in content.splitlines() if line.strip()]  # names need not be UTF-8
+    # file names need not be UTF-8
+    paths = [place_of(os.fsdecode(line)) for line in content.splitlines() if line.strip()]
     if not paths:
         raise InputError(f"--list {file} names no inputs")
     return paths

@@ -119,7 +119,7 @@ def reading(what: str) -> Iterator[None]:
         yield
     except MpdsgrError:
         raise
-    except Exception as error:  # of the system, zipfile, NumPy, Arrow and their decompressors
+    except Exception as error:  # the system, zipfile, NumPy, Arrow and decompressors raise many types
         raise InputError(f"cannot read {what}: {one_line(error)}") from None
 
 

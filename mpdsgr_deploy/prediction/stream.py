@@ -27,8 +27,8 @@ from mpdsgr_deploy.stores import Place
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-READ_AHEAD = 2  # batches
-DECODERS = min(8, os.cpu_count() or 1)  # threads
+READ_AHEAD = 2  # batches that are read in advance
+DECODERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class Job:
         if is_stream(out):
             suffix = out.suffix or ".csv"
             if suffix in SEVERAL_PASSES:
-                raise InputError(f"{suffix} is written in several passes, which {out} does not take; name a file")
+                raise InputError(
+                    f"{suffix} cannot be written to {out}, because it is written in several passes; give a regular file"
+                )
             with atomic_file(out) as file:
                 return self.to_stream(file, suffix)
         out = followed(out)
@@ -88,9 +90,11 @@ class Job:
             batches = self.shard.of(inputs.batches(self.batch))
             done = partial.resume(batches)
             if done:
-                log.info("going on after the %d images in %s", sum(map(len, batches[:done])), place)
+                log.info("continuing after the %d images in %s", sum(map(len, batches[:done])), place)
             elif not partial.was_empty:
-                log.info("%s is of another bundle, other inputs or settings; starting anew", place)
+                log.info(
+                    "%s is from another bundle, other inputs or other settings; starting from the beginning", place
+                )
             for batch, chunk in self._answers(batches, done):
                 partial.append(batch, chunk.logits)
             faults = Faults(inputs.unusable if self.shard.number == 1 else {})
@@ -148,7 +152,7 @@ class Job:
             for (batch, (images, bad)), answer in ahead(read, lambda pair: submit(pair[1].pixels), 2 * self.processes):
                 if answer.batch < fitted:
                     fitted = answer.batch
-                    log.info("out of memory: going on with batches of %d", fitted)
+                    log.info("out of memory; continuing with batches of %d", fitted)
                 if likeness is not None:
                     likeness.add(np.delete(images, list(bad), axis=0) if bad else images)
                 logits = answer.logits
@@ -156,7 +160,9 @@ class Job:
                     logits[list(bad)] = np.nan
                 elif not self.skip and not np.isfinite(logits).all():
                     name = batch.names()[int(np.flatnonzero(~np.isfinite(logits).all(1))[0])]
-                    raise EvaluationError(f"the network's logits for {name} are not finite; export it again")
+                    raise EvaluationError(
+                        f"the network's logits for {name} are not finite; check the image, or export the network again"
+                    )
                 yield batch, Chunk(batch.names(), logits)
                 advance(len(batch))
         if likeness is not None and (unlike := likeness.warning()):

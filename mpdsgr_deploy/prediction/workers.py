@@ -48,9 +48,12 @@ class Halving:
             size = min(self._batch, len(x))
             try:
                 parts = [self._predictor(x[start : start + size]) for start in range(0, len(x), size)]
-            except (OutOfMemory, MemoryError) as error:  # Python and numpy raise the second, perhaps for noise
+            # Python and numpy raise MemoryError, for example when they draw noise
+            except (OutOfMemory, MemoryError) as error:
                 if size == 1:
-                    raise OutOfMemory(f"out of memory with a single image: {one_line(error)}") from error
+                    raise OutOfMemory(
+                        f"out of memory with a single image ({one_line(error)}); free some memory"
+                    ) from error
                 self._batch = size // 2
             else:
                 return Answer(np.concatenate(parts), self._batch)
@@ -128,7 +131,7 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(GPUS.iterdir())] if GPUS.is_dir() else []
 
 
-_worker: Worker  # of a process
+_worker: Worker  # the worker of this process
 _stack = ExitStack()
 
 
@@ -159,4 +162,4 @@ def _open() -> None:
 
 
 def _answer(images: Pixels) -> Answer:
-    return _halving()(images)  # opened here if it failed before, so that its error reaches the parent
+    return _halving()(images)  # opened again if it failed before, so that the error reaches the parent

@@ -26,7 +26,7 @@ def best(logits: NDArray[np.float32], top: int) -> tuple[NDArray[np.int64], NDAr
     """Return the `top` most probable classes of logits [B, K] and their probabilities, [B, top] each, best first."""
     probabilities = np.exp(logits - logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
-    classes = np.argsort(-logits, axis=1, kind="stable")[:, :top]  # of equal ones the first, as argmax
+    classes = np.argsort(-logits, axis=1, kind="stable")[:, :top]  # the first of equal logits, as argmax chooses
     return classes, np.take_along_axis(probabilities, classes, axis=1)
 
 
@@ -108,13 +108,13 @@ def find_writer(suffix: str, labels: tuple[str, ...], top: int) -> Writer:
     if suffix not in FORMATS:
         raise InputError(f"the name of the output must end in one of {', '.join(FORMATS)}, not in {suffix!r}")
     if top > len(labels):
-        raise InputError(f"--top {top}: the network has only {len(labels)} classes")
+        raise InputError(f"--top {top} is too large: the network has only {len(labels)} classes")
     if suffix == ".npz":
         if top > 1:
             raise InputError("--top has no effect on .npz, which holds the logits of all classes; leave it out")
         return write_npz
     if suffix == ".parquet":
-        need("pyarrow.parquet", "parquet")  # before the first image, not after the last
+        need("pyarrow.parquet", "parquet")  # fail before the first image and not after the last
     return partial(FORMATS[suffix], labels=labels, top=top)
 
 

@@ -46,12 +46,12 @@ class FiringRates(AbstractContextManager["FiringRates"]):
         network: onnx.ModelProto | None = None,
     ) -> None:
         if backend not in PROVIDERS:
-            raise InputError(f"backend {backend} does not show {OUTPUT}; choose one of: {', '.join(PROVIDERS)}")
+            raise InputError(f"backend {backend} cannot return {OUTPUT}; choose one of: {', '.join(PROVIDERS)}")
         model, manifest = bundle.variant(precision), bundle.manifest
         network = read_network(model) if network is None else network
         steps = spike_names(network, model)
         self.layers = tuple(steps)
-        # a CPU's as they were measured for the plain session: the means are a small part of the work
+        # the settings measured for the session without means, which are a small part of the work
         settings = prepared_settings(bundle, backend, precision) if PROVIDERS[backend] == CPU else None
         noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
         observable = with_firing_rates(network, steps)
@@ -75,7 +75,7 @@ def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]
                 layer = layer_of(name.removeprefix(SPIKES))
                 steps.setdefault(layer, []).append(name)
     if not steps:
-        raise InputError(f"{source} does not name its spikes, so it has no {OUTPUT}; export the network again")
+        raise InputError(f"{source} does not name its spikes, so it cannot return {OUTPUT}; export the network again")
     return steps
 
 

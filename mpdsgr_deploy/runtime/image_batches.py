@@ -13,15 +13,15 @@ ONE = np.float32(1).view(np.uint32)
 def check_images(x: NDArray[np.float32], shape: tuple[int, int, int]) -> None:
     """Raise InputError unless x is float32 [B >= 1, *shape], finite, in [0, 1]."""
     if x.dtype != np.float32:
-        raise InputError(f"images must be float32 in [0, 1], these are {x.dtype}")
+        raise InputError(f"images must be float32 in [0, 1], and these are {x.dtype}; divide uint8 pixels by 255")
     if x.ndim != 4 or x.shape[1:] != shape or not len(x):
         expected = ", ".join(map(str, shape))
-        raise InputError(f"images must have shape [batch >= 1, {expected}], these have {list(x.shape)}")
-    if x.view(np.uint32).max() <= ONE:  # in one pass: a negative number's bits, or those of NaN, are larger
+        raise InputError(f"images must have shape [batch >= 1, {expected}], and these have {list(x.shape)}")
+    if x.view(np.uint32).max() <= ONE:  # one pass is enough, because as integers negative numbers and NaN are larger
         return
     low, high = x.min(), x.max()
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
-        raise InputError(f"pixels must be finite and in [0, 1], these range from {low} to {high}")
+        raise InputError(f"pixels must be finite and in [0, 1], and these range from {low} to {high}; scale them first")
 
 
 def predict(

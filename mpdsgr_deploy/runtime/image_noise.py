@@ -40,7 +40,7 @@ class NoiseSource:
     def reseed(self, seed: int) -> None:
         """Draw the noise of another seed from now on."""
         if not 0 <= seed < 2**64:
-            raise InputError(f"a seed of noise must be between 0 and 2^64 - 1, got {seed}")
+            raise InputError(f"the seed of the noise must be between 0 and 2^64 - 1, not {seed}")
         self._key = seed.to_bytes(8, "little")
 
     @property
@@ -52,9 +52,11 @@ class NoiseSource:
 
         network: the name of the network in the message.
         """
-        made = {entry.name: entry.shape for entry in self._inputs}
-        if {name: tuple(shape) for name, shape in required.items()} != made:
-            raise InputError(f"{network} takes the noise {_listed(required)}, but gets {_listed(made)}; export again")
+        own_shapes = {entry.name: entry.shape for entry in self._inputs}
+        if {name: tuple(shape) for name, shape in required.items()} != own_shapes:
+            raise InputError(
+                f"{network} takes the noise {_listed(required)}, but gets {_listed(own_shapes)}; export again"
+            )
 
     def __call__(self, x: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         draws = {entry.name: np.empty((len(x), *entry.shape), np.float32) for entry in self._inputs}

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.errors import one_line
 
-BINARY = "binary_tensor_data"  # the extension of that name
+BINARY = "binary_tensor_data"  # name of the protocol's extension
 HEADER = "Inference-Header-Content-Length"  # bytes of JSON in a body where binary tensors follow it
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
-MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)  # what reading wrong JSON raises
+MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)  # errors that malformed JSON can cause
 
 
 class EncodedRequest(NamedTuple):
@@ -72,7 +72,7 @@ class OutputTensor(NamedTuple):
             with np.errstate(over="ignore"):
                 return np.array(self.content, np.float32).reshape(self.shape)
         if self.datatype != "FP32":
-            raise ValueError(f"an output of {self.datatype}, not FP32")
+            raise ValueError(f"the output is {self.datatype}, not FP32")
         return np.frombuffer(self.content, DTYPES["FP32"]).reshape(self.shape).astype(np.float32)
 
 
@@ -89,7 +89,7 @@ def read_output(body: bytes, json_size: int | None, name: str) -> OutputTensor:
         place = names.index(name)
         output, size = outputs[place], sizes[place]
         if start + sum(size or 0 for size in sizes) != len(body):
-            raise ValueError("the binary tensors are not as long as the response says")
+            raise ValueError("the binary tensors do not have the length that the response states")
         start += sum(size or 0 for size in sizes[:place])
         shape = [int(length) for length in output["shape"]]
         content = body[start : start + size] if size is not None else list(output["data"])

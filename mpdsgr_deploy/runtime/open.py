@@ -25,21 +25,23 @@ def _onnxruntime_cpu(bundle: Bundle, precision: str, noise: NoiseSource) -> Onnx
 
 
 def _onnxruntime_gpu(bundle: Bundle, precision: str, noise: NoiseSource, *, provider: str) -> OnnxRuntime:
-    if provider == TENSORRT and precision != "fp32":  # unless held to float32, it chooses types itself
-        raise InputError("onnxruntime-tensorrt would compute neurons in reduced precision too; use --backend tensorrt")
+    if provider == TENSORRT and precision != "fp32":  # it chooses number types itself, unless everything is float32
+        raise InputError(
+            "onnxruntime-tensorrt would also compute the neurons in reduced precision; use --backend tensorrt"
+        )
     return OnnxRuntime(bundle.variant(precision), provider, noise)
 
 
 def _openvino(bundle: Bundle, precision: str, noise: NoiseSource) -> OpenVino:
     if "fp16" in bundle.manifest.variants[precision].layers.values():
-        log.info("openvino computes float16 in float32; onnxruntime-cpu rounds as the network does")
+        log.info("openvino computes float16 networks in float32; use onnxruntime-cpu for the network's own rounding")
     return OpenVino(bundle.variant(precision), noise, settings=prepared_settings(bundle, "openvino", precision))
 
 
 def _torch(bundle: Bundle, precision: str, noise: NoiseSource, *, compiled: bool) -> AbstractContextManager[Predictor]:
     need("torch", "train")
     if precision != "fp32":
-        raise InputError("torch runs the float32 reference only; use onnxruntime-cpu for other precisions")
+        raise InputError("the backend torch runs only fp32; use onnxruntime-cpu for other precisions")
     from mpdsgr_deploy.runtime.torch_model import TorchModel
 
     model = TorchModel.from_bundle(bundle, noise)
@@ -76,7 +78,7 @@ def open_predictor(
     with BACKENDS.choose(backend)(bundle, precision, noise) as predictor:
         check_golden(bundle, backend, precision, predictor)
         if seed is not None:
-            noise.reseed(seed)  # only now: the golden logits are those of the recipe's seed
+            noise.reseed(seed)  # only after the golden batch, whose logits belong to the recipe's seed
         yield predictor
 
 
@@ -90,4 +92,7 @@ def check_golden(bundle: Bundle, backend: str, precision: str, predictor: Predic
     # another CPU rounds differently and may flip a spike on an image or two; another network differs on all
     exact = bundle.manifest.variants[precision].exact
     if parity.labels_differ or (exact and parity.within_tolerance < parity.rows / 2):
-        raise EvaluationError(f"{backend} answers the bundle's golden batch wrongly: {parity}; export again here")
+        raise EvaluationError(
+            f"{backend} answers the bundle's golden batch wrongly ({parity}); export again on this machine, or use "
+            "another backend"
+        )

@@ -26,7 +26,7 @@ from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.openvino_graph import rewrite
 
-CHUNK = 8  # images; about as fast as any larger batch, and its activations stay small
+CHUNK = 8  # images per call; larger batches are hardly faster and need more memory
 # never a lower precision than that of the graph
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 
@@ -45,7 +45,8 @@ class OpenVino(AbstractContextManager["OpenVino"]):
         settings = RuntimeSettings() if settings is None else settings
         self._model, self._core, self._lock = model, openvino.Core(), threading.Lock()
         self._chunk = settings.chunk or CHUNK
-        self._options: dict[str, Any] = {**EXACT, "PERFORMANCE_HINT": "LATENCY"}  # one stream with every thread
+        # one inference at a time, with all threads
+        self._options: dict[str, Any] = {**EXACT, "PERFORMANCE_HINT": "LATENCY"}
         if settings.threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = settings.threads
         try:
@@ -95,8 +96,8 @@ def chunks(batch: int, largest: int) -> Iterator[slice]:
     """Cut a batch into chunks of `largest` and then powers of two, so that few sizes serve all batches."""
     start = 0
     while start < batch:
-        rest = batch - start
-        size = largest if rest >= largest else 1 << (rest.bit_length() - 1)
+        remaining = batch - start
+        size = largest if remaining >= largest else 1 << (remaining.bit_length() - 1)
         yield slice(start, start + size)
         start += size
 

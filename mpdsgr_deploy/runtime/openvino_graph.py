@@ -20,14 +20,14 @@ ELEMENTWISE = {
     *("GreaterOrEqual", "Greater", "LessOrEqual", "Less"),
 }
 COMPARISONS = {"GreaterOrEqual", "Greater", "LessOrEqual", "Less"}
-Image = tuple[int, ...]  # C, H and W
+Image = tuple[int, ...]  # shape of an image: C, H, W
 
 
 def rewrite(network: onnx.ModelProto) -> onnx.ModelProto:
     """Rewrite `network` in place so that it runs faster in OpenVINO, and return it. Unmatched nodes do not change."""
     for change in (unsigned, choose_reset, pool_bytes, split_in_place):
         change(Graph(network))
-    del network.graph.value_info[:]  # shapes of before
+    del network.graph.value_info[:]  # the recorded shapes are those before the change
     return network
 
 
@@ -99,7 +99,7 @@ def choose_reset(graph: Graph) -> None:
             fired = _complement(graph, rest)
             if fired is not None:
                 one = graph.constant(graph.makers[rest].input[0])
-                assert one is not None  # as `_complement` found
+                assert one is not None  # `_complement` has checked it
                 zero = graph.add_constant(f"zero/{one.dtype}", np.zeros((), one.dtype))
                 return [onnx.helper.make_node("Where", [fired, zero, value], node.output, node.name)]
         return [node]
@@ -152,7 +152,8 @@ def _adds_up(graph: Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> b
     step = graph.constant(quantised.input[1])
     whole = not any(attribute(pool, "pads", ())) and not attribute(pool, "ceil_mode", 0)
     plain = whole and attribute(pool, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-    fits = step is not None and step.size == 1 and float(step) * places == 1 and places < 128  # steps of a byte
+    # whether the quantisation has exactly one level per place of the window
+    fits = step is not None and step.size == 1 and float(step) * places == 1 and places < 128
     return plain and fits and _are_spikes(graph, pool.input[0])
 
 
@@ -171,7 +172,7 @@ def split_in_place(graph: Graph) -> None:
 
     Values quantised after the neurons stay quantised: the Q/DQ pair moves before the views, where OpenVINO expects it.
     """
-    flat: dict[str, Image] = {}  # what is split and what is joined again
+    flat: dict[str, Image] = {}  # values that are split, and those that are joined again
     for node in graph.proto.node:
         if node.op_type == "Split" and attribute(node, "axis", 0) == 0 and _in_int8(graph, node):
             joined = _joined(graph, node)

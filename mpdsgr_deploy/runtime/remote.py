@@ -19,9 +19,9 @@ from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.inference_protocol import BINARY, HEADER, encode_request, read_output
 
 TIMEOUT = 60.0  # seconds a request may take
-ATTEMPTS = 5  # at a server that says it is too busy
-LONGEST_WAIT = 30.0  # seconds between two of them
-MOST = 256  # images a request
+ATTEMPTS = 5  # attempts at a server that says it is too busy
+LONGEST_WAIT = 30.0  # longest wait between two attempts, in seconds
+MOST = 256  # largest number of images per request
 BUSY, TOO_LARGE = (429, 503), (400, 413)
 MODEL_PATH = re.compile(r"(.*/v2)/models/[^/]+(/versions/[^/]+)?")
 
@@ -41,7 +41,7 @@ class ModelUrl(NamedTuple):
         try:
             parts = urlsplit(url)
             host, port, path = parts.hostname, parts.port, MODEL_PATH.fullmatch(parts.path.rstrip("/"))
-        except ValueError:  # a port or an address that is none
+        except ValueError:  # the port or the address is malformed
             host = port = path = None
         unused = (parts.username, parts.query, parts.fragment) if path else ()
         if host is None or path is None or any(unused) or parts.scheme not in ("http", "https"):
@@ -93,7 +93,7 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
         if others:
             self._noise.require(others, self._url)
         else:
-            self._noise = NoiseSource()  # the network has none, or the server draws it
+            self._noise = NoiseSource()  # the network takes no noise, or the server draws it
         self._binary = self._has(BINARY)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -127,10 +127,10 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
         try:
             output = read_output(answer.body, None if answer.header is None else int(answer.header), self._output)
             if output.shape != [count, self._classes]:
-                raise ValueError(f"an output of shape {output.shape}, not {[count, self._classes]}")
+                raise ValueError(f"the output has shape {output.shape}, not {[count, self._classes]}")
             logits = output.floats()
         except (ValueError, TypeError) as error:
-            raise InputError(f"{self._url} answers with something else than logits: {one_line(error)}") from None
+            raise InputError(f"{self._url} does not answer with logits: {one_line(error)}") from None
         if not np.isfinite(logits).all():
             raise InputError(f"{self._url} answers with logits that are not finite")
         return logits
@@ -159,11 +159,11 @@ class _Server:
 
     def __init__(self, at: ModelUrl, url: str, rate: float) -> None:
         if not rate > 0:
-            raise InputError(f"a rate of {rate:g} requests a second never asks; give one above 0")
+            raise InputError(f"a rate of {rate:g} requests per second sends nothing; give a number above 0")
         kind = HTTPSConnection if at.tls else HTTPConnection
         self._connection = kind(at.host, at.port, timeout=TIMEOUT)
         self._url, self._rate = url, rate
-        self._next = 0.0  # when the next request may leave
+        self._next = 0.0  # time before which no request may be sent
 
     def ask(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = MappingProxyType({})
@@ -183,7 +183,7 @@ class _Server:
             return self._send(method, path, body, headers)
         except TimeoutError:
             self.close()
-            raise InputError(f"{self._url} does not answer within {TIMEOUT:g} s") from None
+            raise InputError(f"{self._url} does not answer within {TIMEOUT:g} s; is the server overloaded?") from None
         except (HTTPException, OSError) as error:
             self.close()
             if not again:

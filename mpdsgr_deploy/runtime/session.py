@@ -82,12 +82,12 @@ class Session(AbstractContextManager["Session"]):
         except Exception as error:  # onnxruntime's errors share no public base class
             hint = f" (it {NEEDS[provider]})" if provider in NEEDS else ""
             raise failure(f"cannot load {source} on {provider}{hint}", error) from error
-        self._session._model_bytes = None  # kept for a fallback that is refused: all weights once more
+        # onnxruntime keeps a copy of all weights for a fallback, which is refused here
+        self._session._model_bytes = None
         used = self._session.get_providers()[0]
         if used not in (provider, *(device.ep_name for device in devices)):
             raise InputError(
-                f"asked for {provider}, onnxruntime fell back to {used}: {provider} {NEEDS[provider]}; "
-                f"see `mpdsgr doctor`"
+                f"onnxruntime used {used} instead of {provider}, which {NEEDS[provider]}; see `mpdsgr doctor`"
             )
         self.inputs: dict[str, tuple[Any, ...]] = {x.name: tuple(x.shape) for x in self._session.get_inputs()}
         self.outputs: list[str] = [y.name for y in self._session.get_outputs()]
@@ -149,7 +149,7 @@ def failure(what: str, error: Exception) -> InputError:
     """Return the error to raise in place of onnxruntime's own."""
     kind, advice = InputError, "see `mpdsgr doctor`"
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-        kind, advice = OutOfMemory, "it has too little memory; free some or use a smaller batch"
+        kind, advice = OutOfMemory, "there is too little memory; free some or use a smaller batch"
     return kind(f"onnxruntime {what}: {one_line(error)}; {advice}")
 
 
@@ -158,7 +158,7 @@ def plugin_devices(ort: Any, provider: str) -> list[Any]:
     names = NAMES.get(provider, (provider,))
     for module in (name for _, name, _ in iter_modules() if name.startswith(PREFIX)):
         _register(ort, module)
-    devices: list[Any] = getattr(ort, "get_ep_devices", list)()  # of onnxruntime 1.23 and later
+    devices: list[Any] = getattr(ort, "get_ep_devices", list)()  # exists in onnxruntime 1.23 and later
     by_name = ([device for device in devices if device.ep_name == name] for name in names)
     return next(filter(None, by_name), [])
 
@@ -169,5 +169,5 @@ def _register(ort: Any, module: str) -> None:
     try:
         plugin = import_module(module)
         ort.register_execution_provider_library(module, plugin.get_library_path())
-    except Exception as error:  # whatever a half-installed plug-in raises; the provider is then missing
-        log.warning("the onnxruntime plug-in %s cannot be used: %s", module, one_line(error))
+    except Exception as error:  # a half-installed plug-in may raise any type; its provider is then missing
+        log.warning("the onnxruntime plug-in %s cannot be used and is ignored: %s", module, one_line(error))

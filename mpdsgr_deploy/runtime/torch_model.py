@@ -21,7 +21,7 @@ from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.snn.compiled import quiet_compiler
 from mpdsgr_deploy.snn.draws import Kind
 
-NO_MEMORY = "can't allocate memory"  # in torch's message for the CPU, which has no error class
+NO_MEMORY = "can't allocate memory"  # part of torch's message on a CPU, for which it has no error class
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -39,7 +39,9 @@ def telling_memory(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
-            raise OutOfMemory(f"torch has too little memory for {what}; free some or use a smaller batch") from error
+            raise OutOfMemory(
+                f"torch has too little memory for {what}; free some memory or use a smaller batch"
+            ) from error
         raise
 
 
@@ -83,7 +85,8 @@ class TorchModel(AbstractContextManager["TorchModel"]):
         manifest = bundle.manifest
         if manifest.origin != "trained":
             raise InputError(
-                f"{bundle.path} holds no torch weights, its network comes from elsewhere; use another backend"
+                f"{bundle.path} holds no torch weights, because its network was not trained by this package; use "
+                "another backend"
             )
         shape = manifest.input_shape
         model = load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels))

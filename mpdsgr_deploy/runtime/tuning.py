@@ -25,9 +25,9 @@ BATCHES = (1, 8, 32)
 CHUNKS = (8, 4, 16, 32)  # the most promising first, in case time runs out
 REPETITIONS = 3
 SECONDS = 20.0  # seconds after which no further candidate is started
-START_SECONDS = 1.0  # that a server's start may take to measure
-PAYS = 1.5  # times as fast that twice the threads must be, or the second half of them does more for other requests
-CHUNK_PAYS = 1.05  # times as fast an image that chunks must be
+START_SECONDS = 1.0  # seconds that a server may spend on measuring when it starts
+PAYS = 1.5  # speed-up that twice the threads must give; below it they serve other requests better
+CHUNK_PAYS = 1.05  # speed-up per image that chunks must give
 
 Opener = Callable[..., AbstractContextManager[Predictor]]
 OPENERS: dict[str, Opener] = {"openvino": OpenVino, "onnxruntime-cpu": OnnxRuntime}
@@ -43,7 +43,7 @@ def tune(
     settings serve all batch sizes.
     """
     if batch is not None:
-        raise InputError(f"{backend} needs no --batch: its settings are measured for all; leave it out")
+        raise InputError(f"--batch has no effect for {backend}, whose settings serve all batch sizes; leave it out")
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     opener = partial(OPENERS[backend], bundle.variant(precision), noise=noise)
     images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
@@ -121,7 +121,7 @@ def _fastest(
     measured: list[RuntimeSettings] = []
     for candidate in candidates:
         if measured and time.monotonic() > deadline:
-            log.info("%.0f s are over, the rest is not measured", SECONDS)
+            log.info("%.0f s have passed, so the remaining settings are not measured", SECONDS)
             break
         if candidate.milliseconds:
             measured.append(candidate)
@@ -135,7 +135,7 @@ def _fastest(
 
 def milliseconds(predictor: Predictor, images: NDArray[np.float32]) -> float:
     """Return the shortest time of a few inferences, which other work on the machine disturbed least."""
-    predictor(images)  # compiles and allocates
+    predictor(images)  # the first call compiles and allocates
     seconds = []
     for _ in range(REPETITIONS):
         started = time.perf_counter()

@@ -58,7 +58,7 @@ class Share:
         if self.held + count > memory.limit:
             raise too_large(memory.limit)
         if memory.used + count > memory.limit:
-            raise Refused(Why.BUSY, "too many bytes of requests are in memory; try again soon")
+            raise Refused(Why.BUSY, "the requests in memory have reached limits.in_flight_bytes; try again later")
         memory.used += count
         self.held += count
 
@@ -84,17 +84,18 @@ class Server:
         self.limits = self.settings.limits.share(self.group.processes)
         self.keys = None if keys is None else ApiKeys(keys)
         if repository_control and self.group.processes > 1:
-            raise InputError("--repository-control needs --processes 1: a request reaches only one of them")
+            raise InputError("--repository-control needs --processes 1, because a request reaches only one process")
         self.repository_control = repository_control
         cores = max(1, hardware()["cores"] // self.group.processes)
         named = sources(models, self.settings.trust.demand())
         self.repository = Repository(named, backend, self.limits, cores, self.group)
         self.memory = Memory(self.limits.in_flight_bytes)
-        self.other_codes: Counter[tuple[str, str]] = Counter()  # by protocol, status; without a model
-        self.grpc_port: int | None = None  # once something listens there
-        self.draining = False  # it is ending, and still answers
-        self.local = False  # only this machine reaches it, and it needs no keys
-        self.closing = False  # open connections get their last answer
+        # (protocol, status) -> answers to requests that name no model
+        self.other_codes: Counter[tuple[str, str]] = Counter()
+        self.grpc_port: int | None = None  # set once a server listens there
+        self.draining = False  # the server is stopping, but still answers
+        self.local = False  # only this machine can reach the server, and no keys are needed
+        self.closing = False  # open connections get their last answers
         self._born = time.monotonic()
         self._ids = map(f"{token_hex(4)}-{{:x}}".format, itertools.count(1))
 
@@ -138,7 +139,7 @@ class Server:
         if self.keys is not None and not self.keys.accepts(authorization):
             raise Refused(
                 Why.UNAUTHENTICATED,
-                "give an API key: Authorization: Bearer KEY",
+                "this server requires an API key; send the header Authorization: Bearer KEY",
                 headers={"www-authenticate": 'Bearer realm="mpdsgr"'},
             )
 
@@ -159,13 +160,16 @@ class Server:
                 model = self.repository.entry(name).model
                 if model is not None and model.digest != other.digest:
                     raise InputError(
-                        f"{model.source.path} is not the bundle that is served as {name!r}; SIGHUP switches to it"
+                        f"{model.source.path} is not the bundle that is served as {name!r}; send SIGHUP to switch to it"
                     )
 
     def require_control(self) -> None:
         """Raise Refused if requests may not load and unload models."""
         if not self.repository_control:
-            raise Refused(Why.FORBIDDEN, "start the server with --repository-control to load and unload models")
+            raise Refused(
+                Why.FORBIDDEN,
+                "this server does not load or unload models on request; start it with --repository-control to allow it",
+            )
 
     def metadata(self) -> dict[str, Any]:
         """Return the server's metadata in the JSON form of the protocol."""

@@ -23,7 +23,7 @@ class AsgiBody:
     async def read(self) -> bytes:
         message = await self._receive()
         if message["type"] == "http.disconnect":
-            raise Refused(Why.CANCELLED, "the client left before its body was there")
+            raise Refused(Why.CANCELLED, "the client disconnected before its body had arrived")
         self.at_end = not message.get("more_body", False)
         body: bytes = message.get("body", b"")
         return body
@@ -65,7 +65,7 @@ class Asgi:
         exchange = Exchange(scope["method"], scope["path"], headers, body, lambda: str(client[0]))
         reply = await self._http.answer(exchange)
         lines = [line for line in response_headers(exchange.id, reply) if self._with_id or line[0] != b"x-request-id"]
-        if self.server.draining or not body.at_end:  # an unread rest of a body is not worth reading
+        if self.server.draining or not body.at_end:  # close the connection instead of reading the rest of a body
             lines.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": reply.status, "headers": lines})
         await send({"type": "http.response.body", "body": b"" if exchange.method == "HEAD" else reply.body})

@@ -29,9 +29,9 @@ class Outputs(NamedTuple):
     rates: NDArray[np.float32] | None = None
 
 
-QUICK = 1e-3  # seconds that the event loop may be held up by a batch
-STREAK = 20  # batches, one after the other, that have to be quick before it is
-Compute = Callable[[Images, bool], Outputs]  # the flag: with firing rates
+QUICK = 1e-3  # seconds for which a batch may block the event loop
+STREAK = 20  # number of consecutive quick batches after which batches run in the event loop
+Compute = Callable[[Images, bool], Outputs]  # the flag says whether firing rates are computed too
 
 
 class QueuedRequest:
@@ -42,7 +42,7 @@ class QueuedRequest:
     def __init__(self, images: Images, rates: bool, deadline: float, future: "asyncio.Future[Outputs]") -> None:
         self.images, self.rates, self.deadline, self.future = images, rates, deadline, future
         self.arrived = time.monotonic()
-        self.refusal: Refused | None = None  # of its images, once somebody has looked at them
+        self.refusal: Refused | None = None  # why its images are refused, set when they are checked
 
 
 class ModelLane:
@@ -62,10 +62,10 @@ class ModelLane:
     ) -> None:
         self.compute, self.statistics, self.most, self.room, self.problem = compute, statistics, most, room, problem
         self.jobs: deque[QueuedRequest] = deque()
-        self.images = 0  # that wait
-        self.running = 0  # requests that wait or are computed
-        self.streak = 0  # quick batches until now
-        self.quick_images = 0.0  # in a batch that is known to be quick
+        self.images = 0  # number of images that wait
+        self.running = 0  # number of requests that wait or are being computed
+        self.streak = 0  # number of consecutive quick batches
+        self.quick_images = 0.0  # number of images in a batch that is known to be quick
 
     @property
     def quick(self) -> bool:
@@ -109,8 +109,9 @@ class Batcher:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready = threading.Condition()
-        self._turns: deque[ModelLane] = deque()  # with jobs
-        self._closed = self._busy = self._called = False  # busy: the thread computes; called: `_turn` will be
+        self._turns: deque[ModelLane] = deque()  # lanes that have jobs
+        # busy: the thread is computing; called: a call of `_turn` is scheduled
+        self._closed = self._busy = self._called = False
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
@@ -123,10 +124,13 @@ class Batcher:
         """
         job = QueuedRequest(images, rates, deadline, self._loop.create_future())
         with self._ready:
-            # an empty queue takes anything, or a request larger than `room` never had a chance
+            # an empty queue takes any request, so that one larger than `room` can be answered too
             if lane.images and lane.images + len(images) > lane.room:
                 lane.statistics.dropped["queue_full"] += 1
-                raise Refused(Why.BUSY, f"{lane.images} images wait, {lane.room} may; try again soon")
+                raise Refused(
+                    Why.BUSY,
+                    f"the queue is full: {lane.images} images are waiting, and {lane.room} may wait; try again later",
+                )
             if not lane.jobs:
                 self._turns.append(lane)
             lane.jobs.append(job)
@@ -147,7 +151,7 @@ class Batcher:
             if self._turns and not self._busy:
                 if all(lane.quick for lane in self._turns):
                     self._called = True
-                    self._loop.call_soon(self._turn)  # what has come in meanwhile is read first
+                    self._loop.call_soon(self._turn)  # first let the loop read what has arrived meanwhile
                 else:
                     self._ready.notify()
         if turn is not None:
@@ -171,7 +175,7 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while self._step():  # between two steps nothing refers to a lane: its model may be one that was replaced
+        while self._step():  # keep no reference to a lane between two steps, since its model may have been replaced
             pass
 
     def _step(self) -> bool:
@@ -187,7 +191,7 @@ class Batcher:
                     self._ready.wait()
             self._busy = True
         outcome = _timed(*turn)
-        with suppress(RuntimeError):  # the loop has ended
+        with suppress(RuntimeError):  # the event loop has stopped
             self._loop.call_soon_threadsafe(_deliver, *turn, *outcome)
         return True
 
@@ -210,11 +214,11 @@ def _computed(lane: ModelLane, batch: list[QueuedRequest]) -> Outputs | Exceptio
     images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
     try:
         return lane.compute(images, batch[0].rates)
-    except Exception as error:  # whatever it is, it belongs to these requests and must not end the thread
+    except Exception as error:  # any error belongs to these requests and must not end the thread
         for job in batch:
             job.refusal = lane.problem(job.images)
         good = [job for job in batch if job.refusal is None]
-        if not good:  # each has an answer of its own, and the error's frames would keep the images
+        if not good:  # each request gets a new error, because the frames of the first would keep the images in memory
             return error.with_traceback(None)
         return error if len(good) == len(batch) else _computed(lane, good)
 
@@ -233,12 +237,18 @@ def _deliver(
         lane.statistics.dropped["cancelled" if job.future.cancelled() else "deadline"] += 1
         if not job.future.done():
             waited = start - job.arrived
-            job.future.set_exception(Refused(Why.LATE, f"the deadline passed after {waited:.3f} s in the queue"))
+            job.future.set_exception(
+                Refused(
+                    Why.LATE,
+                    f"the request's deadline passed after it had waited {waited:.3f} s in the queue; "
+                    "allow more time or send fewer requests",
+                )
+            )
     good = [job for job in batch if job.refusal is None]
     for job in batch:
         if job.refusal is not None and not job.future.done():
             job.future.set_exception(job.refusal)
-    if isinstance(outcome, Outputs):  # what was dropped, or refused, says nothing about the network
+    if isinstance(outcome, Outputs):  # dropped and refused requests say nothing about the network's speed
         images = sum(len(job.images) for job in good)
         lane.learn(images, seconds)
         lane.statistics.computed([start - job.arrived for job in good], images, seconds)
@@ -246,7 +256,7 @@ def _deliver(
     for job in good:
         rows = slice(row, row + len(job.images))
         row = rows.stop
-        if job.future.done():  # given up meanwhile
+        if job.future.done():  # the request was cancelled meanwhile
             continue
         if isinstance(outcome, Outputs):
             rates = None if outcome.rates is None else outcome.rates[rows]

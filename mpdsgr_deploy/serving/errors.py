@@ -21,7 +21,7 @@ class Why(Enum):
     TOO_LARGE = 413, "RESOURCE_EXHAUSTED"
     ENCODING = 415, "UNIMPLEMENTED"
     HEADERS = 431, "RESOURCE_EXHAUSTED"
-    CANCELLED = 499, "CANCELLED"  # nobody reads this answer; metrics and log do
+    CANCELLED = 499, "CANCELLED"  # the client has left, so only metrics and log show it
     INTERNAL = 500, "INTERNAL"
     BUSY = 503, "RESOURCE_EXHAUSTED"
     NOT_READY = 503, "UNAVAILABLE"
@@ -56,7 +56,7 @@ def internal(error: Exception) -> Refused:
     It drops the error's frames as `Refused.without_frames` does, because the batch's future keeps the error.
     """
     error.__traceback__ = None
-    return Refused(Why.INTERNAL, f"{type(error).__name__}; the server's log has more")
+    return Refused(Why.INTERNAL, f"the server failed with {type(error).__name__}; its log says more")
 
 
 def invalid(message: str) -> Refused:

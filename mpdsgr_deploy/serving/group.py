@@ -10,22 +10,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ANSWER_SECONDS = 1.0  # that another process has to answer; one that is ending or blocked is left out
+ANSWER_SECONDS = 1.0  # seconds that other processes have to answer; a stopping or blocked one is left out
 Answer = Callable[[], Awaitable[Any]]
 
 
 class ProcessCounts(ctypes.Structure):
     """The counters that one process shows the others in shared memory."""
 
-    requests: int  # in work
-    connections: int  # open over HTTP
+    requests: int  # requests in progress
+    connections: int  # open HTTP connections
     accepting: int  # 1 while it accepts connections
     loaded: int  # 1 once the place's first process has opened its models
     lost: int  # accepted requests that got no answer, at its end
     beats: int  # turns of its event loop
     opening: int  # networks that it opens now
     died: int  # processes in this place that died
-    hung: int  # and that stood still and were killed
+    hung: int  # processes in this place that hung and were killed
 
     def clear(self) -> None:
         """Reset the counters of a process that has ended; `loaded`, `died` and `hung` belong to its place and stay."""
@@ -80,12 +80,12 @@ class Group:
             try:
                 question = (await reader.readline()).decode().strip()
                 writer.write(pickle.dumps(await answers[question]()))
-                with suppress(ConnectionError):  # whoever asked has gone
+                with suppress(ConnectionError):  # the process that asked has closed the connection
                     await writer.drain()
             finally:
                 writer.close()
 
-        self._socket(self.index).unlink(missing_ok=True)  # of a process that died
+        self._socket(self.index).unlink(missing_ok=True)  # left by a process that died
         self._server = await asyncio.start_unix_server(answer, self._socket(self.index))
 
     async def ask(self, question: str) -> dict[int, Any]:
@@ -107,7 +107,7 @@ class Group:
 @contextmanager
 def group_of(processes: int) -> Iterator[Group]:
     """Make a group of so many processes, in the process that starts the others."""
-    if processes == 1:  # which asks nobody
+    if processes == 1:  # a single process need not ask others
         yield Group()
         return
     with tempfile.TemporaryDirectory(prefix="mpdsgr-") as folder:

@@ -21,13 +21,14 @@ from mpdsgr_deploy.serving.http_request import HEAD_BYTES
 from mpdsgr_deploy.serving.listener import Tls
 
 HEALTH = "grpc.health.v1.Health"
-REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")  # the same messages
+# both versions have the same messages
+REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 LOOK_EVERY = 0.5  # seconds between two looks of a Watch
 WATCHERS = 200  # streams of Watch and of reflection
-UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)  # of HealthCheckResponse.ServingStatus
+UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)  # values of HealthCheckResponse.ServingStatus
 STREAMS = 100  # calls of a connection at once; clients hold back further ones themselves
-SMALLEST_WINDOW = 65_535  # bytes; HTTP/2's own, with which every connection begins
-LARGEST_WINDOW = 1 << 20  # bytes
+SMALLEST_WINDOW = 65_535  # bytes, the window with which every HTTP/2 connection begins
+LARGEST_WINDOW = 1 << 20  # bytes, the largest window
 
 
 def health(guard: Guard) -> list[Any]:
@@ -53,7 +54,7 @@ def reflection(guard: Guard) -> list[Any]:
 async def _check(server: Server, content: bytes, call: Call) -> Any:
     status = _status(server, _service(content))
     if status == SERVICE_UNKNOWN:
-        raise Refused(Why.NOT_FOUND, "no such service; ask for a model, or for the empty name")
+        raise Refused(Why.NOT_FOUND, "there is no such service; ask for the name of a model, or for the empty name")
     return health_pb2.HealthCheckResponse(status=status)
 
 
@@ -61,7 +62,7 @@ def _service(content: bytes) -> str:
     try:
         return str(health_pb2.HealthCheckRequest.FromString(content).service)
     except DecodeError:
-        raise invalid("the message is no HealthCheckRequest") from None
+        raise invalid("the message is not a HealthCheckRequest") from None
 
 
 def _status(server: Server, service: str) -> int:
@@ -116,7 +117,7 @@ class Streams:
                     try:
                         request = reflection_pb2.ServerReflectionRequest.FromString(content)
                     except DecodeError:
-                        raise invalid("the message is no ServerReflectionRequest") from None
+                        raise invalid("the message is not a ServerReflectionRequest") from None
                 if call.refused:
                     return
                 for answer in servicer.ServerReflectionInfo(iter([request]), context):
@@ -126,7 +127,7 @@ class Streams:
 
     def _take(self) -> None:
         if self._open >= WATCHERS:
-            raise Refused(Why.BUSY, "too many streams are open; ask again soon")
+            raise Refused(Why.BUSY, "too many streams are open; try again later")
         self._open += 1
 
 

@@ -18,9 +18,9 @@ from mpdsgr_deploy.serving.http_timer import READ_FIRST, client_time
 from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE
 
-PATIENCE = 1.0  # seconds within which a message that waits gets a place
+PATIENCE = 1.0  # seconds that a message may wait for a place
 Content = TypeVar("Content")
-OPEN_PLACES = 8  # messages that arrive at once for calls without a key
+OPEN_PLACES = 8  # messages that may arrive at the same time for calls without a key
 WAITING = 1000  # calls whose messages wait to arrive
 SMALL = 4096  # bytes of a message to a method that needs no key
 
@@ -34,7 +34,7 @@ class Arrivals:
 
     def __init__(self, places: int, waiting: int) -> None:
         self.places, self.most_waiting = places, waiting
-        self._arriving: dict[asyncio.Timeout, float] = {}  # when each began, the oldest first
+        self._arriving: dict[asyncio.Timeout, float] = {}  # start time of each, the oldest first
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._places_used = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -62,7 +62,7 @@ class Arrivals:
             self._places_used += 1
             return
         if len(self._waiting) >= self.most_waiting:
-            raise Refused(Why.BUSY, "too many messages are on their way; try again soon")
+            raise Refused(Why.BUSY, "too many messages are being received; try again later")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         if self._timer is None:
@@ -70,7 +70,7 @@ class Arrivals:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was given a place in the same moment
+            if turn.done() and not turn.cancelled():  # it got a place at the same moment
                 self._leave()
             with suppress(ValueError):
                 self._waiting.remove(turn)
@@ -156,7 +156,7 @@ class Guard:
         return grpc.method_handlers_generic_handler(name, handlers)
 
     async def _unary(self, name: str, method: Method, _: Any, context: grpc.aio.ServicerContext) -> Any:
-        if context.done():  # reset before its turn came
+        if context.done():  # the call was reset while it waited
             self.server.other_codes["grpc", Why.CANCELLED.grpc] += 1
             raise asyncio.CancelledError
         async with self.call(name, context, open=method.open) as call:
@@ -175,14 +175,14 @@ class Guard:
         server.counts.requests += 1
         try:
             if not open:
-                if server.closing:  # gRPC itself would cancel what it has not handed over when it stops
-                    raise Refused(Why.NOT_READY, "the server ends")
+                if server.closing:  # when gRPC stops, it would itself cancel calls that it has not passed on
+                    raise Refused(Why.NOT_READY, "the server is stopping")
                 server.authorize(call.metadata.get("authorization", ""))
             yield call
         except Refused as error:
             call.refused = error.without_frames()
         except asyncio.CancelledError:
-            call.refused = Refused(Why.CANCELLED, "the client left")
+            call.refused = Refused(Why.CANCELLED, "the client disconnected")
             raise
         except Exception as error:
             log.exception("call %s failed", call.id)
@@ -199,7 +199,7 @@ class Guard:
         content = await self.next_message(call, open=open, large=large)
         if content is None:
             if not call.peer:  # gRPC's core has ended the call: a message above every limit, or a client that left
-                raise Refused(Why.TOO_LARGE, "the message did not come whole")
+                raise Refused(Why.TOO_LARGE, "the message did not arrive completely")
             raise invalid("the call has no message")
         return content
 
@@ -211,7 +211,7 @@ class Guard:
             return None
         most = SMALL if open else self.server.largest_message if large else JSON_ENVELOPE
         if len(content) > most:
-            raise Refused(Why.TOO_LARGE, f"a message to {call.path} may have {most} bytes")
+            raise Refused(Why.TOO_LARGE, f"a message to {call.path} may have at most {most} bytes")
         return content
 
 

@@ -33,7 +33,9 @@ def _is_ready(server: Server, request: Any) -> bool:
 async def _load(server: Server, request: Any) -> Answer:
     server.require_control()
     if request.parameters:
-        raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
+        raise invalid(
+            "parameters are not supported, because models are loaded from the server's own bundles; leave them out"
+        )
     await server.repository.load(request.model_name)
     return {}
 
@@ -49,7 +51,10 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
     request = _parsed(pb.ModelInferRequest, content)
     model = call.model = server.repository.model(request.model_name, request.model_version)
     if len(content) > model.input.message_bytes:
-        raise Refused(Why.TOO_LARGE, f"a message to {request.model_name} may have {model.input.message_bytes} bytes")
+        raise Refused(
+            Why.TOO_LARGE,
+            f"a message to {request.model_name} may have at most {model.input.message_bytes} bytes; send fewer images",
+        )
     outputs = [_requested_output(output) for output in request.outputs]
     limit = timeout(_parameter(request.parameters, "timeout"))
     asked = InferenceRequest(identifier(request.id), _tensors(request), outputs, limit, binary=True)
@@ -67,16 +72,16 @@ def _tensors(request: Any) -> list[InputTensor]:
     """Return the inputs, with their data in raw form or as typed contents; never both."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
-        raise invalid(f"{len(request.inputs)} inputs and {len(raw)} raw contents")
+        raise invalid(f"there are {len(request.inputs)} inputs and {len(raw)} raw contents; send one for each")
     tensors: list[InputTensor] = []
     for i, entry in enumerate(request.inputs):
-        refuse_shared_memory(entry.parameters, "send the tensor")
+        refuse_shared_memory(entry.parameters, "send the tensor itself")
         typed = [field.name for field, _ in entry.contents.ListFields()]
         if raw and typed:
-            raise invalid(f"input {entry.name[:100]!r} has its data twice, raw and typed")
+            raise invalid(f"input {entry.name[:100]!r} has data in both the raw and the typed field; send one of them")
         field = CONTENTS.get(entry.datatype, "fp32_contents")
         if not raw and typed not in ([], [field]):
-            raise invalid(f"the data of {entry.datatype[:40]!r} stand in {field}, not in {typed[0]}")
+            raise invalid(f"data of type {entry.datatype[:40]!r} belong in {field}, not in {typed[0]}")
         content = raw[i] if raw else getattr(entry.contents, field)  # not a list: its length is checked first
         tensors.append(InputTensor(entry.name, entry.datatype, tuple(entry.shape), content))
     return tensors
@@ -99,7 +104,7 @@ def _parsed(kind: Any, content: bytes) -> Any:
     try:
         return kind.FromString(content)
     except DecodeError:
-        raise invalid(f"the message is no {kind.DESCRIPTOR.name}") from None
+        raise invalid(f"the message is not a {kind.DESCRIPTOR.name}") from None
 
 
 def _model(server: Server, request: Any) -> ServedModel:
@@ -111,8 +116,8 @@ def _method(name: str, handler: Callable[[Server, Any], Answer | Awaitable[Answe
     request, response = getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response")
 
     async def answer(server: Server, content: bytes, call: Call) -> Any:
-        made = handler(server, _parsed(request, content))
-        return ParseDict(await made if isinstance(made, Awaitable) else made, response())
+        reply = handler(server, _parsed(request, content))
+        return ParseDict(await reply if isinstance(reply, Awaitable) else reply, response())
 
     return Method(answer, response.SerializeToString, **options)
 

@@ -16,7 +16,7 @@ INPUTS, OUTPUTS = 5, 6
 SHAPE, CONTENTS = 3, 5
 DIMENSIONS = 80  # bytes that the four sizes of a shape may take
 
-BROKEN = "the message is no ModelInferRequest"
+BROKEN = "the message is not a ModelInferRequest"
 
 
 class Scan:
@@ -31,7 +31,7 @@ class Scan:
         while place < end:
             self._left -= 1
             if self._left < 0:
-                raise invalid(f"the message has more than {MOST} fields; tensors go in raw or packed form")
+                raise invalid(f"the message has more than {MOST} fields; send tensors in raw or packed form")
             tag, place = self._varint(place, end)
             kind = tag & 7
             if kind == LENGTH:
@@ -44,7 +44,7 @@ class Scan:
             elif kind in FIXED:
                 stop = place + FIXED[kind]
             else:
-                raise _broken()  # groups: proto3 has none
+                raise _broken()  # groups, which proto3 does not have
             if stop > end:
                 raise _broken()
             yield tag >> 3, place, stop

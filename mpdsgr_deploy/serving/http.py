@@ -22,13 +22,13 @@ from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
 
 JSON, BINARY = b"application/json", b"application/octet-stream"
 PLAIN, HTML = b"text/plain; version=0.0.4", b"text/html; charset=utf-8"
-OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # without a key
+OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # paths that need no key
 
 
 class Body(Protocol):
     """A request's body, read as it arrives."""
 
-    complete: bool  # all of it has come
+    complete: bool  # the whole body has arrived
 
     @property
     def at_end(self) -> bool:
@@ -144,25 +144,26 @@ class Http:
         name, version, action = parts[0], "", parts[1:]
         if action[:1] == ["versions"] and len(action) > 1:
             version, action = action[1], action[2:]
-        what = "/".join(action)
-        if what == "infer":
+        action_name = "/".join(action)
+        if action_name == "infer":
             _require(exchange.method, "POST")
             return await self._infer(exchange, name, version)
-        if what not in ("", "ready", "config", "stats"):
-            raise Refused(Why.NOT_FOUND, f"a model has no {what[:100]!r}")
+        if action_name not in ("", "ready", "config", "stats"):
+            raise Refused(Why.NOT_FOUND, f"a model has no {action_name[:100]!r}")
         _require(exchange.method, "GET")
-        if what == "stats":
+        if action_name == "stats":
             return _json(await self.server.statistics(name, version))
         model = self.server.repository.model(name, version)
-        if what == "ready":
+        if action_name == "ready":
             return _json({"name": name, "ready": True})
-        return _json(model.config() if what == "config" else model.metadata())
+        return _json(model.config() if action_name == "config" else model.metadata())
 
     async def _infer(self, exchange: Exchange, name: str, version: str) -> Reply:
         limits, repository = self.server.limits, self.server.repository
         model = exchange.model = repository.model(name, version)
         body = await self._body(exchange, model.input.body_bytes)
-        model = exchange.model = repository.model(name, version)  # a newer one may have taken over as the body came
+        # a newer version may have replaced it while the body arrived
+        model = exchange.model = repository.model(name, version)
         request = parse_request(body, exchange.headers.get(HEADER.lower()), model.input)
         with logs.span(exchange.headers, model, exchange.id):
             answers = await infer(model, self.server.batcher, request, limits.request_seconds, exchange.body.watch)
@@ -186,7 +187,9 @@ class Http:
             {"unload_dependents": False},
             {"unload_dependents": True},
         ):
-            raise invalid("models are loaded from the server's own bundles, as they are; give no parameters")
+            raise invalid(
+                "parameters are not supported, because models are loaded from the server's own bundles; leave them out"
+            )
         repository = self.server.repository
         await (repository.load if parts[2] == "load" else repository.unload)(parts[1])
         return Reply(200, b"")
@@ -195,7 +198,7 @@ class Http:
         """Return the whole body, decompressed, of at most so many bytes. Raises Refused if it is larger or invalid."""
         most = min(most, self.server.memory.limit)
         length = exchange.headers.get("content-length")
-        if length is not None and int(length) > most:  # servers let only numbers through
+        if length is not None and int(length) > most:  # servers pass on only numbers
             raise too_large(most)
         inflate = _inflater(exchange.headers.get("content-encoding"))
         if inflate is None and exchange.body.at_end:
@@ -216,20 +219,21 @@ def _inflater(encoding: str | None) -> "zlib._Decompress | None":
     if kind == "identity":
         return None
     if kind not in ("gzip", "deflate"):
-        raise Refused(Why.ENCODING, f"Content-Encoding {kind[:40]!r} is not understood; use gzip or deflate")
-    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
+        raise Refused(Why.ENCODING, f"Content-Encoding {kind[:40]!r} is not supported; use gzip or deflate")
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # accepts both gzip and zlib headers
 
 
 async def _read(exchange: Exchange, most: int, inflate: "zlib._Decompress | None") -> bytes:
     parts: list[bytes] = []
-    sent = size = 0  # bytes as they came, and inflated
+    sent = size = 0  # bytes received, and bytes after decompression
     while not exchange.body.at_end:
         part = await exchange.body.read()
         sent += len(part)
         if inflate is not None:
-            part = _inflated(inflate, part, most - size + 1)  # never more than shows that it is too much
+            # never decompress more than needed to see that it is too much
+            part = _inflated(inflate, part, most - size + 1)
         size += len(part)
-        if max(sent, size) > most:  # compressed bytes may be more than what they hold, which is nothing sometimes
+        if max(sent, size) > most:  # compressed data may be larger than their content, which may even be empty
             raise too_large(most)
         exchange.share.take(len(part))
         parts.append(part)
@@ -242,15 +246,17 @@ def _inflated(inflate: "zlib._Decompress", part: bytes, most: int) -> bytes:
     try:
         inflated = inflate.decompress(part, most)
     except zlib.error as error:
-        raise invalid(f"the body is not compressed as its header says: {error}") from None
+        raise invalid(f"the body is not compressed as its header states: {error}") from None
     if inflate.unused_data:
-        raise invalid("something stands behind the end of the compressed body")
+        raise invalid("there are bytes after the end of the compressed body")
     return inflated
 
 
 def _require(method: str, allowed: str) -> None:
     if method != allowed and not (method == "HEAD" and allowed == "GET"):
-        raise Refused(Why.METHOD, f"use {allowed}, not {method[:20]}", headers={"allow": allowed})
+        raise Refused(
+            Why.METHOD, f"this address does not accept {method[:20]}; use {allowed}", headers={"allow": allowed}
+        )
 
 
 def _json(content: Any) -> Reply:

@@ -24,10 +24,10 @@ from mpdsgr_deploy.serving.http_request import (
 )
 from mpdsgr_deploy.serving.http_timer import ClientTimer
 
-PIPELINED = 64  # requests on a connection that wait for the answer to the one before
-READ_AHEAD = 8  # of these that are read before the client has to wait; while reading stops, its leaving goes unseen
-LINGER = 2.0  # seconds that a client may go on sending what is not read, so that it gets the answer to it
-PROBE_SECONDS = 1.0  # for the head of a connection above the limit
+PIPELINED = 64  # requests on a connection that may wait for earlier answers
+READ_AHEAD = 8  # requests of these that are read in advance; a disconnect goes unnoticed while reading stops
+LINGER = 2.0  # seconds in which a client may still send unread data before it gets the answer
+PROBE_SECONDS = 1.0  # seconds for the head of a request on a connection above the limit
 PROBES = ("/v2/health/live", "/v2/health/ready")
 
 
@@ -59,24 +59,26 @@ class HttpConnection(asyncio.Protocol):
         self._owner, self._limits = owner, owner.server.limits
         self._loop = asyncio.get_running_loop()
         self._parser: Any = httptools.HttpRequestParser(self)
-        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # what follows is not read, and no error
+        # data after the last request are ignored without an error
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._transport: asyncio.Transport
         self._url, self._headers = b"", dict[str, str]()
-        self._head_open = False  # a head has begun and not ended
-        self._head_bytes = self._idle_bytes = 0  # of this head; since something was complete, or a body grew
-        self._incoming: IncomingRequest | None = None  # whose body comes in
-        self._active: IncomingRequest | None = None  # which is being answered
+        self._head_open = False  # a head is incomplete
+        # bytes of this head; bytes since the last complete part or piece of a body
+        self._head_bytes = self._idle_bytes = 0
+        self._incoming: IncomingRequest | None = None  # the request whose body is arriving
+        self._active: IncomingRequest | None = None  # the request that is being answered
         self._queue: deque[IncomingRequest] = deque()
-        self._last: Refused | None = None  # sent behind the answers that are due, before the connection is closed
-        self.over = False  # nothing more is taken from this client
+        self._last: Refused | None = None  # sent after the outstanding answers, before the connection is closed
+        self.over = False  # no more data are accepted from this client
         self._write_paused = self._read_paused = False
         self._timer = ClientTimer(self._time_passed)
-        self._late: Refused | None = None  # the answer to a client that lets its time pass; None: it is cut off
+        self._late: Refused | None = None  # the answer to a client that is too slow; None: it is disconnected
         self.has_place = has_place
         self.connected = self.has_sent = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not inherit from asyncio.Transport
         self._owner.connection_made(self)
         self.connected, self.opened = True, self._loop.time()
         if self.has_place:
@@ -95,7 +97,7 @@ class HttpConnection(asyncio.Protocol):
         self.over = True
         if self._active is not None:
             self._active.leave()
-        # what refers to this connection: a cycle would stay in memory until a garbage collection
+        # drop references, because a cycle would stay in memory until a garbage collection
         self._timer.end()
         self._queue.clear()
         self._parser = self._incoming = self._active = None
@@ -124,7 +126,7 @@ class HttpConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         """Treat the end of the client's data as its disconnection."""
 
-    # what the parser calls
+    # callbacks of the parser
 
     def on_message_begin(self) -> None:
         self._url, self._headers, self._head_bytes, self._head_open = b"", {}, 0, True
@@ -139,7 +141,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._idle_bytes, self._head_open = 0, False
-        if self.over or self._last:  # but the parser goes on to the end of what it was given
+        if self.over or self._last:  # the parser continues to the end of the data that it has
             return
         parser, version = self._parser, self._parser.get_http_version()
         if self._head_bytes > HEAD_BYTES:
@@ -187,7 +189,7 @@ class HttpConnection(asyncio.Protocol):
     def _answer(self, request: IncomingRequest) -> None:
         self._active = request
         task = self._loop.create_task(self._answered(request))
-        self._owner.tasks.add(task)  # a reference, or the loop may forget it
+        self._owner.tasks.add(task)  # keep a reference, because the event loop keeps only a weak one
         task.add_done_callback(self._owner.tasks.discard)
 
     async def _answered(self, request: IncomingRequest) -> None:
@@ -225,7 +227,7 @@ class HttpConnection(asyncio.Protocol):
         """Answer invalid input, after the requests before it, and close."""
         if self.over or self._last:
             return
-        wrong, self._incoming = self._incoming, None  # a request whose rest is wrong gets this answer
+        wrong, self._incoming = self._incoming, None  # a request whose remaining data are wrong gets this answer
         if wrong is not None and wrong in self._queue:
             self._queue.remove(wrong)
         if self._active is None or self._active is wrong:
@@ -241,7 +243,7 @@ class HttpConnection(asyncio.Protocol):
         """End the connection; if more data may be coming, only after the client had time to read the answer."""
         self.over = True
         self._queue.clear()
-        self._incoming = None  # so that reading goes on, for nothing: bytes left unread would reset the connection
+        self._incoming = None  # keep reading and discard the data, because unread bytes would reset the connection
         if self._active is not None:
             self._active.leave()
         if clean or self._transport.is_closing():

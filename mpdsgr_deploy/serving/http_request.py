@@ -17,15 +17,15 @@ from mpdsgr_deploy.serving.http import Reply, refusal_reply, response_headers
 UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-HEAD_BYTES = 1 << 16  # of a request line and its headers, or of anything else that brings no body
+HEAD_BYTES = 1 << 16  # bytes of a request line and its headers, or of trailers
 
 # answers to what never becomes a request
-BAD = Refused(Why.INVALID, "this is no HTTP/1.1 request")
+BAD = Refused(Why.INVALID, "this is not an HTTP/1.1 request")
 SLOW = Refused(Why.SLOW, "the request's head did not arrive in time")
-TOO_LONG = Refused(Why.HEADERS, f"a request's head may have {HEAD_BYTES} bytes")
-PIPELINE_FULL = Refused(Why.BUSY, "too many requests wait on this connection; try again soon")
-BUSY = Refused(Why.BUSY, "too many connections; try again soon")
-BODY_BYTES = 1 << 16  # of a body that may wait to be read before the client has to
+TOO_LONG = Refused(Why.HEADERS, f"the head of a request may have at most {HEAD_BYTES} bytes")
+PIPELINE_FULL = Refused(Why.BUSY, "too many requests are waiting on this connection; try again later")
+BUSY = Refused(Why.BUSY, "too many connections are open; try again later")
+BODY_BYTES = 1 << 16  # bytes of a body that may be buffered before the client has to wait
 
 
 def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: bool = True) -> bytes:
@@ -53,7 +53,7 @@ def url_path(url: bytes) -> str:
 
 def without_upgrade(data: bytes) -> bytes:
     """Rename every `Upgrade` header, because httptools would take the following bytes for another protocol."""
-    end = data.find(b"\r\n\r\n") + 2  # of the last header that is here
+    end = data.find(b"\r\n\r\n") + 2  # end of the last complete header
     return UPGRADE.sub(b"\r\nignored:", data[:end]) + data[end:] if UPGRADE.search(data, 0, end) else data
 
 
@@ -126,7 +126,7 @@ class IncomingRequest:
             self.expects = False
         while not self._arrived and not self.complete:
             if self.gone:
-                raise Refused(Why.CANCELLED, "the client left before its body was there")
+                raise Refused(Why.CANCELLED, "the client disconnected before its body had arrived")
             await self._wait()
         part = self._arrived[0] if len(self._arrived) == 1 else b"".join(self._arrived)
         self._arrived.clear()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 
-READ_FIRST = 0.1  # seconds: this process may have been held up, and what came meanwhile has to be read first
+READ_FIRST = 0.1  # seconds in which data are read first that arrived while this process was blocked
 
 
 class ClientTimer:
@@ -17,7 +17,7 @@ class ClientTimer:
     def __init__(self, passed: Callable[[], None]) -> None:
         self._passed = passed
         self._loop = asyncio.get_running_loop()
-        self._due = self._fires = inf  # on the loop's clock
+        self._due = self._fires = inf  # times on the event loop's clock
         self._handle: asyncio.TimerHandle | None = None
 
     def expect(self, seconds: float) -> None:

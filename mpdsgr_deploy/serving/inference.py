@@ -14,7 +14,7 @@ from mpdsgr_deploy.serving.model import FIRING_RATE, MARGIN, ServedModel
 from mpdsgr_deploy.serving.tensors import InputTensor, best, bytes_tensor, margin
 
 Watch = Callable[[Callable[[], None] | None], None]
-MICROSECONDS = 1e-6  # of a request's parameter `timeout`
+MICROSECONDS = 1e-6  # unit of a request's parameter `timeout`
 
 
 class RequestedOutput(NamedTuple):
@@ -32,7 +32,7 @@ class InferenceRequest(NamedTuple):
     inputs: list[InputTensor]
     outputs: Sequence[RequestedOutput]
     timeout: float | None
-    binary: bool = False  # form of the output of a request that names none
+    binary: bool = False  # form of the output if the request names none
 
 
 class OutputAnswer(NamedTuple):
@@ -71,12 +71,12 @@ async def infer(
     """
     start = time.monotonic()
     if len(request.inputs) != 1:
-        raise invalid(f"give one input, {model.input.name!r}; this request has {len(request.inputs)}")
+        raise invalid(f"a request must have one input, {model.input.name!r}; this one has {len(request.inputs)}")
     outputs = request.outputs or [RequestedOutput(model.output, request.binary)]
     for requested in outputs:
         model.require_output(requested.name, requested.classes)
     if len({requested.name for requested in outputs}) != len(outputs):
-        raise invalid("an output is asked for twice")
+        raise invalid("an output is requested twice")
     images = model.input.images(request.inputs.pop())
     rates = any(requested.name == FIRING_RATE for requested in outputs)
     limit = seconds if request.timeout is None else min(seconds, request.timeout)
@@ -106,7 +106,7 @@ async def _watched(
         return await future
     except asyncio.CancelledError:
         if has_left:
-            raise Refused(Why.CANCELLED, "the client left") from None
+            raise Refused(Why.CANCELLED, "the client disconnected") from None
         future.cancel()
         raise
     finally:
@@ -118,7 +118,7 @@ async def _watched(
 
 def _late(future: "asyncio.Future[Outputs]") -> None:
     if not future.done():
-        future.set_exception(Refused(Why.LATE, "the request's timeout passed before its answer was there"))
+        future.set_exception(Refused(Why.LATE, "the request's timeout passed before it was answered"))
 
 
 def _content(
@@ -129,6 +129,6 @@ def _content(
     if requested.name == MARGIN:
         return margin(computed.logits)
     if requested.name == FIRING_RATE:
-        assert computed.rates is not None  # for the type checker: they were asked for
+        assert computed.rates is not None  # for the type checker: they were requested
         return computed.rates
     return computed.logits

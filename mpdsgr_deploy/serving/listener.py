@@ -18,13 +18,13 @@ from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import HttpConnection
 from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, encode_refusal
 
-RESERVE = 32  # connections above the limit, for probes of health alone
-AT_ONCE = 200  # connections accepted before others get their turn
-PAUSE = 0.1  # seconds until a listener without a free file tries again
-TURN = 0.002  # seconds that a process with fewer connections has to accept the next one before this one does
+RESERVE = 32  # further connections, only for health probes
+AT_ONCE = 200  # connections accepted before other tasks run
+PAUSE = 0.1  # seconds until a listener without a free file descriptor tries again
+TURN = 0.002  # seconds in which a process with fewer connections may accept the next one first
 BACKLOG = 2048  # connections that wait to be accepted
 FRESH = 1.0  # seconds that the first request of an accepted connection may take when the server ends
-TLS_GOODBYE = 1.0  # seconds that a client has to take note of the end of TLS
+TLS_GOODBYE = 1.0  # seconds that a client has to confirm the end of TLS
 TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
 NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -45,7 +45,7 @@ class Tls(NamedTuple):
             try:
                 context.load_verify_locations(self.client_ca)
             except (OSError, ssl.SSLError) as error:
-                raise InputError(f"no TLS with {self.client_ca}: {error}") from None
+                raise InputError(f"--tls-client-ca {self.client_ca} cannot be used: {error}") from None
         return context
 
     def renew(self, context: ssl.SSLContext) -> None:
@@ -53,7 +53,9 @@ class Tls(NamedTuple):
         try:
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
-            raise InputError(f"no TLS with {self.certificate} and {self.key}: {error}") from None
+            raise InputError(
+                f"--tls-certificate {self.certificate} and --tls-key {self.key} cannot be used: {error}"
+            ) from None
 
     def grpc(self) -> grpc.ServerCredentials:
         """Return gRPC's credentials, which look for a renewed certificate at every handshake."""
@@ -63,7 +65,8 @@ class Tls(NamedTuple):
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
             try:
-                self.renew(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # a pair that fits, or the old one stays
+                # raises unless certificate and key fit, and then keeps the old pair
+                self.renew(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
                 pair = self._pair()
             except (InputError, OSError):
                 return None
@@ -85,8 +88,8 @@ class Listener:
         self.server, self.http = server, Http(server)
         self.connections: set[HttpConnection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
-        self._places_taken = 0  # of `limits.connections`
-        self._without_place: dict[HttpConnection, None] = {}  # above that limit, the oldest first
+        self._places_taken = 0  # connections that count towards `limits.connections`
+        self._without_place: dict[HttpConnection, None] = {}  # connections above that limit, the oldest first
         self._sock, self._tls = sock, tls
         self._context = None if tls is None else tls.context()
         self._loop = asyncio.get_running_loop()
@@ -105,7 +108,7 @@ class Listener:
                 self._tls.renew(self._context)
                 log.info("TLS certificate read from %s", self._tls.certificate)
             except InputError as error:
-                log.error("the certificate read before stays: %s", error)
+                log.error("the new TLS certificate cannot be used, and the previous one stays in use: %s", error)
 
     @property
     def expecting(self) -> bool:
@@ -119,7 +122,7 @@ class Listener:
             self._accepting, self.server.counts.accepting = False, 0
             self._loop.remove_reader(self._sock)
             if not self.server.group.accepting:
-                self._sock.listen(0)  # hold off others while the backlog is emptied
+                self._sock.listen(0)  # accept no new connections into the backlog while it is emptied
                 self._accept(at_once=1 << 16)
         self._sock.close()
 
@@ -132,7 +135,7 @@ class Listener:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.shut()
-        for _ in range(10):  # for what was written to leave
+        for _ in range(10):  # let written data be sent
             if not self.connections:
                 return
             await asyncio.sleep(0.01)
@@ -161,7 +164,11 @@ class Listener:
             except OSError as error:
                 if error.errno not in NO_FILES:
                     raise
-                log.error("cannot accept connections: %s; %d are open", error.strerror, self.server.counts.connections)
+                log.error(
+                    "cannot accept connections: %s; %d connections are open",
+                    error.strerror,
+                    self.server.counts.connections,
+                )
                 if self._accepting:
                     self._loop.remove_reader(self._sock)
                     self._loop.call_later(PAUSE, self._resume)
@@ -179,12 +186,12 @@ class Listener:
             if self._context is None:
                 with suppress(OSError):
                     sock.send(answer)
-                    sock.recv(HEAD_BYTES)  # a request left unread would reset the connection, and its answer with it
+                    sock.recv(HEAD_BYTES)  # an unread request would reset the connection before the answer is read
             sock.close()
             return
-        if TCP_USER_TIMEOUT is not None:  # for a client to take its answer; its silence would hold the connection open
+        if TCP_USER_TIMEOUT is not None:  # limit the time in which a client must receive its answer
             sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(self.server.limits.body_seconds * 1000))
-        self.server.counts.connections += 1  # its handshake counts too
+        self.server.counts.connections += 1  # a connection counts from its handshake on
         connection = HttpConnection(self, has_place=self._places_taken < self.server.limits.connections)
         if connection.has_place:
             self._places_taken += 1
@@ -229,7 +236,7 @@ class Listener:
             }
         try:
             await self._loop.connect_accepted_socket(lambda: connection, sock, **options)
-        except (OSError, TimeoutError):  # no handshake; errors of TLS are such too
+        except (OSError, TimeoutError):  # the handshake failed; TLS errors are OSErrors
             pass
         finally:
             if not connection.connected:

@@ -15,7 +15,7 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.model import ServedModel
 
-MOST_WAITING = 10_000  # lines
+MOST_WAITING = 10_000  # largest number of waiting log lines
 LONGEST_PATH = 200  # characters of a path in a line
 requests = logging.getLogger("mpdsgr_deploy.requests")
 try:
@@ -66,7 +66,7 @@ class Lines(logging.Handler):
         super().__init__()
         self._stream, self._waiting, self._lost = stream, deque[bytes](), 0
         self._poll: select.poll | None = None
-        with suppress(OSError, ValueError):  # a stream in memory has no file
+        with suppress(OSError, ValueError):  # a stream in memory has no file descriptor
             self._file = stream.fileno()
             self._poll = select.poll()
             self._poll.register(self._file, select.POLLOUT)
@@ -97,7 +97,7 @@ class Lines(logging.Handler):
                 self._waiting.appendleft(json.dumps(warning).encode() + b"\n")
                 self._lost = 0
             line = self._waiting.popleft()
-            written = os.write(self._file, line[: select.PIPE_BUF])  # so much is taken at once, or nothing
+            written = os.write(self._file, line[: select.PIPE_BUF])  # a pipe takes this many bytes at once, or none
             if written < len(line):
                 self._waiting.appendleft(line[written:])
 

@@ -18,11 +18,11 @@ from mpdsgr_deploy.serving.statistics import Histogram
 
 MODEL = ("model", "version")
 ESTABLISHED = "01"  # state of a row in /proc/net/tcp
-HISTOGRAMS = {  # a metric's name to that in `Statistics`, and what it tells
-    "request_seconds": ("request", "From a request's arrival to its outputs."),
-    "queue_seconds": ("queue", "A request's time before its inference."),
-    "inference_seconds": ("inference", "The inference of a batch."),
-    "batch_images": ("batch", "Images of a batch."),
+HISTOGRAMS = {  # name of a metric -> name in `Statistics`, and help text
+    "request_seconds": ("request", "Seconds from the arrival of a request until its outputs are computed."),
+    "queue_seconds": ("queue", "Seconds that a request waits for its inference."),
+    "inference_seconds": ("inference", "Seconds of the inference of a batch."),
+    "batch_images": ("batch", "Number of images in a batch."),
 }
 
 
@@ -73,12 +73,14 @@ def _counts(server: Server) -> Iterator[Metric]:
     the tuples of `list(mapping.items())` may trigger a garbage collection and with it a thread switch.
     """
     yield from _of_models(server)
-    yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of requests in memory.", server.memory.used)
-    yield GaugeMetricFamily("mpdsgr_connections", "Open HTTP connections.", server.counts.connections)
+    yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of the requests in memory.", server.memory.used)
+    yield GaugeMetricFamily("mpdsgr_connections", "Number of open HTTP connections.", server.counts.connections)
     yield from _grpc_connections(server.grpc_port)
     if server.group.processes > 1:
         restarts = CounterMetricFamily(
-            "mpdsgr_process_restarts", "Times a process was replaced, as it had died or hung.", labels=("reason",)
+            "mpdsgr_process_restarts",
+            "Number of server processes that were replaced because they died or hung.",
+            labels=("reason",),
         )
         restarts.add_metric(["died"], server.counts.died)
         restarts.add_metric(["hung"], server.counts.hung)
@@ -86,15 +88,23 @@ def _counts(server: Server) -> Iterator[Metric]:
 
 
 def _of_models(server: Server) -> Iterator[Metric]:
-    requests = CounterMetricFamily("mpdsgr_requests", "Requests answered.", labels=(*MODEL, "protocol", "code"))
-    images = CounterMetricFamily("mpdsgr_images", "Images computed.", labels=MODEL)
-    dropped = CounterMetricFamily("mpdsgr_dropped", "Requests not computed.", labels=(*MODEL, "reason"))
-    ready = GaugeMetricFamily("mpdsgr_model_ready", "1 if the model answers.", labels=MODEL)
-    info = GaugeMetricFamily(
-        "mpdsgr_model_info", "1; what is served.", labels=(*MODEL, "digest", "precision", "backend")
+    requests = CounterMetricFamily(
+        "mpdsgr_requests", "Number of requests answered, with or without an error.", labels=(*MODEL, "protocol", "code")
     )
-    loads = CounterMetricFamily("mpdsgr_loads", "Times a bundle was opened.", labels=("model", "result"))
-    queued = GaugeMetricFamily("mpdsgr_queued_images", "Images that wait.", labels=("model",))
+    images = CounterMetricFamily("mpdsgr_images", "Number of images classified.", labels=MODEL)
+    dropped = CounterMetricFamily(
+        "mpdsgr_dropped", "Number of requests that were refused or dropped before inference.", labels=(*MODEL, "reason")
+    )
+    ready = GaugeMetricFamily("mpdsgr_model_ready", "1 if the model is ready, else 0.", labels=MODEL)
+    info = GaugeMetricFamily(
+        "mpdsgr_model_info",
+        "Always 1; its labels describe the bundle that is served.",
+        labels=(*MODEL, "digest", "precision", "backend"),
+    )
+    loads = CounterMetricFamily(
+        "mpdsgr_loads", "Number of times that a bundle was loaded, by result.", labels=("model", "result")
+    )
+    queued = GaugeMetricFamily("mpdsgr_queued_images", "Number of images that wait for inference.", labels=("model",))
     histograms = {
         name: HistogramMetricFamily(f"mpdsgr_{name}", help_text, labels=MODEL)
         for name, (_, help_text) in HISTOGRAMS.items()
@@ -136,14 +146,14 @@ def _grpc_connections(port: int | None) -> Iterable[Metric]:
             open_now += sum(f"socket:[{row[9]}]" in own for row in here)
     except OSError:
         return
-    yield GaugeMetricFamily("mpdsgr_grpc_connections", "Open gRPC connections.", open_now)
+    yield GaugeMetricFamily("mpdsgr_grpc_connections", "Number of open gRPC connections.", open_now)
 
 
 def _files() -> set[str]:
     """Return the targets of this process's open file descriptors."""
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # closed meanwhile
+        with suppress(FileNotFoundError):  # the descriptor was closed meanwhile
             names.add(os.readlink(f"/proc/self/fd/{descriptor}"))
     return names
 
@@ -162,8 +172,10 @@ def _gpu_memory() -> list[Metric]:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
-    used = GaugeMetricFamily("mpdsgr_gpu_memory_used_bytes", "GPU memory in use, by all.", labels=("gpu",))
-    total = GaugeMetricFamily("mpdsgr_gpu_memory_total_bytes", "GPU memory.", labels=("gpu",))
+    used = GaugeMetricFamily(
+        "mpdsgr_gpu_memory_used_bytes", "Bytes of GPU memory in use by all processes.", labels=("gpu",)
+    )
+    total = GaugeMetricFamily("mpdsgr_gpu_memory_total_bytes", "Bytes of GPU memory in total.", labels=("gpu",))
     for line in lines:
         gpu, *megabytes = (field.strip() for field in line.split(","))
         for family, value in zip((used, total), megabytes, strict=True):

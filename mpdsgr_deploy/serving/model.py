@@ -29,7 +29,7 @@ from mpdsgr_deploy.serving.tensors import ImageInput
 from mpdsgr_deploy.signing.verdict import Vouched
 
 MARGIN, FIRING_RATE = "margin", "firing_rate"
-VERSION_DIGITS = 12  # of the bundle's digest: replicas and restarts agree on it
+VERSION_DIGITS = 12  # digits of the bundle's digest, which is the same for replicas and after restarts
 
 
 class OpenedBundle(Bundle):
@@ -98,17 +98,17 @@ class ServedModel:
             with suppress(InputError):  # a network from elsewhere need not name its spikes
                 self.layers = tuple(spike_names(self._network, self.source.path))
         if signed is None and open_bundle(self.source.path).manifest.digest != self.digest:
-            raise InputError(f"{self.source.path} was changed while it was opened; load it again")
+            raise InputError(f"{self.source.path} was changed while it was being opened; load it again")
         golden, _ = self._bundle.golden(self.source.precision)
         self.evidence = evidence(self._bundle, self.source.precision, golden, self.vouched)
         self.statistics = Statistics()
         self.lane = ModelLane(self._compute, self.statistics, most, room, self.input.pixel_problem)
 
     def _compute(self, images: NDArray[np.float32], rates: bool) -> Outputs:
-        check_images(images, self.input.shape)  # whatever the backend does
+        check_images(images, self.input.shape)  # independent of the backend
         if not rates:
             return Outputs(self._predictor(images))
-        with self._rates_lock:  # a second network in memory, only once somebody asks for it
+        with self._rates_lock:  # a second network takes memory, so it is opened on the first request
             if self._rates is None:
                 firing = FiringRates(self._bundle, self.backend, self.source.precision, network=self._network)
                 self._rates = self._stack.enter_context(firing)
@@ -128,9 +128,9 @@ class ServedModel:
     def require_output(self, name: str, classes: int) -> None:
         """Raise Refused unless the output exists and can be given as so many classes (0: as a tensor)."""
         if name not in self.outputs:
-            raise invalid(f"there is no output {name[:100]!r}; there are {', '.join(self.outputs)}")
+            raise invalid(f"there is no output {name[:100]!r}; the outputs are {', '.join(self.outputs)}")
         if classes and name != self.output:
-            raise invalid(f"classification is of {self.output!r}, not of {name!r}")
+            raise invalid(f"classification is only available for the output {self.output!r}, not for {name!r}")
 
     def metadata(self) -> dict[str, Any]:
         """Return the model's metadata in the JSON form of the protocol."""
@@ -217,7 +217,7 @@ def _validation(bundle: Bundle, precision: str) -> dict[str, Any] | None:
             if report["artefact_sha256"] == sha:
                 return {key: str(report[key]) for key in ("verdict", "tier", "backend", "images")}
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # no report of ours
+            continue  # not a report of this package
     return None
 
 

@@ -22,7 +22,8 @@ async def started(arguments: Arguments) -> Server:
         if server.repository.model(network.name).digest != network.digest:
             await server.close()
             raise InputError(
-                f"{network.bundle} is not the bundle that was deployed; copy that here, or write a config anew"
+                f"{network.bundle} is not the bundle that was deployed; copy that bundle to this node, or write a "
+                "new configuration"
             )
     return server
 
@@ -35,7 +36,7 @@ class Replica:
     async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
         limit_free_memory()
         log_json()
-        self._server = await started(arguments)  # not in the application's lifespan: Ray hides why that fails
+        self._server = await started(arguments)  # not in the application's lifespan, because Ray hides its errors
 
     def __serve_build_asgi_app__(self) -> Asgi:
         return Asgi(self._server, with_id=False)

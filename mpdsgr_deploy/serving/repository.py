@@ -76,7 +76,7 @@ class Repository:
             await self._load(self.entry(name))
         except Refused:
             raise
-        except Exception as error:  # whatever a backend raises at a file that is no network
+        except Exception as error:  # a backend may raise any type for a damaged file
             raise Refused(Why.INVALID, f"cannot load model {name!r}: {one_line(error)}") from None
 
     async def reload_changed(self) -> None:
@@ -85,7 +85,7 @@ class Repository:
             if entry.model is None or entry.source.on_disk().get("digest") != entry.model.digest:
                 try:
                     await self._load(entry)
-                except Exception as error:  # whatever a backend raises at a file that is no network
+                except Exception as error:  # a backend may raise any type for a damaged file
                     log.error("model %s: %s", entry.source.name, one_line(error))
 
     async def _load(self, entry: Entry) -> None:
@@ -108,7 +108,9 @@ class Repository:
             old, entry.model, entry.state, entry.reason = entry.model, model, READY, ""
             log.info("model %s version %s is ready (%s)", entry.source.name, model.version, model.source.precision)
             if model.input.message_bytes > self.largest_message:
-                log.warning("gRPC takes messages up to %d bytes until the next start", self.largest_message)
+                log.warning(
+                    "gRPC accepts messages of at most %d bytes until the server is restarted", self.largest_message
+                )
             self._retire(old)
 
     async def unload(self, name: str) -> None:
@@ -121,14 +123,14 @@ class Repository:
     def _retire(self, model: ServedModel | None) -> None:
         if model is not None:
             task = asyncio.get_running_loop().create_task(_drained(model))
-            self._draining.add(task)  # a reference, or the loop may forget it
+            self._draining.add(task)  # keep a reference, because the event loop keeps only a weak one
             task.add_done_callback(self._draining.discard)
 
     async def close(self) -> None:
         """Close all models, once each has answered what it accepted."""
         for entry in self:
             self._retire(entry.model)
-            entry.model, entry.state, entry.reason = None, UNAVAILABLE, "the server ends"
+            entry.model, entry.state, entry.reason = None, UNAVAILABLE, "the server is stopping"
         await asyncio.gather(*self._draining)
 
 
@@ -143,5 +145,5 @@ def _message_bytes(source: ModelSource, most: int) -> int:
     try:
         channels, height, width = map(int, source.on_disk()["input_shape"])
     except (KeyError, TypeError, ValueError):
-        return JSON_ENVELOPE  # what is no bundle is not served
+        return JSON_ENVELOPE  # a path that is not a bundle is not served
     return ImageInput("", (channels, height, width), most).message_bytes

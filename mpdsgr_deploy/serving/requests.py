@@ -25,7 +25,7 @@ def parse_request(body: bytes, header_length: str | None, image_input: ImageInpu
         tensor, place = _tensor(members(entry, "an input"), body, place)
         inputs.append(tensor)
     if header_length is not None and place != len(body):
-        raise invalid(f"{len(body) - place} bytes are left behind the tensors")
+        raise invalid(f"there are {len(body) - place} bytes after the last tensor")
     binary = _flag(parameters, "binary_data_output", otherwise=False)
     outputs = [
         _requested_output(members(entry, "an output"), binary) for entry in _list(content.get("outputs", []), "outputs")
@@ -38,7 +38,7 @@ def parse_request(body: bytes, header_length: str | None, image_input: ImageInpu
 def identifier(value: Any) -> str:
     """Return a request's `id`. Raises Refused if it is not a short text."""
     if not isinstance(value, str) or len(value) > 256:
-        raise invalid("id must be a text of at most 256 characters")
+        raise invalid("id must be a string of at most 256 characters")
     return value
 
 
@@ -52,21 +52,21 @@ def timeout(value: Any) -> float | None:
 def classes(value: Any) -> int:
     """Return how many classes an output's parameter `classification` requests. Raises Refused if it is no integer."""
     if type(value) is not int or not 0 <= value < 2**31:
-        raise invalid("classification must be how many classes, a whole number")
+        raise invalid("classification must be a whole number, the number of classes to return")
     return value
 
 
 def refuse_shared_memory(parameters: Container[str], instead: str) -> None:
     """Raise Refused if a tensor's parameters say that it lies in the memory of the client's machine."""
     if "shared_memory_region" in parameters:
-        raise invalid(f"shared memory is not offered here; {instead}")
+        raise invalid(f"this server does not support shared memory; {instead}")
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises Refused for anything else; numbers beyond 64 bits become floats."""
     try:
         return members(orjson.loads(content), "the request")
-    except orjson.JSONDecodeError as error:  # no UTF-8, an infinite number and too deep nesting too
+    except orjson.JSONDecodeError as error:  # also for text that is not UTF-8, infinite numbers and too deep nesting
         raise invalid(f"the request is not JSON: {str(error)[:100]}") from None
 
 
@@ -91,14 +91,14 @@ def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor
     if not isinstance(name, str) or not isinstance(datatype, str):
         raise invalid("an input needs a name and a datatype")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-        raise invalid("an input's shape is a list of whole numbers")
+        raise invalid("the shape of an input must be a list of whole numbers")
     parameters = members(entry.get("parameters", {}), "parameters")
-    refuse_shared_memory(parameters, "send the tensor")
+    refuse_shared_memory(parameters, "send the tensor itself")
     size = parameters.get("binary_data_size")
     if size is None:
         return InputTensor(name, datatype, tuple(shape), _list(entry.get("data"), "data")), place
     if "data" in entry:
-        raise invalid(f"input {name[:100]!r} has its data twice, in JSON and in binary form")
+        raise invalid(f"input {name[:100]!r} has data both in JSON and in binary form; send one of them")
     if type(size) is not int or not 0 <= size <= len(body) - place:
         raise invalid(f"binary_data_size {str(size)[:20]} of {name[:100]!r} does not fit the body")
     return InputTensor(name, datatype, tuple(shape), memoryview(body)[place : place + size]), place + size

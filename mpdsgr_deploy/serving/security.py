@@ -11,8 +11,8 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
 
-SHORTEST = 16  # characters of a key
-CHECK_EVERY = 1.0  # seconds between looks at the file
+SHORTEST = 16  # fewest characters of a key
+CHECK_EVERY = 1.0  # seconds between checks of the file
 
 
 class ApiKeys:
@@ -26,7 +26,7 @@ class ApiKeys:
         self._path = path
         self._stamp, self._digests = self._read()
         self._next = 0.0
-        self._trouble = ""  # that was logged last
+        self._trouble = ""  # the problem that was logged last
 
     def _read(self) -> tuple[tuple[int, int], list[bytes]]:
         try:
@@ -37,8 +37,8 @@ class ApiKeys:
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys or any(len(key) < SHORTEST or not key.isascii() or " " in key for key in keys):
             raise InputError(
-                f"{self._path} needs keys of at least {SHORTEST} ASCII characters without spaces, one a line; "
-                "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                f"{self._path} must hold keys of at least {SHORTEST} ASCII characters without spaces, one per "
+                "line; make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
         return (status.st_mtime_ns, status.st_size), [sha256(key.encode()).digest() for key in keys]
 
@@ -47,7 +47,8 @@ class ApiKeys:
         self._refresh()
         kind, _, key = authorization.partition(" ")
         digest = sha256(key.strip().encode()).digest()
-        equal = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: no early end
+        # compare all keys, so that the time does not depend on the key
+        equal = [hmac.compare_digest(digest, known) for known in self._digests]
         return kind.lower() == "bearer" and any(equal)
 
     def _refresh(self) -> None:
@@ -59,13 +60,13 @@ class ApiKeys:
             status = self._path.stat()
             if (status.st_mtime_ns, status.st_size) != self._stamp:
                 self._stamp, self._digests = self._read()
-                log.info("read %d keys anew from %s", len(self._digests), self._path)
+                log.info("read the changed keys, %d of them, from %s", len(self._digests), self._path)
                 self._trouble = ""
         except (OSError, InputError) as error:
             self._stamp, self._digests = (0, 0), []
             if str(error) != self._trouble:
                 self._trouble = str(error)
-                log.error("every key is refused until this is mended: %s", error)
+                log.error("every key is refused until this is corrected: %s", error)
 
 
 def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
@@ -73,8 +74,8 @@ def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
     if authenticated or insecure or is_loopback(host):
         return
     raise InputError(
-        f"--host {host} can be reached by others; give --api-key-file or --tls-client-ca, or --insecure if something "
-        "in front of this server decides who may ask"
+        f"--host {host} can be reached by other machines; give --api-key-file or --tls-client-ca, or --insecure "
+        "if a proxy or firewall decides who may send requests"
     )
 
 
@@ -88,12 +89,12 @@ def check_caller(host: str, origin: str | None) -> None:
     if not is_loopback(name.strip("[]")[:100]) or origin not in (None, f"http://{host}", f"https://{host}"):
         raise Refused(
             Why.FORBIDDEN,
-            f"this server answers this machine alone, not {(origin or host)[:100]}; give it keys, or --insecure if "
-            "something in front of it decides who may ask",
+            f"this server answers only requests from its own machine, not for {(origin or host)[:100]}; start it "
+            "with --api-key-file, or with --insecure if a proxy or firewall decides who may send requests",
         )
 
 
-@lru_cache(maxsize=64)  # it is asked for every request
+@lru_cache(maxsize=64)  # cached, because it is called for every request
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the address; a name other than localhost may be anything."""
     try:

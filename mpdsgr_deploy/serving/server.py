@@ -23,12 +23,12 @@ from mpdsgr_deploy.serving.logs import log_json
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
 from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor, beat
 
-LAST_CALL = 0.1  # seconds; connections that are open get their last answer, so that none is closed under a request
-QUIET = 5  # looks, 10 ms apart, that find no request: gRPC cancels those that its own thread has not handed over yet
+LAST_CALL = 0.1  # seconds in which open connections can still send a request that is answered
+QUIET = 5  # checks, 10 ms apart, without a request; gRPC would cancel calls that its thread still holds
 COLLECTION = 10_000, 10, 10  # objects between two garbage collections; requests leave none behind
 # seconds until a thread that wants the interpreter gets it: with the usual 5 ms the next batch waited behind requests
 SWITCH_SECONDS = 2e-4
-OTHER_FILES = 200  # that a server has open beside its connections
+OTHER_FILES = 200  # files that a server has open beside its connections
 
 
 class Address(NamedTuple):
@@ -50,8 +50,11 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
     if tls is not None:
         tls.context()
     elif server.keys is not None and not is_loopback(address.host):
-        log.warning("keys travel in clear text; give --tls-certificate and --tls-key, or end TLS before this server")
-    gc.freeze()  # what was imported stays: a collection need not look at it
+        log.warning(
+            "API keys are sent unencrypted; give --tls-certificate and --tls-key, or put a proxy with TLS in front "
+            "of this server"
+        )
+    gc.freeze()  # imported objects stay, so garbage collections need not visit them
     gc.set_threshold(*COLLECTION)
     sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit(server.settings.limits.connections)
@@ -92,8 +95,8 @@ def _raise_file_limit(connections: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         log.warning(
-            "this process may open %d files; %d connections over HTTP and gRPC each need %d: raise the limit "
-            "(ulimit -n, LimitNOFILE) or lower limits.connections",
+            "this process may open %d files, but %d connections over HTTP and as many over gRPC need %d; raise "
+            "the limit (ulimit -n, LimitNOFILE) or lower limits.connections",
             hard,
             connections,
             needed,
@@ -110,11 +113,12 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
 
     def interrupt() -> None:
         end.set()
-        hurry.set()  # a person waits, and no balancer
+        hurry.set()  # a person pressed Ctrl-C, so do not wait for a load balancer
 
     loop.add_signal_handler(signal.SIGTERM, end.set)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    loop.add_signal_handler(signal.SIGHUP, reload.set)  # before the models are loaded too, or it ends the process
+    # set before models are loaded, since the signal would otherwise end the process
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if alive is not None:
         loop.add_reader(alive, end.set)
@@ -124,10 +128,10 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
     grpc: Grpc | None = None
     left, lost = 0.0, 0
     try:
-        if not group.replacement:  # liveness is answered from the start
+        if not group.replacement:  # answer liveness probes from the start
             grpc = await _listen(server, http, address, tls)
         if await _load(server, end):
-            if group.replacement:  # the others serve: nobody is sent here before this can answer
+            if group.replacement:  # other processes serve, so accept no connection before the models are loaded
                 await server.require_same_bundles()
                 grpc = await _listen(server, http, address, tls)
             if alive is None:
@@ -141,7 +145,7 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
         http.stop_accepting()
         await asyncio.gather(http.close(left), *([grpc.stop(left)] if grpc else []))
     await server.close()
-    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # another one must not change how this ends
+    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a second signal must not change how this ends
         loop.remove_signal_handler(one)
         signal.signal(one, signal.SIG_IGN)
     return lost
@@ -169,7 +173,7 @@ async def _load(server: Server, end: asyncio.Event) -> bool:
 async def _reload(server: Server, http: Listener, asked: asyncio.Event) -> None:
     while await asked.wait():
         asked.clear()
-        http.renew_certificate()  # gRPC looks for itself
+        http.renew_certificate()  # gRPC reads the certificate itself
         await server.repository.reload_changed()
 
 
@@ -177,7 +181,7 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     """Answer accepted requests; return the seconds left for sending answers, and how many requests get none."""
     limits, clock = server.limits, time.monotonic
     server.draining = True
-    log.info("stopping: not ready any more, %d requests in work", server.counts.requests)
+    log.info("stopping: the server is not ready any more, and %d requests are in progress", server.counts.requests)
     with suppress(TimeoutError):
         await asyncio.wait_for(hurry.wait(), limits.grace_seconds)
     end = clock() + limits.drain_seconds
@@ -185,7 +189,8 @@ async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[
     server.closing = True
     await asyncio.sleep(LAST_CALL)
     quiet = 0
-    while quiet < QUIET and clock() < end:  # this process may have been held up, and has to read what came meanwhile
+    # requests may have arrived while this process was blocked, and are read first
+    while quiet < QUIET and clock() < end:
         quiet = 0 if server.counts.requests or http.expecting else quiet + 1
         await asyncio.sleep(0.01)
     return max(end - clock(), 0.0), server.counts.requests
@@ -198,7 +203,7 @@ def _bound(host: str, port: int, option: str = "--port") -> socket.socket:
             sock = stack.enter_context(socket.socket(family, kind, proto))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(where)
-            sock.listen(BACKLOG)  # now, or another server can still take the port
+            sock.listen(BACKLOG)  # listen now, because another server could still take the port
         except OSError as error:
             why = error.strerror or error
             raise InputError(f"cannot listen on {host} port {port}: {why}; choose another {option}") from None
@@ -221,4 +226,4 @@ def _announce(sock: socket.socket, grpc_port: int | None, tls: Tls | None, proce
     url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
     beside = "" if grpc_port is None else f", gRPC on port {grpc_port}"
     several = f", with {processes} processes" if processes > 1 else ""
-    log.info("serving on %s%s%s; the page there shows what is served", url, beside, several)
+    log.info("serving on %s%s%s; open this address in a browser to see the models", url, beside, several)

@@ -38,7 +38,7 @@ def sources(texts: Sequence[str], demand: Demand = NOTHING) -> list[ModelSource]
     for text in texts:
         source = _source(text)
         if source.name in by_name:
-            raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE for one of them")
+            raise InputError(f"two models would be called {source.name!r}; write NAME=BUNDLE to rename one of them")
         by_name[source.name] = source._replace(demand=demand)
     return list(by_name.values())
 
@@ -50,10 +50,12 @@ def _source(text: str) -> ModelSource:
         name, _, place = text.partition("=")
     address = parse_address(place)
     path, precision = local_copy(address), address.precision or "fp32"
-    directory = Path(address.place).absolute().name  # a link is called as it is, whatever it points to now
+    directory = Path(address.place).absolute().name  # a symbolic link gives its own name, not that of its target
     name = name or (directory if precision == "fp32" else f"{directory}-{precision}")
     if not NAME.fullmatch(name):
-        raise InputError(f"{text!r}: {name!r} cannot name a model (letters, digits, _ . - only); write NAME={place}")
+        raise InputError(
+            f"{text!r}: {name!r} is not a valid model name (only letters, digits, _, . and -); write NAME={place}"
+        )
     return ModelSource(name, path, precision)
 
 

@@ -38,12 +38,13 @@ class Statistics:
     """The counts of one version of a model. Only the event loop writes."""
 
     def __init__(self) -> None:
-        self.codes: Counter[tuple[str, str]] = Counter()  # by protocol and status
-        self.dropped: Counter[str] = Counter()  # not computed: deadline, cancelled, queue_full
+        self.codes: Counter[tuple[str, str]] = Counter()  # (protocol, status) -> answers
+        # reason (deadline, cancelled, queue_full) -> requests that were not computed
+        self.dropped: Counter[str] = Counter()
         self.request, self.queue, self.inference = (Histogram(SECONDS) for _ in range(3))
         self.batch = Histogram(IMAGES)
         self.images = self.failed = 0
-        self.last_inference_ms = 0  # since 1970
+        self.last_inference_ms = 0  # milliseconds since 1970
         self.recent: deque[Moment] = deque(maxlen=2048)
 
     def answered(self, seconds: float, images: int) -> None:

@@ -22,13 +22,14 @@ from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.group import Group, ProcessCounts
 
-LOOKS = 10  # of the supervisor, and counts of a process, within the time that it may stand still
-OPENING_FACTOR = 10  # times as long while a process starts or opens a network: some libraries hold the interpreter then
+LOOKS = 10  # checks by the supervisor, and counts by a process, within the time that it may hang
+OPENING_FACTOR = 10  # a process may hang this many times longer while it loads libraries or networks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that died is replaced, doubled each time
-STEADY = 60.0  # seconds of life after which the next wait is the first one again
-LOOK_EVERY = 0.05  # seconds, while the processes load
-Work = Callable[[int], int]  # what a process does until it ends, given a file that ends with the parent; requests lost
+STEADY = 60.0  # seconds of life after which the next wait is FIRST_WAIT again
+LOOK_EVERY = 0.05  # seconds between checks while the processes load
+# work of a process, given a file descriptor that closes with the parent; returns lost requests
+Work = Callable[[int], int]
 
 
 def beat(group: Group, seconds: float) -> None:
@@ -77,7 +78,7 @@ class Supervisor:
     def __init__(self, group: Group, work: Work, ports: list[socket.socket], hang_seconds: float) -> None:
         self._group, self._work, self._ports, self._hang_seconds = group, work, ports, hang_seconds
         self._children = [Child(index) for index in range(group.processes)]
-        self._alive, self._gone = os.pipe()  # the parent alone can write: its end is the end of this file
+        self._alive, self._gone = os.pipe()  # only the parent holds the writing end, so the file ends with it
         self._ending, self.lost = False, 0
 
     def run(self, announce: Callable[[], None]) -> int:
@@ -106,7 +107,7 @@ class Supervisor:
                 signal.signal(one, handler)
 
     def _start(self, child: Child) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child handles them: none is lost
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # blocked until the child handles them, so that none is lost
         replacement = child.due > 0
         child.pid, child.since = os.fork(), time.monotonic()
         child.watch, child.hung = Watch(self._hang_seconds, child.since), False
@@ -176,7 +177,7 @@ class Supervisor:
         row.clear()
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if child.hung:
-            how = f"hung: its event loop stood still for over {self._hang_seconds:g} s, so it was killed,"
+            how = f"was killed because its event loop had not run for over {self._hang_seconds:g} s,"
         error: MpdsgrError = InputError(f"process {child.index} {how} before it was ready")
         with suppress(FileNotFoundError):
             error = pickle.loads(self._error(child).read_bytes())
@@ -184,7 +185,7 @@ class Supervisor:
             how = f"could not start: {error}"
         if self._ending:
             if code:
-                log.error("process %d %s with %d requests in work", child.index, how, unanswered)
+                log.error("process %d %s with %d requests in progress", child.index, how, unanswered)
             return
         if not started:
             self._kill()
@@ -192,7 +193,11 @@ class Supervisor:
         child.waits = FIRST_WAIT if time.monotonic() - child.since > STEADY else child.waits
         child.due = time.monotonic() + child.waits
         log.error(
-            "process %d %s with %d requests in work; another starts in %g s", child.index, how, unanswered, child.waits
+            "process %d %s with %d requests in progress; another starts in %g s",
+            child.index,
+            how,
+            unanswered,
+            child.waits,
         )
         child.waits = min(2 * child.waits, LONGEST_WAIT)
 

@@ -15,8 +15,8 @@ from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.inference_protocol import DTYPES
 from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 
-FORMATS = {np.dtype("<f4"): "f", np.dtype(np.uint8): "B"}  # of `struct`
-JSON_CHARACTERS = 32  # that a number may take in JSON, with what stands around it; more is padding
+FORMATS = {np.dtype("<f4"): "f", np.dtype(np.uint8): "B"}  # dtype -> format of `struct`
+JSON_CHARACTERS = 32  # characters that a number and its separators may take in JSON; more is padding
 JSON_ENVELOPE = 1 << 16  # bytes for all of a request that is not numbers
 
 
@@ -54,7 +54,7 @@ class ImageInput(NamedTuple):
         lists = self.most * (1 + channels * (1 + height))
         brackets = content.count(b"[") + content.count(b"{")
         if brackets > JSON_ENVELOPE + lists or content.count(b",") > JSON_ENVELOPE + self.most * prod(self.shape):
-            raise invalid(f"the request has more values than {self.most} images need")
+            raise invalid(f"the request has more values than {self.most} images, the largest batch; send fewer images")
 
     def images(self, tensor: InputTensor) -> NDArray[np.float32]:
         """Return a tensor's images [B, C, H, W]. Raises Refused unless description, model and numbers fit together.
@@ -65,12 +65,15 @@ class ImageInput(NamedTuple):
         if tensor.name != self.name:
             raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
         if tensor.datatype not in DTYPES:
-            raise invalid(f"input {self.name!r} is FP32 or UINT8, not {tensor.datatype[:100]!r}")
+            raise invalid(f"input {self.name!r} must be FP32 or UINT8, not {tensor.datatype[:100]!r}")
         shape = ", ".join(map(str, self.shape))
         if len(tensor.shape) != 4 or tensor.shape[1:] != self.shape or tensor.shape[0] < 1:
-            raise invalid(f"input {self.name!r} has shape [B, {shape}], not {str(list(tensor.shape))[:100]}")
+            raise invalid(f"input {self.name!r} must have shape [B, {shape}], not {str(list(tensor.shape))[:100]}")
         if tensor.shape[0] > self.most:
-            raise invalid(f"a request may hold {self.most} images, this one holds {tensor.shape[0]}; split it")
+            raise invalid(
+                f"a request may hold at most {self.most} images, and this one holds {tensor.shape[0]}; send several "
+                "requests"
+            )
         return to_unit(self._numbers(tensor).reshape(tensor.shape))
 
     def pixel_problem(self, images: NDArray[np.float32]) -> Refused | None:
@@ -105,23 +108,23 @@ def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[A
             break
         here = 1 if depth == 0 else prod(shape[:depth])
         if len(numbers) != here * size or set(map(type, numbers)) != {list} or depth == len(shape) - 1:
-            raise invalid(f"data nested otherwise than the shape {list(shape)}")
+            raise invalid(f"data are not nested as the shape {list(shape)} states")
         inner = set(map(len, numbers))
         if inner != {shape[depth + 1]}:
-            raise invalid(f"data nested otherwise than the shape {list(shape)}")
+            raise invalid(f"data are not nested as the shape {list(shape)} states")
         numbers = list(chain.from_iterable(numbers))
     if len(numbers) != prod(shape):
         raise invalid(f"shape {list(shape)} takes {prod(shape)} numbers, got {len(numbers)}")
     if (packed := _packed(numbers, dtype)) is not None:
         return packed
     allowed = {int} if dtype == np.uint8 else {int, float}
-    if not set(map(type, numbers)) <= allowed:  # true is no number, and "1" neither
-        raise invalid(f"data must be {'whole numbers' if dtype == np.uint8 else 'numbers'} and nothing else")
+    if not set(map(type, numbers)) <= allowed:  # neither true nor "1" is a number
+        raise invalid(f"data must contain only {'whole numbers' if dtype == np.uint8 else 'numbers'}")
     try:
-        with np.errstate(over="ignore"):  # what float32 does not hold is infinite then, and refused
+        with np.errstate(over="ignore"):  # numbers too large for float32 become infinite and are refused
             return np.array(numbers, dtype)
     except (OverflowError, ValueError):
-        raise invalid(f"data do not fit {'UINT8' if dtype == np.uint8 else 'FP32'}") from None
+        raise invalid(f"data contain values outside the range of {'UINT8' if dtype == np.uint8 else 'FP32'}") from None
 
 
 def _packed(numbers: Sequence[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None:
@@ -136,7 +139,7 @@ def _packed(numbers: Sequence[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None
 
 def too_large(limit: int) -> Refused:
     """Return the refusal of a body that is larger than any valid request."""
-    return Refused(Why.TOO_LARGE, f"the body may have {limit} bytes")
+    return Refused(Why.TOO_LARGE, f"the body may have at most {limit} bytes; send fewer images")
 
 
 def best(logits: NDArray[np.float32], labels: Sequence[str], k: int) -> list[list[str]]:

@@ -25,8 +25,8 @@ from mpdsgr_deploy.signing.trust import Trust
 
 SIGNATURE, VERDICTS = "model.sig", "verdicts"
 FORMAT = "https://model_signing/signature/v1.0"
-OUTSIDE = (SIGNATURE, VERDICTS, LOCK)  # names at the top of a bundle that its signature leaves out
-GIT = (".git", ".gitattributes", ".github", ".gitignore")  # left out by model-signing itself
+OUTSIDE = (SIGNATURE, VERDICTS, LOCK)  # names at the top of a bundle that its signature does not cover
+GIT = (".git", ".gitattributes", ".github", ".gitignore")  # names that model-signing itself does not cover
 CHUNK = 1 << 20
 
 
@@ -47,7 +47,7 @@ class SignedCopy:
             )
         statement, self.signer = verified_statement(content, path / SIGNATURE, trust)
         self.signature_sha256 = hashlib.sha256(content).hexdigest()
-        self.root = Path(mkdtemp(prefix="mpdsgr-"))  # for this user alone
+        self.root = Path(mkdtemp(prefix="mpdsgr-"))  # readable only for this user
         weakref.finalize(self, _remove, self.root, os.getpid())
         _copy(path, self.root, _signed_files(statement, path / SIGNATURE))
         (self.root / SIGNATURE).write_bytes(content)
@@ -59,7 +59,7 @@ class SignedCopy:
 def _copied_again(path: Path, trust: Trust, signature_sha256: str) -> SignedCopy:
     copy = SignedCopy(path, trust)
     if copy.signature_sha256 != signature_sha256:
-        raise InputError(f"{path} was replaced while it was in use; start again")
+        raise InputError(f"{path} was replaced while it was being read; run the command again")
     return copy
 
 
@@ -78,7 +78,7 @@ def _signed_files(statement: Statement, place: Path) -> dict[str, str]:
             return {resource["name"]: resource["digest"] for resource in resources}
     except (KeyError, TypeError):
         pass
-    raise InputError(f"{place} is no signature of a bundle's files by sha256; sign with `mpdsgr sign`")
+    raise InputError(f"{place} is not a signature of a bundle's sha256 hashes; sign the bundle with `mpdsgr sign`")
 
 
 def _copy(path: Path, out: Path, signed: dict[str, str]) -> None:
@@ -114,7 +114,10 @@ def _files(path: Path, signed: Collection[str] = ()) -> Iterator[tuple[str, Path
         if relative.parts[0] in OUTSIDE + GIT and name not in signed:
             continue
         if file.is_symlink() or not (file.is_file() or file.is_dir()):
-            raise InputError(f"{path} holds {name}, which is a link or no plain file; a signature covers plain files")
+            raise InputError(
+                f"{path} holds {name}, which is a link or a special file, and a signature covers only plain files; "
+                "remove it"
+            )
         if file.is_file():
             yield name, file
 
@@ -133,7 +136,7 @@ def sign_bundle(path: Path, signer: Signer) -> Path:
             signer.config().set_hashing_config(ignoring).sign(path.resolve(), file)
         except InputError:
             raise
-        except Exception as error:  # of cryptography, sigstore, the network: each has its own
+        except Exception as error:  # cryptography, sigstore and the network raise many types
             raise signer.explain(error) from error
         write_atomic(path / SIGNATURE, file.read_bytes())
     return path / SIGNATURE

@@ -19,7 +19,7 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.signing.trust import Kind, Trust
 
 PAYLOAD, STATEMENT = "application/vnd.in-toto+json", "https://in-toto.io/Statement/v1"
-LARGEST = 16 << 20  # bytes of a signature
+LARGEST = 16 << 20  # largest signature in bytes
 PASSWORD = "MPDSGR_KEY_PASSWORD"
 # what an envelope brings to verify it with, and whom that can show; early Sigstore bundles bring a chain
 MATERIAL: dict[str, tuple[Kind, ...]] = {
@@ -56,7 +56,11 @@ class Signer:
     def explain(self, error: Exception) -> InputError:
         """Explain an error of model-signing to the user."""
         what = "a Sigstore identity" if self.key is None else str(self.key)
-        hint = "" if self.key is None else f"; it takes an EC key of P-256, P-384 or P-521, its password in {PASSWORD}"
+        hint = (
+            ""
+            if self.key is None
+            else f"; the key must be an EC key of P-256, P-384 or P-521, and its password must be in {PASSWORD}"
+        )
         return InputError(f"cannot sign with {what}: {one_line(error)}{hint}")
 
 
@@ -85,14 +89,14 @@ def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, st
             return file.read_bytes()
     except InputError:
         raise
-    except Exception as error:  # of cryptography, sigstore, the network: each has its own
+    except Exception as error:  # cryptography, sigstore and the network raise many types
         raise signer.explain(error) from error
 
 
 def read_signature(path: Path) -> bytes | None:
     """Read a signature file; None if there is none. Raises InputError if it is not a plain, small file."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise InputError(f"{path} is no plain file; a signature is one")
+        raise InputError(f"{path} is not a plain file, so it cannot be a signature; get it again")
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -115,19 +119,19 @@ def verified_statement(content: bytes, place: Path, trust: Trust) -> tuple[State
         material = json.loads(content)["verificationMaterial"]
         kinds = next(kinds for name, kinds in MATERIAL.items() if material.get(name))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
-        raise InputError(f"{place} is damaged or no signature; get it again, or sign again") from None
+        raise InputError(f"{place} is damaged or is not a signature; get it again, or sign again") from None
     if trust.kind not in kinds:
         raise InputError(
-            f"{place} was signed with a {kinds[0]}; to verify it takes that, and {trust} is a {trust.kind}"
+            f"{place} was signed with a {kinds[0]}, which is needed to verify it, but {trust} is a {trust.kind}"
         )
     try:
         payload_type, payload = _verified(verifying, content, trust)
         statement = json.loads(payload)
         if payload_type != PAYLOAD or statement["_type"] != STATEMENT:
             raise ValueError("it holds no in-toto statement")
-    except Exception as error:  # of cryptography, sigstore, the network: each has its own
+    except Exception as error:  # cryptography, sigstore and the network raise many types
         raise InputError(
-            f"{place} cannot be verified as signed by {trust} ({one_line(error)}); do not use what it stands for"
+            f"{place} cannot be verified as signed by {trust} ({one_line(error)}); do not use the files that it covers"
         ) from error
     return statement, _description(trust, material)
 

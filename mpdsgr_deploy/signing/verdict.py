@@ -104,7 +104,7 @@ def read_verdict(content: bytes, place: Path, trust: Trust) -> Vouched:
         raise InputError(f"{place} is signed, but holds no verdict of mpdsgr validate; sign its report again") from None
     verdict = parse(SignedVerdict, values, str(place))
     if (result, digest) != (RESULTS[verdict.verdict], verdict.bundle_sha256):
-        raise InputError(f"{place} contradicts itself; sign its report again")
+        raise InputError(f"{place} contradicts itself; sign the report again")
     return Vouched(verdict, signer)
 
 

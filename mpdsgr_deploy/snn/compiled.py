@@ -15,8 +15,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-PAYS = 10.0  # seconds: loading torch's compiler takes about four; a function as much, unless inductor's cache has it
-FEWEST = 1024  # elements of a step: below, calls are what takes the time; and torch compiles 0 and 1 apart
+PAYS = 10.0  # seconds; loading torch's compiler takes about four, and so does a function that is not cached
+FEWEST = 1024  # elements of a step; below, calls take most of the time, and torch specialises on 0 and 1
 # What IEEE 754 rounds in one way, and copies: exp and pow differ in their last bit between torch and its compiler
 EXACT = {
     *("add", "sub", "rsub", "mul", "div", "addcmul", "reciprocal", "neg", "abs", "maximum", "minimum", "clamp_min"),
@@ -68,10 +68,10 @@ class _Kernel:
             function = compile_function(self._function, tensors, expected)
             if function is None or all(map(_same, function(tensors), expected)):
                 return function
-            reason = "compiled they compute something else"
-        except Exception as error:  # whatever a compiler, its cache or the lack of them may raise
+            reason = "compiled neurons compute other values"
+        except Exception as error:  # a missing or broken compiler or cache may raise any type
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        _say_once(f"neurons stay as they are instead of being compiled, which would make training faster ({reason})")
+        _say_once(f"neurons are not compiled, so training is slower than it could be ({reason})")
         return None
 
 

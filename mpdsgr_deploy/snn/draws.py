@@ -60,12 +60,12 @@ def in_turn(draws: Sequence[Tensor]) -> Draw:
 
     The batch is the first axis, as in exported networks. Raises InputError if more draws are asked for.
     """
-    left = iter(draws)
+    remaining = iter(draws)
 
     def draw(kind: Kind, steps: int, x: Tensor) -> Tensor:
-        tensor = next(left, None)
+        tensor = next(remaining, None)
         if tensor is None:
-            raise InputError(f"the network draws noise more often than {len(draws)} times; give it one tensor a draw")
+            raise InputError(f"the network draws noise more often than {len(draws)} times; give one tensor per draw")
         return tensor.transpose(0, 1).to(x)
 
     return draw

@@ -91,7 +91,8 @@ class SpikingLayer(Temporal):
     def _kernels(self, x: Tensor) -> Any:
         """What runs normalisation and neurons at once, if that is possible here."""
         norm, neuron = self.norm, self.neuron
-        fits = norm is None or (type(norm) is TdBN and not norm.synchronised)  # the kernel sees one process's batch
+        # the kernel sees only the batch of one process
+        fits = norm is None or (type(norm) is TdBN and not norm.synchronised)
         plain = fits and type(neuron) is LIF and neuron.stepwise is None
         return gpu_kernels(x, self.neuron.tau, self.neuron.surrogate) if plain else None
 

@@ -72,10 +72,11 @@ class LIF(nn.Module):
 
     time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
     per_step: tuple[str, ...] = ()  # parameters [T, ...] that hold a value for each step
-    stochastic: bool = False  # draws from `noise`
-    binary: bool = True  # hands on nothing but 0 and 1
-    hold: int = 1  # for how many steps a current of one step lasts
-    stepwise: Callable[[int], Surrogate] | None = None  # an attacker's: from t to what replaces `surrogate` in step t
+    stochastic: bool = False  # whether it draws from `noise`
+    binary: bool = True  # whether its outputs are only 0 and 1
+    hold: int = 1  # number of steps for which a current is held
+    # set by an attacker: from t to the surrogate that replaces `surrogate` in step t
+    stepwise: Callable[[int], Surrogate] | None = None
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from mpdsgr_deploy.snn.draws import Noise, repeatable
 from mpdsgr_deploy.snn.layer import Observer, Reader, SpikingLayer, Temporal, Trace, fold_time
 from mpdsgr_deploy.snn.tdbn import frozen_statistics
 
-MOST = 64  # levels: the largest power of four, which windows of a power of two lead to, that an int8 counts to
+MOST = 64  # levels: the largest power of four (as windows of 2^k x 2^k give) that fits into int8
 
 
 def levels(module: nn.Module, received: int | None) -> int | None:
@@ -46,7 +46,8 @@ def in_bytes(x: Tensor, n: int | None) -> Iterator[None]:
     def pack(saved: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
         if saved.untyped_storage()._cdata != storage or saved.numel() != size:
             return saved
-        return (saved if n == 1 else saved * n).to(torch.int8), saved.dtype  # on a CPU six times as fast as to uint8
+        # on a CPU six times as fast as a conversion to uint8
+        return (saved if n == 1 else saved * n).to(torch.int8), saved.dtype
 
     def unpack(packed: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
         if isinstance(packed, Tensor):

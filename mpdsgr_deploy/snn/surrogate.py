@@ -36,7 +36,7 @@ class Surrogate(NamedTuple):
     parameter: float | None = None
 
 
-@lru_cache(maxsize=256)  # so that functions compiled for a surrogate serve all networks that have it
+@lru_cache(maxsize=256)  # cached, so that networks with the same surrogate share its compiled functions
 def make_surrogate(name: str, width: float | None = None) -> Surrogate:
     """The surrogate "KIND" or "KIND:WIDTH", or a kind with the width given beside it.
 

@@ -12,7 +12,8 @@ is computed. An argument that is None switches off what it is for.
 import triton
 import triton.language as tl
 
-KINDS = frozenset({"triangle", "rectangular", "sigmoid", "superspike", "exponential", "arctan"})  # of `_derivative`
+# kinds that `_derivative` knows
+KINDS = frozenset({"triangle", "rectangular", "sigmoid", "superspike", "exponential", "arctan"})
 HALF_PI = tl.constexpr(1.5707963267948966)
 
 
@@ -140,7 +141,8 @@ def _step_backward(
     HELD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, FROZEN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """From tau_{t+1} d_{t+1} to tau_t d_t, as in `multistep`; what d_t adds to the sums and to a held current's d."""
-    begin = tl.cast(N, tl.int64) * t  # added to a pointer before the tile is: one addition, not one an element
+    # added to the pointer before the tile, so that it is one addition and not one per element
+    begin = tl.cast(N, tl.int64) * t
     d = tl.zeros_like(u)
     if given_spikes is not None:
         d += tl.load(given_spikes + begin + at, mask=inside, other=0).to(tl.float32)
@@ -175,7 +177,7 @@ def lif_backward(
     factor,
     bias,
     deviation,  # [C]: 1 / sqrt(variance + eps)
-    u_saved,  # None: the potentials are computed again, and live in registers
+    u_saved,  # None: the potentials are computed again and kept in registers
     given_u,  # [T, N] or None, as given_spikes: gradients of the loss in potentials and spikes
     given_spikes,
     slope,  # [T, C] or None, as constant: slope U_t + constant is the gradient in U_t through the moments
@@ -187,7 +189,7 @@ def lif_backward(
     products,
     tau,
     v_threshold,
-    parameter,  # of the surrogate
+    parameter,  # width of the surrogate
     N,
     C,
     D,
@@ -217,7 +219,7 @@ def lif_backward(
         bias = tl.load(bias + channel, mask=channel < C, other=0)
         deviation = tl.load(deviation + channel, mask=channel < C, other=0)
     u_rest, spikes_rest = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
-    later = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # tau d of the step after
+    later = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # tau d of the next step
     total, product, held = later, later, later
     if u_saved is None:
         u, fired = u_rest, spikes_rest

@@ -95,11 +95,11 @@ def norm_lif(
 
 class _Task(NamedTuple):
     constants: LIFConstants
-    rounded: bool  # to the type of x, step by step, as torch does
-    potentials: bool  # are an output
-    keep: torch.dtype | None  # of the potentials
+    rounded: bool  # whether every step is rounded to the type of x, as torch does
+    potentials: bool  # whether the membrane potentials are an output
+    keep: torch.dtype | None  # type in which potentials are kept for the backward pass; None: not kept
     moments: bool
-    frozen: bool  # the statistics of tdBN are constants
+    frozen: bool  # whether the statistics of tdBN are constants
 
 
 class _Tiles(NamedTuple):
@@ -126,7 +126,7 @@ class _Tiles(NamedTuple):
 def _tiles(x: Tensor, per_channel: bool) -> _Tiles:
     """How a contiguous x [S, B, C, ...] is divided among the programs of a kernel."""
     N = x[0].numel()
-    assert N < 2**31  # offsets in a step are 32 bits
+    assert N < 2**31  # offsets within a step have 32 bits
     C = x.shape[2] if per_channel else 1
     D = x.stride(2) if C > 1 else N
     # A program reads along the channels only where these lie next to each other, and then 16, one or two sectors of
@@ -186,7 +186,7 @@ class _Lif(torch.autograd.Function):
         ctx.sums = statistics or any(ctx.needs_input_grad[3:5])
         ctx.save_for_backward(x if ctx.sums or u_saved is None else None, *inputs[1:], deviation, u_saved, moments[0])
         ctx.task, ctx.cut, ctx.shared, ctx.statistics = task, cut, shared, statistics
-        ctx.x = x.to("meta")  # its type, shape and order in memory
+        ctx.x = x.to("meta")  # keeps its type, shape and memory layout without its data
         ctx.set_materialize_grads(False)
         if moments[2] is not None:
             ctx.mark_non_differentiable(moments[2])

@@ -55,7 +55,7 @@ def _writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot write {folder}: {error.strerror}; finished epochs are untouched, continue with --resume"
+            f"cannot write {folder}: {error.strerror}; finished epochs are kept, so continue with --resume"
         ) from None
 
 

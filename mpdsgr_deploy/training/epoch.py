@@ -31,7 +31,7 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import Observer, Reader, TdBN, Trace, frozen_statistics
 from mpdsgr_deploy.training.profile import Profile, span
 
-STATISTICS_BATCHES = 32  # of the training's batch size, which the averaged network's statistics are measured on
+STATISTICS_BATCHES = 32  # batches on which the normalisation statistics of the averaged network are measured
 Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
 
@@ -45,7 +45,7 @@ class Learner(NamedTuple):
     defences: list[AnyDefence]
     optimizer: Any
     profile: Profile | None = None
-    average: SpikingNet | None = None  # of `model` over the steps, if the recipe asks for it
+    average: SpikingNet | None = None  # average of `model` over the optimiser steps, if the recipe asks for it
 
     @property
     def judged(self) -> SpikingNet:
@@ -108,7 +108,7 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
     learned = dict(zip(totals, means, strict=True))
     if not all(torch.isfinite(p).all() for p in learner.model.parameters()) or not math.isfinite(learned["loss"]):
         advice = "start again with a lower training.lr in another --out"
-        raise InputError(f"loss or weights are not finite after epoch {epoch + 1}; {advice}")
+        raise InputError(f"the loss or the weights are not finite after epoch {epoch + 1}; {advice}")
     return learned
 
 
@@ -219,7 +219,7 @@ def measure_statistics(model: SpikingNet, batches: Iterable[Tensor], noise: torc
     model.train()
     for number, x in enumerate(batches, 1):
         for norm in norms:
-            norm.momentum = 1 / number  # of the n-th batch: a mean over all n
+            norm.momentum = 1 / number  # weight of the n-th batch in a mean over n batches
         model(x, None, noise)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

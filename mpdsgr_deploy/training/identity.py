@@ -50,12 +50,12 @@ def refuse_other_nodes(fabric: Fabric, out: Path, epochs: int, data: dict[str, A
     first: tuple[int, dict[str, Any]] = fabric.broadcast((epochs, data))
     if first[0] != epochs:
         raise InputError(
-            f"process {fabric.global_rank} sees {epochs} finished epochs in {out}, process 0 {first[0]}; give a "
-            f"directory that all nodes share"
+            f"process {fabric.global_rank} sees {epochs} finished epochs in {out}, and process 0 sees {first[0]}; "
+            "choose a directory that all nodes share"
         )
     if first[1] != data:
         raise InputError(
-            f"process {fabric.global_rank} has other images than process 0; bring the same data set to every node"
+            f"process {fabric.global_rank} has other images than process 0; copy the same data set to every node"
         )
 
 
@@ -64,18 +64,18 @@ def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any], out: P
 
     before: the recorded identity; None for a run of a version that did not record its data.
     """
-    different = [what for what in now if before is not None and before.get(what) != now[what]]
+    different = [key for key in now if before is not None and before.get(key) != now[key]]
     if before is None or not different:
         return
-    what = different[0]
-    was: Any = before.get(what)
-    value: Any = now[what]
-    if what == "labels":
+    key = different[0]
+    was: Any = before.get(key)
+    value: Any = now[key]
+    if key == "labels":
         gone, new = sorted(set(was) - set(value)), sorted(set(value) - set(was))
         changes = [f"{word} {', '.join(names[:5])}" for word, names in (("without", gone), ("with", new)) if names]
         detail = f"its classes are now {' and '.join(changes) or 'in another order'}"
-    elif what in DIGESTS:
-        detail = f"{DIGESTS[what]} are others, or in another order"
+    elif key in DIGESTS:
+        detail = f"{DIGESTS[key]} are different, or in another order"
     else:
-        detail = f"{what} before: {was}, now: {value}"
-    raise InputError(f"{out} was trained on other data: {detail}; bring the data back or start anew in another --out")
+        detail = f"{key} before: {was}, now: {value}"
+    raise InputError(f"{out} was trained on other data: {detail}; restore the data, or start again in another --out")

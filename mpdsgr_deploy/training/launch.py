@@ -52,8 +52,8 @@ def find_launch(config: Training, variables: Mapping[str, str]) -> Launch:
         number = variables.get(MEETING[-1], "")
         if not all(map(variables.get, MEETING)) or number not in map(str, range(config.nodes)):
             raise InputError(
-                f"training.nodes={config.nodes}: start mpdsgr train with torchrun or srun, or once on each node with "
-                f"{', '.join(MEETING)} set, the last from 0 to {config.nodes - 1}"
+                f"training.nodes={config.nodes} needs a launcher: start mpdsgr train with torchrun or srun, or "
+                f"once on each node with {', '.join(MEETING)} set, the last from 0 to {config.nodes - 1}"
             )
         return Launch(LightningEnvironment, started=False, leads=number == "0")
     return Launch(LightningEnvironment, started=False, leads=True)
@@ -61,7 +61,7 @@ def find_launch(config: Training, variables: Mapping[str, str]) -> Launch:
 
 def _started(config: Training, variables: Mapping[str, str], launcher: str, count: int) -> Launch:
     how = f"{launcher} started {count} processes"
-    here = int(variables.get("LOCAL_WORLD_SIZE", config.devices))  # of torchrun
+    here = int(variables.get("LOCAL_WORLD_SIZE", config.devices))  # torchrun's number of processes on this node
     if (count, here) != (config.processes, config.devices):
         raise InputError(
             f"{how}, but the recipe asks for training.nodes={config.nodes} times training.devices={config.devices} "
@@ -71,7 +71,9 @@ def _started(config: Training, variables: Mapping[str, str], launcher: str, coun
         return Launch(TorchElasticEnvironment, started=True, leads=variables["RANK"] == "0")
     if launcher == "srun":
         return Launch(SLURMEnvironment, started=True, leads=variables.get("SLURM_PROCID") == "0")
-    raise InputError(f"{how}, but processes of a run find each other through torchrun or srun only; use one of them")
+    raise InputError(
+        f"{how}, but the processes of a run can find each other only through torchrun or srun; use one of them"
+    )
 
 
 def make_fabric(config: Training, launch: Launch) -> Fabric:
@@ -87,7 +89,7 @@ def make_fabric(config: Training, launch: Launch) -> Fabric:
             precision=config.precision,
             plugins=[environment],
         )
-    except Exception as error:  # Fabric has no common error type for hardware that is not there
+    except Exception as error:  # Fabric has no common error type for missing hardware
         raise InputError(
             f"training.accelerator={config.accelerator}, nodes={config.nodes}, devices={config.devices}: "
             f"{one_line(error)}"
@@ -116,7 +118,7 @@ def run_processes(fabric: Fabric, function: Callable[..., None], *arguments: obj
         fabric.launch(function, *arguments)
     except DistError as error:
         raise _unconnected(str(error)) from error
-    except ProcessRaisedException as error:  # its text ends in the traceback of the process
+    except ProcessRaisedException as error:  # its text ends with the traceback of the process
         ours = re.search(rf"{InputError.__module__}\.InputError: (.*)", str(error))
         lost = re.search(r"torch\.distributed\.Dist\w*Error: (.*)", str(error))
         if ours is None and lost is None:

@@ -19,7 +19,7 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.snn.tdbn import TdBN
 
 SYNAPSES = (nn.Conv2d, nn.Linear)
-BATCH = 100  # images answered at once
+BATCH = 100  # images per call
 ALIKE = 0.9  # share of images on which a network that starts from a module should answer as the module does
 
 
@@ -54,7 +54,7 @@ def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
             f"the module has {len(theirs)} layers with weights ({_names(theirs)}), this recipe's network {len(ours)} "
             f"({_names(ours)}); give a recipe whose section model has the same layers"
         )
-    weights = {  # of pixels in [0, 1] as they are
+    weights = {  # weights for pixels in [0, 1] without normalisation
         name: torch.full_like(tensor, float(name == "normalize.std"))
         for name, tensor in network.state_dict().items()
         if name in ("normalize.mean", "normalize.std")
@@ -79,7 +79,10 @@ def _check(their: Layer, our: Layer) -> None:
         )
     if (their.norm is None) != (our.norm is None):
         has, lacks = (our, their) if their.norm is None else (their, our)
-        raise InputError(f"layer {has.name} is normalised and its counterpart {lacks.name} is not; they do not map")
+        raise InputError(
+            f"layer {has.name} is normalised and its counterpart {lacks.name} is not, so their weights cannot be "
+            "copied; give a recipe with the same layers"
+        )
     for name in ("stride", "padding", "dilation", "groups") if isinstance(our.synapse, nn.Conv2d) else ():
         own = getattr(our.synapse, name)
         if getattr(their.synapse, name) != own:
@@ -93,7 +96,10 @@ def _of_layer(their: Layer, our: Layer) -> dict[str, Tensor]:
     bias = their.synapse.bias
     if our.norm is None:
         if our.synapse.bias is None and bias is not None:
-            raise InputError(f"the module's layer {their.name} has a bias, the recipe's {our.name} has none")
+            raise InputError(
+                f"the module's layer {their.name} has a bias, and the recipe's {our.name} has none; give a recipe "
+                "with the same layers"
+            )
         if our.synapse.bias is not None:
             weights[f"{our.name}.bias"] = torch.zeros_like(our.synapse.bias) if bias is None else bias
         return weights
@@ -101,10 +107,13 @@ def _of_layer(their: Layer, our: Layer) -> dict[str, Tensor]:
     assert norm is not None
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
-        raise InputError(f"the normalisation behind the module's layer {their.name} keeps no statistics")
+        raise InputError(
+            f"the normalisation after the module's layer {their.name} has no running statistics; set "
+            "track_running_stats"
+        )
     factor = our.norm.alpha * our.norm.v_threshold if isinstance(our.norm, TdBN) else 1.0
     gain = norm.scale if isinstance(norm, TdBN) else torch.ones_like(mean) if norm.weight is None else norm.weight
-    adjusted = torch.sqrt(variance + our.norm.eps) / torch.sqrt(variance + norm.eps)  # where the epsilons differ
+    adjusted = torch.sqrt(variance + our.norm.eps) / torch.sqrt(variance + norm.eps)  # corrects for different epsilons
     return {
         **weights,
         f"{name}.weight": gain * adjusted / factor,
@@ -125,11 +134,17 @@ def start_from_module(module: nn.Module, name: str, networks: Sequence[nn.Module
     for network in networks:
         network.load_state_dict(weights, strict=False)
     alike = _alike(module, networks[0], images)
-    log.info("the network that starts from %s answers %.1f %% of %d images as it does", name, 100 * alike, len(images))
+    log.info(
+        "the network with the weights of %s gives the same class as it for %.1f %% of %d images",
+        name,
+        100 * alike,
+        len(images),
+    )
     if alike < ALIKE:
         log.warning(
-            "the recipe's neurons do not do what those of %s did: compare neuron.tau, v_threshold and reset, "
-            "encoding.T, and what pools; a library that decays the input is met by v_threshold times tau",
+            "the recipe's neurons differ from those of %s; compare neuron.tau, v_threshold, neuron.reset, "
+            "encoding.T and the pooling; if its library multiplies the input by 1 / tau, multiply v_threshold by "
+            "tau",
             name,
         )
     return {"module": name, "weights_sha256": weights_sha256(weights), "alike": alike, "images": len(images)}
@@ -151,7 +166,7 @@ def _alike(module: nn.Module, network: nn.Module, images: Images) -> float:
             for start in range(0, len(images), BATCH):
                 x = torch.from_numpy(images[start : start + BATCH].unit())
                 same += int((module(x).argmax(1) == network(x.to(device)).argmax(1).cpu()).sum())
-    except Exception as error:  # whatever the module raises
+    except Exception as error:  # the module may raise any type
         raise InputError(f"the module does not take images {list(images.shape)}: {one_line(error)}") from error
     finally:
         network.train(was_training)

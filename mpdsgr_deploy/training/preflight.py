@@ -20,7 +20,7 @@ from mpdsgr_deploy.surrogates import ATTACK_ONLY, parse_surrogate, surrogate_nod
 from mpdsgr_deploy.training.stages import check_stages
 
 # An ONNX file is a protobuf message of at most 2 GiB; an attack graph holds the weights once, and some more nodes
-LARGEST = 2**31 - 2**26  # bytes
+LARGEST = 2**31 - 2**26  # largest size of the weights in bytes
 OURS = __name__.partition(".")[0]
 
 
@@ -35,7 +35,8 @@ def preflight(recipe: Recipe, training: Images) -> None:
         model, _ = build_defended(recipe, training.shape, classes)
     if recipe.neuron.detach_reset and not model.plain:
         raise InputError(
-            f"neuron.detach_reset is for plain LIF neurons; {', '.join(recipe.defence)} puts others in their place"
+            f"neuron.detach_reset works only for plain LIF neurons, which {', '.join(recipe.defence)} replaces; "
+            "leave it out"
         )
     size = sum(value.nbytes for value in model.state_dict().values())
     if size > LARGEST:
@@ -64,14 +65,15 @@ def _check_step(recipe: Recipe, model: SpikingNet, training: Images) -> None:
         logits = model.train()(x, None, torch.Generator().manual_seed(0))
         F.cross_entropy(logits, torch.zeros(share, dtype=torch.long, device="meta")).backward()
     except (RuntimeError, ValueError, IndexError) as error:
-        advice = "raise training.batch_size" if share == 1 else "change the model or the images' size"
+        advice = "raise training.batch_size" if share == 1 else "change the model or the size of the images"
         raise InputError(f"a training step on {share} images would fail: {one_line(error)}; {advice}") from error
 
 
 def _is_foreign(recipe: Recipe) -> bool:
     """Whether the recipe uses another package's model or defence."""
     parts = [MODELS[recipe.model.name], *(DEFENCES[name] for name in recipe.defence)]
-    functions = [part.func if isinstance(part, partial) else part for part in parts]  # whose own module is functools
+    # the module of a partial is functools
+    functions = [part.func if isinstance(part, partial) else part for part in parts]
     return any(str(function.__module__).partition(".")[0] != OURS for function in functions)
 
 

@@ -26,9 +26,9 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.snn import SpikingLayer
 
 WARM_UP, STEPS = 2, 3  # training steps before the profile, and in it
-WHOLE = ("data", "attack", "regulariser", "optimiser")  # everything inside them belongs to them, including layers
+WHOLE = ("data", "attack", "regulariser", "optimiser")  # parts whose time includes everything inside them, also layers
 BACKWARD, NODE, STEP = "backward", "autograd::engine::evaluate_function", "ProfilerStep"
-Place = tuple[str, bool]  # whose time it is, and whether in the backward pass
+Place = tuple[str, bool]  # name of a part, and whether the time is of the backward pass
 
 
 def span(name: str) -> AbstractContextManager[Any]:
@@ -87,7 +87,7 @@ class Profile:
         """End the profile. A run that was too short has none."""
         if not self._done:
             self._finish()
-            log.warning("no profile: it needs %d training steps", WARM_UP + STEPS)
+            log.warning("no profile was written, because it needs %d training steps", WARM_UP + STEPS)
 
     def _finish(self) -> None:
         self._done = True
@@ -201,8 +201,10 @@ def peak_memory() -> int:
 def table(profile: dict[str, Any]) -> str:
     width = max(len(row["part"]) for row in profile["parts"])
     lines = [
-        f"a training step: {profile['step_ms']:.1f} ms, mean of {profile['steps']}; {profile['time_of']} time; "
-        f"peak memory {profile['peak_mib']:.0f} MiB",
+        (
+            f"one training step: {profile['step_ms']:.1f} ms, mean of {profile['steps']}; {profile['time_of']} time; "
+            f"peak memory {profile['peak_mib']:.0f} MiB"
+        ),
         "",
         f"{'part':{width}}  {'forward ms':>10}  {'backward ms':>11}  {'% of step':>9}  {'memory grown, MiB':>17}",
     ]

@@ -46,7 +46,7 @@ from mpdsgr_deploy.training.stages import recipe_at
 from mpdsgr_deploy.training.state import STATE, begin, save
 
 RECIPE = "recipe.json"
-Origin = Path | str  # of first weights: the directory of a trained network, or package.module:function
+Origin = Path | str  # origin of the first weights: directory of a trained network, or package.module:function
 
 
 def origin(text: str | os.PathLike[str]) -> Origin:
@@ -68,7 +68,7 @@ def train(
     Raises InputError for a directory that holds other files or a run already, a changed recipe, missing data or
     hardware, processes that do not fit the recipe or do not find each other, a full disk.
     """
-    need("matplotlib", "train")  # draws after the first epoch, too late to find it missing
+    need("matplotlib", "train")  # needed only after the first epoch, which is too late to fail
     recipe = resolved(recipe)
     launch = find_launch(recipe.training, os.environ)
     with _claimed(out) if launch.leads else nullcontext():
@@ -110,13 +110,13 @@ def _run(
     if not fabric.is_global_zero:
         log.setLevel(logging.WARNING)
     elif verbose:
-        show_progress()  # a spawned process starts without the caller's logging
+        show_progress()  # a spawned process does not inherit the caller's logging
     learner = _learner(fabric, recipe, training)
     data = data_identity(training, validation)
     history, started_from = begin(learner, training, out, init, data)
     refuse_other_nodes(fabric, out, len(history), data)
     if len(history) >= recipe.training.epochs:
-        log.info("%s has all of its %d epochs; nothing is left to train", out, recipe.training.epochs)
+        log.info("%s already has all of its %d epochs", out, recipe.training.epochs)
         return
     if profile and fabric.is_global_zero:
         learner = learner._replace(profile=Profile(learner.model, out / "profile"))
@@ -200,7 +200,7 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
     for layer in model.layers():
         if isinstance(layer.norm, TdBN):
             layer.norm.synchronised = config.sync_norm
-    model = model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    model = model.to(memory_format=torch.channels_last)  # convolutions are fastest in this layout
     undecayed = [p for defence in defences for p in defence.undecayed(model)]
     spared = {id(p) for p in undecayed}
     groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in spared]}]

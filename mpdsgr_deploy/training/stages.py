@@ -9,7 +9,7 @@ from mpdsgr_deploy.defences import make_defences
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 
-ANY_LENGTH = ("direct", "poisson", "sqe", "rsc")  # encodings whose steps all see the same
+ANY_LENGTH = ("direct", "poisson", "sqe", "rsc")  # encodings in which all steps see the same image
 
 
 def check_stages(recipe: Recipe) -> None:

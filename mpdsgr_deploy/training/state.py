@@ -88,7 +88,8 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
     recipe, trained = learner.recipe, find_weights(init)
     training.require_kind(recipe.data.name, trained.shape, trained.labels)
     weights, own = load_file(trained.file), learner.model.state_dict()
-    for name in per_step_names(learner.model) & weights.keys():  # the first steps of a longer network
+    # keep the values for the first steps of a longer network
+    for name in per_step_names(learner.model) & weights.keys():
         weights[name] = weights[name][: len(own[name])]
     with torch.device("meta"):
         needed = build_model(recipe, training.shape, len(training.labels)).state_dict()
@@ -96,8 +97,9 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
     misfits += [name for name in needed if name not in weights]
     if misfits:
         raise InputError(
-            f"the weights in {init} are of {described(trained)} and do not fit this recipe (first at {misfits[0]}); "
-            f"give both the same sections model and neuron, and the defences that change neurons"
+            f"the weights in {init} are of {described(trained)} and do not fit this recipe (the first that "
+            f"differs is {misfits[0]}); use the same sections model and neuron, and the same defences that change "
+            "neurons"
         )
     for network in networks:
         network.load_state_dict(weights, strict=False)

@@ -52,8 +52,8 @@ def _of_bundle(path: Path) -> TrainedWeights:
     manifest = bundle.manifest
     if manifest.origin != "trained":
         raise InputError(
-            f"{path} holds a network that this package did not train, and no weights to train on from; give --init the "
-            f"torch module it was made from (package.module:function)"
+            f"{path} holds a network that was not trained by this package, and no weights to continue from; give "
+            "--init the torch module it was made from (package.module:function)"
         )
     file, history = bundle.file(WEIGHTS), manifest.provenance
     return TrainedWeights(

@@ -13,7 +13,7 @@ from mpdsgr_deploy.validation.report import REPORT, Report, load_report
 from mpdsgr_deploy.validation.rows import Row
 
 VERDICT = "verdict.sig"
-ARTEFACT = "artefact"  # the name of what failed where no single condition did
+ARTEFACT = "artefact"  # name used if no single condition failed
 
 
 def sign_report(directory: Path, signer: Signer) -> tuple[Path, bytes]:

@@ -127,11 +127,11 @@ def _limits(bundle: Bundle, report: Report | None) -> Iterator[str]:
 
 def _provenance(bundle: Bundle) -> Iterator[str]:
     manifest = bundle.manifest
-    made = manifest.provenance
-    versions = ", ".join(f"{package} {version}" for package, version in made.get("packages", {}).items())
+    export_facts = manifest.provenance
+    versions = ", ".join(f"{package} {version}" for package, version in export_facts.get("packages", {}).items())
     yield f"- sha256 of the manifest: `{manifest.digest}`"
-    created, version = (made.get(key, "not recorded") for key in ("created", "mpdsgr_deploy"))
+    created, version = (export_facts.get(key, "not recorded") for key in ("created", "mpdsgr_deploy"))
     yield f"- exported: {created}, mpdsgr-deploy {version}"
-    yield f"- checkpoint: {made.get('checkpoint', 'not recorded')}"
+    yield f"- checkpoint: {export_facts.get('checkpoint', 'not recorded')}"
     if versions:
         yield f"- with {versions}"

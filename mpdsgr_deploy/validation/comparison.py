@@ -65,7 +65,8 @@ def compare_conditions(reference: Reference | None, conditions: Sequence[Conditi
     met = {name: reference.under(name, how) for name, how in settings.items()}
     verdicts = {name: correct[:n] for name, correct in met.items() if correct is not None}
     attacks = tuple(c.name for c in within if c.name in verdicts)
-    own = [name for name in attacks if reference.settings.get(name) == settings[name]]  # not of a smaller tier
+    # settings of a smaller tier do not count
+    own = [name for name in attacks if reference.settings.get(name) == settings[name]]
     stands = union({CLEAN: reference.verdicts[CLEAN][:n], **verdicts}, (CLEAN, *own))
     return Comparison(
         {CLEAN: reference.verdicts[CLEAN][:n], **verdicts},
@@ -92,7 +93,7 @@ def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[R
         )
     ]
     for outcome in measurement.outcomes:
-        condition, done = outcome.condition, len(outcome.correct)
+        condition, attacked = outcome.condition, len(outcome.correct)
         promised = comparison.verdicts.get(condition.name)
         made.append(
             Row.of(
@@ -100,10 +101,10 @@ def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[R
                 condition.settings,
                 outcome.correct,
                 eps=condition.eps,
-                reference=None if promised is None else promised[:done],
+                reference=None if promised is None else promised[:attacked],
                 evaluations=outcome.evaluations,
                 surrogate=condition.surrogate if condition.swept else None,
-                at_most=done < n,
+                at_most=attacked < n,
                 not_compared=TRANSFERRED if condition.kind == "transfer" else other,
             )
         )

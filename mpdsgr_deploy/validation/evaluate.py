@@ -53,8 +53,8 @@ class Evaluation(BaseModel):
         """Return the evaluation of an exported network from a report."""
         rows = [EvaluatedRow(name=r.name, settings=r.settings, n=r.n, score=r.artefact) for r in report.rows]
         network = f"the {report.precision} network on {report.backend}"
-        made = {**report.provenance, "network": network}
-        return cls(images=report.images, seed=report.seed, rows=rows, health=report.health, provenance=made)
+        provenance = {**report.provenance, "network": network}
+        return cls(images=report.images, seed=report.seed, rows=rows, health=report.health, provenance=provenance)
 
 
 def evaluate(

@@ -40,7 +40,7 @@ SIGNIFICANT_TOGETHER = 0.001  # the same for all conditions together
 OVERALL = (CLEAN, WORST)
 CHANCY = (SQUARE,)
 
-REQUIRE_SIGNATURE = "require_signature"  # a key of gate files alone
+REQUIRE_SIGNATURE = "require_signature"  # a key that only gate files may have
 
 Bools = NDArray[np.bool_]
 
@@ -160,7 +160,7 @@ def together(gate: Gate, rows: Sequence[Row]) -> list[Reason]:
     """Return the largest drop beyond its limit, if the losses of the bounded conditions are significant together."""
     bounded = [row for row in rows if row.reference is not None and limit(gate, row.name) < 1]
     beyond = {row.name: drop for row in bounded if (drop := _drop(row)) > limit(gate, row.name) + 1e-9}
-    single = [row for row in bounded if row.name != WORST]  # which is made of the others
+    single = [row for row in bounded if row.name != WORST]  # leave out `worst`, which is computed from the others
     if not (beyond and single):
         return []
     p = sign_flip_tail(np.sum([_losses(row) for row in single], axis=0))
@@ -191,14 +191,14 @@ def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int)
 
     correct: verdicts [m] on the first m of n images; reference: all of its verdicts [n].
     """
-    done = len(correct)
+    attacked = len(correct)
     floor = gate.floors.get(name)
-    if floor is not None and correct.sum() + n - done < math.ceil(floor * n - 1e-9):
-        return f"after {done} of {n} images the floor {floor:.2%} cannot be reached any more"
+    if floor is not None and correct.sum() + n - attacked < math.ceil(floor * n - 1e-9):
+        return f"after {attacked} of {n} images the floor {floor:.2%} cannot be reached any more"
     if reference is not None:
-        worse, better = int((reference[:done] & ~correct).sum()), int((~reference[:done] & correct).sum())
+        worse, better = int((reference[:attacked] & ~correct).sum()), int((~reference[:attacked] & correct).sum())
         # at best, all remaining images that the reference gets wrong are classified correctly
-        best = better + int((~reference[done:]).sum())
+        best = better + int((~reference[attacked:]).sum())
         if regressed(gate, name, n, worse, best):
-            return f"after {done} of {n} images the drop cannot return within the limit any more"
+            return f"after {attacked} of {n} images the drop cannot return within the limit any more"
     return None

@@ -15,7 +15,7 @@ from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
 # 64-bit blake2b of the first 100 test images, with their classes, of data sets whose order is the same everywhere.
 WELL_KNOWN = {"digits": "545781e6091becde", "cifar10": "cb86e883e52e0c7a", "cifar100": "11f8368e377b712e"}
 FIRST = 100
-MAX_REPEATED = 0.01  # share of the names of classes that may occur before; ImageNet's usual list has 2 of 1,000
+MAX_REPEATED = 0.01  # share of class names that may be duplicates; ImageNet's usual list has 2 of 1,000
 
 
 def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Images:

@@ -27,7 +27,7 @@ from mpdsgr_deploy.runtime.image_noise import NoiseSource
 
 STANDARD = ("", "ai.onnx")
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
-WHOLE = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}  # shapes, axes and comparisons
+WHOLE = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}  # types of shapes, axes and comparisons
 # What numbers may be stored in or cast to, by the precision of the layers in a file
 STORED = {
     "fp32": TensorProto.FLOAT,
@@ -190,7 +190,7 @@ def _converts(node: NodeProto, makers: dict[str, NodeProto]) -> bool:
 
 def _dequantised(node: NodeProto, constants: dict[str, TensorProto]) -> Array:
     values, *scales = (numpy_helper.to_array(constants[name]).astype(np.float32) for name in node.input[:2])
-    if not scales:  # a Cast
+    if not scales:  # a Cast has no scales
         return values
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     scale = scales[0]
@@ -205,7 +205,7 @@ def is_rounded(exact: Array, rounded: Array, form: str) -> bool:
         return np.array_equal(exact, rounded)
     exact, rounded = exact.astype(np.float32), rounded.astype(np.float32)
     largest = np.abs(exact).reshape(len(exact), -1).max(1).reshape(-1, *[1] * (exact.ndim - 1))
-    # of floats also what lies below the smallest normal number, relative to the channel's largest
+    # for floats also the rounding of subnormal numbers, relative to the channel's largest number
     step = largest / 254 if form == "int8" else np.abs(exact) * FLOAT_ROUNDING[form] + largest * 2.0**-14
     return bool((np.abs(exact - rounded) <= 1.001 * step + 1e-6).all())  # scales are rounded too
 

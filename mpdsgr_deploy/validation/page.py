@@ -36,8 +36,8 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, GREY)
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
 HEADLINE, ATTACKER = VERMILION, BLUE
 INK = "#010203"  # replaced by the page's own text colour
-WIDEST = 4.2  # times the evaluated eps
-MOST = 24  # attackers in one figure, the strongest
+WIDEST = 4.2  # largest eps of the axis, as a multiple of the evaluated eps
+MOST = 24  # number of attackers in one figure, the strongest first
 LONGEST = 22  # characters of a name in a figure
 SETTINGS: Any = {
     "svg.fonttype": "none",
@@ -107,11 +107,11 @@ def figures(report: Report) -> dict[str, str]:
     pictures = {}
     with rc_context(SETTINGS):
         if any(curve.points for curve in report.curves):
-            left = f", the {len(COLOURS)} strongest attacks" if len(report.curves) > len(COLOURS) else ""
-            pictures[f"Accuracy against eps{left}"] = svg(by_eps(report), "eps")
+            omitted_note = f", the {len(COLOURS)} strongest attacks" if len(report.curves) > len(COLOURS) else ""
+            pictures[f"Accuracy against eps{omitted_note}"] = svg(by_eps(report), "eps")
         if sweep(report):
-            left = f" {MOST} of {len(attackers(report))}" if len(attackers(report)) > MOST else ""
-            pictures[f"Which attacker is the strongest?{left}"] = svg(by_attacker(report), "attackers")
+            omitted_note = f" {MOST} of {len(attackers(report))}" if len(attackers(report)) > MOST else ""
+            pictures[f"Which attacker is the strongest?{omitted_note}"] = svg(by_attacker(report), "attackers")
     return pictures
 
 

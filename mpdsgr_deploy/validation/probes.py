@@ -16,13 +16,13 @@ from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.validation.health.registry import Convergence, Search, Slopes
 
-MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's eps
-GROWTH_STEPS = 20  # of the strong PGD
-LARGE = (0.5, 1.0)  # where any image can be painted
-STEPS = (0.125, 0.25, 0.5, 1.0)  # of eps, along the gradient and along random directions
-DIRECTIONS = 4  # random ones
-SEARCHED = 100  # images
-ENOUGH = 500  # queries per image, from which random search tells a weakened gradient
+MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # as multiples of the recipe's eps
+GROWTH_STEPS = 20  # steps of the strong PGD
+LARGE = (0.5, 1.0)  # eps with which an attack can make any image
+STEPS = (0.125, 0.25, 0.5, 1.0)  # lengths of steps along the gradient and along random directions, as shares of eps
+DIRECTIONS = 4  # number of random directions
+SEARCHED = 100  # number of images that are searched
+ENOUGH = 500  # queries per image that random search needs to reveal a weakened gradient
 CERTAIN = 1e-6  # a cross-entropy below it has no gradient in float32, where 1 - p rounds to 0
 
 Bools = NDArray[np.bool_]
@@ -36,13 +36,13 @@ def growth(
     quick = {FGSM: fgsm, STRONG: replace(strong, steps=GROWTH_STEPS, restarts=1)}
     eps = fgsm.bound
     radii = sorted({round(multiple * eps, 9) for multiple in MULTIPLES if multiple * eps < 1} | set(LARGE))
-    left: dict[str, dict[float, Bools]] = {name: {0.0: clean == y} for name in quick}
+    correct_by_eps: dict[str, dict[float, Bools]] = {name: {0.0: clean == y} for name in quick}
     for radius in track(radii, "growing eps"):
         for name, attack in quick.items():
             grown = replace(attack, name=f"{name} at {radius:g}", eps=radius, stream=name)
             batches = run(suite, grown, x, y, clean, batch_size=batch_size, journal=journal)
-            left[name][radius] = gather(list(batches))[1] == y
-    return left
+            correct_by_eps[name][radius] = gather(list(batches))[1] == y
+    return correct_by_eps
 
 
 def convergence(
@@ -99,14 +99,14 @@ def search(
     m, queries = len(x), max(square.queries, ENOUGH)
     y, clean = measurement.y[:m], measurement.clean[:m]
     within = [o for o in measurement.outcomes if o.condition.eps is not None]
-    left = np.logical_and.reduce([clean == y, *(o.correct[:m] for o in within if o.condition.kind == "gradient")])
-    broken = left & ~np.logical_and.reduce([o.correct[:m] for o in within if o.condition.kind == "query"])
+    unbroken = np.logical_and.reduce([clean == y, *(o.correct[:m] for o in within if o.condition.kind == "gradient")])
+    broken = unbroken & ~np.logical_and.reduce([o.correct[:m] for o in within if o.condition.kind == "query"])
     if queries > square.queries:
         longer = replace(square, name=f"{square.name} {queries} queries", queries=queries, stream=square.name)
-        attackable = np.where(left & ~broken, clean, -1)
+        attackable = np.where(unbroken & ~broken, clean, -1)
         batches = run(suite, longer, x, y, attackable, batch_size=batch_size, journal=journal)
-        broken |= left & (gather(list(batches))[1] != y)
-    return Search(int(broken.sum()), int(left.sum()), m, queries)
+        broken |= unbroken & (gather(list(batches))[1] != y)
+    return Search(int(broken.sum()), int(unbroken.sum()), m, queries)
 
 
 def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, batch_size: int) -> Slopes | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 RELIABLE = 0.9  # probability with which the smallest drop is refused
 SPREAD = 8.0  # how many standard deviations of the number of flips are summed over
-RESOLUTION = 5e-4  # of the drop that is returned
+RESOLUTION = 5e-4  # resolution of the drop that is returned
 
 Floats = NDArray[np.float64]
 
@@ -65,7 +65,8 @@ def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: 
     allowed: the gate's limit, in [0, 1]; worse, better: flips seen among the n images; significant: the p-value below
     which the gate calls a drop significant.
     """
-    return _smallest(n, allowed, min(worse, better) / n, significant)  # flips by rounding alone, in each direction
+    # share of flips in each direction that rounding alone causes
+    return _smallest(n, allowed, min(worse, better) / n, significant)
 
 
 @lru_cache(1024)  # most rows of a report have the same few flips
@@ -105,7 +106,7 @@ def _refused_of(discordant: int, n: int, allowed: float, share: float, significa
 def _refused_counts(discordant: int, limit: float, significant: float) -> NDArray[np.int64]:
     """Return the counts of flips for the worse that the gate refuses."""
     worse = np.arange(discordant + 1)
-    # P(at least this many flips are for the worse) by chance
+    # probability that at least this many flips are losses by chance
     tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[::-1]
     return worse[(tails < significant) & (2 * worse - discordant > limit)]
 

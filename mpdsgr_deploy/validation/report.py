@@ -19,7 +19,7 @@ from mpdsgr_deploy.validation.rows import EarlyStop, Reason, Row, Score, Verdict
 from mpdsgr_deploy.validation.rules import Rule
 
 REPORT, PAGE, SUMMARY = "report.json", "report.html", "summary.md"
-PROGRESS = ".progress"  # finished batches of a validation under way
+PROGRESS = ".progress"  # directory of finished batches while a validation runs
 Verdict = Literal["pass", "fail", "invalid"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "invalid": 3}
 MEANING: dict[Verdict, str] = {
@@ -194,8 +194,10 @@ def headline_first(report: Report) -> list[Row]:
 def sensitivity(report: Report) -> str:
     """Return one sentence on the smallest drops that this run could detect; empty if nothing was compared."""
     named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]
-    seen = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
-    return f"with a probability of 90 % the gate would have refused a true drop of {', of '.join(seen)}" if seen else ""
+    drops = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
+    return (
+        f"with a probability of 90 % the gate would have refused a true drop of {', of '.join(drops)}" if drops else ""
+    )
 
 
 def percent(score: Score) -> str:

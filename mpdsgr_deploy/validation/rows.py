@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mpdsgr_deploy.validation.proportions import mcnemar, wilson
 
-TRANSFERRED = "transferred images"  # why nothing is compared under them
+TRANSFERRED = "transferred images"  # reason why rows of transferred images are not compared
 
 
 class Reason(BaseModel):

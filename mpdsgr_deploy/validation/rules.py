@@ -10,7 +10,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.validation.gate import least_decidable
 
-WIDEST_USUAL_LIMIT = 0.10  # the largest drop that is allowed without being asked for: 100 images decide it
+WIDEST_USUAL_LIMIT = 0.10  # largest drop that a default gate allows; 100 images can decide it
 
 
 class Rule(BaseModel):
@@ -98,5 +98,5 @@ def stated_rules(
     if replacement is not None:
         for name, value in recipe.gate.floors.items():
             if name not in replacement.floors:
-                left = "the recipe; not applied, since the gate replaces the recipe's"
-                yield Rule(name=f"floor of {name}", value=f"{value:.2%}", origin=left)
+                not_applied = "the recipe; not applied, since the gate replaces the recipe's"
+                yield Rule(name=f"floor of {name}", value=f"{value:.2%}", origin=not_applied)

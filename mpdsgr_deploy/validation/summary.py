@@ -24,7 +24,7 @@ NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 MARKUP = re.compile(r"([\\`*_\[\]|~#])")
 LONGEST = 500  # characters of a name or a reason in Markdown: hosts refuse long comments
 COLOURS = {"pass": "brightgreen", "fail": "red", "invalid": "orange"}
-IN_PART = "yellow"  # of the badge of a verdict in which something was not compared
+IN_PART = "yellow"  # colour of the badge if something was not compared
 STATES = {"passed": "ok", "failed": "FAILED", "not compared": "NOT COMPARED"}
 
 

@@ -30,7 +30,7 @@ from mpdsgr_deploy.validation.image_checks import require_alike
 from mpdsgr_deploy.validation.network_file import foreign_parts
 
 REMOTE = "remote"
-ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # there gradients are computed beside the answers
+ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # backends with which gradients are computed on the same GPU
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from mpdsgr_deploy.validation.rules import Rule, check_pins, chosen_tier, settle
 from mpdsgr_deploy.validation.subject import Subject, identity, warn_if_unlike, warn_of_gaps
 from mpdsgr_deploy.validation.target import REMOTE, Target
 
-TRIED = 100  # images that a precision's rounding is tried on
+TRIED = 100  # images on which a precision's rounding is checked
 Floats = NDArray[np.float32]
 
 
@@ -91,7 +91,7 @@ def validate(
     name, tier_from = chosen_tier(tier, gate, recipe, promise.tier if promise else None)
     entries, usual = choose("tier", TIERS, name).entries, TIERS[name].images
     own_gate = gate or recipe.gate
-    target.bundle.model_sha256(target.precision)  # refused before any data is read
+    target.bundle.model_sha256(target.precision)  # raises before any data are read
     images = chosen_images(target.bundle, limit or own_gate.images, usual, data, root)
     rules = settled(own_gate, name, len(images))
     check_pins(rules, recipe, images_sha256(images), len(images))
@@ -205,12 +205,12 @@ def _examples(subject: Subject, measurement: Measurement, x: Floats) -> list[Exa
     strong = measurement.outcome(STRONG)
     if strong is None or strong.images is None:
         return []
-    done = len(strong.correct)
+    attacked = len(strong.correct)
     return examples(
-        x[:done],
+        x[:attacked],
         strong.images,
-        measurement.y[:done],
-        before=measurement.clean[:done],
+        measurement.y[:attacked],
+        before=measurement.clean[:attacked],
         after=strong.predicted,
         labels=subject.images.labels,
         attack=STRONG,

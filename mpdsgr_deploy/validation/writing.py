@@ -40,7 +40,7 @@ def write_report(report: Report, directory: Path) -> Path:
         best = directory / PAGE
         write_atomic(best, page(report).encode())
     else:
-        (directory / PAGE).unlink(missing_ok=True)  # of an earlier run: it would contradict the others
+        (directory / PAGE).unlink(missing_ok=True)  # a page of an earlier run would contradict the new files
     write_atomic(directory / REPORT, report.model_dump_json(indent=1).encode())
     shutil.rmtree(directory / PROGRESS, ignore_errors=True)
     return best

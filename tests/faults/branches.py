@@ -112,7 +112,7 @@ def branches_that_read_the_images_unnamed(copy: Planted) -> None:
     )
 
 
-@fault("artefact", 2, "decides by what depends on the images")
+@fault("artefact", 2, "compares values that depend on the images")
 def logits_in_whole_numbers(copy: Planted) -> None:
     """Logits stored as integers and read as numbers again: a Cast there is no identity."""
     copy.append(

@@ -44,7 +44,7 @@ def potentials_in_bfloat16(copy: Planted) -> None:
     round_logits(copy, TensorProto.BFLOAT16)
 
 
-@fault("artefact", 2, "decides by what depends on the images", precision="int8", thorough=True)
+@fault("artefact", 2, "compares values that depend on the images", precision="int8", thorough=True)
 def potentials_in_float8(copy: Planted) -> None:
     """The same in float8, in a file that has int8 alone."""
     round_logits(copy, TensorProto.FLOAT8E4M3FN)

@@ -71,7 +71,7 @@ def classes_of_the_images_shuffled(copy: Planted) -> None:
     promise_for(copy, Images(images.pixels, np.roll(images.classes, 1), images.labels))
 
 
-@fault("promise", 2, "not what the network was made for")
+@fault("promise", 2, "does not fit the network")
 def names_of_the_classes_shuffled(copy: Planted) -> None:
     """The right number of the class under the wrong name: what a user is told is wrong."""
     copy.manifest["labels"] = copy.manifest["labels"][::-1]

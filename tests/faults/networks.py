@@ -22,7 +22,7 @@ BASE: dict[str, dict[str, Any]] = {
     "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5"]},
     "validation": {"limit": 100},
 }
-# What a kind of network has in place of the base, and the precisions it is exported in
+# How each kind of network differs from the base, and the precisions in which it is exported
 KINDS: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
     "healthy": ({}, PRECISIONS),
     "other": ({"training": {"seed": 1, "epochs": 2}}, PRECISIONS),

@@ -29,8 +29,8 @@ from mpdsgr_deploy.validation import Target, image_checks, validate
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report
 
 Array = NDArray[Any]
-# artefact: in the network, only the promise can tell. evaluation: in what measures.
-# promise: in what the bundle says of itself.
+# artefact: a fault of the network, which only the reference can reveal. evaluation: a fault of the measurement.
+# promise: a fault of what the bundle states about itself.
 Place = Literal["artefact", "runtime", "evaluation", "promise"]
 
 

@@ -15,7 +15,7 @@ Rule = Callable[[Tape, onnx.NodeProto, Sequence[str | None]], None]
 def only(cotangents: Sequence[str | None]) -> str:
     """Return the cotangent of a node of which a single output is used."""
     used = [cotangent for cotangent in cotangents if cotangent is not None]
-    assert len(used) == 1  # a rule is asked only where there is one
+    assert len(used) == 1  # a rule is called only if the node has an output with a gradient
     return used[0]
 
 
@@ -28,7 +28,7 @@ def plane(tape: Tape, node: onnx.NodeProto, value: str) -> tuple[int, ...]:
     """Return the spatial sizes of a value [B, C, ...], for example height and width. Raises InputError if unknown."""
     sizes = tape.shape(value)[2:]
     if not are_numbers(sizes):
-        raise refuse(node, "works on maps of unknown size")
+        raise refuse(node, "works on feature maps of unknown size; export with fixed shapes")
     return sizes
 
 

@@ -87,7 +87,7 @@ def _bounds(tape: Tape, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any
     scale = tape.array(node.input[1])
     zero = tape.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
     if scale is None or zero is None:
-        raise refuse(node, "quantises by a scale that is known only at run time; quantise statically")
+        raise refuse(node, "quantises by a scale that is known only at run time; use static quantisation")
     if zero.dtype.kind not in "iu":
         return None
     info, offset = np.iinfo(zero.dtype), zero.astype(np.float64)
@@ -131,7 +131,7 @@ def _where(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -
     choose(tape, node, only(cotangents))
 
 
-Slope = Callable[[Tape, onnx.NodeProto, str, str], str]  # x and y, both float32, to dy/dx
+Slope = Callable[[Tape, onnx.NodeProto, str, str], str]  # from x and y, both float32, to dy/dx
 
 
 def _pointwise(slope: Slope) -> Rule:
@@ -199,7 +199,7 @@ def _gelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
 RULES: dict[str, Rule] = {
     "Abs": _pointwise(lambda tape, node, x, y: tape.emit("Sign", x)),
     "Add": _sign(1),
-    "Cast": _same,  # of booleans, see `jumps`
+    "Cast": _same,  # a Cast of booleans; see `jumps`
     "Clip": _clip,
     "DequantizeLinear": _same,
     "Div": _div,

@@ -26,9 +26,9 @@ def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | N
     scales = tape.constant([1, 1, *kernel])
     options = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
     spread = tape.emit("Resize", share, "", scales, **options)
-    left = [n - k * m for n, k, m in zip(x, kernel, y, strict=True)]  # rows and columns that no window covers
-    if any(left):
-        spread = tape.pad(spread, [0] * len(left), left, range(2, len(x) + 2), len(x) + 2)
+    uncovered = [n - k * m for n, k, m in zip(x, kernel, y, strict=True)]  # rows and columns that no window covers
+    if any(uncovered):
+        spread = tape.pad(spread, [0] * len(uncovered), uncovered, range(2, len(x) + 2), len(x) + 2)
     tape.give(node.input[0], spread)
 
 
@@ -115,7 +115,7 @@ def _max_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]
         values = tape.emit("Slice", padded, *cut, axes, tape.integers(*strides))
         chosen, zero = tape.emit("Equal", values, largest), tape.constant(0)
         parts.append(tape.emit("Where", chosen, free, zero))
-        free = tape.emit("Where", chosen, zero, free)  # nothing is left for the values that follow
+        free = tape.emit("Where", chosen, zero, free)  # so that later equal values get nothing
     stacked = tape.emit("Concat", *(tape.emit("Unsqueeze", part, tape.integers(2)) for part in parts), axis=2)
     flat = tape.emit("Reshape", stacked, tape.integers(-1, channels * len(parts), *y))
     weights = np.zeros((channels * len(parts), 1, *kernel), np.float32)

@@ -45,7 +45,8 @@ def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
             return
     wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     covered = [s * (n - 1) + w for s, n, w in zip(strides, y, wide, strict=True)]
-    left = [n + a + b - c for n, a, b, c in zip(x, before, after, covered, strict=True)]  # beyond the last window
+    # rows and columns after the last window
+    uncovered = [n + a + b - c for n, a, b, c in zip(x, before, after, covered, strict=True)]
     further = {name: value for name, value in (("dilations", dilations), ("group", groups)) if value not in (ones, 1)}
     spread = tape.emit(
         "ConvTranspose",
@@ -54,7 +55,7 @@ def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
         kernel_shape=kernel,
         strides=strides,
         pads=[*before, *after],
-        output_padding=left,
+        output_padding=uncovered,
         **further,
     )
     tape.give(node.input[0], spread)
@@ -66,7 +67,7 @@ def _conv_transpose(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str |
     kernel = plane(tape, node, node.input[1])
     ones = (1,) * len(kernel)
     if attribute(node, "auto_pad", b"NOTSET") != b"NOTSET" or attribute(node, "output_shape", ()):
-        raise refuse(node, "pads automatically")
+        raise refuse(node, "uses auto_pad; export it with explicit pads")
     gathered = tape.emit(
         "Conv",
         only(cotangents),
@@ -92,7 +93,7 @@ def _gemm(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
         raise refuse(node, "has weights that depend on the images")
     weights, turned = tape.float32(node.input[1]), attribute(node, "transB", 0)
     if attribute(node, "transA", 0):
-        raise refuse(node, "is not a linear layer: transA")
+        raise refuse(node, "has transA set, which linear layers do not use")
     alpha = attribute(node, "alpha", 1.0)
     scale = {} if alpha == 1.0 else {"alpha": alpha}
     tape.give(node.input[0], tape.emit("Gemm", only(cotangents), weights, transB=int(not turned), **scale))
@@ -105,14 +106,14 @@ def _matmul(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     if tape.depends(left):
         sizes = tape.shape(right)
         if len(sizes) < 2:
-            raise refuse(node, "multiplies by a vector")
+            raise refuse(node, "multiplies by a vector; export it with matrices")
         if len(sizes) == 2 and are_numbers(sizes) and not tape.depends(right):
             tape.give(left, _through_weights(tape, cotangent, left, right, sizes[1]))
             return
         tape.give(left, _unstacked(tape, tape.emit("MatMul", cotangent, _turned(tape, right)), left, right))
     if tape.depends(right):
         if len(tape.shape(left)) < 2:
-            raise refuse(node, "multiplies a vector")
+            raise refuse(node, "multiplies a vector; export it with matrices")
         tape.give(right, _unstacked(tape, tape.emit("MatMul", _turned(tape, left), cotangent), right, left))
 
 

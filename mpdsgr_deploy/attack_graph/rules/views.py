@@ -126,7 +126,7 @@ def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     cotangent, places = only(cotangents), [int(i) % size for i in indices.ravel()]
     if indices.ndim == 0:
         cotangent = tape.emit("Unsqueeze", cotangent, tape.integers(axis))
-    elif indices.ndim > 1:  # its dimensions stand in the place of the axis; in one here
+    elif indices.ndim > 1:  # its dimensions replace the axis; here they are flattened into one
         around = shape[:axis], shape[axis + 1 :]
         if sum(not isinstance(size, int) for sizes in around for size in sizes) > 1:
             raise refuse(node, "takes elements of a value of unknown sizes")

@@ -77,13 +77,14 @@ class Engine:
         if self.cuda_engine is None:
             raise failure(self.logger, f"{backend} cannot load the engine", advice)
         names = [self.cuda_engine.get_tensor_name(i) for i in range(self.cuda_engine.num_io_tensors)]
-        self.shapes = {name: tuple(self.cuda_engine.get_tensor_shape(name))[1:] for name in names}  # without the batch
+        # shapes without the batch axis
+        self.shapes = {name: tuple(self.cuda_engine.get_tensor_shape(name))[1:] for name in names}
         is_input = {name: self.cuda_engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT for name in names}
         self.inputs = [name for name in names if is_input[name]]
         (self.output,) = [name for name in names if not is_input[name]]
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._context_settings: Any = strategy
-        if hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):  # TensorRT-RTX
+        if hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):  # only TensorRT-RTX has this
             # by default, kernels are replaced inside a captured graph once better ones are compiled
             self._context_settings = self.cuda_engine.create_runtime_config()
             self._context_settings.set_execution_context_allocation_strategy(strategy)
@@ -107,12 +108,12 @@ def refuse_invalid(trt: ModuleType, loader: Any, plan: bytes, advice: str) -> No
         return
     _, bits = loader.get_engine_validity(plan)
     kinds = trt.EngineInvalidityDiagnostics
-    for kind, what in ((kinds.MALFORMED_ENGINE, "is damaged"), (kinds.VERSION_MISMATCH, "is of another version")):
+    for kind, defect in ((kinds.MALFORMED_ENGINE, "is damaged"), (kinds.VERSION_MISMATCH, "is of another version")):
         if bits & kind.value:
-            raise InputError(f"the engine {what} (TensorRT-RTX {trt.__version__} says {kind.name}); {advice}")
+            raise InputError(f"the engine {defect} (TensorRT-RTX {trt.__version__} says {kind.name}); {advice}")
     if bits:
         names = ", ".join(name for name, kind in kinds.__members__.items() if bits & kind.value)
-        log.warning("TensorRT-RTX does not promise that this engine works here: %s", names)
+        log.warning("TensorRT-RTX does not guarantee that this engine works on this machine: %s", names)
 
 
 class CudaStream:

@@ -31,7 +31,7 @@ from mpdsgr_deploy.runtime.tensorrt.library import (
     without_collection,
 )
 
-BatchSizes = tuple[int, int, int]  # smallest, best, largest
+BatchSizes = tuple[int, int, int]  # smallest, optimal and largest batch size
 # What TensorRT 10.16 to 11.4 are documented to read. Their parsers accept newer ones without a warning and give an
 # operator whose meaning has changed its old meaning.
 MAX_OPSET = 24
@@ -88,7 +88,9 @@ def _parse(trt: ModuleType, logger: Any, network: Any, model: Path, backend: str
     except Exception:  # protobuf's DecodeError, of a package without types
         raise InputError(f"{model} is not an ONNX file; export again") from None
     if opsets.get("", 0) > MAX_OPSET:
-        raise InputError(f"{model} has opset {opsets['']}, {backend} reads up to {MAX_OPSET}; export with an older one")
+        raise InputError(
+            f"{model} has opset {opsets['']}, and {backend} reads opsets up to {MAX_OPSET}; export with an older opset"
+        )
     parser = trt.OnnxParser(network, logger)
     if parser.parse(content):
         return
@@ -97,9 +99,10 @@ def _parse(trt: ModuleType, logger: Any, network: Any, model: Path, backend: str
     refused = parser.get_error(0)
     reason = str(refused.code()).partition(".")[2].replace("_", " ").lower()
     lines = [one_line_message(line) for line in refused.desc().splitlines()]
-    detail = lines[-1] if len(lines) < 2 else lines[1]  # the first of several lines only repeats the node's name
+    # if there are several lines, the first only repeats the node's name
+    detail = lines[-1] if len(lines) < 2 else lines[1]
     node = f"node {refused.node_name() or refused.node()} ({refused.node_operator()})"
-    detail = "an operator it does not have" if detail == "false" else detail
+    detail = "it does not have this operator" if detail == "false" else detail
     raise InputError(f"{backend} refuses {node} of {model}: {reason}, {detail}; use another backend or precision")
 
 
@@ -130,7 +133,7 @@ def _write_timings(config: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, bytes(config.get_timing_cache().serialize()))
     except (OSError, InputError) as error:
-        log.warning("the next build will take as long as this one: %s", error)
+        log.warning("the timing cache was not saved, so the next build will take as long as this one: %s", error)
 
 
 def machine(backend: str) -> dict[str, str]:

@@ -46,7 +46,10 @@ def find_targets(trt: ModuleType, backend: str, targets: Sequence[str]) -> list[
     capabilities = {target: CAPABILITIES.get(target.lower(), target) for target in targets}
     for target, capability in capabilities.items():
         if capability not in kinds and not kinds:
-            raise InputError(f"{backend} builds for the GPU of this machine; leave --target out, and build there")
+            raise InputError(
+                f"{backend} builds only for the GPU of this machine; leave --target out, and build on the target "
+                "machine"
+            )
         if capability not in kinds:
             raise InputError(
                 f"{backend} {trt.__version__} has no kernels for {target} (compute capability {capability}), only for "
@@ -97,8 +100,8 @@ def failure(listener: Any, what: str, advice: str) -> InputError:
     """Return the error to raise for a failed call: `what`, the library's first error message, `advice`."""
     # "catchCudaError" follows any error and adds nothing
     messages = [message for message in listener.errors if "catchCudaError" not in message]
-    text = one_line_message((messages or listener.errors or ["it does not say why"])[0])
-    listener.errors.clear()  # or a later failure would report this one's reason
+    text = one_line_message((messages or listener.errors or ["no reason was given"])[0])
+    listener.errors.clear()  # otherwise a later failure would report this reason
     kind = OutOfMemory if re.search(r"out ?of ?memory|cudaError 2\b", " ".join(messages), re.IGNORECASE) else InputError
     return kind(f"{what}: {text}; {advice}")
 

@@ -22,7 +22,7 @@ from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes, find, machine
 
 Array = NDArray[np.float32]
 Noise = Callable[[Array], Mapping[str, Array]]
-STREAMS = 4  # the most threads that run at the same time; each has its own activations
+STREAMS = 4  # largest number of threads that run at the same time; each has its own activations
 SIZES = 16  # batch sizes whose contexts and graphs a stream keeps
 
 

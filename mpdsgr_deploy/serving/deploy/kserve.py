@@ -21,15 +21,16 @@ from mpdsgr_deploy.signing.trust import Trust
 
 SUMS = "mpdsgr-kserve.sha256"
 RUNTIME = "mpdsgr-triton"
-CONTAINER, MODELS = "kserve-container", "/mnt/models"  # KServe's own names
-TRUST, KEY_PLACE, KEY = "mpdsgr-trust", "/etc/mpdsgr-trust", "trust.pem"  # who must have signed the bundles
+CONTAINER, MODELS = "kserve-container", "/mnt/models"  # names that KServe prescribes
+# where the pod finds the key that must have signed the bundles
+TRUST, KEY_PLACE, KEY = "mpdsgr-trust", "/etc/mpdsgr-trust", "trust.pem"
 HTTP, GRPC, METRICS = 8080, 9000, 8002
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/]\S*")
 LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 STANDARD = {"serving.kserve.io/deploymentMode": "Standard"}
-ENDING = 45  # seconds until a pod is killed: more than either server takes to answer what it accepted
+ENDING = 45  # seconds until a pod is killed; both servers need less to answer accepted requests
 SINGLE_ONLY = ("pvc", "oci", "hf", "https", "http")  # schemes that storageUris does not fetch, or not with a path
-LONGEST = 50  # of a name, to which KServe appends -predictor and more, 63 in all
+LONGEST = 50  # longest name, to which KServe appends -predictor and more up to 63 characters
 Resource = dict[str, Any]
 
 
@@ -52,11 +53,14 @@ class ReplicaSpec(NamedTuple):
         """Raise InputError for a value that Kubernetes does not accept."""
         least, most = self.replicas
         if not 0 <= least <= most or most < 1:
-            raise InputError(f"--replicas {least},{most}: write the least and the most, for example 1,4")
+            raise InputError(f"--replicas {least},{most}: write the smallest and the largest number, for example 1,4")
         if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi|M|G)", self.memory):
-            raise InputError(f"--memory {self.memory!r}: write for example 2Gi")
+            raise InputError(f"--memory {self.memory!r} is not an amount of memory; write for example 2Gi")
         if self.service_account is not None and not LABEL.fullmatch(self.service_account):
-            raise InputError(f"--service-account {self.service_account!r} is no name of Kubernetes")
+            raise InputError(
+                f"--service-account {self.service_account!r} is not a valid Kubernetes name; use lower-case letters, "
+                "digits, - and ."
+            )
 
 
 def write_resources(
@@ -76,7 +80,7 @@ def write_resources(
     make = choose("runtime", RUNTIMES, runtime)
     replica.check()
     if not SCHEME.fullmatch(storage_uri):
-        raise InputError(f"--storage-uri {storage_uri!r} is no place KServe reads; write for example s3://BUCKET/PATH")
+        raise InputError(f"KServe cannot read --storage-uri {storage_uri!r}; write for example s3://BUCKET/PATH")
     resources = make(models, storage_uri.rstrip("/"), replica)
     yaml = need("yaml", "serve")
     with output_directory(out, SUMS, "directory of KServe resources", keep_edits=True) as scratch:
@@ -118,8 +122,8 @@ def _on_triton(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
     scheme = uri.partition(":")[0]
     if len(models) > 1 and scheme in SINGLE_ONLY:
         raise InputError(
-            f"KServe does not fetch several {scheme}:// directories for Triton; write one repository a model, and call "
-            "this once for each"
+            f"KServe does not fetch several {scheme}:// directories for Triton; write one repository per model, "
+            "and run this command once for each"
         )
     for model in models:
         network: Resource = {
@@ -140,7 +144,8 @@ def _on_triton(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
 def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict[str, Resource]:
     if not replica.image:
         raise InputError(
-            "--runtime mpdsgr needs --image: the one you built from serve/docker, where the cluster finds it"
+            "--runtime mpdsgr needs --image, the image that you built from serve/docker, in a registry that the "
+            "cluster can reach"
         )
     backend = "onnxruntime-cuda" if replica.gpus else "onnxruntime-cpu"
     resources: dict[str, Resource] = {}
@@ -209,12 +214,12 @@ def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> 
     name = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")
     if not LABEL.fullmatch(name) or len(name) > LONGEST:
         raise InputError(
-            f"{model.name!r} cannot name an InferenceService (a letter first, {LONGEST} characters at most); "
-            f"write NAME={model.bundle.path}"
+            f"{model.name!r} is not a valid name for an InferenceService (it must begin with a letter and have at "
+            f"most {LONGEST} characters); write NAME={model.bundle.path}"
         )
     file = f"{name}.yaml"
     if file in resources:
-        raise InputError(f"two resources would be called {name!r}; write NAME=BUNDLE for one of them")
+        raise InputError(f"two resources would be called {name!r}; write NAME=BUNDLE to rename one of them")
     resources[file] = _resource("v1beta1", "InferenceService", name, {"predictor": predictor})
 
 

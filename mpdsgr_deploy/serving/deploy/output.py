@@ -30,7 +30,7 @@ def output_directory(out: Path, sums: str, what: str, *, keep_edits: bool = Fals
     claim_directory(out, sums, what)
     edited = _edited(out, sums) if (out / sums).exists() else []
     if edited and not keep_edits:
-        raise InputError(f"{out / edited[0]} was changed since this command wrote it; choose another --out")
+        raise InputError(f"{out / edited[0]} has been changed since this command wrote it; choose another --out")
     with scratch_directory(out, what) as scratch:
         yield scratch
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
@@ -65,7 +65,7 @@ def _keep(edited: Path, written: Path) -> None:
         lines = difflib.unified_diff(
             theirs.splitlines(), ours.splitlines(), edited.name, edited.name + NEW, lineterm=""
         )
-        log.warning("%s was edited and stays; what it would be now is in %s:", edited, edited.name + NEW)
+        log.warning("%s has been edited and is kept; the file that would replace it is %s:", edited, edited.name + NEW)
         for line in lines:
             log.warning("  %s", line)
         written.with_name(written.name + NEW).write_text(ours, encoding="utf-8")

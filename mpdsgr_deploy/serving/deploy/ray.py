@@ -22,7 +22,7 @@ from mpdsgr_deploy.serving.source import Chosen
 SUMS, CONFIG = "mpdsgr-ray.sha256", "serve.yaml"
 APPLICATION, DEPLOYMENT = "mpdsgr", "server"
 DEREGISTERED = 30 + 5  # seconds: how long Ray keeps a replica open for proxies to turn away, and its margin
-RETRIES = 2  # on other replicas; bounded, for a request that brings a process down must not bring down all of them
+RETRIES = 2  # retries on other replicas; few, so that a request that crashes a process cannot crash all of them
 
 
 class RayNetwork(Section):
@@ -69,11 +69,13 @@ def write_config(
     """
     least, most = place.replicas
     if not 1 <= least <= most:
-        raise InputError(f"--replicas {least},{most}: write the least and the most, for example 1,4")
+        raise InputError(f"--replicas {least},{most}: write the smallest and the largest number, for example 1,4")
     if not (0 <= place.gpu < 1 or place.gpu == int(place.gpu)):
-        raise InputError(f"--gpu {place.gpu:g}: Ray takes a share of one GPU or whole ones")
+        raise InputError(
+            f"--gpu {place.gpu:g}: Ray gives a replica a share of one GPU or whole GPUs; write for example 0.5 or 2"
+        )
     if settings.machine.processes > 1:
-        raise InputError("machine.processes is for mpdsgr serve; with Ray give --replicas")
+        raise InputError("machine.processes has no effect with Ray; leave it out and use --replicas")
     backend = backend or ("onnxruntime-cuda" if place.gpu else "onnxruntime-cpu")
     choose("backend", BACKENDS, backend)
     check_exposure(place.host, authenticated=keys is not None, insecure=insecure)

@@ -61,7 +61,7 @@ def write_repository(models: Sequence[Chosen], out: Path, backend: str = "onnxru
     """
     platform = choose("backend", BACKENDS, backend)
     if backend == "tensorrt" and not gpus:
-        raise InputError("an engine runs on a GPU only; say with --gpus on how many")
+        raise InputError("TensorRT engines run only on GPUs; give their number with --gpus")
     library()
     with output_directory(out, SUMS, "Triton model repository") as scratch:
         return [_write(scratch / model.name, model, platform, gpus) for model in models]
@@ -133,12 +133,17 @@ def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
     fitting = [p for p in built if {"gpu", "compute_capability", "tensorrt"} <= set(p.machine)]
     if not fitting:
         raise InputError(
-            f"{bundle.path} holds no TensorRT engine of {precision}; on the GPU that will serve: {command}"
+            f"{bundle.path} holds no TensorRT engine of {precision}; build one on a machine with the GPU that "
+            f"will serve it: {command}"
         )
     newest = max((p.machine["tensorrt"] for p in fitting), key=_version)
     older = {p.machine["tensorrt"] for p in fitting} - {newest}
     if older:
-        log.info("engines of TensorRT %s are left out: a server has one version, here %s", ", ".join(older), newest)
+        log.info(
+            "engines of TensorRT %s are left out, because a server has only one version, here %s",
+            ", ".join(older),
+            newest,
+        )
     chosen: dict[str, Prepared] = {}
     for engine in (p for p in fitting if p.machine["tensorrt"] == newest):
         capability = engine.machine["compute_capability"]
@@ -153,8 +158,8 @@ def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
         smallest, best, largest = engine.batch or (1, 1, 1)
         if smallest > 1:
             raise InputError(
-                f"an engine in {bundle.path} takes no batch below {smallest}, but Triton sends single images; "
-                f"build it again with: {command} --batch 1,{best},{largest}"
+                f"an engine in {bundle.path} takes no batches below {smallest}, but Triton also sends single "
+                f"images; build it again with: {command} --batch 1,{best},{largest}"
             )
     return dict(sorted(chosen.items()))
 

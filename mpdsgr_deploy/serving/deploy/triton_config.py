@@ -16,7 +16,8 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 
 CONFIG, LABELS, VERSION, WARMUP = "config.pbtxt", "labels.txt", "1", "warmup"
-PLATFORMS = {"onnxruntime_onnx": "model.onnx", "tensorrt_plan": "model.plan"}  # and the file Triton looks for
+# Triton's platform -> the file name that it expects
+PLATFORMS = {"onnxruntime_onnx": "model.onnx", "tensorrt_plan": "model.plan"}
 TYPES: dict[int, str] = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.FLOAT16: "TYPE_FP16"}
 PREFIX = "valid_image"  # of everything that the check adds
 
@@ -58,7 +59,7 @@ def tensors(network: onnx.ModelProto) -> tuple[list[TritonTensor], list[TritonTe
 
 def _tensor(value: onnx.ValueInfoProto) -> TritonTensor:
     kind = value.type.tensor_type
-    batch, *sizes = [dim.dim_value for dim in kind.shape.dim] or [0]  # 0: left open
+    batch, *sizes = [dim.dim_value for dim in kind.shape.dim] or [0]  # 0: the size is not fixed
     if batch or not all(sizes) or kind.elem_type not in TYPES:
         raise InputError(
             f"{value.name} of the network is {TensorProto.DataType.Name(kind.elem_type)} {[batch, *sizes]}; for Triton "
@@ -133,7 +134,7 @@ def guarded(network: onnx.ModelProto, images: str) -> onnx.ModelProto:
         names = [name if name in (images, unchecked) else f"{PREFIX}/{name}" for name in inputs]
         graph.node.append(helper.make_node(kind, names, [f"{PREFIX}/{result}"], **attributes))
 
-    node("GreaterOrEqual", [images, "zero"], "above")  # neither holds of NaN
+    node("GreaterOrEqual", [images, "zero"], "above")  # both comparisons are false for NaN
     node("LessOrEqual", [images, "one"], "below")
     node("And", ["above", "below"], "inside")
     node("Cast", ["inside"], "as_float", to=TensorProto.FLOAT)

@@ -19,7 +19,7 @@ from mpdsgr_deploy.runtime.inference_protocol import HEADER
 from mpdsgr_deploy.runtime.remote import ModelUrl
 
 LONGEST = 30.0  # seconds that an answer may take
-LARGEST = 1 << 28  # bytes of an answer
+LARGEST = 1 << 28  # largest answer in bytes
 CLOSED = "it closes the connection without an answer"
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 JSON_SIZE = HEADER.lower().encode()
@@ -113,7 +113,7 @@ class _Wire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[HttpAnswer] | None = None
         self._asked = 0.0
-        self._early: HttpAnswer | None = None  # to no request yet: a server without room may refuse before it is asked
+        self._early: HttpAnswer | None = None  # an answer before any request: a full server may refuse at once
         self._timer: asyncio.TimerHandle | None = None
         self._begin()
 
@@ -136,7 +136,7 @@ class _Wire(asyncio.Protocol):
             return await waiting
         finally:
             self._waiting = None
-            if waiting.cancelled():  # the answer would be taken for that of the next request
+            if waiting.cancelled():  # otherwise the late answer would be taken for that of the next request
                 self.close()
 
     def close(self) -> None:
@@ -146,18 +146,18 @@ class _Wire(asyncio.Protocol):
             self._timer.cancel()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not inherit from asyncio.Transport
         self._watch()
 
     def _watch(self) -> None:
         """One timer a connection, moved on when it fires, costs less than one a request."""
-        left = LONGEST
+        seconds_left = LONGEST
         if self._waiting is not None:
-            left += self._asked - time.monotonic()
-        if left <= 0:
+            seconds_left += self._asked - time.monotonic()
+        if seconds_left <= 0:
             self._fail("timeout", f"it does not answer within {LONGEST:g} s")
         else:
-            self._timer = self._loop.call_later(left, self._watch)
+            self._timer = self._loop.call_later(seconds_left, self._watch)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -182,7 +182,7 @@ class _Wire(asyncio.Protocol):
         if not self._asked:
             self._early = answer
             return
-        if self._waiting is None or self._waiting.done():  # an answer to nothing
+        if self._waiting is None or self._waiting.done():  # an answer without a request
             self.close()
             return
         self._waiting.set_result(answer)

@@ -14,7 +14,7 @@ import numpy as np
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
 
 PAUSE = 0.1  # seconds before a user whose connection broke tries again
-MOST_CONNECTIONS = 512  # of an open loop
+MOST_CONNECTIONS = 512  # connections of an open loop
 UNSENT = "unsent"
 
 
@@ -31,7 +31,7 @@ class Load:
     rate: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.rate:g} a second" if self.rate else f"concurrency {self.concurrency}"
+        return f"{self.rate:g} per second" if self.rate else f"concurrency {self.concurrency}"
 
 
 @dataclass
@@ -136,7 +136,7 @@ class _OpenLoop:
     def __init__(self, traffic: Traffic) -> None:
         self._traffic, self._loop = traffic, asyncio.get_running_loop()
         self._stopped = threading.Event()
-        self._backlog: deque[float] = deque()  # when what is due, but not yet sent, was due
+        self._backlog: deque[float] = deque()  # due times of requests that are not sent yet
         self._idle: list[asyncio.Future[None]] = []
         self._workers: list[asyncio.Task[None]] = []
         self._connections: list[Connection] = []

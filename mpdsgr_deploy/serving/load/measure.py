@@ -20,7 +20,7 @@ from mpdsgr_deploy.serving.load.model import TargetModel, describe
 from mpdsgr_deploy.serving.load.outcome import LoadOutcome
 
 CPU_SECONDS = re.compile(rb"^process_cpu_seconds_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
-WARM_UP = 0.1  # of a load's seconds and requests, one second at most, which is not counted
+WARM_UP = 0.1  # warm-up as a share of a load's seconds and requests, at most one second
 
 
 @dataclass
@@ -79,7 +79,7 @@ async def _measure(
         try:
             await run(load, counted, seed)
             after = await _cpu_seconds(endpoint)
-        finally:  # an interrupt too leaves figures
+        finally:  # keep the figures after an interrupt too
             own = time.process_time() - own
             lines.cancel()
             spent = None if before is None or after is None else after - before
@@ -109,7 +109,7 @@ async def _try(model: TargetModel, request: bytes, batch: int) -> None:
     if answer.status != 200:
         raise InputError(f"{model.url} answers {answer.status} to {batch} images: {excerpt(answer.body)}")
     if model.problem(answer, batch):
-        raise InputError(f"{model.url} answers {batch} images with something else than {model.output.name!r} for each")
+        raise InputError(f"{model.url} does not return {model.output.name!r} for each of {batch} images")
 
 
 async def _cpu_seconds(endpoint: Endpoint) -> float | None:

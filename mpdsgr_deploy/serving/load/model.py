@@ -13,7 +13,8 @@ from mpdsgr_deploy.runtime.inference_protocol import BINARY, DTYPES, encode_requ
 from mpdsgr_deploy.runtime.remote import excerpt
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
 
-DIFFERENT, MEMORY = 16, 1 << 26  # requests, and bytes of them: a server that keeps answers must not be lucky every time
+# number of different requests, and their bytes, so that a cache of answers does not help
+DIFFERENT, MEMORY = 16, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ async def describe(url: str, endpoint: Endpoint) -> TargetModel:
         known = json.loads(about.body)
         server, binary = f"{known['name']} {known['version']}", BINARY in known["extensions"]
     except (KeyError, TypeError, ValueError):
-        pass  # behind a proxy that shows the model alone
+        pass  # a proxy may pass on only requests for the model
     return TargetModel(url, endpoint, server, inputs, output, binary)
 
 
@@ -106,8 +107,8 @@ def _values(tensor: TensorSpec, batch: int, rng: np.random.Generator) -> NDArray
     if tensor.datatype not in DTYPES or any(size < 1 for size in tensor.shape):
         shape = [*map(int, tensor.shape)]
         raise InputError(
-            f"cannot make up {tensor.datatype} {shape} for input {tensor.name!r}; "
-            f"it must be {' or '.join(DTYPES)} of a fixed shape, or give --images"
+            f"cannot generate {tensor.datatype} {shape} for input {tensor.name!r}, only {' or '.join(DTYPES)} of "
+            "a fixed shape; give --images"
         )
     if tensor.datatype == "UINT8":
         return rng.integers(0, 256, (batch, *tensor.shape), np.uint8)

@@ -10,8 +10,8 @@ from mpdsgr_deploy.serving.load.loops import UNSENT, Load, Tally
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 COLUMNS = ("requests", "images/s", *(f"p{p:g}" for p in PERCENTILES), "errors", "CPU")
-LEGEND = "p50 to p99.9: latency in ms. CPU: of the server, in ms a request."
-OWN_LIMIT = 0.9  # of a core: above it the load tool itself is what is measured
+LEGEND = "p50 to p99.9: latency in ms. CPU: time of the server in ms per request."
+OWN_LIMIT = 0.9  # share of a CPU core above which the load tool itself limits the result
 
 
 def percentile(seconds: Sequence[float], percent: float) -> float | None:
@@ -55,9 +55,14 @@ class LoadOutcome:
         """Reasons why the figures may not be those of the server."""
         warnings = []
         if (share := self.own_cpu / self.tally.busy) > OWN_LIMIT:
-            warnings.append(f"{self.load}: this tool took {share:.0%} of a core, so the figures are its own")
+            warnings.append(
+                f"{self.load}: this tool took {share:.0%} of a CPU core, so the figures show its limit and not the "
+                "server's"
+            )
         if unsent := self.tally.errors[UNSENT]:
-            warnings.append(f"{self.load}: {unsent} requests were due and never sent, so far was the server behind")
+            warnings.append(
+                f"{self.load}: {unsent} requests were due but not sent, because the server was too far behind"
+            )
         return warnings
 
     def row(self) -> list[str]:

@@ -11,8 +11,8 @@ from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.validation.health.registry import Compared, Rebuilt, Seen, health_check
 
 Floats = NDArray[np.float32]
-PROBE = 32  # images the artefact is asked about repeatedly
-ALONE = 8  # images it is asked about one by one
+PROBE = 32  # images that are given to the artefact repeatedly
+ALONE = 8  # images that are given to it one by one
 EACH = 5  # expected images per class above which every class must occur
 FEW_ROUNDED = 32  # the same where a file rounds its logits to 8 bits: counts of up to 31 steps
 CERTAIN = 1e-3  # how near to 1 the sum of every image's outputs is where they are probabilities
@@ -53,7 +53,8 @@ def check_function(
         except subprocess.CalledProcessError as error:
             faults.append(f"{how} it failed: {error.stderr.decode(errors='replace').strip()[-200:]}")
             continue
-        if parity.within_tolerance < parity.rows:  # the same kernels on the same batch: every row must agree
+        # every row must agree, because the same kernels compute the same batch
+        if parity.within_tolerance < parity.rows:
             faults.append(f"{how}: {parity}")
     for how, logits in _otherwise(artefact, probe, half):
         parity = compare(first, logits)
@@ -168,7 +169,7 @@ def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
     n, count = len(classes), len(labels)
     counts = np.bincount(classes[(classes >= 0) & (classes < count)], minlength=count)
     present = int((counts > 0).sum())
-    expected = count * (1 - (1 - 1 / count) ** n) if count else 0.0  # of n images drawn at random
+    expected = count * (1 - (1 - 1 / count) ** n) if count else 0.0  # expected number of classes among n random images
     saw = f"{present} of {count} classes among {n} images, {counts.min()} to {counts.max()} images each"
     missing = [label for label, images in zip(labels, counts, strict=True) if not images]
     few = present < expected / 2 or (n >= EACH * count and missing)

@@ -18,12 +18,12 @@ from mpdsgr_deploy.validation.health.registry import (
 from mpdsgr_deploy.validation.proportions import binomial_tail, exceeds
 
 ORDER_P = 0.01  # p-value below which a stronger attack that leaves more accuracy is a fault
-EDITED_P = 1e-6  # the same for one of many attacks, where an edited promise shows far below and chance never
+EDITED_P = 1e-6  # the same for one of many attacks; edited references are far below, and chance is not
 MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
-MAX_AT_LARGE_EPS = 0.1  # accuracy that may be left at an eps that lets an attack paint any image
+MAX_AT_LARGE_EPS = 0.1  # largest accuracy at an eps with which an attack can make any image
 MIN_STEEPER = 0.8  # share of images on which the gradient must beat random directions
 MAX_MORE_STEPS = 0.05  # share of images that twice the steps may still break
-MAX_SEARCHED = 0.05  # share of images that search may break where gradients broke nothing
+MAX_SEARCHED = 0.05  # share of the images unbroken by gradients that search may break
 
 
 @health_check(

@@ -205,10 +205,10 @@ def health_check(number: int, name: str, *, why: str, advice: str) -> Callable[[
 def run_checks(evidence: Evidence, numbers: Sequence[int] | None = None) -> list[Check]:
     """Run all checks, or those of `numbers`, for which the evidence suffices, in the order of their numbers."""
     at_hand = {field.name: value for field in fields(evidence) if (value := getattr(evidence, field.name)) is not None}
-    made = []
+    checks = []
     for number in sorted(CHECKS) if numbers is None else numbers:
         check = CHECKS[number]
         if set(check.needs) <= at_hand.keys():
             arguments = {name: at_hand[name] for name in (*check.needs, *check.may_use) if name in at_hand}
-            made.append(check.make(**arguments))
-    return made
+            checks.append(check.make(**arguments))
+    return checks
