@@ -33,19 +33,18 @@ def climb(sharpness: float, length: int, near: float, aim: int | None = None) ->
 MIDDLE = (climb(20, 3, 0.15), climb(20, 3, 0.15, aim=1))
 LAST = (climb(20, 9, 0.03, aim=0), climb(20, 9, 0.03, aim=1), climb(30, 9, 0.03))
 SCHEDULES: dict[str, Schedule] = {
-    "suite 3": SCHEDULE,
+    "suite 3": (
+        *short(0.4, 0.25, 0.25),
+        Round("sa-pgd", Through(30), 3, near=0.2),
+        climb(20, 3, 0.15),
+        Round("apgd", Through(30, "dlr"), 9, near=0.15),
+        climb(20, 9, 0.15, aim=1),
+        Round("sa-pgd", Through(30), 9, near=0.15),
+    ),
     "A": (*short(0.6, 0.3, 0.25), *MIDDLE, climb(50, 9, 0.1), climb(20, 9, 0.1), climb(20, 9, 0.1, aim=0)),
     "B": (*short(0.6, 0.4, 0.25), *MIDDLE, climb(50, 9, 0.1), climb(20, 9, 0.1), *LAST),
     "C": (*short(0.6, 0.4, 0.25), *MIDDLE, climb(50, 9, 0.12), climb(20, 9, 0.08), *LAST),
-    "D": (
-        *short(0.6, 0.4, 0.3),
-        climb(20, 3, 0.2),
-        climb(20, 3, 0.12, aim=1),
-        climb(30, 9, 0.05),
-        climb(20, 9, 0.04),
-        climb(20, 9, 0.04, aim=0),
-        climb(20, 9, 0.04, aim=1),
-    ),
+    "D": SCHEDULE,
 }
 
 

@@ -55,13 +55,15 @@ QUICK: Schedule = (
     Round("apgd", Through(10, "dlr"), 1, near=0.25),
 )
 SCHEDULE: Schedule = (
-    *QUICK,
-    Round("apgd", Through(20), 1, near=0.25, aim=1),
-    Round("sa-pgd", Through(30), 3, near=0.2),
-    Round("apgd", Through(20), 3, near=0.15),
-    Round("apgd", Through(30, "dlr"), 9, near=0.15),
-    Round("apgd", Through(20), 9, near=0.15, aim=1),
-    Round("sa-pgd", Through(30), 9, near=0.15),
+    Round("sa-pgd", Through(20), 1, near=0.6),
+    Round("apgd", Through(10, "dlr"), 1, near=0.4),
+    Round("apgd", Through(20), 1, near=0.3, aim=1),
+    Round("apgd", Through(20), 3, near=0.2),
+    Round("apgd", Through(20), 3, near=0.12, aim=1),
+    Round("apgd", Through(30), 9, near=0.05),
+    Round("apgd", Through(20), 9, near=0.04),
+    Round("apgd", Through(20), 9, near=0.04, aim=0),
+    Round("apgd", Through(20), 9, near=0.04, aim=1),
 )
 
 

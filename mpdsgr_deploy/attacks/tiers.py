@@ -124,7 +124,7 @@ TIERS = {
         ),
     ),
     "release": Tier(
-        suite=3,
+        suite=4,
         images=1000,
         probe=100,
         max_drop=0.01,
@@ -139,7 +139,7 @@ TIERS = {
         ),
     ),
     "paper": Tier(
-        suite=3,
+        suite=4,
         images=None,
         probe=500,
         max_drop=0.01,
@@ -161,7 +161,7 @@ TIERS = {
 }
 
 
-RECIPES_SUITE = 3  # the version of the attacks that recipes ask for
+RECIPES_SUITE = 4  # the version of the attacks that recipes ask for
 
 
 def suite_of(tier: str | None) -> int:
