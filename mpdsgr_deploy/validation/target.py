@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
-from mpdsgr_deploy.checkpoint import FILE, find_checkpoint
+from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_checkpoint
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.files import sha256, writing
 from mpdsgr_deploy.lookup import need
@@ -155,10 +155,12 @@ def _other(path: Path, own: Bundle) -> Iterator[Source]:
 
 def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:
     """Open a checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
-    from mpdsgr_deploy.networks import load_network
+    from mpdsgr_deploy.networks import load_model
     from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 
-    checkpoint, network = load_network(find_checkpoint(checkpoint_dir))
+    source = find_checkpoint(checkpoint_dir)
+    checkpoint = load_checkpoint(source)
     require_alike(checkpoint_dir, (checkpoint.shape, checkpoint.labels), (shape, labels))
+    network = load_model(source / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
     model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
     return Source(TorchNetwork(model), trained_surrogate(checkpoint.recipe))
