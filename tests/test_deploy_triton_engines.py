@@ -49,7 +49,7 @@ def test_an_engine_keeps_its_batch_profile(built: Engines, tmp_path: Path) -> No
     engine = built.add("NVIDIA H100", "9.0", (1, 16, 64))  # takes single images, so it is preferred
     done = built.deploy(tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("net-int8: int8, TensorRT 10.16.1 for 9.0, batches to 64\n")
+    assert done.stdout.startswith("net-int8: int8, TensorRT 10.16.1 for 9.0, batches up to 64\n")
     config = read(tmp_path / "out" / "net-int8")
     assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 64)
     assert list(config.dynamic_batching.preferred_batch_size) == [16, 64]

@@ -132,9 +132,11 @@ def test_records_of_another_evaluation_are_outdated(home: Path) -> None:
     spec, _ = load(home)
     record = records_of(home / "results" / "small")["digits-reg", 0]
     assert outdated(record, spec) is None
-    more = spec.model_copy(update={"artefact": ExportSpec(tier="release", precisions=("fp32", "int8"))})
-    for changed in (more, spec.model_copy(update={"artefact": None})):
-        assert "lacks exported networks" in str(outdated(record, changed))
+    more = spec.model_copy(update={"artefact": ExportSpec(tier="commit", precisions=("fp32", "fp16", "int8"))})
+    assert "lacks exported networks" in str(outdated(record, more))
+    for artefact in (ExportSpec(tier="release", precisions=("fp32", "int8")), None):
+        changed = spec.model_copy(update={"artefact": artefact})
+        assert "attack suite 3, and the current one is 4" in str(outdated(record, changed))
 
 
 def test_a_row_whose_evaluation_ended_early_is_named_and_not_compared(home: Path) -> None:

@@ -258,7 +258,7 @@ def test_of_two_jobs_that_start_at_once_one_gets_the_folder(store: ObjectStore) 
 
 def test_a_machine_without_the_devices_is_refused(bundle: Bundle, array: Path, tmp_path: Path) -> None:
     command = arguments(bundle, array, tmp_path / "out")
-    assert_input_error(mpdsgr_here(*command, "--ray-gpus", 1), "an actor takes 1 CPUs and 1 GPUs, this machine has")
+    assert_input_error(mpdsgr_here(*command, "--ray-gpus", 1), "an actor takes 1 CPUs and 1 GPUs, and this machine has")
 
 
 def test_a_machine_fetches_a_bundle_that_it_does_not_have(

@@ -138,7 +138,10 @@ def test_a_row_group_larger_than_memory_is_read_in_pages(tmp_path: Path) -> None
     ("columns", "expected"),
     [
         ({"input": ["a"], "label": [1]}, r"no column of encoded images; .*columns: input, label"),
-        ({"left": [b"x"], "right": [b"x"]}, r"2 columns of bytes, left, right; .*named image or img"),
+        (
+            {"left": [b"x"], "right": [b"x"]},
+            r"2 columns of bytes, left, right; name the column of images, .*image or img",
+        ),
         ({"image": [b"x"], "right": [b"x"]}, r"cannot decode image .*\[0\]"),
         ({"image": [{"bytes": None, "path": "a.png"}]}, r"\[0\] holds no bytes"),
         ({"image": arrow.array([], arrow.binary())}, "has no rows"),

@@ -239,7 +239,7 @@ def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:
     record = records_of(measured.parent / "results" / "small")["empirical", 0]
     assert outdated(record, spec) is None
     assert "another recipe" in outdated(record.model_copy(update={"seed": 1}), spec)
-    assert "under all attacks" in outdated(record, spec.model_copy(update={"tier": "commit"}))
+    assert "attack suite 4, and the current one is 3" in outdated(record, spec.model_copy(update={"tier": "commit"}))
     assert "under all attacks" in outdated(record, spec.model_copy(update={"eps": (0.01,)}))
 
 

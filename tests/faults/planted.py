@@ -15,7 +15,8 @@ from onnx import NodeProto, numpy_helper
 
 from faults.networks import Networks
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, WEIGHTS, Manifest, open_bundle
-from mpdsgr_deploy.errors import MpdsgrError
+from mpdsgr_deploy.data import Images
+from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.exporting.rebuild import check_rebuilt
@@ -115,7 +116,11 @@ class Planted:
 
     def hide_data_set(self) -> None:
         """Leave the validation without the data set's own images to hold those of the bundle against."""
-        self.patch.setattr(image_checks, "_at_hand", lambda data, count: None)
+
+        def missing(*_: object) -> Images:
+            raise InputError("the data set is not here")
+
+        self.patch.setattr(image_checks, "load_test", missing)
 
     def take(self, name: str, kind: str = "other") -> None:
         """A file of another network's bundle in place of this one's."""

@@ -6,7 +6,7 @@ from faults.planted import Planted, unseen
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.recipe import Gate
 
-OWN_WORD, OWN_IMAGES = "come from the bundle and were not verified", "Validate with `--root` on your own images"
+OWN_WORD, OWN_IMAGES = "with --root", "Validate with `--root` on your own images"
 
 
 @unseen("promise", OWN_WORD, f"{OWN_IMAGES}; pin their digest in a gate of your own (`images_sha256`)")
