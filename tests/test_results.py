@@ -210,7 +210,7 @@ def test_a_run_that_another_keeps_from_being_measured_is_said(small: Path) -> No
     done = table(small, "empirical", "--seeds", "0")
     assert done.exit_code == 2
     assert (
-        "error: empirical, seed 0: it was not measured, because too-large, seed 1, from which it starts, failed"
+        "error: empirical, seed 0: it was not measured, because too-large, seed 1, which it needs, failed"
         in done.output
     )
 

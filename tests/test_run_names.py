@@ -15,7 +15,7 @@ def directory(init: Run | None = None, **sections: Any) -> Path:
 
 def run(init: Run | None = None, **sections: Any) -> Run:
     recipe = resolved(small_recipe(**sections))
-    return Run("table", "row", recipe, None, None, (), init, None, Path("runs"), "data", Path("results"))
+    return Run("table", "row", recipe, None, None, 1, (), init, None, Path("runs"), "data", Path("results"))
 
 
 def test_attacks_and_gates_train_nothing_anew() -> None:

@@ -57,6 +57,7 @@ def runs_of(
         name,
         artefact=table.artefact,
         tier=table.tier,
+        suite=table.suite,
         runs=places.runs,
         root=places.root,
         folder=places.out / name,
@@ -104,9 +105,7 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
         for run in todo if group is todo else ():
             missing = sorted({str(run.init), str(run.sender)} & failed)
             if missing:
-                failures.append(
-                    (run, InputError(f"it was not measured, because {missing[0]}, from which it starts, failed"))
-                )
+                failures.append((run, InputError(f"it was not measured, because {missing[0]}, which it needs, failed")))
         failures += work([*ready.values()], jobs, measure if group is todo else trained)
     return failures
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from mpdsgr_deploy.attacks.tiers import TierEntry, suite_of
+from mpdsgr_deploy.attacks.tiers import TierEntry
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
@@ -45,9 +45,9 @@ assert variants.DEPTHS  # imported to register the defences and models that stud
 class Run:
     """One row with one seed, and the directories of training runs, data sets and records.
 
-    tier: that of the gate, whose attacks are made on the torch network; None: those of its recipe. also: further
-    attacks. init: the run whose weights training starts from; None: random ones. sender: the run whose network's
-    attacked images are tried too.
+    tier: that of the gate, whose attacks are made on the torch network; None: those of its recipe. suite: the version
+    of these. also: further attacks. init: the run whose weights training starts from; None: random ones. sender: the
+    run whose network's attacked images are tried too.
     """
 
     table: str
@@ -55,6 +55,7 @@ class Run:
     recipe: Recipe
     artefact: ExportSpec | None
     tier: str | None
+    suite: int
     also: tuple[TierEntry, ...]
     init: "Run | None"
     sender: "Run | None"
@@ -129,7 +130,7 @@ def measure(run: Run) -> Record:
         table=run.table,
         row=run.row,
         seed=recipe.training.seed,
-        suite=suite_of(run.tier if run.artefact is None else run.artefact.tier),
+        suite=run.suite,
         checkpoint=CHECKPOINT,
         epoch=checkpoint.epoch,
         recipe=recipe,
