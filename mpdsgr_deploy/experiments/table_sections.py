@@ -12,8 +12,7 @@ from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipes import find_recipe, published
 
 GROWTH, MEMBRANES = "growth.png", "membranes.png"
-PAPER, UNION = "pgd", "worst"  # condition in the paper's setting, and condition of all attacks within eps
-COMPARED = {"clean": "clean", "PGD": PAPER, "union": UNION}
+COMPARED = {"clean": CLEAN, "PGD": PGD, "union": WORST}
 HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQUARE: SQUARE, WORST: "union"}
 
 UNDEFENDED_ENCODINGS = {"direct", "frames"}
@@ -37,16 +36,16 @@ def order(table: TableSpec, measured: Measured) -> str:
 
 
 def ranking(table: TableSpec, measured: Measured, group: Measured) -> str:
-    places = {c: sorted(group, key=lambda title: -mean(group[title], c)) for c in (PAPER, UNION)}
+    places = {c: sorted(group, key=lambda title: -mean(group[title], c)) for c in (PGD, WORST)}
     rows = []
-    for title in places[UNION]:
+    for title in places[WORST]:
         records, other = group[title], baseline(measured, group[title])
         stated = published(find_recipe(table.row(title).recipe))
-        cells = [f"{mean(records, c):.1f} ({places[c].index(title) + 1})" for c in (PAPER, UNION)]
+        cells = [f"{mean(records, c):.1f} ({places[c].index(title) + 1})" for c in (PGD, WORST)]
         if other is None:
             differences = ["", "", ""]
         else:
-            pgd, union = (difference(records, other, c) for c in (PAPER, UNION))
+            pgd, union = (difference(records, other, c) for c in (PGD, WORST))
             differences = [str(pgd), str(union), ", ".join(f"{seed:+.1f}" for seed in union.seeds)]
         paper = f"{stated.pgd:.2f}" if stated and stated.pgd is not None else "-"
         rows.append([title, records[0].recipe.method, *cells, *differences, paper])
