@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -98,6 +100,13 @@ def styles(measured: Measured) -> dict[str, tuple[str, str]]:
     return looks
 
 
+def finish(axes: Axes, **texts: str) -> None:
+    """Finish axes of accuracies, which begin at 0: title, names of the axes, and legend."""
+    axes.set(**texts, ylim=(0, None))
+    plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def growth(measured: Measured) -> bytes | None:
     """Plot accuracy of every row's first exported network under the strong PGD against eps, averaged over seeds.
 
@@ -116,9 +125,7 @@ def growth(measured: Measured) -> bytes | None:
             values, (colour, line) = by_eps(records), look[row]
             axes.plot([*values.values()], line, color=colour, marker="o", markersize=3, label=names[row])
             axes.set_xticks(range(len(values)), [f"{255 * value:.3g}" for value in values])
-        axes.set(title=title, xlabel="eps (1/255)", ylim=(0, None))
-        plain(axes)
-        axes.legend(frameon=False, fontsize=8)
+        finish(axes, title=title, xlabel="eps (1/255)")
     columns[0].set_ylabel("accuracy under the strong PGD (%)")
     return png(figure)
 
@@ -137,9 +144,7 @@ def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
         points = {255 * eps: own.mean for eps in sorted(by_size) if (own := cell(records, by_size[eps]))}
         colour, line = look[row]
         axes.plot([*points], [*points.values()], line, color=colour, marker="o", markersize=3, label=names[row])
-    axes.set(xlabel="eps (1/255)", ylabel="accuracy under PGD in the paper's setting (%)", ylim=(0, None))
-    plain(axes)
-    axes.legend(frameon=False, fontsize=8)
+    finish(axes, xlabel="eps (1/255)", ylabel="accuracy under PGD in the paper's setting (%)")
     return png(figure)
 
 
@@ -153,16 +158,14 @@ def by_epoch(measured: Measured) -> bytes | None:
     first = attacked_by_epoch(measured)
     if not first:
         return None
-    names, look = labels([*first.values()]), styles(measured)
+    names = labels([*first.values()])
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for row, record in first.items():
+    for (row, record), colour in zip(first.items(), cycle(PALETTE), strict=False):
         for curve, line, what in (("validation_accuracy", "-", "clean"), (VALIDATION_PGD, ":", "PGD")):
             values = [100 * value for value in record.curve[curve]]
-            axes.plot(range(1, len(values) + 1), values, line, color=look[row][0], label=f"{names[row]}, {what}")
-    axes.set(xlabel="epoch", ylabel="accuracy on validation images (%)", ylim=(0, None))
-    plain(axes)
-    axes.legend(frameon=False, fontsize=8)
+            axes.plot(range(1, len(values) + 1), values, line, color=colour, label=f"{names[row]}, {what}")
+    finish(axes, xlabel="epoch", ylabel="accuracy on validation images (%)")
     return png(figure)
 
 
