@@ -175,6 +175,15 @@ def cosine(lr: float, step: int, steps: int) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def validation_batches(learner: Learner, data: Data, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield this process's batches of the first `count` validation images: number, images in [0, 1], and classes."""
+    config, device = learner.recipe, learner.fabric.device
+    for number, index in enumerate(torch.arange(count).split(config.validation.batch_size)):
+        if number % config.training.processes == learner.fabric.global_rank:
+            pixels, y = take(data, index, device)
+            yield number, to_unit(pixels), y
+
+
 @torch.no_grad()
 def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, float], list[LayerStatistics]]:
     """Return validation accuracy, the score that selects the best checkpoint, and the first batch's layer statistics.
@@ -186,12 +195,7 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
     model = learner.judged
     layers: list[LayerStatistics] = []
     correct = torch.zeros(2, device=fabric.device)
-    batches = torch.arange(len(data[1])).split(recipe.validation.batch_size)
-    for number, index in enumerate(batches):
-        if number % recipe.training.processes != fabric.global_rank:
-            continue
-        pixels, y = take(data, index, fabric.device)
-        clean = to_unit(pixels)
+    for number, clean, y in validation_batches(learner, data, len(data[1])):
         draw = generator(recipe.training.seed, "validation", epoch, number)
         observe = observe_layers(layers) if number == 0 else None
         attacked = learner.attacked(model, clean, y, draw)

@@ -3,9 +3,9 @@
 import torch
 
 from mpdsgr_deploy.checkpoint import VALIDATION_PGD
-from mpdsgr_deploy.data.batches import generator, take, to_unit
+from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.defences.adversarial import AdversarialSettings, AdversarialTraining, deployed
-from mpdsgr_deploy.training.epoch import Data, Learner
+from mpdsgr_deploy.training.epoch import Data, Learner, validation_batches
 
 
 def attack_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
@@ -22,13 +22,10 @@ def attack_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
         return {}
     attacker = AdversarialTraining(AdversarialSettings(eps=attack.eps, steps=attack.steps, step=attack.step))
     correct = torch.zeros((), device=fabric.device)
-    for number, index in enumerate(torch.arange(count).split(recipe.validation.batch_size)):
-        if number % recipe.training.processes != fabric.global_rank:
-            continue
-        pixels, y = take(data, index, fabric.device)
+    for number, clean, y in validation_batches(learner, data, count):
         draw = generator(recipe.training.seed, "attacked validation", epoch, number)
         with fabric.autocast():
-            attacked = attacker.examples(learner.judged, to_unit(pixels), y, draw)
+            attacked = attacker.examples(learner.judged, clean, y, draw)
             with deployed(learner.judged, draw) as network, torch.no_grad():
                 correct += (network(attacked).argmax(1) == y).sum()
     return {VALIDATION_PGD: float(torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum"))) / count}
