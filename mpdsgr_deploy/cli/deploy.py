@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mpdsgr_deploy.cli.output import json_option, print_json, signature_option, verdict_option
+from mpdsgr_deploy.cli.output import json_option, overrides_option, print_json, signature_option, verdict_option
 from mpdsgr_deploy.demand import demand_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.deploy import kserve as kserve_files
@@ -177,13 +177,7 @@ def kserve(
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address on which every node listens.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port for HTTP.")
 @click.option("--settings", type=FILE, help="TOML file with settings, as for `mpdsgr serve`.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a setting, such as limits.batch=128; may be repeated.",
-)
+@overrides_option
 @click.option(
     "--api-key-file",
     type=FILE,

@@ -23,6 +23,13 @@ precision_option = click.option(
     help="Which of the bundle's networks to use: fp32, fp16, int8 or fp8.  [default: the one of BUNDLE@PRECISION, else "
     "fp32]",
 )
+overrides_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting, such as limits.batch=128; may be repeated.",
+)
 signature_option = click.option(
     "--require-signature",
     "signature",

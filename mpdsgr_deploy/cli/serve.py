@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.allocator import limit_free_memory
-from mpdsgr_deploy.cli.output import signature_option, verdict_option
+from mpdsgr_deploy.cli.output import overrides_option, signature_option, verdict_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
@@ -43,13 +43,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     "--backend", default=DEFAULT_BACKEND, show_default=True, help="Runtime of the networks; `mpdsgr doctor` lists all."
 )
 @click.option("--settings", type=FILE, help="TOML file with settings; serve/settings.toml lists all with comments.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a setting, such as limits.batch=128; may be repeated.",
-)
+@overrides_option
 @click.option(
     "--api-key-file",
     type=FILE,
