@@ -12,9 +12,9 @@ import onnx
 from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
+from mpdsgr_deploy.attack_graph.values import SHAPES
 
 COMPARISONS = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
-SHAPES = {"Shape", "Size"}  # their results do not depend on pixels
 VIEWS = {"Dropout", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 LINEAR = VIEWS | {"Add", "Cast", "Concat", "Conv", "Div", "Gather", "Gemm", "MatMul", "Mul", "Neg", "ReduceMean"}
 LINEAR |= {"ReduceSum", "Slice", "Split", "Sub", "Sum"}

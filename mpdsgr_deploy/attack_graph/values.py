@@ -13,7 +13,7 @@ from mpdsgr_deploy.errors import InputError, one_line
 
 TRIED = (2, 3)  # batch sizes with which shapes are measured
 SMALL = 1024  # elements; larger constants are weights, whose values no shape depends on
-COMPUTING_SHAPES = {"Shape", "Size"}  # if a network has none of these operators, nothing is measured
+SHAPES = {"Shape", "Size"}  # operators whose results do not depend on pixels; without them nothing is measured
 
 
 class ValueType(NamedTuple):
@@ -76,7 +76,7 @@ def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str
     dims = images.type.tensor_type.shape.dim
     if not unknown or len(network.graph.input) > 1 or not all(size.HasField("dim_value") for size in dims[1:]):
         return types
-    if COMPUTING_SHAPES.isdisjoint(node.op_type for node in network.graph.node):
+    if SHAPES.isdisjoint(node.op_type for node in network.graph.node):
         return types
     numbers = [name for name in computed_names if name in types and types[name].dtype == TensorProto.INT64]
     try:

@@ -9,16 +9,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, device
-from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.pgd import Draw, begin, project, still_right, wide
-from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, Aimed, try_each_class
+from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, Aimed, Classes, Floats, try_each_class
 from mpdsgr_deploy.protocols import Array, Differentiable, Predictor
 
 MOMENTUM = 0.75  # share of the new step; the rest is the last move's
 RHO = 0.75  # of the steps since the last checkpoint that must have raised the loss
-Floats = NDArray[np.float32]
-Classes = NDArray[np.int64]
 
 
 def apgd(

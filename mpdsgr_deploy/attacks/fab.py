@@ -4,14 +4,10 @@ Source: Croce & Hein, arXiv 1907.02044; the targeted form and its settings are t
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.pgd import wide
-from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, difference, from_to, try_each_class
+from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, Classes, Floats, difference, from_to, try_each_class
 from mpdsgr_deploy.protocols import Differentiable, Predictor
-
-Floats = NDArray[np.float32]
-Classes = NDArray[np.int64]
 
 MOST_TOWARDS_START = 0.1  # alpha_max: how far a step may mix in the projection of the clean image
 OVERSHOOT = 1.05  # eta: how far beyond the boundary a step goes, of the way to it

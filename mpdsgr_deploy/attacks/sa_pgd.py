@@ -33,7 +33,7 @@ def sa_pgd(
     xp = array_namespace(x)
     start = begin(x, eps, draw)
     adversarial = xp.asarray(start, copy=True)
-    state = _State(xp.arange(x.shape[0], device=device(x)), x, y, start, start, xp.full_like(x[:, 0, 0, 0], -xp.inf))
+    state = _Progress(xp.arange(x.shape[0], device=device(x)), x, y, start, start, xp.full_like(x[:, 0, 0, 0], -xp.inf))
     momentum, power = xp.zeros_like(x), xp.zeros_like(x)
     adapted = target.start(x.shape[0])
     eta, checks = eps, checkpoints(steps)
@@ -58,7 +58,7 @@ def sa_pgd(
     return adversarial
 
 
-class _State(NamedTuple):
+class _Progress(NamedTuple):
     """The images still under attack; [B] or [B, C, H, W]."""
 
     index: Array  # place in the batch that was handed in
@@ -68,12 +68,12 @@ class _State(NamedTuple):
     best: Array  # where the loss was largest
     largest: Array
 
-    def only(self, chosen: Array) -> "_State":
+    def only(self, chosen: Array) -> "_Progress":
         """The images where `chosen` [B]."""
-        return _State(*(part[chosen] for part in self))
+        return _Progress(*(part[chosen] for part in self))
 
 
-def _seen(xp: Array, state: _State, answer: Gradient) -> _State:
+def _seen(xp: Array, state: _Progress, answer: Gradient) -> _Progress:
     higher = answer.loss > state.largest
     return state._replace(
         best=xp.where(wide(higher), state.current, state.best),
