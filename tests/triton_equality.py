@@ -24,8 +24,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SHAPES = {"contiguous": (B, C, H, W), "channels-last": (B, C, H, W), "flat": (B, C)}
 CASES = [  # every pair of an order, a mode and a current that is held or not
     (order, (i + j) % 2 == 1, mode, i % 2 == 0, torch.float32 if j % 2 else None)
-    for i, order in enumerate(SHAPES)
-    for j, mode in enumerate(("train", "eval", "none"))
+    for (i, order), (j, mode) in itertools.product(enumerate(SHAPES), enumerate(("train", "eval", "none")))
 ]
 
 LIF_CASES = [  # every path of the kernels with one surrogate, and every other surrogate
