@@ -24,8 +24,8 @@ from research import opened
 from research import sha256 as network_sha256
 
 from mpdsgr_deploy.attacks.condition import CLEAN, Source
-from mpdsgr_deploy.attacks.measure import measure as measure_suite
 from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.attacks.suite_measurement import measure as measure_suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet

@@ -23,7 +23,7 @@ from schedules import SCHEDULES
 
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, Loss
 from mpdsgr_deploy.attacks.condition import APGD_CE, APGD_DLR, MPD_APGD, SA_PGD, SQUARE, STRONG
-from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attacks.resumable_run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import BASIC, SWEEP, TIERS, TierEntry, entry
 from mpdsgr_deploy.provenance import provenance

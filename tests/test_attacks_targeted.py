@@ -12,7 +12,7 @@ from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.apgd import apgd_t
 from mpdsgr_deploy.attacks.condition import Network
 from mpdsgr_deploy.attacks.fab import fab_t, onto_plane
-from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attacks.resumable_run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.targets import likeliest_wrong, targeted_dlr, try_each_class
 from mpdsgr_deploy.attacks.tiers import TIERS, entry, resolved

@@ -12,7 +12,7 @@ from mpdsgr_deploy.defences.stog import GatedLIF, StochasticGating, relaxed_gate
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.snn import LIF, Reader
 from mpdsgr_deploy.snn.surrogate import make_surrogate
-from mpdsgr_deploy.training.run import _learner
+from mpdsgr_deploy.training.training_run import _learner
 
 SHAPE = (1, 8, 8)
 

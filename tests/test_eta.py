@@ -15,7 +15,7 @@ from mpdsgr_deploy.defences.eta import LARGEST_STEP, RANGE, next_eta, step_to_om
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe
-from mpdsgr_deploy.training import run, train
+from mpdsgr_deploy.training import train, training_run
 from mpdsgr_deploy.training.epoch import cosine
 
 EPOCHS = 20
@@ -102,7 +102,7 @@ def test_an_interrupted_run_repeats_its_etas(
 ) -> None:
     recipe = budgeted(target_omega=0.2) if budget == "target_omega" else budgeted(max_drop=0.1, reference=str(run_dir))
     train(recipe, tmp_path / "whole")
-    validate_epoch = run.validate_epoch
+    validate_epoch = training_run.validate_epoch
 
     def interrupted(*arguments: object) -> object:
         if arguments[-1] == 2:
@@ -110,7 +110,7 @@ def test_an_interrupted_run_repeats_its_etas(
         return validate_epoch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "validate_epoch", interrupted)
+        patch.setattr(training_run, "validate_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "parts")
     train(recipe, tmp_path / "parts", resume=True)

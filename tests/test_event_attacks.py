@@ -12,7 +12,7 @@ from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.attacks.event_conditions import EventAttack, EventFlips, EventRetiming
 from mpdsgr_deploy.attacks.event_search import Edit, EventSearch, applied, counts_of
-from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attacks.resumable_run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import entry, resolved
 from mpdsgr_deploy.errors import InputError

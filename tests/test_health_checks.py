@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.attacks.conditions import FGSM
 from mpdsgr_deploy.attacks.counting import CountedGradients
-from mpdsgr_deploy.attacks.measure import budget_faults, rounded_to_bytes
+from mpdsgr_deploy.attacks.suite_measurement import budget_faults, rounded_to_bytes
 from mpdsgr_deploy.attacks.tiers import BY_STRENGTH
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test

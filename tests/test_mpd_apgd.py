@@ -10,7 +10,7 @@ from linear_model import EPS, Linear, draw, linear
 from mpdsgr_deploy.attacks import apgd, mpd_apgd, sa_pgd
 from mpdsgr_deploy.attacks.condition import Condition
 from mpdsgr_deploy.attacks.mpd_apgd import QUICK, SCHEDULE, Round, Through, gradients
-from mpdsgr_deploy.attacks.run import gather, run
+from mpdsgr_deploy.attacks.resumable_run import gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import entry, resolved
 from mpdsgr_deploy.protocols import Array, Gradient

@@ -17,7 +17,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.training.epoch import batch_loss
 from mpdsgr_deploy.training.launch import run_processes, strategy
-from mpdsgr_deploy.training.run import _learner
+from mpdsgr_deploy.training.training_run import _learner
 
 SHAPE, BATCH = (1, 8, 8), 16
 HALVES = slice(0, 8), slice(8, 16)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import QUICK_GATE, assert_input_error, mpdsgr, mpdsgr_here, perturbed, resealed
 
-from mpdsgr_deploy.attacks import run as attacks_run
+from mpdsgr_deploy.attacks import resumable_run
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.manifest import Prepared
@@ -66,7 +66,7 @@ def kept(report: Path) -> set[str]:
 KILLED_BEHIND = """
 import os, signal
 from pathlib import Path
-from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.resumable_run import Journal
 put = Journal.put
 
 def put_or_die(self, name, part):
@@ -90,8 +90,8 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> None:
         self.firsts: list[int] = []
-        self.most, self._real = most, attacks_run._attacked_rows
-        monkeypatch.setattr(attacks_run, "_attacked_rows", self)
+        self.most, self._real = most, resumable_run._attacked_rows
+        monkeypatch.setattr(resumable_run, "_attacked_rows", self)
 
     def __call__(self, attack: Any, batch: Batch, *rest: Any) -> Any:
         if len(self.firsts) == self.most:

@@ -6,7 +6,7 @@ from typing import Any
 from conftest import small_recipe
 
 from mpdsgr_deploy.defences import resolved
-from mpdsgr_deploy.experiments.measure import Run
+from mpdsgr_deploy.experiments.table_run import Run
 
 
 def directory(init: Run | None = None, **sections: Any) -> Path:

@@ -17,7 +17,7 @@ from mpdsgr_deploy.models.steps import set_time_steps
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import TdBN
-from mpdsgr_deploy.training import run, train
+from mpdsgr_deploy.training import train, training_run
 from mpdsgr_deploy.training.epoch import measure_statistics, update_average
 from mpdsgr_deploy.training.stages import recipe_at
 
@@ -42,17 +42,17 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 
 def interrupted(recipe: Recipe, out: Path, *, after: int, monkeypatch: pytest.MonkeyPatch, **options: Path) -> None:
     """Train, die after so many epochs, and resume."""
-    whole = run.train_epoch
+    whole = training_run.train_epoch
 
     def dying(learner, data, epoch):
         if epoch == after:
             raise KeyboardInterrupt
         return whole(learner, data, epoch)
 
-    monkeypatch.setattr(run, "train_epoch", dying)
+    monkeypatch.setattr(training_run, "train_epoch", dying)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, out, **options)
-    monkeypatch.setattr(run, "train_epoch", whole)
+    monkeypatch.setattr(training_run, "train_epoch", whole)
     train(recipe, out, resume=True)
 
 
@@ -81,7 +81,7 @@ def test_stages_and_the_average_resume_bit_for_bit(
 def test_a_checkpoint_says_the_steps_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was cut in its first stage left a network of that stage's T, with the accuracy it was logged with."""
     recipe = recipe_of(training=STAGED)
-    monkeypatch.setattr(run, "recipe_at", lambda recipe, epoch: recipe_at(recipe, 0))
+    monkeypatch.setattr(training_run, "recipe_at", lambda recipe, epoch: recipe_at(recipe, 0))
     train(recipe, tmp_path / "run")
     checkpoint, model = load_network(tmp_path / "run" / "last")
     assert (checkpoint.recipe.encoding.T, model.T) == (1, 1)

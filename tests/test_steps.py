@@ -15,7 +15,7 @@ from stochastic_networks import warmed_up
 from test_resume import Counted
 
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
-from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.resumable_run import Journal
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, open_bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_training
@@ -47,7 +47,7 @@ KINDS = {
 EXPORTED = ("direct", "poisson", "feel")  # the exporter takes its time
 KILLED_IN_THE_SECOND_ROW = """
 import os, signal
-from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.resumable_run import Journal
 put, finish = Journal.put, Journal.finish
 left = []
 

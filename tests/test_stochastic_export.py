@@ -11,7 +11,7 @@ from conftest import small_recipe
 from stochastic_networks import GATES, NETWORKS, SHAPE, exported, images, warmed_up
 from test_firing import observed
 
-from mpdsgr_deploy.attacks.run import Journal, run
+from mpdsgr_deploy.attacks.resumable_run import Journal, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle

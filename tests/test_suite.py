@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpdsgr_deploy.attacks.condition import CONDITIONS, Attacked, Batch, Condition, Generators, Kind, Network, register
-from mpdsgr_deploy.attacks.run import Journal, Part, gather, run
+from mpdsgr_deploy.attacks.resumable_run import Journal, Part, gather, run
 from mpdsgr_deploy.attacks.suite import Source, Suite
 from mpdsgr_deploy.attacks.tiers import (
     BY_STRENGTH,

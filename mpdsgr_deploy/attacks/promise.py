@@ -1,9 +1,9 @@
 """Measure a bundle's promise: how a network answers the test images, clean and under every attack of a tier."""
 
 from mpdsgr_deploy.attacks.condition import WORST, Floats, Network, Source
-from mpdsgr_deploy.attacks.measure import measure
-from mpdsgr_deploy.attacks.run import Journal, classes_of
+from mpdsgr_deploy.attacks.resumable_run import Journal, classes_of
 from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.attacks.suite_measurement import measure
 from mpdsgr_deploy.attacks.tiers import TIERS, smaller_tiers
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.recipe import Recipe

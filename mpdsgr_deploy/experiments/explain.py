@@ -26,12 +26,12 @@ from torch import Tensor
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.experiments.jobs import Places, runs_of
-from mpdsgr_deploy.experiments.measure import CHECKPOINT, trained
 from mpdsgr_deploy.experiments.records import KEY
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.experiments.store import Rounded, put_record
 from mpdsgr_deploy.experiments.study import Study
 from mpdsgr_deploy.experiments.table import RowSpec
+from mpdsgr_deploy.experiments.table_run import CHECKPOINT, trained
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import leak_sum
 from mpdsgr_deploy.networks import load_network

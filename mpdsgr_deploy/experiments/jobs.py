@@ -19,9 +19,9 @@ from pathlib import Path
 
 from mpdsgr_deploy.allocator import keep_pages
 from mpdsgr_deploy.errors import InputError, MpdsgrError
-from mpdsgr_deploy.experiments.measure import Run, measure, trained
 from mpdsgr_deploy.experiments.records import outdated, records_of
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
+from mpdsgr_deploy.experiments.table_run import Run, measure, trained
 from mpdsgr_deploy.progress import log
 
 Task = Callable[[Run], object]

@@ -18,7 +18,7 @@ from mpdsgr_deploy.address import cache_directory
 from mpdsgr_deploy.attack_graph.artefact import NetworkFile
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.promise import promise
-from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.resumable_run import Journal
 from mpdsgr_deploy.attacks.tiers import suite_of
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN, CW, GAUSSIAN, WORST
-from mpdsgr_deploy.attacks.measure import union
+from mpdsgr_deploy.attacks.suite_measurement import union
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.pairs.side import Side
 from mpdsgr_deploy.reference import images_sha256

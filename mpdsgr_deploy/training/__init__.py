@@ -1,5 +1,5 @@
 """Training on Lightning Fabric: from a recipe to checkpoints."""
 
-from mpdsgr_deploy.training.run import origin, train
+from mpdsgr_deploy.training.training_run import origin, train
 
 __all__ = ["origin", "train"]

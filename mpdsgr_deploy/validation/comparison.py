@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST, Condition
-from mpdsgr_deploy.attacks.measure import Measurement, union
+from mpdsgr_deploy.attacks.suite_measurement import Measurement, union
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.reference import Reference
 from mpdsgr_deploy.runtime import open_predictor, predict

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from mpdsgr_deploy.attacks.condition import CLEAN, TRANSFER, WORST, Source
-from mpdsgr_deploy.attacks.measure import measure
-from mpdsgr_deploy.attacks.run import classes_of
+from mpdsgr_deploy.attacks.resumable_run import classes_of
 from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.attacks.suite_measurement import measure
 from mpdsgr_deploy.attacks.tiers import TIERS, TierEntry, recipe_entries
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test

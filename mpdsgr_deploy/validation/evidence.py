@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST, Condition
-from mpdsgr_deploy.attacks.measure import Measurement
-from mpdsgr_deploy.attacks.run import NOT_FINITE
+from mpdsgr_deploy.attacks.resumable_run import NOT_FINITE
+from mpdsgr_deploy.attacks.suite_measurement import Measurement
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import read_network, rounds_outputs

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.blind import Square
 from mpdsgr_deploy.attacks.condition import FGSM, STRONG, Classes, Condition, Floats
-from mpdsgr_deploy.attacks.measure import Measurement, Outcome
-from mpdsgr_deploy.attacks.run import Journal, gather, run
+from mpdsgr_deploy.attacks.resumable_run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.attacks.suite_measurement import Measurement, Outcome
 from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.validation.health.registry import Convergence, Search, Slopes

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
-from mpdsgr_deploy.attacks.run import Journal
+from mpdsgr_deploy.attacks.resumable_run import Journal
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images

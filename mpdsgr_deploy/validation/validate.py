@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST, Source
-from mpdsgr_deploy.attacks.measure import Measurement, Stopped, measure
-from mpdsgr_deploy.attacks.run import Journal, classes_of
+from mpdsgr_deploy.attacks.resumable_run import Journal, classes_of
 from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.attacks.suite_measurement import Measurement, Stopped, measure
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.manifest import Manifest

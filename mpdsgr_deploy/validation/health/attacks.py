@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from mpdsgr_deploy.attacks.measure import union
+from mpdsgr_deploy.attacks.suite_measurement import union
 from mpdsgr_deploy.attacks.tiers import BY_STRENGTH, required_surrogates
 from mpdsgr_deploy.validation.health.registry import (
     Bools,

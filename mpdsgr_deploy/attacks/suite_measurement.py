@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST, Classes, Condition, Floats
-from mpdsgr_deploy.attacks.run import Journal, gather, run
+from mpdsgr_deploy.attacks.resumable_run import Journal, gather, run
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.progress import log, track
 
