@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mpdsgr_deploy.snn import compiled, make_surrogate
+from mpdsgr_deploy.snn.lif_state import LIFConstants
 from mpdsgr_deploy.snn.multistep import multistep_lif
-from mpdsgr_deploy.snn.state import LIFConstants
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 

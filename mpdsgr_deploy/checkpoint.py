@@ -31,7 +31,7 @@ class Checkpoint(BaseModel):
 
     choice: which epoch of its run this is: the last one, or the one with the best `metrics["score"]`; score_of says
     what that score measures. Both are empty in checkpoints of schema version 1. init: the checkpoint or
-    module whose weights training started from (`training.state.load_init`); None: from random ones.
+    module whose weights training started from (`training.training_state.load_init`); None: from random ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -41,7 +41,7 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
     """Have this process export each network once, into files under `base`."""
     patch.setattr(sys.modules[__name__], "shared", partial(make_once, base))
     patch.setattr(ONNXRegistry, "from_torchlib", one_registry)
-    for place in ("bundle_writer", "rebuild", "steps"):
+    for place in ("bundle_writer", "rebuild", "step_search"):
         patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", to_graph)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mpdsgr_deploy.snn import compiled
+from mpdsgr_deploy.snn.lif_state import LIFConstants
 from mpdsgr_deploy.snn.multistep import multistep_lif
-from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 HARD = LIFConstants(4, 0.5, 1.0, True, make_surrogate("triangle"))

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from mpdsgr_deploy.snn.lif_state import LIFConstants
 from mpdsgr_deploy.snn.multistep import multistep_lif
 from mpdsgr_deploy.snn.neuron import LIFState, lif
-from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate, spike
 from mpdsgr_deploy.surrogates import KINDS
 

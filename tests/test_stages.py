@@ -13,7 +13,7 @@ from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet, build_model
-from mpdsgr_deploy.models.steps import set_time_steps
+from mpdsgr_deploy.models.time_steps import set_time_steps
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import TdBN

@@ -21,11 +21,11 @@ from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.exporting import export, steps
+from mpdsgr_deploy.exporting import export, step_search
 from mpdsgr_deploy.exporting.rebuild import rebuild_faults
-from mpdsgr_deploy.exporting.steps import Flips, fewest_steps, least_images, step_files
+from mpdsgr_deploy.exporting.step_search import Flips, fewest_steps, least_images, step_files
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.models.steps import first_steps
+from mpdsgr_deploy.models.time_steps import first_steps
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Recipe
@@ -173,11 +173,11 @@ def test_the_fewest_steps_are_chosen_by_clean_and_attacked_images(monkeypatch: p
     images = load_training(recipe.data)[1][:100]
     lost = {2: {CLEAN: 1, WORST: 0}, 1: {CLEAN: 0, WORST: 9}}
 
-    def verdicts(step: steps.StepFile, images: object, of: str, unfinished: object) -> dict[str, np.ndarray]:
+    def verdicts(step: step_search.StepFile, images: object, of: str, unfinished: object) -> dict[str, np.ndarray]:
         missing = lost.get(step.recipe.encoding.T, {CLEAN: 0, WORST: 0})
         return {name: np.arange(100) >= count for name, count in missing.items()}
 
-    monkeypatch.setattr(steps.StepFile, "attacked", verdicts)
+    monkeypatch.setattr(step_search.StepFile, "attacked", verdicts)
     chosen, record = fewest_steps(model, recipe, SHAPE, images, 0.06)
     assert chosen == 2
     assert [tried["within"] for tried in record["tried"]] == [True, False]

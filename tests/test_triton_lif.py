@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpdsgr_deploy.snn import TdBN, multistep
-from mpdsgr_deploy.snn.state import LIFConstants
+from mpdsgr_deploy.snn.lif_state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 
 triton = pytest.importorskip("triton")

@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 from mpdsgr_deploy.mpd import empirical, expected_gradient, layer_value, mean_of_layers, theorem
 from mpdsgr_deploy.snn import LIF, LIFState, SpikingLayer, TdBN, Trace, lif, multistep, triton_lif
-from mpdsgr_deploy.snn.state import LIFConstants
+from mpdsgr_deploy.snn.lif_state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.snn.tdbn import frozen_statistics
 from mpdsgr_deploy.snn.triton_lif import norm_lif

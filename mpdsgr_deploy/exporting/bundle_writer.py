@@ -18,12 +18,12 @@ from mpdsgr_deploy.data.likeness import PixelStatistics
 from mpdsgr_deploy.errors import EvaluationError, InputError, MissingData
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
-from mpdsgr_deploy.exporting.steps import fewest_steps
+from mpdsgr_deploy.exporting.step_search import fewest_steps
 from mpdsgr_deploy.exporting.trial import Trial
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.models.steps import first_steps
+from mpdsgr_deploy.models.time_steps import first_steps
 from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
 from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows

@@ -16,7 +16,7 @@ from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.exporting.steps import Bools, Flips, StepFile, step_files, unfinished_attacks
+from mpdsgr_deploy.exporting.step_search import Bools, Flips, StepFile, step_files, unfinished_attacks
 from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor

@@ -3,8 +3,8 @@
 from mpdsgr_deploy.snn.draws import Noise
 from mpdsgr_deploy.snn.encoding import Encoding
 from mpdsgr_deploy.snn.layer import Observer, Reader, SpikingLayer, Temporal, Trace, fold_time
+from mpdsgr_deploy.snn.lif_state import LIFState
 from mpdsgr_deploy.snn.neuron import LIF, DerivedLIF, lif, lif_step
-from mpdsgr_deploy.snn.state import LIFState
 from mpdsgr_deploy.snn.surrogate import Surrogate, make_surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN, frozen_statistics
 

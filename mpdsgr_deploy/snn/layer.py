@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mpdsgr_deploy.snn.draws import Noise
+from mpdsgr_deploy.snn.lif_state import LIFState, StepMoments
 from mpdsgr_deploy.snn.multistep import gpu_kernels
 from mpdsgr_deploy.snn.neuron import LIF
-from mpdsgr_deploy.snn.state import LIFState, StepMoments
 from mpdsgr_deploy.snn.tdbn import TdBN
 
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpdsgr_deploy.snn import compiled
+from mpdsgr_deploy.snn.lif_state import LIFConstants
 from mpdsgr_deploy.snn.memory_order import MemoryOrder
-from mpdsgr_deploy.snn.state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import Surrogate
 
 Leak = float | Tensor

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mpdsgr_deploy.snn.draws import Noise
+from mpdsgr_deploy.snn.lif_state import LIFConstants, LIFState
 from mpdsgr_deploy.snn.multistep import multistep_lif
-from mpdsgr_deploy.snn.state import LIFConstants, LIFState
 from mpdsgr_deploy.snn.surrogate import Surrogate, spike
 
 Reset = Literal["hard", "soft"]

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpdsgr_deploy.snn import triton_kernels as kernels
+from mpdsgr_deploy.snn.lif_state import LIFConstants, StepMoments
 from mpdsgr_deploy.snn.memory_order import is_dense, strided_as
-from mpdsgr_deploy.snn.state import LIFConstants, StepMoments
 from mpdsgr_deploy.snn.surrogate import Surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN
 

@@ -1,6 +1,6 @@
 """Train at a growing number of time steps: most epochs at few steps, which are cheap, the last at encoding.T.
 
-A network of LIF neurons has the same weights at every T (`models.steps`), so a stage starts from those of the one
+A network of LIF neurons has the same weights at every T (`models.time_steps`), so a stage starts from those of the one
 before. tdBN's running statistics, joint over time, are replaced by momentum 0.1 within the first tens of a stage's
 batches.
 """

@@ -1,7 +1,7 @@
 """A training run: its output directory, its devices, its epochs, its resumption.
 
     OUT/recipe.json       the resolved recipe; marks the directory as ours
-    OUT/state.pt          what a resumed run needs; with OUT/best and OUT/last, the checkpoints, see training.state
+    OUT/state.pt          what a resumed run needs; with OUT/best and OUT/last, the checkpoints, see training_state.py
     OUT/tensorboard       curves, warnings, pictures of the membrane
     OUT/profile           the profile of the first steps, if requested
 
@@ -29,7 +29,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.models.steps import set_time_steps
+from mpdsgr_deploy.models.time_steps import set_time_steps
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
@@ -43,7 +43,7 @@ from mpdsgr_deploy.training.preflight import preflight
 from mpdsgr_deploy.training.profile import Profile, peak_memory
 from mpdsgr_deploy.training.robustness import attack_epoch
 from mpdsgr_deploy.training.stages import recipe_at
-from mpdsgr_deploy.training.state import STATE, begin, save
+from mpdsgr_deploy.training.training_state import STATE, begin, save
 
 RECIPE = "recipe.json"
 Origin = Path | str  # origin of the first weights: directory of a trained network, or package.module:function

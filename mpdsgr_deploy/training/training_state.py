@@ -16,7 +16,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.models.by_name import find_module
-from mpdsgr_deploy.models.steps import per_step_names
+from mpdsgr_deploy.models.time_steps import per_step_names
 from mpdsgr_deploy.training.epoch import Learner
 from mpdsgr_deploy.training.identity import refuse_other_data
 from mpdsgr_deploy.training.module_init import mapped_weights, start_from_module, weights_sha256

@@ -30,7 +30,7 @@ from mpdsgr_deploy.manifest import NoiseInput
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.network import Shape
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.models.steps import first_steps
+from mpdsgr_deploy.models.time_steps import first_steps
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import images_sha256
