@@ -25,12 +25,12 @@ from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.exporting.trial import attack
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import show_progress
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.torch_model import TorchModel
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.validation.rows import VerdictFlips
 
 

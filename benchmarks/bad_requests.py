@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
-from mpdsgr_deploy.serving.load.model import TargetModel
+from mpdsgr_deploy.serving.load.target_model import TargetModel
 
 LENGTH = "Inference-Header-Content-Length"
 

@@ -34,13 +34,13 @@ from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import encode_once, fold_norm, simplify
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.progress import log, show_progress
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.reference import IMAGES as CARRIED
 from mpdsgr_deploy.snn import fold_time
 from mpdsgr_deploy.snn.recompute import one_by_one
+from mpdsgr_deploy.trained_networks import load_model
 from mpdsgr_deploy.validation.image_checks import evaluation_images
 from mpdsgr_deploy.validation.proportions import wilson
 

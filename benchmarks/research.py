@@ -41,7 +41,6 @@ from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.networks import load_model, load_network
 from mpdsgr_deploy.protocols import Adaptive, Gradient, State
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
@@ -50,6 +49,7 @@ from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.snn import make_surrogate
 from mpdsgr_deploy.surrogates import ADAPTIVE, scaled
+from mpdsgr_deploy.trained_networks import load_model, load_network
 
 RESULTS = Path(__file__).parent / "results" / "research.jsonl"
 ONE_THREAD = RuntimeSettings(threads=1, chunk=32)

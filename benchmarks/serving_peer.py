@@ -26,7 +26,7 @@ from mpdsgr_deploy.runtime.remote import ModelUrl
 from mpdsgr_deploy.serving.deploy.triton import write_repository
 from mpdsgr_deploy.serving.load.connection import Endpoint
 from mpdsgr_deploy.serving.load.loops import Load, Traffic, run
-from mpdsgr_deploy.serving.load.model import describe
+from mpdsgr_deploy.serving.load.target_model import describe
 from mpdsgr_deploy.serving.source import choose_models
 
 sys.path.append(str(harness.FOLDER.parent / "tests"))

@@ -44,8 +44,8 @@ from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings, prepared
 from mpdsgr_deploy.runtime.remote import ModelUrl
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, NoAnswer
-from mpdsgr_deploy.serving.load.model import describe
-from mpdsgr_deploy.serving.model import VERSION_DIGITS
+from mpdsgr_deploy.serving.load.target_model import describe
+from mpdsgr_deploy.serving.served_model import VERSION_DIGITS
 
 HTTP_USERS, GRPC_USERS = 12, 2
 PAUSE = 0.2  # seconds between two attacks of one attacker

@@ -18,7 +18,7 @@ from mpdsgr_deploy.parity import TOLERANCE
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.inference_protocol import read_output
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
-from mpdsgr_deploy.serving.load.model import TargetModel, TensorSpec
+from mpdsgr_deploy.serving.load.target_model import TargetModel, TensorSpec
 
 BATCHES, MOST = (1, 2, 5), 64
 MARGIN = 0.8  # of the time that the server gives: a client that took more may find the connection ended

@@ -61,7 +61,7 @@ class Model(Section):
     name: str = "vgg11"
     width: Annotated[Number, Field(gt=0, le=16)] = 1.0  # multiplies every layer's width
     norm: Literal["tdbn", "bn", "none"] = "tdbn"
-    readout: Literal["mean", "membrane"] = "mean"  # readout of the last linear layer over time; see models.network
+    readout: Literal["mean", "membrane"] = "mean"  # readout of the last linear layer over time; see models.spiking_net
 
 
 class Neuron(Section):

@@ -18,12 +18,12 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.protocols import Array, Gradient
 from mpdsgr_deploy.recipe import SWEEP, Attack, Data, Gate
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import LIF
 from mpdsgr_deploy.snn.surrogate import make_surrogate
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.evaluate import evaluate

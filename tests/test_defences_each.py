@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 from mpdsgr_deploy.defences import DEFENCES, Defence, Step, Term, base, build_defended
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import Positive, Section
+from mpdsgr_deploy.trained_networks import load_model
 from mpdsgr_deploy.training.epoch import Learner, train_epoch
 
 SHAPE = (1, 8, 8)

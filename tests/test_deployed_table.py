@@ -24,7 +24,7 @@ from mpdsgr_deploy.experiments.records import (
     records_of,
 )
 from mpdsgr_deploy.experiments.table import ExportSpec, TableSpec, load_table
-from mpdsgr_deploy.networks import load_network
+from mpdsgr_deploy.trained_networks import load_network
 
 SMALL = """
 title = "Exported networks of the tests"

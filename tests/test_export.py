@@ -18,12 +18,12 @@ from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.exporting.onnx_writer import save, tidy
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import PASSES, Pass, encode_once, fold_norm, simplify, sum_before_readout
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import LIFState, SpikingLayer, lif
+from mpdsgr_deploy.trained_networks import load_model
 
 NAMES = [name for name in MODELS if not name.startswith("plain-")]  # without those that only an experiment registers
 

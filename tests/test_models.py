@@ -8,8 +8,8 @@ import torchvision
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
-from mpdsgr_deploy.models.network import make_neuron
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.models.spiking_net import make_neuron
 from mpdsgr_deploy.models.wrn import ConvexCombination, WideBlock
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime

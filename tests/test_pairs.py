@@ -16,11 +16,11 @@ from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.distribution import measure
 from mpdsgr_deploy.diagnostics.trace import Recording
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.pairs.compare import Differences, compare
-from mpdsgr_deploy.pairs.networks import paired_networks
+from mpdsgr_deploy.pairs.network_pair import paired_networks
 from mpdsgr_deploy.pairs.side import read_side
 from mpdsgr_deploy.reference import images_sha256
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.validation.image_checks import evaluation_images
 from mpdsgr_deploy.validation.proportions import mcnemar
 from mpdsgr_deploy.validation.rows import Row
@@ -71,7 +71,7 @@ def test_differing_spikes_are_counted_and_other_steps_are_not_compared(
     one = Recording(logits, {"a/0": u}, {"a/0": fired})
     for second, differ, rate in ((other, 1 / 8, 3 / 8), (one, None, 1 / 2)):
         networks = iter([lambda _: two, lambda _, second=second: second])
-        monkeypatch.setattr("mpdsgr_deploy.pairs.networks.open_network", lambda _, made=networks: next(made))
+        monkeypatch.setattr("mpdsgr_deploy.pairs.network_pair.open_network", lambda _, made=networks: next(made))
         side = read_side(str(bundle.path))
         (layer,) = paired_networks(side, side, images=1).layers
         assert layer.spikes_differ == differ

@@ -16,7 +16,7 @@ from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import MODELS, SpikingNet
-from mpdsgr_deploy.models.network import build_model
+from mpdsgr_deploy.models.spiking_net import build_model
 from mpdsgr_deploy.recipe import Model, Recipe
 from mpdsgr_deploy.training import preflight as module
 from mpdsgr_deploy.training import train

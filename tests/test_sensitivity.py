@@ -16,7 +16,7 @@ from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.experiments import flip_records, flips, flips_page
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.exporting import precision
-from mpdsgr_deploy.networks import load_model
+from mpdsgr_deploy.trained_networks import load_model
 
 
 def test_sensitivity_does_not_depend_on_the_batches(run_dir: Path) -> None:

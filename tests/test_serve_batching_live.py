@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy.runtime.inference_protocol import encode_request
-from mpdsgr_deploy.serving import model as model_module
+from mpdsgr_deploy.serving import served_model
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.batcher import Images, Outputs
 from mpdsgr_deploy.serving.grpc import Grpc
@@ -26,7 +26,7 @@ from mpdsgr_deploy.serving.settings import ServerSettings
 
 def test_pixels_are_checked_whatever_the_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
     careless = contextlib.nullcontext(lambda images: np.zeros((len(images), 10), np.float32))
-    monkeypatch.setattr(model_module, "open_predictor", lambda *_: careless)
+    monkeypatch.setattr(served_model, "open_predictor", lambda *_: careless)
 
     async def test() -> None:
         async with started(BUNDLE) as server:

@@ -11,7 +11,7 @@ from pages import ANSWERED, READY, browser, hostile, photo, port, serving, shown
 from ports import free_ports
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
-from mpdsgr_deploy.serving.model import evidence
+from mpdsgr_deploy.serving.served_model import evidence
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
 

@@ -17,9 +17,9 @@ from served_clients import Clients, assert_all_answered, messages, mismatched, p
 
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
-from mpdsgr_deploy.serving import model as model_module
+from mpdsgr_deploy.serving import served_model
 from mpdsgr_deploy.serving.group import Group
-from mpdsgr_deploy.serving.model import OpenedBundle
+from mpdsgr_deploy.serving.served_model import OpenedBundle
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.supervisor import Watch
 
@@ -258,8 +258,8 @@ def test_threads_are_a_process_share_of_the_cores(monkeypatch: pytest.MonkeyPatc
         asked.append(arguments[-1])
         return RuntimeSettings(threads=2)
 
-    monkeypatch.setattr(model_module, "measured_at_start", measure)
-    monkeypatch.setattr(model_module.machine_settings, "prepared_settings", lambda *_: measured)
+    monkeypatch.setattr(served_model, "measured_at_start", measure)
+    monkeypatch.setattr(served_model.machine_settings, "prepared_settings", lambda *_: measured)
     opened = OpenedBundle(open_bundle(BUNDLE), "fp32")
     assert opened.measure("onnxruntime-cpu", 2, None) == RuntimeSettings(threads=2)
     assert opened.measure("onnxruntime-cpu", 4, None) == measured

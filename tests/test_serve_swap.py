@@ -24,7 +24,7 @@ from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.errors import MpdsgrError
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
-from mpdsgr_deploy.serving import model as model_module
+from mpdsgr_deploy.serving import served_model
 from mpdsgr_deploy.serving.group import Group
 from mpdsgr_deploy.serving.repository import Repository
 from mpdsgr_deploy.serving.settings import Limits
@@ -143,7 +143,7 @@ class TestHotSwap:
             shutil.copytree(second, place)
             return open_predictor(*arguments)
 
-        monkeypatch.setattr(model_module, "open_predictor", swap)
+        monkeypatch.setattr(served_model, "open_predictor", swap)
 
         async def test() -> None:
             async with started(place):
@@ -160,7 +160,7 @@ class TestHotSwap:
             opening.append(group.own.opening)
             return measured.pop()
 
-        monkeypatch.setattr(model_module, "measured_at_start", measure)
+        monkeypatch.setattr(served_model, "measured_at_start", measure)
         repository = Repository(sources([f"bundle={BUNDLE}"]), "onnxruntime-cpu", Limits(), 1, group)
 
         async def load_twice() -> None:

@@ -20,7 +20,7 @@ import soak_traffic
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.runtime.remote import ModelUrl
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint
-from mpdsgr_deploy.serving.load.model import describe
+from mpdsgr_deploy.serving.load.target_model import describe
 
 
 @pytest.mark.parametrize("benchmark", [serving, serving_peer, soak], ids=lambda module: module.__name__)

@@ -14,9 +14,9 @@ from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.models.time_steps import set_time_steps
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import TdBN
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.training import train, training_run
 from mpdsgr_deploy.training.epoch import measure_statistics, update_average
 from mpdsgr_deploy.training.stages import recipe_at

@@ -26,11 +26,11 @@ from mpdsgr_deploy.exporting.rebuild import rebuild_faults
 from mpdsgr_deploy.exporting.step_search import Flips, fewest_steps, least_images, step_files
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.time_steps import first_steps
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.validation.card import card
 

@@ -20,12 +20,12 @@ from mpdsgr_deploy.diagnostics.facts import bundle_facts
 from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.firing import FiringRates
 from mpdsgr_deploy.runtime.torch_model import TorchModel, noise_inputs
+from mpdsgr_deploy.trained_networks import load_model
 from mpdsgr_deploy.validation import Target, validate
 
 

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.snn import TdBN
+from mpdsgr_deploy.trained_networks import load_model
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.epoch import cosine
 

@@ -9,7 +9,7 @@ from conftest import small_recipe
 
 from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.networks import load_model
+from mpdsgr_deploy.trained_networks import load_model
 from mpdsgr_deploy.training import train
 
 

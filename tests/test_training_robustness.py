@@ -8,7 +8,7 @@ from conftest import small_recipe
 from mpdsgr_deploy.checkpoint import VALIDATION_PGD, load_checkpoint
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.data.batches import generator, to_unit
-from mpdsgr_deploy.networks import load_network
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.training import train
 
 ATTACKED_IMAGES, BATCH = 30, 20

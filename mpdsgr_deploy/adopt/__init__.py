@@ -6,7 +6,7 @@
 `validate`, `predict`, `serve`, `build`, `inspect` and `deploy` take such a bundle as they take any other.
 """
 
-from mpdsgr_deploy.adopt.network import Preprocessing, read_classifier
+from mpdsgr_deploy.adopt.classifier import Preprocessing, read_classifier
 from mpdsgr_deploy.adopt.survey import Survey, survey
 from mpdsgr_deploy.adopt.write import adopt
 

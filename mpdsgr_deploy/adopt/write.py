@@ -11,11 +11,18 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.adopt.classifier import (
+    ELEMENTWISE,
+    Classifier,
+    Preprocessing,
+    cut_off,
+    probabilities,
+    read_classifier,
+)
 from mpdsgr_deploy.adopt.evaluation_images import relabelled
-from mpdsgr_deploy.adopt.network import ELEMENTWISE, Classifier, Preprocessing, cut_off, probabilities, read_classifier
 from mpdsgr_deploy.adopt.survey import Survey, survey
 from mpdsgr_deploy.attack_graph import attack_graph
-from mpdsgr_deploy.attack_graph.artefact import NetworkFile
+from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.conditions import AttachedPGD, DetachedPGD
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS

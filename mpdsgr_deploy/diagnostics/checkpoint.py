@@ -15,7 +15,7 @@ from mpdsgr_deploy.diagnostics.picture import png
 from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, one_channel, overview
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.networks import load_network
+from mpdsgr_deploy.trained_networks import load_network
 
 OVERVIEW = "overview.png"
 

@@ -34,11 +34,11 @@ from mpdsgr_deploy.experiments.table import RowSpec
 from mpdsgr_deploy.experiments.table_run import CHECKPOINT, trained
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import leak_sum
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import SpikingLayer, TdBN, Trace
+from mpdsgr_deploy.trained_networks import load_network
 
 RECORDS = "why.jsonl"
 SCHEMA_VERSION = 1

@@ -22,9 +22,9 @@ from mpdsgr_deploy.exporting.onnx_writer import to_graph
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, products, rounded_weights
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.provenance import provenance
+from mpdsgr_deploy.trained_networks import load_network
 
 
 def measure_flips(

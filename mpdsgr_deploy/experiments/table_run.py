@@ -24,11 +24,11 @@ from mpdsgr_deploy.experiments.table import ExportSpec
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime.session import CUDA
 from mpdsgr_deploy.schema import parse
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.validation import Target, validate
 from mpdsgr_deploy.validation.evaluate import evaluate

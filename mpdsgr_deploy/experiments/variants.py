@@ -16,7 +16,7 @@ from mpdsgr_deploy.defences.mpd_sgr import Met, potentials, reached
 from mpdsgr_deploy.defences.sr import best_wrong
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.models.network import register as register_model
+from mpdsgr_deploy.models.spiking_net import register as register_model
 from mpdsgr_deploy.models.vgg import P, vgg
 from mpdsgr_deploy.mpd import ESTIMATORS, Moments, layer_moments, mean_of_layers
 from mpdsgr_deploy.recipe import Recipe

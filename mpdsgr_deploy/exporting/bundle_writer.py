@@ -24,7 +24,6 @@ from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.models.time_steps import first_steps
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
 from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows
 from mpdsgr_deploy.progress import log
@@ -35,6 +34,7 @@ from mpdsgr_deploy.reference import IMAGES, REFERENCE, Promise, save_images, sav
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork, noise_inputs
 from mpdsgr_deploy.surrogates import trained_surrogate
+from mpdsgr_deploy.trained_networks import load_network
 
 PARITY_BATCHES = (1, 2, 5, 33)
 

@@ -17,10 +17,10 @@ from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.files import writing
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.parity import MINIMUM_SHARE, compare
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.surrogates import trained_surrogate
+from mpdsgr_deploy.trained_networks import load_model
 
 ALIKE = 1e-2  # change that rounding in another order may cause, as a share of the largest entry
 WRITERS = ("torch", "onnx", "onnxscript")  # packages whose versions decide which bytes are written

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.address import cache_directory
-from mpdsgr_deploy.attack_graph.artefact import NetworkFile
+from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.resumable_run import Journal
@@ -28,8 +28,8 @@ from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.manifest import NoiseInput
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.models.network import Shape
 from mpdsgr_deploy.models.simplify import simplify
+from mpdsgr_deploy.models.spiking_net import Shape
 from mpdsgr_deploy.models.time_steps import first_steps
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe

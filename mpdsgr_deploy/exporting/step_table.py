@@ -17,10 +17,10 @@ from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.diagnostics.cost import macs
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.step_search import Bools, Flips, StepFile, step_files, unfinished_attacks
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
+from mpdsgr_deploy.trained_networks import load_model
 
 CONDITIONS = (CLEAN, PGD, WORST)
 BATCHES = (1, 32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from mpdsgr_deploy.models.network import Readout, SpikingNet
+from mpdsgr_deploy.models.spiking_net import Readout, SpikingNet
 from mpdsgr_deploy.snn import Encoding, Noise, TdBN
 from mpdsgr_deploy.snn.encoding import Direct, Normalize
 

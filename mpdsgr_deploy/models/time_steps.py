@@ -10,7 +10,7 @@ import copy
 from torch import nn
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.models.network import Shape, SpikingNet, frequency_radii, make_encoding, readout_weights
+from mpdsgr_deploy.models.spiking_net import Shape, SpikingNet, frequency_radii, make_encoding, readout_weights
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import LIF
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.models.network import (
+from mpdsgr_deploy.models.spiking_net import (
     Shape,
     SpikingNet,
     make_encoding,

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mpdsgr_deploy.models.network import (
+from mpdsgr_deploy.models.spiking_net import (
     Shape,
     SpikingNet,
     make_encoding,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.pairs.networks import LayerPair, paired_networks
+from mpdsgr_deploy.pairs.network_pair import LayerPair, paired_networks
 from mpdsgr_deploy.pairs.side import Side
 from mpdsgr_deploy.pairs.verdicts import PairedVerdict, paired_verdicts
 from mpdsgr_deploy.recipe import Recipe

@@ -10,7 +10,7 @@ from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
 from mpdsgr_deploy.diagnostics.picture import BLUE, VERMILION, plain, png
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.pairs.compare import Curves, Differences
-from mpdsgr_deploy.pairs.networks import LayerPair
+from mpdsgr_deploy.pairs.network_pair import LayerPair
 
 MEMBRANES, CURVES = "membranes.png", "curves.png"
 COLUMNS, PANEL = 4, (2.8, 2.4)  # largest number of panels in a row; width and height of a panel in inches

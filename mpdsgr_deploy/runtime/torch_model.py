@@ -14,12 +14,12 @@ from mpdsgr_deploy.attacks.torch_target import AdaptiveTorch, Loss, cross_entrop
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient, State
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.snn.compiled import quiet_compiler
 from mpdsgr_deploy.snn.draws import Kind
+from mpdsgr_deploy.trained_networks import load_model
 
 NO_MEMORY = "can't allocate memory"  # part of torch's message on a CPU, for which it has no error class
 

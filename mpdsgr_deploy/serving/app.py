@@ -19,9 +19,9 @@ from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.figures import Figures, statistics_extension, status
 from mpdsgr_deploy.serving.group import Group, ProcessCounts
 from mpdsgr_deploy.serving.logs import RequestLog, log_request
-from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.repository import Repository
 from mpdsgr_deploy.serving.security import ApiKeys
+from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.settings import ServerSettings
 from mpdsgr_deploy.serving.source import sources
 from mpdsgr_deploy.serving.tensors import too_large

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mpdsgr_deploy.serving.model import ServedModel
 from mpdsgr_deploy.serving.repository import Entry
+from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.statistics import WINDOW, Histogram, Statistics
 
 ENOUGH = 100  # requests, so that one of them is above the 99th percentile

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TextIO
 
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused
-from mpdsgr_deploy.serving.model import ServedModel
+from mpdsgr_deploy.serving.served_model import ServedModel
 
 MOST_WAITING = 10_000  # largest number of waiting log lines
 LONGEST_PATH = 200  # characters of a path in a line

@@ -11,7 +11,7 @@ from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.group import Group
-from mpdsgr_deploy.serving.model import ServedModel
+from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import ModelSource
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, ImageInput

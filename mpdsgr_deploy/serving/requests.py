@@ -7,7 +7,7 @@ import orjson
 
 from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.inference import MICROSECONDS, InferenceRequest, OutputAnswer, RequestedOutput
-from mpdsgr_deploy.serving.model import ServedModel
+from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.tensors import ImageInput, InputTensor
 
 BINARY = "binary_data"

@@ -14,12 +14,12 @@ from mpdsgr_deploy.attacks.tiers import TIERS, TierEntry, recipe_entries
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.data.images import name_sample
-from mpdsgr_deploy.networks import load_network
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.surrogates import trained_surrogate
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.validation.evidence import of_attacks
 from mpdsgr_deploy.validation.health.registry import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.report import Report

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.attack_graph.artefact import NetworkFile
+from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.condition import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_checkpoint
@@ -155,8 +155,8 @@ def _other(path: Path, own: Bundle) -> Iterator[Source]:
 
 def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:
     """Open a checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
-    from mpdsgr_deploy.networks import load_model
     from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
+    from mpdsgr_deploy.trained_networks import load_model
 
     source = find_checkpoint(checkpoint_dir)
     checkpoint = load_checkpoint(source)

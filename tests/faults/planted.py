@@ -22,10 +22,10 @@ from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.exporting.rebuild import check_rebuilt
 from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.networks import load_model
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
+from mpdsgr_deploy.trained_networks import load_model
 from mpdsgr_deploy.validation import Target, image_checks, validate
 from mpdsgr_deploy.validation.report import EXIT_CODES, Report
 

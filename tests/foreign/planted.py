@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpdsgr_deploy.adopt import network as adopted_network
+from mpdsgr_deploy.adopt import classifier
 from mpdsgr_deploy.attack_graph import derive, rules
 from mpdsgr_deploy.attack_graph import jumps as finding
 from mpdsgr_deploy.attack_graph.jumps import Inequality, Jump
@@ -103,12 +103,12 @@ def hidden(patch: Patch) -> None:
 
 def twice(patch: Patch) -> None:
     """The range of the pixels is put in front of the network twice."""
-    put = adopted_network._put_in_front
+    put = classifier._put_in_front
 
     def doubled(file: Path, network: onnx.ModelProto, before: Any, shape: tuple[int, int, int]) -> None:
         put(file, network, before._replace(high=before.high**2), shape)
 
-    patch.setattr(adopted_network, "_put_in_front", doubled)
+    patch.setattr(classifier, "_put_in_front", doubled)
 
 
 FAULTS: dict[str, Callable[[Patch], None]] = {

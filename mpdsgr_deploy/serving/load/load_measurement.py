@@ -16,8 +16,8 @@ from mpdsgr_deploy.progress import LINE_EVERY, log
 from mpdsgr_deploy.runtime.remote import ModelUrl, excerpt
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, NoAnswer
 from mpdsgr_deploy.serving.load.loops import Load, Tally, Traffic, run
-from mpdsgr_deploy.serving.load.model import TargetModel, describe
 from mpdsgr_deploy.serving.load.outcome import LoadOutcome
+from mpdsgr_deploy.serving.load.target_model import TargetModel, describe
 
 CPU_SECONDS = re.compile(rb"^process_cpu_seconds_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 WARM_UP = 0.1  # warm-up as a share of a load's seconds and requests, at most one second

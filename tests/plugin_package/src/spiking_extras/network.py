@@ -4,7 +4,7 @@ from torch import nn
 
 from mpdsgr_deploy.defences import Defence, Step, Term
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.models.network import Shape, make_encoding, make_neuron, make_readout
+from mpdsgr_deploy.models.spiking_net import Shape, make_encoding, make_neuron, make_readout
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import Positive, Section
 from mpdsgr_deploy.snn import SpikingLayer

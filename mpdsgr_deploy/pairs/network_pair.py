@@ -90,7 +90,7 @@ def open_network(side: Side) -> Callable[[Floats], Recording]:
         raise InputError(f"{side.name} is a report, which holds no network; give its bundle instead")
     need("torch", "train")
     from mpdsgr_deploy.diagnostics.torch_trace import TorchRecorder
-    from mpdsgr_deploy.networks import load_network
+    from mpdsgr_deploy.trained_networks import load_network
 
     checkpoint, model = load_network(side.directory)
     return TorchRecorder(model, checkpoint.shape, checkpoint.recipe.validation.seed)
