@@ -7,7 +7,7 @@
     images.npz            these images, if the bundle carries them
     golden.npz            a few inputs and each precision's logits, checked whenever a predictor is opened
     engines/              what `mpdsgr build` adds: engines of one kind of machine
-    model.sig, verdicts/  signatures, which the manifest does not name: see `signing.bundles`
+    model.sig, verdicts/  signatures, which the manifest does not name: see `signing.signed_bundle`
 
 Opening a bundle verifies every hash and refuses paths that leave it. Hashes protect against damage and mix-ups; against
 somebody who writes new ones, open the bundle with a `Trust`.
@@ -39,7 +39,7 @@ from mpdsgr_deploy.manifest import SCHEMA_VERSION, Accuracy, Manifest, NoiseInpu
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.reference import REFERENCE, Reference, load_reference
 from mpdsgr_deploy.schema import read_document
-from mpdsgr_deploy.signing.bundles import SIGNATURE, VERDICTS, SignedCopy, drop_signatures
+from mpdsgr_deploy.signing.signed_bundle import SIGNATURE, VERDICTS, SignedCopy, drop_signatures
 from mpdsgr_deploy.signing.trust import Trust
 
 __all__ = [

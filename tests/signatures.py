@@ -17,8 +17,8 @@ from served import BUNDLE
 
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.recipe import Gate
-from mpdsgr_deploy.signing.bundles import sign_bundle
 from mpdsgr_deploy.signing.envelope import Signer
+from mpdsgr_deploy.signing.signed_bundle import sign_bundle
 from mpdsgr_deploy.signing.trust import Trust, parse_trust
 from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import Reason, Row

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mpdsgr_deploy.data import load_test, load_training, sets
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, to_unit
-from mpdsgr_deploy.data.files import read_image
+from mpdsgr_deploy.data.image_files import read_image
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Data

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test, load_training
-from mpdsgr_deploy.data.files import image_suffixes, passed_over, walk
+from mpdsgr_deploy.data.image_files import image_suffixes, passed_over, walk
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.prediction.inputs import Inputs

@@ -17,7 +17,7 @@ from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.validation import Target
 from mpdsgr_deploy.validation.health import artefact as artefact_checks
 from mpdsgr_deploy.validation.health import attacks as attack_checks
-from mpdsgr_deploy.validation.health.registry import Compared, Convergence, Reach, Search
+from mpdsgr_deploy.validation.health.check_registry import Compared, Convergence, Reach, Search
 from mpdsgr_deploy.validation.proportions import exceeds
 from mpdsgr_deploy.validation.rows import VerdictFlips
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test, load_training
-from mpdsgr_deploy.data.files import read_image
+from mpdsgr_deploy.data.image_files import read_image
 from mpdsgr_deploy.data.likeness import Likeness, PixelStatistics
 from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.validation.target import Target

@@ -8,7 +8,7 @@ import pytest
 from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST
 from mpdsgr_deploy.attacks.suite_measurement import Measurement, Stopped
 from mpdsgr_deploy.validation.comparison import Comparison
-from mpdsgr_deploy.validation.health.registry import Convergence
+from mpdsgr_deploy.validation.health.check_registry import Convergence
 from mpdsgr_deploy.validation.remarks import remarks
 
 N = 20

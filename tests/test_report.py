@@ -13,9 +13,9 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target, validate
-from mpdsgr_deploy.validation.health.registry import Check
-from mpdsgr_deploy.validation.page import plain
+from mpdsgr_deploy.validation.health.check_registry import Check
 from mpdsgr_deploy.validation.report import Report
+from mpdsgr_deploy.validation.report_page import plain
 from mpdsgr_deploy.validation.rows import EarlyStop
 from mpdsgr_deploy.validation.summary import badge, junit, summary
 from mpdsgr_deploy.validation.writing import report_directory, write_report

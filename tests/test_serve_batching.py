@@ -11,7 +11,7 @@ from counting import FAR, PATIENCE, Network, entered, images, in_loop, lane, out
 
 from mpdsgr_deploy.serving import batcher as batcher_module
 from mpdsgr_deploy.serving.batcher import Batcher, ModelLane, Outputs
-from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.refusals import Refused, Why
 from mpdsgr_deploy.serving.statistics import Statistics
 
 

@@ -7,7 +7,7 @@ import pytest
 from counting import FAR, Network, entered, images, in_loop, lane, outcome
 
 from mpdsgr_deploy.serving.batcher import Batcher
-from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.refusals import Refused, Why
 
 
 def test_who_left_and_what_is_too_late_is_not_computed() -> None:

@@ -8,7 +8,7 @@ from counting import FAR, PATIENCE, Network, entered, images, in_loop, lane, out
 
 from mpdsgr_deploy.serving import batcher as batcher_module
 from mpdsgr_deploy.serving.batcher import Batcher, ModelLane
-from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.refusals import Refused
 
 
 async def at_rest(batcher: Batcher) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from serve_files import PROMTOOL, docker, kubernetes, load, monitoring
 
-from mpdsgr_deploy.serving.errors import Why
+from mpdsgr_deploy.serving.refusals import Why
 
 ROOT = Path(__file__).parent.parent
 Check = Callable[[Path], None]

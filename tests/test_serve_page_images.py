@@ -14,10 +14,10 @@ from pages import ANSWERED, HOSTILE, READY, browser, hostile, photo, port, shown
 from PIL import Image
 
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.data.files import read_image
+from mpdsgr_deploy.data.image_files import read_image
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.firing import FiringRates
-from mpdsgr_deploy.serving.page import page
+from mpdsgr_deploy.serving.web_page import page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
 

@@ -20,8 +20,8 @@ from mpdsgr_deploy import bundle as bundle_module
 from mpdsgr_deploy.bundle import Prepared, open_bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime import open_predictor
-from mpdsgr_deploy.signing.bundles import SIGNATURE, VERDICTS, sign_bundle
 from mpdsgr_deploy.signing.envelope import LARGEST, Signer
+from mpdsgr_deploy.signing.signed_bundle import SIGNATURE, VERDICTS, sign_bundle
 from mpdsgr_deploy.signing.trust import parse_trust
 
 

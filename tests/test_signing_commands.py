@@ -15,7 +15,7 @@ from signed_fixtures import copy, keys, refused, signed, stranger
 import mpdsgr_deploy as mpd
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.signing.bundles import SIGNATURE
+from mpdsgr_deploy.signing.signed_bundle import SIGNATURE
 from mpdsgr_deploy.signing.trust import Trust, parse_trust
 from mpdsgr_deploy.validation import Target
 

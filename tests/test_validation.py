@@ -17,7 +17,7 @@ from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target, validate
-from mpdsgr_deploy.validation.health.registry import CHECKS
+from mpdsgr_deploy.validation.health.check_registry import CHECKS
 from mpdsgr_deploy.validation.proportions import mcnemar, wilson
 
 LOOSE = Gate(max_drop=0.35)  # what 30 images can decide

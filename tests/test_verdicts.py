@@ -22,7 +22,7 @@ from signatures import Keys, changed, leaves, new_keys, payload, report_of, sign
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.demand import demand_of
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.refusals import Refused
 from mpdsgr_deploy.serving.settings import ServerSettings, TrustSettings, load_settings
 from mpdsgr_deploy.signing.verdict import place_of_verdict
 from mpdsgr_deploy.validation.attestation import VERDICT, sign_report, verify_report

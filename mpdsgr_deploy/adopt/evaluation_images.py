@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from mpdsgr_deploy.data import Images, load_test
-from mpdsgr_deploy.data.files import class_folders, files_below, image_suffixes, read_image, read_labelled
+from mpdsgr_deploy.data.image_files import class_folders, files_below, image_suffixes, read_image, read_labelled
 from mpdsgr_deploy.data.images import in_sampling_order
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Data

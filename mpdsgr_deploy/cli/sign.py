@@ -9,8 +9,8 @@ from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.signing.bundles import sign_bundle
 from mpdsgr_deploy.signing.envelope import Signer
+from mpdsgr_deploy.signing.signed_bundle import sign_bundle
 from mpdsgr_deploy.signing.verdict import carry_verdict
 from mpdsgr_deploy.validation.attestation import sign_report
 from mpdsgr_deploy.validation.report import REPORT, Report, load_report

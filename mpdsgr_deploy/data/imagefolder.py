@@ -9,7 +9,7 @@ The classes are the subfolders of train/, sorted; where there is no train/, thos
 from collections import Counter
 from pathlib import Path
 
-from mpdsgr_deploy.data.files import class_folders, image_suffixes, passed_over, read_image, read_labelled, walk
+from mpdsgr_deploy.data.image_files import class_folders, image_suffixes, passed_over, read_image, read_labelled, walk
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.progress import log

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mpdsgr_deploy.data.events import RECORDINGS, SIDE, read_frames
-from mpdsgr_deploy.data.files import files_below, read_labelled
+from mpdsgr_deploy.data.image_files import files_below, read_labelled
 from mpdsgr_deploy.data.imagefolder import imagefolder
 from mpdsgr_deploy.data.images import Images, in_sampling_order
 from mpdsgr_deploy.data.tiny_imagenet import tiny_imagenet

@@ -11,7 +11,7 @@ The test split's labels were never published, so `val` is what networks are test
 from collections import Counter
 from pathlib import Path
 
-from mpdsgr_deploy.data.files import files_below, image_suffixes, read_image, read_labelled
+from mpdsgr_deploy.data.image_files import files_below, image_suffixes, read_image, read_labelled
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.recipe import Data

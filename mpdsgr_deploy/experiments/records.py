@@ -17,7 +17,7 @@ from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.validation.evaluate import Evaluation
-from mpdsgr_deploy.validation.health.registry import Check
+from mpdsgr_deploy.validation.health.check_registry import Check
 from mpdsgr_deploy.validation.report import Report
 
 SCHEMA_VERSION = 2

@@ -8,7 +8,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from mpdsgr_deploy.data.files import Shape
+from mpdsgr_deploy.data.image_files import Shape
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction.sources import ImageSource, Pixels, reading
 from mpdsgr_deploy.runtime.image_batches import check_images

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mpdsgr_deploy.data.files import Shape
+from mpdsgr_deploy.data.image_files import Shape
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.prediction.listing import Listed, listed, open_shard
 from mpdsgr_deploy.prediction.sources import ImageFiles, ImageSource, Pixels, StoredImages

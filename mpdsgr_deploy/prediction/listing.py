@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from mpdsgr_deploy.data.events import RECORDINGS
-from mpdsgr_deploy.data.files import ARRAY_SUFFIXES, Shape, image_suffixes, passed_over, walk
+from mpdsgr_deploy.data.image_files import ARRAY_SUFFIXES, Shape, image_suffixes, passed_over, walk
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction.arrays import ArrayFile
 from mpdsgr_deploy.prediction.parquet import ParquetImages

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.data.files import Shape
+from mpdsgr_deploy.data.image_files import Shape
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.sources import ImageSource, decoded, reading, takes_images

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.data.events import decode_frames, read_frames
-from mpdsgr_deploy.data.files import Shape, decode_image, read_image
+from mpdsgr_deploy.data.image_files import Shape, decode_image, read_image
 from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
 from mpdsgr_deploy.stores import failure, is_empty, name_in, stamp_of
 

@@ -15,10 +15,10 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.provenance import hardware
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.batcher import Batcher
-from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.figures import Figures, statistics_extension, status
 from mpdsgr_deploy.serving.group import Group, ProcessCounts
 from mpdsgr_deploy.serving.logs import RequestLog, log_request
+from mpdsgr_deploy.serving.refusals import Refused, Why
 from mpdsgr_deploy.serving.repository import Repository
 from mpdsgr_deploy.serving.security import ApiKeys
 from mpdsgr_deploy.serving.served_model import ServedModel

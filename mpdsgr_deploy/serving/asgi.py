@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.http import Exchange, Http, response_headers
+from mpdsgr_deploy.serving.refusals import Refused, Why
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]

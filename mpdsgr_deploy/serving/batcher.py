@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.refusals import Refused, Why
 from mpdsgr_deploy.serving.statistics import Statistics
 
 Images = NDArray[np.float32]

@@ -14,11 +14,11 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.grpc_calls import Call, Guard, Method
 from mpdsgr_deploy.serving.grpc_methods import METHODS, SERVICE
 from mpdsgr_deploy.serving.http_request import HEAD_BYTES
 from mpdsgr_deploy.serving.listener import Tls
+from mpdsgr_deploy.serving.refusals import Refused, Why, invalid
 
 HEALTH = "grpc.health.v1.Health"
 # both versions have the same messages

@@ -13,8 +13,8 @@ import grpc.aio
 
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.errors import Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.http_timer import READ_FIRST, client_time
+from mpdsgr_deploy.serving.refusals import Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE
 

@@ -8,11 +8,11 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.errors import Refused, Why, invalid
 from mpdsgr_deploy.serving.grpc_calls import Call, Method
 from mpdsgr_deploy.serving.grpc_wire import check_infer_request
 from mpdsgr_deploy.serving.inference import InferenceRequest, RequestedOutput, infer
 from mpdsgr_deploy.serving.logs import span
+from mpdsgr_deploy.serving.refusals import Refused, Why, invalid
 from mpdsgr_deploy.serving.requests import classes, identifier, refuse_shared_memory, timeout
 from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.tensors import InputTensor

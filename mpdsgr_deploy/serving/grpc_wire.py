@@ -6,7 +6,7 @@ whatever its tensors hold, so a message with more is refused.
 
 from collections.abc import Iterator
 
-from mpdsgr_deploy.serving.errors import Refused, invalid
+from mpdsgr_deploy.serving.refusals import Refused, invalid
 
 MOST = 100  # fields of a message and of the messages in it
 VARINT, LENGTH = 0, 2  # wire types; 1 and 5: eight and four bytes

@@ -11,14 +11,14 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.inference_protocol import HEADER
 from mpdsgr_deploy.serving import logs, metrics
 from mpdsgr_deploy.serving.app import Server, Share
-from mpdsgr_deploy.serving.errors import RETRY_AFTER, Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.http_timer import client_time
 from mpdsgr_deploy.serving.inference import infer
-from mpdsgr_deploy.serving.page import page
+from mpdsgr_deploy.serving.refusals import RETRY_AFTER, Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.requests import members, parse_json, parse_request, response
 from mpdsgr_deploy.serving.security import check_caller
 from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE, too_large
+from mpdsgr_deploy.serving.web_page import page
 
 JSON, BINARY = b"application/json", b"application/octet-stream"
 PLAIN, HTML = b"text/plain; version=0.0.4", b"text/html; charset=utf-8"

@@ -7,7 +7,6 @@ from typing import Any, Protocol, cast
 import httptools
 
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Exchange, Http
 from mpdsgr_deploy.serving.http_request import (
     BAD,
@@ -23,6 +22,7 @@ from mpdsgr_deploy.serving.http_request import (
     without_upgrade,
 )
 from mpdsgr_deploy.serving.http_timer import ClientTimer
+from mpdsgr_deploy.serving.refusals import Refused
 
 PIPELINED = 64  # requests on a connection that may wait for earlier answers
 READ_AHEAD = 8  # requests of these that are read in advance; a disconnect goes unnoticed while reading stops

@@ -11,8 +11,8 @@ from urllib.parse import unquote
 
 import httptools
 
-from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.http import Reply, refusal_reply, response_headers
+from mpdsgr_deploy.serving.refusals import Refused, Why
 
 UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.serving.batcher import Batcher, Outputs
-from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.refusals import Refused, Why, invalid
 from mpdsgr_deploy.serving.served_model import FIRING_RATE, MARGIN, ServedModel
 from mpdsgr_deploy.serving.tensors import InputTensor, best, bytes_tensor, margin
 

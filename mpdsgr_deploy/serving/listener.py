@@ -13,10 +13,10 @@ import grpc
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.errors import Refused
 from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import HttpConnection
 from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, encode_refusal
+from mpdsgr_deploy.serving.refusals import Refused
 
 RESERVE = 32  # further connections, only for health probes
 AT_ONCE = 200  # connections accepted before other tasks run

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol, TextIO
 
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.serving.errors import Refused
+from mpdsgr_deploy.serving.refusals import Refused
 from mpdsgr_deploy.serving.served_model import ServedModel
 
 MOST_WAITING = 10_000  # largest number of waiting log lines

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from mpdsgr_deploy.errors import one_line
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.serving.errors import Refused, Why
 from mpdsgr_deploy.serving.group import Group
+from mpdsgr_deploy.serving.refusals import Refused, Why
 from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import ModelSource

@@ -5,8 +5,8 @@ from typing import Any
 
 import orjson
 
-from mpdsgr_deploy.serving.errors import invalid
 from mpdsgr_deploy.serving.inference import MICROSECONDS, InferenceRequest, OutputAnswer, RequestedOutput
+from mpdsgr_deploy.serving.refusals import invalid
 from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.tensors import ImageInput, InputTensor
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.serving.errors import Refused, Why
+from mpdsgr_deploy.serving.refusals import Refused, Why
 
 SHORTEST = 16  # fewest characters of a key
 CHECK_EVERY = 1.0  # seconds between checks of the file

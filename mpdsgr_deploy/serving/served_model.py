@@ -21,7 +21,7 @@ from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.tuning import measured_at_start
 from mpdsgr_deploy.serving.batcher import ModelLane, Outputs
-from mpdsgr_deploy.serving.errors import invalid
+from mpdsgr_deploy.serving.refusals import invalid
 from mpdsgr_deploy.serving.settings import Limits
 from mpdsgr_deploy.serving.source import ModelSource
 from mpdsgr_deploy.serving.statistics import Statistics

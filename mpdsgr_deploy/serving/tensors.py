@@ -13,7 +13,7 @@ from mpdsgr_deploy.data.images import to_unit
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.inference_protocol import DTYPES
-from mpdsgr_deploy.serving.errors import Refused, Why, invalid
+from mpdsgr_deploy.serving.refusals import Refused, Why, invalid
 
 FORMATS = {np.dtype("<f4"): "f", np.dtype(np.uint8): "B"}  # dtype -> format of `struct`
 JSON_CHARACTERS = 32  # characters that a number and its separators may take in JSON; more is padding

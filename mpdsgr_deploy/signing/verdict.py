@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.schema import parse
-from mpdsgr_deploy.signing.bundles import VERDICTS
 from mpdsgr_deploy.signing.envelope import Signer, read_signature, sign_statement, verified_statement
+from mpdsgr_deploy.signing.signed_bundle import VERDICTS
 from mpdsgr_deploy.signing.trust import Trust
 
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"

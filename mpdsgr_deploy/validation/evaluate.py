@@ -21,7 +21,7 @@ from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
 from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.validation.evidence import of_attacks
-from mpdsgr_deploy.validation.health.registry import Check, Evidence, run_checks
+from mpdsgr_deploy.validation.health.check_registry import Check, Evidence, run_checks
 from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import Score
 from mpdsgr_deploy.validation.target import other_network

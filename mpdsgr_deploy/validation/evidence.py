@@ -13,7 +13,7 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import read_network, rounds_outputs
 from mpdsgr_deploy.validation.gate import limit
-from mpdsgr_deploy.validation.health.registry import Compared, Evidence, Reach, Rebuilt
+from mpdsgr_deploy.validation.health.check_registry import Compared, Evidence, Reach, Rebuilt
 from mpdsgr_deploy.validation.image_checks import image_faults
 from mpdsgr_deploy.validation.rows import VerdictFlips
 from mpdsgr_deploy.validation.subject import Subject

@@ -14,7 +14,7 @@ from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.suite_measurement import Measurement, Outcome
 from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.progress import track
-from mpdsgr_deploy.validation.health.registry import Convergence, Search, Slopes
+from mpdsgr_deploy.validation.health.check_registry import Convergence, Search, Slopes
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # as multiples of the recipe's eps
 GROWTH_STEPS = 20  # steps of the strong PGD

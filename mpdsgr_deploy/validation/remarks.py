@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from mpdsgr_deploy.attacks.condition import STRONG, WORST
 from mpdsgr_deploy.attacks.suite_measurement import Measurement
 from mpdsgr_deploy.attacks.tiers import smaller_tiers
-from mpdsgr_deploy.validation.health.registry import Convergence
+from mpdsgr_deploy.validation.health.check_registry import Convergence
 from mpdsgr_deploy.validation.image_checks import FIRST, WELL_KNOWN
 from mpdsgr_deploy.validation.subject import Subject
 

@@ -14,7 +14,7 @@ from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.schema import read_document
-from mpdsgr_deploy.validation.health.registry import Check
+from mpdsgr_deploy.validation.health.check_registry import Check
 from mpdsgr_deploy.validation.rows import EarlyStop, Reason, Row, Score, VerdictFlips
 from mpdsgr_deploy.validation.rules import Rule
 

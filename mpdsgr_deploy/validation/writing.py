@@ -35,7 +35,7 @@ def write_report(report: Report, directory: Path) -> Path:
     write_atomic(directory / "badge.json", summary.badge(report))
     best = directory / SUMMARY
     if drawable():
-        from mpdsgr_deploy.validation.page import page
+        from mpdsgr_deploy.validation.report_page import page
 
         best = directory / PAGE
         write_atomic(best, page(report).encode())

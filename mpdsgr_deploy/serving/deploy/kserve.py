@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose, need
-from mpdsgr_deploy.serving.deploy.output import output_directory
+from mpdsgr_deploy.serving.deploy.output_directory import output_directory
 from mpdsgr_deploy.serving.deploy.triton import IMAGE
 from mpdsgr_deploy.serving.source import Chosen
 from mpdsgr_deploy.signing.trust import Trust

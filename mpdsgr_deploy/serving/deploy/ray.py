@@ -14,7 +14,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.runtime.open import BACKENDS
 from mpdsgr_deploy.schema import Section
-from mpdsgr_deploy.serving.deploy.output import output_directory
+from mpdsgr_deploy.serving.deploy.output_directory import output_directory
 from mpdsgr_deploy.serving.security import ApiKeys, check_exposure
 from mpdsgr_deploy.serving.settings import ServerSettings
 from mpdsgr_deploy.serving.source import Chosen

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.parity import answer_faults, compare
 from mpdsgr_deploy.protocols import Predictor
-from mpdsgr_deploy.validation.health.registry import Compared, Rebuilt, Seen, health_check
+from mpdsgr_deploy.validation.health.check_registry import Compared, Rebuilt, Seen, health_check
 
 Floats = NDArray[np.float32]
 PROBE = 32  # images that are given to the artefact repeatedly

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from mpdsgr_deploy.attacks.suite_measurement import union
 from mpdsgr_deploy.attacks.tiers import BY_STRENGTH, required_surrogates
-from mpdsgr_deploy.validation.health.registry import (
+from mpdsgr_deploy.validation.health.check_registry import (
     Bools,
     Convergence,
     Reach,
