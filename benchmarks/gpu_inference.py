@@ -22,7 +22,7 @@ import onnx_ir as ir
 import torch
 from networks import SHAPE, settled
 
-from mpdsgr_deploy.diagnostics.cost import macs
+from mpdsgr_deploy.diagnostics.operation_counts import macs
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from networks import SHAPE, settled
 from workers import MALLOC, VERSIONS, worker
 
-from mpdsgr_deploy.diagnostics.cost import macs
+from mpdsgr_deploy.diagnostics.operation_counts import macs
 from mpdsgr_deploy.exporting.onnx_writer import to_graph
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.snn import Surrogate, TdBN, Trace
-from mpdsgr_deploy.snn.expectation import interval_mass
+from mpdsgr_deploy.snn.expected_surrogate import interval_mass
 
 SIGMA_FLOOR = 1e-6
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
+from mpdsgr_deploy.validation.example_images import examples
 from mpdsgr_deploy.validation.health.check_registry import Check
-from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.report import Curve, Point, Report, VariantFlips
 from mpdsgr_deploy.validation.rows import Reason, Row, VerdictFlips
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.cli.table import command
-from mpdsgr_deploy.experiments import compare, jobs, table_page, table_sections
+from mpdsgr_deploy.experiments import jobs, row_comparison, table_page, table_sections
 from mpdsgr_deploy.experiments.records import (
     AttackedNetwork,
     Measured,
@@ -174,29 +174,29 @@ def fake(row: str, defence: list[str], verdicts: list[list[int]]) -> list[Record
 
 def test_rows_are_compared_on_the_same_images_and_seeds() -> None:
     ours, theirs = fake("a", [], [[1, 1, 1, 0], [1, 1, 0, 0]]), fake("b", [], [[1, 0, 1, 0], [0, 0, 0, 1]])
-    found = compare.difference(ours, theirs, "pgd")
+    found = row_comparison.difference(ours, theirs, "pgd")
     gained = np.array([0.5, 1.0, 0.0, -0.5]) * 100  # of each image, mean over the seeds
     assert found.mean == pytest.approx(gained.mean()) == 25
     assert found.seeds == pytest.approx([25, 25])
     half = 1.96 * gained.std(ddof=1) / 2
     assert found.interval == pytest.approx((25 - half, 25 + half), abs=0.01)
-    only_one = compare.difference(ours, theirs[1:], "pgd")  # another seed says nothing of this one
+    only_one = row_comparison.difference(ours, theirs[1:], "pgd")  # another seed says nothing of this one
     assert only_one.seeds == pytest.approx([25])
-    same = compare.difference(ours, ours, "pgd")
+    same = row_comparison.difference(ours, ours, "pgd")
     assert (same.mean, same.interval) == (0, (0, 0))
     nothing = fake("c", [], [[0, 0, 0, 0]])
-    assert str(compare.difference(nothing, nothing, "pgd")) == "none right"
+    assert str(row_comparison.difference(nothing, nothing, "pgd")) == "none right"
 
 
 def test_the_baseline_is_the_row_without_the_defence() -> None:
     names = {"reg": [], "sr": ["sr"], "at": ["at"], "at-sr": ["at", "sr"]}
     rows = {name: fake(name, defence, [[1]]) for name, defence in names.items()}
-    assert compare.baseline(rows, rows["sr"]) is rows["reg"]
-    assert compare.baseline(rows, rows["at-sr"]) is rows["at"]
-    assert compare.baseline(rows, rows["reg"]) is None
-    assert compare.baseline(rows, rows["at"]) is None
+    assert row_comparison.baseline(rows, rows["sr"]) is rows["reg"]
+    assert row_comparison.baseline(rows, rows["at-sr"]) is rows["at"]
+    assert row_comparison.baseline(rows, rows["reg"]) is None
+    assert row_comparison.baseline(rows, rows["at"]) is None
     del rows["at"]
-    assert compare.baseline(rows, rows["at-sr"]) is None
+    assert row_comparison.baseline(rows, rows["at-sr"]) is None
 
 
 def test_the_largest_eta_within_the_budget_is_chosen() -> None:

@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from mpdsgr_deploy.cli import main
-from mpdsgr_deploy.diagnostics.checkpoint import plot_checkpoint
+from mpdsgr_deploy.diagnostics.checkpoint_plots import plot_checkpoint
 from mpdsgr_deploy.diagnostics.distribution import BINS, Distribution, bin_edges, layer_statistics, measure
+from mpdsgr_deploy.diagnostics.distribution_plots import layer_channels, layer_steps, overview
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics, warnings_of
 from mpdsgr_deploy.diagnostics.picture import pixels
-from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, overview
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet, build_model
 from mpdsgr_deploy.mpd import Moments, theorem

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.diagnostics.flip_plots import by_density, by_layer
-from mpdsgr_deploy.diagnostics.flips import SpikeFlips, StepFlips, compare_spikes, flips_of
+from mpdsgr_deploy.diagnostics.operation_counts import macs, parameters
+from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips, StepFlips, compare_spikes, flips_of
 from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.models import SpikingNet

@@ -12,7 +12,7 @@ from PIL import Image
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.diagnostics.facts import spans
-from mpdsgr_deploy.diagnostics.flips import SpikeFlips, StepFlips, flips_of
+from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips, StepFlips, flips_of
 from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.runtime.firing import FiringRates
@@ -72,7 +72,7 @@ def test_what_cannot_be_compared_is_one_line(
     def no_data(config: object) -> None:
         raise MissingData("digits are not here")
 
-    monkeypatch.setattr("mpdsgr_deploy.diagnostics.flips.load_test", no_data)
+    monkeypatch.setattr("mpdsgr_deploy.diagnostics.spike_flips.load_test", no_data)
     where, found = flips_of(precise)
     assert where == f"{found[0].n} golden inputs (digits are not here)"
     assert found[0].n == len(precise.golden()[0])

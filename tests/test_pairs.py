@@ -16,7 +16,7 @@ from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.distribution import measure
 from mpdsgr_deploy.diagnostics.trace import Recording
-from mpdsgr_deploy.pairs.compare import Differences, compare
+from mpdsgr_deploy.pairs.differences import Differences, compare
 from mpdsgr_deploy.pairs.network_pair import paired_networks
 from mpdsgr_deploy.pairs.side import read_side
 from mpdsgr_deploy.reference import images_sha256

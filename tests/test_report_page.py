@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from reports import broken_images, failed, row, sample, strong
 
-from mpdsgr_deploy.validation.pictures import SIDE, chosen, examples, magnified, picture
+from mpdsgr_deploy.validation.example_images import SIDE, chosen, examples, magnified, picture
 from mpdsgr_deploy.validation.report import Curve, Point, Report, findings
 from mpdsgr_deploy.validation.report_page import MOST, page, shown_eps, sweep
 from mpdsgr_deploy.validation.rows import EarlyStop, VerdictFlips

@@ -13,7 +13,7 @@ from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.diagnostics.trace import Recorder
-from mpdsgr_deploy.experiments import flip_records, flips, flips_page
+from mpdsgr_deploy.experiments import flip_measurement, flip_records, flips_page
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.exporting import precision
 from mpdsgr_deploy.trained_networks import load_model
@@ -110,5 +110,5 @@ def test_a_product_in_int8_is_rounded_as_numpy_rounds_it(bundle: Bundle) -> None
     image = torch.round(model.normalize(torch.from_numpy(x)) / step).clip(-128, 127) * step
     scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
     expected = torch.nn.functional.conv2d(image, torch.round(weight / scale) * scale, bias, padding=1)
-    recorded = Recorder(ir.to_proto(flips.in_int8(network, "conv1", step)))(x)
+    recorded = Recorder(ir.to_proto(flip_measurement.in_int8(network, "conv1", step)))(x)
     np.testing.assert_allclose(recorded.potentials["conv1/0"], expected.detach().numpy(), atol=1e-5)

@@ -17,7 +17,7 @@ from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.facts import bundle_facts
-from mpdsgr_deploy.diagnostics.flips import flips_of
+from mpdsgr_deploy.diagnostics.spike_flips import flips_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.parity import compare

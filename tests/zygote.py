@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 BASE = "MPDSGR_TEST_BASE"  # the environment variable with the folder of what all processes share
-PACKAGE = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint", "runtime.torch_model")
+PACKAGE = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint_plots", "runtime.torch_model")
 ADDRESS = "MPDSGR_TEST_ZYGOTE"  # the environment variable with the address of the socket
 SERVERS = f"{ADDRESS}_OF_SERVERS"  # and that of the process that forks servers
 MODULES = {

@@ -3,7 +3,7 @@
 from mpdsgr_deploy.attacks.apgd import apgd, apgd_t
 from mpdsgr_deploy.attacks.blind import gaussian, uniform
 from mpdsgr_deploy.attacks.carlini_wagner import cw_l2
-from mpdsgr_deploy.attacks.expectation import expectation
+from mpdsgr_deploy.attacks.eot import expectation
 from mpdsgr_deploy.attacks.fab import fab_t
 from mpdsgr_deploy.attacks.hart import hart
 from mpdsgr_deploy.attacks.mpd_apgd import mpd_apgd

@@ -10,8 +10,8 @@ from mpdsgr_deploy.cli.inspect_steps import IMAGES as STEP_IMAGES
 from mpdsgr_deploy.cli.inspect_steps import inspect_steps
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json, print_table
 from mpdsgr_deploy.diagnostics.facts import bundle_facts, checkpoint_facts
-from mpdsgr_deploy.diagnostics.flips import flips_of
 from mpdsgr_deploy.diagnostics.layer_statistics import warnings_of
+from mpdsgr_deploy.diagnostics.spike_flips import flips_of
 from mpdsgr_deploy.diagnostics.tables import flip_table, membrane_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.files import write_atomic
@@ -204,7 +204,7 @@ def inspect_checkpoint(
     where = LAST_EPOCH
     if plots is not None:
         need("torch", "train")
-        from mpdsgr_deploy.diagnostics.checkpoint import plot_checkpoint
+        from mpdsgr_deploy.diagnostics.checkpoint_plots import plot_checkpoint
 
         where, statistics = plot_checkpoint(path, plots, root=root, layers=layers, channels=channels, images=images)
     warnings = warnings_of(statistics)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mpdsgr_deploy.cli.output import print_json, print_sentence, print_table
-from mpdsgr_deploy.pairs.compare import Differences, compare
+from mpdsgr_deploy.pairs.differences import Differences, compare
 from mpdsgr_deploy.pairs.side import Side, read_side
 
 COLUMNS = ("A fires", "B fires", "differ", "A near", "B near", "overlap")  # columns of the table of layers
@@ -23,7 +23,7 @@ def inspect_pair(a: str, b: str, *, plots: Path | None, root: str | None, images
     differences = compare(*sides, root=root, images=images)
     drawn = []
     if plots is not None:
-        from mpdsgr_deploy.pairs.pictures import draw
+        from mpdsgr_deploy.pairs.pair_plots import draw
 
         drawn = draw(differences, (f"A: {a}", f"B: {b}"), plots)
     if as_json:

@@ -114,8 +114,8 @@ def write_pages(stem: str, table: TableSpec, how: Measuring) -> None:
 def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring, images: int) -> int:
     """Measure and render flipped spikes. Returns the exit code."""
     from mpdsgr_deploy.experiments import flips_page
+    from mpdsgr_deploy.experiments.flip_measurement import measure_flips
     from mpdsgr_deploy.experiments.flip_records import FOLDER
-    from mpdsgr_deploy.experiments.flips import measure_flips
 
     if not how.render_only:
         measure_flips(stem, table, rows, how.places, seeds=how.numbers, images=images)

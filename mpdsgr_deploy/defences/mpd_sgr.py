@@ -14,7 +14,7 @@ from mpdsgr_deploy.mpd import ESTIMATORS, MEASURES, Moments, layer_moments, laye
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative, Number, Section
 from mpdsgr_deploy.snn import Trace
-from mpdsgr_deploy.snn.expectation import interval_mass
+from mpdsgr_deploy.snn.expected_surrogate import interval_mass
 
 Share = Annotated[Number, Field(gt=0, lt=1)]
 

@@ -11,8 +11,8 @@ import onnx
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
 from mpdsgr_deploy.data.images import name_sample
-from mpdsgr_deploy.diagnostics.cost import macs, parameters
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
+from mpdsgr_deploy.diagnostics.operation_counts import macs, parameters
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import Promise

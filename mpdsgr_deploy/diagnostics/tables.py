@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mpdsgr_deploy.diagnostics.flips import SpikeFlips
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
+from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips
 
 
 class Table(NamedTuple):

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from mpdsgr_deploy.attacks.condition import PGD, WORST
-from mpdsgr_deploy.experiments.compare import omega, paired
 from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.row_comparison import omega, paired
 from mpdsgr_deploy.experiments.study import Setting, Study, StudyMethod
 from mpdsgr_deploy.validation.proportions import Z95
 

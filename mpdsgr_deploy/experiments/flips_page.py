@@ -11,7 +11,7 @@ from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.diagnostics.picture import BLUE, GREEN, VERMILION, plain
 from mpdsgr_deploy.experiments.flip_records import EXPORTED, FlipRecord, FlipRows, baselines, load, sweep
 from mpdsgr_deploy.experiments.markdown import markdown, publish
-from mpdsgr_deploy.experiments.plots import png
+from mpdsgr_deploy.experiments.table_plots import png
 
 PAGE, PLOT = "README.md", "plot.png"
 PRECISIONS = ("fp16", "int8", "fp8")

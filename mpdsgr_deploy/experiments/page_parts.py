@@ -2,9 +2,9 @@
 
 from statistics import fmean
 
-from mpdsgr_deploy.experiments.compare import omega
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.row_comparison import omega
 from mpdsgr_deploy.experiments.table import TableSpec
 
 

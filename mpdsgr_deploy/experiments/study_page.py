@@ -5,11 +5,11 @@ from statistics import correlation
 
 from mpdsgr_deploy.attacks.condition import WORST
 from mpdsgr_deploy.experiments import study_plots
-from mpdsgr_deploy.experiments.compare import shorts
 from mpdsgr_deploy.experiments.effect import CONDITIONS, Pair, common_seeds, effect, emptied, pairs, pooled, verdict
 from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, Record, load_measured
+from mpdsgr_deploy.experiments.row_comparison import shorts
 from mpdsgr_deploy.experiments.study import PREFIX, Study
 
 PAGE, EFFECTS, DOSE, FRONT = "README.md", "effects.png", "dose.png", "front.png"

@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 
 from mpdsgr_deploy.attacks.condition import WORST
 from mpdsgr_deploy.diagnostics.picture import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION, plain
-from mpdsgr_deploy.experiments.compare import cell
 from mpdsgr_deploy.experiments.effect import (
     CONDITIONS,
     HELPS,
@@ -20,9 +19,10 @@ from mpdsgr_deploy.experiments.effect import (
     emptied,
     verdict,
 )
-from mpdsgr_deploy.experiments.plots import png
 from mpdsgr_deploy.experiments.records import Measured
+from mpdsgr_deploy.experiments.row_comparison import cell
 from mpdsgr_deploy.experiments.study import Study
+from mpdsgr_deploy.experiments.table_plots import png
 
 DRAWN = ("PGD", "Square", "union")
 BASELINE = BLACK

@@ -5,11 +5,11 @@ from pathlib import Path
 from statistics import fmean
 
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
-from mpdsgr_deploy.experiments import plots, table_sections
-from mpdsgr_deploy.experiments.compare import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
+from mpdsgr_deploy.experiments import table_plots, table_sections
 from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, union_suite, unmeasured
 from mpdsgr_deploy.experiments.records import Measured, load_measured
+from mpdsgr_deploy.experiments.row_comparison import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.table import TableSpec
 
 COLUMNS = {**SHOWN, **STRONG}  # of the table of accuracies: heading -> condition
@@ -28,13 +28,13 @@ def write_page(name: str, table: TableSpec, folder: Path) -> Path:
 def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
     """Return the pictures by file name, without those that the records do not suffice for."""
     drawn: dict[str, bytes | None] = {
-        PLOT: plots.accuracies(table, measured),
-        EPS_PLOT: plots.within_eps(table, measured),
-        EPOCHS_PLOT: plots.by_epoch(measured),
+        PLOT: table_plots.accuracies(table, measured),
+        EPS_PLOT: table_plots.within_eps(table, measured),
+        EPOCHS_PLOT: table_plots.by_epoch(measured),
     }
     if table.artefact is not None:
-        drawn[table_sections.GROWTH] = plots.growth(measured)
-        drawn[table_sections.MEMBRANES] = plots.membranes(measured, table.artefact.membranes)
+        drawn[table_sections.GROWTH] = table_plots.growth(measured)
+        drawn[table_sections.MEMBRANES] = table_plots.membranes(measured, table.artefact.membranes)
     return {name: picture for name, picture in drawn.items() if picture is not None}
 
 
@@ -55,7 +55,9 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
             table_sections.against_none(measured),
             f"![accuracy of every row]({PLOT})",
             f"![accuracy against eps]({EPS_PLOT})" if table.eps else "",
-            f"![accuracy by epoch, clean and under PGD]({EPOCHS_PLOT})" if plots.attacked_by_epoch(measured) else "",
+            f"![accuracy by epoch, clean and under PGD]({EPOCHS_PLOT})"
+            if table_plots.attacked_by_epoch(measured)
+            else "",
             beside_published(table, measured),
         ]
         if table.eta_budget is not None:
@@ -76,7 +78,7 @@ def exported(table: TableSpec, measured: Measured) -> list[str]:
         parts.append(table_sections.growth(measured))
     parts += [table_sections.precisions(measured), *explained]
     defence = table.artefact.membranes
-    if plots.with_and_without(measured, defence):
+    if table_plots.with_and_without(measured, defence):
         parts.append(
             f"![membrane potentials with {defence and defence.upper()} and without]({table_sections.MEMBRANES})"
         )

@@ -5,9 +5,9 @@ from statistics import fmean
 from typing import Any
 
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, PGD, SQUARE, STRONG, WORST
-from mpdsgr_deploy.experiments.compare import baseline, by_eps, cell, difference, groups, strong_curves
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import AttackedExport, Measured, Record
+from mpdsgr_deploy.experiments.row_comparison import baseline, by_eps, cell, difference, groups, strong_curves
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipes import find_recipe, published
 

@@ -22,7 +22,7 @@ from mpdsgr_deploy.mpd import ESTIMATORS, Moments, layer_moments, mean_of_layers
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative, Number, Positive, Section
 from mpdsgr_deploy.snn import Trace
-from mpdsgr_deploy.snn.expectation import interval_mass, normal_cdf
+from mpdsgr_deploy.snn.expected_surrogate import interval_mass, normal_cdf
 
 DEPTHS = (3, 5, 7, 9, 11)
 

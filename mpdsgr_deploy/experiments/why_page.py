@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained, LayerFactors
 from mpdsgr_deploy.experiments.markdown import markdown, publish
-from mpdsgr_deploy.experiments.plots import LINES, PALETTE, png
 from mpdsgr_deploy.experiments.store import read_records
 from mpdsgr_deploy.experiments.study import Study
+from mpdsgr_deploy.experiments.table_plots import LINES, PALETTE, png
 
 PAGE, PLOT = "WHY.md", "why.png"
 FACTORS = ("leak", "weights", "surrogate")

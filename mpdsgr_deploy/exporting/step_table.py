@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks.condition import CLEAN, PGD, WORST
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.data import Images
-from mpdsgr_deploy.diagnostics.cost import macs
+from mpdsgr_deploy.diagnostics.operation_counts import macs
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.step_search import Bools, Flips, StepFile, step_files, unfinished_attacks
 from mpdsgr_deploy.progress import log

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpdsgr_deploy.snn.expectation import (
+from mpdsgr_deploy.snn.expected_surrogate import (
     Expectation,
     cauchy_mixture,
     interval_mass,

@@ -98,8 +98,8 @@ def log_pictures(board: SummaryWriter, learner: Learner, data: Data, epoch: int)
     config = learner.recipe.training
     if not config.pictures or (epoch != config.epochs and epoch % config.pictures):
         return
+    from mpdsgr_deploy.diagnostics.distribution_plots import layer_steps, overview
     from mpdsgr_deploy.diagnostics.picture import pixels
-    from mpdsgr_deploy.diagnostics.plots import layer_steps, overview
 
     batch_size, seed = learner.recipe.validation.batch_size, config.seed
     first, _ = take(data, torch.arange(min(batch_size, len(data[1]))), learner.fabric.device)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.diagnostics.cost import macs, parameters
+from mpdsgr_deploy.diagnostics.operation_counts import macs, parameters
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.schema import read_document

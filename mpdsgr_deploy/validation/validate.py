@@ -25,11 +25,11 @@ from mpdsgr_deploy.runtime import predict
 from mpdsgr_deploy.validation import comparison, probes
 from mpdsgr_deploy.validation.comparison import compare_conditions, variant_flips
 from mpdsgr_deploy.validation.evidence import Rebuild, attacked_evidence, without_attack
+from mpdsgr_deploy.validation.example_images import examples
 from mpdsgr_deploy.validation.gate import check_gate, failures, limit, lost, significant
 from mpdsgr_deploy.validation.health.check_registry import Check, Convergence, Evidence, run_checks
 from mpdsgr_deploy.validation.image_checks import chosen_images, own_images
 from mpdsgr_deploy.validation.network_file import rounding_faults
-from mpdsgr_deploy.validation.pictures import examples
 from mpdsgr_deploy.validation.proportions import smallest_drop
 from mpdsgr_deploy.validation.remarks import remarks
 from mpdsgr_deploy.validation.report import PROGRESS, Curve, Example, ModelFacts, Report, VariantFlips, Verdict

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from mpdsgr_deploy.data import load_test
-from mpdsgr_deploy.diagnostics.flips import SpikeFlips, compare_spikes
+from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips, compare_spikes
 from mpdsgr_deploy.experiments.flip_records import FOLDER, KEY, FlipRecord, LayerFlips, PrecisionFlips, by_network
 from mpdsgr_deploy.experiments.jobs import Places, runs_of
 from mpdsgr_deploy.experiments.store import RECORDS, put_record

@@ -25,7 +25,8 @@ from mpdsgr_deploy.diagnostics.picture import (
     VIOLET,
     plain,
 )
-from mpdsgr_deploy.experiments.compare import (
+from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.row_comparison import (
     SHOWN,
     STRONG,
     adversarial,
@@ -35,8 +36,7 @@ from mpdsgr_deploy.experiments.compare import (
     groups,
     published_figures,
 )
-from mpdsgr_deploy.experiments.compare import strong_curves as curves_of
-from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.row_comparison import strong_curves as curves_of
 from mpdsgr_deploy.experiments.table import TableSpec
 
 DOTS = {"clean": picture.CLEAN, "FGSM": picture.FGSM, "PGD": picture.PGD, "union": picture.UNION}

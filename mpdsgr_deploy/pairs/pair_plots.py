@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
 from mpdsgr_deploy.diagnostics.picture import BLUE, VERMILION, plain, png
 from mpdsgr_deploy.files import claim_directory, write_atomic
-from mpdsgr_deploy.pairs.compare import Curves, Differences
+from mpdsgr_deploy.pairs.differences import Curves, Differences
 from mpdsgr_deploy.pairs.network_pair import LayerPair
 
 MEMBRANES, CURVES = "membranes.png", "curves.png"

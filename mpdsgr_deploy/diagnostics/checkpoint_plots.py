@@ -10,9 +10,9 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.diagnostics.distribution import measure
+from mpdsgr_deploy.diagnostics.distribution_plots import layer_channels, layer_steps, one_channel, overview
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.picture import png
-from mpdsgr_deploy.diagnostics.plots import layer_channels, layer_steps, one_channel, overview
 from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.trained_networks import load_network
