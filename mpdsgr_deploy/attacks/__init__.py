@@ -1,4 +1,7 @@
-"""Attacks as pure functions on the protocols; numpy arrays and torch tensors alike. Nothing here imports torch."""
+"""Attacks as pure functions on the interfaces of `protocols`, for numpy arrays and torch tensors.
+
+Importing this package does not import torch.
+"""
 
 from mpdsgr_deploy.attacks.apgd import apgd, apgd_t
 from mpdsgr_deploy.attacks.blind import gaussian, uniform

@@ -1,8 +1,8 @@
 """Auto-PGD in the L-infinity ball: PGD with momentum, whose step size follows the loss of each image.
 
-Source: Croce & Hein, arXiv 2003.01690, Algorithm 1. APGD-CE and APGD-DLR are this attack on a target of that loss.
-APGD-T, the second of the four attacks of AutoAttack's standard version, aims the targeted difference of logits ratio at
-one wrong class after the other.
+Source: Croce & Hein, arXiv 2003.01690, Algorithm 1. APGD-CE and APGD-DLR are this attack with a target that computes
+the cross-entropy or the difference of logits ratio (DLR). APGD-T, the second of the four attacks of AutoAttack's
+standard version, maximises the targeted DLR for one wrong class after the other.
 """
 
 from typing import Literal, NamedTuple
@@ -14,8 +14,8 @@ from mpdsgr_deploy.attacks.pgd import Draw, begin, project, still_right, wide
 from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, Aimed, Classes, Floats, try_each_class
 from mpdsgr_deploy.protocols import Array, Differentiable, Predictor
 
-MOMENTUM = 0.75  # share of the new step; the rest is the last move's
-RHO = 0.75  # of the steps since the last checkpoint that must have raised the loss
+MOMENTUM = 0.75  # weight of the new step; the previous move has the rest of the weight
+RHO = 0.75  # the step size halves if a smaller share of the steps since the last checkpoint raised the loss
 
 
 def apgd(
@@ -29,14 +29,15 @@ def apgd(
     draw: Draw | None = None,
     keep: Literal["broken", "worst"] = "broken",
 ) -> Array:
-    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after steps + 1 gradients an image at most.
+    """Return adversarial images for x [B, C, H, W] in [0, 1] with classes y [B].
 
-    The step size of an image starts at `step`, by default 2 eps. At a checkpoint it halves, and the image goes back to
-    where its loss was largest, if too few steps raised the loss, or if the largest loss is still that of a checkpoint
-    that did not halve.
-    y may be pairs [B, 2] for a target that aims at a class, see `targets.Aimed`. draw, keep: as of `pgd`. "broken" also
-    drops an image from the batch as soon as it fools the target, and returns the iterate of the largest loss for those
-    that never do.
+    An image costs at most steps + 1 gradients. Its step size starts at `step`, by default 2 eps. At a checkpoint the
+    step size halves and the image returns to the iterate of its largest loss if too few steps raised the loss, or if
+    the largest loss has not grown since the checkpoint before and the step size did not halve there.
+
+    y: pairs [B, 2] instead for a target that aims at a class, see `targets.Aimed`.
+    draw, keep: see `pgd`. With "broken", an image leaves the batch as soon as it fools the target; for an image that
+    never does, the iterate of the largest loss is returned.
     """
     xp = array_namespace(x)
     start = begin(x, eps, draw)
@@ -63,7 +64,10 @@ def apgd(
 
 
 def checkpoints(steps: int) -> set[int]:
-    """The steps at which step sizes are judged: 22, 41, 57, ... % of all, ever closer, but 6 % apart at least."""
+    """Return the steps at which step sizes are judged: 22 %, 41 %, 57 %, ... of `steps`.
+
+    The gap between checkpoints shrinks by 3 percentage points each time, to 6 at least.
+    """
     percent, gap, numbers = 22, 22, set[int]()
     while percent <= 100:
         numbers.add(-(-percent * steps // 100))  # rounded up
@@ -73,25 +77,25 @@ def checkpoints(steps: int) -> set[int]:
 
 
 class _State(NamedTuple):
-    """What each image still under attack has come to; [B] or [B, C, H, W]."""
+    """The images still under attack; every array is [B], or [B, C, H, W] for images and gradients."""
 
-    index: Array  # its place in the batch that was handed in
+    index: Array  # position in the batch that was passed to `apgd`
     x: Array
     y: Array
     current: Array
     previous: Array
     gradient: Array  # at `current`
-    best: Array  # where the loss was largest
+    best: Array  # the iterate of the largest loss
     best_gradient: Array
-    largest: Array
+    largest: Array  # loss at `best`
     loss: Array  # at `current`
     eta: Array  # step size
-    rises: Array  # steps since the last checkpoint that raised the loss
+    rises: Array  # number of steps since the last checkpoint that raised the loss
     largest_at_check: Array
-    halved: Array  # at the last checkpoint
+    halved: Array  # whether the step size halved at the last checkpoint
 
     def only(self, chosen: Array) -> "_State":
-        """The images where `chosen` [B]."""
+        """Return the images for which `chosen` [B] is true."""
         return _State(*(part[chosen] for part in self))
 
 
@@ -125,7 +129,7 @@ def _advance(xp: Array, state: _State, iterate: Array, loss: Array, gradient: Ar
 
 
 def _check(xp: Array, state: _State, needed: float) -> _State:
-    """Halve the step size of images that climb too slowly and send them back to their best point."""
+    """Halve the step size of images whose loss rises too slowly, and return these images to their best iterate."""
     stuck = (state.largest <= state.largest_at_check) & ~state.halved
     halve = (state.rises < needed) | stuck
     return state._replace(
@@ -151,11 +155,15 @@ def apgd_t(
     draw: Draw | None = None,
     keep: Literal["broken", "worst"] = "broken",
 ) -> Floats:
-    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after (steps + 1) * classes gradients each.
+    """Return adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], by APGD-T.
 
-    network: answers; gradients: the same network with the loss "weighted". draw, keep: as of `apgd`; every class is
-    approached from a start of its own, drawn beforehand. An image is left alone once the network gets it wrong. With
-    fewer than four classes the loss is the difference of the two logits; with one class x comes back as it is.
+    network: computes logits; gradients: the same network, differentiated with the loss "weighted".
+    classes: number of wrong classes aimed at, the likeliest first; an image costs at most (steps + 1) * classes
+    gradients. An image that the network misclassifies is attacked no further.
+    draw, keep: see `apgd`. The attempt at each class has its own random start; all starts are drawn in advance.
+
+    For a network with fewer than four classes, the loss is the difference of the two logits. A network with one class
+    cannot be fooled, so x is returned unchanged.
     """
     target = Aimed(network, gradients)
     aims = min(classes, network(x[:1]).shape[1] - 1)

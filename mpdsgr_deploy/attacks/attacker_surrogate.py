@@ -1,7 +1,7 @@
-"""The attacker chooses the surrogate: a network with the same forward pass and another backward pass.
+"""Attack a torch network through another surrogate than it was trained with: same forward pass, other backward pass.
 
-Named as in `mpdsgr_deploy.surrogates`: the kinds of training, `straight-through` (gradient 1 everywhere), `rate` and
-`pdsg`; "+detached" at the end detaches the reset, "+averaged" averages the gradient over time.
+Surrogates have the names of `mpdsgr_deploy.surrogates`: the kinds that training uses, `straight-through` (gradient 1
+everywhere), `rate` and `pdsg`. The suffix "+detached" detaches the reset, "+averaged" averages the gradient axes time.
 """
 
 import copy
@@ -21,9 +21,10 @@ from mpdsgr_deploy.surrogates import DETACHED, PDSG, RATE, parse_surrogate
 
 
 def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
-    """A copy of `model` that answers the same and whose input gradient passes through the surrogate `name`.
+    """Return a copy of `model` with the same logits, whose input gradient passes through the surrogate `name`.
 
-    Raises InputError for an unknown name or parameter, and for detached resets of neurons that a defence changed.
+    Raises InputError for an unknown name or parameter, and for a name with "+detached" if a defence changed the
+    neurons.
     """
     attacked = copy.deepcopy(model)
     kind, _, detached, averaged = parse_surrogate(name)
@@ -47,7 +48,7 @@ def _through(neuron: LIF, surrogate: Surrogate, *, detached: bool) -> LIF:
 
 
 class OtherBackward(LIF):
-    """A neuron that answers as `neuron` does, with another backward pass."""
+    """A neuron with the spikes of `neuron` and another backward pass."""
 
     def __init__(self, neuron: LIF) -> None:
         super().__init__(tau=neuron.tau, v_threshold=neuron.v_threshold, reset=neuron.reset, surrogate=neuron.surrogate)
@@ -55,7 +56,7 @@ class OtherBackward(LIF):
 
 
 class PooledBackward(OtherBackward):
-    """Its backward pass hands one gradient to the current of every step, and none through membrane, leak or reset."""
+    """Give the currents of all steps the same gradient, and pass none through membrane, leak or reset."""
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
@@ -66,17 +67,19 @@ class PooledBackward(OtherBackward):
 
     @abstractmethod
     def slopes(self, current: Tensor, states: list[LIFState]) -> Tensor:
-        """What the gradient of a step's spikes is multiplied by before the mean over time, for current [T, B, ...]:
-        [T, B, ...], or [B, ...] where it is the same in every step.
+        """Return the factors of the spikes' gradients [T, B, ...], applied before the mean axes time.
+
+        current: [T, B, ...]. The result is [T, B, ...], or [B, ...] if all steps have the same factor.
         """
 
 
 class RateBackward(PooledBackward):
-    """A neuron whose backward pass sees rates only: d rate / d mean current = [0 < mean current < V_th] / V_th.
+    """Differentiate firing rates: d rate / d mean current = [0 < mean current < V_th] / V_th.
 
-    The gradient of the mean spike over time is handed to the current of every step alike, as if the neuron were the
-    static activation clip(mean current / V_th, 0, 1) that an integrate-and-fire neuron approaches (rate gradient
-    approximation attack, Bu et al., CVPR 2023).
+    The current of every step gets the gradient of the mean axes time, as if the neuron were the static activation
+    clip(mean current / V_th, 0, 1), which an integrate-and-fire neuron approximates.
+
+    Source: rate gradient approximation attack, Bu et al., CVPR 2023.
     """
 
     def slopes(self, current: Tensor, states: list[LIFState]) -> Tensor:
@@ -85,10 +88,11 @@ class RateBackward(PooledBackward):
 
 
 class AveragedBackward(PooledBackward):
-    """HART: every step's current gets mean_t(dL/dO[t] s(U[t] - V_th)), with the surrogate s.
+    """HART: give the current of every step the gradient mean_t(dL/dO[t] s(U[t] - V_th)), with the surrogate s.
 
-    A wide s makes it a matter of rates, a narrow one of times; the paper searches the width of a triangle. Source: Hao
-    et al., "Threaten Spiking Neural Networks through Combining Rate and Temporal Information", ICLR 2024.
+    With a wide s the gradient depends on firing rates, with a narrow one on spike times; the paper searches the width
+    of a triangular s. Source: Hao et al., "Threaten Spiking Neural Networks through Combining Rate and Temporal
+    Information", ICLR 2024.
     """
 
     def __init__(self, neuron: LIF, surrogate: Surrogate) -> None:
@@ -100,12 +104,15 @@ class AveragedBackward(PooledBackward):
 
 
 class SpreadBackward(OtherBackward):
-    """PDSG: a surrogate as wide as a channel's potentials spread; the formula is in `attack_graph.adaptive`."""
+    """PDSG: a Gaussian surrogate with the standard deviation of the channel's membrane potentials.
+
+    The module `attack_graph.adaptive` has the formula.
+    """
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
     ) -> tuple[Tensor, list[LIFState]]:
-        potentials: list[Tensor] = []  # by the time that a backward pass asks for slopes, those of all steps
+        potentials: list[Tensor] = []  # filled after the forward pass, before a backward pass reads it
 
         def surrogate(t: int) -> Surrogate:
             return Surrogate(PDSG, lambda v: _gaussian(v, torch.stack(potentials[: t + 1])), math.inf)
@@ -117,10 +124,10 @@ class SpreadBackward(OtherBackward):
 
 
 def _gaussian(v: Tensor, potentials: Tensor) -> Tensor:
-    """dO/dU [B, C, ...] or [B, N] from the potentials [t, B, ...] so far."""
-    over = (0, *range(3, potentials.ndim)) if potentials.ndim > 3 else (0, 2)
+    """Return dO/dU [B, C, ...] or [B, N] at v = U - V_th, from the potentials [t, B, ...] of steps 1 to t."""
+    axes = (0, *range(3, potentials.ndim)) if potentials.ndim > 3 else (0, 2)
     std = (
-        torch.zeros(()) if math.prod(potentials.shape[i] for i in over) == 1 else potentials.std(over, keepdim=True)[0]
+        torch.zeros(()) if math.prod(potentials.shape[i] for i in axes) == 1 else potentials.std(axes, keepdim=True)[0]
     )
     s = torch.where(std > 0, std, 1.0)
     return torch.exp(-((v / s - 0.5) ** 2) / 2) / (s * math.sqrt(2 * math.pi))

@@ -1,4 +1,4 @@
-"""Conditions without gradients: noise and queries, each registered under the name that tiers use."""
+"""Conditions that use no gradient: noise and the Square attack, each registered under the name that tiers use."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -15,18 +15,18 @@ from mpdsgr_deploy.recipe import Attack
 
 
 def uniform(x: NDArray[np.float32], *, eps: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """x + U(-eps, eps) per pixel, clipped to [0, 1]."""
+    """Return x + U(-eps, eps) per pixel, clipped to [0, 1]; x [..., C, H, W] in [0, 1]."""
     return np.clip(x + rng.uniform(-eps, eps, x.shape).astype(np.float32), 0, 1)
 
 
 def gaussian(x: NDArray[np.float32], *, std: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """x + N(0, std^2) per pixel, clipped to [0, 1]; not bounded by any eps."""
+    """Return x + N(0, std^2) per pixel, clipped to [0, 1]. The change has no L-infinity bound."""
     return np.clip(x + rng.normal(0, std, x.shape).astype(np.float32), 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Condition):
-    """Random perturbations, than which no attack may be weaker."""
+    """Random perturbations; an attack that breaks fewer images than these is broken itself."""
 
     kind: ClassVar[Kind] = "noise"
 
@@ -39,13 +39,13 @@ class Noise(Condition):
 
     @abstractmethod
     def perturb(self, image: Floats, rng: np.random.Generator) -> Floats:
-        """Return one image [C, H, W] with noise of `rng`."""
+        """Return an image [C, H, W] with noise drawn from `rng`."""
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(Noise):
-    """Normal noise, which no eps bounds."""
+    """Normal noise, without an L-infinity bound."""
 
     method: ClassVar[str] = "gaussian"
 
@@ -66,7 +66,7 @@ class Gaussian(Noise):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Noise):
-    """Uniform noise in the ball of eps."""
+    """Uniform noise in the L-infinity ball of radius eps."""
 
     method: ClassVar[str] = "uniform"
 
@@ -81,7 +81,7 @@ class Uniform(Noise):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Square(Condition):
-    """Random search on the network's answers alone."""
+    """Random search that uses only the network's logits."""
 
     method: ClassVar[str] = "square"
     kind: ClassVar[Kind] = "query"

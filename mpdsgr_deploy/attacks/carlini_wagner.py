@@ -1,4 +1,4 @@
-"""The attack of Carlini & Wagner in the L2 norm (arXiv 1608.04644): the nearest image that fools the network."""
+"""The attack of Carlini & Wagner in the L2 norm (arXiv 1608.04644): search the nearest image that fools a network."""
 
 from array_api_compat import array_namespace, device
 
@@ -18,12 +18,15 @@ def cw_l2(
     lr: float = 0.05,
     constant: float = 1.0,
 ) -> Array:
-    """Adversarial images near x [B, C, H, W] in [0, 1] with classes y [B]; x itself if none was found.
+    """Return adversarial images near x [B, C, H, W] in [0, 1] with classes y [B]; x itself where none was found.
 
-    `margin` is a Differentiable whose loss is the best wrong logit minus the true one: positive once fooled. Minimises
-    |x' - x|^2 + c max(-margin, 0) by Adam in x' = (1 + tanh w) / 2, which keeps x' in [0, 1]; the weight c is searched
-    per image over `searches` runs of `steps`: multiplied by 10 until it fools the network, then halved in between. What
-    it finds lies at the boundary, so a stochastic network may answer it rightly again under other noise.
+    margin: a Differentiable whose loss is the largest wrong logit minus the true one, so a positive loss means that
+    the network is fooled. lr: learning rate of Adam. constant: first value of the weight c.
+
+    Adam minimises |x' - x|^2 + c max(-margin, 0) over w, where x' = (1 + tanh w) / 2 keeps x' in [0, 1]. The weight c
+    is searched per image in `searches` runs of `steps` steps: it is multiplied by 10 until the network is fooled, then
+    found by bisection. Results lie close to the decision boundary, so a stochastic network may classify them correctly
+    under other noise.
     """
     xp = array_namespace(x)
     start = xp.atanh((2 * x - 1) * BOX)

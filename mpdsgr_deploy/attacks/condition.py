@@ -1,8 +1,8 @@
-"""The conditions of an evaluation: ways to turn clean images into attacked ones, described by their fields.
+"""The conditions of an evaluation: each is one way to turn clean images into attacked images.
 
-A condition is a frozen dataclass. Its class says how images are attacked and is registered under a name; its fields say
-with which bound, surrogate, loss and effort. `attacks.conditions` holds the classes of this package, `attacks.tiers`
-the lists that evaluations are made of.
+A condition is a frozen dataclass. Its class implements the attack and is registered under a name; its fields set the
+bound, the surrogate, the loss and the number of steps. `attacks.conditions` and the other modules whose names end in
+conditions hold the classes of this package; `attacks.tiers` lists the conditions of each evaluation.
 """
 
 from abc import ABC, abstractmethod
@@ -22,8 +22,8 @@ Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
 Generators = list[np.random.Generator]  # one per image of a batch
 
-# noise: random, no attack. gradient: follows the gradient of the network under test. transfer: images made on another
-# network. query: asks the network under test, without its gradient.
+# noise: random changes. gradient: follows the gradient of the network under test. transfer: attacks another network and
+# tests its images on this one. query: uses the logits of the network under test, without its gradient.
 Kind = Literal["noise", "gradient", "transfer", "query"]
 
 CLEAN, GAUSSIAN, UNIFORM, FGSM, BIM, PGD, STRONG = "clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "pgd-strong"
@@ -32,11 +32,11 @@ APGD_T, FAB_T, MPD_APGD, TRANSFER, WORST = "apgd-t", "fab-t", "mpd-apgd", "trans
 
 
 class Network(Protocol):
-    """A network under attack: a Predictor that can be differentiated as its attackers please.
+    """A network under attack: a Predictor that attackers can differentiate through any surrogate and loss.
 
-    `stochastic`: it draws noise, and gradients are averages over `draws` of it. What `attacker` and `adaptive` return
-    can be used inside the with block that opens it. loss: "ce", "dlr" or "margin"; or "weighted", where calls take
-    weights [B, K] in the place of classes and the loss is weights . logits.
+    stochastic: whether the network draws noise; gradients are then averages over `draws` evaluations. The objects that
+    `attacker` and `adaptive` return are usable inside a with block that opens them. loss: "ce", "dlr" or "margin"; or
+    "weighted", for which calls take weights [B, K] instead of classes, and the loss is weights . logits.
     """
 
     @property
@@ -69,9 +69,10 @@ class Batch(NamedTuple):
 
 
 class Attacked(NamedTuple):
-    """Attacked images [B, C, H, W], and what they cost together: gradients of images, or queries of a black-box attack.
+    """Attacked images [B, C, H, W], and the cost of the whole batch.
 
-    zero and not_finite count the gradients that were no use to the attack.
+    evaluations: gradients, or queries of an attack without gradients, counted per image. zero and not_finite count the
+    gradients that the attack could not use.
     """
 
     images: Floats
@@ -82,16 +83,17 @@ class Attacked(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Condition(ABC):
-    """One condition of an evaluation, complete: two with equal fields attack the same images in the same way.
+    """One condition of an evaluation. Two conditions with equal fields attack the same images in the same way.
 
-    eps: the L-infinity bound, None where there is none. surrogate: through which a network is differentiated, None
-    where it is not. restarts: random starts. rank: place in the order in which accuracy must not rise (check 2), None
-    for conditions outside it. draws: over how many draws of its noise a stochastic network's gradient is averaged.
-    keep: as of `pgd`. seed, stream (default: the name): what random numbers depend on beside the image's place. sender:
-    the other network on which a transferred attack is made, by the name that the suite has for it.
+    eps: the L-infinity bound, None if the attack has none. surrogate: the surrogate through which a network is
+    differentiated, None for attacks without gradients. restarts: number of random starts. rank: position in the order
+    of attack strength, in which accuracy must not rise (health check 2); None for conditions outside this order.
+    draws: number of noise draws over which a stochastic network's gradient is averaged. keep: see `pgd`. seed, stream
+    (default: the name): what random numbers depend on besides the image's place in the test set. sender: for a
+    transferred attack, the suite's name of the other network on which the images are made.
     """
 
-    method: ClassVar[str]  # the name it is registered under
+    method: ClassVar[str]  # the name under which the class is registered
     kind: ClassVar[Kind]
 
     name: str
@@ -109,44 +111,44 @@ class Condition(ABC):
 
     @classmethod
     def recipe_values(cls, attack: Attack) -> dict[str, Any]:
-        """The fields that the recipe sets where a tier does not."""
+        """Return the fields that the recipe sets unless a tier sets them."""
         return {"eps": attack.eps}
 
     @property
     def bound(self) -> float:
-        """The eps of a condition that has one."""
+        """The L-infinity bound; only for conditions that have one."""
         assert self.eps is not None, f"{self.name} has no eps"
         return self.eps
 
     @property
     @abstractmethod
     def settings(self) -> str:
-        """Describe the attack's strength for people. It is derived from the fields: equal text means equal strength."""
+        """The attack's strength, in words. The text is derived from the fields, so equal text means equal strength."""
 
     @property
     def swept(self) -> bool:
-        """Whether it is a strong white-box attack, of which there is one per surrogate."""
+        """Whether this is one of the strong white-box attacks that are repeated for every surrogate."""
         return self.kind == "gradient" and self.method in ("strong-pgd", "sa-pgd")
 
     @property
     def cost(self) -> int:
-        """Gradients per image at most, as an estimate of its time; three queries count as one."""
+        """Upper bound on the gradients per image, which estimates run time; three queries count as one gradient."""
         return 0
 
     @abstractmethod
     def target(self, network: Network) -> AbstractContextManager[Any]:
-        """What the attack asks: the network itself, or an attacker of it. Opened for a with block."""
+        """Return a context manager that yields what `attack` evaluates: the network itself, or gradients of it."""
 
     @abstractmethod
     def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
-        """Attack a batch. All random numbers come from `generators`, each image's own."""
+        """Attack a batch. All random numbers of an image come from its own generator in `generators`."""
 
     def faults(self, clean: Floats, attacked: Floats) -> list[str]:
-        """Return how attacked images [B, C, H, W] break rules of this attack other than eps and [0, 1]."""
+        """Return in which ways attacked images [B, C, H, W] violate rules of this attack, beyond eps and [0, 1]."""
         return []
 
     def generators(self, batch: Batch) -> Generators:
-        """Make generators that depend on the seed, the condition's stream and the place of each image alone."""
+        """Return a random generator per image, which depends only on the seed, the stream and the image's place."""
         stream = (self.stream or self.name).encode()
         return [np.random.default_rng((self.seed, place, *stream)) for place in batch.places.tolist()]
 
@@ -170,5 +172,5 @@ def register(condition: C) -> C:
 
 
 def starts(generators: Generators) -> Draw:
-    """U(-1, 1) per pixel, drawn from each image's own generator, as `pgd` asks for random starts."""
+    """Return a `pgd.Draw` of random starts: U(-1, 1) per pixel, from each image's own generator."""
     return lambda shape: np.stack([rng.uniform(-1, 1, shape[1:]) for rng in generators]).astype(np.float32)

@@ -28,12 +28,12 @@ from mpdsgr_deploy.recipe import Attack
 from mpdsgr_deploy.surrogates import ADAPTIVE, with_resets
 
 KEPT: dict[Keep, str] = {"broken": "broken by any iterate", "worst": "the iterate of the largest loss"}
-ADAPTING = 32  # images at a time: an adaptive surrogate remembers two numbers per neuron, step and image
+ADAPTING = 32  # images attacked at once, since an adaptive surrogate stores two numbers per neuron, step and image
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientAttack(Condition):
-    """An attack that follows a gradient; subclasses say how it climbs."""
+    """An attack that follows a gradient; subclasses implement how it raises the loss."""
 
     kind: ClassVar[Kind] = "gradient"
 
@@ -56,7 +56,7 @@ class GradientAttack(Condition):
 
     @abstractmethod
     def climb(self, target: Any, batch: Batch, draw: Draw) -> Floats:
-        """Return attacked images. draw: the source of random starts."""
+        """Raise the loss of `target` for a batch and return attacked images. draw: the source of random starts."""
 
 
 @register
@@ -81,7 +81,7 @@ class FGSM(GradientAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class PaperPGD(GradientAttack):
-    """PGD as in papers: few steps of a fixed size, of which the last iterate counts."""
+    """PGD as papers report it: few steps of a fixed size, evaluated at the last iterate."""
 
     method: ClassVar[str] = "pgd"
 
@@ -111,7 +111,7 @@ class PaperPGD(GradientAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Transfer(PaperPGD):
-    """The same on another network, whose attacked images are tried on this one."""
+    """`PaperPGD` on another network, whose attacked images are tested on the network under evaluation."""
 
     method: ClassVar[str] = "transfer"
     kind: ClassVar[Kind] = "transfer"
@@ -120,7 +120,7 @@ class Transfer(PaperPGD):
 @register
 @dataclass(frozen=True, kw_only=True)
 class StrongPGD(GradientAttack):
-    """PGD with steps of eps/4 in which every iterate counts."""
+    """PGD with steps of eps/4, in which an image is broken if any iterate fools the network."""
 
     method: ClassVar[str] = "strong-pgd"
 
@@ -130,8 +130,8 @@ class StrongPGD(GradientAttack):
 
     @property
     def settings(self) -> str:
-        begun = "random start" if self.restarts == 1 else f"{self.restarts} random starts"
-        return f"eps {self.eps:.4g}, {self.steps} steps of eps/4, {begun}, {KEPT[self.keep]}, {self.through}"
+        start_text = "random start" if self.restarts == 1 else f"{self.restarts} random starts"
+        return f"eps {self.eps:.4g}, {self.steps} steps of eps/4, {start_text}, {KEPT[self.keep]}, {self.through}"
 
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
         adversarial = pgd(
@@ -150,7 +150,7 @@ class StrongPGD(GradientAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherResetsPGD(StrongPGD):
-    """Strong PGD through the same surrogate, with resets that subclasses detach or not, however it was trained."""
+    """Strong PGD through the same surrogate; subclasses choose attached or detached resets, whichever training used."""
 
     detached: ClassVar[bool]
 
@@ -167,7 +167,7 @@ class OtherResetsPGD(StrongPGD):
 @register
 @dataclass(frozen=True, kw_only=True)
 class DetachedPGD(OtherResetsPGD):
-    """Its gradient does not pass through resets, as in libraries that detach them."""
+    """Strong PGD whose gradient does not pass through resets, as in libraries that detach them."""
 
     method: ClassVar[str] = "strong-pgd-detached"
     detached: ClassVar[bool] = True
@@ -176,7 +176,7 @@ class DetachedPGD(OtherResetsPGD):
 @register
 @dataclass(frozen=True, kw_only=True)
 class AttachedPGD(OtherResetsPGD):
-    """Its gradient passes through resets, for networks that were trained with detached ones."""
+    """Strong PGD whose gradient passes through resets, for networks trained with detached resets."""
 
     method: ClassVar[str] = "strong-pgd-attached"
     detached: ClassVar[bool] = False
@@ -185,7 +185,7 @@ class AttachedPGD(OtherResetsPGD):
 @register
 @dataclass(frozen=True, kw_only=True)
 class AutoPGD(GradientAttack):
-    """PGD whose step size follows each image's loss."""
+    """APGD: PGD with a step size per image, which halves when the loss stops rising."""
 
     method: ClassVar[str] = "apgd"
 
@@ -202,7 +202,7 @@ class AutoPGD(GradientAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdaptivePGD(GradientAttack):
-    """SA-PGD through surrogates that adapt to each neuron's potentials."""
+    """SA-PGD through surrogates whose width follows each neuron's membrane potentials (ASSG)."""
 
     method: ClassVar[str] = "sa-pgd"
 
@@ -237,7 +237,7 @@ class AdaptivePGD(GradientAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class CarliniWagner(GradientAttack):
-    """CW-L2: an image counts as broken if it is fooled within the L2 distance `radius`."""
+    """CW-L2: an image is broken if an image within the L2 distance `radius` fools the network."""
 
     method: ClassVar[str] = "cw-l2"
 
@@ -265,5 +265,5 @@ class CarliniWagner(GradientAttack):
 
 
 def kept_iterate(keep: Keep) -> Literal["broken", "worst"]:
-    """Return which iterate to keep, for attacks that do not use the last one."""
+    """Return which iterate attacks keep that cannot keep the last one: "worst" for "worst", otherwise "broken"."""
     return "worst" if keep == "worst" else "broken"

@@ -1,4 +1,4 @@
-"""How many gradients an attack computed, and how many of them were no use to it."""
+"""Count the gradients that an attack computes, and those it cannot use because they are zero or not finite."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from mpdsgr_deploy.protocols import Array, Gradient, State
 
 
 class CountedGradients:
-    """A Differentiable (or Adaptive) that passes everything through and counts gradients per image.
+    """Wrap a Differentiable or Adaptive, and count the gradients per image that it returns.
 
-    samples: all of them; zero: those that vanish in every pixel; not_finite: those with a NaN or infinity.
+    samples: all gradients; zero: gradients that are zero in every pixel; not_finite: gradients with a NaN or infinity.
     """
 
     def __init__(self, target: Any) -> None:
@@ -24,21 +24,21 @@ class CountedGradients:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Return samples, zero and not_finite; all draws that a stochastic network averages count once."""
+        """The numbers samples, zero and not_finite. A gradient averaged over several noise draws counts once."""
         return self.samples, self.zero, self.not_finite
 
     def start(self, count: int) -> State:
-        """Return the initial state of the target for `count` images."""
+        """Return the target's initial surrogate state for `count` images."""
         return self._target.start(count)
 
     def step(self, x: Array, y: Array, state: State) -> tuple[Gradient, State]:
-        """Pass an evaluation of the target through, and count its gradients."""
+        """Evaluate the target with a surrogate state, and count its gradients."""
         answer, next_state = self._target.step(x, y, state)
         self._count(answer)
         return answer, next_state
 
     def _count(self, answer: Gradient) -> None:
-        flat = np.asarray(answer.gradient).reshape(len(answer.gradient), -1)
-        self.samples += len(flat)
-        self.zero += int((flat == 0).all(axis=1).sum())
-        self.not_finite += int((~np.isfinite(flat)).any(axis=1).sum())
+        per_image = np.asarray(answer.gradient).reshape(len(answer.gradient), -1)
+        self.samples += len(per_image)
+        self.zero += int((per_image == 0).all(axis=1).sum())
+        self.not_finite += int((~np.isfinite(per_image)).any(axis=1).sum())

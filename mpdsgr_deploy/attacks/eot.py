@@ -4,7 +4,10 @@ from mpdsgr_deploy.protocols import Array, Differentiable, Gradient
 
 
 def expectation(target: Differentiable, draws: int) -> Differentiable:
-    """Averages logits, loss and gradient over `draws` >= 1 evaluations of `target`, each with noise of its own."""
+    """Return a Differentiable that averages logits, loss and gradient over `draws` >= 1 evaluations of `target`.
+
+    Every evaluation of a stochastic target draws new noise.
+    """
 
     def average(x: Array, y: Array) -> Gradient:
         gradients = [target(x, y) for _ in range(draws)]

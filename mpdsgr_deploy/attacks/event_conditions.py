@@ -1,7 +1,8 @@
-"""Attacks on event frames as conditions of evaluations, bounded by a number of events in the place of eps.
+"""Attacks on event frames as conditions of evaluations, bounded by a number of events instead of eps.
 
-They count in no worst case within eps, since a change of one event is a change of a whole grey level; each has its own
-row, drop and floor. Two of them are comparable where their budgets are equal, which their settings say.
+The worst case within eps leaves them out, because a single event changes a pixel by a whole count. Each has its own
+row in reports and its own limits of the gate. Two of them are comparable if their budgets, part of their settings, are
+equal.
 """
 
 from abc import abstractmethod
@@ -23,20 +24,20 @@ from mpdsgr_deploy.surrogates import PDSG
 
 Target = tuple[Predictor, Sequence[Differentiable]]  # a network, and its gradients through each surrogate
 POLARITIES = 2  # channels of a frame
-NOTHING = -np.inf  # what an impossible edit promises
-TRUSTING = EventSearch(rounds=20, share=0.05)  # through each surrogate
-ASKING = (
+IMPOSSIBLE = -np.inf  # predicted gain of an impossible edit
+GRADIENT_SEARCH = EventSearch(rounds=20, share=0.05)  # trusts the gradient; made through each surrogate
+QUERY_SEARCHES = (
     EventSearch(rounds=8, share=0.2, candidates=10),
     EventSearch(rounds=8, share=None, candidates=10),
-)  # the last is SDA
+)  # these test each edit on the network; the last is SDA
 
 
 @dataclass(frozen=True, kw_only=True)
 class EventAttack(Condition):
-    """Make at most `budget` edits of events in frames that hold 0..levels of them; subclasses say which edits.
+    """Make at most `budget` edits of events in frames with counts 0..levels; subclasses define the edits.
 
-    Searches one after the other on what those before left: TRUSTING through `surrogate` and each of `others`, then each
-    of `asking` through `surrogate`.
+    Searches run one after the other on recordings that are still classified correctly: first GRADIENT_SEARCH, with
+    `steps` rounds, through `surrogate` and each of `others`, then each of `asking` through `surrogate`.
     """
 
     kind: ClassVar[Kind] = "gradient"
@@ -45,9 +46,9 @@ class EventAttack(Condition):
     budget: int
     levels: int = COUNT_CAP
     loss: str = "weighted"
-    steps: int = TRUSTING.rounds
+    steps: int = GRADIENT_SEARCH.rounds
     others: tuple[str, ...] = ("triangle:1", "superspike:5")
-    asking: tuple[EventSearch, ...] = ASKING
+    asking: tuple[EventSearch, ...] = QUERY_SEARCHES
 
     @classmethod
     def recipe_values(cls, attack: Attack) -> dict[str, Any]:
@@ -65,9 +66,9 @@ class EventAttack(Condition):
 
     @property
     def cost(self) -> int:
-        trusting = self.steps * (1 + len(self.others))
+        gradient_rounds = self.steps * (1 + len(self.others))
         queries = sum(s.candidates * s.rounds * (s.rounds + 1) // 2 for s in self.asking)
-        return (trusting + sum(s.rounds for s in self.asking)) * self.draws + queries // 3
+        return (gradient_rounds + sum(s.rounds for s in self.asking)) * self.draws + queries // 3
 
     @contextmanager
     def target(self, network: Network) -> Iterator[Target]:
@@ -77,10 +78,11 @@ class EventAttack(Condition):
             yield network, [stack.enter_context(way) for way in ways]
 
     def attack(self, target: Target, batch: Batch, generators: Generators) -> Attacked:
-        network, ways = _Asked(target[0]), [CountedGradients(way) for way in target[1]]
-        trusting = TRUSTING._replace(rounds=self.steps)
+        network, ways = _CountedQueries(target[0]), [CountedGradients(way) for way in target[1]]
+        gradient_search = GRADIENT_SEARCH._replace(rounds=self.steps)
         images, active = batch.x.copy(), np.arange(len(batch.y))
-        for way, search in [*((way, trusting) for way in ways), *((ways[0], search) for search in self.asking)]:
+        searches = [*((way, gradient_search) for way in ways), *((ways[0], search) for search in self.asking)]
+        for way, search in searches:
             x, y = batch.x[active], batch.y[active]
             images[active] = search_events(
                 network, way, x, y, self.propose, budget=self.budget, levels=self.levels, search=search
@@ -91,15 +93,15 @@ class EventAttack(Condition):
         gradients, zero, not_finite = (
             sum(values) * self.draws for values in zip(*(way.counts for way in ways), strict=True)
         )
-        return Attacked(images, gradients + network.asked, zero, not_finite)
+        return Attacked(images, gradients + network.queries, zero, not_finite)
 
     @abstractmethod
     def propose(self, counts: Counts, clean: Counts, slope: Floats, most_edits: int) -> list[Edit]:
-        """Propose edits, as an `event_search.Propose`."""
+        """Return at most `most_edits` possible edits, the most promising first; see `event_search.Propose`."""
 
     @abstractmethod
     def spent(self, change: Counts) -> Counts:
-        """Return the numbers [B] of edits between counts [B, C, H, W]; beyond any budget if no edits explain them."""
+        """Return the number of edits [B] that explain changes of counts [B, C, H, W]; above the budget if none do."""
 
     def faults(self, clean: Floats, attacked: Floats) -> list[str]:
         try:
@@ -113,14 +115,14 @@ class EventAttack(Condition):
 @register
 @dataclass(frozen=True, kw_only=True)
 class EventFlips(EventAttack):
-    """Events added and removed: SDA (Lun et al., CVPR 2025), which flips bits where frames are binary (levels = 1)."""
+    """Add and remove events, as SDA (Lun et al., CVPR 2025) does; for binary frames (levels = 1) this flips bits."""
 
     method: ClassVar[str] = "event-flips"
     edits: ClassVar[str] = "added or removed"
 
     def propose(self, counts: Counts, clean: Counts, slope: Floats, most_edits: int) -> list[Edit]:
-        gain = np.where(can_gain(counts, clean, self.levels), slope, NOTHING).ravel()
-        loss = np.where(can_lose(counts, clean), -slope, NOTHING).ravel()
+        gain = np.where(can_gain(counts, clean, self.levels), slope, IMPOSSIBLE).ravel()
+        loss = np.where(can_lose(counts, clean), -slope, IMPOSSIBLE).ravel()
         best = _best(np.concatenate([gain, loss]), most_edits).tolist()
         return [Edit(None, i) if i < gain.size else Edit(i - gain.size, None) for i in best]
 
@@ -131,10 +133,10 @@ class EventFlips(EventAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class EventRetiming(EventAttack):
-    """Events moved to another frame: every pixel and polarity keeps its number of events, so firing rates stay.
+    """Move events to other frames; every pixel and polarity keeps its number of events, so firing rates do not change.
 
-    The threat model is that of Yu et al., arXiv 2602.03284, with a number of moved events as the budget; the search is
-    `search_events`, not theirs. shift: by how many frames an event moves at most; None: by any number.
+    The threat model is that of Yu et al., arXiv 2602.03284, with the number of moved events as the budget; the search
+    is `search_events` instead of theirs. shift: the largest number of frames by which an event moves; None: no limit.
     """
 
     method: ClassVar[str] = "event-retiming"
@@ -149,13 +151,15 @@ class EventRetiming(EventAttack):
     def propose(self, counts: Counts, clean: Counts, slope: Floats, most_edits: int) -> list[Edit]:
         frames, width = _frames(counts), counts[0].size * POLARITIES  # [T, places]
         before, slopes = _frames(clean), _frames(slope)
-        give = np.where(can_lose(frames, before), -slopes, NOTHING)
-        take = np.where(can_gain(frames, before, self.levels), slopes, NOTHING)
+        gain_of_removal = np.where(can_lose(frames, before), -slopes, IMPOSSIBLE)
+        gain_of_addition = np.where(can_gain(frames, before, self.levels), slopes, IMPOSSIBLE)
         steps = np.arange(len(frames))
-        apart = np.abs(steps[:, None] - steps[None, :])
-        allowed = (apart > 0) & (apart <= (self.shift or len(frames)))
-        promise = np.where(allowed[:, :, None], give[:, None] + take[None], NOTHING)  # [from, to, place]
-        starts, ends, places = np.unravel_index(_best(promise.ravel(), most_edits), promise.shape)
+        distance = np.abs(steps[:, None] - steps[None, :])
+        allowed = (distance > 0) & (distance <= (self.shift or len(frames)))
+        predicted_gain = np.where(
+            allowed[:, :, None], gain_of_removal[:, None] + gain_of_addition[None], IMPOSSIBLE
+        )  # [from, to, place]
+        starts, ends, places = np.unravel_index(_best(predicted_gain.ravel(), most_edits), predicted_gain.shape)
         edits = zip((starts * width + places).tolist(), (ends * width + places).tolist(), strict=True)
         return [Edit(out, into) for out, into in edits]
 
@@ -165,27 +169,27 @@ class EventRetiming(EventAttack):
         return np.where(conserved, np.abs(change).sum((1, 2, 3)) // 2, self.budget + 1)
 
 
-class _Asked:
-    """A Predictor that counts the images it answers."""
+class _CountedQueries:
+    """A Predictor that counts the images it classifies."""
 
     def __init__(self, network: Predictor) -> None:
-        self._network, self.asked = network, 0
+        self._network, self.queries = network, 0
 
     def __call__(self, x: Floats) -> Floats:
-        self.asked += len(x)
+        self.queries += len(x)
         return self._network(x)
 
 
-def _best(promise: Floats, most_edits: int) -> Counts:
-    """Return the places of at most `most_edits` largest values, largest first, without impossible ones."""
-    count = min(most_edits, promise.size)
-    places = np.argpartition(-promise, count - 1)[:count]
-    ordered = places[np.lexsort((places, -promise[places]))]
-    return ordered[promise[ordered] > NOTHING]
+def _best(predicted_gain: Floats, most_edits: int) -> Counts:
+    """Return the indices of the `most_edits` largest values, largest first, without those of impossible edits."""
+    count = min(most_edits, predicted_gain.size)
+    places = np.argpartition(-predicted_gain, count - 1)[:count]
+    ordered = places[np.lexsort((places, -predicted_gain[places]))]
+    return ordered[predicted_gain[ordered] > IMPOSSIBLE]
 
 
 def _frames(values: Any) -> Any:
-    """[2 T, H, W] as [T, 2 H W]. Raises InputError for an odd number of channels."""
+    """Reshape [2 T, H, W] to [T, 2 H W]. Raises InputError for an odd number of channels."""
     if len(values) % POLARITIES:
         raise InputError(f"events move between frames of two channels each; this network has {len(values)} channels")
     return values.reshape(len(values) // POLARITIES, -1)

@@ -1,12 +1,13 @@
-"""Sparse changes of event frames: which events to add, remove or move so that a network errs, within a budget.
+"""Sparse attacks on event frames: which events to add, remove or move so that a network errs, within a budget.
 
 Frames hold whole numbers of events: counts 0..levels of T frames, channel 2 t + polarity, stored as count / levels.
-They stay so: every attacked image is a valid recording.
+Attacked frames do too, so every attacked image is a valid recording.
 
-Rounds propose the edits that the gradient promises most of, and either make them or first ask the network what each of
-them does alone and keep those that lower the margin (true logit minus the best wrong one). Once the network errs, a
-binary search drops the edits that did least as long as it still does. Asking is the generation and dropping the
-reduction of SDA (Lun et al., CVPR 2025, arXiv 2503.03272), here for counts and for moves as well as for flips.
+Each round proposes the edits with the largest gain according to the gradient. It either makes them, or first tests each
+edit alone on the network and makes those that lower the margin (true logit minus the largest wrong one). Once the
+network errs, a binary search undoes as many of the least effective edits as it can while the network still errs. The
+tests are the generation step and the undoing is the reduction step of SDA (Lun et al., CVPR 2025, arXiv 2503.03272),
+extended from flips to counts and moves.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,28 +23,28 @@ from mpdsgr_deploy.protocols import Differentiable, Predictor
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
-TRIALS = 256  # images asked for at once
+TRIALS = 256  # images classified at once
 
 
 class Edit(NamedTuple):
-    """One event less at place `out` of the flattened counts and one more at `into`; None: no such event."""
+    """Remove one event at index `out` of the flattened counts and add one at `into`; None: remove, or add, none."""
 
     out: int | None
     into: int | None
 
 
-# From counts, the clean counts and the gradient of the loss in each pixel, all [C, H, W], and how many are wanted, to
-# possible edits, the most promising one first.
+# Arguments: the counts now, the clean counts and the gradient of the loss, all [C, H, W], and the most edits to return.
+# Result: possible edits, the most promising first.
 Propose = Callable[[Counts, Counts, Floats, int], list[Edit]]
 
 
 class EventSearch(NamedTuple):
     """The settings of a search.
 
-    share: of the budget that a round spends at most; None: a round keeps all edits that help, and what is not needed is
-    dropped in the end (SDA). candidates: round r asks the network about r * candidates edits of every recording that
-    still stands, each alone; 0: it trusts the gradient. Many edits change nothing alone, since they cross no threshold,
-    and much together.
+    share: the largest share of the budget that one round spends; None: a round makes all edits that help, and the
+    reduction undoes those that are not needed (SDA). candidates: round r tests r * candidates edits of every recording
+    that is still classified correctly, each edit alone; 0: no tests, edits are chosen by the gradient. Many edits have
+    no effect alone, because no potential crosses the threshold, but a large effect together.
     """
 
     rounds: int
@@ -53,7 +54,10 @@ class EventSearch(NamedTuple):
 
 @dataclass
 class _Recording:
-    """One recording under attack: its counts now, and the edits that led there with what each gained alone."""
+    """One recording under attack: its counts now, the edits made so far, and the gain of each edit.
+
+    The gain is the decrease of the margin, or the decrease per edit of a round whose edits were not tested.
+    """
 
     clean: Counts
     y: int
@@ -63,14 +67,14 @@ class _Recording:
     fooled: bool = False
 
     def allows(self, edit: Edit, levels: int) -> bool:
-        """Whether an edit is possible beside those made."""
+        """Whether an edit is possible in addition to those made."""
         counts, clean = self.counts.ravel(), self.clean.ravel()
         out, into = edit
         leaves = out is None or bool(can_lose(counts[out], clean[out]))
         return leaves and (into is None or bool(can_gain(counts[into], clean[into], levels)))
 
     def without(self, dropped: int) -> Counts:
-        """Return the counts without the `dropped` edits that gained least."""
+        """Return the counts without the `dropped` edits of the smallest gains."""
         order = np.argsort(self.gains, kind="stable")[dropped:]
         return applied(self.clean, [self.edits[i] for i in sorted(order)])
 
@@ -86,11 +90,11 @@ def search_events(
     levels: int,
     search: EventSearch,
 ) -> Floats:
-    """Event frames x [B, C, H, W] of classes y [B] with at most `budget` edits each.
+    """Return event frames x [B, C, H, W] of classes y [B] with at most `budget` edits each.
 
-    gradients: the network's, of weighted logits ("weighted", see `attacks.condition.Network`). A recording that the
-    budget does not break comes back with the edits that gained most. Raises InputError for images that are not counts /
-    levels.
+    network: computes logits; gradients: the same network, differentiated with the loss "weighted" (see
+    `attacks.condition.Network`). A recording that is still classified correctly is returned with the `budget` edits of
+    the largest gains. Raises InputError for images that are not counts / levels.
     """
     recordings = [_Recording(counts, int(label), counts) for counts, label in zip(counts_of(x, levels), y, strict=True)]
     for number in range(1, search.rounds + 1):
@@ -112,31 +116,31 @@ def _round(
     search: EventSearch,
     number: int,
 ) -> None:
-    """Make the edits of one round."""
+    """Make the edits of round `number`, counted from 1, in place."""
     images, labels = _frames([r.counts for r in active], levels), np.array([r.y for r in active])
     before, weights = best_wrong(network(images), labels)
     slopes = np.asarray(gradients(images, weights).gradient)
     most = None if search.share is None else max(1, round(search.share * budget))
     most_edits = number * search.candidates if search.candidates else 2 * (budget if most is None else most)
     proposals = [propose(r.counts, r.clean, slope, most_edits) for r, slope in zip(active, slopes, strict=True)]
-    trusted = [[float(len(edits) - place) for place in range(len(edits))] for edits in proposals]
-    gains = _gains(network, active, proposals, before, levels) if search.candidates else trusted
-    made = [len(r.edits) for r in active]
+    ranks = [[float(len(edits) - place) for place in range(len(edits))] for edits in proposals]
+    gains = _gains(network, active, proposals, before, levels) if search.candidates else ranks
+    made_before = [len(r.edits) for r in active]
     for recording, edits, gained in zip(active, proposals, gains, strict=True):
         _keep(
             recording, edits, gained, len(edits) if most is None else min(most, budget - len(recording.edits)), levels
         )
     logits = network(_frames([r.counts for r in active], levels))
     gained_by_all = best_wrong(logits, labels).value - before
-    for recording, label, old, gain in zip(active, logits.argmax(1), made, gained_by_all, strict=True):
+    for recording, label, number_before, gain in zip(active, logits.argmax(1), made_before, gained_by_all, strict=True):
         recording.fooled = bool(label != recording.y)
-        new = len(recording.edits) - old
+        number_made = len(recording.edits) - number_before
         if not search.candidates:
-            recording.gains[old:] = [float(gain) / max(new, 1)] * new
+            recording.gains[number_before:] = [float(gain) / max(number_made, 1)] * number_made
 
 
 def counts_of(x: Floats, levels: int) -> Counts:
-    """Return the counts [B, C, H, W] of frames x. Raises InputError unless they are whole numbers of 0..levels."""
+    """Return the counts [B, C, H, W] of frames x. Raises InputError unless they are whole numbers in 0..levels."""
     scaled = x.astype(np.float64) * levels
     counts = np.rint(scaled).astype(np.int64)
     if np.abs(scaled - counts).max(initial=0) > 1e-3 or counts.min(initial=0) < 0 or counts.max(initial=0) > levels:
@@ -159,12 +163,15 @@ def applied(counts: Counts, edits: Sequence[Edit]) -> Counts:
 
 
 def can_lose(counts: Counts, clean: Counts) -> NDArray[np.bool_]:
-    """Which places have an event of the clean recording to lose; none of those that were given one."""
+    """Return where an event of the clean recording can be removed: not where an edit added one."""
     return (counts > 0) & (counts <= clean)
 
 
 def can_gain(counts: Counts, clean: Counts, levels: int) -> NDArray[np.bool_]:
-    """Which places have room for an event; none of those that lost one. So any subset of the edits made is valid."""
+    """Return where an event can be added: not where an edit removed one.
+
+    With `can_lose`, this keeps every subset of the edits made valid.
+    """
     return (counts < levels) & (counts >= clean)
 
 
@@ -175,7 +182,7 @@ def _frames(counts: Sequence[Counts], levels: int) -> Floats:
 def _gains(
     network: Predictor, active: Sequence[_Recording], proposals: Sequence[list[Edit]], before: Floats, levels: int
 ) -> list[list[float]]:
-    """Return by how much every proposed edit alone lowers the margin."""
+    """Return by how much each proposed edit alone lowers the margin."""
     trials = [(r, edit) for r, edits in zip(active, proposals, strict=True) for edit in edits]
     after: list[float] = []
     for start in range(0, len(trials), TRIALS):
@@ -187,7 +194,7 @@ def _gains(
 
 
 def _keep(recording: _Recording, edits: Sequence[Edit], gains: Sequence[float], most: int, levels: int) -> None:
-    """Make the edits that gain most, those that are still possible beside the others, at most `most`."""
+    """Make up to `most` edits with positive gains, largest first, leaving out those that others make impossible."""
     order = sorted((i for i, gain in enumerate(gains) if gain > 0), key=lambda i: -gains[i])
     for i in order:
         if most <= 0:
@@ -200,7 +207,7 @@ def _keep(recording: _Recording, edits: Sequence[Edit], gains: Sequence[float], 
 
 
 def _reduce(network: Predictor, fooled: Sequence[_Recording], levels: int) -> None:
-    """Drop the edits that gained least, as many as a binary search finds, while the network still errs."""
+    """Undo the edits of the smallest gains, as many as a binary search finds while the network still errs, in place."""
     low, high = [0] * len(fooled), [len(r.edits) for r in fooled]  # `low` can be dropped, `high` cannot
     while any(b - a > 1 for a, b in zip(low, high, strict=True)):
         middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]

@@ -1,4 +1,4 @@
-"""FAB-T, the targeted Fast Adaptive Boundary attack in the L-infinity norm: the smallest change that fools a network.
+"""FAB-T, the targeted Fast Adaptive Boundary attack, which minimises the L-infinity norm of the change.
 
 Source: Croce & Hein, arXiv 1907.02044; the targeted form and its settings are those of AutoAttack (arXiv 2003.01690).
 """
@@ -9,9 +9,9 @@ from mpdsgr_deploy.attacks.pgd import wide
 from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, Classes, Floats, difference, from_to, try_each_class
 from mpdsgr_deploy.protocols import Differentiable, Predictor
 
-MOST_TOWARDS_START = 0.1  # alpha_max: how far a step may mix in the projection of the clean image
-OVERSHOOT = 1.05  # eta: how far beyond the boundary a step goes, of the way to it
-KEPT_OF_CHANGE = 0.9  # beta: what is kept of a change that fools the network, to go on from nearer to the clean image
+MOST_TOWARDS_START = 0.1  # alpha_max: largest weight of the step that starts at the clean image
+OVERSHOOT = 1.05  # eta: length of a step, as a multiple of the distance to the boundary
+KEPT_OF_CHANGE = 0.9  # beta: factor by which a change that fools the network shrinks, to continue nearer to x
 
 
 def fab_t(
@@ -24,11 +24,12 @@ def fab_t(
     steps: int = 100,
     classes: int = CLASSES_AIMED_AT,
 ) -> Floats:
-    """Attacked images within eps for x [B, C, H, W] in [0, 1] with classes y [B], after steps * classes gradients each.
+    """Return adversarial images within eps of x [B, C, H, W] in [0, 1] with classes y [B].
 
-    network: answers; gradients: the same network with the loss "weighted". Every attempt starts at x and aims at one
-    of the likeliest wrong classes. An image is left alone once a change of at most eps fools the network; what it
-    never breaks comes back as x. With one class there is nothing to aim at.
+    network: computes logits; gradients: the same network, differentiated with the loss "weighted". Every attempt starts
+    at x and aims at one of the `classes` likeliest wrong classes, so an image costs at most steps * classes gradients.
+    An image is attacked no further once a change of at most eps fools the network; an image that is never fooled is
+    returned unchanged, as is every image of a network with a single class.
     """
 
     count = network(x[:1]).shape[1]
@@ -42,7 +43,10 @@ def fab_t(
 def _towards(
     network: Predictor, gradients: Differentiable, x: Floats, pairs: Classes, eps: float, steps: int, count: int
 ) -> Floats:
-    """Images x [B, C, H, W] of pairs [B, 2] moved across the boundary, where a change of at most eps does that."""
+    """Return images x [B, C, H, W], moved across the boundary where a change of at most eps suffices.
+
+    pairs [B, 2]: the true class and the class aimed at. count: number of classes K.
+    """
     adversarial, current, active = x.copy(), x.copy(), np.arange(len(x))
     for _ in range(steps):
         if not len(active):
@@ -59,7 +63,10 @@ def _towards(
 
 
 def _step(current: Floats, clean: Floats, gap: Floats, slope: Floats) -> Floats:
-    """Beyond the boundary of the network as it is linear at `current`, mixed with the same from the clean image."""
+    """Return the next iterate: steps beyond the linearised boundary from `current` and from `clean`, averaged.
+
+    gap [B]: logit of the class aimed at minus the true one at `current`; slope [B, C, H, W]: its gradient.
+    """
     flat = slope.reshape(len(slope), -1)
     offset = (flat * current.reshape(flat.shape)).sum(axis=1) - gap  # the boundary: flat . x = offset
     here, there = (
@@ -72,17 +79,17 @@ def _step(current: Floats, clean: Floats, gap: Floats, slope: Floats) -> Floats:
 
 
 def onto_plane(points: Floats, normals: Floats, offsets: Floats) -> Floats:
-    """The change of smallest largest entry that brings each of points [B, D] in [0, 1] onto normals . x = offsets.
+    """Return the change of smallest L-infinity norm that moves points [B, D] in [0, 1] onto planes within [0, 1].
 
-    normals [B, D], offsets [B]. The result stays in [0, 1]; where the plane does not meet that box, it is the change
-    that comes nearest to it.
+    The plane of a point is normals . x = offsets, with normals [B, D] and offsets [B]. If the plane does not meet
+    [0, 1]^D, the change is the one that comes nearest to it.
     """
     side = (normals * points).sum(axis=1) - offsets
     downhill = -np.sign(side)[:, None] * np.sign(normals)
     room = np.where(downhill > 0, 1 - points, np.where(downhill < 0, points, 0))
     order, weights = np.argsort(room, axis=1), np.abs(normals)
     rooms, heavy = (np.take_along_axis(values, order, axis=1).astype(np.float64) for values in (room, weights))
-    spent = np.cumsum(rooms * heavy, axis=1) - rooms * heavy  # by pixels whose room is smaller
+    spent = np.cumsum(rooms * heavy, axis=1) - rooms * heavy  # covered by pixels that reach 0 or 1 earlier
     moving = heavy[:, ::-1].cumsum(axis=1)[:, ::-1]
     reached = spent + moving * rooms >= np.abs(side)[:, None]
     first = np.where(reached.any(axis=1), reached.argmax(axis=1), rooms.shape[1] - 1)[:, None]
@@ -94,5 +101,5 @@ def onto_plane(points: Floats, normals: Floats, offsets: Floats) -> Floats:
 
 
 def _largest(change: Floats) -> Floats:
-    """Return the largest entry of each image's change [B]."""
+    """Return the L-infinity norm [B] of each image's change [B, C, H, W]."""
     return np.asarray(np.abs(change).reshape(len(change), -1).max(axis=1))

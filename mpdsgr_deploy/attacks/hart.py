@@ -1,13 +1,13 @@
-"""HART: adaptive steps along gradients that are averaged over time, through surrogates of several widths.
+"""HART: APGD along gradients that are averaged over time, through surrogates of several widths.
 
-    dL/dI[t] = mean over s of dL/dO[s] dO/dU(U[s] - V_th)          for the current I[t] of every step t alike
+    dL/dI[t] = mean over s of dL/dO[s] dO/dU(U[s] - V_th)          the same for the current I[t] of every step t
 
-No gradient passes through membrane, leak or reset. The wider the surrogate, the more the gradient is one of firing
-rates; the narrower, the more it depends on when a potential is near the threshold.
+No gradient passes through membrane, leak or reset. The wider the surrogate, the more the gradient depends on firing
+rates; the narrower, the more it depends on the steps in which a potential is near the threshold.
 
 Source: Hao et al., "Threaten Spiking Neural Networks through Combining Rate and Temporal Information", ICLR 2024. Their
-code goes through triangles and takes the width, between 0.1 and 2.5, that is best for the whole data set; here every
-image meets several widths in turn. They step as PGD does, here APGD does.
+code uses triangular surrogates of one width between 0.1 and 2.5, the best for the whole data set, and the steps of PGD.
+Here every image is attacked with several widths in turn, with the steps of APGD.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,11 +38,12 @@ def hart(
     draw: Draw | None = None,
     keep: Literal["broken", "worst"] = "broken",
 ) -> Array:
-    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B]: APGD on one target after the other.
+    """Return adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], by APGD on one target after the other.
 
-    targets: one network, differentiated through surrogates whose names end in "+averaged". draw, keep: as of `apgd`;
-    each target has a start of its own, drawn beforehand. "broken" leaves an image alone once a target is fooled. It
-    costs at most steps + 2 gradients per image and target.
+    targets: the same network, differentiated through surrogates whose names end in "+averaged". An image costs at most
+    steps + 2 gradients per target.
+    draw, keep: see `apgd`. Each target has its own random start; all starts are drawn in advance. With "broken", an
+    image that fools a target is attacked no further.
     """
     xp = array_namespace(x)
     offsets = [None if draw is None else draw(x.shape) for _ in targets]
@@ -67,7 +68,7 @@ def hart(
 @register
 @dataclass(frozen=True, kw_only=True)
 class HART(GradientAttack):
-    """`hart` through one kind of surrogate, for networks that were trained and exported here."""
+    """`hart` through one kind of surrogate, for networks that this package trained and exported."""
 
     method: ClassVar[str] = "hart"
 

@@ -1,16 +1,16 @@
-"""MPD-APGD: adaptive steps through surrogates whose tails reach the whole distribution of membrane potentials.
+"""MPD-APGD: adaptive steps through surrogates whose tails cover the whole distribution of membrane potentials (MPD).
 
-    dO/dU = 1 / (1 + k |U - V_th|)^2        a sharpness k per round
+    dO/dU = 1 / (1 + k |U - V_th|)^2        with a sharpness k per round
 
-The surrogate of training ends a window's width from the threshold, so a silent neuron far below it has no gradient and
-an attack cannot wake it. A tail that falls with the square of the distance gives every neuron a weak gradient, the
-weaker the further its potential lies from V_th. It takes many small steps to use it; a fixed step moves pixels past the
-threshold crossings that the gradient announces.
+The surrogate used in training is zero outside a window around the threshold. A silent neuron far below the threshold
+therefore has no gradient, and an attack cannot make it spike. A tail that falls with the square of the distance gives
+every neuron a gradient, which is weaker the further its potential lies from V_th. Using it takes many small steps: a
+large fixed step moves pixels past the threshold crossings that the gradient predicts.
 
-Rounds differ in what no single choice is best in for all images: SA-PGD's step (momentum and a size per pixel) or
-APGD's (a size per image, halved when the loss stops rising), the sharpness, the loss, and the class aimed at. Short
-rounds come first. How far they bring an image's margin down tells which images can be broken at all: only those get the
-long rounds, on which most gradients are spent. See benchmarks/MPD_APGD.md.
+No single choice of the following is best for all images, so rounds differ in them: the step of SA-PGD (momentum and a
+size per pixel) or of APGD (a size per image, halved when the loss stops rising), the sharpness, the loss, and the class
+aimed at. Short rounds come first. How much they lower an image's margin predicts whether it can be broken at all; only
+promising images get the long rounds, which cost most of the gradients. See benchmarks/MPD_APGD.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,22 +24,23 @@ from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.attacks.targets import likeliest_wrong
 from mpdsgr_deploy.protocols import Array, Differentiable, Gradient, State
 
-FIRST_STEP = 0.5  # of APGD, in units of eps
+FIRST_STEP = 0.5  # first step size of APGD, in units of eps
 
 
 class Through(NamedTuple):
-    """A way to differentiate the network: the k of superspike:k, and the loss."""
+    """A way to differentiate the network: the sharpness k of the surrogate superspike:k, and the loss."""
 
     sharpness: float
     loss: Literal["ce", "dlr"] = "ce"
 
 
 class Round(NamedTuple):
-    """One climb from a random start.
+    """One attack from a random start.
 
-    length: steps, in units of the attack's `steps`. near: an image meets the rounds that follow if the smallest margin
-    reached is at most this share of its margin without attack. aim: climbs minus the loss of a wrong class, by its rank
-    among them without attack (0: the likeliest); None: climbs the loss of the true class.
+    climb: the attack. length: its number of steps, in units of the attack's `steps`. near: an image takes part in the
+    following rounds if the smallest margin reached so far is at most this share of its margin without attack. aim: the
+    rank of the wrong class whose loss is minimised, by the logits without attack (0: the likeliest); None: the loss of
+    the true class is maximised.
     """
 
     climb: Literal["sa-pgd", "apgd"]
@@ -78,14 +79,16 @@ def mpd_apgd(
     draw: Draw | None = None,
     keep: Literal["broken", "worst"] = "broken",
 ) -> Array:
-    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B]: the rounds of a schedule, one by one.
+    """Return adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], by the rounds of a schedule in turn.
 
-    targets: one network, differentiated in all the ways that the schedule names. draw: as of `pgd`; every round starts
-    elsewhere. keep: "broken" drops an image from the batch as soon as it fools a target; "worst", for stochastic
-    targets, goes on with it. Either returns each image's iterate of the smallest margin among those that the rounds
-    returned, and drops images that come no nearer (see `Round`). It costs at most `gradients(steps, schedule)` per
-    image. Starting points are drawn beforehand, and nothing that happens to an image depends on another. A network with
-    one class cannot be fooled: x comes back. Raises KeyError for a way of differentiating that `targets` lacks.
+    targets: the same network, differentiated in every way that the schedule names. draw: see `pgd`; every round has its
+    own random start. keep: "broken" drops an image from the batch as soon as it fools a target; "worst", for stochastic
+    targets, continues with it. In both cases, images whose margin stays too large leave the batch (see `Round.near`),
+    and each image's result is the one of the smallest margin among the results of its rounds.
+
+    An image costs at most `gradients(steps, schedule)` gradients. All starts are drawn in advance, so an image's result
+    does not depend on the other images. A network with one class cannot be fooled, so x is returned unchanged. Raises
+    KeyError if `targets` lacks a way of differentiating.
     """
     xp = array_namespace(x)
     offsets = [None if draw is None else draw(x.shape) for _ in schedule]
@@ -112,7 +115,7 @@ def mpd_apgd(
 
 
 def gradients(steps: int, schedule: Sequence[Round] = SCHEDULE) -> int:
-    """Return the most gradients per image: those of each climb, one more to judge it, and one of the clean image."""
+    """Return the most gradients per image: one for x, and for each round those of its attack and one for its result."""
     return 1 + sum(steps * turn.length + 2 for turn in schedule)
 
 
@@ -128,7 +131,7 @@ def _climb(
     start: Draw | None,
     keep: Literal["broken", "worst"],
 ) -> Array:
-    """Attack images x of classes y in one round; `aims` [B] are the wrong classes of a round that aims."""
+    """Attack images x of classes y in one round. aims [B]: the wrong classes aimed at; None: the round aims at none."""
     classes, climbed = (y, target) if aims is None else (xp.stack([y, aims], axis=1), _Towards(target))
     length = steps * turn.length
     if turn.climb == "apgd":
@@ -137,14 +140,14 @@ def _climb(
 
 
 def _margin(xp: Array, logits: Array, y: Array) -> Array:
-    """Return the true logit minus the best wrong one [B], for at least two classes."""
+    """Return the true logit minus the largest wrong one [B], for logits [B, K] with K >= 2."""
     true = y[:, None] == xp.arange(logits.shape[1], device=device(logits))[None, :]
     best_wrong = xp.max(xp.where(true, -xp.inf, logits), axis=1)
     return xp.sum(xp.where(true, logits, xp.zeros_like(logits)), axis=1) - best_wrong
 
 
 class _Towards:
-    """Climbs minus the loss of the second class of pairs [B, 2]."""
+    """A Differentiable for pairs [B, 2], whose loss is minus the loss of the second class."""
 
     def __init__(self, target: Differentiable) -> None:
         self._target = target
@@ -155,7 +158,7 @@ class _Towards:
 
 
 class Still:
-    """A Differentiable as an Adaptive whose surrogates do not adapt."""
+    """Wrap a Differentiable as an Adaptive without a state: its surrogates do not adapt."""
 
     def __init__(self, target: Differentiable) -> None:
         self._target = target
@@ -168,5 +171,5 @@ class Still:
 
 
 def _constant(offsets: Array) -> Draw:
-    """A draw whose values in [-1, 1] are known beforehand."""
+    """Return a draw that yields these offsets in [-1, 1]."""
     return lambda shape: offsets

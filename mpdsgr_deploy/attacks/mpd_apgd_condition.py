@@ -22,7 +22,7 @@ TRANSFERRED: Schedule = (*QUICK, Round("apgd", Through(20), 1, near=0.25, aim=1)
 @register
 @dataclass(frozen=True, kw_only=True)
 class MPDAutoPGD(GradientAttack):
-    """Adaptive steps through heavy-tailed surrogates, round after round on the images that still stand."""
+    """`mpd_apgd` with a schedule: rounds of adaptive steps on images that are still classified correctly."""
 
     method: ClassVar[str] = "mpd-apgd"
 
@@ -80,7 +80,10 @@ class MPDAutoPGD(GradientAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class StrongTransfer(MPDAutoPGD):
-    """The same on another network that the caller names: one of one's own shows what a decoy hides."""
+    """MPD-APGD on another network, chosen by the caller, whose attacked images are tested on the one under evaluation.
+
+    A network of the caller's own reveals robustness that is only apparent because gradients of this one mislead.
+    """
 
     method: ClassVar[str] = "transfer-strong"
     kind: ClassVar[Kind] = "transfer"

@@ -1,7 +1,7 @@
-"""Projected gradient descent in the L-infinity ball; FGSM and BIM are its special cases.
+"""Projected gradient descent (PGD) in the L-infinity ball; FGSM and BIM are special cases.
 
-The projection stands outside the differentiated function (a clamp inside it would kill the gradient of saturated
-pixels) and every image stays in [0, 1].
+The projection is applied outside the differentiated function, because a clamp inside it would have a zero gradient at
+saturated pixels. Every image stays in [0, 1].
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from array_api_compat import array_namespace, device
 from mpdsgr_deploy.protocols import Array, Differentiable
 
 Keep = Literal["last", "broken", "worst"]
-Draw = Callable[[tuple[int, ...]], Array]  # a shape to values uniform in [-1, 1], of the same kind as the images
+Draw = Callable[[tuple[int, ...]], Array]  # from a shape to uniform values in [-1, 1], in the images' array type
 
 
 def pgd(
@@ -27,17 +27,21 @@ def pgd(
     keep: Keep = "last",
     restarts: int = 1,
 ) -> Array:
-    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B]: `steps` signed ascents of size `step`.
+    """Return adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after `steps` signed steps of `step`.
 
-    draw: where the random start comes from, eps times its values; None starts at x.
-    keep: which iterate is returned. "last"; or, since a later step may undo what an earlier one achieved, "broken": the
-    first that fools the target, for images where any does (they leave the batch, so it costs one evaluation more at
-    most and far fewer on a network that breaks); or "worst": the one of the largest loss. That is for stochastic
-    targets, where the first to fool some draws of the noise need not fool others.
-    restarts: how often all this is done, each time from another start. An image that one of them broke is left alone by
-    those after it; "worst" breaks nothing, but takes the largest loss of all. The starts of every image are drawn
-    beforehand, so that they depend on no other image's fate. Raises ValueError if there is no `draw` to tell several
-    restarts apart.
+    draw: gives the random start, x plus eps times its values; None starts at x.
+    keep: which iterate is returned.
+        "last": the last one.
+        "broken": the first one that fools the target, since a later step may undo that; the last one if none does. An
+        image leaves the batch once it fools the target. This takes one more evaluation at most, and far fewer if many
+        images are broken.
+        "worst": the one of the largest loss. It is meant for stochastic targets, where the first iterate that fools
+        some draws of the noise need not fool others.
+    restarts: number of runs, each from another start. With "last" and "broken", later runs leave out images that an
+    earlier run broke; "worst" takes the largest loss of all runs. All starts are drawn in advance, so that an image's
+    starts do not depend on the other images.
+
+    Raises ValueError for several restarts without `draw`, because all would start at x.
     Source: Madry et al., arXiv 1706.06083.
     """
     xp = array_namespace(x)
@@ -66,13 +70,14 @@ def pgd(
 def project(images: Array, x: Array, eps: float | Array) -> Array:
     """Return the nearest point to `images` that is in [0, 1] and within eps of x.
 
-    By the arrays' own `clip`: the array API's for numpy takes several times as long on small images.
+    It calls the `clip` method of the arrays, because array_api_compat's `clip` for numpy takes several times as long on
+    small images.
     """
     return (x + (images - x).clip(-eps, eps)).clip(0.0, 1.0)
 
 
 def begin(x: Array, eps: float, draw: Draw | None) -> Array:
-    """Return the start of an attack on x: a random point in its ball or, without a draw, x itself."""
+    """Return the start of an attack on x: a random point in its eps ball or, without a draw, x itself."""
     return x if draw is None else project(x + eps * draw(x.shape), x, eps)
 
 
@@ -82,14 +87,17 @@ def wide(per_image: Array) -> Array:
 
 
 def still_right(xp: Array, logits: Array, y: Array) -> Array:
-    """Which images are classified correctly [B]: logits [B, K]; y [B] classes, or pairs [B, 2] that begin with them."""
+    """Return whether logits [B, K] classify each image correctly [B].
+
+    y: the classes [B], or pairs [B, 2] of the true class and a class aimed at.
+    """
     return xp.argmax(logits, axis=1) == (y if y.ndim == 1 else y[:, 0])
 
 
 def _last(
     xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
 ) -> Array:
-    """PGD from `start`: its last iterate."""
+    """Return the last iterate of PGD from `start`."""
     adversarial = start
     for _ in range(steps):
         adversarial = project(adversarial + step * xp.sign(target(adversarial, y).gradient), x, eps)
@@ -99,7 +107,10 @@ def _last(
 def _until_broken(
     xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
 ) -> tuple[Array, Array]:
-    """PGD from `start` in which each image stops at its first iterate that fools the target; which never did [B]."""
+    """Run PGD from `start`, stopping each image at its first iterate that fools the target.
+
+    Returns the images, and whether each image never fooled the target [B].
+    """
     images = xp.asarray(start, copy=True)
     active = xp.arange(x.shape[0], device=device(x))  # images not broken yet
     adversarial = start
@@ -119,7 +130,7 @@ def _until_broken(
 def _largest_loss(
     xp: Array, target: Differentiable, starts: list[Array], x: Array, y: Array, eps: float, step: float, steps: int
 ) -> Array:
-    """PGD from each of `starts` in turn: each image's iterate of the largest loss."""
+    """Return each image's iterate of the largest loss over the PGD runs from all `starts`."""
     images = xp.asarray(starts[0], copy=True)
     largest = xp.full((x.shape[0],), -xp.inf, dtype=x.dtype, device=device(x))
     for adversarial in starts:

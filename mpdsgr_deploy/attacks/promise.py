@@ -1,4 +1,4 @@
-"""Measure a bundle's promise: how a network answers the test images, clean and under every attack of a tier."""
+"""Measure a bundle's promise: its network's accuracy on test images, without attack and under each attack of a tier."""
 
 from mpdsgr_deploy.attacks.condition import WORST, Floats, Network, Source
 from mpdsgr_deploy.attacks.resumable_run import Journal, classes_of
@@ -21,11 +21,11 @@ def promise(
     of: str,
     journal: Journal | None = None,
 ) -> tuple[Promise, Reference]:
-    """Attack `network` with all conditions of a tier, and with those of smaller tiers that differ from them.
+    """Attack `network` with all conditions of a tier, and with the conditions of smaller tiers that differ from these.
 
-    logits [N, K]: its answers to the clean images [N, C, H, W]; the caller adds those of other precisions. of: how
-    progress bars call the network. journal: keeps finished batches of the tier's own conditions. Raises InputError as
-    the attacks do.
+    logits [N, K]: the network's logits for the clean images [N, C, H, W]; the caller adds those of other precisions to
+    the returned Reference. of: name of the network in progress bars. journal: stores finished batches of the tier's own
+    conditions. Raises InputError if an attack does, for example for an unknown surrogate.
     """
     source = Source(network, trained_surrogate(recipe))
     size, seed = recipe.validation.batch_size, recipe.validation.seed

@@ -1,4 +1,4 @@
-"""Run conditions batch by batch: leave misclassified images alone, and keep finished batches on disk."""
+"""Run conditions batch by batch: skip images that are misclassified anyway, and keep finished batches on disk."""
 
 import hashlib
 import shutil
@@ -17,25 +17,25 @@ from mpdsgr_deploy.files import atomic_file, writing
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 
-NOT_FINITE = -1  # the class of an image for which the network has no finite answer
-ANSWERS = "answers.npy"  # the logits without attack, beside the finished batches
-VERDICTS = "verdicts.npz"  # in place of them once all are finished
+NOT_FINITE = -1  # the class of an image whose logits are not all finite
+ANSWERS = "answers.npy"  # the logits of the clean images, stored beside the finished batches
+VERDICTS = "verdicts.npz"  # replaces the batches once all conditions are finished
 
 
 class Journal:
     """Finished batches in a directory, so that an interrupted evaluation continues where it stopped.
 
-    identity: everything the result of a batch depends on; what was kept under another identity is not used.
+    identity: a text of everything that determines the result of a batch. Batches of another identity are not used.
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
         self._directory = directory / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def begin(self, logits: Floats) -> None:
-        """Drop what was kept unless the network still gives the logits [n, K] that it gave then, up to single spikes.
+        """Delete earlier batches unless the network's logits [n, K] equal those of that time, up to single spikes.
 
-        `identity` names what is under attack, but a server may have got another model since, or a library another
-        version. Raises InputError if the directory cannot be written.
+        `identity` alone does not show that a server has loaded another model or a library was updated. Raises
+        InputError if the directory cannot be written.
         """
         with writing(self._directory, "what was finished is kept"):
             if not self._answered_alike(logits):
@@ -52,7 +52,7 @@ class Journal:
         return before.shape == logits.shape and compare(before, logits).holds
 
     def get(self, name: str, rows: slice, shape: tuple[int, ...]) -> "Part | None":
-        """What `put` kept of images `rows`, `shape` [b, C, H, W]; None if missing, damaged or of another shape."""
+        """Return the batch `rows` that `put` stored; None if missing, damaged or not of `shape` [b, C, H, W]."""
         try:
             with np.load(self._file(name, rows.start), allow_pickle=False) as archive:
                 images, predicted, counts = archive["images"], archive["predicted"], archive["counts"]
@@ -67,7 +67,7 @@ class Journal:
             return None
 
     def put(self, name: str, part: "Part") -> None:
-        """Keep a batch. Raises InputError if the disk is full or the directory cannot be written."""
+        """Store a batch. Raises InputError if the disk is full or the directory cannot be written."""
         with writing(self._directory, "what was finished is kept"):
             self._directory.mkdir(parents=True, exist_ok=True)
         images, *counts = part.attacked
@@ -75,14 +75,17 @@ class Journal:
             np.savez(file, images=images, counts=np.array(counts, np.int64), predicted=part.predicted)
 
     def finish(self, verdicts: Mapping[str, NDArray[np.bool_]]) -> None:
-        """Keep verdicts [N] by condition in place of the batches they come from. Raises InputError as `put`."""
+        """Replace all batches by their verdicts [N] by condition.
+
+        Raises InputError if the disk is full or the directory cannot be written.
+        """
         with writing(self._directory, "what was finished is kept"), atomic_file(self._directory / VERDICTS) as file:
             np.savez(file, **verdicts)  # type: ignore[arg-type]  # numpy takes these names for its own options
         for batch in self._directory.glob("*-*.npz"):
             batch.unlink()
 
     def verdicts(self) -> dict[str, NDArray[np.bool_]] | None:
-        """Return the verdicts that `finish` kept; None if missing or damaged."""
+        """Return the verdicts that `finish` stored; None if missing or damaged."""
         try:
             with np.load(self._directory / VERDICTS, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
@@ -94,7 +97,7 @@ class Journal:
 
 
 class Part(NamedTuple):
-    """One batch under one condition: images [b, C, H, W] and the classes [b] the network takes them for."""
+    """One batch under one condition: attacked images [b, C, H, W] and the classes [b] predicted for them."""
 
     rows: slice
     attacked: Attacked
@@ -111,10 +114,10 @@ def run(
     batch_size: int,
     journal: Journal | None = None,
 ) -> Iterator[Part]:
-    """Images x [N, C, H, W] with classes y [N] under a condition, in batches; the suite's network judges them after it.
+    """Attack images x [N, C, H, W] with classes y [N] under a condition, and yield the batches.
 
-    clean [N]: what it takes the images for as they are. Attacks leave alone what it gets wrong anyway, which is broken
-    already; noise takes all.
+    The suite's network classifies the attacked images. clean [N]: the classes that it predicts for x. Images that it
+    misclassifies without attack count as broken and are not attacked; noise is added to all images.
     """
     with ExitStack() as stack:
         attack = None  # opened once there is an image to attack
@@ -136,7 +139,10 @@ def run(
 def _attacked_rows(
     attack: Callable[[Batch], Attacked] | None, batch: Batch, chosen: Classes, before: Classes, network: Predictor
 ) -> tuple[Attacked, Classes]:
-    """The batch with the `chosen` rows attacked, and what the network takes all of it for; attack: None without any."""
+    """Return the batch with the rows `chosen` attacked, and the classes predicted for the whole batch.
+
+    before: the predicted classes without attack. attack: None if no image was to be attacked so far.
+    """
     images, predicted = batch.x.copy(), before.copy()
     if attack is None or not len(chosen):
         return Attacked(images), predicted
@@ -147,12 +153,12 @@ def _attacked_rows(
 
 
 def classes_of(logits: Floats) -> Classes:
-    """The class of the largest logit of each row of logits [n, K]; NOT_FINITE where one of them is NaN or infinite."""
+    """Return the class of the largest logit of each row of logits [n, K]; NOT_FINITE if the row has NaN or infinity."""
     return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), NOT_FINITE)
 
 
 def gather(parts: list[Part]) -> tuple[Attacked, Classes]:
-    """Join all parts: images and costs, and the predicted classes."""
+    """Join parts into the attacked images with their summed costs, and the predicted classes [N]."""
     counts = np.sum([part.attacked[1:] for part in parts], axis=0)
     attacked = Attacked(np.concatenate([part.attacked.images for part in parts]), *map(int, counts))
     return attacked, np.concatenate([part.predicted for part in parts])

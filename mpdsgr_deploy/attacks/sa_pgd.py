@@ -1,10 +1,10 @@
-"""SA-PGD (Wang et al., arXiv 2512.22522): momentum and a step size per pixel, for gradients that are imprecise.
+"""SA-PGD (Wang et al., arXiv 2512.22522): momentum and a step size per pixel, for imprecise gradients.
 
     m <- m / 2 + h    w <- 0.8 w + h^2 / mean(h^2)    h = gradient / mean |gradient|
     x <- project(x + eta clip(m / sqrt(w), -1, 1))
 
-with their published settings; eta starts at eps and halves at the checkpoints of APGD. It is made for surrogates that
-adapt during the attack (ASSG, see `attack_graph.adaptive`), whose state it carries from step to step.
+The settings are the published ones; eta starts at eps and halves at the checkpoints of APGD. SA-PGD was designed for
+surrogates that adapt during the attack (ASSG, see `attack_graph.adaptive`); it passes their state from step to step.
 """
 
 from typing import Literal, NamedTuple
@@ -26,9 +26,9 @@ def sa_pgd(
     draw: Draw | None = None,
     keep: Literal["broken", "worst"] = "broken",
 ) -> Array:
-    """Adversarial images for x [B, C, H, W] in [0, 1] with classes y [B], after steps + 1 gradients an image at most.
+    """Return adversarial images for x [B, C, H, W] in [0, 1] with classes y [B].
 
-    draw, keep: as of `apgd`.
+    An image costs at most steps + 1 gradients. draw, keep: see `apgd`.
     """
     xp = array_namespace(x)
     start = begin(x, eps, draw)
@@ -39,7 +39,7 @@ def sa_pgd(
     eta, checks = eps, checkpoints(steps)
     for number in range(steps + 1):
         answer, adapted = target.step(state.current, state.y, adapted)
-        state = _seen(xp, state, answer)
+        state = _with_best(xp, state, answer)
         gradient = answer.gradient
         if keep == "broken" and xp.any(broken := ~still_right(xp, answer.logits, state.y)):
             adversarial[state.index[broken]] = state.current[broken]
@@ -59,21 +59,22 @@ def sa_pgd(
 
 
 class _Progress(NamedTuple):
-    """The images still under attack; [B] or [B, C, H, W]."""
+    """The images still under attack; every array is [B], or [B, C, H, W] for images."""
 
-    index: Array  # place in the batch that was handed in
+    index: Array  # position in the batch that was passed to `sa_pgd`
     x: Array
     y: Array
     current: Array
-    best: Array  # where the loss was largest
-    largest: Array
+    best: Array  # the iterate of the largest loss
+    largest: Array  # loss at `best`
 
     def only(self, chosen: Array) -> "_Progress":
-        """The images where `chosen` [B]."""
+        """Return the images for which `chosen` [B] is true."""
         return _Progress(*(part[chosen] for part in self))
 
 
-def _seen(xp: Array, state: _Progress, answer: Gradient) -> _Progress:
+def _with_best(xp: Array, state: _Progress, answer: Gradient) -> _Progress:
+    """Update the iterate of the largest loss with the current one."""
     higher = answer.loss > state.largest
     return state._replace(
         best=xp.where(wide(higher), state.current, state.best),
@@ -82,6 +83,6 @@ def _seen(xp: Array, state: _Progress, answer: Gradient) -> _Progress:
 
 
 def _mean(xp: Array, values: Array) -> Array:
-    """Return each image's mean [B, 1, 1, 1]; 1 where it is 0, because its dividend is 0 there too."""
+    """Return each image's mean [B, 1, 1, 1] as a divisor of `values`: 1 where the mean of non-negative values is 0."""
     mean = xp.mean(values, axis=(1, 2, 3), keepdims=True)
     return xp.where(mean > 0, mean, xp.ones_like(mean))

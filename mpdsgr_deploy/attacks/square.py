@@ -1,7 +1,6 @@
 """The Square attack in the L-infinity ball (Andriushchenko et al., arXiv 1912.00049): random search, no gradient.
 
-It asks the artefact itself, so that neither a surrogate nor a missing gradient can mislead it. numpy alone, as
-predictors are.
+It evaluates only the artefact's logits, so neither a surrogate nor a missing gradient can mislead it.
 """
 
 from bisect import bisect_left
@@ -16,18 +15,18 @@ from mpdsgr_deploy.protocols import Predictor
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-P_INIT = 0.8  # share of the image that the first squares cover
-HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # proposals, of 10,000, after which the share halves
-CHUNK = 64  # proposals whose random words are made at once
+P_INIT = 0.8  # share of the image's pixels that the first squares cover
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # proposals of 10,000 after which the share halves
+CHUNK = 64  # proposals for which random words are generated at once
 
 
 class SquareState(NamedTuple):
-    """How far an attack has come."""
+    """The state, and finally the result, of an attack."""
 
-    images: Floats  # [B, C, H, W], the best found so far: where the network is fooled, or else nearest to it
-    margin: Floats  # [B], the true logit minus the best wrong one there
-    standing: NDArray[np.bool_]  # [B], not fooled yet
-    queries: Ints  # [B], spent on each image
+    images: Floats  # [B, C, H, W], the image that fools the network, or else the one of the smallest margin
+    margin: Floats  # [B], the true logit minus the largest wrong one at `images`
+    standing: NDArray[np.bool_]  # [B], whether the image is still classified correctly
+    queries: Ints  # [B], number of queries
 
 
 def square(
@@ -40,16 +39,18 @@ def square(
     seed: int = 0,
     indices: Ints | None = None,
 ) -> SquareState:
-    """Attack x [B, C, H, W] in [0, 1] with classes y [B] by at most `queries` questions an image.
+    """Attack x [B, C, H, W] in [0, 1] with classes y [B] by at most `queries` queries per image.
 
-    The first question is the image itself, the second vertical stripes of +-eps, the others squares of +-eps. One is
-    kept if it lowers the margin or leaves it as it is: a small spiking network answers many changes with the very same
-    logits, and only who moves on such a plateau finds its edge. (Digits, 1000 queries: with 2 steps and an eighth of
-    the width 30 % of the images survive in place of 41 %; with 4 steps at full width there is no difference.) The share
-    of the image that a square covers falls by a schedule made for 10,000 queries and rescaled to fewer. An image leaves
-    the batch once fooled.
-    indices [B]: each image's number in the data set (None: 0, 1, ...). Its random choices depend on that and the seed
-    alone, never on its neighbours.
+    The first query is the image itself, the second adds vertical stripes of +-eps, the others propose squares of +-eps.
+    A proposal is accepted if it lowers the margin or leaves it unchanged: a small spiking network gives the same logits
+    for many changes, and a search that does not move on such a plateau never reaches its edge. (On digits with 1000
+    queries, accepting equal margins lowers the share of unbroken images from 41 % to 30 % for a network of 2 time steps
+    and an eighth of the width; for 4 time steps at full width it makes no difference.) The share of the image that a
+    square covers falls by the published schedule for 10,000 queries, rescaled for fewer. An image leaves the batch once
+    the network is fooled.
+
+    indices [B]: each image's number in the data set; None: 0, 1, .... The random choices for an image depend only on
+    its number and the seed.
     """
     numbers = np.arange(len(x)) if indices is None else indices
     state = _begin(predictor, x, y, eps, seed, numbers)
@@ -63,12 +64,12 @@ def square(
 
 
 def share(step: int, queries: int) -> float:
-    """Return the share of the image that a square covers at proposal `step`, in an attack of so many queries."""
+    """Return the share of the image that a square covers at proposal `step` of an attack with `queries` queries."""
     return P_INIT / 2 ** bisect_left(HALVINGS, step * max(1.0, 10_000 / queries))
 
 
 def _begin(predictor: Predictor, x: Floats, y: Ints, eps: float, seed: int, numbers: Ints) -> SquareState:
-    """Make the first two queries: the images themselves, then stripes on those that the network gets right."""
+    """Make the first two queries: the images, then stripes on the images that are classified correctly."""
     count, channels, _, width = x.shape
     margin, standing = _judge(predictor(x), y)
     state = SquareState(x.copy(), margin, standing, np.ones(count, np.int64))
@@ -93,7 +94,10 @@ def _propose(
     words: NDArray[np.uint64],
     share: float,
 ) -> None:
-    """One square on each active image, in place; words [A, 2 + C / 64 or more]."""
+    """Propose one square on each of the A active images, in place.
+
+    words [A, 2 + ceil(C / 64) or more]: the random row, column and signs. share: share of the image that is covered.
+    """
     _, channels, height, width = x.shape
     side = max(1, round((share * height * width) ** 0.5))
     rows, columns = (_window(word, length, side) for word, length in zip(words.T[:2], (height, width), strict=True))
@@ -101,7 +105,9 @@ def _propose(
     step = np.float32(eps) * _signs(words[:, 2:], channels)[:, :, None, None]
     clean, best = x[active], state.images[active]
     proposal = np.where(inside, project(clean + step, clean, eps), best)
-    idle = (proposal == best).all((1, 2, 3))  # a question not worth asking: the square is there already
+    idle = (proposal == best).all(
+        (1, 2, 3)
+    )  # the proposal changes nothing, so the square of the opposite signs is proposed
     proposal[idle] = np.where(inside[idle], project(clean[idle] - step[idle], clean[idle], eps), best[idle])
     margin, standing = _judge(predictor(proposal), y[active])
     better = (margin <= state.margin[active]) | ~standing
@@ -112,7 +118,10 @@ def _propose(
 
 
 def _judge(logits: Floats, y: Ints) -> tuple[Floats, NDArray[np.bool_]]:
-    """The margin of each image [B], and whether the network is right about it [B]. Of one class the margin is 0."""
+    """Return each image's margin [B] and whether it is classified correctly [B], for logits [B, K].
+
+    The margin is the true logit minus the largest wrong one; for K = 1 it is 0.
+    """
     if logits.shape[1] == 1:
         return np.zeros(len(logits), np.float32), np.ones(len(logits), bool)
     true = np.take_along_axis(logits, y[:, None], 1)[:, 0]
@@ -122,7 +131,7 @@ def _judge(logits: Floats, y: Ints) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def _window(words: NDArray[np.uint64], length: int, side: int) -> NDArray[np.bool_]:
-    """Which of `length` rows (or columns) [A, length] lie in a square whose place `words` [A] draw."""
+    """Return which of `length` rows or columns lie in a square [A, length], whose position is drawn from words [A]."""
     side = min(side, length)
     first = ((words >> np.uint64(11)) * 2.0**-53 * (length - side + 1)).astype(np.int64)[:, None]
     places = np.arange(length)
@@ -130,22 +139,22 @@ def _window(words: NDArray[np.uint64], length: int, side: int) -> NDArray[np.boo
 
 
 def _signs(words: NDArray[np.uint64], count: int) -> Floats:
-    """The first `count` bits of words [A, W] as -1 or 1 [A, count]."""
+    """Return the first `count` bits of words [A, W] as -1 or 1 [A, count]."""
     bits = np.arange(count)
     chosen = (words[:, bits // 64] >> (bits % 64).astype(np.uint64)) & np.uint64(1)
     return chosen.astype(np.float32) * 2 - 1
 
 
 class _Dice:
-    """The random words of each image's proposals, made for CHUNK of them at a time."""
+    """The random words of each image's proposals, generated for CHUNK proposals at a time."""
 
     def __init__(self, seed: int, numbers: Ints, channels: int) -> None:
         self._seed, self._numbers = seed, numbers
-        self._blocks = -(-(2 + -(-channels // 64)) // 4)  # of 4 words, Philox's step
+        self._blocks = -(-(2 + -(-channels // 64)) // 4)  # blocks of 4 words, in which Philox counts, per proposal
         self._chunk, self._words = -1, np.empty(0, np.uint64)
 
     def words(self, step: int, active: Ints) -> NDArray[np.uint64]:
-        """[A, 4 or more] for proposal number `step`: a row, a column, and signs."""
+        """Return the words [A, 4 or more] of proposal number `step`: a row, a column, and signs."""
         chunk, place = divmod(step, CHUNK)
         if chunk != self._chunk:
             per_image = CHUNK * self._blocks * 4
@@ -158,6 +167,9 @@ class _Dice:
 
 
 def _raw(seed: int, number: int, counter: tuple[int, int], count: int) -> NDArray[np.uint64]:
-    """Words of the image `number` from a place in its stream; numpy never changes what Philox gives (NEP 19)."""
+    """Return `count` words of the stream of image `number`, from `counter` on.
+
+    NEP 19 guarantees that Philox yields the same words in every version of numpy.
+    """
     place = np.array([counter[0], 0, 0, counter[1]], np.uint64)
     return np.random.Philox(key=np.array([seed, number], np.uint64), counter=place).random_raw(count)

@@ -1,8 +1,8 @@
 """The conditions of one evaluation and the networks they attack.
 
-The same conditions serve the torch network when it is exported and the artefact when it is validated. What is drawn for
-an image depends on the seed, the condition and the image's place in the test set, on nothing else: not on the batch it
-is in, on the images before it, or on which attacks ran.
+The same conditions attack the torch network during export and the artefact during validation. The random numbers for an
+image depend only on the seed, the condition and the image's place in the test set. They do not depend on its batch, on
+other images or on other conditions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,10 @@ from mpdsgr_deploy.recipe import Attack
 
 @dataclass(frozen=True)
 class Suite:
-    """Conditions, weak ones first, on a network. transfer: other networks, by the name of their condition."""
+    """Conditions, weak attacks first, on a network.
+
+    transfer: other networks whose attacked images are tested on this one, by the name of their condition.
+    """
 
     source: Source
     conditions: tuple[Condition, ...]
@@ -32,24 +35,27 @@ class Suite:
         seed: int,
         transfer: Mapping[str, Source] | None = None,
     ) -> "Suite":
-        """The suite that entries stand for on this network. Raises InputError as `resolved` does."""
+        """Return the suite of the conditions that `entries` define for the network of `source`.
+
+        Raises InputError for an unknown method or surrogate.
+        """
         others = transfer or {}
         surrogates = {name: other.trained for name, other in others.items()}
         stochastic = source.network.stochastic
-        made = resolved(entries, attack, source.trained, seed=seed, stochastic=stochastic, transfer=surrogates)
-        return cls(source, tuple(made), others)
+        conditions = resolved(entries, attack, source.trained, seed=seed, stochastic=stochastic, transfer=surrogates)
+        return cls(source, tuple(conditions), others)
 
     @property
     def network(self) -> Network:
-        """The network that is attacked, and that classifies attacked images."""
+        """The network that is attacked and that classifies the attacked images."""
         return self.source.network
 
     @contextmanager
     def open(self, condition: Condition) -> Iterator[Callable[[Batch], Attacked]]:
-        """Open an attack by a condition, which need not be one of the suite's.
+        """Return a context manager that yields the attack of a condition, which need not be one of the suite's.
 
-        What attacks a stochastic network is opened anew for every batch, which then meets the same noise whatever came
-        before it: a batch evaluated after a kill has the result it had before.
+        For a stochastic network the attack is opened anew for every batch, so that its noise does not depend on the
+        batches before. A batch that is evaluated after an interruption then has the same result as without one.
         """
         network = self.transfer[condition.sender].network if condition.kind == "transfer" else self.network
 

@@ -1,7 +1,7 @@
-"""Measure a network under every condition of a suite, for references, tables and validation alike.
+"""Measure a network under every condition of a suite, for references, tables and validation.
 
-`measure` goes through the conditions, weak ones first, and returns a frozen `Measurement`; nothing of it changes
-afterwards. Torch networks and exported artefacts are measured alike.
+`measure` goes through the conditions, weak attacks first, and returns a frozen `Measurement`. Torch networks and
+exported artefacts are measured in the same way.
 """
 
 import time
@@ -18,19 +18,21 @@ from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.progress import log, track
 
 Bools = NDArray[np.bool_]
-EPS_SLACK = 1e-6  # float32 rounding of x + eps
+EPS_SLACK = 1e-6  # tolerance for the float32 rounding of x + eps
 
-# Asked after every batch with a condition's name and its verdicts so far: why no more is needed, or None.
+# Called after every batch with a condition's name and its verdicts so far. Returns a reason to stop measuring, for
+# example a drop that the remaining images cannot make up for, or None to continue.
 Hopeless = Callable[[str, Bools], str | None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A network under one condition, on the first m of n images: all of them, unless the measurement stopped here.
+    """The result of one condition on the first m of n images; m < n only if the measurement stopped in this condition.
 
-    correct [m]; evaluations: gradients or queries over all images; zero, not_finite: gradients that were no use.
-    faults: how attacked images break the attack's rules. images [m, C, H, W]: kept of the strong PGD alone.
-    seconds: wall-clock time in this run, which finished batches of an earlier one take none of.
+    correct [m]: whether each attacked image is classified correctly. predicted [m]: the predicted classes. evaluations:
+    gradients or queries for all images together; zero, not_finite: gradients that the attack could not use. faults:
+    violations of the attack's rules by attacked images. images [m, C, H, W]: the attacked images of the strong PGD,
+    None for other conditions. seconds: wall-clock time in this run, without that of batches finished by an earlier run.
     """
 
     condition: Condition
@@ -46,17 +48,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Why a measurement ended before all conditions were done. during: the condition under way; None: before any."""
+    """Why a measurement ended early. during: the condition in which it stopped; None: it stopped before the first."""
 
     during: str | None
-    condition: str | None  # whose verdicts decided it: `during`, "clean" or "worst"; None: not the verdicts
+    condition: str | None  # the verdicts that were the reason: `during`, "clean" or "worst"; None: another reason
     why: str
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` saw. clean [n]: classes predicted without attack; standing [n]: right under all of the outcomes
-    within eps, and without attack. With `stopped` set, more attacks may leave fewer.
+    """The result of `measure` on n images of classes y [n].
+
+    clean [n]: classes predicted without attack. standing [n]: whether an image is classified correctly without attack
+    and in every outcome within eps. If `stopped` is set, the attacks that are missing may break more images.
     """
 
     y: Classes
@@ -98,10 +102,11 @@ def measure(
     stopped: Stopped | None = None,
     of: str = "",
 ) -> Measurement:
-    """Images x [n, C, H, W] in [0, 1] with classes y [n] under all conditions of a suite, unless `hopeless` stops it.
+    """Measure images x [n, C, H, W] in [0, 1] with classes y [n] under all conditions of a suite.
 
-    clean [n]: what the suite's network takes the images for without attack. journal: where finished batches are kept.
-    stopped: a reason not to begin. of: begins what progress is called. Raises InputError as the attacks do.
+    clean [n]: the classes that the suite's network predicts without attack. journal: stores finished batches.
+    hopeless: may stop the measurement early, see `Hopeless`. stopped: a reason to measure nothing. of: prefix of the
+    names in progress bars and logs. Raises InputError if an attack does, for example for an unknown surrogate.
     """
     standing, outcomes = clean == y, list[Outcome]()
     began, spent, total = time.monotonic(), 0, sum(condition.cost + 1 for condition in suite.conditions)
@@ -133,7 +138,11 @@ def _outcome(
     hopeless: Hopeless,
     of: str,
 ) -> tuple[Outcome, Bools, Stopped | None]:
-    """One condition on all images, or on as many as it takes to know better; what stands after it [n]."""
+    """Measure one condition, on all images unless `hopeless` stops it.
+
+    before [n]: images that earlier conditions left correctly classified. Returns the outcome, the same images without
+    those that this condition broke, and why the measurement stopped, or None.
+    """
     name, standing, stopped = condition.name, before.copy(), None
     parts, faults, begun = [], list[str](), time.perf_counter()
     batches = run(suite, condition, x, y, clean, batch_size=batch_size, journal=journal)

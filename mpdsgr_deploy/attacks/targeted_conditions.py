@@ -50,7 +50,7 @@ class AimedAttack(GradientAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class TargetedAutoPGD(AimedAttack):
-    """APGD on the targeted DLR loss."""
+    """APGD-T: APGD on the targeted DLR loss."""
 
     method: ClassVar[str] = "apgd-t"
 
@@ -78,7 +78,7 @@ class TargetedAutoPGD(AimedAttack):
 @register
 @dataclass(frozen=True, kw_only=True)
 class TargetedFAB(AimedAttack):
-    """FAB, which looks for the smallest change: an image is broken if that is at most eps."""
+    """FAB-T, which searches the smallest change; an image is broken if that change is at most eps."""
 
     method: ClassVar[str] = "fab-t"
 

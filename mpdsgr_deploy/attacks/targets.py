@@ -1,7 +1,7 @@
-"""Losses aimed at a wrong class, and the images that still stand while several of them are tried.
+"""Losses that aim at a wrong class, and attacks that try several wrong classes in turn.
 
-z are logits, y the true class, t the class aimed at, z_(k) the k-th largest logit. A loss is computed here, in numpy,
-with its gradient in the logits; the network turns that into the gradient in the image.
+In formulas, z are the logits, y is the true class, t the class aimed at, and z_(k) the k-th largest logit. The loss and
+its gradient in the logits are computed here with numpy; the network backpropagates that gradient to the image.
 """
 
 from collections.abc import Callable
@@ -16,32 +16,32 @@ from mpdsgr_deploy.protocols import Array, Differentiable, Gradient, Predictor
 Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
 
-CLASSES_AIMED_AT = 9  # the likeliest wrong ones, as in AutoAttack's standard version
-TINY = 1e-12  # keeps the ratio finite where the logits are equal
+CLASSES_AIMED_AT = 9  # number of wrong classes tried, the likeliest first, as in AutoAttack's standard version
+TINY = 1e-12  # keeps the ratio finite if the logits are equal
 
 
 class AimedLoss(NamedTuple):
-    """A loss [B] and its gradient in the logits [B, K]."""
+    """A loss (value) [B] and its gradient in the logits (weights) [B, K]."""
 
     value: Floats
     weights: Floats
 
 
 def difference(logits: Floats, y: Classes, aim: Classes) -> AimedLoss:
-    """z_t - z_y of logits [B, K], positive where the class aimed at beats the true one; y, aim [B]."""
+    """Return z_t - z_y for logits [B, K] and classes y, aim [B]; it is positive where the aim beats the true class."""
     rows = np.arange(len(y))
     return AimedLoss(logits[rows, aim] - logits[rows, y], from_to(y, aim, logits.shape[1]))
 
 
 def best_wrong(logits: Floats, y: Classes) -> AimedLoss:
-    """`difference` aimed at the largest of the wrong logits: minus the margin."""
+    """Return `difference` aimed at the largest wrong logit, which is minus the margin."""
     wrong = logits.copy()
     wrong[np.arange(len(y)), y] = -np.inf
     return difference(logits, y, wrong.argmax(axis=1))
 
 
 def from_to(y: Classes, aim: Classes, count: int) -> Floats:
-    """Return the gradient of z_t - z_y in `count` logits, [B, count]."""
+    """Return the gradient of z_t - z_y in the logits, [B, count], for `count` classes."""
     rows, weights = np.arange(len(y)), np.zeros((len(y), count), np.float32)
     weights[rows, aim] = 1
     weights[rows, y] = -1
@@ -49,9 +49,9 @@ def from_to(y: Classes, aim: Classes, count: int) -> Floats:
 
 
 def targeted_dlr(logits: Floats, y: Classes, aim: Classes) -> AimedLoss:
-    """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), the targeted difference of logits ratio (arXiv 2003.01690, eq. 7).
+    """Return the targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2).
 
-    It needs four classes: with fewer it is the difference, undivided.
+    It needs four classes; with fewer, it is `difference`. Source: arXiv 2003.01690, eq. 7.
     """
     gap, slope = difference(logits, y, aim)
     if logits.shape[1] < 4:
@@ -66,9 +66,10 @@ def targeted_dlr(logits: Floats, y: Classes, aim: Classes) -> AimedLoss:
 
 
 class Aimed:
-    """A Differentiable whose classes are pairs [B, 2]: the true class, and the one that `loss` aims at.
+    """A Differentiable that takes pairs [B, 2] instead of classes: the true class, and the class that `loss` aims at.
 
-    network: answers; gradients: the same network with the loss "weighted" (see `attacks.condition.Network`).
+    network: computes logits; gradients: the same network, differentiated with the loss "weighted" (see
+    `attacks.condition.Network`).
     """
 
     def __init__(
@@ -92,11 +93,12 @@ def try_each_class(
     attempt: Callable[[Floats, Classes, Classes], Floats],
     classes: int = CLASSES_AIMED_AT,
 ) -> Floats:
-    """Images x [B, C, H, W] of classes y [B] under an attack aimed at each of the likeliest wrong classes in turn.
+    """Attack images x [B, C, H, W] of classes y [B] with each of the likeliest wrong classes as the aim, in turn.
 
-    attempt: from the images that still stand [b, C, H, W], pairs of their true class and the one aimed at [b, 2], and
-    their places in x [b], to attacked images. An image leaves the batch once the network gets it wrong. A network with
-    K classes has K - 1 wrong ones, so with a single class x comes back as it is.
+    attempt: maps the images that are still classified correctly [b, C, H, W], pairs of their true class and the class
+    aimed at [b, 2], and their positions in x [b] to attacked images. An image leaves the batch once the network
+    misclassifies it. classes: the most classes to try. A network with one class has no wrong class, so x is returned
+    unchanged.
     """
     adversarial, active = x.copy(), np.arange(len(x))
     for aims in likeliest_wrong(network(x), y)[:, :classes].T:
@@ -109,6 +111,6 @@ def try_each_class(
 
 
 def likeliest_wrong(logits: Array, y: Array) -> Array:
-    """All classes but the true one, largest logit first, [B, K - 1], for logits [B, K] of numpy or torch."""
+    """Return the wrong classes, largest logit first [B, K - 1], for logits [B, K] in a numpy array or torch tensor."""
     ranked = array_namespace(logits).argsort(logits, axis=1, descending=True)
     return ranked[ranked != y[:, None]].reshape(len(y), -1)

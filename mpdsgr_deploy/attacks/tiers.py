@@ -1,16 +1,17 @@
-"""The conditions of evaluations, as data: the three tiers of the gate, and the attacks that recipes ask for."""
+"""The conditions of evaluations, as data: the three tiers of the gate, and the attacks that recipes select."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+# These modules register the conditions that tiers and recipes name.
 from mpdsgr_deploy.attacks import blind as _blind  # noqa: F401
-from mpdsgr_deploy.attacks import conditions as _registered  # noqa: F401  (registers the conditions named here)
-from mpdsgr_deploy.attacks import event_conditions as _events  # noqa: F401
-from mpdsgr_deploy.attacks import hart as _averaged  # noqa: F401
-from mpdsgr_deploy.attacks import mpd_apgd_condition as _too  # noqa: F401
-from mpdsgr_deploy.attacks import targeted_conditions as _targeted  # noqa: F401
+from mpdsgr_deploy.attacks import conditions as _conditions  # noqa: F401
+from mpdsgr_deploy.attacks import event_conditions as _event_conditions  # noqa: F401
+from mpdsgr_deploy.attacks import hart as _hart  # noqa: F401
+from mpdsgr_deploy.attacks import mpd_apgd_condition as _mpd_apgd_condition  # noqa: F401
+from mpdsgr_deploy.attacks import targeted_conditions as _targeted_conditions  # noqa: F401
 from mpdsgr_deploy.attacks.condition import (
     APGD_CE,
     APGD_DLR,
@@ -41,11 +42,11 @@ EACH = "each"  # one condition for every surrogate that the recipe names
 
 @dataclass(frozen=True)
 class TierEntry:
-    """One line of a tier: a registered condition, its name and what differs from the recipe.
+    """One line of a tier: a registered condition, its name, and the fields that differ from the recipe.
 
-    name: `{surrogate}` in it stands for the surrogate. surrogate: by name, or TRAINED, or EACH; window: how many times
-    as wide as that. once: left out where an entry before it attacks through the same surrogate by the same method.
-    values: fields of the condition.
+    name: `{surrogate}` in it is replaced by the surrogate's name. surrogate: a name, or TRAINED, or EACH. window:
+    factor on the surrogate's width. once: leave the condition out if an earlier entry attacks by the same method
+    through the same surrogate. values: fields of the condition.
     """
 
     method: str
@@ -56,7 +57,7 @@ class TierEntry:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def surrogates(self, attack: Attack, trained: str) -> Sequence[str]:
-        """The surrogates that this entry attacks through, by name."""
+        """Return the names of the surrogates through which this entry attacks."""
         if self.surrogate == EACH:
             return attack.surrogates
         name = trained if self.surrogate == TRAINED else self.surrogate
@@ -66,7 +67,7 @@ class TierEntry:
 def entry(
     method: str, name: str, surrogate: str = TRAINED, *, window: float = 1.0, once: bool = False, **values: Any
 ) -> TierEntry:
-    """An Entry, whose condition has these `values`."""
+    """Return a TierEntry for conditions with these `values`."""
     return TierEntry(method, name, surrogate, window, once, values)
 
 
@@ -74,11 +75,11 @@ def entry(
 class Tier:
     """How many images are attacked, and how hard.
 
-    suite: the version of its attacks. Raise it when one of them gets stronger, since `worst` of an earlier version
-    overstates what survives: records of tables and studies carry it, and those of an earlier version are measured
-    again. images: the first so many test images, None: all. probe: images on which growing eps and convergence are
-    checked. max_drop: largest loss of accuracy that the gate allows where it does not say, in [0, 1]; with fewer images
-    than can decide that, the smallest that they can.
+    suite: the version of the tier's attacks. Raise it when an attack gets stronger, because `worst` accuracies of an
+    earlier version are then too high: records of tables and studies store the version, and records of an earlier one
+    are measured again. images: number of test images, from the first on; None: all. probe: number of images for the
+    health checks of growing eps and of convergence. max_drop: largest loss of accuracy in [0, 1] that a gate allows
+    unless it sets its own; with too few images to detect this loss, the smallest loss that they can detect.
     """
 
     suite: int
@@ -97,16 +98,16 @@ BASIC = (
     entry("pgd", PGD, rank=2),
     entry("transfer", TRANSFER),
 )
-# From a network that the caller names, not from the float32 file of the same bundle.
+# Images made on a network that the caller names, whereas `transfer` uses the float32 file of the same bundle.
 STRONG_TRANSFER = entry("transfer-strong", "transfer-strong")
-# The surrogates without which an evaluation is not believed: a quarter and 2.5 times as wide, and rectangular.
+# The surrogates that a valid evaluation must include: a quarter and 2.5 times the trained width, and rectangular.
 SWEEP = (
     entry("strong-pgd", THROUGH, window=0.25, once=True),
     entry("strong-pgd", THROUGH, window=2.5, once=True),
     entry("strong-pgd", THROUGH, "rectangular:1", once=True),
 )
-# Sizes follow benchmarks/MPD_APGD.md: MPD-APGD leaves what no other attack here breaks, APGD through the surrogate of
-# training breaks nothing beside it, and the longer it runs, the less the rest adds.
+# Numbers of steps follow benchmarks/MPD_APGD.md: the images that MPD-APGD does not break, no other attack here breaks
+# either, APGD through the surrogate of training included. The longer MPD-APGD runs, the less the other attacks add.
 TIERS = {
     "commit": Tier(
         suite=3,
@@ -161,16 +162,16 @@ TIERS = {
 }
 
 
-RECIPES_SUITE = 4  # the version of the attacks that recipes ask for
+RECIPES_SUITE = 4  # the version of the attacks that recipes select
 
 
 def suite_of(tier: str | None) -> int:
-    """Return the version of a tier's attacks; None: of those that recipes ask for."""
+    """Return the version of a tier's attacks; for None, of the attacks that recipes select."""
     return RECIPES_SUITE if tier is None else TIERS[tier].suite
 
 
 def smaller_tiers(tier: str) -> list[str]:
-    """The tiers below this one, smallest first."""
+    """Return the names of the tiers below this one, smallest first."""
     names = list(TIERS)
     return names[: names.index(tier)]
 
@@ -187,7 +188,7 @@ BY_STRENGTH = (
 
 
 def recipe_entries(attack: Attack) -> tuple[TierEntry, ...]:
-    """Return the entries that a recipe asks for, for tables of trained networks."""
+    """Return the entries that a recipe selects, for tables of trained networks."""
     l2 = () if attack.l2 is None else (entry("cw-l2", CW),)
     return (*BASIC, entry("strong-pgd", STRONG, rank=3), entry("strong-pgd", THROUGH, EACH), *l2)
 
@@ -201,10 +202,11 @@ def resolved(
     stochastic: bool = False,
     transfer: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Condition]:
-    """The conditions that entries stand for, weak ones first, on a network with the surrogate `trained`.
+    """Yield the conditions that entries define for a network trained with the surrogate `trained`, weak attacks first.
 
-    attack: the recipe's settings. transfer: for each other network whose images are tried, the name of its condition
-    and the surrogate it was trained with. Raises InputError for an unknown method or surrogate.
+    attack: the recipe's settings. stochastic: whether the network draws noise. transfer: for each other network whose
+    images are tested, the name of its condition and the surrogate it was trained with. Raises InputError for an unknown
+    method or surrogate.
     """
     noisy = {"draws": attack.draws, "keep": "worst"} if stochastic else {}
     attacked: set[tuple[str, str]] = set()
@@ -225,6 +227,6 @@ def resolved(
 
 
 def required_surrogates(trained: str) -> tuple[str, ...]:
-    """The surrogates that check 6 asks for, beside the trained one."""
+    """Return the surrogates that health check 6 requires in addition to the trained one."""
     sweep = [name for line in SWEEP for name in line.surrogates(Attack(), trained)]
     return (ADAPTIVE, *(name for name in dict.fromkeys(sweep) if name != trained))

@@ -1,6 +1,6 @@
 """Input gradients of a torch model: backpropagation through all T steps, with fixed or adaptive (ASSG) surrogates.
 
-The formulas of ASSG are those of `attack_graph.adaptive`, which is the same for exported networks.
+`attack_graph.adaptive` gives the formulas of ASSG and implements them for exported networks.
 """
 
 import copy
@@ -23,12 +23,12 @@ State = Mapping[str, Tensor]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log softmax of the true class [B]."""
+    """Return -log softmax of the true class [B], for logits [B, K] and classes y [B]."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the true one [B]: positive once the network is fooled. 0 where there is one class."""
+    """Return the largest wrong logit minus the true one [B]; positive if the network is fooled, 0 for K = 1."""
     if logits.shape[1] == 1:
         return 0 * logits[:, 0]
     true = logits.gather(1, y[:, None]).squeeze(1)
@@ -36,10 +36,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio [B] (Croce & Hein, arXiv 2003.01690): the margin over the spread of the top three.
+    """Return the difference of logits ratio [B]: `margin` divided by the largest minus the third largest logit.
 
-    Positive once the network is fooled; scaling the logits does not change it. It needs three classes: with fewer it is
-    the margin. `attack_graph.derive` has the same as ONNX nodes.
+    It is positive if the network is fooled, and invariant to the scale of the logits. It needs three classes; with
+    fewer, it is the margin. `attack_graph.derive` builds the same loss from ONNX nodes. Source: Croce & Hein,
+    arXiv 2003.01690.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)
@@ -48,12 +49,12 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def weighted(logits: Tensor, weights: Tensor) -> Tensor:
-    """weights . logits [B], for losses whose gradient in the logits is computed elsewhere; weights [B, K]."""
+    """Return weights . logits [B], for losses whose gradient in the logits, weights [B, K], is computed elsewhere."""
     return (weights * logits).sum(1)
 
 
 def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Gradient:
-    """The loss of each sample on the network's logits, and its gradient in x; no weight gradient is computed."""
+    """Return logits, the loss of each image and its gradient in x [B, C, H, W]; weights get no gradient."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x).float()
@@ -64,7 +65,7 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Keep the network in eval mode, without gradients of its parameters, for the length of a with block."""
+    """Put the network in eval mode, without gradients of its parameters, for the duration of a with block."""
     training, learned = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for p in learned:
@@ -78,11 +79,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class AdaptiveTorch:
-    """`Adaptive` on tensors, for images of `shape`. noise: what a stochastic network draws from."""
+    """An `Adaptive` for tensors, whose images have `shape` (C, H, W). noise: the generator of a stochastic network."""
 
     def __init__(self, model: SpikingNet, shape: tuple[int, int, int], noise: Noise = None) -> None:
         self._model, self._noise = copy.deepcopy(model), noise
-        self._neurons: dict[str, tuple[int, ...]] = {}  # by layer, [T, ...]
+        self._neurons: dict[str, tuple[int, ...]] = {}  # shape [T, ...] of each layer's potentials
 
         def measure(trace: Trace) -> None:
             self._neurons[trace.layer] = (len(trace.states), *trace.states[0].u.shape[1:])
@@ -91,7 +92,7 @@ class AdaptiveTorch:
             self._model(torch.zeros(1, *shape, device=model.normalize.mean.device), measure, torch.Generator())
 
     def start(self, count: int) -> State:
-        """Return the initial state: means of 1 and deviations of 0."""
+        """Return the initial state for `count` images: means of 1 and deviations of 0."""
         device = self._model.normalize.mean.device
         initial = {MEAN: 1.0, DEVIATION: 0.0}
         return {
@@ -101,7 +102,7 @@ class AdaptiveTorch:
         }
 
     def step(self, x: Tensor, y: Tensor, state: State) -> tuple[Gradient, State]:
-        """Return the gradient through surrogates whose sharpness follows the state, and the next state."""
+        """Return the gradient through surrogates whose sharpness depends on the state, and the next state."""
         next_state = {name: torch.empty_like(value) for name, value in state.items()}
         for layer in self._model.layers():
             layer.neuron.stepwise = _adapting(layer.name, state, next_state)
@@ -110,7 +111,7 @@ class AdaptiveTorch:
 
 
 def _adapting(layer: str, state: State, next_state: State) -> Callable[[int], Surrogate]:
-    """Return a function from time step to surrogate, whose derivative writes the updated state into `next_state`."""
+    """Return a function from time step to surrogate, whose derivative writes the new state to `next_state`."""
 
     def surrogate(t: int) -> Surrogate:
         def derivative(v: Tensor) -> Tensor:
