@@ -1,21 +1,24 @@
-"""Surrogates that adapt to potentials.
+"""Surrogates that adapt to membrane potentials U: ASSG and PDSG.
 
-ASSG (arXiv 2512.22522): an arctangent surrogate with a sharpness s per neuron, time step and image.
+ASSG (arXiv 2512.22522) is an arctangent surrogate with a sharpness s per neuron, time step and image.
 
     M <- 0.9 M + 0.1 |v|             D <- 0.9 D + 0.1 ||v| - M|
     s = A / (M + 1.5 D + 1e-4)       dO/dU = (s / 2) / (1 + (pi s v / 2)^2)
 
 with v = U - V_th and A = (2 / pi) tan(0.4 pi). M and D start at 1 and 0 and are updated at every evaluation of an
-attack. They are inputs `mean/LAYER` and `deviation/LAYER` [batch, T, ...], and the updated values are the outputs
-`mean/LAYER/new` and `deviation/LAYER/new`. Images are the first axis, so an attack may drop some between evaluations.
+attack. They are the graph's inputs `mean/LAYER` and `deviation/LAYER` [batch, T, ...]; their updated values are the
+outputs `mean/LAYER/new` and `deviation/LAYER/new`. The first axis is the images, so an attack may drop images between
+evaluations.
 
-PDSG (Lun et al., CVPR 2025, arXiv 2503.03272): a Gaussian surrogate as wide as a channel's potentials spread.
+PDSG (Lun et al., CVPR 2025, arXiv 2503.03272) is a Gaussian surrogate with the standard deviation of a channel's
+potentials.
 
     dO/dU[t] = exp(-(v - s/2)^2 / (2 s^2)) / (sqrt(2 pi) s)
 
-s is the standard deviation of the channel's potentials U[1..t] of one image, over places and time steps (divided by the
-number of values less one), and 1 where they are all equal. Layers without places are one channel. The paper takes it
-over the batch as well; its sparse attack has one image in a batch, so that images do not depend on each other here.
+s is the standard deviation of the channel's potentials U[1..t] of one image, over pixels and time steps (with the
+number of values minus one as the divisor), and 1 if all are equal. A fully connected layer counts as one channel. The
+paper takes s over the batch as well, but its sparse attack uses batches of one image; here the images of a batch are
+independent.
 """
 
 from collections.abc import Sequence
@@ -29,7 +32,10 @@ from mpdsgr_deploy.surrogates import FLOOR, MEMORY, RELAXATION, SHARPNESS
 
 
 def adaptive_slopes(tape: Tape, layer: str, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
-    """Return dO/dU of each step of a layer from its v [B, ...] of shape `shape`, and update the layer's state."""
+    """Append nodes for ASSG: return dO/dU [B, ...] of each step of a layer, and declare and update the layer's state.
+
+    vs: v = U - V_th of each step, of shape `shape`.
+    """
     batch, *neurons = shape
     for prefix in (MEAN, DEVIATION):
         kind = TensorProto.FLOAT, [batch, len(vs), *neurons]
@@ -54,7 +60,10 @@ def _updated(tape: Tape, state: str, value: str) -> str:
 
 
 def potential_slopes(tape: Tape, vs: Sequence[str], shape: tuple[int | str | None, ...]) -> list[str]:
-    """Return dO/dU of each step of a layer from its v [B, C, ...] or [B, N], of the shape `shape`."""
+    """Append nodes for PDSG: return dO/dU of each step of a layer.
+
+    vs: v = U - V_th of each step, [B, C, ...] or [B, N], of shape `shape`.
+    """
     first = 2 if len(shape) > 2 else 1  # the first axis over which a channel extends
     axes = tape.integers(*range(first, len(shape)))
     extents = [extent for extent in shape[first:] if isinstance(extent, int)]
@@ -79,7 +88,7 @@ def potential_slopes(tape: Tape, vs: Sequence[str], shape: tuple[int | str | Non
 
 
 def _gaussian(tape: Tape, ratio: str, spread: str) -> str:
-    """exp(-(r - 1/2)^2 / 2) / (sqrt(2 pi) s) of r = v / s."""
+    """Append nodes for exp(-(r - 1/2)^2 / 2) / (sqrt(2 pi) s), where `ratio` is r = v / s and `spread` is s."""
     distance = tape.emit("Sub", ratio, tape.constant(0.5))
     power = tape.emit("Mul", tape.emit("Mul", distance, distance), tape.constant(-0.5))
     return tape.emit("Div", tape.emit("Exp", power), tape.emit("Mul", spread, tape.constant(sqrt(2 * pi))))

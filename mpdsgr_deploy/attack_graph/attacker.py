@@ -19,22 +19,25 @@ from mpdsgr_deploy.runtime.session import CPU, Session, failure
 from mpdsgr_deploy.surrogates import parse_surrogate
 
 Loss = Literal["ce", "dlr", "weighted"]
-CHUNK = 32  # images computed at once
-OWN = (CLASSES, WIDTH, LOSS, WEIGHTED)  # inputs that an attack graph adds
+CHUNK = 32  # images per run of the graph
+ADDED_INPUTS = (CLASSES, WIDTH, LOSS, WEIGHTED)  # the inputs that an attack graph adds to the network's
 
 
 class GraphAttacker(AbstractContextManager["GraphAttacker"]):
-    """A Differentiable on an ONNX file, through any surrogate "KIND" or "KIND:WIDTH" that the attacker chooses.
+    """A Differentiable and Adaptive for an ONNX file, through any surrogate "KIND" or "KIND:WIDTH".
 
-    A context manager: the session ends with the block. The attack graph is derived here, in memory, from the file that
-    is under attack. loss: what an attack maximises, cross-entropy or the difference of logits ratio, or "weighted":
-    calls then take weights [B, K] in the place of classes, and the loss is weights . logits. A stochastic network meets
-    the noise of its inputs `noise` (`Manifest.noise`) fresh in every evaluation, from a generator of `seed`, and is
-    averaged over `draws` of it (EOT). settings: threads of the CPU provider (default: one per core) and images computed
-    at once (default: 32), which bounds the memory: see benchmarks/README.md. session: one of `attack_session` for the
-    same kind and file, which stays open.
+    It derives the attack graph in memory from the file under attack, and closes its session at the end of a with block.
 
-    Raises InputError for an unknown surrogate, noise that is not the network's, or what this machine cannot run.
+    loss: the loss that an attack maximises, "ce" (cross-entropy) or "dlr" (difference of logits ratio); or "weighted",
+        for which calls take weights [B, K] instead of classes, and the loss is weights . logits.
+    noise, seed, draws: the noise inputs of a stochastic network (`Manifest.noise`). Every evaluation draws new noise
+        from a generator of `seed`, and averages over `draws` of it (EOT).
+    settings: threads of the CPU provider (default: one per core) and images per run (default: 32), which bound the
+        memory; see benchmarks/README.md.
+    session: a session of `attack_session` for the same kind and file, which is left open; None opens one.
+
+    Raises InputError for an unknown surrogate, for noise inputs that are not the network's, and for a graph that this
+    machine cannot run.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class GraphAttacker(AbstractContextManager["GraphAttacker"]):
         (self._input, shape), *others = self._session.inputs.items()
         self._shape = shape[1:]
         self._states = {name: shape[1:] for name, shape in others if f"{name}{NEW}" in self._session.outputs}
-        expected_noise = {name: tuple(shape[1:]) for name, shape in others if name not in (*OWN, *self._states)}
+        expected_noise = {
+            name: tuple(shape[1:]) for name, shape in others if name not in (*ADDED_INPUTS, *self._states)
+        }
         if expected_noise != {entry.name: entry.shape for entry in noise}:
             raise InputError(
                 f"{model} takes the noise {expected_noise or 'none'}; pass the entries of its manifest to the attacker"
@@ -72,20 +77,20 @@ class GraphAttacker(AbstractContextManager["GraphAttacker"]):
     def __call__(self, x: NDArray[np.float32], y: NDArray[Any]) -> Gradient:
         """Return the gradient at images x [B, C, H, W] in [0, 1] for classes y [B], or weights [B, K].
 
-        An `adaptive` surrogate is in the state of an attack's first step.
-
+        The surrogate `adaptive` has its initial state. Raises InputError as `step` does.
         """
         return self.step(x, y, self.start(len(x)))[0]
 
     def start(self, count: int) -> State:
-        """Return the initial state of `adaptive` for `count` images; it is empty for other surrogates."""
+        """Return the initial state of the surrogate `adaptive` for `count` images; it is empty for other surrogates."""
         initial = {name: float(name.startswith(MEAN)) for name in self._states}
         return {name: np.full((count, *shape), initial[name], np.float32) for name, shape in self._states.items()}
 
     def step(self, x: NDArray[np.float32], y: NDArray[Any], state: State) -> tuple[Gradient, State]:
-        """Return the gradient at one evaluation of an attack, and the state for the next.
+        """Return the gradient at one evaluation of an attack, and the state for the next evaluation.
 
-        Every attack begins with `start`; if images leave the batch, take the same rows of everything in the state.
+        Begin every attack with `start`. If images leave the batch, take the same rows of every array of the state.
+        Raises InputError for images of another shape and for a graph that fails on this machine.
         """
         check_images(x, self._shape)
         parts = []
@@ -129,8 +134,9 @@ def attack_session(
 ) -> Session:
     """Open the attack graph of an ONNX file. One session serves every width of the surrogate, and both ce and dlr.
 
-    Weights are stored once: an attack computes many images at a time, so that packing them in every run costs nothing
-    that could be measured. Raises InputError as `GraphAttacker` does.
+    The session stores no second, packed copy of the weights: packing them in every run costs no measurable time,
+    because a run computes many images. Raises InputError for an unknown surrogate, for a network that has no attack
+    graph, and for a graph that this machine cannot run.
     """
     graph = attack_graph(read_network(model), surrogate, weighted=loss == "weighted")
     threads = None if settings is None else settings.threads

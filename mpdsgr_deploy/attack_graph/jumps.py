@@ -1,9 +1,9 @@
-"""Find where a network jumps: the spikes, and every other comparison whose outcome depends on the image.
+"""Find the jumps of a network: spikes, and every other comparison whose result depends on the image.
 
-A spiking neuron of any library ends up in ONNX as a comparison of something that depends on the images, turned into a
-number: a Cast of `u >= V_th`, a Where with two constants, a Sign. There its derivative is zero almost everywhere, and a
-surrogate takes its place. All such places have to be found: a comparison that is overlooked passes no gradient, and the
-network looks robust without being so. Any other choice between images and logits is an error.
+Whichever library defines a spiking neuron, ONNX expresses it as a comparison of a value that depends on the images,
+whose result becomes a number: a Cast of `u >= V_th`, a Where with two constants, or a Sign. The derivative of such a
+node is zero almost everywhere, so a surrogate replaces it. Every comparison must be found: one that is overlooked
+passes no gradient, and the network would only seem robust. Any other choice between images and logits is an error.
 """
 
 from typing import Literal, NamedTuple
@@ -29,7 +29,10 @@ MULTIPLE = {"Floor", "Round", "Ceil"}
 
 
 class Inequality(NamedTuple):
-    """[above >= below] or [above > below], where None is 0. passes: one side is a spike itself, or noise."""
+    """The comparison above >= below or above > below, where None stands for 0.
+
+    passes: the gradient passes straight through, because one side is a spike or noise.
+    """
 
     above: str | None
     below: str | None
@@ -39,8 +42,8 @@ class Inequality(NamedTuple):
 class Jump(NamedTuple):
     """A node whose output jumps where above - below changes its sign.
 
-    size: by how much: 1 (spikes), 2 (Sign), the difference of two constants (Where), or of two values that depend on
-    the images themselves (Where that selects).
+    size: the height of the jump: 1 (spikes), 2 (Sign), the difference of two constants (Where), or the difference of
+    two values that depend on the images themselves (a Where that selects between branches).
     """
 
     node: onnx.NodeProto
@@ -51,7 +54,7 @@ class Jump(NamedTuple):
 def find_jumps(tape: Tape) -> list[Jump]:
     """Return every jump between images and logits, in node order, and mark which values of the tape have a cotangent.
 
-    Raises InputError for a comparison, a rounding or a choice that no surrogate stands for.
+    Raises InputError for a comparison, a rounding or a choice that no surrogate can replace.
     """
     finder = _Finder(tape)
     for node in tape.forward:
@@ -145,7 +148,7 @@ class _Finder:
                 self.binary.add(node.output[0])
 
     def _continuous(self, compared: Inequality, yes: str, no: str) -> bool:
-        """Whether both branches agree where the comparison changes: Relu and clipping, written with Where."""
+        """Whether both branches are equal at the threshold, as in Relu and clipping that are written with Where."""
         for value, other in ((compared.above, compared.below), (compared.below, compared.above)):
             threshold = 0.0 if other is None else self.tape.scalar(other)
             if value is not None and threshold is not None:
@@ -153,7 +156,7 @@ class _Finder:
         return False
 
     def _at(self, compared: str, branch: str, threshold: float) -> float | None:
-        """Return the value of a branch where `compared` is at the threshold; None if the graph does not show it."""
+        """Return the value of a branch if `compared` equals the threshold; None if the graph does not determine it."""
         if branch == compared:
             return threshold
         maker = self.tape.makers.get(branch)
@@ -171,7 +174,7 @@ class _Finder:
         self._keep(node)
 
     def _keep(self, node: onnx.NodeProto) -> None:
-        """Mark the node's outputs as depending on the images in the way its inputs do."""
+        """Mark the outputs of a node with a derivative as smooth, and as binary or signs if its input is."""
         self.smooth.update(node.output)
         if node.op_type in VIEWS | {"Cast"}:
             if node.input[0] in self.binary:
@@ -186,8 +189,8 @@ class _Finder:
     def refuse_overlooked(self) -> None:
         """Raise InputError for the first value between images and logits that has no derivative and no surrogate.
 
-        What lies between them is found by the edges of the graph alone, so that nothing is taken for constant because
-        `read` does not know it.
+        The values between them are found from the edges of the graph, so that no value counts as constant only because
+        `read` does not know its operator.
         """
         needed, reached = {self.tape.network.graph.output[0].name}, {self.tape.source}
         for node in reversed(self.tape.forward):
@@ -211,7 +214,7 @@ def values_read(node: onnx.NodeProto) -> list[str]:
 
 
 def why_not(node: onnx.NodeProto) -> str:
-    """Explain why a node that decides by something other than a comparison with a threshold is refused."""
+    """Return the reason why a node without derivative and without surrogate is refused."""
     if node.op_type in UNROLL:
         return "is control flow: unroll the time steps in `forward` (a Python loop of fixed length) and export again"
     if node.op_type in MULTIPLE:

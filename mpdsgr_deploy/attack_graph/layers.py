@@ -1,4 +1,4 @@
-"""Which jumps are the time steps of one layer of neurons, and through which edges a spike resets its own membrane."""
+"""Group jumps into layers of neurons and time steps, and find the edges through which spikes reset membranes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from mpdsgr_deploy.attack_graph.jumps import Jump
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.onnx_files import SPIKES
 
-# What a membrane does between two steps; a synapse (convolution, product, pooling) ends the walk back in time
+# Operators of a membrane between two steps; a synapse (convolution, product, pooling) ends the search back in time
 MEMBRANE = {
     *("Add", "Cast", "Clip", "Div", "Expand", "Identity", "Mul", "Neg", "Reshape", "Squeeze", "Sub", "Sum"),
     *("Unsqueeze", "Where"),
@@ -15,14 +15,16 @@ MEMBRANE = {
 
 
 class LayerStep(NamedTuple):
-    """A time step of a layer: the jumps at one potential. A library may compare it twice, to fire and to reset."""
+    """A time step of a layer: all jumps at one potential. A library may compare it twice, to fire and to reset."""
 
     jumps: list[Jump]
 
 
 class Layers(NamedTuple):
-    """steps: the time steps of each layer, in order, by its name. resets: (first output of the node that reads a spike,
-    the spike), for the edges through which a spike reaches a later potential of its own layer.
+    """The layers of a network.
+
+    steps: the time steps of each layer, in order, by the layer's name. resets: the edges through which a spike reaches
+    a later potential of its own layer, each as (first output of the node that reads the spike, the spike).
     """
 
     steps: dict[str, list[LayerStep]]
@@ -30,10 +32,11 @@ class Layers(NamedTuple):
 
 
 def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
-    """Group jumps into layers: by the names that export gives spikes, else by which spike resets which membrane.
+    """Group jumps into layers, by the names of spikes that export writes, or else by which spike resets which membrane.
 
-    A spike whose potential is computed from an earlier spike by elementwise operations alone is a later step of that
-    one's layer. Jumps that select (Where) belong to no layer. Raises InputError for exported names out of order.
+    A spike whose potential is computed from an earlier spike by elementwise operations alone is a later step of the
+    same layer. Jumps that select between branches (Where) belong to no layer. Raises InputError if exported names are
+    out of order.
     """
     spikes = [jump for jump in jumps if jump.size != "branches" and not jump.compared.passes]
     named = [jump for jump in spikes if jump.node.output[0].startswith(SPIKES)]

@@ -1,4 +1,4 @@
-"""The backward pass where a network jumps: a surrogate in place of the derivative."""
+"""The backward pass of jumps: a surrogate replaces the derivative."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, AVERAGED, PDSG, RATE
 class Neurons:
     """The rule of every node that jumps, for one kind of surrogate.
 
-    detached: resets pass no gradient on, as in libraries that detach them; either choice may give the stronger attack.
+    detached: resets pass no gradient, as in libraries that detach them; either choice may give the stronger attack.
     averaged: the gradient of every step's current is the mean over steps t of
 
         dL/dO[t] dO/dU(U[t] - V_th)
@@ -29,7 +29,7 @@ class Neurons:
         self, tape: Tape, jumps: Sequence[Jump], layers: Layers, kind: str, *, detached: bool, averaged: bool
     ) -> None:
         self._tape, self._kind, self._nodes, self._detached = tape, kind, Nodes(tape), detached
-        # a layer that is not one row per image has no state of its own for each image; it takes the arctan as it is
+        # a layer whose first axis is not the images has no state per image; it uses the arctan surrogate instead
         self._derivative = surrogate_nodes("arctan" if kind in ATTACK_ONLY else kind)
         self._jumps = {jump.node.output[0]: jump for jump in jumps}
         self._layers = layers.steps
@@ -39,12 +39,12 @@ class Neurons:
             for t, step in enumerate(steps)
             for jump in step.jumps
         }
-        self._slopes: dict[str, str] = {}  # key: the jump, if several share a slope or `adaptive` made it
+        self._slopes: dict[str, str] = {}  # by jump: slopes that several jumps share, or that adapt to potentials
         if kind in (ADAPTIVE, PDSG):
             for layer, steps in self._layers.items():
                 self._adapt(layer, steps)
         self._pools = averaged or kind == RATE  # whether all steps of a layer pass on the mean of their gradients
-        self._waiting: dict[str, list[str]] = {}  # if they do: gradients that the layer's steps have not passed on yet
+        self._waiting: dict[str, list[str]] = {}  # by layer: gradients of its steps that are not passed on yet
         if detached:
             tape.unpaid |= layers.resets
 
@@ -107,7 +107,7 @@ class Neurons:
         return slope
 
     def _v(self, jump: Jump) -> str:
-        """Return the value that the node compares with zero: U - V_th."""
+        """Append nodes for U - V_th, which the jump compares with zero."""
         above, below, _ = jump.compared
         parts = [None if value is None else self._tape.float32(value) for value in (above, below)]
         if parts[0] is None:
@@ -118,8 +118,7 @@ class Neurons:
     def _branches(self, jump: Jump, cotangent: str) -> None:
         """Differentiate a choice between two values, in them and in the compared values.
 
-        A choice that resets passes no gradient to the compared values where resets are detached; torch's `where` never
-        does.
+        If resets are detached, a choice passes no gradient to the compared values, as torch's `where` never does.
         """
         tape, (condition, yes, no), output = self._tape, jump.node.input, jump.node.output[0]
         choose(tape, jump.node, cotangent)
@@ -129,7 +128,7 @@ class Neurons:
             self._give(jump, share, condition)
 
     def before(self, node: onnx.NodeProto) -> None:
-        """Pass on the pooled gradient of a layer; called once all nodes behind `node` are done."""
+        """Pass on the pooled gradient of a layer if `node` is its first step; all nodes behind `node` must be done."""
         layer, t = self._place.get(node.output[0], ("", -1)) if node.output else ("", -1)
         if t == 0 and layer in self._waiting:
             self._pool(self._layers[layer], self._waiting.pop(layer))
@@ -137,9 +136,10 @@ class Neurons:
     def _pool(self, steps: Sequence[LayerStep], waiting: list[str]) -> None:
         """Pass the mean of the steps' gradients on to the current of every step.
 
-        `rate` multiplies it by [0 < mean current < V_th] / V_th, as if the neuron were the static activation
-        clip(mean current / V_th, 0, 1) (rate gradient approximation attack, Bu et al., CVPR 2023). A current is what
-        the potential receives, behind learned gains. For networks that this package exported.
+        The surrogate `rate` multiplies the mean by [0 < mean current < V_th] / V_th, as if the neuron were the static
+        activation clip(mean current / V_th, 0, 1) (rate gradient approximation attack, Bu et al., CVPR 2023). The
+        current is the summand of the potential, after learned gains. This works only for networks that this package
+        exported.
         """
         tape = self._tape
         potentials = [self._potential(step) for step in steps]
@@ -187,7 +187,7 @@ class Neurons:
 
 
 def choose(tape: Tape, node: onnx.NodeProto, cotangent: str) -> None:
-    """Where(condition, yes, no): the cotangent goes to the value that was chosen."""
+    """Differentiate Where(condition, yes, no): pass the cotangent on to the value that was chosen."""
     condition, yes, no = node.input
     zero = tape.constant(0)
     for value, parts in ((yes, (cotangent, zero)), (no, (zero, cotangent))):

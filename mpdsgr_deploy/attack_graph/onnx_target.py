@@ -1,4 +1,4 @@
-"""An exported network under attack: logits from a backend, gradients from the network's own ONNX file."""
+"""An exported network under attack: logits from a backend, gradients from the attack graph of its ONNX file."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,10 +19,10 @@ LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr", "weighted": "weighted"}
 
 
 class LastSession:
-    """Keep the session of the latest attack graph open, so that a network's weights are in memory once.
+    """Keep the session of the latest attack graph open, so that a network's weights are in memory only once.
 
-    Attacks that differ only in the surrogate's width, or in ce and dlr, share it. An attacker still in use keeps the
-    one that it has.
+    Attacks that differ only in the surrogate's width, or only between the losses ce and dlr, share a session. An
+    attacker that is still in use keeps its session.
     """
 
     def __init__(self, model: Path, provider: str = CPU) -> None:
@@ -41,10 +41,10 @@ class LastSession:
 
 
 class NetworkFile:
-    """An ONNX file as an `attacks.suite.Network`: `predictor` gives logits, the attack graph gives gradients.
+    """An ONNX file as an `attacks.condition.Network`: `predictor` computes logits, the attack graph gradients.
 
-    noise: its noise inputs, which an attacker draws anew from `seed`. provider: the one of onnxruntime on which
-    gradients are computed.
+    noise: the network's noise inputs, for which every attacker draws from a generator of `seed`. provider: the
+    execution provider of onnxruntime that computes gradients.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class NetworkFile:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> Self:
-        """Make the network of one precision of a bundle. Raises InputError for a precision that the bundle lacks."""
+        """Return the network of one precision of a bundle. Raises InputError for a precision that the bundle lacks."""
         manifest = bundle.manifest
         return cls(bundle.variant(precision), predictor, manifest.noise, manifest.recipe.validation.seed, provider)
 
@@ -63,11 +63,11 @@ class NetworkFile:
         return self._predictor(x)
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
-        """Open gradients through a surrogate. Raises InputError for an unknown surrogate or loss."""
+        """Return a context manager of gradients. Raises InputError for an unknown surrogate or loss."""
         return self._open(surrogate, choose("loss of attack graphs", LOSSES, loss), draws)
 
     def adaptive(self, *, draws: int) -> GraphAttacker:
-        """Open gradients through surrogates that adapt to each image."""
+        """Return a context manager of gradients through surrogates that adapt to each image (ASSG)."""
         return self._open(ADAPTIVE, "ce", draws)
 
     def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:

@@ -1,4 +1,4 @@
-"""Build the backward pass behind a forward graph: append nodes, and sum each value's cotangents."""
+"""Append a backward pass to a forward graph: its nodes, and the sum of each value's cotangents."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ class Piece(NamedTuple):
 class Tape:
     """A copy of `network`, to which `emit` appends nodes, with the types and constants of its values.
 
-    Cotangents, d loss / d value, have the value's shape and are float32. Only values that depend on `source` have one.
+    The cotangent of a value is d loss / d value, float32 in the value's shape. Only values that depend on `source`, the
+    name of the images, have one.
     """
 
     def __init__(self, network: onnx.ModelProto, source: str) -> None:
@@ -42,7 +43,7 @@ class Tape:
         self._constant_values = ConstantValues(network)
         self._types = value_types(network, self._constant_values)
         self.smooth: set[str] = set()  # values with a cotangent, set by `find_jumps`
-        self.unpaid: set[tuple[str, str]] = set()  # (a node's first output, its input): gradients that do not count
+        self.unpaid: set[tuple[str, str]] = set()  # (a node's first output, its input): edges without gradient
         self.node: onnx.NodeProto | None = None  # the node that is being differentiated
         self._constants: dict[tuple[Any, ...], str] = {}
         self._floats: dict[str, str] = {}
@@ -87,7 +88,7 @@ class Tape:
         return self._floats[value]
 
     def array(self, value: str) -> NDArray[Any] | None:
-        """Return the value of a constant of the forward graph; None if it depends on an input."""
+        """Return the array of a constant of the forward graph; None if the value depends on an input."""
         return self._constant_values.get(value)
 
     def scalar(self, value: str) -> float | None:
@@ -100,7 +101,7 @@ class Tape:
         return value in self.smooth
 
     def type(self, value: str) -> ValueType:
-        """Return shape and type of a value of the forward graph. Raises InputError where they cannot be inferred."""
+        """Return shape and type of a value of the forward graph. Raises InputError if they cannot be inferred."""
         if value not in self._types:
             raise InputError(
                 f"no attack graph: the shape of value {value!r} cannot be inferred; export the network with fixed "

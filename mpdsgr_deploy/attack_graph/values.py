@@ -11,13 +11,13 @@ from onnx.reference import ReferenceEvaluator
 
 from mpdsgr_deploy.errors import InputError, one_line
 
-TRIED = (2, 3)  # batch sizes with which shapes are measured
+TRIED = (2, 3)  # batch sizes at which shapes are measured
 SMALL = 1024  # elements; larger constants are weights, whose values no shape depends on
 SHAPES = {"Shape", "Size"}  # operators whose results do not depend on pixels; without them nothing is measured
 
 
 class ValueType(NamedTuple):
-    """Shape and element type of a value; a dimension without a number is a str or None."""
+    """Shape and element type (TensorProto) of a value; a dimension without a known size is a str or None."""
 
     shape: tuple[int | str | None, ...]
     dtype: int
@@ -64,10 +64,10 @@ class ConstantValues:
 def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str, ValueType]:
     """Infer shape and type of every value; a value of unknown rank is left out.
 
-    Exporters that compute shapes in the graph (Shape, Gather, Concat, Reshape) leave sizes unknown where the batch is
-    free. Those are measured: the network runs at two batch sizes, and a size that is the same in both does not depend
-    on the batch. Integers that are the same in both, such as bounds of slices, are added to the constants. Raises
-    InputError for a graph that contradicts itself.
+    Shape inference leaves sizes unknown if the batch size is free and the graph computes shapes (Shape, Gather, Concat,
+    Reshape). These sizes are measured: the network runs at two batch sizes, and a size that is the same in both does
+    not depend on the batch. Integers that are the same in both, such as bounds of slices, are added to `constants`.
+    Raises InputError for a graph whose shapes contradict each other.
     """
     types = _inferred(network)
     computed_names = [name for node in network.graph.node for name in node.output if name]
@@ -81,7 +81,7 @@ def value_types(network: onnx.ModelProto, constants: ConstantValues) -> dict[str
     numbers = [name for name in computed_names if name in types and types[name].dtype == TensorProto.INT64]
     try:
         runs = _measured(network, [*unknown, *numbers], [size.dim_value for size in dims[1:]])
-    except Exception:  # a network that runs at no batch of another size, which whoever runs it will say
+    except Exception:  # the network runs only at its own batch size, which running it later reports
         return types
     for name, (first, second) in runs.items():
         if name not in numbers and first.ndim == second.ndim:

@@ -1,7 +1,7 @@
 """The vector-Jacobian product of each supported operator.
 
-A rule `(tape, node, cotangents)` gives the node's inputs their cotangents, from those of its outputs (None: that output
-does not reach the loss). Discontinuous operators have no rule here: see `mpdsgr_deploy.attack_graph.neurons`.
+A rule `(tape, node, cotangents)` passes cotangents on to the node's inputs, computed from those of its outputs (None:
+the output does not affect the loss). `mpdsgr_deploy.attack_graph.neurons` has the rules of discontinuous operators.
 """
 
 from mpdsgr_deploy.attack_graph.rules import elementwise, normalisation, pooling, products, views

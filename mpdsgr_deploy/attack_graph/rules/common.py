@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 
-# (tape, node, cotangents of its outputs, None where one does not reach the loss): gives its inputs their cotangents
+# Arguments: tape, node, and the cotangents of its outputs (None: the output does not affect the loss)
 Rule = Callable[[Tape, onnx.NodeProto, Sequence[str | None]], None]
 
 

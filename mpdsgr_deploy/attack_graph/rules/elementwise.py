@@ -16,7 +16,7 @@ from mpdsgr_deploy.onnx_files import SPIKES, attribute
 
 
 def _sign(sign: int) -> Rule:
-    """a + b or a - b."""
+    """Make the rule of a + b (sign 1) or a - b (sign -1)."""
 
     def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
         for value, own in zip(node.input, (1, sign), strict=True):
@@ -27,7 +27,7 @@ def _sign(sign: int) -> Rule:
 
 
 def _sum(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Sum and Mean of any number of values."""
+    """Differentiate Sum and Mean of any number of values."""
     cotangent = only(cotangents)
     if node.op_type == "Mean":
         cotangent = tape.emit("Mul", cotangent, tape.constant(1 / len(node.input)))
@@ -69,9 +69,10 @@ def _same(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
 
 
 def _quantize(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Differentiate QuantizeLinear: rounding as the identity, saturation as a clip, by which quantisers express Relu.
+    """Differentiate QuantizeLinear: rounding as the identity, saturation as a clip.
 
-    Networks that this package exported quantise spikes, which lie inside the range.
+    Quantisers express Relu by saturation. Networks that this package exported quantise only spikes, which never
+    saturate.
     """
     value, cotangent = node.input[0], only(cotangents)
     exact = any(name.startswith(SPIKES) for name in tape.makers)
@@ -99,7 +100,7 @@ def _bounds(tape: Tape, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any
 
 
 def _extreme(op_type: str) -> Rule:
-    """Max or Min of two values; where they are equal the first one gets the cotangent."""
+    """Make the rule of Max or Min of two values; where these are equal, the first one gets the cotangent."""
 
     def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
         if len(node.input) != 2:
@@ -117,7 +118,7 @@ def _extreme(op_type: str) -> Rule:
 
 
 def _clip(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Pass the cotangent on where the value is within the bounds, both of which count as inside, as in torch."""
+    """Pass the cotangent on where the value is within the bounds, inclusive as in torch."""
     x, cotangent = tape.float32(node.input[0]), only(cotangents)
     for position, outside in ((1, "Less"), (2, "Greater")):
         bound = node.input[position] if len(node.input) > position else ""
@@ -163,26 +164,29 @@ def _elu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
 
 
 def _hard_sigmoid(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    """alpha where 0 < alpha x + beta < 1."""
+    """Return the slope: alpha where 0 < alpha x + beta < 1, else 0."""
     inside = tape.emit("And", tape.emit("Greater", y, tape.constant(0)), tape.emit("Less", y, tape.constant(1)))
     slope = tape.constant(attribute(node, "alpha", 0.2))
     return tape.emit("Mul", tape.emit("Cast", inside, to=TensorProto.FLOAT), slope)
 
 
 def _hard_swish(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    """x clip(x / 6 + 1/2, 0, 1): 0 up to -3, 1 from 3, x / 3 + 1/2 between."""
+    """Return the slope of x clip(x / 6 + 1/2, 0, 1): 0 up to -3, 1 from 3 on, x / 3 + 1/2 between."""
     slope = tape.emit("Add", tape.emit("Mul", x, tape.constant(1 / 3)), tape.constant(0.5))
     above = tape.emit("Where", tape.emit("Less", x, tape.constant(3)), slope, tape.constant(1))
     return tape.emit("Where", tape.emit("Greater", x, tape.constant(-3)), above, tape.constant(0))
 
 
 def _gaussian(tape: Tape, x: str, factor: float) -> str:
-    """factor exp(-x^2)."""
+    """Append nodes for factor exp(-x^2)."""
     return tape.emit("Mul", tape.emit("Exp", tape.emit("Neg", tape.emit("Mul", x, x))), tape.constant(factor))
 
 
 def _gelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    """Phi(x) + x phi(x); with approximate = "tanh", the derivative of x (1 + tanh(z)) / 2, z = c (x + 0.044715 x^3)."""
+    """Return the slope Phi(x) + x phi(x).
+
+    With approximate = "tanh", it is the derivative of x (1 + tanh(z)) / 2 with z = c (x + 0.044715 x^3).
+    """
     half, one = tape.constant(0.5), tape.constant(1)
     if attribute(node, "approximate", b"none") == b"none":
         scaled = tape.emit("Mul", x, tape.constant(sqrt(0.5)))

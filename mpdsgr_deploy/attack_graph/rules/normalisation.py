@@ -1,4 +1,4 @@
-"""Normalisation, and softmax inside a network."""
+"""Derivatives of normalisations and of softmax."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def _batch_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[
 
 
 def _mean(tape: Tape, value: str, axes: Sequence[int], size: int) -> str:
-    """The mean over axes of `size` elements together."""
+    """Append nodes for the mean over axes that have `size` elements together."""
     total = tape.emit("ReduceSum", value, tape.integers(*axes), keepdims=1)
     return tape.emit("Mul", total, tape.constant(1 / size))
 
@@ -68,7 +68,7 @@ def _instance_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequen
 
 
 def _softmax(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """y (g - sum(g y)); of its logarithm g - exp(y) sum(g)."""
+    """Differentiate Softmax, by y (g - sum(g y)), and LogSoftmax, by g - exp(y) sum(g), for the cotangent g."""
     axis = attribute(node, "axis", -1) % len(tape.shape(node.output[0]))
     cotangent, y, axes = only(cotangents), tape.float32(node.output[0]), tape.integers(axis)
     if node.op_type == "LogSoftmax":

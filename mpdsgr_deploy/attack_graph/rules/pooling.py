@@ -1,4 +1,4 @@
-"""Pooling, and resizing of maps."""
+"""Derivatives of pooling and of resizing."""
 
 from collections.abc import Sequence
 from math import prod
@@ -15,7 +15,7 @@ from mpdsgr_deploy.onnx_files import attribute
 
 
 def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Each window passes its share on to all its values."""
+    """Differentiate AveragePool: each window passes its cotangent, divided by its size, on to all its values."""
     kernel = attribute(node, "kernel_shape", ())
     x, y = plane(tape, node, node.input[0]), plane(tape, node, node.output[0])
     plain = not any(attribute(node, "pads", ())) and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
@@ -33,7 +33,7 @@ def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | N
 
 
 def _overlapping_average(tape: Tape, node: onnx.NodeProto, cotangent: str) -> str:
-    """Differentiate average pooling of any stride and padding: divide by the window's size, and spread back."""
+    """Differentiate average pooling of any stride and padding."""
     x, y, kernel, strides, dilations, before = _windows(tape, node)
     if attribute(node, "count_include_pad", 0) and not attribute(node, "ceil_mode", 0):
         share = tape.emit("Mul", cotangent, tape.constant(1 / prod(kernel)))
@@ -69,10 +69,10 @@ def _windows(tape: Tape, node: onnx.NodeProto) -> Windows:
 
 
 def _placed(tape: Tape, value: str, weights: str, channels: int, windows: Windows) -> str:
-    """Add each window's values up at the places they came from: a transposed convolution by channel."""
+    """Sum the values of all windows at the positions they came from, by a transposed convolution per channel."""
     x, y, kernel, strides, dilations, before = windows
     covered = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(strides, y, kernel, dilations, strict=True)]
-    # what lies beyond the input on either side is cut off, what no window reaches is added as zeros
+    # positions beyond the input on either side are cut off; positions that no window reaches are padded with zeros
     after = [max(0, c - b - n) for c, b, n in zip(covered, before, x, strict=True)]
     spread = tape.emit(
         "ConvTranspose",
@@ -91,10 +91,10 @@ def _placed(tape: Tape, value: str, weights: str, channels: int, windows: Window
 
 
 def _max_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """The whole cotangent of a window goes to the first of its largest values, as in torch.
+    """Differentiate MaxPool: the first of a window's largest values gets its whole cotangent, as in torch.
 
-    Spikes are full of ties; sharing among them would be another gradient. Only with comparisons and a transposed
-    convolution, since not every backend has indices of maxima.
+    Spikes have many ties, and sharing the cotangent among them would give another gradient. The rule uses comparisons
+    and a transposed convolution, because not every backend returns the indices of maxima.
     """
     windows = x, y, kernel, strides, dilations, before = _windows(tape, node)
     channels = tape.shape(node.input[0])[1]
@@ -131,7 +131,10 @@ def _global_average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[
 
 
 def _scaled(tape: Tape, cotangent: str, factor: float) -> str:
-    """factor * cotangent. Right behind a product its weights are scaled instead: once, not in every run."""
+    """Append nodes for factor * cotangent.
+
+    If the last node is a product with weights, its weights are scaled instead, once and not in every run.
+    """
     last = tape.graph.node[-1]
     if last.op_type not in ("Conv", "Gemm") or last.output[0] != cotangent:
         return tape.emit("Mul", cotangent, tape.constant(factor))

@@ -1,4 +1,4 @@
-"""Products with weights: convolutions, linear layers, matrix products."""
+"""Derivatives of convolutions, linear layers and matrix products."""
 
 from collections.abc import Sequence
 from math import prod
@@ -12,7 +12,10 @@ from mpdsgr_deploy.onnx_files import attribute
 
 
 def explicit_pads(node: onnx.NodeProto, x: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The padding of a convolution or pooling of maps of size x, before and after, also where it is automatic."""
+    """Return the padding of a convolution or pooling before and after each axis, also if it is automatic.
+
+    x: the spatial sizes of the input.
+    """
     ones = (1,) * len(x)
     strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
     automatic = attribute(node, "auto_pad", b"NOTSET")
@@ -118,8 +121,9 @@ def _matmul(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _through_weights(tape: Tape, cotangent: str, left: str, weights: str, columns: int) -> str:
-    """The cotangent of a linear layer's input. Gemm reads the weights as they are stored; runtimes would keep another
-    copy of all of them for a Transpose.
+    """Append nodes for the cotangent of a linear layer's input.
+
+    Gemm reads the weights as they are stored, whereas runtimes would keep a second copy of them for a Transpose.
     """
     rank = len(tape.shape(left))
     rows = cotangent if rank == 2 else tape.emit("Reshape", cotangent, tape.integers(-1, columns))

@@ -1,4 +1,4 @@
-"""Operators that move, cut, join and sum values."""
+"""Derivatives of operators that move, cut, join or reduce values."""
 
 from collections.abc import Sequence
 from math import prod
@@ -147,7 +147,10 @@ def _gather_nd(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None
 
 
 def _scattered(tape: Tape, node: onnx.NodeProto, places: str, cotangent: str) -> str:
-    """Add cotangents up at the places [..., k], in the first k axes, that they came from."""
+    """Append nodes that sum cotangents at the positions they came from.
+
+    places [..., k]: the positions in the first k axes.
+    """
     if tape.opset < 16:
         raise refuse(node, "takes elements that are known only at run time; export with opset 18 or later")
     nothing = tape.emit("Expand", tape.constant(0), tape.emit("Shape", node.input[0]))
@@ -155,7 +158,7 @@ def _scattered(tape: Tape, node: onnx.NodeProto, places: str, cotangent: str) ->
 
 
 def _pad(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Cut the padding off; cotangents of reflected and repeated borders are added where their values came from."""
+    """Cut off constant padding; add the cotangents of reflected and repeated borders where their values came from."""
     value, shape = node.input[0], tape.shape(node.input[0])
     pads = tape.array(node.input[1])
     named = tape.array(node.input[3]) if len(node.input) > 3 and node.input[3] else None
@@ -185,7 +188,7 @@ def _expand(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _reshape(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Give the cotangent the shape that the value had before."""
+    """Reshape the cotangent to the shape of the input."""
     tape.give(node.input[0], reshaped(tape, only(cotangents), node.input[0]))
 
 
