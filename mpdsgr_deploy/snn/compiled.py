@@ -1,10 +1,12 @@
-"""Elementwise functions of a CPU, compiled by torch (inductor, which needs a C++ compiler) once that pays.
+"""Compile elementwise functions for a CPU by torch's inductor, which needs a C++ compiler, once this pays.
 
-A function runs eagerly until it has taken as long as compiling it may take. So a short training never waits for a
-compiler, and a long one takes at most that much longer than if it had been compiled from the start. The moment leaves
-no trace in the results: the compiled function is used only if it gave the same bits as the eager one on the arguments
-that it was compiled for, as a C++ compiler does that may not fuse multiplication and addition. What cannot be compiled
-stays eager. One compilation serves all layers, networks and batch sizes: the number of elements is no part of it.
+A function runs eagerly until its total run time reaches PAYS, about the cost of compiling it. So a short training never
+waits for a compiler, and a long one takes at most that much longer than if it had been compiled from the start.
+
+Compiling does not change results: the compiled function is used only if it gives the same bits as the eager one on the
+arguments that it was compiled for, as it does if the C++ compiler may not fuse multiplication and addition. Functions
+that cannot be compiled stay eager. One compilation serves all layers, networks and batch sizes, because it does not
+depend on the number of elements.
 """
 
 import logging
@@ -15,9 +17,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-PAYS = 10.0  # seconds; loading torch's compiler takes about four, and so does a function that is not cached
-FEWEST = 1024  # elements of a step; below, calls take most of the time, and torch specialises on 0 and 1
-# What IEEE 754 rounds in one way, and copies: exp and pow differ in their last bit between torch and its compiler
+PAYS = 10.0  # seconds; loading torch's compiler takes about four, and compiling an uncached function four more
+FEWEST = 1024  # elements of a step; with fewer, calls take most of the time, and torch specialises on 0 and 1
+# Copies, and operations whose rounding IEEE 754 defines; the last bit of exp and pow differs when they are compiled
 EXACT = {
     *("add", "sub", "rsub", "mul", "div", "addcmul", "reciprocal", "neg", "abs", "maximum", "minimum", "clamp_min"),
     *("lt", "le", "ge", "gt", "where", "_to_copy", "lift_fresh_copy", "empty_like", "zeros_like", "ones_like"),
@@ -28,10 +30,10 @@ Function = Callable[..., Tensors]
 
 
 def run(function: Function, constants: tuple[Hashable, ...], tensors: Tensors, *, compiles: bool = True) -> Tensors:
-    """Return function(*constants, *tensors, in_place=...) of tensors [N] or [T, N]; the first one is not None.
+    """Return function(*constants, *tensors, in_place=...) for tensors [N] or [T, N]; the first tensor is not None.
 
-    in_place=False asks for the same results by functions that change no tensor, which are those that compile well.
-    compiles=False: it is never compiled.
+    The function must give the same results with in_place=False, without changing any tensor; that form is compiled.
+    compiles: False to run it eagerly in any case.
     """
     first = tensors[0]
     assert first is not None
@@ -42,7 +44,7 @@ def run(function: Function, constants: tuple[Hashable, ...], tensors: Tensors, *
 
 
 class _Kernel:
-    """A function of tensors of one form, and how it runs: eagerly at first."""
+    """A function for tensors of one form (step shapes and types), which runs eagerly until it is compiled."""
 
     def __init__(self, function: Function) -> None:
         self._function, self._seconds = function, 0.0
@@ -63,7 +65,7 @@ class _Kernel:
         return self._function(*tensors, in_place=True)
 
     def _compiled(self, tensors: Tensors, expected: Tensors) -> Callable[[Tensors], Tensors] | None:
-        """The compiled function, if it can be had and computes what is expected of these tensors."""
+        """Return the compiled function; None if this fails or its results for `tensors` are not `expected`."""
         try:
             function = compile_function(self._function, tensors, expected)
             if function is None or all(map(_same, function(tensors), expected)):
@@ -81,11 +83,14 @@ def _kernel(function: Function, constants: tuple[Hashable, ...], form: tuple[Has
 
 
 def compile_function(function: Function, tensors: Tensors, results: Tensors) -> Callable[[Tensors], Tensors] | None:
-    """Compile the function for tensors of this form and any N; it returns None where these results are None.
+    """Compile a function for tensors of the form of `tensors` and any N.
 
-    Return None if it computes anything that torch and its compiler may round differently.
+    results: what the function returns for `tensors`; the compiled one returns None where these are None. Returns None
+    if the function has an operation that torch and its compiler may round differently.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # imported here, as it loads a part of the compiler
+    from torch.fx.experimental.proxy_tensor import (
+        make_fx,
+    )  # imported only here, because it loads a part of the compiler
 
     def on_present(*present: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(present)
@@ -93,21 +98,21 @@ def compile_function(function: Function, tensors: Tensors, results: Tensors) -> 
         return tuple(y for y in outputs if y is not None)
 
     def without_none(tensors: Tensors) -> list[Tensor]:
-        return [x.data for x in tensors if x is not None]  # data: of a view torch would also guard the tensor behind it
+        return [x.data for x in tensors if x is not None]  # data: for a view, torch would also guard its base tensor
 
     quiet_compiler()
-    # traced here, since torch.compile would take floats for variables and cannot follow a surrogate's array API
+    # traced by make_fx, because torch.compile treats floats as variables and cannot trace a surrogate's array API
     graph = make_fx(on_present)(*(x[..., :FEWEST].clone() for x in without_none(tensors)))
     if not all(
         node.target.overloadpacket.__name__ in EXACT for node in graph.graph.nodes if node.op == "call_function"
     ):
         return None
-    # without processes that compile in parallel: there is one thing to compile
+    # one thread, because there is only one function to compile
     fast = torch.compile(graph, dynamic=True, fullgraph=True, options={"compile_threads": 1})
     absent = [y is None for y in results]
 
     def run(tensors: Tensors) -> Tensors:
-        with torch.autocast("cpu", enabled=False):  # else torch compiles with and without
+        with torch.autocast("cpu", enabled=False):  # otherwise torch compiles once with and once without autocast
             outputs = iter(fast(*without_none(tensors)))
         return tuple(None if none else next(outputs) for none in absent)
 

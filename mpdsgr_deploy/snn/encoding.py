@@ -1,7 +1,7 @@
-"""Input encodings: images [B, C, H, W] in [0, 1] to what T time steps see, [T, B, C', H, W].
+"""Input encodings: from images [B, C, H, W] in [0, 1] to the inputs of T time steps, [T, B, C', H, W].
 
-An encoding is a module without parameters, `encode(x, normalize, noise)`; it decides where the network's own
-normalisation enters. `stochastic` ones draw from `noise`, fresh for every step.
+An encoding is a module without parameters, called as `encode(x, normalize, noise)`. It decides whether and where the
+network's normalisation is applied. Stochastic encodings draw new numbers from `noise` for every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Normalize = Callable[[Tensor], Tensor]
 
 
 class Encoding(nn.Module):
-    """The base of all encodings: T steps, and how many channels C' each has."""
+    """The base of all encodings. T: number of time steps; channels: number of channels C' of each step."""
 
     stochastic: ClassVar[bool] = False
 
@@ -29,21 +29,26 @@ class Encoding(nn.Module):
 
 
 class Direct(Encoding):
-    """The normalised image itself at every step. Stacked, not expanded: exported, that is free of shape arithmetic."""
+    """Direct encoding: the normalised image at every step.
+
+    It is stacked instead of expanded, so that the exported graph needs no shape arithmetic.
+    """
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         return torch.stack([normalize(x)] * self.T)
 
 
 def straight_through(rounded: Tensor, x: Tensor) -> Tensor:
-    """Return the rounded values of x with the gradient of x itself."""
-    if not torch.is_grad_enabled():  # also the path that the ONNX exporter traces
+    """Return `rounded`, the rounded values of x, with the gradient of x."""
+    if not torch.is_grad_enabled():  # the ONNX exporter traces this path
         return rounded
-    return rounded + (x - x.detach())  # the second term is zero forward, the identity backward
+    return rounded + (
+        x - x.detach()
+    )  # the second term is zero in the forward pass and the identity in the backward pass
 
 
 class Poisson(Encoding):
-    """Spikes [x >= U(0, 1)] of the image itself, not normalised; the gradient passes straight through."""
+    """Poisson encoding: spikes [x >= U(0, 1)] of the image without normalisation; a straight-through gradient."""
 
     stochastic = True
 
@@ -52,11 +57,12 @@ class Poisson(Encoding):
 
 
 class StochasticQuantization(Encoding):
-    """Stochastic quantisation encoding (SQE, Liu et al., arXiv 2610.01558): the image rounded to multiples of 1/levels.
+    """Stochastic quantisation encoding (SQE): the image, without normalisation, rounded to multiples of 1 / levels.
 
-    Up or down at random, such that the mean is the image, which is not normalised. Of the values k / levels as many are
-    added as there are k with x >= (k + U(0, 1)) / levels. One level is Poisson encoding, draw by draw; with more the
-    variance, at most 1 / (4 levels^2), goes to 0. The gradient passes straight through.
+    Pixels are rounded up or down at random, so that their mean is the image: a pixel becomes n / levels, where n is the
+    number of k in 0..levels - 1 with x >= (k + U(0, 1)) / levels. One level equals Poisson encoding, with the same
+    draws; with more levels, the variance of at most 1 / (4 levels^2) goes to 0. The gradient is straight-through.
+    Source: Liu et al., arXiv 2610.01558.
     """
 
     stochastic = True
@@ -72,7 +78,7 @@ class StochasticQuantization(Encoding):
 
 
 class RandomizedSmoothing(Encoding):
-    """Randomised smoothing coding (RSC, arXiv 2407.20099): x + N(0, std^2), then normalised. std in pixel units."""
+    """Randomised smoothing coding (RSC, arXiv 2407.20099): x + N(0, std^2), normalised; std in pixel units."""
 
     stochastic = True
 
@@ -85,10 +91,10 @@ class RandomizedSmoothing(Encoding):
 
 
 class Frequency(Encoding):
-    """FEEL's frequency encoding (Xu et al., NeurIPS 2024): step t sees the image's frequencies up to `radii[t]`.
+    """FEEL's frequency encoding (Xu et al., NeurIPS 2024): step t gets the image's frequencies up to `radii[t]`.
 
-    The low-pass is a centred box in the image's discrete Fourier transform, |k| <= radius in both directions. Such a
-    box is separable and real, so it is applied as a matrix on rows and on columns.
+    The low-pass keeps a centred box of the image's discrete Fourier transform, |k| <= radius in both directions. This
+    filter is separable and real, so it is applied as one matrix on rows and one on columns.
     """
 
     rows: Tensor
@@ -103,19 +109,19 @@ class Frequency(Encoding):
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         image = normalize(x)
         device = "cpu" if x.is_meta else x.device.type  # autocast does not support the meta device
-        with torch.autocast(device, enabled=False):  # a rounded projection would pass other frequencies
+        with torch.autocast(device, enabled=False):  # a projection in lower precision would let other frequencies pass
             return torch.stack([self.rows[t] @ image @ self.columns[t] for t in range(self.T)])
 
 
 def low_pass(size: int, radius: int) -> Tensor:
-    """The symmetric projection [size, size] that keeps the frequencies |k| <= radius of a signal of that length."""
+    """Return the symmetric projection [size, size] of signals that keeps their frequencies |k| <= radius."""
     k = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
     identity = torch.eye(size, dtype=torch.float64)
     return torch.fft.ifft(torch.fft.fft(identity) * (k.abs() <= radius)).real.float()
 
 
 class Frames(Encoding):
-    """Event data: the T * C' channels of an image are T frames of C' channels, as they are."""
+    """Event data: the T * C' channels of an image are T frames of C' channels, used without normalisation."""
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         return x.unflatten(1, (self.T, self.channels)).transpose(0, 1)

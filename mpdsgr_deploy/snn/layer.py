@@ -1,7 +1,7 @@
 """A layer of spiking neurons, and how its membrane potentials are observed.
 
-An observer is an argument of `forward`, called once a layer with a `Trace`: the regulariser and the diagnostics
-see the membrane without hooks and without state left behind in the modules.
+An observer is an argument of `forward`, which is called once per layer with a `Trace`. The regulariser and the
+diagnostics thus read membrane potentials without hooks, and modules store no state.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,13 @@ from mpdsgr_deploy.snn.tdbn import TdBN
 
 
 class Trace(NamedTuple):
-    """What one layer did in one forward pass: its T states, each u and spikes [B, C, ...], and the current
-    [T, B, C, ...] that drove them (kept anyway: at rest the first u is a view of it).
+    """The values of one layer in one forward pass.
 
-    Where a GPU ran plain neurons in one kernel with their normalisation, the current was never written and is None, but
-    the potential's moments came along.
+    states: the T states, each u and spikes [B, C, ...]. current: the input current [T, B, C, ...] of the neurons; it
+    takes no additional memory, since at rest the first u is a view of it.
+
+    If a GPU ran neurons and normalisation in one kernel, the current was never written and is None, and moments has the
+    moments of the potentials.
     """
 
     layer: str
@@ -36,10 +38,10 @@ Observer = Callable[[Trace], None]
 
 
 class Reader:
-    """An observer that keeps of a trace what it reads there, so that the layer's tensors need not outlive the layer.
+    """An observer that stores only the result of `read`, so that the tensors of a layer can be freed after the layer.
 
-    A layer that is computed again on the way back is read again, so that its gradient finds what it needs, but nothing
-    is kept a second time: `read` may have no other effect.
+    A layer that is recomputed in the backward pass is also read again, because its gradient needs that, but the result
+    is passed to `keep` only once. `read` must have no other effect than its result.
     """
 
     def __init__(self, read: Callable[[Trace], Any], keep: Callable[[Any], None]) -> None:
@@ -55,17 +57,17 @@ def fold_time(stateless: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class Temporal(nn.Module):
-    """A module that sees all T steps at once, because it has a state over time or contains something that has."""
+    """A module that processes all T steps at once, because it or a part of it has a state over time."""
 
     def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise = None) -> Tensor:
-        """[T, B, ...] to [T, B, ...]. Observers and noise are handed to every neuron inside."""
+        """Map [T, B, ...] to [T, B, ...], passing the observer and the noise to every neuron inside."""
         raise NotImplementedError
 
 
 class SpikingLayer(Temporal):
-    """synapse (convolution or linear) -> normalisation if there is one -> LIF.
+    """A synapse (convolution or linear layer), an optional normalisation, and LIF neurons.
 
-    A pre-activation layer, which normalises what reaches it, has nn.Identity as its synapse.
+    A pre-activation layer, which normalises its input, has nn.Identity as its synapse.
     """
 
     def __init__(self, name: str, synapse: nn.Module, norm: nn.Module | None, neuron: LIF) -> None:
@@ -73,7 +75,7 @@ class SpikingLayer(Temporal):
         self.name, self.synapse, self.norm, self.neuron = name, synapse, norm, neuron
 
     def current(self, x: Tensor) -> Tensor:
-        """Return the neurons' current [B, C, ...] from spikes or encoded input of one step [B, ...]."""
+        """Return the neurons' input current [B, C, ...] for spikes or encoded input of one step [B, ...]."""
         current = self.synapse(x)
         return current if self.norm is None else self.norm(current)
 
@@ -89,9 +91,9 @@ class SpikingLayer(Temporal):
         return spikes
 
     def _kernels(self, x: Tensor) -> Any:
-        """What runs normalisation and neurons at once, if that is possible here."""
+        """Return the module with GPU kernels for normalisation and neurons; None if it does not support this layer."""
         norm, neuron = self.norm, self.neuron
-        # the kernel sees only the batch of one process
+        # a kernel computes statistics only over the batch of its own process
         fits = norm is None or (type(norm) is TdBN and not norm.synchronised)
         plain = fits and type(neuron) is LIF and neuron.stepwise is None
         return gpu_kernels(x, self.neuron.tau, self.neuron.surrogate) if plain else None

@@ -1,4 +1,4 @@
-"""The constants of LIF neurons, their state, and what a layer of them hands on besides its spikes."""
+"""The constants of LIF neurons, their state, and the moments of their potentials."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ from mpdsgr_deploy.snn.surrogate import Surrogate
 
 
 class LIFConstants(NamedTuple):
-    """What LIF neurons do over `steps` = T time steps; the equations are in `mpdsgr_deploy.snn.neuron`.
+    """The constants of LIF neurons over `steps` = T time steps; the equations are in `mpdsgr_deploy.snn.neuron`.
 
-    tau: one leak, or a tensor [T, ...] of each step's, broadcast over the batch. hard: the reset; else it is soft.
-    detach_reset: no gradient passes through the spikes that reset.
+    tau: one leak for all steps, or a tensor [T, ...] of one leak per step, broadcast over the batch. hard: whether the
+    reset is hard; otherwise it is soft. detach_reset: the reset passes no gradient to spikes.
     """
 
     steps: int
@@ -30,8 +30,10 @@ class LIFState(NamedTuple):
 
 
 class StepMoments(NamedTuple):
-    """Moments of the potential U, per step and channel, float32 [T, C]: mean, variance (of the batch: divided by the
-    number of elements), and the mean of what the reset after the step takes away, which carries no gradient.
+    """Moments of the potential U per step and channel, each float32 [T, C].
+
+    variance: the mean squared deviation over the batch. removed: the mean amount by which the reset after the step
+    lowers the potential; it has no gradient.
     """
 
     mean: Tensor

@@ -1,4 +1,4 @@
-"""Steps of neurons as they lie in memory: what treats every element alike reads them as rows, whatever their shape."""
+"""Read the time steps of neurons as rows in memory order, for functions that treat all elements alike."""
 
 from math import prod
 from typing import NamedTuple, Self
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether step follows step in memory, and each fills its own without gaps, in whatever order."""
+    """Whether the steps of x [T, B, ...] follow each other in memory and have no gaps, in any order of their axes."""
     expected = 1
     for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
         if size > 1 and stride != expected:
@@ -18,7 +18,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def strided_as(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The tensor with these strides; a copy unless it has them."""
+    """Return the tensor with these strides, copied unless it has them already."""
     return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
 
@@ -30,12 +30,12 @@ class MemoryOrder(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
-        """The order of x [T, B, ...], or that of a contiguous tensor if its steps are not dense."""
+        """Return the order of x [T, B, ...], or that of a contiguous tensor if x is not dense."""
         dense = x if is_dense(x) else x.contiguous()
         return cls(x.shape[1:], dense.stride()[1:])
 
     def flattened(self, x: Tensor | None) -> Tensor | None:
-        """[T, B, ...] to [T, N], or [B, ...] to [N]."""
+        """Reshape [T, B, ...] to [T, N], or [B, ...] to [N], in memory order."""
         if x is None:
             return None
         N, steps = prod(self.shape), x.shape[: x.dim() - len(self.shape)]
@@ -43,6 +43,6 @@ class MemoryOrder(NamedTuple):
         return strided_as(x, (*outer, *self.stride)).as_strided((*steps, N), (*outer, 1))
 
     def restored(self, y: Tensor) -> Tensor:
-        """Back from `flattened`."""
+        """Reverse `flattened`."""
         steps = y.shape[:-1]
         return y.as_strided((*steps, *self.shape), (*y.stride()[:-1], *self.stride))

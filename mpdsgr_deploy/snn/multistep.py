@@ -1,22 +1,22 @@
-"""All T steps of LIF neurons as one node of autograd's graph: the steps of `lif`, to the bit, forward and backward.
+"""All T steps of LIF neurons as one node of autograd's graph, with the same bits as `lif` in both passes.
 
-Step by step autograd keeps the potential before the reset, what the reset left, the spikes and the surrogate's input of
-every step; here the potentials alone are kept, from which all the rest follows. With
+For single steps, autograd stores the potential before and after the reset, the spikes and the input of the surrogate at
+every step. Here only the potentials are stored, from which the rest is computed. With
 
     hard   U_t = tau_t U_{t-1} (1 - O_{t-1}) + I_t          soft   U_t = tau_t (U_{t-1} - V_th O_{t-1}) + I_t
 
-the gradient d_t of the loss in U_t, from the last step back, is
+the gradient d_t of the loss in U_t is, from the last step backwards,
 
     hard   d_t = gU_t + tau_{t+1} d_{t+1} (1 - O_t) + (gO_t - tau_{t+1} d_{t+1} U_t) s(U_t - V_th)
     soft   d_t = gU_t + tau_{t+1} d_{t+1}           + (gO_t - tau_{t+1} d_{t+1} V_th) s(U_t - V_th)
 
-where gU and gO are what reaches potentials and spikes from elsewhere and s is the surrogate. A detached reset, one
-whose spikes pass no gradient on, leaves out the term after gO_t. The gradient is computed in float32 where the
-potentials are float16 or bfloat16, and rounded at the end. There is no second derivative.
+where gU and gO are the gradients that potentials and spikes get from outside the layer, and s is the surrogate. A
+detached reset, whose spikes pass no gradient, leaves out the term after gO_t. For float16 and bfloat16 potentials, the
+gradient is computed in float32 and rounded at the end. Second derivatives are not supported.
 
-`_forward` and `_backward` are written once and run in two ways. Step by step, every result goes into its row of an
-output, which is the fastest way without a compiler. Compiled, by `compiled.py` or with the whole network by its user,
-results are new tensors that are stacked at the end, and a compiler makes one loop of all steps.
+`_forward` and `_backward` run in two ways. In place, every result is written into its row of the output, which is the
+fastest way without a compiler. Compiled, by `compiled.py` or as a part of a network that its user compiles, results are
+new tensors that are stacked at the end, and the compiler makes one loop of all steps.
 """
 
 from collections.abc import Callable
@@ -39,10 +39,10 @@ Leak = float | Tensor
 def multistep_lif(
     current: Tensor, state: tuple[Tensor, Tensor] | None, constants: LIFConstants
 ) -> tuple[Tensor, Tensor]:
-    """Potentials and spikes [T, B, ...] of `constants.steps` = T steps.
+    """Return potentials and spikes [T, B, ...] for `constants.steps` = T steps.
 
-    current [T, B, ...], or [1, B, ...], which then lasts for all steps. state: potential and spikes [B, ...] before
-    them, None at rest. A GPU runs the kernels of `triton_lif` where they know the case.
+    current: [T, B, ...], or [1, B, ...] for a current that is the same at all steps. state: potential and spikes
+    [B, ...] before the first step, None at rest. On a GPU, the kernels of `triton_lif` run the cases they support.
     """
     kernels = gpu_kernels(current, constants.tau, constants.surrogate)
     if kernels is not None:
@@ -55,7 +55,7 @@ def multistep_lif(
 
 
 def gpu_kernels(x: Tensor, tau: Leak, surrogate: Surrogate) -> Any:
-    """The module `triton_lif` if x is on a GPU and it knows the case; else None."""
+    """Return the module `triton_lif` if x is on a GPU and the module supports these neurons; otherwise None."""
     kernels = _triton_lif() if _on_gpu(x) else None
     return kernels if kernels is not None and kernels.takes(x, tau, surrogate) else None
 
@@ -66,7 +66,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 @cache
 def _triton_lif() -> Any:
-    """Import `triton_lif`; None without Triton, which only GPU builds of torch contain."""
+    """Import `triton_lif`; return None without Triton, which only GPU builds of torch contain."""
     try:
         from mpdsgr_deploy.snn import triton_lif
     except ImportError:
@@ -80,7 +80,7 @@ class _MultiStep(torch.autograd.Function):
         ctx: Any, current: Tensor, u_before: Tensor | None, spikes_before: Tensor | None, tau: Leak, how: LIFConstants
     ) -> tuple[Tensor, Tensor]:
         constants = how.steps, tau, how.v_threshold, how.hard
-        # in 16 bits single steps round after every operation, which a compiled loop would have to imitate
+        # not compiled in 16 bits, because single steps round after every operation and a compiled loop does not
         u, spikes = _run(_forward, constants, (current, u_before, spikes_before), compiles=current.dtype.itemsize >= 4)
         ctx.save_for_backward(u, u_before, spikes_before, tau if isinstance(tau, Tensor) else None)
         ctx.tau, ctx.how, ctx.held = tau, how, len(current) < how.steps
@@ -99,9 +99,11 @@ class _MultiStep(torch.autograd.Function):
 
 
 def _run(function: compiled.Function, constants: tuple[Any, ...], tensors: Any, *, compiles: bool = True) -> Any:
-    """function(*constants, *tensors, in_place=...), compiled where that can be and pays."""
+    """Return function(*constants, *tensors, in_place=...), compiled if possible and worthwhile."""
     whole = torch.compiler.is_compiling()
-    if whole or any(isinstance(constant, Tensor) for constant in constants):  # leaks are not elementwise
+    if whole or any(
+        isinstance(constant, Tensor) for constant in constants
+    ):  # leaks that are tensors are not elementwise
         return function(*constants, *tensors, in_place=not whole)
     order = MemoryOrder.of(tensors[0])
     results = compiled.run(function, constants, tuple(map(order.flattened, tensors)), compiles=compiles)
@@ -119,7 +121,7 @@ def _forward(
     *,
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Potentials and spikes [T, ...] of a current [T, ...] or [1, ...] and the state [...] before."""
+    """Return potentials and spikes [T, ...] for a current [T, ...] or [1, ...] and the state u, spikes [...] before."""
     held = len(current) < steps
     potentials, fired = _Rows(current, steps, in_place), _Rows(current, steps, in_place)
     for t in range(steps):
@@ -152,7 +154,10 @@ def _backward(
     in_place: bool,
     to_tau: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients in the current and in the state before, from those in potentials u and spikes; fills in `to_tau`."""
+    """Return the gradients in the current and in the state before, from those in potentials u and spikes.
+
+    to_tau [T, ...]: is filled with the gradient in the leaks.
+    """
     wide = torch.promote_types(u.dtype, torch.float32)
     to_current = _Rows(u, 1 if held else len(u), in_place, wide)
     later = total = None  # tau_{t+1} d_{t+1}, and the sum of all d
@@ -190,9 +195,9 @@ def _backward(
 
 
 class _Rows:
-    """The steps [...] of an output [T, ...]: rows to write in place, or new tensors that are stacked at the end.
+    """The steps [...] of an output [T, ...]: rows that are written in place, or new tensors stacked at the end.
 
-    wide: the type of the results, if it is not that of the output, which has the type and step shape of `like`.
+    like: a tensor of the output's type and step shape. wide: the type of the results, if it is not the output's.
     """
 
     def __init__(self, like: Tensor, steps: int, in_place: bool, wide: torch.dtype | None = None) -> None:
@@ -205,7 +210,7 @@ class _Rows:
                 self._scratch = torch.empty_like(like[0], dtype=wide)
 
     def row(self, t: int) -> Tensor | None:
-        """Where results of step t go, the last of which `put` takes: what torch's functions take as `out`."""
+        """Return the `out` argument of torch's functions for results of step t, of which `put` stores the last one."""
         row: Tensor | None = self._rows[t]
         return row if self._scratch is None else self._scratch
 
@@ -224,12 +229,12 @@ def _leak(tau: Leak, t: int) -> Leak:
 
 
 def _exact(tau: float, dtype: torch.dtype) -> bool:
-    """Whether addcmul rounds as single steps do: it sums up in float32, where they round tau U to u's own type."""
+    """Whether addcmul rounds as single steps do, which round tau U to u's type while addcmul sums in float32."""
     return dtype.itemsize >= 4 or frexp(tau)[0] == 0.5
 
 
 def _compared(compare: Callable[..., Any], u: Tensor, v_threshold: float, out: Tensor | None = None) -> Tensor:
-    """1 or 0 in u's own type: booleans on the way cost a CPU twenty times as much."""
+    """Return the comparison as 1 or 0 in u's type; intermediate booleans would take a CPU twenty times as long."""
     compared: Tensor = compare(u, v_threshold, out=torch.empty_like(u) if out is None else out)
     return compared
 

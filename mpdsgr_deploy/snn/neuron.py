@@ -1,10 +1,10 @@
-"""The leaky integrate-and-fire (LIF) neuron. State goes in and comes out; nothing is hidden in a module.
+"""The leaky integrate-and-fire (LIF) neuron. Its state is an argument and a result; modules store none.
 
     hard reset   U_t = tau U_{t-1} (1 - O_{t-1}) + I_t
     soft reset   U_t = tau (U_{t-1} - V_th O_{t-1}) + I_t
     spike        O_t = [U_t >= V_th]
 
-with U_0 = O_0 = 0: the reset comes before the leak (as in the SNN-RAT family of papers).
+with U_0 = O_0 = 0. The reset is applied before the leak, as in SNN-RAT and the papers that build on it.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def lif_step(
     reset: Reset,
     surrogate: Surrogate,
 ) -> LIFState:
-    """One time step: current I_t [B, ...] and the state before it (None: at rest) to the state after it."""
+    """Return the state after one time step with current I_t [B, ...]; state: the one before, None at rest."""
     if state is None:
         u = current  # no zeros_like: keeps Shape/Expand nodes out of the exported graph
     elif reset == "hard":
@@ -49,33 +49,33 @@ def lif(
     reset: Reset,
     surrogate: Surrogate | Callable[[int], Surrogate],
 ) -> list[LIFState]:
-    """T time steps on T currents [B, ...]; returns the T states, the last of which continues the sequence.
+    """Return the T states after time steps with T currents [B, ...]; pass the last one as `state` to continue.
 
-    tau: one leak for all, or a tensor [T, ...] that gives step t the leak tau[t], broadcast over the batch.
-    surrogate: one for all, or a function from t, counted from 0, to that step's.
+    tau: one leak for all steps, or a tensor [T, ...] whose tau[t] is the leak of step t, broadcast over the batch.
+    surrogate: one for all steps, or a function from t, counted from 0, to the surrogate of step t.
     """
     states = []
     for t, step in enumerate(current):
-        leak = tau[t].to(step) if isinstance(tau, Tensor) else tau  # to: its dtype under mixed precision
-        own = surrogate(t) if callable(surrogate) else surrogate
-        state = lif_step(step, state, tau=leak, v_threshold=v_threshold, reset=reset, surrogate=own)
+        leak = tau[t].to(step) if isinstance(tau, Tensor) else tau  # to: the current's dtype under mixed precision
+        step_surrogate = surrogate(t) if callable(surrogate) else surrogate
+        state = lif_step(step, state, tau=leak, v_threshold=v_threshold, reset=reset, surrogate=step_surrogate)
         states.append(state)
     return states
 
 
 class LIF(nn.Module):
-    """Holds the constants of `lif`; has no parameters and no state. Defences derive their own neurons from it.
+    """A module with the constants of `lif`, without parameters and state. Defences derive their neurons from it.
 
-    tau in (0, 1] is the leak kept per step, v_threshold > 0 the firing threshold V_th. detach_reset: spikes that reset
-    pass no gradient on.
+    tau in (0, 1]: the share of the potential that is left after a step. v_threshold > 0: the firing threshold V_th.
+    detach_reset: the reset passes no gradient to spikes.
     """
 
-    time_invariant: bool = True  # every step has the same leak and input gain, as Theorem 1 assumes
-    per_step: tuple[str, ...] = ()  # parameters [T, ...] that hold a value for each step
+    time_invariant: bool = True  # whether all steps have the same leak and input gain, as Theorem 1 assumes
+    per_step: tuple[str, ...] = ()  # names of parameters [T, ...] with one value per step
     stochastic: bool = False  # whether it draws from `noise`
     binary: bool = True  # whether its outputs are only 0 and 1
-    hold: int = 1  # number of steps for which a current is held
-    # set by an attacker: from t to the surrogate that replaces `surrogate` in step t
+    hold: int = 1  # number of steps that a current [1, B, ...] lasts
+    # set by an attacker: a function from t to the surrogate that replaces `surrogate` in step t
     stepwise: Callable[[int], Surrogate] | None = None
 
     def __init__(
@@ -93,18 +93,21 @@ class LIF(nn.Module):
 
     @property
     def leak(self) -> float | Tensor:
-        """What `lif` takes as tau: one number, or a tensor [T, ...] in neurons that learn it."""
+        """The tau of `lif`: a number, or a tensor [T, ...] in neurons that learn it."""
         return self.tau
 
     def constants(self, steps: int) -> LIFConstants:
-        """What the neurons do over `steps` time steps."""
+        """Return the constants of the neurons for `steps` time steps."""
         hard = self.reset == "hard"
         return LIFConstants(steps, self.leak, self.v_threshold, hard, self.surrogate, self.detach_reset)
 
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
     ) -> tuple[Tensor, list[LIFState]]:
-        """Current [T, B, ...] to spikes [T, B, ...] and the T states."""
+        """Return spikes [T, B, ...] and the T states for a current [T, B, ...].
+
+        A current [1, B, ...] is used for `hold` steps.
+        """
         steps = current.unbind(0)
         if torch.is_grad_enabled() and self.stepwise is None:
             count = self.hold if len(steps) == 1 else len(steps)
@@ -125,9 +128,10 @@ class LIF(nn.Module):
 
 
 class DerivedLIF(LIF):
-    """What a defence makes of a neuron: the constants are those of `lif`, the subclass adds what is learned.
+    """The base of a defence's neurons: it copies the constants of `lif`, and subclasses add learned parameters.
 
-    One that hands on nothing but 0 and 1 says so by `binary = True`: its spikes then take a byte for the backward pass.
+    A subclass whose outputs are only 0 and 1 sets `binary = True`; its spikes are then stored in one byte each for the
+    backward pass.
     """
 
     binary = False

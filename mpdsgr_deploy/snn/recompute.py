@@ -1,7 +1,7 @@
-"""Layers that are computed again on the way back, instead of keeping what their gradients need (activation
-checkpointing): a second forward pass in exchange for the memory of all layers but one.
+"""Activation checkpointing: recompute layers in the backward pass instead of storing what their gradients need.
 
-Spikes that are saved take one byte each, exactly, because they are multiples of a known fraction in [0, 1].
+This takes a second forward pass and saves the memory of all layers but one. Stored spikes take one byte each, without
+loss, because they are multiples of a known fraction in [0, 1].
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +16,13 @@ from mpdsgr_deploy.snn.draws import Noise, repeatable
 from mpdsgr_deploy.snn.layer import Observer, Reader, SpikingLayer, Temporal, Trace, fold_time
 from mpdsgr_deploy.snn.tdbn import frozen_statistics
 
-MOST = 64  # levels: the largest power of four (as windows of 2^k x 2^k give) that fits into int8
+MOST = 64  # levels; the largest power of four that fits into int8, since pooling windows have 2^k x 2^k values
 
 
 def levels(module: nn.Module, received: int | None) -> int | None:
-    """n if the module hands on multiples of 1/n in [0, 1], n a power of two; None if that is not known.
+    """Return n if the outputs of the module are multiples of 1/n in [0, 1], n a power of two; None if unknown.
 
-    received: the same of what it is given. Spikes have n = 1; the average over four of them n = 4.
+    received: the n of its inputs. Spikes have n = 1, and averages over four spikes n = 4.
     """
     match module:
         case SpikingLayer():
@@ -37,7 +37,7 @@ def levels(module: nn.Module, received: int | None) -> int | None:
 
 @contextmanager
 def in_bytes(x: Tensor, n: int | None) -> Iterator[None]:
-    """Save x, multiples of 1/n in [0, 1], as int8 within a with block; with n None save it as it is."""
+    """In a with block, store x, multiples of 1/n in [0, 1], as int8 for the backward pass; with n None, unchanged."""
     if n is None or torch.compiler.is_compiling():
         yield
         return
@@ -46,7 +46,7 @@ def in_bytes(x: Tensor, n: int | None) -> Iterator[None]:
     def pack(saved: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
         if saved.untyped_storage()._cdata != storage or saved.numel() != size:
             return saved
-        # on a CPU six times as fast as a conversion to uint8
+        # int8, because on a CPU the conversion to uint8 takes six times as long
         return (saved if n == 1 else saved * n).to(torch.int8), saved.dtype
 
     def unpack(packed: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
@@ -60,9 +60,10 @@ def in_bytes(x: Tensor, n: int | None) -> Iterator[None]:
 
 
 def groups(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """The modules in runs that are computed again together: a temporal one and the stateless ones behind it.
+    """Group modules that are recomputed together: a temporal module and the stateless modules that follow it.
 
-    What a pooling layer receives is thus not kept. Stateless modules before the first temporal one join its run.
+    The input of a pooling layer is therefore not stored. Stateless modules before the first temporal one belong to its
+    group.
     """
     runs: list[list[nn.Module]] = [[]]
     for module in modules:
@@ -73,14 +74,17 @@ def groups(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
 
 
 def one(module: nn.Module, x: Tensor, observe: Observer | None, noise: Noise) -> Tensor:
-    """The module on [T, B, ...]; a stateless one sees time folded into the batch."""
+    """Apply a module to [T, B, ...]; a stateless module gets time folded into the batch."""
     return module(x, observe, noise) if isinstance(module, Temporal) else fold_time(module, x)
 
 
 def one_by_one(
     modules: Iterable[nn.Module], x: Tensor, observe: Observer | None, noise: Noise, *, recompute: bool
 ) -> Tensor:
-    """The modules one after the other on [T, B, ...]; what they save for their gradients takes little room."""
+    """Apply modules one after the other to [T, B, ...], storing spikes for the backward pass in one byte each.
+
+    recompute: store only the inputs of groups of modules, and recompute the groups in the backward pass.
+    """
     if not torch.is_grad_enabled():
         for module in modules:
             x = one(module, x, observe, noise)
@@ -95,31 +99,33 @@ def one_by_one(
 
 
 def recomputed(modules: Sequence[nn.Module], x: Tensor, observe: Observer | None, noise: Noise) -> Tensor:
-    """The modules one after the other, to the bit, where nothing is kept but x and what the observer keeps.
+    """Apply modules one after the other, storing only x for the backward pass; results have the same bits.
 
-    The second time draws the same noise and leaves running statistics alone. An observer is called once a layer; but
-    only a `Reader` spares memory, since whoever holds a trace holds its tensors.
+    The second forward pass draws the same noise and leaves running statistics unchanged. An observer is called once per
+    layer. Only a `Reader` saves memory, because a stored trace keeps its tensors.
     """
-    drawn, again = repeatable(noise)
+    recorded_noise, repeated_noise = repeatable(noise)
     first = True
 
     def run(x: Tensor) -> tuple[Tensor, list[Any]]:
         nonlocal first
-        seen: list[Any] = []
-        source, statistics = (drawn, nullcontext()) if first else (again(), frozen_statistics(*modules))
+        readings: list[Any] = []
+        source, statistics = (
+            (recorded_noise, nullcontext()) if first else (repeated_noise(), frozen_statistics(*modules))
+        )
         first = False
 
         def look(trace: Trace) -> None:
-            seen.append(observe.read(trace) if isinstance(observe, Reader) else trace)
+            readings.append(observe.read(trace) if isinstance(observe, Reader) else trace)
 
         with statistics:
             for module in modules:
                 x = one(module, x, None if observe is None else look, source)
-            return x, seen
+            return x, readings
 
-    y, seen = checkpoint(run, x, use_reentrant=False, preserve_rng_state=noise is None)
+    y, readings = checkpoint(run, x, use_reentrant=False, preserve_rng_state=noise is None)
     if observe is not None:
         keep = observe.keep if isinstance(observe, Reader) else observe
-        for reading in seen:
+        for reading in readings:
             keep(reading)
     return y

@@ -1,4 +1,4 @@
-"""Surrogate gradients in torch: a kind of `mpdsgr_deploy.surrogates` with its width, and the spike that it serves."""
+"""Surrogate gradients in torch: the kinds of `mpdsgr_deploy.surrogates` with a width, and the spike function."""
 
 import math
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from mpdsgr_deploy.surrogates import KINDS, STRAIGHT, parse_surrogate
 
 
 class Surrogate(NamedTuple):
-    """A surrogate of some width.
+    """A surrogate with its width.
 
-    derivative maps v = U - V_th of any shape to dO/dU of that shape; half_width is as of `SurrogateKind`. expected maps
-    (mu, sigma) of any shape to the mean of `derivative` over N(mu, sigma^2); None where that is not known. parameter is
-    the width, for those who write the formula of that kind again; None where `name` is not a kind.
+    derivative: maps v = U - V_th of any shape to dO/dU of this shape. half_width: see `SurrogateKind`. expected: maps
+    mu and sigma of any shape to the mean of `derivative` over N(mu, sigma^2); None if no formula is known. parameter:
+    the width, for code that implements the formula of a kind itself; None if `name` is not a kind.
     """
 
     name: str
@@ -36,16 +36,17 @@ class Surrogate(NamedTuple):
     parameter: float | None = None
 
 
-@lru_cache(maxsize=256)  # cached, so that networks with the same surrogate share its compiled functions
+@lru_cache(maxsize=256)  # cached, so that networks with the same surrogate share compiled functions
 def make_surrogate(name: str, width: float | None = None) -> Surrogate:
-    """The surrogate "KIND" or "KIND:WIDTH", or a kind with the width given beside it.
+    """Return the surrogate "KIND" or "KIND:WIDTH"; `width` overrides the width in the name.
 
-    Raises InputError for an unknown name or width, and for the attackers' surrogates that are not a function of v.
+    Raises InputError for an unknown name or an invalid width, and for surrogates of attackers that are not a function
+    of v alone.
     """
-    kind, named, *_ = parse_surrogate(name)
+    kind, named_width, *_ = parse_surrogate(name)
     if kind == STRAIGHT:
         return Surrogate(kind, torch.ones_like, math.inf)
-    family, w = KINDS.choose(kind), named if width is None else width
+    family, w = KINDS.choose(kind), named_width if width is None else width
     expected = partial(EXPECTED[kind], w=w) if kind in EXPECTED else None
     return Surrogate(kind, lambda v: family.derivative(v, w), family.half_width(w), expected, w)
 
@@ -74,7 +75,7 @@ def _arctan(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
     return mixture_mean(mu, sigma, cauchy_mixture(), scale=2 / (math.pi * w), height=w / 2)
 
 
-# The mean of a kind's derivative over N(mu, sigma^2), for those whose mean is known
+# The mean of a kind's derivative over N(mu, sigma^2), for kinds whose mean is known
 EXPECTED: dict[str, Callable[..., Tensor]] = {
     "triangle": _triangle,
     "rectangular": _rectangular,
@@ -99,14 +100,14 @@ class _Spike(torch.autograd.Function):
 
 
 def spike(u: Tensor, v_threshold: float, surrogate: Surrogate) -> Tensor:
-    """Heaviside(u - v_threshold) forward, `surrogate` backward; any shape, same dtype."""
+    """Return spikes [u >= v_threshold] in the shape and dtype of u, with the gradient of `surrogate`."""
     return _Spike.apply(u, v_threshold, surrogate) if torch.is_grad_enabled() else _fired(u, v_threshold)
 
 
 def _fired(u: Tensor, v_threshold: float) -> Tensor:
-    """Spikes, compared in u's own type: on a CPU booleans on the way would take most of a neuron's time.
+    """Return spikes, compared in u's type, because on a CPU intermediate booleans take most of a neuron's time.
 
-    A compiler fuses them, and the ONNX exporter is to see GreaterOrEqual and Cast.
+    Booleans are used if torch compiles, which fuses them, or exports: the ONNX graph then has GreaterOrEqual and Cast.
     """
     if torch.compiler.is_compiling():
         return (u >= v_threshold).to(u.dtype)

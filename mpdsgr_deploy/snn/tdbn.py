@@ -1,9 +1,9 @@
 """Threshold-dependent batch normalisation (tdBN, Zheng et al., arXiv 2011.05280).
 
-With several processes, each of which passes the same number of images, the statistics can be those of all batches
-together, as if they were one. Forward, each process gathers the others' means and variances; backward, the two sums
-over the batch that the gradient through the statistics needs. The gradients of scale and shift stay each process's own
-share: they are averaged with those of all other parameters.
+With several processes, whose batches have the same size, the statistics can be computed over all batches together. The
+forward pass gathers the means and variances of all processes; the backward pass sums the two reductions over the batch
+that the gradient through the statistics needs. The gradients of scale and shift are those of each process alone,
+because they are averaged over processes together with those of all other parameters.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 class TdBN(nn.Module):
     """y = lambda alpha V_th (x - mean) / sqrt(var + eps) + beta, per channel.
 
-    Input [T*B, C, ...]: folding time into the batch makes the statistics joint over (T, B, H, W), as tdBN asks.
-    `weight` is lambda [C] (starts at 1) and `bias` beta [C] (starts at 0), so the current that reaches a neuron is
-    N(beta, (lambda alpha V_th)^2). alpha is 1, or 1/sqrt(n) where n branches meet before one neuron.
-    `synchronised`: in training the statistics are joint over the processes of torch.distributed as well.
+    The input is [T*B, C, ...]: time folded into the batch makes the statistics joint over (T, B, H, W), as tdBN
+    requires. `weight` is lambda [C], initially 1, and `bias` is beta [C], initially 0, so the input current of a neuron
+    is distributed as N(beta, (lambda alpha V_th)^2). alpha is 1, or 1/sqrt(n) if n branches are added before a neuron.
+    synchronised: in training, statistics are joint over the processes of torch.distributed as well.
     """
 
     synchronised: bool = False
@@ -41,7 +41,7 @@ class TdBN(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """lambda alpha V_th [C]: the signed standard deviation of the current."""
+        """The signed standard deviation lambda alpha V_th of the current, [C]."""
         return self.weight * (self.alpha * self.v_threshold)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ class TdBN(nn.Module):
 
 @contextmanager
 def frozen_statistics(*models: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of tdBN and batch normalisation unchanged for the length of a with block.
+    """Keep the running statistics of tdBN and batch normalisation unchanged within a with block.
 
-    In train mode a batch is still normalised by its own statistics: they merely enter with momentum 0. (Restoring the
-    buffers afterwards would invalidate every graph that saved them.)
+    In train mode a batch is still normalised by its own statistics, but they update the running ones with momentum 0.
+    Restoring the buffers afterwards instead would invalidate every autograd graph that stored them.
     """
     norms = [part for model in models for part in model.modules() if isinstance(part, TdBN | nn.BatchNorm2d)]
     before = [(norm, norm.momentum, getattr(norm, "num_batches_tracked", None)) for norm in norms]
@@ -88,7 +88,10 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
 def joint_norm(
     x: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor, *, momentum: float, eps: float
 ) -> Tensor:
-    """`F.batch_norm` in training on [N, C, ...] and running statistics [C], over all processes."""
+    """Return `F.batch_norm` in train mode for x [N, C, ...], over the batches of all processes.
+
+    mean, var [C]: the running statistics, which are updated in place.
+    """
     return _JointNorm.apply(x, scale, bias, mean, var, momentum, eps)
 
 
@@ -97,10 +100,10 @@ class _JointNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float
     ) -> Tensor:
-        unread = torch.zeros_like(mean)  # running statistics that are not read
-        own = torch.stack(torch.batch_norm_update_stats(x, unread, unread, 0.0))
-        each = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(each, own)
+        unread = torch.zeros_like(mean)  # running statistics that nothing reads
+        statistics = torch.stack(torch.batch_norm_update_stats(x, unread, unread, 0.0))
+        each = [torch.empty_like(statistics) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(each, statistics)
         means, variances = torch.stack(each).double().unbind(1)
         joint_mean = means.mean(0)
         joint_var = (variances + (means - joint_mean).square()).mean(0)
@@ -115,7 +118,7 @@ class _JointNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, mean, var = ctx.saved_tensors
-        # as if the statistics were constants; then what reaches x through them
+        # first the gradient for constant statistics, then that through the statistics
         to_x, to_scale, to_bias = torch.ops.aten.native_batch_norm_backward(
             grads[0].contiguous(memory_format=layout(x)), x, scale, mean, var, None, None, False, ctx.eps, [True] * 3
         )
@@ -130,6 +133,6 @@ class _JointNorm(torch.autograd.Function):
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The memory format of x, into which a gradient in another format is brought."""
+    """Return the memory format of x: channels last, or contiguous for any other."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

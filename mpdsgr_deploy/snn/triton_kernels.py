@@ -1,18 +1,18 @@
-"""The kernels behind `triton_lif`: T steps of LIF neurons forward, the same backward, and the end of tdBN's gradient.
+"""The kernels of `triton_lif`: T steps of LIF neurons forward and backward, and the last part of tdBN's gradient.
 
-A tensor [S, B, C, ...] is read as S steps of N elements, whatever the order in which a step lies in memory: an element
-of channel c and member m of M = N / C lies at (m // D C + c) D + m % D, where D is the stride of the channels (H W in
-contiguous memory, 1 in channels-last). Where nothing is per channel, C = 1 and D = N. A program runs all T steps of
-BLOCK_M members of BLOCK_C channels in registers; sums over members are left per program, P of them, so that they add up
-in the same order every time. Arithmetic is float32; DTYPE is what every result of the membrane's equation is rounded
-to. The kernels are launched without fusing multiplication and addition: then a potential is the same number wherever it
-is computed. An argument that is None switches off what it is for.
+A tensor [S, B, C, ...] is read as S steps of N elements, in any memory order of a step: the element of channel c and
+member m of M = N / C is at offset (m // D C + c) D + m % D, where D is the stride of the channels (H W in contiguous
+memory, 1 in channels-last). If nothing is computed per channel, C = 1 and D = N. A program runs all T steps of BLOCK_M
+members of BLOCK_C channels in registers. Each of the P programs writes its own sums over members, so that they are
+added in the same order every time. Arithmetic is float32, and every result of the membrane's equation is rounded to
+DTYPE. The kernels are launched without fusing multiplication and addition, so that a potential is the same number
+wherever it is computed. An argument that is None switches off the part of the kernel that uses it.
 """
 
 import triton
 import triton.language as tl
 
-# kinds that `_derivative` knows
+# kinds that `_derivative` implements
 KINDS = frozenset({"triangle", "rectangular", "sigmoid", "superspike", "exponential", "arctan"})
 HALF_PI = tl.constexpr(1.5707963267948966)
 
@@ -24,14 +24,14 @@ def _rounded(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def _step(current, u, spikes, tau, v_threshold, HARD: tl.constexpr, DTYPE: tl.constexpr):
-    """The potential after that which `u` and `spikes` are of."""
+    """Return the potential of the step after that of `u` and `spikes`."""
     left = u * (1.0 - spikes) if HARD else _rounded(u - _rounded(v_threshold * spikes, DTYPE), DTYPE)
     return _rounded(_rounded(tau * left, DTYPE) + current, DTYPE)
 
 
 @triton.jit
 def _derivative(v, parameter, KIND: tl.constexpr):
-    """The derivatives of `mpdsgr_deploy.surrogates`, each as its `kernel` says; KINDS names them."""
+    """Return the derivative of a kind in KINDS, with the formula of `mpdsgr_deploy.surrogates`."""
     if KIND == "triangle":
         return tl.maximum(parameter - tl.abs(v), 0.0) / (parameter * parameter)
     elif KIND == "rectangular":
@@ -56,7 +56,7 @@ def _current(x, at, inside, mean, factor, bias, NORM: tl.constexpr):
 
 @triton.jit
 def _first(u_first, spikes_first, at, inside, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The state before the first step; at rest it adds nothing to the first current."""
+    """Return the state before the first step; at rest it is zero."""
     u = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     spikes = u
     if u_first is not None:
@@ -92,7 +92,7 @@ def lif_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Spikes, and what is asked for beside them."""
+    """Compute spikes and, if requested, potentials and sums for their moments."""
     program = tl.program_id(0)
     member = program * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -118,7 +118,7 @@ def lif_forward(
         if u_saved is not None:
             keep = u
             if CENTRED:
-                # what did not fire stays below 0: float16 knows no number between 0 and -2^-24
+                # neurons without a spike stay below 0: float16 has no number between 0 and -2^-24
                 keep = tl.where(u < v_threshold, tl.minimum(u - v_threshold, -(2.0**-24)), u - v_threshold)
             tl.store(u_saved + at, keep.to(u_saved.dtype.element_ty), mask=inside)
             u_saved += N
@@ -140,7 +140,7 @@ def _step_backward(
     at, channel, inside, sums, tau, v_threshold, parameter, N, C,
     HELD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, FROZEN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """From tau_{t+1} d_{t+1} to tau_t d_t, as in `multistep`; what d_t adds to the sums and to a held current's d."""
+    """Return tau_t d_t from tau_{t+1} d_{t+1} = `later`, see `multistep`, and the sums with the share of d_t added."""
     # added to the pointer before the tile, so that it is one addition and not one per element
     begin = tl.cast(N, tl.int64) * t
     d = tl.zeros_like(u)
@@ -205,7 +205,7 @@ def lif_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The gradient in the current, or in what tdBN made it of if that is FROZEN, and the sums of tdBN's own."""
+    """Compute the gradient in the current, or in tdBN's input if that is FROZEN, and the sums for tdBN's gradient."""
     program = tl.program_id(0)
     member = program * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -280,7 +280,7 @@ def norm_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """factor (d - E[d] - x^ E[d x^]), where x^ = (x - mean) deviation."""
+    """Compute factor (d - E[d] - x^ E[d x^]), where x^ = (x - mean) deviation."""
     member = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (member < M) & (channel < C)

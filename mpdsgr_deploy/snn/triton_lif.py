@@ -1,18 +1,18 @@
-"""LIF neurons on a GPU: all T steps in one kernel forward and one backward, with tdBN and the moments of U inside.
+"""LIF neurons on a GPU: one kernel forward and one backward for all T steps, with tdBN and the moments of U.
 
     tdBN      I = (x - mean) lambda alpha V_th / sqrt(var + eps) + beta
     membrane  U_t = tau U_{t-1} (1 - O_{t-1}) + I_t   or   tau (U_{t-1} - V_th O_{t-1}) + I_t,   O_t = [U_t >= V_th]
-    moments   E[U_t], Var[U_t] and what the reset takes, E[U_t O_t] or V_th E[O_t], per step and channel
+    moments   E[U_t], Var[U_t] and the mean change by the reset, E[U_t O_t] or V_th E[O_t], per step and channel
 
-`triton_lif` is `multistep_lif` and gives the same bits: in the current's own precision, potentials written for whoever
-reads them. `norm_lif` is for layers whose potentials nobody reads: neither the normalised current nor, if wished, the
-potentials are ever written. The backward kernel leaves the gradient d in I and, per channel, sum d and sum d x^ with
-x^ = (x - mean) / sqrt(var + eps); a second, elementwise one makes of them tdBN's own gradient,
+`triton_lif` gives the same bits as `multistep_lif`: it computes in the precision of the current and writes potentials.
+`norm_lif` is for layers whose potentials are not read: it never writes the normalised current, and potentials only on
+request. The backward kernel computes the gradient d in I and, per channel, sum d and sum d x^ with
+x^ = (x - mean) / sqrt(var + eps). A second, elementwise kernel computes tdBN's gradient from them,
 
-    dx = lambda alpha V_th / sqrt(var + eps) (d - E[d] - x^ E[d x^]),
+    dx = lambda alpha V_th / sqrt(var + eps) (d - E[d] - x^ E[d x^]).
 
-which under fixed statistics is the first factor times d and needs no second kernel. There is no second derivative, and
-leaks that are tensors are left to `multistep_lif`.
+For fixed statistics, it is the first factor times d and needs no second kernel. Second derivatives are not supported,
+nor are leaks that are tensors, which `multistep_lif` handles.
 """
 
 from typing import Any, NamedTuple
@@ -30,18 +30,18 @@ from mpdsgr_deploy.snn.surrogate import Surrogate
 from mpdsgr_deploy.snn.tdbn import TdBN
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Multiplication and addition round apart, which costs nothing where memory takes the time, and as torch has them.
+# Multiplication and addition round separately, as in torch; this costs no time, because memory is the bottleneck.
 OPTIONS = {"enable_fp_fusion": False}
 
 
 def takes(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> bool:
-    """Whether the kernels can run neurons on x: its type, one leak for all steps, and the kind of surrogate."""
+    """Whether the kernels support the type of x, the leak (one for all steps) and the kind of surrogate."""
     known = surrogate.name in kernels.KINDS and surrogate.parameter is not None
     return known and x.dtype in _TYPES and not isinstance(tau, Tensor)
 
 
 class NormLIF(NamedTuple):
-    """Spikes [T, B, C, ...] in the type of x and, on request, potentials (float32) and their moments."""
+    """Spikes [T, B, C, ...] in the type of x and, if requested, potentials (float32) and their moments."""
 
     spikes: Tensor
     u: Tensor | None
@@ -49,9 +49,9 @@ class NormLIF(NamedTuple):
 
 
 def triton_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: LIFConstants) -> tuple[Tensor, Tensor]:
-    """Potentials and spikes [T, B, ...] of a current [T, B, ...], or [1, B, ...], which then lasts for all steps.
+    """Return potentials and spikes [T, B, ...] for a current [T, B, ...], or [1, B, ...] for one that does not change.
 
-    state: potential and spikes [B, ...] before them, None at rest.
+    state: potential and spikes [B, ...] before the first step, None at rest.
     """
     before = (None, None) if state is None else state
     task = _Task(constants, rounded=True, potentials=True, keep=current.dtype, moments=False, frozen=False)
@@ -68,13 +68,14 @@ def norm_lif(
     moments: bool = False,
     keep: torch.dtype | None = torch.float32,
 ) -> NormLIF:
-    """Neurons at rest behind tdBN (None: x is their current), in float32 whatever x is.
+    """Run neurons, at rest before the first step, on the output of tdBN, in float32 for any type of x.
 
-    x [T, B, C, ...], or [1, B, C, ...], which then lasts for all steps. In train mode `norm` normalises by the
-    statistics of x and updates its running ones. keep: what the backward pass finds of the potentials, unless they are
-    an output, which it reads. float32: themselves; bfloat16 or float16: U - V_th rounded to that, so that spikes stay
-    what they were; None: nothing, they are computed again from x, in registers, which is as exact as float32 and meant
-    for T up to 16.
+    x: [T, B, C, ...], or [1, B, C, ...] for an input that does not change. norm: None if x is the current itself. In
+        train mode it normalises by the statistics of x and updates its running statistics.
+    potentials, moments: whether to return the potentials and their moments.
+    keep: the type in which potentials are stored for the backward pass, unless they are an output. float32: exactly;
+        bfloat16 or float16: U - V_th, rounded such that spikes do not change; None: not at all, they are recomputed
+        from x in registers, which is as exact as float32 and meant for T up to 16.
     """
     scale = bias = mean = deviation = None
     x = x if is_dense(x) else x.contiguous()
@@ -85,7 +86,7 @@ def norm_lif(
             if norm.training:
                 mean, variance = torch.batch_norm_update_stats(x.flatten(0, 1), mean, variance, norm.momentum)
             deviation = (variance + norm.eps).rsqrt()
-            mean = mean.clone()  # the running one may move on before the backward pass
+            mean = mean.clone()  # the running mean may change before the backward pass
     frozen = norm is not None and not norm.training
     keep = torch.float32 if potentials else keep
     task = _Task(constants, rounded=False, potentials=potentials, keep=keep, moments=moments, frozen=frozen)
@@ -97,13 +98,13 @@ class _Task(NamedTuple):
     constants: LIFConstants
     rounded: bool  # whether every step is rounded to the type of x, as torch does
     potentials: bool  # whether the membrane potentials are an output
-    keep: torch.dtype | None  # type in which potentials are kept for the backward pass; None: not kept
+    keep: torch.dtype | None  # type in which potentials are stored for the backward pass; None: not stored
     moments: bool
     frozen: bool  # whether the statistics of tdBN are constants
 
 
 class _Tiles(NamedTuple):
-    """How a step's N elements are cut: see `triton_kernels`."""
+    """How the N elements of a step are divided among programs; `triton_kernels` explains N, C, D and M."""
 
     N: int
     C: int
@@ -114,8 +115,10 @@ class _Tiles(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Four elements a thread: one load of 16 bytes. Compiled for sm_90, 32 registers then do, 48 in channels-last,
-        so that most of a multiprocessor's 64 warps fit; 72 and 86 where T = 8 potentials are computed again.
+        """The constants of a launch, with four elements per thread, which are one load of 16 bytes.
+
+        Compiled for sm_90, a thread then needs 32 registers, 48 in channels-last, so that most of a multiprocessor's 64
+        warps fit; it needs 72 and 86 if T = 8 potentials are recomputed.
         """
         return {"BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.block_m * self.block_c // 128}
 
@@ -124,13 +127,13 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(x: Tensor, per_channel: bool) -> _Tiles:
-    """How a contiguous x [S, B, C, ...] is divided among the programs of a kernel."""
+    """Return how a dense x [S, B, C, ...] is divided among the programs of a kernel."""
     N = x[0].numel()
     assert N < 2**31  # offsets within a step have 32 bits
     C = x.shape[2] if per_channel else 1
     D = x.stride(2) if C > 1 else N
-    # A program reads along the channels only where these lie next to each other, and then 16, one or two sectors of
-    # memory: the more channels, the fewer members, and the more sums are left for torch to add up.
+    # A program reads several channels only if these are adjacent in memory, and then 16, which are one or two sectors
+    # of memory. With more channels it would read fewer members, and leave more sums for torch to add.
     block_c = 1 if D >= 16 else min(triton.next_power_of_2(C), 16)
     return _Tiles(N, C, D, N // C, 512 if block_c == 1 else 1024 // block_c, block_c)
 
@@ -238,7 +241,7 @@ def _each(parts: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
 
 
 def _merged(partial: Tensor, cut: _Tiles) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and mean of what is removed, each [T, C], from the three sums of every program, [3, P, T, C]."""
+    """Return mean, variance and mean change by the reset, each [T, C], from the sums of all programs, [3, P, T, C]."""
     sums, squares, removed = partial
     counts = sums.new_full((len(sums), 1, 1), cut.block_m)
     counts[-1] = cut.M - (len(sums) - 1) * cut.block_m
