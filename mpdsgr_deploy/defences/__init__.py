@@ -1,4 +1,4 @@
-"""Training-time defences, one a file; every file of this package registers itself."""
+"""Training-time defences, one per file. Every file of this package is imported here and registers its defence."""
 
 import importlib
 import pkgutil

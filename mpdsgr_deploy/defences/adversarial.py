@@ -1,6 +1,7 @@
-"""Adversarial training (AT): the images of a training step are PGD examples of the current model.
+"""Adversarial training (AT): the images of a training step are PGD examples against the current model.
 
-Madry et al., arXiv 1706.06083, in the setting of the SNN-RAT family: cross-entropy on the attacked images only.
+Source: Madry et al., arXiv 1706.06083. As in SNN-RAT and the papers that build on it, the loss is the cross-entropy on
+the attacked images only.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from mpdsgr_deploy.schema import Count, Positive, Section, UnitInterval
 
 @contextmanager
 def deployed(model: SpikingNet, draw: torch.Generator) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Return a function from images to logits that runs a model in training as it will be deployed, for attacks.
+    """Yield a function from images [B, C, H, W] to logits [B, K] that runs a model as it will be deployed.
 
-    The model is in eval mode, simplified, and without gradients of the weights. draw: the noise of a stochastic model.
+    Within the with block the model is in eval mode, simplified, and its weights get no gradient. draw: the generator
+    for the noise of a stochastic model.
     """
     with frozen(model):
         simplified = simplify(model)
@@ -39,9 +41,10 @@ class AdversarialSettings(Section):
 
 @register("at", AdversarialSettings)
 class AdversarialTraining(Defence[AdversarialSettings]):
-    """Trains on PGD examples, made for the model in eval mode.
+    """Train on PGD examples, which are made against the model in eval mode.
 
-    Eval mode: the examples are made for the network that will be deployed, and tdBN's statistics see no attack step.
+    Eval mode, because the examples should attack the network that will be deployed, and because the steps of the attack
+    must not change tdBN's statistics.
     """
 
     adversarial = True

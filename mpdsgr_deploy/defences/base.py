@@ -1,7 +1,7 @@
-"""What a defence may add to training: to the model, to the batch, to the loss, after the step, between epochs.
+"""The base class of defences, which may change the model, the batch, the loss and the weights after a step.
 
-A defence is one file in this package: a class derived from `Defence`, registered under its name. A recipe switches it
-on with a table `[defence.NAME]` of its settings; several tables combine.
+A defence is a file of this package with a class derived from `Defence`, registered under a name. A recipe switches it
+on by a table `[defence.NAME]` with its settings; several defences can be combined.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,14 @@ Shape = tuple[int, ...]
 
 
 class Step(NamedTuple):
-    """One training step as a defence's loss sees it.
+    """One training step, as an argument of a defence's loss term.
 
-    `x` are the images the step trains on [B, C, H, W], `clean` the same before any attack (x itself if there is none),
-    `logits` [B, K] the network's output for x, and `readings` what the defence read of each layer in that pass, in
-    order. `forward` runs the network on other images in the same mode, precision and noise, so that outputs differ by
-    the images alone; it leaves the running statistics unchanged.
+    forward: runs the network on other images in the same mode, precision and noise, so that outputs differ only because
+        of the images. It leaves running statistics unchanged.
+    x: the images [B, C, H, W] of the step, of classes y [B]. clean: the same images before an attack; x itself without
+        an attack. logits [B, K]: the network's output for x.
+    readings: the results of the defence's `read` for each layer in the pass on x, in order.
+    epoch: counted from 0. draw: the generator for random choices.
     """
 
     forward: Callable[[Tensor, Observer | None], Tensor]
@@ -40,7 +42,7 @@ class Step(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A summand of the loss, weight * value; `value` (a scalar) is logged under `name`, `weight` under NAME_weight."""
+    """A summand weight * value of the loss; the scalar `value` is logged as `name`, and `weight` as NAME_weight."""
 
     name: str
     weight: float
@@ -51,45 +53,45 @@ S = TypeVar("S", bound=Section)
 
 
 class Defence(Generic[S]):
-    """The base of all defences, which changes nothing. S is the schema of its table in a recipe."""
+    """The base of all defences, whose methods change nothing. S: the schema of the defence's table in a recipe."""
 
-    Settings: ClassVar[type[Section]]  # S again, for parsing; `register` sets it
-    time_invariant: ClassVar[bool] = True  # leaves every step the same leak and input gain, as Theorem 1 assumes
-    adversarial: ClassVar[bool] = False  # trains on attacked images; tables group rows by it
+    Settings: ClassVar[type[Section]]  # S, for parsing; set by `register`
+    time_invariant: ClassVar[bool] = True  # whether all steps keep the same leak and input gain, as Theorem 1 assumes
+    adversarial: ClassVar[bool] = False  # whether it trains on attacked images; tables group rows by this
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
 
     def check(self, recipe: Recipe) -> None:
-        """Raise InputError if this recipe combines what cannot be combined."""
+        """Raise InputError if the recipe has settings that cannot be combined with this defence."""
 
     def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
-        """Change a freshly built model. `shapes` has each spiking layer's neurons [C, ...] by the layer's name."""
+        """Change a freshly built model. shapes: the shape [C, ...] of each layer's neurons, by the layer's name."""
 
     def undecayed(self, model: SpikingNet) -> list[nn.Parameter]:
-        """The parameters that the optimiser's weight decay leaves alone."""
+        """Return the parameters without weight decay."""
         return []
 
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
-        """Return the images to train on in place of x [B, C, H, W] in [0, 1]: x itself unless the defence attacks."""
+        """Return the images to train on instead of x [B, C, H, W] in [0, 1]: attacked images, or x itself."""
         return x
 
     def read(self, trace: Trace) -> Any:
-        """Return what `term` needs of a layer in the step's forward pass; None if it needs nothing.
+        """Return the values of a layer in the forward pass of a step that `term` needs; None for none.
 
-        Traces themselves are not kept, because they are most of a step's memory. May be called twice, see `Reader`.
+        Traces are not stored, because they take most of a step's memory. May be called twice per layer, see `Reader`.
         """
         return None
 
     def term(self, step: Step) -> Term | None:
-        """Return what is added to the cross-entropy; None for nothing."""
+        """Return the summand that is added to the cross-entropy; None for none."""
         return None
 
     def after_step(self, model: SpikingNet, draw: torch.Generator) -> None:
         """Change the weights after the optimiser's step."""
 
     def begin_epoch(self, history: list[dict[str, Any]]) -> None:
-        """Prepare an epoch, given the log entries of those before it: the only state that a resumed run restores."""
+        """Prepare an epoch from the log entries of earlier epochs, the only state that a resumed run restores."""
 
 
 AnyDefence = Defence[Any]
@@ -105,7 +107,7 @@ D = TypeVar("D", bound=type[AnyDefence])
 
 
 def register(name: str, settings: type[Section]) -> Callable[[D], D]:
-    """Class decorator: make a defence available to recipes as the table [defence.NAME] of that schema."""
+    """Return a class decorator that makes a defence available to recipes as the table [defence.NAME] of a schema."""
 
     def add(defence: D) -> D:
         defence.Settings = settings
@@ -116,7 +118,7 @@ def register(name: str, settings: type[Section]) -> Callable[[D], D]:
 
 
 def make_defences(recipe: Recipe) -> list[AnyDefence]:
-    """Make the defences that a recipe switches on. Raises InputError for a wrong name, setting or combination."""
+    """Return the defences that a recipe switches on. Raises InputError for a wrong name, setting or combination."""
     defences = []
     kinds = {name: DEFENCES.choose(name) for name in recipe.defence}
     for name, values in recipe.defence.items():
@@ -147,9 +149,9 @@ def build_defended(recipe: Recipe, shape: tuple[int, int, int], classes: int) ->
 
 
 def replace_neurons(model: SpikingNet, derive: Callable[[SpikingLayer], LIF]) -> None:
-    """Give every spiking layer the neuron that `derive` makes for it.
+    """Replace the neuron of every spiking layer by the result of `derive`.
 
-    Raises InputError if another defence has replaced them already: of two that change the neurons one would be lost.
+    Raises InputError if another defence has replaced the neurons already, because its change would be lost.
     """
     for layer in model.layers():
         if type(layer.neuron) is not LIF:
@@ -160,7 +162,10 @@ def replace_neurons(model: SpikingNet, derive: Callable[[SpikingLayer], LIF]) ->
 
 
 def neuron_shapes(model: SpikingNet, shape: tuple[int, int, int]) -> dict[str, Shape]:
-    """Return the shape [C, ...] of each spiking layer's neurons by name, measured with a blank image."""
+    """Return the shape [C, ...] of each spiking layer's neurons, by the layer's name, from a pass on a zero image.
+
+    Raises InputError if two layers have the same name.
+    """
     shapes: dict[str, Shape] = {}
 
     def observe(trace: Trace) -> None:

@@ -5,7 +5,7 @@ Every layer learns an input gain a_t for each step, U_t = tau U_{t-1} (1 - O_{t-
     rho * mean(Y^2),   Y_t = tau_y Y_{t-1} + (I_clean,t - I_perturbed,t),   Y_0 = 0
 
 with the currents I of the last spiking layer, before their gain. The mean is over steps, images and neurons. With norm
-"l1" it is that of |Y|: MPPD-TV-l1 (Lai et al., ICLR 2026), which shows that Y is a total variation.
+"l1" it is the mean of |Y|: MPPD-TV-l1 (Lai et al., ICLR 2026), a paper that shows that Y is a total variation.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise, Trace
 
 
 class DynamicLIFSettings(Section):
-    """The weight rho of the loss, which needs images under attack ([defence.at]), its leak tau_y, and its norm."""
+    """The weight rho of the loss, which needs attacked images ([defence.at]), its leak tau_y (`tau`), and its norm."""
 
     rho: NonNegative = 1.0
     tau: UnitInterval = 0.99
@@ -29,7 +29,7 @@ class DynamicLIFSettings(Section):
 
 
 class DynamicLIF(DerivedLIF):
-    """LIF with a learned input gain per step, `gain` [T], 1 at the start."""
+    """LIF with a learned input gain per step, `gain` [T], initially 1."""
 
     time_invariant = False
     per_step = ("gain",)
@@ -42,14 +42,14 @@ class DynamicLIF(DerivedLIF):
     def forward(
         self, current: Tensor, state: LIFState | None = None, noise: Noise = None
     ) -> tuple[Tensor, list[LIFState]]:
-        """Run `LIF.forward` on the amplified current, which must have T steps, because the gains belong to steps."""
+        """Run `LIF.forward` on the amplified current, which must have T steps, because each gain belongs to a step."""
         gain = self.gain.to(current).view(-1, *[1] * (current.dim() - 1))
         return super().forward(gain * current, state, noise)
 
 
 @register("dlif", DynamicLIFSettings)
 class DynamicNeurons(Defence[DynamicLIFSettings]):
-    """Learned input gains and, if images are attacked, the loss, which takes one more forward pass."""
+    """Learned input gains and, if training attacks images, the loss, which takes one more forward pass per step."""
 
     time_invariant = False
 
@@ -64,10 +64,10 @@ class DynamicNeurons(Defence[DynamicLIFSettings]):
         if step.x is step.clean or not self.settings.rho:
             return None
         last: deque[Tensor | None] = deque(maxlen=1)
-        with torch.no_grad():  # the clean response is what the perturbed one is drawn to
+        with torch.no_grad():  # the clean response is the constant target of the perturbed one
             step.forward(step.clean, lambda trace: last.append(trace.current))
         (perturbed,), (clean,) = step.readings, last
-        # no kernel runs neurons that learn together with their normalisation
+        # currents exist, because no kernel combines these neurons with normalisation
         assert clean is not None
         assert perturbed is not None
         total = leaky_integral(clean - perturbed, self.settings.tau)

@@ -1,7 +1,7 @@
 """FEEL-SNN (Xu et al., NeurIPS 2024): frequency encoding and an evolutionary leak.
 
-The encoding is `encoding.name = "frequency"`, which shows ever lower frequencies of the image from step to step; this
-file holds the leak: every neuron learns one of its own for every step, U_t = leak_t U_{t-1} (1 - O_{t-1}) + I_t.
+The encoding is `encoding.name = "frequency"`: a low-pass of the image per step, by default of a falling radius. This
+file implements the leak: every neuron learns one leak per step, U_t = leak_t U_{t-1} (1 - O_{t-1}) + I_t.
 """
 
 import torch
@@ -16,7 +16,7 @@ from mpdsgr_deploy.snn import LIF, DerivedLIF
 
 
 class FEELSettings(Section):
-    """The initial value of every leak, independent of neuron.tau; the authors use 1."""
+    """The initial value of every leak, which replaces neuron.tau; the authors use 1."""
 
     init: NonNegative = 1.0
 
@@ -24,8 +24,8 @@ class FEELSettings(Section):
 class LeakyLIF(DerivedLIF):
     """LIF with a learned leak per step and neuron, `leaks` [T, C, ...].
 
-    Nothing keeps a leak in [0, 1], as nothing does in the authors' code; weight decay pulls it down like any other
-    parameter. The first step starts at rest, so that leaks[0] meets only a state that was handed in.
+    Leaks are not limited to [0, 1], as in the authors' code, and have weight decay like any other parameter. leaks[0]
+    has an effect only if a state is passed to `forward`, because the first step otherwise starts at rest.
     """
 
     time_invariant = False
@@ -38,13 +38,13 @@ class LeakyLIF(DerivedLIF):
 
     @property
     def leak(self) -> Tensor:
-        """The learned leaks [T, C, ...] in (0, 1)."""
+        """The learned leaks [T, C, ...]."""
         return self.leaks
 
 
 @register("feel", FEELSettings)
 class FEEL(Defence[FEELSettings]):
-    """Trains a leak per layer, step and channel, on images encoded by frequency."""
+    """Train a leak per neuron and step, on images with frequency encoding."""
 
     time_invariant = False
 

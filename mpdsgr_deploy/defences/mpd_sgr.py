@@ -1,4 +1,4 @@
-"""MPD-SGR (arXiv 2511.12199): loss + eta * Omega, the overlap of membrane potentials and surrogate window."""
+"""MPD-SGR (arXiv 2511.12199): add eta * Omega to the loss, the overlap of membrane potentials and surrogate window."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,12 +20,13 @@ Share = Annotated[Number, Field(gt=0, lt=1)]
 
 
 class MPDSGRSettings(Section):
-    """Estimator of the potentials' moments, measure of them (see `mpdsgr_deploy.mpd`), and the weight eta.
+    """The estimator of the potentials' moments, the measure of these (both in `mpdsgr_deploy.mpd`), and the weight eta.
 
-    window: the window of the overlap: the surrogate's, as in the paper, or the reach of the training attack, that is,
-    how far the attack moves the potentials. The latter penalises spikes that it can flip, and needs [defence.at].
+    window: the window of the overlap. "surrogate": the surrogate's, as in the paper; "reach": as wide as the training
+    attack moves the potentials, which penalises spikes that the attack can flip, and needs [defence.at].
 
-    With a budget, `target_omega` or `max_drop`, eta is where the first epoch starts; see `mpdsgr_deploy.defences.eta`.
+    With a budget, `target_omega` or `max_drop`, eta is only the value of the first epoch; see
+    `mpdsgr_deploy.defences.eta`.
     """
 
     estimator: str = "theorem"
@@ -53,8 +54,8 @@ class MPDSGRSettings(Section):
         return self
 
 
-class Met(NamedTuple):
-    """The readings of a layer for the window `reach`: name, moments, and potentials [B, C, ...] at every step."""
+class ReachReading(NamedTuple):
+    """The readings of a layer for the window "reach"; potentials: T tensors [B, C, ...]."""
 
     layer: str
     moments: Moments
@@ -63,7 +64,7 @@ class Met(NamedTuple):
 
 @register("mpd-sgr", MPDSGRSettings)
 class MPDSGR(Defence[MPDSGRSettings]):
-    """eta * Omega, taken on the images the step trains on."""
+    """Add eta * Omega to the loss, measured on the images of the training step."""
 
     def __init__(self, settings: MPDSGRSettings) -> None:
         super().__init__(settings)
@@ -94,7 +95,7 @@ class MPDSGR(Defence[MPDSGRSettings]):
     def begin_epoch(self, history: list[dict[str, Any]]) -> None:
         config = self.settings
         if config.reference is not None and not self.reference:
-            # read here, not in `check`: a trained network is rebuilt where its reference no longer is
+            # read here and not in `check`, because a trained network must also be rebuilt without its reference
             self.reference = reference_accuracies(config.reference, self.recipe)
         if not history:
             return
@@ -112,19 +113,19 @@ class MPDSGR(Defence[MPDSGRSettings]):
         if self.settings.window == "surrogate":
             return layer_value(trace, estimator, MEASURES[self.settings.measure])
         moments = layer_moments(trace, estimator)
-        return None if moments is None else Met(trace.layer, moments, potentials(trace))
+        return None if moments is None else ReachReading(trace.layer, moments, potentials(trace))
 
     def term(self, step: Step) -> Term:
         if self.settings.window == "surrogate":
             return Term("omega", self.eta, mean_of_layers(step.readings))
-        return Term("omega", self.eta, mean_of_layers([mass.mean() for mass in reached(step, step.readings)]))
+        return Term("omega", self.eta, mean_of_layers([mass.mean() for mass in reach_overlaps(step, step.readings)]))
 
 
-def reached(step: Step, met: Sequence[Met]) -> list[Tensor]:
-    """Return each layer's overlap [T, C] with a window as wide as the attack moves its potentials."""
+def reach_overlaps(step: Step, readings: Sequence[ReachReading]) -> list[Tensor]:
+    """Return each layer's overlap [T, C] with a window as wide as the training attack moves its potentials."""
     clean: dict[str, list[Tensor]] = {}
     step.forward(step.clean, lambda trace: clean.update({trace.layer: potentials(trace)}))
-    return [interval_mass(*own.moments, reach(own.potentials, clean[own.layer])) for own in met]
+    return [interval_mass(*own.moments, reach(own.potentials, clean[own.layer])) for own in readings]
 
 
 def potentials(trace: Trace) -> list[Tensor]:

@@ -4,8 +4,8 @@ After every optimiser step each weight, seen as a matrix W [out, fan-in], takes 
 
     W <- (1 + b) W - b W W^T W,
 
-which moves each singular value s to s (1 + b - b s^2), that is towards 1. The adversarial training of the same paper
-is the defence `at`; a recipe switches on both.
+which moves each singular value s to s (1 + b - b s^2), that is, towards 1. The adversarial training of the same paper
+is the defence `at`; a recipe for SNN-RAT switches on both.
 """
 
 from typing import Protocol, runtime_checkable
@@ -19,26 +19,26 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import Positive, Section
 
-SAMPLED_FROM, SHARE = 200, 0.3  # a linear layer with at least this many rows moves only this share of them per step
+SAMPLED_FROM, SHARE = 200, 0.3  # in a linear layer of at least 200 rows, a step changes only a random 30 % of them
 
 
 class RetractionSettings(Section):
-    """The step size b; the family's are 5e-4 to 1e-3."""
+    """The step size b; SNN-RAT and the papers that build on it use 5e-4 to 1e-3."""
 
     b: Positive = 1e-3
 
 
 @runtime_checkable
 class Projected(Protocol):
-    """A module that can move its parameters to the nearest point of the set they are meant to be in."""
+    """A module whose parameters are constrained to a set, and which can project them onto this set."""
 
     def project(self) -> None:
-        """Move the parameters to the nearest point of their set, in place."""
+        """Move the parameters to the nearest point of the set, in place."""
 
 
 @register("rat", RetractionSettings)
 class Retraction(Defence[RetractionSettings]):
-    """Retracts the weights of all convolutions and linear layers and projects convex combinations to the simplex."""
+    """Retract the weights of all convolutions and linear layers, and project the parameters of `Projected` modules."""
 
     def check(self, recipe: Recipe) -> None:
         if recipe.training.weight_decay:
@@ -67,7 +67,7 @@ def retracted(w: Tensor, b: float) -> Tensor:
 
 
 def sampled_rows(rows: int, draw: torch.Generator) -> Tensor:
-    """Return all row numbers of a small linear layer, or a random 30 % of a large one's."""
+    """Return the indices of all rows of a small linear layer, or of a random 30 % of the rows of a large one."""
     if rows < SAMPLED_FROM:
         return torch.arange(rows)
     return torch.randperm(rows, generator=draw)[: int(SHARE * rows)]

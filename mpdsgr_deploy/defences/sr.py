@@ -3,7 +3,8 @@ Gradients", ICML 2024).
 
     lam * mean over the images of ((f(x + h v) - f(x)) / h)^2,   v = sign(grad_x f),   f = e^z_y / (e^z_y + e^z_j)
 
-with y the true class and j the best wrong one. The finite difference along v stands for the gradient's 1-norm.
+where y is the true class and j the wrong class of the largest logit. The finite difference along v approximates the
+1-norm of the gradient.
 """
 
 import torch
@@ -22,16 +23,16 @@ class SparseGradientSettings(Section):
 
 @register("sr", SparseGradientSettings)
 class SparseGradients(Defence[SparseGradientSettings]):
-    """Two forward passes more a step: one for v, of which only the input gradient is computed, and one at x + h v.
+    """Add the term to the loss, which takes two more forward passes per step: one for v, and one at x + h v.
 
-    Both run in train mode, normalised by their own batch, as in the authors' code: f(x) is taken from the step's
-    logits, and next to a pass in eval mode the difference of the modes, divided by h, would drown the derivative.
-    `Step.forward` keeps both out of the running statistics.
+    Both passes run in train mode, normalised by their own batch, as in the authors' code. f(x) comes from the logits of
+    the step; if the other passes ran in eval mode, the difference between the modes, divided by h, would dominate the
+    derivative. `Step.forward` keeps both passes out of the running statistics.
     """
 
     def term(self, step: Step) -> Term:
         h, x = self.settings.h, step.x.detach().requires_grad_()
-        # chosen only at x, so that f is the same function at x and at the attacked image
+        # chosen only at x, so that f is the same function at x and at x + h v
         rival = best_wrong(step.logits, step.y)
         (gradient,) = torch.autograd.grad(confidence(step.forward(x, None), step.y, rival).sum(), x)
         here = confidence(step.logits, step.y, rival)
@@ -40,11 +41,11 @@ class SparseGradients(Defence[SparseGradientSettings]):
 
 
 def best_wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the class [B] other than y [B] with the largest of the logits [B, K]."""
+    """Return the wrong class [B] of the largest logit, for logits [B, K] and true classes y [B]."""
     return logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
 
 
 def confidence(logits: Tensor, y: Tensor, rival: Tensor) -> Tensor:
-    """Return f [B]: the softmax over class y and class `rival` alone."""
+    """Return f [B]: the probability of class y in a softmax over the classes y and `rival` only."""
     true, other = (logits.gather(1, k[:, None]).squeeze(1) for k in (y, rival))
     return torch.sigmoid(true - other)

@@ -1,7 +1,7 @@
 """Stochastic gating (StoG; Ding et al., AAAI 2024): each spike passes a gate that is open with a learned probability.
 
-A layer hands on O_t * G_t with G_t ~ Bernoulli(p), drawn anew for every step, image and neuron, in training and at
-test time; p in [0.1, 1] is learned per neuron. The membrane does not see its gate: reset follows the ungated spikes.
+A layer's output is O_t * G_t with G_t ~ Bernoulli(p), drawn anew for every step, image and neuron, in training and at
+test time; p in [0.1, 1] is learned per neuron. Gates do not affect the membrane: ungated spikes reset it.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from mpdsgr_deploy.snn import LIF, DerivedLIF, LIFState, Noise, Trace
 from mpdsgr_deploy.snn.draws import uniform
 
 LOWEST = 0.1  # p stays in [LOWEST, 1]
-EDGE = 1e-3  # the relaxation sees p in [EDGE, 1 - EDGE], where its log-odds are finite
+EDGE = 1e-3  # the relaxation clips p to [EDGE, 1 - EDGE], where the log-odds are finite
 
 
 class GatingSettings(Section):
-    """The temperature of the relaxed gate; the weight of the prior, and for how many epochs it acts and p learns."""
+    """The temperature of the relaxed gate, and the weight and number of epochs of the prior; p is learned as long."""
 
     temperature: Positive = 0.5
     prior: NonNegative = 5e-6
@@ -28,11 +28,10 @@ class GatingSettings(Section):
 
 
 class GatedLIF(DerivedLIF):
-    """LIF with a gate behind each neuron; `p` [C, ...] is the probability that it is open.
+    """LIF with a gate after each neuron; `p` [C, ...] is the probability that the gate is open.
 
-    p is a plain parameter that the defence moves back into [0.1, 1] after every step; the authors clamp it in the
-    forward pass. It starts at 1 as theirs does, a network without gates; up there the gate has no gradient, and it is
-    the prior that first moves p.
+    The defence clamps p to [0.1, 1] after every step; the authors clamp it in the forward pass. p starts at 1, as
+    theirs does, where all gates are open. There the gate has no gradient, so only the prior changes p at first.
     """
 
     stochastic = True
@@ -55,32 +54,32 @@ class GatedLIF(DerivedLIF):
 def relaxed_gate(p: Tensor, u: Tensor, temperature: float) -> Tensor:
     """Return binary concrete gates in [0, 1] (Maddison et al., arXiv 1611.00712), differentiable in p.
 
-    u ~ U(0, 1), any shape that p broadcasts to. As the temperature falls to 0 they become [u > 1 - p] ~ Bernoulli(p).
+    u: draws of U(0, 1) in any shape that p broadcasts to. As the temperature falls to 0, the gates become [u > 1 - p],
+    which is Bernoulli(p).
     """
     return torch.sigmoid((torch.logit(p, EDGE) + torch.logit(u)) / temperature)
 
 
 @register("stog", GatingSettings)
 class StochasticGating(Defence[GatingSettings]):
-    """Gates behind every neuron, relaxed in training and 0 or 1 at test time, and a prior that closes them.
+    """Gates after every neuron, relaxed in training and 0 or 1 at test time, and a prior that closes them.
 
-    An attack's gradient passes where the gates it drew are open, because a gate is a factor that does not depend on the
-    image. The attack has to average over draws (EOT).
+    The gradient of an attack passes through open gates, because a gate is a factor that does not depend on the image.
+    An attack has to average over draws (EOT).
     """
 
-    learning = (
-        True  # False once the prior has acted for its epochs: then p coasts on its momentum, as the authors' does
-    )
+    # False after the epochs of the prior: p then changes only by the optimiser's momentum, as in the authors' code
+    learning = True
 
     def adapt(self, model: SpikingNet, shapes: dict[str, Shape]) -> None:
         temperature = self.settings.temperature
         replace_neurons(model, lambda layer: GatedLIF(layer.neuron, shapes[layer.name], temperature))
         for p in self.undecayed(model):
-            # not requires_grad = False: DDP waits for the gradient of every parameter that had one at the start
+            # not requires_grad = False, because DDP waits for gradients of all parameters that had one at the start
             p.register_hook(lambda gradient: gradient if self.learning else torch.zeros_like(gradient))
 
     def undecayed(self, model: SpikingNet) -> list[nn.Parameter]:
-        """Return every p, because weight decay would be a second prior, a hundred times as strong."""
+        """Return every p, because weight decay would act as a second prior that is a hundred times as strong."""
         return [layer.neuron.p for layer in model.layers() if isinstance(layer.neuron, GatedLIF)]
 
     def read(self, trace: Trace) -> Tensor | None:

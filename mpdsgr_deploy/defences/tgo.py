@@ -2,8 +2,8 @@
 
     lam * sum over layers of the mean over time steps and neurons of max(0, delta - |U - V_th|)
 
-The sampled relative of MPD-SGR: it counts each potential near the threshold where MPD-SGR takes the mass of a
-distribution. The paper's noisy neurons, its other half, are not here: their noise is not stated in public text.
+It penalises each single potential near the threshold, whereas MPD-SGR penalises the mass of a distribution there. The
+noisy neurons of the paper are not implemented, because their noise is not published.
 """
 
 import math
@@ -18,9 +18,9 @@ from mpdsgr_deploy.snn import Trace
 
 
 class ThresholdGuardSettings(Section):
-    """The weight in the last epoch, and how far from the threshold a potential is left alone, in units of U.
+    """The weight lam in the last epoch, and the distance delta from the threshold, in units of U, without penalty.
 
-    lam: the paper has 0.6 for VGG11 and 0.4 for WRN-16; delta is not in public text.
+    The paper uses lam = 0.6 for VGG11 and 0.4 for WRN-16; its delta is not published.
     """
 
     lam: NonNegative = 0.6
@@ -29,7 +29,7 @@ class ThresholdGuardSettings(Section):
 
 @register("tgo", ThresholdGuardSettings)
 class ThresholdGuard(Defence[ThresholdGuardSettings]):
-    """The weight rises along half a cosine from 0 in the first epoch to lam in the last."""
+    """The constraint, with a weight that rises along half a cosine from 0 in the first epoch to lam in the last."""
 
     def check(self, recipe: Recipe) -> None:
         self._last = max(1, recipe.training.epochs - 1)

@@ -1,4 +1,4 @@
-"""TRADES (Zhang et al., arXiv 1901.08573, eq. 5): cross-entropy on clean images, and how far an attack moves answers.
+"""TRADES (Zhang et al., arXiv 1901.08573, eq. 5): cross-entropy on clean images, and the effect of an attack.
 
 weight * KL(softmax f(x) || softmax f(x')),   x' = argmax of the same divergence within eps of x
 """
@@ -17,21 +17,21 @@ from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative
 
-START = 0.001  # standard deviation of the noise that the ascent starts with: at x itself the divergence is flat
+START = 0.001  # standard deviation of the noise added to x as a start, because the divergence has no gradient at x
 
 
 class TradesSettings(AdversarialSettings):
-    """The attack, and the weight of the divergence (1 / lambda in the paper)."""
+    """The settings of the attack, and the weight of the divergence (1 / lambda in the paper)."""
 
     weight: NonNegative = 6.0
 
 
 @register("trades", TradesSettings)
 class Trades(Defence[TradesSettings]):
-    """One attack and one forward pass more a step. The step itself trains on clean images.
+    """Train on clean images with the divergence as a term, which takes one attack and one forward pass per step.
 
-    The attack is made for the model in eval mode, as adversarial training makes it. Only the clean pass enters the
-    running statistics; in the authors' code both do.
+    The attack is made against the model in eval mode, as in adversarial training. Only the clean pass updates the
+    running statistics; in the authors' code both passes do.
     """
 
     adversarial = True
@@ -48,7 +48,7 @@ class Trades(Defence[TradesSettings]):
             )
 
     def examples(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
-        """Return x itself in training, where the loss attacks it, and attacked images where a network is judged."""
+        """Return x itself in training, whose attacked images go into the loss, and attacked images in eval mode."""
         attacked = self._furthest(model, x, draw)
         if not model.training:
             return attacked

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
-from mpdsgr_deploy.defences.mpd_sgr import Met, potentials, reached
+from mpdsgr_deploy.defences.mpd_sgr import ReachReading, potentials, reach_overlaps
 from mpdsgr_deploy.defences.sr import best_wrong
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
@@ -131,12 +131,12 @@ class SalientReach(Defence[SalientSettings]):
             raise InputError("salient-reach needs an attack in training; add [defence.at]")
 
     def read(self, trace: Trace) -> Any:
-        return currents_of(trace), Met(trace.layer, empirical_moments(trace), potentials(trace))
+        return currents_of(trace), ReachReading(trace.layer, empirical_moments(trace), potentials(trace))
 
     def term(self, step: Step) -> Term:
-        currents, met = zip(*step.readings, strict=True)
+        currents, readings = zip(*step.readings, strict=True)
         weights = [w.mean((1, *range(3, w.dim()))) for w in saliency(step, currents)]
-        return Term("salient_omega", self.settings.eta, weighted(reached(step, met), weights))
+        return Term("salient_omega", self.settings.eta, weighted(reach_overlaps(step, readings), weights))
 
 
 def empirical_moments(trace: Trace) -> Moments:
