@@ -169,8 +169,8 @@ class Tape:
         for piece in pieces:
             size = self.shape(value)[piece.axis]
             assert isinstance(size, int)  # otherwise there would be no piece
-            around = [piece.start], [size - piece.stop], [piece.axis]
-            padded.append(self.pad(piece.cotangent, *around, len(self.shape(value))))
+            padding = [piece.start], [size - piece.stop], [piece.axis]
+            padded.append(self.pad(piece.cotangent, *padding, len(self.shape(value))))
         return padded
 
     def unbroadcast(self, cotangent: str, value: str, result: str) -> str:

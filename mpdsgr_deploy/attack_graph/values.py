@@ -115,14 +115,14 @@ def _is_unknown(size: int | str | None) -> bool:
 
 
 def _size(
-    known: int | str | None, first: int | str | None, second: int | str | None, batch: str | None
+    inferred: int | str | None, first: int | str | None, second: int | str | None, batch: str | None
 ) -> int | str | None:
     """Return a dimension, given its size at the two batch sizes that were tried."""
-    if not _is_unknown(known):
-        return known
+    if not _is_unknown(inferred):
+        return inferred
     if (first, second) == TRIED:
         return batch
-    return first if isinstance(first, int) and first == second else known
+    return first if isinstance(first, int) and first == second else inferred
 
 
 def without_weights(network: onnx.ModelProto) -> onnx.ModelProto:

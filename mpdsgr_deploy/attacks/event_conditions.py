@@ -57,12 +57,12 @@ class EventAttack(Condition):
     @property
     def settings(self) -> str:
         names = ", ".join([str(self.surrogate), *self.others])
-        asked = " and ".join(
+        query_text = " and ".join(
             f"{search.rounds} rounds of {search.candidates} candidates more each, {search.share or 'all'}"
             for search in self.asking
         )
         bounds = f"at most {self.budget} events {self.edits}, frames of 0 to {self.levels} events"
-        return f"{bounds}; {self.steps} rounds through each of {names}; {asked}"
+        return f"{bounds}; {self.steps} rounds through each of {names}; {query_text}"
 
     @property
     def cost(self) -> int:

@@ -77,13 +77,13 @@ def _triton_lif() -> Any:
 class _MultiStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, current: Tensor, u_before: Tensor | None, spikes_before: Tensor | None, tau: Leak, how: LIFConstants
+        ctx: Any, current: Tensor, u_before: Tensor | None, spikes_before: Tensor | None, tau: Leak, lif: LIFConstants
     ) -> tuple[Tensor, Tensor]:
-        constants = how.steps, tau, how.v_threshold, how.hard
+        constants = lif.steps, tau, lif.v_threshold, lif.hard
         # not compiled in 16 bits, because single steps round after every operation and a compiled loop does not
         u, spikes = _run(_forward, constants, (current, u_before, spikes_before), compiles=current.dtype.itemsize >= 4)
         ctx.save_for_backward(u, u_before, spikes_before, tau if isinstance(tau, Tensor) else None)
-        ctx.tau, ctx.how, ctx.held = tau, how, len(current) < how.steps
+        ctx.tau, ctx.lif, ctx.held = tau, lif, len(current) < lif.steps
         ctx.set_materialize_grads(False)
         return u, spikes
 
@@ -91,10 +91,10 @@ class _MultiStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, u_before, spikes_before, leaks = ctx.saved_tensors
-        tau, how = ctx.tau if leaks is None else leaks, ctx.how
+        tau, lif = ctx.tau if leaks is None else leaks, ctx.lif
         to_tau = torch.zeros_like(leaks) if leaks is not None and ctx.needs_input_grad[3] else None
         function = _backward if to_tau is None else partial(_backward, to_tau=to_tau)
-        constants = tau, how.v_threshold, how.hard, how.surrogate.derivative, how.detach_reset, ctx.held
+        constants = tau, lif.v_threshold, lif.hard, lif.surrogate.derivative, lif.detach_reset, ctx.held
         return *_run(function, constants, (u, *grads, u_before, spikes_before)), to_tau, None
 
 
@@ -131,7 +131,7 @@ def _forward(
         elif hard and not isinstance(tau, Tensor) and _exact(tau, u.dtype):
             u = torch.addcmul(now, u, _compared(torch.lt, u, v_threshold) if t else 1 - spikes, value=tau, out=row)
         else:
-            u = torch.add(torch.mul(_left(u, spikes, v_threshold, hard), _leak(tau, t), out=row), now, out=row)
+            u = torch.add(torch.mul(_after_reset(u, spikes, v_threshold, hard), _leak(tau, t), out=row), now, out=row)
         spikes = _compared(torch.ge, u, v_threshold, fired.row(t))
         potentials.put(t, u)
         fired.put(t, spikes)
@@ -182,7 +182,7 @@ def _backward(
         if to_tau is not None:
             fired = spikes_before if t == 0 else (u[t - 1] >= v_threshold).to(u.dtype)
             assert fired is not None
-            to_tau[t] = (d * _left(first, fired, v_threshold, hard)).sum(0).sum_to_size(to_tau[t].shape)
+            to_tau[t] = (d * _after_reset(first, fired, v_threshold, hard)).sum(0).sum_to_size(to_tau[t].shape)
         later = d * _leak(tau, t)
     if total is not None:
         to_current.put(0, total)
@@ -239,6 +239,6 @@ def _compared(compare: Callable[..., Any], u: Tensor, v_threshold: float, out: T
     return compared
 
 
-def _left(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:
+def _after_reset(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:
     """Return the membrane potential after the reset."""
     return u * (1 - spikes) if hard else u - v_threshold * spikes

@@ -25,8 +25,8 @@ def _rounded(value, DTYPE: tl.constexpr):
 @triton.jit
 def _step(current, u, spikes, tau, v_threshold, HARD: tl.constexpr, DTYPE: tl.constexpr):
     """Return the potential of the step after that of `u` and `spikes`."""
-    left = u * (1.0 - spikes) if HARD else _rounded(u - _rounded(v_threshold * spikes, DTYPE), DTYPE)
-    return _rounded(_rounded(tau * left, DTYPE) + current, DTYPE)
+    after_reset = u * (1.0 - spikes) if HARD else _rounded(u - _rounded(v_threshold * spikes, DTYPE), DTYPE)
+    return _rounded(_rounded(tau * after_reset, DTYPE) + current, DTYPE)
 
 
 @triton.jit
@@ -125,18 +125,18 @@ def lif_forward(
         if sums is not None:
             count = tl.minimum(M - program * BLOCK_M, BLOCK_M).to(tl.float32)
             total = tl.sum(tl.where(inside, u, 0.0), 0)
-            away = tl.where(inside, u - (total / count)[None, :], 0.0)
+            distance = tl.where(inside, u - (total / count)[None, :], 0.0)
             reset = u * fired if HARD else v_threshold * fired
             place = (program * T + t) * C + column
             tl.store(sums + place, total, mask=column < C)
-            tl.store(squares + place, tl.sum(away * away, 0), mask=column < C)
+            tl.store(squares + place, tl.sum(distance * distance, 0), mask=column < C)
             tl.store(removed + place, tl.sum(tl.where(inside, reset, 0.0), 0), mask=column < C)
 
 
 @triton.jit
 def _step_backward(
     t, u, v, later, total, product, held,
-    x, mean, factor, deviation, given_u, given_spikes, slope, constant, to_x,
+    x, mean, factor, deviation, grad_u, grad_spikes, slope, constant, to_x,
     at, channel, inside, sums, tau, v_threshold, parameter, N, C,
     HELD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, FROZEN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -144,14 +144,14 @@ def _step_backward(
     # added to the pointer before the tile, so that it is one addition and not one per element
     begin = tl.cast(N, tl.int64) * t
     d = tl.zeros_like(u)
-    if given_spikes is not None:
-        d += tl.load(given_spikes + begin + at, mask=inside, other=0).to(tl.float32)
+    if grad_spikes is not None:
+        d += tl.load(grad_spikes + begin + at, mask=inside, other=0).to(tl.float32)
     if not DETACH:
         d -= later * (u if HARD else v_threshold)
     d *= _derivative(v, parameter, KIND)
     d += later * (1.0 - (v >= 0).to(tl.float32)) if HARD else later
-    if given_u is not None:
-        d += tl.load(given_u + begin + at, mask=inside, other=0).to(tl.float32)
+    if grad_u is not None:
+        d += tl.load(grad_u + begin + at, mask=inside, other=0).to(tl.float32)
     if slope is not None:
         row = t * C + channel
         d += tl.load(slope + row, mask=channel < C, other=0) * u
@@ -178,8 +178,8 @@ def lif_backward(
     bias,
     deviation,  # [C]: 1 / sqrt(variance + eps)
     u_saved,  # None: the potentials are computed again and kept in registers
-    given_u,  # [T, N] or None, as given_spikes: gradients of the loss in potentials and spikes
-    given_spikes,
+    grad_u,  # [T, N] or None, as grad_spikes: gradients of the loss in potentials and spikes
+    grad_spikes,
     slope,  # [T, C] or None, as constant: slope U_t + constant is the gradient in U_t through the moments
     constant,
     to_x,  # [S, N]: the gradient in the current; in x itself if FROZEN
@@ -235,7 +235,7 @@ def lif_backward(
         for i in tl.static_range(T):
             later, total, product, held = _step_backward(
                 T - 1 - i, potentials[T - 1 - i], potentials[T - 1 - i] - v_threshold, later, total, product, held,
-                x, mean, factor, deviation, given_u, given_spikes, slope, constant, to_x,
+                x, mean, factor, deviation, grad_u, grad_spikes, slope, constant, to_x,
                 at, channel, inside, sums, tau, v_threshold, parameter, N, C, HELD, HARD, DETACH, FROZEN, KIND,
             )  # fmt: skip
     else:
@@ -246,7 +246,7 @@ def lif_backward(
             u = u + v_threshold if CENTRED else u
             later, total, product, held = _step_backward(
                 t, u, v, later, total, product, held,
-                x, mean, factor, deviation, given_u, given_spikes, slope, constant, to_x,
+                x, mean, factor, deviation, grad_u, grad_spikes, slope, constant, to_x,
                 at, channel, inside, sums, tau, v_threshold, parameter, N, C, HELD, HARD, DETACH, FROZEN, KIND,
             )  # fmt: skip
     if HELD:
@@ -285,10 +285,10 @@ def norm_backward(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (member < M) & (channel < C)
     at = tl.program_id(2).to(tl.int64) * N + (member // D * C + channel) * D + member % D
-    known = channel < C
-    normalised = tl.load(x + at, mask=inside, other=0).to(tl.float32) - tl.load(mean + channel, mask=known, other=0)
-    normalised *= tl.load(deviation + channel, mask=known, other=0)
-    out = tl.load(d + at, mask=inside, other=0).to(tl.float32) - tl.load(mean_d + channel, mask=known, other=0)
-    out -= normalised * tl.load(mean_product + channel, mask=known, other=0)
-    out *= tl.load(factor + channel, mask=known, other=0)
+    valid = channel < C
+    normalised = tl.load(x + at, mask=inside, other=0).to(tl.float32) - tl.load(mean + channel, mask=valid, other=0)
+    normalised *= tl.load(deviation + channel, mask=valid, other=0)
+    out = tl.load(d + at, mask=inside, other=0).to(tl.float32) - tl.load(mean_d + channel, mask=valid, other=0)
+    out -= normalised * tl.load(mean_product + channel, mask=valid, other=0)
+    out *= tl.load(factor + channel, mask=valid, other=0)
     tl.store(d + at, out.to(d.dtype.element_ty), mask=inside)

@@ -36,8 +36,8 @@ OPTIONS = {"enable_fp_fusion": False}
 
 def takes(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> bool:
     """Whether the kernels support the type of x, the leak (one for all steps) and the kind of surrogate."""
-    known = surrogate.name in kernels.KINDS and surrogate.parameter is not None
-    return known and x.dtype in _TYPES and not isinstance(tau, Tensor)
+    supported = surrogate.name in kernels.KINDS and surrogate.parameter is not None
+    return supported and x.dtype in _TYPES and not isinstance(tau, Tensor)
 
 
 class NormLIF(NamedTuple):

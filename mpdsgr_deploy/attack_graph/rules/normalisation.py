@@ -34,8 +34,8 @@ def _normalised(tape: Tape, x: str, cotangent: str, axes: Sequence[int], size: i
     deviation = tape.emit("Sqrt", tape.emit("Add", variance, tape.constant(epsilon)))
     unit = tape.emit("Div", centred, deviation)
     along = tape.emit("Mul", unit, _mean(tape, tape.emit("Mul", cotangent, unit), axes, size))
-    left = tape.emit("Sub", tape.emit("Sub", cotangent, _mean(tape, cotangent, axes, size)), along)
-    return tape.emit("Div", left, deviation)
+    projected = tape.emit("Sub", tape.emit("Sub", cotangent, _mean(tape, cotangent, axes, size)), along)
+    return tape.emit("Div", projected, deviation)
 
 
 def _layer_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:

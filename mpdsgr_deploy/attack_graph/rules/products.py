@@ -42,9 +42,9 @@ def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
             ends = tape.integers(*(np.iinfo(np.int64).min,) * len(x))
             axes, back = tape.integers(*range(2, len(x) + 2)), tape.integers(*(-1,) * len(x))
             flipped = tape.emit("Slice", flipped, tape.integers(*(-1,) * len(x)), ends, axes, back)
-        around = [k - 1 - p for k, p in zip((*kernel, *kernel), (*before, *after), strict=True)]
-        if min(around) >= 0:
-            tape.give(node.input[0], tape.emit("Conv", only(cotangents), flipped, kernel_shape=kernel, pads=around))
+        pads = [k - 1 - p for k, p in zip((*kernel, *kernel), (*before, *after), strict=True)]
+        if min(pads) >= 0:
+            tape.give(node.input[0], tape.emit("Conv", only(cotangents), flipped, kernel_shape=kernel, pads=pads))
             return
     wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     covered = [s * (n - 1) + w for s, n, w in zip(strides, y, wide, strict=True)]

@@ -127,10 +127,10 @@ def _gather(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     if indices.ndim == 0:
         cotangent = tape.emit("Unsqueeze", cotangent, tape.integers(axis))
     elif indices.ndim > 1:  # its dimensions replace the axis; here they are flattened into one
-        around = shape[:axis], shape[axis + 1 :]
-        if sum(not isinstance(size, int) for sizes in around for size in sizes) > 1:
+        leading, trailing = shape[:axis], shape[axis + 1 :]
+        if sum(not isinstance(size, int) for size in (*leading, *trailing)) > 1:
             raise refuse(node, "takes elements of a value of unknown sizes")
-        sizes = [*around[0], len(places), *around[1]]
+        sizes = [*leading, len(places), *trailing]
         flat = tape.integers(*(size if isinstance(size, int) else -1 for size in sizes))
         cotangent = tape.emit("Reshape", cotangent, flat)
     if places == list(range(places[0], places[0] + len(places))):
