@@ -206,7 +206,7 @@ def test_gradients_and_queries_are_counted_apart_and_rows_add_up() -> None:
 
 def test_our_worker_answers_time_and_memory() -> None:
     with workers.worker("ours", 0.05, 2, 1, "cpu") as ours:
-        for task, precision in itertools.product(training.TASKS, training.PRECISIONS):
+        for task, precision in zip(training.TASKS, training.PRECISIONS, strict=True):
             sample = ours(task, 4, precision)
             assert sample["seconds"] > 0
             assert sample["bytes"] > sample["before"] > 1e7

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import mpdsgr, small_recipe
 from lightning_fabric import Fabric
 from pydantic import ValidationError
 from test_defence_sr import learned
+from test_training import FORKED
 
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.data.batches import generator
@@ -75,22 +76,28 @@ def gradients(fabric: Fabric, part: slice) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
-def launched(recipes: dict[str, Recipe], out: Path) -> dict[str, dict[str, Any]]:
+def launched(recipes: dict[str, Recipe], out: Path) -> None:
     config = next(iter(recipes.values())).training
     fabric = Fabric(accelerator="cpu", devices=config.devices, strategy=strategy(config), precision="64-true")
     with pytest.raises(InputError, match=r"^every rank says so$") if config.devices > 1 else nullcontext():
         run_processes(fabric, steps, recipes, out)
-    return torch.load(out, weights_only=False)
+
+
+def launched_two(out: str) -> None:
+    """In a forked process: two ranks, forked from it."""
+    joint = {"sync_norm": True}
+    two = {"joint": joint, "joint, recomputed": joint | {"recompute": "layers"}, "each by itself": {}}
+    launched({name: recipe_of(2, **training) for name, training in two.items()}, Path(out))
 
 
 def test_joint_statistics_make_two_halves_one_batch(tmp_path: Path) -> None:
-    one = launched({"one": recipe_of(1)}, tmp_path / "one")["one"]
-    two = {
-        "joint": recipe_of(2, sync_norm=True),
-        "joint, recomputed": recipe_of(2, sync_norm=True, recompute="layers"),
-        "each by itself": recipe_of(2),
-    }
-    found = launched(two, tmp_path / "two")
+    launched({"one": recipe_of(1)}, tmp_path / "one")
+    path, out = str(Path(__file__).parent), str(tmp_path / "two")
+    two = f"import sys; sys.path.insert(0, {path!r}); import test_processes; test_processes.launched_two({out!r})"
+    done = mpdsgr("--version", prelude=f"{FORKED}\n{two}")
+    assert done.returncode == 0, done.stderr
+    one, found = (torch.load(tmp_path / name, weights_only=False) for name in ("one", "two"))
+    one = one["one"]
     buckets = [taken.pop("ddp") for taken in found.values()]
     alone = found.pop("each by itself")
     for name, taken in found.items():
