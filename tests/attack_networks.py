@@ -25,7 +25,7 @@ SMALL = (1, 8, 8)
 def frames() -> tuple[SpikingNet, ir.Model, tuple[int, int, int]]:
     """A warmed-up network of event frames, its graph and the shape of its images."""
     torch.manual_seed(0)
-    shape, model = (6, 8, 8), build_model(small_recipe(encoding={"name": "frames"}), (6, 8, 8), 10)
+    shape, model = (6, 8, 8), build_model(small_recipe(encoding={"name": "frames", "T": 3}), (6, 8, 8), 10)
     for layer in model.layers():
         layer.norm.momentum = 1.0
     model(torch.rand(32, *shape))

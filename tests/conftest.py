@@ -41,10 +41,11 @@ TRAIN = {
     "foolbox",
 }
 __all__ = ["resealed"]
+T = 2  # time steps of the small recipe: the exporter takes as long as there are layers times steps
 SMALL = {
     "data": {"name": "digits", "augment": "none"},
     "model": {"name": "vgg-small", "width": 0.25},
-    "encoding": {"T": 3},
+    "encoding": {"T": T},
     "training": {"epochs": 3, "batch_size": 65, "pictures": 0},  # drawing takes longer than three epochs
     "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 8, "surrogates": ["triangle:0.5", "rate"]},
     "validation": {"limit": 100},

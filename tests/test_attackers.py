@@ -154,7 +154,7 @@ def noisy_network(run: Path) -> TorchModel:
 def noisy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("noisy") / "run"
     attack = {"surrogates": ["rate"], "draws": 2, "strong_steps": 2, "l2": 1.0}
-    train(small_recipe(encoding={"name": "poisson"}, training={"epochs": 4}, attack=attack), out)
+    train(small_recipe(encoding={"name": "poisson", "T": 3}, training={"epochs": 4}, attack=attack), out)
     return out
 
 

@@ -1,6 +1,5 @@
 """The benchmarks' page shows what their results files hold; each of them runs."""
 
-import itertools
 import multiprocessing.dummy
 import sys
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import T, small_recipe
 from torch import Tensor
 
 from mpdsgr_deploy.defences import Step, build_defended
@@ -84,6 +84,6 @@ def test_without_an_attack_or_a_weight_no_pass_is_spent() -> None:
 
 def test_every_layer_learns_gains_and_mixed_precision_keeps_the_currents_type() -> None:
     model, _ = build_defended(small_recipe(defence={"dlif": {}}), (1, 8, 8), 10)
-    assert [layer.neuron.gain.tolist() for layer in model.layers()] == [[1, 1, 1]] * 3
-    spikes, states = model.layers()[0].neuron(torch.randn(3, 4, 2, dtype=torch.bfloat16))
+    assert [layer.neuron.gain.tolist() for layer in model.layers()] == [[1] * T] * 3
+    spikes, states = model.layers()[0].neuron(torch.randn(T, 4, 2, dtype=torch.bfloat16))
     assert {spikes.dtype, *(s.u.dtype for s in states)} == {torch.bfloat16}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import T, small_recipe
 
 from mpdsgr_deploy.defences import build_defended, make_defences
 from mpdsgr_deploy.defences.feel import LeakyLIF
@@ -37,7 +37,7 @@ def test_every_layer_learns_leaks_of_the_shape_of_its_neurons() -> None:
     torch.manual_seed(0)
     model, _ = build_defended(recipe, (1, 8, 8), 10)
     leaks = [layer.neuron.leaks for layer in model.layers()]
-    assert [tuple(p.shape) for p in leaks] == [(3, 8, 8, 8), (3, 16, 4, 4), (3, 16, 4, 4)]
+    assert [tuple(p.shape) for p in leaks] == [(T, 8, 8, 8), (T, 16, 4, 4), (T, 16, 4, 4)]
     assert all((p == 1).all() for p in leaks)
     model(torch.rand(16, 1, 8, 8)).square().sum().backward()
     for p in leaks:

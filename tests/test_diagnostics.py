@@ -87,7 +87,7 @@ def test_counts_equal_numpy_histogram_and_direct_counts(kind: dict[str, Any]) ->
 
 def test_batches_add_up_to_one_batch_of_all_images() -> None:
     """The reset term of Theorem 1 too: a mean over all images, not that of the last batch."""
-    model, x = network(), images()
+    model, x = network(encoding={"T": 3}), images()
     traces = traced(model, x)
     for layer, trace in zip(measure(model, x, batch_size=7), traces, strict=True):
         whole = theorem(trace)

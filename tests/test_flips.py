@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from conftest import T
 from onnx import TensorProto, helper, numpy_helper
 
 from mpdsgr_deploy.bundle import Bundle
@@ -27,7 +28,7 @@ PRECISIONS = ("fp16", "int8", "fp8")
 
 @pytest.fixture(scope="module")
 def measured(precise: Bundle) -> dict[str, SpikeFlips]:
-    return {flips.precision: flips for flips in flips_of(precise, images=100)[1]}
+    return {flips.precision: flips for flips in flips_of(precise, images=300)[1]}
 
 
 def network(bundle: Bundle) -> SpikingNet:
@@ -46,7 +47,7 @@ def test_recorded_potentials_and_spikes_are_those_that_torch_observes(precise: B
     x = load_test(precise.manifest.recipe.data)[:8].unit()
     recorded = Recorder(onnx.load(precise.variant("fp32")))(x)
     traces = traced(network(precise), x)
-    assert list(recorded.spikes) == [f"{layer}/{t}" for layer in traces for t in range(3)]
+    assert list(recorded.spikes) == [f"{layer}/{t}" for layer in traces for t in range(T)]
     for layer, trace in traces.items():
         for t, (u, spikes) in enumerate(trace.states):
             np.testing.assert_allclose(recorded.potentials[f"{layer}/{t}"], u.numpy(), rtol=0, atol=1e-5)
@@ -133,7 +134,7 @@ def test_the_same_network_has_no_flips_and_batches_do_not_matter(precise: Bundle
 def test_int8_flips_the_spikes_that_torch_flips_with_rounded_weights(
     precise: Bundle, measured: dict[str, SpikeFlips]
 ) -> None:
-    x = load_test(precise.manifest.recipe.data)[:100].unit()
+    x = load_test(precise.manifest.recipe.data)[:300].unit()
     model = network(precise)
     rounded = simplify(model, [fold_norm])
     for layer in rounded.layers()[1:]:
@@ -200,12 +201,12 @@ def test_float16_is_rounded_as_numpy_rounds_it() -> None:
 def test_the_costs_are_those_counted_from_the_torch_modules(precise: Bundle) -> None:
     model = network(precise)
     folded = simplify(model, [fold_norm])
-    # beside the parameters the image's mean and deviation, and the weights of the T = 3 outputs
-    numbers = sum(parameter.numel() for parameter in folded.parameters()) + 2 + 3
+    # beside the parameters the image's mean and deviation, and the weights of the T outputs
+    numbers = sum(parameter.numel() for parameter in folded.parameters()) + 2 + T
     counted: dict[str, int] = {}
 
     def count(name: str, module: torch.nn.Module, output: torch.Tensor) -> None:
-        steps = 3 if name == "readout" else 1  # its output is the sum over T = 3 steps, others have them in the batch
+        steps = T if name == "readout" else 1  # its output is the sum over T steps, others have them in the batch
         counted[name] = steps * output.numel() * module.weight[0].numel()
 
     for name, module in model.named_modules():
@@ -213,12 +214,12 @@ def test_the_costs_are_those_counted_from_the_torch_modules(precise: Bundle) -> 
             module.register_forward_hook(lambda m, _, output, name=name: count(name, m, output))
     model(torch.rand(1, 1, 8, 8))
     products = list(counted.values())
-    assert products[0] == 3 * 8 * 8 * model.layers()[0].synapse.out_channels * 9  # T = 3, 3x3 on one channel
+    assert products[0] == T * 8 * 8 * model.layers()[0].synapse.out_channels * 9  # 3x3 on one channel
     for precision in precise.manifest.variants:
         file = onnx.load(precise.variant(precision))
         assert parameters(file) == numbers
-        assert macs(file, 3).naive == sum(products)
-        assert macs(file, 3).exported == sum(products[1:-1]) + (products[0] + products[-1]) // 3
+        assert macs(file, T).naive == sum(products)
+        assert macs(file, T).exported == sum(products[1:-1]) + (products[0] + products[-1]) // T
 
 
 def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str, SpikeFlips]) -> None:
@@ -226,9 +227,9 @@ def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str
     assert len(figure.axes) == 3
     for axes, flips in zip(figure.axes, measured.values(), strict=True):
         drawn = [line.get_ydata() for line in axes.lines]
-        assert len(drawn) == 3 + 1
+        assert len(drawn) == T + 1
         np.testing.assert_allclose(drawn[1], [100 * s.rate for s in flips.steps if s.t == 1])
-        np.testing.assert_allclose(drawn[3], [100 * flips.mean("fresh", layer) for layer in flips.layers()])
+        np.testing.assert_allclose(drawn[T], [100 * flips.mean("fresh", layer) for layer in flips.layers()])
     figure.draw_without_rendering()
     inside, legend = figure.bbox.extents, figure.legends[0].get_window_extent().extents
     assert inside[0] <= legend[0]

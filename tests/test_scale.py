@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import T, small_recipe
 from lightning_fabric import Fabric
 from test_benchmarks import memory
 from test_defences_each import AT, EACH, MPDSGR, SHAPE, recipe_with
@@ -68,7 +68,7 @@ def test_layers_computed_again_give_the_same_step_to_the_bit(recipe: Recipe) -> 
 @pytest.mark.parametrize("noise", ["generator", None, "draws"])
 def test_noise_of_any_source_is_drawn_again(noise: str | None) -> None:
     x = torch.rand(4, *SHAPE)
-    draws = [torch.rand(4, 3, *shape) for shape in ((8, 8, 8), (16, 4, 4), (16, 4, 4))]
+    draws = [torch.rand(4, T, *shape) for shape in ((8, 8, 8), (16, 4, 4), (16, 4, 4))]
     gradients = []
     for again in (False, True):
         torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_neurons_called_binary_are(name: str) -> None:
     """Their spikes are saved as bytes, and what is not 0 or 1 would be lost."""
     model, _ = build_defended(CASES[name], SHAPE, 10)
     for layer in model.layers():
-        handed_on = layer.neuron(3 * torch.rand(3, 2, *layer_shape(layer, model)), noise=generator(0))[0]
+        handed_on = layer.neuron(3 * torch.rand(T, 2, *layer_shape(layer, model)), noise=generator(0))[0]
         assert not layer.neuron.binary or set(handed_on.unique().tolist()) <= {0.0, 1.0}
         assert layer.neuron.binary is (name != "stog")
 

@@ -27,7 +27,7 @@ STAGED = {"epochs": 3, "stages": [{"epochs": 1, "T": 1}, {"epochs": 1, "T": 2}]}
 
 def recipe_of(**sections: dict[str, object]) -> Recipe:
     """The small recipe on few images, four steps an epoch."""
-    return small_recipe(**{**sections, "data": {"train_images": 260}})
+    return small_recipe(**{"encoding": {"T": 3}, **sections, "data": {"train_images": 260}})
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

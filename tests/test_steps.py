@@ -66,10 +66,21 @@ Journal.put, Journal.finish = put_or_die, finish_and_count
 """
 
 
+def recipe_of(kind: str, steps: int = T, **sections: dict[str, object]) -> Recipe:
+    kinds = KINDS[kind]
+    return small_recipe(**{**kinds, "encoding": {**kinds.get("encoding", {}), "T": steps}, **sections})
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training run of the small recipe at three steps."""
+    return once(tmp_path_factory, "run-of-three-steps", lambda out: train(recipe_of("direct"), out))
+
+
 @cache
 def network(kind: str) -> tuple[SpikingNet, Recipe]:
     """A random network of T steps whose layers all fire and whose steps, where they learn their own values, differ."""
-    recipe = small_recipe(**KINDS[kind])
+    recipe = recipe_of(kind)
     return warmed_up(recipe), recipe
 
 
@@ -110,7 +121,7 @@ def test_steps_that_there_are_not_are_refused() -> None:
     for wrong in (0, T + 1):
         with pytest.raises(InputError, match="has 3 time steps"):
             first_steps(model, recipe, SHAPE, wrong)
-    frames = small_recipe(encoding={"name": "frames"})
+    frames = small_recipe(encoding={"name": "frames", "T": T})
     events, _ = build_defended(frames, (3, 8, 8), 10)
     with pytest.raises(InputError, match="would not see its end"):
         first_steps(events, frames, (3, 8, 8), 2)
@@ -138,16 +149,16 @@ def test_a_true_drop_passes_in_a_twentieth_of_all_cases() -> None:
 
 
 @pytest.fixture(scope="module")
-def short(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def short(three_steps: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The first two of the three steps of the small network, in two precisions."""
     options = {"steps": 2, "precisions": ["int8"], "limit": 30}
-    return open_bundle(once(tmp_path_factory, "short", lambda out: export(run_dir, out, **options)))
+    return open_bundle(once(tmp_path_factory, "short", lambda out: export(three_steps, out, **options)))
 
 
-def test_a_bundle_of_fewer_steps_says_so_and_rebuilds(short: Bundle, run_dir: Path) -> None:
+def test_a_bundle_of_fewer_steps_says_so_and_rebuilds(short: Bundle, three_steps: Path) -> None:
     manifest = short.manifest
     assert (manifest.recipe.encoding.T, manifest.trained_steps) == (2, 3)
-    source = find_checkpoint(run_dir)
+    source = find_checkpoint(three_steps)
     assert short.file(WEIGHTS).read_bytes() == (source / load_checkpoint(source).weights).read_bytes()
     assert not rebuild_faults(short)
     assert "T = 2 of the 3 it was trained with" in card(short)
@@ -190,7 +201,7 @@ def test_the_fewest_steps_are_chosen_by_clean_and_attacked_images(monkeypatch: p
 
 
 def test_export_takes_the_fewest_steps_and_goes_on_after_a_kill(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPDSGR_CACHE", str(tmp_path / "cache"))
     attacked = []
@@ -198,7 +209,7 @@ def test_export_takes_the_fewest_steps_and_goes_on_after_a_kill(
     monkeypatch.setattr(Journal, "finish", lambda self, verdicts: (attacked.append(verdicts), finish(self, verdicts)))
     command = (
         "export",
-        run_dir,
+        three_steps,
         "--out",
         tmp_path / "b",
         "--steps",
@@ -220,19 +231,18 @@ def test_export_takes_the_fewest_steps_and_goes_on_after_a_kill(
 
 
 @pytest.mark.parametrize(("value", "message"), [("0", "not '0'"), ("many", "or auto"), ("4", "has 3 time steps")])
-def test_a_wrong_number_of_steps_is_one_line(value: str, message: str, run_dir: Path, tmp_path: Path) -> None:
-    assert_input_error(mpdsgr_here("export", run_dir, "--out", tmp_path / "b", "--steps", value), message)
+def test_a_wrong_number_of_steps_is_one_line(value: str, message: str, three_steps: Path, tmp_path: Path) -> None:
+    assert_input_error(mpdsgr_here("export", three_steps, "--out", tmp_path / "b", "--steps", value), message)
 
 
 @pytest.mark.parametrize("kind", ["direct", "feel"])
-def test_a_run_at_fewer_steps_starts_from_a_longer_one(kind: str, run_dir: Path, tmp_path: Path) -> None:
+def test_a_run_at_fewer_steps_starts_from_a_longer_one(kind: str, three_steps: Path, tmp_path: Path) -> None:
     if kind == "direct":
-        source = run_dir
+        source = three_steps
     else:
-        train(small_recipe(**KINDS[kind], training={"epochs": 1}, data={"train_images": 65}), tmp_path / "long")
+        train(recipe_of(kind, training={"epochs": 1}, data={"train_images": 65}), tmp_path / "long")
         source = tmp_path / "long"
-    shorter = {**KINDS[kind], "encoding": {**KINDS[kind].get("encoding", {}), "T": 2}}
-    recipe = small_recipe(**shorter, training={"epochs": 1, "lr": 1e-9}, data={"train_images": 65})
+    recipe = recipe_of(kind, 2, training={"epochs": 1, "lr": 1e-9}, data={"train_images": 65})
     train(recipe, tmp_path / "short", init=find_checkpoint(source))
     checkpoint, model = load_network(find_checkpoint(source))
     before, _ = first_steps(model, checkpoint.recipe, SHAPE, 2)
@@ -289,6 +299,6 @@ def test_inspect_shows_what_each_number_of_steps_costs(short: Bundle, costs: Cal
     assert (tmp_path / "plots" / "steps.png").stat().st_size > 10_000
 
 
-def test_inspect_steps_needs_a_bundle_with_weights(run_dir: Path, short: Bundle) -> None:
-    assert_input_error(mpdsgr_here("inspect", run_dir, "--steps"), "is not one")
+def test_inspect_steps_needs_a_bundle_with_weights(three_steps: Path, short: Bundle) -> None:
+    assert_input_error(mpdsgr_here("inspect", three_steps, "--steps"), "is not one")
     assert_input_error(mpdsgr_here("inspect", short.path, "--steps", "--flips"), "one of them")

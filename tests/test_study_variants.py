@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import T, small_recipe
 from scipy.stats import norm as normal
 from torch import nn
 
@@ -168,7 +168,7 @@ def test_factors_of_a_layer_by_hand() -> None:
     model(torch.from_numpy(images.unit()), traces.append)
     v = torch.stack([u for u, _ in traces[0].states]) - 1
     assert first.surrogate == pytest.approx((1 - v.abs()).clamp(min=0).square().mean().sqrt().item(), rel=1e-5)
-    assert first.leak == pytest.approx(1 + 0.5 + 0.25)
+    assert first.leak == pytest.approx(sum(0.5**t for t in range(T)))
     assert first.firing_rate == pytest.approx((v >= 0).float().mean().item())
     # its input is the image
     assert first.density == pytest.approx(1 / images.unit().std(), rel=1e-5)

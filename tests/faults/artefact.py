@@ -40,13 +40,13 @@ def channels_in_another_order(copy: Planted) -> None:
 @fault("artefact", 1, ANSWERS)
 def fewer_time_steps(copy: Planted) -> None:
     """An exporter unrolled with its own default T, to be faster."""
-    copy.export_as(encoding={"T": 2})
+    copy.export_as(encoding={"T": 1})
 
 
 @fault("artefact", 1, ANSWERS, thorough=True)
 def more_time_steps(copy: Planted) -> None:
     """The same the other way round: T of the recipe, and one."""
-    copy.export_as(encoding={"T": 4})
+    copy.export_as(encoding={"T": 3})
 
 
 @fault("artefact", 1, ANSWERS)

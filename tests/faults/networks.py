@@ -17,7 +17,7 @@ from mpdsgr_deploy.training import train
 BASE: dict[str, dict[str, Any]] = {
     "data": {"name": "digits", "augment": "none"},
     "model": {"name": "vgg-small", "width": 0.25},
-    "encoding": {"T": 3},
+    "encoding": {"T": 2},
     "training": {"epochs": 3, "batch_size": 65, "pictures": 0},
     "attack": {"eps": 0.1, "step": 0.03, "strong_steps": 20, "surrogates": ["triangle:0.5"]},
     "validation": {"limit": 100},
