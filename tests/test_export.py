@@ -34,7 +34,7 @@ def warmed_up(name: str, shape: tuple[int, int, int], reset: str, readout: str =
     # the exporter takes as long as there are layers times steps
     values = {
         "model": {"name": name, "width": 0.1, "readout": readout},
-        "encoding": {"T": {"vgg-small": 3, "wrn16-4": 2}.get(name, 1)},
+        "encoding": {"T": {"vgg-small": 2, "wrn16-4": 2}.get(name, 1)},
         "neuron": {"reset": reset, "v_threshold": 0.8},
     }
     model = build_model(Recipe.model_validate(values), shape, 10)
