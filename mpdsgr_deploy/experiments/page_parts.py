@@ -47,15 +47,18 @@ def behaviour(measured: Measured) -> str:
         drops = [mean([e[kind] / e["margin"] for e in effects]) for kind in ("promised", "noise", "pgd")]
         flipped = [list(e["flipped_pgd"].values()) for e in effects]
         flips = " / ".join(f"{fmean(own[end] for own in flipped):.3f}" for end in (0, -1)) if flipped else "-"
-        cells = [f"{omega(records):.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}", mean([e["margin"] for e in effects])]
-        rows.append([title, *cells, *drops, flips])
-    columns = ["row", "Omega", "firing rate, first / last layer", "margin", "promised / margin", "noise / margin"]
+        validation = 100 * fmean(record.curve["validation_accuracy"][-1] for record in records)
+        cells = [f"{validation:.1f}", f"{omega(records):.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}"]
+        rows.append([title, *cells, mean([e["margin"] for e in effects]), *drops, flips])
+    activity = ["row", "validation", "Omega", "firing rate, first / last layer"]
+    attack = ["margin", "promised / margin", "noise / margin", "pgd / margin", "flipped by pgd, first / last layer"]
     note = (
+        "`validation` is the accuracy in % on all validation images after the last epoch. "
         "`promised` is the drop of the margin (true logit minus the best other) that the surrogate gradient announces "
         "for a step of eps, `noise` and `pgd` the drop that really follows, on images the network gets right; see "
         "`mpdsgr_deploy/experiments/sensitivity.py`."
     )
-    return markdown([*columns, "pgd / margin", "flipped by pgd, first / last layer"], rows) + f"\n\n{note}"
+    return markdown([*activity, *attack], rows) + f"\n\n{note}"
 
 
 def sources(measured: Measured) -> str:
