@@ -2,8 +2,8 @@
 
     python benchmarks/agreement.py runs/clean/last runs/at/last --root data --attacked 10000
 
-Published are the accurate network of export/bundles/cifar10-clean and its adversarial fine-tuning,
-`cifar10-vgg11-slim-tune-at`.
+Published are the accurate network of export/bundles/cifar10-clean and an adversarial fine-tuning,
+`cifar10-vgg11-slim-tune-at`. A network replaces that of the same method; the others stay in the results file.
 
 The attack is the recipe's PGD on the torch network, so that every precision meets the same pixels; attacked are as many
 of the first test images as `--attacked` says. OpenVINO runs int8 in int8 arithmetic; onnxruntime rounds float16 as the
@@ -26,6 +26,7 @@ from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.exporting.trial import attack
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.progress import show_progress
+from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.openvino import OpenVino
@@ -41,7 +42,11 @@ from mpdsgr_deploy.validation.rows import VerdictFlips
 def run(runs: tuple[Path, ...], root: str, images: int, attacked: int) -> dict[str, Any]:
     """Compare the precisions of each run's best network."""
     show_progress()
-    return {"networks": [measure(run, root, images, attacked) for run in runs]}
+    networks: dict[str, dict[str, Any]] = harness.load("agreement")["networks"]
+    for run in runs:
+        network = measure(run, root, images, attacked)
+        networks[Recipe.model_validate(network["recipe"]).method] = network
+    return {"networks": networks}
 
 
 def measure(run: Path, root: str, images: int, attacked: int) -> dict[str, Any]:
@@ -65,6 +70,7 @@ def measure(run: Path, root: str, images: int, attacked: int) -> dict[str, Any]:
                 }
     return {
         "recipe": recipe.model_dump(mode="json"),
+        "provenance": provenance(),
         "epoch": checkpoint.epoch,
         "attack": f"PGD, eps {recipe.attack.eps:.4g}, {recipe.attack.steps} steps of {recipe.attack.step:.4g}",
         "rows": [
@@ -89,20 +95,21 @@ def compare(exact: NDArray[np.int64], rounded: NDArray[np.int64], classes: NDArr
 def render(result: dict[str, Any]) -> str:
     """The Markdown table, and what its networks are."""
     rows, notes = [], []
-    for network in result["networks"]:
+    for method, network in result["networks"].items():
         recipe = Recipe.model_validate(network["recipe"])
         for row in network["rows"]:
             n = row["n"]
-            cells = [recipe.method, row["images"], row["precision"], n, f"{row['equal']} ({row['equal'] / n:.2%})"]
+            cells = [method, row["images"], row["precision"], n, f"{row['equal']} ({row['equal'] / n:.2%})"]
             cells += [f"{row['correct']} ({row['correct'] / n:.2%})", row["newly_wrong"], row["newly_right"]]
             rows.append([*cells, f"{row['p_value']:.2g}"])
         model, epoch = recipe.model, f"epoch {network['epoch']} of {recipe.training.epochs}"
         notes.append(
-            f"- {recipe.method}: {model.name}, width {model.width:g}, T = {recipe.encoding.T}, on "
-            f"{recipe.data.train_images or 'all'} images of {recipe.data.name}, {epoch}. {network['attack']}."
+            f"- {method}: {model.name}, width {model.width:g}, T = {recipe.encoding.T}, on "
+            f"{recipe.data.train_images or 'all'} images of {recipe.data.name}, {epoch}. {network['attack']}. "
+            f"{harness.source(network)}"
         )
     header = ["network", "images", "precision", "n", "labels as in fp32", "correct", "newly wrong", "newly right"]
-    return harness.table([*header, "McNemar's p"], rows, *notes, "", harness.source(result))
+    return harness.table([*header, "McNemar's p"], rows, *notes)
 
 
 main = harness.command("agreement", run, render)
