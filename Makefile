@@ -25,6 +25,7 @@ test-lowest:
 	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
 	  --extra cpu --extra openvino --extra parquet --extra report --extra serve --extra sign pyproject.toml -o $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt -r tests/requirements.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -e .
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist worksteal \
 	  -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning
 
