@@ -198,4 +198,4 @@ def name_of_own(found: object) -> str:
     if isinstance(found, FrameType):
         return found.f_code.co_qualname if "mpdsgr_deploy" in found.f_code.co_filename else ""
     kind = type(found)
-    return kind.__name__ if kind.__module__.startswith("mpdsgr_deploy") else ""
+    return kind.__name__ if str(kind.__module__).startswith("mpdsgr_deploy") else ""  # some types have no text there
