@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import onnx_ir as ir
 import torch
-from conftest import T, small_recipe
+from conftest import small_recipe
 from exporting_once import to_graph
 
 from mpdsgr_deploy.defences import build_defended
@@ -14,13 +14,13 @@ from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Recipe
 
 SHAPE = (1, 8, 8)
-GATES = [(T, 8, 8, 8), (T, 16, 4, 4), (T, 16, 4, 4)]  # of the small network's neurons, a draw a step
+GATES = [(3, 8, 8, 8), (3, 16, 4, 4), (3, 16, 4, 4)]  # of the small network's neurons, a draw a step
 NETWORKS = {
-    "poisson": (small_recipe(encoding={"name": "poisson"}), {"uniform_0": (T, *SHAPE)}),
-    "sqe": (small_recipe(encoding={"name": "sqe", "levels": 3}), {"uniform_0": (T, *SHAPE)}),
+    "poisson": (small_recipe(encoding={"name": "poisson", "T": 3}), {"uniform_0": (3, *SHAPE)}),
+    "sqe": (small_recipe(encoding={"name": "sqe", "levels": 3, "T": 3}), {"uniform_0": (3, *SHAPE)}),
     "rsc and stog": (
-        small_recipe(encoding={"name": "rsc"}, defence={"stog": {}}),
-        {"normal_0": (T, *SHAPE), **{f"uniform_{i + 1}": shape for i, shape in enumerate(GATES)}},
+        small_recipe(encoding={"name": "rsc", "T": 3}, defence={"stog": {}}),
+        {"normal_0": (3, *SHAPE), **{f"uniform_{i + 1}": shape for i, shape in enumerate(GATES)}},
     ),
 }
 

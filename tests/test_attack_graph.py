@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from attack_networks import NETWORKS, SMALL, Run, deviation, images
-from conftest import T, assert_input_error, mpdsgr_here, small_recipe
+from conftest import assert_input_error, mpdsgr_here, small_recipe
 from exporting_once import to_graph
 from onnx import TensorProto
 from test_export import NAMES, exported, learned
@@ -172,7 +172,7 @@ def test_a_quantised_network_is_attacked_through_its_own_weights(name: str, prec
             back = values.astype(np.float32) * scales.reshape(-1, *[1] * (weights.ndim - 1))
             node.inputs[1].const_value = ir.tensor(back, name=node.inputs[1].name)
     x, y = images(33, shape)
-    noise = {"uniform_0": np.random.default_rng(3).random((33, T, *shape), np.float32)} if name == "poisson" else {}
+    noise = {"uniform_0": np.random.default_rng(3).random((33, 3, *shape), np.float32)} if name == "poisson" else {}
     found, expected, exact = (
         Run(ir.to_proto(network), "triangle")(x, y, **noise) for network in (convert(graph, layers), rounded, graph)
     )

@@ -34,14 +34,15 @@ def test_dlr_against_its_formula() -> None:
 
 def test_apgd_is_as_strong_as_its_authors(spiking) -> None:
     oracle = pytest.importorskip("pyautoattack")
-    model, x, y = spiking
+    model, _, _ = spiking
+    images = load_test(Data(name="digits"))[:300]  # of half as many, another start breaks 0.03 more or fewer
+    x, y = images.unit(), images.classes
     for loss, name in ((cross_entropy, "apgd-ce"), (dlr, "apgd-dlr")):
         ours = apgd(model.attacker(loss=loss), x, y, eps=EPS, steps=40, draw=draw)
         audit = oracle.AutoAttack(model._model, version="custom", attacks=[name], eps=EPS, seed=0)
         audit.apgd.n_restarts, audit.apgd.n_iter = 1, 40
         theirs = audit.run_standard_evaluation(torch.from_numpy(x), torch.from_numpy(y))[0].numpy()
-        # another start changes the share that theirs breaks by as much
-        assert broken(model, ours, y).mean() >= broken(model, theirs, y).mean() - 0.05
+        assert broken(model, ours, y).mean() >= broken(model, theirs, y).mean() - 0.03
 
 
 def test_apgd_and_adaptive_sa_pgd_break_no_less_than_strong_pgd(spiking) -> None:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from conftest import T, assert_input_error, mpdsgr_here
+from conftest import assert_input_error, mpdsgr_here
 from google.protobuf import text_format
 from triton_server import Triton, environment, tritonserver
 from tritonclient.grpc import model_config_pb2
@@ -117,7 +117,7 @@ def test_what_the_command_writes_and_says(precise: Bundle, stochastic: Bundle, t
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == ["precise: fp32, ONNX, batches up to 128", "noisy: fp32, ONNX, batches up to 128"]
-    assert lines[2] == f"  clients must also send the tensor uniform_0, FP32 [B, {T}, 1, 8, 8], drawn from U[0, 1)"
+    assert lines[2] == "  clients must also send the tensor uniform_0, FP32 [B, 3, 1, 8, 8], drawn from U[0, 1)"
     behind = 2 + len(stochastic.manifest.noise)  # a line for each of its inputs
     assert f"-v {out}:/models:ro" in lines[behind]
     done = mpdsgr_here("deploy", "triton", f"{precise.path}@int8", "--gpus", 2, "--out", out, "--json")

@@ -96,8 +96,8 @@ def test_joint_statistics_make_two_halves_one_batch(tmp_path: Path) -> None:
     two = f"import sys; sys.path.insert(0, {path!r}); import test_processes; test_processes.launched_two({out!r})"
     done = mpdsgr("--version", prelude=f"{FORKED}\n{two}")
     assert done.returncode == 0, done.stderr
-    one, found = (torch.load(tmp_path / name, weights_only=False) for name in ("one", "two"))
-    one = one["one"]
+    one = torch.load(tmp_path / "one", weights_only=False)["one"]
+    found = torch.load(tmp_path / "two", weights_only=False)
     buckets = [taken.pop("ddp") for taken in found.values()]
     alone = found.pop("each by itself")
     for name, taken in found.items():

@@ -60,14 +60,15 @@ def test_idle_connections_are_bounded_and_closed() -> None:
         before = served.descriptors()
         clients = [opened.enter_context(Http2(served.grpc_port)) for _ in range(3 * CONNECTIONS)]
         assert served.get("/v2/health/live").status == 200
-        greatest, stop = 0, time.monotonic() + 60
+        greatest, last, stop = 0, 0, time.monotonic() + 60
         while not all(client.gone for client in clients):  # those over the limit at once, the others as they are idle
             assert time.monotonic() < stop
-            greatest = max(greatest, served.descriptors() - before)
+            held = served.descriptors() - before
+            greatest, last = max(greatest, min(held, last)), held
             for client in clients:
                 client.read(0.001)
-        # gRPC accepts a connection over the limit before it closes it, several at once on a busy machine
-        assert 0 < greatest <= CONNECTIONS + 8
+        # of two looks: gRPC accepts a connection over the limit before it closes it, so that one look may count it
+        assert 0 < greatest <= CONNECTIONS + 2
         assert eventually(lambda: served.descriptors() - before <= 3)
         assert_serves(served)
 

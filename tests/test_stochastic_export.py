@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import T, small_recipe
+from conftest import small_recipe
 from stochastic_networks import GATES, NETWORKS, SHAPE, exported, images, warmed_up
 from test_firing import observed
 
@@ -52,7 +52,7 @@ def test_a_deterministic_network_needs_no_noise() -> None:
 def test_the_bundle_lists_its_noise(stochastic: Bundle) -> None:
     listed = {entry.name: (entry.kind, entry.shape) for entry in stochastic.manifest.noise}
     assert listed == {
-        "uniform_0": ("uniform", (T, *SHAPE)),
+        "uniform_0": ("uniform", (3, *SHAPE)),
         **{f"uniform_{i + 1}": ("uniform", shape) for i, shape in enumerate(GATES)},
     }
     accuracy = stochastic.manifest.variants["fp32"].accuracy
@@ -61,9 +61,9 @@ def test_the_bundle_lists_its_noise(stochastic: Bundle) -> None:
 
 def test_it_is_inspected_with_the_noise_it_answers_with(stochastic: Bundle) -> None:
     facts = bundle_facts(stochastic)
-    assert facts["noise uniform_1"] == f"uniform, float32 [B, {T}, 8, 8, 8]"
+    assert facts["noise uniform_1"] == "uniform, float32 [B, 3, 8, 8, 8]"
     convolutions = 8 * 8 * 8 * 9 + 16 * 4 * 4 * 9 * (8 + 16)
-    assert facts["fp32 MACs an image"] == T * convolutions + 10 * 16 * 4 * 4
+    assert facts["fp32 MACs an image"] == 3 * convolutions + 10 * 16 * 4 * 4
     with open_predictor(stochastic, "torch") as reference:
         x, _ = stochastic.golden()
         draws = [torch.from_numpy(draw) for draw in reference.noise(x).values()]
@@ -112,8 +112,8 @@ def test_it_is_validated_like_any_other(stochastic: Bundle) -> None:
     assert report.parity.holds
     (function,) = [check for check in report.health if check.number == 8]
     assert function.passed, function.saw
-    assert clean.flips.newly_wrong <= 1  # the same noise for both
-    assert min(row.flips.p_value for row in report.rows) > 0.01 / len(report.rows)  # Bonferroni
+    assert all(row.flips.newly_wrong <= 1 for row in report.rows[:3])
+    assert all(row.flips.p_value > 0.01 for row in report.rows)
 
 
 def test_a_batch_attacked_after_a_kill_meets_the_same_noise(stochastic: Bundle, tmp_path: Path) -> None:
@@ -149,10 +149,10 @@ def test_firing_rates_are_those_of_the_same_noise_and_poisson_spikes_are_no_laye
 @pytest.mark.parametrize("change", ["missing", "renamed", "reshaped"])
 def test_noise_inputs_that_do_not_fit_are_one_line(stochastic: Bundle, backend: str, change: str) -> None:
     first, *others = stochastic.manifest.noise
-    changed = {"missing": {}, "renamed": {"name": "noise"}, "reshaped": {"shape": (T + 1, *SHAPE)}}[change]
+    changed = {"missing": {}, "renamed": {"name": "noise"}, "reshaped": {"shape": (2, *SHAPE)}}[change]
     noise = (first.model_copy(update=changed), *others) if changed else tuple(others)
     edited = Bundle(stochastic.path, stochastic.manifest.model_copy(update={"noise": noise}))
-    with pytest.raises(InputError, match=rf"takes the noise uniform_0 \[{T}, 1, 8, 8\], .*; export again") as error:
+    with pytest.raises(InputError, match=r"takes the noise uniform_0 \[3, 1, 8, 8\], .*; export again") as error:
         open_predictor(edited, backend).__enter__()
     assert "\n" not in str(error.value)
 
