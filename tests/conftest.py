@@ -3,18 +3,17 @@
 import gc
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import quick_tiers
 from click.testing import CliRunner
+from missing_packages import HAS_TORCH, pytest_make_collect_report, pytest_runtest_makereport
 from once import make_once
 from zygote import ASKING, BASE, SERVERS, ask, start
 
@@ -28,20 +27,7 @@ from mpdsgr_deploy.validation import probes
 
 quick_tiers.use()
 gc.disable()  # until everything is collected and imported
-HAS_TORCH = find_spec("torch") is not None
-TRAIN = {
-    "torch",
-    "torchvision",
-    "lightning_fabric",
-    "onnx_ir",
-    "onnxscript",
-    "safetensors",
-    "sklearn",
-    "tensorboard",
-    "foolbox",
-}
-MISSING = re.compile(r"No module named '(?!mpdsgr_deploy)[\w.]+'|/bin/hadolint|ParamType' is not subscriptable")
-__all__ = ["resealed"]
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport", "resealed"]
 T = 2  # time steps of the small recipe: the exporter takes as long as there are layers times steps
 SMALL = {
     "data": {"name": "digits", "augment": "none"},
@@ -81,7 +67,8 @@ def mpdsgr(
     """Run the command in a process of its own, as a user would. prelude: code that this process executes first."""
     words, variables = [*map(str, arguments)], {**os.environ, **environment}
     if not HAS_TORCH or "PYTHONPATH" in environment:  # a path decides what is imported
-        command = [sys.executable, "-m", "mpdsgr_deploy", *words]
+        program = f"{prelude}\nfrom mpdsgr_deploy.cli import main\nmain({words!r}, prog_name='mpdsgr')"
+        command = [sys.executable, "-c", program]
         return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
     return ask(words, cwd or Path.cwd(), variables, prelude)
 
@@ -157,32 +144,6 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look at it again, a twentieth of the time."""
     gc.freeze()
     gc.enable()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Without the extra `train`, leave out the test files that import what it brings."""
-    report = yield
-    missing = re.search(r"No module named '([a-z_]+)", str(report.longrepr)) if report.failed else None
-    if missing and not HAS_TORCH and missing[1] in TRAIN:
-        report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[1]} of the extra `train`")
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: "pytest.CallInfo[None]"
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Without the extra `train`, skip what turns out to need a package that the extras at hand do not bring."""
-    report = yield
-    missing = MISSING.search(str(report.longrepr)) if report.failed and not HAS_TORCH else None
-    if missing:
-        report.outcome = "skipped"
-        report.longrepr = (str(item.path), 0, f"Skipped: needs {missing[0]}")
-    return report
 
 
 def trained(recipe: Recipe, out: Path) -> None:
@@ -272,7 +233,7 @@ def stochastic(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def stochastic_recipe() -> Recipe:
     return small_recipe(
-        encoding={"name": "poisson"},
+        encoding={"name": "poisson", "T": 3},
         defence={"stog": {"prior": 0.01}},
         attack={"eps": 0.1, "step": 0.05, "strong_steps": 3, "surrogates": [], "draws": 2},
         validation={"limit": 40, "seed": 7},

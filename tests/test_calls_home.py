@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import HAS_TORCH
+from missing_packages import HAS_TORCH
 from PIL import Image
 from served import BUNDLE, INFER, Served, images, request
 from signatures import new_keys
