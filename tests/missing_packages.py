@@ -1,4 +1,4 @@
-"""Skips tests where packages are left out on purpose: the extras `train` and `ray`, and tools for developers.
+"""Skips tests where packages are left out on purpose: the extras `train` and `ray`.
 
 A package of any other extra that is missing fails its tests, since pyproject.toml should have named it.
 """
@@ -22,7 +22,6 @@ LEFT_OUT = {
     "tensorboard",
     "foolbox",
     "ray",
-    "twine",
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.request import Request, urlopen
 
+import pytest
 import yaml
 from click.testing import CliRunner
 from ports import free_ports
@@ -62,6 +63,7 @@ class Cluster:
     """Two nodes with a CPU each, for the length of a with block. http: the ports of their proxies."""
 
     def __init__(self) -> None:
+        pytest.importorskip("ray")
         self.http = free_ports(2)
         self._gcs, self._dashboard, self._client, *self._agents = free_ports(5)
         self._mark = secrets.token_hex(8)
