@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import click
 import harness
 
-from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.provenance import package_version, provenance
 
 PACKAGES = ("cuda-core", "onnxruntime", "onnxruntime-gpu", "spikingjelly", "tensorrt", "tensorrt-rtx", "torch")

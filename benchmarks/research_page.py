@@ -16,7 +16,7 @@ import tier_strength
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.surrogates import ADAPTIVE, AVERAGED, RATE
 
 FOLDER = Path(__file__).parent

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from research import opened
 from research import sha256 as network_sha256
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.attacks.condition import CLEAN, Source
 from mpdsgr_deploy.attacks.suite import Suite
 from mpdsgr_deploy.attacks.suite_measurement import measure as measure_suite
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import show_progress
 from mpdsgr_deploy.provenance import package_version, provenance

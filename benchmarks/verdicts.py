@@ -20,8 +20,8 @@ import click
 import harness
 import pytest
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.errors import MpdsgrError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.validation import validate
 from mpdsgr_deploy.validation.report import EXIT_CODES

@@ -24,16 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.address import local_copy, parse_address
+from mpdsgr_deploy.atomic_files import followed, sha256, write_atomic
+from mpdsgr_deploy.claimed_directories import claim_directory, recover_directory, replace_directory, scratch_directory
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import (
-    claim_directory,
-    followed,
-    recover_directory,
-    replace_directory,
-    scratch_directory,
-    sha256,
-    write_atomic,
-)
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.manifest import SCHEMA_VERSION, Accuracy, Manifest, NoiseInput, Prepared, Variant
 from mpdsgr_deploy.progress import log

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mpdsgr_deploy.atomic_files import sha256, write_atomic
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import sha256, write_atomic
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import read_document
 

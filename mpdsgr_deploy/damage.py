@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, Bundle, Manifest
-from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
 
 READOUT = "readout.weight"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.bundle import Bundle, Manifest, open_bundle
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export
-from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 from mpdsgr_deploy.schema import parse
 

@@ -8,8 +8,8 @@ import torch
 
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.experiments import flip_records, flips_page, table_page
+from mpdsgr_deploy.experiments.record_files import RECORDS
 from mpdsgr_deploy.experiments.records import load_measured, records_of
-from mpdsgr_deploy.experiments.store import RECORDS
 from mpdsgr_deploy.experiments.table import built_in_tables, load_table
 from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe

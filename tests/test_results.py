@@ -15,9 +15,9 @@ from mpdsgr_deploy.checkpoint import VALIDATION_PGD, load_checkpoint
 from mpdsgr_deploy.cli.table import command
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments import flip_records, flips_page, page_parts, table_page
+from mpdsgr_deploy.experiments.record_files import RECORDS, put_record, read_records
 from mpdsgr_deploy.experiments.records import Record, load_measured, outdated, records_of
 from mpdsgr_deploy.experiments.row_comparison import difference
-from mpdsgr_deploy.experiments.store import RECORDS, put_record, read_records
 from mpdsgr_deploy.experiments.table import built_in_tables, load_table
 from mpdsgr_deploy.validation.proportions import wilson
 

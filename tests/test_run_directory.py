@@ -10,9 +10,9 @@ import pytest
 from conftest import small_recipe
 from PIL import Image
 
+from mpdsgr_deploy.claimed_directories import claim_directory, scratch_directory
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import claim_directory, scratch_directory
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.recipe import Data, Recipe
 from mpdsgr_deploy.training import train

@@ -9,11 +9,11 @@ import pytest
 from conftest import mpdsgr, perturbed
 from scipy.stats import binomtest
 
+from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation import Target, validate

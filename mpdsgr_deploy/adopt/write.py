@@ -21,6 +21,7 @@ from mpdsgr_deploy.adopt.classifier import (
 )
 from mpdsgr_deploy.adopt.evaluation_images import relabelled
 from mpdsgr_deploy.adopt.survey import Survey, survey
+from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.attack_graph import attack_graph
 from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.conditions import AttachedPGD, DetachedPGD
@@ -29,7 +30,6 @@ from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import GOLDEN, Accuracy, Bundle, Variant, seal, staged
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import EvaluationError, InputError, one_line
-from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows
 from mpdsgr_deploy.progress import log

@@ -11,9 +11,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.atomic_files import atomic_file, writing
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Classes, Condition, Floats
 from mpdsgr_deploy.attacks.suite import Suite
-from mpdsgr_deploy.files import atomic_file, writing
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.cli.inspect_pair import inspect_pair
 from mpdsgr_deploy.cli.inspect_steps import IMAGES as STEP_IMAGES
@@ -14,7 +15,6 @@ from mpdsgr_deploy.diagnostics.layer_statistics import warnings_of
 from mpdsgr_deploy.diagnostics.spike_flips import flips_of
 from mpdsgr_deploy.diagnostics.tables import flip_table, membrane_table
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.surrogates import trained_surrogate
 

@@ -75,7 +75,7 @@ class Measuring:
 
     def measured(self, stems: Iterable[str]) -> list[str]:
         """Return those of `stems` for which there are records."""
-        from mpdsgr_deploy.experiments.store import RECORDS
+        from mpdsgr_deploy.experiments.record_files import RECORDS
 
         return [stem for stem in stems if (self.results / stem / RECORDS).exists()]
 

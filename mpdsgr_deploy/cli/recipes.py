@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.recipes import Published, built_in_recipes, find_recipe, flattened, published, title
 
 

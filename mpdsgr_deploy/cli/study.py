@@ -60,7 +60,7 @@ def write_pages(stem: str, study: Study, how: Measuring) -> None:
     """Render the study's page, unless only --why was measured, and that of --why where there are records of it."""
     need("matplotlib", "report")
     from mpdsgr_deploy.experiments import explain, study_page, variants, why_page
-    from mpdsgr_deploy.experiments.store import RECORDS
+    from mpdsgr_deploy.experiments.record_files import RECORDS
 
     assert variants.DEPTHS  # imported to register what its recipes name
     folder = how.results / stem

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.cli.measuring import Measuring, measuring
 from mpdsgr_deploy.cli.output import print_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec, built_in_tables, load_table
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.lookup import need
 
 

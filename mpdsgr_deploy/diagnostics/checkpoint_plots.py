@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.checkpoint import find_checkpoint
+from mpdsgr_deploy.claimed_directories import claim_directory
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.data.images import name_sample
@@ -13,7 +15,6 @@ from mpdsgr_deploy.diagnostics.distribution import measure
 from mpdsgr_deploy.diagnostics.distribution_plots import layer_channels, layer_steps, one_channel, overview
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.picture import png
-from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.trained_networks import load_network
 

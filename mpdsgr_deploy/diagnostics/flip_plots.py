@@ -10,9 +10,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
 
+from mpdsgr_deploy.atomic_files import write_atomic
+from mpdsgr_deploy.claimed_directories import claim_directory
 from mpdsgr_deploy.diagnostics.picture import BLUE, GREEN, PURPLE, VERMILION, plain, png
 from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips
-from mpdsgr_deploy.files import claim_directory, write_atomic
 
 BY_LAYER, BY_DENSITY = "flips.png", "density.png"
 COLOURS, MARKERS, FRESH = (BLUE, VERMILION, GREEN, PURPLE), "osD^", "black"

@@ -6,8 +6,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mpdsgr_deploy.atomic_files import write_atomic
+from mpdsgr_deploy.claimed_directories import claim_directory
 from mpdsgr_deploy.diagnostics.picture import CLEAN, UNION, plain, png
-from mpdsgr_deploy.files import claim_directory, write_atomic
 
 PICTURE, LINES, MARKERS = "steps.png", ("-", "--", ":", "-."), "osD^"
 # precision -> "clean" or "worst" -> accuracy in % for 1 to T steps

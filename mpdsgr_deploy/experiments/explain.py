@@ -26,9 +26,9 @@ from torch import Tensor
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.experiments.jobs import Places, runs_of
+from mpdsgr_deploy.experiments.record_files import Rounded, put_record
 from mpdsgr_deploy.experiments.records import KEY
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
-from mpdsgr_deploy.experiments.store import Rounded, put_record
 from mpdsgr_deploy.experiments.study import Study
 from mpdsgr_deploy.experiments.table import RowSpec
 from mpdsgr_deploy.experiments.table_run import CHECKPOINT, trained

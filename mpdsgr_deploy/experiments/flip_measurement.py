@@ -14,7 +14,7 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips, compare_spikes
 from mpdsgr_deploy.experiments.flip_records import FOLDER, KEY, FlipRecord, LayerFlips, PrecisionFlips, by_network
 from mpdsgr_deploy.experiments.jobs import Places, runs_of
-from mpdsgr_deploy.experiments.store import RECORDS, put_record
+from mpdsgr_deploy.experiments.record_files import RECORDS, put_record
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
 from mpdsgr_deploy.experiments.table_run import CHECKPOINT, Run, trained
 from mpdsgr_deploy.exporting.graph import constant, data, initializer, insert

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel
 
-from mpdsgr_deploy.experiments.store import RECORDS, Rounded, read_records
+from mpdsgr_deploy.experiments.record_files import RECORDS, Rounded, read_records
 
 FOLDER = "flips"
 KEY = ("table", "row", "seed")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.atomic_files import write_atomic
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

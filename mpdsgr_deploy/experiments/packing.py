@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.checkpoint import FILE, load_checkpoint, save_checkpoint
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
 
 PIECE = 15 * 2**20  # largest size of a packed file in bytes

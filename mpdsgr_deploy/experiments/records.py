@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from mpdsgr_deploy.attacks.condition import TRANSFER
 from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.experiments.store import RECORDS, Rounded, put_record, read_records
+from mpdsgr_deploy.experiments.record_files import RECORDS, Rounded, put_record, read_records
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe

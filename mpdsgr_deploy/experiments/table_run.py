@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.attacks.tiers import TierEntry
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
@@ -22,7 +23,6 @@ from mpdsgr_deploy.experiments.records import AttackedExport, AttackedNetwork, R
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.experiments.table import ExportSpec
 from mpdsgr_deploy.exporting import export
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe

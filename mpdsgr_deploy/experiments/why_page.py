@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mpdsgr_deploy.diagnostics.picture import plain
 from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained, LayerFactors
 from mpdsgr_deploy.experiments.markdown import markdown, publish
-from mpdsgr_deploy.experiments.store import read_records
+from mpdsgr_deploy.experiments.record_files import read_records
 from mpdsgr_deploy.experiments.study import Study
 from mpdsgr_deploy.experiments.table_plots import LINES, PALETTE, png
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mpdsgr_deploy.atomic_files import writing
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
-from mpdsgr_deploy.files import writing
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.parity import MINIMUM_SHARE, compare
 from mpdsgr_deploy.provenance import provenance

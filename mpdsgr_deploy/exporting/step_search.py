@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.address import cache_directory
+from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.promise import promise
@@ -24,7 +25,6 @@ from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
-from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.manifest import NoiseInput
 from mpdsgr_deploy.models import SpikingNet

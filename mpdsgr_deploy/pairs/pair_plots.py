@@ -6,9 +6,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mpdsgr_deploy.atomic_files import write_atomic
+from mpdsgr_deploy.claimed_directories import claim_directory
 from mpdsgr_deploy.diagnostics.membrane_plots import AXIS, Line, draw_membranes
 from mpdsgr_deploy.diagnostics.picture import BLUE, VERMILION, plain, png
-from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.pairs.differences import Curves, Differences
 from mpdsgr_deploy.pairs.network_pair import LayerPair
 

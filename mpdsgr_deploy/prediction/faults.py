@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpdsgr_deploy.files import followed, write_atomic
+from mpdsgr_deploy.atomic_files import followed, write_atomic
 from mpdsgr_deploy.prediction.inputs import InputBatch
 from mpdsgr_deploy.prediction.partial import Chunk
 

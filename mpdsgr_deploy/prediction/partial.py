@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.atomic_files import writing
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import writing
 from mpdsgr_deploy.locks import lock, remove_locked
 from mpdsgr_deploy.prediction.inputs import InputBatch
 

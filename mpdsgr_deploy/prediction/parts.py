@@ -17,8 +17,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
 
+from mpdsgr_deploy.atomic_files import complete_file, write_atomic
+from mpdsgr_deploy.claimed_directories import claim_directory, not_ours
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import claim_directory, complete_file, not_ours, write_atomic
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.faults import Faults

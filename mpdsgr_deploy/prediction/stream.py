@@ -12,10 +12,10 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.atomic_files import atomic_file, followed, is_stream, writing
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data.likeness import Likeness
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.files import atomic_file, followed, is_stream, writing
 from mpdsgr_deploy.prediction.faults import Faults, place_of_faults
 from mpdsgr_deploy.prediction.inputs import InputBatch, Inputs, Read
 from mpdsgr_deploy.prediction.partial import Chunk, Partial

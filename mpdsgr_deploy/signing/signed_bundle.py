@@ -16,8 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.locks import LOCK
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.signing.envelope import Signer, Statement, read_signature, verified_statement

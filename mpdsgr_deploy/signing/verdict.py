@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.schema import parse
 from mpdsgr_deploy.signing.envelope import Signer, read_signature, sign_statement, verified_statement
 from mpdsgr_deploy.signing.signed_bundle import VERDICTS

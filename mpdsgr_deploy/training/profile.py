@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function, schedule
 
-from mpdsgr_deploy.files import write_atomic
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.snn import SpikingLayer

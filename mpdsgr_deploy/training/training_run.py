@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.checkpoint import Checkpoint
+from mpdsgr_deploy.claimed_directories import claim_directory
 from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.batches import to_device
 from mpdsgr_deploy.defences import Defence, build_defended, resolved
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.models.time_steps import set_time_steps

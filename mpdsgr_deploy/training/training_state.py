@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.models.by_name import find_module
 from mpdsgr_deploy.models.time_steps import per_step_names

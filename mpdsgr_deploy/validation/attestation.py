@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mpdsgr_deploy import __version__
+from mpdsgr_deploy.atomic_files import sha256, write_atomic
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import sha256, write_atomic
 from mpdsgr_deploy.locks import LOCK
 from mpdsgr_deploy.signing.envelope import Signer, read_signature
 from mpdsgr_deploy.signing.trust import Trust

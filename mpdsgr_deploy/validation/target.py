@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.atomic_files import sha256, writing
 from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.condition import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_checkpoint
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.files import sha256, writing
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.protocols import Predictor

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mpdsgr_deploy.atomic_files import write_atomic
+from mpdsgr_deploy.claimed_directories import claim_directory
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import claim_directory, write_atomic
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
 from faults.networks import Networks
+from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.bundle import GOLDEN, MANIFEST, WEIGHTS, Manifest, open_bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
 from mpdsgr_deploy.exporting.rebuild import check_rebuilt
-from mpdsgr_deploy.files import sha256
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE

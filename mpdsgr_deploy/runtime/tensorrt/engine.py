@@ -16,9 +16,9 @@ from typing import Any
 
 import onnx
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.bundle import Bundle, Prepared
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.tensorrt import cuda
 from mpdsgr_deploy.runtime.tensorrt.library import (

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mpdsgr_deploy.atomic_files import sha256
+from mpdsgr_deploy.claimed_directories import claim_directory, recover_directory, replace_directory, scratch_directory
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import claim_directory, recover_directory, replace_directory, scratch_directory, sha256
 from mpdsgr_deploy.progress import log
 
 NEW = ".new"

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, PlainSerializer
 
+from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.files import write_atomic
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.schema import parse
 

@@ -1,0 +1,76 @@
+"""Output directories: claimed, so that no other files are overwritten, and replaced as a whole."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.locks import LOCK, exclusive
+
+
+def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") -> None:
+    """Create `path` or accept it as an output directory: existing content is accepted only beside the file `marker`.
+
+    partial: the name of unfinished output there, which a later run continues.
+
+    Raises InputError for a file, for a directory that holds anything else, and where it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        ours = {f".{marker}.tmp", LOCK, partial}  # of a run killed while it wrote its first file
+        foreign = not (path / marker).exists() and any(p.name not in ours for p in path.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot use {path} as a directory: {error.strerror}; choose another place") from None
+    if foreign:
+        raise not_ours(path, marker, what)
+
+
+def not_ours(place: object, marker: str, what: str) -> InputError:
+    """Return the error for an output directory that holds other files."""
+    return InputError(f"{place} exists and is not a {what} of mpdsgr (it has no {marker}); choose an empty directory")
+
+
+def recover_directory(out: Path) -> None:
+    """Restore `out` if an earlier `replace_directory` was killed between its two renames."""
+    if _replaced(out).exists() and not out.exists():
+        _replaced(out).rename(out)
+
+
+@contextmanager
+def scratch_directory(out: Path, what: str) -> Iterator[Path]:
+    """Make an empty directory beside the claimed `out`, to build `what` in; `replace_directory` moves it to `out`.
+
+    It is removed after the block, as is `out` if it is still empty. Raises InputError if it cannot be written, and
+    while another process builds for the same `out`.
+    """
+    scratch = out.with_name(f".{out.name}.tmp")
+    with exclusive(out.with_name(f".{out.name}{LOCK}"), f"process that makes {what} {out}"):
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            scratch.mkdir()
+            yield scratch
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"cannot write {what} {out}: {reason}; an earlier one is unchanged") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):  # this removes only an empty directory
+                out.rmdir()
+
+
+def replace_directory(scratch: Path, out: Path) -> None:
+    """Put `scratch` where `out` is. If the process is killed in between, `recover_directory` restores `out`."""
+    old = _replaced(out)
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    try:
+        scratch.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")
