@@ -1,4 +1,4 @@
-"""Diagnostics for people: statistics of every layer's membrane, warnings, and plots.
+"""Diagnostics: statistics of every layer's membrane potentials, warnings, plots, and where precisions flip spikes.
 
-`layer_statistics` imports no torch, `distribution` does, `plots` needs matplotlib; so nothing is imported here.
+Some modules need torch or matplotlib and others work without them, so this package imports none of them.
 """

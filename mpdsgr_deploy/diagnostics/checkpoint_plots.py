@@ -30,12 +30,14 @@ def plot_checkpoint(
     channels: Sequence[int] = (),
     images: int = 128,
 ) -> tuple[str, list[LayerStatistics]]:
-    """Measure a checkpoint's network (or a training run's last) on its first test images and write the pictures.
+    """Measure the network of a checkpoint, or of a training run's last epoch, and write pictures into directory `out`.
 
-    root overrides where the data set lies; layers are drawn (all, if none is named), each into LAYER.png and
-    LAYER-channels.png, and each of `channels` that it has into LAYER-channel-N.png. Returns which images they were, and
-    the statistics of all layers. Raises InputError for a damaged checkpoint, missing data, an unknown layer, or an
-    `out` that holds other files.
+    root: the directory of the data set, in place of the recipe's. images: the number of test images, the first ones.
+    overview.png shows all layers. Each of `layers` (default: all) has pictures LAYER.png and LAYER-channels.png, and
+    LAYER-channel-N.png for each N of `channels` that is below its number of channels.
+
+    Returns a description of the images, and the statistics of all layers. Raises InputError for a damaged checkpoint,
+    missing data, an unknown layer, or an `out` that holds other files.
     """
     checkpoint, model = load_network(find_checkpoint(directory))
     recipe = checkpoint.recipe

@@ -19,11 +19,13 @@ REACH = 5  # standard deviations around every channel's mean that the bins cover
 
 
 class Distribution(NamedTuple):
-    """One layer's membrane potentials U in T steps and C channels. Tensors on the CPU.
+    """One layer's membrane potentials U at T steps in C channels. All tensors are on the CPU.
 
-    `counts` [T, C, bins] are potentials in [edges[i], edges[i + 1]), of `size` in each (step, channel); `firing_rate`
-    and `in_window` (|U - V_th| < half-width) [T, C] are counted over all of them. `theorem` is None for a layer
-    that Theorem 1 does not describe, `scale` (mean |lambda|) without tdBN.
+    half_width: half the width of the surrogate's window around V_th. counts [T, C, bins]: number of potentials in
+    [edges[i], edges[i + 1]); those beyond the outermost of the `edges` [bins + 1] are in no bin. size: number of
+    potentials per step and channel, in bins or not. firing_rate, in_window [T, C]: shares of these potentials that
+    cause a spike, and that have |U - V_th| below the half-width. empirical, theorem: measured moments, and those of
+    Theorem 1, None for a layer that the theorem does not describe. scale: mean |lambda| of tdBN, None without tdBN.
     """
 
     layer: str
@@ -44,15 +46,15 @@ class Distribution(NamedTuple):
         return self.v_threshold - self.half_width, self.v_threshold + self.half_width
 
     def omega(self, moments: Moments) -> Tensor:
-        """Return Omega [T, C] under one of the two estimates: the probability of the window."""
+        """Return Omega [T, C] in [0, 1]: the probability of the window if potentials are Gaussian with `moments`."""
         return self.mass(moments, torch.tensor(self.window, dtype=torch.float64))[..., 0]
 
     def gaussian(self, moments: Moments) -> Tensor:
-        """Return the share [T, C, bins] of each bin under an estimate: the histogram if the estimate were exact."""
+        """Return the probability [T, C, bins] of each bin if potentials are Gaussian with `moments`."""
         return self.mass(moments, self.edges)
 
     def mass(self, moments: Moments, edges: Tensor) -> Tensor:
-        """Return the probability of each interval between potentials `edges` [n + 1] under an estimate: [T, C, n]."""
+        """Return the probability [T, C, n] of the intervals between `edges` [n + 1] for Gaussian potentials."""
         mu, sigma = (moment.double()[..., None] for moment in moments)
         return torch.special.ndtr((edges.double() - self.v_threshold - mu) / sigma).diff()
 
@@ -70,9 +72,10 @@ class Distribution(NamedTuple):
 
 
 class LayerCounter:
-    """Adds up one layer's traces, of the same network but any images.
+    """Accumulates one layer's distribution over forward passes of the same network on any images.
 
-    It keeps counts and sums over images only, also for Theorem 1's moments, whose reset term is a mean over images.
+    It keeps counts and sums over images, not the potentials. The moments of Theorem 1 are averaged over images as well,
+    because their reset term is measured on each batch.
     """
 
     def __init__(self, first: Trace) -> None:
@@ -86,11 +89,11 @@ class LayerCounter:
     def add(self, trace: Trace) -> None:
         u, _ = trace.states[0]
         half_width = self.neuron.surrogate.half_width
-        near = [(state.u.float() - self.neuron.v_threshold).abs() < half_width for state in trace.states]
+        in_window = [(state.u.float() - self.neuron.v_threshold).abs() < half_width for state in trace.states]
         mu, sigma = empirical(trace)
         means = [
             torch.stack([per_channel(state.spikes) for state in trace.states]),
-            torch.stack([per_channel(inside) for inside in near]),
+            torch.stack([per_channel(inside) for inside in in_window]),
             mu,
             mu.double() ** 2 + sigma.double() ** 2,
             *(theorem(trace) or ()),
@@ -120,31 +123,36 @@ class LayerCounter:
 
 
 def bin_edges(moments: Moments, v_threshold: float, half_width: float) -> Tensor:
-    """Return edges [bins + 1] of equal bins around the threshold, among them the two borders of the window.
+    """Return edges [bins + 1] of equal bins around the threshold; both borders of the surrogate's window are edges.
 
-    They reach REACH standard deviations beyond every mean of `moments`, as far as bins no wider than half_width allow.
+    The bins extend REACH standard deviations beyond every mean of `moments`, or as far as BINS bins of width half_width
+    reach.
     """
     mu, sigma = moments
-    # in half-widths of the window
+    # distance from the threshold to the outermost edges, in half-widths of the window
     reach = min(max(1, math.ceil((mu.abs() + REACH * sigma).max().item() / half_width)), BINS // 2)
-    fineness = BINS // (2 * reach)
-    steps = torch.arange(-reach * fineness, reach * fineness + 1, device=mu.device)
-    return v_threshold + half_width * steps / fineness
+    per_half_width = BINS // (2 * reach)
+    steps = torch.arange(-reach * per_half_width, reach * per_half_width + 1, device=mu.device)
+    return v_threshold + half_width * steps / per_half_width
 
 
 def histogram(u: Tensor, edges: Tensor) -> Tensor:
-    """Count the potentials of u [B, C, ...] in [edges[i], edges[i + 1]): int64 [C, bins]. Others are dropped."""
-    channels, places = u.shape[1], len(edges) + 1  # one more place below all bins and one above
-    place = torch.bucketize(u.float().transpose(0, 1).flatten(1).contiguous(), edges, right=True)
-    place += places * torch.arange(channels, device=u.device)[:, None]
-    return torch.bincount(place.flatten(), minlength=channels * places).view(channels, places)[:, 1:-1]
+    """Return the number of potentials u [B, C, ...] in [edges[i], edges[i + 1]): int64 [C, bins].
+
+    Potentials beyond the outermost edges are not counted.
+    """
+    channels, buckets = u.shape[1], len(edges) + 1  # one more bucket below all bins and one above
+    bucket = torch.bucketize(u.float().transpose(0, 1).flatten(1).contiguous(), edges, right=True)
+    bucket += buckets * torch.arange(channels, device=u.device)[:, None]
+    return torch.bincount(bucket.flatten(), minlength=channels * buckets).view(channels, buckets)[:, 1:-1]
 
 
 @torch.no_grad()
 def measure(model: SpikingNet, images: Tensor, *, batch_size: int, noise: Noise = None) -> list[Distribution]:
     """Measure every layer's distribution over images [N, C, H, W] in [0, 1], in the order of the forward pass.
 
-    The model's mode is not changed: put it in eval mode to measure the network that will be deployed.
+    Images and model must be on the same device. noise: the random numbers of a stochastic network. The model stays in
+    its mode: put it in eval mode to measure the network that will be deployed.
     """
     counters: dict[str, LayerCounter] = {}
 
@@ -159,7 +167,7 @@ def measure(model: SpikingNet, images: Tensor, *, batch_size: int, noise: Noise 
 
 
 def layer_statistics(trace: Trace) -> LayerStatistics:
-    """Return a layer's statistics, counted and estimated, over one forward pass."""
+    """Return the statistics of a layer in one forward pass, averaged over steps and channels."""
     surrogate, v_threshold = trace.neuron.surrogate, trace.neuron.v_threshold
     predicted = theorem(trace)
     counted = [((u - v_threshold).abs() < surrogate.half_width).float().mean() for u, _ in trace.states]

@@ -1,6 +1,6 @@
-"""Plot measured distributions: an overview of all layers, and each layer's steps and channels.
+"""Plot measured distributions of membrane potentials: all layers together, and the steps and channels of one layer.
 
-Lines differ in their dashes as well as in colour.
+Lines that share a plot differ in dashes or markers as well as in colour.
 """
 
 import math
@@ -20,11 +20,11 @@ COLUMNS = 4  # largest number of panels in a row
 WIDTH, MAP, PANEL = 13.0, 2.4, 1.6  # in inches: width of a page, height of a heat map and of a panel
 ABOVE, BETWEEN, BELOW = 0.8, 0.55, 0.8  # inches around panels, for their titles, their axis and the legend
 COUNTED, IN_WINDOW, THEOREM, EMPIRICAL, WINDOW = LIGHT_GREY, MIDDLE_GREY, VERMILION, BLUE, YELLOW
-TAIL = 5e-4  # share of the potentials on either side that the horizontal axis may leave out
+TAIL = 5e-4  # largest share of the potentials that lies beyond each end of the horizontal axis
 
 
 def overview(layers: list[LayerStatistics]) -> Figure:
-    """Plot firing rate, share in the window with both Omegas, and mean |lambda|, layer by layer."""
+    """Plot the firing rate, the share of potentials in the window with both Omegas, and mean |lambda| of each layer."""
     figure = Figure(figsize=(max(6, min(WIDTH, 2 + 0.8 * len(layers))), 7), layout="constrained")
     rate, window, scale = figure.subplots(3, sharex=True)
     places = np.arange(len(layers))
@@ -60,7 +60,10 @@ def layer_steps(layer: Distribution) -> Figure:
 
 
 def layer_channels(layer: Distribution) -> Figure:
-    """Plot the share in the window of every channel and step, and the potentials of the two extreme channels."""
+    """Plot the share of potentials in the window by channel and step, and two channels' potentials step by step.
+
+    The two channels are those with the largest and the smallest mean share.
+    """
     share = layer.in_window.numpy()
     order = np.argsort(-share.mean(0), kind="stable")
     heights = (MAP, height(layer), height(layer))
@@ -90,20 +93,20 @@ def rows(layer: Distribution) -> int:
 
 
 def height(layer: Distribution) -> float:
-    """Return the height of a layer's panels in inches, with the text above and below them."""
+    """Return the height in inches of the panels of all steps, including the text above and below them."""
     return ABOVE + BELOW + rows(layer) * PANEL + (rows(layer) - 1) * BETWEEN
 
 
 def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> None:
-    """Draw one panel per step: histogram, both Gaussians, the window.
+    """Draw one panel per step: the histogram, the Gaussians of both estimates, and the surrogate's window.
 
-    channel: its index; None: the mean over all channels.
+    channel: index of the channel to draw; None draws the mean over all channels.
     """
-    chosen = slice(None) if channel is None else slice(channel, channel + 1)
+    channels = slice(None) if channel is None else slice(channel, channel + 1)
 
     def mean(values: Tensor) -> NDArray[np.float64]:
-        """Return the mean over the chosen channels: [T, C, ...] to [T, ...]."""
-        return values[:, chosen].double().mean(1).numpy()
+        """Return the mean over the channels that are drawn: [T, C, ...] to [T, ...]."""
+        return values[:, channels].double().mean(1).numpy()
 
     estimates: list[tuple[str, str, str, Moments]] = [("empirical", EMPIRICAL, "--", layer.empirical)]
     if layer.theorem is not None:
@@ -125,13 +128,13 @@ def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> 
         guesses = ", ".join(f"{name} {omega[t]:.2f}" for (name, *_), omega in zip(estimates, omegas, strict=True))
         title = f"t = {t + 1}, firing rate {rate[t]:.2f}\nΩ: {guesses}, counted {window[t]:.2f}"
         axes.set_title(title, fontsize=9)
-    axes.set(xlim=visible(layer, chosen), ylim=(0, None))
+    axes.set(xlim=visible(layer, channels), ylim=(0, None))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=9)
 
 
 def panels(figure: FigureBase, layer: Distribution) -> list[Axes]:
-    """Make T labelled axes that share their scales, placed by hand, because a layout engine doubles the time."""
+    """Return T labelled axes that share their scales. They have fixed places: a layout engine doubles the run time."""
     steps, total = len(layer.counts), height(layer)
     columns = math.ceil(steps / rows(layer))
     places = {
@@ -155,11 +158,11 @@ def panels(figure: FigureBase, layer: Distribution) -> list[Axes]:
     return used
 
 
-def visible(layer: Distribution, chosen: slice) -> tuple[float, float]:
-    """Return the part of the horizontal axis to show: nearly all potentials, and the window."""
+def visible(layer: Distribution, channels: slice) -> tuple[float, float]:
+    """Return the ends of the horizontal axis, which shows the window and all but TAIL of the potentials at each end."""
     edges = layer.edges.numpy()
-    shares = layer.counts[:, chosen].sum((0, 1)).numpy().cumsum()
-    first, last = np.searchsorted(shares, [TAIL * shares[-1], (1 - TAIL) * shares[-1]])
+    cumulative = layer.counts[:, channels].sum((0, 1)).numpy().cumsum()
+    first, last = np.searchsorted(cumulative, [TAIL * cumulative[-1], (1 - TAIL) * cumulative[-1]])
     margin = 0.2 * layer.half_width
     low, high = layer.window
     return min(edges[first], low) - margin, max(edges[last + 1], high) + margin

@@ -1,4 +1,4 @@
-"""Facts about a bundle, a training run or a checkpoint, read from its verified files; torch is not needed."""
+"""Facts about a bundle or a checkpoint, read from its verified files without torch."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +22,10 @@ from mpdsgr_deploy.surrogates import trained_surrogate
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """Return facts from a bundle's manifest and ONNX files, and firing rates on the golden inputs."""
+    """Return what `mpdsgr inspect` shows of a bundle, by label: its manifest, ONNX files, and firing rates.
+
+    Firing rates are measured on the golden inputs with onnxruntime; where that fails, the value is the reason.
+    """
     manifest = bundle.manifest
     facts: dict[str, Any] = {
         "kind": "bundle, every hash verified",
@@ -77,14 +80,14 @@ def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
 
 
 def promised(promise: Promise, eps: float) -> str:
-    """Return the accuracy of the reference network under each attack, measured at export."""
+    """Describe the accuracies of the reference network, measured at export, and the attacks that they are under."""
     accuracies = ", ".join(f"{name} {100 * correct / promise.n:.1f} %" for name, correct in promise.correct.items())
     images = f"on {name_sample(promise.n, promise.data)}"
     return f"{images}, tier {promise.tier}, eps {eps * 255:.3g}/255: {accuracies}"
 
 
 def spans(layers: Mapping[str, str]) -> str:
-    """Summarise layers' precisions, neighbours of the same precision together: `conv1 fp32, conv2 to conv5 int8`."""
+    """Describe layers' precisions, with neighbours of equal precision joined: `conv1 fp32, conv2 to conv5 int8`."""
     parts = []
     for precision, group in groupby(layers, layers.__getitem__):
         first, *others = group
@@ -93,7 +96,10 @@ def spans(layers: Mapping[str, str]) -> str:
 
 
 def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]:
-    """Return facts about a verified checkpoint, and its layers' statistics in its last epoch."""
+    """Return facts about a checkpoint, or a training run's last one, and the layer statistics of its last epoch.
+
+    Raises InputError as `find_checkpoint` and `load_checkpoint` do.
+    """
     checkpoint = load_checkpoint(find_checkpoint(path))
     facts = {
         "kind": "checkpoint, hash verified",
@@ -108,23 +114,23 @@ def checkpoint_facts(path: Path) -> tuple[dict[str, Any], list[LayerStatistics]]
 
 
 def described_elsewhere(bundle: Bundle) -> dict[str, Any]:
-    """Return what was recognised in a network that this package did not train."""
+    """Return what was recognised in a network that this package did not train, by label."""
     manifest = bundle.manifest
     adopted = manifest.provenance["adopted"]
     layers = ", ".join(f"{name} x {steps}" for name, steps in adopted["layers"].items()) or "none: no spiking network"
-    before = {key: value for key, value in adopted["preprocessing"].items() if value}
+    preprocessing = {key: value for key, value in adopted["preprocessing"].items() if value}
     return {
         "model": manifest.recipe.model.name,
         "spiking layers x time steps": layers,
         "attacked through": trained_surrogate(manifest.recipe),
         "in front of its nodes": "nothing"
         if adopted["unchanged"]
-        else ", ".join(f"{k} {v}" for k, v in before.items()),
+        else ", ".join(f"{k} {v}" for k, v in preprocessing.items()),
     }
 
 
 def describe(recipe: Recipe, time_steps: str) -> dict[str, Any]:
-    """Return facts about a recipe's network and training, as text by label."""
+    """Return facts about the network and training of a recipe, by label."""
     model, neuron = recipe.model, recipe.neuron
     return {
         "model": f"{model.name}, width {model.width:g}, {time_steps}, {recipe.encoding.name} encoding",

@@ -1,4 +1,7 @@
-"""Plot where precisions drift from float32; torch is not needed. Lines differ in markers as well as in colour."""
+"""Plot where reduced precisions flip spikes of the float32 network. Torch is not needed.
+
+Lines differ in markers as well as in colour.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips
 
 BY_LAYER, BY_DENSITY = "flips.png", "density.png"
 COLOURS, MARKERS, FRESH = (BLUE, VERMILION, GREEN, PURPLE), "osD^", "black"
-ENTRY = 2.3  # width of an entry of the legend in inches
+ENTRY = 2.3  # inches that an entry of the legend takes
 SMALLEST = 0.6  # a logarithmic axis begins at this share of the smallest rate
 
 
@@ -29,7 +32,11 @@ def plot_flips(variants: Sequence[SpikeFlips], out: Path) -> None:
 
 
 def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
-    """Plot flip rates by layer: a panel per precision, a line per step; dashed: by each layer's own rounding."""
+    """Plot the share of flipped spikes by layer: a panel per precision, a line per time step.
+
+    The dashed line shows the flips by each layer's own rounding, averaged over steps. All variants must have the same
+    layers and steps.
+    """
     layers = variants[0].layers()
     T = len(variants[0].steps) // len(layers)
     width = max(ENTRY * 2, 1.5 + len(variants) * max(3.2, 0.55 * len(layers)))
@@ -58,9 +65,10 @@ def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
 
 
 def by_density(variants: Sequence[SpikeFlips]) -> Figure:
-    """Plot flips by the layers' own rounding against the density at the threshold, and against density times movement.
+    """Plot flips by a layer's own rounding against the density of potentials at the threshold.
 
-    In the right panel, points lie on the line if flips are potentials that rounding carries across the threshold.
+    The right panel has density times mean |difference| of potentials on its axis; points lie on its line if the
+    prediction of `spike_flips` holds. Each point is a layer at a step.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -90,7 +98,7 @@ def by_density(variants: Sequence[SpikeFlips]) -> Figure:
 
 
 def _label_decades(axis: Axis) -> None:
-    """Label powers of ten only or, on an axis shorter than two decades, also 2 and 5 times these."""
+    """Label powers of ten, and on an axis shorter than two decades also 2 and 5 times these."""
     low, high = axis.get_view_interval()
     narrow = high < 100 * low
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))

@@ -3,24 +3,27 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-# Undefended networks fire at 0.1 to 0.2; a tenth of that is about one spike per neuron in ten images of T = 8.
+# Undefended networks fire at 0.1 to 0.2. A tenth of that is about one spike per neuron in ten images at T = 8.
 SILENT_RATE = 0.01
-# Some channels are silent in any trained network, more so in wide layers; half of them is a layer half as wide.
+# Some channels are silent in any trained network, more in wide layers. With half of them silent, a layer acts as one of
+# half the width.
 SILENT_CHANNELS = 0.5
 # A neuron that fires at nearly every step carries as little information as one that never fires.
 SATURATED_RATE = 0.9
-# lambda starts at 1. At twice that the potentials spread twice as far and about half as many lie in the same window.
+# lambda starts at 1. At 2, potentials spread twice as far, so about half as many lie in a window of the same width.
 INFLATED_SCALE = 2.0
-# Independent input leaves a gap of 0.01, constant input at tau 0.5 (a first layer under direct encoding) one of 0.10.
+# The gap is about 0.01 for input that is independent over time, and 0.10 for constant input at tau 0.5 (the first layer
+# under direct encoding).
 THEOREM_GAP = 0.15
 
 
 class LayerStatistics(NamedTuple):
-    """How one layer's membrane stands to the surrogate's window, over all its neurons, steps and images.
+    """Statistics of one layer over all its neurons, steps and images.
 
-    `firing_rate` and `in_window` (|U - V_th| < half-width) are counted; the two Omegas are estimates of `in_window`;
-    `scale` is the mean |lambda|. Those that need tdBN are None without it. `silent_channels` is the share of channels
-    that never fired; None in runs recorded before it was counted.
+    firing_rate: spikes per neuron and step. in_window: share of potentials with |U - V_th| below the half-width of the
+    surrogate's window. omega_theorem, omega_empirical: estimates of `in_window` by Theorem 1 and by measured moments.
+    omega_theorem is None for a layer that Theorem 1 does not describe. scale: mean |lambda| of tdBN, None without tdBN.
+    silent_channels: share of channels that never fired; None in runs that did not record it.
     """
 
     layer: str
@@ -33,7 +36,7 @@ class LayerStatistics(NamedTuple):
 
 
 class Concern(NamedTuple):
-    """A fault of a layer, present if `value` of its statistics is in the range that `worries`."""
+    """A possible fault of a layer. It is present if `worries` holds for `value` of the layer's statistics."""
 
     value: Callable[[LayerStatistics], float | None]
     worries: Callable[[float], bool]
@@ -78,9 +81,9 @@ CONCERNS = (
 
 
 def warnings_of(statistics: Sequence[LayerStatistics], before: Iterable[LayerStatistics] = ()) -> list[str]:
-    """Return one line per concern: the layers that have it, with their values, what it means and what to do.
+    """Return a line for each concern that some layer has: these layers, their values, the meaning, and what to do.
 
-    before: statistics of an earlier epoch; a layer that had the same concern then is not named again.
+    before: statistics of an earlier epoch; layers that already had the concern are left out.
     """
     earlier = list(before)
     lines = []
@@ -93,6 +96,6 @@ def warnings_of(statistics: Sequence[LayerStatistics], before: Iterable[LayerSta
 
 
 def worried(concern: Concern, statistics: Iterable[LayerStatistics]) -> dict[str, float]:
-    """Return the layers that have a concern, with the value that raises it."""
+    """Return the values that raise a concern, by layer."""
     values = {layer.layer: concern.value(layer) for layer in statistics}
     return {layer: value for layer, value in values.items() if value is not None and concern.worries(value)}

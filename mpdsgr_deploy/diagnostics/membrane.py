@@ -1,14 +1,15 @@
-"""A layer's membrane potentials as a histogram that can be written to a file and drawn."""
+"""A histogram of one layer's membrane potentials, as results store it."""
 
 from pydantic import BaseModel
 
-RANGE = (-4.5, 3.5)  # range of U - V_th in a histogram: that of the plots, and a little more
+RANGE = (-4.5, 3.5)  # range of U - V_th in a histogram, half a unit wider on each side than the plots
 
 
 class Membrane(BaseModel):
-    """A layer's membrane potentials over all steps and channels: the share of them in each bin of v = U - V_th.
+    """The share of a layer's membrane potentials, over all steps and channels, in each bin of v = U - V_th.
 
-    The first bin begins at `start`; all are `width` wide. half_width: of the surrogate's window around v = 0.
+    The first bin begins at `start`, and all have the width `width`. half_width: half the width of the surrogate's
+    window around v = 0.
     """
 
     layer: str

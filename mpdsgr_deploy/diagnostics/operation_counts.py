@@ -1,4 +1,4 @@
-"""Count the parameters and operations of an ONNX network, from the file's own shapes."""
+"""Count the parameters and the multiply-accumulates of an ONNX network by shape inference."""
 
 from math import prod
 from typing import NamedTuple
@@ -13,9 +13,10 @@ NUMBERS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto
 
 
 class Macs(NamedTuple):
-    """Multiply-accumulates per image in products with weights (convolutions, linear layers).
+    """Multiply-accumulates per image in products with weights (convolutions and linear layers).
 
-    naive: if every product were computed at all T steps, as the network is written in torch.
+    exported: those of the file, in which a product whose input is the same at every step is computed once.
+    naive: those of computing every product at all T steps, as the torch network does.
     """
 
     exported: int
@@ -23,18 +24,18 @@ class Macs(NamedTuple):
 
 
 def parameters(network: onnx.ModelProto) -> int:
-    """Count the numbers (weights, biases, constants) in the tensors, in any precision.
+    """Return how many weights, biases and other constants the network's tensors hold, in any precision.
 
-    Scales and zero points of quantised weights, shapes and single constants are not counted.
+    Scales and zero points of quantisation, shapes, and scalars are not counted.
     """
     quantising = [node for node in network.graph.node if node.op_type in QUANTISING]
     scales = {name for node in quantising for name in node.input[1:]}
-    held = [tensor for tensor in network.graph.initializer if tensor.dims and tensor.name not in scales]
-    return sum(prod(tensor.dims) for tensor in held if tensor.data_type in NUMBERS)
+    tensors = [tensor for tensor in network.graph.initializer if tensor.dims and tensor.name not in scales]
+    return sum(prod(tensor.dims) for tensor in tensors if tensor.data_type in NUMBERS)
 
 
 def macs(network: onnx.ModelProto, T: int) -> Macs:
-    """Count the multiply-accumulates of a network of T steps."""
+    """Return the multiply-accumulates of a network of T steps. Only `naive` depends on T."""
     shapes = _shapes(network)
     exported = naive = 0
     for node in network.graph.node:
@@ -42,10 +43,10 @@ def macs(network: onnx.ModelProto, T: int) -> Macs:
             continue
         weight, output = shapes[node.input[1]], shapes[node.output[0]]
         transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-        # what one output sums over: [O, I, kh, kw] and Gemm's transposed [O, I] have the outputs first
+        # number of products in one output: weights are [O, I, kh, kw], [O, I] in a transposed Gemm, or [I, O]
         summed = prod(weight[1:]) if node.op_type == "Conv" or transposed else weight[0]
         per_step = prod(output[1:]) * summed
-        exported += output[0] * per_step  # a batch of one has the steps that are computed along its first axis
+        exported += output[0] * per_step  # for one image, the first axis holds the steps that are computed
         naive += T * per_step
     return Macs(exported, naive)
 

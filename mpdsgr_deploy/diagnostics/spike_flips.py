@@ -1,12 +1,13 @@
-"""Where a precision variant drifts from float32: which spikes differ, layer by layer and step by step.
+"""Compare the spikes of a reduced precision with those of float32, by layer and time step.
 
-A spike flips where rounding carries a membrane potential across the threshold. For a difference d that does not depend
-on where the potential lies, P(flip) = f(V_th) E|d| to first order, f the density of the potentials: so beside each rate
-stand the density at the threshold and the mean |d|.
+A spike flips if rounding moves a membrane potential across the threshold. If the difference d of the two potentials is
+independent of the potential, P(flip) = f(V_th) E|d| to first order, where f is the density of the potentials.
+Therefore every rate comes with the density at the threshold and the mean |d|.
 
-A flip upstream moves everything downstream, so there are two rates. `rate` counts all flips. `fresh` counts those a
-layer makes by its own rounding: it is computed once more with the float32 network's spikes as its input and in its
-resets. Where `fresh` is large drift starts; where `rate` is far above `fresh` it is passed on.
+A flip changes the input of all layers behind it, so there are two rates. `rate` counts all flips. `fresh` counts those
+that a layer's own rounding causes: the layer is computed once more with the spikes of the float32 network as its input
+and in its resets. Differences start in layers with a large `fresh`; where `rate` is far above `fresh`, they come from
+earlier layers.
 """
 
 from collections.abc import Mapping
@@ -24,15 +25,16 @@ from mpdsgr_deploy.errors import InputError, MissingData
 from mpdsgr_deploy.runtime import NoiseSource
 
 REFERENCE = "fp32"
-NEAR = 0.05  # the density at the threshold is that of potentials within this share of the threshold around it
+NEAR = 0.05  # the density is measured within this distance of the threshold, as a share of the threshold
 
 
 class StepFlips(NamedTuple):
-    """One layer at one step t, counted from 0. Rates are shares of all its neurons over all images.
+    """One layer at one step t, counted from 0. Shares and means are over all its neurons and all images.
 
-    firing_rate, density (per unit of potential, at the threshold): of the float32 network. rate, moved: share of spikes
-    that differ, mean |difference| of the potentials; fresh, fresh_moved: the same from this layer's own rounding alone.
-    first: images whose first flip, in the order of computation (layer by layer), is here.
+    firing_rate, density: share of neurons that fire, and density of potentials at the threshold (per unit of
+    potential), of the float32 network. rate: share of spikes that differ. moved: mean |difference| of the potentials.
+    fresh, fresh_moved: the same from this layer's own rounding alone. first: number of images whose first flip, in the
+    order of computation (layer by layer), is here.
     """
 
     layer: str
@@ -47,7 +49,10 @@ class StepFlips(NamedTuple):
 
 
 class SpikeFlips(NamedTuple):
-    """A variant against float32 on the same n images; logits_moved: mean |difference| of the logits."""
+    """A reduced precision compared with float32 on the same n images.
+
+    labels_changed: number of images with another prediction. logits_moved: mean |difference| of the logits.
+    """
 
     precision: str
     n: int
@@ -57,19 +62,20 @@ class SpikeFlips(NamedTuple):
     steps: list[StepFlips]
 
     def mean(self, field: str, layer: str | None = None) -> float:
-        """The mean of a field over the steps of one layer, or of all, each layer with the same weight."""
+        """Return the mean of a field of `StepFlips` over the steps of one layer, or of all layers."""
         return float(np.mean([getattr(step, field) for step in self.steps if layer in (None, step.layer)]))
 
     def layers(self) -> list[str]:
-        """Every layer once, in the order of computation."""
+        """Return the names of the layers in the order of computation."""
         return list(dict.fromkeys(step.layer for step in self.steps))
 
 
 def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> tuple[str, list[SpikeFlips]]:
-    """Compare every other precision of a bundle with its fp32 on the first test images; also name these images.
+    """Compare every reduced precision of a bundle with float32; return a description of the images, and the flips.
 
-    The golden inputs are used if no `root` is given and the data set is not where the recipe expects it. Raises
-    InputError if there is no other precision, for a `root` without the data, and without onnxruntime.
+    root: directory of the data set, in place of the recipe's. images: number of test images, the first ones. Without
+    `root`, the golden inputs replace test images that are not on this machine. Raises InputError for a bundle with one
+    precision, for a `root` without the data, and without onnxruntime.
     """
     variants = {name: bundle.variant(name) for name in bundle.manifest.variants if name != REFERENCE}
     reference = onnx.load(bundle.variant(REFERENCE))
@@ -78,11 +84,11 @@ def flips_of(bundle: Bundle, *, root: str | None = None, images: int = 128) -> t
             f"{bundle.path} has only one precision, so there is nothing to compare; export it with --precision "
             f"{REFERENCE},int8"
         )
-    where, x = _images(bundle, root, images)
+    description, x = _images(bundle, root, images)
     recipe = bundle.manifest.recipe
     networks = {name: onnx.load(file) for name, file in variants.items()}
     noise = NoiseSource(bundle.manifest.noise, recipe.validation.seed)
-    return where, compare_spikes(reference, networks, x, recipe.neuron.v_threshold, noise)
+    return description, compare_spikes(reference, networks, x, recipe.neuron.v_threshold, noise)
 
 
 def _images(bundle: Bundle, root: str | None, count: int) -> tuple[str, NDArray[np.float32]]:
@@ -108,25 +114,25 @@ def compare_spikes(
     v_threshold: float,
     noise: NoiseSource | None = None,
 ) -> list[SpikeFlips]:
-    """Compare each of `variants` with `reference` (float32) on images [N, C, H, W] and, if stochastic, the same noise.
+    """Compare each of `variants` with the float32 network `reference` on images [N, C, H, W] in [0, 1].
 
-    Raises InputError as `Recorder` does.
+    noise: the noise of a stochastic network, the same for all networks. Raises InputError as `Recorder` does.
     """
-    of_reference = Recorder(reference, noise)
+    record_reference = Recorder(reference, noise)
     recorders = {
-        name: (Recorder(variant, noise), Recorder(variant, noise, given_spikes=True))
+        name: (Recorder(variant, noise), Recorder(variant, noise, replace_spikes=True))
         for name, variant in variants.items()
     }
-    counters = {name: _Counter(of_reference.steps, v_threshold) for name in variants}
+    counters = {name: _Counter(record_reference.steps, v_threshold) for name in variants}
     for batch in batches(images, "comparing spikes"):
-        expected = of_reference(batch)
-        for name, (free, forced) in recorders.items():
-            counters[name].add(expected, free(batch), forced(batch, expected.spikes))
+        expected = record_reference(batch)
+        for name, (record, record_each_layer) in recorders.items():
+            counters[name].add(expected, record(batch), record_each_layer(batch, expected.spikes))
     return [counter.flips(name) for name, counter in counters.items()]
 
 
 class _Counter:
-    """Accumulates over batches where one variant differs from float32."""
+    """Accumulates the differences between one variant and float32 over batches."""
 
     def __init__(self, steps: list[str], v_threshold: float) -> None:
         self.steps, self.v_threshold, self.n = steps, v_threshold, 0
@@ -135,7 +141,7 @@ class _Counter:
         self.labels_changed, self.logits_moved = 0, 0.0
 
     def add(self, expected: Recording, recorded: Recording, fresh: Recording) -> None:
-        """Add one batch: recordings of float32, of the variant, and of the variant's layers given float32's spikes."""
+        """Add one batch, recorded in float32 and in the variant; `fresh`: in the variant, with float32's spikes."""
         size = len(expected.logits)
         width = NEAR * self.v_threshold
         flipped_images = []

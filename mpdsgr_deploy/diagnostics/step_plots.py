@@ -1,4 +1,4 @@
-"""Plot accuracy against the number of time steps; torch is not needed."""
+"""Plot accuracy against the number of time steps. Torch is not needed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def plot_steps(accuracies: Accuracies, title: str, out: Path) -> None:
 
 
 def by_steps(accuracies: Accuracies, title: str) -> Figure:
-    """Plot clean and worst accuracy in two colours, with a line style and a marker for each precision."""
+    """Plot clean and worst accuracy: a colour for each of the two, a line style and a marker for each precision."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (precision, by_condition), line, marker in zip(accuracies.items(), LINES, MARKERS, strict=False):

@@ -16,8 +16,8 @@ class Table(NamedTuple):
 
 
 def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
-    """Make one row per layer, with everything measured on the images that `where` describes."""
-    # spaces, so that a narrow terminal can break the headings
+    """Return a table of layers. where: description of the images, for the title."""
+    # with spaces in place of underscores, a narrow terminal can break the headings
     columns = [name.replace("_", " ") for name in LayerStatistics._fields]
     rows: list[list[object]] = [
         [f"{v:.3f}" if isinstance(v, float) else v or "" for v in layer] for layer in statistics
@@ -26,7 +26,10 @@ def membrane_table(statistics: Sequence[LayerStatistics], where: str) -> Table:
 
 
 def flip_table(flips: SpikeFlips, precisions: Mapping[str, str], where: str) -> Table:
-    """Make one row per layer of a variant, averaged over steps. precisions: that of each layer's product."""
+    """Return a table of a variant's layers, averaged over steps.
+
+    precisions: the precision in which each layer multiplies, by layer. where: description of the images, for the title.
+    """
     rows: list[dict[str, object]] = []
     for layer in flips.layers():
         steps = [step for step in flips.steps if step.layer == layer]

@@ -12,7 +12,10 @@ from mpdsgr_deploy.snn import Trace
 
 
 class TorchRecorder:
-    """Records a network in eval mode on the CPU, for images [B, *shape]; a stochastic one draws its export's noise."""
+    """Records a network in eval mode on the CPU, for images of `shape` (C, H, W).
+
+    A stochastic network draws the noise that its exported form would draw with this seed.
+    """
 
     def __init__(self, model: SpikingNet, shape: tuple[int, int, int], seed: int) -> None:
         self._model, self._draws = model, noise_inputs(model, shape)

@@ -1,7 +1,8 @@
-"""Record potentials and spikes of an exported network: its ONNX file names them, here they become outputs.
+"""Record the membrane potentials and spikes of an exported network, which its ONNX file names. Torch is not needed.
 
-torch is not needed. onnxruntime computes on the CPU, float16 rounded as the file says and Q/DQ pairs in float32, so
-precisions differ only by the rounding in the files. Another machine also adds in another order.
+onnxruntime computes on the CPU: float16 values are rounded where the file says so, and quantised products are computed
+in float32. Recordings of two precisions on one machine therefore differ only by the rounding in their files. Another
+machine may add in another order.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,8 @@ from mpdsgr_deploy.runtime import NoiseSource
 from mpdsgr_deploy.runtime.half import rounded_as_written
 from mpdsgr_deploy.runtime.session import CPU, Session
 
-GIVEN = "given/"  # the input given/LAYER/t replaces spikes/LAYER/t
-BATCH = 8  # images per batch: all potentials of all layers and steps are held in memory
+REPLACEMENT = "replacement/"  # the input replacement/LAYER/t is used in place of spikes/LAYER/t
+BATCH = 8  # images per batch, since the potentials of all layers and steps are in memory at once
 
 Steps = dict[str, NDArray[np.float32]]
 
@@ -34,15 +35,15 @@ class Recording(NamedTuple):
 
 
 class Recorder:
-    """An ONNX network whose potentials and spikes are outputs.
+    """Runs an exported network and returns its potentials and spikes.
 
-    given_spikes: what depends on spikes (the next layer, the neuron's own reset) is computed from spikes that the
-    caller passes in, so that differences in a layer come from this layer. noise: that of a stochastic network. Raises
-    InputError without onnxruntime, and for a file without such names.
+    noise: the noise of a stochastic network. replace_spikes: whatever reads spikes (the next layer, the neuron's own
+    reset) reads spikes that the caller passes in, so that a layer's result depends on no other layer's rounding. Raises
+    InputError without onnxruntime, and for a file that does not name its potentials and spikes.
     """
 
     def __init__(
-        self, network: onnx.ModelProto, noise: NoiseSource | None = None, *, given_spikes: bool = False
+        self, network: onnx.ModelProto, noise: NoiseSource | None = None, *, replace_spikes: bool = False
     ) -> None:
         computed_names = [name for node in network.graph.node for name in node.output]
         self.steps = [name.removeprefix(SPIKES) for name in computed_names if name.startswith(SPIKES)]
@@ -52,17 +53,20 @@ class Recorder:
         names = [prefix + step for prefix in (POTENTIAL, SPIKES) for step in self.steps]
         # onnxruntime infers their types
         observable.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        if given_spikes:
-            _read_given_spikes(observable, self.steps)
+        if replace_spikes:
+            _read_spikes_from_inputs(observable, self.steps)
         self._session = Session(observable, CPU, source="the network with its potentials and spikes")
         self._image, self._noise = network.graph.input[0].name, NoiseSource() if noise is None else noise
 
     def __call__(
         self, images: NDArray[np.float32], spikes: Mapping[str, NDArray[np.float32]] | None = None
     ) -> Recording:
-        """Run the network on images [B, C, H, W] in [0, 1] and, with `given_spikes`, the spikes of every step."""
-        forced = {GIVEN + step: array for step, array in (spikes or {}).items()}
-        feeds = {self._image: images, **self._noise(images), **forced}
+        """Run the network on images [B, C, H, W] in [0, 1].
+
+        spikes: required with `replace_spikes`, the spikes [B, ...] of every step by `LAYER/t`.
+        """
+        replacements = {REPLACEMENT + step: array for step, array in (spikes or {}).items()}
+        feeds = {self._image: images, **self._noise(images), **replacements}
         logits, *values = self._session(feeds, self._session.outputs)
         potentials, spiked = values[: len(self.steps)], values[len(self.steps) :]
         return Recording(
@@ -70,9 +74,9 @@ class Recorder:
         )
 
 
-def _read_given_spikes(network: onnx.ModelProto, steps: list[str]) -> None:
-    """Let every use of spikes read a new input of the graph, `given/LAYER/t`, in their place."""
-    replacements = {SPIKES + step: GIVEN + step for step in steps}
+def _read_spikes_from_inputs(network: onnx.ModelProto, steps: list[str]) -> None:
+    """Replace every use of spikes in the graph by a new input, `replacement/LAYER/t`."""
+    replacements = {SPIKES + step: REPLACEMENT + step for step in steps}
     for node in network.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = replacements.get(name, name)
