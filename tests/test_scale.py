@@ -155,10 +155,16 @@ def test_levels_follow_spikes_through_pooling() -> None:
     assert levels(pool(2), None) is levels(torch.nn.Conv2d(1, 1, 1), 1) is None
 
 
-def test_a_run_goes_on_with_layers_computed_again(run_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{"training": {"recompute": "layers"}}, {"gate": {"max_drop": 0.5}}], ids=str)
+def test_a_run_goes_on_with_settings_that_do_not_affect_it(
+    changed: dict[str, Any], run_dir: Path, tmp_path: Path
+) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
-    again = {"training": {"recompute": "layers"}}
-    train(small_recipe(**again), tmp_path / "run", resume=True)
+    train(small_recipe(**changed), tmp_path / "run", resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_recipe(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
     with pytest.raises(InputError, match="resume with the same recipe"):
         train(small_recipe(training={"sync_norm": True}), tmp_path / "run", resume=True)
 

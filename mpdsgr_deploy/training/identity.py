@@ -18,11 +18,11 @@ DIGESTS = {
 
 
 def refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
-    """Raise InputError if a run would be resumed with a recipe that changes its training.
+    """Raise InputError, naming the keys, if a run would be resumed with a recipe that trains other weights.
 
-    `attack` and `validation` matter only after training; `recompute` and `pictures` do not change the results.
+    The trained weights do not depend on `attack`, `validation`, `gate`, `training.recompute` and `training.pictures`.
     """
-    ignored: Any = {"attack": True, "validation": True, "training": {"recompute", "pictures"}}
+    ignored: Any = {"attack": True, "validation": True, "gate": True, "training": {"recompute", "pictures"}}
     old, new = (recipe.model_dump(exclude=ignored) for recipe in (before, now))
     changed = [
         f"{section}.{key}"
