@@ -1,4 +1,4 @@
-"""Display a run: one log line per epoch; curves, warnings and pictures in TensorBoard."""
+"""Display a training run: a log line per epoch, and curves, warnings and pictures in TensorBoard."""
 
 import threading
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from mpdsgr_deploy.training.epoch import Data, Learner
 
 @contextmanager
 def open_board(folder: Path, first_epoch: int) -> Iterator[SummaryWriter]:
-    """Open a writer of TensorBoard's files, for epochs from `first_epoch` on (counted from 1).
+    """Yield a writer of TensorBoard files. Entries of `first_epoch` (counted from 1) and later epochs are discarded.
 
-    TensorBoard writes in a thread and raises the thread's error also in the next call, so the traceback that Python
-    prints for the thread is suppressed. Raises InputError if the folder cannot be written.
+    TensorBoard writes in a thread, and the next call raises the thread's error again. The traceback that Python prints
+    for the thread is therefore suppressed. Raises InputError if the folder cannot be written.
     """
     python_hook = threading.excepthook
 
@@ -43,7 +43,10 @@ def open_board(folder: Path, first_epoch: int) -> Iterator[SummaryWriter]:
 
 
 def display(board: SummaryWriter, learner: Learner, history: list[dict[str, Any]], validation: Data) -> None:
-    """Show the last epoch of `history` on the screen and in TensorBoard. Raises InputError for a full disk."""
+    """Show the last epoch of `history` in the log and in TensorBoard.
+
+    Raises InputError if TensorBoard's folder cannot be written.
+    """
     with _writable(Path(board.get_logdir())):
         log_epoch(board, history)
         log_pictures(board, learner, validation, history[-1]["epoch"])
@@ -60,7 +63,7 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
-    """Log the curves and the line of the last epoch in `history`, with new warnings about layers."""
+    """Log the values of the last epoch in `history`, and the warnings about layers that are new in this epoch."""
     entry = history[-1]
     epoch = entry["epoch"]
     for name, value in entry.items():
@@ -91,9 +94,9 @@ def log_epoch(board: SummaryWriter, history: list[dict[str, Any]]) -> None:
 
 
 def log_pictures(board: SummaryWriter, learner: Learner, data: Data, epoch: int) -> None:
-    """Draw the membrane on the first validation batch, every `training.pictures` epochs and after the last epoch.
+    """Draw the membrane potentials of the first validation batch, if pictures are due after `epoch`, counted from 1.
 
-    epoch: counted from 1. Drawing a layer takes up to half a second.
+    They are due every `training.pictures` epochs and after the last epoch. Drawing a layer takes up to half a second.
     """
     config = learner.recipe.training
     if not config.pictures or (epoch != config.epochs and epoch % config.pictures):

@@ -1,12 +1,12 @@
-"""Train for one epoch, and validate once.
+"""Train for one epoch, and validate the result.
 
-The weights that are validated may be an exponential moving average over the run's steps, in place of the last weights:
+If the recipe asks for it, the network that is validated has an exponential moving average a of the weights w:
 
     a <- d_s a + (1 - d_s) w,    d_s = min(decay, (1 + s) / (10 + s))
 
-after step s, counted from 0 over the whole run, so that the untrained weights are forgotten within a few tens of steps.
-The averaged network's activations differ from those of every network in the average, so its running statistics are
-measured before it is used.
+after step s, counted from 0 over the whole run. With this d_s the untrained weights lose their influence within a few
+tens of steps. The activations of the averaged network differ from those of all networks in the average, so its running
+statistics are measured before it is validated.
 """
 
 import math
@@ -36,7 +36,7 @@ Data = tuple[Tensor, Tensor]  # pixels uint8 [N, C, H, W] and classes [N]
 
 
 class Learner(NamedTuple):
-    """The objects that an epoch needs. `wrapped` is `model` as Fabric runs it (precision, several devices)."""
+    """The objects that an epoch needs. `wrapped` is `model` with Fabric's handling of precision and devices."""
 
     fabric: Fabric
     recipe: Recipe
@@ -49,18 +49,18 @@ class Learner(NamedTuple):
 
     @property
     def judged(self) -> SpikingNet:
-        """The network that is validated and saved: the averaged one, if there is an average, else `model`."""
+        """The network that is validated and saved: the averaged network if there is one, else `model`."""
         return self.model if self.average is None else self.average
 
     def images(self, pixels: Tensor, draw: torch.Generator) -> Tensor:
-        """Augment pixels uint8 [B, C, H, W] and scale them to [0, 1], as training uses them before any attack."""
+        """Return pixels uint8 [B, C, H, W], augmented as the recipe says, as float32 in [0, 1]."""
         config = self.recipe.data
         if config.augment != "none":
             pixels = augment(pixels, padding=config.crop_padding, flip=config.augment == "crop-flip", draw=draw)
         return to_unit(pixels)
 
     def attacked(self, model: SpikingNet, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
-        """Return the images to train on in place of x; x itself if no defence attacks."""
+        """Return the images to train on in place of x [B, C, H, W] of classes y [B]; x itself if no defence attacks."""
         with self.fabric.autocast():
             for defence in self.defences:
                 x = defence.examples(model, x, y, draw)
@@ -68,9 +68,9 @@ class Learner(NamedTuple):
 
 
 def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
-    """Train for one pass over the training images; return the epoch's means of all values of `batch_loss`.
+    """Train for one pass over the training images; return the means over the epoch of the values of `batch_loss`.
 
-    Raises InputError if the loss or a weight is no longer finite.
+    epoch: counted from 0. Raises InputError if the loss or a weight is no longer finite.
     """
     fabric, recipe = learner.fabric, learner.recipe
     config = recipe.training
@@ -113,9 +113,10 @@ def train_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
 
 
 def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Return a batch's `loss`, its parts (cross_entropy, each defence's term and weight), and train_accuracy.
+    """Return the loss of a batch and its parts, as scalars by name.
 
-    pixels uint8 [B, C, H, W], y [B]; all values are scalars.
+    pixels: uint8 [B, C, H, W]; y: classes [B]; draw: the generator of all random numbers. The names are loss,
+    cross_entropy, train_accuracy in [0, 1], and NAME and NAME_weight for each term of a defence.
     """
     with span("data"):
         clean = learner.images(pixels, draw)
@@ -128,8 +129,8 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
         return model(x, observe, torch.Generator().manual_seed(seed)).float()
 
     def forward(x: Tensor, observe: Observer | None) -> Tensor:
-        # the bare network: Fabric's refuses input gradients under mixed precision. DDP waits at the parameters, so that
-        # the gradients of these passes are exchanged as well
+        # not the wrapped network, which refuses gradients of its input under mixed precision. DDP exchanges gradients
+        # when they reach the parameters, so those of these passes are included
         with learner.fabric.autocast(), frozen_statistics(learner.model):
             return run(learner.model, x, observe)
 
@@ -154,7 +155,7 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
 
 
 def settle_average(learner: Learner, data: Data, epoch: int) -> None:
-    """Measure the running statistics of the averaged network on training images of the epoch."""
+    """Measure the running statistics of the averaged network on training images, if there is such a network."""
     average, config = learner.average, learner.recipe.training
     if average is None:
         return
@@ -171,12 +172,15 @@ def settle_average(learner: Learner, data: Data, epoch: int) -> None:
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
-    """Return the cosine schedule from lr at step 0 to 0 at `steps`."""
+    """Return the learning rate at `step`: a half cosine from lr at step 0 to 0 at `steps`."""
     return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def validation_batches(learner: Learner, data: Data, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield this process's batches of the first `count` validation images: number, images in [0, 1], and classes."""
+    """Yield this process's share of the batches of the first `count` validation images.
+
+    A batch is its number, images float32 [B, C, H, W] in [0, 1], and classes [B].
+    """
     config, device = learner.recipe, learner.fabric.device
     for number, index in enumerate(torch.arange(count).split(config.validation.batch_size)):
         if number % config.training.processes == learner.fabric.global_rank:
@@ -186,9 +190,10 @@ def validation_batches(learner: Learner, data: Data, count: int) -> Iterator[tup
 
 @torch.no_grad()
 def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, float], list[LayerStatistics]]:
-    """Return validation accuracy, the score that selects the best checkpoint, and the first batch's layer statistics.
+    """Return validation_accuracy and score, both in [0, 1], and the layer statistics of the first batch.
 
-    The score is the accuracy on the kind of images that the run trains on: clean, or under the training attack.
+    validation_accuracy: on clean images. score, which selects the best checkpoint: the accuracy on images like those
+    that the run trains on, under the training attack if a defence attacks, else clean.
     """
     fabric, recipe = learner.fabric, learner.recipe
     learner.wrapped.eval()
@@ -199,25 +204,28 @@ def validate_epoch(learner: Learner, data: Data, epoch: int) -> tuple[dict[str, 
         draw = generator(recipe.training.seed, "validation", epoch, number)
         observe = observe_layers(layers) if number == 0 else None
         attacked = learner.attacked(model, clean, y, draw)
-        # the bare network: DDP's would wait in every forward pass for ranks that have fewer batches
+        # not the wrapped network, because DDP would wait in every forward pass for processes with fewer batches
         with fabric.autocast():
-            right = (model(clean, observe, draw).argmax(1) == y).sum()
-            correct[0] += right
-            correct[1] += right if attacked is clean else (model(attacked, None, draw).argmax(1) == y).sum()
+            correct_clean = (model(clean, observe, draw).argmax(1) == y).sum()
+            correct[0] += correct_clean
+            correct[1] += correct_clean if attacked is clean else (model(attacked, None, draw).argmax(1) == y).sum()
     accuracies = torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum")) / len(data[1])
     return dict(zip(("validation_accuracy", "score"), accuracies.tolist(), strict=True)), layers
 
 
 @torch.no_grad()
 def update_average(average: SpikingNet, model: SpikingNet, *, decay: float, step: int) -> None:
-    """Add the weights after `step` of the run to the average. Its running statistics do not change."""
+    """Add the weights after `step` of the run to the average, in place. Running statistics do not change."""
     share = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
 
 
 @torch.no_grad()
 def measure_statistics(model: SpikingNet, batches: Iterable[Tensor], noise: torch.Generator) -> None:
-    """Set the running statistics of tdBN and batch normalisation to their means over batches of images [B, C, H, W]."""
+    """Set the running statistics of all normalisation to their means over batches of images [B, C, H, W].
+
+    The model is in eval mode afterwards.
+    """
     norms = [part for part in model.modules() if isinstance(part, TdBN | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     model.train()

@@ -1,4 +1,4 @@
-"""Identify a training run by its recipe and its data, and refuse to resume another one."""
+"""Refuse to resume a training run with another recipe or on other data."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import images_sha256
 
-# Entries of a run's identity that are digests, and the images that they are of
+# The digests in `data_identity`, and what messages call the images
 DIGESTS = {
     "sha256 of the training images": "the training images",
     "sha256 of the validation images": "the validation images",
@@ -35,7 +35,7 @@ def refuse_changes(before: Recipe, now: Recipe, out: Path) -> None:
 
 
 def data_identity(training: Images, validation: Images) -> dict[str, Any]:
-    """Return the identity of a run's images, in types that a state file can hold."""
+    """Return labels, shape, and number and sha256 of the training and the validation images, as JSON values."""
     return {
         "labels": list(training.labels),
         "shape": list(training.shape),
@@ -46,7 +46,7 @@ def data_identity(training: Images, validation: Images) -> dict[str, Any]:
 
 
 def refuse_other_nodes(fabric: Fabric, out: Path, epochs: int, data: dict[str, Any]) -> None:
-    """Raise InputError if this process finds other finished epochs in `out`, or other images, than process 0."""
+    """Raise InputError if this process sees other finished epochs in `out` than process 0, or other images."""
     first: tuple[int, dict[str, Any]] = fabric.broadcast((epochs, data))
     if first[0] != epochs:
         raise InputError(

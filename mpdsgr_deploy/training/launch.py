@@ -1,4 +1,4 @@
-"""The processes of a run: one for each device of every node, started here, by torchrun or by srun."""
+"""The processes of a training run: one per device of every node, started by this one, by torchrun or by srun."""
 
 import os
 import re
@@ -18,19 +18,21 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.recipe import Training
 
-# By the environment variable in which a launcher tells each process how many it started
+# Launchers by the environment variable that holds the number of processes they started
 LAUNCHERS = {
     "WORLD_SIZE": "torchrun",
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
-MEETING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # where the nodes of a run meet, and which of them this one is
+MEETING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # where the nodes of a run meet, and the number of this node
 
 
 class Launch(NamedTuple):
-    """How a run's processes start. started: by a launcher; leads: this process, or its first child, writes the
-    files.
+    """How the processes of a run start.
+
+    environment: Fabric's description of the launcher. started: whether a launcher started all processes. leads: whether
+    this process, or the first process that it starts, writes the files.
     """
 
     environment: type[ClusterEnvironment]
@@ -39,10 +41,9 @@ class Launch(NamedTuple):
 
 
 def find_launch(config: Training, variables: Mapping[str, str]) -> Launch:
-    """Return the launch that the environment variables of this process describe.
+    """Return the launch that `variables`, the environment of this process, describe.
 
-    Raises InputError if they do not fit `training.nodes` and `training.devices`, because each process would train
-    alone.
+    Raises InputError if they do not fit `training.nodes` and `training.devices`: every process would then train alone.
     """
     for variable, launcher in LAUNCHERS.items():
         count = variables.get(variable, "1")
@@ -61,8 +62,8 @@ def find_launch(config: Training, variables: Mapping[str, str]) -> Launch:
 
 def _started(config: Training, variables: Mapping[str, str], launcher: str, count: int) -> Launch:
     how = f"{launcher} started {count} processes"
-    here = int(variables.get("LOCAL_WORLD_SIZE", config.devices))  # torchrun's number of processes on this node
-    if (count, here) != (config.processes, config.devices):
+    on_node = int(variables.get("LOCAL_WORLD_SIZE", config.devices))  # set by torchrun: the processes on this node
+    if (count, on_node) != (config.processes, config.devices):
         raise InputError(
             f"{how}, but the recipe asks for training.nodes={config.nodes} times training.devices={config.devices} "
             f"(processes per node); set both to what the launcher starts"
@@ -77,7 +78,7 @@ def _started(config: Training, variables: Mapping[str, str], launcher: str, coun
 
 
 def make_fabric(config: Training, launch: Launch) -> Fabric:
-    """Make the Fabric of this process. Raises InputError for missing hardware, or conflicting launcher settings."""
+    """Return the Fabric of this process. Raises InputError for missing hardware or conflicting launcher settings."""
     try:
         environment = launch.environment()
         environment.validate_settings(config.devices, config.nodes)
@@ -97,10 +98,11 @@ def make_fabric(config: Training, launch: Launch) -> Fabric:
 
 
 def strategy(config: Training, *, started: bool = False) -> Strategy | str:
-    """Return the strategy by which the processes of a run work together; started: by a launcher.
+    """Return Fabric's strategy for the processes of a run: "auto" for a single one, else DDP.
 
-    Gradients are exchanged in buckets during the backward pass, and are views of the buckets. Every parameter has a
-    gradient in every step, so no search for unused parameters is needed. Buffers that differ are those of rank 0.
+    started: whether a launcher started the processes. DDP exchanges gradients in buckets during the backward pass, of
+    which gradients are views. Every parameter gets a gradient in every step, so DDP need not search for unused ones. It
+    copies buffers, such as running statistics, from process 0 to the others.
     """
     if config.processes == 1:
         return "auto"
@@ -109,16 +111,16 @@ def strategy(config: Training, *, started: bool = False) -> Strategy | str:
 
 
 def run_processes(fabric: Fabric, function: Callable[..., None], *arguments: object) -> None:
-    """Call `function` with a Fabric and the arguments in every process that belongs to this one.
+    """Call `function(fabric, *arguments)` in this process, or in each process that it starts for its devices.
 
-    It must belong to a module, because other processes import it. Raises its InputError, and InputError if the nodes do
-    not find each other.
+    function: defined at the top level of a module, so that other processes can import it. Raises the InputError that
+    `function` raised, and InputError if the processes cannot reach each other.
     """
     try:
         fabric.launch(function, *arguments)
     except DistError as error:
         raise _unconnected(str(error)) from error
-    except ProcessRaisedException as error:  # its text ends with the traceback of the process
+    except ProcessRaisedException as error:  # its message ends with the traceback of the process that failed
         ours = re.search(rf"{InputError.__module__}\.InputError: (.*)", str(error))
         lost = re.search(r"torch\.distributed\.Dist\w*Error: (.*)", str(error))
         if ours is None and lost is None:

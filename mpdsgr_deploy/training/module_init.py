@@ -1,9 +1,9 @@
 """Start a training run from any torch module whose layers map one to one onto the recipe's network.
 
-Layers are matched in the order in which the module registers them, by kind and shape: convolutions and linear layers,
-and the normalisation behind each. tdBN, unlike batch normalisation, multiplies by alpha V_th, so its weight is divided
-by that; a bias before a normalisation is subtracted from its mean. Neurons are the recipe's: the share of validation
-images with equal labels shows how much they differ from the module's, and is logged and recorded.
+Convolutions and linear layers, each with the normalisation behind it, are matched in the order in which the module
+registers them, by kind and shape. tdBN, unlike batch normalisation, multiplies by alpha V_th, so its weight is divided
+by that. A bias before a normalisation is subtracted from the running mean. The neurons are the recipe's: how much they
+differ from the module's shows in the share of training images with equal predictions, which is logged and recorded.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.snn.tdbn import TdBN
 
 SYNAPSES = (nn.Conv2d, nn.Linear)
-BATCH = 100  # images per call
-ALIKE = 0.9  # share of images on which a network that starts from a module should answer as the module does
+BATCH = 100  # images per forward pass
+ALIKE = 0.9  # share of images with equal predictions below which a warning is logged
 
 
 class Layer(NamedTuple):
@@ -34,19 +34,19 @@ class Layer(NamedTuple):
 
 def layers(network: nn.Module) -> list[Layer]:
     """Return the layers of a network in the order in which it registers them."""
-    in_order: list[Layer] = []
+    registered: list[Layer] = []
     for name, part in network.named_modules():
         if isinstance(part, SYNAPSES):
-            in_order.append(Layer(name, part))
-        elif isinstance(part, TdBN | nn.BatchNorm1d | nn.BatchNorm2d) and in_order and in_order[-1].norm is None:
-            in_order[-1] = in_order[-1]._replace(norm_name=name, norm=part)
-    return in_order
+            registered.append(Layer(name, part))
+        elif isinstance(part, TdBN | nn.BatchNorm1d | nn.BatchNorm2d) and registered and registered[-1].norm is None:
+            registered[-1] = registered[-1]._replace(norm_name=name, norm=part)
+    return registered
 
 
 def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
-    """Return the entries of the network's state that the module's layers determine.
+    """Return the entries of the network's state that follow from the module's layers, as copies by name.
 
-    Raises InputError for the first layer that has no counterpart of its kind, shape and normalisation.
+    Raises InputError for the first layer without a counterpart of the same kind, shape, settings and normalisation.
     """
     theirs, ours = layers(module), layers(network)
     if len(theirs) != len(ours):
@@ -54,7 +54,7 @@ def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
             f"the module has {len(theirs)} layers with weights ({_names(theirs)}), this recipe's network {len(ours)} "
             f"({_names(ours)}); give a recipe whose section model has the same layers"
         )
-    weights = {  # weights for pixels in [0, 1] without normalisation
+    weights = {  # the module takes pixels in [0, 1], so the network's own normalisation must not change them
         name: torch.full_like(tensor, float(name == "normalize.std"))
         for name, tensor in network.state_dict().items()
         if name in ("normalize.mean", "normalize.std")
@@ -65,8 +65,8 @@ def mapped_weights(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def _names(of_network: list[Layer]) -> str:
-    return ", ".join(f"{layer.name} {list(layer.synapse.weight.shape)}" for layer in of_network[:4])
+def _names(layers_of_network: list[Layer]) -> str:
+    return ", ".join(f"{layer.name} {list(layer.synapse.weight.shape)}" for layer in layers_of_network[:4])
 
 
 def _check(their: Layer, our: Layer) -> None:
@@ -113,10 +113,10 @@ def _of_layer(their: Layer, our: Layer) -> dict[str, Tensor]:
         )
     factor = our.norm.alpha * our.norm.v_threshold if isinstance(our.norm, TdBN) else 1.0
     gain = norm.scale if isinstance(norm, TdBN) else torch.ones_like(mean) if norm.weight is None else norm.weight
-    adjusted = torch.sqrt(variance + our.norm.eps) / torch.sqrt(variance + norm.eps)  # corrects for different epsilons
+    correction = torch.sqrt(variance + our.norm.eps) / torch.sqrt(variance + norm.eps)  # for different epsilons
     return {
         **weights,
-        f"{name}.weight": gain * adjusted / factor,
+        f"{name}.weight": gain * correction / factor,
         f"{name}.bias": torch.zeros_like(mean) if norm.bias is None else norm.bias,
         f"{name}.running_mean": mean if bias is None else mean - bias,
         f"{name}.running_var": variance,
@@ -124,10 +124,12 @@ def _of_layer(their: Layer, our: Layer) -> dict[str, Tensor]:
 
 
 def start_from_module(module: nn.Module, name: str, networks: Sequence[nn.Module], images: Images) -> dict[str, Any]:
-    """Fill the recipe's networks with a module's weights; return their origin, for the checkpoint.
+    """Copy a module's weights into `networks`, all of the same architecture; return the checkpoint's record of them.
 
-    The module takes pixels in [0, 1], so the networks do not normalise them. images: those on which both are compared.
-    Raises InputError for layers that do not map, and for a module that does not take these images.
+    module: takes pixels in [0, 1]; it is put into eval mode on the CPU. name: what the log and the record call it.
+    images: those on which the predictions of module and network are compared. The record has the entries module,
+    weights_sha256, alike (the share of equal predictions) and images (their number). Raises InputError as
+    `mapped_weights` does, and for a module that does not take these images.
     """
     module = module.eval().cpu()
     weights = mapped_weights(module, networks[0])
@@ -151,13 +153,13 @@ def start_from_module(module: nn.Module, name: str, networks: Sequence[nn.Module
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """Return the hash of weights and their names."""
+    """Return the sha256 of weights in the order of their names; the names themselves are not hashed."""
     content = b"".join(tensor.cpu().contiguous().numpy().tobytes() for _, tensor in sorted(weights.items()))
     return hashlib.sha256(content).hexdigest()
 
 
 def _alike(module: nn.Module, network: nn.Module, images: Images) -> float:
-    """Return the share of images that both give the same label."""
+    """Return the share of images, in [0, 1], for which both predict the same class."""
     device, was_training = next(network.parameters()).device, network.training
     network.eval()
     same = 0

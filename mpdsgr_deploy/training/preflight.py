@@ -1,7 +1,7 @@
-"""Check, before the first epoch, that a network can be trained, exported and validated.
+"""Check before the first epoch that a network can be trained, exported and validated.
 
-Checks run on the meta device, which computes shapes and no values. Only models and defences of other packages are
-exported once, untrained, because an operator without a gradient rule can only be seen in the ONNX graph.
+Checks run on the meta device, which computes shapes but no values. Networks with a model or defence of another package
+are also exported once, untrained, because only the ONNX graph shows operators without a gradient rule.
 """
 
 from functools import partial
@@ -19,8 +19,9 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.surrogates import ATTACK_ONLY, parse_surrogate, surrogate_nodes, trained_surrogate
 from mpdsgr_deploy.training.stages import check_stages
 
-# An ONNX file is a protobuf message of at most 2 GiB; an attack graph holds the weights once, and some more nodes
-LARGEST = 2**31 - 2**26  # largest size of the weights in bytes
+# Largest size of the weights in bytes. An ONNX file is a protobuf message of at most 2 GiB; also an attack graph holds
+# the weights once, and nodes besides.
+LARGEST = 2**31 - 2**26
 OURS = __name__.partition(".")[0]
 
 
@@ -49,7 +50,7 @@ def preflight(recipe: Recipe, training: Images) -> None:
 
 
 def _check_surrogates(recipe: Recipe) -> None:
-    """Raise InputError for a surrogate, of training or of the attacks, that no attack graph can be derived for."""
+    """Raise InputError if the attack graph cannot contain a surrogate that training or an attack uses."""
     for name in (trained_surrogate(recipe), *recipe.attack.surrogates):
         kind = parse_surrogate(name).kind
         if kind not in ATTACK_ONLY:
@@ -57,7 +58,7 @@ def _check_surrogates(recipe: Recipe) -> None:
 
 
 def _check_step(recipe: Recipe, model: SpikingNet, training: Images) -> None:
-    """Raise InputError if a training step on one device's share of a batch fails for its shapes."""
+    """Raise InputError if the shapes of a training step on one device's share of a batch do not fit together."""
     config = recipe.training
     share = config.batch_size // (config.processes * config.accumulate)
     try:
@@ -72,7 +73,7 @@ def _check_step(recipe: Recipe, model: SpikingNet, training: Images) -> None:
 def _is_foreign(recipe: Recipe) -> bool:
     """Whether the recipe uses another package's model or defence."""
     parts = [MODELS[recipe.model.name], *(DEFENCES[name] for name in recipe.defence)]
-    # the module of a partial is functools
+    # the __module__ of a partial is functools
     functions = [part.func if isinstance(part, partial) else part for part in parts]
     return any(str(function.__module__).partition(".")[0] != OURS for function in functions)
 

@@ -1,10 +1,11 @@
-"""Profile a training step by layer: torch's profiler, with the layers' names as ranges.
+"""Profile a training step by layer with torch's profiler.
 
     OUT/profile/trace.json.gz    for chrome://tracing or Perfetto
-    OUT/profile/profile.txt      the table, OUT/profile/profile.json the same for programs
+    OUT/profile/profile.txt      time and memory by layer, as a table
+    OUT/profile/profile.json     the same for programs
 
-A backward operation belongs to the layer whose forward operation it differentiates: the two share autograd's sequence
-number. What a layer recomputes in the backward pass counts as backward.
+A backward operation belongs to the layer whose forward operation it differentiates, which has the same autograd
+sequence number. What a layer recomputes in the backward pass counts as backward.
 """
 
 import json
@@ -25,19 +26,19 @@ from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.snn import SpikingLayer
 
-WARM_UP, STEPS = 2, 3  # training steps before the profile, and in it
-WHOLE = ("data", "attack", "regulariser", "optimiser")  # parts whose time includes everything inside them, also layers
+WARM_UP, STEPS = 2, 3  # number of training steps before those that are profiled, and of those
+WHOLE = ("data", "attack", "regulariser", "optimiser")  # parts whose time includes that of the layers that run in them
 BACKWARD, NODE, STEP = "backward", "autograd::engine::evaluate_function", "ProfilerStep"
-Place = tuple[str, bool]  # name of a part, and whether the time is of the backward pass
+Place = tuple[str, bool]  # name of a part, and whether it is the part's backward pass
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """Open a range of that name in the profile, if one is running."""
+    """Return a context manager whose block has that name in the profile, if a profiler is running."""
     return record_function(name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
 
 
 def parts_of(model: SpikingNet) -> dict[str, nn.Module]:
-    """Return the modules that get a row of their own, by its name, in the order of the forward pass."""
+    """Return the modules that have a row in the profile, by the row's name, in the order of the forward pass."""
     parts: dict[str, nn.Module] = {"encoding": model.encode}
     for number, module in enumerate(model.body, 1):
         if not isinstance(module, SpikingLayer):
@@ -50,7 +51,7 @@ def parts_of(model: SpikingNet) -> dict[str, nn.Module]:
 
 
 class Profile:
-    """Profiles the first training steps of a run after a warm-up; `step` is to be called after each."""
+    """Profiles STEPS training steps after a warm-up, and writes the files into `out`. Call `step` after each step."""
 
     def __init__(self, model: SpikingNet, out: Path) -> None:
         self._out, self._done, self._ranges = out, False, []  # type: ignore[var-annotated]
@@ -67,7 +68,7 @@ class Profile:
         self._profiler.start()
 
     def _named(self, name: str, module: nn.Module) -> Iterator[Any]:
-        """Add hooks that put each forward pass of the module into a range, even if it raises an exception."""
+        """Name each forward pass of the module in the profile, also one that raises; yield the hooks that do it."""
 
         def before(*_: Any) -> None:
             self._ranges.append(record_function(name).__enter__())
@@ -79,12 +80,12 @@ class Profile:
         yield module.register_forward_hook(after, always_call=True)
 
     def step(self) -> None:
-        """Tell the profiler that a training step is over."""
+        """Mark the end of a training step."""
         if not self._done:
             self._profiler.step()
 
     def close(self) -> None:
-        """End the profile. A run that was too short has none."""
+        """Remove the hooks, and log a warning if the run had too few steps for a profile."""
         if not self._done:
             self._finish()
             log.warning("no profile was written, because it needs %d training steps", WARM_UP + STEPS)
@@ -107,14 +108,15 @@ class Profile:
 
 
 def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
-    """Summarise an average step.
+    """Return the content of profile.json: the average of the steps in `events`, by part.
 
-    Returns its milliseconds, and for each row those of its forward and backward pass and the MiB by which memory grew
-    in its forward pass.
+    names: the parts, in order. step_ms is wall time; forward_ms and backward_ms of a part are GPU time if there is a
+    GPU, else CPU time. share: of step_ms. grown_mib: the memory that the part's forward pass allocated and kept.
+    explained: the sum of all shares.
     """
-    whole = [event for event in events if event.name.startswith(STEP) and event.device_type.name == "CPU"]
-    count, on_gpu = len(whole), any(event.device_type.name == "CUDA" for event in events)
-    milliseconds = sum(event.time_range.elapsed_us() for event in whole) / 1000 / count
+    step_events = [event for event in events if event.name.startswith(STEP) and event.device_type.name == "CPU"]
+    count, on_gpu = len(step_events), any(event.device_type.name == "CUDA" for event in events)
+    milliseconds = sum(event.time_range.elapsed_us() for event in step_events) / 1000 / count
     spent: dict[Place, float] = defaultdict(float)
     grown: dict[str, float] = defaultdict(float)
     for event, place in placed(events, names):
@@ -145,9 +147,9 @@ def summary(events: list[FunctionEvent], names: list[str]) -> dict[str, Any]:
 
 
 def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[FunctionEvent, Place]]:
-    """Yield the CPU events that belong to a row of the table, each with its row and direction."""
+    """Yield the CPU events that belong to one of the parts `names`, each with its place."""
     known = set(names)
-    created: dict[tuple[int, int], FunctionEvent] = {}  # the operation by its thread and autograd sequence number
+    created: dict[tuple[int, int], FunctionEvent] = {}  # forward operations by thread and autograd sequence number
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.sequence_nr >= 0 and not within(event, lambda e: e.name.startswith(NODE)):
             created[event.thread, event.sequence_nr] = event
@@ -178,16 +180,16 @@ def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[Func
 
 
 def within(event: FunctionEvent | None, kind: Callable[[FunctionEvent], bool]) -> bool:
-    """Whether the event or one that encloses it is of a kind."""
+    """Whether `kind` holds for the event or for one that encloses it."""
     while event is not None and not kind(event):
         event = event.cpu_parent
     return event is not None
 
 
 def peak_memory() -> int:
-    """Return peak memory in bytes: torch's on the GPU since the last reset or, without a GPU, this process's.
+    """Return peak memory in bytes: what torch allocated on the GPU, or without a GPU the memory of this process.
 
-    0 on Windows, where the latter is unknown.
+    On Windows, where the latter is unknown, it is 0.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()

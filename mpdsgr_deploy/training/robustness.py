@@ -1,4 +1,4 @@
-"""Attack some validation images after an epoch, to see when robustness comes, and whether it goes again."""
+"""Attack some validation images after an epoch, to show how robustness changes during training."""
 
 import torch
 
@@ -9,12 +9,12 @@ from mpdsgr_deploy.training.epoch import Data, Learner, validation_batches
 
 
 def attack_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
-    """Return the accuracy on the first `training.attacked_images` validation images under PGD; {} if that is 0.
+    """Return {VALIDATION_PGD: accuracy in [0, 1]} on the first `training.attacked_images` validation images under PGD.
 
-    It is the PGD of the recipe's [attack], through the surrogate of training and with a random start, on the network
-    that is saved. The gradient of a stochastic network is that of a single draw of its noise, not the mean over
-    `attack.draws`, so its accuracy is higher here than under `mpdsgr validate`. Only the latter measures what a network
-    withstands; this curve shows how robustness changes during training.
+    Without such images the result is {}. The attack is the PGD of the recipe's [attack], through the surrogate of
+    training and with a random start, on the network that is saved. The gradient of a stochastic network is that of one
+    draw of its noise, not the mean over `attack.draws`, so this accuracy is higher than under `mpdsgr validate`, and
+    only the latter measures robustness.
     """
     fabric, recipe = learner.fabric, learner.recipe
     count, attack = min(recipe.training.attacked_images, len(data[1])), recipe.attack

@@ -1,19 +1,19 @@
-"""Train at a growing number of time steps: most epochs at few steps, which are cheap, the last at encoding.T.
+"""Train in stages of different numbers of time steps: the first epochs at few steps, the last ones at encoding.T.
 
-A network of LIF neurons has the same weights at every T (`models.time_steps`), so a stage starts from those of the one
-before. tdBN's running statistics, joint over time, are replaced by momentum 0.1 within the first tens of a stage's
-batches.
+A network of LIF neurons has the same weights at every T (`models.time_steps`), so each stage starts from the weights of
+the stage before. tdBN's running statistics are joint over time; with momentum 0.1 they adapt to the new T within the
+first tens of batches of a stage.
 """
 
 from mpdsgr_deploy.defences import make_defences
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 
-ANY_LENGTH = ("direct", "poisson", "sqe", "rsc")  # encodings in which all steps see the same image
+ANY_LENGTH = ("direct", "poisson", "sqe", "rsc")  # encodings whose steps all show the same image
 
 
 def check_stages(recipe: Recipe) -> None:
-    """Raise InputError for stages in a recipe whose encoding or neurons belong to one number of time steps."""
+    """Raise InputError for a recipe with stages whose encoding or neurons work only at one number of time steps."""
     if not recipe.training.stages:
         return
     if recipe.encoding.name not in ANY_LENGTH:

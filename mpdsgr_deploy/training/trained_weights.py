@@ -1,4 +1,4 @@
-"""The weights of a trained network, in a checkpoint or in a bundle, from which another training can start."""
+"""Find the weights of a trained network in a checkpoint or a bundle, from which another training run can start."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +10,10 @@ from mpdsgr_deploy.recipe import Recipe
 
 
 class TrainedWeights(NamedTuple):
-    """A safetensors file, and facts about its network: shape (C, H, W) of the images, the epoch after which it was
-    saved, the provenance of its training, and its own `Past.init`, which bundles do not record.
+    """A safetensors file of weights, and facts about the network and its training.
+
+    sha256: of the file. shape: (C, H, W) of the images. epoch: the epoch, counted from 1, after which the weights were
+    saved. init: the `Checkpoint.init` of that training, which bundles do not record.
     """
 
     file: Path

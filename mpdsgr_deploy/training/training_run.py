@@ -1,12 +1,13 @@
-"""A training run: its output directory, its devices, its epochs, its resumption.
+"""Train a recipe in an output directory, on one or more devices.
 
-    OUT/recipe.json       the resolved recipe; marks the directory as ours
-    OUT/state.pt          what a resumed run needs; with OUT/best and OUT/last, the checkpoints, see training_state.py
-    OUT/tensorboard       curves, warnings, pictures of the membrane
-    OUT/profile           the profile of the first steps, if requested
+    OUT/recipe.json           the resolved recipe, which marks the directory as a training run
+    OUT/state.pt              what a resumed run needs
+    OUT/best, OUT/last        checkpoints, see training_state.py
+    OUT/tensorboard           curves, warnings, pictures of membrane potentials
+    OUT/profile               the profile of the first steps, if requested
 
-Randomness is a function of (seed, purpose, epoch, step), so a resumed run repeats the interrupted epoch: on a CPU bit
-for bit, on a GPU up to the order in which cuDNN adds.
+All random numbers are a function of (seed, purpose, epoch, step), so a resumed run repeats the interrupted epoch: bit
+for bit on a CPU, and up to the order in which cuDNN adds on a GPU.
 """
 
 import copy
@@ -47,11 +48,11 @@ from mpdsgr_deploy.training.stages import recipe_at
 from mpdsgr_deploy.training.training_state import STATE, begin, save
 
 RECIPE = "recipe.json"
-Origin = Path | str  # origin of the first weights: directory of a trained network, or package.module:function
+Origin = Path | str  # origin of the first weights: the directory of a trained network, or package.module:function
 
 
 def origin(text: str | os.PathLike[str]) -> Origin:
-    """Parse the origin of the first weights: the name of a torch module, else a path."""
+    """Return the name of a torch module (package.module:function) unchanged, and any other text as a path."""
     name = os.fspath(text)
     return name if ":" in name and not Path(name).exists() else Path(name)
 
@@ -61,13 +62,15 @@ def train(
 ) -> bool:
     """Train `recipe` into directory `out`; return whether this process leads the run and wrote `out`.
 
-    In a run on several nodes, or of a launcher, each process calls this; they share `out`, and one of them leads.
-    resume: continue an interrupted run of the same recipe after its last finished epoch (or start one). profile: write
-    the profile of the first steps to out/profile. init: what to start from instead of random weights, the directory of
-    a run, a checkpoint or a bundle, or the name of a torch module (package.module:function); a resumed run goes on from
-    its own.
-    Raises InputError for a directory that holds other files or a run already, a changed recipe, missing data or
-    hardware, processes that do not fit the recipe or do not find each other, a full disk.
+    In a run on several nodes or by a launcher, each process calls this function with the same `out`, which all nodes
+    share, and one of them leads.
+    resume: continue an interrupted run of the same recipe after its last finished epoch, or start one.
+    profile: write the profile of the first steps to out/profile.
+    init: the origin of the first weights in place of random ones: the directory of a run, a checkpoint or a bundle, or
+        the name of a torch module (package.module:function). For a resumed run it must be what that run started from.
+
+    Raises InputError for an `out` that holds other files or (without `resume`) a run, a changed recipe, missing data or
+    hardware, processes that do not fit the recipe or cannot reach each other, and a disk that cannot be written.
     """
     need("matplotlib", "train")  # needed only after the first epoch, which is too late to fail
     recipe = resolved(recipe)
@@ -92,7 +95,7 @@ def train(
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    """Claim a directory for a training run, so that no other process writes to it within the block."""
+    """Claim a directory for a training run, and keep other processes from writing to it during the block."""
     claim_directory(out, RECIPE, "training run")
     with exclusive(out / LOCK, "mpdsgr train"):
         yield
@@ -151,7 +154,7 @@ def _run(
 def _checkpoint(
     staged: Recipe, training: Images, history: list[dict[str, Any]], scored: str, started_from: dict[str, Any] | None
 ) -> Checkpoint:
-    """Make the checkpoint of the last epoch in `history`, without its weights."""
+    """Return the checkpoint of the last epoch in `history`, without its weights."""
     return Checkpoint(
         recipe=staged.portable(),
         shape=training.shape,
@@ -167,9 +170,10 @@ def _checkpoint(
 
 
 def _one_epoch(learner: Learner, staged: Recipe, training: Data, validation: Data, epoch: int) -> dict[str, Any]:
-    """Train and validate for an epoch at the time steps of `staged`; return the history's entry.
+    """Train and validate for an epoch at the time steps of `staged`; return its entry of the history.
 
-    In it, `seconds` is wall time and `cpu_seconds` this process's CPU time, which is comparable on a shared machine.
+    epoch: counted from 0. In the entry, `seconds` is wall time, and `cpu_seconds` the CPU time of this process, which
+    other programs on the machine hardly affect.
     """
     started, computed = time.perf_counter(), time.process_time()
     shape = training[0].shape[1:]
@@ -192,7 +196,7 @@ def _one_epoch(learner: Learner, staged: Recipe, training: Data, validation: Dat
 
 
 def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
-    """Make the untrained network and its optimiser, on this process's device."""
+    """Return the untrained network and its optimiser, on the device of this process."""
     config = recipe.training
     torch.manual_seed(config.seed)
     model, defences = build_defended(recipe, training.shape, len(training.labels))
@@ -203,8 +207,8 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
             layer.norm.synchronised = config.sync_norm
     model = model.to(memory_format=torch.channels_last)  # convolutions are fastest in this layout
     undecayed = [p for defence in defences for p in defence.undecayed(model)]
-    spared = {id(p) for p in undecayed}
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in spared]}]
+    undecayed_ids = {id(p) for p in undecayed}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in undecayed_ids]}]
     if undecayed:
         groups.append({"params": undecayed, "weight_decay": 0.0})
     plain = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -214,6 +218,6 @@ def _learner(fabric: Fabric, recipe: Recipe, training: Images) -> Learner:
 
 
 def score_of(learner: Learner, images: int) -> str:
-    """Name the score of `validate_epoch`, which selects the best checkpoint of a run."""
+    """Describe the score of `validate_epoch`, by which the best checkpoint of a run is chosen."""
     attacked = any(type(defence).examples is not Defence.examples for defence in learner.defences)
     return f"accuracy on {images} validation images, {'under the training attack' if attacked else 'clean'}"

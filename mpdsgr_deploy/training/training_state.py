@@ -1,7 +1,7 @@
-"""Save a run after every epoch, and start one: from random weights, from a checkpoint, or where it was interrupted.
+"""Save a training run after every epoch, and start or continue one.
 
-OUT/state.pt          everything a resumed run needs, replaced atomically after every epoch
-OUT/best  OUT/last    checkpoints: that of the best validation score, and the latest
+OUT/state.pt            everything that a resumed run needs, replaced atomically after every epoch
+OUT/best, OUT/last      the checkpoints of the best validation score and of the latest epoch
 """
 
 import io
@@ -27,10 +27,9 @@ COMPARED = 500  # training images on which a module and the network that starts 
 
 
 class Past(NamedTuple):
-    """The past of a run: the history entries of its epochs, and the origin of its first weights.
+    """The past of a run: the history entries of its finished epochs, and the origin of its first weights.
 
-    init: None for random weights; else the hash, epoch, recipe and provenance of trained weights and their own `init`,
-    or a module's name and hash.
+    init: None for random weights; else what `load_init` returned.
     """
 
     history: list[dict[str, Any]]
@@ -38,14 +37,14 @@ class Past(NamedTuple):
 
 
 def begin(learner: Learner, training: Images, out: Path, init: Path | str | None, data: dict[str, Any]) -> Past:
-    """Fill the learner from the run's state, if `out` holds one, else from `init`, if that is given.
+    """Load the state of the run in `out` into the learner; without one, load the weights of `init`, if given.
 
-    init: the directory of a run, a checkpoint or a bundle, or the name of a torch module, package.module:function.
+    Call this after Fabric's set-up, so that the optimiser's buffers are on the device of its parameters.
+    init: the directory of a run, a checkpoint or a bundle, or the name of a torch module (package.module:function).
+    data: the `identity.data_identity` of the run's images.
 
-    Call it after Fabric's set-up, so that the optimiser's buffers are on the device of its parameters. data: the
-    `identity.data_identity` of the run's images.
-    Raises InputError for a damaged state, the weights of another network, and for other images or another `init` than
-    the run started from.
+    Raises InputError for a damaged state, weights of another network, and other images or another `init` than the run
+    started with.
     """
     if not (out / STATE).exists():
         return Past([], None if init is None else load_init(learner, training, init))
@@ -76,9 +75,11 @@ def _restore(learner: Learner, path: Path, data: dict[str, Any]) -> Past:
 
 
 def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str, Any]:
-    """Fill the learner with the weights of a trained network or a module; return the run's `Past.init`.
+    """Load the weights of a trained network or a module into the learner; return the record of their origin.
 
-    Parameters of a defence (StoG's gates, DLIF's gains) that the origin lacks keep their initial values.
+    For a trained network, the record has weights_sha256, epoch, recipe, provenance, and the network's own init; for a
+    module, see `start_from_module`. Parameters of a defence (StoG's gates, DLIF's gains) that the origin lacks keep
+    their initial values. Raises InputError if the weights do not fit the learner's network, or its images.
     """
     from safetensors.torch import load_file
 
@@ -88,7 +89,7 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
     recipe, trained = learner.recipe, find_weights(init)
     training.require_kind(recipe.data.name, trained.shape, trained.labels)
     weights, own = load_file(trained.file), learner.model.state_dict()
-    # keep the values for the first steps of a longer network
+    # of a network with more time steps, take the parameters of the first ones
     for name in per_step_names(learner.model) & weights.keys():
         weights[name] = weights[name][: len(own[name])]
     with torch.device("meta"):
@@ -119,9 +120,12 @@ def described(trained: TrainedWeights) -> str:
 
 
 def save(learner: Learner, checkpoint: Checkpoint, data: dict[str, Any], out: Path) -> None:
-    """Save the checkpoints, then the state, so that a resumed run repeats an epoch whose files are incomplete."""
+    """Save the checkpoints of the last epoch, and after them the state.
+
+    In this order a run that is killed in between resumes before this epoch, and writes its checkpoints again.
+    """
     weights = learner.judged.state_dict()
-    T = checkpoint.recipe.encoding.T  # at another T it is another network, whose scores say nothing about this one
+    T = checkpoint.recipe.encoding.T  # scores at another T are those of another network
     scores = [entry["score"] for entry in checkpoint.history if entry.get("T", T) == T]
     if checkpoint.metrics["score"] >= max(scores):
         save_checkpoint(out / "best", checkpoint.model_copy(update={"choice": "best"}), weights)
