@@ -1,5 +1,6 @@
-"""Locks between processes, by files, on POSIX systems and Windows."""
+"""Locks between processes, held on files, on POSIX systems and Windows."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,25 +15,19 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
     import msvcrt
 
-LOCK = ".lock"  # a directory's lock file
+LOCK = ".lock"  # name of the lock file of a directory
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:
-    """Take the exclusive lock of an open file, which is released on closing; False if another process has it.
+    """Take the exclusive lock of an open file, which closing it releases; return False if another process has the lock.
 
-    wait: block until it is free. On a file system without locks this always succeeds.
+    wait: block until the lock is free. On a file system without locks the result is always True.
     """
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         else:
-            # lock one byte far after the content, because on Windows others cannot read a locked part
-            position = file.tell()
-            file.seek(2**31 - 2)
-            try:
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-            finally:
-                file.seek(position)
+            _lock_on_windows(file, wait=wait)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
@@ -40,11 +35,29 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
     return True
 
 
+def _lock_on_windows(file: IO[Any], *, wait: bool) -> None:
+    """Lock one byte far behind the content, because other processes cannot read a locked part."""
+    mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore[attr-defined, unused-ignore]
+    position = file.tell()
+    file.seek(2**31 - 2)
+    try:
+        while True:
+            try:
+                msvcrt.locking(file.fileno(), mode, 1)  # type: ignore[attr-defined, unused-ignore]
+                return
+            except OSError as error:
+                if error.errno != errno.EDEADLK:  # raised if the lock was not free for ten seconds
+                    raise
+    finally:
+        file.seek(position)
+
+
 @contextmanager
 def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold lock file `path` for the length of the block; the file is gone after it.
+    """Hold the lock file `path` during the block, and remove it afterwards.
 
-    Raises InputError, which names the process that holds it as `holder` describes it, unless `wait`.
+    wait: block until another process releases it; otherwise this raises InputError, in which `holder` describes that
+    process. Raises InputError also if the file cannot be written.
     """
     while True:
         try:
@@ -58,7 +71,7 @@ def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
             )
         if _is_at(file, path):
             break
-        file.close()  # its holder has just removed the file, so this lock is on a deleted file
+        file.close()  # the former holder has removed the file in the meantime, so try again with a new one
     try:
         yield
     finally:
@@ -66,9 +79,9 @@ def exclusive(path: Path, holder: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def remove_locked(file: IO[Any], path: Path) -> None:
-    """Close a locked file and remove it: before the lock is released, so that it cannot be another process's file.
+    """Close a locked file and remove it. It is removed before the lock is released, while no other process can own it.
 
-    Windows removes no open file, so there it is closed first.
+    Windows does not remove open files, so there it is closed first.
     """
     if fcntl is not None:
         with suppress(OSError):

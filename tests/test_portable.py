@@ -1,13 +1,17 @@
 """What Windows lacks is stood in for: the torch-free commands work without POSIX's modules."""
 
 import ast
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 import mpdsgr_deploy
+from mpdsgr_deploy import locks
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.recipe import Data
@@ -66,6 +70,21 @@ def test_predict_works_and_locks(bundle: Bundle, tmp_path: Path) -> None:
     assert "locks [(2, 1)" in done.stderr
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "o.csv"]
+
+
+def test_a_lock_waits_longer_than_windows_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """msvcrt.locking gives up after ten seconds."""
+    outcomes = [OSError(errno.EDEADLK, "deadlock avoided"), OSError(errno.EDEADLK, "deadlock avoided"), None]
+
+    def locking(descriptor: int, mode: int, size: int) -> None:
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+
+    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(locks, "msvcrt", SimpleNamespace(LK_LOCK=1, LK_NBLCK=2, locking=locking), raising=False)
+    with (tmp_path / "file").open("wb") as file:
+        assert locks.lock(file, wait=True)
+    assert outcomes == []
 
 
 def test_serve_says_where_it_runs(bundle: Bundle) -> None:
