@@ -1,4 +1,4 @@
-"""A report as a signed statement about its bundle: REPORT/verdict.sig."""
+"""Sign the verdict of a report as a statement about its bundle, and verify it: REPORT/verdict.sig."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mpdsgr_deploy.validation.report import REPORT, Report, load_report
 from mpdsgr_deploy.validation.rows import Row
 
 VERDICT = "verdict.sig"
-ARTEFACT = "artefact"  # name used if no single condition failed
+ARTEFACT = "artefact"  # stands for the condition in reasons that concern no single one
 
 
 def sign_report(directory: Path, signer: Signer) -> tuple[Path, bytes]:
@@ -49,9 +49,9 @@ def verify_report(directory: Path, trust: Trust) -> Vouched:
 
 
 def stated(report: Report, files: dict[str, str]) -> SignedVerdict:
-    """Return the verdict that a report's statement contains. files: sha256 of the report's files by name.
+    """Return the verdict to sign for a report. files: sha256 of the report's files by name.
 
-    Raises InputError for a report that is invalid, or that does not name its bundle's digest.
+    Raises InputError for a report whose verdict is invalid, or that does not name its bundle's digest.
     """
     if report.verdict == "invalid":
         raise InputError(
@@ -92,7 +92,10 @@ def _count(row: Row) -> ConditionCount:
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """Return the sha256 of a report's files. Raises InputError for links, and for a directory without a report."""
+    """Return the sha256 of a report's files by name, without the signature and the lock.
+
+    Raises InputError for links and special files, and for a directory without a report.
+    """
     if not (directory / REPORT).is_file():
         raise InputError(f"{directory} holds no {REPORT}; give the directory that `mpdsgr validate` wrote")
     paths = [path for path in sorted(directory.rglob("*")) if path.name not in (VERDICT, LOCK)]

@@ -1,6 +1,6 @@
-"""Make a model card for the Hugging Face Hub from a bundle's manifest and a validation's report.
+"""Write a model card for the Hugging Face Hub from a bundle and a validation report.
 
-The metadata block follows the Hub's model card specification; its values are JSON, which is YAML too.
+The metadata block follows the Hub's model card specification. Its values are JSON, which is also YAML.
 """
 
 import json
@@ -18,7 +18,7 @@ HEADLINE = {"clean": "accuracy", "worst": "accuracy under all attacks"}
 
 
 def report_about(bundle: Bundle, path: Path) -> Report:
-    """Load the report at `path` as `load_report` does. Raises InputError if it is not about a file of this bundle."""
+    """Load the report at `path`. Raises InputError as `load_report` does, and if it is not about this bundle."""
     report = load_report(path)
     if report.artefact_sha256 not in {bundle.model_sha256(precision) for precision in bundle.manifest.variants}:
         raise InputError(
@@ -28,7 +28,10 @@ def report_about(bundle: Bundle, path: Path) -> Report:
 
 
 def card(bundle: Bundle, report: Report | None = None) -> str:
-    """Return the card as Markdown. report: the deployed file's; without it, the reference's accuracies are shown."""
+    """Return the card as Markdown.
+
+    report: the validation of one of the bundle's networks; without it, the card shows the reference's accuracies.
+    """
     name = bundle.path.resolve().name
     sections = [
         ["---", *_metadata(bundle, report, name), "---", "", f"# {name}", ""],

@@ -1,7 +1,7 @@
-"""Pair the verdicts of a measurement with those of the bundle's reference under equal attacks on equal images.
+"""Pair the verdicts of a measurement with those of the bundle's reference, under equal attacks on equal images.
 
-A reference met the conditions of the tier it was exported with, and those of the smaller tiers. Where settings
-differ, verdicts are not compared; the worst case is compared over the attacks that both met.
+A reference has verdicts under the conditions of the tier it was exported with, and of the smaller tiers. Verdicts under
+attacks with other settings are not compared. The worst case is compared over the attacks that both networks met.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,23 +19,26 @@ from mpdsgr_deploy.validation.report import VariantFlips
 from mpdsgr_deploy.validation.rows import TRANSFERRED, Row, VerdictFlips
 
 Bools = NDArray[np.bool_]
-MUST_BE_COMPARED = "strong-pgd"  # its settings are the same in all tiers, except for restarts
+MUST_BE_COMPARED = "strong-pgd"  # the attack whose settings are the same in all tiers, except for restarts
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """verdicts [n]: the reference's, by condition, for the conditions that it met too; empty without a reference.
+    """The reference's verdicts, and which conditions of an evaluation they cover.
 
-    attacks: the conditions within eps that both met. alone: those that only the artefact meets. transfer: transferred
-    attacks, which the reference never meets.
+    verdicts: bool [n] by condition, for clean images and the conditions that the reference met too; empty without a
+    reference. attacks: conditions within eps that both meet. alone: conditions that only the artefact meets. transfer:
+    transferred attacks, which the reference never meets. missing: attacks that must be compared for a valid verdict,
+    but are not. contradictions: number of images that the reference counts as right in the worst case although one of
+    its attacks broke them.
     """
 
     verdicts: Mapping[str, Bools]
     attacks: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
     transfer: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()  # attacks that must be compared for a valid verdict, but are not
-    contradictions: int = 0  # images that the reference counts as right in the worst case, and as broken by an attack
+    missing: tuple[str, ...] = ()
+    contradictions: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -48,15 +51,20 @@ class Comparison:
         return union(self.verdicts, (CLEAN, *self.attacks)) if self.attacks else None
 
     def paired_worst(self, measurement: Measurement) -> VerdictFlips | None:
-        """The worst case of both over the same attacks, and transferred images; None if there is nothing to compare."""
-        mine, theirs = measurement.verdicts, self.worst
-        if theirs is None or measurement.stopped is not None:
+        """Return the flips of the worst case over `attacks`, to which the artefact's adds the transferred attacks.
+
+        None without common attacks, and for a measurement that stopped early.
+        """
+        if self.worst is None or measurement.stopped is not None:
             return None
-        return VerdictFlips.of(theirs, union(mine, (CLEAN, *self.attacks, *self.transfer)))
+        return VerdictFlips.of(self.worst, union(measurement.verdicts, (CLEAN, *self.attacks, *self.transfer)))
 
 
 def compare_conditions(reference: Reference | None, conditions: Sequence[Condition], n: int) -> Comparison:
-    """Pair the reference's verdicts on the first n images with these conditions. reference: None for other images."""
+    """Find the reference's verdicts on the first n images under these conditions.
+
+    reference: None if it has no verdicts on these images.
+    """
     within = [c for c in conditions if c.eps is not None]
     transfer = tuple(c.name for c in within if c.kind == "transfer")
     if reference is None:
@@ -65,7 +73,7 @@ def compare_conditions(reference: Reference | None, conditions: Sequence[Conditi
     met = {name: reference.under(name, how) for name, how in settings.items()}
     verdicts = {name: correct[:n] for name, correct in met.items() if correct is not None}
     attacks = tuple(c.name for c in within if c.name in verdicts)
-    # settings of a smaller tier do not count
+    # the reference's worst case is over the attacks of its own tier, not over those of smaller tiers
     own = [name for name in attacks if reference.settings.get(name) == settings[name]]
     stands = union({CLEAN: reference.verdicts[CLEAN][:n], **verdicts}, (CLEAN, *own))
     return Comparison(
@@ -79,9 +87,9 @@ def compare_conditions(reference: Reference | None, conditions: Sequence[Conditi
 
 
 def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[Row]:
-    """Return the report's rows: the clean images, every measured condition, and the worst case within eps."""
+    """Return the report's rows: the clean images, every measured condition, and the worst case within `eps`."""
     stopped, n = measurement.stopped, measurement.n
-    other = "the reference was not attacked in this way" if comparison.verdicts else "no reference for these images"
+    reason = "the reference was not attacked in this way" if comparison.verdicts else "no reference for these images"
     made = [
         Row.of(
             CLEAN,
@@ -89,7 +97,7 @@ def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[R
             measurement.verdicts[CLEAN],
             eps=0.0,
             reference=comparison.verdicts.get(CLEAN),
-            not_compared=other,
+            not_compared=reason,
         )
     ]
     for outcome in measurement.outcomes:
@@ -105,7 +113,7 @@ def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[R
                 evaluations=outcome.evaluations,
                 surrogate=condition.surrogate if condition.swept else None,
                 at_most=attacked < n,
-                not_compared=TRANSFERRED if condition.kind == "transfer" else other,
+                not_compared=TRANSFERRED if condition.kind == "transfer" else reason,
             )
         )
     bound = "; stopped early, so an upper bound" if stopped else ""
@@ -120,7 +128,7 @@ def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[R
         reference=None if stopped else comparison.worst,
         flips=comparison.paired_worst(measurement),
         at_most=stopped is not None,
-        not_compared="stopped early" if stopped else other,
+        not_compared="stopped early" if stopped else reason,
     )
     return [*made, worst]
 
@@ -128,8 +136,10 @@ def rows(measurement: Measurement, comparison: Comparison, eps: float) -> list[R
 def variant_flips(
     bundle: Bundle, x: NDArray[np.float32], measurement: Measurement, batch_size: int
 ) -> list[VariantFlips]:
-    """Compare every other precision of the bundle with float32, on clean images x [n, C, H, W] and on those that the
-    strong PGD made from them on the measured network.
+    """Compare every reduced precision of the bundle with float32, on images x [n, C, H, W] and attacked ones.
+
+    The attacked images are those that the strong PGD made from x on the measured network. The result is empty without
+    them, and for a bundle with one precision.
     """
     strong = measurement.outcome(STRONG)
     if len(bundle.manifest.variants) == 1 or strong is None or strong.images is None:
@@ -139,13 +149,13 @@ def variant_flips(
         with open_predictor(bundle, precision=precision) as network:
             answers = (predict(network, images, batch_size, precision) for images in (x, strong.images))
             verdicts[precision] = [logits.argmax(1) == measurement.y for logits in answers]
-    exact = verdicts.pop("fp32")
+    clean, attacked = verdicts.pop("fp32")
     return [
         VariantFlips(
             precision=precision,
             n=measurement.n,
-            clean=VerdictFlips.of(exact[0], own[0]),
-            attacked=VerdictFlips.of(exact[1], own[1]),
+            clean=VerdictFlips.of(clean, own[0]),
+            attacked=VerdictFlips.of(attacked, own[1]),
         )
         for precision, own in verdicts.items()
     ]

@@ -1,4 +1,4 @@
-"""Measure the robustness of a checkpoint's torch network, without exporting it, for tables of trained networks."""
+"""Measure the robustness of a checkpoint's torch network, without an export, for tables of trained networks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,12 @@ from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.validation.evidence import of_attacks
 from mpdsgr_deploy.validation.health.check_registry import Check, Evidence, run_checks
-from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import Score
 from mpdsgr_deploy.validation.target import other_network
 
 
 class EvaluatedRow(BaseModel):
-    """One condition and the network's verdicts under it."""
+    """One condition, and the network's verdicts on n images under it."""
 
     name: str
     settings: str
@@ -37,9 +36,9 @@ class EvaluatedRow(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """The verdicts under every condition in turn, and `worst`: right under all of those within eps.
+    """The verdicts under every condition, and under `worst`: correct under all conditions within eps.
 
-    `health` has the checks that need no artefact; if one failed, the accuracies prove nothing.
+    health: the checks that need no exported network; if one failed, the accuracies prove nothing.
     """
 
     images: str
@@ -47,14 +46,6 @@ class Evaluation(BaseModel):
     rows: list[EvaluatedRow]
     health: list[Check] = []
     provenance: dict[str, Any]
-
-    @classmethod
-    def of(cls, report: Report) -> "Evaluation":
-        """Return the evaluation of an exported network from a report."""
-        rows = [EvaluatedRow(name=r.name, settings=r.settings, n=r.n, score=r.artefact) for r in report.rows]
-        network = f"the {report.precision} network on {report.backend}"
-        provenance = {**report.provenance, "network": network}
-        return cls(images=report.images, seed=report.seed, rows=rows, health=report.health, provenance=provenance)
 
 
 def evaluate(
@@ -67,12 +58,14 @@ def evaluate(
     tier: str | None = None,
     also: Sequence[TierEntry] = (),
 ) -> Evaluation:
-    """Attack the network of a checkpoint (or of a training run: its last one) as its recipe says.
+    """Attack the torch network of a checkpoint, or of a training run's last epoch.
 
-    recipe: another one, for attacks and test images. root and limit override the recipe's test images; transfer is the
-    checkpoint of another network whose attacked images are tried as well; tier: one of the gate's, whose attacks
-    replace those that the recipe names; also: further attacks. Raises InputError for missing data or a damaged
-    checkpoint.
+    recipe: states attacks and test images; default: the checkpoint's.
+    root: directory of the data set, in place of the recipe's. limit: number of test images, in place of the recipe's.
+    transfer: checkpoint of another network, whose attacked images are tried as well.
+    tier: the attacks are those of this tier, in place of those that the recipe names. also: further attacks.
+
+    Raises InputError for missing data, a damaged checkpoint, and a `transfer` made for other images.
     """
     checkpoint, model = load_network(find_checkpoint(checkpoint_dir))
     surrogate = trained_surrogate(checkpoint.recipe)

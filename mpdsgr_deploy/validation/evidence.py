@@ -1,4 +1,4 @@
-"""Gather the evidence for health checks from logits and measurements."""
+"""Gather the evidence for the health checks from logits and measurements."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +18,11 @@ from mpdsgr_deploy.validation.image_checks import image_faults
 from mpdsgr_deploy.validation.rows import VerdictFlips
 from mpdsgr_deploy.validation.subject import Subject
 
-Rebuild = Callable[[Bundle], list[str]]  # how a bundle's files differ from a new export of its weights
+Rebuild = Callable[[Bundle], list[str]]  # returns how a bundle's files differ from a new export of its weights
 
 
 def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebuild | None = None) -> Evidence:
-    """Return the evidence that needs no attack, from the logits [n, K] of the clean images."""
+    """Return the evidence that needs no attack. logits: the artefact's logits [n, K] of the clean images."""
     images, compared = subject.images, subject.comparison
     reach = Reach(reference=True, missing=compared.missing, contradictions=compared.contradictions)
     return Evidence(
@@ -50,7 +50,7 @@ def rebuilt(rebuild: Rebuild, bundle: Bundle) -> Rebuilt:
 
 
 def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measurement) -> Evidence:
-    """Add the evidence from the attacks; after an early stop, only what does not need all of them."""
+    """Return `evidence` with that from the attacks; after an early stop, without what needs all attacks."""
     evidence = replace(
         of_attacks(evidence, measurement, subject.suite.conditions, subject.target.trained),
         artefact=subject.suite.network,
@@ -74,7 +74,7 @@ def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measure
 
 
 def of_attacks(evidence: Evidence, measurement: Measurement, conditions: Sequence[Condition], trained: str) -> Evidence:
-    """Return the evidence from attacks on a torch network or an artefact. trained: the training surrogate."""
+    """Return `evidence` with that from attacks on a torch or an exported network. trained: the training surrogate."""
     attacked = {o.condition.name: np.flatnonzero(o.predicted == NOT_FINITE).tolist() for o in measurement.outcomes}
     clean = np.flatnonzero(measurement.clean == NOT_FINITE).tolist()
     evidence = replace(
@@ -84,7 +84,9 @@ def of_attacks(evidence: Evidence, measurement: Measurement, conditions: Sequenc
     )
     if measurement.stopped is not None:
         return evidence
-    own = [o for o in measurement.outcomes if o.condition.kind == "gradient" and o.condition.surrogate == trained]
+    through_trained = [
+        o for o in measurement.outcomes if o.condition.kind == "gradient" and o.condition.surrogate == trained
+    ]
     within = [condition for condition in conditions if condition.eps is not None]
     return replace(
         evidence,
@@ -94,8 +96,8 @@ def of_attacks(evidence: Evidence, measurement: Measurement, conditions: Sequenc
         surrogates=[condition.surrogate for condition in conditions if condition.kind == "gradient"],
         trained=trained,
         gradients=(
-            sum(outcome.evaluations for outcome in own),
-            sum(outcome.zero for outcome in own),
-            sum(outcome.not_finite for outcome in own),
+            sum(outcome.evaluations for outcome in through_trained),
+            sum(outcome.zero for outcome in through_trained),
+            sum(outcome.not_finite for outcome in through_trained),
         ),
     )

@@ -1,4 +1,4 @@
-"""Make examples for the report: a few images that an attack broke, as small PNG files."""
+"""Choose a few images that an attack broke, and draw them for the report as small PNG files."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from mpdsgr_deploy.validation.report import Example
 
 Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
-SIDE = 96  # pixels: smaller images are enlarged to at least this side
+SIDE = 96  # smaller images are enlarged until their longer side has at least this many pixels
 
 
 def examples(
@@ -28,11 +28,11 @@ def examples(
     eps: float | None = None,
     count: int = 6,
 ) -> list[Example]:
-    """Return at most `count` images that the attack broke, of as many classes as possible, chosen deterministically.
+    """Return at most `count` of the images that the attack broke, of as many classes as possible.
 
-    clean, attacked: [N, C, H, W] in [0, 1]; classes [N]: the true ones; before, after [N]: those predicted for clean
-    and attacked images. In the picture of the difference -eps is black and eps is white; without eps, the largest
-    change takes its place.
+    clean, attacked: images [N, C, H, W] in [0, 1]. classes [N]: the true classes. before, after [N]: those predicted
+    for clean and attacked images; a negative one in `after` means that no output was finite. In the picture of the
+    difference -eps is black and eps is white; without eps, the image's largest change takes its place.
     """
     return [
         Example(
@@ -48,24 +48,24 @@ def examples(
 
 
 def chosen(classes: Classes, broken: NDArray[np.bool_], count: int) -> list[int]:
-    """Choose up to `count` broken images: the first of every class, then the second of every class, and so on."""
-    seen: dict[int, int] = {}
-    turns: list[tuple[int, int]] = []
+    """Return the places of up to `count` broken images: the first of every class, then the second, and so on."""
+    last_rank: dict[int, int] = {}  # by class
+    ranks: list[tuple[int, int]] = []  # place among the broken images of its class, place in the batch
     for i in np.flatnonzero(broken):
-        turn = seen[int(classes[i])] = seen.get(int(classes[i]), -1) + 1
-        turns.append((turn, int(i)))
-    return sorted(i for _, i in sorted(turns)[:count])
+        rank = last_rank[int(classes[i])] = last_rank.get(int(classes[i]), -1) + 1
+        ranks.append((rank, int(i)))
+    return sorted(i for _, i in sorted(ranks)[:count])
 
 
 def magnified(clean: Floats, attacked: Floats, eps: float | None) -> Floats:
-    """Map the difference [C, H, W] from [-eps, eps] to [0, 1]: 0.5 means no change."""
+    """Return the difference [C, H, W] of two images, mapped from [-eps, eps] to [0, 1]; 0.5 means no change."""
     difference = attacked - clean
     span = eps or float(np.abs(difference).max()) or 1.0
     return np.clip(0.5 + difference / (2 * span), 0, 1)
 
 
 def picture(image: Floats) -> str:
-    """Encode an image [C, H, W] in [0, 1] as PNG in base64; channels are averaged unless there are 1 or 3."""
+    """Return an image [C, H, W] in [0, 1] as PNG in base64. Channels are averaged unless there are 1 or 3."""
     planes = image if len(image) in (1, 3) else image.mean(0, keepdims=True)
     pixels = np.round(255 * np.clip(planes, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
     drawn = Image.fromarray(pixels if len(planes) == 3 else pixels[..., 0])

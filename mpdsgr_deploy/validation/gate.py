@@ -1,21 +1,20 @@
-"""The gate: the accuracy that an artefact must keep, decided by paired tests on enough images.
+"""The gate: decide whether an artefact keeps enough accuracy, by paired tests on enough images.
 
-A drop fails if the artefact loses more than the limit and the loss is significant: of the images whose verdict differs,
-more than half are newly wrong by an exact one-sided McNemar test. The accuracy without attack and that under all
-attacks are tested at p < 0.003, where most damage shows, each single attack at p < 0.0005: with a dozen of them a
-healthy artefact is refused less than once in a hundred times (computed exactly for 100 to 1,000 images and flips up to
-20 %). Eleven images that only the artefact gets wrong are the fewest that can show a drop under a single attack, so a
-limit of 1 % takes 1,000 images; `proportions.smallest_drop` says which drops a run can see.
+A drop in accuracy fails the gate if it exceeds its limit and is significant, by the exact one-sided McNemar test of the
+images that are newly wrong against those that are newly right. Clean accuracy and accuracy under all attacks, where
+most damage shows, are tested at p < 0.003, and each single attack at p < 0.0005. With a dozen attacks, this refuses a
+healthy artefact less than once in a hundred times (computed exactly for 100 to 1,000 images and flips up to 20 %). A
+drop under a single attack is significant with 11 newly wrong images at least, so a limit of 1 % needs 1,000 images.
+`proportions.smallest_drop` computes which drops a run can detect.
 
-Many faults cost a little under every attack. If a drop is beyond its limit but not significant by itself, all
-conditions are therefore tested together: per image, the conditions that the artefact lost minus those that it gained,
-and over images the exact paired permutation test (signs flipped at random), at p < 0.001. Conditions of one image
-depend on one another, which this test allows for, because it flips an image as a whole. benchmarks/gate_power.py
-measures its power.
+Many faults cost a little accuracy under every attack. If a drop exceeds its limit without being significant, all
+conditions are tested together at p < 0.001, by an exact paired permutation test over images (with randomly flipped
+signs) of the number of conditions lost minus those gained. The test flips all conditions of an image together, because
+they depend on one another. benchmarks/gate_power.py measures its power.
 
-Square is left out unless the gate names it in `drops`: its random search differs on every network, which by chance
-changes about a dozen of 100 verdicts. Images that it breaks count in the worst case. A floor fails if the artefact's
-accuracy is below it; a floor is decidable if the 95 % Wilson interval of n right images begins above it.
+Square is left out unless the gate names it in `drops`: its random search takes another course on every network, which
+changes about a dozen of 100 verdicts by chance. Images that it breaks count in the worst case. A floor fails if the
+artefact's accuracy is below it. A floor is decidable if the 95 % Wilson interval of n correct images begins above it.
 """
 
 import math
@@ -38,7 +37,7 @@ SIGNIFICANT = 0.0005  # p-value below which a drop under one attack is significa
 SIGNIFICANT_OVERALL = 0.003  # the same for the accuracies in OVERALL
 SIGNIFICANT_TOGETHER = 0.001  # the same for all conditions together
 OVERALL = (CLEAN, WORST)
-CHANCY = (SQUARE,)
+UNLIMITED = (SQUARE,)  # conditions that have a limit only if the gate names them
 
 REQUIRE_SIGNATURE = "require_signature"  # a key that only gate files may have
 
@@ -46,17 +45,17 @@ Bools = NDArray[np.bool_]
 
 
 def load_gate(path: Path) -> Gate:
-    """The rules of a gate file. Raises InputError for a missing file or an unknown key."""
+    """Load the rules of a gate file. Raises InputError for a missing file, and for wrong keys or values."""
     values = read_toml(path)
     values.pop(REQUIRE_SIGNATURE, None)
     return parse(Gate, values, str(path))
 
 
 def signature_of_gate(path: Path) -> str | None:
-    """Return the key that a gate file requires as signer, if any; a relative path starts beside the file.
+    """Return who must have signed the bundle according to a gate file: a file of keys, or IDENTITY,ISSUER; else None.
 
-    A gate in a bundle's own recipe cannot require one, because the bundle would vouch for itself. Raises InputError as
-    `load_gate` does.
+    A relative path is taken from the gate file's directory. The gate in a bundle's recipe cannot require a signature,
+    because the bundle would vouch for itself. Raises InputError for an unreadable file and a value that is no text.
     """
     text = read_toml(path).get(REQUIRE_SIGNATURE)
     if text is None:
@@ -69,13 +68,13 @@ def signature_of_gate(path: Path) -> str | None:
 
 
 def usual_limit(gate: Gate) -> float:
-    """Return the drop allowed in conditions without a rule of their own: the gate's, else the tier's."""
+    """Return the limit on drops, in [0, 1], of conditions without a rule of their own: the gate's, else the tier's."""
     return TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
 
 
 def limit(gate: Gate, name: str) -> float:
-    """Return the drop of accuracy allowed in a condition; 1 allows any."""
-    return gate.drops.get(name, 1.0 if name in CHANCY else usual_limit(gate))
+    """Return the limit on the drop of accuracy in a condition, in [0, 1]; 1 allows any drop."""
+    return gate.drops.get(name, 1.0 if name in UNLIMITED else usual_limit(gate))
 
 
 def significant(name: str) -> float:
@@ -84,7 +83,7 @@ def significant(name: str) -> float:
 
 
 def fewest_flips(p: float) -> int:
-    """Return the smallest number of flips, all one way, that is significant at this p-value."""
+    """Return the smallest number of newly wrong images, with none newly right, whose p-value is below p."""
     return math.floor(-math.log2(p)) + 1
 
 
@@ -94,7 +93,7 @@ def least_decidable(n: int) -> float:
 
 
 def fewest_images(gate: Gate, names: Iterable[str]) -> int:
-    """Return the smallest n with which every rule of the gate can be decided, for the conditions `names`."""
+    """Return the smallest number of images that can decide every floor, and the drops in the conditions `names`."""
     limits = {(limit(gate, name), fewest_flips(significant(name))) for name in names}
     drops = [flips if not share else math.ceil((flips - 1) / share - 1e-9) for share, flips in limits if share < 1]
     floors = [math.ceil(Z95**2 * floor / (1 - floor)) for floor in gate.floors.values() if floor < 1]
@@ -102,12 +101,11 @@ def fewest_images(gate: Gate, names: Iterable[str]) -> int:
 
 
 def check_gate(gate: Gate, names: Sequence[str], n: int, referenced: Collection[str]) -> None:
-    """Raise InputError for a gate that decides nothing, or whose rules cannot be decided.
+    """Raise InputError for a gate that decides nothing, or that has a rule that cannot be decided.
 
-    A rule cannot be decided if its condition is not evaluated, if it bounds a drop in a condition that the reference
-    never met, or if n images are too few.
-
-    referenced: those of the conditions `names` that the reference has verdicts of.
+    A rule cannot be decided if its condition is not evaluated, if it limits the drop in a condition without a
+    reference, or if n images are too few. names: the conditions that are evaluated; referenced: those of them under
+    which the reference has verdicts.
     """
     for name in (*gate.floors, *gate.drops):
         if name not in names:
@@ -132,13 +130,19 @@ def check_gate(gate: Gate, names: Sequence[str], n: int, referenced: Collection[
 
 
 def regressed(gate: Gate, name: str, n: int, worse: int, better: int) -> bool:
-    """Whether the loss in a condition exceeds what is allowed there, and is significant."""
+    """Whether the drop in a condition exceeds its limit and is significant.
+
+    worse, better: how many of n images are newly wrong and newly right.
+    """
     excess = worse - better > limit(gate, name) * n + 1e-9
     return excess and binomial_tail(worse, worse + better) < significant(name)
 
 
 def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
-    """Return one reason for each rule that the artefact breaks. Rows that ended early are judged by `lost`."""
+    """Return a reason for each rule that the artefact breaks, or else the result of `together`.
+
+    Rows with fewer images than others, whose condition ended early, are left out; `lost` judges them.
+    """
     reasons = []
     n = max((row.n for row in rows), default=0)
     whole = [row for row in rows if row.n == n]
@@ -157,7 +161,10 @@ def failures(gate: Gate, rows: list[Row]) -> list[Reason]:
 
 
 def together(gate: Gate, rows: Sequence[Row]) -> list[Reason]:
-    """Return the largest drop beyond its limit, if the losses of the bounded conditions are significant together."""
+    """Return the drop that exceeds its limit most, if the losses under all conditions with a limit are significant.
+
+    Otherwise the result is empty.
+    """
     bounded = [row for row in rows if row.reference is not None and limit(gate, row.name) < 1]
     beyond = {row.name: drop for row in bounded if (drop := _drop(row)) > limit(gate, row.name) + 1e-9}
     single = [row for row in bounded if row.name != WORST]  # leave out `worst`, which is computed from the others
@@ -181,15 +188,16 @@ def _drop(row: Row) -> float:
 
 
 def _losses(row: Row) -> NDArray[np.int64]:
-    """Return [n]: 1 where the artefact alone is wrong, -1 where the reference alone is, else 0."""
+    """Return 1 for images that only the artefact gets wrong, -1 for those that only the reference does, else 0: [n]."""
     assert row.reference is not None
     return row.reference.verdicts(row.n).astype(np.int64) - row.artefact.verdicts(row.n)
 
 
 def lost(gate: Gate, name: str, correct: Bools, reference: Bools | None, n: int) -> str | None:
-    """Return why the gate will fail for any outcome on the remaining images; None while it can still pass.
+    """Return why the gate will fail for every outcome on the remaining images; None while it can still pass.
 
-    correct: verdicts [m] on the first m of n images; reference: all of its verdicts [n].
+    correct: the artefact's verdicts [m] under the condition `name` on the first m of n images; reference: the
+    reference's verdicts [n], None if the drop is not limited.
     """
     attacked = len(correct)
     floor = gate.floors.get(name)

@@ -1,4 +1,4 @@
-"""Choose the images for evaluating an artefact, and check that they are the promised ones."""
+"""Choose the images on which an artefact is evaluated, and check that they are the promised ones."""
 
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -12,16 +12,17 @@ from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.reference import IMAGES, Reference, digests, load_images
 
-# 64-bit blake2b of the first 100 test images, with their classes, of data sets whose order is the same everywhere.
+# 64-bit blake2b of the first 100 test images with their classes, for data sets whose order is the same everywhere
 WELL_KNOWN = {"digits": "545781e6091becde", "cifar10": "cb86e883e52e0c7a", "cifar100": "11f8368e377b712e"}
 FIRST = 100
-MAX_REPEATED = 0.01  # share of class names that may be duplicates; ImageNet's usual list has 2 of 1,000
+MAX_REPEATED = 0.01  # share of class names that may repeat another; ImageNet's usual list repeats 2 of 1,000
 
 
 def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Images:
-    """Load the test images that the bundle carries; with `data` or `root`, or if it has none, the data set's own.
+    """Load the test images that the bundle carries, or else those of the data set on this machine.
 
-    Raises InputError for missing data, or if the network was not made for such images.
+    data, root: name and directory of a data set, which is then used even if the bundle carries images. Raises
+    InputError for missing data, and if the network was not made for such images.
     """
     manifest = bundle.manifest
     if data is None and root is None and IMAGES in manifest.files:
@@ -36,9 +37,10 @@ def evaluation_images(bundle: Bundle, data: str | None, root: str | None) -> Ima
 
 
 def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: str | None, root: str | None) -> Images:
-    """Return the first `limit` test images; None: the `usual` number, or as many as the reference answered.
+    """Return the first test images: `limit` of them, or the `usual` number, or all if both are None.
 
-    Raises InputError if there are fewer than `limit`.
+    With `limit` None, the reference and the images at hand may limit the number further. data, root: see
+    `evaluation_images`, which also describes the errors. Raises InputError if fewer than `limit` images are available.
     """
     manifest = bundle.manifest
     images = evaluation_images(bundle, data, root)
@@ -55,10 +57,10 @@ def chosen_images(bundle: Bundle, limit: int | None, usual: int | None, data: st
 
 
 def own_images(bundle: Bundle, images: Images, data: str | None, root: str | None) -> Images | None:
-    """Return the data set's own images to compare `images` with: themselves if `data` or `root` chose them.
+    """Return the data set's first images, to compare `images` with; `images` themselves if they come from there.
 
-    None if the data set is not on this machine; images and classes are then as the bundle claims. A folder of images is
-    never recognised, because its name does not identify it.
+    None if the data set is not on this machine, so that images and classes rest on the bundle alone, and for a folder
+    of images, whose name does not identify it.
     """
     if data is not None or root is not None or IMAGES not in bundle.manifest.files:
         return images
@@ -72,9 +74,10 @@ def own_images(bundle: Bundle, images: Images, data: str | None, root: str | Non
 
 
 def image_faults(name: str, images: Images, reference: Reference | None, own: Images | None = None) -> list[str]:
-    """Return how these images, the first of data set `name`, differ from those that were promised.
+    """Return the faults of images that should be the first ones of data set `name`, as phrases; empty for none.
 
-    own: the data set's own, if available; without them, images and classes are as the bundle claims.
+    They are compared with the digests of the reference, with `own`, the data set's images if it is on this machine, and
+    with a well-known digest if there is one.
     """
     image_digests, faults = digests(images), []
     if len(images) and images.classes.max(initial=0) >= len(images.labels):
@@ -93,7 +96,7 @@ def image_faults(name: str, images: Images, reference: Reference | None, own: Im
 
 
 def _differences(images: Images, own: Images) -> Iterator[str]:
-    """Return how images and names of classes differ from those of the data set itself."""
+    """Yield how images and names of classes differ from those of the data set itself."""
     common = min(len(images), len(own))
     if different := int((digests(images[:common]) != digests(own[:common])).sum()):
         yield f"{different} of {common} images differ from those of the data set"
@@ -102,7 +105,7 @@ def _differences(images: Images, own: Images) -> Iterator[str]:
 
 
 def blake2b_64(image_digests: NDArray[np.uint64]) -> str:
-    """Return the 64-bit blake2b of a sequence of images, in hex, computed from those of the images."""
+    """Return the 64-bit blake2b, in hex, of the digests [N] of a sequence of images."""
     return blake2b(image_digests.astype("<u8").tobytes(), digest_size=8).hexdigest()
 
 
@@ -110,7 +113,7 @@ Kind = tuple[tuple[int, int, int], tuple[str, ...]]  # shape of an image, class 
 
 
 def require_alike(path: Path, theirs: Kind, expected: Kind) -> None:
-    """Raise InputError unless another network, from `path`, was made for images of the same kind."""
+    """Raise InputError unless the other network, which was read from `path`, was made for the `expected` images."""
     if theirs != expected:
         raise InputError(
             f"{path} takes other images than the network under attack; give another bundle or checkpoint to --transfer"

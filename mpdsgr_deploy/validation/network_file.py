@@ -1,12 +1,12 @@
-"""Check a network's ONNX file: that it has standard parts only, and is float32's, rounded where its manifest says so.
+"""Check a network's ONNX file: it has only standard parts, and is the float32 network, rounded as its manifest says.
 
-An operator's name alone does not say what it computes: `Mul` of another domain may be anything, and so may a function
-defined in the file; numbers in an external file are not covered by the hash; a type such as bfloat16 rounds values that
-the manifest says are exact.
+The name of an operator does not determine what it computes: `Mul` of another domain may be anything, and so may a
+function that the file defines. Hashes do not cover numbers in an external file. A type such as bfloat16 rounds values
+that the manifest says are exact.
 
-A reduced precision is equal to float32 except for its rounding. Its logits differ from float32's by an
-unpredictable amount. The two files are therefore compared node by node, with all their numbers. The int8 and float8
-activations, which are exact, are checked by removing their rounding.
+A reduced precision must equal float32 except for its rounding. Its logits cannot show that, since rounding changes them
+by an unpredictable amount, so the two files are compared node by node, with all their numbers. Rounding the int8 and
+float8 activations must change nothing: without it, the file has to give the same logits.
 """
 
 import tempfile
@@ -28,27 +28,27 @@ from mpdsgr_deploy.runtime.image_noise import NoiseSource
 STANDARD = ("", "ai.onnx")
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 WHOLE = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}  # types of shapes, axes and comparisons
-# What numbers may be stored in or cast to, by the precision of the layers in a file
+# The type in which numbers are stored or to which they are cast, by the precision of a layer
 STORED = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
     "int8": TensorProto.INT8,
     "fp8": TensorProto.FLOAT8E4M3FN,
 }
-# half a unit in the last place of each format, relative to the number (float) or to its channel's scale (int8)
+# half a unit in the last place of each float format, relative to the number
 FLOAT_ROUNDING = {"fp16": 2.0**-11, "fp8": 2.0**-4}
 
 Array = NDArray[Any]
 
 
 def foreign_parts(network: ModelProto, precisions: set[str] | None) -> list[str]:
-    """Return the parts of a file that are not standard, lie outside it, or round differently from `precisions`.
+    """Return the parts of a file that are not standard, lie outside it, or have other number types than `precisions`.
 
-    precisions: those of its layers; None for a file of another library, which promises no number types.
+    precisions: those of its layers; None for a file of another library, whose manifest states no number types.
     """
     faults = [f"it defines the custom operator {function.name}" for function in network.functions]
-    named = STORED if precisions is None else {*precisions, "fp32"}
-    allowed: set[int] = {STORED[precision] for precision in named}
+    expected = STORED if precisions is None else {*precisions, "fp32"}
+    allowed: set[int] = {STORED[precision] for precision in expected}
     allowed |= set() if precisions is not None else {TensorProto.UINT8, TensorProto.DOUBLE}
     for graph in _graphs(network.graph):
         for tensor in graph.initializer:
@@ -85,16 +85,17 @@ def _node_faults(node: NodeProto, allowed: set[int]) -> Iterator[str]:
 
 
 class Constant(NamedTuple):
-    """One or several numbers, with the values used in computation and the TensorProto type they are stored in."""
+    """A constant tensor: the values that the network computes with, and the TensorProto type that stores them."""
 
     value: Array
     stored: int
 
 
 class ResolvedNode(NamedTuple):
-    """A node. An input is a constant, or the output of an earlier step as (step, output), or an input of the network.
+    """A node whose inputs are resolved past changes of number format.
 
-    attributes: those that are set, in the order of their names.
+    attributes: those that are set, serialised, in the order of their names. inputs: each is a constant, the output of
+    an earlier node as (number of the node, counted from 1, and of its output), or the name of an input of the network.
     """
 
     name: str
@@ -104,10 +105,11 @@ class ResolvedNode(NamedTuple):
 
 
 def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> list[str]:
-    """Return what in a precision's file is neither float32's nor rounded from it; x: images [n, C, H, W] to test it.
+    """Return how a precision's file differs from the float32 network by more than its rounding.
 
-    Empty for an adopted network, whose other precisions come from another quantiser with its own choices (fused
-    operators, rounded activations). Those are compared with float32 by their verdicts alone.
+    x: images [n, C, H, W] on which the rounding of activations is checked. The result is empty for a network that this
+    package did not train: its reduced precisions may come from a quantiser that makes other choices (fused operators,
+    rounded activations), so they are compared with float32 by their verdicts alone.
     """
     if bundle.manifest.origin != "trained":
         return []
@@ -118,7 +120,10 @@ def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> l
 
 
 def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) -> Iterator[str]:
-    """Return differences between a float32 network and its rounded form, other than the rounding of `layers`."""
+    """Yield differences between a float32 network and its rounded form, other than the rounding of `layers`.
+
+    layers: the precision in which each layer multiplies, by layer.
+    """
     ours, theirs = resolve_nodes(exact), resolve_nodes(rounded)
     if [step.operator for step in ours] != [step.operator for step in theirs]:
         yield f"it does not have the {len(ours)} operators of the float32 network"
@@ -142,7 +147,7 @@ def file_faults(exact: ModelProto, rounded: ModelProto, layers: dict[str, str]) 
 
 
 def resolve_nodes(network: ModelProto) -> list[ResolvedNode]:
-    """Return a network's nodes without changes of number format, in the order of the file."""
+    """Return a network's nodes in the order of the file, without those that only change the number format."""
     constants = {tensor.name: tensor for tensor in network.graph.initializer}
     makers = {output: node for node in network.graph.node for output in node.output}
     places: dict[str, tuple[int, int]] = {}
@@ -176,10 +181,7 @@ def operator(node: NodeProto) -> tuple[str, str]:
 
 
 def _converts(node: NodeProto, makers: dict[str, NodeProto]) -> bool:
-    """Whether a node only changes the number format, to one of those that a precision uses.
-
-    The Cast that turns a comparison into a spike is not one of these.
-    """
+    """Whether a node only changes the number format. The Cast that turns a comparison into a spike does more."""
     if node.domain not in STANDARD:
         return False
     if node.op_type == "Cast":
@@ -198,20 +200,20 @@ def _dequantised(node: NodeProto, constants: dict[str, TensorProto]) -> Array:
 
 
 def is_rounded(exact: Array, rounded: Array, form: str) -> bool:
-    """Whether rounded [O, ...] is within half a step of exact, in the steps of `form`; equal in fp32."""
+    """Whether `rounded` [O, ...] is `exact` to within half a step of the format `form`; fp32 requires equality."""
     if exact.shape != rounded.shape:
         return False
     if form == "fp32":
         return np.array_equal(exact, rounded)
     exact, rounded = exact.astype(np.float32), rounded.astype(np.float32)
     largest = np.abs(exact).reshape(len(exact), -1).max(1).reshape(-1, *[1] * (exact.ndim - 1))
-    # for floats also the rounding of subnormal numbers, relative to the channel's largest number
-    step = largest / 254 if form == "int8" else np.abs(exact) * FLOAT_ROUNDING[form] + largest * 2.0**-14
-    return bool((np.abs(exact - rounded) <= 1.001 * step + 1e-6).all())  # scales are rounded too
+    # half a step; for floats also that of subnormal numbers, relative to the channel's largest number
+    half = largest / 254 if form == "int8" else np.abs(exact) * FLOAT_ROUNDING[form] + largest * 2.0**-14
+    return bool((np.abs(exact - rounded) <= 1.001 * half + 1e-6).all())  # scales are rounded too
 
 
 def _activation_faults(bundle: Bundle, precision: str, network: ModelProto, x: NDArray[np.float32]) -> list[str]:
-    """Return rounded activations that are not exact: without the rounding, the file must give the same logits."""
+    """Return a fault if the rounding of activations changes the logits, which means that it is not exact."""
     if not any(node.op_type == "QuantizeLinear" for node in network.graph.node):
         return []
     manifest = bundle.manifest
@@ -225,14 +227,14 @@ def _activation_faults(bundle: Bundle, precision: str, network: ModelProto, x: N
 
 
 def without_rounded_activations(network: ModelProto) -> ModelProto:
-    """Return the network with products that read the values before QuantizeLinear."""
-    bare = ModelProto.FromString(network.SerializeToString())
-    makers = {output: node for node in bare.graph.node for output in node.output}
-    for node in bare.graph.node:
+    """Return a copy of the network in which products read activations before they are quantised."""
+    unrounded = ModelProto.FromString(network.SerializeToString())
+    makers = {output: node for node in unrounded.graph.node for output in node.output}
+    for node in unrounded.graph.node:
         for place, name in enumerate(node.input):
-            back = makers.get(name)
-            if back is not None and back.op_type == "DequantizeLinear":
-                there = makers.get(back.input[0])
-                if there is not None and there.op_type == "QuantizeLinear":
-                    node.input[place] = there.input[0]
-    return bare
+            dequantise = makers.get(name)
+            if dequantise is not None and dequantise.op_type == "DequantizeLinear":
+                quantise = makers.get(dequantise.input[0])
+                if quantise is not None and quantise.op_type == "QuantizeLinear":
+                    node.input[place] = quantise.input[0]
+    return unrounded

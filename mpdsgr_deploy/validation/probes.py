@@ -1,4 +1,4 @@
-"""Make further attacks on some of the images, for health checks and figures: growing eps, twice the steps."""
+"""Attack some of the images further, for health checks and figures: growing eps, twice the steps, random search."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,10 +18,10 @@ from mpdsgr_deploy.validation.health.check_registry import Convergence, Search, 
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # as multiples of the recipe's eps
 GROWTH_STEPS = 20  # steps of the strong PGD
-LARGE = (0.5, 1.0)  # eps with which an attack can make any image
+LARGE = (0.5, 1.0)  # within eps 0.5 an attack can make every image grey, within 1 it can make any image
 STEPS = (0.125, 0.25, 0.5, 1.0)  # lengths of steps along the gradient and along random directions, as shares of eps
 DIRECTIONS = 4  # number of random directions
-SEARCHED = 100  # number of images that are searched
+SEARCHED = 100  # number of images on which random search is tried
 ENOUGH = 500  # queries per image that random search needs to reveal a weakened gradient
 CERTAIN = 1e-6  # a cross-entropy below it has no gradient in float32, where 1 - p rounds to 0
 
@@ -31,7 +31,10 @@ Bools = NDArray[np.bool_]
 def growth(
     suite: Suite, x: Floats, y: Classes, clean: Classes, *, batch_size: int, journal: Journal | None
 ) -> dict[str, dict[float, Bools]]:
-    """Return verdicts [m] on images x [m, C, H, W] under FGSM and under the strong PGD by eps, from 0 to 1."""
+    """Return the verdicts [m] on images x [m, C, H, W] by attack (FGSM, strong PGD) and by eps, from 0 to 1.
+
+    y, clean [m]: the true classes, and those predicted for the clean images.
+    """
     fgsm, strong = (next(c for c in suite.conditions if c.name == name) for name in (FGSM, STRONG))
     quick = {FGSM: fgsm, STRONG: replace(strong, steps=GROWTH_STEPS, restarts=1)}
     eps = fgsm.bound
@@ -48,10 +51,10 @@ def growth(
 def convergence(
     suite: Suite, measurement: Measurement, x: Floats, *, floor: float | None, batch_size: int, journal: Journal | None
 ) -> Convergence:
-    """Make every attack that the worst case rests on with twice the steps, on the first m images x [m, C, H, W].
+    """Repeat every attack that the worst case rests on with twice the steps, on the first m images x [m, C, H, W].
 
-    Each starts at the same points as before, on the images that all attacks before it left. floor: what the gate
-    requires of the worst case.
+    Each attack is made from its first random start, on the images that all attacks so far left correct. floor: the
+    least accuracy in the worst case that the gate allows.
     """
     m = len(x)
     y, clean = measurement.y[:m], measurement.clean[:m]
@@ -63,7 +66,7 @@ def convergence(
             condition, name=f"{condition.name} {steps} steps", steps=steps, restarts=1, stream=condition.name
         )
         longer[condition.name] = condition.steps
-        attackable = np.where(standing, clean, -1)  # images that are broken already count as wrong from the start
+        attackable = np.where(standing, clean, -1)  # images that are already broken count as misclassified
         batches = run(suite, more, x, y, attackable, batch_size=batch_size, journal=journal)
         standing &= gather(list(batches))[1] == y
     worst = float(measurement.standing.mean())
@@ -71,9 +74,9 @@ def convergence(
 
 
 def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:
-    """Return the attacks with many steps that the worst case rests on.
+    """Return the attacks with many steps that the worst case rests on: the strongest, and those alone in breaking one.
 
-    These are the attacks that alone break an image of `right` [n], and in any case the strongest attack.
+    right [n]: whether an image is classified correctly without attack.
     """
     attacks = [o for o in outcomes if o.condition.kind == "gradient" and o.condition.eps and o.condition.steps > 1]
     strong = [o for o in attacks if o.condition.rank is None or o.condition.name == STRONG]
@@ -90,8 +93,8 @@ def search(
 ) -> Search | None:
     """Try Square on those of the first m images x [m, C, H, W] that no attack with a gradient broke.
 
-    It has ENOUGH queries, or as many as in the tier. None for a stochastic network, whose noise eventually fails under
-    repeated queries, and if the tier has no Square.
+    Square has ENOUGH queries, or the tier's number if that is larger. None if the tier has no Square, and for a
+    stochastic network, whose noise alone breaks images if queries are repeated often enough.
     """
     square = next((c for c in suite.conditions if isinstance(c, Square)), None)
     if square is None or suite.network.stochastic:
@@ -110,11 +113,12 @@ def search(
 
 
 def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, batch_size: int) -> Slopes | None:
-    """Measure how the loss of the network's own answers changes along its gradient's signs and along random ones.
+    """Measure how the loss changes along the signs of its gradient, and along random signs.
 
-    Only correctly classified images of x [m, C, H, W] are used. None for a stochastic network, whose noise changes the
-    answers more than small steps do. The loss is the cross-entropy; if its gradient underflows in float32, because the
-    network is very confident, it is the margin: the best wrong logit minus the true one.
+    The loss is computed from the network's logits alone. It is the cross-entropy, or, for images of which the network
+    is so certain that the gradient of the cross-entropy underflows in float32, the margin: the best wrong logit minus
+    the true one. Only images of x [m, C, H, W] that are classified correctly are used (classes y, predictions clean).
+    None if there are none, and for a stochastic network, whose noise changes logits more than small steps do.
     """
     network, trained = suite.network, suite.source.trained
     chosen = np.flatnonzero(clean == y)

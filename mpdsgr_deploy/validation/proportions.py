@@ -1,8 +1,9 @@
-"""The statistics of paired verdicts: intervals for a share, tests of two classifiers on the same images, their power.
+"""The statistics of paired verdicts: intervals of a share, tests of two classifiers on the same images, their power.
 
-A true drop of d turns an image wrong with probability s + d and right with probability s, where s is the rate at which
-verdicts flip either way by rounding alone. The number of flips is binomial, and so is the number of these that are for
-the worse; the gate's own test is applied to each outcome, so the probability is exact.
+Power is computed for this model: with a true drop of d, an image becomes wrong with probability s + d and right with
+probability s, where s is the rate at which rounding alone flips verdicts in each direction. The number of flips is then
+binomial, and so is the number of flips for the worse among them. The gate's own test is applied to every outcome, so
+the probability of refusal is exact.
 """
 
 import math
@@ -12,15 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-RELIABLE = 0.9  # probability with which the smallest drop is refused
-SPREAD = 8.0  # how many standard deviations of the number of flips are summed over
-RESOLUTION = 5e-4  # resolution of the drop that is returned
+RELIABLE = 0.9  # probability with which the gate must refuse a drop that counts as detectable
+SPREAD = 8.0  # sums over the number of flips end this many standard deviations from its mean
+RESOLUTION = 5e-4  # resolution of the smallest detectable drop
 
 Floats = NDArray[np.float64]
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share correct/n; (0, 1) for n = 0. Counts may be fractions (means)."""
+    """Return the 95 % Wilson score interval of the share correct / n; (0, 1) for n = 0.
+
+    correct: need not be an integer, so that it may be a mean over seeds.
+    """
     if n == 0:
         return 0.0, 1.0
     share, z2 = correct / n, Z95**2
@@ -41,31 +45,31 @@ def exceeds(k: int, n: int, share: float) -> float:
 
 
 def mcnemar(worse: int, better: int) -> float:
-    """Return the exact two-sided McNemar p-value of `worse` against `better` discordant images."""
+    """Return the p-value of the exact two-sided McNemar test: `worse` images newly wrong, `better` newly right."""
     return min(1.0, 2 * binomial_tail(max(worse, better), worse + better))
 
 
 def sign_flip_tail(differences: NDArray[np.int64]) -> float:
-    """Return P(sum of +-|d| >= sum of d) for integers d [n] with random signs: the exact paired permutation test.
+    """Return the p-value of the exact one-sided paired permutation test of integers d [n] = `differences`.
 
-    With differences of -1, 0 and 1 it is the one-sided McNemar test.
+    It is P(sum of +-|d| >= sum of d) for random signs. For differences of -1, 0 and 1 it is the one-sided McNemar test.
     """
     sizes = np.abs(differences[differences != 0])
-    below = np.ones(1)  # below[k]: the probability that the negative ones add up to k
+    negative = np.ones(1)  # negative[k]: the probability that the sizes with a negative sign add up to k
     for size in sizes.tolist():
-        shifted = np.concatenate([np.zeros(size), below])
-        below = (np.concatenate([below, np.zeros(size)]) + shifted) / 2
-    most = int(sizes.sum() - differences.sum()) // 2  # the negative ones of these differences
-    return min(1.0, float(below[: most + 1].sum()))
+        shifted = np.concatenate([np.zeros(size), negative])
+        negative = (np.concatenate([negative, np.zeros(size)]) + shifted) / 2
+    measured = int(sizes.sum() - differences.sum()) // 2  # the sum of the sizes that have a negative sign in fact
+    return min(1.0, float(negative[: measured + 1].sum()))
 
 
 def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: float) -> float | None:
-    """Return the smallest drop in [0, 1] refused with 90 % probability, given the flips of this run; None without one.
+    """Return the smallest true drop in [0, 1] that the gate refuses with a probability of 90 %; None if there is none.
 
-    allowed: the gate's limit, in [0, 1]; worse, better: flips seen among the n images; significant: the p-value below
-    which the gate calls a drop significant.
+    allowed: the gate's limit, in [0, 1]; worse, better: the images among n that became wrong and right in this run;
+    significant: the p-value below which the gate calls a drop significant.
     """
-    # share of flips in each direction that rounding alone causes
+    # the smaller count is the estimate of how many verdicts rounding alone flips in each direction
     return _smallest(n, allowed, min(worse, better) / n, significant)
 
 
@@ -84,7 +88,10 @@ def _smallest(n: int, allowed: float, flips: float, significant: float) -> float
 
 
 def refused(n: int, allowed: float, flips: float, drop: float, significant: float) -> float:
-    """Return the probability in [0, 1] that the gate refuses a true drop; flips: the probability of a flip each way."""
+    """Return the probability that the gate refuses a true drop of `drop`.
+
+    flips: the probability that rounding alone flips a verdict, in each direction; others: see `smallest_drop`.
+    """
     rate = 2 * flips + drop
     if rate <= 0:
         return 0.0
@@ -97,16 +104,16 @@ def refused(n: int, allowed: float, flips: float, drop: float, significant: floa
 
 
 def _refused_of(discordant: int, n: int, allowed: float, share: float, significant: float) -> float:
-    """Return that probability for a known number of flips, each for the worse with probability `share`."""
+    """Return the probability of refusal if `discordant` verdicts flip, each for the worse with probability `share`."""
     counts = _refused_counts(discordant, allowed * n + 1e-9, significant)
     return float(np.exp(_log_binomial(discordant, counts, share)).sum())
 
 
 @lru_cache(4096)
 def _refused_counts(discordant: int, limit: float, significant: float) -> NDArray[np.int64]:
-    """Return the counts of flips for the worse that the gate refuses."""
+    """Return the numbers of flips for the worse, among `discordant` flips, that the gate refuses."""
     worse = np.arange(discordant + 1)
-    # probability that at least this many flips are losses by chance
+    # tails[k]: the probability that at least k flips are for the worse by chance
     tails = np.cumsum(np.exp(_log_binomial(discordant, worse, 0.5))[::-1])[::-1]
     return worse[(tails < significant) & (2 * worse - discordant > limit)]
 

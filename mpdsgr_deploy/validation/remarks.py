@@ -9,20 +9,21 @@ from mpdsgr_deploy.validation.health.check_registry import Convergence
 from mpdsgr_deploy.validation.image_checks import FIRST, WELL_KNOWN
 from mpdsgr_deploy.validation.subject import Subject
 
-MASKED = 0.1  # share of images between the trained surrogate's gradient and all attacks, from which masking is reported
+MASKED = 0.1  # a loss of accuracy from strong PGD to all attacks together that counts as gradient masking
 
 
 def remarks(subject: Subject, measurement: Measurement, convergence: Convergence | None = None) -> list[str]:
-    """Return sentences for the report; after an early stop, only those that hold without the missing attacks.
+    """Return sentences for the report, each a clause without a capital and a full stop.
 
-    convergence: the effect of twice the steps of the attacks that the worst case rests on; None if not tried.
+    After an early stop, these are only the ones that hold without the missing attacks. convergence: the effect of twice
+    the steps of the attacks that the worst case rests on; None if not tried.
     """
     if measurement.stopped is not None:
-        return list(_own_word(subject))
-    return [*_masking(measurement), *_upper_bound(subject), *_not_converged(convergence), *_own_word(subject)]
+        return list(_unverified_images(subject))
+    return [*_masking(measurement), *_upper_bound(subject), *_not_converged(convergence), *_unverified_images(subject)]
 
 
-def _own_word(subject: Subject) -> Iterator[str]:
+def _unverified_images(subject: Subject) -> Iterator[str]:
     if subject.own is None:
         known = f" beyond the first {FIRST}, whose digest is known," if subject.data in WELL_KNOWN else ""
         yield (
@@ -43,17 +44,17 @@ def _masking(measurement: Measurement) -> Iterator[str]:
 
 
 def _upper_bound(subject: Subject) -> Iterator[str]:
-    """Remark how much lower the reference's worst case fell at export under more attacks, on the same images."""
-    reference, here = subject.reference, subject.comparison.worst
+    """Remark how much lower the reference's worst case was at export under the attacks of a larger tier."""
+    reference, compared = subject.reference, subject.comparison.worst
     promise = subject.target.bundle.manifest.reference
-    if reference is None or promise is None or here is None:
+    if reference is None or promise is None or compared is None:
         return
     tier, n = subject.gate.tier, len(subject.images)
     if tier in smaller_tiers(promise.tier):
-        there = int((reference.verdicts[WORST][:n] & here).sum())
+        after_all = int((reference.verdicts[WORST][:n] & compared).sum())
         yield (
-            f"worst is an upper bound: at export {int(here.sum())} of these {n} images were correct after the "
-            f"attacks of tier {tier}, and after those of tier {promise.tier} {there}"
+            f"worst is an upper bound: at export {int(compared.sum())} of these {n} images were correct after the "
+            f"attacks of tier {tier}, and after those of tier {promise.tier} {after_all}"
         )
     elif smaller_tiers(tier) == []:
         yield (

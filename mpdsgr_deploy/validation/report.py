@@ -1,4 +1,4 @@
-"""The report: one record, from which every file that `writing` makes is derived."""
+"""The report of a validation: the record from which `writing` makes all files."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,22 +44,24 @@ class Point(BaseModel):
 
 
 class Curve(BaseModel):
-    """One attack at several eps."""
+    """The accuracy under one attack at several eps."""
 
     attack: str
     points: list[Point]
 
     @classmethod
     def of(cls, attack: str, verdicts: Mapping[float, NDArray[np.bool_]]) -> "Curve":
-        """Make a curve from verdicts [n] by eps."""
+        """Return the curve of verdicts [n] by eps."""
         points = [Point(eps=eps, correct=int(right.sum()), n=len(right)) for eps, right in sorted(verdicts.items())]
         return cls(attack=attack, points=points)
 
 
 class Example(BaseModel):
-    """One broken image: its number, its label, the labels predicted for it clean and attacked.
+    """One image that an attack broke.
 
-    pictures: PNG files in base64: clean, attacked, and the difference, magnified, grey where nothing changed.
+    image: its place among the images. label: the true class; clean, attacked: the classes predicted without and under
+    attack. pictures: PNG files in base64 of the clean image, the attacked image, and their magnified difference, which
+    is grey where nothing changed.
     """
 
     image: int
@@ -80,7 +82,7 @@ class VariantFlips(BaseModel):
 
 
 class ModelFacts(BaseModel):
-    """A network's training method, time steps, parameters, and multiply-accumulates per image."""
+    """A network's architecture, training method, time steps T, parameters, and multiply-accumulates per image."""
 
     architecture: str
     method: str
@@ -101,12 +103,14 @@ class ModelFacts(BaseModel):
 
 
 class Report(BaseModel):
-    """Everything a verdict rests on. `images` states which images were used and by which rule.
+    """A verdict and everything that it rests on.
 
-    bundle_sha256: the digest of its manifest; signer: who signed the bundle, if that was required. suite: version of
-    the tier's attacks, 1 in reports that do not say; bundle_sha256, model: None in reports before they were recorded.
-    seconds: the duration; stopped: why it ended early, so that accuracy under all attacks is an upper bound. remarks:
-    further information on `worst`.
+    bundle_sha256: the digest of the bundle's manifest. signer: who signed the bundle, if a signature was required.
+    model: facts about the network. suite: version of the tier's attacks. images: a phrase that says which images were
+    used and how they were chosen. parity: the clean logits compared with the reference's. gate, rules: what the
+    artefact had to keep, and who set each rule. stopped: why the evaluation ended early, which makes the accuracy under
+    all attacks an upper bound. remarks: further information on that accuracy. seconds: the duration.
+    bundle_sha256 and model are None, and suite is 1, in reports of versions that did not record them.
     """
 
     schema_version: int = 3
@@ -132,7 +136,7 @@ class Report(BaseModel):
     variants: list[VariantFlips] = []
     parity: Parity | None
     health: list[Check]
-    remarks: list[str] = []  # absent from results of earlier versions
+    remarks: list[str] = []
     gate: Gate
     rules: list[Rule] = []
     stopped: EarlyStop | None = None
@@ -144,7 +148,7 @@ class Report(BaseModel):
 
     @property
     def eps(self) -> float | None:
-        """The strength of the evaluated attacks: that of the worst case."""
+        """The L-infinity bound of the worst case; without that row, the largest of any condition."""
         worst = self.row("worst")
         return worst.eps if worst else max((row.eps for row in self.rows if row.eps is not None), default=None)
 
@@ -159,14 +163,14 @@ def load_report(path: Path) -> Report:
 
 
 class Finding(NamedTuple):
-    """A fault of the artefact or the evaluation: one line for each problem, and what to do about it."""
+    """Faults of the artefact or of the evaluation, one phrase for each, and what to do about them."""
 
     what: list[str]
     advice: str
 
 
 def findings(report: Report) -> Iterator[Finding]:
-    """Return the failed health checks, then the gate's reasons."""
+    """Yield a finding for each failed health check, then one for the gate's reasons."""
     for check in report.health:
         if check.failed:
             yield Finding([f"check {check.number}, {check.name}: {check.saw}"], check.advice)
@@ -180,7 +184,10 @@ def gate_reasons(report: Report) -> list[Reason]:
 
 
 def not_compared(report: Report) -> list[str]:
-    """Return the conditions without a reference, if there is one for these images; transferred images are left out."""
+    """Return the names of conditions that lack a reference although other conditions have one.
+
+    Transferred attacks, which never have a reference, and the worst case are left out.
+    """
     if not any(row.reference for row in report.rows):
         return []
     return [row.name for row in report.rows if row.reference is None and row.name != "worst" and row.comparable]
@@ -192,7 +199,7 @@ def headline_first(report: Report) -> list[Row]:
 
 
 def sensitivity(report: Report) -> str:
-    """Return one sentence on the smallest drops that this run could detect; empty if nothing was compared."""
+    """Return a clause on the smallest drops that this run could detect, or "" if nothing was compared."""
     named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]
     drops = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
     return (
@@ -201,13 +208,13 @@ def sensitivity(report: Report) -> str:
 
 
 def percent(score: Score) -> str:
-    """Format accuracy and interval in %, for people."""
+    """Format an accuracy and its 95 % interval in %."""
     low, high = score.interval
     return f"{100 * score.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def accuracy_text(row: Row, stopped: EarlyStop | None = None) -> str:
-    """Format a row's accuracy with its interval, marked as an upper bound if attacks are missing."""
+    """Format a row's accuracy with its interval, or as an upper bound if attacks or images are missing."""
     if not row.at_most:
         return percent(row.artefact)
     moment = f", {stopped.moment}" if stopped and row.name == "worst" else f", of {row.n} images attacked"

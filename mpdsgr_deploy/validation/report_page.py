@@ -1,8 +1,8 @@
-"""report.html: one file that needs no script, no network and no other file.
+"""Render report.html, a page that needs no script, no network and no other file.
 
-Figures are SVG inside the page: text remains text in the page's colour, also in dark mode. Lines differ in markers and
-dashes as well as in colour. Figures are narrow, so that a telephone does not shrink their text; a wide page sets them
-side by side.
+Figures are SVG elements of the page, so their text is text in the page's colour, also in dark mode. Lines differ in
+markers and dashes as well as in colour. Figures are narrow enough for a telephone to show their text in full size; a
+wide page places them side by side.
 """
 
 import io
@@ -31,14 +31,14 @@ from mpdsgr_deploy.validation.report import (
 )
 from mpdsgr_deploy.validation.rows import Row
 
-WIDTH = 4.1  # inches
+WIDTH = 4.1  # of a figure, in inches
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, GREY)
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
 HEADLINE, ATTACKER = VERMILION, BLUE
-INK = "#010203"  # replaced by the page's own text colour
-WIDEST = 4.2  # largest eps of the axis, as a multiple of the evaluated eps
-MOST = 24  # number of attackers in one figure, the strongest first
-LONGEST = 22  # characters of a name in a figure
+INK = "#010203"  # stands for the page's text colour, which replaces it in the SVG
+WIDEST = 4.2  # largest eps of an axis, as a multiple of the evaluated eps
+MOST = 24  # largest number of attackers in a figure, which then shows the strongest
+LONGEST = 22  # largest number of characters of a name in a figure
 SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mpdsgr",
@@ -50,7 +50,7 @@ SETTINGS: Any = {
 
 
 def page(report: Report) -> str:
-    """Render the page. Names of files, labels and conditions are untrusted: the template escapes all but our SVG."""
+    """Return the page as HTML. Names of files, labels and conditions are untrusted: all text but our SVG is escaped."""
     loader = PackageLoader("mpdsgr_deploy.validation")
     templates = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -71,7 +71,7 @@ def page(report: Report) -> str:
 
 
 def headlines(report: Report) -> Iterator[tuple[str, Any]]:
-    """Return the two accuracies at the top of the page: clean, and under all attacks together."""
+    """Yield the title and the row (None if missing) of the accuracies at the top: clean, and under all attacks."""
     yield "clean", report.row("clean")
     yield (
         f"under every attack, eps {report.eps:.4g}" if report.eps is not None else "under every attack",
@@ -80,7 +80,7 @@ def headlines(report: Report) -> Iterator[tuple[str, Any]]:
 
 
 def provenance(report: Report) -> Iterator[tuple[str, str]]:
-    """Return what identifies this evaluation, then its machine and software versions."""
+    """Yield what identifies this evaluation, then its machine and software versions, as name and text."""
     yield "artefact", report.artefact_file
     yield "sha256 of the artefact", report.artefact_sha256
     yield "images", report.images
@@ -116,7 +116,7 @@ def figures(report: Report) -> dict[str, str]:
 
 
 def by_eps(report: Report) -> Figure:
-    """Plot accuracy of the artefact against the strength of each attack; the evaluated strength is marked."""
+    """Plot the artefact's accuracy under each attack against eps, with the evaluated eps marked."""
     figure, axes = blank(3.2)
     curves = sorted((c for c in report.curves if c.points), key=final)[: len(COLOURS)]
     for curve, colour, marker, dash in zip(curves, COLOURS, MARKERS, DASHES, strict=False):
@@ -140,13 +140,13 @@ def by_eps(report: Report) -> Figure:
 
 
 def shown_eps(report: Report) -> float:
-    """Return the end of the axis, a few times the evaluated eps. Health check 4 covers larger values."""
+    """Return the largest eps on the axis, a few times the evaluated one. Health check 4 looks at larger values."""
     largest = max(point.eps for curve in report.curves for point in curve.points)
     return largest if report.eps is None else min(largest, WIDEST * report.eps)
 
 
 def by_attacker(report: Report) -> Figure:
-    """Plot accuracy under every white-box attacker with its interval, and at the top under all attacks together."""
+    """Plot the accuracy with its interval under each white-box attacker, and at the top under all attacks together."""
     rows = sweep(report)
     worst = report.row("worst")
     bars = rows if worst is None else [worst, *rows]
@@ -175,23 +175,24 @@ def by_attacker(report: Report) -> Figure:
 
 
 def attackers(report: Report) -> list[Row]:
-    """Return the white-box attacks with many steps, through each surrogate."""
+    """Return the rows of the strong white-box attacks, one for each surrogate."""
     return [row for row in report.rows if row.surrogate is not None]
 
 
 def sweep(report: Report) -> list[Row]:
-    """Return the strongest MOST of the attackers, the strongest last."""
+    """Return the MOST strongest attackers, the strongest last."""
     return sorted(attackers(report), key=lambda row: -row.artefact.accuracy)[-MOST:]
 
 
 def named(row: Row) -> str:
-    """Return the label of a condition in the figure."""
+    """Return the label of a row in the figure of attackers."""
     if row.name == "worst":
         return "worst: the union"
     return "trained surrogate" if row.name == STRONG else short(str(row.surrogate))
 
 
 def final(curve: Curve) -> float:
+    """Return the accuracy in [0, 1] at the largest eps."""
     last = max(curve.points, key=lambda point: point.eps)
     return last.correct / max(last.n, 1)
 
@@ -202,7 +203,7 @@ def short(name: str) -> str:
 
 
 def blank(height: float) -> tuple[Figure, Axes]:
-    """Make a figure of the common width with one pair of axes."""
+    """Return a figure of width WIDTH and the given height in inches, and its axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The parts of a report: reasons, and rows with the artefact under one condition beside its reference."""
+"""Parts of a report: reasons of a verdict, and rows that compare artefact and reference under one condition."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,13 +6,14 @@ from pydantic import BaseModel, ConfigDict
 
 from mpdsgr_deploy.validation.proportions import mcnemar, wilson
 
-TRANSFERRED = "transferred images"  # reason why rows of transferred images are not compared
+TRANSFERRED = "transferred images"  # `Row.not_compared` of transferred attacks
 
 
 class Reason(BaseModel):
-    """One fault of an artefact or evaluation.
+    """One fault of an artefact or of its evaluation.
 
-    condition: where the gate found it; check: the number of the failed health check; neither: the artefact as a whole.
+    condition: the condition in which the artefact breaks the gate. check: the number of the health check that failed.
+    With neither, the fault concerns the artefact as a whole.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -32,9 +33,9 @@ class Reason(BaseModel):
 
 
 class EarlyStop(BaseModel):
-    """An evaluation that ended before all attacks were made. after: the condition it ended under, None: before any.
+    """Where and why an evaluation ended early, which makes the accuracy under all attacks an upper bound.
 
-    The accuracy under all attacks is then an upper bound.
+    after: the condition that was being evaluated; None if it ended before any attack.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,7 +52,7 @@ class EarlyStop(BaseModel):
 
 
 class Score(BaseModel):
-    """The number of correct images of n with a 95 % Wilson interval; `bitmap` packs the verdicts, as hex."""
+    """How many of n images are correct, the share, and its 95 % Wilson interval; bitmap: packed verdicts, as hex."""
 
     correct: int
     accuracy: float
@@ -66,12 +67,12 @@ class Score(BaseModel):
         return cls(correct=count, accuracy=accuracy, interval=wilson(count, n), bitmap=bitmap)
 
     def verdicts(self, n: int) -> NDArray[np.bool_]:
-        """Return the verdicts [n] on the n images: True where the prediction was right."""
+        """Return the verdicts [n], True where the prediction was right. n: the number of images."""
         return np.unpackbits(np.frombuffer(bytes.fromhex(self.bitmap), np.uint8))[:n].astype(bool)
 
 
 class VerdictFlips(BaseModel):
-    """Images whose verdict differs between reference and artefact, with McNemar's exact p-value."""
+    """How many verdicts differ between reference and artefact, and the p-value of McNemar's exact test."""
 
     newly_wrong: int
     newly_right: int
@@ -89,12 +90,13 @@ class VerdictFlips(BaseModel):
 
 
 class Row(BaseModel):
-    """One condition. eps: the L-infinity bound, None where there is none; reference: the torch network under the same
-    attack on itself; evaluations: the average number of gradients, or queries, per image.
+    """The artefact, and the reference if there is one, under one condition on n images.
 
-    surrogate: the one that a strong white-box attack used. at_most: the accuracy is an upper bound, because not all
-    attacks were made or not all images attacked. not_compared: why there is no reference. detectable: the smallest drop
-    of accuracy that the gate refuses with a probability of 90 %, at the rate at which verdicts flip here.
+    settings: the attack's strength, in words. eps: the L-infinity bound, None if the condition has none. reference: the
+    torch network under the same attack on itself. evaluations: mean number of gradients, or queries, per image.
+    surrogate: through which a strong white-box attack differentiated. at_most: whether the accuracy is an upper bound,
+    because attacks or images are missing. not_compared: why there is no reference. detectable: the smallest drop that
+    the gate would have refused with a probability of 90 %.
     """
 
     name: str
@@ -112,7 +114,7 @@ class Row(BaseModel):
 
     @property
     def comparable(self) -> bool:
-        """Whether a reference could have met this condition: it never meets transferred images."""
+        """Whether a reference can have verdicts under this condition; under transferred attacks it never has."""
         return self.not_compared != TRANSFERRED
 
     @classmethod
@@ -130,9 +132,10 @@ class Row(BaseModel):
         at_most: bool = False,
         not_compared: str | None = None,
     ) -> "Row":
-        """Make a row from the artefact's verdicts [N], and the reference's [N] on the same images.
+        """Return the row of the artefact's verdicts [n] and the reference's verdicts [n] on the same images.
 
-        flips: given if they are those of other verdicts than these two.
+        flips: those to show if they are not the ones between `artefact` and `reference`. evaluations: in total. Others:
+        see the class.
         """
         paired = None if reference is None else VerdictFlips.of(reference, artefact)
         return cls(

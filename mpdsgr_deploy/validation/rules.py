@@ -1,4 +1,4 @@
-"""All rules that a verdict rests on, and the origin of each."""
+"""The rules that a verdict rests on, and who set each of them."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.validation.gate import least_decidable
 
-WIDEST_USUAL_LIMIT = 0.10  # largest drop that a default gate allows; 100 images can decide it
+WIDEST_USUAL_LIMIT = 0.10  # largest limit of a gate that states none; it takes 100 images
 
 
 class Rule(BaseModel):
-    """One rule in words; origin: who set it."""
+    """One rule as text, and its origin: who set it."""
 
     name: str
     value: str
@@ -22,9 +22,10 @@ class Rule(BaseModel):
 
 
 def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: str | None) -> tuple[str, str]:
-    """Return the tier, and who chose it: the caller, else the gate, the reference (`promised`), or the recipe.
+    """Return the tier to evaluate, and who chose it.
 
-    Raises InputError if the caller wants weaker attacks than those that the gate's figures were chosen for.
+    The caller's `tier` comes first, then that of the gate, then that of the reference (`promised`), then the recipe's.
+    Raises InputError if the caller's tier is weaker than the one that the gate states.
     """
     pinned = gate.tier if gate is not None and "tier" in gate.model_fields_set else None
     if pinned and tier in smaller_tiers(pinned):
@@ -41,10 +42,10 @@ def chosen_tier(tier: str | None, gate: Gate | None, recipe: Recipe, promised: s
 
 
 def settled(gate: Gate, tier: str, n: int) -> Gate:
-    """Return the gate for n images with all defaults filled in.
+    """Return the gate with tier, number of images n and max_drop filled in.
 
-    If it does not bound a drop, the limit is its tier's, or the smallest one that so few images can decide, up to
-    WIDEST_USUAL_LIMIT. Fewer images can decide nothing, unless the gate allows larger drops.
+    A gate without max_drop gets its tier's, or, if n images cannot decide that one, the smallest that they can decide,
+    but WIDEST_USUAL_LIMIT at most.
     """
     usual = max(TIERS[tier].max_drop, min(least_decidable(n), WIDEST_USUAL_LIMIT))
     return gate.model_copy(
@@ -71,9 +72,10 @@ def check_pins(gate: Gate, recipe: Recipe, images_sha256: str, n: int) -> None:
 def stated_rules(
     replacement: Gate | None, rules: Gate, recipe: Recipe, *, tier_from: str, data: str, n: int
 ) -> Iterator[Rule]:
-    """Return every rule of a settled gate, with its origin.
+    """Yield every rule of the settled gate `rules`, with its origin.
 
-    replacement: the gate that replaces the recipe's, if any; data: the name of the data set that is evaluated.
+    replacement: the gate that replaces the recipe's, if any. tier_from: who chose the tier. data: the name of the data
+    set under evaluation, of which there are n images.
     """
     source = "the gate" if replacement is not None else "the recipe"
     if replacement is None and data != recipe.data.name:

@@ -1,4 +1,4 @@
-"""The subject of one validation."""
+"""The subject of a validation: all that is decided before the first attack."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,12 @@ from mpdsgr_deploy.validation.target import Target, fingerprint
 
 
 class Subject(NamedTuple):
-    """Everything a validation is about, complete before the first attack.
+    """What a validation evaluates, with which attacks, on which images, and what it compares the result with.
 
-    data: the name of the data set that the images are a sample of; own: that data set's own images, None if it is not
-    on this machine; reference: what the bundle promises for the images, None for others; comparison: the part of it
-    that can be compared under the attacks of `suite`.
+    gate: the settled rules. data: the name of the data set to which `images` belong. own: the images of that data set
+    on this machine, None if it is not there. reference: the bundle's reference, None for images of another data set.
+    comparison: those of its verdicts that can be compared under the attacks of `suite`. journal: keeps finished
+    batches, None to keep none.
     """
 
     target: Target
@@ -43,7 +44,7 @@ class Subject(NamedTuple):
 
     @property
     def batch_size(self) -> int:
-        """How many images are computed at once; results depend on it only by rounding."""
+        """Images per batch. Results depend on it only by rounding."""
         return self.target.bundle.manifest.recipe.validation.batch_size
 
     @property
@@ -52,7 +53,7 @@ class Subject(NamedTuple):
 
 
 def identity(subject: Subject, transfer: Path | None) -> str:
-    """Return everything that the result of a batch depends on."""
+    """Return everything that the result of a batch depends on, as text: batches are reused only if it is equal."""
     target, manifest = subject.target, subject.target.bundle.manifest
     networks = [target.bundle.model_sha256(precision) for precision in (target.precision, "fp32")]
     engines = [
@@ -75,7 +76,7 @@ def identity(subject: Subject, transfer: Path | None) -> str:
 
 
 def warn_of_gaps(compared: Comparison, tier: str, bundle: Bundle) -> None:
-    """Warn of conditions without a comparison, because the reference never met them with these settings."""
+    """Warn of conditions that are not compared, because the reference never met them with these settings."""
     promise = bundle.manifest.reference
     if promise is not None and compared.verdicts and compared.alone:
         log.warning(
@@ -86,7 +87,7 @@ def warn_of_gaps(compared: Comparison, tier: str, bundle: Bundle) -> None:
 
 
 def warn_if_unlike(target: Target, images: Images) -> None:
-    """Warn if the images' mean or spread is far from the training images': they may be inverted or on another scale."""
+    """Warn if mean or spread of the pixels differ from the training images', as they do in inverted images."""
     trained = target.bundle.manifest.pixels
     if trained is not None and (unlike := Likeness(trained).add(images.pixels).warning()):
         log.warning("%s", unlike)

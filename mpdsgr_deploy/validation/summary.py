@@ -1,4 +1,4 @@
-"""Short forms of the report: Markdown for a pull request, JUnit for a CI system, a badge."""
+"""Short forms of a report: Markdown for a pull request, JUnit for a CI system, a badge."""
 
 import json
 import re
@@ -22,21 +22,21 @@ from mpdsgr_deploy.validation.rows import Reason, Row
 
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 MARKUP = re.compile(r"([\\`*_\[\]|~#])")
-LONGEST = 500  # characters of a name or a reason in Markdown: hosts refuse long comments
+LONGEST = 500  # largest number of characters of a name or a reason in Markdown, because hosts refuse long comments
 COLOURS = {"pass": "brightgreen", "fail": "red", "invalid": "orange"}
-IN_PART = "yellow"  # colour of the badge if something was not compared
+IN_PART = "yellow"  # colour of the badge for a pass in which something was not compared
 STATES = {"passed": "ok", "failed": "FAILED", "not compared": "NOT COMPARED"}
 
 
 def markdown(text: str) -> str:
-    """Escape untrusted text for a line of Markdown: no markup, no HTML, no line break."""
+    """Return untrusted text as one line of Markdown without markup, HTML and line breaks, cut to LONGEST characters."""
     line = " ".join(text.split())
     line = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
     return MARKUP.sub(r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def summary(report: Report) -> str:
-    """Render a Markdown page for a pull request comment and for GitHub's step summary."""
+    """Return the Markdown page for a pull request comment and for GitHub's step summary."""
     how = f"{markdown(report.precision)}, {markdown(report.backend)}"
     about = f"{report.network}; {report.images}; tier {report.tier}; seed {report.seed}."
     lines = [f"## {report.verdict.upper()}: {markdown(report.bundle)} ({how})", ""]
@@ -78,7 +78,7 @@ def line(row: Row, report: Report) -> str:
 
 
 class Case(NamedTuple):
-    """A JUnit test case. failure: what is wrong and what to do; skipped: why nothing was compared."""
+    """A JUnit test case. failure: what is wrong and what to do; skipped: why there is no verdict."""
 
     name: str
     failure: str | None = None
@@ -86,7 +86,7 @@ class Case(NamedTuple):
 
 
 def junit(report: Report) -> bytes:
-    """Render one test case per health check, one per condition under the gate, one for the gate's other rules."""
+    """Return the report as JUnit XML, with the test cases of `cases`."""
     suite = ElementTree.Element("testsuite", name=f"mpdsgr validate {readable(report.bundle)}")
     tests = cases(report)
     for case in tests:
@@ -104,7 +104,7 @@ def junit(report: Report) -> bytes:
 
 
 def cases(report: Report) -> list[Case]:
-    """Return the test cases: the health checks, the conditions, and the gate's other findings."""
+    """Return a test case for each health check, one for each condition, and one for the gate's other reasons."""
     checks = [
         Case(
             f"check {check.number}: {check.name}",
@@ -137,12 +137,12 @@ def _undecided(row: Row, report: Report) -> str | None:
 
 
 def readable(text: str) -> str:
-    """Return the text without the characters that XML cannot hold."""
+    """Return the text with a replacement character for each one that XML cannot hold."""
     return NOT_IN_XML.sub("\ufffd", text)
 
 
 def badge(report: Report) -> bytes:
-    """Return the JSON of https://shields.io/badges/endpoint-badge. An invalid evaluation shows no accuracy."""
+    """Return the JSON that https://shields.io/badges/endpoint-badge reads. An invalid evaluation shows no accuracy."""
     clean, worst = report.row("clean"), report.row("worst")
     parts = []
     if worst is not None and report.eps is not None:

@@ -1,4 +1,4 @@
-"""The target of a validation: one precision of a bundle, on a backend of this machine or at a server's URL."""
+"""The target of a validation: one precision of a bundle, on a backend of this machine or on a server."""
 
 import subprocess
 import sys
@@ -30,12 +30,16 @@ from mpdsgr_deploy.validation.image_checks import require_alike
 from mpdsgr_deploy.validation.network_file import foreign_parts
 
 REMOTE = "remote"
-ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # backends with which gradients are computed on the same GPU
+ON_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")  # backends for which gradients are computed on the GPU too
 
 
 @dataclass(frozen=True)
 class Target:
-    """One precision of a bundle, and where it runs. url: a server that serves it, with `rate` requests per second."""
+    """One precision of a bundle, and where it runs.
+
+    backend: a name of `runtime.open`. url: a server that serves the bundle, which then computes the logits, with at
+    most `rate` requests per second.
+    """
 
     bundle: Bundle
     backend: str = DEFAULT_BACKEND
@@ -49,10 +53,11 @@ class Target:
 
     @contextmanager
     def open(self) -> Iterator[NetworkFile]:
-        """Open the artefact for attacks: logits from the backend or server, gradients from its attack graph.
+        """Yield the artefact as attacks use it: logits from the backend or server, gradients from its attack graph.
 
         The attack graph is derived here, so that a network that cannot be attacked is refused before anything is
-        measured. Raises InputError and EvaluationError as `open_predictor` does, InputError as `attack_session`.
+        measured. Raises InputError and EvaluationError as `open_predictor` does, InputError as `attack_session` does,
+        and EvaluationError if the server does not serve this bundle.
         """
         provider = CUDA if self.url is None and self.backend in ON_CUDA else CPU
         with self._predictor() as predictor:
@@ -80,10 +85,10 @@ class Target:
 
     @contextmanager
     def sources(self, other: Path | None) -> Iterator[dict[str, Source]]:
-        """Return networks whose adversarial images are tried on the artefact.
+        """Yield the networks whose adversarial images are tried on the artefact, by condition.
 
         These are the float32 network of its bundle, if the artefact has another precision, and `other`, a bundle or
-        (with torch) a checkpoint.
+        (with torch) a checkpoint. Raises InputError if `other` was made for other images or lacks a required signature.
         """
         networks: dict[str, Source] = {}
         with ExitStack() as stack:
@@ -95,7 +100,7 @@ class Target:
             yield networks
 
     def foreign_parts(self) -> list[str]:
-        """Return the parts of the network's file, or of float32's, that are not standard ONNX."""
+        """Return the faults that `network_file.foreign_parts` finds in the files of this precision and of float32."""
         variants, faults = self.bundle.manifest.variants, []
         for precision in dict.fromkeys(("fp32", self.precision)):
             network = onnx.load(self.bundle.variant(precision), load_external_data=False)
@@ -105,11 +110,11 @@ class Target:
         return faults
 
     def largest_batches(self) -> list[int]:
-        """Return the largest batch of every engine that was built for the artefact."""
+        """Return the largest batch of each engine that was built for this backend and precision."""
         return [one.batch[-1] for one in self.bundle.prepared(self.backend, self.precision) if one.batch is not None]
 
     def fresh(self) -> Predictor | None:
-        """Return a function that answers each batch in a new `mpdsgr predict` process; None for a server."""
+        """Return a predictor that computes each batch in a new `mpdsgr predict` process; None for a server."""
         if self.url is not None:
             return None
 
@@ -128,16 +133,16 @@ class Target:
 
 
 def fingerprint(other: Path) -> str:
-    """Return a digest of a bundle or checkpoint: that of the file with the other files' hashes."""
-    bundle = other / MANIFEST
-    return sha256(bundle if bundle.is_file() else find_checkpoint(other) / FILE)
+    """Return the sha256 of the file that holds the hashes of all others in a bundle or a checkpoint."""
+    manifest = other / MANIFEST
+    return sha256(manifest if manifest.is_file() else find_checkpoint(other) / FILE)
 
 
 @contextmanager
 def _other(path: Path, own: Bundle) -> Iterator[Source]:
-    """Open another network for images like those of `own`.
+    """Yield the network at `path`, a bundle or a checkpoint.
 
-    Raises InputError if it was made for other images, or if it lacks the signature that was required of `own`.
+    Raises InputError if it was made for other images than `own`, or lacks the signature that was required of `own`.
     """
     mine, trust = own.manifest, own.signed.trust if own.signed else None
     if not (path / MANIFEST).is_file():
@@ -154,7 +159,11 @@ def _other(path: Path, own: Bundle) -> Iterator[Source]:
 
 
 def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tuple[str, ...]) -> Source:
-    """Open a checkpoint's network to transfer attacks from. Raises InputError if it was not made for such images."""
+    """Return a checkpoint's network, as a source of transferred attacks.
+
+    shape, labels: (C, H, W) and classes of the images that are attacked. Raises InputError for a network that was made
+    for others, and for a damaged checkpoint.
+    """
     from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
     from mpdsgr_deploy.trained_networks import load_model
 

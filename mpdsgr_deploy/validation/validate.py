@@ -1,4 +1,4 @@
-"""Validate a bundle and return the report. The artefact is attacked through its own graph; torch is not needed."""
+"""Validate a bundle: attack the artefact through its own attack graph, and make the report. Torch is not needed."""
 
 import time
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ Floats = NDArray[np.float32]
 
 
 class Judged(NamedTuple):
-    """The results: everything that the report needs besides the subject."""
+    """The results of a validation, from which the report is made together with the subject."""
 
     measurement: Measurement
     rows: list[Row]
@@ -56,7 +56,7 @@ class Judged(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """`invalid` if a health check failed, else `fail` if the gate refuses, else `pass`."""
+        """`invalid` if a health check failed, else `fail` if there are reasons, else `pass`."""
         if any(check.failed for check in self.health):
             return "invalid"
         return "fail" if self.reasons else "pass"
@@ -74,16 +74,19 @@ def validate(
     report_dir: Path | None = None,
     rebuild: Rebuild | None = None,
 ) -> Report:
-    """Attack the artefact through its own gradient, compare it with the bundle's reference, and decide.
+    """Attack the artefact through its own gradient, compare it with the bundle's reference, and return the report.
 
-    gate: rules in place of the recipe's. tier: how much is attacked; default: the gate's, else that of the reference.
-    data, root: use the data set's images instead of those in the bundle; limit: use the first `limit`. transfer: a
-    bundle or checkpoint whose adversarial images are tried too. report_dir: where finished batches are kept, so that
-    the same call continues after an interruption. rebuild: compares the bundle with a new export of its weights
-    (`exporting.rebuild.check_rebuilt`, which needs torch). The verdict is `invalid` if a health check failed, else
-    `fail` if the gate refuses, else `pass`.
+    gate: rules in place of the recipe's.
+    tier: how many images are attacked, and how hard; default: the gate's, else the reference's, else the recipe's.
+    data, root: name and directory of a data set, whose images are used in place of those in the bundle.
+    limit: number of test images, the first ones; default: the gate's, else the tier's.
+    transfer: a bundle or checkpoint whose adversarial images are tried too.
+    report_dir: keeps finished batches, so that the same call continues after an interruption.
+    rebuild: compares the bundle with a new export of its weights (`exporting.rebuild.check_rebuilt`, needs torch).
 
-    Raises InputError for missing data, an unusable backend, or too few images for the gate's rules.
+    The report's verdict is `invalid` if a health check failed, else `fail` if the gate refuses the artefact, else
+    `pass`. Raises InputError for missing data, an unusable backend, a network that cannot be attacked, and a gate that
+    is for another evaluation or needs more images; EvaluationError if the golden batch is answered wrongly.
     """
     started = time.monotonic()
     recipe = target.bundle.manifest.recipe
@@ -91,7 +94,7 @@ def validate(
     name, tier_from = chosen_tier(tier, gate, recipe, promise.tier if promise else None)
     entries, usual = choose("tier", TIERS, name).entries, TIERS[name].images
     own_gate = gate or recipe.gate
-    target.bundle.model_sha256(target.precision)  # raises before any data are read
+    target.bundle.model_sha256(target.precision)  # raises for an unknown precision before data are read
     images = chosen_images(target.bundle, limit or own_gate.images, usual, data, root)
     rules = settled(own_gate, name, len(images))
     check_pins(rules, recipe, images_sha256(images), len(images))
@@ -115,7 +118,10 @@ def validate(
 
 
 def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
-    """Compute the answers, make the attacks, probe some images, run the checks, and apply the rules, in this order."""
+    """Compute logits, attack, probe some images, run the health checks, and apply the gate, in this order.
+
+    Attacks end early once they cannot change the verdict.
+    """
     target, suite, images = subject.target, subject.suite, subject.images
     x, y, size = images.unit(), images.classes, subject.batch_size
     logits = predict(suite.network, x, size, CLEAN)
@@ -149,7 +155,7 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
 
 
 def _not_the_network(target: Target, parity: Parity | None, x: Floats) -> list[Reason]:
-    """Return how the artefact differs from the network that was exported."""
+    """Return reasons to believe that the artefact is not the network that was exported."""
     rounding = [] if target.precision == "fp32" else rounding_faults(target.bundle, target.precision, x[:TRIED])
     return [Reason(text=text) for text in (*answer_faults(parity), *rounding)]
 
@@ -162,7 +168,7 @@ def _lost(subject: Subject, name: str, correct: NDArray[np.bool_]) -> str | None
 def _not_worth_attacking(
     subject: Subject, clean: NDArray[np.int64], wrong: Sequence[Reason], checks: Sequence[Check]
 ) -> Stopped | None:
-    """Return the reasons why no attack can change the verdict, if there are any."""
+    """Return why no attack can change the verdict; None if attacks can change it."""
     if why := _lost(subject, CLEAN, clean == subject.images.classes):
         return Stopped(None, CLEAN, why)
     invalid = [f"check {check.number} ({check.name}) failed" for check in checks if check.failed]
@@ -170,7 +176,7 @@ def _not_worth_attacking(
 
 
 def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: Floats) -> tuple[list[Curve], Evidence]:
-    """Try growing eps, twice the steps and random search on the first of the images x [n, C, H, W]."""
+    """Probe the first of the images x [n, C, H, W]; return curves over eps, and `evidence` with the results."""
     suite, size, journal = subject.suite, subject.batch_size, subject.journal
     searched = probes.search(suite, measurement, x[: probes.SEARCHED], batch_size=size, journal=journal)
     x = x[: TIERS[subject.gate.tier].probe]
@@ -185,7 +191,7 @@ def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: F
 
 
 def _with_power(row: Row, gate: Gate) -> Row:
-    """Return the row with the smallest drop that the gate would have refused reliably."""
+    """Return the row with its `detectable` filled in, if there are flips over all attacks and images."""
     if row.flips is None or row.at_most:
         return row
     allowed, flips = limit(gate, row.name), row.flips
@@ -194,7 +200,7 @@ def _with_power(row: Row, gate: Gate) -> Row:
 
 
 def _failures(gate: Gate, rows: list[Row], wrong: Sequence[Reason], stopped: Stopped | None) -> list[Reason]:
-    """Return the rules of the gate that the artefact breaks."""
+    """Return the rules of the gate that the artefact breaks, the reasons `wrong`, and why attacks ended early."""
     broken = [*failures(gate, rows), *wrong]
     if stopped and stopped.condition and stopped.condition not in {reason.condition for reason in broken}:
         broken.append(Reason(condition=stopped.condition, text=stopped.why))

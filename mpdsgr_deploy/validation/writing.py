@@ -17,9 +17,9 @@ from mpdsgr_deploy.validation.report import PAGE, PROGRESS, REPORT, SUMMARY, Rep
 
 @contextmanager
 def report_directory(directory: Path) -> Iterator[None]:
-    """Keep a directory for one report while the block measures it, which may take hours.
+    """Reserve a directory for one report during the block, in which the measurement may take hours.
 
-    Raises InputError, before the block, if the directory holds other files or another process writes a report there.
+    Raises InputError before the block if the directory holds other files or another process writes a report there.
     """
     claim_directory(directory, REPORT, "report", partial=PROGRESS)
     with exclusive(directory / LOCK, "report"):
@@ -27,9 +27,9 @@ def report_directory(directory: Path) -> Iterator[None]:
 
 
 def write_report(report: Report, directory: Path) -> Path:
-    """Write all files into `directory` and return the one to read: report.html, or summary.md without jinja2.
+    """Write all files into `directory`; return the one to read, report.html, or summary.md if that is not `drawable`.
 
-    report.json comes last, since it marks the directory as complete.
+    report.json is written last, because it marks the directory as complete. Raises InputError for a full disk.
     """
     write_atomic(directory / SUMMARY, summary.summary(report).encode())
     write_atomic(directory / "junit.xml", summary.junit(report))
@@ -48,7 +48,7 @@ def write_report(report: Report, directory: Path) -> Path:
 
 
 def drawable() -> bool:
-    """Whether the packages for the page are installed; everything else is written without them."""
+    """Whether jinja2 and matplotlib, which only report.html needs, are installed; logs a warning if not."""
     try:
         need("jinja2", "report")
         need("matplotlib", "report")

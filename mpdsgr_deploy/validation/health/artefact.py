@@ -11,12 +11,12 @@ from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.validation.health.check_registry import Compared, Rebuilt, Seen, health_check
 
 Floats = NDArray[np.float32]
-PROBE = 32  # images that are given to the artefact repeatedly
-ALONE = 8  # images that are given to it one by one
-EACH = 5  # expected images per class above which every class must occur
-FEW_ROUNDED = 32  # the same where a file rounds its logits to 8 bits: counts of up to 31 steps
-CERTAIN = 1e-3  # how near to 1 the sum of every image's outputs is where they are probabilities
-FEW_VALUES = 128  # the most distinct logits of a readout that counts spikes; a linear readout has about one per image
+PROBE = 32  # number of images that are given to the artefact repeatedly
+ALONE = 8  # number of images that are given to it one by one
+EACH = 5  # expected number of images per class from which on every class must occur
+SUM_TOLERANCE = 1e-3  # largest distance from 1 of a sum of probabilities
+FEW_VALUES = 128  # most distinct values of outputs that count as spike counts; logits have about one value per image
+FEW_ROUNDED = 32  # the same for logits that the file rounds to 8 bits: spike counts of up to 31 steps
 
 
 @health_check(
@@ -37,8 +37,8 @@ def check_function(
 ) -> Seen:
     """Check that the artefact gives the same logits again, in other batches and orders, and in a new process.
 
-    batch_sizes: the recipe's and the largest of every engine; each is tried, and one image more. logits [n, K]: its
-    answers to x [n, C, H, W] before the attacks.
+    x: images [n, C, H, W]. fresh: the artefact in a new process. batch_sizes: the recipe's, and the largest of every
+    engine; each is tried, and one image more. logits [n, K]: those that the artefact gave for x before the attacks.
     """
     probe = x[:PROBE]
     first, last = artefact(probe), artefact(x[-PROBE:])
@@ -69,13 +69,13 @@ def check_function(
 
 
 def _otherwise(artefact: Predictor, probe: Floats, half: int) -> Iterator[tuple[str, Floats]]:
-    """Return answers [m, K] to the same images in other batches and in another order."""
+    """Yield logits [m, K] of the same images, computed in other batches and in another order."""
     yield "in two batches", np.concatenate([artefact(piece) for piece in (probe[:half], probe[half:]) if len(piece)])
     yield "in reverse order", artefact(probe[::-1])[::-1]
 
 
 def _other_sizes(artefact: Predictor, x: Floats, largest: Sequence[int]) -> Iterator[tuple[str, int, Floats]]:
-    """Yield answers [m, K] to batches of other sizes, whose kernels may round differently, and the rows to compare."""
+    """Yield the number of rows to compare and logits [m, K], for batch sizes whose kernels may round differently."""
     alone = x[:ALONE]
     yield "one by one", len(alone), np.concatenate([artefact(alone[i : i + 1]) for i in range(len(alone))])
     for size in sorted({3, 7, *(min(size + more, len(x)) for size in largest for more in (0, 1))}):
@@ -90,7 +90,7 @@ def _other_sizes(artefact: Predictor, x: Floats, largest: Sequence[int]) -> Iter
     advice="provide test images, and export on a machine with the data set or add floors to the gate",
 )
 def check_compared(n: int, compared: Compared) -> Seen:
-    """Check that at least one image was evaluated, and that at least one condition has a reference."""
+    """Check that at least one image was evaluated, and that there is a reference or a floor to compare with."""
     against = "the reference" if compared.reference else "floors" if compared.floors else ""
     saw = f"{n} images against {against or 'nothing: no reference answered them, and the gate has no floor'}"
     return Seen([] if n and against else [saw], saw)
@@ -108,8 +108,8 @@ def check_images(image_faults: Sequence[str], rule: str) -> Seen:
 
 
 def are_probabilities(outputs: Floats) -> bool:
-    """Whether every row of outputs [n, K] is positive and adds up to 1; False without rows."""
-    return bool(len(outputs) and (outputs >= 0).all() and np.abs(outputs.sum(axis=1) - 1).max() < CERTAIN)
+    """Whether no output [n, K] is negative and every row adds up to 1; False without rows."""
+    return bool(len(outputs) and (outputs >= 0).all() and np.abs(outputs.sum(axis=1) - 1).max() < SUM_TOLERANCE)
 
 
 @health_check(
@@ -162,9 +162,9 @@ def check_finite(not_finite: Mapping[str, Sequence[int]]) -> Seen:
     advice="use more images (--limit) or a data set in mixed order, and export again to extend the reference",
 )
 def check_classes(classes: NDArray[np.int64], labels: Sequence[str]) -> Seen:
-    """Check that every class occurs or, with few images, about as many classes as chance gives.
+    """Check that every class occurs, or for fewer than EACH images per class, half as many as chance gives at least.
 
-    classes [n]: of the images; labels: the names of all K classes.
+    classes [n]: the true classes of the images; labels: the names of all K classes.
     """
     n, count = len(classes), len(labels)
     counts = np.bincount(classes[(classes >= 0) & (classes < count)], minlength=count)
@@ -203,6 +203,6 @@ def check_rebuilt(rebuilt: Rebuilt) -> Seen:
 
 
 def first_few(values: Sequence[object]) -> str:
-    """Return the first values as text, and how many more there are."""
+    """Return the first five values as text, and how many more there are."""
     few = ", ".join(map(str, values[:5]))
     return f"{few} and {len(values) - 5} more" if len(values) > 5 else few

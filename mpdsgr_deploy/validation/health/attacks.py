@@ -17,13 +17,13 @@ from mpdsgr_deploy.validation.health.check_registry import (
 )
 from mpdsgr_deploy.validation.proportions import binomial_tail, exceeds
 
-ORDER_P = 0.01  # p-value below which a stronger attack that leaves more accuracy is a fault
-EDITED_P = 1e-6  # the same for one of many attacks; edited references are far below, and chance is not
-MAX_ZERO_GRADIENTS = 0.05  # share of gradient evaluations that may vanish altogether
-MAX_AT_LARGE_EPS = 0.1  # largest accuracy at an eps with which an attack can make any image
-MIN_STEEPER = 0.8  # share of images on which the gradient must beat random directions
-MAX_MORE_STEPS = 0.05  # share of images that twice the steps may still break
-MAX_SEARCHED = 0.05  # share of the images unbroken by gradients that search may break
+ORDER_P = 0.01  # p-value below which it is a fault that a stronger attack breaks fewer images
+EDITED_P = 1e-6  # the same for each single attack on artefact and reference; an edited reference is far below it
+MAX_ZERO_GRADIENTS = 0.05  # largest share of gradients that may be zero in all pixels
+MAX_AT_LARGE_EPS = 0.1  # largest accuracy at an eps within which an attack can make any image
+MIN_STEEPER = 0.8  # smallest share of images whose loss rises further along the gradient than in random directions
+MAX_MORE_STEPS = 0.05  # largest share of all images that twice the steps may break in addition
+MAX_SEARCHED = 0.05  # largest share of all images that search may break where attacks with gradients did not
 
 
 @health_check(
@@ -33,7 +33,7 @@ MAX_SEARCHED = 0.05  # share of the images unbroken by gradients that search may
     advice="an attack that breaks these rules proves nothing; please report it as a bug of the attack",
 )
 def check_budget(budget_faults: Sequence[str], rule: str) -> Seen:
-    """Check that the attacked images obey the attack's rules, and that it is stated which images they are."""
+    """Check that attacked images obey the rules of their attack. rule: says which images were attacked."""
     return Seen(budget_faults, f"{rule}: attacked pixels finite, in [0, 1], within eps and not rounded to 8 bits")
 
 
@@ -47,7 +47,7 @@ def check_budget(budget_faults: Sequence[str], rule: str) -> Seen:
     advice="do not rely on any of these accuracies before you have attacked with other surrogates, APGD and Square",
 )
 def check_order(verdicts: Verdicts) -> Seen:
-    """Check accuracy under noise >= FGSM >= PGD >= strong PGD >= the union of all, up to chance."""
+    """Check that accuracy does not rise, beyond chance, along BY_STRENGTH: from noise and FGSM to all attacks."""
     return ordered(verdicts, BY_STRENGTH)
 
 
@@ -69,7 +69,7 @@ def check_black_box(verdicts: Verdicts, black_box: Sequence[str], white_box: Seq
 
 
 def ordered(verdicts: Verdicts, attacks: Sequence[str]) -> Seen:
-    """Whether none of `attacks`, weakest first, breaks more than its successor, beyond chance."""
+    """Find attacks that break more images than their successor in `attacks`, weakest first, beyond chance."""
     faults = []
     for weaker, stronger in pairwise(attacks):
         only_weaker_breaks = int((~verdicts[weaker] & verdicts[stronger]).sum())
@@ -88,7 +88,7 @@ def ordered(verdicts: Verdicts, attacks: Sequence[str]) -> Seen:
     advice="the attack has no effect on the network; look at check 7 (gradients) and attack through other surrogates",
 )
 def check_growth(growth: Mapping[float, Bools]) -> Seen:
-    """Check that accuracy under the strong PGD falls with eps, to zero where eps allows any image.
+    """Check that accuracy under the strong PGD falls as eps grows, and is near zero at the largest eps.
 
     growth: verdicts [m] on the same images by eps.
     """
@@ -111,11 +111,11 @@ def check_growth(growth: Mapping[float, Bools]) -> Seen:
     advice="validate with a larger tier, raise attack.strong_steps in the recipe, or promise a lower floor",
 )
 def check_convergence(convergence: Convergence) -> Seen:
-    """Check that twice the steps break few surviving images, and that the floor of the worst case holds without them.
+    """Check that twice the steps break few further images, and that the floor of the worst case holds without these.
 
-    No attack on a spiking network was seen to converge: small steps through weak gradients break images ever more
-    slowly. The artefact and its reference meet the same steps, so the drop between them is a fair comparison at any
-    number; a floor is not, because it is a statement about every attack.
+    Attacks on spiking networks have not been seen to converge: with more steps they go on to break images, ever more
+    slowly. Artefact and reference are attacked with the same number of steps, so the drop between them is a fair
+    comparison at any number. A floor is a statement about every attack, so it must hold with more steps as well.
     """
     broken, standing, n, attacks, worst, floor = convergence
     names = ", ".join(f"{name} with {2 * steps} steps instead of {steps}" for name, steps in attacks.items())
@@ -137,7 +137,7 @@ def check_convergence(convergence: Convergence) -> Seen:
     advice="use an unchanged tier; every tier attacks through several surrogates",
 )
 def check_sweep(surrogates: Sequence[str | None], trained: str) -> Seen:
-    """Check that the attacker tried surrogates of other widths and shapes than the trained one, and adaptive ones."""
+    """Check that the attacks used surrogates of other widths and shapes than the trained one, and adaptive ones."""
     required, tried = required_surrogates(trained), set(surrogates)
     missing = [name for name in required if name not in tried]
     return Seen([f"missing: {', '.join(missing)}"] if missing else [], f"{trained} (trained), {', '.join(required)}")
@@ -153,7 +153,10 @@ def check_sweep(surrogates: Sequence[str | None], trained: str) -> Seen:
     ),
 )
 def check_gradients(gradients: tuple[int, int, int]) -> Seen:
-    """Check that gradients through the trained surrogate rarely vanish and are always finite."""
+    """Check that gradients through the trained surrogate are rarely zero and always finite.
+
+    gradients: how many were computed, how many of these were zero, and how many not finite.
+    """
     samples, zero, not_finite = gradients
     share = zero / samples if samples else 1.0
     saw = f"of {samples} gradients {100 * share:.2f} % were zero and {not_finite} were not finite"
@@ -206,9 +209,9 @@ def check_search(search: Search) -> Seen:
     ),
 )
 def check_reach(reach: Reach, n: int) -> Seen:
-    """Check that the artefact survives the attacks no better than the reference, each of them and all together.
+    """Check that the artefact withstands the attacks no better than the reference, each one and all together.
 
-    A reference that has not met an attack proves nothing about it; without any reference, floors decide.
+    An attack that the reference should have met and has not is a fault. Without a reference, only floors decide.
     """
     if not reach.reference:
         return Seen([], "there is no reference for these images, so only the gate's floors decide", not_compared=True)

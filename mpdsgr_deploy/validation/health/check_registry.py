@@ -1,7 +1,7 @@
-"""Health checks by number: registered with a name, what they need, why they matter and what to do if one fails.
+"""The registry of health checks: each has a number, a name, why it matters, and what to do if it fails.
 
-A check is a function whose parameters name parts of the `Evidence`; it runs wherever all of them are available. One
-that failed makes the verdict invalid, never a pass.
+A check is a function whose parameters name parts of the `Evidence`; it runs if all parts without a default are
+available. A check that fails makes the verdict invalid.
 """
 
 import inspect
@@ -25,9 +25,9 @@ State = Literal["passed", "failed", "not compared"]
 
 
 class Seen(NamedTuple):
-    """The result of a check: `faults` in words, none if it passed, and what it found in order.
+    """What a check returns: its `faults` as phrases, none if it passed, and `otherwise` what to report without faults.
 
-    not_compared: there was nothing to hold this against, which is neither good nor bad.
+    not_compared: whether there was nothing to compare with, so that the check neither passed nor failed.
     """
 
     faults: Sequence[str]
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 
 class Check(BaseModel):
-    """One health check: its result, why it matters, and what to do if it failed."""
+    """The result of one health check. saw: what it found; why: why it matters; advice: what to do if it failed."""
 
     number: int
     name: str
@@ -56,10 +56,10 @@ class Check(BaseModel):
 
 
 class Convergence(NamedTuple):
-    """The effect of twice the steps: of n images, `standing` survived all attacks, of which `broken` were now broken.
+    """The effect of twice the steps: of n images, `standing` survived all attacks, and `broken` of these broke now.
 
-    attacks: the prolonged ones, with their original steps. worst: the accuracy in the worst case, over all images of
-    the evaluation, in [0, 1]. floor: what the gate requires of it, None for nothing.
+    attacks: the original number of steps by attack. worst: the accuracy in the worst case over all images of the
+    evaluation, in [0, 1]. floor: the least `worst` that the gate allows, None without such a rule.
     """
 
     broken: int
@@ -71,19 +71,19 @@ class Convergence(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What the verdict rests on. reference: whether there is one for these images; floors: whether the gate has any."""
+    """What the gate compares with. reference: whether these images have one; floors: whether the gate has any."""
 
     reference: bool
     floors: bool
 
 
 class Reach(NamedTuple):
-    """The worst case of artefact and reference over the attacks that both met.
+    """Artefact and reference under the attacks that both met.
 
-    reference: whether there is one for these images. flips: None if no attack was met by both. missing: attacks that
-    the reference should have met but has not; alone: those that only the artefact met. allowed: change of accuracy that
-    the gate allows, in [0, 1]. each: the flips under every attack that both met. contradictions: images that the
-    reference counts as right in the worst case and as broken by one of its attacks.
+    reference: whether there is one for these images. flips: of the worst case, None if both met no common attack.
+    missing: attacks that the reference should have met but has not. alone: attacks that only the artefact met. allowed:
+    the change of accuracy that the gate allows in the worst case, in [0, 1]. contradictions: number of images that the
+    reference counts as right in the worst case although one of its attacks broke them. each: flips by attack.
     """
 
     reference: bool
@@ -96,10 +96,10 @@ class Reach(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """The rise of the loss along the gradient and along random directions, computed from the network's answers alone.
+    """The rise of the loss along the gradient and in random directions, computed from the network's logits.
 
-    steeper: of n images, those whose loss rises further along the gradient. rises: by step size, the mean rise of the
-    loss along the gradient and along random directions.
+    steeper: the number of images, of n, whose loss rises further along the gradient. rises: the mean rise along the
+    gradient and in random directions, by step size.
     """
 
     steeper: int
@@ -110,7 +110,8 @@ class Slopes(NamedTuple):
 class Search(NamedTuple):
     """The result of random search on the images that no attack with a gradient broke.
 
-    broken: of n images, those it broke; standing: those it was tried on. queries: the number per image.
+    broken: number of images that it broke, of the `standing` images that it was tried on, which are a part of n images.
+    queries: number of queries per image.
     """
 
     broken: int
@@ -120,7 +121,7 @@ class Search(NamedTuple):
 
 
 class Rebuilt(NamedTuple):
-    """Files of the bundle that differ from a new export of its weights, or why it cannot be exported here."""
+    """How the bundle's files differ from a new export of its weights, or `unknown`: why there is no new export."""
 
     faults: Sequence[str] = ()
     unknown: str = ""
@@ -128,13 +129,17 @@ class Rebuilt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The evidence that checks examine. None: not available in this evaluation, so checks that need it do not run.
+    """The evidence that checks examine. A part that is None is not available, and checks that need it do not run.
 
-    rule: which images, in words; budget_faults: how attacked images break the rules; verdicts: of a measurement that
-    did not stop early; black_box, white_box: names of conditions by what they know; gradients: how many were computed
-    through the trained surrogate, how many vanished, how many were not finite; artefact, fresh: the network here and in
-    a new process; batch_sizes: the recipe's, and the largest of every engine; rounded_outputs: whether the file rounds
-    its logits to 8 bits; not_finite: by condition the numbers of images whose logits are not finite.
+    rule: a phrase that names the n images. compared, reach: see these classes. budget_faults: how attacked images break
+    the rules of their attack. verdicts [n] by condition, without an early stop. black_box, white_box: names of the
+    conditions within eps without and with the network's gradient. growth: verdicts [m] by eps. surrogates: those of all
+    attacks with gradients. trained: the training surrogate. gradients: how many were computed through it, how many of
+    these were zero, and how many not finite. artefact, fresh: the network here and in a new process. x: the clean
+    images [n, C, H, W], with logits [n, K] and true classes [n]. batch_sizes: the recipe's, and the largest of every
+    engine. rounded_outputs: whether the file rounds its logits to 8 bits. image_faults: how the images differ from the
+    promised ones. labels: the names of the K classes. foreign: parts of the file that are not standard. not_finite:
+    places of the images whose logits are not finite, by condition.
     """
 
     rule: str
@@ -167,7 +172,7 @@ class Evidence:
 
 
 class Registered(NamedTuple):
-    """A registered check. needs: the parts of the evidence that it requires; may_use: those that are optional."""
+    """A check in the registry. needs, may_use: the parts of the evidence that it requires, and that are optional."""
 
     number: int
     name: str
@@ -180,7 +185,7 @@ CHECKS: dict[int, Registered] = {}
 
 
 def health_check(number: int, name: str, *, why: str, advice: str) -> Callable[[Callable[P, Seen]], Callable[P, Check]]:
-    """Decorator: register a function of parts of the evidence as the check of that number, which must be free."""
+    """Decorator: register a function as the check of a free number. Its parameters name parts of the evidence."""
 
     def register(look: Callable[P, Seen]) -> Callable[P, Check]:
         parameters = inspect.signature(look).parameters
@@ -203,12 +208,14 @@ def health_check(number: int, name: str, *, why: str, advice: str) -> Callable[[
 
 
 def run_checks(evidence: Evidence, numbers: Sequence[int] | None = None) -> list[Check]:
-    """Run all checks, or those of `numbers`, for which the evidence suffices, in the order of their numbers."""
-    at_hand = {field.name: value for field in fields(evidence) if (value := getattr(evidence, field.name)) is not None}
+    """Run the checks (default: all, in the order of their numbers) for which the evidence suffices."""
+    available = {
+        field.name: value for field in fields(evidence) if (value := getattr(evidence, field.name)) is not None
+    }
     checks = []
     for number in sorted(CHECKS) if numbers is None else numbers:
         check = CHECKS[number]
-        if set(check.needs) <= at_hand.keys():
-            arguments = {name: at_hand[name] for name in (*check.needs, *check.may_use) if name in at_hand}
+        if set(check.needs) <= available.keys():
+            arguments = {name: available[name] for name in (*check.needs, *check.may_use) if name in available}
             checks.append(check.make(**arguments))
     return checks
