@@ -94,6 +94,7 @@ class Running:
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
     server = Running()
+    gc.freeze()  # or every collection of these tests would look at all that earlier tests left
     yield server
     server.end()
 
