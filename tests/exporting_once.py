@@ -1,4 +1,8 @@
-"""Exports and attacks each network once in a test run: both take seconds, and bundles of one network are many."""
+"""Exports and attacks each network once in a test run: both take seconds, and bundles of one network are many.
+
+Networks that differ in their weights alone are exported once too: what the exporter writes for the first of them serves
+the others with their own weights in it, which `test_export` compares with what the exporter writes for these.
+"""
 
 import hashlib
 import os
@@ -10,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -45,24 +50,33 @@ def use(patch: pytest.MonkeyPatch, base: Path) -> None:
         patch.setattr(f"mpdsgr_deploy.exporting.{place}.to_graph", to_graph)
 
 
-def identity(value: object) -> object:
+def content(tensor: Tensor) -> object:
+    return hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest(), kind(tensor)
+
+
+def kind(tensor: Tensor) -> object:
+    return str(tensor.dtype), tuple(tensor.shape)
+
+
+def identity(value: object, of_tensor: Callable[[Tensor], object] = content) -> object:
     """Equal for equal settings of modules; of what cannot be compared, equal for the same object alone."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        return hashlib.sha256(value.detach().numpy().tobytes()).hexdigest(), str(value.dtype), tuple(value.shape)
+        return of_tensor(value)
     if isinstance(value, Surrogate) and value.parameter is not None:
         return value.name, value.parameter
     if isinstance(value, set):
         return tuple(sorted(map(repr, value)))
     if isinstance(value, tuple | list):
-        return tuple(map(identity, value))
+        return tuple(identity(entry, of_tensor) for entry in value)
     if isinstance(value, dict):
-        return tuple((identity(name), identity(entry)) for name, entry in value.items())
+        return tuple((identity(name), identity(entry, of_tensor)) for name, entry in value.items())
     if isinstance(value, nn.Module):
-        return identity(type(value)), identity(vars(value))
+        return identity(type(value)), identity(vars(value), of_tensor)
     if is_dataclass(value) and not isinstance(value, type):
-        return identity(type(value)), tuple(identity(getattr(value, field.name)) for field in fields(value))
+        entries = (identity(getattr(value, field.name), of_tensor) for field in fields(value))
+        return identity(type(value)), tuple(entries)
     name = getattr(value, "__qualname__", "<")
     has_name = "<" not in name and not hasattr(value, "__self__")  # unlike <lambda>, <locals> and methods
     if callable(value) and has_name:
@@ -70,19 +84,44 @@ def identity(value: object) -> object:
     return type(value).__qualname__, os.getpid(), id(value)
 
 
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def to_graph(model: nn.Module, shape: Shape) -> ir.Model:
     """As `onnx_writer.to_graph`, but for a network that any worker has exported a copy of the graph that it made."""
-    key = hashlib.sha256(repr((identity(model), shape)).encode()).hexdigest()
+    key = digest(identity(model), shape)
     if key not in _known:
         _known[key] = model, _exported(model, shape, key)  # the model too, lest another object gets the id of a part
     return _known[key][1].clone()
 
 
 def _exported(model: Any, shape: Shape, key: str) -> ir.Model:
+    """The graph of a network that any worker exported and that differs from this one in its weights at most."""
     if shared is None:
         return onnx_writer.to_graph(model, shape)
-    file = shared(f"{key}.onnx", lambda path: onnx.save(ir.to_proto(onnx_writer.to_graph(model, shape)), path))
-    return ir.from_proto(onnx.load(file))
+    weights = model.state_dict(keep_vars=True)
+    learned = {id(tensor) for tensor in weights.values()}
+    structure = identity(model, lambda tensor: kind(tensor) if id(tensor) in learned else content(tensor))
+    for name in (digest(structure, shape), key):
+        file = shared(f"{name}.graph", lambda path: path.write_bytes(pickle.dumps(_written(model, shape))))
+        written, fixed = pickle.loads(file.read_bytes())
+        if all(content(weights[name]) == value for name, value in fixed.items()):
+            break
+    graph = ir.from_proto(onnx.load_from_string(written))
+    for name in weights.keys() - fixed.keys():
+        graph.graph.initializers[name].const_value = ir.tensor(weights[name].detach().numpy(), name=name)
+    return graph
+
+
+def _written(model: Any, shape: Shape) -> tuple[bytes, dict[str, object]]:
+    """What the exporter writes, and of those weights that are no constants of it, which it may have computed with."""
+    graph, fixed = onnx_writer.to_graph(model, shape), {}
+    for name, tensor in model.state_dict().items():
+        constant = graph.graph.initializers.get(name)
+        if constant is None or not np.array_equal(constant.const_value.numpy(), tensor.numpy()):
+            fixed[name] = content(tensor)
+    return ir.to_proto(graph).SerializeToString(), fixed
 
 
 def promise(
@@ -100,7 +139,6 @@ def promise(
     model = network._model._model
     _attacked.append(model)  # lest another object gets the id of a part
     parts = (model, recipe.model_dump_json(), images.labels, *arrays, *tiers)
-    key = hashlib.sha256(repr(identity(parts)).encode()).hexdigest()
-    file = shared(f"{key}.promise", lambda path: path.write_bytes(pickle.dumps(measured())))
+    file = shared(f"{digest(identity(parts))}.promise", lambda path: path.write_bytes(pickle.dumps(measured())))
     answer: tuple[Promise, Reference] = pickle.loads(file.read_bytes())
     return answer

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import once
-from faults import FAULTS, UNSEEN, Fault, InProcess, Networks, Planted, judge, plant
+from exporting_once import to_graph
+from faults import FAULTS, UNSEEN, Fault, InProcess, Networks, Planted, judge, plant, planted
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.recipe import Recipe
@@ -18,6 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import harness
 import verdicts
+
+
+@pytest.fixture(autouse=True)
+def _each_network_with_another_setting_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planted, "to_graph", to_graph)
 
 
 @pytest.fixture(scope="module")
