@@ -1,4 +1,4 @@
-"""The effect of a method in one setting: accuracy gained over the baseline, with an interval and a verdict."""
+"""The effect of a method: the accuracy that it gains over the baseline, with an interval and a verdict."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ HELPS, MASKS, HURTS, OPEN = "helps", "masks", "hurts", "undecided"
 
 
 class Effect(NamedTuple):
-    """Points that a method gains over its baseline: mean over seeds, 95 % interval for seeds and images."""
+    """Percentage points that a method gains over its baseline: the mean, and a 95 % interval over seeds and images."""
 
     mean: float
     low: float
@@ -36,11 +36,9 @@ class Effect(NamedTuple):
 
 
 def effect(records: list[Record], baseline: list[Record], condition: str) -> Effect | None:
-    """Return `records` minus `baseline`, paired by seed and image; None without a common seed or the condition.
+    """Return the effect of `records` against `baseline` under a condition, paired by seed and image.
 
-    None also if neither gets an image right. The half-width is the root of the sum of two squares: the quantile of
-    Student's t times the standard error over seeds, and 1.96 times the standard error over images, each image averaged
-    over its seeds. With one seed it is the second alone.
+    None without a common seed, if a record lacks the condition, and if neither side gets any image right.
     """
     measured = all(condition in record.attacked.conditions for record in (*records, *baseline))
     if not measured or not common_seeds(records, baseline):
@@ -50,12 +48,12 @@ def effect(records: list[Record], baseline: list[Record], condition: str) -> Eff
 
 
 def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Effect | None:
-    """Return the mean effect of several pairs of records and baseline over common seeds; None without any."""
+    """Return the mean effect over pairs of records and baseline, on the seeds that all have; None without any."""
     seeds = set.intersection(*(set(common_seeds(*pair)) for pair in pairs))
     if not seeds:
         return None
-    same = [[[record for record in rows if record.seed in seeds] for rows in pair] for pair in pairs]
-    return estimated(np.mean([paired(records, baseline, condition)[0] for records, baseline in same], axis=0))
+    chosen = [[[record for record in rows if record.seed in seeds] for rows in pair] for pair in pairs]
+    return estimated(np.mean([paired(records, baseline, condition)[0] for records, baseline in chosen], axis=0))
 
 
 def common_seeds(records: list[Record], baseline: list[Record]) -> list[int]:
@@ -63,7 +61,12 @@ def common_seeds(records: list[Record], baseline: list[Record]) -> list[int]:
 
 
 def estimated(gained: NDArray[np.float64]) -> Effect:
-    """Estimate mean and interval of the points gained [seeds, n]."""
+    """Return mean and 95 % interval of the points gained [seeds, n].
+
+    The half-width is the root of the sum of two squares: the quantile of Student's t times the standard error over
+    seeds, and 1.96 times the standard error over images, each image averaged over seeds. With one seed the first is
+    left out.
+    """
     seeds, images = gained.shape
     square = (Z95 * gained.mean(0).std(ddof=1)) ** 2 / images
     if seeds > 1:
@@ -80,9 +83,9 @@ def student_quantile(freedom: int) -> float:
 def verdict(records: list[Record], baseline: list[Record]) -> str:
     """Return the verdict that the intervals allow.
 
-    helps: more images survive every attack. hurts: fewer do. masks: no more do, more survive PGD in the paper's
-    setting, and the difference between the two is significant. undecided: none of these, or a single seed, which says
-    nothing about the spread between seeds.
+    helps: more images survive all attacks. hurts: fewer do. masks: no more survive all attacks, more survive PGD in the
+    paper's setting, and the two effects differ significantly. undecided: none of these, or fewer than two common seeds,
+    which do not show how seeds differ.
     """
     union, paper = (effect(records, baseline, condition) for condition in (WORST, PGD))
     if union is None or paper is None or len(common_seeds(records, baseline)) < 2:
@@ -96,7 +99,7 @@ def verdict(records: list[Record], baseline: list[Record]) -> str:
 
 
 def emptied(records: list[Record], baseline: list[Record]) -> float:
-    """Return how much lower Omega is than the baseline's, averaged over the common seeds."""
+    """Return how much lower Omega is than the baseline's, averaged over layers and common seeds."""
     common = common_seeds(records, baseline)
     ours, theirs = ([record for record in rows if record.seed in common] for rows in (records, baseline))
     return omega(theirs) - omega(ours)
@@ -112,7 +115,7 @@ class Pair(NamedTuple):
 
 
 def pairs(study: Study, measured: Measured) -> list[Pair]:
-    """Return each setting's methods that were measured together with their baseline."""
+    """Return the methods of each setting that are not the baseline and were measured, as was their baseline."""
     compared = []
     for setting in study.settings:
         for method in study.methods_of(setting):

@@ -1,19 +1,18 @@
-"""Explain a network's robustness: perturbations of growing size, and the factors of its surrogate gradient.
+"""Explain a network's robustness: its response to growing perturbations, and the factors of its surrogate gradient.
 
-Random and adversarial steps of growing size are applied; `sensitivity.py` defines what is compared. For each layer, the
-factors in the bound on the surrogate gradient of MPD-SGR (arXiv 2511.12199) are measured such that their product is an
-estimate of the gradient, not a bound:
+`sensitivity.py` defines what is measured under perturbations. The factors are those of the bound on the surrogate
+gradient in MPD-SGR (arXiv 2511.12199), measured for each layer such that their product estimates the gradient:
 
-leak        sum of tau^k over T steps: the share of past currents in a potential, without resets
-weights     largest singular value of the map from the layer's input to its current, normalisation included
-surrogate   root mean square of the surrogate's derivative over images, neurons and steps
+    leak         sum of tau^k over T steps, the weight of all currents together in the last potential, without resets
+    weights      largest singular value of the map from the layer's input to its current, with normalisation
+    surrogate    root mean square of the surrogate's derivative over images, neurons and steps
 
-The weights' factor is itself a product of three, because a normalised layer amplifies a weak input:
+The factor of the weights is a product of three, because a normalised layer amplifies weak input:
 
-scale       root mean square of tdBN's factor on the normalised current; 1 without normalisation
-density     1 / the deviation of the layer's input over images, space and steps, root mean square over channels:
-            the sparser the spikes, the smaller their deviation and the larger tdBN's factor
-filter      the rest: the largest gain from an input to a current of deviation one
+    scale        root mean square of tdBN's factor on the normalised current; 1 without tdBN
+    density      1 / deviation of the layer's input over images, space and steps (root mean square over channels); the
+                 sparser the spikes, the smaller their deviation, and the more tdBN amplifies them
+    filter       weights / (scale * density), the largest gain of the filters themselves
 """
 
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ ITERATIONS = 200  # iterations of the power method
 
 
 class LayerFactors(BaseModel):
-    """Factors of one layer; see above. firing_rate: spikes per neuron and step."""
+    """The factors of one layer, as the module defines them. firing_rate: spikes per neuron and step."""
 
     layer: str
     leak: float
@@ -64,9 +63,9 @@ class LayerFactors(BaseModel):
 
 
 class Explained(BaseModel):
-    """One network: `sizes` as `sensitivity` gives them, one per eps, and the factors of its layers.
+    """The record of one network. sizes: the result of `sensitivity` for each eps. layers: the factors of the layers.
 
-    images: a phrase that names them; checkpoint: "last" or "best" of the run.
+    images: a phrase that names the images. checkpoint: which one of the run was measured, "last" or "best".
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -80,6 +79,7 @@ class Explained(BaseModel):
 
 
 def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpoint: str) -> Explained:
+    """Measure a network in eval mode on images. recipe: states eps, which SIZES multiply, and the steps of PGD."""
     sizes = []
     for size in SIZES:
         eps = size * recipe.attack.eps
@@ -101,9 +101,10 @@ def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpo
 def explain_rows(
     name: str, study: Study, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], images: int
 ) -> None:
-    """Explain the networks of rows on the first `images` test images, after training those that are missing.
+    """Explain the networks of a study's rows on the first `images` test images, and write a record of each.
 
-    Writes a record of each network into the folder of the study's table.
+    Networks that are missing are trained first. name: of the study's table, in whose folder the records lie. seeds:
+    empty for those of the study.
     """
     for run in runs_of(name, study.table(), rows, places, seeds or study.seeds):
         log.info("explaining %s", run)

@@ -1,6 +1,6 @@
-"""Measure how many spikes float16, int8 and float8 flip in trained networks, also for other choices of the export.
+"""Measure how many spikes float16, int8 and float8 flip in trained networks, also under other choices of the export.
 
-Networks are exported in every precision without writing a bundle, and spikes are compared on test images.
+Networks are converted to every precision in memory, and their spikes on test images are compared with float32's.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,10 @@ from mpdsgr_deploy.trained_networks import load_network
 def measure_flips(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], images: int
 ) -> None:
-    """Measure the networks of rows on the first `images` test images, unless they are measured already.
+    """Measure the networks of a table's rows on the first `images` test images, and write a record of each.
 
-    Missing networks are trained first. Writes a record of each into `FOLDER` of the results.
+    Networks that have a record are left out, and networks that are missing are trained first. name: of the table. The
+    records lie in `FOLDER` of the results. seeds: empty for those of the table.
     """
     folder = places.out / FOLDER
     measured = by_network(folder)
@@ -43,7 +44,11 @@ def measure_flips(
 
 
 def variants(network: ir.Model, model: SpikingNet) -> dict[str, onnx.ModelProto]:
-    """Make every precision with float32 and with float16 neurons, and int8 with another first or last product."""
+    """Return the variants to compare with a float32 network, by name.
+
+    They are every precision with float32 and with float16 neurons, and int8 with its first or its last product in
+    float16 or int8, which export keeps in float32.
+    """
     graphs = {}
     for precision in ("fp16", "int8", "fp8"):
         for neurons in ("fp32", "fp16"):
@@ -51,9 +56,9 @@ def variants(network: ir.Model, model: SpikingNet) -> dict[str, onnx.ModelProto]
     layers = plan(network, "int8")
     first, *_, last = layers
     mean, std = model.normalize.mean, model.normalize.std
-    reach = float((mean.maximum(1 - mean) / std).max())  # largest absolute value of the normalised image
+    largest = float((mean.maximum(1 - mean) / std).max())  # largest absolute value of a normalised pixel
     for place, layer, step in (
-        ("first", first, reach / FORMATS["int8"].largest),
+        ("first", first, largest / FORMATS["int8"].largest),
         # mean spikes, pooled at most once, are multiples of this scale, so nothing is rounded
         ("last", last, 1 / (4 * model.T)),
     ):
@@ -78,7 +83,10 @@ def in_int8(network: ir.Model, layer: str, step: float) -> ir.Model:
 
 
 def flips_of(run: Run, images: int) -> FlipRecord:
-    """Compare every variant of a run's last network with float32. Raises InputError as training and export do."""
+    """Compare every variant of a run's network with float32 on the first `images` test images.
+
+    The network is trained first if it is missing. Raises InputError as training and export do.
+    """
     checkpoint, model = load_network(trained(run))
     recipe = checkpoint.recipe
     test = load_test(recipe.data.at(run.root))[:images]
@@ -103,7 +111,7 @@ def flips_of(run: Run, images: int) -> FlipRecord:
 
 
 def summary(flips: SpikeFlips) -> PrecisionFlips:
-    """Return a variant's flips, averaged over the steps of each layer."""
+    """Return a variant's flips as a record, averaged over the steps of each layer."""
     fields = [name for name in LayerFlips.model_fields if name != "predicted"]
     layers = {}
     for layer in flips.layers():

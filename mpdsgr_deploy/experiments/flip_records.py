@@ -1,4 +1,4 @@
-"""Records of flipped spikes: one trained network in every precision against float32."""
+"""Records of flipped spikes: a trained network in every precision compared with float32."""
 
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +15,7 @@ EXPORTED = "neurons fp32"  # number format of the neurons in the main tables
 
 
 class LayerFlips(BaseModel):
-    """The fields of `StepFlips` averaged over a layer's steps; predicted: the mean of density times fresh_moved."""
+    """The fields of `StepFlips`, averaged over a layer's steps. predicted: the mean of density times fresh_moved."""
 
     firing_rate: float
     density: float
@@ -27,7 +27,7 @@ class LayerFlips(BaseModel):
 
 
 class PrecisionFlips(BaseModel):
-    """A variant compared with float32, as in `SpikeFlips`, by layer."""
+    """A variant compared with float32: the fields of `SpikeFlips`, with steps averaged by layer."""
 
     labels_changed: int
     unflipped: int
@@ -40,7 +40,11 @@ class PrecisionFlips(BaseModel):
 
 
 class FlipRecord(BaseModel):
-    """One trained network: `checkpoint`: "last" or "best" of the run; `n`: the number of test images."""
+    """The record of one trained network.
+
+    checkpoint: which one of the run was measured, "last" or "best". method, network: phrases that describe training and
+    architecture. n: number of test images. variants: by the names of `flip_measurement.variants`.
+    """
 
     schema_version: int = SCHEMA_VERSION
     table: str
@@ -58,7 +62,7 @@ class FlipRecord(BaseModel):
 
     @property
     def eta(self) -> float:
-        """Return the weight of its regulariser, the axis of a sweep; 0 if no defence has such a weight."""
+        """The weight of the regulariser, over which sweeps go; 0 if no defence has such a weight."""
         return max((settings["eta"] for settings in self.defence.values() if "eta" in settings), default=0.0)
 
     def of(self, precision: str) -> PrecisionFlips:
@@ -70,11 +74,12 @@ FlipRows = dict[tuple[str, str], list[FlipRecord]]  # (table, row) -> its seeds
 
 
 def by_network(folder: Path) -> dict[tuple[str, str, int], FlipRecord]:
-    """Return the records of a folder by table, row and seed."""
+    """Return the records of a folder by table, row and seed. Raises InputError as `read_records` does."""
     return {(r.table, r.row, r.seed): r for r in read_records(folder / RECORDS, FlipRecord, SCHEMA_VERSION)}
 
 
 def load(folder: Path) -> FlipRows:
+    """Return the records of a folder by table and row. Raises InputError as `read_records` does."""
     rows: FlipRows = {}
     for record in sorted(by_network(folder).values(), key=lambda r: (r.table, r.eta, r.row, r.seed)):
         rows.setdefault((record.table, record.row), []).append(record)
@@ -82,7 +87,10 @@ def load(folder: Path) -> FlipRows:
 
 
 def baselines(rows: FlipRows) -> dict[tuple[str, str], tuple[str, str]]:
-    """Map each row with a regulariser to the row of its table that differs by this regulariser alone."""
+    """Map each row with a regulariser (a defence with eta) to a row of its table that has only its other defences.
+
+    Rows without such a counterpart are left out.
+    """
     by_defences = {(table, frozenset(records[0].defence)): (table, row) for (table, row), records in rows.items()}
     paired = {}
     for (table, row), records in rows.items():
@@ -94,7 +102,10 @@ def baselines(rows: FlipRows) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def sweep(rows: FlipRows) -> list[FlipRecord]:
-    """Return the first seeds of rows that differ by eta alone, and of the row without it, by eta; empty without any."""
+    """Return the first records of all rows that share a baseline with another row, and of the baseline, by eta.
+
+    Such rows are a sweep over eta. The result is empty without any.
+    """
     paired = baselines(rows)
     shared = [without for without in paired.values() if list(paired.values()).count(without) > 1]
     swept = dict.fromkeys([*shared, *(row for row, without in paired.items() if without in shared)])

@@ -1,4 +1,4 @@
-"""The page about flipped spikes: its records as Markdown and as a plot."""
+"""The page about flipped spikes: records as Markdown tables and a plot."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ PLACES = ("first product fp16", "first product int8", "last product fp16", "last
 
 
 def write_page(folder: Path) -> Path:
-    """Render the page and the plot of the records in `folder` into it."""
+    """Write the page and the plot of the records in `folder` into it; return the page's path."""
     rows = load(folder)
     return publish(folder / PAGE, render(rows), {PLOT: plot(rows)} if rows else {})
 
@@ -64,7 +64,7 @@ def rates(rows: FlipRows) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Return mean and standard deviation over seeds as text; the mean alone for one seed."""
+    """Format mean and standard deviation over seeds; for one seed, the mean alone."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{deviation}"
 
@@ -77,7 +77,7 @@ class FlipPair(NamedTuple):
 
 
 def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[FlipPair]]:
-    """Return the pairs of every table, by table and row with MPD-SGR; sweeps over its weight are left out."""
+    """Return pairs of equal seed by table and row with MPD-SGR. Sweeps over its weight are left out."""
     paired: dict[tuple[str, str], list[FlipPair]] = {}
     swept = {(record.table, record.row) for record in sweep(rows)}
     for row, without in baselines(rows).items():
@@ -88,7 +88,7 @@ def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[FlipPair]]:
 
 
 def pairs(rows: FlipRows) -> str:
-    """Show the ratios of a network with MPD-SGR to the one without, seed by seed, as a table."""
+    """Show the ratios of networks with MPD-SGR to those without, over pairs of equal seed."""
     columns = ["table", "row", "precision", "density", "own movement", "own flips", "all flips", "fewer flips"]
     columns += ["labels changed, without", "with"]
     lines = []
@@ -108,7 +108,7 @@ def pairs(rows: FlipRows) -> str:
 
 
 def law(rows: FlipRows) -> str:
-    """Show a layer's own flips divided by density times own movement, layer by layer."""
+    """Show how flips relate to density times movement, which predicts them, over the layers of all networks."""
     lines = []
     for precision in PRECISIONS:
         layers = [layer for r in every(rows) for layer in r.of(precision).layers.values() if layer.predicted > 0]
@@ -117,16 +117,16 @@ def law(rows: FlipRows) -> str:
             lines.append([precision, "0", "", "", ""])
             continue
         own = sorted(layer.fresh / layer.predicted for layer in layers)
-        passed = [layer.rate / (layer.density * layer.moved) for layer in layers]
+        every_flip = [layer.rate / (layer.density * layer.moved) for layer in layers]
         tenth = len(own) // 10
-        share = [1 - variant.mean("fresh") / variant.mean("rate") for variant in flipping]
+        passed_on = [1 - variant.mean("fresh") / variant.mean("rate") for variant in flipping]
         lines.append(
             [
                 precision,
                 str(len(own)),
                 f"{median(own):.2f} [{own[tenth]:.2f}, {own[-1 - tenth]:.2f}]",
-                f"{median(passed):.2f}",
-                f"{100 * fmean(share):.1f}",
+                f"{median(every_flip):.2f}",
+                f"{100 * fmean(passed_on):.1f}",
             ]
         )
     columns = [
@@ -143,13 +143,13 @@ def law(rows: FlipRows) -> str:
 
 
 def typical(pairs: Iterable[tuple[float, float]]) -> str:
-    """Return the geometric mean of ratios as text; "-" if a value is 0, as in a network without any flip."""
+    """Format the geometric mean of the ratios a / b of pairs (a, b); "-" if a value is 0, for lack of flips."""
     values = list(pairs)
     return f"{geometric_mean(a / b for a, b in values):.2f}" if all(a and b for a, b in values) else "-"
 
 
 def neurons(rows: FlipRows) -> str:
-    """Compare float16 neurons with float32 ones, network by network."""
+    """Compare networks with float16 neurons and with float32 neurons."""
     lines = []
     for precision in PRECISIONS:
         single = [r.of(precision) for r in every(rows)]
@@ -166,7 +166,7 @@ def neurons(rows: FlipRows) -> str:
 
 
 def places(rows: FlipRows) -> str:
-    """Show the flips of int8 with another precision for the first or the last product."""
+    """Show the flips of int8 if its first or last product is in another precision than float32."""
     lines = []
     for name in (f"int8, {EXPORTED}", *PLACES):
         variants = [r.variants[name] for r in every(rows)]
@@ -189,7 +189,7 @@ def every(rows: FlipRows) -> Iterable[FlipRecord]:
 
 
 def sources(rows: FlipRows) -> str:
-    """List networks, images, hardware and versions, each distinct line once."""
+    """List networks, images, hardware and versions, without repetition."""
     lines = set()
     for result in every(rows):
         origin = result.provenance
@@ -203,7 +203,7 @@ def sources(rows: FlipRows) -> str:
 
 
 def plot(rows: FlipRows) -> bytes:
-    """Return a PNG: own flips of every layer against the prediction from the density, and flips against eta."""
+    """Plot own flips of every layer against their prediction, and flips against eta; return a PNG file."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     both, swept = [], sweep(rows)

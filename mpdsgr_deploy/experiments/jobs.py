@@ -1,4 +1,4 @@
-"""Bring the records of a table up to date: which runs are missing or outdated, and several of them at a time.
+"""Bring the records of a table up to date, with several runs at a time.
 
 Finished runs are kept, interrupted ones continue, and runs that were measured with another recipe are repeated.
 """
@@ -26,12 +26,12 @@ from mpdsgr_deploy.progress import log
 
 Task = Callable[[Run], object]
 Failures = list[tuple[Run, MpdsgrError]]
-GRACE = 20.0  # seconds between the request to stop and the end
+GRACE = 20.0  # seconds that a process has to stop before it is killed
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where training runs, data sets and results lie."""
+    """The directories of training runs, of data sets, and of results."""
 
     runs: Path
     root: str
@@ -41,9 +41,9 @@ class Places:
 def bring_up_to_date(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], jobs: int
 ) -> Failures:
-    """Measure what is missing or outdated of the rows, with the table's seeds where `seeds` names none.
+    """Measure the runs of rows whose records are missing or outdated; return those that failed, with their errors.
 
-    Returns the runs that failed, each with the error.
+    name: of the table. seeds: empty for those of the table. jobs: how many processes measure at a time.
     """
     return measure_all(list(missing_runs(name, table, rows, places, seeds or table.seeds)), jobs)
 
@@ -51,7 +51,7 @@ def bring_up_to_date(
 def runs_of(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """Return the runs of every row with every seed, seed by seed."""
+    """Yield the run of each row with each seed, all rows of a seed together."""
     run = partial(
         Run,
         name,
@@ -64,7 +64,7 @@ def runs_of(
     )
 
     def alone(row: RowSpec, seed: int) -> Run:
-        """Return the run of a row that needs no other row's network."""
+        """Return the run of a row without the network whose attacked images it uses."""
         init = None if row.init is None else alone(table.row(row.init), seed)
         recipe = table.recipe(row, seed)
         return run(row.title, recipe, also=tuple(table.pgd_within(recipe.attack)), init=init, sender=None)
@@ -79,7 +79,7 @@ def runs_of(
 def missing_runs(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """Return the runs whose records are missing or outdated."""
+    """Yield the runs whose records are missing, or outdated, which is logged."""
     records = records_of(places.out / name)
     for run in runs_of(name, table, rows, places, seeds):
         record = records.get((run.row, run.recipe.training.seed))
@@ -93,7 +93,7 @@ def missing_runs(
 def measure_all(todo: list[Run], jobs: int) -> Failures:
     """Measure all runs, after training the networks that they start from or whose attacked images they use.
 
-    Returns the failed runs.
+    Returns the runs that failed, with their errors. A run that needs a failed one is not measured and fails too.
     """
     senders = [run.sender for run in todo if run.sender is not None]
     generations = zip_longest(*(ancestors(run) for run in (*todo, *senders)))
@@ -111,12 +111,12 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
 
 
 def ancestors(run: Run) -> list[Run]:
-    """Return the runs from whose weights a run starts, directly or through each other, the first one first."""
+    """Return the chain of runs that a run starts from, first the one that starts from random weights."""
     return [] if run.init is None else [*ancestors(run.init), run.init]
 
 
 def work(todo: list[Run], jobs: int, task: Task) -> Failures:
-    """Do a task for every run and log the progress with an estimate of the time left. Returns the failed runs."""
+    """Do a task for every run, and log the progress with an estimate of the time left; return the failed runs."""
     failures: Failures = []
     if not todo:
         return failures
@@ -132,13 +132,16 @@ def work(todo: list[Run], jobs: int, task: Task) -> Failures:
 
 
 def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, MpdsgrError | None]]:
-    """Yield the runs in the order in which they finish, each with its error or None."""
+    """Do a task for every run, and yield the runs in the order in which they finish, each with its error or None.
+
+    Raises InputError if a process is killed.
+    """
     if jobs == 1:
         yield from ((run, error_of(task, run)) for run in todo)
         return
-    # read by torch and BLAS when a new process loads them: together the processes use each core once
+    # torch and BLAS read this when a new process loads them; together, the processes have a thread per core
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    with ProcessPoolExecutor(  # Ctrl-C ends a worker silently; the parent process reports it
+    with ProcessPoolExecutor(  # on Ctrl-C, workers end silently, and this process reports it
         jobs, new_processes(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
     ) as pool:
         pending = {pool.submit(error_of, task, run): run for run in todo}
@@ -158,10 +161,10 @@ def as_finished(todo: list[Run], jobs: int, task: Task) -> Iterator[tuple[Run, M
 
 
 def new_processes() -> BaseContext:
-    """Return the start method of processes that inherit nothing from this one, such as threads or a CUDA context.
+    """Return a context for processes that inherit nothing from this one, such as threads or a CUDA context.
 
-    They are forked from a process that has imported the modules of a run, which takes seconds. Without fork, each
-    process imports them itself.
+    Where fork exists, they are forked from a process that has imported the modules of a run, which takes seconds.
+    Elsewhere each process imports them.
     """
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
@@ -171,7 +174,7 @@ def new_processes() -> BaseContext:
 
 
 def error_of(task: Task, run: Run) -> MpdsgrError | None:
-    """Do a task, keeping memory pages on a CPU; returns an error of this package, so that the other runs go on."""
+    """Do a task; return an error of this package instead of raising it, so that other runs go on."""
     keep_pages()
     try:
         task(run)
@@ -181,7 +184,7 @@ def error_of(task: Task, run: Run) -> MpdsgrError | None:
 
 
 def run_limited(command: Sequence[str], seconds: float) -> int | None:
-    """Run a command and return its exit status, or None if it was ended because the time was up."""
+    """Run a command and return its exit status. Stop it after `seconds` and return None."""
     with subprocess.Popen(command) as child:
         try:
             return child.wait(seconds)

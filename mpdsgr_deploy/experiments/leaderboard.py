@@ -1,6 +1,6 @@
-"""Rank validation reports of several networks by accuracy under all attacks.
+"""Rank the validation reports of several networks by accuracy under all attacks.
 
-Reports are compared only if they are complete and valid, and share images, eps, tier and version of the attack suite.
+Only complete and valid reports with the same images, eps, tier and version of the attack suite are ranked together.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ COMPARED: dict[str, Callable[[Report], Any]] = {
 
 
 class RankedReport(NamedTuple):
-    """A report and where it was read from."""
+    """A report, and the path that it was read from."""
 
     source: str
     report: Report
 
     def right(self, condition: str) -> NDArray[np.bool_]:
-        """Return which images [n] the network classifies correctly under a condition."""
+        """Return the verdicts [n] under a condition that the report has."""
         row = self.report.row(condition)
         assert row is not None, condition
         return row.artefact.verdicts(row.n)
@@ -42,8 +42,8 @@ class RankedReport(NamedTuple):
 def read_report(path: Path) -> RankedReport:
     """Read a report from its file, or from the directory that `mpdsgr validate` wrote.
 
-    Raises InputError for a report that is missing or damaged, that ended before all attacks were made, or in which a
-    health check failed, because such accuracies cannot be ranked.
+    Raises InputError for a report that is missing or damaged, and for one whose accuracies cannot be ranked, because it
+    ended before all attacks were made or a health check failed.
     """
     report = load_report(path)
     if report.stopped is not None or report.row(WORST) is None:
@@ -59,9 +59,9 @@ def read_report(path: Path) -> RankedReport:
 
 
 def ranked(entries: Sequence[RankedReport]) -> list[RankedReport]:
-    """Sort the entries by accuracy under all attacks, then clean accuracy, the best first.
+    """Sort the entries by accuracy under all attacks, then by clean accuracy, best first.
 
-    Raises InputError that names two reports and their difference if they cannot be compared.
+    Raises InputError, which names two reports and how they differ, if they cannot be compared.
     """
     first, *others = entries
     for what, value in COMPARED.items():
@@ -75,7 +75,7 @@ def ranked(entries: Sequence[RankedReport]) -> list[RankedReport]:
 
 
 def render(entries: Sequence[RankedReport]) -> str:
-    """Render the page as Markdown. Raises InputError as `ranked` does."""
+    """Return the page as Markdown. Raises InputError as `ranked` does."""
     order = ranked(entries)
     report = order[0].report
     tried = {title: name for title, name in CONDITIONS.items() if all(e.report.row(name) for e in order)}

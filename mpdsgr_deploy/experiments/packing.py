@@ -1,4 +1,4 @@
-"""Pack a table's results and networks into tar files, to copy them from the machine that made them."""
+"""Pack a table's results and networks into tar files, to copy them to another machine."""
 
 import io
 import tarfile
@@ -12,14 +12,14 @@ from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.checkpoint import FILE, load_checkpoint, save_checkpoint
 from mpdsgr_deploy.progress import log
 
-PIECE = 15 * 2**20  # largest size of a packed file in bytes
-SMALL = 40 * 2**20  # bytes of the largest float16 checkpoint that is packed
+PIECE = 15 * 2**20  # largest size of a file weights.tar.NN, in bytes
+SMALL = 40 * 2**20  # size of the largest float16 checkpoint that is packed, in bytes
 
 
 def pack(name: str, *, runs: Path, results: Path, out: Path) -> None:
-    """Pack a table's results and page as `results.tar` into `out`, and its networks as `weights.tar.NN`.
+    """Pack the records and the page of table `name` into out/results.tar, and its networks into out/weights.tar.NN.
 
-    The networks are those of runs that finished and are small enough, as float16 checkpoints in pieces.
+    runs, results: the directories of all tables' training runs and results. For the networks, see `pack_weights`.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "results.tar", tar({f"{name}/{path.name}": path for path in sorted((results / name).glob("*"))}))
@@ -27,7 +27,7 @@ def pack(name: str, *, runs: Path, results: Path, out: Path) -> None:
 
 
 def tar(files: dict[str, Path]) -> bytes:
-    """Write a tar archive of files under the given names."""
+    """Return a tar archive of files by their names in it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, path in files.items():
@@ -36,7 +36,10 @@ def tar(files: dict[str, Path]) -> bytes:
 
 
 def pack_weights(runs: Path, out: Path) -> None:
-    """Pack the last checkpoints of all finished, small enough runs in pieces, and log the other runs."""
+    """Pack the last checkpoints of all finished runs, in float16, into one tar archive that is cut into pieces.
+
+    Checkpoints larger than SMALL are left out and logged.
+    """
     files: dict[str, Path] = {}
     with TemporaryDirectory() as scratch:
         for run in finished(runs):
@@ -54,6 +57,7 @@ def pack_weights(runs: Path, out: Path) -> None:
 
 
 def finished(runs: Path) -> Iterator[Path]:
+    """Yield the directories of the runs that have trained all epochs of their recipe."""
     for run in sorted(runs.glob("*")):
         if (run / "last" / FILE).exists():
             checkpoint = load_checkpoint(run / "last")
@@ -62,7 +66,7 @@ def finished(runs: Path) -> Iterator[Path]:
 
 
 def halved(source: Path, target: Path) -> Path:
-    """Return a checkpoint with float16 weights, which `mpdsgr export` takes like any other."""
+    """Write a copy of a checkpoint with float16 weights, which `mpdsgr export` accepts, and return its directory."""
     checkpoint = load_checkpoint(source)
     weights = load_file(source / checkpoint.weights)
     small = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}

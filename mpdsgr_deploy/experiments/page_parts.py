@@ -18,12 +18,12 @@ def unmeasured(table: TableSpec, measured: Measured) -> str:
 
 
 def union_suite(measured: Measured) -> str:
-    """Name the version of the attacks, which is the same for all records that are not outdated."""
+    """Return a sentence with the version of the attacks, which all records share that are not outdated."""
     return f"Union: measured with suite {next(iter(measured.values()))[0].suite}."
 
 
 def unhealthy(measured: Measured) -> str:
-    """List the invalid evaluations with their reasons, and the version of the attack suite."""
+    """List the health checks that failed, with their findings, and state how many evaluations were checked."""
     records = [record for row in measured.values() for record in row]
     checked = [record for record in records if record.attacked.health]
     lines = [f"Health checks were made in {len(checked)} of {len(records)} evaluations. {union_suite(measured)}"]
@@ -34,7 +34,7 @@ def unhealthy(measured: Measured) -> str:
 
 
 def behaviour(measured: Measured) -> str:
-    """Show membrane statistics and the effect of perturbations in units of the margin, averaged over seeds."""
+    """Show membrane statistics, and the effect of perturbations in units of the margin, averaged over seeds."""
     rows = []
     for title, records in measured.items():
         effects = [record.sensitivity for record in records if record.sensitivity["n"]]
@@ -43,10 +43,10 @@ def behaviour(measured: Measured) -> str:
         def mean(values: list[float]) -> str:
             return f"{fmean(values):.2f}" if values else "-"
 
-        firing = [fmean(own[end]["firing_rate"] for own in layers) for end in (0, -1)]
+        firing = [fmean(of_run[end]["firing_rate"] for of_run in layers) for end in (0, -1)]
         drops = [mean([e[kind] / e["margin"] for e in effects]) for kind in ("promised", "noise", "pgd")]
         flipped = [list(e["flipped_pgd"].values()) for e in effects]
-        flips = " / ".join(f"{fmean(own[end] for own in flipped):.3f}" for end in (0, -1)) if flipped else "-"
+        flips = " / ".join(f"{fmean(shares[end] for shares in flipped):.3f}" for end in (0, -1)) if flipped else "-"
         validation = 100 * fmean(record.curve["validation_accuracy"][-1] for record in records)
         cells = [f"{validation:.1f}", f"{omega(records):.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}"]
         rows.append([title, *cells, mean([e["margin"] for e in effects]), *drops, flips])
@@ -62,7 +62,7 @@ def behaviour(measured: Measured) -> str:
 
 
 def sources(measured: Measured) -> str:
-    """List the checkpoint, then images, hardware, versions and revisions, each distinct one once."""
+    """List the checkpoint that was evaluated, then images, hardware, versions and revisions without repetition."""
     records = [record for row in measured.values() for record in row]
     lines = set()
     for record in records:
@@ -78,7 +78,7 @@ def sources(measured: Measured) -> str:
 
 
 def exceptions(records: list[Record]) -> list[str]:
-    """Return a line for each run that was cut before its recipe's last epoch, or that started from trained weights."""
+    """Return a line for each run that ended before its recipe's last epoch, or that started from trained weights."""
     lines = []
     for record in records:
         steps = record.curve.get("T", [record.recipe.encoding.T])[-1]

@@ -1,4 +1,4 @@
-"""Store records in a JSON-lines file, one per line, replaced by key. Several processes may write into one file."""
+"""Files of records: JSON lines, one record per line, replaced by key. Several processes may write into one file."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def rounded(value: Any) -> Any:
-    """Return a JSON-ready value with its floats rounded to DIGITS significant digits."""
+    """Return a JSON-ready value whose floats are rounded to DIGITS significant digits, at any depth."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -32,8 +32,8 @@ Rounded = PlainSerializer(rounded)  # annotates a field of measured numbers
 def read_records(path: Path, model: type[R], version: int) -> list[R]:
     """Return the records of a file, in its order; none if there is no file.
 
-    Raises InputError that names the line if a record is damaged, does not fit `model`, or was written by a later
-    version of this package (its schema_version is above `version`).
+    Raises InputError, which names the line, for a record that is damaged, does not fit `model`, or was written by a
+    later version of this package (its schema_version is above `version`).
     """
     records = []
     for number, line in enumerate(read_lines(path), 1):
@@ -57,9 +57,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
-    """Write a record in place of the one with the same values of the fields `key`; records are sorted by these.
+    """Write a record into a file, in place of the one with the same values of the fields `key`, by which it is sorted.
 
-    The file is replaced as a whole, so that a process killed at any time leaves the old or the new one.
+    The file is replaced as a whole: a process that is killed leaves the old or the new one. Raises InputError if it
+    cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = record.model_dump_json()

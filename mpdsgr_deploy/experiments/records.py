@@ -1,4 +1,4 @@
-"""Result records: what one row of a table measured with one seed, a line of the table's JSON-lines file."""
+"""Records: the result of one row of a table with one seed, a line of the table's JSON-lines file."""
 
 import base64
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ Bools = NDArray[np.bool_]
 
 
 class PackedVerdicts(BaseModel):
-    """One condition: `settings` describes the attack; `right` has a bit for each image, packed, in base64."""
+    """The verdicts under one condition. settings: the attack's strength, in words; right: packed bits, in base64."""
 
     settings: str
     right: str
 
     @classmethod
     def of(cls, settings: str, right: Bools) -> "PackedVerdicts":
-        """Pack verdicts [n] of one condition."""
+        """Pack the verdicts [n] of one condition."""
         return cls(settings=settings, right=base64.b64encode(np.packbits(right).tobytes()).decode())
 
 
 class CheckOutcome(BaseModel):
-    """The outcome of one health check."""
+    """The outcome of one health check. saw: what it found."""
 
     number: int
     name: str
@@ -47,9 +47,9 @@ class CheckOutcome(BaseModel):
 
 
 class AttackedNetwork(BaseModel):
-    """A network under every condition, in the order in which they were tried.
+    """The verdicts of a network on n images under every condition, in the order in which these were tried.
 
-    images: a phrase that names them and the rule of their choice; n: their number.
+    images: a phrase that names the images and how they were chosen.
     """
 
     images: str
@@ -61,7 +61,7 @@ class AttackedNetwork(BaseModel):
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> "AttackedNetwork":
-        """Make the record of an evaluation that `evaluate` returned."""
+        """Return the record of an evaluation that `evaluate` returned."""
         rows = evaluation.rows
         n = rows[0].n
         return cls(
@@ -74,20 +74,20 @@ class AttackedNetwork(BaseModel):
         )
 
     def verdicts(self, condition: str) -> Bools:
-        """Return which images [n] the network gets right under a condition. Raises KeyError for one not tried."""
+        """Return the verdicts [n] under a condition. Raises KeyError for a condition that was not tried."""
         packed = np.frombuffer(base64.b64decode(self.conditions[condition].right), np.uint8)
         return np.unpackbits(packed)[: self.n].astype(bool)
 
     def accuracy(self, condition: str) -> float:
-        """Return the share of images it gets right under a condition. Raises KeyError as `verdicts` does."""
+        """Return the accuracy under a condition, in [0, 1]. Raises KeyError as `verdicts` does."""
         return int(self.verdicts(condition).sum()) / self.n
 
 
 class AttackedExport(AttackedNetwork):
-    """An exported network as `validate` judged it.
+    """The verdicts of an exported network, and the verdict of `validate` on it.
 
-    curves: by attack, (eps, correct images, images) of growing eps; stopped: why it ended before all conditions were
-    tried, None if it did not.
+    curves: (eps, number of correct images, number of images) for growing eps, by attack. stopped: why the evaluation
+    ended before all conditions were tried, None if it did not.
     """
 
     verdict: str
@@ -99,7 +99,7 @@ class AttackedExport(AttackedNetwork):
 
     @classmethod
     def of_report(cls, report: Report) -> "AttackedExport":
-        """Make the record of a validation report."""
+        """Return the record of a validation report."""
         n = report.rows[0].n
         origin = {**report.provenance, "network": f"the {report.precision} network on {report.backend}"}
         return cls(
@@ -119,18 +119,20 @@ class AttackedExport(AttackedNetwork):
 
 
 def outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:
-    """Return health checks without their explanations, which are the same in every record."""
+    """Return the outcomes of health checks, without explanations, which are the same in every record."""
     return [CheckOutcome(number=c.number, name=c.name, passed=c.passed, saw=c.saw) for c in checks]
 
 
 class Record(BaseModel):
-    """One row with one seed.
+    """The result of one row with one seed.
 
-    checkpoint: which of the run's was evaluated, after `epoch` epochs; suite: version of its attacks; tier: that
-    whose attacks were made on the torch network, None: those its recipe names. curve: the values that training logged,
-    by name, one per epoch; seconds: wall time of the training; layers: membrane statistics of its last epoch. `torch`
-    is the evaluation of the torch network, or else `artefacts` those of the exported network by precision. `provenance`
-    is that of the training. init: hash and epoch of the weights that training started from; None for random ones.
+    suite: version of the attacks. checkpoint, epoch: which one of the run was evaluated, "last" or "best", and after
+    how many epochs. recipe: how the network was trained and attacked. seconds: wall time of the training. curve: the
+    values that training logged, one per epoch, by name. layers: the `LayerStatistics` of the last epoch. membranes:
+    histograms of the potentials by layer, if the table shows them. tier: whose attacks were made on the torch network,
+    None for those that the recipe names. torch: the evaluation of the torch network, or else artefacts: those of the
+    exported network by precision. sensitivity: the result of `sensitivity.sensitivity`. provenance: that of the
+    training. init: hash and epoch of the weights that training started from, None for random ones.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -154,11 +156,12 @@ class Record(BaseModel):
 
     @property
     def attacked(self) -> AttackedNetwork:
-        """The evaluation that the row's accuracies are from: the torch network's, or the first precision's."""
+        """The evaluation whose accuracies stand for the row: the torch network's, or the first precision's."""
         return self.torch or next(iter(self.artefacts.values()))
 
 
 def put(folder: Path, record: Record) -> None:
+    """Write a record into a table's folder, in place of an earlier one of its row and seed."""
     put_record(folder / RECORDS, record, KEY)
 
 
@@ -168,9 +171,10 @@ def records_of(folder: Path) -> dict[tuple[str, int], Record]:
 
 
 def outdated(record: Record, table: TableSpec) -> str | None:
-    """Return why a record is not what its table asks for now; None if it is.
+    """Return why a record is not what its table now asks for; None if it is.
 
-    A recipe field that was added since does not matter as long as its default keeps the earlier behaviour.
+    Fields that later versions added to recipes count with their defaults, which keep the earlier behaviour. Raises
+    InputError for a row whose recipe is not valid.
     """
     from mpdsgr_deploy.defences import resolved
 
@@ -197,7 +201,10 @@ Measured = dict[str, list[Record]]  # row -> its records, one per seed; without 
 
 
 def load_measured(table: TableSpec, folder: Path) -> Measured:
-    """Return the records of every row with all measured seeds. Outdated records are left out and logged."""
+    """Return the records of every measured row, in the order of the table.
+
+    Records that are outdated or of no row are left out and logged. Raises InputError as `read_records` does.
+    """
     known = {row.title for row in table.rows}
     by_row: Measured = {}
     for (row, _), record in sorted(records_of(folder).items()):

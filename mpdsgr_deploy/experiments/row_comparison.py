@@ -1,4 +1,4 @@
-"""Compare the rows of a table: accuracies over seeds, and paired differences between rows."""
+"""Compare the rows of a table: accuracies over seeds, and differences between rows, paired by seed and image."""
 
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -19,7 +19,11 @@ STRONG = {"strong": "pgd-strong", "union": "worst"}
 
 
 class Cell(NamedTuple):
-    """Accuracy of one row under one condition in %: mean over seeds, deviation between them, interval over images."""
+    """The accuracy of a row under a condition, in %.
+
+    mean: over seeds. deviation: the standard deviation between seeds, None for one seed. interval: the 95 % Wilson
+    interval of the mean, for the choice of images.
+    """
 
     mean: float
     deviation: float | None
@@ -27,7 +31,7 @@ class Cell(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The mean and deviation without the interval."""
+        """Mean and deviation as text, without the interval."""
         return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
 
     def __str__(self) -> str:
@@ -35,7 +39,7 @@ class Cell(NamedTuple):
 
 
 def cell(records: list[Record], condition: str) -> Cell | None:
-    """Return a row's accuracy under a condition over its seeds; None if one of them did not measure it."""
+    """Return a row's accuracy under a condition over its seeds; None if a record lacks the condition."""
     if not all(condition in record.attacked.conditions for record in records):
         return None
     n = records[0].attacked.n
@@ -46,12 +50,15 @@ def cell(records: list[Record], condition: str) -> Cell | None:
 
 
 def shorts(records: list[Record], conditions: dict[str, str]) -> list[str]:
-    """Return accuracies under conditions as text, without intervals; "-" for those not measured."""
+    """Return the accuracies under conditions as text, without intervals; "-" for those that were not measured.
+
+    conditions: names of conditions by heading.
+    """
     return [own.short if (own := cell(records, condition)) else "-" for condition in conditions.values()]
 
 
 def published_figures(table: TableSpec, title: str) -> Published | None:
-    """Return the figures published for a row's recipe; None if this table gives it other data or another network."""
+    """Return the figures published for a row's recipe; None without any, and if the table changes data or network."""
     path = find_recipe(table.row(title).recipe)
     own, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
     network = {"model", "neuron", "encoding"}
@@ -65,13 +72,13 @@ def defences(record: Record) -> list[str]:
 
 
 def adversarial(record: Record) -> list[str]:
-    """Return those of a row's defences that train on attacked images."""
+    """Return the names of a row's defences that train on attacked images."""
     kinds = ((name, DEFENCES.get(name)) for name in record.recipe.defence)
     return [name for name, kind in kinds if kind is not None and kind.adversarial]
 
 
 def groups(measured: Measured) -> dict[str, Measured]:
-    """Group the rows without and with adversarial training; an empty group is left out."""
+    """Return the rows without and those with adversarial training, by a title; an empty group is left out."""
     split = {
         title: {row: records for row, records in measured.items() if bool(adversarial(records[0])) == attacked}
         for title, attacked in (("without adversarial training", False), ("with adversarial training", True))
@@ -80,20 +87,23 @@ def groups(measured: Measured) -> dict[str, Measured]:
 
 
 def baseline(measured: Measured, records: list[Record]) -> list[Record] | None:
-    """Return the row to compare `records` with: its adversarial training alone, or no defence; None if not measured."""
+    """Return the row to compare `records` with: that with its adversarial training alone, or without any defence.
+
+    None if there is no such row, or if it is `records`.
+    """
     expected = adversarial(records[0])
     candidates = [other for other in measured.values() if defences(other[0]) == expected]
     return candidates[0] if candidates and candidates[0] is not records else None
 
 
 def strong_curves(records: list[Record]) -> list[list[tuple[float, int, int]]]:
-    """Return (eps, correct images, images) of the strong PGD, one curve per seed."""
+    """Return the curves under the strong PGD as in `AttackedExport.curves`, one per seed that has one."""
     curves = (next(iter(record.artefacts.values())).curves for record in records if record.artefacts)
     return [by_attack[STRONG_PGD] for by_attack in curves if STRONG_PGD in by_attack]
 
 
 def by_eps(records: list[Record]) -> dict[float, float]:
-    """Return accuracy in % by eps, averaged over seeds, up to four times the eps of the recipe."""
+    """Return accuracy in % under the strong PGD by eps, averaged over seeds, up to four times the recipe's eps."""
     curves, largest = strong_curves(records), 4.001 * records[0].recipe.attack.eps
     points = zip(*curves, strict=True)
     return {p[0][0]: 100 * fmean(correct / n for _, correct, n in p) for p in points if p[0][0] <= largest}
@@ -102,8 +112,8 @@ def by_eps(records: list[Record]) -> dict[float, float]:
 class Difference(NamedTuple):
     """The difference in accuracy between two rows, in percentage points, on the same images and seeds.
 
-    mean: over the common seeds; interval: 95 %, for the choice of images; None if neither row gets any image right,
-    which proves nothing about other images. seeds: the difference of each seed.
+    mean: over the common seeds. interval: 95 %, for the choice of images; None if neither row gets any image right,
+    which says nothing about other images. seeds: the difference for each common seed.
     """
 
     mean: float
@@ -117,7 +127,10 @@ class Difference(NamedTuple):
 
 
 def difference(records: list[Record], others: list[Record], condition: str) -> Difference:
-    """Return `records` minus `others` under a condition: normal approximation over images, each averaged over seeds."""
+    """Return `records` minus `others` under a condition.
+
+    The interval is a normal approximation over images, each of them averaged over seeds.
+    """
     gained, any_right = paired(records, others, condition)
     each = gained.mean(0)
     half = Z95 * each.std(ddof=1) / len(each) ** 0.5
@@ -126,9 +139,9 @@ def difference(records: list[Record], others: list[Record], condition: str) -> D
 
 
 def paired(records: list[Record], others: list[Record], condition: str) -> tuple[NDArray[np.float64], bool]:
-    """Return the difference between `records` and `others` by common seed and image, [seeds, n] in -100, 0, 100.
+    """Return `records` minus `others` by common seed and image, [seeds, n] of -100, 0 or 100.
 
-    Also return whether either gets any image right: if neither does, that proves nothing about other images.
+    The second result is whether either gets any image right.
     """
     ours, theirs = ({r.seed: r.attacked.verdicts(condition) for r in rows} for rows in (records, others))
     common = sorted(ours.keys() & theirs.keys())
@@ -137,5 +150,5 @@ def paired(records: list[Record], others: list[Record], condition: str) -> tuple
 
 
 def omega(records: list[Record]) -> float:
-    """Return Omega in [0, 1] of the trained networks, by the empirical moments, averaged over layers and seeds."""
+    """Return Omega in [0, 1] by empirical moments, averaged over layers and seeds."""
     return fmean(fmean(layer["omega_empirical"] for layer in record.layers) for record in records)

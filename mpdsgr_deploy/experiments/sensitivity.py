@@ -1,13 +1,13 @@
-"""Compare the effect of perturbations with what the gradient predicts: is a network robust, or hard to differentiate?
+"""Compare the effect of perturbations with what the gradient predicts, to tell robustness from gradient masking.
 
-margin        logit of the true class minus the best other, mean over the images the network gets right
-promised      eps * |d margin / d x|_1: the drop that the surrogate gradient predicts
-noise, pgd    the measured drop under U(-eps, eps) noise and under PGD in the recipe's setting
-flipped       share of a layer's spikes that differ from those of the clean image, first to last layer
+    margin        logit of the true class minus the largest other logit, mean over the images that are classified right
+    promised      eps * |d margin / d x|_1, the drop of the margin that the surrogate gradient predicts
+    noise, pgd    the measured drop under U(-eps, eps) noise and under PGD in the recipe's setting
+    flipped       share of a layer's spikes that differ from those for the clean image
 
-Gradient masking lowers `promised` alone; a defence that protects lowers `pgd / margin` and `flipped` too. Drops are
-given in units of the network's own margin, because logit scales differ. A stochastic network draws the same noise for
-the clean and the perturbed image, so that what differs is the perturbation.
+Gradient masking lowers `promised` alone. A defence that protects also lowers `pgd` / `margin` and `flipped`; drops are
+compared in units of the margin, because networks differ in the scale of their logits. A stochastic network draws the
+same noise for the clean and the perturbed image, so that they differ in the perturbation alone.
 """
 
 from collections import defaultdict
@@ -33,11 +33,11 @@ class FixedNoise:
         self.model, self.seed = model, seed
 
     def __call__(self, x: Tensor, observe: Observer | None = None) -> Tensor:
-        with exact_convolutions():  # a rounded product flips spikes that no perturbation has flipped
+        with exact_convolutions():  # rounded products would flip further spikes
             return self.model(x, observe, torch.Generator().manual_seed(self.seed))
 
     def observe(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return margin [N] and each layer's spikes [T, N, ...] as booleans."""
+        """Return the margins [N] for images x of classes y, and the spikes [T, N, ...] by layer as booleans."""
         spikes: dict[str, Tensor] = {}
 
         def keep(trace: Trace) -> None:
@@ -53,9 +53,10 @@ class FixedNoise:
 
 
 def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, Any]:
-    """Return the means above over the `images` that the model, in eval mode, classifies correctly, as JSON values.
+    """Return the means that the module defines, over the images that a model in eval mode classifies correctly.
 
-    `n` is the number of these images; without any there are no means.
+    The result is JSON-ready: n (the number of these images), eps, margin, promised, noise, pgd, and flipped_noise and
+    flipped_pgd by layer. For n = 0 there are no means.
     """
     attack, seed = recipe.attack, recipe.validation.seed
     device = next(model.parameters()).device
@@ -66,8 +67,8 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
     sums: dict[tuple[str, str | None], float] = defaultdict(float)
     for index in torch.arange(len(images)).split(recipe.validation.batch_size):
         x, noise = (torch.from_numpy(array)[index].to(device) for array in (clean, noisy))
-        y, first = torch.from_numpy(images.classes)[index].to(device), start[index].to(device)
-        for key, value in batch_sums(probe, x, y, noise, first, recipe).items():
+        y, batch_start = torch.from_numpy(images.classes)[index].to(device), start[index].to(device)
+        for key, value in batch_sums(probe, x, y, noise, batch_start, recipe).items():
             sums[key] += value
     n = int(sums.pop(("n", None), 0))
     means: dict[str, Any] = {"n": n, "eps": attack.eps, "flipped_noise": {}, "flipped_pgd": {}}
@@ -82,10 +83,11 @@ def sensitivity(model: SpikingNet, images: Images, recipe: Recipe) -> dict[str, 
 def batch_sums(
     probe: FixedNoise, x: Tensor, y: Tensor, noisy: Tensor, start: Tensor, recipe: Recipe
 ) -> dict[tuple[str, str | None], float]:
-    """Return the sums that `sensitivity` averages, over a batch's correctly classified images, by name and layer.
+    """Return the sums over a batch's correctly classified images that `sensitivity` averages, by name and layer.
 
-    The whole batch passes through the network each time, because an image's noise depends on its place in the batch.
-    The attack draws its own noise.
+    x, noisy: clean and noisy images [B, C, H, W] of classes y [B]; start: the random start of PGD in units of eps. The
+    layer is None for values of the whole network. All images of the batch pass through the network each time, because
+    an image's noise depends on its place in the batch. The attack draws other noise.
     """
     attack = recipe.attack
     noise = torch.Generator().manual_seed(probe.seed + 1)

@@ -1,4 +1,4 @@
-"""Studies: TOML files in train/studies that name methods and settings, and the table of all their pairs."""
+"""Studies: TOML files in train/studies that name methods and settings; a study is the table of all their pairs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import find_recipe, shipped
 from mpdsgr_deploy.schema import Count, Section, Seed, parse, read_toml
 
-PREFIX = "study-"  # prefix of the names of studies' tables
+PREFIX = "study-"  # begins the names of the tables of studies
 
 
 class StudyMethod(Section):
-    """A recipe, changed by `set`. label: what pictures call it; None: its defences."""
+    """A recipe, changed by `set`. label: its name in pictures; None: the names of its defences."""
 
     name: FileName
     label: str | None = None
@@ -25,7 +25,7 @@ class StudyMethod(Section):
 
 
 class Setting(Section):
-    """A value of a factor: what it changes. methods: which of the study's are run; None: all."""
+    """One value of a factor, which changes recipes by `set`. methods: names of those that are run; None: all."""
 
     factor: str
     name: FileName
@@ -34,11 +34,12 @@ class Setting(Section):
 
 
 class Study(Section):
-    """Every setting with every method of it. The first method is the baseline, the first setting the base setting.
+    """Every setting with each of its methods. The first method is the baseline, and the first setting the base setting.
 
-    `set` changes all recipes. A setting's changes to `defence.NAME` apply to its methods that have this defence, or add
-    the defence to all methods if none has it. A setting without the baseline is compared with the base setting's. With
-    several seeds, each network is also attacked with the images that fool the baseline's network of the next seed.
+    `set` changes all recipes. A setting's change of `defence.NAME` applies to the methods of the setting that have this
+    defence; if none has it, all methods get it. The methods of a setting without the baseline are compared with the
+    baseline in the base setting. With several seeds, each network is also attacked with images that fool the baseline's
+    network of the next seed. seeds, limit: see `TableSpec`. tier: states the attacks.
     """
 
     title: str
@@ -50,7 +51,7 @@ class Study(Section):
     settings: Annotated[tuple[Setting, ...], Field(strict=False, min_length=1)]
 
     def methods_of(self, setting: Setting) -> list[StudyMethod]:
-        """Return the methods that a setting is run with. Raises InputError for an unknown one."""
+        """Return the methods that are run in a setting. Raises InputError for an unknown name."""
         known = {method.name: method for method in self.methods}
         return [choose("method", known, name) for name in setting.methods or known]
 
@@ -61,7 +62,10 @@ class Study(Section):
         return f"{setting.name}.{method.name}"
 
     def chosen(self, names: Sequence[str]) -> list[RowSpec]:
-        """Return the table's rows named by setting or SETTING.METHOD, or all. Raises InputError for an unknown name."""
+        """Return the table's rows that `names` select, or all rows for none.
+
+        A name is a setting, which selects all of its rows, or SETTING.METHOD. Raises InputError for an unknown name.
+        """
         rows = {row.title: row for row in self.table().rows}
         known = {title: [row] for title, row in rows.items()}
         for setting in self.settings:
@@ -69,13 +73,13 @@ class Study(Section):
         return [row for name in names for row in choose("setting", known, name)] or [*rows.values()]
 
     def baseline_of(self, setting: Setting) -> str:
-        """Return the title of the row that the methods of a setting are compared with."""
+        """Return the title of the row with which the methods of a setting are compared."""
         baseline = self.methods[0]
         own = setting if baseline in self.methods_of(setting) else self.settings[0]
         return self.title_of(own, baseline)
 
     def table(self) -> TableSpec:
-        """Return all runs as the rows of a table. Raises InputError as `checked` does."""
+        """Return the table whose rows are all pairs. Raises InputError as `checked` does."""
         rows = [self._row(setting, method) for setting, method in self.pairs()]
         table = TableSpec(
             title=self.title, seeds=self.seeds, limit=self.limit, tier=self.tier, set=self.set, rows=tuple(rows)
@@ -92,7 +96,7 @@ class Study(Section):
 
 
 def defences_of(method: StudyMethod) -> set[str | None]:
-    """Return the names of the defences in a method's recipe, and of those it adds."""
+    """Return the names of the defences in a method's recipe and in its changes; None stands for other changes."""
     return {*load_recipe(find_recipe(method.recipe)).defence, *map(defence_of, method.set)}
 
 
@@ -102,9 +106,9 @@ def built_in_studies() -> dict[str, Path]:
 
 
 def load_study(name: str) -> tuple[str, Study]:
-    """Load a study, and return it with its table's name. `name` is a file if it ends in .toml, else one that ships.
+    """Return the name of a study's table, and the study. name: a file if it ends in .toml, else a study that ships.
 
-    Raises InputError for an unknown study or a file with wrong keys or values.
+    Raises InputError for an unknown study, and for a file that is missing or has wrong keys or values.
     """
     path = Path(name) if name.endswith(".toml") else choose("study", built_in_studies(), name)
     return f"{PREFIX}{path.stem}", parse(Study, read_toml(path), str(path))

@@ -13,12 +13,12 @@ from mpdsgr_deploy.experiments.row_comparison import shorts
 from mpdsgr_deploy.experiments.study import PREFIX, Study
 
 PAGE, EFFECTS, DOSE, FRONT = "README.md", "effects.png", "dose.png", "front.png"
-MORE, LESS = 2.0, 1.0  # points of accuracy: the least gain under all attacks, the largest loss on clean images
-ENOUGH = 12  # the fewest pairs for which a correlation is computed
+MORE, LESS = 2.0, 1.0  # in `goal`: the least gain under all attacks and the largest loss on clean images, in points
+ENOUGH = 12  # smallest number of pairs for which a correlation is computed
 
 
 def write_page(name: str, study: Study, folder: Path) -> Path:
-    """Render the page and the plots of the records in `folder` into it."""
+    """Write the page and the plots of the records in `folder` into it; return the page's path."""
     measured = load_measured(study.table(), folder)
     pictures = {}
     if compared := pairs(study, measured):
@@ -66,7 +66,7 @@ def meanings(study: Study) -> str:
 
 
 def effects(study: Study, compared: list[Pair]) -> str:
-    """Show differences in points under every condition, and the verdict."""
+    """Show the effect of each method under every condition, and the verdict on it."""
     rows = []
     for setting, method, records, baseline in compared:
         cells = [str(effect(records, baseline, condition) or "-") for condition in CONDITIONS.values()]
@@ -90,12 +90,12 @@ def effects(study: Study, compared: list[Pair]) -> str:
 
 
 def healthy(record: Record) -> bool:
-    """Whether every health check of its evaluation passed."""
+    """Whether every health check of the record's evaluation passed."""
     return all(check.passed for check in record.attacked.health)
 
 
 def together(compared: list[Pair]) -> str:
-    """Show the mean effect of methods in several settings under all attacks, and the settings with each verdict."""
+    """Show each method's mean effect under all attacks over its settings, and in how many it is lower or higher."""
     by_method: dict[str, list[tuple[float, Pair]]] = {}
     for pair in compared:
         if (union := effect(pair.records, pair.baseline, WORST)) is not None:
@@ -111,7 +111,7 @@ def together(compared: list[Pair]) -> str:
 
 
 def dose(compared: list[Pair]) -> str:
-    """Show whether a method's effect follows how far it lowers Omega, over all settings."""
+    """Show the correlation between effects under all attacks and the decrease of Omega; empty for few pairs."""
     points = [
         (emptied(pair.records, pair.baseline), union.mean)
         for pair in compared
@@ -123,7 +123,7 @@ def dose(compared: list[Pair]) -> str:
 
 
 def goal(compared: list[Pair]) -> str:
-    """List the methods that gain enough under all attacks at a small enough cost on clean images."""
+    """List the methods that gain MORE points under all attacks and lose at most LESS points on clean images."""
     worthwhile = []
     for setting, method, records, baseline in compared:
         union, clean = (effect(records, baseline, CONDITIONS[heading]) for heading in ("union", "clean"))

@@ -27,13 +27,13 @@ from mpdsgr_deploy.experiments.table_plots import png
 DRAWN = ("PGD", "Square", "union")
 BASELINE = BLACK
 COLOURS = {HELPS: GREEN, MASKS: ORANGE, HURTS: VERMILION, OPEN: GREY}
-NAMED = 6  # number of largest losses that are labelled
-LINE_HEIGHT = 9.0  # distance between two labels in points
+NAMED = 6  # number of losses that have a label, the largest ones
+LINE_HEIGHT = 9.0  # smallest distance between two labels, in points
 Label = tuple[float, float, str]  # x, y, text
 
 
 def method_names(study: Study) -> dict[str, str]:
-    """Map each method's name in the file to its display name: its label, or else the names of its defences."""
+    """Return the display names of methods by name: the label, or else the names of the defences."""
     table = study.table()
     titles = {}
     for setting in study.settings:
@@ -46,7 +46,7 @@ def method_names(study: Study) -> dict[str, str]:
 
 
 def effects(study: Study, compared: list[Pair]) -> bytes:
-    """Plot differences with intervals: under the paper's attack, without gradients, and under all attacks."""
+    """Plot each effect with its interval under PGD in the paper's setting, under Square, and under all attacks."""
     names = method_names(study)
     figure = Figure(figsize=(13, 1.2 + 0.24 * len(compared)), layout="constrained")
     panels = figure.subplots(1, len(DRAWN), sharex=True, sharey=True)
@@ -63,7 +63,7 @@ def effects(study: Study, compared: list[Pair]) -> bytes:
 
 
 def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
-    """Draw one method's effect and interval, if it was measured."""
+    """Draw one effect with its interval, if it was measured."""
     if points is not None:
         colour = COLOURS[HELPS if points.low > 0 else HURTS if points.high < 0 else OPEN]
         axes.plot([points.low, points.high], [position, position], color=colour)
@@ -71,9 +71,9 @@ def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
 
 
 def dose(study: Study, compared: list[Pair]) -> bytes:
-    """Plot accuracy under all attacks against the decrease of Omega, one point per method and setting.
+    """Plot the effect under all attacks against the decrease of Omega, one point per method and setting.
 
-    Points with the verdicts helps or masks, and the largest losses, have labels.
+    Points with the verdict helps or masks, and the largest of those with the verdict hurts, have labels.
     """
     names = method_names(study)
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -96,9 +96,9 @@ def dose(study: Study, compared: list[Pair]) -> bytes:
 
 
 def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
-    """Plot clean accuracy against accuracy under all attacks, one point per row, with the intervals over images.
+    """Plot accuracy under all attacks, with its interval over images, against clean accuracy, one point per row.
 
-    Rows that no other row beats in both, and those with the verdicts helps or masks, have labels.
+    Rows that no other row beats in both, and those with the verdict helps or masks, have labels.
     """
     names = {study.title_of(s, m): f"{s.name}: {method_names(study)[m.name]}" for s, m in study.pairs()}
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -117,13 +117,13 @@ def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
     axes.plot(*zip(*sorted((x, y) for x, y, _ in best), strict=True), color=BASELINE, linewidth=0.5, linestyle=":")
     axes.set(xlabel="clean accuracy (%)", ylabel="right under all attacks (%)")
     axes.plot([], [], "o", color=BASELINE, label="baseline")
-    noted = {names[row] for row, word in verdicts.items() if word in (HELPS, MASKS)}
-    finish(figure, axes, [point for point in points if point in best or point[2] in noted])
+    exceptions = {names[row] for row, word in verdicts.items() if word in (HELPS, MASKS)}
+    finish(figure, axes, [point for point in points if point in best or point[2] in exceptions])
     return png(figure)
 
 
 def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
-    """Add the axis labels, and a legend of the colours beside the axes."""
+    """Add the labels of points, and a legend of the colours beside the axes."""
     for name, colour in COLOURS.items():
         axes.plot([], [], "o", color=colour, label=name)
     plain(axes)
@@ -133,9 +133,9 @@ def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
 
 
 def place(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
-    """Place labels to the right of their points, moved down until none covers another, with a line to the point.
+    """Place each label to the right of its point, moved down until it covers no other, with a line to the point.
 
-    A label that would extend beyond the axes is set to the left of its point.
+    A label that would extend beyond the axes is placed to the left of its point.
     """
     scale = 72 / figure.dpi
     right = axes.bbox.x1 * scale

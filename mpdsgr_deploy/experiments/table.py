@@ -1,4 +1,4 @@
-"""Tables: TOML files in train/tables that name recipes as rows, what all rows change, and the seeds."""
+"""Tables: TOML files in train/tables that name recipes as rows, changes to all rows, and seeds."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,10 +21,10 @@ Eps = Annotated[Number, Field(gt=0, le=1)]
 
 
 class RowSpec(Section):
-    """A recipe. `set` changes it for this row alone, which then needs a `name` of its own.
+    """A row: a recipe, which `set` changes for this row alone. name: the row's title; None: that of the recipe.
 
-    init: title of a row from whose network of the same seed training starts, instead of random weights. transfer: title
-    of a row. Its network of the table's next seed is attacked, and those images are tried on this one.
+    init: title of the row whose network of the same seed training starts from, in place of random weights. transfer:
+    title of a row whose network of the table's next seed is attacked; these images are tried on the row's own network.
     """
 
     recipe: FileName
@@ -40,9 +40,9 @@ class RowSpec(Section):
 
 
 class ExportSpec(Section):
-    """How the exported networks of a table are validated: the gate's tier and drop, and the precisions.
+    """How the exported networks of a table are validated: precisions, tier, and the gate's max_drop.
 
-    membranes: a defence; the page draws the membrane potentials of rows with it beside those of rows without any.
+    membranes: the name of a defence; the page plots membrane potentials of rows with and without it.
     """
 
     tier: TierName = "release"
@@ -59,12 +59,11 @@ class ExportSpec(Section):
 class TableSpec(Section):
     """A table of rows that are compared with one another.
 
-    `set` changes the recipes of all rows, as `section.key=value`; an entry `defence.NAME.key=value` applies to the rows
-    that have this defence, and does not add it to others. `limit` is the number of test images; None: all. With
-    `artefact` the networks are exported and the exports are attacked. Without it the torch networks are attacked, under
-    a `tier` of the gate or else as the recipes say, and also by PGD in the paper's setting within each of `eps`. With
-    `eta_budget` the rows are a sweep of MPD-SGR's eta: the page names the largest that costs at most so many points of
-    clean accuracy on the validation split.
+    set: changes to the recipes of all rows, as `section.key=value`; `defence.NAME.key=value` applies only to rows that
+    have this defence. limit: number of test images; None: the recipes'. artefact: export the networks, and attack the
+    exported ones; None: attack the torch networks, with the attacks of `tier` (None: those that the recipes name), and
+    with PGD in the paper's setting within each of `eps`. eta_budget: the rows are a sweep over MPD-SGR's eta, and the
+    page names the largest eta that costs at most this many points of clean accuracy on validation images.
     """
 
     title: str
@@ -79,21 +78,21 @@ class TableSpec(Section):
 
     @property
     def suite(self) -> int:
-        """The version of the attacks that its networks meet."""
+        """The version of the attacks that are made on its networks."""
         return suite_of(self.tier if self.artefact is None else self.artefact.tier)
 
     def row(self, title: str) -> RowSpec:
-        """Return the row of that title. Raises InputError that lists all titles."""
+        """Return the row of that title. Raises InputError, which lists all titles, if there is none."""
         return choose("row", {row.title: row for row in self.rows}, title)
 
     def overrides(self, row: RowSpec) -> list[str]:
-        """Return the changes of the table and of the row to the row's recipe."""
+        """Return all changes to a row's recipe: the table's, the number of test images, and the row's own."""
         defences = load_recipe(find_recipe(row.recipe)).defence
         limit = [] if self.limit is None else [f"validation.limit={self.limit}"]
         return [*(o for o in self.set if defence_of(o) in (None, *defences)), *limit, *row.set]
 
     def recipe(self, row: RowSpec, seed: int) -> Recipe:
-        """Return the recipe that a row is trained and attacked by, with all defaults written out.
+        """Return the recipe of a row for training and attacks, with the settings of defences resolved.
 
         Raises InputError for an unknown recipe, key or defence, and for a value out of range.
         """
@@ -103,12 +102,15 @@ class TableSpec(Section):
         return resolved(load_recipe(find_recipe(row.recipe), overrides)).portable()
 
     def pgd_within(self, attack: Attack) -> list[TierEntry]:
-        """Return PGD in the paper's setting within each of `eps`, with steps scaled by the same factor."""
+        """Return PGD in the paper's setting within each of `eps`, with the step size in proportion to eps."""
         step = attack.step / attack.eps
         return [entry("pgd", f"{PGD} {255 * eps:.3g}/255", eps=eps, step=eps * step) for eps in self.eps]
 
     def source(self, row: RowSpec, seed: int) -> tuple[RowSpec, Recipe] | None:
-        """Return the row whose network's attacked images are tried too, and its recipe; None without transfer."""
+        """Return the row that `transfer` names, and its recipe for the seed after `seed`; None without transfer.
+
+        The last seed is followed by the first.
+        """
         if row.transfer is None:
             return None
         other = self.row(row.transfer)
@@ -128,19 +130,20 @@ def built_in_tables() -> dict[str, Path]:
 
 
 def load_table(name: str) -> tuple[str, TableSpec]:
-    """Load a table, and return it with its name. `name` is a file if it ends in .toml, else one that ships.
+    """Return a table's name, and the table. name: a file if it ends in .toml, else a table that ships.
 
-    Raises InputError for an unknown table, and as `checked` does.
+    Raises InputError for an unknown table or a file that is missing or has wrong keys or values, and as `checked` does.
     """
     path = Path(name) if name.endswith(".toml") else choose("table", built_in_tables(), name)
     return path.stem, checked(parse(TableSpec, read_toml(path), str(path)), str(path))
 
 
 def checked(table: TableSpec, source: str) -> TableSpec:
-    """Check a table and return it.
+    """Check a table and return it. source: what error messages call the table.
 
-    Raises InputError for row titles that are not unique, an override that concerns no row, a row that starts from one
-    that is not there or that starts from it, or a transfer between networks that are not there or not two.
+    Raises InputError for two rows of one title, a change that applies to no row, an `init` or `transfer` that names no
+    row, a row that starts from its own result, a transfer with fewer than two seeds, and `transfer` or `eps` together
+    with `artefact`.
     """
     titles = [row.title for row in table.rows]
     if repeated := {title for title in titles if titles.count(title) > 1}:
@@ -163,7 +166,7 @@ def checked(table: TableSpec, source: str) -> TableSpec:
 
 
 def starts_from_itself(table: TableSpec, row: RowSpec) -> bool:
-    """Tell whether the rows that a row starts from, one after the other, lead to a row for the second time."""
+    """Whether the chain of rows that a row starts from comes to one of its rows for the second time."""
     visited: set[str] = set()
     while row.init is not None and row.title not in visited:
         visited.add(row.title)

@@ -1,4 +1,4 @@
-"""The page of a table: its records as Markdown and as plots."""
+"""The page of a table: records as Markdown tables and plots."""
 
 import re
 from pathlib import Path
@@ -12,21 +12,21 @@ from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.row_comparison import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.table import TableSpec
 
-COLUMNS = {**SHOWN, **STRONG}  # of the table of accuracies: heading -> condition
+COLUMNS = {**SHOWN, **STRONG}  # heading -> condition, in the table of accuracies
 EPS_PLOT = "eps.png"
 EPOCHS_PLOT = "epochs.png"
 PAGE, PLOT = "README.md", "plot.png"
 
 
 def write_page(name: str, table: TableSpec, folder: Path) -> Path:
-    """Render the page and the plots of the records in `folder` into it."""
+    """Write the page and the plots of the records in `folder` into it; return the page's path."""
     measured = load_measured(table, folder)
     drawn = pictures(table, measured) if measured else {}
     return publish(folder / PAGE, render(name, table, measured), drawn)
 
 
 def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
-    """Return the pictures by file name, without those that the records do not suffice for."""
+    """Return the PNG files for which there are enough records, by file name."""
     drawn: dict[str, bytes | None] = {
         PLOT: table_plots.accuracies(table, measured),
         EPS_PLOT: table_plots.within_eps(table, measured),
@@ -69,7 +69,7 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
 
 
 def exported(table: TableSpec, measured: Measured) -> list[str]:
-    """Return the sections about exported networks, if there are any, and those that explain the accuracies."""
+    """Return the sections that explain the accuracies, after those about exported networks, if there are any."""
     explained = ["## Behind the accuracies", behaviour(measured)]
     if table.artefact is None:
         return explained
@@ -86,11 +86,13 @@ def exported(table: TableSpec, measured: Measured) -> list[str]:
 
 
 def quote(name: str, measured: Measured, text: str) -> str:
-    """Return `text` with the short form of a table inserted after its marker.
+    """Return `text` with the short form of a table between its markers, in place of what is there.
 
-    <!-- table: NAME -->                      every row
-    <!-- table: NAME rows: ROW, ROW -->       these rows, if they are measured
-    <!-- end of table -->
+        <!-- table: NAME -->                      every row
+        <!-- table: NAME rows: ROW, ROW -->       these rows, as far as they are measured
+        <!-- end of table -->
+
+    Nothing changes between markers of rows that are not measured.
     """
 
     def replaced(marker: re.Match[str]) -> str:
@@ -103,7 +105,7 @@ def quote(name: str, measured: Measured, text: str) -> str:
 
 
 def short(measured: Measured) -> str:
-    """Show mean accuracies of every row, with the deviation between seeds, under the main conditions."""
+    """Show the mean accuracy of every row and the deviation between seeds, under the main conditions."""
     within = {name.replace(PGD, "PGD"): name for name in conditions(measured) if name.startswith(f"{PGD} ")}
     columns = {"clean": CLEAN, "FGSM": FGSM, **within, "PGD": PGD, **STRONG}
     methods = [records[0].recipe.method for records in measured.values()]
@@ -114,12 +116,12 @@ def short(measured: Measured) -> str:
 
 
 def conditions(measured: Measured) -> list[str]:
-    """Return all conditions that were measured in some row, in the order of the attack suite."""
+    """Return all conditions that some row was measured under, in the order of the attack suite."""
     return list(dict.fromkeys(name for records in measured.values() for name in records[0].attacked.conditions))
 
 
 def accuracies(measured: Measured) -> str:
-    """Show every condition with its uncertainty, and the wall time of training."""
+    """Show accuracies under the conditions of COLUMNS with intervals, and the wall time of training."""
     rows = []
     for title, records in measured.items():
         cells = [str(cell(records, condition) or "-") for condition in COLUMNS.values()]
@@ -135,7 +137,7 @@ def accuracies(measured: Measured) -> str:
 
 
 def by_attack(measured: Measured) -> str:
-    """Show the conditions that the table of accuracies leaves out, if there are any."""
+    """Show accuracies under the conditions that are not in COLUMNS; empty if there are none."""
     extra = {name: name for name in conditions(measured) if name not in COLUMNS.values()}
     if not extra:
         return ""
@@ -145,7 +147,7 @@ def by_attack(measured: Measured) -> str:
 
 
 def beside_published(table: TableSpec, measured: Measured) -> str:
-    """Compare measured with published means, for the rows and conditions that have both."""
+    """Show measured beside published accuracies, for rows with published figures; empty if there are none."""
     stated = {title: figures for title in measured if (figures := published_figures(table, title))}
     published = {h: c for h, c in SHOWN.items() if any(getattr(figures, c) is not None for figures in stated.values())}
     if not published:

@@ -46,7 +46,7 @@ COLOURS_OF_A_FILE = 128
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a small PNG file: the same bytes for the same figure."""
+    """Return a figure as a small PNG file; the same figure gives the same bytes."""
     drawn, out = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
     image = Image.open(drawn).convert("RGB")
@@ -55,7 +55,7 @@ def png(figure: Figure) -> bytes:
 
 
 def accuracies(table: TableSpec, measured: Measured) -> bytes:
-    """Plot each row's accuracy by condition with its interval; hollow markers are published figures."""
+    """Plot each row's accuracy with its interval by condition; hollow markers show published figures."""
     figure = Figure(figsize=(8, 1.2 + 0.32 * len(measured)), layout="constrained")
     axes = figure.subplots()
     stated = {title: published_figures(table, title) for title in measured}
@@ -80,13 +80,13 @@ def accuracies(table: TableSpec, measured: Measured) -> bytes:
 
 
 def labels(records: Sequence[Record]) -> dict[str, str]:
-    """Map each row to its name in a legend: its method, with the row's title if several rows have that method."""
+    """Return the names of rows in a legend by row: the method, with the row's title if several rows share it."""
     methods = [record.recipe.method for record in records]
     return {r.row: m if methods.count(m) == 1 else f"{m} ({r.row})" for r, m in zip(records, methods, strict=True)}
 
 
 def styles(measured: Measured) -> dict[str, tuple[str, str]]:
-    """Choose colour and line of every row: rows whose defences differ by adversarial training alone share a colour."""
+    """Return colour and line style by row. Rows whose defences differ in adversarial training alone share a colour."""
     methods: dict[tuple[str, ...], int] = {}
     rows_of: dict[tuple[tuple[str, ...], bool], int] = {}
     looks = {}
@@ -101,17 +101,16 @@ def styles(measured: Measured) -> dict[str, tuple[str, str]]:
 
 
 def finish(axes: Axes, **texts: str) -> None:
-    """Finish axes of accuracies, which begin at 0: title, names of the axes, and legend."""
+    """Give axes of accuracies, which begin at 0, their texts (title, xlabel, ylabel) and a legend."""
     axes.set(**texts, ylim=(0, None))
     plain(axes)
     axes.legend(frameon=False, fontsize=8)
 
 
 def growth(measured: Measured) -> bytes | None:
-    """Plot accuracy of every row's first exported network under the strong PGD against eps, averaged over seeds.
+    """Plot the accuracy of every row's first precision under the strong PGD against eps, averaged over seeds.
 
-    The values of eps have equal distances on the axis, because rows differ most at small ones. None if no evaluation
-    measured it.
+    The values of eps are spaced equally on the axis, because rows differ most at small ones. None without such curves.
     """
     panels = groups({title: records for title, records in measured.items() if curves_of(records)})
     if not panels:
@@ -131,7 +130,7 @@ def growth(measured: Measured) -> bytes | None:
 
 
 def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
-    """Plot accuracy of every row under the paper's PGD against eps, averaged over seeds; None for a single eps."""
+    """Plot the accuracy of every row under PGD in the paper's setting against eps; None for a table without `eps`."""
     if not table.eps:
         return None
     names, look = labels([records[0] for records in measured.values()]), styles(measured)
@@ -139,7 +138,7 @@ def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
     axes = figure.subplots()
     for row, records in measured.items():
         attack = records[0].recipe.attack
-        conditions = {line.values["eps"]: line.name for line in table.pgd_within(attack)}
+        conditions = {entry.values["eps"]: entry.name for entry in table.pgd_within(attack)}
         by_size = {0.0: CLEAN, **conditions, attack.eps: PGD}
         points = {255 * eps: own.mean for eps in sorted(by_size) if (own := cell(records, by_size[eps]))}
         colour, line = look[row]
@@ -149,12 +148,15 @@ def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
 
 
 def attacked_by_epoch(measured: Measured) -> dict[str, Record]:
-    """Return the first seed's record of every row whose validation images were attacked after each epoch."""
+    """Return the first record of every row whose training attacked validation images after each epoch."""
     return {row: records[0] for row, records in measured.items() if VALIDATION_PGD in records[0].curve}
 
 
 def by_epoch(measured: Measured) -> bytes | None:
-    """Plot the validation accuracy of every row's first seed by epoch, clean and under PGD; None without any."""
+    """Plot validation accuracy by epoch, clean and under PGD, for the first seed of the rows that logged both.
+
+    None without such rows.
+    """
     first = attacked_by_epoch(measured)
     if not first:
         return None
@@ -170,9 +172,9 @@ def by_epoch(measured: Measured) -> bytes | None:
 
 
 def with_and_without(measured: Measured, defence: str | None) -> list[list[Record]]:
-    """Return the first seeds of rows with no defence but `defence`, in two groups: without and with attacked images.
+    """Return the first records of rows with and without `defence`, in groups without and with adversarial training.
 
-    A group needs a row with the defence and one without it; with `defence` None there are no groups.
+    Rows with further defences are left out, and groups without a row of either kind. None gives no groups.
     """
     if defence is None:
         return []
@@ -187,7 +189,10 @@ def with_and_without(measured: Measured, defence: str | None) -> list[list[Recor
 
 
 def membranes(measured: Measured, defence: str | None) -> bytes | None:
-    """Plot every layer's membrane potentials with and without a defence, for the first seed; None without both."""
+    """Plot the membrane potentials of every layer with and without a defence, for the first seed.
+
+    None if `with_and_without` finds no group.
+    """
     rows = with_and_without(measured, defence)
     if not rows:
         return None

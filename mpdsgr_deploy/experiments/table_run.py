@@ -1,4 +1,4 @@
-"""Measure one row of a table with one seed: train its network, evaluate it, write its record."""
+"""Measure one row of a table with one seed: train its network, evaluate it, and write the record."""
 
 import hashlib
 import json
@@ -35,19 +35,20 @@ from mpdsgr_deploy.validation.evaluate import evaluate
 from mpdsgr_deploy.validation.report import Report
 
 CHECKPOINT = "last"
-LOOKED_AT = 500  # at most this many test images are used to explain the accuracies
-EVALUATION = {"attack", "validation"}  # sections of a recipe that training does not depend on
+LOOKED_AT = 500  # largest number of test images for sensitivity and membrane potentials
+EVALUATION = {"attack", "validation"}  # sections of a recipe, besides gate, that training does not depend on
 
 assert variants.DEPTHS  # imported to register the defences and models that studies name
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row with one seed, and the directories of training runs, data sets and records.
+    """One row of a table with one seed.
 
-    tier: that of the gate, whose attacks are made on the torch network; None: those of its recipe. suite: the version
-    of these. also: further attacks. init: the run whose weights training starts from; None: random ones. sender: the
-    run whose network's attacked images are tried too.
+    artefact: how the exported network is validated; None: the torch network is attacked. tier: the attacks on the torch
+    network; None: those that the recipe names. suite: the version of the attacks. also: further attacks. init: the run
+    whose weights training starts from; None: random ones. sender: the run whose network is attacked for images that are
+    tried on this one too. runs, root, folder: the directories of training runs, of the data set, and of the records.
     """
 
     table: str
@@ -68,10 +69,10 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """The training directory, named by everything in the recipe that training depends on.
+        """The training directory, whose name depends on everything in the recipe that training depends on.
 
-        Values at their defaults are left out, so that a key added by a later version causes no retraining. If a default
-        itself changes, training refuses the directory.
+        Values that are defaults are left out, so that a key that a later version adds causes no retraining. If a
+        default changes, training refuses the directory.
         """
         content = self.recipe.model_dump(mode="json", exclude={*EVALUATION, "gate"}, exclude_defaults=True)
         content["defence"] = {name: chosen_settings(name, values) for name, values in self.recipe.defence.items()}
@@ -81,7 +82,7 @@ class Run:
 
 
 def chosen_settings(defence: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a defence that are not its defaults."""
+    """Return the settings of a defence that differ from its defaults. Raises InputError for invalid settings."""
     settings = parse(DEFENCES.choose(defence).Settings, values, f"[defence.{defence}]")
     return settings.model_dump(mode="json", exclude_defaults=True)
 
@@ -92,10 +93,10 @@ def digest(content: Any) -> str:
 
 
 def trained(run: Run) -> Path:
-    """Return the checkpoint of a run's last epoch, after training (or continuing) it if it is missing.
+    """Return the directory of the last checkpoint of a run, after training or continuing it if necessary.
 
-    The last epoch's network is evaluated, because which epoch scores best on few validation images is chance, and rows
-    of different epochs would differ in more than their method.
+    The network of the last epoch is evaluated, because chance decides which epoch scores best on few validation images,
+    and rows of different epochs would differ in more than their method. Raises InputError as training does.
     """
     init = None if run.init is None else trained(run.init)
     train(run.recipe.model_copy(update={"data": run.recipe.data.at(run.root)}), run.directory, resume=True, init=init)
@@ -103,15 +104,13 @@ def trained(run: Run) -> Path:
 
 
 def measure(run: Run) -> Record:
-    """Train (or continue, or take the trained) network of a run, evaluate it, and write its record.
+    """Train the network of a run unless it is trained already, evaluate it, and write and return the record.
 
-    With `artefact` the network is exported and the exports are attacked. Without it the torch network is attacked, as
-    by `tier` and with the images that fool the sender's network. Raises InputError as training, export and evaluation
-    do.
+    Raises InputError as training, export and evaluation do.
     """
     recipe, checkpoint_dir = run.recipe, trained(run)
     evaluation, artefacts = None, {}
-    if run.artefact is None:  # with the table's attack, even if the recipe had another one when the network was trained
+    if run.artefact is None:  # attacked as the recipe says now, not as it did when the network was trained
         sender = None if run.sender is None else run.sender.directory / CHECKPOINT
         evaluated = evaluate(
             checkpoint_dir, recipe=recipe, root=run.root, transfer=sender, tier=run.tier, also=run.also
@@ -150,24 +149,25 @@ def measure(run: Run) -> Record:
 
 
 def started_from(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the reference, for a record, to the checkpoint whose weights training started from."""
+    """Return hash and epoch of the trained weights that training started from; None for random weights."""
     return checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")}
 
 
 def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:
-    """Export a run's network and validate every precision; the reports have no pictures.
+    """Export a run's network and validate it; return the reports, without example images, by precision.
 
-    Uses a GPU if onnxruntime finds one. Finished reports are kept beside the run, and interrupted ones continue.
+    Uses a GPU if onnxruntime finds one. Finished reports are kept in the run's directory, and interrupted validations
+    continue. checkpoint: the directory of the checkpoint to export.
     """
     backend = "onnxruntime-cuda" if CUDA in onnxruntime.get_available_providers() else "onnxruntime-cpu"
     settings = artefact.model_dump(mode="json", exclude={"membranes"})
-    asked = [run.recipe.model_dump(mode="json", include={*EVALUATION, "gate"}), settings, backend]
-    folder = run.directory / f"deployed-{digest(asked)}"
+    depends_on = [run.recipe.model_dump(mode="json", include={*EVALUATION, "gate"}), settings, backend]
+    folder = run.directory / f"deployed-{digest(depends_on)}"
     bundle = folder / "bundle"
     if not (bundle / MANIFEST).exists():
-        names = [name for name in artefact.precisions if name != "fp32"]
+        others = [name for name in artefact.precisions if name != "fp32"]
         limit = run.recipe.validation.limit
-        export(checkpoint, bundle, recipe=run.recipe, precisions=names, root=run.root, limit=limit, tier=artefact.tier)
+        export(checkpoint, bundle, recipe=run.recipe, precisions=others, root=run.root, limit=limit, tier=artefact.tier)
     reports = {}
     for precision in artefact.precisions:
         file = folder / f"{precision}.json"

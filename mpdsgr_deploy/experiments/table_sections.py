@@ -1,4 +1,4 @@
-"""The sections of a table's page: exported networks, the choice of eta, and fine-tuning from the same weights."""
+"""Sections of a table's page: exported networks, the choice of eta, and fine-tuning from the same weights."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -14,12 +14,11 @@ from mpdsgr_deploy.recipes import find_recipe, published
 GROWTH, MEMBRANES = "growth.png", "membranes.png"
 COMPARED = {"clean": CLEAN, "PGD": PGD, "union": WORST}
 HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQUARE: SQUARE, WORST: "union"}
-
 UNDEFENDED_ENCODINGS = {"direct", "frames"}
 
 
 def order(table: TableSpec, measured: Measured) -> str:
-    """Rank the rows, with and without adversarial training, by accuracy under all attacks and by PGD."""
+    """Show the order of the rows by accuracy under all attacks and under PGD, apart for adversarial training."""
     parts = ["## Does the order persist?"]
     compared = {title: records for title, records in measured.items() if complete(records)}
     parts += [ranking(table, measured, group) for group in groups(compared).values()]
@@ -65,7 +64,7 @@ def mean(records: list[Record], condition: str) -> float:
 
 
 def growth(measured: Measured) -> str:
-    """Show the strong PGD by eps, as a plot and as a table."""
+    """Show accuracy under the strong PGD by eps, as a plot and a table."""
     curves = {title: by_eps(records) for title, records in measured.items() if strong_curves(records)}
     n = next(curve for records in measured.values() for curve in strong_curves(records))[0][2]
     rows = [[title, *(f"{value:.1f}" for value in values.values())] for title, values in curves.items()]
@@ -75,7 +74,7 @@ def growth(measured: Measured) -> str:
 
 
 def precisions(measured: Measured) -> str:
-    """Show each precision's accuracy, how many passed the gate, and the verdicts that differ from the first's."""
+    """Show each precision's accuracy, the verdicts that differ from the first precision's, and the gate's verdict."""
     rows = []
     for title, records in measured.items():
         for precision in records[0].artefacts if complete(records) else ():
@@ -97,14 +96,14 @@ def precisions(measured: Measured) -> str:
 
 
 def flips(first: Sequence[AttackedExport], others: Sequence[AttackedExport], condition: str) -> str:
-    """Return the numbers of images newly wrong and newly right, summed over seeds."""
+    """Format the numbers of images that are newly wrong and newly right, summed over seeds."""
     pairs = [(a.verdicts(condition), b.verdicts(condition)) for a, b in zip(first, others, strict=True)]
     worse, better = (sum(int((a & ~b).sum()) for a, b in order) for order in (pairs, [(b, a) for a, b in pairs]))
     return f"{worse} / {better}"
 
 
 def refusals(measured: Measured) -> list[tuple[str, int, str, str]]:
-    """List row, seed, precision and reason of every failed gate and invalid evaluation."""
+    """Return row, seed, precision and reason for each reason of a failed or invalid validation."""
     return [
         (title, record.seed, precision, reason)
         for title, records in measured.items()
@@ -120,12 +119,12 @@ def validation_accuracy(records: list[Record]) -> float:
 
 
 def swept(record: Record) -> list[dict[str, Any]]:
-    """Return the settings of a row's defences that have a weight eta: MPD-SGR, and those of other packages."""
+    """Return the settings of a row's defences that have a weight eta and an estimator, as MPD-SGR has."""
     return [settings for settings in record.recipe.defence.values() if {"eta", "estimator"} <= settings.keys()]
 
 
 def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
-    """Return the points of clean validation accuracy that each estimator loses at each eta against its baseline."""
+    """Return the points of clean validation accuracy lost against the baseline, by estimator and eta."""
     lost: dict[str, dict[float, float]] = {}
     for records in measured.values():
         reference = baseline(measured, records)
@@ -138,7 +137,7 @@ def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
 
 
 def chosen(measured: Measured, budget: float) -> dict[str, float]:
-    """Return the largest eta of each estimator that loses at most `budget` points, if it has one."""
+    """Return the largest eta that loses at most `budget` points by estimator, for estimators that have one."""
     lost = lost_by_eta(measured)
     within = {name: [eta for eta, cost in points.items() if cost <= budget] for name, points in lost.items()}
     return {name: max(etas) for name, etas in within.items() if etas}
@@ -159,7 +158,7 @@ def choice(measured: Measured, budget: float) -> str:
 
 
 def against_none(measured: Measured) -> str:
-    """Show what a defence or an encoding gains in fine-tuning over fine-tuning without; empty without such rows."""
+    """Show the gain of defences and encodings in fine-tuning over fine-tuning without any; empty without such rows."""
     pairs = {
         title: (records, other)
         for title, records in measured.items()
@@ -192,7 +191,7 @@ def undefended(measured: Measured, record: Record) -> list[Record] | None:
 
 
 def is_defended(record: Record) -> bool:
-    """Whether a network has a defence, or an encoding that noise or filters make one."""
+    """Whether a network has a defence, or an encoding that acts as one by noise or filtering."""
     return bool(record.recipe.defence) or record.recipe.encoding.name not in UNDEFENDED_ENCODINGS
 
 
@@ -201,5 +200,5 @@ def names(records: list[Record]) -> set[str]:
 
 
 def is_shown(condition: str) -> bool:
-    """Whether a condition is shown: PGD within any eps, and the conditions that have a heading."""
+    """Whether a condition has a column: PGD within any eps, and the conditions of HEADINGS."""
     return condition in HEADINGS or condition.split()[0] == PGD

@@ -1,6 +1,6 @@
-"""Variants of the paper's regulariser and networks of several depths, which only the studies' recipes use.
+"""Variants of the paper's regulariser, and networks of several depths, which only the recipes of studies use.
 
-A variant that proves useful moves to `mpdsgr_deploy.defences`; the others stay, so that results can be reproduced.
+A variant that proves useful moves to `mpdsgr_deploy.defences`. The others stay so that results can be reproduced.
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ from mpdsgr_deploy.snn.expected_surrogate import interval_mass, normal_cdf
 
 DEPTHS = (3, 5, 7, 9, 11)
 
-for depth in DEPTHS:  # 32 channels, halved once, then 64: vgg-small on 8x8 images is the one of depth 3
+for depth in DEPTHS:  # a layer of 32 channels, pooling, then layers of 64; on 8x8 images, depth 3 is vgg-small
     plan: tuple[int | str, ...] = (32, P, *[64] * (depth - 1))
     register_model(f"plain-{depth}")(partial(vgg, plan=plan, hidden=()))
 
 
 class VariantSettings(Section):
-    """How a variant differs from eta * Omega.
+    """How a variant differs from the regulariser eta * Omega.
 
-    centre: of the window, the threshold (as derived) or 0 (as the paper prints it). reaches: which of mean and
-    deviation receives the gradient. widest: the deviation, in thresholds, beyond which widening no longer counts.
-    floor: firing rate of a layer below which its shortfall, as a share of the floor, is added. anneal: eta falls to 0
+    centre: the centre of the window, the threshold (as derived) or 0 (as the paper prints it). reaches: which of mean
+    and deviation get a gradient. widest: a deviation, in thresholds, above which a larger one changes nothing. floor: a
+    firing rate; the shortfall of a layer that fires less, as a share of the floor, is added. anneal: eta falls to 0
     ("out") or rises from 0 ("in") linearly over the epochs.
     """
 
@@ -51,21 +51,21 @@ class VariantSettings(Section):
 
 @register("mpd-sgr-variant", VariantSettings)
 class OverlapVariant(Defence[VariantSettings]):
-    """eta * the mean over layers of an overlap."""
+    """The loss term eta * (overlap + shortfall), averaged over layers; see `VariantSettings`."""
 
     def check(self, recipe: Recipe) -> None:
         choose("estimator", ESTIMATORS, self.settings.estimator)
         self.epochs = recipe.training.epochs
 
     def read(self, trace: Trace) -> Tensor | None:
-        """Return the overlap of a layer, and its shortfall from the floor."""
+        """Return a layer's overlap plus its shortfall from the floor; None if the estimator does not describe it."""
         config = self.settings
         moments = layer_moments(trace, ESTIMATORS[config.estimator])
         if moments is None:
             return None
         mu, sigma = moments
         shortfall = mu.new_zeros(())
-        # the mean excess of a Gaussian over the threshold, which is differentiable, unlike the spikes
+        # the firing rate of Gaussian potentials, which is differentiable, unlike the spikes
         if config.floor is not None:
             shortfall = (1 - normal_cdf(mu / sigma).mean() / config.floor).clamp(min=0)
         mu = mu + trace.neuron.v_threshold if config.centre == "zero" else mu
@@ -81,9 +81,9 @@ class OverlapVariant(Defence[VariantSettings]):
 
 
 class MarginSettings(Section):
-    """eta weighs the term; width: of the window, in deviations of the channel's potentials at the step.
+    """eta: weight of the term. width: of the window, in deviations of the channel's potentials at the step.
 
-    salient: a neuron's weight is the size of the margin's surrogate gradient in its current; else all weigh the same.
+    salient: weigh neurons by the absolute surrogate gradient of the margin in their current; else all equally.
     """
 
     eta: NonNegative = 0.5
@@ -93,10 +93,10 @@ class MarginSettings(Section):
 
 @register("membrane-margin", MarginSettings)
 class MembraneMargin(Defence[MarginSettings]):
-    """eta * the weighted mean of max(0, 1 - |V| / (width sigma)), which moves potentials away from the threshold.
+    """The loss term eta * weighted mean of max(0, 1 - |V| / (width sigma)), which moves potentials from the threshold.
 
-    sigma is that of the batch, per channel and step, and carries a gradient, so that scaling all potentials around the
-    threshold changes nothing. Potentials above the threshold are moved up, those below it down.
+    Potentials above the threshold are moved up, those below it down. sigma is the deviation in the batch per channel
+    and step, and has a gradient, so that scaling all V does not change the term.
     """
 
     def read(self, trace: Trace) -> Any:
@@ -114,16 +114,16 @@ class MembraneMargin(Defence[MarginSettings]):
 
 
 class SalientSettings(Section):
-    """eta weighs the term."""
+    """eta: weight of the term."""
 
     eta: NonNegative = 4.0
 
 
 @register("salient-reach", SalientSettings)
 class SalientReach(Defence[SalientSettings]):
-    """MPD-SGR's window `reach`, with steps and channels weighted by the effect of their currents on the margin.
+    """MPD-SGR with the window `reach`, whose steps and channels are weighted by their currents' effect on the margin.
 
-    Flips that matter for the class count most. The weights carry no gradient.
+    The flips that change the margin most thus count most. The weights have no gradient.
     """
 
     def check(self, recipe: Recipe) -> None:
@@ -140,27 +140,27 @@ class SalientReach(Defence[SalientSettings]):
 
 
 def empirical_moments(trace: Trace) -> Moments:
-    """Return mean and deviation of a layer's potentials, which exist for every layer."""
+    """Return mean and deviation [T, C] of a layer's potentials in the batch, which exist for every layer."""
     moments = layer_moments(trace, ESTIMATORS["empirical"])
     assert moments is not None
     return moments
 
 
 def currents_of(trace: Trace) -> Tensor:
-    """Return a layer's currents [T, B, C, ...]. Raises InputError if the GPU's kernel did not write them."""
+    """Return a layer's currents [T, B, C, ...]. Raises InputError if the GPU kernel did not store them."""
     if trace.current is None:
         raise InputError("this variant reads the input currents, which the GPU kernel does not store; train on a CPU")
     return trace.current
 
 
 def saliency(step: Step, currents: Sequence[Tensor]) -> list[Tensor]:
-    """Return the size of the margin's surrogate gradient in each current, in the currents' shape, detached."""
+    """Return the absolute surrogate gradient of the margin in each of `currents`, of their shape, detached."""
     rival = best_wrong(step.logits, step.y)
     margin = (step.logits.gather(1, step.y[:, None]) - step.logits.gather(1, rival[:, None])).sum()
     return [g.abs().float() for g in torch.autograd.grad(margin, currents, retain_graph=True)]
 
 
 def weighted(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return the weighted mean of each layer, averaged over the layers."""
+    """Return the mean over layers of each layer's weighted mean. values, weights: tensors of equal shape, by layer."""
     means = [(w * x).sum() / w.sum().clamp(min=1e-12) for w, x in zip(weights, values, strict=True)]
     return torch.stack(means).mean()

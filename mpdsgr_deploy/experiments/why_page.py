@@ -1,4 +1,4 @@
-"""The page and the plot that explain a study's results: `mpdsgr study NAME ROWS --why`."""
+"""The page that explains the results of a study by the records of `explain`: `mpdsgr study NAME ROWS --why`."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from mpdsgr_deploy.experiments.table_plots import LINES, PALETTE, png
 PAGE, PLOT = "WHY.md", "why.png"
 FACTORS = ("leak", "weights", "surrogate")
 KINDS = {"pgd": "strong PGD", "noise": "noise"}
-PARTS = ("scale", "density", "filter")  # factors of the weights
+PARTS = ("scale", "density", "filter")  # factors of the factor `weights`
 DROPS = {"promised": "promised by the gradient", "pgd": "real: strong PGD", "noise": "real: random noise"}
 DRAWN = {
     "surrogate": "surrogate's rms derivative",
@@ -28,18 +28,18 @@ DRAWN = {
     "filter": "of it, the filters",
 }
 Networks = dict[str, list[Explained]]  # row -> its networks, one per seed
-Value = Callable[[dict[str, Any]], float]  # from an entry of `Explained.sizes` to the value
+Value = Callable[[dict[str, Any]], float]  # a function of an entry of `Explained.sizes`
 
 
 def load_networks(study: Study, folder: Path) -> Networks:
-    """Return the explained networks of a study, in the order of its rows."""
+    """Return the records of a study's networks, in the order of its rows. Raises InputError as `read_records` does."""
     records = read_records(folder / RECORDS, Explained, SCHEMA_VERSION)
     rows = {row.title: [r for r in records if r.row == row.title] for row in study.table().rows}
     return {row: networks for row, networks in rows.items() if networks}
 
 
 def write_why(study: Study, folder: Path) -> Path:
-    """Render the page and its plot from the records in `folder`."""
+    """Write the page and the plot of the records in `folder` into it; return the page's path."""
     rows = load_networks(study, folder)
     return publish(folder / PAGE, render(study, rows), {PLOT: draw(rows)})
 
@@ -67,7 +67,7 @@ def render(study: Study, rows: Networks) -> str:
 
 
 def sources(networks: list[Explained]) -> str:
-    """List hardware, versions and revisions, each distinct one once."""
+    """List hardware, versions and revisions, without repetition."""
     origins = (network.provenance for network in networks)
     lines = (
         f"{o['hardware']['cpu']}, {o['hardware']['cores']} cores; torch {o['packages']['torch']}, revision "
@@ -78,7 +78,7 @@ def sources(networks: list[Explained]) -> str:
 
 
 def by_size(networks: list[Explained], value: Value) -> dict[float, float]:
-    """Return means over seeds by eps, without networks that classify no image correctly."""
+    """Return means of `value` over seeds by eps, without networks that classify no image correctly."""
     values: dict[float, list[float]] = {}
     for network in networks:
         for size in network.sizes:
@@ -88,11 +88,12 @@ def by_size(networks: list[Explained], value: Value) -> dict[float, float]:
 
 
 def drop(kind: str) -> Value:
-    """Return the drop of the margin, in units of the network's own margin."""
+    """Return a function for the drop of the margin, in units of the margin. kind: "promised", "pgd" or "noise"."""
     return lambda size: size[kind] / size["margin"]
 
 
 def flipped(kind: str) -> Value:
+    """Return a function for the share of flipped spikes, averaged over layers. kind: "pgd" or "noise"."""
     return lambda size: fmean(size[f"flipped_{kind}"].values())
 
 
@@ -112,7 +113,7 @@ def flips(rows: Networks) -> str:
 
 
 def table_by_eps(rows: Networks, heading: str, values: dict[str, Value], digits: int) -> str:
-    """Show means of each of `values` by row and eps; "-" if no network got an image right."""
+    """Show the mean over seeds of each of `values` by row and eps; "-" if no network gets an image right."""
     sizes = sorted({size["eps"] for networks in rows.values() for network in networks for size in network.sizes})
     lines = []
     for row, networks in rows.items():
@@ -127,7 +128,7 @@ def mean_of(networks: list[Explained], number: int, factor: str) -> float:
 
 
 def made_of(rows: Networks) -> str:
-    """Show the factors, multiplied over layers, as powers of two."""
+    """Show the factors, each multiplied over all layers, as powers of two."""
     lines = []
     for row, networks in rows.items():
         totals = {factor: total(networks, factor) for factor in (*FACTORS, *PARTS)}
@@ -149,12 +150,15 @@ def made_of(rows: Networks) -> str:
 
 
 def total(networks: list[Explained], factor: str) -> float:
-    """Return the binary logarithm of a factor's product over layers, each layer averaged over seeds."""
+    """Return the binary logarithm of the product of a factor over layers, each layer averaged over seeds."""
     return sum(math.log2(mean_of(networks, number, factor)) for number in range(len(networks[0].layers)))
 
 
 def draw(rows: Networks) -> bytes:
-    """Plot drops by eps and flips by layer above the factors by layer: a colour per method, a line per setting."""
+    """Plot drops by eps and flips by layer, and below them the factors by layer; return a PNG file.
+
+    Methods differ in colour, settings in line style.
+    """
     figure = Figure(figsize=(16, 7.5), layout="constrained")
     panels = figure.subplots(2, 4)
     for (row, networks), (colour, line) in zip(rows.items(), styles([*rows]), strict=True):
@@ -184,14 +188,15 @@ def draw(rows: Networks) -> bytes:
 
 
 def styles(rows: list[str]) -> list[tuple[str, str]]:
-    """Choose colour and line of rows SETTING.METHOD, settings and methods in their order of appearance."""
+    """Return colour and line style of each row SETTING.METHOD: a colour per method, a line style per setting."""
     named = [row.split(".", 1) for row in rows]
     settings, methods = (list(dict.fromkeys(names)) for names in zip(*named, strict=True))
     return [(PALETTE[methods.index(m) % len(PALETTE)], LINES[settings.index(s) % len(LINES)]) for s, m in named]
 
 
 def draw_flips(axes: Axes, networks: list[Explained], style: Any) -> None:
-    """Draw the share of each layer's spikes that PGD flips at the recipe's eps, the last size but one."""
-    at = [network.sizes[-2]["flipped_pgd"] for network in networks if network.sizes[-2]["n"]]
-    if at:
-        axes.plot([*at[0]], [fmean(flips[layer] for flips in at) for layer in at[0]], **style)
+    """Draw the share of each layer's spikes that PGD flips at the recipe's eps, which is the last of SIZES but one."""
+    flips_by_layer = [network.sizes[-2]["flipped_pgd"] for network in networks if network.sizes[-2]["n"]]
+    if flips_by_layer:
+        means = [fmean(flips[layer] for flips in flips_by_layer) for layer in flips_by_layer[0]]
+        axes.plot([*flips_by_layer[0]], means, **style)
