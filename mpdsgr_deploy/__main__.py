@@ -1,4 +1,4 @@
-"""`python -m mpdsgr_deploy` is the `mpdsgr` command."""
+"""Run the `mpdsgr` command by `python -m mpdsgr_deploy`."""
 
 from mpdsgr_deploy.cli import main
 

@@ -1,9 +1,9 @@
-"""Bundle addresses as commands take them: PLACE[@PRECISION][@sha256:DIGEST].
+"""Addresses of bundles, as commands take them: PLACE[@PRECISION][@sha256:DIGEST].
 
 PLACE is a directory, an address of a file system that fsspec supports (hf://OWNER/NAME, s3://BUCKET/NAME, gs://...), or
-oci://HOST/NAME:TAG, whose files an OCI registry holds as `oras push` puts them there. An address needs the bundle's
-digest, the `digest` in its manifest.json. The copy is verified by it before anything in it is used, and kept in the
-user's cache, where later runs find it without a network.
+oci://HOST/NAME:TAG for files that `oras push` put into an OCI registry. A remote address needs the bundle's digest, the
+`digest` in its manifest.json, by which the copy is verified before anything in it is used. The copy stays in the user's
+cache, where later runs find it without a network.
 """
 
 import json
@@ -26,7 +26,7 @@ LOOPBACK = ("localhost:", "localhost/", "127.0.0.1:", "127.0.0.1/")
 
 
 class BundleAddress(NamedTuple):
-    """Where a bundle lies: a directory or a remote address, with the precision and the manifest's digest if given."""
+    """The parts of an address. place: a directory or a remote address; sha256: the manifest's digest."""
 
     place: str
     precision: str | None = None
@@ -34,7 +34,7 @@ class BundleAddress(NamedTuple):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the bundle has to be fetched from another machine."""
+        """Whether `place` is an address, from which the bundle has to be fetched, and not a directory."""
         return PROTOCOL.match(self.place) is not None
 
 
@@ -51,9 +51,9 @@ def parse_address(text: str) -> BundleAddress:
 
 
 def local_copy(address: BundleAddress) -> Path:
-    """Return the directory of a bundle, which is fetched into the cache if it is remote.
+    """Return the directory of a bundle, after fetching it into the cache if it is remote.
 
-    Raises InputError for an address without a digest, one that cannot be read, and a bundle with another digest.
+    Raises InputError for a remote address without a digest or that cannot be read, and a bundle with another digest.
     """
     if not address.is_remote:
         path = Path(address.place).expanduser()
@@ -75,12 +75,12 @@ def local_copy(address: BundleAddress) -> Path:
 
 def cache_directory() -> Path:
     """Return the directory for fetched bundles, below MPDSGR_CACHE, XDG_CACHE_HOME or ~/.cache."""
-    own, base = os.environ.get("MPDSGR_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(base or Path.home() / ".cache") / "mpdsgr-deploy" / "bundles"
+    explicit, base = os.environ.get("MPDSGR_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(explicit) if explicit else Path(base or Path.home() / ".cache") / "mpdsgr-deploy" / "bundles"
 
 
 def _fetch(address: BundleAddress, cache: Path) -> None:
-    """Copy a remote bundle's files; the manifest comes last, so that an interrupted copy is not taken for a bundle."""
+    """Copy a remote bundle into the directory `cache`, which appears only once the copy is complete and verified."""
     copy = _copy_from_registry if address.place.startswith(OCI) else _copy_from_file_system
     log.info("fetching %s into %s", address.place, cache)
     scratch = cache.with_name(f"{cache.name}.tmp")
@@ -103,14 +103,17 @@ def _copy_from_file_system(place: str, target: Path) -> None:
 
 
 def _copy_from_registry(place: str, target: Path) -> None:
-    """Copy the files of an OCI registry; as in Docker, only a registry on this machine is asked without TLS."""
+    """Copy files from an OCI registry. As in Docker, TLS is required except for a registry on this machine."""
     name = place.removeprefix(OCI)
     client = need("oras.client", "remote").OrasClient(insecure=name.startswith(LOOPBACK))
     client.pull(target=name, outdir=str(target))
 
 
 def _verify(directory: Path, address: BundleAddress) -> None:
-    """Raise InputError unless the manifest states the digest; opening the bundle verifies the statement."""
+    """Raise InputError unless the manifest states the digest of the address.
+
+    Whether the bundle really has the digest that it states is verified when it is opened.
+    """
     try:
         stated = json.loads((directory / MANIFEST).read_bytes())["digest"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""How much freed memory glibc's malloc keeps for reuse. The C libraries of other systems are left as they are."""
+"""Set how much freed memory glibc's malloc keeps for reuse. Other C libraries are left as they are."""
 
 import asyncio
 import ctypes
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
-# options of mallopt(3), and the variables of the environment that set them too
+# options of mallopt(3), and the environment variables that also set them
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -2, -3, -4, -8
 VARIABLES = {
     ARENA_MAX: "MALLOC_ARENA_MAX",
@@ -14,14 +14,14 @@ VARIABLES = {
     TRIM_THRESHOLD: "MALLOC_TRIM_THRESHOLD_",
 }
 MIB = 1 << 20
-# A training step asks for the same blocks again. Handed back to the system, each of their pages would have to be mapped
-# and cleared anew, which takes a large part of a step on a CPU. All blocks come from one heap, since the backward pass
-# has a thread of its own.
+# Every training step allocates the same blocks again. If they went back to the system in between, it would have to map
+# and clear each of their pages anew, which takes a large part of a step on a CPU. All threads allocate from one heap,
+# so that each can reuse what another has freed.
 TRAINING = {MMAP_MAX: 0, ARENA_MAX: 1, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**28}
 SERVING = {
-    ARENA_MAX: 2,  # with a heap per thread, each keeps the memory of its largest burst
-    # bytes from which a block goes back to the system once it is freed, and free ones at the end of a heap; glibc would
-    # raise both as it sees large blocks, up to 32 and 64 MiB, and much smaller ones cost CPU for every batch
+    ARENA_MAX: 2,  # with a heap per thread, each heap would keep the memory of its largest burst
+    # sizes in bytes from which a freed block, and the free end of a heap, go back to the system; glibc would raise them
+    # to 32 and 64 MiB once it sees large blocks, and much smaller values cost CPU time for every batch
     MMAP_THRESHOLD: MIB,
     TRIM_THRESHOLD: 8 * MIB,
 }
@@ -29,14 +29,17 @@ TRIM_EVERY = 60.0  # seconds
 
 
 def keep_pages() -> None:
-    """Let malloc keep large freed blocks for reuse, for as long as this process lives."""
+    """Let malloc keep large freed blocks for reuse until this process ends."""
     if (mallopt := _function("mallopt")) is not None:
         for option, value in TRAINING.items():
             mallopt(option, value)
 
 
 def limit_free_memory() -> None:
-    """Let malloc return most memory after a burst. Call it before any thread starts; environment settings win."""
+    """Let malloc return most of the memory that it frees after a burst. Call this before any thread starts.
+
+    Settings in environment variables take precedence.
+    """
     if (mallopt := _function("mallopt")) is not None:
         for option, value in SERVING.items():
             if VARIABLES[option] not in os.environ:

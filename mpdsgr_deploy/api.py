@@ -1,4 +1,4 @@
-"""The public functions, `import mpdsgr_deploy as mpd`: train, export, adopt, validate, predict.
+"""The public functions of `import mpdsgr_deploy as mpd`: train, export, adopt, validate, predict.
 
 They take names and paths as the commands do, and return what the next step needs. Errors that a user can act on are
 `mpdsgr_deploy.errors.MpdsgrError`. Everything else in the package may change without notice.
@@ -45,10 +45,14 @@ def train(
 ) -> Path:
     """Train a recipe (a built-in name, a .toml file or a `Recipe`) into directory `out`, and return that directory.
 
-    overrides: texts such as "training.epochs=5" that replace fields of a recipe file. resume: continue an interrupted
-    run, or start one. profile: write where the time of the first steps went to out/profile. init: a run or bundle whose
-    weights training starts from (fine-tuning), or package.module:function, which returns a torch module.
-    Raises InputError for a wrong recipe, missing data or extra `train`, or an `out` that holds another run.
+    overrides: texts such as "training.epochs=5" that replace fields of a recipe file.
+    resume: continue an interrupted run, or start one.
+    profile: write a profile of the first steps, with time and memory by layer, to out/profile.
+    init: a run or bundle whose weights training starts from (fine-tuning), or package.module:function, which returns a
+        torch module.
+
+    Raises InputError for an invalid recipe, missing data, a missing extra `train`, and an `out` that holds other files
+    or, without `resume`, a run.
     """
     need("lightning_fabric", "train")
     from mpdsgr_deploy.training import origin
@@ -76,12 +80,16 @@ def export(
 ) -> Bundle:
     """Write the bundle of a training run or checkpoint to directory `out`, and open it.
 
-    precisions: those to add to "fp32". max_drop: the largest loss of accuracy allowed for each, in [0, 1]. tier: how
-    hard the reference is attacked. root: where the data set lies. limit: use only so many test images, the same in
-    every call. carry_images: put the test images into the bundle. steps: export the first time steps only, or "auto"
-    the fewest that lose less than max_drop on validation images. Raises InputError for a damaged checkpoint or an `out`
-    that holds other files, EvaluationError if the exported network differs from the torch model or max_drop cannot be
-    met.
+    precisions: those to add to "fp32".
+    max_drop: the largest loss of accuracy that each of these may have against fp32, in [0, 1].
+    tier: how hard the torch network is attacked for the reference ("commit", "release", "paper").
+    root: the directory of the data set. limit: number of test images, the same ones in every call.
+    carry_images: put the test images into the bundle.
+    steps: export only this number of time steps, the first ones; "auto": the fewest that lose less than max_drop on
+        validation images.
+
+    Raises InputError for a damaged checkpoint or an `out` that holds other files, EvaluationError if the exported
+    network differs from the torch model or max_drop cannot be met.
     """
     need("onnxscript", "train")
     from mpdsgr_deploy.exporting import export as write
@@ -113,10 +121,12 @@ def export_module(
 ) -> Bundle:
     """Write the bundle of any torch module that maps images to logits to directory `out`, and open it.
 
-    images: labelled images, or a data set's name, or an .npz file, with which the reference is made. surrogate: what
-    replaces the derivative of its spikes under attack. Further arguments are those of
-    `mpdsgr_deploy.exporting.export_module`. Raises InputError for a module that cannot be exported or attacked,
-    EvaluationError if its ONNX file answers otherwise, or if a state is left over from one call to the next.
+    images: labelled images, the name of a data set, or an .npz file, on which the reference is measured.
+    surrogate: replaces the derivative of spikes under attack, "KIND" or "KIND:WIDTH".
+    precisions, tier, root, limit: see `export`. Further arguments are those of `mpdsgr_deploy.exporting.export_module`.
+
+    Raises InputError for a module that cannot be exported or attacked, EvaluationError if its ONNX file gives other
+    logits, or if the module keeps a state from one call to the next.
     """
     need("onnxscript", "train")
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
@@ -137,10 +147,10 @@ def adopt(
     limit: int | None = None,
     **details: Any,
 ) -> Bundle:
-    """Write the bundle of any ONNX classifier, which stays as it is, to directory `out`, and open it.
+    """Write the bundle of any ONNX classifier, whose nodes are kept, to directory `out`, and open it.
 
-    The arguments are those of `export_module`; further ones are those of `mpdsgr_deploy.adopt.adopt`. Raises InputError
-    for a network or images that do not fit or cannot be attacked.
+    images, surrogate, tier, root, limit: see `export_module`. Further arguments are those of
+    `mpdsgr_deploy.adopt.adopt`. Raises InputError for a network that the images do not fit or that cannot be attacked.
     """
     from mpdsgr_deploy.adopt import adopt as write
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
@@ -150,10 +160,12 @@ def adopt(
 
 
 def open_bundle(path: AnyPath, *, require_signature: str | None = None) -> Bundle:
-    """Read and verify a bundle directory. Raises InputError if it is not a bundle, is damaged or incomplete.
+    """Read and verify a bundle directory.
 
     require_signature: who must have signed it: a file with a public key or certificates, or "IDENTITY,ISSUER" of
-    Sigstore. The bundle is then read from a private copy of the signed files, and refused without such a signature.
+    Sigstore. The bundle is then read from a private copy of the signed files.
+
+    Raises InputError if the directory is not a bundle, is damaged or incomplete, or lacks the required signature.
     """
     return _open_bundle(Path(path), required_trust(require_signature))
 
@@ -172,13 +184,16 @@ def validate(
 ) -> "Report":
     """Attack the exported network, decide by the gate, and write the report into `report_dir`.
 
-    tier: how many images are attacked, and how hard ("commit", "release", "paper"); gate: a TOML file of rules. Both
-    default to the bundle's.
-    limit: use only so many test images, the same in every call. root: where the data set lies, instead of the images in
-    the bundle. A gate file's `require_signature` applies here too.
-    rebuild: export again from the bundle's weights and compare the files; None does so where torch is installed.
-    Returns the report, whose `verdict` is "pass", "fail" or "invalid". Raises InputError for missing data, an unusable
-    backend, or too few images for the gate, EvaluationError if the backend answers the golden batch wrongly.
+    Return the report, whose `verdict` is "pass", "fail" or "invalid".
+
+    tier: how many images are attacked, and how hard ("commit", "release", "paper"); default: the bundle's.
+    gate: a TOML file of rules, whose `require_signature` is obeyed too; default: the bundle's rules.
+    limit: number of test images, the same ones in every call.
+    root: the directory of the data set, whose images replace those in the bundle.
+    rebuild: export again from the bundle's weights and compare the files; None does so if torch is installed.
+
+    Raises InputError for missing data, an unusable backend, or too few images for the gate, EvaluationError if the
+    backend computes wrong logits for the golden inputs.
     """
     from mpdsgr_deploy.validation import Target
     from mpdsgr_deploy.validation import validate as evaluate
@@ -198,7 +213,7 @@ def validate(
 
 
 def rebuilding(asked: bool | None) -> "Rebuild | None":
-    """Return the function that exports again; None where torch is missing, or if `asked` is False.
+    """Return the function that exports again; None if `asked` is False, or if it is None and torch is missing.
 
     Raises InputError if `asked` is True and torch is missing.
     """
@@ -218,12 +233,13 @@ def predict(
     precision: str = "fp32",
     batch: int = 128,
 ) -> NDArray[np.float32]:
-    """Return logits [N, K] of images.
+    """Return the logits [N, K] of images.
 
     images: an array [N, C, H, W] (uint8, or float32 in [0, 1]), or paths and addresses as `mpdsgr predict` takes them.
+    batch: images per batch.
 
-    Raises InputError for images that do not fit the network, EvaluationError if the backend answers the golden batch
-    wrongly.
+    Raises InputError for images that do not fit the network, EvaluationError if the backend computes wrong logits for
+    the golden inputs.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if isinstance(images, np.ndarray):

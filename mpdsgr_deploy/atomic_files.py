@@ -12,16 +12,16 @@ from mpdsgr_deploy.errors import InputError
 
 
 def sha256(path: Path) -> str:
-    """Return the hex digest of a file's content."""
+    """Return the sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def writing(path: Path, reassurance: str) -> Iterator[None]:
-    """Turn the operating system's errors while writing `path` into InputError with advice.
+    """Raise errors of the operating system during the block, which writes `path`, as InputError with advice.
 
-    reassurance: a clause for the message, on what is not lost when the disk is full.
+    reassurance: a clause for the message, which says what is not lost if the disk is full.
     """
     try:
         yield
@@ -32,7 +32,7 @@ def writing(path: Path, reassurance: str) -> Iterator[None]:
 
 
 def followed(path: Path) -> Path:
-    """Resolve links to an absolute path. Raises InputError for links in a circle."""
+    """Return the absolute path to which links lead. Raises InputError for links that form a circle."""
     try:
         target = path.resolve()
         if target.is_symlink():  # Python 3.13 returns False where earlier versions raise
@@ -43,15 +43,15 @@ def followed(path: Path) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether `path` is a pipe, a terminal or another device, which is written to and not replaced."""
+    """Whether `path` is a pipe, a terminal or another device, which can be written to but not replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager
 def complete_file(path: Path, temporary: Path, reassurance: str) -> Iterator[BinaryIO]:
-    """Write `temporary`, which replaces `path` once it is complete and on disk; an exception removes it.
+    """Yield `temporary`, opened for writing; after the block it is flushed to disk and replaces `path`.
 
-    Raises InputError as `writing` does.
+    An exception in the block removes it. Raises InputError as `writing` does.
     """
     with writing(path, reassurance):
         try:
@@ -69,23 +69,23 @@ def complete_file(path: Path, temporary: Path, reassurance: str) -> Iterator[Bin
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write, so that `path` holds the old content or all of the new, whenever the process dies.
+    """Yield a file to write, so that `path` has the old or all of the new content whenever the process dies.
 
-    A symbolic link is followed, not replaced; a pipe or a device is written to directly. Raises InputError if the disk
-    is full or the path cannot be written; the old file is then untouched, as it is when the block raises.
+    Symbolic links are followed, not replaced; pipes and devices are written to directly. Raises InputError if the disk
+    is full or the path cannot be written. The old file is then unchanged, as it is if the block raises.
     """
     path = followed(path)
     if is_stream(path):
         with writing(path, "its reader has received the first part"), path.open("wb") as file:
             yield file
         return
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so that killed runs leave at most one file
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name, so that killed runs leave one file at most
     with complete_file(path, temporary, "the earlier file is unchanged") as file:
         yield file
 
 
 def _sync_directory(path: Path) -> None:
-    """Make a renaming in a directory survive a power cut. Does nothing on Windows, which has no such call."""
+    """Make a renaming in a directory survive a power failure. Windows has no call for this."""
     if os.name == "nt":
         return
     directory = os.open(path, os.O_RDONLY)

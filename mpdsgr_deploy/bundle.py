@@ -1,16 +1,16 @@
-"""The deployment bundle: the only thing that passes from export to everything after it.
+"""The deployment bundle: the directory that export writes and that everything after export reads.
 
-    manifest.json         what this is, and the sha256 of every other file
-    model.fp32.onnx       one network per precision
-    weights.safetensors   the torch weights, from which all of it was made, unless the network comes from elsewhere
-    reference.npz         how the torch network answered the test images, clean and attacked
+    manifest.json         facts about the network, and the sha256 of every other file
+    model.fp32.onnx       the network, one file per precision
+    weights.safetensors   the torch weights from which the networks were made, if this package trained them
+    reference.npz         the torch network's verdicts on the test images, clean and attacked
     images.npz            these images, if the bundle carries them
-    golden.npz            a few inputs and each precision's logits, checked whenever a predictor is opened
-    engines/              what `mpdsgr build` adds: engines of one kind of machine
+    golden.npz            a few inputs and the logits of each precision, checked whenever a predictor is opened
+    engines/              engines for one kind of machine, which `mpdsgr build` adds
     model.sig, verdicts/  signatures, which the manifest does not name: see `signing.signed_bundle`
 
-Opening a bundle verifies every hash and refuses paths that leave it. Hashes protect against damage and mix-ups; against
-somebody who writes new ones, open the bundle with a `Trust`.
+Opening a bundle verifies every hash and refuses paths that lead out of it. Hashes protect against damage and mix-ups.
+To be protected against someone who writes new hashes, open the bundle with a `Trust`.
 """
 
 import hashlib
@@ -52,9 +52,9 @@ ENGINES = "engines"
 
 
 class Bundle:
-    """A verified bundle on disk; make one with `open_bundle`.
+    """A verified bundle on disk, as `open_bundle` returns it.
 
-    path: where it lies; signed: where a signature was required, the private copy that its files are read from.
+    path: its directory. signed: the private copy from which its files are read, if a signature was required.
     """
 
     def __init__(self, path: Path, manifest: Manifest, signed: SignedCopy | None = None) -> None:
@@ -62,7 +62,7 @@ class Bundle:
 
     @property
     def root(self) -> Path:
-        """The directory that the files are read from: `path`, or a private copy of the signed files."""
+        """The directory from which files are read: `path`, or the private copy of the signed files."""
         return self.path if self.signed is None else self.signed.root
 
     def file(self, name: str) -> Path:
@@ -74,26 +74,26 @@ class Bundle:
         return self.root / name
 
     def variant(self, precision: str) -> Path:
-        """Return the ONNX file of a precision. Raises InputError that names the bundle's precisions."""
+        """Return the path of a precision's ONNX file. Raises InputError for a precision that the bundle lacks."""
         if precision not in self.manifest.variants:
             raise InputError(f"{self.path} has no precision {precision!r}; it has {', '.join(self.manifest.variants)}")
         return self.file(self.manifest.variants[precision].file)
 
     def model_sha256(self, precision: str) -> str:
-        """Return the hash of a precision's ONNX file. Raises InputError as `variant` does."""
+        """Return the sha256 of a precision's ONNX file. Raises InputError as `variant` does."""
         return self.manifest.files[self.variant(precision).relative_to(self.root).as_posix()]
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
-        """Return what `mpdsgr build` made from a variant for a backend, on any machine."""
+        """Return what `mpdsgr build` made of a precision for a backend, on any kind of machine."""
         return [p for p in self.manifest.prepared if (p.backend, p.precision) == (backend, precision)]
 
     def add(self, prepared: Prepared, engine: bytes | None = None) -> "Bundle":
-        """Return the bundle with `prepared` and its engine, if any, in place of an earlier entry for such machines.
+        """Write `prepared` and its engine, if any, into the bundle, and return the changed bundle.
 
-        The engine's file is written first and the manifest replaced after it, so a crash leaves a whole bundle. Files
-        that the manifest does not name are deleted last. Entries that other processes added meanwhile are kept.
-        Signatures are removed, because they cover other files. Raises InputError if the bundle was changed or cannot be
-        written.
+        The entry replaces an earlier one for the same backend, precision, machine and batch. The engine is written
+        first, then the manifest is replaced, and engines that it does not name are deleted last, so a crash leaves a
+        valid bundle. Entries that other processes added meanwhile are kept. Signatures are removed, because they are of
+        the earlier files. Raises InputError if the bundle was damaged or cannot be written.
         """
         same = ("backend", "precision", "machine", "batch")
         with exclusive(self.path / LOCK, "mpdsgr build", wait=True):
@@ -107,8 +107,8 @@ class Bundle:
                 (self.path / ENGINES).mkdir(exist_ok=True)
                 write_atomic(self.path / name, engine)
                 files[name] = digest
-            unnamed = {p.file for p in current.prepared} - {p.file for p in (*others, prepared)}
-            files = {name: digest for name, digest in files.items() if name not in unnamed}
+            replaced = {p.file for p in current.prepared} - {p.file for p in (*others, prepared)}
+            files = {name: digest for name, digest in files.items() if name not in replaced}
             draft = current.model_copy(update={"prepared": (*others, prepared), "files": files})
             bundle = Bundle(self.path, _write_manifest(self.path, draft))
             for file in (self.path / ENGINES).glob("*.plan*"):
@@ -119,22 +119,19 @@ class Bundle:
         return bundle
 
     def refuse_output(self, out: Path, option: str = "--out") -> None:
-        """Raise InputError if the output path `out`, given by an option, lies inside this bundle."""
+        """Raise InputError, which names the option, if the output path `out` lies inside this bundle."""
         if followed(out).is_relative_to(self.path.resolve()):
             raise InputError(f"{option} {out} is inside the bundle {self.path}; choose another place")
 
     def reference(self) -> Reference | None:
-        """The torch network's reference verdicts, if the bundle has them.
-
-        Raises InputError as `load_reference` does.
-        """
+        """Return the reference, None if the bundle has none. Raises InputError as `load_reference` does."""
         promise = self.manifest.reference
         return None if promise is None else load_reference(self.file(REFERENCE), promise)
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return golden inputs [G, C, H, W] and the logits [G, K] that a precision must give, K the number of labels.
+        """Return golden inputs [G, C, H, W] and the logits [G, K] that a precision must give for them.
 
-        Those of fp32 are the torch reference's. Raises InputError if the file does not hold them.
+        The logits of fp32 are those of the torch network. Raises InputError if the file does not hold them.
         """
         try:
             with np.load(self.file(GOLDEN), allow_pickle=False) as arrays:
@@ -151,11 +148,11 @@ class Bundle:
 
 
 def open_bundle(path: Path | str, trust: Trust | None = None) -> Bundle:
-    """Read and verify a bundle: a directory, or as a string an address of `mpdsgr_deploy.address` without a precision.
+    """Read and verify the bundle in a directory, or, for a string, at an address (`mpdsgr_deploy.address`).
 
-    trust: whose signature it has to carry. The signature is verified before anything else is read, and files are then
-    read from a private copy of what was signed. Raises InputError if it is not a bundle, has a newer schema, is damaged
-    or incomplete, names files outside itself, or lacks that signature.
+    trust: who must have signed it. The signature is verified before anything else is read, and all files are then read
+    from a private copy of the signed files. Raises InputError if there is no bundle, if it has a newer schema, is
+    damaged or incomplete, names files outside itself, or lacks that signature, and for an address with a precision.
     """
     if isinstance(path, str):
         address = parse_address(path)
@@ -197,9 +194,10 @@ def _inside(root: Path, name: str) -> Path:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A scratch directory beside `out` to build a bundle in; `seal` puts it in place, an exception removes it.
+    """Yield an empty directory beside `out` to build a bundle in, which `seal` moves to `out`.
 
-    Raises InputError if `out` holds anything that is not part of a bundle.
+    It is removed after the block if it was not sealed. Raises InputError if `out` holds anything that is not part of a
+    bundle, and as `scratch_directory` does.
     """
     recover_directory(out)
     claim_directory(out, MANIFEST, "bundle")
@@ -207,15 +205,18 @@ def staged(out: Path) -> Iterator[Path]:
         manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
         known = {*manifest.files, MANIFEST, LOCK, SIGNATURE}
         files = [p.relative_to(out) for p in out.rglob("*") if not p.is_dir()]
-        strangers = [file for file in files if file.as_posix() not in known and file.parts[0] != VERDICTS]
-        if strangers:
-            raise InputError(f"{out} holds {strangers[0].name}, which is not part of the bundle; choose another --out")
+        foreign = [file for file in files if file.as_posix() not in known and file.parts[0] != VERDICTS]
+        if foreign:
+            raise InputError(f"{out} holds {foreign[0].name}, which is not part of the bundle; choose another --out")
     with scratch_directory(out, "bundle") as scratch:
         yield scratch
 
 
 def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
-    """Hash every file in `scratch`, write the manifest with `fields`, and move the folder to `out`."""
+    """Write the manifest of the files in `scratch`, move the directory to `out`, and return the bundle.
+
+    fields: those of `Manifest`, except for `files` and `digest`.
+    """
     files = {p.relative_to(scratch).as_posix(): sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
     manifest = _write_manifest(scratch, Manifest(files=files, **fields))
     replace_directory(scratch, out)
@@ -223,7 +224,7 @@ def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
 
 
 def _read_manifest(directory: Path, otherwise: str) -> Manifest:
-    """Read a manifest. Raises InputError as `read_document` does, and if it does not match its own digest."""
+    """Read a directory's manifest. Raises InputError as `read_document` does, and if its digest is wrong."""
     path = directory / MANIFEST
     manifest = read_document(path, Manifest, SCHEMA_VERSION, otherwise=otherwise)
     if manifest.digest != manifest.computed_digest():

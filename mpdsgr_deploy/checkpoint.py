@@ -1,7 +1,7 @@
-"""Checkpoints: what training hands to export. safetensors weights, and a JSON file with everything else.
+"""Checkpoints: a directory with weights as safetensors, and a JSON file with everything else.
 
-The JSON names its weights file and that file's hash, and is written last: replacing it is the moment the new
-checkpoint exists, so a crash at any time leaves the previous one whole.
+The JSON file names the file of weights and its hash. It is replaced after the weights are written, so a crash at any
+time leaves the old or the new checkpoint complete.
 """
 
 import hashlib
@@ -27,11 +27,13 @@ VALIDATION_PGD = "validation_pgd"  # accuracy under attack after an epoch, if th
 
 
 class Checkpoint(BaseModel):
-    """`shape` is (C, H, W) of the input; `history` has one entry per epoch; `weights` is the file beside the JSON.
+    """The content of checkpoint.json.
 
-    choice: which epoch of its run this is: the last one, or the one with the best `metrics["score"]`; score_of says
-    what that score measures. Both are empty in checkpoints of schema version 1. init: the checkpoint or
-    module whose weights training started from (`training.training_state.load_init`); None: from random ones.
+    shape: (C, H, W) of the images. epoch: counted from 1. choice: which epoch of its run this is, the last one or the
+    one with the best score. score_of: what `metrics["score"]`, an accuracy in [0, 1], measures. Both are empty in
+    checkpoints of schema version 1. history: the entry of each epoch, see `training.training_run`. init: the origin of
+    the first weights, see `training.training_state.load_init`; None for random ones. weights: the name of the file
+    beside the JSON file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,13 +54,13 @@ class Checkpoint(BaseModel):
 
     @property
     def curve(self) -> dict[str, list[Any]]:
-        """The values that training logged, by name: one per epoch, None for epochs without it."""
+        """The values that training logged, by name: a list of one value per epoch, None for epochs that lack it."""
         names = dict.fromkeys(name for entry in self.history for name in entry if name not in NO_CURVE)
         return {name: [entry.get(name) for entry in self.history] for name in names}
 
     @property
     def origin(self) -> str:
-        """A phrase for people that says which epoch of its run this is, and why it was chosen."""
+        """A phrase that says which epoch of its run this is, and why it was chosen."""
         epoch = f"epoch {self.epoch} of {self.recipe.training.epochs}"
         if self.choice == "best":
             return f"best checkpoint ({epoch}; highest {self.score_of}: {self.metrics['score']:.1%})"
@@ -66,7 +68,11 @@ class Checkpoint(BaseModel):
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, weights: "dict[str, Tensor]") -> None:
-    """Write a checkpoint directory, replacing an older one atomically. Raises InputError if the disk is full."""
+    """Write a checkpoint into a directory, replacing an older one atomically.
+
+    The fields `weights` and `weights_sha256` of `checkpoint` are filled in. Raises InputError if a file cannot be
+    written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     data = weights_bytes(weights)
     digest = hashlib.sha256(data).hexdigest()
@@ -87,9 +93,10 @@ def weights_bytes(weights: "dict[str, Tensor]") -> bytes:
 
 
 def find_checkpoint(directory: Path, choice: Choice | None = None) -> Path:
-    """Return the checkpoint directory: `directory` itself, or a training run's `choice` below it, by default the last.
+    """Return the directory of a checkpoint: `directory` itself, or of a training run the one of `choice`.
 
-    Raises InputError if there is none, or if `directory` is itself a checkpoint but not that of `choice`.
+    The default is the last one. Raises InputError if there is none, and if `directory` is itself a checkpoint under
+    another name than `choice`.
     """
     if (directory / FILE).is_file():
         if choice is not None and directory.name != choice:
@@ -102,7 +109,7 @@ def find_checkpoint(directory: Path, choice: Choice | None = None) -> Path:
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
-    """Read and verify the checkpoint in `directory`. Raises InputError if anything is missing, damaged or newer."""
+    """Read and verify the checkpoint in `directory`. Raises InputError if it is missing, damaged or too new."""
     path = directory / FILE
     advice = "take another checkpoint or train again"
     checkpoint = read_document(path, Checkpoint, SCHEMA_VERSION, otherwise=advice)

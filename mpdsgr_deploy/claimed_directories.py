@@ -10,15 +10,15 @@ from mpdsgr_deploy.locks import LOCK, exclusive
 
 
 def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") -> None:
-    """Create `path` or accept it as an output directory: existing content is accepted only beside the file `marker`.
+    """Create an output directory, or accept an existing one that is empty or holds the file `marker`.
 
-    partial: the name of unfinished output there, which a later run continues.
-
-    Raises InputError for a file, for a directory that holds anything else, and where it cannot be created.
+    what: what error messages call the output. partial: the name of unfinished output, which is accepted as well because
+    a later run continues it. Raises InputError for a file, for a directory with other content, and for a directory that
+    cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        ours = {f".{marker}.tmp", LOCK, partial}  # of a run killed while it wrote its first file
+        ours = {f".{marker}.tmp", LOCK, partial}  # left by a run that was killed before it wrote the marker
         foreign = not (path / marker).exists() and any(p.name not in ours for p in path.iterdir())
     except OSError as error:
         raise InputError(f"cannot use {path} as a directory: {error.strerror}; choose another place") from None
@@ -27,7 +27,7 @@ def claim_directory(path: Path, marker: str, what: str, *, partial: str = "") ->
 
 
 def not_ours(place: object, marker: str, what: str) -> InputError:
-    """Return the error for an output directory that holds other files."""
+    """Return the error to raise for an output directory `place` that holds other files."""
     return InputError(f"{place} exists and is not a {what} of mpdsgr (it has no {marker}); choose an empty directory")
 
 
@@ -39,9 +39,9 @@ def recover_directory(out: Path) -> None:
 
 @contextmanager
 def scratch_directory(out: Path, what: str) -> Iterator[Path]:
-    """Make an empty directory beside the claimed `out`, to build `what` in; `replace_directory` moves it to `out`.
+    """Yield an empty directory beside the claimed `out`, to build `what` in; `replace_directory` moves it to `out`.
 
-    It is removed after the block, as is `out` if it is still empty. Raises InputError if it cannot be written, and
+    After the block it is removed, and `out` too if it is empty. Raises InputError if the block raises an OSError, and
     while another process builds for the same `out`.
     """
     scratch = out.with_name(f".{out.name}.tmp")
@@ -60,7 +60,7 @@ def scratch_directory(out: Path, what: str) -> Iterator[Path]:
 
 
 def replace_directory(scratch: Path, out: Path) -> None:
-    """Put `scratch` where `out` is. If the process is killed in between, `recover_directory` restores `out`."""
+    """Replace the directory `out` by `scratch`. If the process is killed while it does, use `recover_directory`."""
     old = _replaced(out)
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)

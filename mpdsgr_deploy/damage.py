@@ -16,26 +16,26 @@ READOUT = "readout.weight"
 
 
 def damage(bundle: Bundle, out: Path, *, noise: float = 1.0) -> Path:
-    """Copy `bundle` to directory `out`, with noise added to the last layer's weights in its float32 network.
+    """Copy `bundle` to directory `out`, with Gaussian noise added to the last layer's weights in the float32 network.
 
-    noise: its standard deviation, in units of the weights' own. Nothing else is changed, so `open_bundle` refuses the
-    copy.
+    noise: the standard deviation of the noise, in units of that of the weights. Nothing else is changed, so
+    `open_bundle` refuses the copy. Returns `out`.
     """
     shutil.copytree(bundle.path, out)
     file = out / bundle.manifest.variants["fp32"].file
     network = onnx.load(file)
     (readout,) = (tensor for tensor in network.graph.initializer if tensor.name == READOUT)
     weights = numpy_helper.to_array(readout)
-    added = np.random.default_rng(0).normal(0, noise * weights.std(), weights.shape)
-    readout.CopyFrom(numpy_helper.from_array((weights + added).astype(weights.dtype), READOUT))
+    added_noise = np.random.default_rng(0).normal(0, noise * weights.std(), weights.shape)
+    readout.CopyFrom(numpy_helper.from_array((weights + added_noise).astype(weights.dtype), READOUT))
     onnx.save(network, file)
     return out
 
 
 def cover_up(damaged: Path, bundle: Bundle) -> Path:
-    """Replace golden batch and hashes of a copy of `bundle` by those of its damaged float32 network.
+    """Adapt the golden logits and the hashes of a damaged copy of `bundle` to its damaged float32 network.
 
-    `open_bundle` and the golden batch then accept the copy, as they would accept a bundle that was forged on purpose.
+    `open_bundle` and the golden check then accept the copy, as they accept a bundle that was forged. Returns `damaged`.
     """
     variant = bundle.manifest.variants["fp32"]
     with np.load(damaged / GOLDEN) as arrays:
@@ -48,7 +48,7 @@ def cover_up(damaged: Path, bundle: Bundle) -> Path:
 
 
 def seal_again(bundle: Path) -> Path:
-    """Write the hashes of a bundle's current files into its manifest."""
+    """Write the hashes of a bundle's current files, and the new digest, into its manifest; return its directory."""
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["files"] = {name: sha256(bundle / name) for name in manifest["files"]}
     manifest["digest"] = Manifest.model_validate(manifest).computed_digest()

@@ -1,4 +1,4 @@
-"""What a user of a bundle demands before anything else in it is read: a signature, and a verdict."""
+"""What a user can demand of a bundle: a signature, and a signed verdict."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,20 +12,24 @@ from mpdsgr_deploy.signing.verdict import Vouched, carried_verdict
 
 
 class Demand(NamedTuple):
-    """trust: who must have signed the bundle. tier: the least at which the same signer must have passed it."""
+    """The demands on a bundle.
+
+    trust: who must have signed it. tier: the tier at which, or at a harder one, the same signer's verdict must be
+    "pass". None demands nothing.
+    """
 
     trust: Trust | None = None
     tier: str | None = None
 
     def open(self, path: Path) -> Bundle:
-        """Open a bundle and verify its signature before anything else in it is read. Raises as `open_bundle` does."""
+        """Open a bundle, whose signature is verified before anything else is read. Raises as `open_bundle` does."""
         return open_bundle(path, self.trust)
 
     def verdict(self, bundle: Bundle, precision: str) -> Vouched | None:
-        """Return the signed verdict on a precision of an opened bundle, if it carries one and signatures are demanded.
+        """Return the signed verdict on a precision of an opened bundle; None without one, and without a `trust`.
 
-        Raises InputError if a tier is demanded and no verdict says that the precision passed it or a harder one.
-        Without such a demand, a verdict that cannot be trusted is left out with a warning.
+        Raises InputError if a tier is demanded and no trusted verdict says that the precision passed it or a harder
+        one. Without that demand, a verdict that cannot be trusted causes a warning, and the result is None.
         """
         if self.trust is None:
             return None
@@ -42,9 +46,9 @@ class Demand(NamedTuple):
 
 
 def demand_of(signature: str | None, tier: str | None = None) -> Demand:
-    """Return what the options --require-signature and --require-verdict demand.
+    """Return the demands of the options --require-signature and --require-verdict, None for options not given.
 
-    Raises InputError for an invalid key, an unknown tier, and a required verdict without a signer.
+    Raises InputError for an invalid key, an unknown tier, and a required verdict without a required signature.
     """
     if tier and not signature:
         raise InputError(

@@ -1,8 +1,8 @@
-"""The errors a user can cause or must act on; each carries the exit code of the `mpdsgr` command."""
+"""Errors that a user can cause or act on; each has an exit code of the `mpdsgr` command."""
 
 
 class MpdsgrError(Exception):
-    """Base of every error whose message is written for the user: one line that says what to do next."""
+    """The base of all errors whose message is written for the user: one line that says what to do next."""
 
     exit_code = 2
 
@@ -12,22 +12,22 @@ class InputError(MpdsgrError):
 
 
 class MissingData(InputError):  # noqa: N818 - the name describes the problem
-    """A data set that is not on this machine; a damaged one is an InputError (exit code 2)."""
+    """A data set that is not on this machine (exit code 2). A damaged data set is another InputError."""
 
 
 class StoreError(MpdsgrError):
-    """An object store that cannot be asked: no credentials, no access, no connection (exit code 2).
+    """An object store that cannot be used: no credentials, no access, no connection (exit code 2).
 
-    It is not an InputError, because no input is at fault: a run that skips bad inputs ends with it.
+    It is no InputError, because no input is at fault: a run that skips faulty inputs ends with this error.
     """
 
 
 class OutOfMemory(InputError):  # noqa: N818 - the name describes the event
-    """The device's memory does not hold a batch; a smaller one may fit (exit code 2)."""
+    """A batch that does not fit into the device's memory (exit code 2). A smaller one may fit."""
 
 
 class EvaluationError(MpdsgrError):
-    """The evaluation itself is not valid, so it proves nothing (exit code 3)."""
+    """An evaluation that is not valid, so that its result proves nothing (exit code 3)."""
 
     exit_code = 3
 

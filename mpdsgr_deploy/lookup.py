@@ -1,4 +1,4 @@
-"""Named choices (models, surrogates, data sets, backends): one look-up with one helpful error."""
+"""Look up named choices and optional dependencies, with errors that say what to do."""
 
 import difflib
 import importlib
@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 
 def choose(kind: str, table: Mapping[str, T], name: str) -> T:
-    """Return `table[name]`; raise `InputError` naming the allowed values and the nearest one."""
+    """Return `table[name]`. Raises InputError with the allowed names, and the nearest one, if it is unknown.
+
+    kind: what the error calls an entry of the table.
+    """
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=1)
@@ -21,7 +24,7 @@ def choose(kind: str, table: Mapping[str, T], name: str) -> T:
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency; raise `InputError` naming the extra that brings it."""
+    """Import and return an optional dependency. Raises InputError, which names the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -16,7 +16,7 @@ SCHEMA_VERSION = 2  # 1: no `pixels`, another name for the digests in reference.
 
 
 class Accuracy(BaseModel):
-    """Correctly classified images out of n of a data set's test images."""
+    """How many of n test images of the data set `data` are classified correctly."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,30 +31,31 @@ class Accuracy(BaseModel):
 
 
 class Variant(BaseModel):
-    """One precision of the network, and its accuracy on clean and on attacked images at export.
+    """One precision of the network: its ONNX file, and its accuracy on clean and on attacked images at export.
 
-    layers: the precision each layer multiplies in, by name, `readout` the last.
+    layers: the precision in which each layer multiplies, by name; the last is `readout`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
-    attack: str = ""  # in older bundles a file with its attack graph, which nothing reads: it is derived when needed
+    attack: str = ""  # a file with the attack graph in older bundles; not read, since graphs are derived when needed
     layers: dict[str, str] = {}
     accuracy: Accuracy | None = None  # None: the data set was not available
     attacked: Accuracy | None = None  # None: not measured
 
     @property
     def exact(self) -> bool:
-        """Whether all backends agree except for float32 rounding: int8 sums are exact, other precisions round."""
+        """Whether backends differ only by float32 rounding, since int8 sums are exact; other precisions also round."""
         return set(self.layers.values()) <= {"fp32", "int8"}
 
 
 class Prepared(BaseModel):
-    """What `mpdsgr build` made of one variant for one backend on one kind of machine.
+    """What `mpdsgr build` made of one precision for one backend on one kind of machine.
 
-    machine: what must be equal where it is used (names of devices, versions); batch: the smallest, best and largest
-    batch it takes; None: any. file: an engine; settings: the fastest measured ones, for a backend without engines.
+    machine: names of devices and versions, which must be equal on the machine that uses it. batch: the smallest, the
+    best and the largest batch size; None: any. file: the engine; None for a backend without engines, for which settings
+    has those that were measured to be fastest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,16 +70,16 @@ class Prepared(BaseModel):
 
     @property
     def key(self) -> str:
-        """The prefix of its file name, unique in the bundle."""
+        """The beginning of the engine's file name, which is unique in the bundle."""
         profile = "-".join(map(str, self.batch or ("any",)))
         words = (self.backend, *self.machine.values(), self.precision, f"batch-{profile}", self.model_sha256[:8])
         return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower())
 
 
 class NoiseInput(BaseModel):
-    """An input of a stochastic network, float32 [B, *shape], for the random numbers of one of its parts.
+    """An input float32 [B, *shape] of a stochastic network, for the random numbers of one of its parts.
 
-    shape: (T, ...), a draw for every step; kind: U[0, 1) or N(0, 1). `runtime.image_noise` makes the values.
+    shape: (T, ...), with numbers for every time step. kind: U[0, 1) or N(0, 1). `runtime.image_noise` draws them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,7 +90,11 @@ class NoiseInput(BaseModel):
 
 
 class Manifest(BaseModel):
-    """input_shape is (C, H, W); input is float32 [B, C, H, W] in [0, 1], output float32 logits [B, K]."""
+    """The content of manifest.json.
+
+    The network's input is float32 [B, C, H, W] in `input_range`, with (C, H, W) = `input_shape`, and its output float32
+    logits [B, K] for the K `labels`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,7 +107,7 @@ class Manifest(BaseModel):
     labels: tuple[str, ...]
     pixels: PixelStatistics | None = None  # of the training images; None: not known
     recipe: Recipe  # recipe of the network as exported, with its T, encoding and neuron
-    trained_steps: int | None = None  # time steps it was trained with, where only the first encoding.T are exported
+    trained_steps: int | None = None  # time steps in training, if only the first encoding.T of them are exported
     # trained by this package, exported from a torch module, or adopted as an ONNX file
     origin: Literal["trained", "module", "adopted"] = "trained"
     variants: dict[str, Variant]
@@ -114,14 +119,15 @@ class Manifest(BaseModel):
 
     @property
     def time_steps(self) -> str:
-        """The number of time steps as text, with the number in training if the export has fewer."""
+        """The number of time steps as text, with the number in training if fewer are exported."""
         T = self.recipe.encoding.T
         return f"T = {T}" if self.trained_steps is None else f"T = {T} of the {self.trained_steps} it was trained with"
 
     def computed_digest(self) -> str:
-        """sha256 of the canonical JSON of everything but `digest`, `schema_version` and defaults.
+        """Return the sha256, in hex, of this document as JSON with sorted keys.
 
-        Defaults are left out, so that fields of later versions do not change the digests of older bundles.
+        `digest`, `schema_version` and values that are defaults are left out, so that fields that later versions add do
+        not change the digests of older bundles.
         """
         left_out = {"digest", "schema_version"}
         content = json.dumps(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True), sort_keys=True)

@@ -1,16 +1,17 @@
-"""Membrane potential distribution and its overlap with the surrogate's window (MPD-SGR, arXiv 2511.12199).
+"""The distribution of membrane potentials, and its overlap with the surrogate's window (MPD-SGR, arXiv 2511.12199).
 
-Theorem 1: where tdBN feeds a LIF neuron, its membrane potential in channel c at step t = 1..T is
+Theorem 1: a LIF neuron in channel c whose input current comes from tdBN has at step t = 1..T the potential
 
     U_c(t) ~ N( beta_c D(tau, t) - S_c(t),  (lambda_c alpha V_th)^2 D(tau^2, t) ),   D(a, t) = sum_{i=1..t} a^(t-i)
 
-S collects what resets took away: S(1) = 0, S(t) = tau (S(t-1) + R(t-1)), with R = V_th E[O] (soft reset) or E[U O]
-(hard reset). The surrogate looks at V = U - V_th, so its mean here is E[U] - V_th, and
+S is the mean of what resets have removed: S(1) = 0, S(t) = tau (S(t-1) + R(t-1)), where R is V_th E[O] for a soft reset
+and E[U O] for a hard reset. The surrogate is a function of V = U - V_th, with mean mu = E[U] - V_th and the deviation
+sigma of U. With the surrogate's half-width g,
 
-    Omega = Phi((mu + g) / sigma) - Phi((mu - g) / sigma)     with the surrogate's half-width g
+    Omega = Phi((mu + g) / sigma) - Phi((mu - g) / sigma)
 
-is the share of the neuron's potentials inside the window. The training loss is CE + eta * mean Omega.
-Moments are tensors [T, C]; everything is float32 also under mixed precision.
+is the share of the neuron's potentials inside the window. The training loss is CE + eta * mean Omega. Moments are
+tensors [T, C]. All computations are in float32, also under mixed precision.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ def per_channel(x: Tensor) -> Tensor:
 
 
 def reset_shift(trace: Trace) -> Tensor:
-    """Return S [T, C], measured on the batch and detached: no gradient passes through it."""
+    """Return S [T, C], measured on the batch of a trace and detached, so that no gradient passes through it."""
     neuron, u = trace.neuron, trace.states[0].u
     shift = torch.zeros(u.shape[1], device=u.device)
     shifts = [shift]
@@ -60,9 +61,9 @@ def reset_shift(trace: Trace) -> Tensor:
 
 
 def theorem(trace: Trace) -> Moments | None:
-    """Return the moments of Theorem 1, whose gradient reaches lambda and beta only.
+    """Return the moments of Theorem 1 for a layer. Their gradient reaches only lambda and beta.
 
-    None for a layer that the theorem does not describe: without tdBN, or with neurons that change over time.
+    None for a layer without tdBN, or whose neurons change over time, because the theorem does not describe it.
     """
     if not isinstance(trace.norm, TdBN) or not trace.neuron.time_invariant:
         return None
@@ -74,16 +75,16 @@ def theorem(trace: Trace) -> Moments | None:
 
 
 class _BatchMoments(torch.autograd.Function):
-    """Mean and variance [T, C] of T tensors [B, C, ...].
+    """The mean and the variance [T, C] of T tensors u [B, C, ...].
 
-    Computed by the statistics kernel of batch normalisation, which reads u once, with a hand-written gradient,
-    which takes one pass over u where autograd's takes five.
+    The statistics kernel of batch normalisation reads u once, and the hand-written gradient takes one pass over u,
+    where autograd takes five.
     """
 
     @staticmethod
     def forward(ctx: Any, *steps: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(steps[0].dtype, torch.float32)
-        # running statistics that are not read: their type is that in which the kernel adds up and answers
+        # running statistics that the kernel needs, whose type is that of its sums and results
         unread = steps[0].new_zeros(steps[0].shape[1], dtype=dtype)
         moments = [torch.batch_norm_update_stats(u, unread, unread, 0.0) for u in steps]
         mean, variance = (torch.stack(moment) for moment in zip(*moments, strict=True))
@@ -102,7 +103,7 @@ class _BatchMoments(torch.autograd.Function):
 
 
 def empirical(trace: Trace) -> Moments:
-    """Return batch moments per channel and step, whose gradient reaches every weight."""
+    """Return the moments of the batch by step and channel. Their gradient reaches all weights before the layer."""
     if trace.moments is not None:
         mean, variance, _ = trace.moments
     else:
@@ -116,17 +117,17 @@ ESTIMATORS: dict[str, Estimator] = {"theorem": theorem, "empirical": empirical}
 
 
 def overlap(moments: Moments, surrogate: Surrogate) -> Tensor:
-    """Return Omega [T, C] in [0, 1]: the probability mass within the surrogate's half-width of the threshold."""
+    """Return Omega [T, C] in [0, 1]: the probability that |V| is below the surrogate's half-width."""
     return interval_mass(*moments, surrogate.half_width)
 
 
 def expected_gradient(moments: Moments, surrogate: Surrogate) -> Tensor:
     """Return E[surrogate'(V)] / surrogate'(0) [T, C] in [0, 1]: the mean surrogate gradient as a share of its peak.
 
-    The overlap approximates this by a window of height one. The division by the peak makes the two comparable, so that
-    eta has the same meaning in both: for the rectangular surrogate they are equal (E[surrogate'] is Omega / a, its peak
-    1 / a). Where the Gaussian is much wider than the window, the ratio to Omega is 1/2 for the triangle, 0.55 for the
-    sigmoid and 0.05 for superspike, whose window of 95 % mass is mostly tail. Raises InputError for a surrogate without
+    The overlap approximates it by a window of height one. Because of the division by the peak, eta means the same for
+    both: for the rectangular surrogate they are equal (E[surrogate'] is Omega / a, and its peak 1 / a). If the Gaussian
+    is much wider than the window, the ratio to Omega is 1/2 for the triangle, 0.55 for the sigmoid, and 0.05 for
+    superspike, since most of the window that holds 95 % of its mass is tail. Raises InputError for a surrogate without
     `expected`.
     """
     if surrogate.expected is None:
@@ -140,40 +141,40 @@ MEASURES: dict[str, Measure] = {"overlap": overlap, "expected-gradient": expecte
 
 
 def layer_value(trace: Trace, estimator: Estimator, measure: Measure) -> Tensor | None:
-    """Return the mean of a measure over a layer's steps and channels; None if the estimator does not describe it."""
+    """Return the mean of a measure over a layer's steps and channels; None if the estimator returns None."""
     with unrounded(trace):
         moments = estimator(trace)
         return None if moments is None else measure(moments, trace.neuron.surrogate).mean()
 
 
 def layer_moments(trace: Trace, estimator: Estimator) -> Moments | None:
-    """Return an estimator's moments of a layer, in float32; None if it does not describe that layer."""
+    """Return an estimator's moments of a layer, in float32; None if it does not describe the layer."""
     with unrounded(trace):
         return estimator(trace)
 
 
 def unrounded(trace: Trace) -> torch.autocast:
-    """Return a context without autocast, on the device of a layer's tensors."""
+    """Return a context manager that turns autocast off on the device of a layer's tensors."""
     u = trace.states[0].u
-    return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast knows no meta tensors
+    return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast cannot take the meta device
 
 
 def reach(potentials: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Return the distance between the potentials of two sets of images: T tensors [B, C, ...] each to [T, C].
+    """Return the root mean square distance [T, C], over images and space, between potentials of two sets of images.
 
-    It is the root mean square over images and space, float32. With this half-width of the window, the overlap estimates
-    the spikes that flip between the two sets, if potentials are Gaussian and independent of their change. It grows with
-    the weights as sigma does: larger weights reduce the overlap with a window of fixed width, but not with this one.
+    potentials, others: T tensors [B, C, ...] each. If a window has this half-width, the overlap estimates the share of
+    spikes that differ between the two sets, given that potentials are Gaussian and independent of their change. The
+    distance grows with the weights as sigma does, so larger weights do not reduce this overlap, as they reduce that
+    with a window of fixed width. The result is float32.
     """
     squares = [(u.float() - v.float()).square() for u, v in zip(potentials, others, strict=True)]
     return (torch.stack([per_channel(square) for square in squares]) + SIGMA_FLOOR**2).sqrt()
 
 
 def mean_of_layers(values: Sequence[Tensor | None]) -> Tensor:
-    """Return the mean over the layers measured in a step, a differentiable float32 scalar.
+    """Return the mean over the values of layers, each with the same weight, a differentiable float32 scalar.
 
-    Each layer has the same weight, whatever its number of channels; None stands for a layer that the estimator does not
-    describe. Raises InputError if it describes no layer.
+    None stands for a layer that the estimator does not describe. Raises InputError if all are None.
     """
     layers = [value for value in values if value is not None]
     if not layers:

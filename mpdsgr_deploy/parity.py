@@ -1,4 +1,4 @@
-"""Decide whether two sets of logits agree: one definition for export, the golden check and validation."""
+"""Decide whether two sets of logits agree, for export, for the golden check and for validation."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,21 @@ from pydantic import BaseModel, ConfigDict
 from mpdsgr_deploy.reference import Reference
 
 TOLERANCE = 1e-5  # difference of logits that float32 rounding alone can cause
-MINIMUM_SHARE = 0.95
-GOLDEN_ROWS = 8
-SAME_ROWS = 0.9  # share of images whose logits must agree to TOLERANCE where single spikes may be flipped by rounding
-SAME_LABELS = 0.99
+MINIMUM_SHARE = 0.95  # share of rows that must agree within TOLERANCE, in `Parity.holds`
+GOLDEN_ROWS = 8  # largest number of golden inputs
+SAME_ROWS = 0.9  # share of rows that must agree within TOLERANCE, in `answer_faults`
+SAME_LABELS = 0.99  # share of rows whose predicted classes must be equal, in `answer_faults`
 
 
 class Parity(BaseModel):
-    """Comparison of logits row by row.
+    """The comparison of two sets of logits, row by row.
 
-    A spiking network is discontinuous: where a membrane potential lies within rounding of the threshold, one spike
-    differs and that image's logits move visibly. So two faithful float32 implementations agree within TOLERANCE on
-    nearly all images, not on all; `max_abs` alone would measure luck.
+    rows: number of images. max_abs: largest difference of two logits. within_tolerance: number of images whose logits
+    all differ by TOLERANCE at most. labels_differ: number of images with different predictions.
+
+    A spiking network is discontinuous: if a membrane potential is nearer to the threshold than rounding moves it, a
+    spike flips and the image's logits change visibly. Two correct float32 implementations therefore agree within
+    TOLERANCE on nearly all images, but not on all, and chance decides about `max_abs`.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON itself has no infinity
@@ -32,7 +35,7 @@ class Parity(BaseModel):
 
     @property
     def holds(self) -> bool:
-        """All labels equal and at least 95 % of the rows within TOLERANCE."""
+        """Whether all predictions are equal and 95 % of the rows agree within TOLERANCE; False without rows."""
         return self.rows > 0 and not self.labels_differ and self.within_tolerance >= MINIMUM_SHARE * self.rows
 
     def __str__(self) -> str:
@@ -43,7 +46,7 @@ class Parity(BaseModel):
 
 
 def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Parity:
-    """Compare logits [N, K] with reference [N, K]; a non-finite difference counts as infinite."""
+    """Compare logits [N, K] with a reference [N, K]. A difference that is not finite counts as infinite."""
     difference = np.abs(reference.astype(np.float64) - logits).max(axis=1, initial=0)
     difference = np.where(np.isfinite(difference), difference, np.inf)
     return Parity(
@@ -55,10 +58,11 @@ def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Pari
 
 
 def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32]]) -> NDArray[np.intp]:
-    """Choose the rows whose logits another machine should reproduce, at most GOLDEN_ROWS of all N.
+    """Return the rows, at most GOLDEN_ROWS of N, whose logits another machine should reproduce.
 
-    agreeing [N]: where the reference and the file agree, so that no potential lies within rounding of the threshold.
-    logits [N, K] of each precision: agreeing rows with the widest margins between the two best logits are chosen.
+    agreeing [N]: whether torch and the ONNX file agree on a row, which shows that rounding flips no spike. logits: an
+    array [N, K] for each precision. Of the agreeing rows, those with the largest margins between the two best logits
+    are chosen, where the smallest margin of all precisions counts.
     """
     rows = np.flatnonzero(agreeing)
     best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
@@ -67,7 +71,10 @@ def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32
 
 
 def check_answers(reference: Reference | None, precision: str, logits: NDArray[np.float32]) -> Parity | None:
-    """Compare clean logits [N, K] with the stored ones; None for a precision whose rounding depends on the machine."""
+    """Compare logits [N, K] of the first clean images with those that the reference stores for a precision.
+
+    None if it stores none, as for a precision whose rounding depends on the machine.
+    """
     expected = reference.logits.get(precision) if reference else None
     if expected is None:
         return None
@@ -76,9 +83,11 @@ def check_answers(reference: Reference | None, precision: str, logits: NDArray[n
 
 
 def answer_faults(parity: Parity | None) -> list[str]:
-    """Return a fault if the logits differ by more than single flipped spikes, else None."""
+    """Return a fault if logits differ by more than a few flipped spikes explain, else (or for None) an empty list."""
     if parity is None:
         return []
-    same = parity.within_tolerance >= SAME_ROWS * parity.rows
-    labels = parity.labels_differ <= max(1, (1 - SAME_LABELS) * parity.rows)
-    return [] if same and labels else [f"the artefact's answers differ from those of the exported network: {parity}"]
+    logits_agree = parity.within_tolerance >= SAME_ROWS * parity.rows
+    labels_agree = parity.labels_differ <= max(1, (1 - SAME_LABELS) * parity.rows)
+    if logits_agree and labels_agree:
+        return []
+    return [f"the artefact's answers differ from those of the exported network: {parity}"]

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, plain lines in a log, and nothing for library users who did not ask for it."""
+"""Progress: a bar on a terminal, plain lines in a log, and nothing unless `show_progress` was called."""
 
 import logging
 import sys
@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 log = logging.getLogger("mpdsgr_deploy")
-LINE_EVERY = 10.0  # seconds
+LINE_EVERY = 10.0  # seconds between two lines of `meter`
 
 
 def show_progress() -> None:
-    """Send the package's log lines to stderr and allow bars there; the `mpdsgr` command calls it once."""
+    """Show the package's log lines and progress bars on stderr. The `mpdsgr` command calls this; a library does not."""
     log.setLevel(logging.INFO)
     if not log.handlers:
         handler: logging.Handler
@@ -29,7 +29,10 @@ def show_progress() -> None:
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a bar if `show_progress` was called and stderr is a terminal, else just iterate."""
+    """Yield the items, with a progress bar if `show_progress` was called and stderr is a terminal.
+
+    what: the bar's description. total: the number of items, for iterables without a length.
+    """
     if not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
         yield from items
         return
@@ -41,9 +44,9 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 @contextmanager
 def meter(what: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show progress in `unit`s up to `total`, starting at `done`: call the yielded function with each increment.
+    """Yield a function to call with each increment of progress, in `unit`s, from `done` to `total`.
 
-    Shows count and speed: a bar on a terminal, else a log line now and then; nothing unless `show_progress` was called.
+    Count and speed are shown by a bar on a terminal, else by a log line every LINE_EVERY seconds.
     """
     start, last, first = time.monotonic(), time.monotonic(), done
 

@@ -16,7 +16,7 @@ class Predictor(Protocol):
 
 
 class Gradient(NamedTuple):
-    """The result at a batch of images: logits [B, K], the loss of each sample [B], and d loss / d x [B, C, H, W]."""
+    """The result for a batch of images: logits [B, K], the loss of each image [B], and d loss / d x [B, C, H, W]."""
 
     logits: Array
     loss: Array
@@ -24,19 +24,19 @@ class Gradient(NamedTuple):
 
 
 class Differentiable(Protocol):
-    """Maps images x [B, C, H, W] and classes y [B] to a `Gradient`; each sample's gradient is of its own loss."""
+    """Maps images x [B, C, H, W] and classes y [B] to a `Gradient`, in which each image has its own loss."""
 
     def __call__(self, x: Array, y: Array, /) -> Gradient: ...
 
 
-State = Mapping[str, Array]  # by name; the first axis of every array is the images
+State = Mapping[str, Array]  # arrays by name; the first axis of each is the images
 
 
 class Adaptive(Protocol):
     """A Differentiable whose surrogates adapt to each image's neurons from one evaluation to the next (ASSG).
 
-    The state of the surrogates is an argument: `start` returns it for `count` images before an attack, and each
-    evaluation takes it and returns the next. An attack that drops images takes the same rows of every array in it.
+    `start` returns the state of the surrogates before an attack on `count` images, and each `step` takes the state and
+    returns the next one. An attack that drops images takes the same rows of every array of the state.
     """
 
     def start(self, count: int, /) -> State: ...

@@ -14,7 +14,7 @@ PACKAGES = ("numpy", "torch", "torchvision", "lightning-fabric", "onnx", "onnxsc
 
 
 def provenance() -> dict[str, Any]:
-    """Return a JSON-ready record of this process, without importing heavy packages."""
+    """Return a JSON-ready record of time, versions, source revision and hardware, without importing packages for it."""
     from mpdsgr_deploy import __version__
 
     return {
@@ -29,7 +29,7 @@ def provenance() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Return the installed version of a distribution, or None."""
+    """Return the installed version of a distribution; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -38,9 +38,10 @@ def package_version(name: str) -> str | None:
 
 @cache
 def source_revision() -> str | None:
-    """Return the git commit this package runs from, with '+dirty' if files differ from it; None outside a checkout.
+    """Return the git commit from which this package runs; None outside a checkout.
 
-    The result of the first call is kept, because imported code does not change with the files.
+    "+dirty" follows if the package's files differ from the commit. The result of the first call is kept, because code
+    that is imported does not change with the files.
     """
     source = Path(__file__).parent
     if not (source.parent / ".git").exists():
@@ -58,7 +59,7 @@ def _git(directory: Path, *arguments: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Return CPU model and usable cores, and GPU names if torch is already loaded and sees any."""
+    """Return the CPU's name, the number of usable cores, and the names of GPUs if torch is loaded and sees any."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
     torch = sys.modules.get("torch")

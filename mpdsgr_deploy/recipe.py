@@ -1,6 +1,6 @@
-"""Recipes: typed TOML files that define a training run completely; an unknown key is an error.
+"""Recipes: typed TOML files that define a training run completely. An unknown key is an error.
 
-Defaults are those of the SNN-RAT family of papers. Numbers such as eps may be written as fractions: "8/255".
+Defaults are those of the SNN-RAT family of papers. Numbers such as eps may be written as fractions, "8/255".
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from mpdsgr_deploy.schema import (
     read_toml,
 )
 
-# What an attacker may put in place of the training surrogate; see mpdsgr_deploy.attacks.attacker_surrogate
+# Surrogates that an attacker may use in place of the trained one; see mpdsgr_deploy.attacks.attacker_surrogate
 SWEEP = (
     "triangle:0.25",
     "triangle:0.5",
@@ -38,17 +38,17 @@ SWEEP = (
 
 
 class Data(Section):
-    """Which images are used, and how they are augmented in training."""
+    """The images, and how training augments them."""
 
     name: str = "cifar10"
-    root: str = "data"  # where the data set's files lie
-    train_images: Count | None = None  # use only this many training images (a fixed random choice)
-    # share of the training images that is used for model selection
+    root: str = "data"  # the directory of the data set's files
+    train_images: Count | None = None  # use only this many training images, a fixed random choice
+    # share of the training images that is left out of training and used to validate each epoch
     validation_share: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
     crop_padding: Count = 4
-    image_size: Count | None = None  # imagefolder only: shorter side resized to this, centre cropped
-    frames: Count | None = None  # n-mnist only: frames a recording is cut into; with encoding "frames" T equals it
+    image_size: Count | None = None  # imagefolder only: the shorter side is resized to this, and the centre cropped
+    frames: Count | None = None  # n-mnist only: number of frames of a recording; equal to T with encoding "frames"
 
     def at(self, root: str | None) -> "Data":
         """Return the same data set with its files in `root`; None keeps `self.root`."""
@@ -56,45 +56,45 @@ class Data(Section):
 
 
 class Model(Section):
-    """Which architecture is used; `mpdsgr_deploy.models.MODELS` holds the names."""
+    """The architecture. `mpdsgr_deploy.models.MODELS` has the names."""
 
     name: str = "vgg11"
-    width: Annotated[Number, Field(gt=0, le=16)] = 1.0  # multiplies every layer's width
+    width: Annotated[Number, Field(gt=0, le=16)] = 1.0  # multiplies the number of channels of every layer
     norm: Literal["tdbn", "bn", "none"] = "tdbn"
-    readout: Literal["mean", "membrane"] = "mean"  # readout of the last linear layer over time; see models.spiking_net
+    readout: Literal["mean", "membrane"] = "mean"  # of the last linear layer over time; see models.spiking_net
 
 
 class Neuron(Section):
-    """The LIF neuron and its surrogate gradient; see `mpdsgr_deploy.snn.neuron`."""
+    """The LIF neuron and its surrogate gradient. See `mpdsgr_deploy.snn.neuron` and `mpdsgr_deploy.surrogates`."""
 
     tau: Annotated[Number, Field(gt=0, le=1)] = 0.5
     v_threshold: Positive = 1.0
     reset: Literal["hard", "soft"] = "hard"
     surrogate: str = "triangle"
-    surrogate_parameter: Positive | None = None  # g, a, a or k; None: the surrogate's own default
-    detach_reset: bool = False  # spikes that reset pass no gradient on, as in snnTorch and, if asked, SpikingJelly
+    surrogate_parameter: Positive | None = None  # the surrogate's width; None: its default
+    detach_reset: bool = False  # resets pass no gradient, as in snnTorch, and in SpikingJelly if chosen there
 
 
 class EncodingSection(Section):
-    """How an image becomes T time steps; see `mpdsgr_deploy.snn.encoding`."""
+    """How an image becomes the input of T time steps. See `mpdsgr_deploy.snn.encoding`."""
 
     name: str = "direct"
     T: Count = 8
     std: NonNegative = 0.25  # rsc: standard deviation of the noise added to pixels in [0, 1]
-    levels: Count = 2  # sqe: steps between a black and a white pixel; 1 is poisson
-    # frequency: the radius of each step's low-pass; None: evenly from half the image's side down
+    levels: Count = 2  # sqe: number of steps from a black to a white pixel; 1 is the same as poisson
+    # frequency: the radius of the low-pass filter at each step; None: in equal steps down from half the image's side
     radii: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
 
 
 class Stage(Section):
-    """A number of epochs at T time steps instead of encoding.T."""
+    """A number of epochs at T time steps in place of encoding.T."""
 
     epochs: Count
     T: Count
 
 
 class Training(Section):
-    """SGD with a cosine schedule to zero, and where it runs."""
+    """SGD with a learning rate that falls to zero as a half cosine, and the devices that compute it."""
 
     epochs: Count = 300
     batch_size: Count = 64  # images per optimiser step, over all devices and accumulation steps
@@ -102,29 +102,29 @@ class Training(Section):
     lr: Positive = 0.1
     momentum: UnitInterval = 0.9
     weight_decay: NonNegative = 5e-4
-    label_smoothing: UnitInterval = 0.0  # share of the cross-entropy's target that is spread over all classes
-    # first epochs at other T, in this order; the rest of `epochs` runs at encoding.T. See mpdsgr_deploy.training.stages
+    label_smoothing: UnitInterval = 0.0  # share of the cross-entropy's target that is spread evenly over all classes
+    # the first epochs, at other T and in this order; the others run at encoding.T. See mpdsgr_deploy.training.stages
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
-    # decay per step of an exponential average of the weights, which is then what is validated and saved; 0: none
+    # decay per step of an exponential average of the weights, which is validated and saved in their place; 0: none
     average: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    nodes: Count = 1  # machines, each with `devices`; see mpdsgr_deploy.training.launch
-    devices: Count = 1  # devices per node; each normalises its own share of the batch, unless sync_norm
-    sync_norm: bool = False  # tdBN's statistics are joint over all devices; regularisers read each share
+    nodes: Count = 1  # number of machines; see mpdsgr_deploy.training.launch
+    devices: Count = 1  # devices per node; each normalises its own share of the batch, unless sync_norm is set
+    sync_norm: bool = False  # compute tdBN's statistics over all devices; regularisers still see a device's own share
     # recompute layers in the backward pass instead of keeping their tensors
     recompute: Literal["none", "layers"] = "none"
-    pictures: Annotated[int, Field(ge=0)] = 10  # epochs between drawings of the membrane in TensorBoard; 0: none
-    attacked_images: Annotated[int, Field(ge=0)] = 0  # the first validation images, under [attack]'s PGD each epoch
+    pictures: Annotated[int, Field(ge=0)] = 10  # epochs between pictures of membrane potentials in TensorBoard; 0: none
+    attacked_images: Annotated[int, Field(ge=0)] = 0  # validation images that [attack]'s PGD attacks after each epoch
     seed: Seed = 0
 
     @property
     def processes(self) -> int:
-        """How many processes train together: one per device of every node."""
+        """The number of processes that train together, one per device of every node."""
         return self.nodes * self.devices
 
     @model_validator(mode="after")
-    def _divides(self) -> "Training":
+    def _check_batch_size(self) -> "Training":
         parts = self.processes * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
@@ -133,7 +133,7 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
-    def _ends_at_the_encodings_steps(self) -> "Training":
+    def _check_stages(self) -> "Training":
         staged = sum(stage.epochs for stage in self.stages)
         if self.stages and staged >= self.epochs:
             raise ValueError(
@@ -144,55 +144,57 @@ class Training(Section):
 
 
 class Attack(Section):
-    """The attacks of `mpdsgr validate`, in the L-infinity ball of radius eps; Gaussian noise, CW-L2 and those on events
-    have other bounds.
+    """The attacks of `mpdsgr validate`.
+
+    Changes are within eps in the L-infinity norm, except for Gaussian noise, CW-L2, and attacks on events.
     """
 
     eps: Annotated[Number, Field(gt=0, le=1)] = 8 / 255
-    steps: Count = 7  # BIM and PGD in the paper's setting
-    step: Positive = 0.01
-    strong_steps: Count = 40  # PGD with step eps/4; an image is broken once any iterate fools the model
-    surrogates: Annotated[tuple[str, ...], Field(strict=False)] = SWEEP  # strong PGD through each of these too
-    draws: Count = 8  # draws over which a stochastic network's gradient is averaged
-    l2: Positive | None = None  # also CW-L2: an image is broken if it is fooled within this L2 distance
-    gaussian_std: NonNegative = 0.1
+    steps: Count = 7  # number of steps of BIM and PGD in the paper's setting
+    step: Positive = 0.01  # length of these steps
+    strong_steps: Count = 40  # steps, of length eps/4, of strong PGD, which breaks an image if any iterate does
+    surrogates: Annotated[tuple[str, ...], Field(strict=False)] = SWEEP  # strong PGD is repeated through each of these
+    draws: Count = 8  # number of noise draws over which a stochastic network's gradient is averaged
+    l2: Positive | None = None  # L2 distance within which CW-L2 attacks too; None: no CW-L2
+    gaussian_std: NonNegative = 0.1  # standard deviation of Gaussian noise
     events: Count = 20  # largest number of events that an attack adds, removes or moves; see attacks.event_conditions
-    also: Annotated[tuple[str, ...], Field(strict=False)] = ()  # other registered attacks, made beside those of a tier
+    also: Annotated[tuple[str, ...], Field(strict=False)] = ()  # registered attacks, made besides those of a tier
 
     @model_validator(mode="after")
-    def _reaches(self) -> "Attack":
+    def _check_reach(self) -> "Attack":
         if self.steps * self.step < self.eps:
             raise ValueError(f"steps * step = {self.steps * self.step:.4g} cannot reach eps {self.eps:.4g}; raise step")
         return self
 
 
 class Validation(Section):
-    """Which test images `mpdsgr validate` uses, and the seed of its noise and random starts."""
+    """The test images of `mpdsgr validate`, and the seed of its noise and random starts."""
 
-    limit: Count | None = None  # only so many test images: the first in `data.images.in_sampling_order`
+    limit: Count | None = None  # number of test images, the first in `data.images.in_sampling_order`; None: all
     batch_size: Count = 128
     seed: Seed = 0
 
 
-def _decides(value: float) -> float:
+def _below_one(value: float) -> float:
     if value >= 1:
         raise ValueError("a limit of 1 would allow the loss of all accuracy; write 0.01 for 1 %")
     return value
 
 
-Drop = Annotated[UnitInterval, AfterValidator(_decides)]  # a drop of accuracy as a share of the images
-Floor = Annotated[Number, Field(gt=0, le=1)]
+Drop = Annotated[UnitInterval, AfterValidator(_below_one)]  # a drop of accuracy, in [0, 1)
+Floor = Annotated[Number, Field(gt=0, le=1)]  # an accuracy, in (0, 1]
 
 
 class Gate(Section):
-    """What an artefact must keep to pass `mpdsgr validate`; shares of the images, in [0, 1]. See validation.gate.
+    """What an artefact must keep to pass `mpdsgr validate`. See validation.gate.
 
-    tier: how many images are attacked, and how hard (attacks.tiers). images: how many; None: as many as the tier takes.
-    max_drop: largest loss of accuracy against the reference, in every condition but Square; None: the tier's. drops:
-    the same for single conditions, Square too. floors: the least accuracy of single conditions; "worst" is the union of
-    all attacks within eps.
+    tier: how many images are attacked, and how hard (attacks.tiers). images: number of test images; None: the tier's.
+    max_drop: largest drop of accuracy against the reference, in every condition but Square; None: the tier's. drops:
+    the same for single conditions, which may include Square. floors: least accuracy in single conditions, where "worst"
+    stands for all attacks within eps together.
 
-    eps, images_sha256, least_images: the evaluation that the figures were chosen for; any other is refused.
+    eps, images_sha256, least_images: the attack, the images and the least number of images for which these rules were
+    chosen. An evaluation with others is refused.
     """
 
     tier: Literal["commit", "release", "paper"] = "commit"
@@ -206,20 +208,20 @@ class Gate(Section):
 
 
 class Recipe(Section):
-    """All sections; every one and every field has a default."""
+    """A recipe: every section and every field has a default."""
 
     data: Data = Data()
     model: Model = Model()
     neuron: Neuron = Neuron()
     encoding: EncodingSection = EncodingSection()
     training: Training = Training()
-    defence: dict[str, dict[str, Any]] = Field(default_factory=dict)  # name -> settings, which the defence checks
+    defence: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings by name, which the defence checks
     attack: Attack = Attack()
     validation: Validation = Validation()
     gate: Gate = Gate()
 
     @model_validator(mode="after")
-    def _one_frame_a_step(self) -> "Recipe":
+    def _check_frames(self) -> "Recipe":
         T, frames = self.encoding.T, self.data.frames
         if self.encoding.name == "frames" and frames not in (None, T):
             raise ValueError(
@@ -229,7 +231,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _tdbn_alone_is_synchronised(self) -> "Recipe":
+    def _check_sync_norm(self) -> "Recipe":
         if self.training.sync_norm and self.model.norm != "tdbn":
             raise ValueError(
                 f"training.sync_norm works only with model.norm 'tdbn', not {self.model.norm!r}; leave it out"
@@ -238,22 +240,22 @@ class Recipe(Section):
 
     @property
     def method(self) -> str:
-        """The training method as tables name it: REG, AT, MPD-SGR, AT + RAT."""
+        """The training method as tables name it: REG without a defence, else the defences, as in AT + RAT."""
         return " + ".join(name.upper() for name in self.defence) or "REG"
 
     def portable(self) -> "Recipe":
-        """Return the same recipe without machine-specific values: data.root is reset to its default."""
+        """Return the same recipe without what depends on the machine: data.root has its default."""
         return self.model_copy(update={"data": self.data.at(Data().root)})
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `section.key=value` overrides, whose values are TOML (a bare word is a string).
+    """Read a recipe file and apply overrides `section.key=value`, whose values are TOML or a bare word.
 
-    A recipe may build on another: `extends = "NAME"` is that recipe, in the same folder, with this one's keys laid over
-    it. Raises InputError for a missing or malformed file, an unknown key or a value out of range.
+    A recipe with `extends = "NAME"` has the values of that recipe, in the same folder, where it does not set its own.
+    Raises InputError for a missing or malformed file, an unknown key or a value out of range.
     """
     values = read_extended(path)
-    values.pop("published", None)  # figures of a paper, for tables; see mpdsgr_deploy.recipes
+    values.pop("published", None)  # figures of a paper; see mpdsgr_deploy.recipes
     source = path.name
     if overrides:
         override(values, overrides, example="training.epochs=10")
@@ -262,7 +264,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read the values of a recipe file over those of the recipe it extends, without checking them."""
+    """Return the values of a recipe file and of those that it extends, without checking them.
+
+    above: the files that extend this one. Raises InputError for a file that cannot be read or that extends itself.
+    """
     if path in above:
         raise InputError(f"{path} extends itself through {', '.join(p.name for p in above)}")
     values = read_toml(path)
@@ -277,7 +282,7 @@ def read_extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Merge two tables: if both have a key, `above` wins; nested tables are merged in the same way."""
+    """Return both tables merged. For a key of both, `above` counts; nested tables are merged in the same way."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

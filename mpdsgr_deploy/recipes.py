@@ -1,4 +1,4 @@
-"""The recipes and build profiles that ship with the package: the folders `train/`, `export/` and `serve/`."""
+"""The recipes and other files that ship with the package, in the folders `train/`, `export/` and `serve/`."""
 
 from itertools import takewhile
 from pathlib import Path
@@ -16,7 +16,7 @@ Percent = Annotated[Number, Field(ge=0, le=100)]
 
 
 class Published(Section):
-    """Accuracies in % that a paper states for a recipe, and where it states them."""
+    """Accuracies in % that a paper states for a recipe. table: where the paper states them."""
 
     table: str
     clean: Percent | None = None
@@ -27,18 +27,21 @@ class Published(Section):
 
 
 def shipped(stage: str) -> Path:
-    """Return a stage's folder: beside the package in a checkout, inside it once installed."""
+    """Return the folder of a stage ("train", "export" or "serve"), which installation moves into the package."""
     installed = PACKAGE / "shipped" / stage
     return installed if installed.is_dir() else PACKAGE.parent / stage
 
 
 def built_in_recipes() -> dict[str, Path]:
-    """Return the file of every recipe that ships, by name."""
+    """Return the files of the recipes that ship, by name."""
     return {path.stem: path for path in sorted(shipped("train").glob("recipes/*.toml"), key=lambda p: p.stem)}
 
 
 def find_recipe(name: str) -> Path:
-    """Return a recipe's file: the path itself if it ends in .toml, else the built-in recipe of that name."""
+    """Return a recipe's file: the path itself if `name` ends in .toml, else the recipe of that name that ships.
+
+    Raises InputError if there is none.
+    """
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -54,15 +57,15 @@ def title(path: Path) -> str:
 
 
 def published(path: Path) -> Published | None:
-    """Return the figures of a recipe's own table [published], if any. Raises InputError for wrong keys or ranges."""
+    """Return the table [published] of a recipe file, None without one. Raises InputError for invalid values."""
     values = read_toml(path).get("published")
     return None if values is None else parse(Published, values, f"{path}: [published]")
 
 
 def flattened(path: Path) -> str:
-    """Return a recipe as one file that needs no other: its opening comment, then all values it sets or inherits.
+    """Return the text of a recipe file that extends no other: the opening comment, and all values set or inherited.
 
-    Published figures are left out, because they belong to the recipe that ships, not to an edited copy.
+    Published figures are left out, because they belong to the original and not to an edited copy.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = "\n".join(takewhile(lambda line: line.startswith("#"), lines))

@@ -1,9 +1,9 @@
-"""A bundle's reference: how the torch network answered the evaluation images, clean and attacked, at export.
+"""A bundle's reference: the torch network's logits and verdicts on the evaluation images, clean and attacked.
 
-    reference.npz    64-bit blake2b of each image, torch's logits, its verdict on each image under each condition
-    images.npz       the images themselves, so that a machine without the data set can validate the bundle
+    reference.npz    64-bit blake2b of each image, logits, and the verdict on each image under each condition
+    images.npz       the images, so that a machine without the data set can validate the bundle
 
-The manifest names the data set and holds the figures; reading the bundle checks that they agree with the file.
+The manifest names the data set and has the accuracies, which are checked against the file when it is read.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,15 @@ from mpdsgr_deploy.errors import InputError
 
 REFERENCE, IMAGES = "reference.npz", "images.npz"
 LOGITS, VERDICT, NESTED = "logits/", "verdict/", "nested/"
-DIGESTS, DIGESTS_V1 = "blake2b_64", "digests"  # the array of the images' digests; its name in schema version 1
-DAMAGED = (OSError, ValueError, KeyError, BadZipFile)  # what numpy raises for a file that is not as we wrote it
+DIGESTS, DIGESTS_V1 = "blake2b_64", "digests"  # name of the array of the images' digests, now and in schema version 1
+DAMAGED = (OSError, ValueError, KeyError, BadZipFile)  # what numpy raises for a file that is not complete and unchanged
 
 
 class Nested(BaseModel):
-    """A condition of a smaller tier that differs from that of the same name in the reference's own tier."""
+    """A condition of a smaller tier, whose settings differ from that of the same name in the reference's tier.
+
+    correct: how many images the torch network gets right under it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,10 +39,10 @@ class Nested(BaseModel):
 
 
 class Promise(BaseModel):
-    """A reference's figures: how many of the first n test images of a data set it gets right, by condition.
+    """The reference as the manifest states it: how many of the first n test images of `data` are right, by condition.
 
-    settings: how strong each attack was, by condition (`Condition.settings`). nested: conditions of smaller tiers, so
-    that a bundle exported with one tier can be validated with those below it.
+    tier: the tier of the attacks. settings: the strength of each attack, by condition (`Condition.settings`). nested:
+    conditions of smaller tiers, with which a bundle of this tier can also be validated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,14 +56,12 @@ class Promise(BaseModel):
 
 
 class Reference(NamedTuple):
-    """The torch network's answers to the evaluation images.
+    """The torch network's logits and verdicts on the n evaluation images.
 
-    digests: uint64 [n], the images' 64-bit blake2b. logits: float32 [n, K] of each precision whose answers do not
-    depend on the machine, fp32's being torch's own. verdicts: bool [n] by condition, each attack made on the torch
-    network.
-
-    settings: how strong each attack was, by condition. nested: verdicts bool [n] by name and settings of the conditions
-    of smaller tiers that differ.
+    digests: uint64 [n], the 64-bit blake2b of the images. logits: float32 [n, K] by precision, those of torch for fp32,
+    without precisions whose rounding depends on the machine. verdicts: bool [n] by condition; all attacks were made on
+    the torch network. settings: the strength of each attack, by condition. nested: verdicts bool [n] by name and
+    settings, for conditions of smaller tiers that differ.
     """
 
     digests: NDArray[np.uint64]
@@ -70,16 +71,16 @@ class Reference(NamedTuple):
     nested: Mapping[tuple[str, str], NDArray[np.bool_]] = {}
 
     def under(self, name: str, settings: str) -> NDArray[np.bool_] | None:
-        """Return its verdicts [n] under the condition of that name and settings; None if there is no such condition."""
+        """Return the verdicts [n] under the condition of that name and settings; None if there are none."""
         if self.settings.get(name) == settings:
             return self.verdicts.get(name)
         return self.nested.get((name, settings))
 
 
 def digests(images: Images) -> NDArray[np.uint64]:
-    """Return the 64-bit blake2b of each image's pixels and class, which identifies it: uint64 [N].
+    """Return the 64-bit blake2b of the pixels and the class of each image: uint64 [N].
 
-    This detects mix-ups; use `images_sha256` where a list of images must be trusted.
+    This detects mix-ups. Use `images_sha256` where somebody might forge images.
     """
     hashes = [
         blake2b(pixels.tobytes() + int(k).to_bytes(8, "little"), digest_size=8).digest()
@@ -89,13 +90,14 @@ def digests(images: Images) -> NDArray[np.uint64]:
 
 
 def images_sha256(images: Images) -> str:
-    """Return the sha256 of all pixels, uint8 [N, C, H, W], followed by all classes, little-endian int64 [N]."""
+    """Return the sha256, in hex, of all pixels, uint8 [N, C, H, W], and all classes, little-endian int64 [N]."""
     content = sha256(np.ascontiguousarray(images.pixels).data)
     content.update(np.ascontiguousarray(images.classes, "<i8").data)
     return content.hexdigest()
 
 
 def save_reference(reference: Reference, path: Path) -> None:
+    """Write reference.npz; the manifest has to store the settings, which are not in the file."""
     logits = {LOGITS + name: array for name, array in reference.logits.items()}
     verdicts = {VERDICT + name: array for name, array in reference.verdicts.items()}
     nested = {f"{NESTED}{place}": correct for place, correct in enumerate(reference.nested.values())}
@@ -104,28 +106,27 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 
 def load_reference(path: Path, promise: Promise) -> Reference:
-    """Read reference.npz. Raises InputError if it is damaged or the manifest promises other figures than it holds."""
+    """Read reference.npz. Raises InputError if it is damaged, or if `promise`, from the manifest, does not fit it."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            arrays_read = {name: arrays[name] for name in arrays.files}
-        logits = {name[len(LOGITS) :]: array for name, array in arrays_read.items() if name.startswith(LOGITS)}
-        verdicts = {name[len(VERDICT) :]: array for name, array in arrays_read.items() if name.startswith(VERDICT)}
-        nested = {(one.name, one.settings): arrays_read[f"{NESTED}{place}"] for place, one in enumerate(promise.nested)}
-        reference = Reference(
-            arrays_read[DIGESTS if DIGESTS in arrays_read else DIGESTS_V1], logits, verdicts, promise.settings, nested
-        )
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        logits = {name[len(LOGITS) :]: array for name, array in arrays.items() if name.startswith(LOGITS)}
+        verdicts = {name[len(VERDICT) :]: array for name, array in arrays.items() if name.startswith(VERDICT)}
+        nested = {(one.name, one.settings): arrays[f"{NESTED}{place}"] for place, one in enumerate(promise.nested)}
+        image_digests = arrays[DIGESTS if DIGESTS in arrays else DIGESTS_V1]
+        reference = Reference(image_digests, logits, verdicts, promise.settings, nested)
     except DAMAGED as error:
         raise InputError(f"{path} does not hold a reference ({error}); export again") from None
-    counted = {name: int(verdict.sum()) for name, verdict in verdicts.items()}
-    counts = counted == promise.correct and [int(correct.sum()) for correct in nested.values()] == [
-        one.correct for one in promise.nested
-    ]
-    if not counts or {len(array) for array in arrays_read.values()} != {promise.n}:
+    correct = {name: int(verdict.sum()) for name, verdict in verdicts.items()}
+    nested_correct = [int(verdict.sum()) for verdict in nested.values()]
+    same = (correct, nested_correct) == (promise.correct, [one.correct for one in promise.nested])
+    if not same or {len(array) for array in arrays.values()} != {promise.n}:
         raise InputError(f"the manifest beside {path} states other figures than that file holds; export again")
     return reference
 
 
 def save_images(images: Images, path: Path) -> None:
+    """Write images.npz, which `load_images` reads."""
     np.savez_compressed(path, pixels=images.pixels, classes=images.classes, labels=np.array(images.labels))
 
 

@@ -1,12 +1,12 @@
-"""Named choices of one kind (surrogates, models, defences, attacks, data sets, backends), open to other packages.
+"""Registries of named choices (surrogates, models, defences, attacks, data sets, backends), open to other packages.
 
-A built-in registers itself by name. Another installed package adds its own without a change here, through an entry
-point of the kind's group, whose name is the choice's name and whose object is what a built-in would register:
+Built-in choices register themselves by name. Another installed package adds a choice through an entry point in the
+group of its kind. The entry point has the name of the choice and refers to what a built-in choice would register:
 
     [project.entry-points."mpdsgr_deploy.models"]
     my-net = "my_package.nets:build"
 
-Listing names reads the metadata of installed packages only; a plug-in is imported when its name is looked up.
+To list names, only the metadata of installed packages is read. A plug-in is imported when its name is looked up.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Expected(NamedTuple):
-    """What the entries of a registry must be: a test of an entry, and the same in words for an error message."""
+    """What the entries of a registry must be: a test of an entry, and a phrase for the error message if it fails."""
 
     description: str
     accepts: Callable[[object], bool]
@@ -32,16 +32,17 @@ CALLABLE = Expected("a callable", callable)
 
 
 class Registry(Mapping[str, T]):
-    """Entries by name: built-ins in the order they were registered, then those of other packages by name.
+    """Entries by name: built-in ones in the order of registration, then those of other packages in that of their names.
 
-    kind: the word for an entry in error messages, such as "data set". group: that of other packages' entry points.
+    kind: what error messages call an entry, such as "data set". group: the group of other packages' entry points.
+    Looking up a name raises InputError for an entry point that cannot be loaded or is not what is expected.
     """
 
     def __init__(
         self, kind: str, group: str, built_in: Mapping[str, T] = MappingProxyType({}), *, expected: Expected = CALLABLE
     ) -> None:
         self.kind, self.group, self.expected = kind, group, expected
-        self.loaded: dict[str, T] = dict(built_in)  # and plug-ins that have been looked up
+        self.loaded: dict[str, T] = dict(built_in)  # with the plug-ins that have been looked up
         self._plugins: dict[str, EntryPoint] | None = None  # None: not yet searched for
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -60,7 +61,7 @@ class Registry(Mapping[str, T]):
         self.loaded[name] = entry
 
     def choose(self, name: str) -> T:
-        """Return the entry of that name. Raises InputError that lists the known names if it is unknown."""
+        """Return the entry of that name. Raises InputError, which lists the known names, if there is none."""
         return choose(self.kind, self, name)
 
     def __getitem__(self, name: str) -> T:
@@ -79,7 +80,7 @@ class Registry(Mapping[str, T]):
         return len(self.loaded.keys() | self._find_plugins().keys())
 
     def _find_plugins(self) -> dict[str, EntryPoint]:
-        """Return the entry points of this group by name. Raises InputError if two, or one and a built-in, collide."""
+        """Return the entry points of this group by name. Raises InputError if a name occurs twice."""
         if self._plugins is None:
             plugins: dict[str, EntryPoint] = {}
             for point in sorted(_installed(self.group), key=lambda point: point.name):
@@ -112,5 +113,5 @@ def _installed(group: str) -> tuple[EntryPoint, ...]:
 
 
 def distribution(point: EntryPoint) -> str:
-    """Return name and version of the package that an entry point belongs to."""
+    """Return the name and version of the package that declares an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value

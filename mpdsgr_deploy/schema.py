@@ -1,4 +1,4 @@
-"""Typed documents: TOML and JSON files checked against pydantic models, with errors that say what to write instead."""
+"""Typed documents: TOML and JSON files that pydantic models check, with errors that say what to write instead."""
 
 import json
 import tomllib
@@ -19,7 +19,7 @@ def _fraction(value: Any) -> Any:
         try:
             return float(Fraction(value))
         except (ValueError, ZeroDivisionError):
-            return value  # pydantic then says what a number looks like
+            return value  # for which pydantic raises an error
     return value
 
 
@@ -32,7 +32,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys and wrong types are errors, values cannot change."""
+    """The base of all sections. Unknown keys and wrong types are errors, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -48,9 +48,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], overrides: Sequence[str], *, example: str) -> None:
-    """Write `section.key=value` overrides, whose values are TOML (a bare word is a string), into nested tables.
+    """Set values in nested tables by overrides `section.key=value`, in place.
 
-    Raises InputError, with `example`, for an override of another form, or one that replaces a section by a value.
+    A value is TOML, or else taken as a string. Raises InputError for an override of another form, for which it shows
+    `example`, and for one in which a section is a value.
     """
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -69,15 +70,15 @@ def override(values: dict[str, Any], overrides: Sequence[str], *, example: str) 
 
 
 def to_toml(values: dict[str, Any], table: str = "") -> str:
-    """Format nested tables of strings, numbers, booleans and lists as TOML; `table` is the name of the outermost.
+    """Return nested tables of strings, numbers, booleans and lists as TOML. Tables in a list are written inline.
 
-    Tables in a list are written inline.
+    table: the dotted name of `values`; "" for the whole document.
     """
-    own = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    blocks = [f"{key} = {_inline(value)}\n" for key, value in own.items()]
-    head = f"[{table}]\n" if table and (own or not values) else ""
-    parts = [head + "".join(blocks)] if head or own else []
-    inner = {key: value for key, value in values.items() if key not in own}
+    entries = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    blocks = [f"{key} = {_inline(value)}\n" for key, value in entries.items()]
+    head = f"[{table}]\n" if table and (entries or not values) else ""
+    parts = [head + "".join(blocks)] if head or entries else []
+    inner = {key: value for key, value in values.items() if key not in entries}
     return "\n".join(parts + [to_toml(value, f"{table}.{key}" if table else key) for key, value in inner.items()])
 
 
@@ -91,7 +92,7 @@ def _inline(value: Any) -> str:
 
 
 def read_json(path: Path, *, otherwise: str) -> Any:
-    """Read one of this package's JSON files. Raises InputError, ending in `otherwise`, if it is missing or damaged."""
+    """Read a JSON file. Raises InputError, which ends in the advice `otherwise`, if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -101,24 +102,24 @@ def read_json(path: Path, *, otherwise: str) -> Any:
 
 
 def read_document(path: Path, model: type[M], version: int, *, otherwise: str) -> M:
-    """Read one of this package's JSON files as `model`. `otherwise` tells the user how to get a good one.
+    """Read a JSON file of this package as `model`. otherwise: advice on how to get a valid file.
 
-    Raises InputError if it is missing, damaged, has no schema version or one above `version`, or does not fit the
+    Raises InputError if it is missing or damaged, has no schema_version or one above `version`, or does not fit the
     model.
     """
     values = read_json(path, otherwise=otherwise)
-    written = values.get("schema_version") if isinstance(values, dict) else None
-    if type(written) is not int or written < 1:
+    schema_version = values.get("schema_version") if isinstance(values, dict) else None
+    if type(schema_version) is not int or schema_version < 1:
         raise InputError(f"{path} has no valid schema_version; {otherwise}")
-    if written > version:
+    if schema_version > version:
         raise InputError(
-            f"{path} has schema version {written}, and this mpdsgr-deploy reads {version}; upgrade mpdsgr-deploy"
+            f"{path} has schema version {schema_version}, and this mpdsgr-deploy reads {version}; upgrade mpdsgr-deploy"
         )
     return parse(model, values, str(path))
 
 
 def parse(model: type[M], values: Any, source: str) -> M:
-    """Validate `values` as `model`; raise InputError with one line that names source, key and allowed values."""
+    """Return `values` as `model`. Raises InputError, in one line with `source` and the keys, if they do not fit it."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

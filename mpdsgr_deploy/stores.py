@@ -1,7 +1,7 @@
 """Files in object stores and other file systems of fsspec: s3://BUCKET/KEY, gs://BUCKET/KEY, hf://...
 
-Credentials are the store's own (environment, configuration, the machine's role). Listings are never cached, since other
-machines write into the same folders.
+The store's library finds credentials (environment, configuration, the machine's role). Listings are never cached, since
+other machines write into the same folders.
 """
 
 import os
@@ -19,14 +19,14 @@ from mpdsgr_deploy.lookup import need
 PROTOCOL = re.compile(r"([a-z][a-z0-9+]*)://")
 HERE = ("file", "local")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of this package
-READ_AHEAD = 2**20  # smallest number of bytes that are fetched at a time
-# What changes with a file's content, as file systems call it in their listings; the first that is there counts
+READ_AHEAD = 2**20  # smallest number of bytes in a request
+# Entries of listings that change with a file's content; the first one that a file system has is used
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified", "created")
 
 
 @dataclass
 class Stored:
-    """A file or folder in a store: its address, the file system of fsspec, and its path there."""
+    """A file or folder in a store. store: the file system of fsspec; path: the path in it."""
 
     address: str
     store: Any
@@ -40,7 +40,7 @@ class Stored:
         return Stored(f"{self.address.rstrip('/')}/{name}", self.store, f"{self.path}/{name}")
 
     def info(self) -> Mapping[str, Any]:
-        """Its entry in a listing, read at first use. Raises as `asking` does."""
+        """Return the entry in the store's listing, read at the first call. Raises as `asking` does."""
         if self._info is None:
             with asking(self):
                 self._info = self.store.info(self.path)
@@ -51,9 +51,9 @@ Place = Path | Stored
 
 
 def place_of(text: str) -> Place:
-    """Return the place that a path or an address names, without contacting a store.
+    """Return the place that a path or an address names, without a request to a store.
 
-    Raises InputError for an unknown protocol, and if the package for it is missing.
+    Raises InputError for an unknown protocol, and for one whose package is not installed.
     """
     protocol = PROTOCOL.match(text)
     if protocol is None:
@@ -70,13 +70,13 @@ def place_of(text: str) -> Place:
 
 
 def suffix_of(place: Place | str) -> str:
-    """Return the suffix of a path or an address, in lower case: ".png"; empty if it has none."""
+    """Return the suffix of a path or an address in lower case, such as ".png"; empty if it has none."""
     return PurePosixPath(str(place)).suffix.lower()
 
 
 @contextmanager
 def asking(address: object) -> Iterator[None]:
-    """Turn the errors of a store's library into those of this package, as `failure` does."""
+    """Raise errors of a store's library during the block as those that `failure` returns."""
     try:
         yield
     except MpdsgrError:
@@ -86,9 +86,9 @@ def asking(address: object) -> Iterator[None]:
 
 
 def failure(address: object, error: BaseException) -> MpdsgrError:
-    """Return the error to raise for an error of a store's library at an address.
+    """Return the error to raise for an error of a store's library.
 
-    InputError if the address does not exist; StoreError for all else, such as missing credentials.
+    It is an InputError if the address does not exist, else a StoreError, as for missing credentials.
     """
     reason = one_line(error)
     if isinstance(error, FileNotFoundError):
@@ -102,14 +102,20 @@ def failure(address: object, error: BaseException) -> MpdsgrError:
 
 
 def opened(place: Place) -> IO[bytes]:
-    """Open a file for reading, in a store by byte ranges. Raises OSError for a local file, as `asking` in a store."""
+    """Open a file for reading, by byte ranges if it is in a store.
+
+    Raises OSError for a local file that cannot be opened, and for a stored one as `asking` does.
+    """
     if isinstance(place, Path):
         return place.open("rb")
     return BufferedReader(_Ranges(place), READ_AHEAD)
 
 
 class _Ranges(RawIOBase):
-    """A stored file, read by byte ranges. Raises this package's errors, so that no reader reports a damaged file."""
+    """A stored file that is read by byte ranges.
+
+    It raises errors of this package, so that readers do not take a failed request for a damaged file.
+    """
 
     def __init__(self, place: Stored) -> None:
         self._place, self._at = place, 0
@@ -137,7 +143,10 @@ class _Ranges(RawIOBase):
 
 
 def stamp_of(place: Place) -> str:
-    """Return a text that changes whenever the file does: its size and time, or its tag in a store."""
+    """Return a text that changes whenever the file does, from its size and time, or its tag in a store.
+
+    Raises as `asking` does for a stored file. For a local file that is missing, the text says so.
+    """
     if isinstance(place, Stored):
         return stamp_from(place.address, place.info())
     try:
@@ -148,16 +157,16 @@ def stamp_of(place: Place) -> str:
 
 
 def stamp_from(address: str, info: Mapping[str, Any]) -> str:
-    """Return the stamp of `stamp_of` from an entry of a store's listing."""
+    """Return what `stamp_of` returns for a stored file, from its entry `info` in the store's listing."""
     version = next((info[key] for key in VERSIONS if info.get(key)), "")
     return f"{address}\0{info.get('size')}\0{version}\0"
 
 
 def name_in(stamp: str) -> str:
-    """Return the address or path that a stamp begins with."""
+    """Return the address or path in a stamp."""
     return stamp.partition("\0")[0]
 
 
 def is_empty(stamp: str) -> bool:
-    """Whether the file has no bytes, by its stamp."""
+    """Whether a stamp is of a file without any bytes."""
     return stamp.split("\0")[1] == "0"

@@ -1,11 +1,11 @@
-"""Surrogate gradients, which replace dO/dU of the spike O = [U >= V_th] in the backward pass. No torch here.
+"""Surrogate gradients, which replace dO/dU of the spike O = [U >= V_th] in the backward pass. Torch is not needed.
 
 A surrogate is named "KIND" or "KIND:WIDTH", for example "triangle:0.5". Each kind has a derivative of v = U - V_th on
-the array API (training, attacks through torch) and beside it the same formula as ONNX nodes (attacks on deployed
+the array API (for training and attacks through torch), and the same formula as ONNX nodes (for attacks on deployed
 networks) and as a line of the GPU kernels. Tests check that the three agree.
 
-Another package adds a kind through an entry point of the group "mpdsgr_deploy.surrogates": a `SurrogateKind`. Without
-`nodes` it trains, but no attack graph can be derived for it; without a line in the kernels it runs on torch's path.
+Another package adds a kind, a `SurrogateKind`, through an entry point of the group "mpdsgr_deploy.surrogates". A kind
+without `nodes` can be trained with, but has no attack graph; a kind without `kernel` is computed by torch operations.
 """
 
 import math
@@ -25,19 +25,20 @@ from mpdsgr_deploy.registry import Expected, Registry
 if TYPE_CHECKING:
     from mpdsgr_deploy.recipe import Recipe
 
-# Kinds of an attacker alone, without a width: dO/dU = 1; a static activation of the mean current; a sharpness of each
-# neuron's own; and a width of each channel's own (in `mpdsgr_deploy.attack_graph`: `neurons`, `adaptive`, `potentials`)
+# Kinds without a width, which only attackers use: dO/dU = 1; the derivative of a static activation of the mean current;
+# a sharpness per neuron; and a width per channel. See `neurons` and `adaptive` in `mpdsgr_deploy.attack_graph`.
 STRAIGHT, RATE, ADAPTIVE, PDSG = "straight-through", "rate", "adaptive", "pdsg"
 ATTACK_ONLY = (STRAIGHT, RATE, ADAPTIVE, PDSG)
-DETACHED = "+detached"  # suffix of a surrogate through whose resets no gradient passes
-AVERAGED = "+averaged"  # suffix of a surrogate with which each step gets the mean gradient of all steps (HART)
-# Of `adaptive` (ASSG, arXiv 2512.22522): the authors' values, with 0.4 for the share of the gradient that may vanish
+DETACHED = "+detached"  # suffix that says that no gradient passes through resets
+AVERAGED = "+averaged"  # suffix that says that each step gets the mean gradient of all steps (HART)
+# Constants of `adaptive` (ASSG, arXiv 2512.22522), with the authors' values; 0.4 is the share of the gradient that may
+# vanish
 MEMORY, RELAXATION, FLOOR = 0.9, 1.5, 1e-4
 SHARPNESS = 2 / math.pi * math.tan(0.4 * math.pi)
 
 
 class GraphWriter(Protocol):
-    """The graph to which `Nodes` adds; `mpdsgr_deploy.attack_graph.tape.Tape` is one."""
+    """A graph to which `Nodes` adds nodes, such as `mpdsgr_deploy.attack_graph.tape.Tape`."""
 
     def emit(self, op_type: str, *inputs: str, **attributes: Any) -> str: ...
 
@@ -45,7 +46,7 @@ class GraphWriter(Protocol):
 
 
 class Nodes:
-    """Adds a surrogate's nodes to a graph. `width` names the graph's scalar input that holds the surrogate's width."""
+    """Adds the nodes of a surrogate to a graph. width: name of the graph's scalar input with the surrogate's width."""
 
     width = WIDTH
 
@@ -54,7 +55,7 @@ class Nodes:
         self._scalars: dict[str, str] = {}
 
     def once(self, key: str, make: Callable[[], str]) -> str:
-        """Return a scalar that depends on the width alone; `make` adds its nodes at the first use of `key`."""
+        """Return the name of a scalar that depends on the width alone, which `make` adds at the first use of `key`."""
         if key not in self._scalars:
             self._scalars[key] = make()
         return self._scalars[key]
@@ -68,13 +69,13 @@ class Nodes:
 class SurrogateKind:
     """A family of surrogates that differ in their width w > 0.
 
-    derivative: v of any shape and w to dO/dU of v's shape and type.
-    nodes: the same as ONNX nodes, from the name of v to the name of dO/dU; None: not attackable as deployed.
-    half_width: of w; half the window of v that MPD-SGR empties, which is the support where that is finite and else the
-    interval that holds 95 % of the derivative's mass.
-    width: w where a name gives none. narrows: whether a larger w means a narrower window.
-    kernel: the line of `snn.triton_kernels`, of v and `parameter`; None: the GPU kernels do not know this kind.
-    source: the paper that it comes from.
+    derivative: a function of v, of any shape, and w, which returns dO/dU in v's shape and type.
+    nodes: the same as ONNX nodes, from the name of v to the name of dO/dU; None: there is no attack graph.
+    half_width: a function of w, which returns half the width of the window of v that MPD-SGR empties: the support of
+        the derivative if it is finite, else the central interval that holds 95 % of the derivative's mass.
+    width: the default of w. narrows: whether a larger w means a narrower window.
+    kernel: the derivative in `snn.triton_kernels`, as a function of v and `parameter`; None: GPU kernels lack the kind.
+    source: the paper that proposed it.
     """
 
     derivative: Callable[[Array, float], Array]
@@ -216,10 +217,10 @@ KINDS: Registry[SurrogateKind] = Registry(
 
 
 class SurrogateName(NamedTuple):
-    """A kind, its width (ignored by kinds without one), and the parts of the gradient that an attacker changes.
+    """The parts of a surrogate's name. width: not used by kinds without a width.
 
-    detached: resets pass no gradient on. averaged: none passes through membrane, leak or reset, and every step's
-    current gets the mean over time of (gradient of the spike) * dO/dU (HART, Hao et al., ICLR 2024).
+    detached: no gradient passes through resets. averaged: none passes through membrane, leak or reset, and the current
+    of every step gets the mean over time of (gradient of the spike) * dO/dU (HART, Hao et al., ICLR 2024).
     """
 
     kind: str
@@ -233,11 +234,10 @@ class SurrogateName(NamedTuple):
 
 
 def parse_surrogate(name: str) -> SurrogateName:
-    """ "triangle:0.5" is the triangle of half-width 0.5, "triangle" that of its default; "+detached" or "+averaged" may
-    follow.
+    """Parse KIND or KIND:WIDTH, which "+detached" or "+averaged" may follow. Without WIDTH, the width is the default.
 
     Raises InputError for an unknown kind, for a width that is not above 0 or that the kind does not take, and for
-    "+averaged" after a kind that is no function of U - V_th.
+    "+averaged" after a kind that is not in KINDS or after "+detached".
     """
     plain = name.removesuffix(AVERAGED)
     named = plain.removesuffix(DETACHED)
@@ -259,7 +259,7 @@ def parse_surrogate(name: str) -> SurrogateName:
 
 
 def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
-    """Return the ONNX nodes of a kind's derivative. Raises InputError for a kind without them."""
+    """Return the `nodes` of a kind. Raises InputError for an unknown kind and for one without nodes."""
     nodes = KINDS.choose(kind).nodes
     if nodes is None:
         raise InputError(
@@ -270,7 +270,10 @@ def surrogate_nodes(kind: str) -> Callable[[Nodes, str], str]:
 
 
 def scaled(name: str, factor: float) -> str:
-    """Return the surrogate with a window `factor` times as wide: "triangle:1" scaled by 0.25 is "triangle:0.25"."""
+    """Return the surrogate with a window `factor` times as wide: "triangle:1" scaled by 0.25 is "triangle:0.25".
+
+    Raises InputError as `parse_surrogate` does, and for a kind without a width.
+    """
     parsed = parse_surrogate(name)
     width = parsed.width / factor if KINDS.choose(parsed.kind).narrows else parsed.width * factor
     return str(parsed._replace(width=width))
@@ -289,6 +292,6 @@ def with_resets(surrogate: str, *, detached: bool) -> str:
 
 
 def trained_half_width(recipe: "Recipe") -> float:
-    """Return half the window of U - V_th in which the training surrogate passes a gradient; see `SurrogateKind`."""
+    """Return half the width of the training surrogate's window of U - V_th; see `SurrogateKind.half_width`."""
     kind, width, *_ = parse_surrogate(trained_surrogate(recipe))
     return KINDS.choose(kind).half_width(width)

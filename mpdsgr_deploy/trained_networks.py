@@ -13,7 +13,7 @@ from mpdsgr_deploy.recipe import Recipe
 
 
 def load_network(directory: Path) -> tuple[Checkpoint, SpikingNet]:
-    """Load the checkpoint in `directory` and its network, in eval mode, on the CPU.
+    """Return the checkpoint in `directory`, and its network in eval mode on the CPU.
 
     Raises InputError as `load_checkpoint` and `load_model` do.
     """
@@ -23,9 +23,9 @@ def load_network(directory: Path) -> tuple[Checkpoint, SpikingNet]:
 
 
 def load_model(weights: Path, recipe: Recipe, shape: tuple[int, int, int], classes: int) -> SpikingNet:
-    """Rebuild the network of a recipe and fill it with safetensors weights; in eval mode, on the CPU.
+    """Return the network of a recipe with weights from a safetensors file, in eval mode on the CPU.
 
-    Raises InputError if the weights do not belong to that network.
+    shape: (C, H, W) of the images. classes: number of classes. Raises InputError if the weights do not fit the network.
     """
     model, _ = build_defended(recipe, shape, classes)
     try:
