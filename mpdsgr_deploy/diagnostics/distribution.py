@@ -87,6 +87,7 @@ class LayerCounter:
         self.images = self.size = 0
 
     def add(self, trace: Trace) -> None:
+        """Add the potentials of one forward pass."""
         u, _ = trace.states[0]
         half_width = self.neuron.surrogate.half_width
         in_window = [(state.u.float() - self.neuron.v_threshold).abs() < half_width for state in trace.states]
@@ -105,6 +106,7 @@ class LayerCounter:
         self.size += u.numel() // u.shape[1]
 
     def distribution(self) -> Distribution:
+        """Return the distribution of all potentials that were added."""
         firing_rate, in_window, mu, square, *predicted = (total.cpu() / self.images for total in self.totals)
         sigma = (square - mu**2).clamp(min=SIGMA_FLOOR**2).sqrt()
         return Distribution(

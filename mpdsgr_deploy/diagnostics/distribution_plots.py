@@ -53,6 +53,7 @@ def overview(layers: list[LayerStatistics]) -> Figure:
 
 
 def layer_steps(layer: Distribution) -> Figure:
+    """Plot the potentials of all channels step by step."""
     figure = Figure(figsize=(WIDTH, height(layer)))
     draw_steps(figure, layer, None)
     figure.suptitle(f"{layer.layer}: membrane potentials, all {layer.counts.shape[1]} channels")
@@ -82,6 +83,7 @@ def layer_channels(layer: Distribution) -> Figure:
 
 
 def one_channel(layer: Distribution, channel: int) -> Figure:
+    """Plot the potentials of one channel step by step."""
     figure = Figure(figsize=(WIDTH, height(layer)))
     draw_steps(figure, layer, channel)
     figure.suptitle(f"{layer.layer}: membrane potentials, channel {channel}")
@@ -89,6 +91,7 @@ def one_channel(layer: Distribution, channel: int) -> Figure:
 
 
 def rows(layer: Distribution) -> int:
+    """Return the number of rows in which the panels of all steps stand."""
     return math.ceil(len(layer.counts) / COLUMNS)
 
 
@@ -125,8 +128,8 @@ def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> 
         axes.stairs(density[t] * inside, edges, fill=True, color=IN_WINDOW, label="counted in the window")
         for (name, colour, line, _), curve in zip(estimates, curves, strict=True):
             axes.plot(centres, curve[t], line, color=colour, label=f"Gaussians, {name} moments")
-        guesses = ", ".join(f"{name} {omega[t]:.2f}" for (name, *_), omega in zip(estimates, omegas, strict=True))
-        title = f"t = {t + 1}, firing rate {rate[t]:.2f}\nΩ: {guesses}, counted {window[t]:.2f}"
+        estimated = ", ".join(f"{name} {omega[t]:.2f}" for (name, *_), omega in zip(estimates, omegas, strict=True))
+        title = f"t = {t + 1}, firing rate {rate[t]:.2f}\nΩ: {estimated}, counted {window[t]:.2f}"
         axes.set_title(title, fontsize=9)
     axes.set(xlim=visible(layer, channels), ylim=(0, None))
     handles, labels = axes.get_legend_handles_labels()

@@ -48,6 +48,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def variant_facts(bundle: Bundle, precision: str) -> dict[str, Any]:
+    """Return the facts about one precision of a bundle, by label; see `bundle_facts`."""
     variant, file = bundle.manifest.variants[precision], bundle.variant(precision)
     network = onnx.load(file)
     products = macs(network, bundle.manifest.recipe.encoding.T)

@@ -57,6 +57,7 @@ def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Ef
 
 
 def common_seeds(records: list[Record], baseline: list[Record]) -> list[int]:
+    """Return the seeds that both have, sorted."""
     return sorted({record.seed for record in records} & {record.seed for record in baseline})
 
 

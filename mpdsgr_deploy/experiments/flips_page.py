@@ -11,7 +11,7 @@ from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.diagnostics.picture import BLUE, GREEN, VERMILION, plain
 from mpdsgr_deploy.experiments.flip_records import EXPORTED, FlipRecord, FlipRows, baselines, load, sweep
 from mpdsgr_deploy.experiments.markdown import markdown, publish
-from mpdsgr_deploy.experiments.table_plots import png
+from mpdsgr_deploy.experiments.table_plots import small_png
 
 PAGE, PLOT = "README.md", "plot.png"
 PRECISIONS = ("fp16", "int8", "fp8")
@@ -46,6 +46,7 @@ def render(rows: FlipRows) -> str:
 
 
 def rates(rows: FlipRows) -> str:
+    """Show the flips and changed labels of each row in every precision, as means over seeds."""
     columns = ["table", "row", "method", "seeds", "n", "density"]
     columns += [f"{precision} {what}" for precision in PRECISIONS for what in ("flips", "own", "labels")]
     lines = []
@@ -116,15 +117,15 @@ def law(rows: FlipRows) -> str:
         if not layers or not flipping:  # with few images there may be no flip
             lines.append([precision, "0", "", "", ""])
             continue
-        own = sorted(layer.fresh / layer.predicted for layer in layers)
+        own_flips = sorted(layer.fresh / layer.predicted for layer in layers)
         every_flip = [layer.rate / (layer.density * layer.moved) for layer in layers]
-        tenth = len(own) // 10
+        tenth = len(own_flips) // 10
         passed_on = [1 - variant.mean("fresh") / variant.mean("rate") for variant in flipping]
         lines.append(
             [
                 precision,
-                str(len(own)),
-                f"{median(own):.2f} [{own[tenth]:.2f}, {own[-1 - tenth]:.2f}]",
+                str(len(own_flips)),
+                f"{median(own_flips):.2f} [{own_flips[tenth]:.2f}, {own_flips[-1 - tenth]:.2f}]",
                 f"{median(every_flip):.2f}",
                 f"{100 * fmean(passed_on):.1f}",
             ]
@@ -185,6 +186,7 @@ def places(rows: FlipRows) -> str:
 
 
 def every(rows: FlipRows) -> Iterable[FlipRecord]:
+    """Return the records of all rows and seeds."""
     return [result for results in rows.values() for result in results]
 
 
@@ -222,4 +224,4 @@ def plot(rows: FlipRows) -> bytes:
     for axes in (left, right):
         plain(axes)
     left.legend(frameon=False)
-    return png(figure)
+    return small_png(figure)

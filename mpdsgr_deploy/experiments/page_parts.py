@@ -9,10 +9,12 @@ from mpdsgr_deploy.experiments.table import TableSpec
 
 
 def seeds(records: list[Record]) -> str:
+    """Return the seeds of a row as text."""
     return ", ".join(map(str, sorted(record.seed for record in records)))
 
 
 def unmeasured(table: TableSpec, measured: Measured) -> str:
+    """Return a sentence with the rows that have no record; empty if there are none."""
     missing = [row.title for row in table.rows if row.title not in measured]
     return f"Not measured: {', '.join(missing)}." if missing else ""
 

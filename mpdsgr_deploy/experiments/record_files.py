@@ -66,9 +66,10 @@ def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
     line = record.model_dump_json()
     with exclusive(path.parent / LOCK, "process", wait=True):
         lines = {key_of(other, key): other for other in read_lines(path)} | {key_of(line, key): line}
-        write_atomic(path, "".join(f"{lines[own]}\n" for own in sorted(lines)).encode())
+        write_atomic(path, "".join(f"{lines[values]}\n" for values in sorted(lines)).encode())
 
 
 def key_of(line: str, key: Sequence[str]) -> tuple[Any, ...]:
+    """Return the values of the fields `key` in a line of JSON."""
     values = json.loads(line)
     return tuple(values[name] for name in key)

@@ -187,8 +187,8 @@ def outdated(record: Record, table: TableSpec) -> str | None:
         return f"{who} was measured with another recipe (other values in {', '.join(changed)})"
     if (row.init is None) != (record.init is None):
         return f"{who} was trained from other weights than the table states"
-    asked = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
-    if asked != {precision: artefact.tier for precision, artefact in record.artefacts.items()}:
+    exports = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
+    if exports != {precision: artefact.tier for precision, artefact in record.artefacts.items()}:
         return f"{who} lacks exported networks that the table states"
     transferred = TRANSFER in record.attacked.conditions
     lacking = {line.name for line in table.pgd_within(record.recipe.attack)} - set(record.attacked.conditions)

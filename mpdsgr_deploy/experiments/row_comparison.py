@@ -1,7 +1,7 @@
 """Compare the rows of a table: accuracies over seeds, and differences between rows, paired by seed and image."""
 
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,15 +54,15 @@ def shorts(records: list[Record], conditions: dict[str, str]) -> list[str]:
 
     conditions: names of conditions by heading.
     """
-    return [own.short if (own := cell(records, condition)) else "-" for condition in conditions.values()]
+    return [accuracy.short if (accuracy := cell(records, condition)) else "-" for condition in conditions.values()]
 
 
 def published_figures(table: TableSpec, title: str) -> Published | None:
     """Return the figures published for a row's recipe; None without any, and if the table changes data or network."""
     path = find_recipe(table.row(title).recipe)
-    own, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
-    network = {"model", "neuron", "encoding"}
-    same = own.data.name == used.data.name and own.model_dump(include=network) == used.model_dump(include=network)
+    original, used = load_recipe(path), load_recipe(path, table.overrides(table.row(title)))
+    compared: Any = {"data": {"name"}, "model": True, "neuron": True, "encoding": True}
+    same = original.model_dump(include=compared) == used.model_dump(include=compared)
     return published(path) if same else None
 
 

@@ -75,8 +75,8 @@ class Study(Section):
     def baseline_of(self, setting: Setting) -> str:
         """Return the title of the row with which the methods of a setting are compared."""
         baseline = self.methods[0]
-        own = setting if baseline in self.methods_of(setting) else self.settings[0]
-        return self.title_of(own, baseline)
+        compared_in = setting if baseline in self.methods_of(setting) else self.settings[0]
+        return self.title_of(compared_in, baseline)
 
     def table(self) -> TableSpec:
         """Return the table whose rows are all pairs. Raises InputError as `checked` does."""
@@ -89,10 +89,10 @@ class Study(Section):
     def _row(self, setting: Setting, method: StudyMethod) -> RowSpec:
         others = {name for other in self.methods_of(setting) for name in defences_of(other)}
         foreign = others - defences_of(method)
-        own = [override for override in setting.set if defence_of(override) not in foreign]
+        overrides = [override for override in setting.set if defence_of(override) not in foreign]
         sender = self.baseline_of(setting) if len(self.seeds) > 1 else None
         title = self.title_of(setting, method)
-        return RowSpec(recipe=method.recipe, name=title, set=(*method.set, *own), transfer=sender)
+        return RowSpec(recipe=method.recipe, name=title, set=(*method.set, *overrides), transfer=sender)
 
 
 def defences_of(method: StudyMethod) -> set[str | None]:

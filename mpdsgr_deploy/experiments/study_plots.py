@@ -22,7 +22,7 @@ from mpdsgr_deploy.experiments.effect import (
 from mpdsgr_deploy.experiments.records import Measured
 from mpdsgr_deploy.experiments.row_comparison import cell
 from mpdsgr_deploy.experiments.study import Study
-from mpdsgr_deploy.experiments.table_plots import png
+from mpdsgr_deploy.experiments.table_plots import small_png
 
 DRAWN = ("PGD", "Square", "union")
 BASELINE = BLACK
@@ -59,7 +59,7 @@ def effects(study: Study, compared: list[Pair]) -> bytes:
     panels[0].set_yticks(range(len(compared)), [f"{p.setting.name}: {names[p.method.name]}" for p in compared])
     panels[0].set_ylim(len(compared) - 0.5, -0.5)
     figure.suptitle("colour: the interval excludes zero", fontsize=9)
-    return png(figure)
+    return small_png(figure)
 
 
 def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
@@ -92,7 +92,7 @@ def dose(study: Study, compared: list[Pair]) -> bytes:
     exceptions = [label for colour, label in decided if colour != COLOURS[HURTS]]
     largest = sorted((label for colour, label in decided if colour == COLOURS[HURTS]), key=lambda label: label[1])
     finish(figure, axes, [*exceptions, *largest[:NAMED]])
-    return png(figure)
+    return small_png(figure)
 
 
 def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
@@ -119,7 +119,7 @@ def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
     axes.plot([], [], "o", color=BASELINE, label="baseline")
     exceptions = {names[row] for row, word in verdicts.items() if word in (HELPS, MASKS)}
     finish(figure, axes, [point for point in points if point in best or point[2] in exceptions])
-    return png(figure)
+    return small_png(figure)
 
 
 def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:

@@ -156,8 +156,8 @@ def beside_published(table: TableSpec, measured: Measured) -> str:
     for title, figures in stated.items():
         cells = []
         for condition in published.values():
-            value, own = getattr(figures, condition), cell(measured[title], condition)
-            cells += [f"{own.mean:.1f}" if own else "-", "-" if value is None else f"{value:.2f}"]
+            value, accuracy = getattr(figures, condition), cell(measured[title], condition)
+            cells += [f"{accuracy.mean:.1f}" if accuracy else "-", "-" if value is None else f"{value:.2f}"]
         rows.append([title, *cells, figures.table])
     columns = [heading for h in published for heading in (h, f"{h}, published")]
     changed = " This table changes what is listed above, so the two differ in more than chance." if table.set else ""

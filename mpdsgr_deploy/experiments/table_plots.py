@@ -45,7 +45,7 @@ LINES = ("-", "--", ":", "-.")
 COLOURS_OF_A_FILE = 128
 
 
-def png(figure: Figure) -> bytes:
+def small_png(figure: Figure) -> bytes:
     """Return a figure as a small PNG file; the same figure gives the same bytes."""
     drawn, out = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
@@ -63,9 +63,9 @@ def accuracies(table: TableSpec, measured: Measured) -> bytes:
         for position, (title, records) in enumerate(measured.items()):
             height = position + 0.16 * (offset - 1.5)
             label = heading if position == 0 else None
-            if own := cell(records, {**SHOWN, **STRONG}[heading]):
-                axes.plot(own.interval, [height, height], color=colour, linewidth=1)
-                axes.plot([own.mean], [height], "o", color=colour, markersize=4, label=label)
+            if accuracy := cell(records, {**SHOWN, **STRONG}[heading]):
+                axes.plot(accuracy.interval, [height, height], color=colour, linewidth=1)
+                axes.plot([accuracy.mean], [height], "o", color=colour, markersize=4, label=label)
             value = getattr(stated[title], SHOWN.get(heading, ""), None)
             if value is not None:
                 axes.plot([value], [height], "o", color=colour, markersize=4, markerfacecolor="white")
@@ -76,7 +76,7 @@ def accuracies(table: TableSpec, measured: Measured) -> bytes:
     axes.set_xlabel(f"accuracy (%){hollow}")
     plain(axes, "x")
     figure.legend(loc="outside upper center", ncols=len(DOTS), frameon=False)
-    return png(figure)
+    return small_png(figure)
 
 
 def labels(records: Sequence[Record]) -> dict[str, str]:
@@ -126,7 +126,7 @@ def growth(measured: Measured) -> bytes | None:
             axes.set_xticks(range(len(values)), [f"{255 * value:.3g}" for value in values])
         finish(axes, title=title, xlabel="eps (1/255)")
     columns[0].set_ylabel("accuracy under the strong PGD (%)")
-    return png(figure)
+    return small_png(figure)
 
 
 def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
@@ -140,11 +140,11 @@ def within_eps(table: TableSpec, measured: Measured) -> bytes | None:
         attack = records[0].recipe.attack
         conditions = {entry.values["eps"]: entry.name for entry in table.pgd_within(attack)}
         by_size = {0.0: CLEAN, **conditions, attack.eps: PGD}
-        points = {255 * eps: own.mean for eps in sorted(by_size) if (own := cell(records, by_size[eps]))}
+        points = {255 * eps: accuracy.mean for eps in sorted(by_size) if (accuracy := cell(records, by_size[eps]))}
         colour, line = look[row]
         axes.plot([*points], [*points.values()], line, color=colour, marker="o", markersize=3, label=names[row])
     finish(axes, xlabel="eps (1/255)", ylabel="accuracy under PGD in the paper's setting (%)")
-    return png(figure)
+    return small_png(figure)
 
 
 def attacked_by_epoch(measured: Measured) -> dict[str, Record]:
@@ -168,7 +168,7 @@ def by_epoch(measured: Measured) -> bytes | None:
             values = [100 * value for value in record.curve[curve]]
             axes.plot(range(1, len(values) + 1), values, line, color=colour, label=f"{names[row]}, {what}")
     finish(axes, xlabel="epoch", ylabel="accuracy on validation images (%)")
-    return png(figure)
+    return small_png(figure)
 
 
 def with_and_without(measured: Measured, defence: str | None) -> list[list[Record]]:
@@ -202,8 +202,8 @@ def membranes(measured: Measured, defence: str | None) -> bytes | None:
         names = labels(group)
         lines = [Line(names[record.row], *look[record.row]) for record in group]
         for number, axes in enumerate(line):
-            draw_membranes(axes, [(own, r.membranes[number]) for own, r in zip(lines, group, strict=True)])
+            draw_membranes(axes, [(style, r.membranes[number]) for style, r in zip(lines, group, strict=True)])
         line[0].set_ylabel("density")
         line[0].legend(frameon=False, fontsize=7, loc="upper left")
     figure.supxlabel(AXIS, fontsize=9)
-    return png(figure)
+    return small_png(figure)

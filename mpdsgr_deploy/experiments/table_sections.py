@@ -35,6 +35,7 @@ def order(table: TableSpec, measured: Measured) -> str:
 
 
 def ranking(table: TableSpec, measured: Measured, group: Measured) -> str:
+    """Show the rows of `group` in order, with their differences to baselines, which may be any rows of `measured`."""
     places = {c: sorted(group, key=lambda title: -mean(group[title], c)) for c in (PGD, WORST)}
     rows = []
     for title in places[WORST]:
@@ -58,6 +59,7 @@ def complete(records: list[Record]) -> bool:
 
 
 def mean(records: list[Record], condition: str) -> float:
+    """Return the accuracy in % under a condition that all records have, averaged over seeds."""
     accuracy = cell(records, condition)
     assert accuracy is not None, condition
     return accuracy.mean
@@ -144,6 +146,7 @@ def chosen(measured: Measured, budget: float) -> dict[str, float]:
 
 
 def choice(measured: Measured, budget: float) -> str:
+    """Show the accuracy that each eta costs, and the largest eta that costs at most `budget` points."""
     recommended, lost = chosen(measured, budget), lost_by_eta(measured)
     columns = sorted({eta for points in lost.values() for eta in points})
     rows = [
@@ -166,8 +169,9 @@ def against_none(measured: Measured) -> str:
     }
     if not pairs:
         return ""
-    met = [names(records) & names(other) for records, other in pairs.values()]
-    conditions = [name for name in next(iter(pairs.values()))[0][0].attacked.conditions if all(name in m for m in met)]
+    first, *_ = next(iter(pairs.values()))[0]
+    common = set.intersection(*(shared_conditions([*records, *other]) for records, other in pairs.values()))
+    conditions = [name for name in first.attacked.conditions if name in common]
     columns = {name: HEADINGS.get(name, name.replace(PGD, "PGD")) for name in conditions if is_shown(name)}
     rows = [
         [title, *(str(difference(records, other, name)) for name in columns)]
@@ -186,8 +190,8 @@ def undefended(measured: Measured, record: Record) -> list[Record] | None:
     """Return the row without a defence that started from the same weights as `record`; None if there is none."""
     if record.init is None:
         return None
-    same = (own for own in measured.values() if own[0].init == record.init and not is_defended(own[0]))
-    return next(same, None)
+    from_same_weights = (row for row in measured.values() if row[0].init == record.init and not is_defended(row[0]))
+    return next(from_same_weights, None)
 
 
 def is_defended(record: Record) -> bool:
@@ -195,7 +199,8 @@ def is_defended(record: Record) -> bool:
     return bool(record.recipe.defence) or record.recipe.encoding.name not in UNDEFENDED_ENCODINGS
 
 
-def names(records: list[Record]) -> set[str]:
+def shared_conditions(records: list[Record]) -> set[str]:
+    """Return the names of the conditions that all records have."""
     return set.intersection(*(set(record.attacked.conditions) for record in records))
 
 

@@ -100,6 +100,7 @@ class MembraneMargin(Defence[MarginSettings]):
     """
 
     def read(self, trace: Trace) -> Any:
+        """Return a layer's currents, and max(0, 1 - |V| / (width sigma)), both [T, B, C, ...]."""
         v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
         sigma = empirical_moments(trace).sigma
         shape = (*sigma.shape[:1], 1, sigma.shape[1], *[1] * (v.dim() - 3))
@@ -131,6 +132,7 @@ class SalientReach(Defence[SalientSettings]):
             raise InputError("salient-reach needs an attack in training; add [defence.at]")
 
     def read(self, trace: Trace) -> Any:
+        """Return a layer's currents [T, B, C, ...], and the reading of MPD-SGR's window `reach`."""
         return currents_of(trace), ReachReading(trace.layer, empirical_moments(trace), potentials(trace))
 
     def term(self, step: Step) -> Term:

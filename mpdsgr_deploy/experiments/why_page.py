@@ -14,7 +14,7 @@ from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained
 from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.record_files import read_records
 from mpdsgr_deploy.experiments.study import Study
-from mpdsgr_deploy.experiments.table_plots import LINES, PALETTE, png
+from mpdsgr_deploy.experiments.table_plots import LINES, PALETTE, small_png
 
 PAGE, PLOT = "WHY.md", "why.png"
 FACTORS = ("leak", "weights", "surrogate")
@@ -124,6 +124,7 @@ def table_by_eps(rows: Networks, heading: str, values: dict[str, Value], digits:
 
 
 def mean_of(networks: list[Explained], number: int, factor: str) -> float:
+    """Return a field of `LayerFactors` for layer `number`, averaged over seeds."""
     return fmean(getattr(network.layers[number], factor) for network in networks)
 
 
@@ -184,7 +185,7 @@ def draw(rows: Networks) -> bytes:
     for axes in panels.flat:
         plain(axes)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    return png(figure)
+    return small_png(figure)
 
 
 def styles(rows: list[str]) -> list[tuple[str, str]]:

@@ -144,9 +144,9 @@ def batch_loss(learner: Learner, pixels: Tensor, y: Tensor, epoch: int, draw: to
         loss = cross_entropy = F.cross_entropy(logits, y, label_smoothing=learner.recipe.training.label_smoothing)
         measured = {"cross_entropy": cross_entropy, "train_accuracy": (logits.argmax(1) == y).float().mean()}
     for number, defence in enumerate(learner.defences):
-        own = [layer[number] for layer in readings if layer[number] is not None]
+        of_defence = [layer[number] for layer in readings if layer[number] is not None]
         with span("regulariser"):
-            term = defence.term(Step(forward, x, y, clean, logits, own, epoch, draw))
+            term = defence.term(Step(forward, x, y, clean, logits, of_defence, epoch, draw))
         if term is not None:
             measured[term.name] = term.value
             measured[f"{term.name}_weight"] = torch.full_like(term.value, term.weight)

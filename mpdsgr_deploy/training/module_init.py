@@ -84,10 +84,10 @@ def _check(their: Layer, our: Layer) -> None:
             "copied; give a recipe with the same layers"
         )
     for name in ("stride", "padding", "dilation", "groups") if isinstance(our.synapse, nn.Conv2d) else ():
-        own = getattr(our.synapse, name)
-        if getattr(their.synapse, name) != own:
+        value = getattr(our.synapse, name)
+        if getattr(their.synapse, name) != value:
             raise InputError(
-                f"the module's layer {their.name} has {name} {getattr(their.synapse, name)}, the recipe's {own}"
+                f"the module's layer {their.name} has {name} {getattr(their.synapse, name)}, the recipe's {value}"
             )
 
 

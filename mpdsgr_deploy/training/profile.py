@@ -45,8 +45,8 @@ def parts_of(model: SpikingNet) -> dict[str, nn.Module]:
             parts[f"{number} {type(module).__name__}"] = module
         for layer in module.modules():
             if isinstance(layer, SpikingLayer):
-                own = {"synapse": layer.synapse, "norm": layer.norm, "neuron": layer.neuron, "rest": layer}
-                parts |= {f"{layer.name} {name}": part for name, part in own.items() if part is not None}
+                modules = {"synapse": layer.synapse, "norm": layer.norm, "neuron": layer.neuron, "rest": layer}
+                parts |= {f"{layer.name} {name}": part for name, part in modules.items() if part is not None}
     return {**parts, "readout": model.readout}
 
 
@@ -174,9 +174,9 @@ def placed(events: list[FunctionEvent], names: list[str]) -> Iterator[tuple[Func
 
     for event in events:
         if event.device_type.name == "CPU" and not event.name.startswith(STEP):
-            own = place(event)
-            if own is not None:
-                yield event, own
+            event_place = place(event)
+            if event_place is not None:
+                yield event, event_place
 
 
 def within(event: FunctionEvent | None, kind: Callable[[FunctionEvent], bool]) -> bool:

@@ -88,13 +88,13 @@ def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str,
         return start_from_module(find_module(init), init, networks, training[:COMPARED])
     recipe, trained = learner.recipe, find_weights(init)
     training.require_kind(recipe.data.name, trained.shape, trained.labels)
-    weights, own = load_file(trained.file), learner.model.state_dict()
+    weights, state = load_file(trained.file), learner.model.state_dict()
     # of a network with more time steps, take the parameters of the first ones
     for name in per_step_names(learner.model) & weights.keys():
-        weights[name] = weights[name][: len(own[name])]
+        weights[name] = weights[name][: len(state[name])]
     with torch.device("meta"):
         needed = build_model(recipe, training.shape, len(training.labels)).state_dict()
-    misfits = [name for name in weights if name not in own or own[name].shape != weights[name].shape]
+    misfits = [name for name in weights if name not in state or state[name].shape != weights[name].shape]
     misfits += [name for name in needed if name not in weights]
     if misfits:
         raise InputError(

@@ -74,8 +74,8 @@ def compare_conditions(reference: Reference | None, conditions: Sequence[Conditi
     verdicts = {name: correct[:n] for name, correct in met.items() if correct is not None}
     attacks = tuple(c.name for c in within if c.name in verdicts)
     # the reference's worst case is over the attacks of its own tier, not over those of smaller tiers
-    own = [name for name in attacks if reference.settings.get(name) == settings[name]]
-    stands = union({CLEAN: reference.verdicts[CLEAN][:n], **verdicts}, (CLEAN, *own))
+    of_own_tier = [name for name in attacks if reference.settings.get(name) == settings[name]]
+    stands = union({CLEAN: reference.verdicts[CLEAN][:n], **verdicts}, (CLEAN, *of_own_tier))
     return Comparison(
         {CLEAN: reference.verdicts[CLEAN][:n], **verdicts},
         attacks,
@@ -154,8 +154,8 @@ def variant_flips(
         VariantFlips(
             precision=precision,
             n=measurement.n,
-            clean=VerdictFlips.of(clean, own[0]),
-            attacked=VerdictFlips.of(attacked, own[1]),
+            clean=VerdictFlips.of(clean, correct[0]),
+            attacked=VerdictFlips.of(attacked, correct[1]),
         )
-        for precision, own in verdicts.items()
+        for precision, correct in verdicts.items()
     ]

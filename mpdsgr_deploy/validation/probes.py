@@ -152,9 +152,9 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
         def rise(direction: Floats, step: float = step) -> Floats:
             return loss(answers(np.clip(x + np.float32(step) * direction, 0, 1))) - before
 
-        along, aside = rise(uphill), np.mean([rise(direction) for direction in random], axis=0)
-        rises[step] = (float(along.mean()), float(aside.mean()))
-        further += along - aside
+        along, randomly = rise(uphill), np.mean([rise(direction) for direction in random], axis=0)
+        rises[step] = (float(along.mean()), float(randomly.mean()))
+        further += along - randomly
     return Slopes(int((further > 0).sum()), len(x), rises)
 
 

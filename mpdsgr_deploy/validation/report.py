@@ -92,6 +92,7 @@ class ModelFacts(BaseModel):
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str) -> "ModelFacts":
+        """Return the facts about a precision. Raises InputError as `Bundle.variant` does."""
         recipe, network = bundle.manifest.recipe, onnx.load(bundle.variant(precision))
         return cls(
             architecture=f"{recipe.model.name}, width {recipe.model.width:g}",
@@ -144,6 +145,7 @@ class Report(BaseModel):
     provenance: dict[str, Any]
 
     def row(self, name: str) -> Row | None:
+        """Return the row of a condition; None if it was not evaluated."""
         return next((row for row in self.rows if row.name == name), None)
 
     @property

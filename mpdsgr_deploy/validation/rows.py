@@ -61,6 +61,7 @@ class Score(BaseModel):
 
     @classmethod
     def of(cls, correct: NDArray[np.bool_]) -> "Score":
+        """Return the score of verdicts [n]."""
         count, n = int(correct.sum()), len(correct)
         accuracy = count / n if n else 0.0
         bitmap = np.packbits(correct).tobytes().hex()
@@ -80,6 +81,7 @@ class VerdictFlips(BaseModel):
 
     @classmethod
     def of(cls, reference: NDArray[np.bool_], artefact: NDArray[np.bool_]) -> "VerdictFlips":
+        """Compare verdicts [n] of reference and artefact on the same images."""
         worse, better = int((reference & ~artefact).sum()), int((~reference & artefact).sum())
         return cls(newly_wrong=worse, newly_right=better, p_value=mcnemar(worse, better))
 

@@ -80,9 +80,9 @@ def stated_rules(
     source = "the gate" if replacement is not None else "the recipe"
     if replacement is None and data != recipe.data.name:
         source = f"the recipe, which is for {recipe.data.name}"
-    own = replacement if replacement is not None else recipe.gate
+    stated = replacement if replacement is not None else recipe.gate
     yield Rule(name="tier", value=rules.tier, origin=tier_from)
-    if own.max_drop is not None:
+    if stated.max_drop is not None:
         origin = source
     elif rules.max_drop is not None and rules.max_drop > TIERS[rules.tier].max_drop:
         origin = (

@@ -40,6 +40,7 @@ class Subject(NamedTuple):
 
     @property
     def rule(self) -> str:
+        """A phrase that names the images and how they were chosen."""
         return name_sample(len(self.images), self.data)
 
     @property
@@ -49,6 +50,7 @@ class Subject(NamedTuple):
 
     @property
     def names(self) -> list[str]:
+        """The names of all conditions, with "clean" first and "worst" last."""
         return [CLEAN, *(condition.name for condition in self.suite.conditions), WORST]
 
 

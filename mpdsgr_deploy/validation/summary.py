@@ -28,7 +28,7 @@ IN_PART = "yellow"  # colour of the badge for a pass in which something was not 
 STATES = {"passed": "ok", "failed": "FAILED", "not compared": "NOT COMPARED"}
 
 
-def markdown(text: str) -> str:
+def escaped(text: str) -> str:
     """Return untrusted text as one line of Markdown without markup, HTML and line breaks, cut to LONGEST characters."""
     line = " ".join(text.split())
     line = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
@@ -37,22 +37,22 @@ def markdown(text: str) -> str:
 
 def summary(report: Report) -> str:
     """Return the Markdown page for a pull request comment and for GitHub's step summary."""
-    how = f"{markdown(report.precision)}, {markdown(report.backend)}"
+    how = f"{escaped(report.precision)}, {escaped(report.backend)}"
     about = f"{report.network}; {report.images}; tier {report.tier}; seed {report.seed}."
-    lines = [f"## {report.verdict.upper()}: {markdown(report.bundle)} ({how})", ""]
+    lines = [f"## {report.verdict.upper()}: {escaped(report.bundle)} ({how})", ""]
     for finding in findings(report):
-        lines += [f"- {markdown(what)}" for what in finding.what]
+        lines += [f"- {escaped(what)}" for what in finding.what]
         lines.append(f"  - **do:** {finding.advice}")
     if report.stopped:
-        lines.append(f"- {markdown(report.stopped.moment)}: {markdown(report.stopped.why)}")
+        lines.append(f"- {escaped(report.stopped.moment)}: {escaped(report.stopped.why)}")
     if alone := not_compared(report):
         lines.append(
-            f"- {NOT_COMPARED} with the reference, which was not attacked in this way: {markdown(', '.join(alone))}"
+            f"- {NOT_COMPARED} with the reference, which was not attacked in this way: {escaped(', '.join(alone))}"
         )
-    lines += [f"- {markdown(remark)}" for remark in report.remarks]
+    lines += [f"- {escaped(remark)}" for remark in report.remarks]
     lines += [
         "",
-        f"{markdown(about)} Accuracy in % with its 95 % interval.",
+        f"{escaped(about)} Accuracy in % with its 95 % interval.",
         "",
         "| condition | artefact | reference | newly wrong | newly right | McNemar p |",
         "|---|---|---|---|---|---|",
@@ -61,20 +61,20 @@ def summary(report: Report) -> str:
     ]
     if report.parity is not None:
         lines += [f"Clean logits, reference against artefact: {report.parity}.", ""]
-    lines += [f"- rule: {markdown(f'{rule.name} {rule.value} ({rule.origin})')}" for rule in report.rules]
+    lines += [f"- rule: {escaped(f'{rule.name} {rule.value} ({rule.origin})')}" for rule in report.rules]
     if seen := sensitivity(report):
         lines.append(f"- {seen}")
     for check in report.health:
-        lines.append(f"- check {check.number}, {check.name}: {STATES[check.state]}, {markdown(check.saw)}")
+        lines.append(f"- check {check.number}, {check.name}: {STATES[check.state]}, {escaped(check.saw)}")
     return "\n".join(lines) + "\n"
 
 
 def line(row: Row, report: Report) -> str:
-    name = f"**{row.name}**" if row.name == "worst" else markdown(row.name)
+    name = f"**{row.name}**" if row.name == "worst" else escaped(row.name)
     accuracy = accuracy_text(row, report.stopped)
     reference = percent(row.reference) if row.reference else NOT_COMPARED
     flips = f"{row.flips.newly_wrong} | {row.flips.newly_right} | {row.flips.p_text}" if row.flips else "- | - | -"
-    return f"| {name} | {markdown(accuracy) if row.at_most else accuracy} | {reference} | {flips} |"
+    return f"| {name} | {escaped(accuracy) if row.at_most else accuracy} | {reference} | {flips} |"
 
 
 class Case(NamedTuple):

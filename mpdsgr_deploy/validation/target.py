@@ -93,8 +93,9 @@ class Target:
         networks: dict[str, Source] = {}
         with ExitStack() as stack:
             if self.precision != "fp32":
-                own = stack.enter_context(open_predictor(self.bundle))
-                networks[f"{TRANSFER} fp32"] = Source(NetworkFile.from_bundle(self.bundle, "fp32", own), self.trained)
+                predictor = stack.enter_context(open_predictor(self.bundle))
+                float32 = NetworkFile.from_bundle(self.bundle, "fp32", predictor)
+                networks[f"{TRANSFER} fp32"] = Source(float32, self.trained)
             if other is not None:
                 networks[TRANSFER] = stack.enter_context(_other(other, self.bundle))
             yield networks
