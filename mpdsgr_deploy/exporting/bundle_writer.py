@@ -1,4 +1,4 @@
-"""The export stage: checkpoint directory in, bundle out, parity and accuracy measured on the way."""
+"""The export stage: write the bundle of a checkpoint directory, and measure its parity with torch and its accuracy."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -36,7 +36,7 @@ from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork, noise_in
 from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.trained_networks import load_network
 
-PARITY_BATCHES = (1, 2, 5, 33)
+PARITY_BATCHES = (1, 2, 5, 33)  # sizes of the batches that torch and the ONNX file are compared on
 
 
 def export(
@@ -53,23 +53,27 @@ def export(
     choice: Choice | None = None,
     steps: int | Literal["auto"] | None = None,
 ) -> Bundle:
-    """Write the bundle of a checkpoint (or of a training run: its last one, or `choice`) to directory `out`.
+    """Write the bundle of a checkpoint to directory `out`.
 
-    It has float32 and `precisions`. recipe: replaces the checkpoint's for attacks, gate and test images. max_drop
-    bounds the loss of each precision against float32's accuracy on clean and on attacked images, as a share of the
-    images; layers return to a finer precision until it holds. root overrides where the data set lies, limit the number
-    of test images accuracy is measured on (default: the recipe's). tier: how hard, and on how many of these images, the
-    torch network is attacked for the reference that `validate` holds the artefact against (default: the tier of the
-    recipe's gate); carry_images: store these images in the bundle; without them, noise serves as golden inputs. If the
-    data set is not on this machine and `root` is not given, noise serves too, and there is no accuracy and no
-    reference.
-    steps: export the network of the first steps only, whose readout is over these; "auto": of the fewest that lose less
-    than max_drop (default: that of the tier) on validation images, clean and attacked (`steps.fewest_steps`).
-    Accuracies and the reference are then those of this network.
+    checkpoint_dir: a checkpoint, or a training run, whose last checkpoint (or `choice`) is exported.
+    recipe: replaces the checkpoint's recipe for attacks, gate and test images.
+    precisions: those to write in addition to fp32.
+    max_drop: the largest loss of accuracy, as a share of the images, of each precision against fp32, on clean and on
+        attacked images. Layers return to a finer precision until it holds. None sets no limit.
+    root: the directory of the data set; None: that of the recipe. If the data set is missing there and `root` is None,
+        golden inputs are noise, and the bundle states no accuracy and has no reference.
+    limit: the number of test images that accuracy is measured on; None: that of the recipe.
+    tier: how hard, and on how many of these images, the torch network is attacked for the reference that `validate`
+        compares the artefact with; None: the tier of the recipe's gate.
+    carry_images: store the attacked images in the bundle; without them, golden inputs are noise.
+    steps: export the network of the first steps only, whose readout uses these alone; accuracies and the reference are
+        then those of this network. "auto" chooses the fewest steps whose losses on clean and attacked validation images
+        stay below max_drop (None: that of the tier); see `step_search.fewest_steps`.
 
-    Raises InputError for a damaged checkpoint, an unknown precision, an `out` that holds other files or a max_drop
-    without other precisions or a data set, EvaluationError if the ONNX file and the torch model disagree, a precision
-    has no finite answer or max_drop cannot be met.
+    Raises InputError for a damaged checkpoint, an unknown precision or tier, an `out` that holds other files, max_drop
+    without other precisions or without the data set, too few test images for `limit`, and a network that has no attack
+    graph; EvaluationError if the ONNX file and the torch network disagree, if a precision gives logits that are not
+    finite, and if max_drop cannot be met.
     """
     variants = list(dict.fromkeys(["fp32", *precisions]))
     for name in variants:
@@ -85,8 +89,8 @@ def export(
     if recipe is not None:
         checkpoint = checkpoint.model_copy(update={"recipe": recipe})
     tier = tier or checkpoint.recipe.gate.tier
-    asked = choose("tier", TIERS, tier).images
-    trained = checkpoint.recipe.encoding.T
+    attacked_count = choose("tier", TIERS, tier).images
+    trained_steps = checkpoint.recipe.encoding.T
     with staged(out) as scratch:  # raises for a directory with other files before the export begins
         checkpoint, model, chosen_by = _with_steps(checkpoint, model, steps, max_drop, tier, root, limit)
         images = _test_images(checkpoint, root, limit)
@@ -105,7 +109,7 @@ def export(
             )
         log.info("onnxruntime compared with torch: %s", parity)
         if images is None:
-            written = {name: _untried(graph, name, scratch) for name in variants}
+            written = {name: _unmeasured_variant(graph, name, scratch) for name in variants}
         else:
             trial = Trial(graph, reference, checkpoint.recipe, images, scratch, attacked=len(variants) > 1)
             written = {name: trial.variant(name, max_drop) for name in variants}
@@ -123,10 +127,10 @@ def export(
             derived(scratch / variant.file, trained_surrogate(checkpoint.recipe))
         figures = None
         if images is not None:
-            promised = images[:asked]
-            figures = _promise(reference, checkpoint.recipe, promised, tier, written, scratch)
+            attacked_images = images[:attacked_count]
+            figures = _promise(reference, checkpoint.recipe, attacked_images, tier, written, scratch)
             if carry_images:
-                save_images(promised, scratch / IMAGES)
+                save_images(attacked_images, scratch / IMAGES)
         rows = golden_rows(np.abs(expected - onnx_logits).max(1) <= TOLERANCE, [*logits.values()])
         arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
         np.savez(scratch / GOLDEN, **arrays)
@@ -141,7 +145,7 @@ def export(
             labels=checkpoint.labels,
             pixels=pixel_statistics(model),
             recipe=checkpoint.recipe,
-            trained_steps=None if trained == model.T else trained,
+            trained_steps=None if trained_steps == model.T else trained_steps,
             variants=written,
             reference=figures,
             provenance={
@@ -177,9 +181,9 @@ def _with_steps(
 
 
 def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
-    """Return mean and spread of the training images, by which the network normalises its input.
+    """Return the mean and standard deviation [C] of the training images, by which the network normalises its input.
 
-    None if it does not normalise, for example if training started from another library's module.
+    Returns None if the network does not normalise, for example if training started from another library's module.
     """
     mean, std = (values.flatten().tolist() for values in (model.normalize.mean, model.normalize.std))
     if not any(mean) and set(std) == {1.0}:
@@ -190,7 +194,10 @@ def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
 def _promise(
     model: TorchModel, recipe: Recipe, images: Images, tier: str, variants: dict[str, Variant], folder: Path
 ) -> Promise:
-    """Write the reference: torch's verdicts and logits, and logits of the precisions that are machine-independent."""
+    """Attack the torch network, write the reference to `folder` and return its accuracies.
+
+    The reference holds torch's verdicts and logits, and the logits of precisions that are the same on every machine.
+    """
     network = TorchNetwork(model)
     answers = predict(network, images.unit(), recipe.validation.batch_size, "clean")
     figures, reference = promise(network, recipe, images, tier, answers, of="torch")
@@ -219,7 +226,7 @@ def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) ->
 
 
 def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return float32 images for the parity check: test images, or noise if there are none."""
+    """Return images float32 [B, C, H, W] in [0, 1] for the parity check: test images, or noise if there are none."""
     count = sum(PARITY_BATCHES)
     if images is not None:
         return images[:count].unit()
@@ -227,19 +234,20 @@ def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _answers(model: TorchModel, file: Path, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits [B, K] of the torch network, and those of its ONNX file."""
     expected = _in_batches(model, inputs)
     with OnnxRuntime(file, noise=model.noise) as artefact:
         return expected, _in_batches(artefact, inputs)
 
 
 def _in_batches(network: Predictor, inputs: np.ndarray) -> np.ndarray:
-    """Return logits from consecutive batches of several sizes, which also shows that the batch dimension is dynamic."""
+    """Return logits [B, K], computed in batches of several sizes, which shows that the batch dimension is dynamic."""
     bounds = np.cumsum((0, *PARITY_BATCHES))
     return np.concatenate([network(inputs[a:b]) for a, b in pairwise(bounds) if a < len(inputs)])
 
 
-def _untried(graph: ir.Model, precision: str, folder: Path) -> Variant:
-    """Write a variant without measuring it, because there are no images."""
+def _unmeasured_variant(graph: ir.Model, precision: str, folder: Path) -> Variant:
+    """Write a variant and return its manifest entry without accuracies, because there are no images."""
     layers, file = plan(graph, precision), f"model.{precision}.onnx"
     save(convert(graph, layers), folder / file)
     return Variant(file=file, layers=layers)

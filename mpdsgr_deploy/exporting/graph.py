@@ -1,4 +1,4 @@
-"""Small functions on onnx_ir graphs that several passes share."""
+"""Functions on onnx_ir graphs that several passes share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """Return the array behind a value; None if it is computed at run time."""
+    """Return the array of a constant value; None for a value that is computed at run time, and for None."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """Return the node that computes a value, if it is one of `op_types`."""
+    """Return the node that computes a value, if its operator is one of `op_types`; otherwise None."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type in op_types else None
 
@@ -40,7 +40,7 @@ def insert(
 
 
 def initializer(user: ir.Node, name: str, array: NDArray[Any]) -> ir.Value:
-    """Add a constant to the graph that `user` belongs to."""
+    """Add a constant to the graph that the node `user` belongs to, and return its value."""
     tensor = ir.tensor(array, name=name)
     value = ir.val(name, tensor.dtype, array.shape, const_value=tensor)
     assert isinstance(user.graph, ir.Graph)

@@ -1,4 +1,4 @@
-"""Export any torch module that maps images to logits: its ONNX file is adopted, torch is the paired reference."""
+"""Export any torch module that maps images to logits: adopt its ONNX file, with torch's logits as the reference."""
 
 import contextlib
 import io
@@ -42,14 +42,18 @@ def export_module(
     tier: str | None = None,
     carry_images: bool = True,
 ) -> Bundle:
-    """Write the bundle of a torch module to directory `out`. The module unrolls its own time steps.
+    """Write the bundle of a torch module to directory `out`.
 
-    module: float32 [B, C, H, W] to logits [B, K], without state that is kept from one call to the next. images: those
-    for the reference. precisions: those besides fp32; int8 and fp8 quantise the products of spikes, whose scales are
-    exact. The other arguments are those of `adopt`.
+    module: maps preprocessed images float32 [B, C, H, W] to logits [B, K], loops over its own time steps, and keeps no
+        state from one call to the next. It is set to eval mode and moved to the CPU in place.
+    images: the labelled test images on which the reference is measured.
+    precisions: those to write in addition to fp32; int8 and fp8 quantise the products of spikes, whose scales are
+        exact.
 
-    Raises InputError for a module that cannot be exported or attacked, EvaluationError if its ONNX file gives other
-    logits, or if the module gives other logits for the same images a second time.
+    The other arguments are those of `adopt`.
+
+    Raises InputError for a module that cannot be exported or attacked, and for a precision that would change nothing;
+    EvaluationError if its ONNX file gives other logits, or if a second call with the same images does.
     """
     for name in precisions:
         choose("precision", dict.fromkeys(PRECISIONS), name)
@@ -79,7 +83,7 @@ def export_module(
 
 
 def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
-    """Return logits [N, K]. Raises EvaluationError if state is left over between two calls."""
+    """Return the module's logits [N, K]. Raises EvaluationError if a second call gives other logits."""
     try:
         with torch.no_grad():
             logits = torch.cat([module(part) for part in x.split(BATCH)]).float().numpy()
@@ -96,7 +100,7 @@ def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
 
 
 def _exported(module: nn.Module, example: Tensor) -> ir.Model:
-    """Export the module's graph with a dynamic batch, and name each product."""
+    """Export the module's graph with a dynamic batch, in which every node has a name."""
     batch = {0: torch.export.Dim("batch")}
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -124,14 +128,14 @@ def _exported(module: nn.Module, example: Tensor) -> ir.Model:
 def _variant(graph: ir.Model, precision: str, fp32: Path) -> Path:
     """Write another precision beside the float32 file. Raises InputError if it would change no product."""
     layers = plan(graph, precision)
-    chosen = sum(own == precision for own in layers.values())
-    if not chosen:
+    quantised = list(layers.values()).count(precision)
+    if not quantised:
         raise InputError(
             f"{precision} would change nothing: only products of spikes between the first and the last layer are "
             f"quantised, and there are none; leave {precision} out, or quantise the ONNX file yourself and adopt "
             "it with --variant"
         )
-    log.info("%s: %d of %d products are quantised", precision, chosen, len(layers))
+    log.info("%s: %d of %d products are quantised", precision, quantised, len(layers))
     file = fp32.with_name(f"{precision}.onnx")
     save(convert(graph, layers), file)
     return file

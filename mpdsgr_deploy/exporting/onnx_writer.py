@@ -1,7 +1,7 @@
-"""Write a network as an ONNX graph: unrolled over T steps, with dynamic batch, normalisation inside, named values.
+"""Write a network as an ONNX graph: unrolled over T steps, with a dynamic batch and with its input normalisation.
 
-The exporter writes a step as a slice of [T, B, ...] and a sequence as a stack that is reshaped. `tidy` gets the same
-values from one Split of [T*B, ...] and one Concat, which every backend runs faster.
+torch's exporter writes a time step as a slice of [T, B, ...], and joins steps by a stack and a reshape. `tidy` gets the
+same values from one Split of [T*B, ...] and one Concat, which every backend runs faster.
 """
 
 import ast
@@ -25,11 +25,11 @@ OPSET = 21  # the first with float8 in every operator of Q/DQ pairs
 
 
 def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
-    """Export `model` (eval mode): input float32 [B, *shape] in [0, 1], output float32 logits [B, K].
+    """Export `model`, which is in eval mode: from images float32 [B, *shape] in [0, 1] to logits float32 [B, K].
 
-    A stochastic network's `noise_inputs` are further inputs after the images. Membrane potentials and spikes are called
-    `potential/LAYER/t` and `spikes/LAYER/t`, t counted from 0, and each product with weights, a node, is called by its
-    layer.
+    A stochastic network's `noise_inputs` are further inputs after the images. The values of membrane potentials and
+    spikes are named `potential/LAYER/t` and `spikes/LAYER/t`, with t counted from 0; the node of each product with
+    weights has the name of its layer.
     """
     noise = noise_inputs(model, shape)
     example = torch.full((2, *shape), 0.5)  # two images, because the exporter treats a batch size of one as a constant
@@ -52,20 +52,20 @@ def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
         assert program is not None  # it is None only if a path was given
     network = program.model
     tidy(network)
-    _name(network, model)
-    # its notes hold stack traces that name the exporting machine's paths, larger than a small net
+    _name_nodes(network, model)
+    # the exporter's notes hold stack traces with paths of this machine, and may be larger than the network
     common.ClearMetadataAndDocStringPass()(network)
     return network
 
 
 def save(network: ir.Model, path: Path) -> None:
-    """Write a graph that passes ONNX's full check. Raises onnx's errors for one that does not."""
+    """Write a graph to a file. Raises onnx's errors, before it writes, if the graph fails ONNX's full check."""
     proto = ir.to_proto(network)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 
 
-def _name(network: ir.Model, model: SpikingNet) -> None:
+def _name_nodes(network: ir.Model, model: SpikingNet) -> None:
     """Give nodes and values the names that `to_graph` promises, from the torch modules that the exporter noted."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SpikingLayer)}
     neurons = {f"{path}.neuron": layer.name for path, layer in layers.items()}
@@ -89,7 +89,7 @@ def _module(node: ir.Node) -> str:
 
 
 def tidy(model: ir.Model) -> None:
-    """Apply every rewrite to `model` in place, and drop what nothing uses any more."""
+    """Apply every rewrite to `model` in place, and remove the nodes that nothing uses any more."""
     for rewrite in (split_steps, join_steps, cancel_views):
         for node in model.graph:
             rewrite(node)
@@ -97,7 +97,7 @@ def tidy(model: ir.Model) -> None:
 
 
 def split_steps(node: ir.Node) -> None:
-    """Replace a Reshape to [T, B, ...] with a Slice and a Squeeze per step by one Split along the folded axis."""
+    """Replace a Reshape to [T, B, ...], followed by a Slice and a Squeeze per step, by one Split along the axis T*B."""
     if node.op_type != "Reshape" or not _is_step_of(data(node), node.outputs[0]):
         return
     steps: dict[int, ir.Value] = {}
@@ -117,7 +117,7 @@ def split_steps(node: ir.Node) -> None:
 
 
 def join_steps(node: ir.Node) -> None:
-    """Replace an Unsqueeze per step, their Concat to [T, B, ...] and its Reshape by one Concat to [T*B, ...]."""
+    """Replace an Unsqueeze per step, a Concat to [T, B, ...] and a Reshape by one Concat to [T*B, ...]."""
     stacked = [made_by(value, "Unsqueeze") for value in node.inputs]
     steps = [data(unsqueeze) for unsqueeze in stacked if unsqueeze is not None]
     if node.op_type != "Concat" or len(steps) < len(stacked) or not _is_step_of(steps[0], node.outputs[0]):
@@ -135,7 +135,7 @@ def join_steps(node: ir.Node) -> None:
 
 
 def cancel_views(node: ir.Node) -> None:
-    """Remove a chain of views that ends in the shape it began with."""
+    """Remove a chain of views that ends in the shape with which it began."""
     end, source = node.outputs[0], _viewed(node)
     while source is not None and not end.is_graph_output():
         if source.shape == end.shape:
@@ -145,7 +145,7 @@ def cancel_views(node: ir.Node) -> None:
 
 
 def _viewed(node: ir.Node | None) -> ir.Value | None:
-    """Return the value that a node shows in another shape; None if the node computes something."""
+    """Return the input of a node that only changes its shape; None for a node that computes something."""
     if node is None or not node.inputs:
         return None
     whole = node.op_type == "Slice" and data(node).shape == node.outputs[0].shape
@@ -158,7 +158,7 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def _is_step_of(part: ir.Value, whole: ir.Value) -> bool:
-    """Whether a value [n, ...] has the shape of [T, B, ...] without T, but for its first dimension."""
+    """Whether `part` [n, ...] has the dimensions that follow [T, B] in `whole` [T, B, ...], whatever n is."""
     return len(_dims(part)) > 0 and _dims(part)[1:] == _dims(whole)[2:] and len(_dims(part)) + 1 == len(_dims(whole))
 
 

@@ -1,9 +1,10 @@
 """Precision variants of an exported graph: float16 products, and int8 or float8 products with exact activations.
 
-A product with weights (a convolution, a linear layer) is quantised only where its input lies on a known grid, so that
-every activation is represented exactly and only the weights are rounded: symmetric, one scale per output channel, the
-bias in float (an int32 bias would have a step of a whole weight step, since spikes have the scale 1). Spikes lie on a
-grid because they are 0 or 1, pooled spikes because they are multiples of 1/4; no calibration images are needed.
+A product with weights (a convolution, a linear layer) is quantised only if its input lies on a known grid, so that
+every activation is represented exactly and only the weights are rounded. Spikes lie on a grid because they are 0 or 1,
+pooled spikes because they are multiples of 1/4; no calibration images are needed. Weights are quantised symmetrically
+with one scale per output channel. The bias stays a float, because an int32 bias would be rounded to multiples of the
+weights' scale (spikes have the scale 1).
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from onnx_ir.passes import common
 from mpdsgr_deploy.exporting.graph import constant, data, initializer, insert
 from mpdsgr_deploy.onnx_files import PRODUCTS
 
-# Operators whose outputs are values of their inputs
+# Operators whose outputs consist of values of their inputs
 SAME_VALUES = {"Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze"}
 SAME_VALUES |= {"Transpose", "Unsqueeze"}
 
@@ -49,17 +50,17 @@ PRECISIONS = (*FLOATS, *FORMATS)
 
 
 def products(model: ir.Model) -> dict[str, ir.Node]:
-    """Return the products with weights by the names of their layers, in the order of computation."""
+    """Return the node of each product with weights, by the name of its layer, in the order of computation."""
     return {str(node.name): node for node in model.graph if node.op_type in PRODUCTS}
 
 
 def plan(model: ir.Model, precision: str) -> dict[str, str]:
-    """Choose the precision of each product of a variant, by the name of its layer.
+    """Return the precision of each product of a variant of precision `precision`, by the name of its layer.
 
     int8 and fp8 apply to products of spikes, whose grid the format represents exactly. The first product, of an image,
-    stays in float32, because all later layers pass its flips on: in int8 there would be 2.5 times as many flips, in
-    float16 1.15 times (train/results/flips). The last product stays in float32 too, at no cost in time: it runs once
-    for all steps, as the first does with direct coding.
+    stays in float32, because every spike that its rounding flips changes all later layers: in int8 there would be 2.5
+    times as many flips, in float16 1.15 times (train/results/flips). The last product stays in float32 too, at no cost
+    in time: it runs once for all steps, as the first does with direct coding.
     """
     nodes = products(model)
     if precision in FLOATS:
@@ -70,10 +71,11 @@ def plan(model: ir.Model, precision: str) -> dict[str, str]:
 
 
 def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -> ir.Model:
-    """Return a copy of a float32 graph with products in the precisions `layers` and neurons computed in `neurons`.
+    """Return a copy of a float32 graph with its products in the precisions `layers`, and its neurons in `neurons`.
 
-    Input and output stay float32, and so does what comes before the first product (normalisation, encoding). Raises
-    KeyError for a quantised layer whose input has no grid.
+    layers: a precision for every product, by the name of its layer. neurons: "fp32" or "fp16".
+    Input and output stay float32, and so does everything before the first product (normalisation, encoding). Raises
+    KeyError for a product that `layers` does not name, and for a quantised one whose input has no grid.
     """
     converted = model.clone()
     names = {node: name for name, node in products(converted).items()}
@@ -95,13 +97,13 @@ def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -
         for value in node.outputs:
             if value.dtype in FLOATS.values():
                 value.type = ir.TensorType(dtype)  # a new type, because a clone shares its types with the original
-    _restore(converted.graph)
+    _restore_output(converted.graph)
     common.RemoveUnusedNodesPass()(converted)
     return converted
 
 
 class _Casts:
-    """Values in another float type, each made once."""
+    """Conversions of values to another float type; each is added to the graph only once."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -124,7 +126,7 @@ class _Casts:
 
 
 def _quantize(node: ir.Node, form: Format, grid: Grid, dtype: ir.DataType) -> None:
-    """Put Q/DQ pairs on a product's input, with its grid's step as scale, and on its weights."""
+    """Insert Q/DQ pairs before a product's input, with its grid's step as scale, and before its weights."""
     weights = constant(node.inputs[1])
     assert weights is not None  # a product with weights
     zero = initializer(node, f"{node.name}/zero", np.zeros((), form.numpy))
@@ -141,9 +143,12 @@ def _quantize(node: ir.Node, form: Format, grid: Grid, dtype: ir.DataType) -> No
 
 
 def rounded_weights(weights: NDArray[Any], form: Format, scale: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return weights [O, ...] rounded to numbers of a format, and the scale [O] of each output channel."""
+    """Return weights [O, ...] divided by scales and rounded to numbers of a format, and the scale [O] of each channel.
+
+    scale: the float type of the scales.
+    """
     largest = np.abs(weights).reshape(len(weights), -1).max(1)
-    # also defined for a channel of zeros
+    # the lower bound keeps the scale of a channel of zeros above 0
     scales = np.maximum(largest / form.largest, np.finfo(scale).tiny).astype(scale)
     scaled = weights / scales.astype(np.float32).reshape(-1, *[1] * (weights.ndim - 1))
     if form.numpy.kind == "i":
@@ -151,16 +156,16 @@ def rounded_weights(weights: NDArray[Any], form: Format, scale: np.dtype[Any]) -
     return scaled.clip(-form.largest, form.largest).astype(form.numpy), scales
 
 
-def _restore(graph: ir.Graph) -> None:
-    """Cast the output back to float32 under its original name."""
-    (logits_in,) = graph.outputs
-    if logits_in.dtype == FLOATS["fp32"]:
+def _restore_output(graph: ir.Graph) -> None:
+    """Cast the output to float32 under its original name, if it is not float32."""
+    (computed,) = graph.outputs
+    if computed.dtype == FLOATS["fp32"]:
         return
-    name, logits_in.name = logits_in.name, f"{logits_in.name}/{logits_in.dtype}"
-    cast = ir.node("Cast", [logits_in], {"to": FLOATS["fp32"]})
+    name, computed.name = computed.name, f"{computed.name}/{computed.dtype}"
+    cast = ir.node("Cast", [computed], {"to": FLOATS["fp32"]})
     graph.append(cast)
     (logits,) = cast.outputs
-    logits.name, logits.shape, logits.dtype = name, logits_in.shape, FLOATS["fp32"]
+    logits.name, logits.shape, logits.dtype = name, computed.shape, FLOATS["fp32"]
     graph.outputs[0] = logits
 
 
@@ -186,14 +191,14 @@ def _grid(node: ir.Node, known: dict[ir.Value, Grid]) -> Grid | None:
         return max(inputs)
     if node.op_type == "Mul":  # gated spikes
         return Grid(inputs[0].step * inputs[1].step, inputs[0].levels * inputs[1].levels)
-    averaged = _averaged(node)
-    return Grid(inputs[0].step / averaged, inputs[0].levels * averaged) if averaged else None
+    window = _pooling_window(node)
+    return Grid(inputs[0].step / window, inputs[0].levels * window) if window else None
 
 
-def _averaged(node: ir.Node) -> int:
-    """Return the window size of an average pooling; 0 for any other node.
+def _pooling_window(node: ir.Node) -> int:
+    """Return how many values an average pooling without padding averages; 0 for any other node.
 
-    A global average counts as another node, because no format would hold its grid.
+    Global average pooling also gives 0, because no format would represent its grid.
     """
     if node.op_type != "AveragePool":
         return 0

@@ -1,7 +1,7 @@
-"""Export again and compare: do a bundle's own weights and recipe give its networks?
+"""Check that a bundle's ONNX files follow from its own weights and recipe, by exporting them again. Needs torch.
 
 A user who trusts the weights (or has signed them) then need not trust the ONNX files: an added branch, a file of
-another training, changed weights or an operator of another library all give different bytes. Needs torch.
+another training, changed weights or an operator of another library all give different bytes.
 """
 
 import tempfile
@@ -22,65 +22,66 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.trained_networks import load_model
 
-ALIKE = 1e-2  # change that rounding in another order may cause, as a share of the largest entry
+ALIKE = 1e-2  # the change that another order of rounding may cause, as a share of the gradient's largest entry
 WRITERS = ("torch", "onnx", "onnxscript")  # packages whose versions decide which bytes are written
 
 
 def rebuild_faults(bundle: Bundle) -> list[str]:
-    """Return one line per file that differs from a new export of the weights; none if all are equal byte for byte.
+    """Return one line per file that differs from a new export of the weights; an empty list if none does in any byte.
 
-    Raises InputError if the weights are not those of the recipe's network.
+    Raises InputError if the weights do not fit the recipe's network.
     """
     faults = []
     with tempfile.TemporaryDirectory() as folder:
-        for precision, again, layers in _exported_again(bundle, Path(folder)):
+        for precision, rebuilt, layers in _exported_again(bundle, Path(folder)):
             variant = bundle.manifest.variants[precision]
             if layers:
                 faults.append(f"{variant.file}: the manifest and the weights differ in the layers {layers}")
                 continue
-            if again.read_bytes() != bundle.variant(precision).read_bytes():
+            if rebuilt.read_bytes() != bundle.variant(precision).read_bytes():
                 faults.append(f"{variant.file} differs from an export of the weights and the recipe")
     return faults
 
 
 def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Export every precision from the weights to `folder`; return its file, or the layers that forbid it, by name.
+    """Export every precision from the weights to `folder`; yield the precision, its file, and the layers that differ.
 
-    Those are the layers that only one of the manifest and the weights has.
+    Those are the names of layers that only the manifest or only the network has; if there are any, no file is written.
     """
     manifest = bundle.manifest
     model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels)).eval()
     graph = to_graph(simplify(model), manifest.input_shape)
     for precision, variant in manifest.variants.items():
-        again = folder / f"model.{precision}.onnx"
+        rebuilt = folder / f"model.{precision}.onnx"
         layers = sorted(plan(graph, precision).keys() ^ variant.layers.keys())
         if not layers:
-            with writing(again, "finished results are kept"):
-                save(convert(graph, variant.layers), again)
-        yield precision, again, layers
+            with writing(rebuilt, "finished results are kept"):
+                save(convert(graph, variant.layers), rebuilt)
+        yield precision, rebuilt, layers
 
 
 def different_gradients(bundle: Bundle) -> list[str]:
-    """Return one line per precision whose logits or gradients on the golden batch are not those of the weights.
+    """Return one line per precision whose logits or gradients on the golden batch differ from those of a new export.
 
-    Other versions of the exporting packages write other bytes for the same function, so this compares the functions. It
-    finds a branch that changes the gradient but no logits; it does not find one that these images do not trigger.
+    Other versions of the exporting packages write other bytes for the same function; this compares the functions. It
+    detects a branch that changes the gradient but no logits, but not one that these images do not trigger. Precisions
+    whose layers differ, which `rebuild_faults` reports, are left out.
     """
     manifest, faults = bundle.manifest, []
     surrogate, seed = trained_surrogate(manifest.recipe), manifest.recipe.validation.seed
     with tempfile.TemporaryDirectory() as folder:
-        for precision, again, layers in _exported_again(bundle, Path(folder)):
+        for precision, rebuilt, layers in _exported_again(bundle, Path(folder)):
             if layers:
                 continue
             inputs, logits = bundle.golden(precision)
-            answers = []
-            for file in (again, bundle.variant(precision)):
+            gradients = []
+            for file in (rebuilt, bundle.variant(precision)):
                 with GraphAttacker(file, surrogate, noise=manifest.noise, seed=seed) as attacker:
-                    answers.append(attacker(inputs, logits.argmax(1)))
-            weights, own = answers
-            scale = np.abs(weights.gradient).max((1, 2, 3), initial=np.finfo(np.float32).tiny)
-            alike = np.abs(own.gradient - weights.gradient).max((1, 2, 3)) <= ALIKE * scale
-            parity = compare(weights.logits, own.logits)
+                    gradients.append(attacker(inputs, logits.argmax(1)))
+            expected, own = gradients
+            scale = np.abs(expected.gradient).max((1, 2, 3), initial=np.finfo(np.float32).tiny)
+            alike = np.abs(own.gradient - expected.gradient).max((1, 2, 3)) <= ALIKE * scale
+            parity = compare(expected.logits, own.logits)
             if not parity.holds or alike.mean() < MINIMUM_SHARE:
                 faults.append(
                     f"{manifest.variants[precision].file} has the gradients of the weights on {alike.sum()} of "
@@ -90,17 +91,18 @@ def different_gradients(bundle: Bundle) -> list[str]:
 
 
 def other_writers(bundle: Bundle) -> list[str]:
-    """Return the packages whose versions here differ from those that wrote the bundle, so that bytes may differ."""
+    """Return one line per package of WRITERS whose version here differs from the one that wrote the bundle."""
     mine, theirs = (made.get("packages", {}) for made in (provenance(), bundle.manifest.provenance.get("export", {})))
     versions = ((name, theirs.get(name), mine.get(name)) for name in WRITERS)
     return [f"{name} {there} there, {here} here" for name, there, here in versions if there != here]
 
 
 def check_rebuilt(bundle: Bundle) -> list[str]:
-    """Return the result of `rebuild_faults` or, if other versions wrote the files, that of `different_gradients`.
+    """Return the faults of a bundle's ONNX files; an empty list if they follow from its weights.
 
-    Raises InputError for a bundle without weights, and where files and the packages that write them differ, but not
-    the gradients.
+    The faults are those of `rebuild_faults` or, if other versions of the packages wrote the files, those of
+    `different_gradients`. Raises InputError for a bundle without weights, and if other versions wrote files that differ
+    in their bytes but not in their gradients, so that the question stays open.
     """
     if bundle.manifest.origin != "trained":
         raise InputError(
@@ -109,8 +111,8 @@ def check_rebuilt(bundle: Bundle) -> list[str]:
         )
     faults = rebuild_faults(bundle)
     if faults and (others := other_writers(bundle)):
-        if functions := different_gradients(bundle):
-            return functions
+        if different := different_gradients(bundle):
+            return different
         raise InputError(
             f"{'; '.join(faults)}, but other versions wrote it ({'; '.join(others)}), and answers and gradients "
             "on the golden batch equal those of the weights; install those versions to compare the files"

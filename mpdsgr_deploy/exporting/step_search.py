@@ -50,9 +50,10 @@ class StepFile(NamedTuple):
     noise: tuple[NoiseInput, ...]
 
     def attacked(self, images: Images, of: str, unfinished: Path | None = None) -> Mapping[str, Bools]:
-        """Return verdicts [n] on images: "clean", under each attack of tier `commit`, and "worst" over these.
+        """Return verdicts [n], True for images that stay right: "clean", per attack of tier `commit`, and "worst".
 
-        unfinished: a directory for this network in which they are kept, so that none is repeated after an interruption.
+        of: the name of the network in progress bars. unfinished: a directory of this network, in which verdicts are
+        stored, so that no attack is repeated after an interruption.
         """
         size, seed = self.recipe.validation.batch_size, self.recipe.validation.seed
         journal = None if unfinished is None else Journal(unfinished, sha256(self.file))
@@ -71,9 +72,9 @@ class StepFile(NamedTuple):
 
 @contextmanager
 def unfinished_attacks(network: str, images: Images) -> Iterator[Path]:
-    """Lock a directory in the user's cache for the length of a with block; it is kept only after an exception.
+    """Provide a directory in the user's cache, locked for a with block, and delete it unless the block raises.
 
-    network: identifies it together with the images. Raises InputError if it cannot be written.
+    network: together with the images, identifies the directory. Raises InputError if it cannot be written.
     """
     subject = json.dumps([__version__, suite_of(TIER), TIER, network, images_sha256(images)])
     place = cache_directory() / "steps" / hashlib.sha256(subject.encode()).hexdigest()[:16]
@@ -89,18 +90,18 @@ def unfinished_attacks(network: str, images: Images) -> Iterator[Path]:
 def step_files(
     model: SpikingNet, recipe: Recipe, shape: Shape, steps: int, variants: Mapping[str, Mapping[str, str]], folder: Path
 ) -> dict[str, StepFile]:
-    """Write the network of the first `steps` in every precision of `variants`.
+    """Write the network of the first `steps` in every precision of `variants`, and return the files by precision.
 
-    A variant names the precision of each layer's product; if it does not, it is planned here.
+    variants: for each precision, the precision of each layer's product; {}: that of `precision.plan`.
 
     Raises InputError as `first_steps` does.
     """
-    shortened, own = first_steps(model, recipe, shape, steps)
+    shortened, shortened_recipe = first_steps(model, recipe, shape, steps)
     graph, files = to_graph(simplify(shortened), shape), {}
     for precision, layers in variants.items():
         file = folder / f"{precision}-{steps}.onnx"
         save(convert(graph, layers or plan(graph, precision)), file)
-        files[precision] = StepFile(file, own, noise_inputs(shortened, shape))
+        files[precision] = StepFile(file, shortened_recipe, noise_inputs(shortened, shape))
     return files
 
 
@@ -116,31 +117,34 @@ class Flips(NamedTuple):
         return cls(int((full & ~fewer).sum()), int((~full & fewer).sum()), len(full))
 
     def rule_out(self, drop: float) -> bool:
-        """Whether they refute, at the one-sided 5 % level, a fall in accuracy by `drop` or more; 0 < drop < 1.
+        """Whether the verdicts refute, at the one-sided 5 % level, a fall in accuracy by `drop` or more; 0 < drop < 1.
 
-        The score test for a difference of paired proportions (Tango, Statistics in Medicine 17, 1998).
+        This is the score test for a difference of paired proportions (Tango, Statistics in Medicine 17, 1998).
         """
         lost, regained, n = self
         b = 2 * n * drop - (lost + regained) - (lost - regained) * drop
-        share = (sqrt(b * b + 8 * n * regained * drop * (1 - drop)) - b) / (4 * n)  # regained, if the drop is `drop`
+        # the estimated share of regained images if accuracy falls by exactly `drop`
+        share = (sqrt(b * b + 8 * n * regained * drop * (1 - drop)) - b) / (4 * n)
         return lost - regained - n * drop <= -Z * sqrt(n * (2 * share + drop * (1 - drop)))
 
 
 def least_images(drop: float) -> int:
-    """Return how many images are needed to refute a drop of accuracy, if none of their verdicts flips."""
+    """Return how many images are needed to refute a fall in accuracy by `drop` if no verdict flips; 0 < drop < 1."""
     return ceil(Z * Z * (1 - drop) / drop)
 
 
 def fewest_steps(
     model: SpikingNet, recipe: Recipe, shape: Shape, images: Images, max_drop: float
 ) -> tuple[int, dict[str, Any]]:
-    """Find the fewest time steps that keep clean and attacked accuracy of the float32 network; also explain the choice.
+    """Return the fewest time steps that keep clean and attacked accuracy of the float32 network, and a JSON record.
 
     images: validation images, never those that the result is reported on. Fewer and fewer steps are tried, from T - 1
-    down, until one cannot rule out a drop of `max_drop` or more on clean images and under all attacks of tier `commit`.
-    The chosen number therefore loses more with a probability of at most 5 %: both tests must succeed, and none is made
-    after one that failed. After an interruption the same call continues with the remaining attacks. Raises InputError
-    for too few images, and where the user's cache cannot be written.
+    down, until a drop of `max_drop` (0 < max_drop < 1) or more can no longer be ruled out, on clean images or under all
+    attacks of tier `commit`. The chosen number therefore loses more with a probability of at most 5 %: both tests must
+    succeed, and none is made after one that failed. The record lists the flips at every number that was tried.
+
+    After an interruption the same call continues with the remaining attacks. Raises InputError for a max_drop out of
+    range, for too few images, and if the user's cache cannot be written.
     """
     T, n = recipe.encoding.T, len(images)
     if not 0 < max_drop < 1:

@@ -1,4 +1,4 @@
-"""Measure each number of time steps: a bundle's networks are exported again at 1 to T steps, attacked and timed."""
+"""Measure each number of time steps: export a bundle's networks again at 1 to T steps, attack them and time them."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +28,11 @@ ROUNDS = 15  # rounds of timing; each round times every number of steps, so that
 
 
 class StepCost(NamedTuple):
-    """One precision at its first `steps` time steps, on n images.
+    """The accuracy and cost of one precision at its first `steps` time steps, on n images.
 
-    correct, flips: by condition; flips are counted against all T steps of the same precision. milliseconds: per image
-    by batch size, median, on onnxruntime's CPU provider. macs: multiply-accumulates per image in products with weights.
+    correct, flips: by condition; flips are relative to all T steps of the same precision. milliseconds: the median time
+    per image on onnxruntime's CPU provider, by batch size. macs: multiply-accumulates per image in products with
+    weights.
     """
 
     precision: str
@@ -44,11 +45,10 @@ class StepCost(NamedTuple):
 
 
 def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
-    """Return a row for each precision and number of steps.
+    """Return the costs of each precision at 1 to T steps, measured on labelled `images`.
 
     After an interruption the same call continues with the remaining attacks; finished ones are kept in the user's cache
-    until all rows are done. Raises InputError for a network that was not trained here, and where the cache cannot be
-    written.
+    until all rows are done. Raises InputError for a bundle without weights, and if the cache cannot be written.
     """
     with _every_step(bundle) as files, unfinished_attacks(bundle.manifest.digest, images) as place:
         attacked = {
@@ -62,14 +62,14 @@ def step_costs(bundle: Bundle, images: Images) -> list[StepCost]:
 
 
 def step_times(bundle: Bundle, images: Images) -> dict[str, list[dict[int, float]]]:
-    """Return `StepCost.milliseconds` by precision, for 1 to T steps. Raises InputError as `step_costs`."""
+    """Return `StepCost.milliseconds` of 1 to T steps, by precision. Raises InputError for a bundle without weights."""
     with _every_step(bundle) as files:
         return {precision: _times(own, images) for precision, own in files.items()}
 
 
 @contextmanager
 def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
-    """Provide the files of 1 to T steps by precision, for the length of a with block."""
+    """Export 1 to T steps of every precision to temporary files, and provide these by precision in a with block."""
     manifest = bundle.manifest
     if manifest.origin != "trained":
         raise InputError(
@@ -87,30 +87,31 @@ def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
 def _costs(
     precision: str, files: Sequence[StepFile], verdicts: Sequence[Mapping[str, Bools]], images: Images
 ) -> list[StepCost]:
-    """Return the rows of one precision; files and verdicts are in the order of their steps."""
+    """Return the costs of one precision. files, verdicts: those of 1, 2, ..., T steps."""
     log.info("timing %s", precision)
     times = _times(files, images)
     return [
         StepCost(
             precision,
-            place + 1,
+            steps,
             len(images),
             {name: int(own[name].sum()) for name in CONDITIONS},
             {name: Flips.of(verdicts[-1][name], own[name]) for name in CONDITIONS},
-            times[place],
-            macs(onnx.load(files[place].file), place + 1).exported,
+            milliseconds,
+            macs(onnx.load(file.file), steps).exported,
         )
-        for place, own in enumerate(verdicts)
+        for steps, (file, own, milliseconds) in enumerate(zip(files, verdicts, times, strict=True), 1)
     ]
 
 
 def _times(files: Sequence[StepFile], images: Images) -> list[dict[int, float]]:
+    """Return the median milliseconds per image of each file, by batch size."""
     columns = [_milliseconds(files, images.unit(), size) for size in BATCHES]
     return [dict(zip(BATCHES, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _milliseconds(files: Sequence[StepFile], images: NDArray[np.float32], batch: int) -> list[float]:
-    """Return the median time per image of a batch, for each file."""
+    """Return the median milliseconds per image of each file, in batches of `batch` images."""
     x = np.ascontiguousarray(np.resize(images, (batch, *images.shape[1:])))
     with ExitStack() as stack:
         noise = [NoiseSource(file.noise, file.recipe.validation.seed) for file in files]

@@ -1,4 +1,4 @@
-"""Measure the accuracy that precision variants lose on clean and attacked images, and bound the loss."""
+"""Measure how much accuracy precision variants lose on clean and on attacked images, and limit the loss."""
 
 from collections.abc import Mapping
 from math import inf, isnan
@@ -20,13 +20,14 @@ from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 
 FINER = {"fp16": "fp32", "int8": "fp16", "fp8": "fp16"}  # the next finer precision of a layer
-Answers = dict[str, NDArray[np.float32]]  # logits [N, K] of the clean and of the attacked images
+Answers = dict[str, NDArray[np.float32]]  # logits [N, K] of the images "clean" and "attacked"
 
 
 class Trial:
-    """A float32 graph, the test images that its variants are measured on, and the `folder` for their files.
+    """Writes the variants of a float32 graph to `folder`, and measures them on test images.
 
-    attacked: measure also on images attacked by the recipe's PGD through the torch network, the same for all variants.
+    network: the torch network of the graph. attacked: measure also on images that the recipe's PGD has attacked through
+    the torch network; all variants get the same images.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Trial:
         self._exact = self._answers("fp32", plan(graph, "fp32"))
 
     def variant(self, precision: str, max_drop: float | None) -> Variant:
-        """Write the variant, with layers in a finer precision if max_drop requires it; return its manifest entry.
+        """Write a variant, with layers in a finer precision if max_drop requires it, and return its manifest entry.
 
-        Raises EvaluationError if no choice of layers keeps the loss of accuracy within max_drop.
+        max_drop: the largest loss of accuracy against fp32, as a share of the images; None sets no limit. Raises
+        EvaluationError if the loss is larger even with every layer in the finer precision.
         """
         layers = plan(self._graph, precision)
         answers = self._exact if precision == "fp32" else self._answers(precision, layers)
@@ -55,7 +57,10 @@ class Trial:
         return Variant(file=file, layers=layers, accuracy=accuracies["clean"], attacked=accuracies.get("attacked"))
 
     def _within(self, max_drop: float, precision: str, layers: dict[str, str]) -> tuple[dict[str, str], Answers]:
-        """Return layers to a finer precision until max_drop holds, first the one that alone changes the logits most."""
+        """Change layers to a finer precision until max_drop holds, beginning with those that change the logits most.
+
+        Returns the precision of each layer, and the logits of the variant.
+        """
         coarse = [name for name, chosen in layers.items() if chosen == precision]
         log.info(
             "%s loses more than %.2f %% of accuracy; measuring each of its %d layers",
@@ -63,7 +68,7 @@ class Trial:
             100 * max_drop,
             len(coarse),
         )
-        shifts = {name: self._moved(precision, name) for name in track(coarse, "each layer alone")}
+        shifts = {name: self._shift(precision, name) for name in track(coarse, "each layer alone")}
         for name in sorted(coarse, key=lambda name: -shifts[name]):
             layers = {**layers, name: FINER[precision]}
             answers = self._answers(precision, layers)
@@ -77,7 +82,7 @@ class Trial:
         )
 
     def _answers(self, precision: str, layers: Mapping[str, str]) -> Answers:
-        """Write the variant, replacing an earlier choice of layers, and compute its logits."""
+        """Write the variant's file, which replaces one of an earlier choice of layers, and compute its logits."""
         file = self._folder / f"model.{precision}.onnx"
         save(convert(self._graph, layers), file)
         with OnnxRuntime(file, noise=self._noise) as network:
@@ -87,31 +92,34 @@ class Trial:
     def _accuracy(self, logits: NDArray[np.float32]) -> Accuracy:
         return Accuracy(data=self._recipe.data.name, correct=right(logits, self._classes), n=len(self._classes))
 
-    def _moved(self, precision: str, layer: str) -> float:
-        """Return the mean change of the logits if only this layer has the precision (inf: overflow)."""
+    def _shift(self, precision: str, layer: str) -> float:
+        """Return the mean absolute change of the logits if only this layer has the precision; inf if it overflows."""
         answers = self._answers(precision, {**plan(self._graph, "fp32"), layer: precision})
         shift = float(np.mean([np.abs(logits - self._exact[name]).mean() for name, logits in answers.items()]))
         return inf if isnan(shift) else shift
 
 
 def right(logits: NDArray[np.float32], classes: NDArray[np.int64]) -> int:
-    """Count the images that logits [N, K] classify correctly."""
+    """Return how many images the logits [N, K] classify as `classes` [N]."""
     return int((logits.argmax(1) == classes).sum())
 
 
 def drop(exact: Answers, answers: Answers, classes: NDArray[np.int64]) -> float:
-    """Return the largest loss of accuracy against `exact`, on clean or on attacked images, as a share of them.
+    """Return the loss of accuracy against `exact` as a share of the images, clean or attacked, whichever is larger.
 
-    There is a single division, so that 1 image of 100 is exactly the 0.01 that a user writes.
+    It is computed with a single division, so that 1 image of 100 is exactly the 0.01 that a user writes.
     """
     return max(right(exact[name], classes) - right(logits, classes) for name, logits in answers.items()) / len(classes)
 
 
 def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.float32]:
-    """Attack the images by the recipe's PGD with a random start, last iterate: float32 [N, C, H, W] in [0, 1]."""
+    """Attack the images by the recipe's PGD, from a random start, through the torch network.
+
+    Returns the last iterates, float32 [N, C, H, W] in [0, 1].
+    """
     config, size = recipe.attack, recipe.validation.batch_size
     target = network.attacker(draws=config.draws)
-    draw = np.random.default_rng(recipe.validation.seed)
+    generator = np.random.default_rng(recipe.validation.seed)
 
     def batch(start: int) -> NDArray[np.float32]:
         part = images[start : start + size]
@@ -122,7 +130,7 @@ def attack(network: TorchModel, recipe: Recipe, images: Images) -> NDArray[np.fl
             eps=config.eps,
             step=config.step,
             steps=config.steps,
-            draw=lambda shape: draw.uniform(-1, 1, shape).astype(np.float32),
+            draw=lambda shape: generator.uniform(-1, 1, shape).astype(np.float32),
         )
         return attacked
 
