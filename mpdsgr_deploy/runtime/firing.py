@@ -1,7 +1,7 @@
-"""Measure how much each layer of an exported network fires, image by image, together with the logits.
+"""Measure the firing rate of each layer of an exported network, image by image, together with the logits.
 
-Export names spikes `spikes/LAYER/t`. Here the network gets one more output, in memory: their means. The spikes of an
-encoding (Poisson) have no such name, because they belong to no layer.
+Export names spikes `spikes/LAYER/t`. In memory, the network gets one more output with their means. The spikes of a
+Poisson encoding are not counted: they have no such name, because they belong to no layer.
 """
 
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ PROVIDERS = {"onnxruntime-cpu": CPU, "onnxruntime-cuda": CUDA}  # the backends t
 class FiringRates(AbstractContextManager["FiringRates"]):
     """Maps images float32 [B, C, H, W] in [0, 1] to logits [B, K] and firing rates [B, L], both float32.
 
-    A rate is the mean over steps and neurons of a layer's spikes, for one image; `layers` names the L layers in the
-    order of the network. In a network with gates (StoG) the spikes before the gates are counted, which reset the
-    membrane. A stochastic network gets the same noise as from `open_predictor`.
+    A rate in [0, 1] is the mean of a layer's spikes over steps and neurons, for one image; `layers` names the L layers
+    in the order of the network. In a network with gates (StoG) the spikes before the gates are counted, because these
+    reset the membrane. A stochastic network gets the same noise as from `open_predictor`.
 
-    network: the bundle's ONNX model, if it has been read already. A context manager: the session ends with the block.
-    Threads may share it. Raises InputError for a backend that does not show spikes or cannot run here, or a file
-    without their names; EvaluationError as `open_predictor` does.
+    network: the bundle's ONNX model, if it has been read already. The session closes at the end of a with block, and
+    threads may share it. Raises InputError for a backend that cannot return spikes or cannot run here, and for a file
+    that does not name its spikes; EvaluationError if the backend does not reproduce the golden logits.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FiringRates(AbstractContextManager["FiringRates"]):
         network = read_network(model) if network is None else network
         steps = spike_names(network, model)
         self.layers = tuple(steps)
-        # the settings measured for the session without means, which are a small part of the work
+        # these settings were measured without the means, which are a small part of the work
         settings = prepared_settings(bundle, backend, precision) if PROVIDERS[backend] == CPU else None
         noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
         observable = with_firing_rates(network, steps)
@@ -67,7 +67,10 @@ class FiringRates(AbstractContextManager["FiringRates"]):
 
 
 def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]]:
-    """Return the names of every step's spikes, by layer in order. Raises InputError if the network lacks them."""
+    """Return the names of each step's spikes, by layer in the order of the network.
+
+    source: the name of the network in the error. Raises InputError if the network does not name its spikes.
+    """
     steps: dict[str, list[str]] = {}
     for node in network.graph.node:
         for name in node.output:
@@ -80,10 +83,10 @@ def spike_names(network: onnx.ModelProto, source: object) -> dict[str, list[str]
 
 
 def with_firing_rates(network: onnx.ModelProto, steps: Mapping[str, list[str]]) -> onnx.ModelProto:
-    """Return a copy with one more output, firing_rate [batch, L]; steps: the spikes of every step, by layer.
+    """Return a copy of the network with one more output, `firing_rate` float32 [B, L], after its other outputs.
 
-    Means over the neurons of each step are multiplied by a matrix that averages over steps, in float32 even if spikes
-    are float16, in which a mean would be rounded.
+    steps: the names of each step's spikes, by layer. The mean over the neurons of each step is multiplied by a matrix
+    that averages over steps. Both are float32 even if spikes are float16, which would round the mean.
     """
     observable = onnx.ModelProto()
     observable.CopyFrom(network)

@@ -1,7 +1,7 @@
 """Run float16 networks on a CPU with every rounding that the ONNX file prescribes.
 
-onnxruntime has no float16 arithmetic on a CPU. It computes such nodes in float32 and removes the roundings between
-them, so only the weights of a float16 network are rounded. It keeps roundings that are written as Cast nodes.
+onnxruntime has no float16 arithmetic on a CPU. It computes float16 nodes in float32 and removes the roundings between
+them, so that only the weights of a float16 network would be rounded. It keeps roundings that are Cast nodes.
 """
 
 from pathlib import Path
@@ -14,7 +14,10 @@ FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 def for_cpu(model: Path | onnx.ModelProto) -> str | bytes:
-    """Return what onnxruntime should load on a CPU: the network, or `rounded_as_written` of it if it uses float16."""
+    """Return the path or serialised bytes that onnxruntime loads on a CPU.
+
+    A network with float16 weights becomes `rounded_as_written`; any other is returned unchanged.
+    """
     network = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
     if not any(tensor.data_type == FLOAT16 for tensor in network.graph.initializer):
         return as_it_is(model)
@@ -22,14 +25,15 @@ def for_cpu(model: Path | onnx.ModelProto) -> str | bytes:
 
 
 def as_it_is(model: Path | onnx.ModelProto) -> str | bytes:
+    """Return the path or serialised bytes that onnxruntime loads for an unchanged network."""
     return model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
 
 
 def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy that computes in float32 and rounds to float16 every value that the file has in float16.
+    """Return a copy of the network that computes in float32 and rounds every float16 value to float16.
 
-    Every value keeps its name and gets the type float32. As on a machine with float16 arithmetic, a product is rounded
-    once, after accumulation in float32.
+    Every float16 value keeps its name and becomes float32. As on a machine with float16 arithmetic, a product is
+    rounded once, after accumulation in float32.
     """
     types = _types(network)
     copy = onnx.ModelProto()
@@ -57,6 +61,6 @@ def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _types(network: onnx.ModelProto) -> dict[str, int]:
-    """Return the element type of every value that nodes compute."""
+    """Return the ONNX element type of every value that a node computes, by name."""
     graph = onnx.shape_inference.infer_shapes(network, strict_mode=True).graph
     return {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}

@@ -7,7 +7,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.protocols import Predictor
 
-ONE = np.float32(1).view(np.uint32)
+ONE = np.float32(1).view(np.uint32)  # the bits of 1.0
 
 
 def check_images(x: NDArray[np.float32], shape: tuple[int, int, int]) -> None:
@@ -17,7 +17,7 @@ def check_images(x: NDArray[np.float32], shape: tuple[int, int, int]) -> None:
     if x.ndim != 4 or x.shape[1:] != shape or not len(x):
         expected = ", ".join(map(str, shape))
         raise InputError(f"images must have shape [batch >= 1, {expected}], and these have {list(x.shape)}")
-    if x.view(np.uint32).max() <= ONE:  # one pass is enough, because as integers negative numbers and NaN are larger
+    if x.view(np.uint32).max() <= ONE:  # one pass finds both ends: the bits of negative numbers and NaN are larger
         return
     low, high = x.min(), x.max()
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
@@ -27,6 +27,9 @@ def check_images(x: NDArray[np.float32], shape: tuple[int, int, int]) -> None:
 def predict(
     predictor: Predictor, x: NDArray[np.float32], batch_size: int = 128, what: str = "predicting"
 ) -> NDArray[np.float32]:
-    """Return logits [N, K] of images [N, C, H, W], `batch_size` at a time, with a progress bar called `what`."""
+    """Return the logits float32 [N, K] of images float32 [N >= 1, C, H, W] in [0, 1], computed in batches.
+
+    what: the name of the progress bar. Raises the predictor's errors.
+    """
     starts = range(0, len(x), batch_size)
     return np.concatenate([predictor(x[start : start + batch_size]) for start in track(starts, what)])

@@ -5,15 +5,17 @@
     normal   Box-Muller of the words w, w' of a pair: sqrt(-2 ln a) (cos b, sin b),
              a = (w + 1/2) / 2^32, b = 2 pi w' / 2^32
 
-An image therefore gets the same noise in every batch and position, on every backend and machine; any change of a pixel
-draws fresh noise. Only the raw words of numpy's Philox are used, whose stream numpy never changes (NEP 19; a
-Generator's distributions may change with its version). Uniform draws are exact; normal ones are computed in float64
-without rejections, so that another machine's logarithm changes one draw by at most a rounding, and no later draw. A CPU
-core makes a uniform draw in some 6 ns and a normal one in 40 ns: 0.15 and 1 ms for T = 8 steps of a 3x32x32 image.
+An image therefore gets the same noise in every batch and position, on every backend and machine, and any change of a
+pixel draws new noise. Only the raw words of numpy's Philox are used, because numpy never changes this stream (NEP 19),
+while a Generator's distributions may change with its version. Uniform draws are exact. Normal draws are computed in
+float64 without rejections, so that another machine's logarithm changes one draw by at most a rounding, and no later
+draw. A CPU core makes a uniform draw in about 6 ns and a normal one in 40 ns: 0.15 and 1 ms for T = 8 steps of a
+3x32x32 image.
 
 The seed is the defender's secret. An attacker who knows it knows the noise of every image and attacks a deterministic
-network. Evaluations assume an attacker without it, who averages over other draws (EOT). Because the noise depends on
-the image alone, an image that once fooled the network always does, and many queries with near copies may find one.
+network. Evaluations assume an attacker who does not know it and averages over other draws (expectation over
+transformation, EOT). Because the noise depends only on the image, an image that fooled the network once always does,
+and an attacker with many queries may find one among near copies.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,8 @@ from mpdsgr_deploy.errors import InputError
 class NoiseSource:
     """Maps images float32 [B, C, H, W] to the network's noise inputs: {input name: float32 [B, *shape]}.
 
-    Empty for a deterministic network. seed: 0 to 2^64 - 1. Raises InputError for another seed.
+    inputs: the noise entries of a manifest; without any, the network is deterministic and the result is empty. seed: 0
+    to 2^64 - 1. Raises InputError for another seed.
     """
 
     def __init__(self, inputs: Sequence[NoiseInput] = (), seed: int = 0) -> None:
@@ -38,7 +41,7 @@ class NoiseSource:
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
-        """Draw the noise of another seed from now on."""
+        """Draw the noise of another seed from now on. Raises InputError for a seed outside 0 to 2^64 - 1."""
         if not 0 <= seed < 2**64:
             raise InputError(f"the seed of the noise must be between 0 and 2^64 - 1, not {seed}")
         self._key = seed.to_bytes(8, "little")
@@ -48,9 +51,9 @@ class NoiseSource:
         return [entry.name for entry in self._inputs]
 
     def require(self, required: Mapping[str, Sequence[object]], network: object) -> None:
-        """Raise InputError unless `required`, names and shapes without the batch, is what this source supplies.
+        """Raise InputError unless this source supplies exactly the inputs `required`.
 
-        network: the name of the network in the message.
+        required: the shape of each input without the batch, by name. network: its name in the message.
         """
         own_shapes = {entry.name: entry.shape for entry in self._inputs}
         if {name: tuple(shape) for name, shape in required.items()} != own_shapes:
@@ -66,19 +69,19 @@ class NoiseSource:
             content = (image + 0).astype("<f4").tobytes()  # + 0: -0 is the same pixel as 0
             key = blake2b(content, key=self._key, digest_size=32).digest()
             for entry in self._inputs:
-                own = blake2b(entry.name.encode(), key=key, digest_size=16).digest()
-                draws[entry.name][i] = DISTRIBUTIONS[entry.kind](own, entry.shape)
+                input_key = blake2b(entry.name.encode(), key=key, digest_size=16).digest()
+                draws[entry.name][i] = DISTRIBUTIONS[entry.kind](input_key, entry.shape)
         return draws
 
 
 def uniform(key: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return U[0, 1) in multiples of 2^-24; key: 16 bytes."""
+    """Return draws of U[0, 1) in multiples of 2^-24; key: 16 bytes."""
     high = _pairs(key, shape) >> 8
     return _shaped(high.astype(np.float32) * np.float32(2**-24), shape)
 
 
 def normal(key: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return N(0, 1), at most 6.8 in size because there are 2^32 possible radii; key: 16 bytes."""
+    """Return draws of N(0, 1), at most 6.8 in size because there are 2^32 possible radii; key: 16 bytes."""
     radius, angle = _pairs(key, shape).astype(np.float64).T / 2**32
     radius = np.sqrt(-2 * np.log(radius + 2**-33))
     angle *= 2 * np.pi
@@ -89,7 +92,7 @@ DISTRIBUTIONS = {"uniform": uniform, "normal": normal}
 
 
 def _pairs(key: bytes, shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Return pairs of random words [n, 2], just enough to fill `shape`."""
+    """Return as many pairs of random words [n, 2] as are needed to fill `shape`."""
     count = (prod(shape) + 1) // 2
     raw = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(count)
     return raw.astype("<u8").view("<u4").reshape(count, 2)

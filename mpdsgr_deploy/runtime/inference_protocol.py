@@ -1,7 +1,7 @@
 """Write requests and read responses of the Open Inference Protocol (v2) over HTTP, as a client.
 
-Tensors are in the JSON, or follow it in the order in which it names them (the extension `binary_tensor_data`):
-https://github.com/kserve/open-inference-protocol
+Tensors are in the JSON or, with the extension `binary_tensor_data`, follow it in the order in which it names them. See
+https://github.com/kserve/open-inference-protocol.
 """
 
 import json
@@ -21,14 +21,17 @@ MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)  #
 
 
 class EncodedRequest(NamedTuple):
-    """The headers that an inference request needs beside those of any request, and its body."""
+    """The body of an inference request, and the headers that describe it."""
 
     headers: dict[str, str]
     body: bytes
 
 
 def encode_request(tensors: Mapping[str, NDArray[Any]], output: str, *, binary: bool) -> EncodedRequest:
-    """Encode a request for one output of these inputs, uint8 or float [B, ...]. binary: tensors in both directions."""
+    """Encode a request for the output named `output` of these inputs, which are uint8 or float [B, ...].
+
+    binary: send tensors, and ask for the output, as bytes after the JSON.
+    """
     inputs: list[dict[str, Any]] = []
     data: list[bytes] = []
     for name, tensor in tensors.items():
@@ -49,7 +52,7 @@ def encode_request(tensors: Mapping[str, NDArray[Any]], output: str, *, binary: 
 
 
 class OutputTensor(NamedTuple):
-    """An output as a response describes it. content: its bytes, or the (nested) list of a JSON response."""
+    """An output as a response describes it. content: its bytes, or the list of a JSON response, flat or nested."""
 
     datatype: str
     shape: list[int]
@@ -57,16 +60,16 @@ class OutputTensor(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether there are as many numbers as the shape says, if the datatype is known."""
+        """Whether the content has as many numbers as the shape says; True for bytes of an unknown datatype."""
         count = prod(self.shape)
         if isinstance(self.content, list):
             return count in (len(self.content), np.size(self.content))
         return self.datatype not in DTYPES or len(self.content) == count * DTYPES[self.datatype].itemsize
 
     def floats(self) -> NDArray[np.float32]:
-        """Return the numbers, float32 [*shape], in fresh memory. Raises ValueError if they do not fit the shape.
+        """Return the numbers, float32 [*shape], in new memory; a number beyond the range of float32 becomes infinite.
 
-        A number beyond the range of float32 becomes infinite.
+        Raises ValueError for numbers that do not fit the shape, and for bytes of another datatype than FP32.
         """
         if isinstance(self.content, list):
             with np.errstate(over="ignore"):
@@ -77,9 +80,9 @@ class OutputTensor(NamedTuple):
 
 
 def read_output(body: bytes, json_size: int | None, name: str) -> OutputTensor:
-    """Return the output of that name in a response. json_size: bytes of JSON, None for all of the body.
+    """Return the output named `name` of a response. json_size: bytes of JSON at the start of the body; None: all of it.
 
-    Raises ValueError if this is not such a response.
+    Raises ValueError if the body is no such response, or has no such output.
     """
     try:
         start = len(body) if json_size is None else json_size

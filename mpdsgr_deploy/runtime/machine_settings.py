@@ -12,9 +12,10 @@ PACKAGES = {"openvino": "openvino", "onnxruntime-cpu": "onnxruntime"}  # the bac
 
 
 class RuntimeSettings(Section):
-    """threads: those of one inference; None: one per core. chunk: images computed at once; None: the backend's choice.
+    """The settings of a backend for one network.
 
-    milliseconds: by batch size, the time measured when these settings were chosen, for information only.
+    threads: those of one inference; None: one per core. chunk: images computed at once; None: the backend's choice.
+    milliseconds: the time of a batch measured when these settings were chosen, by batch size, for information only.
     """
 
     threads: Count | None = None
@@ -23,15 +24,15 @@ class RuntimeSettings(Section):
 
 
 def machine(backend: str) -> dict[str, str]:
-    """Return what a backend's settings depend on: the CPU, this process's cores, the library's version."""
+    """Return what the settings of a backend depend on: the CPU, this process's cores, and the library's version."""
     here, package = hardware(), PACKAGES[backend]
     return {"cpu": here["cpu"], "cores": str(here["cores"]), package: package_version(package) or "unknown"}
 
 
 def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSettings:
-    """Return the settings measured for this network on a machine like this one, or the defaults.
+    """Return the bundle's settings for this network on a machine like this one; without any, the defaults.
 
-    Raises InputError if the bundle holds something else in their place.
+    Raises InputError if the bundle's entry does not hold such settings.
     """
     here, network = machine(backend), bundle.model_sha256(precision)
     for prepared in bundle.prepared(backend, precision):
@@ -42,6 +43,7 @@ def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSe
 
 
 def prepared(bundle: Bundle, backend: str, precision: str, settings: RuntimeSettings) -> Prepared:
+    """Return the manifest entry of settings that were measured on this machine."""
     values: dict[str, Any] = settings.model_dump(exclude_none=True)
     return Prepared(
         backend=backend,

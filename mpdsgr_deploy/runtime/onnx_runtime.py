@@ -14,12 +14,12 @@ from mpdsgr_deploy.runtime.session import CPU, Session, failure
 
 
 class OnnxRuntime(AbstractContextManager["OnnxRuntime"]):
-    """A Predictor on an ONNX file. A context manager: the session ends with the block. Threads may share it.
+    """A Predictor for an ONNX file. Threads may share it, and its session closes at the end of a with block.
 
-    model: the file, or its content, with the name `source` for error messages. provider: an execution provider of
-    onnxruntime. noise: for a stochastic network, the source of its noise inputs. settings: threads of the CPU provider,
-    and how many images are computed at once; by default one thread per core, and the whole batch. Raises InputError if
-    this machine cannot run the provider, or if the noise does not fit the network.
+    model: the file or its content; `source` names it in error messages. provider: an execution provider of onnxruntime.
+    noise: the source of a stochastic network's noise inputs. settings: threads of the CPU provider, and how many images
+    are computed at once; by default one thread per core, and the whole batch. Raises InputError if this machine cannot
+    run the provider, and if the noise does not fit the network.
     """
 
     def __init__(
@@ -44,7 +44,10 @@ class OnnxRuntime(AbstractContextManager["OnnxRuntime"]):
         return self._computed(x, self._session.outputs[:1])[0]
 
     def answers(self, x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Return every output of the network, each [B, ...], for images as a Predictor takes them."""
+        """Return every output of the network, each [B, ...], for images float32 [B, C, H, W] in [0, 1].
+
+        Raises InputError for other images, and if onnxruntime fails.
+        """
         return self._computed(x, self._session.outputs)
 
     def _computed(self, x: NDArray[np.float32], outputs: list[str]) -> list[NDArray[np.float32]]:
