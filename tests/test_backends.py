@@ -4,8 +4,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -265,6 +266,20 @@ def test_a_start_takes_the_threads_that_pay(
     assert (settings.threads, settings.chunk) == (threads, chunk)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert measured_at_start("openvino", copy, "fp32", 6).threads == 3
+
+
+def test_a_start_with_slow_loading_takes_all_threads(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    elapsed: list[float] = []
+
+    def opened(*arguments: object, **options: object) -> nullcontext[None]:
+        elapsed.append(0.6 * tuning.START_SECONDS)  # the second network is open only after the deadline
+        return nullcontext()
+
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: sum(elapsed)))
+    monkeypatch.setitem(tuning.OPENERS, "openvino", opened)
+    monkeypatch.setattr(tuning, "milliseconds", lambda predictor, images: 1.0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert measured_at_start("openvino", copy, "fp32", 1024).threads is None
 
 
 def test_the_build_command(copy: Bundle) -> None:

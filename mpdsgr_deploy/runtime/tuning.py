@@ -64,10 +64,11 @@ def halvings(cores: int) -> Iterator[int]:
 
 
 def measured_at_start(backend: str, bundle: Bundle, precision: str, cores: int) -> RuntimeSettings:
-    """Measure settings for a server with so many cores, for a bundle that has none for this machine.
+    """Measure settings for a server with `cores` cores, for a bundle that has none for this machine.
 
-    Threads are doubled from one on for as long as that is faster; OMP_NUM_THREADS, if set, is used instead. A network
-    that is too slow to be measured in START_SECONDS gets a thread per core.
+    The number of threads is doubled, from one up to `cores`, as long as that speeds the network up by PAYS;
+    OMP_NUM_THREADS, if set, is used instead. A network that is too slow to be measured, or even opened, in
+    START_SECONDS gets a thread per core. Raises InputError if the backend cannot run here.
     """
     noise = NoiseSource(bundle.manifest.noise, bundle.manifest.recipe.validation.seed)
     images = np.random.default_rng(0).random((max(BATCHES), *bundle.manifest.input_shape), np.float32)
@@ -76,12 +77,12 @@ def measured_at_start(backend: str, bundle: Bundle, precision: str, cores: int) 
     for threads in [usual_threads()] if usual_threads() else doublings:
         with OPENERS[backend](bundle.variant(precision), noise=noise, settings=RuntimeSettings(threads=threads)) as run:
             timings = _timings(run, images, deadline)
-        if best.milliseconds and _speedup(best.milliseconds, timings) < PAYS:
+        if timings and best.milliseconds and _speedup(best.milliseconds, timings) < PAYS:
             break
-        best = RuntimeSettings(threads=threads, chunk=_chunk(timings), milliseconds=timings)
-        if len(timings) == 1 or time.monotonic() > deadline:
+        if len(timings) < 2 or time.monotonic() > deadline:
             whole = cores >= hardware()["cores"]
             return RuntimeSettings(threads=usual_threads() or (None if whole else cores))
+        best = RuntimeSettings(threads=threads, chunk=_chunk(timings), milliseconds=timings)
     log.info("%s, %s: %s threads, %s ms", bundle.path.name, precision, best.threads, best.milliseconds)
     return best
 
