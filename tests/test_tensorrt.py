@@ -18,7 +18,7 @@ from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import open_predictor
 from mpdsgr_deploy.runtime.tensorrt import build_engine, cuda, prepare
 from mpdsgr_deploy.runtime.tensorrt.engine import find, machine, timing_cache
-from mpdsgr_deploy.runtime.tensorrt.library import CAPABILITIES, load, served
+from mpdsgr_deploy.runtime.tensorrt.library import CAPABILITIES, compute_capabilities, load
 
 HERE = {"tensorrt": {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.16.1.11"}}
 
@@ -206,7 +206,7 @@ def test_the_manual_says_which_gpus_are_served_and_how_trtexec_builds_every_prec
     manual = (Path(__file__).parent.parent / "export" / "README.md").read_text()
     listed = re.findall(r"^\| [^|]+ \| (\d+\.\d[\d.; ]*) \| ([^|]+) \|", manual, re.MULTILINE)
     yes = {capability for row, answer in listed for capability in row.split("; ") if not answer.startswith("no")}
-    assert yes == set(served(load(RTX)))
+    assert yes == set(compute_capabilities(load(RTX)))
     assert {capability for row, _ in listed for capability in row.split("; ")} == set(CAPABILITIES.values())
     for precision in PRECISIONS:
         assert f"trtexec --onnx=model.{precision}.onnx --stronglyTyped --noTF32" in manual

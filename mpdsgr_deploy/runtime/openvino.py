@@ -1,11 +1,11 @@
-"""OpenVINO on a CPU: the fastest exact path there, for float32 and for the int8 variant.
+"""OpenVINO on a CPU: the fastest exact backend there, for float32 and for the int8 variant.
 
-Its bf16 and f16 hints round activations and flip spikes, so the precision is always f32; int8 products are int8 in the
-graph. Only with a static batch does OpenVINO fuse a neuron's operations into one kernel and join the T steps in place
-(with a dynamic batch the same network takes 1.2 to 1.4 times as long). A network is therefore compiled for the few
-batch sizes that any batch can be cut into, each when first needed, from a graph that `openvino_graph` has rewritten
-without changing the logits. OpenVINO computes float16 in float32 without the roundings in between, so its results are
-closer to float32 than a GPU's.
+The precision hints bf16 and f16 round activations, which flips spikes, so the hint is always f32; int8 products are
+int8 in the graph. Only with a static batch does OpenVINO fuse a neuron's operations into one kernel and join the T
+steps in place (with a dynamic batch the same network takes 1.2 to 1.4 times as long). A network is therefore compiled
+for the few batch sizes that any batch can be cut into, each when it is first needed, from a graph that `openvino_graph`
+has rewritten without changing the logits. OpenVINO computes float16 in float32 without the roundings in between, so its
+results are closer to float32 than those of a GPU.
 """
 
 import io
@@ -32,10 +32,11 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 
 
 class OpenVino(AbstractContextManager["OpenVino"]):
-    """A Predictor on an ONNX file, on the CPU. A context manager: the compiled networks end with the block.
+    """A Predictor for an ONNX file, on the CPU. The end of a with block frees the compiled networks.
 
-    Threads may share it: one inference runs at a time, with all of `settings.threads`. Raises InputError if the file
-    cannot be read or holds an operator unknown to OpenVINO, or if `noise` does not fit a stochastic network's inputs.
+    Threads may share it: one inference runs at a time, with all of `settings.threads`; `settings.chunk` images (default
+    8) are computed at once. Raises InputError if the file cannot be read or has an operator unknown to OpenVINO, and if
+    `noise` does not fit a stochastic network's inputs.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class OpenVino(AbstractContextManager["OpenVino"]):
         shapes = {
             port.any_name: tuple(d.get_length() for d in list(port.partial_shape)[1:]) for port in self._network.inputs
         }
-        self._images = next(iter(shapes))
-        self._shape = shapes.pop(self._images)
+        self._input = next(iter(shapes))
+        self._shape = shapes.pop(self._input)
         self._noise = NoiseSource() if noise is None else noise
         self._noise.require(shapes, model)
         self._requests: dict[int, Any] = {}
@@ -70,7 +71,7 @@ class OpenVino(AbstractContextManager["OpenVino"]):
 
     def _logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits [n, K] of one chunk, copied from the request, whose buffer the next chunk overwrites."""
-        feeds = {self._images: x, **self._noise(x)}
+        feeds = {self._input: x, **self._noise(x)}
         try:
             request = self._requests.get(len(x)) or self._compile(len(x))
             request.infer(feeds, share_inputs=True)
@@ -93,7 +94,7 @@ class OpenVino(AbstractContextManager["OpenVino"]):
 
 
 def chunks(batch: int, largest: int) -> Iterator[slice]:
-    """Cut a batch into chunks of `largest` and then powers of two, so that few sizes serve all batches."""
+    """Yield the rows of chunks of a batch: `largest` images each, then powers of two, so that few sizes occur."""
     start = 0
     while start < batch:
         remaining = batch - start

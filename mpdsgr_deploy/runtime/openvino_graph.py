@@ -1,7 +1,7 @@
 """Exact rewrites of a network for OpenVINO, applied each time a file is loaded; the bundle's file is not changed.
 
-They reduce the work besides the products: neurons in fewer operations, spikes as bytes also when they are pooled, and
-time steps split without copies. Logits are the same to the bit as long as potentials are finite.
+They reduce the work outside the products: neurons take fewer operations, spikes stay bytes when they are pooled, and
+time steps are split without copies. Logits are the same to the bit as long as potentials are finite.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ ELEMENTWISE = {
     *("GreaterOrEqual", "Greater", "LessOrEqual", "Less"),
 }
 COMPARISONS = {"GreaterOrEqual", "Greater", "LessOrEqual", "Less"}
-Image = tuple[int, ...]  # shape of an image: C, H, W
+Image = tuple[int, ...]  # the shape (C, H, W) of an image; () if it is unknown
 
 
 def rewrite(network: onnx.ModelProto) -> onnx.ModelProto:
@@ -32,7 +32,7 @@ def rewrite(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class Graph:
-    """The maker and the users of each value of a network, and its constants, at the time of construction."""
+    """The node that computes each value of a network, the nodes that use it, and constants, as of construction."""
 
     def __init__(self, network: onnx.ModelProto) -> None:
         self.proto = network.graph
@@ -46,11 +46,12 @@ class Graph:
         self._shapes = {value.name: value.type.tensor_type.shape.dim for value in self.proto.value_info}
 
     def maker(self, value: str, kind: str) -> onnx.NodeProto | None:
-        """Return the node that makes a value, if it is of that kind."""
+        """Return the node that computes a value, if its operator is `kind`; otherwise None."""
         node = self.makers.get(value)
         return node if node is not None and node.op_type == kind else None
 
     def constant(self, value: str) -> NDArray[Any] | None:
+        """Return the array of a constant; None for a value that is computed."""
         return onnx.numpy_helper.to_array(self.constants[value]) if value in self.constants else None
 
     def image(self, value: str) -> Image:
@@ -59,13 +60,14 @@ class Graph:
         return sizes[1:] if len(sizes) == 4 and all(sizes[1:]) else ()
 
     def add_constant(self, name: str, array: NDArray[Any]) -> str:
+        """Add a constant, unless there is one of this name already, and return the name."""
         if name not in self.constants:
             self.proto.initializer.append(onnx.numpy_helper.from_array(array, name))
             self.constants[name] = self.proto.initializer[-1]
         return name
 
-    def put(self, rewritten: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto]]) -> None:
-        """Replace each node by the given nodes, and drop nodes that nothing uses any more."""
+    def replace_nodes(self, rewritten: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto]]) -> None:
+        """Replace each node by those that `rewritten` returns for it, and remove nodes that nothing uses any more."""
         nodes = [new for node in self.proto.node for new in rewritten(node)]
         used = {name for node in nodes for name in node.input} | self.outputs
         while len(living := [node for node in nodes if used.intersection(node.output)]) < len(nodes):
@@ -76,11 +78,11 @@ class Graph:
 
 
 def unsigned(graph: Graph) -> None:
-    """Use uint8 in place of int8 activations; weights stay int8.
+    """Use uint8 instead of int8 for activations; weights stay int8.
 
-    Only spikes and their means are quantised, to 0 to 127 steps, which are the same numbers in both types. x86
-    multiplies unsigned by signed bytes, and OpenVINO fuses only an unsigned rounding with the neuron before it, which
-    saves a fifth of the time.
+    Only spikes and their means are quantised, to levels 0 to 127, which are the same numbers in both types. x86
+    multiplies unsigned by signed bytes, and OpenVINO fuses only an unsigned QuantizeLinear with the neuron before it,
+    which saves a fifth of the time.
     """
     for node in graph.proto.node:
         if node.op_type != "QuantizeLinear" or len(node.input) < 3:
@@ -92,23 +94,23 @@ def unsigned(graph: Graph) -> None:
 
 
 def choose_reset(graph: Graph) -> None:
-    """Compute u (1 - spike) by one Where, without the spike as a number: 0 if the neuron fired, else u."""
+    """Compute u (1 - spike) by one Where on the comparison itself: 0 if the neuron fired, else u."""
 
     def rewritten(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        for rest, value in (node.input, reversed(node.input)) if node.op_type == "Mul" else ():
-            fired = _complement(graph, rest)
+        for complement, value in (node.input, reversed(node.input)) if node.op_type == "Mul" else ():
+            fired = _complement(graph, complement)
             if fired is not None:
-                one = graph.constant(graph.makers[rest].input[0])
+                one = graph.constant(graph.makers[complement].input[0])
                 assert one is not None  # `_complement` has checked it
                 zero = graph.add_constant(f"zero/{one.dtype}", np.zeros((), one.dtype))
                 return [onnx.helper.make_node("Where", [fired, zero, value], node.output, node.name)]
         return [node]
 
-    graph.put(rewritten)
+    graph.replace_nodes(rewritten)
 
 
 def _complement(graph: Graph, value: str) -> str | None:
-    """Return b if the value is 1 - b and b is the result of a comparison as a number."""
+    """Return the boolean b if the value is 1 - b, with the result b of a comparison cast to a number; else None."""
     subtraction = graph.maker(value, "Sub")
     one = None if subtraction is None else graph.constant(subtraction.input[0])
     if subtraction is None or one is None or one.size > 1 or one != 1:
@@ -122,39 +124,38 @@ def _compares(graph: Graph, value: str) -> bool:
 
 
 def pool_bytes(graph: Graph) -> None:
-    """Quantise spikes before their average is taken, on the grid of the averages: windows then add up bytes.
+    """Quantise spikes before an average pooling instead of after it, so that the pooling adds bytes.
 
-    A spike is represented by as many steps as a window has places, so that every average is a whole number of steps.
+    A spike is represented by as many levels as a window has pixels, so that every average is a whole number of levels.
     """
     pools = {}
     for node in graph.proto.node:
         users = graph.users[node.output[0]] if node.op_type == "AveragePool" else []
-        if [user.op_type for user in users] == ["QuantizeLinear"] and _adds_up(graph, node, users[0]):
-            pools[node.output[0]] = users[0].input[1:]
+        if [user.op_type for user in users] == ["QuantizeLinear"] and _averages_exactly(graph, node, users[0]):
+            pools[node.output[0]] = users[0].input[1:]  # its scale and zero point
 
     def rewritten(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         if node.op_type != "AveragePool" or node.output[0] not in pools:
             return [node]
-        spikes, step, counted = node.input[0], pools[node.output[0]], f"{node.output[0]}/counted"
+        spikes, scale, counted = node.input[0], pools[node.output[0]], f"{node.output[0]}/counted"
         node.input[0] = f"{counted}/spikes"
         return [
-            onnx.helper.make_node("QuantizeLinear", [spikes, *step], [counted], counted),
-            onnx.helper.make_node("DequantizeLinear", [counted, *step], [node.input[0]], node.input[0]),
+            onnx.helper.make_node("QuantizeLinear", [spikes, *scale], [counted], counted),
+            onnx.helper.make_node("DequantizeLinear", [counted, *scale], [node.input[0]], node.input[0]),
             node,
         ]
 
-    graph.put(rewritten)
+    graph.replace_nodes(rewritten)
 
 
-def _adds_up(graph: Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> bool:
-    """Whether windows of spikes are averaged that have as many places as there are steps from 0 to 1."""
-    places = prod(attribute(pool, "kernel_shape", ()))
-    step = graph.constant(quantised.input[1])
+def _averages_exactly(graph: Graph, pool: onnx.NodeProto, quantised: onnx.NodeProto) -> bool:
+    """Whether a pooling without padding averages spikes, and the quantisation has one level per pixel of its window."""
+    pixels = prod(attribute(pool, "kernel_shape", ()))
+    scale = graph.constant(quantised.input[1])
     whole = not any(attribute(pool, "pads", ())) and not attribute(pool, "ceil_mode", 0)
-    plain = whole and attribute(pool, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-    # whether the quantisation has exactly one level per place of the window
-    fits = step is not None and step.size == 1 and float(step) * places == 1 and places < 128
-    return plain and fits and _are_spikes(graph, pool.input[0])
+    unpadded = whole and attribute(pool, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    fits = scale is not None and scale.size == 1 and float(scale) * pixels == 1 and pixels < 128
+    return unpadded and fits and _are_spikes(graph, pool.input[0])
 
 
 def _are_spikes(graph: Graph, value: str) -> bool:
@@ -167,15 +168,13 @@ def _are_spikes(graph: Graph, value: str) -> bool:
 def split_in_place(graph: Graph) -> None:
     """Let the neurons of an int8 convolution work on [N, H W C], the order in which it writes.
 
-    OpenVINO then splits the steps without copies, which it does for values of two dimensions only, and no transposition
-    is needed.
-
+    OpenVINO splits steps without copies only for values of two dimensions, and in this order it need not transpose.
     Values quantised after the neurons stay quantised: the Q/DQ pair moves before the views, where OpenVINO expects it.
     """
     flat: dict[str, Image] = {}  # values that are split, and those that are joined again
     for node in graph.proto.node:
-        if node.op_type == "Split" and attribute(node, "axis", 0) == 0 and _in_int8(graph, node):
-            joined = _joined(graph, node)
+        if node.op_type == "Split" and attribute(node, "axis", 0) == 0 and _splits_int8(graph, node):
+            joined = _concats(graph, node)
             flat |= dict.fromkeys([node.input[0], *joined] if joined else [], graph.image(node.input[0]))
 
     def rewritten(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -185,16 +184,16 @@ def split_in_place(graph: Graph) -> None:
         if node.op_type == "Concat" and node.output[0] in flat:
             target, node.output[0] = node.output[0], f"{node.output[0]}/flat"
             return [node, *_viewed(graph, target, flat[target])]
-        if node.op_type == "QuantizeLinear" and node.input[0] in flat and _pairs(graph, node):
+        if node.op_type == "QuantizeLinear" and node.input[0] in flat and _is_scalar_pair(graph, node):
             node.input[0] = f"{node.input[0]}/flat"
         elif node.op_type == "DequantizeLinear" and (rounding := graph.maker(node.input[0], "QuantizeLinear")):
             joined = rounding.input[0].removesuffix("/flat")
-            if joined in flat and _pairs(graph, rounding):
+            if joined in flat and _is_scalar_pair(graph, rounding):
                 target, node.output[0] = node.output[0], f"{node.output[0]}/flat"
                 return [node, *_viewed(graph, target, flat[joined])]
         return [node]
 
-    graph.put(rewritten)
+    graph.replace_nodes(rewritten)
 
 
 def _flattened(graph: Graph, source: str, image: Image) -> list[onnx.NodeProto]:
@@ -217,26 +216,26 @@ def _viewed(graph: Graph, target: str, image: Image) -> list[onnx.NodeProto]:
     ]
 
 
-def _pairs(graph: Graph, rounding: onnx.NodeProto) -> bool:
-    """Whether a rounding has one step for all values, and DequantizeLinear alone uses it."""
+def _is_scalar_pair(graph: Graph, rounding: onnx.NodeProto) -> bool:
+    """Whether a QuantizeLinear has one scale for all values, and only DequantizeLinear uses its output."""
     users = {user.op_type for user in graph.users[rounding.output[0]]}
     return users == {"DequantizeLinear"} and _scalar(graph, rounding.input[1])
 
 
-def _in_int8(graph: Graph, split: onnx.NodeProto) -> bool:
-    """Whether a Split alone uses the output of a quantised convolution of known size, which writes channels last."""
+def _splits_int8(graph: Graph, split: onnx.NodeProto) -> bool:
+    """Whether a Split is the only user of a quantised convolution of known size, which writes channels last."""
     product = graph.maker(split.input[0], "Conv")
     quantised = product is not None and graph.maker(product.input[0], "DequantizeLinear") is not None
     return quantised and graph.image(split.input[0]) != () and len(graph.users[split.input[0]]) == 1
 
 
-def _joined(graph: Graph, split: onnx.NodeProto) -> list[str]:
-    """Return the Concats along the batch in which all results of a Split end.
+def _concats(graph: Graph, split: onnx.NodeProto) -> list[str]:
+    """Return the outputs of the Concats along the batch in which all results of a Split end.
 
-    There are none if a node between the two depends on places or channels.
+    There are none if a node between the two depends on a value's position or channel.
     """
     inside, joined = set(split.output), list[str]()
-    for node in _behind(graph, split):
+    for node in _following(graph, split):
         if node.op_type == "Concat" and attribute(node, "axis", 0) == 0 and inside.issuperset(node.input):
             joined.append(node.output[0])
         elif node.op_type in ELEMENTWISE and all(value in inside or _scalar(graph, value) for value in node.input):
@@ -246,8 +245,8 @@ def _joined(graph: Graph, split: onnx.NodeProto) -> list[str]:
     return [] if inside & graph.outputs else joined
 
 
-def _behind(graph: Graph, split: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """Return the nodes that use a Split's outputs, directly or through elementwise nodes, in order of computation."""
+def _following(graph: Graph, split: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that use a Split's outputs, directly or through elementwise nodes, in order of computation."""
     reached = set(split.output)
     for node in graph.proto.node:
         if reached.intersection(node.input):
@@ -257,5 +256,6 @@ def _behind(graph: Graph, split: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 
 
 def _scalar(graph: Graph, value: str) -> bool:
+    """Whether an input of a node is a constant of one number, or an optional input that is absent."""
     array = graph.constant(value)
     return not value or (array is not None and array.size == 1 and array.ndim < 2)

@@ -18,16 +18,19 @@ from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.runtime.inference_protocol import BINARY, HEADER, encode_request, read_output
 
-TIMEOUT = 60.0  # seconds a request may take
-ATTEMPTS = 5  # attempts at a server that says it is too busy
-LONGEST_WAIT = 30.0  # longest wait between two attempts, in seconds
+TIMEOUT = 60.0  # seconds for which the server may send nothing
+ATTEMPTS = 5  # how often a request is sent to a server that says it is too busy
+LONGEST_WAIT = 30.0  # longest time between two attempts that a server may ask for, in seconds
 MOST = 256  # largest number of images per request
 BUSY, TOO_LARGE = (429, 503), (400, 413)
 MODEL_PATH = re.compile(r"(.*/v2)/models/[^/]+(/versions/[^/]+)?")
 
 
 class ModelUrl(NamedTuple):
-    """The URL of a served model. port: None for the scheme's; path: the model's; root: the server's, .../v2."""
+    """The URL of a served model. port: None: the scheme's default; path: that of the model; root: that of the server.
+
+    The path ends in /v2/models/NAME or /v2/models/NAME/versions/VERSION, the root in /v2.
+    """
 
     tls: bool
     host: str
@@ -52,13 +55,13 @@ class ModelUrl(NamedTuple):
 class RemoteModel(AbstractContextManager["RemoteModel"]):
     """The model behind `url` (http://HOST:PORT/v2/models/NAME), a Predictor for images [B, *shape].
 
-    noise: the source of a stochastic network's noise inputs, unless the server draws the noise itself. rate: requests
-    per second at most, so that an evaluation does not starve a server's other clients. Tensors are sent in binary form
-    if the server supports it, else in JSON, bit for bit in both; a batch that the server finds too large is halved. A
-    context manager, which closes the connection.
+    classes: the number K of logits. noise: the source of a stochastic network's noise inputs, unless the server draws
+    the noise itself. rate: the largest number of requests per second, so that an evaluation does not starve a server's
+    other clients. Tensors are sent as bytes if the server supports it, else as JSON, exactly in both; a batch that the
+    server finds too large is halved. The connection closes at the end of a with block.
 
-    Raises InputError for an invalid URL and for a server that cannot be reached, refuses, or answers with anything but
-    finite logits [B, classes].
+    Raises InputError for an invalid URL, for a rate that is not above 0, and for a server that cannot be reached,
+    refuses, or answers with anything but finite logits [B, classes].
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
             raise
 
     def _introduce(self) -> None:
-        """Ask the server for the model's inputs and outputs, and in which form tensors may be sent."""
+        """Ask the server for the model's inputs and outputs, and whether tensors may be sent as bytes."""
         described = self._server.ask("GET", self._at.path)
         if described.status != 200:
             raise self._refused(described)
@@ -115,7 +118,7 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
         return np.concatenate(parts)
 
     def _has(self, extension: str) -> bool:
-        """Whether the server's metadata name an extension of the protocol."""
+        """Whether the server lists an extension of the protocol in its metadata."""
         answer = self._server.ask("GET", self._at.root)
         try:
             return answer.status == 200 and extension in json.loads(answer.body)["extensions"]
@@ -123,9 +126,10 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
             return False
 
     def _logits(self, answer: "_Answer", count: int) -> NDArray[np.float32]:
-        """Return logits float32 [count, classes] of a response. Raises InputError if it holds none."""
+        """Return the logits float32 [count, classes] of a response. Raises InputError if it has none."""
         try:
-            output = read_output(answer.body, None if answer.header is None else int(answer.header), self._output)
+            json_size = None if answer.json_size is None else int(answer.json_size)
+            output = read_output(answer.body, json_size, self._output)
             if output.shape != [count, self._classes]:
                 raise ValueError(f"the output has shape {output.shape}, not {[count, self._classes]}")
             logits = output.floats()
@@ -145,17 +149,17 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
 
 
 class _Answer(NamedTuple):
-    """A response. header: the length of the JSON in the body, as the server writes it; location: that of a redirect."""
+    """A response. json_size, location, retry_after: its headers for bytes of JSON, for redirects and for waiting."""
 
     status: int
     body: bytes
-    header: str | None
+    json_size: str | None
     location: str | None
     retry_after: str | None
 
 
 class _Server:
-    """Sends requests on one kept-alive connection, at most `rate` per second. url: for error messages."""
+    """Sends requests on one connection that is kept open, at most `rate` per second. url: named in error messages."""
 
     def __init__(self, at: ModelUrl, url: str, rate: float) -> None:
         if not rate > 0:
@@ -168,7 +172,7 @@ class _Server:
     def ask(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = MappingProxyType({})
     ) -> _Answer:
-        """Return the answer to a request. A busy server is asked again, a few times, after the time it names."""
+        """Return the answer to a request. A busy server is asked up to ATTEMPTS times, after the time that it names."""
         answer = self._once(method, path, body, headers)
         for attempt in range(ATTEMPTS - 1):
             if answer.status not in BUSY:
@@ -178,7 +182,7 @@ class _Server:
         return answer
 
     def _once(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
-        again = self._connection.sock is not None  # the server may have closed it since the last request
+        is_reused = self._connection.sock is not None  # the server may have closed it since the last request
         try:
             return self._send(method, path, body, headers)
         except TimeoutError:
@@ -186,12 +190,12 @@ class _Server:
             raise InputError(f"{self._url} does not answer within {TIMEOUT:g} s; is the server overloaded?") from None
         except (HTTPException, OSError) as error:
             self.close()
-            if not again:
+            if not is_reused:
                 raise InputError(f"cannot reach {self._url}: {one_line(error)}; is the server running?") from None
         return self._once(method, path, body, headers)
 
     def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
-        """Send one request, waiting until the rate allows it."""
+        """Send one request as soon as the rate allows it."""
         wait = self._next - time.monotonic()
         if wait > 0:
             time.sleep(wait)
@@ -206,12 +210,12 @@ class _Server:
 
 
 def excerpt(body: bytes) -> str:
-    """Return the start of a response's body, for an error message of one line."""
+    """Return the first 200 characters of a response's body, on one line, for an error message."""
     return one_line(body.decode(errors="replace"))[:200] if body else "nothing"
 
 
 def _seconds(header: str | None, otherwise: float) -> float:
-    """Return the seconds that a Retry-After header asks for, within a limit."""
+    """Return the seconds that a Retry-After header asks for, at most LONGEST_WAIT; `otherwise` without a number."""
     try:
         return min(LONGEST_WAIT, max(0.0, float(header or "")))
     except ValueError:

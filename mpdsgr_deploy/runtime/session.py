@@ -1,8 +1,8 @@
-"""An onnxruntime session without silent fallback: asked for CUDA, it uses CUDA or raises.
+"""An onnxruntime session without silent fallback: asked for CUDA, it uses CUDA or raises an error.
 
-Providers may be installed as separate wheels. By onnxruntime's packaging guide such a wheel holds a module
+Providers may be installed as separate wheels (plug-ins). By onnxruntime's packaging guide such a wheel holds a module
 onnxruntime_ep_NAME with `get_library_path`, and `get_ep_names` or `get_ep_name`. `get_available_providers` does not
-list such providers; `get_ep_devices` does, once registered.
+list such providers; `get_ep_devices` does once they are registered.
 """
 
 import io
@@ -34,20 +34,22 @@ NEEDS = {
     "brings: pip install 'tensorrt>=10.16,<11'",
 }
 OPTIONS = {CPU: {}, CUDA: {"use_tf32": "0"}, TENSORRT: {}}  # TF32 would flip spikes
-# of its arena; of CUDA; of cuDNN and cuBLAS; of C++
+# the messages of onnxruntime's arena, of CUDA, of cuDNN and cuBLAS, and of C++
 NO_MEMORY = re.compile(r"Failed to allocate memory|out of ?memory|ALLOC_FAILED|bad_alloc|bad allocation", re.IGNORECASE)
-PREFIX = "onnxruntime_ep_"  # of the modules of such wheels
-# The same provider under the name that its first plug-in builds gave it
+PREFIX = "onnxruntime_ep_"  # of the modules of plug-ins
+# The names of a provider's devices: its own, and the one that its first plug-in builds gave it
 NAMES = {"CUDAExecutionProvider": ("CUDAExecutionProvider", "CudaPluginExecutionProvider")}
 
 
 class Session(AbstractContextManager["Session"]):
-    """One network on one provider. A context manager: it ends with the block. Threads may share it.
+    """One network on one provider. Threads may share it, and the end of a with block closes it.
 
     network: an ONNX file, or its content; source: its name in messages. threads: those of the CPU provider; None:
     `usual_threads`. packs: keep a second copy of the weights of linear layers, in the order in which a product reads
-    them; otherwise they are packed in every run. Raises InputError if this machine cannot run the provider or the
-    network.
+    them; otherwise they are packed in every run.
+
+    inputs: the shape of each input by name, in order; a dynamic dimension is a string. outputs: the names of the
+    outputs. Raises InputError if this machine cannot run the provider or the network.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Session(AbstractContextManager["Session"]):
             )
         options = session_options(ort, provider, threads, packs=packs)
         if provider == TENSORRT:
-            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option against TF32; read by its libraries
+            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider's libraries read this; it has no option for TF32
         try:
             loaded = (for_cpu if provider == CPU else as_it_is)(network)
             if built_in:
@@ -91,12 +93,15 @@ class Session(AbstractContextManager["Session"]):
             )
         self.inputs: dict[str, tuple[Any, ...]] = {x.name: tuple(x.shape) for x in self._session.get_inputs()}
         self.outputs: list[str] = [y.name for y in self._session.get_outputs()]
-        # the core beside a plug-in cannot copy to its device; the session does
+        # with a plug-in, onnxruntime itself cannot copy to the device, but the session does
         self._device = DEVICES[provider] if built_in else DEVICES[CPU]
         self._value = ort.OrtValue.ortvalue_from_numpy
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """Return fresh output arrays. Inputs and outputs are bound on the device: one copy to it, one back."""
+        """Return the named outputs in new arrays. inputs: an array for every input, by name.
+
+        Inputs and outputs are bound on the device, so that each is copied once. Raises onnxruntime's errors.
+        """
         binding = self._session.io_binding()  # one per call, so that threads can share the session
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._value(np.asarray(array, order="C"), self._device))
@@ -115,7 +120,7 @@ def session_options(ort: Any, provider: str, threads: int | None, *, packs: bool
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well; printing them would repeat them
     options.intra_op_num_threads = threads or usual_threads()
-    # otherwise its threads keep a core busy for a while after every call, while a server waits for the next request
+    # otherwise threads keep cores busy for a while after every call, even if a server only waits for the next request
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not packs:
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -125,7 +130,7 @@ def session_options(ort: Any, provider: str, threads: int | None, *, packs: bool
 
 
 def preload_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from NVIDIA's wheels, where the provider does not search; it finds loaded libraries.
+    """Load CUDA and cuDNN from NVIDIA's wheels: the provider does not search there, but finds loaded libraries.
 
     If one is missing, the provider's own error names it.
     """
@@ -135,9 +140,10 @@ def preload_libraries(ort: Any) -> None:
 
 
 def usual_threads() -> int:
-    """Return OMP_NUM_THREADS, which torch and BLAS obey but onnxruntime ignores; 0 (one per core) if it is not set.
+    """Return OMP_NUM_THREADS, which torch and BLAS obey but onnxruntime ignores; 0 if it is not set to one number.
 
-    Two processes with one thread per core each would spend their time waiting for one another.
+    0 means one thread per core. Two processes with one thread per core each would spend their time waiting for one
+    another.
     """
     try:
         return max(0, int(os.environ.get("OMP_NUM_THREADS", "0")))
@@ -146,7 +152,10 @@ def usual_threads() -> int:
 
 
 def failure(what: str, error: Exception) -> InputError:
-    """Return the error to raise in place of onnxruntime's own."""
+    """Return the error to raise instead of onnxruntime's own: OutOfMemory if memory ran out, otherwise InputError.
+
+    what: what onnxruntime did, as the predicate of a sentence.
+    """
     kind, advice = InputError, "see `mpdsgr doctor`"
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         kind, advice = OutOfMemory, "there is too little memory; free some or use a smaller batch"
@@ -154,7 +163,7 @@ def failure(what: str, error: Exception) -> InputError:
 
 
 def plugin_devices(ort: Any, provider: str) -> list[Any]:
-    """Return the devices of this provider's first installed plug-in; empty without one. ort: onnxruntime."""
+    """Return the devices of a provider's first installed plug-in; an empty list without one. ort: onnxruntime."""
     names = NAMES.get(provider, (provider,))
     for module in (name for _, name, _ in iter_modules() if name.startswith(PREFIX)):
         _register(ort, module)

@@ -1,4 +1,4 @@
-"""A torch network as a Predictor and as a Differentiable: the reference that an artefact is compared with."""
+"""A torch network as a Predictor and as a Differentiable: the reference with which an artefact is compared."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,7 +25,7 @@ NO_MEMORY = "can't allocate memory"  # part of torch's message on a CPU, for whi
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
-    """Disable TF32 in cuDNN, whose ten bits of mantissa would flip spikes, and nondeterministic algorithms."""
+    """Disable TF32, whose ten bits of mantissa would flip spikes, and nondeterministic algorithms of cuDNN."""
     flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
@@ -33,8 +33,8 @@ def exact_convolutions() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def telling_memory(what: str) -> Iterator[None]:
-    """Raise OutOfMemory if torch has too little memory for `what`."""
+def memory_errors(what: str) -> Iterator[None]:
+    """Raise OutOfMemory with the words "for `what`" if torch runs out of memory in a with block."""
     try:
         yield
     except RuntimeError as error:
@@ -47,7 +47,7 @@ def telling_memory(what: str) -> Iterator[None]:
 
 @torch.no_grad()
 def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseInput, ...]:
-    """List the noise that `model` (eval mode) draws in a pass over images [B, *shape]; empty if deterministic."""
+    """Return the noise that `model`, in eval mode, draws in a pass over images [B, *shape]; () if it draws none."""
     draws: list[NoiseInput] = []
 
     def draw(kind: Kind, steps: int, x: torch.Tensor) -> torch.Tensor:
@@ -60,11 +60,12 @@ def noise_inputs(model: SpikingNet, shape: tuple[int, int, int]) -> tuple[NoiseI
 
 
 class TorchModel(AbstractContextManager["TorchModel"]):
-    """Runs on the GPU if there is one. `shape` is (C, H, W) of the input; numpy in, fresh numpy out.
+    """A Predictor for a torch network, on the GPU if there is one. The end of a with block frees the GPU's memory.
 
-    A stochastic network gets the noise that `noise` makes of each image (None: the source of `seed`), as its exported
-    form does. Its attackers draw other noise, fresh for every gradient, so that no attack is fitted to the noise of the
-    final answers. Raises InputError if `noise` is not what the network draws.
+    shape: (C, H, W) of an image. A stochastic network gets the noise that `noise` draws for each image (None: a source
+    of `seed`), as its exported form does. Its attackers draw other noise, from a generator of `seed` + 1 and anew for
+    every gradient, so that no attack is fitted to the noise of the final answers. Raises InputError if `noise` is not
+    what the network draws, OutOfMemory if memory runs out.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TorchModel(AbstractContextManager["TorchModel"]):
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shape, self._seed = shape, seed
-        with telling_memory("the network"):
+        with memory_errors("the network"):
             self._model = model.to(self._device).eval()
         self._forward: Callable[..., torch.Tensor] = self._model
         self._draws = noise_inputs(self._model, shape)
@@ -81,7 +82,7 @@ class TorchModel(AbstractContextManager["TorchModel"]):
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, noise: NoiseSource | None = None) -> Self:
-        """Load the network of the bundle's recipe with its weights. Raises InputError if it was not trained here."""
+        """Load the network of the bundle's recipe with its weights. Raises InputError for a bundle without weights."""
         manifest = bundle.manifest
         if manifest.origin != "trained":
             raise InputError(
@@ -95,18 +96,19 @@ class TorchModel(AbstractContextManager["TorchModel"]):
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self.shape)
         noise = self.noise(x)
-        with telling_memory(f"a batch of {len(x)}"), torch.no_grad(), exact_convolutions():
+        with memory_errors(f"a batch of {len(x)}"), torch.no_grad(), exact_convolutions():
             draws = [self.tensor(noise[entry.name]) for entry in self._draws]
             logits: NDArray[np.float32] = self._forward(self.tensor(x), None, draws).cpu().numpy()
         return logits
 
     def compiled(self) -> Self:
-        """Compute logits (not gradients) by torch.compile from now on; return this model.
+        """Compute logits (not gradients) with torch.compile from now on, and return this model.
 
-        A dynamic batch is compiled at most for 1, 2 to 7, and 8 or more images, which takes tens of seconds each time.
-        Fixed sizes would not be faster, and would be compiled more often. Raises InputError without a compiler.
+        The network is compiled at most three times, for 1, for 2 to 7, and for 8 or more images, which takes tens of
+        seconds each. Fixed batch sizes would not be faster, and would be compiled more often. If there is no C++
+        compiler, a call raises InputError.
         """
-        from torch._inductor.exc import InductorError  # imported here, since it loads the whole compiler
+        from torch._inductor.exc import InductorError  # imported here, because it loads the whole compiler
 
         quiet_compiler()
         forward = torch.compile(self._model, dynamic=True)
@@ -126,24 +128,24 @@ class TorchModel(AbstractContextManager["TorchModel"]):
         return self
 
     def attacker(self, surrogate: str | None = None, *, loss: Loss = cross_entropy, draws: int = 1) -> Differentiable:
-        """Return the network as an attacker differentiates it, through the training surrogate or the one named.
+        """Return a Differentiable of the network, through `surrogate` or (None) that of training.
 
-        draws: over how many draws of its noise a stochastic network's gradient is averaged. Raises InputError for an
-        unknown surrogate.
+        loss: what an attack maximises. draws: the number of draws of its noise over which a stochastic network's
+        gradient is averaged. Raises InputError for an unknown surrogate.
         """
         model = self._model if surrogate is None else with_surrogate(self._model, surrogate)
         noise = torch.Generator().manual_seed(self._seed + 1)
 
         def gradient(x: NDArray[np.float32], y: NDArray[np.int64]) -> Gradient:
             check_images(x, self.shape)
-            with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
+            with memory_errors(f"the gradients of {len(x)} images"), exact_convolutions():
                 answer = input_gradient(lambda x: model(x, None, noise), self.tensor(x), self.tensor(y), loss)
             return Gradient(*(tensor.cpu().numpy() for tensor in answer))
 
         return expectation(gradient, draws) if model.stochastic else gradient
 
     def adaptive_attacker(self, *, draws: int = 1) -> Adaptive:
-        """Return the network differentiated through surrogates that adapt; draws: as for `attacker`."""
+        """Return the network differentiated through adaptive surrogates (ASSG). draws: as for `attacker`."""
         noise = torch.Generator().manual_seed(self._seed + 1)
         return _AdaptiveArrays(self, AdaptiveTorch(self._model, self.shape, noise), draws if self.stochastic else 1)
 
@@ -159,7 +161,7 @@ class TorchModel(AbstractContextManager["TorchModel"]):
 
 
 class _AdaptiveArrays:
-    """`AdaptiveTorch` for numpy arrays, averaged over draws of the noise."""
+    """`AdaptiveTorch` for numpy arrays, with gradients and states averaged over draws of the noise."""
 
     def __init__(self, model: TorchModel, target: AdaptiveTorch, draws: int) -> None:
         self._model, self._target, self._draws = model, target, draws
@@ -171,7 +173,7 @@ class _AdaptiveArrays:
         check_images(x, self._model.shape)
         images, classes = self._model.tensor(x), self._model.tensor(y)
         before = {name: self._model.tensor(value) for name, value in state.items()}
-        with telling_memory(f"the gradients of {len(x)} images"), exact_convolutions():
+        with memory_errors(f"the gradients of {len(x)} images"), exact_convolutions():
             steps = [self._target.step(images, classes, before) for _ in range(self._draws)]
         averaged = [torch.stack(parts).mean(0) for parts in zip(*(gradient for gradient, _ in steps), strict=True)]
         next_state = {name: torch.stack([after[name] for _, after in steps]).mean(0).cpu().numpy() for name in state}
@@ -182,7 +184,7 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin, "w
 
 
 class TorchNetwork:
-    """A TorchModel as `attacks.suite.Network` asks for it."""
+    """A TorchModel as a `Network` of the attacks."""
 
     def __init__(self, model: TorchModel) -> None:
         self._model, self.stochastic = model, model.stochastic
@@ -191,7 +193,10 @@ class TorchNetwork:
         return self._model(x)
 
     def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
-        """Return the network as an attacker differentiates it. Raises InputError for an unknown surrogate."""
+        """Provide `TorchModel.attacker` for a with block. loss: a key of LOSSES.
+
+        Raises InputError for an unknown surrogate.
+        """
         return nullcontext(self._model.attacker(surrogate, loss=LOSSES[loss], draws=draws))
 
     def adaptive(self, *, draws: int) -> AbstractContextManager[Adaptive]:

@@ -1,4 +1,4 @@
-"""Measure which settings run a network fastest here: by `mpdsgr build` for the bundle, or when a server starts."""
+"""Measure which settings run a network fastest here, in `mpdsgr build` or when a server starts."""
 
 import math
 import statistics
@@ -21,13 +21,13 @@ from mpdsgr_deploy.runtime.onnx_runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.openvino import OpenVino
 from mpdsgr_deploy.runtime.session import usual_threads
 
-BATCHES = (1, 8, 32)
+BATCHES = (1, 8, 32)  # batch sizes that are timed
 CHUNKS = (8, 4, 16, 32)  # the most promising first, in case time runs out
-REPETITIONS = 3
+REPETITIONS = 3  # timed inferences per batch size
 SECONDS = 20.0  # seconds after which no further candidate is started
 START_SECONDS = 1.0  # seconds that a server may spend on measuring when it starts
-PAYS = 1.5  # speed-up that twice the threads must give; below it they serve other requests better
-CHUNK_PAYS = 1.05  # speed-up per image that chunks must give
+PAYS = 1.5  # the speed-up that twice the threads must give; with less, they are worth more to other requests
+CHUNK_PAYS = 1.05  # the speed-up per image that chunks must give
 
 Opener = Callable[..., AbstractContextManager[Predictor]]
 OPENERS: dict[str, Opener] = {"openvino": OpenVino, "onnxruntime-cpu": OnnxRuntime}
@@ -36,11 +36,11 @@ OPENERS: dict[str, Opener] = {"openvino": OpenVino, "onnxruntime-cpu": OnnxRunti
 def tune(
     backend: str, bundle: Bundle, precision: str, batch: tuple[int, int, int] | None = None
 ) -> tuple[Bundle, Prepared]:
-    """Return the bundle with the fastest settings of a backend for this machine, and these settings.
+    """Return the bundle with the fastest settings of a backend for this machine, and their manifest entry.
 
-    First the chunk is chosen, with one thread per core, then fewer threads are tried. The fastest setting has the
-    smallest geometric mean of its times over batches of 1, 8 and 32. Raises InputError if `batch` is given, because
-    settings serve all batch sizes.
+    The chunk is chosen first, with one thread per core; then fewer threads are tried. The fastest settings have the
+    smallest geometric mean of times over batches of 1, 8 and 32. Raises InputError if `batch` is given, because
+    settings serve all batch sizes, and if the backend cannot run here.
     """
     if batch is not None:
         raise InputError(f"--batch has no effect for {backend}, whose settings serve all batch sizes; leave it out")
@@ -57,7 +57,7 @@ def tune(
 
 
 def halvings(cores: int) -> Iterator[int]:
-    """Yield cores/2, cores/4, ... down to 1."""
+    """Yield cores/2, cores/4, ... down to 1; nothing for one core."""
     while cores > 1:
         cores //= 2
         yield cores
@@ -88,24 +88,27 @@ def measured_at_start(backend: str, bundle: Bundle, precision: str, cores: int) 
 
 
 def _speedup(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Return the geometric mean of the speed-up over the batch sizes that both have."""
+    """Return the geometric mean of the speed-up over the batch sizes, at least one, that both have."""
     return math.exp(statistics.fmean(math.log(before[n] / after[n]) for n in before.keys() & after.keys()))
 
 
 def _timings(predictor: Predictor, images: NDArray[np.float32], deadline: float) -> dict[str, float]:
-    """Measure milliseconds by batch size, for those that seem to fit into the time left."""
+    """Return milliseconds by batch size, for the sizes that can probably be measured before the deadline."""
     timings: dict[str, float] = {}
-    each = 0.0
+    seconds_per_image = 0.0
     for batch in BATCHES:
-        if time.monotonic() + (REPETITIONS + 1) * each * batch > deadline:
+        if time.monotonic() + (REPETITIONS + 1) * seconds_per_image * batch > deadline:
             break
         timings[str(batch)] = milliseconds(predictor, images[:batch])
-        each = timings[str(batch)] / 1000 / batch
+        seconds_per_image = timings[str(batch)] / 1000 / batch
     return timings
 
 
 def _chunk(timings: Mapping[str, float]) -> int | None:
-    """Choose the images to compute at once: fewer than a large batch if only then the activations fit into a cache."""
+    """Return how many images to compute at once, or None for all: 8 if an image of a batch of 32 takes longer.
+
+    It takes longer if the activations of a large batch do not fit into a cache.
+    """
     *_, middle, large = BATCHES
     if str(large) in timings and timings[str(large)] / large > CHUNK_PAYS * timings[str(middle)] / middle:
         return middle
@@ -118,7 +121,7 @@ def _fastest(
     deadline: float,
     candidates: list[RuntimeSettings],
 ) -> RuntimeSettings:
-    """Return the fastest of the candidates, with its milliseconds: the first, and the others while time is left."""
+    """Return the fastest candidate with its milliseconds; after the deadline, no more than the first is measured."""
     measured: list[RuntimeSettings] = []
     for candidate in candidates:
         if measured and time.monotonic() > deadline:
@@ -135,7 +138,7 @@ def _fastest(
 
 
 def milliseconds(predictor: Predictor, images: NDArray[np.float32]) -> float:
-    """Return the shortest time of a few inferences, which other work on the machine disturbed least."""
+    """Return the milliseconds of the shortest of a few inferences, which other work disturbed least."""
     predictor(images)  # the first call compiles and allocates
     seconds = []
     for _ in range(REPETITIONS):

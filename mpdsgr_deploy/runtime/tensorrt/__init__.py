@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX, without torch: build engines, keep them in a bundle, run them."""
+"""TensorRT and TensorRT-RTX, without torch: build engines, store them in a bundle, run them."""
 
 from mpdsgr_deploy.runtime.tensorrt.engine import BatchSizes, build_engine, prepare
 from mpdsgr_deploy.runtime.tensorrt.predictor import TensorRT

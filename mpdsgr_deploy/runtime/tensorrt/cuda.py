@@ -1,7 +1,7 @@
 """All calls that touch the GPU: an engine on one CUDA stream, through cuda-core, with as little logic as possible.
 
-This module has not run on a GPU yet. Without one, tests check the order of the calls, the release of memory and the
-errors against a stand-in that records calls and compares each with the signature in cuda-core.
+This module has not run on a GPU yet. Tests check the order of the calls, the release of memory and the errors with a
+stand-in, which records calls and compares each with the signature in cuda-core.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def use_device(core: ModuleType) -> Any:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Raise OutOfMemory or InputError if a CUDA call fails in the block."""
+    """Raise OutOfMemory or InputError if a CUDA call fails in a with block."""
     try:
         yield
     except MpdsgrError:
@@ -62,7 +62,9 @@ def readable_errors() -> Iterator[None]:
 class Engine:
     """A deserialised engine with its inputs, its output, and the library it belongs to.
 
-    Raises InputError for a plan that is damaged, of another version, or refused by this GPU.
+    plan: its serialised form. advice: what the user can do, for error messages. shapes: those of inputs and output by
+    name, without the batch. Raises InputError for a plan that is damaged, of another version, or refused by this GPU,
+    and without a GPU.
     """
 
     @without_collection()
@@ -77,7 +79,6 @@ class Engine:
         if self.cuda_engine is None:
             raise failure(self.logger, f"{backend} cannot load the engine", advice)
         names = [self.cuda_engine.get_tensor_name(i) for i in range(self.cuda_engine.num_io_tensors)]
-        # shapes without the batch axis
         self.shapes = {name: tuple(self.cuda_engine.get_tensor_shape(name))[1:] for name in names}
         is_input = {name: self.cuda_engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT for name in names}
         self.inputs = [name for name in names if is_input[name]]
@@ -85,14 +86,14 @@ class Engine:
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._context_settings: Any = strategy
         if hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):  # only TensorRT-RTX has this
-            # by default, kernels are replaced inside a captured graph once better ones are compiled
+            # by default, kernels would be replaced inside a captured graph once better ones are compiled
             self._context_settings = self.cuda_engine.create_runtime_config()
             self._context_settings.set_execution_context_allocation_strategy(strategy)
             kinds = self.trt.DynamicShapesKernelSpecializationStrategy
             self._context_settings.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
 
     def context(self) -> Any:
-        """Make an execution context without memory of its own."""
+        """Return a new execution context without memory of its own. Raises InputError or OutOfMemory if that fails."""
         context = self.cuda_engine.create_execution_context(self._context_settings)
         if context is None:
             raise failure(self.logger, f"{self.backend} cannot run the engine", "use a smaller --batch")
@@ -100,9 +101,9 @@ class Engine:
 
 
 def refuse_invalid(trt: ModuleType, loader: Any, plan: bytes, advice: str) -> None:
-    """Raise InputError if the plan's header is damaged or of another version. TensorRT-RTX alone can tell.
+    """Raise InputError if the plan's header is damaged or of another version, which only TensorRT-RTX can tell.
 
-    Its other diagnostics are only warnings, because it also calls plans invalid on GPUs on which they run.
+    Its other diagnostics are logged as warnings, because it also calls plans invalid that run on this GPU.
     """
     if not hasattr(loader, "get_engine_validity"):
         return
@@ -117,9 +118,9 @@ def refuse_invalid(trt: ModuleType, loader: Any, plan: bytes, advice: str) -> No
 
 
 class CudaStream:
-    """An engine on a stream of its own, with buffers for the largest batch. For one thread at a time.
+    """An engine on its own CUDA stream, with buffers for `largest` images, for one thread at a time.
 
-    inputs, output: pinned host memory [largest, ...], read and written by the executions.
+    inputs, output: float32 [largest, ...] in pinned host memory; executions read the inputs and write the output.
     """
 
     def __init__(self, engine: Engine, largest: int) -> None:
@@ -147,15 +148,16 @@ class CudaStream:
         return CudaExecution(self, batch)
 
     def close(self) -> None:
-        """Free stream and memory; executions must have been closed."""
+        """Free the stream and its memory. Close its executions first."""
         self._release.close()
 
 
 class CudaExecution:
-    """One batch size on a stream: an execution context and, once captured, its CUDA graph.
+    """The execution of one batch size on a stream: an execution context and, once captured, its CUDA graph.
 
-    Each has its own context, because a graph is bound to the state of the context it was captured from. Activations
-    share the stream's memory, because a stream runs one execution at a time.
+    Each batch size has its own context, because a graph is bound to the state of the context it was captured from. All
+    share the stream's memory for activations, because a stream runs one execution at a time. Raises InputError for a
+    batch that the engine does not take.
     """
 
     def __init__(self, stream: CudaStream, batch: int) -> None:
@@ -175,7 +177,10 @@ class CudaExecution:
         }
 
     def run(self) -> None:
-        """Copy the inputs to the device, compute, copy the output back, wait."""
+        """Copy the inputs to the device, compute, copy the output back, and wait for it.
+
+        Raises InputError or OutOfMemory if a CUDA call or the engine fails.
+        """
         stream = self._stream.stream
         with readable_errors():
             use_device(self._stream.engine.core)
@@ -186,7 +191,7 @@ class CudaExecution:
             stream.sync()
 
     def capture(self) -> None:
-        """Run as one CUDA graph from now on, or log a warning if that is impossible. Call `run` once before."""
+        """Capture a CUDA graph that `run` uses from now on, or log a warning if that fails. Call `run` once before."""
         stream = self._stream.stream
         capturable: Callable[[int], bool] = getattr(self._context, "is_stream_capturable", lambda stream: True)
         try:
@@ -210,7 +215,7 @@ class CudaExecution:
         self._graph = self._context = None
 
     def _enqueue(self, target: Any, stream: Any) -> None:
-        """Queue copies and computation; target: the stream, or the builder that captures it."""
+        """Queue the copies and the computation. target: the stream, or the builder that captures it."""
         engine = self._stream.engine
         for name in engine.inputs:
             on_host, on_device = self._parts[name]

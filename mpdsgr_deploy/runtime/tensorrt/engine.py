@@ -1,11 +1,11 @@
-"""Build an engine from an ONNX file, by TensorRT or TensorRT-RTX, and keep it in the bundle.
+"""Build an engine from an ONNX file with TensorRT or TensorRT-RTX, and store it in the bundle.
 
-Networks are strongly typed: the ONNX file fixes every precision. TF32 in float32 products, the one exception, is
-switched off, because its ten bits of mantissa would flip spikes.
+Networks are strongly typed: the ONNX file fixes every precision. The exception, TF32 in float32 products, is switched
+off, because its ten bits of mantissa would flip spikes.
 
 A TensorRT engine belongs to one GPU model and one version of TensorRT. A TensorRT-RTX engine belongs to one version of
-TensorRT-RTX and to no GPU: it is built without one, for the compute capabilities that the library has kernels for, and
-compiled for the GPU at hand when it is opened. So `Prepared.machine` names a GPU for TensorRT only.
+TensorRT-RTX and to no GPU: it is built without one, for the compute capabilities for which the library has kernels, and
+is compiled for the machine's GPU when it is opened. `Prepared.machine` therefore names a GPU for TensorRT only.
 """
 
 import os
@@ -32,21 +32,24 @@ from mpdsgr_deploy.runtime.tensorrt.library import (
 )
 
 BatchSizes = tuple[int, int, int]  # smallest, optimal and largest batch size
-# What TensorRT 10.16 to 11.4 are documented to read. Their parsers accept newer ones without a warning and give an
-# operator whose meaning has changed its old meaning.
+# The newest opset that TensorRT 10.16 to 11.4 are documented to read. Their parsers accept newer opsets without a
+# warning, and give an operator whose meaning has changed its old meaning.
 MAX_OPSET = 24
-BATCH: BatchSizes = (1, 32, 128)
+BATCH: BatchSizes = (1, 32, 128)  # the default
 
 
 @without_collection()
 def build_engine(
     backend: str, model: Path, batch: BatchSizes, timing_cache: Path | None = None, targets: Sequence[str] = ()
 ) -> bytes:
-    """Build the serialized engine of `model` for batch sizes `batch`, the first dimension of every input.
+    """Return the serialised engine of the ONNX file `model`.
 
-    timing_cache: where TensorRT keeps its measurements, so that the next build is quick; TensorRT-RTX measures nothing.
-    targets: GPUs or compute capabilities that TensorRT-RTX compiles for; default: all that it supports from 8.0 on.
-    Raises InputError, which names node and operator where one is refused.
+    batch: the range of the first dimension of every input. timing_cache: the file where TensorRT stores its
+    measurements, so that the next build is quick; TensorRT-RTX measures nothing. targets: GPUs such as "h200" or
+    compute capabilities such as "8.9" that TensorRT-RTX compiles for; default: all that it supports from 8.0 on.
+
+    Raises InputError for batch sizes that are not in order, for unknown targets, for a missing library, and for a file
+    that cannot be read or built; it names the node and its operator if one is refused.
     """
     _check_batch(batch)
     trt = load(backend)
@@ -81,7 +84,7 @@ def _check_batch(batch: BatchSizes) -> None:
 
 
 def _parse(trt: ModuleType, logger: Any, network: Any, model: Path, backend: str) -> None:
-    """Fill `network` from the file, or raise InputError with the first thing the parser refuses."""
+    """Fill `network` from the file. Raises InputError with the parser's first error."""
     content = model.read_bytes()
     try:
         opsets = {entry.domain: entry.version for entry in onnx.load_model_from_string(content).opset_import}
@@ -107,7 +110,10 @@ def _parse(trt: ModuleType, logger: Any, network: Any, model: Path, backend: str
 
 
 def _profile(builder: Any, network: Any, batch: BatchSizes) -> Any:
-    """Return the shapes to optimise for. Raises InputError if a dimension other than the first is dynamic."""
+    """Return an optimisation profile of the inputs' shapes, whose first dimension alone must be dynamic.
+
+    Raises InputError if it is not, or if another dimension is.
+    """
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -137,7 +143,10 @@ def _write_timings(config: Any, path: Path) -> None:
 
 
 def machine(backend: str) -> dict[str, str]:
-    """Return what an engine depends on: versions and, for TensorRT, the GPU. Raises InputError if that is missing."""
+    """Return what an engine depends on: the library's version and, for TensorRT, the GPU.
+
+    Raises InputError if the library or, for TensorRT, a GPU is missing.
+    """
     version = str(load(backend).__version__)
     if backend == "tensorrt-rtx":
         return {"tensorrt-rtx": version}
@@ -148,10 +157,10 @@ def machine(backend: str) -> dict[str, str]:
 def prepare(
     backend: str, bundle: Bundle, precision: str, batch: BatchSizes | None = None, targets: Sequence[str] = ()
 ) -> tuple[Bundle, Prepared]:
-    """Build an engine of a bundle's network for a range of batch sizes, and add it to the bundle.
+    """Build an engine of a bundle's network, and return the bundle with the engine, and the engine's manifest entry.
 
-    targets: GPUs or compute capabilities, see `build_engine`. Raises InputError as `build_engine` does, and if the
-    precision, the library or, for TensorRT, a GPU is missing.
+    batch: the range of batch sizes; None: BATCH. targets: as for `build_engine`. Raises InputError as `build_engine`
+    and `machine` do, and for a precision that the bundle does not have.
     """
     model = bundle.variant(precision)
     here = machine(backend)
@@ -164,16 +173,16 @@ def prepare(
 
 
 def timing_cache(here: dict[str, str]) -> Path:
-    """Return the file, in the user's cache, for TensorRT's measurements of one kind of machine."""
+    """Return the file in the user's cache for TensorRT's measurements on one kind of machine."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "mpdsgr-deploy" / ("-".join(here.values()).replace(" ", "-").replace("/", "-") + ".timing")
 
 
 def find(backend: str, bundle: Bundle, precision: str, here: dict[str, str]) -> Prepared:
-    """Find the engine to run here: of those that fit, the one with the smallest MIN and then the largest MAX.
+    """Return the manifest entry of the engine to run here: of those that fit, that of smallest MIN, then largest MAX.
 
-    Raises InputError with the command that builds one if there is none, or only engines of another network, GPU or
-    version.
+    here: the result of `machine`. Raises InputError with the command that builds an engine, if there is none or if all
+    belong to another network, GPU or version.
     """
     command = f"mpdsgr build {bundle.path} --backend {backend} --precision {precision}"
     sha = bundle.model_sha256(precision)

@@ -19,7 +19,7 @@ class Library(NamedTuple):
     module: str
 
 
-# Compute capabilities of GPUs that users name
+# The compute capabilities of GPUs, by the names that users may give
 CAPABILITIES = {
     **{"t4": "7.5", "a100": "8.0", "a10": "8.6", "orin": "8.7", "l4": "8.9", "h100": "9.0", "h200": "9.0"},
     **{"b200": "10.0", "rtx-5090": "12.0", "dgx-spark": "12.1"},
@@ -28,21 +28,27 @@ LIBRARIES = {"tensorrt": Library("tensorrt", "tensorrt"), "tensorrt-rtx": Librar
 
 
 def load(backend: str) -> ModuleType:
-    """Import the module of a backend. Raises InputError that names the extra if this fails."""
+    """Return the Python module of a backend.
+
+    Raises InputError for an unknown backend, and for a missing module, with the extra that installs it.
+    """
     library = choose("backend", LIBRARIES, backend)
     return need(library.module, library.extra)
 
 
-def served(trt: ModuleType) -> dict[str, Any]:
-    """Return TensorRT-RTX's names for its compute capabilities, by a text such as "8.9"; empty for TensorRT."""
+def compute_capabilities(trt: ModuleType) -> dict[str, Any]:
+    """Return the members of TensorRT-RTX's enum of compute capabilities by texts such as "8.9"; empty for TensorRT."""
     kinds = getattr(trt, "ComputeCapability", None)
     members = {} if kinds is None else kinds.__members__
     return {f"{name[2:-1]}.{name[-1]}": kind for name, kind in members.items() if name.startswith("SM")}
 
 
 def find_targets(trt: ModuleType, backend: str, targets: Sequence[str]) -> list[Any]:
-    """Return the library's names for GPUs or capabilities such as h200 or 8.9. Raises InputError if it has none."""
-    kinds = served(trt)
+    """Return the members of the library's enum for GPUs such as "h200" or compute capabilities such as "8.9".
+
+    Raises InputError for a target that the library has no kernels for, and for any target with TensorRT.
+    """
+    kinds = compute_capabilities(trt)
     capabilities = {target: CAPABILITIES.get(target.lower(), target) for target in targets}
     for target, capability in capabilities.items():
         if capability not in kinds and not kinds:
@@ -59,7 +65,7 @@ def find_targets(trt: ModuleType, backend: str, targets: Sequence[str]) -> list[
 
 
 def listener(trt: ModuleType) -> Any:
-    """Make an ILogger of `trt` that keeps error messages in its list `errors` and logs warnings.
+    """Return an ILogger of `trt` that appends error messages to its list `errors`, and logs warnings at level debug.
 
     Calls that fail return None or False; only the logger gets the reason.
     """
@@ -82,10 +88,10 @@ def listener(trt: ModuleType) -> Any:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Pause Python's garbage collection while TensorRT may call a listener.
+    """Pause Python's garbage collection in a with block, while TensorRT may call a listener.
 
-    TensorRT calls a listener while it holds the lock that its destructors take. A collection there that frees objects
-    of a failed call would deadlock. For one thread at a time.
+    TensorRT calls a listener while it holds the lock that its destructors take, so a collection at that moment which
+    frees objects of a failed call would deadlock. Only one thread may be in such a block at a time.
     """
     running = gc.isenabled()
     gc.disable()
@@ -97,8 +103,11 @@ def without_collection() -> Iterator[None]:
 
 
 def failure(listener: Any, what: str, advice: str) -> InputError:
-    """Return the error to raise for a failed call: `what`, the library's first error message, `advice`."""
-    # "catchCudaError" follows any error and adds nothing
+    """Return the error to raise for a failed call; it says `what` failed, the library's first message, and `advice`.
+
+    It is OutOfMemory if memory ran out, otherwise InputError.
+    """
+    # messages with "catchCudaError" follow every error and add nothing
     messages = [message for message in listener.errors if "catchCudaError" not in message]
     text = one_line_message((messages or listener.errors or ["no reason was given"])[0])
     listener.errors.clear()  # otherwise a later failure would report this reason

@@ -1,6 +1,6 @@
-"""The Predictor on an engine: it cuts and pads batches, shares streams among threads, and keeps graphs by batch size.
+"""The Predictor for an engine: it cuts and pads batches, shares streams among threads, and keeps CUDA graphs.
 
-The device code is in `cuda.py`, which implements the protocols `Stream` and `Execution`.
+The code that calls the GPU is in `cuda.py`, which implements the protocols `Stream` and `Execution`.
 """
 
 from collections import OrderedDict
@@ -33,30 +33,33 @@ class Execution(Protocol):
         """Compute the stream's output from its inputs, and wait for it."""
 
     def capture(self) -> None:
-        """Launch one captured CUDA graph from now on."""
+        """Capture a CUDA graph, which `run` launches from now on."""
 
     def close(self) -> None:
         """Free the execution context and its graph."""
 
 
 class Stream(Protocol):
-    """An engine with buffers for the largest batch, for one thread at a time: inputs and output are [largest, ...]."""
+    """An engine with buffers for the largest batch, for one thread at a time.
+
+    inputs, output: float32 [largest, ...].
+    """
 
     inputs: dict[str, Array]
     output: Array
 
     def execution(self, batch: int) -> Execution:
-        """An execution for the first `batch` rows of the buffers."""
+        """Return an execution for the first `batch` rows of the buffers."""
 
     def close(self) -> None:
-        """Free stream and buffers."""
+        """Free the stream and its buffers."""
 
 
 class Lane:
-    """A stream and its executions by batch size; beyond SIZES of them, the least recently used is dropped.
+    """A stream and its executions by batch size; beyond SIZES of them, the least recently used is closed.
 
-    A size's first batch runs without a graph, as the warm-up that a capture needs; its second is captured. A size that
-    occurs once therefore costs no capture.
+    The first batch of a size runs without a graph, as the warm-up that a capture needs; the second is captured. A size
+    that occurs only once therefore costs no capture.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -65,7 +68,7 @@ class Lane:
         self._captured: set[int] = set()
 
     def __call__(self, feeds: Mapping[str, Array], smallest: int) -> Array:
-        """Return fresh output rows for n rows of every input; fewer than `smallest` are padded with zeros."""
+        """Return the output [n, ...] in new memory, for n rows of every input; fewer than `smallest` are padded."""
         n = len(next(iter(feeds.values())))
         size = max(n, smallest)
         for name, rows in feeds.items():
@@ -93,10 +96,10 @@ class Lane:
 
 
 class TensorRT(AbstractContextManager["TensorRT"]):
-    """A Predictor on an engine, for several threads. A context manager: device memory is freed with the block.
+    """A Predictor for an engine. Threads may share it, and the end of a with block frees the GPU's memory.
 
-    stream: makes one more `Stream`; batch: the engine's batch sizes; shape: that of an image; name: that of the input
-    for images; noise: the source of a stochastic network's noise inputs.
+    stream: a function that opens one more `Stream`; batch: the engine's batch sizes; shape: that of an image, (C, H,
+    W); name: that of the input for images; noise: the source of a stochastic network's noise inputs.
     """
 
     def __init__(
@@ -114,9 +117,12 @@ class TensorRT(AbstractContextManager["TensorRT"]):
 
     @classmethod
     def from_bundle(cls, backend: str, bundle: Bundle, precision: str, noise: NoiseSource) -> Self:
-        """Open the bundle's engine for this machine. Raises InputError, with the build command, if none fits."""
+        """Open the bundle's engine for this machine.
+
+        Raises InputError with the command that builds one if none fits, and for noise that is not the engine's.
+        """
         prepared = find(backend, bundle, precision, machine(backend))
-        assert prepared.file is not None  # for the type checker: `find` asks for both
+        assert prepared.file is not None  # `find` returns only entries with a file and batch sizes
         assert prepared.batch is not None
         manifest, batch = bundle.manifest, prepared.batch
         profile = ",".join(map(str, batch))
@@ -142,7 +148,7 @@ class TensorRT(AbstractContextManager["TensorRT"]):
 
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
-        """Take a lane for this thread alone: a free one, a new one, or the next one that another thread returns."""
+        """Reserve a lane for this thread: a free one, a new one, or the next one that another thread returns."""
         try:
             lane = self._free.get_nowait()
         except Empty:
@@ -153,7 +159,10 @@ class TensorRT(AbstractContextManager["TensorRT"]):
             self._free.put(lane)
 
     def _new_lane(self) -> Lane | None:
-        """Make one more lane; None if there are enough, or if the memory does not suffice."""
+        """Return one more lane, or None if there are STREAMS already or memory has run out.
+
+        Raises OutOfMemory if there is no memory even for the first.
+        """
         with self._lock:
             if len(self._lanes) >= self._most:
                 return None
