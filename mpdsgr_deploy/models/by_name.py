@@ -10,10 +10,10 @@ from mpdsgr_deploy.errors import InputError, one_line
 
 
 def find_module(name: str) -> nn.Module:
-    """Return the module that "package.module:attribute" names, or that a function of that name returns.
+    """Return the torch module that "package.module:attribute" names, or that the function of this name returns.
 
-    Modules of the working directory are found too. Raises InputError for a name that cannot be imported or is not a
-    torch module.
+    Python modules of the working directory are found too: it is added to sys.path. Raises InputError for a name that
+    cannot be imported or called, or does not give a torch module.
     """
     package, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:

@@ -1,7 +1,7 @@
-"""Exact simplifications of a network in eval mode, for export and attack: the same function up to float rounding.
+"""Simplifications of a network in eval mode, for export and attack: the same function up to float rounding.
 
-Each pass changes a network in eval mode in place; `simplify` applies them to a copy. Folding time into the batch for
-stateless layers needs no pass, because `SpikingNet` computes that way.
+Each pass changes a network in place; `simplify` applies passes to a copy. Folding time into the batch for stateless
+layers needs no pass, because `SpikingNet` computes that way.
 """
 
 import copy
@@ -19,7 +19,7 @@ Pass = Callable[[SpikingNet], None]
 
 
 def fold_norm(model: SpikingNet) -> None:
-    """Fold each (td)BN into the convolution before it: running statistics, scale and shift."""
+    """Fold the running statistics, scale and shift of each (td)BN into the convolution before it."""
     for layer in model.layers():
         conv, norm = layer.synapse, layer.norm
         if isinstance(conv, nn.Conv2d) and isinstance(norm, TdBN | nn.BatchNorm2d):
@@ -33,21 +33,24 @@ def fold_norm(model: SpikingNet) -> None:
 
 
 class Once(Encoding):
-    """The normalised image, for the first of the T steps only: [1, B, C, H, W]."""
+    """An encoding that gives the normalised images of the first step alone: [B, C, H, W] to [1, B, C, H, W]."""
 
     def forward(self, x: Tensor, normalize: Normalize, noise: Noise = None) -> Tensor:
         return normalize(x).unsqueeze(0)
 
 
 def encode_once(model: SpikingNet) -> None:
-    """With direct coding, compute everything before the first neurons for one step instead of T equal ones."""
+    """With direct coding, compute everything before the first neurons once instead of at T equal steps."""
     if isinstance(model.encode, Direct):
         model.encode = Once(model.T, model.encode.channels)
         model.layers()[0].neuron.hold = model.T
 
 
 class SumFirst(Readout):
-    """The same logits from one product: W (sum_t a_t s_t) + b sum_t a_t instead of sum_t a_t (W s_t + b)."""
+    """A readout with the same logits from a single product: W (sum_t a_t s_t) + b sum_t a_t.
+
+    `Readout` computes sum_t a_t (W s_t + b), where a = `over_time` and s_t are the spikes at step t.
+    """
 
     def __init__(self, readout: Readout) -> None:
         super().__init__(readout.over_time, readout.in_features, readout.out_features)
@@ -58,7 +61,7 @@ class SumFirst(Readout):
 
 
 def sum_before_readout(model: SpikingNet) -> None:
-    """Apply the last linear layer to the weighted sum of the T steps (with the readout `mean`: their mean)."""
+    """Apply the last linear layer to the weighted sum of the spikes over T steps instead of to each step."""
     model.readout = SumFirst(model.readout)
 
 
@@ -66,7 +69,7 @@ PASSES: tuple[Pass, ...] = (fold_norm, encode_once, sum_before_readout)
 
 
 def simplify(model: SpikingNet, passes: Sequence[Pass] = PASSES) -> SpikingNet:
-    """Return a copy of `model`, which must be in eval mode, after `passes`. Unchanged weights are shared."""
+    """Return a copy of `model`, which must be in eval mode, after `passes`. The two share unchanged weights."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     simplified = copy.deepcopy(model, shared)
     for simplification in passes:

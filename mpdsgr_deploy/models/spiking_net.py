@@ -1,4 +1,4 @@
-"""The frame every architecture shares: normalise, encode over time, spiking layers, a linear readout over time."""
+"""The frame of every architecture: normalisation, encoding over time, spiking layers, and a linear readout."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,7 +19,10 @@ Shape = tuple[int, int, int]  # channels, height, width of one image
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel. Part of the model, so that attacks and users meet pixels in [0, 1]."""
+    """(x - mean) / std per channel, for x [..., C, H, W]; the identity until `set` is called.
+
+    It is part of the model, so that users and attacks work on pixels in [0, 1].
+    """
 
     mean: Tensor
     std: Tensor
@@ -39,9 +42,9 @@ class Normalize(nn.Module):
 
 
 class Readout(nn.Linear):
-    """The last linear layer y_t = W s_t + b, whose outputs over T steps add up with `over_time` [T].
+    """The last linear layer, from spikes s [T, B, F] to logits [B, K]: sum_t a_t (W s_t + b).
 
-    Spikes [T, B, F] to logits [B, K].
+    over_time: the weights a [T].
     """
 
     over_time: Tensor
@@ -56,10 +59,10 @@ class Readout(nn.Linear):
 
 
 class SpikingNet(nn.Module):
-    """Images [B, C, H, W] in [0, 1] to logits [B, K].
+    """A spiking network, from images [B, C, H, W] in [0, 1] to logits [B, K].
 
-    `body` holds temporal modules, whose neurons can be observed, and stateless ones, which see time folded into the
-    batch. `recompute`: the backward pass computes each layer again instead of keeping what it needs of it.
+    `body` holds temporal modules, whose neurons can be observed, and stateless modules, which see time folded into the
+    batch. `recompute`: the backward pass computes each layer again instead of storing its intermediate values.
     """
 
     recompute: bool = False
@@ -72,8 +75,8 @@ class SpikingNet(nn.Module):
     def forward(self, x: Tensor, observe: Observer | None = None, noise: Noise | list[Tensor] = None) -> Tensor:
         """Return logits [B, K] of images x [B, C, H, W] in [0, 1].
 
-        noise: the source that stochastic encodings and neurons draw from, or the draws [B, steps, ...] of this pass in
-        order; deterministic networks ignore it.
+        observe: is called with the `Trace` of each spiking layer. noise: the source from which stochastic encodings and
+        neurons draw, or the draws [B, steps, ...] of this pass in order; deterministic networks ignore it.
         """
         noise = in_turn(noise) if isinstance(noise, list) else noise
         steps = self.encode(x, self.normalize, noise)  # [T, B, C, H, W]
@@ -82,7 +85,7 @@ class SpikingNet(nn.Module):
         return logits
 
     def layers(self) -> list[SpikingLayer]:
-        """All layers of neurons, in the order of the forward pass."""
+        """Return all layers of neurons, in the order of the forward pass."""
         return [module for module in self.modules() if isinstance(module, SpikingLayer)]
 
     @property
@@ -92,7 +95,7 @@ class SpikingNet(nn.Module):
 
     @property
     def stochastic(self) -> bool:
-        """Whether two forward passes of the same image differ."""
+        """Whether the encoding or the neurons draw noise, so that two passes of the same image may differ."""
         return self.encode.stochastic or any(layer.neuron.stochastic for layer in self.layers())
 
 
@@ -102,29 +105,30 @@ register = MODELS.register  # `builder(recipe, image shape, number of classes)` 
 
 
 def build_model(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
-    """Build the untrained model that a recipe names; weights come from torch's global generator.
+    """Build the untrained model that a recipe names, with weights from torch's global generator.
 
-    Raises InputError for an unknown model, surrogate or encoding, or an image size the model cannot take.
+    Raises InputError for an unknown model, surrogate or encoding, and for images that the model or encoding cannot
+    take.
     """
     return MODELS.choose(recipe.model.name)(recipe, shape, classes)
 
 
 def scaled(channels: int, recipe: Recipe) -> int:
-    """Return a layer's width at the recipe's width factor, at least 1."""
+    """Return the width of a layer of `channels`, multiplied by the recipe's `model.width` and rounded, at least 1."""
     return max(1, round(channels * recipe.model.width))
 
 
 def make_readout(recipe: Recipe, fan_in: int, classes: int) -> Readout:
-    """Build the readout that a recipe names.
+    """Build the readout of outputs y_1, ..., y_T that a recipe names.
 
-    mean       the outputs' mean
-    membrane   the potential of a leaky integrator without threshold after T steps: sum of tau^(T-t) y_t
+    mean       their mean
+    membrane   the potential of a leaky integrator without threshold after T steps: sum_t tau^(T-t) y_t
     """
     return Readout(readout_weights(recipe), fan_in, classes)
 
 
 def readout_weights(recipe: Recipe) -> Tensor:
-    """Return the weight of each step's output in a recipe's readout, [T]."""
+    """Return the weight of each step's output in a recipe's readout, float32 [T]; see `make_readout`."""
     T, tau = recipe.encoding.T, recipe.neuron.tau
     mean = recipe.model.readout == "mean"
     return torch.tensor([1 / T if mean else tau ** (T - t) for t in range(1, T + 1)])
@@ -144,7 +148,7 @@ def make_neuron(recipe: Recipe) -> LIF:
 
 
 def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:
-    """Build the normalisation of a convolution's output that a recipe names."""
+    """Build the normalisation of `channels` feature maps that a recipe names; None if it names none."""
     match recipe.model.norm:
         case "tdbn":
             return TdBN(channels, v_threshold=recipe.neuron.v_threshold)
@@ -155,13 +159,19 @@ def make_norm(recipe: Recipe, channels: int) -> nn.Module | None:
 
 
 def frequency_radii(config: EncodingSection, shape: Shape) -> tuple[int, ...]:
-    """Return the radius of each step's low-pass: those of the recipe, or evenly from half the image's side down."""
+    """Return the radius of each step's low-pass filter: the recipe's, or T radii that fall evenly from half the side.
+
+    The side is the longer of the image's height and width.
+    """
     half, T = max(shape[1:]) // 2, config.T
     return config.radii or tuple(max(1, round(half * (T - t) / T)) for t in range(T))
 
 
 def make_encoding(recipe: Recipe, shape: Shape) -> Encoding:
-    """Build the encoding that a recipe names for images of `shape`. Raises InputError if it does not fit them."""
+    """Build the encoding that a recipe names for images of `shape`.
+
+    Raises InputError if there is no such encoding, or if it does not fit the images or T.
+    """
     channels, height, width = shape
     config = recipe.encoding
     T = config.T

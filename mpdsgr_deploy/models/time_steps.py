@@ -1,7 +1,7 @@
-"""Run a network at another number of time steps with the same weights: a LIF neuron has none that belong to a step.
+"""Run a network at another number of time steps T with the same weights: no weight of a LIF neuron belongs to a step.
 
-The encoding, the readout's average over time, and the per-step parameters of some defences depend on T. The network of
-the first N steps answers with the readout over these alone: the mean of their outputs, or the potential of a leaky
+Only the encoding, the readout's weights over time, and the per-step parameters of some defences depend on T. The
+network of the first N steps uses the readout of these alone: the mean of their outputs, or the potential of a leaky
 integrator after N steps.
 """
 
@@ -16,36 +16,38 @@ from mpdsgr_deploy.snn import LIF
 
 
 def per_step_names(model: nn.Module) -> set[str]:
-    """Return the names of the parameters [T, ...] that hold a value for each step."""
+    """Return the names of the parameters [T, ...] that hold a value for each step, as in `named_parameters`."""
     neurons = {path: module for path, module in model.named_modules() if isinstance(module, LIF)}
     return {f"{path}.{name}" for path, neuron in neurons.items() for name in neuron.per_step}
 
 
 def set_time_steps(model: SpikingNet, recipe: Recipe, shape: Shape) -> None:
-    """Set a model to encoding.T time steps of `recipe`; its weights do not change.
+    """Set a model to encoding.T time steps of `recipe` in place; its weights do not change.
 
-    Raises InputError for neurons with undeclared per-step parameters, or with parameters for fewer than T steps.
+    Raises InputError for neurons that declare no per-step parameters but depend on the step, and for neurons with
+    parameters for fewer than T steps.
     """
     T = recipe.encoding.T
     if model.T == T:
         return
     for layer in model.layers():
         neuron = layer.neuron
-        learned = [getattr(neuron, name) for name in neuron.per_step]
-        if not (neuron.time_invariant or learned) or any(len(values) < T for values in learned):
+        parameters = [getattr(neuron, name) for name in neuron.per_step]
+        if not (neuron.time_invariant or parameters) or any(len(values) < T for values in parameters):
             raise InputError(
                 f"the neurons of {layer.name} have parameters for {model.T} time steps and cannot compute {T}"
             )
-        for name, values in zip(neuron.per_step, learned, strict=True):
+        for name, values in zip(neuron.per_step, parameters, strict=True):
             setattr(neuron, name, nn.Parameter(values.detach()[:T]))
     model.encode, model.T = make_encoding(recipe, shape), T
     model.readout.over_time = readout_weights(recipe).to(model.readout.over_time)
 
 
 def first_steps(model: SpikingNet, recipe: Recipe, shape: Shape, steps: int) -> tuple[SpikingNet, Recipe]:
-    """Return the network of the first `steps` of the model's T time steps, with shared weights, and its recipe.
+    """Return a network of the first `steps` of the model's T time steps, which shares its weights, and its recipe.
 
-    Raises InputError for a number outside 1..T, and for an encoding whose steps are frames of a recording.
+    Raises InputError for a number outside 1..T, for fewer steps of an encoding whose steps are frames of a recording,
+    and as `set_time_steps` does.
     """
     encoding = recipe.encoding
     if not 1 <= steps <= encoding.T:

@@ -1,4 +1,4 @@
-"""Spiking VGGs: 3x3 convolution + tdBN + LIF, average pooling, a fully connected head."""
+"""Spiking VGGs: blocks of 3x3 convolution, tdBN and LIF neurons, average pooling, and a fully connected head."""
 
 from collections.abc import Sequence
 
@@ -18,16 +18,17 @@ from mpdsgr_deploy.models.spiking_net import (
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import SpikingLayer
 
-P = "P"  # AvgPool2d(2)
+P = "P"  # the entry of a plan that stands for AvgPool2d(2)
 VGG11_PLAN = (64, P, 128, 256, P, 512, 512, 512, P, 512, 512)
 VGG16_PLAN = (64, 64, P, 128, 128, P, 256, 256, 256, P, 512, 512, 512, P, 512, 512, 512, P)
 
 
 def vgg(recipe: Recipe, shape: Shape, classes: int, *, plan: Sequence[int | str], hidden: Sequence[int]) -> SpikingNet:
-    """Build convolutions of `plan` channels (P halves the map), then `hidden` fully connected spiking layers.
+    """Build a VGG for images of `shape`.
 
-    The fully connected layers have a bias and no tdBN, as in the SNN-RAT family of code bases. `model.width` of the
-    recipe multiplies every width. Raises InputError where the image is too small to be halved so often.
+    plan: the channels of each convolution; P halves height and width. hidden: the widths of the fully connected spiking
+    layers, which have a bias and no tdBN, as in the SNN-RAT family of code bases. `model.width` of the recipe
+    multiplies every width. Raises InputError if the image is too small to be halved so often.
     """
     _, height, width = shape
     encode = make_encoding(recipe, shape)
@@ -71,19 +72,22 @@ def vgg11(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
 
 @register("vgg11-slim")
 def vgg11_slim(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
-    """VGG11's convolutions, a fourth pool and a linear readout: 9.2 M parameters, most of VGG11's are in its head."""
+    """VGG11's convolutions, a fourth pooling and a linear readout: 9.2 M parameters, without VGG11's large head."""
     return vgg(recipe, shape, classes, plan=(*VGG11_PLAN, P), hidden=())
 
 
 @register("vgg16")
 def vgg16(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
-    """VGG16 of the SNN-RAT family: 13 convolutions and 2 hidden layers of 4096, for 64x64 (at least 32x32) images."""
+    """VGG16 of the SNN-RAT family: 13 convolutions and 2 hidden layers of 4096; images of at least 32x32."""
     return vgg(recipe, shape, classes, plan=VGG16_PLAN, hidden=(4096, 4096))
 
 
 @register("vgg-small")
 def vgg_small(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
-    """32 channels, doubled up to 128 while pooling down to a 4x4 map, then a linear readout; for 8x8 to 64x64 input."""
+    """A small VGG for 8x8 to 64x64 images: poolings down to a side of at most 4, and a linear readout.
+
+    The first convolution has 32 channels; each pooling doubles them, up to 128.
+    """
     plan: list[int | str] = [32]
     channels, size = 32, min(shape[1:])
     while size > 4:

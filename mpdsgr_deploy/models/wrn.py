@@ -18,15 +18,15 @@ from mpdsgr_deploy.models.spiking_net import (
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.snn import Noise, Observer, SpikingLayer, Temporal, fold_time
 
-STEM = 16
+STEM = 16  # channels of the first convolution
 GROUPS = ((64, 1), (128, 2), (256, 2))  # channels and stride of each group of blocks
 BLOCKS = 2  # blocks per group
 
 
 class ConvexCombination(nn.Module):
-    """w_0 a + w_1 b of two tensors of one shape, with learned weights [2] that start at one half.
+    """w_0 a + w_1 b of two tensors of the same shape, with learned weights [2] that start at one half.
 
-    Nothing but `project` keeps the weights convex; a defence may call it after a step.
+    Only `project` keeps the weights convex; a defence may call it after each training step.
     """
 
     def __init__(self) -> None:
@@ -47,9 +47,9 @@ class ConvexCombination(nn.Module):
 
 
 class WideBlock(Temporal):
-    """norm - LIF - 3x3 convolution, twice, beside a shortcut: [T, B, C, H, W] to [T, B, C', H / stride, W / stride].
+    """Norm, LIF and 3x3 convolution, twice, and a shortcut: [T, B, C, H, W] to [T, B, C', H / stride, W / stride].
 
-    Where the shape changes the shortcut is a 1x1 convolution of the first layer's spikes, else the input itself.
+    The shortcut is the input itself or, if the shape changes, a 1x1 convolution of the first layer's spikes.
     """
 
     def __init__(self, recipe: Recipe, name: str, fan_in: int, fan_out: int, stride: int) -> None:
@@ -72,9 +72,10 @@ class WideBlock(Temporal):
 
 @register("wrn16-4")
 def wrn16_4(recipe: Recipe, shape: Shape, classes: int) -> SpikingNet:
-    """WRN16-4: 13 layers of neurons, 2.75 M parameters at K = 10; takes images of any size.
+    """WRN16-4 for images of any size: 13 layers of neurons, 2.75 M parameters at K = 10.
 
-    The last map, 8x8 for 32x32 images, is averaged whole. `model.width` of the recipe multiplies every width.
+    The last feature map, 8x8 for 32x32 images, is averaged to one value per channel. `model.width` of the recipe
+    multiplies every width.
     """
     encode = make_encoding(recipe, shape)
     fan_in = scaled(STEM, recipe)
