@@ -1,4 +1,4 @@
-"""Named data sets behind one loader. Images are uint8 arrays in memory; training and validation share them."""
+"""Data sets by name, for training and validation alike: `load_training` and `load_test` return uint8 `Images`."""
 
 from mpdsgr_deploy.data.images import Images
 from mpdsgr_deploy.data.sets import DATASETS, load_test, load_training

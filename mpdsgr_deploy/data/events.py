@@ -1,4 +1,4 @@
-"""Event cameras: recordings in the file format of N-MNIST (Orchard et al., arXiv 1507.07629), binned to frames.
+"""Recordings of event cameras in the file format of N-MNIST (Orchard et al., arXiv 1507.07629), binned to frames.
 
 A file is a sequence of records of 40 bits, big-endian, without a header:
 
@@ -16,16 +16,16 @@ from mpdsgr_deploy.errors import InputError
 RECORDINGS = ".bin"
 SIDE = 34  # height and width in pixels
 RECORD = 5  # bytes per event
-# A record with this y is not an event: the camera's clock has wrapped, and later times grow by this much, as in readers
-# that the data set's authors publish. The 23 bits alone last 8.4 s and so do not wrap within a recording of 0.3 s.
+# A record whose y is WRAPPED is not an event: the camera's clock has wrapped, and later times grow by CLOCK, as in the
+# readers that the data set's authors publish. The 23 bits last 8.4 s, so they do not wrap within a recording of 0.3 s.
 WRAPPED, CLOCK = 240, 2**13
-# Counts above this are cut: few pixels fire more often within a frame, and one that flickers must not set the scale.
-# A divisor of 255, so that every count is a whole number of grey levels.
+# Larger counts are cut to this: few pixels fire more often within a frame, and one that flickers must not set the
+# scale. It divides 255, so that every count is a whole number of grey levels.
 COUNT_CAP = 5
 
 
 class Events(NamedTuple):
-    """x and y in [0, 34), polarity in {0, 1}, t >= 0 in microseconds: int64 [E >= 1] each."""
+    """A recording's events: x and y in [0, 34), polarity in {0, 1}, t >= 0 in microseconds; int64 [E >= 1] each."""
 
     x: NDArray[np.int64]
     y: NDArray[np.int64]
@@ -34,9 +34,9 @@ class Events(NamedTuple):
 
 
 def parse_events(data: bytes, name: str) -> Events:
-    """Read the events of a recording, in file order; `name` is the file's name for error messages.
+    """Return the events of a recording in file order; `name` is the file's name for error messages.
 
-    Raises InputError for one that is cut off, has no events, or has some outside the 34x34 pixels.
+    Raises InputError for a recording that is cut off, has no events, or has events outside the 34x34 pixels.
     """
     if len(data) % RECORD:
         raise InputError(f"{name} is cut off: its {len(data)} bytes are not a multiple of {RECORD}; copy it again")
@@ -56,9 +56,9 @@ def parse_events(data: bytes, name: str) -> Events:
 
 
 def to_frames(events: Events, T: int) -> NDArray[np.uint8]:
-    """Count the events of each pixel and polarity in T frames of equal duration, first event to last.
+    """Count the events of each pixel and polarity in T frames, which divide the time from the first event to the last.
 
-    Returns [T * 2, 34, 34], channel 2 t + polarity: counts up to COUNT_CAP, scaled to 0..255.
+    Returns uint8 [2 T, 34, 34] with channels 2 t + polarity: counts, cut at COUNT_CAP and scaled to 0..255.
     """
     since = events.t - events.t.min()
     frame = since * T // (since.max() + 1)
@@ -69,7 +69,7 @@ def to_frames(events: Events, T: int) -> NDArray[np.uint8]:
 
 
 def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Read a file and decode it as `decode_frames` does. Raises InputError also if it cannot be read."""
+    """Read a file and decode it as `decode_frames` does. Raises InputError, too, if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -78,7 +78,11 @@ def read_frames(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def decode_frames(content: bytes, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Decode a recording to frames uint8 [2 T, 34, 34] = shape. Raises InputError if shape or file is invalid."""
+    """Decode a recording to frames uint8 of `shape` = (2 T, 34, 34).
+
+    name: the file's name. Raises InputError for another shape, for a name that does not end in .bin, and as
+    `parse_events` does.
+    """
     channels, *size = shape
     if not name.lower().endswith(RECORDINGS) or channels % 2 or size != [SIDE, SIDE]:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Read images from files. Folders are walked as torchvision's ImageFolder does; files passed over are counted."""
+"""Read images from files. Folders are walked as torchvision's ImageFolder does; ignored files are counted."""
 
 import os
 from collections import Counter
@@ -18,22 +18,22 @@ from mpdsgr_deploy.progress import track
 
 Shape = tuple[int, int, int]  # channels, height, width
 ARRAY_SUFFIXES = {".npy", ".npz"}
-# Pillow knows these formats' names, but cannot decode them without another library or program, or at all
+# Pillow registers these formats, but cannot decode them, or not without another library or program
 UNREADABLE = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "PDF", "WMF"}
 
 
 def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
-    """Decode to uint8 [C, H, W] = shape: resized to fill it, centre cropped; grey if C is 1, else RGB.
+    """Decode an image file to uint8 of `shape` (C, H, W), in grey if C is 1, else in RGB.
 
-    Transparent pixels are laid on white, as viewers and browsers show them.
-
-    Raises InputError for a file that is not an image.
+    The image is turned upright as its EXIF data say, resized to fill H x W, and cropped at the centre. Transparent
+    pixels become white, as viewers and browsers show them. Raises InputError for a file that is not an image, or has
+    more than 8 bits per channel.
     """
     return _decoded(path, str(path), shape)
 
 
 def decode_image(content: bytes, name: str, shape: Shape) -> NDArray[np.uint8]:
-    """Decode a file's content as `read_image` does; `name` is the file's name for error messages."""
+    """Decode the content of a file as `read_image` does; `name` is the file's name for error messages."""
     return _decoded(BytesIO(content), name, shape)
 
 
@@ -57,7 +57,7 @@ def _decoded(source: Path | BytesIO, name: str, shape: Shape) -> NDArray[np.uint
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """Return the image itself if it has no transparency, else its colours laid on white."""
+    """Return the image itself if it has no transparency, else RGBA with its colours composed on white."""
     if not image.has_transparency_data:
         return image
     layer = image.convert("RGBA")
@@ -72,7 +72,10 @@ def read_labelled(
     labels: tuple[str, ...],
     name: str,
 ) -> Images:
-    """Read data set `name` with `read(path, shape)` for each of its files, into an array that is allocated once."""
+    """Read a data set into one array, with `read(path, shape)` for each of its files.
+
+    files: paths and classes in [0, len(labels)). name: that of the data set. Raises the errors of `read`.
+    """
     pixels = np.empty((len(files), *shape), np.uint8)
     for i, (path, _) in enumerate(track(files, f"reading {name}")):
         pixels[i] = read(path, shape)
@@ -80,7 +83,7 @@ def read_labelled(
 
 
 class Walk(NamedTuple):
-    """Files in sorted order, and how many others were passed over for which reason (".txt", "hidden", ...)."""
+    """Files in sorted order, and the numbers of others that were passed over, by reason (".txt", "hidden", ...)."""
 
     files: list[Path]
     passed_over: Counter[str]
@@ -94,9 +97,9 @@ def image_suffixes() -> frozenset[str]:
 
 
 def walk(folder: Path, suffixes: Collection[str]) -> Walk:
-    """List the files with one of the suffixes in a folder and its subfolders, sorted.
+    """List the files in a folder and its subfolders that have one of the suffixes, which are in lower case.
 
-    Names that begin with a dot are hidden and passed over, as are files with other suffixes and links that lead nowhere
+    Hidden names, which begin with a dot, are passed over, as are files with other suffixes and links that lead nowhere
     or back to a folder above. Raises InputError for a folder that cannot be read.
     """
     walked = Walk([], Counter())
@@ -111,7 +114,7 @@ def walk(folder: Path, suffixes: Collection[str]) -> Walk:
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """List the files of `walk`; none if the folder does not exist."""
+    """Return the files of `walk`, or an empty list if the folder does not exist."""
     return walk(folder, suffixes).files if folder.is_dir() else []
 
 
@@ -121,12 +124,15 @@ def passed_over(counts: Counter[str]) -> str:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of a folder's subfolders, sorted, without hidden ones: its classes."""
+    """Return the names of a folder's classes: its subfolders that are not hidden, sorted."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _entries(folder: Path, above: tuple[tuple[int, int], ...], counts: Counter[str]) -> Iterator[Path]:
-    """Yield all regular files below a folder; `above` are its parents, by device and inode, to detect loops."""
+    """Yield all regular files below a folder that are not hidden, and count other entries in `counts`.
+
+    above: the device and inode of the folders above, by which loops are detected.
+    """
     try:
         status = folder.stat()
         entries = list(os.scandir(folder))

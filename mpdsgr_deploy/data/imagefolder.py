@@ -3,7 +3,7 @@
     root/train/CLASS/NAME.png
     root/test/CLASS/NAME.png        or val/, valid/, validation/
 
-The classes are the subfolders of train/, sorted; where there is no train/, those of the test split.
+The classes are the subfolders of train/, sorted, or those of the test split if there is no train/.
 """
 
 from collections import Counter
@@ -19,11 +19,11 @@ TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # the first of th
 
 
 def imagefolder(config: Data, train: bool) -> Images:
-    """Load one split, decoded to RGB once and kept in memory.
+    """Load the training or the test split, decoded to RGB [3, S, S] with S = data.image_size.
 
-    Raises MissingData if `root` has no split at all, InputError for a missing split, a damaged image, a class that is
-    empty or in one split only. Loading training images also checks the test split, so that its faults show before
-    training.
+    Raises MissingData if `root` has neither split; InputError for a missing split, a missing image_size, a damaged
+    image, and a class that is empty or in one split only. Loading training images also checks the folders of the test
+    split, so that its faults show before training.
     """
     if config.image_size is None:
         raise InputError("data set 'imagefolder' needs data.image_size, the side in pixels to which images are resized")
@@ -56,7 +56,7 @@ def _test_folder(root: Path) -> Path | None:
 
 
 def _files(folder: Path, labels: list[str]) -> list[tuple[Path, int]]:
-    """List the images of a split with their classes. Raises InputError unless its classes are exactly these."""
+    """List the images of a split with their classes. Raises InputError unless exactly the classes `labels` have any."""
     unknown = [name for name in class_folders(folder) if name not in labels]
     if unknown:
         raise InputError(f"{folder} has a class {unknown[0]!r} that {TRAIN}/ does not have; rename or remove it")

@@ -1,7 +1,7 @@
 """A set of labelled images in memory, and a fixed order of test images in which every prefix is a sample of the whole.
 
-References, validation, trials of precisions, golden inputs and flips all use the first N test images of this order. A
-data set that is listed class by class would otherwise make that N images of its first class.
+References, validation, trials of precisions, golden inputs and spike flips all use the first N test images of this
+order. In a data set that is listed class by class, these would otherwise be N images of its first class.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
 
 @dataclass  # not frozen: Fabric copies it field by field into the processes it starts
 class Images:
-    """pixels uint8 [N, C, H, W], classes int64 [N] in [0, K), labels: the K class names."""
+    """Labelled images: pixels uint8 [N, C, H, W], classes int64 [N] in [0, K), and labels, the K class names."""
 
     pixels: NDArray[np.uint8]
     classes: NDArray[np.int64]
@@ -53,18 +53,18 @@ class Images:
             )
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Return mean and standard deviation per channel, in [0, 1] units."""
+        """Return the mean and the standard deviation [C] of the pixels in [0, 1], the latter at least 1/255."""
         levels = np.arange(256)
         mean, std = [], []
         for c in range(self.shape[0]):
-            # by histograms of some images at a time: a float copy of a large data set would not fit into memory
+            # computed from histograms of 1000 images, because a float copy of a large data set would not fit in memory
             counts = np.zeros(256, np.int64)
             for start in range(0, len(self), 1000):
                 counts += np.bincount(self.pixels[start : start + 1000, c].ravel(), minlength=256)
             average = counts @ levels / counts.sum()
             deviation = np.sqrt(counts @ (levels - average) ** 2 / counts.sum())
             mean.append(float(average) / 255)
-            # at least one grey level, so that a constant channel can be divided by its own
+            # at least one grey level, so that a constant channel can be divided by it
             std.append(max(1.0, float(deviation)) / 255)
         return mean, std
 
@@ -72,20 +72,21 @@ class Images:
 def in_sampling_order(images: Images) -> Images:
     """Return the images unchanged if their classes are already mixed, else in `stratified_order`.
 
-    Digits, MNIST and CIFAR therefore keep their usual order, and results on their first N images stay comparable.
+    Digits, MNIST and CIFAR therefore keep their published order, and results on their first N images are comparable
+    with those of others.
     """
     return images[stratified_order(images.classes)] if is_class_by_class(images.classes) else images
 
 
 def name_sample(n: int, data: str) -> str:
-    """Describe the first n images in words. Only the data sets MIXED have an order that readers know."""
+    """Describe the first n test images of data set `data` in words; only those of MIXED have an order readers know."""
     return f"the first {n} test images of {data}" if data in MIXED else f"{n} test images of {data}, a fixed sample"
 
 
 def is_class_by_class(classes: NDArray[np.int64]) -> bool:
-    """Whether neighbours in classes [N] share their class far more often than they would in random order.
+    """Whether neighbours in classes [N] differ less than half as often as they would in random order.
 
-    For class shares p_k, random order changes class between neighbours with probability 1 - sum p_k^2.
+    In random order, neighbours differ with probability 1 - sum_k p_k^2, where p_k is the share of class k.
     """
     if len(classes) < 2:
         return False
@@ -96,15 +97,15 @@ def is_class_by_class(classes: NDArray[np.int64]) -> bool:
 
 
 def stratified_order(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A fixed permutation of classes [N]: one image of every class first, then every class in proportion to its size.
+    """Return a fixed permutation [N] of images: one of every class first, then all classes in proportion to their size.
 
-    Classes of equal size are balanced in every prefix: their counts differ by at most 1. The i-th of the m images of a
-    class, themselves in random order, is put at (i + u) / m of the whole, with one random u in [0, 1) per class.
+    classes: [N]. The i-th of the m images of a class, which are shuffled, is put at (i + u) / m of the whole, with one
+    random u in [0, 1) per class. In every prefix, the counts of classes of equal size differ by at most 1.
     """
-    draw = np.random.default_rng(ORDER_SEED)
+    generator = np.random.default_rng(ORDER_SEED)
     position, is_later = np.empty(len(classes)), np.ones(len(classes), bool)
     for k in np.unique(classes):
-        members = draw.permutation(np.flatnonzero(classes == k))
-        position[members] = (np.arange(len(members)) + draw.random()) / len(members)
+        members = generator.permutation(np.flatnonzero(classes == k))
+        position[members] = (np.arange(len(members)) + generator.random()) / len(members)
         is_later[members[0]] = False
     return np.lexsort((position, is_later)).astype(np.int64)

@@ -1,7 +1,7 @@
-"""Whether images look like those a network was trained on, judged by the mean and the spread of their pixels.
+"""Check whether images look like those a network was trained on, by the mean and standard deviation of their pixels.
 
 A classifier gives confident wrong answers to inverted digits, to pixels on another scale, and to another order of
-colours. Every network holds mean and standard deviation of its training images, to normalise its input by.
+colours. The comparison needs only the statistics by which a network normalises its input.
 """
 
 from typing import Annotated, Self
@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from mpdsgr_deploy.schema import Number, Positive
 
 SAMPLE, GRID = 1024, 32  # how many images are examined, and about how many rows and columns of pixels of each
-# A network's training images are spread around their mean by `std` over all pixels; the mean of a single image by less
-# than that, so a mean of n images that is further off than SHIFT + CHANCE / sqrt(n) is significant.
+# The pixels of training images deviate from their mean by `std`, and the mean of a single image by less. A mean of n
+# images that is further than SHIFT + CHANCE / sqrt(n) standard deviations from the training mean is therefore reported.
 SHIFT, CHANCE = 0.5, 1.5
-SPREAD, ENOUGH = 2.5, 8  # factor by which the spread may differ, checked for at least this many images
+SPREAD, ENOUGH = 2.5, 8  # the factor by which standard deviations may differ, and the images needed to check that
 
 
 class PixelStatistics(BaseModel):
-    """Mean and standard deviation per channel of the training images, in [0, 1] units."""
+    """The mean and standard deviation [C] of the training images, whose pixels are in [0, 1]."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,7 +29,7 @@ class PixelStatistics(BaseModel):
 
 
 class Likeness:
-    """Compares images with `trained`, batch after batch; `warning` describes a difference, or is None."""
+    """Compares images, batch after batch, with the statistics of the training images."""
 
     def __init__(self, trained: PixelStatistics) -> None:
         self._trained = trained
@@ -37,7 +37,7 @@ class Likeness:
         self._sum = self._squares = np.zeros(len(trained.mean))
 
     def add(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> Self:
-        """Count images [B, C, H, W], uint8 or float32 in [0, 1], up to SAMPLE in all."""
+        """Include images [B, C, H, W], uint8 or float32 in [0, 1], up to SAMPLE in all; return this object."""
         rows, columns = (max(1, side // GRID) for side in images.shape[2:])
         part = images[: max(0, SAMPLE - self._images), :, ::rows, ::columns]
         scale = 255 if part.dtype == np.uint8 else 1
@@ -48,7 +48,7 @@ class Likeness:
         return self
 
     def warning(self) -> str | None:
-        """One line of text if mean or spread of these images is far from that of the training images, else None."""
+        """Return one line of text if the images differ clearly from the training images, else None."""
         if not self._images:
             return None
         mean = self._sum / self._pixels

@@ -1,4 +1,7 @@
-"""The data sets. A loader is `load(config, train) -> Images`; see DATASETS."""
+"""The data sets by name, in DATASETS, and the splits that training and validation use.
+
+A loader is `load(config, train) -> Images`, where `train` asks for the training images.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +24,7 @@ SPLIT_SEED = 0  # splits and subsets are the same for every training seed, so th
 
 
 def digits(config: Data, train: bool) -> Images:
-    """scikit-learn's 1,797 real handwritten digits, 8x8 grey; 1,300 to train, 497 to test."""
+    """Load scikit-learn's 1,797 handwritten digits, 8x8 in grey: 1,300 for training, 497 for tests."""
     table = _digits_table()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(table))
     chosen = table[order[:1300] if train else order[1300:]]
@@ -31,9 +34,9 @@ def digits(config: Data, train: bool) -> Images:
 
 @cache
 def _digits_table() -> np.ndarray:
-    """Read 64 pixels in [0, 16] and the class of each digit: float64 [1797, 65].
+    """Return 64 pixels in [0, 16] and the class of each digit: float64 [1797, 65].
 
-    scikit-learn's file is read directly if it is at its usual place, because importing scikit-learn takes seconds.
+    The file of scikit-learn is read directly if it is in its usual place, because importing scikit-learn takes seconds.
     """
     package = find_spec("sklearn")
     for folder in (package and package.submodule_search_locations) or ():
@@ -45,7 +48,10 @@ def _digits_table() -> np.ndarray:
 
 
 def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
-    """Make a loader for a data set that torchvision reads from `data.root`."""
+    """Return a loader of the data set that torchvision's class reads from `data.root`.
+
+    The loader raises MissingData if it is not there, InputError if it is damaged.
+    """
 
     def load(config: Data, train: bool) -> Images:
         dataset_class = getattr(need("torchvision.datasets", "train"), class_name)
@@ -61,7 +67,7 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
                 raise InputError(f"{config.name} is damaged or incomplete in {folder}; {advice}") from None
             raise MissingData(f"{config.name} is not under {config.root!r}; {advice}") from None
         pixels = np.asarray(dataset.data)
-        # MNIST's are [N, H, W], CIFAR's [N, H, W, C]
+        # MNIST's pixels are [N, H, W], CIFAR's [N, H, W, C]
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
         return Images(np.ascontiguousarray(pixels), np.asarray(dataset.targets, np.int64), tuple(dataset.classes))
 
@@ -69,7 +75,10 @@ def torchvision_set(class_name: str) -> Callable[[Data, bool], Images]:
 
 
 def n_mnist(config: Data, train: bool) -> Images:
-    """`root/Train/DIGIT/*.bin` and `root/Test/DIGIT/*.bin`: event recordings, each binned to data.frames frames."""
+    """Load the event recordings `root/Train/DIGIT/*.bin` or `root/Test/DIGIT/*.bin` as data.frames frames each.
+
+    Raises MissingData if `root` has neither folder, InputError without data.frames and for missing or damaged files.
+    """
     if config.frames is None:
         raise InputError(
             f"data set {config.name!r} needs data.frames, the number of frames into which a recording is cut"
@@ -113,13 +122,16 @@ def at_home(config: Data) -> Data:
 def load_test(config: Data) -> Images:
     """Load the test images, unseen in training and model selection, in an order whose every prefix samples all classes.
 
-    Raises MissingData where the data set is not on this machine, InputError where it is damaged or incomplete.
+    Raises MissingData if the data set is not on this machine, InputError if it is unknown, damaged or incomplete.
     """
     return in_sampling_order(DATASETS.choose(config.name)(at_home(config), False))
 
 
 def load_training(config: Data) -> tuple[Images, Images]:
-    """Load training images and the validation images held out of them. Raises InputError if they are missing."""
+    """Load the training images, and the validation images that are held out of them; both are the same for every seed.
+
+    Raises InputError as `load_test` does, and if there are too few images for data.train_images or validation_share.
+    """
     images = DATASETS.choose(config.name)(at_home(config), True)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     held_out = round(config.validation_share * len(images))

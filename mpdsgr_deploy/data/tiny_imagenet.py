@@ -1,11 +1,11 @@
-"""Tiny-ImageNet: 200 classes of 500 training and 50 labelled validation images, 64x64 RGB, as its archive has them.
+"""Tiny-ImageNet: 200 classes of 500 training and 50 labelled validation images, 64x64 RGB, in its archive's layout.
 
-    wnids.txt                       the classes' WordNet ids
-    words.txt                       WNID <tab> words, of all WordNet ids
+    wnids.txt                       the WordNet ids (WNID) of the classes
+    words.txt                       WNID <tab> words, for all WordNet ids
     train/WNID/images/*.JPEG
-    val/images/*.JPEG               val/val_annotations.txt says which WNID each is
+    val/images/*.JPEG               val/val_annotations.txt gives the WNID of each
 
-The test split's labels were never published, so `val` is what networks are tested on.
+The labels of the test split were never published, so networks are tested on `val`.
 """
 
 from collections import Counter
@@ -21,9 +21,10 @@ SHAPE = (3, 64, 64)
 
 
 def tiny_imagenet(config: Data, train: bool) -> Images:
-    """Load the images under `root` or `root/tiny-imagenet-200`, grey ones as RGB; classes are ordered by WNID.
+    """Load the training images or `val` from `root` or `root/tiny-imagenet-200`; grey images become RGB.
 
-    That is the order of torchvision's ImageFolder, so class numbers agree with those of other code bases.
+    Classes are ordered by WNID, as torchvision's ImageFolder does, so class numbers agree with other code bases. Raises
+    MissingData if wnids.txt is missing, InputError for other missing or damaged files.
     """
     folder = Path(config.root)
     if (folder / FOLDER).is_dir():
@@ -66,7 +67,7 @@ def _test_files(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
 
 
 def _labels(path: Path, wnids: list[str]) -> tuple[str, ...]:
-    """Return the words of each WNID, with the WNID added where two classes have the same words."""
+    """Return the words of each WNID, followed by the WNID if two classes have the same words."""
     entries = (line.partition("\t") for line in _lines(path))
     words = {wnid: text for wnid, _, text in entries}
     unknown = [wnid for wnid in wnids if not words.get(wnid)]
