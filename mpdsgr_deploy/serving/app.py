@@ -1,4 +1,4 @@
-"""The state and life cycle of a server, independent of its listeners: HTTP and gRPC here, or Ray Serve."""
+"""The state and life cycle of a server, independent of its listeners: those of this package, or that of Ray Serve."""
 
 import asyncio
 import itertools
@@ -30,13 +30,13 @@ EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "mo
 
 
 class Memory:
-    """Counts the bytes held by requests in progress, at most `limit` of them."""
+    """Counts the bytes that requests in progress hold, at most `limit` of them."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
 
     def share(self) -> "Share":
-        """Open one request's share, which is released at the end of a with block."""
+        """Return the share of one request, which the end of a with block releases."""
         return Share(self)
 
 
@@ -66,8 +66,9 @@ class Share:
 class Server:
     """The served models, their limits and the state of the server. Call `start` and `close` in one event loop.
 
-    models: `[NAME=]BUNDLE[@PRECISION]` each. group: the server's processes, including this one. Raises InputError for a
-    name that is invalid or appears twice.
+    models: each as `[NAME=]BUNDLE[@PRECISION]`. keys: a file of API keys; None: no key is needed. repository_control:
+    requests may load and unload models. group: the server's processes, including this one. Raises InputError for a name
+    that is invalid or appears twice, for an unusable file of keys, and for repository_control with several processes.
     """
 
     def __init__(
@@ -101,11 +102,11 @@ class Server:
 
     @property
     def largest_message(self) -> int:
-        """The size in bytes of the largest valid gRPC inference request of any model."""
+        """The size in bytes of the largest gRPC inference request that is valid for any model and within the limits."""
         return min(self.repository.largest_message, self.memory.limit)
 
     async def start(self) -> None:
-        """Load every model. Raises MpdsgrError if one cannot serve."""
+        """Load every model. Raises MpdsgrError if one of them cannot serve."""
         self.batcher = Batcher()
         self._tidying = asyncio.create_task(return_free_pages())
         await self.repository.load_all()
@@ -119,23 +120,23 @@ class Server:
 
     @property
     def counts(self) -> ProcessCounts:
-        """The counts that this process shows the others of the group."""
+        """The counts that this process shows to the others of the group."""
         return self.group.own
 
     @property
     def ready(self) -> bool:
-        """Whether a load balancer should send requests: every model of every process has answered its golden batch.
+        """Whether a load balancer should send requests: the server is not stopping, and every process has started.
 
-        Models that were unloaded since do not count.
+        A process has started once each of its models has answered its golden batch; it may have unloaded some since.
         """
         return self.group.loaded and not self.draining
 
     def new_id(self) -> str:
-        """Make an identifier for a request without one."""
+        """Return a new identifier for a request without one."""
         return next(self._ids)
 
     def authorize(self, authorization: str) -> None:
-        """Raise Refused if keys are needed and this Authorization header names none of them."""
+        """Raise Refused if keys are needed and this Authorization header holds none of them."""
         if self.keys is not None and not self.keys.accepts(authorization):
             raise Refused(
                 Why.UNAUTHENTICATED,
@@ -144,7 +145,10 @@ class Server:
             )
 
     def count(self, protocol: str, request: RequestLog, code: str, refused: Refused | None) -> None:
-        """Count an answered request, and log it if it was refused or if every request is logged."""
+        """Count an answered request, and log it if it was refused or if every request is logged.
+
+        protocol: "http" or "grpc". code: its status in that protocol.
+        """
         codes = self.other_codes
         if request.model is not None:
             codes = request.model.statistics.codes
@@ -154,7 +158,7 @@ class Server:
             log_request(protocol, request, code, refused)
 
     async def require_same_bundles(self) -> None:
-        """Raise InputError unless every model is the same bundle that the other processes serve."""
+        """Raise InputError if another process serves a different bundle under the name of a model."""
         for figures in (await self.group.ask("figures")).values():
             for name, other in figures.items():
                 model = self.repository.entry(name).model
@@ -176,7 +180,7 @@ class Server:
         return {"name": "mpdsgr-deploy", "version": __version__, "extensions": EXTENSIONS}
 
     def index(self, *, ready: bool) -> list[dict[str, str]]:
-        """Return the repository index of all models, or with `ready` of those that answer."""
+        """Return the repository index of the protocol for all models, or with `ready` for those that are loaded."""
         return [
             {
                 "name": entry.source.name,
@@ -189,7 +193,10 @@ class Server:
         ]
 
     async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
-        """Return the statistics extension for one model, or all that answer, summed over all processes."""
+        """Return the statistics extension for one model, or for all that are loaded, summed over all processes.
+
+        Raises Refused for an unknown name or version.
+        """
         if name:
             models = [self.repository.model(name, version)]
         else:
@@ -216,7 +223,7 @@ class Server:
 
 
 def _of(model: ServedModel | None, others: Mapping[int, Mapping[str, Figures]]) -> list[Figures]:
-    """Return the other processes' figures for this version of a model."""
+    """Return the other processes' figures for the same bundle under the same name."""
     if model is None:
         return []
     same_name = (figures.get(model.source.name) for figures in others.values())

@@ -1,4 +1,4 @@
-"""The server as an ASGI application, for servers other than our own listener: Ray Serve's, for example."""
+"""The server as an ASGI application, for other listeners than that of this package, for example Ray Serve's."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,7 +14,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class AsgiBody:
-    """A request's body, received as ASGI messages."""
+    """The `Body` of a request that arrives in ASGI messages."""
 
     def __init__(self, receive: Receive, *, at_end: bool) -> None:
         self._receive, self.at_end, self.complete = receive, at_end, at_end
@@ -28,20 +28,20 @@ class AsgiBody:
         body: bytes = message.get("body", b"")
         return body
 
-    def watch(self, left: Callable[[], None] | None) -> None:
+    def watch(self, on_disconnect: Callable[[], None] | None) -> None:
         if self._watching is not None:
             self._watching.cancel()
-        self._watching = None if left is None else asyncio.ensure_future(self._leave(left))
+        self._watching = None if on_disconnect is None else asyncio.ensure_future(self._wait(on_disconnect))
 
-    async def _leave(self, left: Callable[[], None]) -> None:
-        await self._receive()
-        left()
+    async def _wait(self, on_disconnect: Callable[[], None]) -> None:
+        await self._receive()  # after the body, the only message is that of a disconnect
+        on_disconnect()
 
 
 class Asgi:
     """The ASGI application of a server whose models are loaded; the end of its lifespan closes the server.
 
-    with_id: whether responses name the request in x-request-id; Ray adds that header itself.
+    with_id: whether responses have the header x-request-id, which Ray adds itself.
     """
 
     def __init__(self, server: Server, *, with_id: bool = True) -> None:
@@ -59,8 +59,8 @@ class Asgi:
 
     async def _exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        empty = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
-        body = AsgiBody(receive, at_end=empty)
+        is_empty = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        body = AsgiBody(receive, at_end=is_empty)
         client = scope.get("client") or ("",)
         exchange = Exchange(scope["method"], scope["path"], headers, body, lambda: str(client[0]))
         reply = await self._http.answer(exchange)

@@ -1,8 +1,8 @@
 """Batch requests without waiting: those that arrive while one batch is computed form the next.
 
-One thread computes for all models; models with waiting requests take turns, so that a busy one delays no other for
+One thread computes for all models; models with waiting requests take turns, so that a busy model delays no other for
 long. A batch that takes less time than two thread switches is computed by the event loop itself, once all requests that
-it has read are queued.
+the loop has read are queued.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ Images = NDArray[np.float32]
 
 
 class Outputs(NamedTuple):
-    """The logits [B, K] and, if requested, the mean firing rate of each layer [B, L]."""
+    """The logits [B, K] and, if requested, the mean firing rates of all L layers [B, L]."""
 
     logits: NDArray[np.float32]
     rates: NDArray[np.float32] | None = None
@@ -35,7 +35,7 @@ Compute = Callable[[Images, bool], Outputs]  # the flag says whether firing rate
 
 
 class QueuedRequest:
-    """A request that waits. deadline: on the monotonic clock; later requests are not computed."""
+    """A request in a queue. deadline: on the monotonic clock; a request that waits longer is not computed."""
 
     __slots__ = ("arrived", "deadline", "future", "images", "rates", "refusal")
 
@@ -46,10 +46,10 @@ class QueuedRequest:
 
 
 class ModelLane:
-    """The queue of one model version. most: images per batch; room: images that may wait.
+    """The queue of one version of a model.
 
-    compute: returns the outputs of a batch, or raises if an image is invalid; problem: returns why a request's images
-    are invalid, or None.
+    most: the largest number of images per batch; room: that of images that wait. compute: returns the outputs of a
+    batch, or raises if an image is invalid; problem: returns why a request's images are refused, or None.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class ModelLane:
 
     @property
     def quick(self) -> bool:
-        """Whether the event loop computes the next batch; not one with firing rates, which may open a network."""
+        """Whether the event loop may compute the next batch; not one with firing rates, which may open a network."""
         return self.streak >= STREAK and min(self.images, self.most) <= self.quick_images and not self.jobs[0].rates
 
     def close(self) -> None:
-        """Drop the network, which refers to this lane: a cycle would stay in memory until a garbage collection."""
+        """Drop the network, which refers to this lane; the cycle would stay in memory until a garbage collection."""
         self.compute = _closed
 
     def learn(self, images: int, seconds: float) -> None:
-        """Update the number of images that count as quick, from the time of a batch; it at most doubles."""
+        """Update `quick_images`, which at most doubles, from the number of images and the seconds of a batch."""
         if seconds >= QUICK:
             self.streak, self.quick_images = 0, 0.0
             return
@@ -85,7 +85,7 @@ class ModelLane:
         self.quick_images = max(self.quick_images, images * min(2.0, QUICK / max(seconds, 1e-9)))
 
     def take(self) -> tuple[list[QueuedRequest], list[QueuedRequest]]:
-        """Take the next batch from the queue, and the requests passed over because they are late or cancelled."""
+        """Remove the next batch from the queue, and requests that are late or cancelled, and return both."""
         batch: list[QueuedRequest] = []
         dropped: list[QueuedRequest] = []
         images, now = 0, time.monotonic()
@@ -104,7 +104,7 @@ class ModelLane:
 
 
 class Batcher:
-    """Computes submitted requests in a thread, for the event loop that made it, until `close`."""
+    """Computes requests in a thread, for the event loop in which it was constructed, until `close`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -144,7 +144,7 @@ class Batcher:
         return job.future
 
     def _turn(self) -> None:
-        """Compute, in the event loop, a batch of a quick lane, unless the thread has taken it meanwhile."""
+        """Compute a batch of a quick lane in the event loop, unless the thread has taken it meanwhile."""
         self._called = False
         with self._ready:
             turn = None if self._busy or self._closed else self._next(quick=True)
@@ -158,7 +158,7 @@ class Batcher:
             _deliver(*turn, *_timed(*turn))
 
     def _next(self, *, quick: bool) -> tuple[ModelLane, list[QueuedRequest], list[QueuedRequest]] | None:
-        """Return the lane whose turn it is, its next batch, and the dropped requests; with `quick` only a quick one."""
+        """Return the lane whose turn it is, its next batch and dropped requests; with `quick`, None if it is not."""
         if not self._turns or (quick and not self._turns[0].quick):
             return None
         lane = self._turns.popleft()
@@ -175,11 +175,11 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while self._step():  # keep no reference to a lane between two steps, since its model may have been replaced
+        while self._step():  # keep no reference to a lane between two steps: its model may have been replaced
             pass
 
     def _step(self) -> bool:
-        """Wait for requests and compute a batch of them. False after `close`."""
+        """Wait for requests and compute a batch of them. Returns False after `close`."""
         with self._ready:
             self._busy = False
             turn = None
@@ -203,14 +203,14 @@ def _closed(images: Images, rates: bool) -> Outputs:
 def _timed(
     lane: ModelLane, batch: list[QueuedRequest], _: list[QueuedRequest]
 ) -> tuple[Outputs | Exception | None, float, float]:
-    """Compute a batch; return its outputs or error, when it began, and its duration in seconds."""
+    """Compute a batch; return its outputs or error (None: an empty batch), its start time, and its seconds."""
     start = time.monotonic()
     outcome = _computed(lane, batch) if batch else None
     return outcome, start, time.monotonic() - start
 
 
 def _computed(lane: ModelLane, batch: list[QueuedRequest]) -> Outputs | Exception:
-    """Compute the requests of a batch that have no `refusal` after the check of their pixels."""
+    """Compute a batch. If that fails, set the refusals of invalid requests and compute the others."""
     images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
     try:
         return lane.compute(images, batch[0].rates)
@@ -231,7 +231,7 @@ def _deliver(
     start: float,
     seconds: float,
 ) -> None:
-    """Set, in the event loop, each request's rows, or the reason why there are none."""
+    """Resolve, in the event loop, the future of each request with its rows of the outputs or with an error."""
     lane.running -= len(batch) + len(dropped)
     for job in dropped:
         lane.statistics.dropped["cancelled" if job.future.cancelled() else "deadline"] += 1

@@ -1,4 +1,4 @@
-"""A model's counts in one process, or summed over several, as `/stats` and the page show them."""
+"""A model's counts in one process, or summed over several, as `/v2/models/stats` and the status page show them."""
 
 import time
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from mpdsgr_deploy.serving.repository import Entry
 from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.statistics import WINDOW, Histogram, Statistics
 
-ENOUGH = 100  # requests, so that one of them is above the 99th percentile
+ENOUGH = 100  # the number of requests from which on the 99th percentile is shown
 
 
 class Figures(NamedTuple):
-    """A model in one process: its digest, its counts, and the number of waiting images."""
+    """A model in one process: its bundle's digest, its counts, and the number of waiting images."""
 
     digest: str
     statistics: Statistics
@@ -46,7 +46,7 @@ def statistics_extension(model: ServedModel, others: Sequence[Figures]) -> dict[
 
 
 def status(entry: Entry, backend: str, others: Sequence[Figures]) -> dict[str, Any]:
-    """Return what the page shows of a model. others: the figures of the other processes that serve it."""
+    """Return the JSON data of a model on the status page. others: the figures of the other processes."""
     source, model = entry.source, entry.model
     status: dict[str, Any] = {
         "name": source.name,
@@ -80,7 +80,10 @@ def status(entry: Entry, backend: str, others: Sequence[Figures]) -> dict[str, A
 
 
 class Recent(NamedTuple):
-    """The last requests. span: the seconds in which they were answered; milliseconds: the latency of each."""
+    """The requests of the last WINDOW seconds.
+
+    span: the seconds that they cover; images: their total number of images; milliseconds: the latency of each.
+    """
 
     span: float
     images: int
@@ -89,13 +92,13 @@ class Recent(NamedTuple):
 
 def _recent(counts: Statistics, now: float) -> Recent:
     recent = [moment for moment in counts.recent if now - moment.end < WINDOW]
-    # the buffer may reach less far back than the window
+    # if the buffer has no older request, it may not reach back to the beginning of the window
     span = WINDOW if len(recent) < len(counts.recent) else now - min((m.end - m.seconds for m in recent), default=now)
     return Recent(span, sum(m.images for m in recent), [1000 * moment.seconds for moment in recent])
 
 
 def _percentiles(times: list[float]) -> dict[str, float | None] | None:
-    """Return p50 and p99 of sorted times; None for a percentile with too few times above it."""
+    """Return p50 and p99 of sorted times; p99 is None for fewer than ENOUGH times, and all is None without any."""
     if not times:
         return None
     return {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)] if len(times) >= ENOUGH else None}

@@ -1,4 +1,4 @@
-"""The processes of one server: shared counters, and questions over Unix sockets."""
+"""The processes of one server: counters in shared memory, and questions to each other over Unix sockets."""
 
 import asyncio
 import ctypes
@@ -10,20 +10,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ANSWER_SECONDS = 1.0  # seconds that other processes have to answer; a stopping or blocked one is left out
+ANSWER_SECONDS = 1.0  # seconds that other processes have to answer, after which a stopping or blocked one is left out
 Answer = Callable[[], Awaitable[Any]]
 
 
 class ProcessCounts(ctypes.Structure):
-    """The counters that one process shows the others in shared memory."""
+    """The counters that one process shows to the others in shared memory.
+
+    A process has a place in the group; if it dies, another one takes its place.
+    """
 
     requests: int  # requests in progress
     connections: int  # open HTTP connections
     accepting: int  # 1 while it accepts connections
-    loaded: int  # 1 once the place's first process has opened its models
-    lost: int  # accepted requests that got no answer, at its end
+    loaded: int  # 1 once the first process in this place has opened its models
+    lost: int  # accepted requests that had no answer when it ended
     beats: int  # turns of its event loop
-    opening: int  # networks that it opens now
+    opening: int  # networks that it is opening
     died: int  # processes in this place that died
     hung: int  # processes in this place that hung and were killed
 
@@ -36,10 +39,10 @@ ProcessCounts._fields_ = [(name, ctypes.c_int64) for name in ProcessCounts.__ann
 
 
 class Group:
-    """The processes of one server; `index` is this one's. Forked children share the memory.
+    """The processes of one server, with the place `index` of this one. Forked children share the counters.
 
     folder: the directory of their Unix sockets, if there are several; answers are pickled, so no other user may write
-    to it. replacement: this process was started in place of one that died.
+    to it. replacement: whether this process was started in place of one that died.
     """
 
     def __init__(self, processes: int = 1, folder: Path = Path()) -> None:
@@ -50,12 +53,12 @@ class Group:
         self.join(0)
 
     def join(self, index: int, *, replacement: bool = False) -> None:
-        """Make this process the one with this index."""
+        """Set the place of this process, and whether it replaces one that died."""
         self.index, self.own, self.replacement = index, self.rows[index], replacement
 
     @property
     def loaded(self) -> bool:
-        """Whether every process has opened its models; a process that died later still counts."""
+        """Whether every process has opened its models; one that died afterwards still counts."""
         return all(row.loaded for row in self.rows)
 
     @property
@@ -72,7 +75,7 @@ class Group:
         return self.folder / str(index)
 
     async def listen(self, answers: Mapping[str, Answer]) -> None:
-        """Answer the others' questions from now on, each by the function of that name."""
+        """Answer the questions of other processes from now on. answers: by question, the function that answers it."""
         if self.processes == 1:
             return
 
@@ -106,7 +109,7 @@ class Group:
 
 @contextmanager
 def group_of(processes: int) -> Iterator[Group]:
-    """Make a group of so many processes, in the process that starts the others."""
+    """Provide a group of `processes` for a with block, in the process that starts the others."""
     if processes == 1:  # a single process need not ask others
         yield Group()
         return

@@ -1,4 +1,4 @@
-"""The gRPC listener, its bounds, and the services that gRPC tools expect: grpc.health.v1, and reflection."""
+"""The gRPC listener, its limits, and the services that gRPC tools expect: grpc.health.v1 and reflection."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,18 +21,18 @@ from mpdsgr_deploy.serving.listener import Tls
 from mpdsgr_deploy.serving.refusals import Refused, Why, invalid
 
 HEALTH = "grpc.health.v1.Health"
-# both versions have the same messages
+# both versions of reflection have the same messages
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
-LOOK_EVERY = 0.5  # seconds between two looks of a Watch
-WATCHERS = 200  # streams of Watch and of reflection
+LOOK_EVERY = 0.5  # seconds after which Watch compares the status again
+WATCHERS = 200  # the largest number of open streams of Watch, and of reflection
 UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)  # values of HealthCheckResponse.ServingStatus
-STREAMS = 100  # calls of a connection at once; clients hold back further ones themselves
+STREAMS = 100  # calls of a connection at once; clients themselves delay further calls
 SMALLEST_WINDOW = 65_535  # bytes, the window with which every HTTP/2 connection begins
 LARGEST_WINDOW = 1 << 20  # bytes, the largest window
 
 
 def health(guard: Guard) -> list[Any]:
-    """Return the health services for grpc.aio. A request names "", the protocol's service, or a model."""
+    """Return the health service for grpc.aio. A request names a model, or asks for the server by "" or SERVICE."""
     streams = Streams(guard)
     check = guard.service(
         HEALTH, {"Check": Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)}
@@ -76,13 +76,13 @@ def _status(server: Server, service: str) -> int:
 
 
 class Streams:
-    """Calls that stay open, at most WATCHERS of them; they end with the server."""
+    """Calls that stay open until the server or the client ends them, at most WATCHERS at once."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard, self._server, self._open = guard, guard.server, 0
 
     async def watch(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        """Send a service's status now, and again whenever it changes."""
+        """Yield a service's status now, and again whenever it changes."""
         async with self._guard.call("Watch", context, open=True) as call:
             service = _service(await self._guard.message(call, open=True))
             self._take()
@@ -102,7 +102,7 @@ class Streams:
             self._open -= 1
 
     async def reflect(self, _: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        """Answer a client's questions about the services and their messages."""
+        """Yield the answers to a client's questions about services and their messages."""
         servicer = grpc_reflection.ReflectionServicer((SERVICE, HEALTH, *REFLECTION))
         async with self._guard.call("ServerReflectionInfo", context) as call:
             self._take()
@@ -132,14 +132,14 @@ class Streams:
 
 
 class Grpc:
-    """A running gRPC server; make it with `start`."""
+    """A running gRPC server, opened by `start`. port: the port on which it listens."""
 
     def __init__(self, server: grpc.aio.Server, port: int) -> None:
         self._server, self.port = server, port
 
     @classmethod
     async def start(cls, server: Server, host: str, port: int, tls: Tls | None) -> Self:
-        """Listen. Raises InputError if the port cannot be used."""
+        """Start to listen; port 0 takes any free port. Raises InputError if the port cannot be used."""
         inner = grpc.aio.server(options=_options(server))
         guard = Guard(server)
         services = (guard.service(SERVICE, METHODS), *health(guard), *reflection(guard))
@@ -155,12 +155,12 @@ class Grpc:
         return cls(inner, bound)
 
     async def stop(self, seconds: float) -> None:
-        """Accept no more calls, and wait so many seconds for those in progress."""
+        """Accept no more calls, and wait up to `seconds` for those in progress."""
         await self._server.stop(seconds)
 
 
 class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
-    """Refuses calls of unknown methods, so that such calls are counted and logged."""
+    """Refuses calls of unknown methods, so that they are counted and logged."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -174,26 +174,28 @@ class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
 
 
 def _options(server: Server) -> list[tuple[str, int]]:
-    """Return the limits of gRPC's core, whose defaults are unbounded, or so low that honest clients reach them."""
+    """Return the options of gRPC's core; its default limits are missing, or so low that honest clients reach them."""
     limits = server.limits
     calls = limits.connections * STREAMS
     window = min(max(limits.in_flight_bytes // limits.connections, SMALLEST_WINDOW), LARGEST_WINDOW)
     return [
-        # bytes that a connection may send before they are read; a probe of the network would let them grow to megabytes
+        # bytes that a connection may send before they are read; gRPC's bandwidth probe would raise them to megabytes
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", window),
         ("grpc.max_receive_message_length", server.largest_message),
         ("grpc.max_metadata_size", HEAD_BYTES),
         ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * 1000)),
-        ("grpc.so_reuseport", int(server.group.processes > 1)),  # a second server on the same port is a mistake
+        # otherwise a second server on the same port is a mistake
+        ("grpc.so_reuseport", int(server.group.processes > 1)),
         ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_connection_idle_ms", int(limits.keep_alive_seconds * 1000)),
         ("grpc.max_connection_age_ms", int(limits.connection_age_seconds * 1000)),
         ("grpc.max_connection_age_grace_ms", int((limits.body_seconds + limits.request_seconds) * 1000)),
         ("grpc.max_concurrent_streams", STREAMS),
-        # of streams that were reset: more make the core refuse new ones of that connection, fewer also honest bursts
+        # streams that were reset but not freed: beyond these the core refuses new ones of the connection, and with a
+        # lower limit also bursts of honest clients
         ("grpc.http2.max_deallocating_streams", STREAMS),
-        # calls that wait for this process; beyond it the core cancels some at random, uncounted
+        # calls that wait for this process; beyond these the core cancels some at random, which nothing counts
         ("grpc.server.max_pending_requests", calls),
         ("grpc.server.max_pending_requests_hard_limit", calls),
     ]

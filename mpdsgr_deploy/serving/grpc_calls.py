@@ -1,4 +1,4 @@
-"""Checks around every gRPC call, whatever its method: keys, limits on its message, counting and the log."""
+"""What every gRPC call has in common: the check of keys, limits on its message, counting and the log."""
 
 import asyncio
 import time
@@ -18,18 +18,18 @@ from mpdsgr_deploy.serving.refusals import Refused, Why, internal, invalid
 from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.tensors import JSON_ENVELOPE
 
-PATIENCE = 1.0  # seconds that a message may wait for a place
+PATIENCE = 1.0  # seconds in which all waiting messages should get a place
 Content = TypeVar("Content")
-OPEN_PLACES = 8  # messages that may arrive at the same time for calls without a key
-WAITING = 1000  # calls whose messages wait to arrive
-SMALL = 4096  # bytes of a message to a method that needs no key
+OPEN_PLACES = 8  # the largest number of messages without a key that arrive at the same time
+WAITING = 1000  # the largest number of calls whose messages wait to arrive
+SMALL = 4096  # the largest message, in bytes, to a method that needs no key
 
 
 class Arrivals:
-    """Lets `places` messages arrive at once, so that together they fit into the memory reserved for them.
+    """Lets at most `places` messages arrive at once, so that together they fit into the memory reserved for them.
 
-    At most `waiting` others wait for a place. While any wait, the time for an arrival is short enough that all get a
-    place within about PATIENCE, so that clients who send slowly, or nothing, delay nobody for longer.
+    At most `waiting` others wait for a place. While any do, the time for an arrival is limited so that all get a place
+    within about PATIENCE: clients that send slowly, or nothing, delay nobody for longer.
     """
 
     def __init__(self, places: int, waiting: int) -> None:
@@ -77,7 +77,7 @@ class Arrivals:
             raise
 
     def _leave(self) -> None:
-        """Hand the place to the message that has waited longest."""
+        """Give the place to the message that has waited longest."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -86,7 +86,7 @@ class Arrivals:
         self._places_used -= 1
 
     def _hurry(self) -> None:
-        """End the oldest arrivals whose time is over, as many as messages wait, and check again at the next one's."""
+        """End the oldest arrivals that exceed their time, at most as many as messages wait; schedule a new check."""
         self._timer = None
         loop = asyncio.get_running_loop()
         now, needed = loop.time(), len(self._waiting)
@@ -105,7 +105,7 @@ class Arrivals:
 
 
 class Call:
-    """One call, for the log: the model it reached, if any; refused: why it is refused."""
+    """One gRPC call, as a `RequestLog`. model: the one it reached, if any; refused: why it was refused, if it was."""
 
     method = "gRPC"
 
@@ -126,17 +126,17 @@ class Call:
 
 
 class Method(NamedTuple):
-    """A gRPC method. answer: maps a message's bytes to the response; open: no key needed; reads: it has a message."""
+    """A gRPC method. answer: maps the bytes of a message to the response; serialize: encodes the response."""
 
     answer: Callable[[Server, bytes, Call], Awaitable[Any]]
     serialize: Callable[[Any], bytes]
-    open: bool = False
-    reads: bool = True
+    open: bool = False  # it needs no key
+    reads: bool = True  # its calls have a message
     large: bool = False  # a message may be as large as an inference request
 
 
 class Guard:
-    """Checks every call before its method: key and limits on its message; counts and logs it."""
+    """Checks the key and the message of every call before its method, and counts and logs the call."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -146,7 +146,7 @@ class Guard:
         self._open_arrivals = Arrivals(min(places, OPEN_PLACES), WAITING)
 
     def service(self, name: str, methods: Mapping[str, Method]) -> Any:
-        """Return the service for grpc.aio. Calls are streams to it, so that the wait for a message is bounded here."""
+        """Return a service for grpc.aio. It takes calls as streams, so that the wait for a message is limited here."""
         handlers = {
             method: grpc.stream_unary_rpc_method_handler(
                 partial(self._unary, method, entry), response_serializer=entry.serialize
@@ -169,7 +169,10 @@ class Guard:
 
     @asynccontextmanager
     async def call(self, name: str, context: grpc.aio.ServicerContext, *, open: bool = False) -> AsyncIterator[Call]:
-        """Surround one call: refuse it without a key, count it, and end it with a status if it was refused."""
+        """Provide the Call of a with block: refuse it without a key, count and log it, and end it if it was refused.
+
+        open: no key is needed. A Refused or any other error in the block ends the call with that status.
+        """
         server = self.server
         call = Call(name, context, server.new_id())
         server.counts.requests += 1
@@ -195,10 +198,13 @@ class Guard:
             await _abort(context, call.refused)
 
     async def message(self, call: Call, *, open: bool = False, large: bool = False) -> bytes:
-        """Return a call's message. Raises Refused if it is late, missing, or larger than its method needs."""
+        """Return a call's message. Raises Refused if it is late, missing, or larger than its method allows.
+
+        open, large: those of `Method`.
+        """
         content = await self.next_message(call, open=open, large=large)
         if content is None:
-            if not call.peer:  # gRPC's core has ended the call: a message above every limit, or a client that left
+            if not call.peer:  # gRPC's core has ended the call: its message was too large, or the client has left
                 raise Refused(Why.TOO_LARGE, "the message did not arrive completely")
             raise invalid("the call has no message")
         return content
@@ -218,8 +224,8 @@ class Guard:
 async def _abort(context: grpc.aio.ServicerContext, refused: Refused) -> None:
     """End a call with a status. The library raises AbortError again once the call's handler has returned.
 
-    It keeps that error with the call, and the error keeps its frames, of which the handler's hold the call and its
-    message: the cycle would stay in memory until a garbage collection.
+    The library stores that error with the call, and the error's frames hold the call and its message. Without the
+    frames there is no cycle that would stay in memory until a garbage collection.
     """
     try:
         await context.abort(getattr(grpc.StatusCode, refused.why.grpc), str(refused))

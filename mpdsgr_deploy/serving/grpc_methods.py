@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over gRPC, with the stubs that tritonclient ships; other stubs would clash with them."""
+"""The methods of the Open Inference Protocol over gRPC, with tritonclient's stubs, with which others would clash."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -18,8 +18,8 @@ from mpdsgr_deploy.serving.served_model import ServedModel
 from mpdsgr_deploy.serving.tensors import InputTensor
 
 SERVICE = "inference.GRPCInferenceService"
-CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
-Answer = dict[str, Any]  # in the JSON form that HTTP has too
+CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}  # the field for typed data, by datatype
+Answer = dict[str, Any]  # the fields of a response in the JSON form, which HTTP uses too
 
 
 def _is_ready(server: Server, request: Any) -> bool:
@@ -69,7 +69,7 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
 
 
 def _tensors(request: Any) -> list[InputTensor]:
-    """Return the inputs, with their data in raw form or as typed contents; never both."""
+    """Return the inputs of a request, whose data are in raw form or typed. Raises Refused if they are in both."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise invalid(f"there are {len(request.inputs)} inputs and {len(raw)} raw contents; send one for each")
@@ -82,7 +82,8 @@ def _tensors(request: Any) -> list[InputTensor]:
         field = CONTENTS.get(entry.datatype, "fp32_contents")
         if not raw and typed not in ([], [field]):
             raise invalid(f"data of type {entry.datatype[:40]!r} belong in {field}, not in {typed[0]}")
-        content = raw[i] if raw else getattr(entry.contents, field)  # not a list: its length is checked first
+        # typed contents are not copied to a list before their length is checked
+        content = raw[i] if raw else getattr(entry.contents, field)
         tensors.append(InputTensor(entry.name, entry.datatype, tuple(entry.shape), content))
     return tensors
 
@@ -112,7 +113,7 @@ def _model(server: Server, request: Any) -> ServedModel:
 
 
 def _method(name: str, handler: Callable[[Server, Any], Answer | Awaitable[Answer]], **options: bool) -> Method:
-    """Make the method of this name, whose handler takes a parsed message and returns the response's fields."""
+    """Return the method of this name. handler: maps a parsed message to the fields of the response."""
     request, response = getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response")
 
     async def answer(server: Server, content: bytes, call: Call) -> Any:

@@ -1,17 +1,17 @@
-"""Scan a gRPC message's bytes before a parser makes objects of them.
+"""Scan the bytes of a gRPC message before it is parsed, and refuse messages with too many fields.
 
-An empty entry takes two bytes on the wire and two hundred in memory. A valid inference request has a few dozen fields,
-whatever its tensors hold, so a message with more is refused.
+An empty entry takes two bytes in the message but two hundred in memory. A valid inference request has a few dozen
+fields, whatever its tensors hold.
 """
 
 from collections.abc import Iterator
 
 from mpdsgr_deploy.serving.refusals import Refused, invalid
 
-MOST = 100  # fields of a message and of the messages in it
-VARINT, LENGTH = 0, 2  # wire types; 1 and 5: eight and four bytes
-FIXED = {1: 8, 5: 4}
-# of ModelInferRequest, of its inputs and of their contents: the numbers in grpc_service.proto
+MOST = 100  # the largest number of fields of a message and of the messages in it
+VARINT, LENGTH = 0, 2  # wire types
+FIXED = {1: 8, 5: 4}  # bytes of the wire types of fixed size
+# field numbers of ModelInferRequest and of its inputs in grpc_service.proto
 INPUTS, OUTPUTS = 5, 6
 SHAPE, CONTENTS = 3, 5
 DIMENSIONS = 80  # bytes that the four sizes of a shape may take
@@ -20,13 +20,16 @@ BROKEN = "the message is not a ModelInferRequest"
 
 
 class Scan:
-    """The fields of one message, of which at most `MOST` are read in all."""
+    """Reads the fields of one message and of the messages in it, at most `MOST` in all."""
 
     def __init__(self, content: bytes) -> None:
         self._content, self._left = content, MOST
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield number, start and end of each field's value. Raises Refused for too many, or for an invalid message."""
+        """Yield the number of each field, and start and end of its value, between two places in the message.
+
+        Raises Refused for too many fields and for an invalid message.
+        """
         place = start
         while place < end:
             self._left -= 1
@@ -51,7 +54,7 @@ class Scan:
             place = stop
 
     def _varint(self, place: int, end: int) -> tuple[int, int]:
-        """Return a number of at most ten bytes, and its end."""
+        """Return the number of at most ten bytes at `place`, and the place after it."""
         content, value = self._content, 0
         for shift in range(0, 70, 7):
             if place >= end:
@@ -65,7 +68,7 @@ class Scan:
 
 
 def check_infer_request(content: bytes) -> None:
-    """Raise Refused if a ModelInferRequest has more fields than a valid one, at any level where they take memory."""
+    """Raise Refused if a ModelInferRequest, with its inputs and outputs, has more fields than a valid one."""
     scan = Scan(content)
     for number, start, end in scan.fields(0, len(content)):
         if number == INPUTS:

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over HTTP: answers requests, given as head and body, independent of the transport."""
+"""The Open Inference Protocol over HTTP: answers to requests, independent of how head and body arrive."""
 
 import asyncio
 import json
@@ -26,23 +26,23 @@ OPEN = {"/", "/v2/health/live", "/v2/health/ready"}  # paths that need no key
 
 
 class Body(Protocol):
-    """A request's body, read as it arrives."""
+    """The body of a request, which is read as it arrives."""
 
     complete: bool  # the whole body has arrived
 
     @property
     def at_end(self) -> bool:
-        """Whether all of it was read."""
+        """Whether all of the body was read."""
 
     async def read(self) -> bytes:
         """Return the next part. Raises Refused if the client disconnects first."""
 
-    def watch(self, left: Callable[[], None] | None) -> None:
-        """Call `left` when the client disconnects, at once if it has; None: call nothing any more."""
+    def watch(self, on_disconnect: Callable[[], None] | None) -> None:
+        """Call a function when the client disconnects, or now if it has already; None: call nothing any more."""
 
 
 class Reply(NamedTuple):
-    """A response."""
+    """A response. kind: its Content-Type; headers: those in addition to `response_headers`."""
 
     status: int
     body: bytes
@@ -51,7 +51,10 @@ class Reply(NamedTuple):
 
 
 class Exchange:
-    """One request: its head, its body, and the model it reached, if any. start: on the monotonic clock; None: now."""
+    """One request, as a `RequestLog`: its head, its body, and the model it reached, if any.
+
+    headers: by name in lower case. peer: returns the client's address. start: on the monotonic clock; None: now.
+    """
 
     __slots__ = ("_peer", "body", "headers", "id", "images", "method", "model", "path", "share", "start")
 
@@ -78,13 +81,13 @@ class Exchange:
 
 
 class Http:
-    """What a server answers over HTTP."""
+    """Answers HTTP requests to a server."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
 
     async def answer(self, exchange: Exchange) -> Reply:
-        """Answer a request, count it and log it; errors are answered as refusals."""
+        """Return the response to a request, which is counted and logged; errors become refusals."""
         server = self.server
         if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
             exchange.id = server.new_id()
@@ -140,7 +143,7 @@ class Http:
         return Reply(503, json.dumps({"ready": False}).encode(), headers=((b"retry-after", RETRY_AFTER.encode()),))
 
     async def _model(self, exchange: Exchange, parts: list[str]) -> Reply:
-        """Answer a request about a model. parts: those of the path, from the model's name on."""
+        """Answer a request about a model. parts: the parts of the path, from the model's name on."""
         name, version, action = parts[0], "", parts[1:]
         if action[:1] == ["versions"] and len(action) > 1:
             version, action = action[1], action[2:]
@@ -195,10 +198,10 @@ class Http:
         return Reply(200, b"")
 
     async def _body(self, exchange: Exchange, most: int) -> bytes:
-        """Return the whole body, decompressed, of at most so many bytes. Raises Refused if it is larger or invalid."""
+        """Return the whole body, decompressed. Raises Refused for one of more than `most` bytes, late or invalid."""
         most = min(most, self.server.memory.limit)
         length = exchange.headers.get("content-length")
-        if length is not None and int(length) > most:  # servers pass on only numbers
+        if length is not None and int(length) > most:  # listeners refuse a length that is not a number
             raise too_large(most)
         inflate = _inflater(exchange.headers.get("content-encoding"))
         if inflate is None and exchange.body.at_end:
@@ -230,10 +233,10 @@ async def _read(exchange: Exchange, most: int, inflate: "zlib._Decompress | None
         part = await exchange.body.read()
         sent += len(part)
         if inflate is not None:
-            # never decompress more than needed to see that it is too much
+            # decompress no more than it takes to see that the body is too large
             part = _inflated(inflate, part, most - size + 1)
         size += len(part)
-        if max(sent, size) > most:  # compressed data may be larger than their content, which may even be empty
+        if max(sent, size) > most:  # compressed data can be larger than their content, which may even be empty
             raise too_large(most)
         exchange.share.take(len(part))
         parts.append(part)
@@ -269,7 +272,7 @@ def _page() -> Reply:
 
 
 def refusal_reply(error: Refused) -> Reply:
-    """Make the response to a refused request."""
+    """Return the response to a refused request."""
     headers = tuple((name.encode(), value.encode()) for name, value in error.headers.items())
     return Reply(error.why.status, json.dumps({"error": str(error)}).encode(), headers=headers)
 

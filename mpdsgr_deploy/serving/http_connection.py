@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection, parsed by httptools; every wait, size and queue is bounded."""
+"""One HTTP/1.1 connection, parsed by httptools; every wait, size and queue is limited."""
 
 import asyncio
 from collections import deque
@@ -25,16 +25,16 @@ from mpdsgr_deploy.serving.http_timer import ClientTimer
 from mpdsgr_deploy.serving.refusals import Refused
 
 PIPELINED = 64  # requests on a connection that may wait for earlier answers
-READ_AHEAD = 8  # requests of these that are read in advance; a disconnect goes unnoticed while reading stops
-LINGER = 2.0  # seconds in which a client may still send unread data before it gets the answer
+READ_AHEAD = 8  # waiting requests after which reading pauses; meanwhile a disconnect goes unnoticed
+LINGER = 2.0  # seconds for which data are read and discarded at the end, so that the client can read its answer
 PROBE_SECONDS = 1.0  # seconds for the head of a request on a connection above the limit
-PROBES = ("/v2/health/live", "/v2/health/ready")
+PROBES = ("/v2/health/live", "/v2/health/ready")  # paths that such a connection may ask for
 
 
 class ConnectionOwner(Protocol):
-    """The listener, which is told when a connection is open (its TLS handshake done) and when it has ended.
+    """The listener. A connection calls it when it is open, after any TLS handshake, and when it has ended.
 
-    tasks: the tasks that answer requests, kept so that they are not garbage collected.
+    tasks: the tasks that answer requests, stored so that they are not garbage collected.
     """
 
     server: Server
@@ -52,20 +52,21 @@ class ConnectionOwner(Protocol):
 class HttpConnection(asyncio.Protocol):
     """Answers the requests of one client in order.
 
-    has_place: whether it is within the limit on connections. Without a place, a client may ask for health only.
+    has_place: whether the connection is within the limit on connections; without a place, a client may only ask for the
+    server's health.
     """
 
     def __init__(self, owner: ConnectionOwner, *, has_place: bool) -> None:
         self._owner, self._limits = owner, owner.server.limits
         self._loop = asyncio.get_running_loop()
         self._parser: Any = httptools.HttpRequestParser(self)
-        # data after the last request are ignored without an error
+        # ignore data after the last request instead of reporting an error
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._transport: asyncio.Transport
         self._url, self._headers = b"", dict[str, str]()
         self._head_open = False  # a head is incomplete
-        # bytes of this head; bytes since the last complete part or piece of a body
-        self._head_bytes = self._idle_bytes = 0
+        self._head_bytes = 0  # bytes of this head
+        self._idle_bytes = 0  # bytes since the last complete head, piece of a body, or message
         self._incoming: IncomingRequest | None = None  # the request whose body is arriving
         self._active: IncomingRequest | None = None  # the request that is being answered
         self._queue: deque[IncomingRequest] = deque()
@@ -97,7 +98,7 @@ class HttpConnection(asyncio.Protocol):
         self.over = True
         if self._active is not None:
             self._active.leave()
-        # drop references, because a cycle would stay in memory until a garbage collection
+        # drop references, because cycles would stay in memory until a garbage collection
         self._timer.end()
         self._queue.clear()
         self._parser = self._incoming = self._active = None
@@ -124,7 +125,7 @@ class HttpConnection(asyncio.Protocol):
             self._expect(self._limits.header_seconds, SLOW)
 
     def eof_received(self) -> None:
-        """Treat the end of the client's data as its disconnection."""
+        """Close the connection, as asyncio does if this returns None: the end of the client's data is its end."""
 
     # callbacks of the parser
 
@@ -147,7 +148,7 @@ class HttpConnection(asyncio.Protocol):
         if self._head_bytes > HEAD_BYTES:
             self._end(TOO_LONG)
         elif version not in ("1.1", "1.0") or parser.should_upgrade():
-            # after an upgrade the parser takes what follows, even a body, for another protocol or another request
+            # after an upgrade the parser would take what follows, even a body, for another protocol or request
             self._end(BAD)
         elif len(self._queue) >= PIPELINED:
             self._end(PIPELINE_FULL)
@@ -224,10 +225,10 @@ class HttpConnection(asyncio.Protocol):
             self._transport.write(data)
 
     def _end(self, error: Refused) -> None:
-        """Answer invalid input, after the requests before it, and close."""
+        """Answer invalid or late input with `error`, after the requests before it, and close."""
         if self.over or self._last:
             return
-        wrong, self._incoming = self._incoming, None  # a request whose remaining data are wrong gets this answer
+        wrong, self._incoming = self._incoming, None  # a request whose remaining data are invalid gets this answer
         if wrong is not None and wrong in self._queue:
             self._queue.remove(wrong)
         if self._active is None or self._active is wrong:
@@ -240,10 +241,10 @@ class HttpConnection(asyncio.Protocol):
         self._close(clean=False)
 
     def _close(self, *, clean: bool) -> None:
-        """End the connection; if more data may be coming, only after the client had time to read the answer."""
+        """End the connection: now if it is `clean`, else after LINGER, because more data may come from the client."""
         self.over = True
         self._queue.clear()
-        self._incoming = None  # keep reading and discard the data, because unread bytes would reset the connection
+        self._incoming = None  # go on reading and discard the data, because unread bytes would reset the connection
         if self._active is not None:
             self._active.leave()
         if clean or self._transport.is_closing():
@@ -255,7 +256,7 @@ class HttpConnection(asyncio.Protocol):
         self._expect(LINGER, None)
 
     def shut(self) -> None:
-        """Close the connection: now if no request has begun, else after the answer."""
+        """Close the connection if no request has begun; if one has, its answer closes it while the server drains."""
         if self._active is None and not self._head_open and not self.over:
             self._close(clean=True)
 
@@ -263,10 +264,10 @@ class HttpConnection(asyncio.Protocol):
         """Close at once."""
         self._transport.abort()
 
-    # bounds on time and on what is buffered
+    # limits on time and on buffered data
 
     def _expect(self, seconds: float, late: Refused | None) -> None:
-        """Wait `seconds` for the client, then send the answer `late`, if there is one, and close."""
+        """Wait for the client for `seconds`; then send the answer `late`, if it is not None, and close."""
         self._late = late
         self._timer.expect(seconds)
 
@@ -291,7 +292,7 @@ class HttpConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def read_on(self) -> None:
-        """Read more from the client, unless enough requests wait or a body is not read yet."""
+        """Go on reading from the client, unless enough requests wait or a buffered body is full."""
         incoming = self._incoming
         if self._read_paused and not (len(self._queue) >= READ_AHEAD or (incoming is not None and incoming.full)):
             self._read_paused = False

@@ -1,4 +1,4 @@
-"""An HTTP/1.1 request whose head has arrived and whose body may still arrive, and its answer in bytes."""
+"""An HTTP/1.1 request whose head has arrived and whose body may still arrive, and the encoding of answers."""
 
 import asyncio
 import re
@@ -17,9 +17,9 @@ from mpdsgr_deploy.serving.refusals import Refused, Why
 UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-HEAD_BYTES = 1 << 16  # bytes of a request line and its headers, or of trailers
+HEAD_BYTES = 1 << 16  # the largest number of bytes of a request line and its headers, or of trailers
 
-# answers to what never becomes a request
+# answers to input that never becomes a request
 BAD = Refused(Why.INVALID, "this is not an HTTP/1.1 request")
 SLOW = Refused(Why.SLOW, "the request's head did not arrive in time")
 TOO_LONG = Refused(Why.HEADERS, f"the head of a request may have at most {HEAD_BYTES} bytes")
@@ -29,7 +29,7 @@ BODY_BYTES = 1 << 16  # bytes of a body that may be buffered before the client h
 
 
 def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: bool = True) -> bytes:
-    """Encode a whole response. with_body: False for HEAD, whose response states only the body's length."""
+    """Encode a whole response. keep_alive: the connection stays open; with_body: False for the method HEAD."""
     parts = [STATUS_LINES.get(reply.status) or b"HTTP/1.1 %d Closed\r\n" % reply.status]
     for name, value in response_headers(request_id, reply):
         parts += (name, b": ", value, b"\r\n")
@@ -40,35 +40,35 @@ def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: 
 
 
 def encode_refusal(error: Refused, request_id: str) -> bytes:
-    """Encode the response to input that never became a request, with the usual headers; the connection ends with it."""
+    """Encode the response to input that never became a request; it announces the end of the connection."""
     return encode_reply(refusal_reply(error), request_id, keep_alive=False)
 
 
 @lru_cache(maxsize=1024)
 def url_path(url: bytes) -> str:
-    """Return the decoded path of a request's URL. Raises an error that httptools reports unless it is ASCII."""
+    """Return the decoded path of a request's URL. Raises an error, which httptools reports, for an invalid URL."""
     path: str = httptools.parse_url(url).path.decode("ascii")
     return unquote(path) if "%" in path else path
 
 
 def without_upgrade(data: bytes) -> bytes:
-    """Rename every `Upgrade` header, because httptools would take the following bytes for another protocol."""
+    """Return data in which `Upgrade` headers are renamed: httptools would take what follows for another protocol."""
     end = data.find(b"\r\n\r\n") + 2  # end of the last complete header
     return UPGRADE.sub(b"\r\nignored:", data[:end]) + data[end:] if UPGRADE.search(data, 0, end) else data
 
 
 class Wire(Protocol):
-    """The interface of a connection that a request needs."""
+    """The methods of a connection that a request calls."""
 
     def write(self, data: bytes) -> None:
         """Send bytes before the answer."""
 
     def read_on(self) -> None:
-        """Read more of what the client sends."""
+        """Go on reading what the client sends."""
 
 
 class Head(NamedTuple):
-    """A request's head. path: decoded; headers: by name in lower case; keep_alive: another request may follow."""
+    """The head of a request. path: decoded; headers: by name in lower case; keep_alive: another request may follow."""
 
     method: str
     path: str
@@ -77,10 +77,10 @@ class Head(NamedTuple):
 
 
 class IncomingRequest:
-    """A request whose head has arrived, with the part of its body that has arrived and is not read yet."""
+    """A request whose head has arrived, as a `Body` with the part that has arrived and is not read yet."""
 
     __slots__ = (
-        *("_arrived", "_connection", "_left", "_size", "_waiter"),
+        *("_arrived", "_connection", "_on_disconnect", "_size", "_waiter"),
         *("complete", "expects", "gone", "head", "start"),
     )
 
@@ -90,7 +90,7 @@ class IncomingRequest:
         self._arrived: list[bytes] = []
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._left: Callable[[], None] | None = None
+        self._on_disconnect: Callable[[], None] | None = None
         self.complete = self.gone = False
 
     @property
@@ -117,8 +117,8 @@ class IncomingRequest:
         """Note that the client has disconnected."""
         self.gone = True
         self._wake()
-        if self._left is not None:
-            self._left()
+        if self._on_disconnect is not None:
+            self._on_disconnect()
 
     async def read(self) -> bytes:
         if self.expects and not self._arrived:
@@ -134,10 +134,10 @@ class IncomingRequest:
         self._connection.read_on()
         return part
 
-    def watch(self, left: Callable[[], None] | None) -> None:
-        self._left = left
-        if self.gone and left is not None:
-            left()
+    def watch(self, on_disconnect: Callable[[], None] | None) -> None:
+        self._on_disconnect = on_disconnect
+        if self.gone and on_disconnect is not None:
+            on_disconnect()
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

@@ -1,17 +1,18 @@
-"""Timers for how long a client may take."""
+"""Timers that limit how long a client may be silent."""
 
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 
-READ_FIRST = 0.1  # seconds in which data are read first that arrived while this process was blocked
+READ_FIRST = 0.1  # seconds for reading data that arrived in time while this process was blocked
 
 
 class ClientTimer:
     """Calls `passed` once the client has been silent for too long.
 
-    One timer of the event loop serves a connection and is moved on when it fires, as every request sets it anew.
+    A connection has one timer of the event loop, which is set again only when it fires, because every request changes
+    the time that is due.
     """
 
     def __init__(self, passed: Callable[[], None]) -> None:
@@ -32,7 +33,7 @@ class ClientTimer:
         self._due = inf
 
     def end(self) -> None:
-        """Call nothing any more, and drop `passed`, which may refer to this timer: a cycle would stay in memory."""
+        """Call nothing any more, and drop `passed`, which may refer to this timer; the cycle would stay in memory."""
         self._cancel()
         self._passed = _nothing
 
@@ -68,7 +69,7 @@ def _nothing() -> None:
 
 @contextmanager
 def client_time(timeout: asyncio.Timeout, seconds: float) -> Iterator[None]:
-    """Let `timeout` expire once the client has had `seconds` within the block."""
+    """Let `timeout` expire once the client has had `seconds` within a with block."""
     timer = ClientTimer(lambda: timeout.reschedule(0))
     timer.expect(seconds)
     try:

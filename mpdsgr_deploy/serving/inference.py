@@ -1,4 +1,4 @@
-"""Answer one inference request of either protocol: from its description to the tensors of the answer."""
+"""Answer one inference request, of HTTP or gRPC, with the tensors of its outputs."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ MICROSECONDS = 1e-6  # unit of a request's parameter `timeout`
 
 
 class RequestedOutput(NamedTuple):
-    """A requested output. classes: how many of the best classes to return as labels; 0: its numbers."""
+    """A requested output. classes: the number of best classes to return as labels; 0: return its numbers."""
 
     name: str
     binary: bool = False
@@ -26,17 +26,20 @@ class RequestedOutput(NamedTuple):
 
 
 class InferenceRequest(NamedTuple):
-    """A request. inputs: removed once converted, because lists take ten times the memory. timeout: in seconds."""
+    """An inference request. timeout: in seconds.
+
+    inputs: removed from the list once they are converted, because JSON lists take ten times the memory of arrays.
+    """
 
     id: str
     inputs: list[InputTensor]
     outputs: Sequence[RequestedOutput]
     timeout: float | None
-    binary: bool = False  # form of the output if the request names none
+    binary: bool = False  # whether the default output is binary, if the request names no outputs
 
 
 class OutputAnswer(NamedTuple):
-    """The answer for one output: its numbers, or its labels [B][k]."""
+    """The answer for one output: its numbers float32 [B, ...], or its labels [B][k]."""
 
     requested: RequestedOutput
     content: NDArray[np.float32] | list[list[str]]
@@ -52,7 +55,7 @@ class OutputAnswer(NamedTuple):
         return "BYTES" if isinstance(self.content, list) else "FP32"
 
     def raw(self) -> bytes:
-        """Return the content in the binary form of both protocols."""
+        """Return the content in the binary form that both protocols use."""
         if isinstance(self.content, list):
             return bytes_tensor(self.content)
         return np.ascontiguousarray(self.content, "<f4").tobytes()
@@ -67,7 +70,8 @@ async def infer(
 ) -> list[OutputAnswer]:
     """Answer a request within `seconds` from now, or within its own timeout if that is shorter.
 
-    watch: registers a function to call when the client disconnects; the request is then dropped. Raises Refused.
+    watch: registers a function to call when the client disconnects, which drops the request. Raises Refused for a
+    request that does not fit the model, comes while the queue is full, is late, or whose client disconnects.
     """
     start = time.monotonic()
     if len(request.inputs) != 1:
@@ -91,7 +95,7 @@ async def _watched(
     seconds: float | None,
     watch: Watch | None,
 ) -> Outputs:
-    """Return the future's result, unless the time passes or the client disconnects first."""
+    """Return the future's result. Raises Refused if `seconds` pass (None: no limit) or the client leaves before."""
     timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, _late, future)
     has_left = False
 

@@ -1,4 +1,4 @@
-"""The HTTP listener: accepts a bounded number of connections, TLS handshakes among them, and loses none at its end."""
+"""The HTTP listener: it accepts a limited number of connections, TLS handshakes included, and loses none at its end."""
 
 import asyncio
 import errno
@@ -18,19 +18,19 @@ from mpdsgr_deploy.serving.http_connection import HttpConnection
 from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, encode_refusal
 from mpdsgr_deploy.serving.refusals import Refused
 
-RESERVE = 32  # further connections, only for health probes
-AT_ONCE = 200  # connections accepted before other tasks run
+RESERVE = 32  # connections above the limit, which may only ask for the server's health
+AT_ONCE = 200  # connections that are accepted before other tasks run
 PAUSE = 0.1  # seconds until a listener without a free file descriptor tries again
 TURN = 0.002  # seconds in which a process with fewer connections may accept the next one first
-BACKLOG = 2048  # connections that wait to be accepted
-FRESH = 1.0  # seconds that the first request of an accepted connection may take when the server ends
+BACKLOG = 2048  # connections that may wait to be accepted
+FRESH = 1.0  # seconds for which a stopping server waits for the first request of an accepted connection
 TLS_GOODBYE = 1.0  # seconds that a client has to confirm the end of TLS
 TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
 NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Tls(NamedTuple):
-    """PEM files. client_ca: the authority for clients' certificates; None: clients need none."""
+    """The PEM files of a server. client_ca: the authority for clients' certificates; None: clients need none."""
 
     certificate: Path
     key: Path
@@ -58,21 +58,21 @@ class Tls(NamedTuple):
             ) from None
 
     def grpc(self) -> grpc.ServerCredentials:
-        """Return gRPC's credentials, which look for a renewed certificate at every handshake."""
+        """Return gRPC's credentials, which check at every handshake whether the certificate was renewed."""
         ca = None if self.client_ca is None else self.client_ca.read_bytes()
         configuration = grpc.ssl_server_certificate_configuration([self._pair()], root_certificates=ca)
-        known = [self._pair()]
+        current = [self._pair()]
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
             try:
-                # raises unless certificate and key fit, and then keeps the old pair
+                # raises if certificate and key do not fit, so that the old pair stays in use
                 self.renew(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
                 pair = self._pair()
             except (InputError, OSError):
                 return None
-            if pair == known[0]:
+            if pair == current[0]:
                 return None
-            known[0] = pair
+            current[0] = pair
             return grpc.ssl_server_certificate_configuration([pair], root_certificates=ca)
 
         return grpc.dynamic_ssl_server_credentials(configuration, renewed, require_client_authentication=ca is not None)
@@ -102,7 +102,7 @@ class Listener:
         self._loop.add_reader(self._sock, self._take_turn)
 
     def renew_certificate(self) -> None:
-        """Use the current certificate files for new connections; a bad certificate is not used."""
+        """Read the certificate files again for new connections; an unusable certificate is logged and not used."""
         if self._tls is not None and self._context is not None:
             try:
                 self._tls.renew(self._context)
@@ -117,7 +117,7 @@ class Listener:
         return any(not c.has_sent and now - c.opened < FRESH for c in self.connections)
 
     def stop_accepting(self) -> None:
-        """Accept the connections that the system has accepted already, and no more; other processes take new ones."""
+        """Accept no more connections, except those that the system has accepted if no other process takes them."""
         if self._accepting:
             self._accepting, self.server.counts.accepting = False, 0
             self._loop.remove_reader(self._sock)
@@ -127,7 +127,7 @@ class Listener:
         self._sock.close()
 
     async def close(self, seconds: float) -> None:
-        """Close idle connections now, others after their answer, and the rest after `seconds`."""
+        """Close idle connections now, others after their answer, and those that remain after `seconds`."""
         end = self._loop.time() + seconds
         while self.tasks and self._loop.time() < end:
             for connection in list(self.connections):
@@ -145,7 +145,7 @@ class Listener:
             task.cancel()
 
     def _take_turn(self) -> None:
-        """Accept connections, unless another process has fewer and takes them soon."""
+        """Accept connections, but let a process with fewer connections do so first."""
         group = self.server.group
         if group.has_most_connections and not self._waited:
             self._waited = True
@@ -203,7 +203,7 @@ class Listener:
         self.connections.add(connection)
 
     def connection_ended(self, connection: HttpConnection) -> None:
-        """Give the ended connection's place to the one that has waited longest."""
+        """Give the place of an ended connection to the one that has waited longest."""
         self.server.counts.connections -= 1
         self.connections.discard(connection)
         self._without_place.pop(connection, None)

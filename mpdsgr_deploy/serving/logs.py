@@ -1,4 +1,4 @@
-"""Structured logs, one JSON object per line on stderr, and OpenTelemetry spans where that package is set up."""
+"""Structured logs, one JSON object per line on stderr, and OpenTelemetry spans if that package is set up."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from mpdsgr_deploy.serving.refusals import Refused
 from mpdsgr_deploy.serving.served_model import ServedModel
 
 MOST_WAITING = 10_000  # largest number of waiting log lines
-LONGEST_PATH = 200  # characters of a path in a line
+LONGEST_PATH = 200  # characters of a path in a log line
 requests = logging.getLogger("mpdsgr_deploy.requests")
 try:
     from opentelemetry import propagate, trace
@@ -42,7 +42,7 @@ class RequestLog(Protocol):
 
 
 class JsonLines(logging.Formatter):
-    """Formats time (s since 1970), level, message, the common fields, and those in a record's `fields`."""
+    """Formats a record as JSON: time (seconds since 1970), level, message, `fields`, and the record's own `fields`."""
 
     def __init__(self, **fields: object) -> None:
         super().__init__()
@@ -56,10 +56,10 @@ class JsonLines(logging.Formatter):
 
 
 class Lines(logging.Handler):
-    """Writes lines to a stream as long as somebody reads them.
+    """Writes lines to a stream without blocking.
 
-    A pipe that nobody reads would block the process. Lines that it does not accept wait here, at most MOST_WAITING of
-    them, and are written before the next line that it accepts.
+    A pipe that nobody reads would block the process. At most MOST_WAITING lines that the stream does not accept wait
+    here, the oldest are lost, and the others are written once it accepts lines again.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -106,7 +106,7 @@ class Lines(logging.Handler):
 
 
 def log_json(**fields: object) -> None:
-    """Send log lines to stderr as JSON with these fields; from other packages only warnings and errors."""
+    """Write log lines to stderr as JSON with these fields; of other packages, only warnings and errors."""
     handler = Lines(sys.stderr)
     handler.setFormatter(JsonLines(**fields))
     log.setLevel(logging.INFO)
@@ -116,7 +116,7 @@ def log_json(**fields: object) -> None:
 
 
 def log_request(protocol: str, request: RequestLog, code: str, refused: Refused | None) -> None:
-    """Log one line for a request; a warning if the server is at fault or overloaded."""
+    """Log one line for a request, as a warning if the server failed or is overloaded."""
     fields: dict[str, Any] = {
         "request_id": request.id,
         "protocol": protocol,
@@ -136,10 +136,10 @@ def log_request(protocol: str, request: RequestLog, code: str, refused: Refused 
 
 
 def span(headers: Mapping[str, str], model: ServedModel, request_id: str) -> AbstractContextManager[object]:
-    """Open a span around an inference, as a child of the caller's if the headers name one (W3C Trace Context)."""
+    """Return a span around an inference, a child of the client's span if the headers name one (W3C Trace Context)."""
     if trace is None:
         return NO_SPAN
-    # get_tracer answers a real one only once somebody has set up where spans go
+    # get_tracer returns a real tracer only once a tracer provider is set up
     tracer = trace.get_tracer("mpdsgr_deploy")
     if isinstance(tracer, trace.ProxyTracer | trace.NoOpTracer):
         return NO_SPAN

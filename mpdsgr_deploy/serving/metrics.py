@@ -29,7 +29,7 @@ HISTOGRAMS = {  # name of a metric -> name in `Statistics`, and help text
 async def text(server: Server) -> bytes:
     """Return all current metrics, with the label `process` if the server has several processes.
 
-    A process that dies takes its counts with it, and the next one starts at 0, as Prometheus expects of a series.
+    The counts of a process that dies are lost, and the process that replaces it starts at 0, as Prometheus expects.
     """
     group = server.group
     own, machine = await asyncio.gather(asyncio.to_thread(families, server), asyncio.to_thread(_gpu_memory))
@@ -57,7 +57,7 @@ def _by_process(metrics: Mapping[int, Iterable[Metric]]) -> list[Metric]:
 
 
 class Collected(Collector):
-    """A collector that returns metrics which were collected before."""
+    """A collector that returns metrics that were collected before."""
 
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
@@ -67,10 +67,10 @@ class Collected(Collector):
 
 
 def _counts(server: Server) -> Iterator[Metric]:
-    """Return the counts of the server's requests and models.
+    """Yield the metrics of this process's requests, models and connections.
 
-    It runs in a thread while the event loop counts on, so it reads a copy of every mapping, made by `dict(mapping)`:
-    the tuples of `list(mapping.items())` may trigger a garbage collection and with it a thread switch.
+    It runs in a thread while the event loop goes on counting, so it reads a copy of every mapping, made by
+    `dict(mapping)`: the tuples of `list(mapping.items())` may trigger a garbage collection and thus a thread switch.
     """
     yield from _of_models(server)
     yield GaugeMetricFamily("mpdsgr_in_flight_bytes", "Bytes of the requests in memory.", server.memory.used)
@@ -134,12 +134,12 @@ def _of_models(server: Server) -> Iterator[Metric]:
 
 
 def _grpc_connections(port: int | None) -> Iterable[Metric]:
-    """Count this process's TCP connections to the gRPC port, which gRPC does not report; none without /proc/net."""
+    """Yield the number of TCP connections to this process's gRPC port, which gRPC does not report, if /proc has it."""
     if port is None:
         return
     ending, open_now = f":{port:04X}", 0
     try:
-        own = _files()
+        own = _open_files()
         for name in ("tcp", "tcp6"):
             rows = (line.split(None, 10) for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:])
             here = (row for row in rows if row[1].endswith(ending) and row[3] == ESTABLISHED)
@@ -149,7 +149,7 @@ def _grpc_connections(port: int | None) -> Iterable[Metric]:
     yield GaugeMetricFamily("mpdsgr_grpc_connections", "Number of open gRPC connections.", open_now)
 
 
-def _files() -> set[str]:
+def _open_files() -> set[str]:
     """Return the targets of this process's open file descriptors."""
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
@@ -164,7 +164,7 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 
 def _gpu_memory() -> list[Metric]:
-    """Return the GPU memory that nvidia-smi reports, in bytes; none without a GPU."""
+    """Return the GPU memory that nvidia-smi reports, in bytes; an empty list without nvidia-smi."""
     if which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]

@@ -13,7 +13,7 @@ from mpdsgr_deploy.serving.logs import log_json
 
 
 async def started(arguments: Arguments) -> Server:
-    """Start a server and load its models. Raises MpdsgrError if one cannot serve, or is not that of the config."""
+    """Start a server and load its models. Raises MpdsgrError if a model cannot serve or is not that of the config."""
     keys = None if arguments.api_key_file is None else Path(arguments.api_key_file)
     models = [f"{network.name}={network.bundle}@{network.precision}" for network in arguments.networks]
     server = Server(models, arguments.settings, backend=arguments.backend, keys=keys)
@@ -31,7 +31,7 @@ async def started(arguments: Arguments) -> Server:
 @serve.deployment(name=DEPLOYMENT)
 @serve.ingress()
 class Replica:
-    """One server. If its start fails, Ray shows the error as the reason why the deployment failed."""
+    """A replica with one server. If its start fails, Ray shows the error as the reason of the failed deployment."""
 
     async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
         limit_free_memory()
@@ -42,7 +42,7 @@ class Replica:
         return Asgi(self._server, with_id=False)
 
     async def check_health(self) -> None:
-        """Raise if the server has failed: Ray calls this every few seconds and replaces a replica that raises."""
+        """Raise RuntimeError if the server is not ready. Ray calls this every few seconds and replaces such replicas."""
         if not self._server.ready:
             raise RuntimeError("not ready: " + str(self._server.index(ready=False)))
 

@@ -5,12 +5,12 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Self
 
-RETRY_AFTER = "1"  # seconds until a server that is busy, or not ready, should be asked again
+RETRY_AFTER = "1"  # seconds after which a client should ask a server again that is busy or not ready
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Why(Enum):
-    """Why a request is refused: the HTTP status, and the name of the gRPC status."""
+    """Why a request is refused, with the HTTP status and the name of the gRPC status."""
 
     INVALID = 400, "INVALID_ARGUMENT"
     UNAUTHENTICATED = 401, "UNAUTHENTICATED"
@@ -51,14 +51,14 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer
 
 
 def internal(error: Exception) -> Refused:
-    """Make the refusal for an unexpected error, of this package or a backend, so that the server goes on.
+    """Return the refusal for an unexpected error of this package or a backend, after which the server goes on.
 
-    It drops the error's frames as `Refused.without_frames` does, because the batch's future keeps the error.
+    The error loses its frames, as by `Refused.without_frames`, because the batch's future keeps it.
     """
     error.__traceback__ = None
     return Refused(Why.INTERNAL, f"the server failed with {type(error).__name__}; its log says more")
 
 
 def invalid(message: str) -> Refused:
-    """Make the refusal of a request that breaks the protocol or does not fit the model."""
+    """Return the refusal of a request that violates the protocol or does not fit the model."""
     return Refused(Why.INVALID, message)

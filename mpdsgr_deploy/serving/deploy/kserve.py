@@ -1,9 +1,9 @@
 """KServe resources for bundles: an InferenceService for each, on Triton or on `mpdsgr serve`.
 
-`mpdsgr serve` gets its bundle through `storageUri`, as /mnt/models. Triton needs the directory above its model: a
-single model gets the repository through `storageUri`; with several, each gets its own as /mnt/models/NAME by
-`storageUris`. The resources ask for the deployment mode Standard, because KServe's default forbids volumes and a
-termination time.
+KServe fetches the bundle of `mpdsgr serve` from `storageUri` to /mnt/models. Triton needs the directory above its
+model: for a single model, `storageUri` names the repository; for several, `storageUris` puts each at /mnt/models/NAME.
+The resources ask for the deployment mode Standard, because KServe's default mode forbids volumes and a termination
+time.
 """
 
 import re
@@ -22,7 +22,7 @@ from mpdsgr_deploy.signing.trust import Trust
 SUMS = "mpdsgr-kserve.sha256"
 RUNTIME = "mpdsgr-triton"
 CONTAINER, MODELS = "kserve-container", "/mnt/models"  # names that KServe prescribes
-# where the pod finds the key that must have signed the bundles
+# the ConfigMap, the directory and the file of the key that must have signed the bundles
 TRUST, KEY_PLACE, KEY = "mpdsgr-trust", "/etc/mpdsgr-trust", "trust.pem"
 HTTP, GRPC, METRICS = 8080, 9000, 8002
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/]\S*")
@@ -30,15 +30,15 @@ LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 STANDARD = {"serving.kserve.io/deploymentMode": "Standard"}
 ENDING = 45  # seconds until a pod is killed; both servers need less to answer accepted requests
 SINGLE_ONLY = ("pvc", "oci", "hf", "https", "http")  # schemes that storageUris does not fetch, or not with a path
-LONGEST = 50  # longest name, to which KServe appends -predictor and more up to 63 characters
+LONGEST = 50  # characters of a name, to which KServe appends -predictor and more, up to 63
 Resource = dict[str, Any]
 
 
 class ReplicaSpec(NamedTuple):
-    """The replicas of one model: container image, devices, cores, memory (as in Kubernetes), number, and user.
+    """The replicas of one model: container image, GPUs, CPU cores, memory such as "2Gi", and service account.
 
-    demand: the signatures that `mpdsgr serve` requires. Triton cannot require any, so its files are verified
-    beforehand.
+    replicas: the smallest and the largest number. demand: the signatures that `mpdsgr serve` requires; Triton cannot
+    require any, so its files are verified beforehand.
     """
 
     image: str | None = None
@@ -68,14 +68,16 @@ def write_resources(
     out: Path,
     storage_uri: str,
     runtime: str = "triton",
-    replica: ReplicaSpec = ReplicaSpec(),  # noqa: B008 - it cannot change
+    replica: ReplicaSpec = ReplicaSpec(),  # noqa: B008 - it is immutable
 ) -> list[str]:
-    """Write the resources of each model to `out`, new or of an earlier call; return the files' names.
+    """Write the resources of each model to the directory `out`, and return the names of the files.
 
-    storage_uri: the parent of each model's directory in a model repository, or of its bundle. runtime: one of RUNTIMES.
+    out: does not exist, or was written by an earlier call; a file that was edited since is kept, and its new content is
+    written beside it as NAME.new. storage_uri: the parent of the directories of models in a model repository, or of
+    bundles. runtime: a key of RUNTIMES.
+
     Raises InputError for a URI that is invalid or that KServe cannot fetch, a name that Kubernetes does not accept or
-    that two models would have, a missing image, and if `out` cannot be written. A file that was edited since an earlier
-    call is kept, and the new content is written beside it as NAME.new.
+    that two models would have, a missing image, and if `out` cannot be written.
     """
     make = choose("runtime", RUNTIMES, runtime)
     replica.check()
@@ -158,9 +160,9 @@ def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
             # --insecure: plain HTTP inside the cluster, whose gateway decides who comes in
             "args": [
                 *("--host=0.0.0.0", f"--port={HTTP}", f"--grpc-port={GRPC}", f"--backend={backend}", "--insecure"),
-                *_demanding(replica.demand),
+                *_signature_options(replica.demand),
             ],
-            # KServe's webhook puts there what STORAGE_URI names, for containers too
+            # KServe's webhook fetches what STORAGE_URI names to MODELS, for custom containers too
             "env": [{"name": "STORAGE_URI", "value": f"{uri}/{model.bundle.path.resolve().name}"}, _threads(replica)],
             **_common(replica),
         }
@@ -176,13 +178,13 @@ def _on_mpdsgr(models: Sequence[Chosen], uri: str, replica: ReplicaSpec) -> dict
                 {"name": TRUST, "mountPath": KEY_PLACE, "readOnly": True},
             ]
             predictor["volumes"] = [_scratch(), {"name": TRUST, "configMap": {"name": TRUST}}]
-            resources[f"{TRUST}.yaml"] = _key(replica.demand.trust)
+            resources[f"{TRUST}.yaml"] = _key_map(replica.demand.trust)
         _add(resources, model, predictor)
     return resources
 
 
-def _demanding(demand: Demand) -> list[str]:
-    """Return the options by which `mpdsgr serve` demands the same of its bundle."""
+def _signature_options(demand: Demand) -> list[str]:
+    """Return the options of `mpdsgr serve` for the signatures that a bundle must have."""
     if demand.trust is None:
         return []
     trust = demand.trust
@@ -191,8 +193,8 @@ def _demanding(demand: Demand) -> list[str]:
     return [f"--require-signature={key}", *verdict]
 
 
-def _key(trust: Trust) -> Resource:
-    """Return the signer's public key as a ConfigMap for every pod."""
+def _key_map(trust: Trust) -> Resource:
+    """Return a ConfigMap with the signer's public key."""
     data = {KEY: trust.pem.decode(errors="replace")}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": TRUST}, "data": data}
 
@@ -211,6 +213,7 @@ def _resource(version: str, kind: str, name: str, spec: Resource) -> Resource:
 
 
 def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> None:
+    """Add the InferenceService of a model. Raises InputError for a name that is invalid or exists already."""
     name = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")
     if not LABEL.fullmatch(name) or len(name) > LONGEST:
         raise InputError(
@@ -224,12 +227,12 @@ def _add(resources: dict[str, Resource], model: Chosen, predictor: Resource) -> 
 
 
 def _threads(replica: ReplicaSpec) -> Resource:
-    """Set as many threads as the limit has cores; one per core of the node would exceed the CPU quota."""
+    """Return the variable that sets a thread per core of the limit; one per core of the node would exceed it."""
     return {"name": "OMP_NUM_THREADS", "value": str(replica.cpus)}
 
 
 def _pod(user: int, replica: ReplicaSpec) -> Resource:
-    """Return fields of every predictor: it is not root, and ends only after answering the accepted requests."""
+    """Return fields of every predictor: it does not run as root, and has time to answer accepted requests."""
     identity = {"runAsNonRoot": True, "runAsUser": user, "fsGroup": user, "seccompProfile": {"type": "RuntimeDefault"}}
     least, most = replica.replicas
     account = {} if replica.service_account is None else {"serviceAccountName": replica.service_account}
@@ -238,7 +241,7 @@ def _pod(user: int, replica: ReplicaSpec) -> Resource:
 
 
 def _common(replica: ReplicaSpec) -> Resource:
-    """Return fields of every container: ports, probes, resources and no privileges. Loading may take five minutes."""
+    """Return fields of every container: ports, probes, resources, no privileges. Loading may take five minutes."""
     return {
         "ports": [{"name": "http1", "containerPort": HTTP, "protocol": "TCP"}],
         "startupProbe": _probe("ready", period=5, failures=60),
@@ -261,7 +264,7 @@ def _probe(what: str, period: int, failures: int) -> Resource:
 
 
 def _scratch() -> Resource:
-    """Return the one writable volume on a read-only root."""
+    """Return the only volume that a container may write to."""
     return {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 

@@ -1,6 +1,7 @@
-"""The output directory of a deploy command, written completely or not at all, over its own earlier output only.
+"""The output directory of a deploy command, which is written completely or not at all.
 
-It contains checksums in the format of sha256sum, so that `sha256sum -c` checks a copy elsewhere.
+It replaces only earlier output of the same command, which it recognises by a file of checksums. That file has the
+format of sha256sum, so that `sha256sum -c` checks a copy elsewhere.
 """
 
 import difflib
@@ -15,15 +16,15 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 
 NEW = ".new"
-LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
+LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")  # a checksum and a file name
 
 
 @contextmanager
 def output_directory(out: Path, sums: str, what: str, *, keep_edits: bool = False) -> Iterator[Path]:
-    """Make a scratch directory, which replaces `out` if the block ends without an error.
+    """Provide a scratch directory, which replaces `out` if the with block ends without an error.
 
-    sums: the file of checksums, by which a later call recognises `out` as `what` it may replace. Raises InputError if
-    `out` holds a file that no earlier call wrote or, unless `keep_edits`, that was changed since. With `keep_edits` a
+    sums: the name of the file of checksums. what: a name for such a directory in messages. Raises InputError if `out`
+    holds a file that no earlier call wrote or, unless `keep_edits`, one that was changed since. With `keep_edits` a
     changed file is kept, its new content is written beside it as NAME.new, and the log shows the difference.
     """
     out = out.resolve()  # a link is followed, not replaced
@@ -43,7 +44,7 @@ def output_directory(out: Path, sums: str, what: str, *, keep_edits: bool = Fals
 
 
 def _edited(out: Path, sums: str) -> list[str]:
-    """Return files of an earlier call that were changed since. Raises InputError for files that no call wrote."""
+    """Return the files of an earlier call that were changed since. Raises InputError for files that no call wrote."""
     text = (out / sums).read_text(encoding="utf-8", errors="replace")
     known = {name: digest for digest, name in LINE.findall(text)}
     changed = []
@@ -59,7 +60,7 @@ def _edited(out: Path, sums: str) -> list[str]:
 
 
 def _keep(edited: Path, written: Path) -> None:
-    """Keep the edited version of `written`, with the new content beside it."""
+    """Replace the file `written` by its edited version, and put the new content beside it if it differs."""
     theirs = edited.read_text(encoding="utf-8", errors="replace")
     ours = written.read_text(encoding="utf-8") if written.exists() else ""
     if theirs != ours:

@@ -1,6 +1,7 @@
 """A Ray Serve config that runs the server of this package in every replica, behind an HAProxy on every node.
 
-HTTP only. Whoever reaches Ray's own ports can run code on the cluster, so they must not be reachable from outside.
+It serves only HTTP. Whoever reaches Ray's own ports can run code on the cluster, so they must not be reachable from
+outside.
 """
 
 import math
@@ -21,7 +22,7 @@ from mpdsgr_deploy.serving.source import Chosen
 
 SUMS, CONFIG = "mpdsgr-ray.sha256", "serve.yaml"
 APPLICATION, DEPLOYMENT = "mpdsgr", "server"
-DEREGISTERED = 30 + 5  # seconds: how long Ray keeps a replica open for proxies to turn away, and its margin
+DEREGISTERED = 30 + 5  # seconds until all proxies have left a stopping replica, by Ray's own limit, and a margin
 RETRIES = 2  # retries on other replicas; few, so that a request that crashes a process cannot crash all of them
 
 
@@ -44,7 +45,11 @@ class Arguments(Section):
 
 
 class Place(NamedTuple):
-    """Where an application runs. replicas: least and most; gpu: share per replica; host, port: of every node."""
+    """Where an application runs.
+
+    replicas: the smallest and the largest number; gpu: GPUs per replica, below 1 a share of one; host, port: the
+    address on every node.
+    """
 
     replicas: tuple[int, int] = (1, 1)
     gpu: float = 0.0
@@ -62,10 +67,11 @@ def write_config(
     *,
     insecure: bool = False,
 ) -> Path:
-    """Write the config of one application with these models to `out`, new or of an earlier call; return its path.
+    """Write the config of one application with these models to the directory `out`, and return the config's path.
 
-    Raises InputError for an unknown backend, impossible numbers, a host that others reach without `keys` unless
-    `insecure`, and if `out` cannot be written.
+    out: does not exist, or was written by an earlier call. keys: the file of API keys on every node. Raises InputError
+    for an unknown backend, impossible numbers, a host that others reach without `keys` unless `insecure`, and if `out`
+    cannot be written.
     """
     least, most = place.replicas
     if not 1 <= least <= most:
@@ -107,9 +113,9 @@ def _config(arguments: Arguments, place: Place) -> dict[str, Any]:
     limits = arguments.settings.limits
     haproxy = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # of silence while a request's head or body is to come; Ray's own is an hour
+        # seconds of silence before a request's head or body has arrived; Ray's default is an hour
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(limits.body_seconds)),
-        # inference changes nothing: a replica's end is no reason to fail what it had not answered
+        # inference changes no state, so requests that a stopping replica has not answered may be sent to another
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
     }
@@ -143,7 +149,7 @@ def _deployment(settings: ServerSettings, place: Place) -> dict[str, Any]:
     least, most = place.replicas
     scaling: dict[str, Any] = {"num_replicas": least}
     if least < most:
-        # a replica is well used while requests enough for a whole batch are in work
+        # a replica is fully used if the requests in progress fill a batch
         scaling = {
             "autoscaling_config": {
                 "min_replicas": least,
@@ -154,7 +160,7 @@ def _deployment(settings: ServerSettings, place: Place) -> dict[str, Any]:
     return {
         "name": DEPLOYMENT,
         **scaling,
-        # the model's queue is the server's to bound: Ray only stands in for its listener, with the bound on connections
+        # the server bounds the queues of its models; Ray replaces only its listener, with the limit on connections
         "max_ongoing_requests": limits.connections,
         "max_queued_requests": limits.connections,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},

@@ -5,8 +5,8 @@ NAME/labels.txt       for Triton's classification extension
 NAME/warmup/          a golden image, which every instance answers before the model is ready
 NAME/1/model.onnx     or model.plan, or one plan per compute capability
 
-Triton checks no values. An ONNX network is written with a check in it: images outside [0, 1] get NaN. An engine cannot
-have such a check, so it answers them as if they were valid.
+Triton checks no values. An ONNX network is written with a check in it, which answers images outside [0, 1] with NaN. An
+engine cannot have such a check, so it answers them as if they were valid.
 """
 
 import shutil
@@ -44,7 +44,11 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
 
 
 class Written(NamedTuple):
-    """The files of one model. engines: TensorRT's version by compute capability; noise: inputs that clients send."""
+    """A model as it was written to a repository.
+
+    largest: its largest batch; engines: the version of TensorRT by compute capability; noise: the inputs that clients
+    must send.
+    """
 
     name: str
     precision: str
@@ -54,10 +58,11 @@ class Written(NamedTuple):
 
 
 def write_repository(models: Sequence[Chosen], out: Path, backend: str = "onnxruntime", gpus: int = 0) -> list[Written]:
-    """Write a model repository to `out`, new or of an earlier call.
+    """Write a model repository to the directory `out`, which does not exist or was written by an earlier call.
 
-    backend: one of BACKENDS; gpus: how many each model runs on, 0: the CPU. Raises InputError for an unknown backend,
-    for networks and engines that Triton cannot use, and if `out` holds other files or cannot be written.
+    backend: a key of BACKENDS; gpus: the number of GPUs that each model runs on, or 0 for the CPU. Raises InputError
+    for an unknown backend, for networks and engines that Triton cannot use, and if `out` holds other files or cannot be
+    written.
     """
     platform = choose("backend", BACKENDS, backend)
     if backend == "tensorrt" and not gpus:
@@ -98,9 +103,9 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
 
 
 def _checked_network(model: Chosen, gpus: int) -> onnx.ModelProto:
-    """Return the network with a check of its images, as Triton runs it."""
+    """Return the network for Triton, with a check of its images."""
     source = model.bundle.variant(model.precision)
-    content = source if gpus else for_cpu(source)  # on a CPU float16 is rounded only where it is written down
+    content = source if gpus else for_cpu(source)  # a CPU rounds to float16 only where the graph has a Cast
     loaded = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
     return guarded(loaded, model.bundle.manifest.input_name)
 
@@ -108,7 +113,10 @@ def _checked_network(model: Chosen, gpus: int) -> onnx.ModelProto:
 def _put_engines(
     directory: Path, bundle: Bundle, engines: dict[str, Prepared]
 ) -> tuple[int, list[int], dict[str, str]]:
-    """Copy engines by compute capability; return the largest and the preferred batches, and several files' names."""
+    """Copy the engines; return the largest batch, preferred batches, and file names by compute capability.
+
+    With a single engine there are no such names, because Triton finds it by its usual name.
+    """
     files: dict[str, str] = {}
     if len(engines) > 1:
         files = {capability: f"model-{capability}.plan" for capability in engines}
@@ -117,15 +125,15 @@ def _put_engines(
         shutil.copyfile(bundle.file(str(engine.file)), target)
     _, bests, largests = zip(*(engine.batch for engine in engines.values() if engine.batch), strict=True)
     largest = min(largests)
-    # the largest too, or no batch would be larger than the best
+    # with the largest, because Triton would otherwise form no batch above the preferred one
     return largest, sorted({min(*bests, largest), largest}), files
 
 
 def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
-    """Return the TensorRT engine for each compute capability, all of the newest version of TensorRT that has one.
+    """Return the TensorRT engine for each compute capability, all of the newest version of TensorRT that has any.
 
-    Raises InputError if there is none, if two kinds of GPU share a compute capability, because Triton distinguishes
-    GPUs by that alone, and if an engine does not take single images, because Triton does not pad batches.
+    Raises InputError if there is no engine, if two kinds of GPU share a compute capability, by which alone Triton
+    distinguishes GPUs, and if an engine does not take single images, because Triton does not pad batches.
     """
     command = f"mpdsgr build {bundle.path} --backend tensorrt --precision {precision}"
     sha = bundle.model_sha256(precision)

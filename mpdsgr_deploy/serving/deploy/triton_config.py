@@ -1,8 +1,8 @@
-"""Make a model's config.pbtxt for Triton as a protobuf message, so that it has only fields that Triton knows.
+"""A model's config.pbtxt for Triton, built as a protobuf message so that it has only fields that Triton knows.
 
-The network gets a check inside. `mpdsgr serve` refuses images with NaN or values outside [0, 1]; Triton computes
-whatever it gets, and 0..255 where the network was trained on [0, 1] comes out as a confident wrong class. With the
-check, invalid images get NaN instead of an answer.
+The network gets a check of its images. `mpdsgr serve` refuses images with NaN or values outside [0, 1], but Triton
+computes them, and pixels from 0 to 255 would get a confident wrong class from a network that was trained on [0, 1].
+With the check, invalid images get NaN instead of logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ CONFIG, LABELS, VERSION, WARMUP = "config.pbtxt", "labels.txt", "1", "warmup"
 # Triton's platform -> the file name that it expects
 PLATFORMS = {"onnxruntime_onnx": "model.onnx", "tensorrt_plan": "model.plan"}
 TYPES: dict[int, str] = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.FLOAT16: "TYPE_FP16"}
-PREFIX = "valid_image"  # of everything that the check adds
+PREFIX = "valid_image"  # of the names of everything that the check adds
 
 
 class TritonTensor(NamedTuple):
-    """An input or output in Triton's form. dims: without the batch."""
+    """An input or output as Triton describes it. dims: its shape without the batch."""
 
     name: str
     data_type: str
@@ -31,9 +31,10 @@ class TritonTensor(NamedTuple):
 
 
 class TritonPlan(NamedTuple):
-    """How one network runs. preferred: batch sizes to fill; engines: file name by compute capability, if several.
+    """How Triton runs one network.
 
-    gpus: how many; 0: on the CPU. parameters: notes for people, which backends ignore.
+    largest: the largest batch; preferred: batch sizes to fill; gpus: the number of GPUs, or 0 for the CPU; engines:
+    file names by compute capability, if there are several; parameters: notes for people, which backends ignore.
     """
 
     name: str
@@ -46,12 +47,12 @@ class TritonPlan(NamedTuple):
 
 
 def library() -> Any:
-    """Import Triton's protobuf definition of a configuration. Raises InputError that names a missing extra."""
+    """Return the module with Triton's protobuf definition of a configuration. Raises InputError if it is missing."""
     return need("tritonclient.grpc.model_config_pb2", "serve")
 
 
 def tensors(network: onnx.ModelProto) -> tuple[list[TritonTensor], list[TritonTensor]]:
-    """Return a network's inputs and outputs. Raises InputError for one that Triton cannot describe."""
+    """Return a network's inputs and outputs. Raises InputError for any that Triton cannot describe."""
     weights = {tensor.name for tensor in network.graph.initializer}
     inputs = [_tensor(value) for value in network.graph.input if value.name not in weights]
     return inputs, [_tensor(value) for value in network.graph.output]
@@ -69,10 +70,10 @@ def _tensor(value: onnx.ValueInfoProto) -> TritonTensor:
 
 
 def config(plan: TritonPlan, network: onnx.ModelProto) -> str:
-    """Return the text of config.pbtxt. Raises InputError as `tensors` does.
+    """Return the text of config.pbtxt for a network. Raises InputError as `tensors` does.
 
-    `dynamic_batching` states only which batches to fill, because any queue policy was seen to hold requests for half a
-    second. The warm-up uses an image from a file for the first input, and zeros for the others, which are noise.
+    `dynamic_batching` states only which batches to fill, because every queue policy was seen to delay requests by half
+    a second. The warm-up uses an image from a file for the first input, and zeros for the others, which are noise.
     """
     pb2 = library()
     text_format = need("google.protobuf.text_format", "serve")
@@ -104,9 +105,9 @@ def _described(pb2: Any, tensor: TritonTensor) -> dict[str, Any]:
 
 
 def guarded(network: onnx.ModelProto, images: str) -> onnx.ModelProto:
-    """Return a copy whose first output [B, K] is NaN for images [B, C, H, W] with NaN or a value outside [0, 1].
+    """Return a copy whose first output [B, K] is NaN for images that have NaN or a value outside [0, 1].
 
-    images: the name of that input. The other rows are computed by the network's own nodes.
+    images: the name of the input [B, C, H, W]. The outputs of other images do not change.
     """
     checked = onnx.ModelProto()
     checked.CopyFrom(network)
@@ -118,14 +119,14 @@ def guarded(network: onnx.ModelProto, images: str) -> onnx.ModelProto:
             for place, name in enumerate(names):
                 if name == output.name:
                     names[place] = unchecked
-    kind = {value.name: value.type.tensor_type.elem_type for value in graph.input}[images]
-    dtype = helper.tensor_dtype_to_np_dtype(kind)
-    answer = helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)
+    image_type = {value.name: value.type.tensor_type.elem_type for value in graph.input}[images]
+    image_dtype = helper.tensor_dtype_to_np_dtype(image_type)
+    output_dtype = helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)
     for name, value in (
-        ("zero", np.array(0, dtype)),
-        ("one", np.array(1, dtype)),
+        ("zero", np.array(0, image_dtype)),
+        ("one", np.array(1, image_dtype)),
         ("half", np.array(0.5, np.float32)),
-        ("nan", np.array(np.nan, answer)),
+        ("nan", np.array(np.nan, output_dtype)),
         ("axes", np.array([1], np.int64)),
     ):
         graph.initializer.append(numpy_helper.from_array(value, f"{PREFIX}/{name}"))

@@ -1,7 +1,7 @@
-"""A light HTTP/1.1 client for load tests: it sends whole messages and returns checked answers.
+"""A light HTTP/1.1 client for load tests, which sends encoded messages and returns whole answers.
 
-An answered 12 kB request takes it about 15 microseconds of CPU; aiohttp and geventhttpclient take about 100, as much as
-a good server. It uses httptools (the parser of Node.js) and uvloop.
+A request of 12 kB and its answer take about 15 microseconds of CPU time; with aiohttp and geventhttpclient they take
+about 100, as much as in a good server. The client uses httptools (the parser of Node.js) and uvloop.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from mpdsgr_deploy.runtime.inference_protocol import HEADER
 from mpdsgr_deploy.runtime.remote import ModelUrl
 
 LONGEST = 30.0  # seconds that an answer may take
-LARGEST = 1 << 28  # largest answer in bytes
+LARGEST = 1 << 28  # bytes of the largest answer
 CLOSED = "it closes the connection without an answer"
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 JSON_SIZE = HEADER.lower().encode()
@@ -43,20 +43,20 @@ class NoAnswer(Exception):  # noqa: N818 - it says what happened
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server, and what every request to it carries."""
+    """A server, and the headers that every request to it has."""
 
     at: ModelUrl
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def authority(self) -> str:
-        """Return HOST[:PORT] as URLs write it."""
+        """HOST[:PORT] as in a URL."""
         host = f"[{self.at.host}]" if ":" in self.at.host else self.at.host
         return host if self.at.port is None else f"{host}:{self.at.port}"
 
     @cached_property
     def tls(self) -> ssl.SSLContext | None:
-        """Return a TLS context with the system's authorities, or those in SSL_CERT_FILE."""
+        """A TLS context with the system's authorities, or those in SSL_CERT_FILE; None for http."""
         return ssl.create_default_context() if self.at.tls else None
 
     def message(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS) -> bytes:
@@ -67,7 +67,7 @@ class Endpoint:
 
 
 class Connection:
-    """A kept-alive connection, which carries one request at a time and is opened again after it was closed."""
+    """A persistent connection, which carries one request at a time and is opened again after it was closed."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -75,14 +75,14 @@ class Connection:
         self._wire: _Wire | None = None
 
     async def ask(self, message: bytes) -> HttpAnswer:
-        """Send a whole HTTP request and return the answer. Raises NoAnswer."""
+        """Send a whole HTTP request and return the answer. Raises NoAnswer if none comes."""
         wire = self._wire
         if wire is None or wire.closed:
             wire = await self.open()
         return await wire.ask(message)
 
     async def open(self) -> "_Wire":
-        """Connect. Raises NoAnswer."""
+        """Open the connection. Raises NoAnswer if that fails."""
         at, tls = self.endpoint.at, self.endpoint.tls
         loop = asyncio.get_running_loop()
         try:
@@ -97,7 +97,7 @@ class Connection:
         return self._wire
 
     def close(self) -> None:
-        """Drop the connection and the request it waits for."""
+        """Close the connection, even while a request waits for its answer."""
         if self._wire is not None:
             self._wire.close()
 
@@ -150,7 +150,7 @@ class _Wire(asyncio.Protocol):
         self._watch()
 
     def _watch(self) -> None:
-        """One timer a connection, moved on when it fires, costs less than one a request."""
+        """Fail if the answer is late, else check again later: one timer per connection costs less than per request."""
         seconds_left = LONGEST
         if self._waiting is not None:
             seconds_left += self._asked - time.monotonic()

@@ -1,4 +1,4 @@
-"""Measure a running server: ask for the model's inputs, put load on it, and summarise."""
+"""Measure a running server: ask it for a model's inputs, put load on it, and summarise the answers."""
 
 import asyncio
 import re
@@ -20,12 +20,12 @@ from mpdsgr_deploy.serving.load.outcome import LoadOutcome
 from mpdsgr_deploy.serving.load.target_model import TargetModel, describe
 
 CPU_SECONDS = re.compile(rb"^process_cpu_seconds_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
-WARM_UP = 0.1  # warm-up as a share of a load's seconds and requests, at most one second
+WARM_UP = 0.1  # the warm-up's share of a load's seconds (at most one second) and requests
 
 
 @dataclass
 class LoadMeasurement:
-    """The results so far: all after `measure`, those up to the interrupt otherwise."""
+    """The outcomes of a measurement: of all loads after `measure`, or of those before an interrupt."""
 
     model: TargetModel | None = None
     outcomes: list[LoadOutcome] = field(default_factory=list)
@@ -41,12 +41,14 @@ def measure(
     seed: int = 0,
     key: str | None = None,
 ) -> None:
-    """Put each of `loads` on the model at `url` (http://HOST:PORT/v2/models/NAME) and fill `measurement`.
+    """Put each of `loads` on the model at `url` (http://HOST:PORT/v2/models/NAME), and add to `measurement`.
 
-    batch: images per request; images: [N, C, H, W] uint8, or float32 in [0, 1], instead of random ones; key: sent as a
-    bearer token. KeyboardInterrupt is raised after the interrupted load has been added to `measurement`.
+    batch: the number of images per request. images: uint8, or float32 in [0, 1], [N, C, H, W]; None: random images from
+    `seed`. key: an API key, sent as a bearer token. KeyboardInterrupt is raised after the interrupted load has been
+    added to `measurement`.
 
-    Raises InputError if the server cannot be reached, or refuses the first request.
+    Raises InputError for an invalid URL, and if the server cannot be reached or does not answer the first request with
+    the model's output.
     """
     endpoint = Endpoint(ModelUrl.split(url), {"Authorization": f"Bearer {key}"} if key else {})
     with asyncio.Runner(loop_factory=need("uvloop", "serve").new_event_loop) as runner:
@@ -79,7 +81,7 @@ async def _measure(
         try:
             await run(load, counted, seed)
             after = await _cpu_seconds(endpoint)
-        finally:  # keep the figures after an interrupt too
+        finally:  # add the figures after an interrupt, too
             own = time.process_time() - own
             lines.cancel()
             spent = None if before is None or after is None else after - before
@@ -98,7 +100,10 @@ async def _tell(load: Load, tally: Tally) -> None:
 
 
 async def _try(model: TargetModel, request: bytes, batch: int) -> None:
-    """Send one request before the load, because the server's message tells more than a count of errors."""
+    """Send one request before the load, because the server's message says more than a count of errors.
+
+    Raises InputError unless it is answered correctly.
+    """
     connection = Connection(model.endpoint)
     try:
         answer = await connection.ask(request)
@@ -113,7 +118,7 @@ async def _try(model: TargetModel, request: bytes, batch: int) -> None:
 
 
 async def _cpu_seconds(endpoint: Endpoint) -> float | None:
-    """Return the CPU seconds of the server's process from its Prometheus page; None if it does not report them."""
+    """Return the CPU seconds of all processes of the server, from its Prometheus page; None without such figures."""
     connection = Connection(endpoint)
     try:
         page = await connection.ask(endpoint.message("GET", endpoint.at.root.removesuffix("/v2") + "/metrics"))
@@ -126,7 +131,7 @@ async def _cpu_seconds(endpoint: Endpoint) -> float | None:
 
 
 def perf_analyzer(model: TargetModel, load: Load, batch: int) -> str:
-    """Return the command line of Triton's perf_analyzer for the same load; it measures windows until they agree."""
+    """Return the command line of Triton's perf_analyzer for the same load, which measures until its windows agree."""
     at = model.endpoint.at
     name, _, version = at.path.removeprefix(at.root + "/models/").partition("/versions/")
     prefix = at.root.removesuffix("/v2")

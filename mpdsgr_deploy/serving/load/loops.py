@@ -14,15 +14,15 @@ import numpy as np
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
 
 PAUSE = 0.1  # seconds before a user whose connection broke tries again
-MOST_CONNECTIONS = 512  # connections of an open loop
-UNSENT = "unsent"
+MOST_CONNECTIONS = 512  # the largest number of connections of an open loop
+UNSENT = "unsent"  # the kind of error of a request that was due but could not be sent within the load's time
 
 
 @dataclass(frozen=True)
 class Load:
-    """The amount of load: `concurrency` users in a closed loop, or `rate` requests per second in an open one.
+    """A load: `concurrency` users in a closed loop or, if it is not 0, `rate` requests per second in an open loop.
 
-    It ends after `seconds` or `requests`, whichever comes first, once the requests sent have been answered.
+    It ends after `seconds` or `requests`, whichever comes first, once the requests that were sent have been answered.
     """
 
     seconds: float
@@ -36,8 +36,10 @@ class Load:
 
 @dataclass
 class Tally:
-    """The result of a load. latencies: seconds of each good answer; in_time: good answers within the load's time;
-    errors: counts by kind; started, ended: on the monotonic clock, the latter without waiting for the last answers.
+    """The result of a load.
+
+    latencies: the seconds of each good answer; in_time: the number of good answers within the load's time; errors:
+    counts by kind; started, ended: on the monotonic clock, the latter that of the last answer within the load's time.
     """
 
     latencies: "array[float]" = field(default_factory=lambda: array("d"))
@@ -49,7 +51,7 @@ class Tally:
 
     @property
     def requests(self) -> int:
-        """The number of finished requests, good or bad."""
+        """The number of finished requests, with a good answer or an error."""
         return len(self.latencies) + self.errors.total() - self.errors[UNSENT]
 
     @property
@@ -59,7 +61,7 @@ class Tally:
 
 
 class Traffic:
-    """Sends the requests in turn and keeps the tally. problem: returns the kind of error, None for a good answer."""
+    """Sends encoded requests in turn and keeps the tally. problem: returns the kind of error; None: a good answer."""
 
     def __init__(
         self, endpoint: Endpoint, requests: Sequence[bytes], problem: Callable[[HttpAnswer], str | None]
@@ -69,13 +71,13 @@ class Traffic:
         self._problem = problem
 
     def start(self, seconds: float) -> float:
-        """Start the clock; returns when the time is over."""
+        """Start the clock, and return the time on the monotonic clock at which the load ends."""
         self.tally.started = self.tally.ended = time.monotonic()
         self._stop = self.tally.started + seconds
         return self._stop
 
     async def exchange(self, connection: Connection, due: float) -> bool:
-        """Send one request, whose latency counts from when it was due; return whether an answer came."""
+        """Send one request and return whether an answer came. due: the time from which its latency counts."""
         tally, kind = self.tally, None
         tally.sent += 1
         try:
@@ -94,17 +96,17 @@ class Traffic:
 
 
 def arrivals(load: Load, seed: int) -> Iterator[float]:
-    """Yield when each request of an open loop is due, in seconds from its start, by a Poisson process."""
-    gaps, due = np.random.default_rng(seed), 0.0
+    """Yield the seconds from the start of an open loop at which its requests are due, a Poisson process."""
+    generator, due = np.random.default_rng(seed), 0.0
     for _ in range(load.requests):
-        due += gaps.exponential(1 / load.rate)
+        due += generator.exponential(1 / load.rate)
         if due > load.seconds:
             return
         yield due
 
 
 async def run(load: Load, traffic: Traffic, seed: int) -> None:
-    """Put `load` on the server; traffic.tally holds the result, also if this is cancelled."""
+    """Put `load` on the server; `traffic.tally` holds the result, even if this is cancelled."""
     await (_OpenLoop(traffic).run(load, seed) if load.rate else _closed(load, traffic))
 
 
@@ -128,7 +130,7 @@ async def _closed(load: Load, traffic: Traffic) -> None:
 
 
 class _OpenLoop:
-    """Sends requests at their own times, each on an idle or new connection.
+    """Sends requests when they are due, each on an idle or new connection.
 
     A separate thread signals when one is due, because timers of the event loop have a resolution of a millisecond.
     """

@@ -1,4 +1,4 @@
-"""The figures of one load for a table and as JSON: percentiles, errors, CPU."""
+"""The figures of one load, for a table and as JSON: throughput, percentiles of latency, errors and CPU time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from mpdsgr_deploy.serving.load.loops import UNSENT, Load, Tally
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 COLUMNS = ("requests", "images/s", *(f"p{p:g}" for p in PERCENTILES), "errors", "CPU")
 LEGEND = "p50 to p99.9: latency in ms. CPU: time of the server in ms per request."
-OWN_LIMIT = 0.9  # share of a CPU core above which the load tool itself limits the result
+OWN_LIMIT = 0.9  # the share of a CPU core above which the load test itself limits the result
 
 
 def percentile(seconds: Sequence[float], percent: float) -> float | None:
-    """Return a percentile by linear interpolation; None if fewer than one value is expected above it."""
+    """Return a percentile (0 to 100) by linear interpolation; None if less than one value is expected above it."""
     if len(seconds) * (100 - percent) < 100 - 1e-6:
         return None
     return float(np.percentile(np.asarray(seconds), percent))
@@ -23,7 +23,11 @@ def percentile(seconds: Sequence[float], percent: float) -> float | None:
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """The outcome of a load. server_cpu: the server's CPU seconds, None if not reported; own_cpu: this process's."""
+    """The outcome of a load in requests of `batch` images.
+
+    server_cpu: the server's CPU seconds, None if it does not report them; own_cpu: those of this process;
+    perf_analyzer: the command line for the same load.
+    """
 
     load: Load
     batch: int
@@ -34,18 +38,18 @@ class LoadOutcome:
 
     @property
     def images_per_second(self) -> float:
-        """Images in good answers within the load's time, per second."""
+        """The number of images in good answers within the load's time, per second."""
         return self.tally.in_time * self.batch / self.tally.busy
 
     @property
     def latency_ms(self) -> dict[str, float | None]:
-        """Percentiles of latency over the good answers; in an open loop from when a request was due."""
+        """Percentiles of the latency of good answers, which in an open loop counts from when a request was due."""
         seconds = {f"p{p:g}": percentile(self.tally.latencies, p) for p in PERCENTILES}
         return {name: None if value is None else round(1000 * value, 4) for name, value in seconds.items()}
 
     @property
     def server_cpu_ms(self) -> float | None:
-        """The server's CPU time per request, good or bad."""
+        """The server's CPU milliseconds per finished request; None if the server does not report its CPU time."""
         if self.server_cpu is None or not self.tally.requests:
             return None
         return 1000 * self.server_cpu / self.tally.requests
@@ -66,7 +70,7 @@ class LoadOutcome:
         return warnings
 
     def row(self) -> list[str]:
-        """Return the cells below COLUMNS, after one for the load itself."""
+        """Return the cells of a table: the load itself, then those below COLUMNS."""
         load = f"{self.load.rate:g}" if self.load.rate else str(self.load.concurrency)
         latency = [_number(value) for value in self.latency_ms.values()]
         errors = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.tally.errors.items())) or "0"
@@ -91,5 +95,5 @@ class LoadOutcome:
 
 
 def _number(value: float | None) -> str:
-    """Format a number with about three digits, because more would be noise."""
+    """Format a number with about three digits, because further ones would be noise; "-" for None."""
     return "-" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

@@ -1,4 +1,4 @@
-"""The model under load: its inputs, requests made for them, and the check of an answer's shape."""
+"""The model under load: its inputs and output, requests for them, and the check of an answer's shape."""
 
 import json
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from mpdsgr_deploy.runtime.inference_protocol import BINARY, DTYPES, encode_requ
 from mpdsgr_deploy.runtime.remote import excerpt
 from mpdsgr_deploy.serving.load.connection import Connection, Endpoint, HttpAnswer, NoAnswer
 
-# number of different requests, and their bytes, so that a cache of answers does not help
+# the number of different requests, so that a cache of answers does not help, and the bytes that all may take
 DIFFERENT, MEMORY = 16, 1 << 26
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output as the server's metadata describe it; shape without the batch, -1 for a variable size."""
+    """An input or output in the server's metadata. shape: without the batch, with -1 for a variable size."""
 
     name: str
     datatype: str
@@ -28,7 +28,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TargetModel:
-    """A server's description of a model. server: its name and version; binary: whether it takes binary tensors."""
+    """A model as a server describes it.
+
+    server: the server's name and version; binary: whether it takes binary tensors.
+    """
 
     url: str
     endpoint: Endpoint
@@ -38,9 +41,9 @@ class TargetModel:
     binary: bool
 
     def requests(self, batch: int, images: NDArray[Any] | None, seed: int) -> list[bytes]:
-        """Encode whole HTTP requests of `batch` images each: random ones, or `images` [N, C, H, W] in turn.
+        """Return encoded HTTP requests of `batch` images each: random ones from `seed`, or `images` [N, ...] in turn.
 
-        Raises InputError for images of another shape, or an input for which no values can be generated.
+        Raises InputError for images of another shape, and for an input for which no values can be generated.
         """
         size = sum(prod(tensor.shape) for tensor in self.inputs) * batch * (4 if self.binary else 20)
         rng = np.random.default_rng(seed)
@@ -56,7 +59,7 @@ class TargetModel:
         return self.endpoint.message("POST", f"{self.endpoint.at.path}/infer", body, headers)
 
     def problem(self, answer: HttpAnswer, batch: int) -> str | None:
-        """Return None for logits of the right shape, else the status, or "wrong answer"."""
+        """Return None for an output of the right shape, else the HTTP status or "wrong answer"."""
         if answer.status != 200:
             return str(answer.status)
         try:
@@ -69,7 +72,7 @@ class TargetModel:
 
 
 async def describe(url: str, endpoint: Endpoint) -> TargetModel:
-    """Ask a server about a model. Raises InputError if it does not answer or does not know the model."""
+    """Ask a server for the description of a model. Raises InputError if it cannot be reached or gives none."""
     connection = Connection(endpoint)
     try:
         described = await connection.ask(endpoint.message("GET", endpoint.at.path))
@@ -116,7 +119,7 @@ def _values(tensor: TensorSpec, batch: int, rng: np.random.Generator) -> NDArray
 
 
 def _chosen(tensor: TensorSpec, images: NDArray[Any], start: int, batch: int) -> NDArray[Any]:
-    """Return `batch` images from `start` on, cyclically, in the type that the model takes."""
+    """Return `batch` images from `start` on, cyclically, in the datatype of the input."""
     fits = len(tensor.shape) == images.ndim - 1 and all(
         expected in (-1, size) for expected, size in zip(tensor.shape, images.shape[1:], strict=True)
     )
