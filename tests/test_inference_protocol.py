@@ -64,5 +64,7 @@ def test_what_is_no_response_is_a_value_error(name: str) -> None:
 def test_a_tensor_is_whole_when_it_has_as_many_numbers_as_its_shape_says() -> None:
     assert OutputTensor("FP32", [2], [1, 2]).is_whole
     assert not OutputTensor("FP32", [3], [1, 2]).is_whole
+    assert OutputTensor("FP32", [1, 2], [[1, 2]]).is_whole
+    assert not OutputTensor("FP32", [2, 1], [[1], [1, 2]]).is_whole
     assert not OutputTensor("FP32", [2], bytes(7)).is_whole
     assert OutputTensor("BYTES", [2], bytes(7)).is_whole

@@ -63,7 +63,10 @@ class OutputTensor(NamedTuple):
         """Whether the content has as many numbers as the shape says; True for bytes of an unknown datatype."""
         count = prod(self.shape)
         if isinstance(self.content, list):
-            return count in (len(self.content), np.size(self.content))
+            try:
+                return np.size(self.content) == count
+            except ValueError:  # the lists in it have different lengths
+                return False
         return self.datatype not in DTYPES or len(self.content) == count * DTYPES[self.datatype].itemsize
 
     def floats(self) -> NDArray[np.float32]:
