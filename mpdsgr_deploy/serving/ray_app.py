@@ -42,7 +42,7 @@ class Replica:
         return Asgi(self._server, with_id=False)
 
     async def check_health(self) -> None:
-        """Raise RuntimeError if the server is not ready. Ray calls this every few seconds and replaces such replicas."""
+        """Raise RuntimeError if the server is not ready. Ray calls this often, and replaces a replica that raises."""
         if not self._server.ready:
             raise RuntimeError("not ready: " + str(self._server.index(ready=False)))
 

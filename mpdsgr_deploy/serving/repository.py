@@ -1,6 +1,6 @@
 """The served models by name: load them, replace them by a newer version of their bundle, unload them.
 
-The old version serves until the new one is open and has answered its golden batch, and is closed once its accepted
+An old version serves until the new one is open and has answered its golden batch, and is closed once its accepted
 requests are answered. If the new version fails, the old one goes on serving.
 """
 
@@ -20,7 +20,11 @@ LOADING, READY, UNAVAILABLE = "LOADING", "READY", "UNAVAILABLE"
 
 
 class Entry:
-    """A served name. model: the version that answers, if any; reason: why there is none, or no newer one."""
+    """A name under which a model is served.
+
+    model: the version that answers, if any; state: LOADING, READY or UNAVAILABLE; reason: why no model answers, or why
+    the last load failed; loads, failed_loads: their numbers.
+    """
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
@@ -31,9 +35,9 @@ class Entry:
 
 
 class Repository:
-    """All models of a server. backend: runs them; cores: the number it may use.
+    """All models of a server. backend: that which runs them, on so many `cores`.
 
-    group: shows the server's other processes that a network is being opened.
+    group: shows the other processes of the server that a network is being opened.
     """
 
     def __init__(self, sources: Sequence[ModelSource], backend: str, limits: Limits, cores: int, group: Group) -> None:
@@ -46,14 +50,14 @@ class Repository:
         return iter(self._entries.values())
 
     def entry(self, name: str) -> Entry:
-        """Return the entry of this name. Raises Refused if it is not served."""
+        """Return the entry of a name. Raises Refused if nothing is served under it."""
         try:
             return self._entries[name]
         except KeyError:
             raise Refused(Why.NOT_FOUND, f"there is no model {name[:100]!r}") from None
 
     def model(self, name: str, version: str = "") -> ServedModel:
-        """Return the model that answers now. Raises Refused if there is none of this name and version."""
+        """Return the model that answers now. version: "" for any. Raises Refused if there is no such model."""
         entry = self.entry(name)
         if entry.model is None:
             why = Why.NOT_READY if entry.state == LOADING else Why.NOT_FOUND
@@ -63,14 +67,14 @@ class Repository:
         return entry.model
 
     async def load_all(self) -> None:
-        """Open every model, one after the other. Raises what `ServedModel` raises."""
+        """Open all models, one after the other. Raises the errors of `ServedModel`."""
         for entry in self:
             await self._load(entry)
 
     async def load(self, name: str) -> None:
-        """Open the bundle on disk and switch to it. Raises Refused if it cannot serve; the old version then goes on.
+        """Open a model's bundle on disk and switch to it. Raises Refused if it cannot serve; the old version stays.
 
-        The path is the one the server was started with, never one from a request.
+        The path is the one with which the server was started, never one from a request.
         """
         try:
             await self._load(self.entry(name))
@@ -80,7 +84,7 @@ class Repository:
             raise Refused(Why.INVALID, f"cannot load model {name!r}: {one_line(error)}") from None
 
     async def reload_changed(self) -> None:
-        """Load every model whose bundle on disk differs from the one served; failures are logged."""
+        """Load every model whose bundle on disk differs from the served one; failures are logged."""
         for entry in self:
             if entry.model is None or entry.source.on_disk().get("digest") != entry.model.digest:
                 try:
@@ -114,7 +118,7 @@ class Repository:
             self._retire(old)
 
     async def unload(self, name: str) -> None:
-        """Accept no more requests for this model; accepted ones are answered."""
+        """Accept no more requests for a model; accepted ones are answered. Raises Refused for an unknown name."""
         entry = self.entry(name)
         async with entry.lock:
             old, entry.model, entry.state, entry.reason = entry.model, None, UNAVAILABLE, "unloaded"
@@ -127,7 +131,7 @@ class Repository:
             task.add_done_callback(self._draining.discard)
 
     async def close(self) -> None:
-        """Close all models, once each has answered what it accepted."""
+        """Close all models, each once it has answered its accepted requests."""
         for entry in self:
             self._retire(entry.model)
             entry.model, entry.state, entry.reason = None, UNAVAILABLE, "the server is stopping"
@@ -141,7 +145,7 @@ async def _drained(model: ServedModel) -> None:
 
 
 def _message_bytes(source: ModelSource, most: int) -> int:
-    """Return the size of the largest gRPC request that the bundle on disk takes."""
+    """Return the size of the largest gRPC request, of `most` images, for the bundle on disk."""
     try:
         channels, height, width = map(int, source.on_disk()["input_shape"])
     except (KeyError, TypeError, ValueError):

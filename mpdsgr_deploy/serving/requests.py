@@ -1,4 +1,4 @@
-"""Parse inference requests over HTTP (JSON, followed by the extension's binary tensors), and encode answers."""
+"""Parse inference requests over HTTP, which are JSON that binary tensors may follow, and encode responses."""
 
 from collections.abc import Container, Sequence
 from typing import Any
@@ -14,7 +14,10 @@ BINARY = "binary_data"
 
 
 def parse_request(body: bytes, header_length: str | None, image_input: ImageInput) -> InferenceRequest:
-    """Parse a request's body. header_length: that of the JSON, if tensors follow. Raises Refused if it is invalid."""
+    """Parse the body of a request. header_length: the bytes of JSON, as the client states them, if tensors follow.
+
+    Raises Refused for an invalid request. The inputs are not yet compared with the model's.
+    """
     place = len(body) if header_length is None else _length(header_length, len(body))
     head = body[:place]
     image_input.check_json(head)
@@ -36,28 +39,31 @@ def parse_request(body: bytes, header_length: str | None, image_input: ImageInpu
 
 
 def identifier(value: Any) -> str:
-    """Return a request's `id`. Raises Refused if it is not a short text."""
+    """Return a request's `id`. Raises Refused unless it is a text of at most 256 characters."""
     if not isinstance(value, str) or len(value) > 256:
         raise invalid("id must be a string of at most 256 characters")
     return value
 
 
 def timeout(value: Any) -> float | None:
-    """Return a request's parameter `timeout` (microseconds; 0: None) in seconds. Raises Refused if it is no integer."""
+    """Return the seconds of a request's parameter `timeout`, which is in microseconds; None for 0.
+
+    Raises Refused unless it is an integer from 0 to 2^63 - 1.
+    """
     if type(value) is not int or not 0 <= value < 2**63:
         raise invalid("timeout must be a whole number of microseconds")
     return value * MICROSECONDS or None
 
 
 def classes(value: Any) -> int:
-    """Return how many classes an output's parameter `classification` requests. Raises Refused if it is no integer."""
+    """Return an output's parameter `classification`. Raises Refused unless it is an integer from 0 to 2^31 - 1."""
     if type(value) is not int or not 0 <= value < 2**31:
         raise invalid("classification must be a whole number, the number of classes to return")
     return value
 
 
 def refuse_shared_memory(parameters: Container[str], instead: str) -> None:
-    """Raise Refused if a tensor's parameters say that it lies in the memory of the client's machine."""
+    """Raise Refused if a tensor's parameters place it in shared memory. instead: what the client should do."""
     if "shared_memory_region" in parameters:
         raise invalid(f"this server does not support shared memory; {instead}")
 
@@ -71,7 +77,10 @@ def parse_json(content: bytes) -> dict[str, Any]:
 
 
 def members(value: Any, what: str) -> dict[str, Any]:
-    """Return the members of a JSON object without null ones, because some clients send every possible member."""
+    """Return the members of a JSON object except for null ones, because some clients send every possible member.
+
+    Raises Refused if `what` is not an object.
+    """
     if not isinstance(value, dict):
         raise invalid(f"{what} must be a JSON object")
     if None not in value.values():
@@ -86,7 +95,7 @@ def _length(text: str, most: int) -> int:
 
 
 def _tensor(entry: dict[str, Any], body: bytes, place: int) -> tuple[InputTensor, int]:
-    """Parse an input, and return it with the position in the body of the next one's bytes."""
+    """Parse an input whose bytes, if it has any, begin at `place` in the body; return it and the place after them."""
     name, datatype, shape = (entry.get(key) for key in ("name", "datatype", "shape"))
     if not isinstance(name, str) or not isinstance(datatype, str):
         raise invalid("an input needs a name and a datatype")
@@ -135,9 +144,9 @@ def response(model: ServedModel, request: InferenceRequest, answers: Sequence[Ou
         content = answer.content
         output: dict[str, Any] = {"name": answer.requested.name, "datatype": answer.datatype, "shape": answer.shape}
         if answer.requested.binary:
-            rows = answer.raw()
-            output["parameters"] = {"binary_data_size": len(rows)}
-            binary.append(rows)
+            tensor = answer.raw()
+            output["parameters"] = {"binary_data_size": len(tensor)}
+            binary.append(tensor)
         elif isinstance(content, list):
             output["data"] = [text for row in content for text in row]
         else:

@@ -1,4 +1,4 @@
-"""Decide which clients may send requests, and at which addresses a server may listen."""
+"""Decide which clients may send requests, and on which addresses a server may listen."""
 
 import hmac
 import ipaddress
@@ -12,14 +12,14 @@ from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.refusals import Refused, Why
 
 SHORTEST = 16  # fewest characters of a key
-CHECK_EVERY = 1.0  # seconds between checks of the file
+CHECK_EVERY = 1.0  # seconds after which the file is checked for changes again
 
 
 class ApiKeys:
-    """The API keys of a file, one per line, # for comments; read again when the file changes.
+    """The API keys of a file, one per line, with # before comments. It is read again when it changes.
 
-    While the file is missing or holds no valid keys, every client is refused, so deleting it revokes every key. Raises
-    InputError for a file without a key or with one that is too short to be a secret.
+    While the file is missing or holds an invalid key, every client is refused, so deleting it revokes every key. Raises
+    InputError for a file that has no keys, or one that is shorter than SHORTEST, not ASCII, or contains spaces.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +43,7 @@ class ApiKeys:
         return (status.st_mtime_ns, status.st_size), [sha256(key.encode()).digest() for key in keys]
 
     def accepts(self, authorization: str) -> bool:
-        """Whether an Authorization header `Bearer KEY` names one of the keys; equally slow for any wrong key."""
+        """Whether an Authorization header is `Bearer KEY` with one of the keys; it takes the same time for all keys."""
         self._refresh()
         kind, _, key = authorization.partition(" ")
         digest = sha256(key.strip().encode()).digest()
@@ -70,7 +70,7 @@ class ApiKeys:
 
 
 def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
-    """Raise InputError for an address that others reach, unless clients are authenticated or `insecure` is set."""
+    """Raise InputError if other machines reach the address, unless clients are authenticated or `insecure` is set."""
     if authenticated or insecure or is_loopback(host):
         return
     raise InputError(
@@ -80,10 +80,9 @@ def check_exposure(host: str, *, authenticated: bool, insecure: bool) -> None:
 
 
 def check_caller(host: str, origin: str | None) -> None:
-    """Raise Refused for requests that another site's page, in a browser here, makes to a loopback server.
+    """Raise Refused for a request that another site's page, in a browser on this machine, sends to a loopback server.
 
-    host and origin: the headers. A browser names the page's site in Origin; after DNS rebinding, Host holds the name of
-    the other site.
+    host, origin: the headers. A browser names the page's site in Origin; after DNS rebinding, Host is that site's name.
     """
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
     if not is_loopback(name.strip("[]")[:100]) or origin not in (None, f"http://{host}", f"https://{host}"):
@@ -96,7 +95,7 @@ def check_caller(host: str, origin: str | None) -> None:
 
 @lru_cache(maxsize=64)  # cached, because it is called for every request
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address; a name other than localhost may be anything."""
+    """Whether only this machine reaches the address. Of names, only localhost counts; others may be any address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,5 +1,5 @@
-"""One version of a model: a bundle's network, opened and checked on its golden batch, its metadata and evidence of its
-robustness, which is in its bundle and in a report beside it.
+"""One version of a model: a bundle's network, opened and checked on its golden batch, its metadata, and the evidence of
+its robustness, which comes from the bundle and from a report beside it.
 """
 
 import json
@@ -29,14 +29,11 @@ from mpdsgr_deploy.serving.tensors import ImageInput
 from mpdsgr_deploy.signing.verdict import Vouched
 
 MARGIN, FIRING_RATE = "margin", "firing_rate"
-VERSION_DIGITS = 12  # digits of the bundle's digest, which is the same for replicas and after restarts
+VERSION_DIGITS = 12  # digits of the bundle's digest in a version, which is the same for replicas and after restarts
 
 
 class OpenedBundle(Bundle):
-    """A bundle with one precision's golden batch in memory, so that later changes of its files have no effect.
-
-    measured: settings of this backend, for a bundle that has none for this machine.
-    """
+    """A bundle with the golden batch of one precision in memory, so that later changes of its files have no effect."""
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         super().__init__(bundle.path, bundle.manifest, bundle.signed)
@@ -44,7 +41,10 @@ class OpenedBundle(Bundle):
         self._measured: list[Prepared] = []
 
     def measure(self, backend: str, cores: int, known: RuntimeSettings | None) -> RuntimeSettings | None:
-        """Return the settings to use: the bundle's own if they need no more cores, else `known`, else measured now."""
+        """Return the settings of a backend: the bundle's if they need no more than `cores`, else `known`, else measure.
+
+        Returns None for a backend without settings. The settings are then part of `prepared`.
+        """
         if backend not in machine_settings.PACKAGES:
             return None
         settings = machine_settings.prepared_settings(self, backend, self._precision)
@@ -54,7 +54,7 @@ class OpenedBundle(Bundle):
         return settings
 
     def prepared(self, backend: str, precision: str) -> list[Prepared]:
-        """Return the bundle with the settings measured here, if there are any."""
+        """Return the bundle's entries for a backend and precision, after those that were measured by `measure`."""
         return [*self._measured, *super().prepared(backend, precision)]
 
     def golden(self, precision: str = "fp32") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -62,10 +62,11 @@ class OpenedBundle(Bundle):
 
 
 class ServedModel:
-    """A served version. backend: runs it, on so many cores. lane: the queue of its requests.
+    """A served version of a model on `backend`, with at most so many `cores`. lane: the queue of its requests.
 
     settings: those of the version before, because a measurement during live traffic would be unreliable; None: measure
-    them. Raises InputError and EvaluationError as `open_predictor` does.
+    them, if the bundle has none. Raises InputError and EvaluationError as `open_predictor` does, and for a bundle that
+    changes meanwhile or does not have the signatures that its source demands.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class ServedModel:
         self.layers: tuple[str, ...] = ()
         if self.backend in PROVIDERS:
             self._network = read_network(self._bundle.variant(self.source.precision))
-            with suppress(InputError):  # a network from elsewhere need not name its spikes
+            with suppress(InputError):  # an adopted network need not name its spikes
                 self.layers = tuple(spike_names(self._network, self.source.path))
         if signed is None and open_bundle(self.source.path).manifest.digest != self.digest:
             raise InputError(f"{self.source.path} was changed while it was being opened; load it again")
@@ -108,7 +109,7 @@ class ServedModel:
         check_images(images, self.input.shape)  # independent of the backend
         if not rates:
             return Outputs(self._predictor(images))
-        with self._rates_lock:  # a second network takes memory, so it is opened on the first request
+        with self._rates_lock:  # a second network takes memory, so the first request for rates opens it
             if self._rates is None:
                 firing = FiringRates(self._bundle, self.backend, self.source.precision, network=self._network)
                 self._rates = self._stack.enter_context(firing)
@@ -121,12 +122,12 @@ class ServedModel:
 
     @property
     def outputs(self) -> dict[str, list[int]]:
-        """The outputs' names and shapes; a request that names none gets the first."""
+        """The shapes of the outputs by name, with -1 for the batch; a request that names none gets the first."""
         shapes = {self.output: [-1, len(self.labels)], MARGIN: [-1]}
         return {**shapes, FIRING_RATE: [-1, len(self.layers)]} if self.layers else shapes
 
     def require_output(self, name: str, classes: int) -> None:
-        """Raise Refused unless the output exists and can be given as so many classes (0: as a tensor)."""
+        """Raise Refused unless the output exists and, if `classes` is not 0, can be returned as classes."""
         if name not in self.outputs:
             raise invalid(f"there is no output {name[:100]!r}; the outputs are {', '.join(self.outputs)}")
         if classes and name != self.output:
@@ -158,7 +159,7 @@ class ServedModel:
         outputs: list[dict[str, Any]] = [
             {"name": name, "data_type": "TYPE_FP32", "dims": shape[1:] or [1]} for name, shape in self.outputs.items()
         ]
-        outputs[1]["reshape"] = {"shape": []}  # the margin is [B], and dims cannot say so
+        outputs[1]["reshape"] = {"shape": []}  # the margin is [B], which dims cannot express
         return {
             "name": self.source.name,
             "platform": f"mpdsgr_{self.backend}",
@@ -174,12 +175,13 @@ class ServedModel:
 def evidence(
     bundle: Bundle, precision: str, golden: NDArray[np.float32], vouched: Vouched | None = None
 ) -> dict[str, Any]:
-    """Return what /status shows of a network. methods: those of its training; reference: counts of right answers.
+    """Return the JSON data of /status about a network's robustness.
 
-    golden: float32 [G, C, H, W], whose mean tells a viewer whether images are light on dark. validation: of the newest
-    report beside the bundle that is about this network; None without one, and if signatures are demanded. signature:
-    who signed the bundle and, with the counts of its conditions, a verdict on it; None if no signature was demanded,
-    and so none was verified.
+    golden: float32 [G, C, H, W], whose mean tells a viewer whether images are light on dark. In the result, `methods`
+    are the defences of its training and `reference` has counts of right answers. `validation` is the verdict of the
+    newest report beside the bundle that is about this network; None without one, and if signatures are demanded.
+    `signature` says who signed the bundle and, with the counts of its conditions, a verdict on it; None if no signature
+    was demanded and thus none was verified.
     """
     manifest, promise = bundle.manifest, bundle.manifest.reference
     reference = None
@@ -208,6 +210,7 @@ def _signature(signer: str, vouched: Vouched | None) -> dict[str, Any]:
 
 
 def _validation(bundle: Bundle, precision: str) -> dict[str, Any] | None:
+    """Return the verdict of the newest report, in the usual places beside the bundle, that is about this network."""
     path, sha = bundle.path.absolute(), bundle.model_sha256(precision)
     places = [path.with_name(f"{path.name}-report"), path.parent / "report", *_inside(path.parent / "reports")]
     reports = [file for place in places if (file := place / "report.json").is_file()]

@@ -24,15 +24,16 @@ from mpdsgr_deploy.serving.security import check_exposure, is_loopback
 from mpdsgr_deploy.serving.supervisor import SIGNALS, Supervisor, beat
 
 LAST_CALL = 0.1  # seconds in which open connections can still send a request that is answered
-QUIET = 5  # checks, 10 ms apart, without a request; gRPC would cancel calls that its thread still holds
-COLLECTION = 10_000, 10, 10  # objects between two garbage collections; requests leave none behind
-# seconds until a thread that wants the interpreter gets it: with the usual 5 ms the next batch waited behind requests
+QUIET = 5  # checks, 10 ms apart, without a request before the end; gRPC would cancel calls that its thread still holds
+COLLECTION = 10_000, 10, 10  # thresholds of garbage collection, high because requests leave no cycles behind
+# seconds until a thread that waits for the interpreter gets it: with the default of 5 ms the next batch waited for the
+# handling of requests
 SWITCH_SECONDS = 2e-4
-OTHER_FILES = 200  # files that a server has open beside its connections
+OTHER_FILES = 200  # files that a server has open in addition to its connections
 
 
 class Address(NamedTuple):
-    """The addresses to listen at. grpc_port: None for no gRPC; port 0 is any free one."""
+    """The addresses to listen on. grpc_port: None for no gRPC. Port 0 stands for any free port."""
 
     host: str
     port: int
@@ -40,9 +41,10 @@ class Address(NamedTuple):
 
 
 def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: bool = False) -> int:
-    """Serve until SIGTERM or SIGINT; return how many accepted requests got no answer.
+    """Serve until SIGTERM or SIGINT, and return how many accepted requests got no answer.
 
-    Raises InputError if an address cannot be used or a model cannot serve.
+    insecure: allow an address that other machines reach without authentication. Raises InputError if an address or a
+    certificate cannot be used, and the errors of `Server.start` if a model cannot serve.
     """
     mutual = tls is not None and tls.client_ca is not None
     check_exposure(address.host, authenticated=server.keys is not None or mutual, insecure=insecure)
@@ -54,7 +56,7 @@ def run(server: Server, address: Address, tls: Tls | None = None, *, insecure: b
             "API keys are sent unencrypted; give --tls-certificate and --tls-key, or put a proxy with TLS in front "
             "of this server"
         )
-    gc.freeze()  # imported objects stay, so garbage collections need not visit them
+    gc.freeze()  # imported objects stay in memory, so garbage collections need not visit them
     gc.set_threshold(*COLLECTION)
     sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit(server.settings.limits.connections)
@@ -90,7 +92,7 @@ def _run_group(server: Server, address: Address, sock: socket.socket, tls: Tls |
 
 
 def _raise_file_limit(connections: int) -> None:
-    """Raise the limit of open files, if the system allows it, so that every allowed connection has its descriptor."""
+    """Raise the limit on open files, if the system allows it, so that every allowed connection has a descriptor."""
     needed = 2 * connections + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -107,17 +109,20 @@ def _raise_file_limit(connections: int) -> None:
 
 
 async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls | None, alive: int | None) -> int:
-    """Run the server. alive: a file that closes when the supervising process ends; None without one."""
+    """Run the server until it is told to end; return how many requests got no answer.
+
+    alive: a file descriptor that becomes readable when the supervising process ends; None without such a process.
+    """
     loop, group = asyncio.get_running_loop(), server.group
     end, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def interrupt() -> None:
         end.set()
-        hurry.set()  # a person pressed Ctrl-C, so do not wait for a load balancer
+        hurry.set()  # a person pressed Ctrl-C, so the server does not wait for a load balancer
 
     loop.add_signal_handler(signal.SIGTERM, end.set)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    # set before models are loaded, since the signal would otherwise end the process
+    # set before models are loaded, because the signal would otherwise end the process
     loop.add_signal_handler(signal.SIGHUP, reload.set)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if alive is not None:
@@ -158,7 +163,7 @@ async def _listen(server: Server, http: Listener, address: Address, tls: Tls | N
 
 
 async def _load(server: Server, end: asyncio.Event) -> bool:
-    """Open the models while /v2/health/live already answers. False if the server is told to end first."""
+    """Open the models while /v2/health/live already answers. Returns False if the server is told to end meanwhile."""
     loading = asyncio.ensure_future(server.start())
     ending = asyncio.ensure_future(end.wait())
     await asyncio.wait({loading, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -178,7 +183,10 @@ async def _reload(server: Server, http: Listener, asked: asyncio.Event) -> None:
 
 
 async def _drain(server: Server, http: Listener, hurry: asyncio.Event) -> tuple[float, int]:
-    """Answer accepted requests; return the seconds left for sending answers, and how many requests get none."""
+    """Answer the accepted requests; return the seconds left for sending answers, and how many requests get none.
+
+    hurry: ends the time in which load balancers can notice that the server is not ready.
+    """
     limits, clock = server.limits, time.monotonic
     server.draining = True
     log.info("stopping: the server is not ready any more, and %d requests are in progress", server.counts.requests)
@@ -212,7 +220,7 @@ def _bound(host: str, port: int, option: str = "--port") -> socket.socket:
 
 
 def _reserved(host: str, port: int) -> socket.socket:
-    """Reserve a port: until the socket is closed, only this user's processes that share it can listen there."""
+    """Return a socket that reserves a port: until it is closed, only this user's processes can share the port."""
     with _bound(host, port, "--grpc-port") as free:
         where = free.getsockname()
     shared = socket.socket(free.family, free.type)

@@ -1,4 +1,4 @@
-"""The limits of a server, from a TOML file; every default suits one machine."""
+"""The settings of a server, from a TOML file; the defaults suit a single machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +12,17 @@ MiB = 1 << 20
 
 
 class Limits(Section):
-    """batch: images of a request, and of an inference. queue: images that wait for a model. in_flight_bytes: of request
-    bodies, inflated, in all. connections: at once. header_seconds, body_seconds: for a client to send
-    them. keep_alive_seconds: for its next request on an open connection; longer than a balancer's own, or requests get
-    lost between the two. connection_age_seconds: after which a connection is ended between two requests, so that
-    clients find new servers. request_seconds: from a request's arrival to its inference. grace_seconds: how long a
-    server told to end answers "not ready" and goes on, so that balancers turn away. drain_seconds: then, for accepted
-    requests to end.
+    """The limits of a server.
+
+    batch: images in a request, and in an inference. queue: images that wait for a model. in_flight_bytes: bytes of all
+    requests in memory, decompressed. connections: open connections.
+    header_seconds, body_seconds: the time in which a client must send the head and the body of a request.
+    keep_alive_seconds: the time for its next request on an open connection; it must be longer than that of a load
+    balancer in front, or requests get lost between the two.
+    connection_age_seconds: the time after which a connection is ended between two requests, so that clients find new
+    servers. request_seconds: the time from a request's arrival to its inference.
+    grace_seconds: how long a server that is told to end answers "not ready" and goes on serving, so that load balancers
+    turn away. drain_seconds: the time for accepted requests to end after that.
     """
 
     batch: Count = 64
@@ -34,14 +38,16 @@ class Limits(Section):
     drain_seconds: Positive = 30.0
 
     def share(self, processes: int) -> "Limits":
-        """The limits of one of `processes` processes, which together keep these."""
+        """Return the limits of each of `processes` processes, which together keep these limits, but for rounding up."""
         parts = {key: -(-getattr(self, key) // processes) for key in ("queue", "in_flight_bytes", "connections")}
         return self.model_copy(update=parts)
 
 
 class Machine(Section):
-    """processes: how many share the ports, so that reading and writing requests uses several cores. hang_seconds: one
-    of several processes whose event loop stands still for longer is killed and replaced.
+    """The processes of a server.
+
+    processes: their number; all share the ports, so that reading and writing requests uses several cores. hang_seconds:
+    one of several processes whose event loop stands still for longer is killed and replaced.
     """
 
     processes: Count = 1
@@ -49,21 +55,23 @@ class Machine(Section):
 
 
 class Log(Section):
-    """requests: log a line for every request, not only for refused ones."""
+    """The log of a server. requests: log a line for every request, not only for refused ones."""
 
     requests: bool = False
 
 
 class TrustSettings(Section):
-    """require_signature: who must have signed every bundle, a key file or IDENTITY,ISSUER; "": nobody. require_verdict:
-    the least tier at which the same signer must have passed it.
+    """The signatures that bundles need.
+
+    require_signature: who must have signed every bundle, as a key file or IDENTITY,ISSUER; "": nobody. require_verdict:
+    the least tier at which the same signer must have passed it; "": none.
     """
 
     require_signature: str = ""
     require_verdict: str = ""
 
     def demand(self) -> Demand:
-        """Return what is demanded of a bundle. Raises InputError as `demand_of` does."""
+        """Return these settings as a Demand. Raises InputError as `demand_of` does."""
         return demand_of(self.require_signature, self.require_verdict)
 
 
@@ -76,13 +84,13 @@ class ServerSettings(Section):
     trust: TrustSettings = TrustSettings()
 
     def demanding(self, signature: str | None, least_tier: str | None) -> "ServerSettings":
-        """Return the settings with the options --require-signature and --require-verdict in place, if given."""
+        """Return the settings with the options --require-signature and --require-verdict; None keeps the setting."""
         options = {"require_signature": signature, "require_verdict": least_tier}
         trust = self.trust.model_copy(update={key: value for key, value in options.items() if value})
         return self.model_copy(update={"trust": trust})
 
     def everywhere(self) -> "ServerSettings":
-        """Return the settings for servers that start elsewhere: a key file by its full path."""
+        """Return the settings for servers that start in another directory: with the full path of a key file."""
         key = self.trust.require_signature
         return self.demanding(str(Path(key).resolve()) if Path(key).is_file() else None, None)
 

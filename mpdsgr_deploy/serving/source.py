@@ -1,4 +1,4 @@
-"""The arguments `[NAME=]BUNDLE[@PRECISION]` of commands: which network of which bundle is served by which name."""
+"""Parse the arguments `[NAME=]BUNDLE[@PRECISION]` of commands: a bundle, its precision, and a name to serve it by."""
 
 import json
 import re
@@ -16,7 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 class ModelSource(NamedTuple):
-    """The name a model is served by, its bundle, one of the bundle's precisions, and what is demanded of the bundle."""
+    """The name by which a model is served, its bundle's path and precision, and the signatures that are demanded."""
 
     name: str
     path: Path
@@ -24,7 +24,7 @@ class ModelSource(NamedTuple):
     demand: Demand = NOTHING
 
     def on_disk(self) -> dict[str, Any]:
-        """Read the manifest now, unverified; None if it cannot be read. Opening the bundle verifies it."""
+        """Return the members of the manifest on disk, which are not verified; {} if it cannot be read."""
         try:
             content = json.loads((self.path / MANIFEST).read_bytes())
         except (OSError, ValueError):
@@ -33,7 +33,11 @@ class ModelSource(NamedTuple):
 
 
 def sources(texts: Sequence[str], demand: Demand = NOTHING) -> list[ModelSource]:
-    """Parse the arguments in order. Raises InputError for a name that URLs cannot contain or that appears twice."""
+    """Parse the arguments, in order, and fetch bundles that are not on this machine.
+
+    Raises InputError for a name that URLs cannot contain or that appears twice, and for a bundle that cannot be
+    fetched.
+    """
     by_name: dict[str, ModelSource] = {}
     for text in texts:
         source = _source(text)
@@ -44,7 +48,7 @@ def sources(texts: Sequence[str], demand: Demand = NOTHING) -> list[ModelSource]
 
 
 def _source(text: str) -> ModelSource:
-    """Parse one argument. The default name is the directory's, plus -PRECISION if that is not fp32."""
+    """Parse one argument. The default name is that of the directory, followed by -PRECISION unless that is fp32."""
     name, place = "", text
     if "=" in text and not Path(text).exists():
         name, _, place = text.partition("=")
@@ -60,7 +64,7 @@ def _source(text: str) -> ModelSource:
 
 
 class Chosen(NamedTuple):
-    """One precision of a bundle, with the name it is served by."""
+    """One precision of an open bundle, and the name by which it is served."""
 
     name: str
     bundle: Bundle
@@ -68,7 +72,10 @@ class Chosen(NamedTuple):
 
 
 def choose_models(texts: Sequence[str], demand: Demand = NOTHING) -> list[Chosen]:
-    """Open each `[NAME=]BUNDLE[@PRECISION]`. Raises InputError as `sources` and `demand` do."""
+    """Open the bundle of each `[NAME=]BUNDLE[@PRECISION]`.
+
+    Raises InputError as `sources` does, for a precision that a bundle does not have, and if `demand` is not met.
+    """
     chosen = [Chosen(source.name, demand.open(source.path), source.precision) for source in sources(texts)]
     for _, bundle, precision in chosen:
         bundle.variant(precision)

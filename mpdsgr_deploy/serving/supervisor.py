@@ -1,7 +1,7 @@
 """Run several processes as one server: start them, replace those that die or hang, tell them to reload and to end.
 
-The parent opens the ports and forks before anything has started a thread. It serves nothing itself.
-A process counts turns of its event loop in shared memory; the parent reads the count, and so sees that one hangs.
+The parent opens the ports, and forks before anything has started a thread. It serves nothing itself. Each process
+counts turns of its event loop in shared memory, by which the parent notices that one hangs.
 """
 
 import asyncio
@@ -22,32 +22,33 @@ from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.group import Group, ProcessCounts
 
-LOOKS = 10  # checks by the supervisor, and counts by a process, within the time that it may hang
-OPENING_FACTOR = 10  # a process may hang this many times longer while it loads libraries or networks
+LOOKS = 10  # how often the supervisor checks, and a process counts, in the time for which a process may hang
+OPENING_FACTOR = 10  # how many times longer a process may hang while it loads libraries or networks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that died is replaced, doubled each time
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that died is replaced, which double each time
 STEADY = 60.0  # seconds of life after which the next wait is FIRST_WAIT again
 LOOK_EVERY = 0.05  # seconds between checks while the processes load
-# work of a process, given a file descriptor that closes with the parent; returns lost requests
+# The work of a process: it gets a file descriptor that becomes readable when the parent ends, and returns the number of
+# requests that got no answer.
 Work = Callable[[int], int]
 
 
 def beat(group: Group, seconds: float) -> None:
-    """Count turns of the running event loop from now on, LOOKS of them in so many seconds."""
+    """Count turns of the running event loop from now on, LOOKS of them in `seconds`."""
     group.own.beats += 1
     asyncio.get_running_loop().call_later(seconds / LOOKS, beat, group, seconds)
 
 
 class Watch:
-    """Observes the counter of one process. seconds: how long its event loop may stand still."""
+    """Observes the counter of one process. seconds: how long its event loop may stand still; now: the present time."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self._seconds, self._seen, self._beats, self._silent = seconds, now, 0, 0.0
 
     def is_hung(self, counts: ProcessCounts, now: float) -> bool:
-        """Read the process's counter, at a time on the monotonic clock; return whether it hangs.
+        """Read the counter of the process at time `now` on the monotonic clock, and return whether the process hangs.
 
-        A late reading proves nothing, because the supervisor may have been stopped, and the process with it.
+        A late reading counts as only two intervals, because the supervisor may have been stopped, and the process, too.
         """
         self._silent += min(now - self._seen, 2 * self._seconds / LOOKS)
         if counts.beats != self._beats:
@@ -58,9 +59,10 @@ class Watch:
 
 
 class Child:
-    """One place among the processes, and its process. waits: seconds before the next one; due: when to start it.
+    """One place among the processes, and its process. pid: 0 without a process; since: when it started.
 
-    watch: the observation of this process; hung: it stood still and was killed.
+    waits: the seconds before the next process of this place; due: the time to start it; watch: the observation of this
+    process; hung: whether it stood still and was killed.
     """
 
     def __init__(self, index: int) -> None:
@@ -69,10 +71,10 @@ class Child:
 
 
 class Supervisor:
-    """Runs `work` in each process of a group; `run` returns when all have ended after SIGTERM or SIGINT.
+    """Runs `work` in each process of a group.
 
-    ports: closed in the parent when the shutdown begins, so that they close with the last child. announce: called once
-    every process has loaded its models. hang_seconds: a process whose event loop stands still for longer is killed.
+    ports: closed in the parent when the shutdown begins, so that they close with the last child. hang_seconds: a
+    process whose event loop stands still for longer is killed.
     """
 
     def __init__(self, group: Group, work: Work, ports: list[socket.socket], hang_seconds: float) -> None:
@@ -82,7 +84,10 @@ class Supervisor:
         self._ending, self.lost = False, 0
 
     def run(self, announce: Callable[[], None]) -> int:
-        """Run; return how many accepted requests got no answer. Raises what a process raised before all had loaded."""
+        """Run until all processes have ended after SIGTERM or SIGINT; return how many accepted requests got no answer.
+
+        announce: called once every process has loaded its models. Raises the error of a process that ends before that.
+        """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno()), [signal.signal(one, _note) for one in SIGNALS]
@@ -108,15 +113,15 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # blocked until the child handles them, so that none is lost
-        replacement = child.due > 0
+        is_replacement = child.due > 0
         child.pid, child.since = os.fork(), time.monotonic()
         child.watch, child.hung = Watch(self._hang_seconds, child.since), False
         if child.pid == 0:
-            self._be(child, replacement=replacement)
+            self._work_as(child, replacement=is_replacement)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    def _be(self, child: Child, *, replacement: bool) -> NoReturn:
-        """Work in the forked process, and end the process afterwards, whatever happens."""
+    def _work_as(self, child: Child, *, replacement: bool) -> NoReturn:
+        """Do the work in the forked process, and end the process afterwards, whatever happens."""
         code = EvaluationError.exit_code
         try:
             signal.set_wakeup_fd(-1)
@@ -126,7 +131,7 @@ class Supervisor:
             self._group.own.lost = self._work(self._alive)
             code = 0
         except MpdsgrError as error:
-            self._error(child).write_bytes(pickle.dumps(error))
+            self._error_file(child).write_bytes(pickle.dumps(error))
             code = error.exit_code
         except BaseException:
             traceback.print_exc()
@@ -134,11 +139,11 @@ class Supervisor:
             sys.stderr.flush()
             os._exit(code)
 
-    def _error(self, child: Child) -> Path:
+    def _error_file(self, child: Child) -> Path:
         return self._group.folder / f"error-{child.index}"
 
     def _patience(self) -> float:
-        """Return the seconds until the next process is to be started, or the running ones checked."""
+        """Return the seconds until a process is to be started or the running ones are to be checked."""
         due = [] if self._ending else [child.due for child in self._children if not child.pid]
         return min([self._hang_seconds / LOOKS, *(max(0.0, moment - time.monotonic()) for moment in due)])
 
@@ -180,8 +185,8 @@ class Supervisor:
             how = f"was killed because its event loop had not run for over {self._hang_seconds:g} s,"
         error: MpdsgrError = InputError(f"process {child.index} {how} before it was ready")
         with suppress(FileNotFoundError):
-            error = pickle.loads(self._error(child).read_bytes())
-            self._error(child).unlink()
+            error = pickle.loads(self._error_file(child).read_bytes())
+            self._error_file(child).unlink()
             how = f"could not start: {error}"
         if self._ending:
             if code:
@@ -217,4 +222,4 @@ class Supervisor:
 
 
 def _note(*_: object) -> None:
-    """Do nothing: the handler of signals, which arrive through `set_wakeup_fd`."""
+    """Do nothing: a handler is needed, so that signals arrive through `set_wakeup_fd`."""

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: check a request's description of them, and their numbers."""
+"""Tensors of the Open Inference Protocol: check those of requests, and encode those of answers."""
 
 import struct
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.inference_protocol import DTYPES
 from mpdsgr_deploy.serving.refusals import Refused, Why, invalid
 
-FORMATS = {np.dtype("<f4"): "f", np.dtype(np.uint8): "B"}  # dtype -> format of `struct`
-JSON_CHARACTERS = 32  # characters that a number and its separators may take in JSON; more is padding
-JSON_ENVELOPE = 1 << 16  # bytes for all of a request that is not numbers
+FORMATS = {np.dtype("<f4"): "f", np.dtype(np.uint8): "B"}  # the format of `struct`, by dtype
+JSON_CHARACTERS = 32  # characters that a number and its separators may take in JSON; more would be padding
+JSON_ENVELOPE = 1 << 16  # bytes for everything in a request except its numbers
 
 
 class InputTensor(NamedTuple):
-    """An input as a request describes it. content: raw little-endian bytes, or the (nested) list of a JSON request."""
+    """An input as a request describes it. content: little-endian bytes, or the list of a JSON request, maybe nested."""
 
     name: str
     datatype: str
@@ -30,7 +30,7 @@ class InputTensor(NamedTuple):
 
 
 class ImageInput(NamedTuple):
-    """A model's input: images float32 in [0, 1] or uint8, [B, *shape] with at most `most` of them."""
+    """A model's input: images [B, *shape], float32 in [0, 1] or uint8, with B at most `most`."""
 
     name: str
     shape: tuple[int, int, int]
@@ -38,16 +38,16 @@ class ImageInput(NamedTuple):
 
     @property
     def body_bytes(self) -> int:
-        """The size of the largest valid request over HTTP, which is in JSON."""
+        """The size in bytes of the largest valid request over HTTP, whose numbers are in JSON."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * JSON_CHARACTERS
 
     @property
     def message_bytes(self) -> int:
-        """The size of the largest valid request over gRPC, raw or typed."""
+        """The size in bytes of the largest valid request over gRPC, with raw or typed data."""
         return JSON_ENVELOPE + self.most * prod(self.shape) * 4
 
     def check_json(self, content: bytes) -> None:
-        """Raise Refused for more values or lists than a valid request has, before each takes 50 bytes of memory."""
+        """Raise Refused for JSON with more values or lists than a valid request; parsed, each takes 50 bytes."""
         if len(content) <= JSON_ENVELOPE:
             return
         channels, height, _ = self.shape
@@ -57,10 +57,10 @@ class ImageInput(NamedTuple):
             raise invalid(f"the request has more values than {self.most} images, the largest batch; send fewer images")
 
     def images(self, tensor: InputTensor) -> NDArray[np.float32]:
-        """Return a tensor's images [B, C, H, W]. Raises Refused unless description, model and numbers fit together.
+        """Return the images float32 [B, C, H, W] of a tensor. Raises Refused unless it is the model's input and whole.
 
         Pixel values are checked when the batch is computed (see `pixel_problem`): here numpy would release the
-        interpreter to another thread, which costs every request two thread switches.
+        interpreter to another thread, which would cost every request two thread switches.
         """
         if tensor.name != self.name:
             raise invalid(f"there is no input {tensor.name[:100]!r}; the input is {self.name!r}")
@@ -77,7 +77,7 @@ class ImageInput(NamedTuple):
         return to_unit(self._numbers(tensor).reshape(tensor.shape))
 
     def pixel_problem(self, images: NDArray[np.float32]) -> Refused | None:
-        """Return why a predictor refuses these images, or None."""
+        """Return the refusal of images float32 [B, C, H, W] that a predictor would refuse, or None."""
         try:
             check_images(images, self.shape)
         except InputError as error:
@@ -96,12 +96,13 @@ class ImageInput(NamedTuple):
         numbers = np.frombuffer(tensor.content, dtype)
         if numbers.flags.aligned:
             return numbers
-        # behind JSON of any length; slow to compute with. numpy would hand the interpreter to another thread to copy
+        # bytes after JSON are often not aligned, which makes computing slow. numpy's own copy would release the
+        # interpreter to another thread
         return np.frombuffer(bytes(tensor.content), dtype)
 
 
 def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the numbers of a list that is flat, or nested as the shape says. Raises Refused otherwise."""
+    """Return the numbers of a list, flat. Raises Refused unless it is flat or nested as `shape`, and holds numbers."""
     numbers: Sequence[Any] = content
     for depth, size in enumerate(shape):
         if not (numbers and isinstance(numbers[0], list)):
@@ -128,7 +129,7 @@ def _from_list(content: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[A
 
 
 def _packed(numbers: Sequence[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    """Return the numbers as an array, three times as fast as numpy; None unless all are numbers that fit the type."""
+    """Return the numbers as an array, three times as fast as numpy; None if any is no number or does not fit."""
     try:
         array = np.frombuffer(struct.pack(f"<{len(numbers)}{FORMATS[dtype]}", *numbers), dtype)
     except (struct.error, OverflowError):
@@ -143,7 +144,10 @@ def too_large(limit: int) -> Refused:
 
 
 def best(logits: NDArray[np.float32], labels: Sequence[str], k: int) -> list[list[str]]:
-    """Return the classification extension: for each row the k best as "value:index:label", best first."""
+    """Return the k best classes of each row of logits [B, K], best first, as "value:index:label".
+
+    This is the form of the protocol's classification extension.
+    """
     order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return [[f"{row[i]:.6f}:{i}:{labels[i]}" for i in places] for row, places in zip(logits, order, strict=True)]
 
@@ -158,6 +162,6 @@ def margin(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def bytes_tensor(rows: Sequence[Sequence[str]]) -> bytes:
-    """Encode BYTES as the protocol does: each element after its length, four bytes little-endian."""
+    """Encode a tensor of the datatype BYTES: each element follows its length, four bytes little-endian."""
     encoded = [text.encode() for row in rows for text in row]
     return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)

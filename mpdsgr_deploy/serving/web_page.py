@@ -1,4 +1,4 @@
-"""The page at `/`: one static file, and a Content-Security-Policy under which its own script and style alone run."""
+"""The page at `/`: a static file, and a Content-Security-Policy that allows only its own script and style."""
 
 import re
 from base64 import b64encode
