@@ -1,4 +1,4 @@
-"""Predictions for inputs of any size, written to a file as they are made; a killed run continues where it stopped."""
+"""Predictions for any number of inputs, written to a file as they are computed; an interrupted run can continue."""
 
 from mpdsgr_deploy.prediction.stream import Job
 

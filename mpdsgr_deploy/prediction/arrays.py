@@ -1,4 +1,4 @@
-"""Images in NumPy's array files, read on demand from disk or by byte ranges from a store."""
+"""Images in NumPy's array files, read on demand from disk, or from a store by byte ranges."""
 
 from concurrent.futures import Executor
 from copy import copy
@@ -18,9 +18,10 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 class ArrayFile:
-    """Images [N, C, H, W] of a .npy file or of a .npz's array `images` (or its first): uint8, or float32 in [0, 1].
+    """The images [N, C, H, W] of a .npy file, or of a .npz file's array `images`, or else its first array.
 
-    Raises InputError for another dtype or shape, pixels out of range, an array in Fortran order, or a damaged file.
+    They are uint8, or float32 in [0, 1]; shape: (C, H, W). Raises InputError for another dtype or shape, for pixels out
+    of range, for an array in Fortran order, and for a damaged file.
     """
 
     def __init__(self, path: Place, shape: Shape) -> None:
@@ -50,9 +51,9 @@ class ArrayFile:
         return self._count
 
     def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        apart = copy(self)
-        apart._file = None
-        return apart, start
+        own_copy = copy(self)
+        own_copy._file = None
+        return own_copy, start
 
     def names(self, start: int, stop: int) -> list[str]:
         return [f"{self._path}[{i}]" for i in range(start, stop)]

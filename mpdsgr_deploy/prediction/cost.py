@@ -14,15 +14,15 @@ from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.runtime.open import open_predictor
 
 RAPL = Path("/sys/class/powercap")  # energy counters of the processor packages, in microjoules
-ROUNDS = 5  # the least number of batches that are timed, after a first one that is not
+ROUNDS = 5  # the smallest number of batches that are timed, after one that is not
 
 
 class Cost(NamedTuple):
     """The measurement of one backend, precision and batch size.
 
-    latency_ms, latency_p95_ms: median and 95th percentile of a batch; memory_mib: resident memory of the process while
-    it ran; joules: of the processor packages and GPUs, per image, None where the machine reports neither. error: why
-    nothing was measured, else empty.
+    latency_ms, latency_p95_ms: the median and the 95th percentile of the time of a batch; memory_mib: the resident
+    memory of the process afterwards; joules: the energy of the processor packages and GPUs per image; None if the
+    machine reports none. error: why nothing was measured, else empty.
     """
 
     backend: str
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """How long `images` take on one machine, and how many machines are needed to finish within the given hours."""
+    """The hours that `images` take on one machine, and the number of machines that finish in a given time."""
 
     images: int
     hours: float
@@ -47,16 +47,16 @@ class Estimate(NamedTuple):
 def measure_costs(
     bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int], *, seconds: float
 ) -> list[Cost]:
-    """Measure every combination for `seconds` each, on the bundle's golden inputs.
+    """Measure every combination of backend, precision and batch size for `seconds` each, on the bundle's golden inputs.
 
-    The `error` of a combination that cannot run gives the reason.
+    A combination that cannot run has the reason in its `error`.
     """
     combinations = [(b, p, n) for b in backends for p in precisions for n in batches]
     return [_measured(bundle, *combination, seconds) for combination in track(combinations, "measuring")]
 
 
 def estimate(cost: Cost, images: int, hours: float) -> Estimate:
-    """Estimate time and machines for `images` at a measured rate."""
+    """Estimate the time of `images` at a measured rate, and the number of machines that finish within `hours`."""
     alone = images / cost.images_per_second / 3600
     return Estimate(images, alone, math.ceil(alone / hours))
 
@@ -79,8 +79,8 @@ def _measured(bundle: Bundle, backend: str, precision: str, batch: int, seconds:
         return Cost(backend, precision, batch, error=one_line(error))
     images = batch * len(times)
     joules = None if energy is None or used is None or used < energy else (used - energy) / images
-    median, late = np.percentile(times, (50, 95)) * 1000
-    return Cost(backend, precision, batch, images / spent, float(median), float(late), memory, joules)
+    median, p95 = np.percentile(times, (50, 95)) * 1000
+    return Cost(backend, precision, batch, images / spent, float(median), float(p95), memory, joules)
 
 
 def resident_memory() -> float | None:
@@ -93,13 +93,13 @@ def resident_memory() -> float | None:
 
 
 def used_energy() -> float | None:
-    """Return the joules used by processors and GPUs since an arbitrary moment; None if neither can be read."""
+    """Return the joules used by processors and GPUs since an arbitrary time; None if neither can be read."""
     readings = [joules for joules in (package_energy(), gpu_energy()) if joules is not None]
     return sum(readings) if readings else None
 
 
 def gpu_energy() -> float | None:
-    """Return the joules used by all NVIDIA GPUs since an arbitrary moment; None without one or nvidia-ml-py."""
+    """Return the joules used by all NVIDIA GPUs since an arbitrary time; None if there is none or it cannot be read."""
     try:
         import pynvml as nvml
 
@@ -111,7 +111,7 @@ def gpu_energy() -> float | None:
 
 
 def package_energy(root: Path = RAPL) -> float | None:
-    """Return the joules used by all processor packages since an arbitrary moment; None if they cannot be read."""
+    """Return the joules used by all processor packages since an arbitrary time; None if they cannot be read."""
     try:
         counters = [int((zone / "energy_uj").read_text()) for zone in sorted(root.glob("intel-rapl:[0-9]"))]
     except OSError:

@@ -1,4 +1,4 @@
-"""Record which inputs were skipped, and why."""
+"""Record which inputs were skipped, and for what reason."""
 
 import csv
 import io
@@ -23,13 +23,16 @@ def place_of_faults(out: Path) -> Path:
 
 
 class Faults:
-    """Removes skipped images from answers. reasons: by input, starting with `unusable`; rows: how many were removed."""
+    """Removes skipped images from answers.
+
+    unusable: reasons by input that are known before; reasons: all of them; rows: the number of removed images.
+    """
 
     def __init__(self, unusable: Mapping[str, str]) -> None:
         self.reasons, self.rows = dict(unusable), 0
 
     def without(self, answers: Iterable[tuple[InputBatch, Chunk]]) -> Iterator[Chunk]:
-        """Yield the answers without the images whose logits are NaN; their files are read again for the reason.
+        """Yield the answers without the images whose logits are not finite; their files are read again for the reason.
 
         A second pass over the same answers counts nothing twice.
         """
@@ -39,9 +42,9 @@ class Faults:
             if usable.all():
                 yield chunk
                 continue
-            apart = batch.alone()  # another thread may be reading the batch's source
-            with ThreadPoolExecutor(1) as pool, closing(apart.source):
-                reasons = apart.read_usable(pool).faults
+            own_batch = batch.alone()  # another thread may be reading the batch's source
+            with ThreadPoolExecutor(1) as pool, closing(own_batch.source):
+                reasons = own_batch.read_usable(pool).faults
             for i in np.flatnonzero(~usable).tolist():
                 self.reasons[chunk.names[i]] = reasons.get(i, NOT_FINITE)
                 self.rows += 1
@@ -56,7 +59,7 @@ class Faults:
         return text.getvalue().encode(errors="surrogateescape")
 
     def save(self, path: Path) -> None:
-        """Write `path` or, if nothing was skipped, remove the file of an earlier run."""
+        """Write `content` to `path` or, if nothing was skipped, remove the file of an earlier run."""
         content = self.content()
         if content is None:
             path.unlink(missing_ok=True)

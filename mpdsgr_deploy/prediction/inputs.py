@@ -1,4 +1,4 @@
-"""Read inputs of any size in bounded batches: folders are listed first, files are read on demand."""
+"""Read any number of inputs in batches of limited size: folders are listed first, and files are read on demand."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -17,12 +17,12 @@ from mpdsgr_deploy.prediction.sources import ImageFiles, ImageSource, Pixels, St
 from mpdsgr_deploy.stores import Place
 
 T = TypeVar("T")
-AT_ONCE = 32  # number of addresses that are requested from a store at a time
-WINDOW = 1024  # number of addresses that wait in memory
+AT_ONCE = 32  # inputs about which a store is asked at the same time
+WINDOW = 1024  # inputs whose answers wait in memory
 
 
 class Read(NamedTuple):
-    """The pixels [B, C, H, W] of a batch, and the faults of unusable images by position; their pixels are 0."""
+    """The pixels [B, C, H, W] of a batch, and the faults of unusable images, whose pixels are 0, by position."""
 
     pixels: Pixels
     faults: dict[int, str]
@@ -30,7 +30,7 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class InputBatch:
-    """The images from `start` up to, but without, `stop` of a source."""
+    """The images of a source from `start` up to, but not including, `stop`."""
 
     source: ImageSource
     start: int
@@ -43,7 +43,7 @@ class InputBatch:
         return self.source.names(self.start, self.stop)
 
     def alone(self) -> "InputBatch":
-        """Return the same batch with only the part of its source that it needs."""
+        """Return the same batch with its own copy of the part of the source that it needs."""
         (batch,) = travelling([self])
         return batch
 
@@ -52,11 +52,11 @@ class InputBatch:
         return self.source is other.source and self.start == other.stop
 
     def read(self, pool: Executor) -> Pixels:
-        """Read the images [B, C, H, W]. Raises InputError that names the unusable file."""
+        """Read the images [B, C, H, W]. Raises InputError, which names the file, if one is unusable."""
         return self.source.read(self.start, self.stop, pool)
 
     def read_usable(self, pool: Executor) -> Read:
-        """Read the images, with faults in place of those that cannot be used."""
+        """Read the images; those that cannot be used have a fault instead."""
         with suppress(InputError):
             return Read(self.read(pool), {})
         images, faults = {}, {}
@@ -72,14 +72,14 @@ class InputBatch:
         return Read(pixels, faults)
 
     def stamp(self) -> str:
-        """Return a text that changes whenever the images' files do."""
+        """Return a text that changes whenever the files of the images do."""
         return self.source.stamp(self.start, self.stop)
 
 
 def travelling(batches: Sequence[InputBatch]) -> list[InputBatch]:
-    """Return the same batches for another thread or machine, with only the parts of their sources that they need.
+    """Return the same batches for another thread or machine, with copies of the parts of their sources that they need.
 
-    Consecutive batches share a part, so its file is opened once and compressed content is read once.
+    Consecutive batches share such a part, so its file is opened once and compressed content is read once.
     """
     runs: list[list[InputBatch]] = []
     for batch in batches:
@@ -98,10 +98,11 @@ def _with_part(run: Sequence[InputBatch]) -> Iterator[InputBatch]:
 
 
 class Inputs(AbstractContextManager["Inputs"]):
-    """Images, folders of images and shards, in the order given. A context manager: closes what it opened.
+    """Images, folders of images and shards, in the given order. The end of a with block closes their files.
 
-    unusable: with `skip`, the inputs that cannot be opened, with the reason. Without it, InputError is raised for a
-    missing input, an empty folder, or a shard of other images. StoreError is raised for a store that cannot be asked.
+    shape: (C, H, W) of the network's images. unusable: with `skip`, the reason for each input that cannot be opened.
+    Without it, they raise InputError: a missing input, an empty folder, and a shard of other images. Raises StoreError
+    for a store that does not answer.
     """
 
     def __init__(self, places: Sequence[Place], shape: Shape, *, skip: bool = False) -> None:
@@ -114,7 +115,7 @@ class Inputs(AbstractContextManager["Inputs"]):
                 self._sources.append(shard)
 
     def _each(self, answer: Callable[[Place], T], places: Sequence[Place]) -> Iterator[T]:
-        """Yield the answers for the inputs in order, without skipped ones; stores are asked for many at a time."""
+        """Yield the answers for the inputs in order, without skipped ones; many are asked of a store at a time."""
 
         def tried(place: Place) -> T | InputError:
             try:
@@ -123,10 +124,10 @@ class Inputs(AbstractContextManager["Inputs"]):
                 return error
 
         for start in range(0, len(places), WINDOW):
-            some = places[start : start + WINDOW]
-            here = all(isinstance(place, Path) for place in some)
+            window = places[start : start + WINDOW]
+            are_local = all(isinstance(place, Path) for place in window)
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                for place, result in zip(some, (map if here else pool.map)(tried, some), strict=True):
+                for place, result in zip(window, (map if are_local else pool.map)(tried, window), strict=True):
                     if not isinstance(result, InputError):
                         yield result
                     elif self._skip:
@@ -135,7 +136,7 @@ class Inputs(AbstractContextManager["Inputs"]):
                         raise result
 
     def _add(self, names: Listed) -> None:
-        """Add image files, to the source before if they lie in the same place, so that single files fill batches."""
+        """Add image files to the last source, if it is in the same store, so that single files fill batches."""
         last = self._sources[-1] if self._sources else None
         if not names.images:
             return
@@ -150,7 +151,7 @@ class Inputs(AbstractContextManager["Inputs"]):
         return sum(map(len, self._sources))
 
     def batches(self, size: int) -> list[InputBatch]:
-        """Return all images in batches of `size`, fewer in the last batch of a shard or of a series of image files."""
+        """Return all images in batches of `size`; the last of a shard or of a series of image files may be smaller."""
         return [
             InputBatch(source, start, min(start + size, len(source)))
             for source in self._sources

@@ -1,6 +1,6 @@
-"""Resolve an input: an image, a shard, or a folder of them, here or in a store. Folders are listed, not read.
+"""Resolve an input: an image, a shard, or a folder of them, on this machine or in a store. Folders are only listed.
 
-Shards are NumPy arrays and Parquet files. Those in a folder are read where it holds no images.
+Shards are NumPy arrays and Parquet files. Those of a folder are used only if it has no images.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ SHARDS = ARRAY_SUFFIXES | PARQUET_SUFFIXES
 
 
 class Listed(NamedTuple):
-    """The images of an input (paths here, stamps in a store of fsspec), and its shards."""
+    """The images of an input (local paths, or stamps in `store`, a file system of fsspec), or its shards."""
 
     images: Sequence[str]
     shards: Sequence[Place] = ()
@@ -29,7 +29,7 @@ class Listed(NamedTuple):
 
 
 def listed(place: Place, shape: Shape) -> Listed:
-    """List the images or shards that an input names, for a network of inputs [C, H, W] = shape.
+    """List the images or shards that an input names, for a network with images of `shape` (C, H, W).
 
     Raises InputError for a missing input and for a folder without images or shards, StoreError for a store that cannot
     be reached.
@@ -48,7 +48,7 @@ def listed(place: Place, shape: Shape) -> Listed:
 
 
 def open_shard(place: Place, shape: Shape) -> ImageSource:
-    """Open the images of a shard. Raises InputError as its class does."""
+    """Open the images of a shard. Raises InputError as ParquetImages or ArrayFile does."""
     kind = ParquetImages if suffix_of(str(place)) in PARQUET_SUFFIXES else ArrayFile
     return kind(place, shape)
 
@@ -79,7 +79,10 @@ def _of_folder(folder: Place, shape: Shape) -> Listed:
 
 
 def _walk_store(folder: Stored, suffixes: Collection[str]) -> tuple[list[str], Counter[str]]:
-    """Walk a folder in a store as `walk` does here; return the stamps of its files, sorted like local paths."""
+    """Walk a folder in a store as `walk` does a local one.
+
+    Returns the stamps of its files, sorted like local paths, and the counts of those that were passed over.
+    """
     stamps, counts = [], Counter[str]()
     with asking(folder):
         for _, folders, files in folder.store.walk(folder.path, detail=True, on_error="raise"):

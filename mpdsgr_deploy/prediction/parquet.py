@@ -1,4 +1,4 @@
-"""Images in Parquet shards: a column of encoded files, as data sets on the Hugging Face Hub have it."""
+"""Images in Parquet shards: a column of encoded image files, as in data sets of the Hugging Face Hub."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -17,17 +17,18 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.prediction.sources import ImageSource, decoded, reading, takes_images
 from mpdsgr_deploy.stores import Place, opened, stamp_of
 
-NAMES = ("image", "img")  # names of the image column; without one of them its type decides
-BYTES = ("binary", "large_binary", "binary_view")  # types of Arrow
-PAGES = 2**20  # bytes read at a time: a row group may be larger than the memory
+NAMES = ("image", "img")  # names of the column of images; if there is neither, the types of columns decide
+BYTES = ("binary", "large_binary", "binary_view")  # Arrow's types of bytes
+PAGES = 2**20  # bytes that are read at a time, because a row group may be larger than the memory
 
 
 class ParquetImages:
-    """The rows of a Parquet file, an encoded image each: bytes, or Hugging Face's struct {bytes, path}.
+    """The rows of a Parquet file, each with an encoded image as bytes or as Hugging Face's struct {bytes, path}.
 
-    A row's name is FILE[row]. Rows are read one after another, a few pages at a time.
+    The name of a row is FILE[row]. Rows are read one after another, a few pages at a time.
 
-    Raises InputError for a damaged file, and for one without a column of images.
+    Raises InputError for a damaged or empty file, for one without a column of images, and for a network that takes
+    event frames.
     """
 
     def __init__(self, path: Place, shape: Shape) -> None:
@@ -37,13 +38,13 @@ class ParquetImages:
         self._stamp = stamp_of(path)
         self._file: IO[bytes] | None
         self._batches: Iterator[list[bytes | None]]
-        self._rows: list[bytes | None]  # the rows that are in memory, from row _first on
+        self._rows: list[bytes | None]  # the rows in memory, from row `_first` on
         self._forget()
         with reading(f"Parquet file {path}"), closing(self):
             table = self._open()
             self._column = image_column(table.schema_arrow, str(path))
             groups = range(table.metadata.num_row_groups)
-            # first row of each row group
+            # the first row of each row group, and the number of all rows
             self._starts = [0, *accumulate(table.metadata.row_group(i).num_rows for i in groups)]
         if not len(self):
             raise InputError(f"{path} has no rows")
@@ -52,9 +53,9 @@ class ParquetImages:
         return self._starts[-1]
 
     def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        apart = copy(self)
-        apart._forget()
-        return apart, start
+        own_copy = copy(self)
+        own_copy._forget()
+        return own_copy, start
 
     def names(self, start: int, stop: int) -> list[str]:
         return [f"{self._path}[{i}]" for i in range(start, stop)]
@@ -77,7 +78,7 @@ class ParquetImages:
         self._forget()
 
     def _rows_from(self, start: int, stop: int) -> list[bytes | None]:
-        """Return the column's rows from `start` up to `stop`, which are kept until later ones are read."""
+        """Return rows from `start` up to, but not including, `stop`; they stay in memory until later ones are read."""
         with reading(f"Parquet file {self._path}"):
             if not self._first <= start <= self._first + len(self._rows):
                 self._seek(start, stop - start)
@@ -94,7 +95,7 @@ class ParquetImages:
         return rows
 
     def _seek(self, start: int, size: int) -> None:
-        """Restart the stream at the row group that holds row `start`, about `size` rows at a time."""
+        """Restart the stream at the row group that contains row `start`, with about `size` rows at a time."""
         self.close()
         group = bisect_right(self._starts, start) - 1
         self._first, self._rows = self._starts[group], []
@@ -121,9 +122,9 @@ class ParquetImages:
 
 
 def image_column(schema: Any, path: str) -> str:
-    """Return the column of a pyarrow schema that holds encoded images: `image`, `img`, or the only one of its type.
+    """Return the path of encoded images in a pyarrow schema: in the column `image` or `img`, or the only one of bytes.
 
-    Raises InputError that lists all columns if there is none, or if several could be meant.
+    Raises InputError, which lists all columns, if there is none or if several are possible.
     """
     columns = {field.name: leaf for field in schema if (leaf := _leaf(field))}
     for name in NAMES:
@@ -139,7 +140,7 @@ def image_column(schema: Any, path: str) -> str:
 
 
 def _leaf(field: Any) -> str | None:
-    """Return the path of the bytes within a column, if it holds any."""
+    """Return the path of the bytes in a column; None if it has none."""
     if str(field.type) in BYTES:
         return str(field.name)
     inner = {child.name: str(child.type) for child in field.type} if str(field.type).startswith("struct") else {}

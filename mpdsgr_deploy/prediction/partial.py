@@ -1,4 +1,4 @@
-"""Finished logits on disk, so that a killed run continues where it stopped."""
+"""Finished logits on disk, so that an interrupted run continues where it stopped."""
 
 import hashlib
 import os
@@ -21,22 +21,23 @@ KEPT = "finished results are kept"
 
 
 class Chunk(NamedTuple):
-    """Names [B] and logits float32 [B, K] of some images."""
+    """The names [B] and the logits float32 [B, K] of a batch of images."""
 
     names: list[str]
     logits: NDArray[np.float32]
 
 
 class Partial(AbstractContextManager["Partial"]):
-    """A file of logits, one record per batch. A context manager that removes a file without records at its end.
+    """A file of logits, with one record per batch. The end of a with block closes it, and removes it if it is empty.
 
         MAGIC, sha256 of the settings
         logits float32 [B, K], sha256 of (the digest before, the stamp of the batch, the logits)     for every batch
 
-    The chain of digests shows how much of the file is whole and still belongs to inputs and settings: a record that is
-    torn or damaged, or whose image was changed since, is dropped with all that follow it.
+    The chain of digests shows how much of the file is whole and still belongs to the inputs and settings: a record that
+    is incomplete or damaged, or whose image was changed since, is dropped with all that follow it.
 
-    Raises InputError if the file cannot be written, is no such file, or is being written by another process.
+    settings: everything that the logits depend on except the inputs; classes: K. Raises InputError if the file cannot
+    be written, is no such file, or is being written by another process.
     """
 
     def __init__(self, path: Path, settings: str, classes: int) -> None:
@@ -56,7 +57,7 @@ class Partial(AbstractContextManager["Partial"]):
             raise
 
     def resume(self, batches: Sequence[InputBatch]) -> int:
-        """Return how many of the batches are finished, and cut off whatever follows them in the file."""
+        """Return how many of the batches are finished, and remove everything that follows them in the file."""
         done, end = 0, 0
         self._file.seek(0)
         if self._file.read(len(self._head)) == self._head:
@@ -78,7 +79,7 @@ class Partial(AbstractContextManager["Partial"]):
         return done
 
     def append(self, batch: InputBatch, logits: NDArray[np.float32]) -> None:
-        """Write the next batch to disk, so that it survives the end of the process."""
+        """Write the logits [B, K] of the next batch to disk, so that they survive the end of the process."""
         data = np.ascontiguousarray(logits, "<f4").tobytes()
         self._digest = self._next(batch, data)
         with writing(self.path, KEPT):
@@ -86,7 +87,7 @@ class Partial(AbstractContextManager["Partial"]):
             self._file.flush()
 
     def chunks(self, batches: Sequence[InputBatch]) -> Iterator[Chunk]:
-        """Read all finished batches back, one by one."""
+        """Yield the finished batches, read from the file one by one. batches: all that are finished."""
         self._file.seek(len(self._head))
         for batch in batches:
             data = self._file.read(4 * len(batch) * self._classes)
@@ -94,7 +95,7 @@ class Partial(AbstractContextManager["Partial"]):
             yield Chunk(batch.names(), np.frombuffer(data, "<f4").reshape(len(batch), self._classes))
 
     def finish(self) -> None:
-        """Record that the output has been written, so that the file is removed at the end of the block."""
+        """Note that the output has been written, so that the end of the with block removes the file."""
         self._finished = True
 
     def _next(self, batch: InputBatch, data: bytes) -> bytes:

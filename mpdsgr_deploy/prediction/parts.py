@@ -1,9 +1,9 @@
-"""The folder that a prediction job on a cluster writes its parts to, here or in an object store.
+"""The folder to which a prediction job on a cluster writes its parts, on this machine or in an object store.
 
     _job.json             the job: a rerun of the same job continues, another job is refused
-    part-00000.parquet    the rows of some batches, each file written once and whole
-    _skipped-00000.csv    inputs that part 0 left out, and why
-    _SUCCESS              the number of rows, written when every part is there
+    part-00000.parquet    the rows of some batches; each file is written once and completely
+    _skipped-00000.csv    the inputs that part 0 left out, with the reasons
+    _SUCCESS              the number of rows, written when all parts exist
 
 Readers of Parquet folders ignore names that begin with an underscore.
 """
@@ -38,14 +38,17 @@ def skipped_name(number: int) -> str:
 
 
 class Parts(Protocol):
-    """A folder of parts. Its methods raise InputError or StoreError if it cannot be read or written."""
+    """A folder of parts. Methods raise InputError or StoreError if it cannot be read or written."""
 
     def claimed(self) -> AbstractContextManager[None]:
-        """Claim the folder. Raises InputError if it holds other files or another process here writes into it."""
+        """Claim the folder for a with block.
+
+        Raises InputError if it holds other files, or if another process on this machine writes to it.
+        """
         ...
 
     def describe(self, job: dict[str, Any]) -> None:
-        """Write _job.json, or raise InputError if the folder holds the parts of another job."""
+        """Write the description of the job to _job.json. Raises InputError if the folder has parts of another job."""
         ...
 
     def names(self) -> set[str]:
@@ -53,13 +56,13 @@ class Parts(Protocol):
         ...
 
     def part(self, number: int) -> AbstractContextManager[BinaryIO]:
-        """Open a file to write, which becomes the part if the block ends without an error."""
+        """Open a file for writing, which becomes the part if the with block ends without an error."""
         ...
 
     def open(self, name: str) -> IO[bytes]: ...
     def write(self, name: str, content: bytes) -> None: ...
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         ...
 
 
@@ -104,9 +107,9 @@ class PartsHere:
 
 
 class PartsInStore:
-    """Parts in an object store, which has no locks, and where a file appears only once it is complete.
+    """Parts in an object store, which has no locks and shows a file only once it is complete.
 
-    Only one of two different jobs can create _job.json, so that their parts do not mix. Two processes with the same job
+    Of two different jobs only one can create _job.json, so that their parts do not mix. Two processes with the same job
     write the same files twice.
     """
 
@@ -128,7 +131,7 @@ class PartsInStore:
             except FileExistsError:
                 if self._place.store.cat_file((self._place / JOB).path) != content:
                     raise _other_job(self._place) from None
-            except (NotImplementedError, TypeError, ValueError):  # a store that cannot tell whether it created the file
+            except (NotImplementedError, TypeError, ValueError):  # the store cannot create a file only if it is new
                 self._put(JOB, content)
 
     def names(self) -> set[str]:
@@ -158,19 +161,19 @@ class PartsInStore:
 
 
 def count_rows(parts: Parts, numbers: Iterable[int]) -> int:
-    """Count the rows of these parts."""
+    """Return the number of rows of the parts with these numbers."""
     parquet = need("pyarrow.parquet", "parquet")
 
     def rows(number: int) -> int:
         with parts.open(part_name(number)) as file:
             return int(parquet.read_metadata(file).num_rows)
 
-    with ThreadPoolExecutor(16) as pool:  # a store needs a while to answer for each part
+    with ThreadPoolExecutor(16) as pool:  # because a store answers slowly
         return sum(pool.map(rows, numbers))
 
 
 def save_faults(parts: Parts, name: str, faults: Faults) -> None:
-    """Write the skipped inputs or, if there are none, remove the file of an earlier run."""
+    """Write the skipped inputs to the file `name` or, if there are none, remove the file of an earlier run."""
     if content := faults.content():
         parts.write(name, content)
     else:

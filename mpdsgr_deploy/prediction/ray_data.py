@@ -1,8 +1,8 @@
-"""Run a prediction job on many machines: Ray Data hands parts of it to actors, each with a predictor.
+"""Run a prediction job on many machines: Ray Data gives parts of it to actors, each with a predictor.
 
-Parts end at batch boundaries, so the rows are those of a single machine, bit for bit. If a worker or the driver dies,
-an unfinished part is computed again and written under the same name, so that every row exists exactly once. All
-machines must reach bundle, inputs and OUT under the same paths, or in a store.
+Parts end at the boundaries of batches, so the rows equal those of a single machine, bit for bit. If a worker or the
+driver dies, an unfinished part is computed again and written under the same name, so that every row exists exactly
+once. All machines must reach bundle, inputs and output under the same paths, or in a store.
 """
 
 import hashlib
@@ -38,13 +38,13 @@ from mpdsgr_deploy.prediction.writers import find_writer
 from mpdsgr_deploy.progress import log, meter
 from mpdsgr_deploy.stores import Place
 
-PART = 32  # batches per file
+PART = 32  # batches per part
 
 
 class Resources(NamedTuple):
     """Where a job runs: on the cluster at `address` ("local": one of this process), with at most `actors` actors.
 
-    cpus, gpus: devices of an actor, whole or fractional. bundle: the address from which machines fetch the job's
+    cpus, gpus: the devices of an actor, which may be fractions. bundle: the address from which machines fetch the job's
     bundle; without one they read its directory.
     """
 
@@ -56,9 +56,10 @@ class Resources(NamedTuple):
 
 
 def predict_on_cluster(job: Job, out: Place, resources: Resources) -> int:
-    """Write the rows of `job` as Parquet files into directory `out`; returns their number.
+    """Write the rows of `job` as Parquet files to the directory `out`, and return their number.
 
-    Raises InputError for inputs, options or an output that cannot be used, and where no cluster answers.
+    Raises InputError for inputs, options or an output that cannot be used, if no cluster answers, and for an error of
+    an actor; StoreError for a store that cannot be reached.
     """
     if isinstance(out, Path):
         job.bundle.refuse_output(out)
@@ -81,7 +82,7 @@ def predict_on_cluster(job: Job, out: Place, resources: Resources) -> int:
 
 
 def _description(job: Job, batches: Sequence[InputBatch]) -> dict[str, Any]:
-    """Return everything that the rows of a job depend on."""
+    """Return everything on which the rows of a job depend, as JSON values."""
     inputs = hashlib.sha256()
     for batch in batches:
         inputs.update(os.fsencode(batch.stamp()))
@@ -95,7 +96,7 @@ def _run(job: Job, folder: Parts, parts: dict[int, Sequence[InputBatch]], resour
     items = [{"part": i, "batches": ray.cloudpickle.dumps(travelling(part))} for i, part in parts.items()]
     with _connected(ray, resources.address):
         data.DataContext.get_current().enable_progress_bars = False
-        most = min(resources.actors or len(items), len(items))  # as many as fit, also where machines join the cluster
+        most = min(resources.actors or len(items), len(items))  # more than fit now, because machines may join
         fitting = _fitting(ray.cluster_resources(), resources)
         answered = data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
@@ -114,14 +115,14 @@ def _run(job: Job, folder: Parts, parts: dict[int, Sequence[InputBatch]], resour
 
 
 def _fitting(available: Mapping[str, float], resources: Resources) -> int:
-    """Return how many actors fit into a cluster's devices now, at least 1, because machines may join later.
+    """Return how many actors fit into a cluster's devices now, but at least 1, because machines may join later.
 
-    Raises InputError if none fits, and the cluster is this machine alone.
+    Raises InputError if none fits and the cluster is this machine alone.
     """
-    asked = {"CPU": resources.cpus, "GPU": resources.gpus}
-    fitting = min((int(available.get(name, 0) / share) for name, share in asked.items() if share), default=1)
+    per_actor = {"CPU": resources.cpus, "GPU": resources.gpus}
+    fitting = min((int(available.get(name, 0) / share) for name, share in per_actor.items() if share), default=1)
     if not fitting:
-        devices = ", ".join(f"{available.get(name, 0):g} {name}s" for name in asked)
+        devices = ", ".join(f"{available.get(name, 0):g} {name}s" for name in per_actor)
         needed = f"an actor takes {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
         if resources.address == "local":
             raise InputError(f"{needed}, and this machine has {devices}; lower --ray-cpus or --ray-gpus")
@@ -131,7 +132,7 @@ def _fitting(available: Mapping[str, float], resources: Resources) -> int:
 
 @contextmanager
 def _connected(ray: Any, address: str) -> Iterator[None]:
-    """Connect to Ray for the length of the block; an existing connection is kept."""
+    """Connect to Ray for a with block; an existing connection is used and kept."""
     if ray.is_initialized():
         yield
         return
@@ -153,9 +154,9 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
 
 
 class _Actor:
-    """Holds a predictor on one machine of the cluster and writes one part after another.
+    """Opens a predictor on one machine of the cluster, and writes one part after another.
 
-    Errors of this package are returned, because Ray reduces raised ones to a text with its own advice.
+    Errors of this package are returned in the rows, because Ray reduces raised errors to a text with its own advice.
     """
 
     def __init__(self, job: Job, folder: Parts, address: BundleAddress | None = None) -> None:

@@ -13,13 +13,13 @@ Item = TypeVar("Item")
 
 
 class Shard(NamedTuple):
-    """Share `number` (from 1) of `total` equal shares."""
+    """Share `number`, counted from 1, of `total` equal shares."""
 
     number: int
     total: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this share of the items; shares are contiguous, so that all shares in order are all items."""
+        """Return this share of the items. Shares are contiguous, so all shares in order are all items."""
         start, stop = (len(items) * part // self.total for part in (self.number - 1, self.number))
         return items[start:stop]
 
@@ -28,7 +28,7 @@ WHOLE = Shard(1, 1)
 
 
 def parse_shard(text: str) -> Shard:
-    """ "2/8" is the second of eight shares. Raises InputError for anything else."""
+    """Parse a text such as "2/8", the second of eight shares. Raises InputError for anything else."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--shard {text!r}: write it as NUMBER/TOTAL, from 1/8 to 8/8 for example")

@@ -1,4 +1,4 @@
-"""Images in a fixed order, read in consecutive ranges from files here or in a store."""
+"""Images in a fixed order, read in consecutive ranges from files on this machine or in a store."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -19,19 +19,23 @@ Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
 
 
 class ImageSource(Protocol):
-    """Images in a fixed order. `read` is called for consecutive ranges, and may use the pool's threads."""
+    """Images of `shape` (C, H, W) in a fixed order.
+
+    Every range is from `start` up to, but not including, `stop`. `read` is called for consecutive ranges, may use the
+    pool's threads, and raises InputError for an image that cannot be used.
+    """
 
     def __len__(self) -> int: ...
     @property
     def shape(self) -> Shape: ...
     def part(self, start: int, stop: int) -> tuple["ImageSource", int]:
-        """Return a source of these images for another thread or process, and the index of the first image in it."""
+        """Return a source of these images for another thread or process, and the index of their first image in it."""
         ...
 
     def names(self, start: int, stop: int) -> list[str]: ...
     def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
     def stamp(self, start: int, stop: int) -> str:
-        """Return a text that changes whenever these images' files do."""
+        """Return a text that changes whenever the files of these images do."""
         ...
 
     def close(self) -> None: ...
@@ -49,7 +53,7 @@ class ImageFiles:
 
     def __init__(self, files: Sequence[str], shape: Shape) -> None:
         self.shape = shape
-        self._files = list(files)  # as strings, a million paths take a fraction of the memory
+        self._files = list(files)  # as strings, because a million Path objects take several times the memory
         self._decode = partial(read_image if takes_images(shape) else read_frames, shape=shape)
 
     def extend(self, files: Sequence[str]) -> None:
@@ -74,14 +78,14 @@ class ImageFiles:
 
 
 class StoredImages:
-    """Image files in a store of fsspec, given by their stamps; the files of a range are fetched concurrently.
+    """Image files in `store`, a file system of fsspec, given by their stamps. Those of a range are fetched together.
 
-    `read` raises InputError for a file that is gone or damaged, StoreError for a store that cannot be reached.
+    `read` raises InputError for a file that is missing or damaged, StoreError for a store that cannot be reached.
     """
 
     def __init__(self, stamps: Sequence[str], shape: Shape, store: Any) -> None:
         self.shape, self.store = shape, store
-        self._stamps = list(stamps)  # a stamp begins with the address: one string a file
+        self._stamps = list(stamps)  # a stamp begins with the address, so that a file needs only one string
 
     def extend(self, stamps: Sequence[str]) -> None:
         self._stamps += stamps
@@ -97,10 +101,10 @@ class StoredImages:
 
     def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
         names = self.names(start, stop)
-        filled = [name_in(stamp) for stamp in self._stamps[start:stop] if not is_empty(stamp)]
-        # Not `cat`, which takes the brackets of photo[1].png for a pattern. From byte 0 on, since s3fs asks for the
-        # size before it fetches a whole file; S3 refuses byte 0 of an empty one.
-        contents = dict(zip(filled, self.store.cat_ranges(filled, 0, None, on_error="return"), strict=True))
+        non_empty = [name_in(stamp) for stamp in self._stamps[start:stop] if not is_empty(stamp)]
+        # not `cat`, which takes the brackets of photo[1].png for a pattern. A range from byte 0 on, because s3fs asks
+        # for the size before it fetches a whole file; S3 refuses such a range of an empty file.
+        contents = dict(zip(non_empty, self.store.cat_ranges(non_empty, 0, None, on_error="return"), strict=True))
         for name, content in contents.items():
             if isinstance(content, BaseException):
                 raise failure(name, content)
@@ -114,7 +118,7 @@ class StoredImages:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn a decoder's errors into InputError "cannot read WHAT: ..."; this package's own errors pass."""
+    """Turn errors in a with block into InputError "cannot read WHAT: ...", except for those of this package."""
     try:
         yield
     except MpdsgrError:
@@ -124,6 +128,6 @@ def reading(what: str) -> Iterator[None]:
 
 
 def decoded(names: Sequence[str], contents: Iterable[bytes], shape: Shape, pool: Executor) -> NDArray[np.uint8]:
-    """Decode files, given by name and content, to pixels [B, C, H, W]. Raises InputError for a damaged file."""
+    """Decode files, given by name and content, to pixels uint8 [B, C, H, W]. Raises InputError for a damaged file."""
     decode = partial(decode_image if takes_images(shape) else decode_frames, shape=shape)
     return np.stack(list(pool.map(decode, contents, names)))

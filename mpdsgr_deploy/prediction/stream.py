@@ -1,4 +1,4 @@
-"""Predict inputs of any size: reading, inference and writing overlap, and few batches are in memory at a time."""
+"""Predict any number of inputs: reading, inference and writing overlap, and few batches are in memory at a time."""
 
 import json
 import os
@@ -33,11 +33,11 @@ DECODERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
 @dataclass(frozen=True)
 class Job:
-    """A prediction job: the inputs, here or in a store, the network, the backend and the options.
+    """A prediction job: the network, the inputs (local, or in a store), and the options.
 
-    batch: images per inference; processes: how many run inference; top: labels per image. skip: leave out unusable
-    inputs, and list them with the reason in `place_of_faults`; without it they end the run. shard: the share of the
-    batches to compute; all shares in order are the rows of the whole job, bit for bit.
+    batch: the number of images per inference; processes: the number that run inference; top: the number of labels per
+    image. skip: leave out unusable inputs, and list them with the reasons in `place_of_faults`; without it they end the
+    run. shard: the share of the batches to compute; all shares in order are the rows of the whole job, bit for bit.
     """
 
     bundle: Bundle
@@ -51,9 +51,9 @@ class Job:
     shard: Shard = WHOLE
 
     def to_stream(self, file: BinaryIO, suffix: str) -> int:
-        """Write the format of a suffix to a stream as results come; return the number of images.
+        """Write results to a stream as they are computed, in the format of a suffix; return the number of images.
 
-        The format must be one that can be written in a single pass. Raises InputError as `to_file` does.
+        The format must be one that is written in a single pass. Raises errors as `to_file` does.
         """
         write = find_writer(suffix, self.bundle.manifest.labels, self.top)
         with self.open_inputs() as inputs:
@@ -65,11 +65,12 @@ class Job:
             return sum(map(len, batches)) - faults.rows
 
     def to_file(self, out: Path) -> int:
-        """Write `out` in the format of its suffix; return the number of images.
+        """Write the results to `out` in the format of its suffix, and return the number of images.
 
-        `out` is replaced once everything is finished. Until then the finished logits are in `out`.partial, and the same
-        job continues from there, up to the first image that was changed. Raises InputError for inputs, options or an
-        output that cannot be used, EvaluationError for a network that answers the golden batch wrongly.
+        `out` is replaced once everything is finished. Until then the finished logits are in `place_of_partial`, and the
+        same job continues after them, or from the first image that was changed since. Raises InputError for inputs,
+        options or an output that cannot be used, EvaluationError for a network that answers the golden batch wrongly
+        or, without `skip`, gives logits that are not finite.
         """
         if out.is_dir():
             raise InputError(f"--out {out} is a directory; give the name of a file")
@@ -105,12 +106,12 @@ class Job:
             return sum(map(len, batches)) - faults.rows
 
     def logits(self) -> NDArray[np.float32]:
-        """Return logits [N, K] of all inputs, held in memory together. Raises InputError as `to_file` does."""
+        """Return the logits float32 [N, K] of all inputs, whatever `shard` is. Raises errors as `to_file` does."""
         with self.open_inputs() as inputs:
             return np.concatenate([logits for _, (_, logits) in self._answers(inputs.batches(self.batch))])
 
     def _refuse_overwriting(self, out: Path) -> None:
-        """Raise InputError if writing `out`, or its partial, would replace an input or a file of the bundle."""
+        """Raise InputError if `out`, or a file beside it, would replace an input or a file of the bundle."""
         self.bundle.refuse_output(out)
         with writing(out, "nothing was written yet"):
             existing = [path for path in (out, place_of_partial(out), place_of_faults(out)) if path.exists()]
@@ -120,15 +121,15 @@ class Job:
                     raise InputError(f"--out {out} would overwrite the input {path}; choose another --out")
 
     def open_inputs(self) -> Inputs:
-        """List the inputs. Raises InputError as `Inputs` does."""
+        """Return the inputs of the job. Raises InputError and StoreError as `Inputs` does."""
         return Inputs(self.paths, self.bundle.manifest.input_shape, skip=self.skip)
 
     def settings(self) -> str:
-        """Return what the logits depend on besides the inputs; the batch size affects their last bits."""
+        """Return everything on which the logits depend except the inputs; the batch size affects their last bits."""
         return json.dumps([self.bundle.manifest.digest, self.backend, self.precision, self.batch])
 
     def _answers(self, batches: Sequence[InputBatch], done: int = 0) -> Iterator[tuple[InputBatch, Chunk]]:
-        """Yield batches and their logits [B, K] in order, from batch `done` on; NaN stands for skipped images."""
+        """Yield batches and their logits [B, K] in order, from batch `done` on; those of unusable images are NaN."""
         if done == len(batches):
             return
         worker = Worker(self.bundle, self.backend, self.precision, self.batch)
@@ -138,7 +139,11 @@ class Job:
     def answers_through(
         self, submit: Submit, batches: Sequence[InputBatch], done: int = 0
     ) -> Iterator[tuple[InputBatch, Chunk]]:
-        """Yield batches and logits as `_answers` does, with workers that run already."""
+        """Yield batches and their logits [B, K] in order, from batch `done` on, computed by running workers.
+
+        The logits of unusable images are NaN with `skip`; without it, they raise InputError, and logits that are not
+        finite raise EvaluationError.
+        """
         sizes = [len(batch) for batch in batches]
         fitted = self.batch
         trained = self.bundle.manifest.pixels
@@ -173,7 +178,7 @@ class Job:
 
 
 def place_of_partial(out: Path) -> Path:
-    """Return the file that keeps the finished logits of output `out` until all are finished."""
+    """Return the file that stores the finished logits of output `out` until all are finished."""
     out = followed(out)
     return out.with_name(f"{out.name}.partial")
 
@@ -181,9 +186,9 @@ def place_of_partial(out: Path) -> Path:
 def ahead(
     items: Iterable[Item], submit: Callable[[Item], "Future[Result]"], limit: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with the result of its future, in order; at most `limit` futures wait beside the current one.
+    """Yield each item with the result of its future, in order, while at most `limit` further futures wait.
 
-    If iterating or submitting fails, the results of earlier items come first, then the error.
+    If iterating or submitting fails, the results of earlier items come before the error.
     """
     source = iter(items)
     waiting: deque[tuple[Item, Future[Result]]] = deque()

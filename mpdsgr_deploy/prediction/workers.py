@@ -1,4 +1,4 @@
-"""Workers that run inference on batches: a thread of this process, or processes with a GPU each."""
+"""Workers that run inference on batches: a thread of this process, or several processes with a GPU each."""
 
 import multiprocessing
 import os
@@ -23,20 +23,20 @@ from mpdsgr_deploy.prediction.sources import Pixels
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime.open import open_predictor
 
-GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per GPU; in a container, those that it may use
+GPUS = Path("/proc/driver/nvidia/gpus")  # has a folder per GPU, in a container only those that it may use
 
 
 class Answer(NamedTuple):
-    """The logits float32 [B, K], and the largest batch that fitted into memory so far."""
+    """The logits float32 [B, K] of a batch, and the largest batch that the worker still computes at once."""
 
     logits: NDArray[np.float32]
     batch: int
 
 
 class Halving:
-    """Runs inference on batches. A batch too large for memory is halved, and later ones are limited to that size.
+    """Runs inference on batches of at most `batch` images. If memory runs out, it halves this batch and later ones.
 
-    Raises OutOfMemory if a single image does not fit.
+    Raises OutOfMemory if there is too little memory for a single image.
     """
 
     def __init__(self, predictor: Predictor, batch: int) -> None:
@@ -48,7 +48,7 @@ class Halving:
             size = min(self._batch, len(x))
             try:
                 parts = [self._predictor(x[start : start + size]) for start in range(0, len(x), size)]
-            # Python and numpy raise MemoryError, for example when they draw noise
+            # Python and numpy raise MemoryError, for example while noise is drawn
             except (OutOfMemory, MemoryError) as error:
                 if size == 1:
                     raise OutOfMemory(
@@ -63,7 +63,7 @@ Submit = Callable[[Pixels], "Future[Answer]"]
 
 
 class Worker(NamedTuple):
-    """What a worker opens, and its largest batch. Opening raises as `open_predictor` does."""
+    """The network that a worker opens, and its largest batch. `open` raises errors as `open_predictor` does."""
 
     bundle: Bundle
     backend: str
@@ -78,10 +78,11 @@ class Worker(NamedTuple):
 
 @contextmanager
 def started(worker: Worker, processes: int) -> Iterator[Submit]:
-    """Start workers: one in this process (1), or `processes` new ones.
+    """Start workers, and provide a function that submits pixels [B, C, H, W] to them, for a with block.
 
-    Batches that have not started when the block ends are dropped. Each of several processes sees one GPU, in turn, of
-    those in CUDA_VISIBLE_DEVICES or of all. Raises InputError if a process dies.
+    processes: 1 for a worker in this process, else the number of new processes, each of which sees one GPU, in turn, of
+    those in CUDA_VISIBLE_DEVICES or of all. Batches that have not been started when the block ends are dropped. Raises
+    InputError if a process dies, and the errors of `Worker.open`.
     """
     with ExitStack() as stack:
         if processes == 1:
@@ -98,7 +99,7 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
         workers = stack.enter_context(ProcessPoolExecutor(processes, context, _begin, (worker, turns)))
         stack.callback(workers.shutdown, cancel_futures=True)
         try:
-            # all start here with interrupts blocked: the parent is interrupted too, and ends them
+            # all processes start here, with interrupts blocked, because the parent is interrupted too and ends them
             with _interrupts_blocked():
                 for _ in range(processes):
                     workers.submit(_open)
@@ -112,7 +113,7 @@ def started(worker: Worker, processes: int) -> Iterator[Submit]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block interrupts in processes that start within this block. Does nothing on Windows."""
+    """Block interrupts in processes that start within a with block. Does nothing on Windows."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -124,7 +125,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def visible_gpus() -> list[str]:
-    """Return values of CUDA_VISIBLE_DEVICES that show one GPU each."""
+    """Return the values of CUDA_VISIBLE_DEVICES that show one GPU each; an empty list without GPUs."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
         return [gpu for gpu in allowed.split(",") if gpu]
@@ -145,7 +146,7 @@ def _begin(worker: Worker, turns: "SimpleQueue[str | None]") -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process when its parent ends, so that a killed parent leaves no process and no GPU memory behind."""
+    """End this process when its parent ends, so that a killed parent leaves no process that uses GPU memory."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -18,8 +18,8 @@ from mpdsgr_deploy.prediction.partial import Chunk
 
 Chunks = Callable[[], Iterator[Chunk]]  # called once per pass over the predictions
 Writer = Callable[[BinaryIO, Chunks], None]
-SEVERAL_PASSES = {".npz"}
-ROW_GROUP = 65536  # rows per group, which a Parquet reader decodes together
+SEVERAL_PASSES = {".npz"}  # formats that take several passes over the predictions
+ROW_GROUP = 65536  # rows of a row group, which a Parquet reader decodes together
 
 
 def best(logits: NDArray[np.float32], top: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -60,7 +60,7 @@ def write_jsonl(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top:
 
 
 def write_parquet(file: BinaryIO, chunks: Chunks, *, labels: tuple[str, ...], top: int) -> None:
-    """Write the columns `headings`: strings, float32 probabilities. Bytes that are not UTF-8 become U+FFFD."""
+    """Write the columns `headings`, strings and float32 probabilities; bytes that are not UTF-8 become U+FFFD."""
     arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
     scores = [(f"label{rank}", arrow.string()) for rank in _ranks(top)]
     fields = dict([("input", arrow.string()), *scores])
@@ -114,7 +114,7 @@ def find_writer(suffix: str, labels: tuple[str, ...], top: int) -> Writer:
             raise InputError("--top has no effect on .npz, which holds the logits of all classes; leave it out")
         return write_npz
     if suffix == ".parquet":
-        need("pyarrow.parquet", "parquet")  # fail before the first image and not after the last
+        need("pyarrow.parquet", "parquet")  # fails before the first image instead of after the last
     return partial(FORMATS[suffix], labels=labels, top=top)
 
 
