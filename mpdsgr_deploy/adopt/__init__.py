@@ -1,9 +1,9 @@
-"""Bundles of networks that come from elsewhere: any ONNX classifier, spiking or not, attacked and gated as deployed.
+"""Bundles of networks that were trained elsewhere: any ONNX classifier, spiking or not.
 
-    adopt(file, images, out, surrogate="triangle:1")    an ordinary bundle around the user's own ONNX file
-    survey(file, surrogate)                             which nodes can be differentiated, and what is in the way
+    adopt(file, images, out, surrogate="triangle:1")    writes a bundle around the user's own ONNX file
+    survey(network, surrogate)                          says which nodes an attack can differentiate, and which not
 
-`validate`, `predict`, `serve`, `build`, `inspect` and `deploy` take such a bundle as they take any other.
+`validate`, `predict`, `serve`, `build`, `inspect` and `deploy` take such a bundle like any other.
 """
 
 from mpdsgr_deploy.adopt.classifier import Preprocessing, read_classifier

@@ -1,8 +1,8 @@
-"""An ONNX classifier from elsewhere: what it must fulfil, and the nodes put in front so that it takes images in [0, 1].
+"""An ONNX classifier from elsewhere: its requirements, and nodes in front of it that let it take images in [0, 1].
 
-A file that takes float32 [batch, C, H, W] in [0, 1] with a free batch dimension is deployed byte for byte. Otherwise
-its nodes and weights stay as they are, and new nodes in front compute the preprocessing that the user states: a range
-of pixels, a normalisation, the order of the axes. A batch dimension that was fixed at export is made free where nothing
+A file that takes float32 [batch, C, H, W] in [0, 1] with a dynamic batch is deployed byte for byte. Otherwise its nodes
+and weights stay as they are, and new nodes in front compute the preprocessing that the user states: a range of pixels,
+a normalisation, the order of the axes. A batch dimension that was fixed at export is made dynamic if nothing else
 depends on it.
 """
 
@@ -21,16 +21,16 @@ from mpdsgr_deploy.attack_graph.values import without_weights
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.onnx_files import VIEWS, maker_of_output
 
-LARGEST = 2**31 - 1  # bytes, the most that protobuf can write
+LARGEST = 2**31 - 1  # bytes, the limit of protobuf
 OLDEST = 13  # the oldest opset that is accepted
 PROBABILITIES = {"Softmax", "Sigmoid", "Hardmax"}
 ELEMENTWISE = (*VIEWS, "Add", "Cast", "Clip", "Div", "Log", "Max", "Mean", "Min", "Mul", "ReduceMean", "Sum")
 
 
 class Preprocessing(NamedTuple):
-    """How an image in [0, 1] becomes the network's input: scaled to another range, then (x - mean) / std per channel.
+    """How an image in [0, 1] becomes the network's input: scaled to [low, high], then (x - mean) / std per channel.
 
-    layout: the order of the input's axes.
+    mean, std: one number per channel, one for all, or none. layout: the order of the input's axes.
     """
 
     low: float = 0.0
@@ -41,10 +41,11 @@ class Preprocessing(NamedTuple):
 
     @property
     def nothing(self) -> bool:
+        """Whether the input is the image itself."""
         return self == Preprocessing()
 
     def applied(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return images [N, C, H, W] in [0, 1] in the range, normalisation and axis order that the network expects."""
+        """Return the network's input, float32 [N, C, H, W] or [N, H, W, C], for images x [N, C, H, W] in [0, 1]."""
         x = x * np.float32(self.high - self.low) + np.float32(self.low)
         if self.mean:
             mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
@@ -55,8 +56,8 @@ class Preprocessing(NamedTuple):
 class Classifier(NamedTuple):
     """A network that maps images float32 [batch, C, H, W] in [0, 1] to logits [batch, K].
 
-    unchanged: whether it is the user's file byte for byte; batch: the size that its batch was fixed to, None if free;
-    before: what the file expects of an image.
+    shape: (C, H, W); classes: K; unchanged: whether it is the user's file byte for byte; batch: the batch size of that
+    file, None if it is dynamic; before: the preprocessing that the file expects.
     """
 
     network: onnx.ModelProto
@@ -68,7 +69,10 @@ class Classifier(NamedTuple):
 
 
 def read_classifier(file: Path, preprocessing: Preprocessing | None = None) -> Classifier:
-    """Read a classifier from the user's ONNX file. Raises InputError with advice for a file that is not one."""
+    """Read a classifier from the user's ONNX file, and add the preprocessing that the file expects to its graph.
+
+    Raises InputError with advice for a file that is no such classifier, and for preprocessing that does not fit it.
+    """
     before = Preprocessing() if preprocessing is None else preprocessing
     if not before.low < before.high:
         raise InputError(
@@ -150,7 +154,10 @@ def _only_input(file: Path, network: onnx.ModelProto) -> onnx.ValueInfoProto:
 
 
 def _classes(file: Path, network: onnx.ModelProto) -> int:
-    """Return the number of logits. Raises InputError for several outputs, and for probabilities."""
+    """Return the number of logits. Raises InputError unless they are the only output, float32 [batch, K].
+
+    Probabilities are refused, too.
+    """
     if len(network.graph.output) != 1:
         names = ", ".join(entry.name for entry in network.graph.output)
         raise InputError(f"{file} has {len(network.graph.output)} outputs ({names}); export only the logits")
@@ -171,13 +178,13 @@ def _classes(file: Path, network: onnx.ModelProto) -> int:
 
 
 def probabilities(network: onnx.ModelProto, *, through: Collection[str] = VIEWS) -> onnx.NodeProto | None:
-    """Find the node that turns logits into probabilities; None unless only operators of `through` follow it."""
+    """Return the node that turns logits into probabilities, if only operators of `through` follow it; else None."""
     last = maker_of_output(network, through)
     return last if last is not None and last.op_type in PROBABILITIES else None
 
 
 def cut_off(file: Path, network: onnx.ModelProto, last: onnx.NodeProto | None) -> str:
-    """Advise how to remove the node `last`, which turns logits into probabilities."""
+    """Return an error message with advice on how to remove the node `last`, which turns logits into probabilities."""
     holds = f"{file}: output {network.graph.output[0].name!r} holds probabilities, not logits; "
     if last is None:
         return f"{holds}export the values before they are normalised"
@@ -186,7 +193,10 @@ def cut_off(file: Path, network: onnx.ModelProto, last: onnx.NodeProto | None) -
 
 
 def _put_in_front(file: Path, network: onnx.ModelProto, before: Preprocessing, shape: tuple[int, int, int]) -> None:
-    """Insert the preprocessing between images [batch, C, H, W] in [0, 1] and the network's own input."""
+    """Insert nodes for the preprocessing between a new input [batch, C, H, W] in [0, 1] and the network's own.
+
+    Raises InputError for a mean or std of another number of channels.
+    """
     graph, channels = network.graph, shape[0]
     stored = {tensor.name for tensor in graph.initializer}
     own = next(entry for entry in graph.input if entry.name not in stored)

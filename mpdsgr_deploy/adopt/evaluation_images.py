@@ -14,11 +14,11 @@ from mpdsgr_deploy.recipe import Data
 
 
 def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int] | None, limit: int | None) -> Images:
-    """Read at most `limit` labelled images of shape (C, H, W); with shape None images of any shape are accepted.
+    """Read at most `limit` (None: all) labelled images of `shape` (C, H, W), or of any shape if it is None.
 
-    source: a folder CLASS/NAME.png, an .npz file with pixels (uint8 [N, C, H, W]), classes (int [N]) and, if it has
-    them, labels (str [K]); else a registered data set, whose files lie in `root`. Raises InputError for images of
-    another shape and for what cannot be read.
+    source: a folder with files CLASS/NAME.png; an .npz file with the arrays pixels (uint8 [N, C, H, W]), classes (int
+    [N]) and optionally labels (str [K]); or the name of a registered data set, whose files are in `root`. Raises
+    InputError for images of another shape, and for a source that cannot be read.
     """
     path = Path(source)
     if path.is_dir():
@@ -65,10 +65,13 @@ def _archive(path: Path) -> Images:
 
 
 def relabelled(images: Images, labels: Sequence[str], classes: int) -> Images:
-    """Return the images with the network's class names. Raises InputError unless there is one name per logit."""
+    """Return the images with class names `labels` or, if that is empty, with their own.
+
+    classes: the number of logits. Raises InputError unless there is one name per logit, and for a class without one.
+    """
     names = tuple(labels)
     if not names and len(images.labels) < classes and all(label.isdecimal() for label in images.labels):
-        names = tuple(map(str, range(classes)))  # the archive names no classes and does not show all of them
+        names = tuple(map(str, range(classes)))  # the archive has no names, and not an image of every class
     names = names or images.labels
     if len(names) != classes:
         raise InputError(

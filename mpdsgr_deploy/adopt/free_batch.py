@@ -1,8 +1,8 @@
-"""Make a batch dimension that was fixed at export dynamic, where nothing else depends on it.
+"""Make a batch dimension dynamic that was fixed at export.
 
-At a fixed batch size exporters write it into target shapes (Reshape, Expand, ConstantOfShape) and initial states, one
-equal row for each image. Nobody has to trust these edits: `adopt` compares the network with the user's own file at its
-own batch, and with itself at others.
+Exporters write a fixed batch size into target shapes (Reshape, Expand, ConstantOfShape) and into initial states, which
+have an equal row for each image. Nobody has to trust these edits: `adopt` compares the edited network with the user's
+file at the file's batch size, and with itself at other sizes.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ PREFIX = "adopted/"  # prefix of the name of every value that is added
 
 
 def free_batch(network: onnx.ModelProto, batch: int) -> None:
-    """Make the batch dimension of input and output dynamic, and rewrite the constants made for `batch` images."""
+    """Make the batch dimension of input and output dynamic in place, and rewrite constants made for `batch` images."""
     graph = network.graph
     del graph.value_info[:]
     stored = {tensor.name for tensor in graph.initializer}
@@ -34,10 +34,10 @@ def free_batch(network: onnx.ModelProto, batch: int) -> None:
             _free_target(graph, node, target, batch)
         elif node.op_type == "Expand" and (target := constants.get(node.input[1])) is not None:
             if len(target) > 1 and target[0] == batch:  # values computed from images have the batch axis already
-                _give(graph, node, 1, np.array([1, *target[1:]], np.int64))
+                _replace_input(graph, node, 1, np.array([1, *target[1:]], np.int64))
         elif node.op_type == "ConstantOfShape" and (target := constants.get(node.input[0])) is not None:
             if len(target) > 1 and target[0] == batch:
-                _give(graph, node, 0, np.array([1, *target[1:]], np.int64))
+                _replace_input(graph, node, 0, np.array([1, *target[1:]], np.int64))
         elif node.op_type in BROADCASTS and batch > 1:
             _cut_states(graph, node, constants, batch)
 
@@ -47,11 +47,11 @@ def _cut_states(graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[st
     for position, name in enumerate(node.input):
         state = constants.get(name)
         if state is not None and state.ndim > 1 and len(state) == batch and (state == state[:1]).all():
-            _give(graph, node, position, state[:1])
+            _replace_input(graph, node, position, state[:1])
 
 
 def _free_target(graph: onnx.GraphProto, node: onnx.NodeProto, target: NDArray[Any], batch: int) -> None:
-    """Replace the batch size in a target shape (alone or times the time steps) by -1 or 0, which ONNX infers."""
+    """Replace the batch size, alone or times the time steps, in a target shape by -1 or 0, which ONNX infers."""
     sizes = [int(size) for size in target]
     if -1 in sizes:
         if sizes[0] != batch or 0 in sizes:
@@ -65,11 +65,11 @@ def _free_target(graph: onnx.GraphProto, node: onnx.NodeProto, target: NDArray[A
         if not (alone or times_steps):
             return
         sizes[(alone or times_steps)[0]] = -1
-    _give(graph, node, 1, np.array(sizes, np.int64))
+    _replace_input(graph, node, 1, np.array(sizes, np.int64))
 
 
-def _give(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, array: NDArray[Any]) -> None:
-    """Replace an input of a node by a constant of its own."""
+def _replace_input(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, array: NDArray[Any]) -> None:
+    """Replace an input of a node by a new constant, which no other node uses."""
     name = f"{PREFIX}{node.output[0]}/{position}"
     graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
     node.input[position] = name
@@ -80,8 +80,8 @@ def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute:
-            held = helper.get_attribute_value(node.attribute[0])
+            value = helper.get_attribute_value(node.attribute[0])
             constants[node.output[0]] = (
-                numpy_helper.to_array(held) if isinstance(held, onnx.TensorProto) else np.asarray(held)
+                numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
             )
     return constants

@@ -1,4 +1,4 @@
-"""Which nodes of a network an attack can differentiate, before anything is written."""
+"""Find out which nodes of a network an attack can differentiate, before a bundle is written."""
 
 from collections import Counter
 from typing import Literal, NamedTuple
@@ -14,6 +14,7 @@ from mpdsgr_deploy.errors import InputError
 
 Status = Literal["faithful", "approximate", "unsupported"]
 ROUNDED = {"QuantizeLinear", "DequantizeLinear"}
+# the reason why a jump is approximate, by `Jump.size`
 STANDS_FOR = {
     "one": "spikes, through the surrogate",
     "two": "a sign, through the surrogate",
@@ -23,7 +24,7 @@ STANDS_FOR = {
 
 
 class NodeFinding(NamedTuple):
-    """One node between images and logits: its name, its operator, and how an attack differentiates it."""
+    """A node between images and logits: its name, its operator, how an attack differentiates it, and why so."""
 
     node: str
     operator: str
@@ -32,9 +33,10 @@ class NodeFinding(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """All nodes that an attack differentiates; refused: why no attack graph can be derived, "" if one can.
+    """All nodes that an attack differentiates.
 
-    spikes: nodes that make spikes. layers: time steps of each layer of neurons. resets: spikes that reset a membrane.
+    spikes: the number of nodes that compute spikes; layers: the time steps of each layer of neurons; resets: the number
+    of spikes that reset a membrane; refused: why no attack graph can be derived, or "" if one can.
     """
 
     findings: list[NodeFinding]
@@ -49,7 +51,7 @@ class Survey(NamedTuple):
         return max(self.layers.values(), default=1)
 
     def counts(self) -> Counter[str]:
-        """The numbers of faithful, approximate and unsupported nodes."""
+        """Return the numbers of faithful, approximate and unsupported nodes."""
         return Counter(finding.status for finding in self.findings)
 
 
@@ -82,7 +84,7 @@ def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
 
 
 def _needed(network: onnx.ModelProto) -> set[str]:
-    """The names of all values from which the logits are computed."""
+    """Return the names of all values from which the logits are computed."""
     needed = {network.graph.output[0].name}
     for node in reversed(network.graph.node):
         if not needed.isdisjoint(node.output):
@@ -103,7 +105,7 @@ def _finding(node: onnx.NodeProto, jump: Jump | None, refused: str) -> NodeFindi
 
 
 def _unsupported(refused: str, network: onnx.ModelProto) -> NodeFinding:
-    """The entry of the survey for the node that a refusal names."""
+    """Return the finding for the node that a refusal names, or for the whole graph if it names none."""
     for node in network.graph.node:
         if f"node {node.name or node.output[0]} ({node.op_type})" in refused:
             return NodeFinding(node.name or node.output[0], node.op_type, "unsupported", refused)
