@@ -170,6 +170,24 @@ def test_what_stands_in_front_of_a_network_is_put_there(tmp_path: Path) -> None:
             np.testing.assert_allclose(answered(x), plain, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (Preprocessing(std=(2.0,)), lambda x: x / 2),
+        (Preprocessing(0, 2, mean=(0.5,)), lambda x: 2 * x - np.float32(0.5)),
+    ],
+)
+def test_a_mean_or_a_deviation_alone_is_applied(
+    before: Preprocessing, expected: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    x = digits(6).unit() / 4 + np.float32(0.25)  # so that the network's input stays in [0, 1]
+    np.testing.assert_array_equal(before.applied(x), expected(x))
+    with open_onnx(file("snntorch-zero")) as plain:
+        logits = plain(expected(x))
+    with OnnxRuntime(read_classifier(file("snntorch-zero"), before).network, source="made") as made:
+        np.testing.assert_allclose(made(x), logits, atol=1e-4)
+
+
 def test_a_comparison_that_nobody_follows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies between images and logits is found apart from how jumps are, so that nothing passes for constant."""
     network = written("a comparison hidden behind a Cast chain", tmp_path)

@@ -48,8 +48,9 @@ class Preprocessing(NamedTuple):
         """Return the network's input, float32 [N, C, H, W] or [N, H, W, C], for images x [N, C, H, W] in [0, 1]."""
         x = x * np.float32(self.high - self.low) + np.float32(self.low)
         if self.mean:
-            mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
-            x = (x - mean) / std
+            x = x - np.array(self.mean, np.float32).reshape(-1, 1, 1)
+        if self.std:
+            x = x / np.array(self.std, np.float32).reshape(-1, 1, 1)
         return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if self.layout == "nhwc" else x
 
 
