@@ -43,15 +43,15 @@ from mpdsgr_deploy.surrogates import ATTACK_ONLY, KINDS, SurrogateName, parse_su
 from mpdsgr_deploy.validation.health.artefact import are_probabilities, check_logits
 
 ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
-CHUNK = RuntimeSettings(chunk=32)  # images that a network computes at once, which bounds the memory
-BATCHES = (1, 2, 5)  # batch sizes with which the first images are classified
-# key: whether the named surrogate detaches the reset
+CHUNK = RuntimeSettings(chunk=32)  # limits the images that are computed at once, and thus the memory
+BATCHES = (1, 2, 5)  # batch sizes in which the first images are computed, to compare them with one batch
+# the attack with the other kind of resets, by whether the named surrogate detaches them
 OTHER_RESETS = {False: DetachedPGD.method, True: AttachedPGD.method}
 Origin = Literal["adopted", "module"]
 
 
 class AdoptedVariant(NamedTuple):
-    """A precision: the user's file, the classifier made of it (without nodes), and its logits [N, K] of the images."""
+    """A precision: the user's file, the classifier made from it, without its nodes, and the images' logits [N, K]."""
 
     file: Path
     classifier: Classifier
@@ -73,16 +73,18 @@ def adopt(
     carry_images: bool = True,
     origin: Origin = "adopted",
 ) -> Bundle:
-    """Write a bundle whose network is the ONNX file `model`, byte for byte wherever it takes images in [0, 1].
+    """Write a bundle whose network is the ONNX file `model`, byte for byte if it takes images in [0, 1].
 
-    images: for the reference, in [0, 1] as everywhere in this package; preprocessing: how they become what the network
-    expects. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first, with "+detached" behind it if
-    the network was trained with detached resets. variants: other files of the same network by name, such as int8.
-    reference: logits [N, K] of the images by the framework that the network was trained in, which the file then has to
-    match. recipe: attack settings and gate; its neuron and model are filled in.
+    images: the labelled test images on which the reference is measured; labels: names of their classes, if they have
+    others. surrogate: "KIND" or "KIND:WIDTH", through which spikes are attacked first, followed by "+detached" if the
+    network was trained with detached resets. preprocessing: how images in [0, 1] become the file's input. variants:
+    other files of the same network by precision. reference: the images' logits [N, K] in the framework in which the
+    network was trained, which the file must match. recipe: settings of attacks and gate; its model, neuron and time
+    steps are filled in. tier: how hard, and on how many of the images, the network is attacked; None: the tier of the
+    recipe's gate. carry_images: store these images in the bundle; without them, golden inputs are noise.
 
-    Raises InputError for files or images that do not fit or that cannot be attacked, EvaluationError if the network
-    does not answer as its reference, or not finitely.
+    Raises InputError for files or images that do not fit together or cannot be attacked, EvaluationError if the file
+    does not give the logits of the reference, or logits that are not finite.
     """
     out, base = out.resolve(), Recipe() if recipe is None else recipe
     named = parse_surrogate(surrogate)
@@ -103,27 +105,27 @@ def adopt(
     filled = _recipe(base, model, named, surveyed)
     ends = main.network.graph.input[0].name, main.network.graph.output[0].name
     tier = tier or filled.gate.tier
-    promised = images[: choose("tier", TIERS, tier).images]
+    attacked_images = images[: choose("tier", TIERS, tier).images]
     with staged(out) as scratch:
-        parts = {"fp32": _placed(model, main, scratch / "model.fp32.onnx", promised, filled)}
+        parts = {"fp32": _placed(model, main, scratch / "model.fp32.onnx", attacked_images, filled)}
         for name, file in variants.items():
             other = _same_kind(file, read_classifier(file, preprocessing), main)
-            parts[name] = _placed(file, other, scratch / f"model.{name}.onnx", promised, filled)
-            # raises InputError if it cannot be attacked, as the survey does for float32
+            parts[name] = _placed(file, other, scratch / f"model.{name}.onnx", attacked_images, filled)
+            # raises InputError if it cannot be attacked; the survey has checked that for float32
             attack_graph(other.network, surrogate)
         exact = _agrees(model, parts["fp32"].logits, reference)
-        _warn_of_chance(parts["fp32"].logits, promised)
+        _warn_of_chance(parts["fp32"].logits, attacked_images)
         _warn_of_counts(parts["fp32"].logits)
         main = main._replace(network=onnx.ModelProto())  # free the memory for the attacks, which read the files
-        written = {name: _variant(name, part, promised, filled) for name, part in parts.items()}
+        written = {name: _variant(name, part, attacked_images, filled) for name, part in parts.items()}
         with OnnxRuntime(scratch / "model.fp32.onnx", settings=CHUNK) as predictor:
             network = NetworkFile(scratch / "model.fp32.onnx", predictor)
-            logits = parts["fp32"].logits if reference is None else reference[: len(promised)].astype(np.float32)
-            figures, verdicts = promise(network, filled, promised, tier, logits, of="fp32")
+            logits = parts["fp32"].logits if reference is None else reference[: len(attacked_images)].astype(np.float32)
+            figures, verdicts = promise(network, filled, attacked_images, tier, logits, of="fp32")
         save_reference(verdicts, scratch / REFERENCE)
         if carry_images:
-            save_images(promised, scratch / IMAGES)
-        _save_golden(scratch, parts, promised if carry_images else None, exact)
+            save_images(attacked_images, scratch / IMAGES)
+        _save_golden(scratch, parts, attacked_images if carry_images else None, exact)
         return seal(
             scratch,
             out,
@@ -140,7 +142,7 @@ def adopt(
 
 
 def _recipe(base: Recipe, model: Path, named: SurrogateName, seen: Survey) -> Recipe:
-    """Return the recipe of the attacks: the surrogate and, where spikes reset a membrane, also resets the other way."""
+    """Return the recipe with surrogate, time steps and, if spikes reset a membrane, the attack on the other resets."""
     also = dict.fromkeys([*base.attack.also, *([OTHER_RESETS[named.detached]] if seen.resets else [])])
     neuron = {"surrogate": named.kind, "surrogate_parameter": named.width, "detach_reset": named.detached}
     return base.model_copy(
@@ -154,7 +156,7 @@ def _recipe(base: Recipe, model: Path, named: SurrogateName, seen: Survey) -> Re
 
 
 def _placed(file: Path, classifier: Classifier, target: Path, images: Images, recipe: Recipe) -> AdoptedVariant:
-    """Put a network into the bundle and compute its logits. Raises InputError if they depend on the batch."""
+    """Write a network to `target` and compute its logits. Raises InputError if they depend on the batch."""
     if classifier.unchanged:
         copyfile(file, target)
     else:
@@ -184,7 +186,7 @@ def _placed(file: Path, classifier: Classifier, target: Path, images: Images, re
 
 
 def _check_freed(file: Path, classifier: Classifier, x: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
-    """Raise InputError unless the network with a dynamic batch answers as the user's file does at its fixed batch."""
+    """Raise InputError unless the network with a dynamic batch gives the logits of the file at its fixed batch."""
     if classifier.batch is None:
         return
     rows = np.arange(classifier.batch) % len(x)
@@ -209,7 +211,7 @@ def _same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:
 
 
 def _agrees(model: Path, logits: NDArray[np.float32], reference: NDArray[np.float32] | None) -> NDArray[np.bool_]:
-    """Return which rows of the file's logits equal the reference's. Raises EvaluationError unless nearly all do."""
+    """Return which rows [N] of the file's logits equal the reference's. Raises EvaluationError unless nearly all do."""
     if reference is None:
         return np.ones(len(logits), np.bool_)
     expected = reference[: len(logits)]
@@ -239,6 +241,7 @@ def _warn_of_chance(logits: NDArray[np.float32], images: Images) -> None:
 
 
 def _warn_of_counts(logits: NDArray[np.float32]) -> None:
+    """Log a warning if the logits look like counts of spikes, which `mpdsgr validate` does not accept."""
     check = check_logits(logits)
     if check.failed:
         log.warning(
@@ -260,7 +263,7 @@ def _variant(name: str, part: AdoptedVariant, images: Images, recipe: Recipe) ->
 def _save_golden(
     folder: Path, parts: Mapping[str, AdoptedVariant], images: Images | None, exact: NDArray[np.bool_]
 ) -> None:
-    """Save the golden batch: a few images (noise where no image may be stored) with each precision's logits."""
+    """Save the golden batch: images for which `exact` [N] holds, or noise without any, with each precision's logits."""
     if images is not None:
         logits = {name: part.logits for name, part in parts.items()}
         x = images.unit()
