@@ -1,8 +1,8 @@
-"""Two training runs, checkpoints, bundles or reports held side by side: what `mpdsgr inspect A B` shows.
+"""Compare two training runs, checkpoints, bundles or reports, as `mpdsgr inspect A B` shows them.
 
-side       reads and verifies A or B
-settings   differences of recipes and facts
-networks   both networks on the same images: spikes that differ, membrane potentials, clean verdicts
-verdicts   recorded verdicts on the same images under the same attacks, paired
-compare    all of these, and why a part was left out
+side            reads and verifies A or B
+network_pair    runs both networks on the same images: spikes that differ, membrane potentials, clean verdicts
+verdicts        pairs recorded verdicts on the same images under the same attacks
+differences     compares all of these, and recipes, facts and training curves; says why a part was left out
+pair_plots      plots membrane potentials and training curves
 """

@@ -1,4 +1,4 @@
-"""Compare two sides in everything that both have, and say why a part was left out."""
+"""Compare two sides in everything that both have, and say why other parts are left out."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,13 +10,15 @@ from mpdsgr_deploy.pairs.verdicts import PairedVerdict, paired_verdicts
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.validation.report import ModelFacts
 
-Curves = dict[str, tuple[list[Any], list[Any]]]
+Curves = dict[str, tuple[list[Any], list[Any]]]  # the values per epoch of A and of B, by name
 
 
 class Differences(NamedTuple):
-    """The differences between A and B. settings: values that differ; curves: values per epoch of what both trainings
-    logged; layers: on the images that `measured_on` names; verdicts: recorded ones, else clean ones on these images.
-    left_out: part to reason.
+    """The differences between A and B.
+
+    settings: pairs of values that differ, by name; curves: what both trainings logged; layers: those of both networks
+    on the images that `measured_on` describes; verdicts: recorded ones, or else clean ones on these images; left_out:
+    the reason for each part that was left out.
     """
 
     settings: dict[str, tuple[Any, Any]]
@@ -28,7 +30,10 @@ class Differences(NamedTuple):
 
 
 def compare(a: Side, b: Side, *, root: str | None = None, images: int = 128) -> Differences:
-    """Compare what both sides have. root: where the data set lies; images: on how many both networks run."""
+    """Compare what both sides have. root: the directory of the data set; images: the number on which networks run.
+
+    A part that would raise InputError is left out.
+    """
     left_out: dict[str, str] = {}
 
     def part(name: str, make: Callable[[], Any]) -> Any:
@@ -56,14 +61,14 @@ def training_curves(a: Side, b: Side) -> Curves:
             raise InputError(f"{side.name} is a {side.kind}, which holds no training history")
     assert a.checkpoint is not None
     assert b.checkpoint is not None
-    ours, theirs = a.checkpoint.curve, b.checkpoint.curve
-    return {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+    left, right = a.checkpoint.curve, b.checkpoint.curve
+    return {name: (left[name], right[name]) for name in left if name in right}
 
 
 def differing_settings(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
-    """Return pairs of values that differ, by name: recipes by `section.key`, None for a key that one side lacks.
+    """Return pairs of values that differ, by name. A recipe's are named `section.key`, and None on a side without them.
 
-    A report holds no recipe: if one side is a report, the facts that both sides state are compared.
+    If one side is a report, which has no recipe, the facts that both sides state are compared instead.
     """
     if a.recipe is not None and b.recipe is not None:
         left, right = (flattened(recipe) | network_facts(side) for recipe, side in ((a.recipe, a), (b.recipe, b)))
@@ -76,7 +81,7 @@ def differing_settings(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
 
 
 def flattened(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's values by `section.key`, without those that belong to one machine."""
+    """Return a recipe's values by `section.key`, without those that belong to one machine, such as paths."""
     return dict(_leaves(recipe.portable().model_dump(mode="json"), ""))
 
 
@@ -89,7 +94,7 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def network_facts(side: Side) -> dict[str, Any]:
-    """Return the facts about a network that its recipe does not hold."""
+    """Return the facts about a network that its recipe does not state, by name."""
     if side.bundle is None:
         return {"epoch": side.checkpoint.epoch} if side.checkpoint else {}
     facts = ModelFacts.of(side.bundle, side.precision)
@@ -103,7 +108,7 @@ def network_facts(side: Side) -> dict[str, Any]:
 
 
 def stated_facts(side: Side) -> dict[str, Any]:
-    """Return the facts that a side states, under the same names for reports and for sides with a recipe."""
+    """Return the facts that a side states, with the same names for reports and for sides with a recipe."""
     facts: dict[str, Any] = {}
     if side.report is not None:
         report, model = side.report, side.report.model

@@ -1,4 +1,4 @@
-"""Both networks on the same images: which spikes differ, where membrane potentials lie, which answers are right."""
+"""Run both networks on the same images: compare their spikes, their membrane potentials and their right answers."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,10 +26,10 @@ Floats = NDArray[np.float32]
 
 
 class LayerPair(NamedTuple):
-    """One layer of both networks, as shares of its neurons over all steps and images.
+    """One layer of both networks. All numbers are shares in [0, 1] of its neurons over all steps and images.
 
-    firing_rate; in_window: potentials in the surrogate's window. overlap: the common area of both histograms, 1 if they
-    are equal. spikes_differ: None if the networks do not have the same neurons or steps there.
+    spikes_differ: None if the layers have other neurons or steps; in_window: the potentials in the surrogate's window;
+    overlap: the common area of both histograms of potentials, 1 if they are equal.
     """
 
     layer: str
@@ -41,7 +41,7 @@ class LayerPair(NamedTuple):
 
 
 class SharedImages(NamedTuple):
-    """A description of the images, the images [N, C, H, W] in [0, 1], and their classes [N], None for golden inputs."""
+    """A description of images, the images [N, C, H, W] in [0, 1], and their classes [N] (None for golden inputs)."""
 
     where: str
     pixels: NDArray[np.float32]
@@ -49,7 +49,10 @@ class SharedImages(NamedTuple):
 
 
 class NetworkPair(NamedTuple):
-    """The layers that both networks have, in the order of computation. clean: None without the images' classes."""
+    """The layers that both networks have, in the order of computation, and clean verdicts, if classes are known.
+
+    where: a description of the images.
+    """
 
     where: str
     layers: list[LayerPair]
@@ -57,20 +60,20 @@ class NetworkPair(NamedTuple):
 
 
 def paired_networks(a: Side, b: Side, *, root: str | None = None, images: int = 128) -> NetworkPair:
-    """Run both networks on the first test images: those a bundle carries, else the data set's, else golden inputs.
+    """Run both networks on the first test images: those in a bundle, else those of the data set, else golden inputs.
 
-    root: where the data set lies. Raises InputError, saying why, for a report, for networks of other images, for
-    missing data, for an ONNX file that does not name its spikes, and for a checkpoint without torch.
+    root: the directory of the data set. Raises InputError for a report, for networks of different images, for missing
+    data, for an ONNX file that does not name its spikes, and for a checkpoint if torch is missing.
     """
     networks = open_network(a), open_network(b)
     shared = shared_images(a, b, root, images)
-    tallies: dict[str, tuple[_Layer, _Layer]] = {}
+    tallies: dict[str, tuple[_LayerTally, _LayerTally]] = {}
     predicted = []
     for batch in batches(shared.pixels, "comparing networks"):
         left, right = (by_layer(network(batch)) for network in networks)
         predicted.append((left.labels, right.labels))
         for layer in (name for name in left.layers if name in right.layers):
-            of_a, of_b = tallies.setdefault(layer, (_Layer(a), _Layer(b)))
+            of_a, of_b = tallies.setdefault(layer, (_LayerTally(a), _LayerTally(b)))
             of_a.add(left.layers[layer], right.layers[layer])
             of_b.add(right.layers[layer], left.layers[layer])
     clean = None
@@ -81,7 +84,10 @@ def paired_networks(a: Side, b: Side, *, root: str | None = None, images: int = 
 
 
 def open_network(side: Side) -> Callable[[Floats], Recording]:
-    """Open a side's network as a function from images [B, C, H, W] to its potentials, spikes and logits."""
+    """Return a side's network as a function from images [B, C, H, W] to its potentials, spikes and logits.
+
+    Raises InputError for a report, and for a checkpoint if torch is missing.
+    """
     if side.bundle is not None:
         manifest = side.bundle.manifest
         noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
@@ -97,10 +103,10 @@ def open_network(side: Side) -> Callable[[Floats], Recording]:
 
 
 def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImages:
-    """Return the first `count` images that both networks take."""
-    for what, ours, theirs in zip(("data", "shape", "labels"), a.images or (), b.images or (), strict=False):
-        if ours != theirs:
-            raise InputError(f"the two are for different images: {what} {ours}, and {theirs}")
+    """Return the first `count` test images of both networks; see `paired_networks`, also for the errors."""
+    for what, left, right in zip(("data", "shape", "labels"), a.images or (), b.images or (), strict=False):
+        if left != right:
+            raise InputError(f"the two are for different images: {what} {left}, and {right}")
     bundle = a.bundle or b.bundle
     recipe = a.recipe or b.recipe
     assert recipe is not None
@@ -116,26 +122,27 @@ def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImage
 
 
 class Answers(NamedTuple):
-    """One network on a batch: labels [B]; by layer its steps, each potentials and spikes [B, ...]."""
+    """One network's answers to a batch: labels [B] and, by layer, the potentials and spikes [B, ...] of each step."""
 
     labels: NDArray[np.int64]
     layers: dict[str, list[tuple[Floats, Floats]]]
 
 
 def by_layer(recording: Recording) -> Answers:
+    """Return a recording with its steps grouped by layer."""
     layers: dict[str, list[tuple[Floats, Floats]]] = {}
     for step, spikes in recording.spikes.items():
         layers.setdefault(layer_of(step), []).append((recording.potentials[step], spikes))
     return Answers(recording.logits.argmax(1), layers)
 
 
-class _Layer:
-    """Accumulates one layer of one network over steps and batches, and the spikes in which another network differs."""
+class _LayerTally:
+    """Sums over the neurons, steps and images of one layer of one network, and differences from another network."""
 
     def __init__(self, side: Side) -> None:
         assert side.recipe is not None
         self.v_threshold, self.half_width = side.recipe.neuron.v_threshold, trained_half_width(side.recipe)
-        self.neurons, self.spikes, self.near, self.differing = 0, 0.0, 0, 0
+        self.neurons, self.spikes, self.in_window, self.differing = 0, 0.0, 0, 0
         self.same_shape = True
         self.counts = np.zeros(BINS, np.int64)
 
@@ -145,7 +152,7 @@ class _Layer:
             v = potentials - self.v_threshold
             self.neurons += v.size
             self.spikes += float(spikes.sum(dtype=np.float64))
-            self.near += int((np.abs(v) < self.half_width).sum())
+            self.in_window += int((np.abs(v) < self.half_width).sum())
             self.counts += np.histogram(v, BINS, RANGE)[0]
             if self.same_shape:
                 self.differing += int((spikes != other[t][1]).sum())
@@ -156,14 +163,15 @@ class _Layer:
         return Membrane(layer=layer, half_width=self.half_width, start=RANGE[0], width=width, share=share)
 
 
-def layer_pair(layer: str, a: _Layer, b: _Layer) -> LayerPair:
+def layer_pair(layer: str, a: _LayerTally, b: _LayerTally) -> LayerPair:
+    """Return the shares of one layer from the sums over both networks."""
     left, right = a.membrane(layer), b.membrane(layer)
     outside = min(1 - sum(left.share), 1 - sum(right.share))
     return LayerPair(
         layer=layer,
         firing_rate=(a.spikes / a.neurons, b.spikes / b.neurons),
         spikes_differ=a.differing / a.neurons if a.same_shape else None,
-        in_window=(a.near / a.neurons, b.near / b.neurons),
+        in_window=(a.in_window / a.neurons, b.in_window / b.neurons),
         overlap=sum(map(min, left.share, right.share)) + outside,
         membranes=(left, right),
     )

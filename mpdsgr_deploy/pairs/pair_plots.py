@@ -1,4 +1,4 @@
-"""Plot two sides: membrane potentials of every layer, and training curves."""
+"""Plot the membrane potentials of every layer and the training curves of two sides."""
 
 import math
 from pathlib import Path
@@ -19,9 +19,9 @@ COLOURS, STYLES = (BLUE, VERMILION), ("-", "--")
 
 
 def draw(differences: Differences, names: tuple[str, str], out: Path) -> list[str]:
-    """Write membranes.png and curves.png, if there is data for them, and return their names.
+    """Write membranes.png and curves.png to the directory `out`, if there are data for them, and return their names.
 
-    names: of A and B, for the legend. Raises InputError for a directory `out` that holds other files.
+    names: those of A and B in the legend. Raises InputError if `out` holds other files.
     """
     pictures = {}
     lines = [Line(*look) for look in zip(names, COLOURS, STYLES, strict=True)]
@@ -51,9 +51,9 @@ def curves(pairs: Curves, lines: list[Line]) -> Figure:
     """Plot the curves of both trainings, one panel per quantity."""
     figure, panels = _panels(len(pairs))
     for axes, (name, values) in zip(panels, pairs.items(), strict=False):
-        for line, one in zip(lines, values, strict=True):
-            heights = [math.nan if value is None else value for value in one]
-            axes.plot(range(1, len(one) + 1), heights, line.style, color=line.colour, label=line.label, marker=".")
+        for line, curve in zip(lines, values, strict=True):
+            heights = [math.nan if value is None else value for value in curve]
+            axes.plot(range(1, len(curve) + 1), heights, line.style, color=line.colour, label=line.label, marker=".")
         axes.set_title(name.replace("_", " "), fontsize=9)
         plain(axes)
     figure.supxlabel("epoch", fontsize=9)

@@ -1,4 +1,4 @@
-"""One of two things that are compared: a training run, a checkpoint, a bundle or a validation report."""
+"""One of the two sides of a comparison: a training run, a checkpoint, a bundle or a validation report."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +12,10 @@ from mpdsgr_deploy.validation.report import REPORT, Report, load_report
 
 
 class Side(NamedTuple):
-    """The content of a path: exactly one of `checkpoint` (with its `directory`), `bundle` and `report` is set.
+    """The content of a path, with exactly one of `checkpoint`, `bundle` and `report`.
 
-    precision: which of the bundle's networks; empty if this is not a bundle.
+    name: the text that the user wrote; kind: "training run", "checkpoint", "bundle" or "report"; directory: that of the
+    checkpoint or bundle, or the path of the report; precision: that of the bundle's network; "" for other sides.
     """
 
     name: str
@@ -27,14 +28,14 @@ class Side(NamedTuple):
 
     @property
     def recipe(self) -> Recipe | None:
-        """The recipe that the network was trained with; None for a report, which holds none."""
+        """The recipe of the network's training; None for a report, which has none."""
         if self.checkpoint is not None:
             return self.checkpoint.recipe
         return None if self.bundle is None else self.bundle.manifest.recipe
 
     @property
     def images(self) -> tuple[str, tuple[int, int, int], tuple[str, ...]] | None:
-        """The images that the network takes: data set, (C, H, W) and labels; None for a report, which does not say."""
+        """The data set, the shape (C, H, W) and the labels of the network; None for a report, which has none."""
         if self.checkpoint is not None:
             return self.checkpoint.recipe.data.name, self.checkpoint.shape, self.checkpoint.labels
         if self.bundle is not None:
@@ -44,9 +45,9 @@ class Side(NamedTuple):
 
 
 def read_side(text: str) -> Side:
-    """Read what `text` names: a directory, a report's file, or a bundle as BUNDLE[@PRECISION][@sha256:DIGEST].
+    """Read and verify what `text` names: a directory, the file of a report, or BUNDLE[@PRECISION][@sha256:DIGEST].
 
-    Raises InputError if it is none of these, is damaged, or lacks that precision.
+    Raises InputError if it is none of these, is damaged, or has no such precision.
     """
     address = parse_address(text)
     path = local_copy(address)

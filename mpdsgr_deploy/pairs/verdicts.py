@@ -1,8 +1,8 @@
 """Pair the recorded verdicts of two networks on the same images under the same attacks.
 
-A report holds the verdicts of the deployed file, a bundle those of the torch network that it was exported from. A
+A report has the verdicts of the deployed file, a bundle those of the torch network from which it was exported. A
 condition is paired if both sides give it the same name and settings; the attacker's surrogate may differ, because it
-belongs to the network. The worst case is that over the paired attacks within eps.
+belongs to the network. The worst case is taken over the paired attacks within eps.
 """
 
 import re
@@ -22,15 +22,16 @@ from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.rows import VerdictFlips
 
 Bools = NDArray[np.bool_]
-REFERENCE = "fp32"
+REFERENCE = "fp32"  # the precision whose verdicts a bundle has
 UNBOUNDED = {CLEAN, GAUSSIAN, CW, WORST}  # conditions that do not count towards the worst case
 SURROGATE = re.compile(r", through [^,]+$")  # the surrogate, at the end of a condition's settings
 
 
 class PairedVerdict(NamedTuple):
-    """Both networks under one condition on the same n images: right answers of each, and where they differ.
+    """Both networks under one condition on the same n images.
 
-    flips: newly wrong are images that A alone gets right, newly right those that B alone does.
+    right: the number of right answers of A and of B; flips: newly wrong are images that only A gets right, newly right
+    those that only B gets right.
     """
 
     condition: str
@@ -40,15 +41,15 @@ class PairedVerdict(NamedTuple):
 
     @classmethod
     def of(cls, condition: str, a: Bools, b: Bools) -> "PairedVerdict":
-        """Pair the verdicts [n] of both networks."""
+        """Pair the verdicts [n] of A and B under a condition; True is a right answer."""
         return cls(condition, len(a), (int(a.sum()), int(b.sum())), VerdictFlips.of(a, b))
 
 
 def paired_verdicts(a: Side, b: Side, root: str | None = None) -> tuple[list[PairedVerdict], str]:
-    """Return every condition that both met, and a text on the attacks left out and why, or "".
+    """Return the pairs of all conditions that both sides have, and a text that says which attacks are left out, or "".
 
-    root: where the data set lies, if a bundle does not carry its images. Raises InputError, saying why, if a side holds
-    no verdicts or the images are not the same.
+    root: the directory of the data set, if a bundle does not carry its images. Raises InputError if a side has no
+    verdicts, and if the images are not the same.
     """
     left, right = recorded(a), recorded(b)
     n = images_in_common(a, b, root)
@@ -72,7 +73,10 @@ def paired_verdicts(a: Side, b: Side, root: str | None = None) -> tuple[list[Pai
 
 
 def recorded(side: Side) -> Mapping[tuple[str, str], Bools]:
-    """Return verdicts [n] by condition and settings. Raises InputError if nothing was recorded."""
+    """Return verdicts [n], True for right answers, by condition and settings without the surrogate.
+
+    Raises InputError if the side has none.
+    """
     if side.report is not None:
         n = side.report.rows[0].n
         complete = [row for row in side.report.rows if row.n == n and not row.at_most and row.name != WORST]
@@ -90,14 +94,14 @@ def recorded(side: Side) -> Mapping[tuple[str, str], Bools]:
 
 
 def eps(side: Side) -> float | None:
-    """Return the bound of the recorded attacks."""
+    """Return the bound eps of the side's recorded attacks."""
     if side.report is not None:
         return side.report.eps
     return side.recipe.attack.eps if side.recipe else None
 
 
 def images_in_common(a: Side, b: Side, root: str | None) -> int:
-    """Return how many first images both sides answered. Raises InputError if they are not the same images."""
+    """Return how many first images both sides have verdicts on. Raises InputError if they are not the same images."""
     if a.report is not None and b.report is not None:
         if a.report.images_sha256 != b.report.images_sha256:
             raise InputError(f"the two used different images: {_images(a.report)}, and {_images(b.report)}")
