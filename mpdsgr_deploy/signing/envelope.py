@@ -1,7 +1,7 @@
 """Sign and verify DSSE envelopes in Sigstore bundles; the only module that calls model-signing.
 
-model-signing has public functions for the signatures of directories only. Other statements are passed to the signer and
-the verifier that these functions use.
+model-signing has public functions only for signatures of directories. Other statements are passed to the signer and the
+verifier that these functions use internally.
 """
 
 import json
@@ -19,9 +19,9 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.signing.trust import Kind, Trust
 
 PAYLOAD, STATEMENT = "application/vnd.in-toto+json", "https://in-toto.io/Statement/v1"
-LARGEST = 16 << 20  # largest signature in bytes
+LARGEST = 16 << 20  # bytes of the largest signature
 PASSWORD = "MPDSGR_KEY_PASSWORD"
-# what an envelope brings to verify it with, and whom that can show; early Sigstore bundles bring a chain
+# by the material in an envelope, the kinds of trust that can verify it; early Sigstore bundles have a chain
 MATERIAL: dict[str, tuple[Kind, ...]] = {
     "publicKey": ("key",),
     "x509CertificateChain": ("certificate", "identity"),
@@ -32,17 +32,17 @@ Statement = dict[str, Any]
 
 @dataclass(frozen=True)
 class Signer:
-    """The signer: an EC private key, with its certificate and chain if there is one, else Sigstore.
+    """The signer: an EC private key, with a file of its certificate and chain if there is one, or else Sigstore.
 
-    A key's password is read from the environment variable MPDSGR_KEY_PASSWORD. Without a key, the identity is that of a
-    CI job's token in the environment, or one that a browser confirms.
+    The password of a key is read from the environment variable MPDSGR_KEY_PASSWORD. Without a key, the identity is that
+    of a CI job's token in the environment, or one that a browser confirms.
     """
 
     key: Path | None = None
     certificate: Path | None = None
 
     def config(self) -> Any:
-        """Make a signing configuration of model-signing. Raises InputError for an unusable key."""
+        """Return a signing configuration of model-signing. Raises InputError if that is missing, and its errors."""
         config = need("model_signing.signing", "sign").Config()
         if self.key is None:
             return config.use_sigstore_signer(use_ambient_credentials=True)
@@ -54,7 +54,7 @@ class Signer:
         return config.use_elliptic_key_signer(private_key=self.key, password=password.encode() if password else None)
 
     def explain(self, error: Exception) -> InputError:
-        """Explain an error of model-signing to the user."""
+        """Return the error to raise for an error of model-signing."""
         what = "a Sigstore identity" if self.key is None else str(self.key)
         hint = (
             ""
@@ -65,15 +65,15 @@ class Signer:
 
 
 class _Payload(NamedTuple):
-    """A payload in the form that model-signing's signers take."""
+    """A statement in the form that the signers of model-signing take."""
 
     statement: Any
 
 
 def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, str], predicate: Statement) -> bytes:
-    """Sign an in-toto statement; return a Sigstore bundle in JSON. subject: sha256 by name.
+    """Sign an in-toto statement and return a Sigstore bundle in JSON. subject: the sha256 of each subject by its name.
 
-    Numbers become doubles, so integers beyond 2^53 have to be text. Raises InputError if signing fails.
+    Numbers in the predicate become doubles, so integers above 2^53 must be text. Raises InputError if signing fails.
     """
     try:
         config = signer.config()
@@ -94,7 +94,10 @@ def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, st
 
 
 def read_signature(path: Path) -> bytes | None:
-    """Read a signature file; None if there is none. Raises InputError if it is not a plain, small file."""
+    """Return the content of a signature file, or None if there is none.
+
+    Raises InputError if it is not a plain file, is too large, or cannot be read.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"{path} is not a plain file, so it cannot be a signature; get it again")
     try:
@@ -110,9 +113,9 @@ def read_signature(path: Path) -> bytes | None:
 
 
 def verified_statement(content: bytes, place: Path, trust: Trust) -> tuple[Statement, str]:
-    """Return the in-toto statement in a signature, and who signed it. place: the signature's file, for messages.
+    """Return the in-toto statement in a signature, and a description of its signer.
 
-    Raises InputError unless `trust` covers the signer.
+    place: the file of the signature, for messages. Raises InputError unless the signature is valid and by `trust`.
     """
     verifying = need("model_signing.verifying", "sign")
     try:
@@ -137,7 +140,7 @@ def verified_statement(content: bytes, place: Path, trust: Trust) -> tuple[State
 
 
 def _verified(verifying: Any, content: bytes, trust: Trust) -> tuple[str, bytes]:
-    """Verify an envelope's signature, and return its type and payload."""
+    """Return the type and the payload of an envelope. Raises model-signing's errors if its signature is not valid."""
     config = verifying.Config()
     with TemporaryDirectory() as folder:
         pem, file = Path(folder) / "trust.pem", Path(folder) / "signature"
@@ -155,7 +158,7 @@ def _verified(verifying: Any, content: bytes, trust: Trust) -> tuple[str, bytes]
 
 
 def _description(trust: Trust, material: Any) -> str:
-    """Describe the signer for people. A key is named by the digest that model-signing calls its hint."""
+    """Return a description of the signer. A key is named by the digest that model-signing calls its hint."""
     if trust.kind == "identity":
         return f"{trust.name} ({trust.issuer})"
     if trust.kind == "certificate":

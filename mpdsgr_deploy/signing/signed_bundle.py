@@ -1,10 +1,10 @@
-"""Sign a bundle in the OpenSSF model-signing format (BUNDLE/model.sig), and make a verified private copy.
+"""Sign a bundle in the OpenSSF model-signing format (BUNDLE/model.sig), and copy a signed bundle after verifying it.
 
-    model.sig              names every file of the bundle with its sha256; the stock `model_signing verify` reads it
-    verdicts/PRECISION.sig signed statements about the bundle (`signing.verdict`), each with a signature of its own
+    model.sig              names every file of the bundle with its sha256; the tool `model_signing verify` reads it
+    verdicts/PRECISION.sig signed statements about the bundle (`signing.verdict`), each with its own signature
 
-Neither is listed in the manifest or in model.sig itself, so both are copied with the bundle and change no digest.
-Commands that change the bundle, such as `mpdsgr build`, remove them, because they cover other files.
+Neither is listed in the manifest or in model.sig, so both can be added to a bundle without changing a digest. Commands
+that change the bundle, such as `mpdsgr build`, remove them, because they do not cover the changed files.
 """
 
 import hashlib
@@ -27,14 +27,15 @@ SIGNATURE, VERDICTS = "model.sig", "verdicts"
 FORMAT = "https://model_signing/signature/v1.0"
 OUTSIDE = (SIGNATURE, VERDICTS, LOCK)  # names at the top of a bundle that its signature does not cover
 GIT = (".git", ".gitattributes", ".github", ".gitignore")  # names that model-signing itself does not cover
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes that are copied at a time
 
 
 class SignedCopy:
-    """A bundle's signed files in a private directory, which is removed with the last reference to this object.
+    """A verified copy of a bundle's signed files in a private directory, which is removed together with this object.
 
-    root: the directory; signer: who signed, in words. If a bundle is sent to another process, the original directory is
-    verified there again, and must carry the same signature.
+    root: that directory; signer: a description of the signer. If this is sent to another process, the bundle is
+    verified and copied again there, and must have the same signature. Raises InputError for a bundle that is not signed
+    by `trust`, and for files that its signature does not cover.
     """
 
     def __init__(self, path: Path, trust: Trust) -> None:
@@ -64,17 +65,17 @@ def _copied_again(path: Path, trust: Trust, signature_sha256: str) -> SignedCopy
 
 
 def _remove(directory: Path, process: int) -> None:
-    if os.getpid() == process:  # a forked process shares the directory, and does not own it
+    if os.getpid() == process:  # a forked process shares the directory but does not own it
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _signed_files(statement: Statement, place: Path) -> dict[str, str]:
-    """Return the sha256 of each signed file by relative path. Raises InputError for a statement without files."""
+    """Return the sha256 of each signed file by relative path. Raises InputError for any other statement."""
     try:
         predicate = statement["predicate"]
         resources = predicate["resources"]
-        plain = predicate["serialization"]["method"] == "files" and statement["predicateType"] == FORMAT
-        if plain and {resource["algorithm"] for resource in resources} == {"sha256"}:
+        lists_files = predicate["serialization"]["method"] == "files" and statement["predicateType"] == FORMAT
+        if lists_files and {resource["algorithm"] for resource in resources} == {"sha256"}:
             return {resource["name"]: resource["digest"] for resource in resources}
     except (KeyError, TypeError):
         pass
@@ -82,7 +83,7 @@ def _signed_files(statement: Statement, place: Path) -> dict[str, str]:
 
 
 def _copy(path: Path, out: Path, signed: dict[str, str]) -> None:
-    """Copy the signed files and verify their hashes. Raises InputError if one was changed, or others exist."""
+    """Copy the signed files and verify their hashes. Raises InputError if files were changed, added or removed."""
     advice = "do not use it; get the signed bundle again"
     missing = set(signed)
     for name, file in _files(path, signed):
@@ -103,7 +104,7 @@ def _copy(path: Path, out: Path, signed: dict[str, str]) -> None:
 
 
 def _files(path: Path, signed: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
-    """Return names and paths of a bundle's files, except those that signatures leave out unless `signed` names them.
+    """Yield names and paths of a bundle's files, except those that signatures leave out, unless `signed` names them.
 
     Raises InputError for links and devices, which can lead anywhere.
     """
@@ -123,11 +124,11 @@ def _files(path: Path, signed: Collection[str] = ()) -> Iterator[tuple[str, Path
 
 
 def sign_bundle(path: Path, signer: Signer) -> Path:
-    """Sign the bundle in directory `path`; return the signature's file.
+    """Sign the bundle in the directory `path`, and return the file of the signature.
 
-    Raises InputError for a key that cannot be used, or a directory with links.
+    Raises InputError for a key that cannot be used, and for a directory with links or special files.
     """
-    list(_files(path))
+    list(_files(path))  # raises for links and special files
     hashing = need("model_signing.hashing", "sign")
     with TemporaryDirectory() as folder:
         file = Path(folder) / SIGNATURE
@@ -143,7 +144,7 @@ def sign_bundle(path: Path, signer: Signer) -> Path:
 
 
 def drop_signatures(path: Path) -> bool:
-    """Remove a bundle's signature and verdicts after its files changed. Return whether there were any."""
+    """Remove the signature and the verdicts of a bundle whose files have changed. Returns whether there were any."""
     signed = (path / SIGNATURE).exists() or (path / VERDICTS).exists()
     (path / SIGNATURE).unlink(missing_ok=True)
     shutil.rmtree(path / VERDICTS, ignore_errors=True)

@@ -8,14 +8,15 @@ from mpdsgr_deploy.errors import InputError
 
 Kind = Literal["key", "certificate", "identity"]
 PEM: dict[bytes, Kind] = {b"-----BEGIN PUBLIC KEY-----": "key", b"-----BEGIN CERTIFICATE-----": "certificate"}
-PRIVATE = b"PRIVATE KEY-----"
+PRIVATE = b"PRIVATE KEY-----"  # the end of a line with which PEM files of private keys begin
 
 
 @dataclass(frozen=True)
 class Trust:
-    """One accepted signer. name: as the user wrote it; pem: the content of that file; issuer: that of an identity.
+    """One accepted signer.
 
-    The file is read once, so that every later check uses the key that was there at the start.
+    name: a file or an identity, as the user wrote it; pem: the content of the file, which is read only once, so that
+    every later check uses the same key; issuer: that of the identity.
     """
 
     kind: Kind
@@ -28,14 +29,14 @@ class Trust:
 
 
 def required_trust(text: str | None) -> Trust | None:
-    """Parse the option --require-signature; None if it is empty or not given. Raises as `parse_trust` does."""
+    """Parse the option --require-signature; None without it or if it is empty. Raises as `parse_trust` does."""
     return parse_trust(text) if text else None
 
 
 def parse_trust(text: str) -> Trust:
-    """Parse a PEM file with a public key or an authority's certificates, or `IDENTITY,ISSUER` of Sigstore.
+    """Return the signer named by a PEM file with a public key or certificates, or by `IDENTITY,ISSUER` of Sigstore.
 
-    Raises InputError for a file that cannot be read or holds something else.
+    Raises InputError for a file that cannot be read or contains something else, such as a private key.
     """
     identity, comma, issuer = text.rpartition(",")
     if comma and identity and "://" in issuer and not Path(text).expanduser().exists():
@@ -60,7 +61,7 @@ def parse_trust(text: str) -> Trust:
 
 
 def trust_of_kind(text: str, kind: Kind, option: str) -> Trust:
-    """Read the key or certificate file `text` of `option`. Raises as `parse_trust`, and for the other kind of file."""
+    """Read the file `text` of an option. Raises InputError as `parse_trust` does, and for another kind of signer."""
     trust = parse_trust(text)
     if trust.kind != kind:
         raise InputError(f"{option} {text} holds a {trust.kind}; give it with --{trust.kind}")
@@ -68,5 +69,5 @@ def trust_of_kind(text: str, kind: Kind, option: str) -> Trust:
 
 
 def beside(file: Path, text: str) -> str:
-    """Resolve the key that a TOML file names: a relative path starts at that file's directory; "" names none."""
+    """Return the path of a key that a TOML file names, relative to that file's directory; other texts are unchanged."""
     return str(file.parent / text) if (file.parent / text).is_file() else text

@@ -1,7 +1,7 @@
-"""A report's verdict as a signed in-toto statement about the bundle's digest, which a bundle can carry.
+"""A report's verdict as a signed in-toto statement about the digest of a bundle, which the bundle can carry.
 
-The predicate is in-toto's own test-result, so that any policy engine can read `result` and `failedTests`. Further
-fields are stored under the name EXTENSION, as in-toto's parsing rules allow.
+The predicate is in-toto's test-result, so that any policy engine can read `result` and `failedTests`. Further fields
+are stored under the name EXTENSION, as in-toto's parsing rules allow.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,10 @@ RESULTS = {"pass": "PASSED", "fail": "FAILED"}
 
 
 class ConditionCount(BaseModel):
-    """Images that the artefact gets right under one condition, and the torch network's count on the same images.
+    """How many of n images the artefact gets right under one condition, and how many the reference does.
 
-    at_most: not all attacks were made, so `correct` is an upper bound.
+    at_most: not all attacks were run, so `correct` is an upper bound; newly_wrong, newly_right: compared with the
+    reference; None without one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,9 +42,10 @@ class ConditionCount(BaseModel):
 
 
 class SignedVerdict(BaseModel):
-    """A validation of one of a bundle's networks. seed: in decimal; gate: its rules; files: the report's sha256.
+    """The validation of one network of a bundle.
 
-    Unknown fields are ignored: later versions may say more.
+    seed: in decimal; gate: the rules of the gate; files: the sha256 of the report's files. Unknown fields are ignored,
+    because later versions may have more.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,23 +67,23 @@ class SignedVerdict(BaseModel):
 
     @property
     def line(self) -> str:
-        """One line for people: the verdict and what it rests on."""
+        """The verdict in one line, with tier, precision, backend and images."""
         return f"{self.verdict} at tier {self.tier}, {self.precision} on {self.backend}, {self.images}"
 
     def counts(self) -> dict[str, str]:
-        """Return the numbers of correct images and of all images, by condition."""
+        """Return texts "CORRECT/N" by condition."""
         return {count.name: f"{count.correct}/{count.n}" for count in self.conditions}
 
 
 class Vouched(NamedTuple):
-    """A verdict and who signed it."""
+    """A verdict and a description of its signer."""
 
     verdict: SignedVerdict
     signer: str
 
 
 def sign_verdict(verdict: SignedVerdict, name: str, failed: Mapping[str, bool], signer: Signer) -> bytes:
-    """Sign a verdict. name: the bundle's; failed: whether each condition failed. Raises as `sign_statement` does."""
+    """Sign a verdict on the bundle `name`. failed: whether each condition failed. Raises as `sign_statement` does."""
     predicate = {
         "result": RESULTS[verdict.verdict],
         "configuration": [{"name": verdict.images, "digest": {"sha256": verdict.images_sha256}}],
@@ -93,7 +95,7 @@ def sign_verdict(verdict: SignedVerdict, name: str, failed: Mapping[str, bool], 
 
 
 def read_verdict(content: bytes, place: Path, trust: Trust) -> Vouched:
-    """Read a verdict from a signed statement. Raises InputError unless `trust` signed it and it is a verdict."""
+    """Return the verdict in a signed statement. Raises InputError unless `trust` signed it and it is a verdict."""
     statement, signer = verified_statement(content, place, trust)
     try:
         (subject,), predicate = statement["subject"], statement["predicate"]
@@ -114,7 +116,7 @@ def place_of_verdict(bundle: Path, precision: str) -> Path:
 
 
 def carry_verdict(bundle: Path, precision: str, content: bytes) -> Path:
-    """Put a signed verdict into its bundle, in place of an earlier one on this precision."""
+    """Write a signed verdict to its bundle, over an earlier one on the same precision, and return its file."""
     place = place_of_verdict(bundle, precision)
     place.parent.mkdir(exist_ok=True)
     write_atomic(place, content)
