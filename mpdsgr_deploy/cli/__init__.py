@@ -1,4 +1,4 @@
-"""The `mpdsgr` command: one module per subcommand, loaded when it is called, so that --help stays quick."""
+"""The `mpdsgr` command, with one module per subcommand, which is loaded when it is called so that --help stays fast."""
 
 import importlib
 import os
@@ -38,12 +38,12 @@ COMMANDS = (
 
 
 class OneLineErrors(click.Command):
-    """Turns errors into one line and an exit code."""
+    """A command whose errors become one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()  # at exit Python would print an error of this as a traceback
+            sys.stdout.flush()  # an error of this at exit would be printed as a traceback
             return result
         except BrokenPipeError:  # the reader closed the pipe, as `| head` does
             drop_output()
@@ -60,7 +60,7 @@ class OneLineErrors(click.Command):
             sys.exit(InputError.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception:  # a bug of ours: Python's own exit code 1 would read as "the gate failed"
+        except Exception:  # a bug of this package: Python's exit code 1 would mean that the gate failed
             traceback.print_exc()
             click.echo(
                 "error: this is a bug in mpdsgr-deploy, so the command gave no result; please report it", err=True
@@ -69,7 +69,7 @@ class OneLineErrors(click.Command):
 
 
 def drop_output() -> None:
-    """Discard unwritten output to stdout: Python would try to write it again at exit, and print an error."""
+    """Discard unwritten output to stdout, which Python would otherwise try to write again at exit, with an error."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         return
@@ -78,7 +78,7 @@ def drop_output() -> None:
 
 
 def at_home(argument: str) -> str:
-    """Replace a leading ~ by the user's home directory, also after OPTION=, where shells do not."""
+    """Return an argument with a leading ~ replaced by the user's home directory, even after OPTION= (unlike shells)."""
     option, equals, value = argument.partition("=")
     if equals and option.startswith("--") and value.startswith("~"):
         return f"{option}={os.path.expanduser(value)}"
@@ -86,7 +86,7 @@ def at_home(argument: str) -> str:
 
 
 class LazyGroup(OneLineErrors, click.Group):
-    """Imports a subcommand's module when it is asked for."""
+    """A group of commands that imports the module of a command only when it is needed."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [at_home(text) for text in args])
@@ -124,6 +124,6 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, with >&- for example
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it lasts as long as the process
-    if not sys.warnoptions:  # warnings of libraries are meant for their developers, not for our users
+    if not sys.warnoptions:  # warnings of libraries are meant for developers, not for users of this command
         warnings.simplefilter("ignore")
     show_progress()

@@ -13,7 +13,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import override, parse
 
-SHOWN = 20  # nodes that a report lists one by one
+SHOWN = 20  # the largest number of unsupported nodes that are listed
 
 
 @click.command("adopt")
@@ -162,7 +162,10 @@ def _promised(reference: Any) -> Any:
 
 
 def _numbers(option: str, text: str | None, count: int | None = None) -> tuple[float, ...]:
-    """Parse the numbers of a comma-separated option; () if it is not given."""
+    """Return the numbers of a comma-separated option, or () without it. count: how many there must be.
+
+    Raises InputError for anything else, and for a standard deviation that is not above 0.
+    """
     if text is None:
         return ()
     try:
@@ -200,7 +203,7 @@ def _logits(path: Path) -> Any:
 
 
 def _report(surveyed: Any, source: str, as_json: bool) -> None:
-    """Print a survey. Raises InputError after it if the network cannot be attacked."""
+    """Print a survey. Raises InputError afterwards if the network cannot be attacked."""
     counts = surveyed.counts()
     if as_json:
         print_json(

@@ -199,7 +199,7 @@ def _numbers(option: str, text: str, low: float, high: float, whole: bool = Fals
 
 
 def _read(path: Path) -> NDArray[Any]:
-    """Read images [N, C, H, W] from an .npy or .npz file."""
+    """Read images [N, C, H, W], uint8 or float32, from an .npy file. Raises InputError for anything else."""
     try:
         images = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -212,7 +212,7 @@ def _read(path: Path) -> NDArray[Any]:
 
 
 def _key(path: Path) -> str:
-    """Return the first line of a key file that is neither empty nor a comment."""
+    """Return the first line of a key file that is neither empty nor a comment. Raises InputError without one."""
     lines = (line.strip() for line in path.read_text().splitlines())
     key = next((line for line in lines if line and not line.startswith("#")), None)
     if key is None:

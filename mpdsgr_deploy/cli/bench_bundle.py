@@ -22,7 +22,7 @@ def bench_bundle(
     hours: float,
     as_json: bool,
 ) -> None:
-    """Measure every combination and print a table, or one JSON object; `total` images are to be done in `hours`.
+    """Measure every combination and print a table, or one JSON object, with an estimate for `total` images in `hours`.
 
     Raises EvaluationError if nothing could be measured.
     """

@@ -15,7 +15,7 @@ from mpdsgr_deploy.runtime.tensorrt import BatchSizes, prepare
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
 from mpdsgr_deploy.runtime.tuning import OPENERS, tune
 
-# From bundle, precision, batch sizes (None: the builder's default) and, for TensorRT, targets to what was added
+# maps bundle, precision, batch sizes (None: the default) and, for TensorRT-RTX, targets to the new bundle and entry
 Builder = Callable[..., tuple[Bundle, Prepared]]
 BUILDERS: dict[str, Builder] = {
     **{backend: partial(prepare, backend) for backend in LIBRARIES},
@@ -83,7 +83,7 @@ def command(
 
 
 def parse_batch(text: str) -> BatchSizes:
-    """Parse MIN,OPT,MAX as three numbers. Raises InputError for anything else."""
+    """Return the three whole numbers of MIN,OPT,MAX. Raises InputError for anything else."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise InputError(f"--batch {text}: write three whole numbers MIN,OPT,MAX, for example 1,32,128")

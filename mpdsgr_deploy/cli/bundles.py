@@ -34,7 +34,7 @@ def command(name: str | None, as_json: bool) -> None:
         source, target = choose("bundle", bundles, name), Path(name)
         if target.exists():
             raise InputError(f"{target} already exists in this directory; rename or remove it first")
-        manifest = open_bundle(source).manifest  # checks the hashes of all files
+        manifest = open_bundle(source).manifest  # verifies the hashes of all files
         shutil.copytree(source, target)
         if as_json:
             print_json({"copied": str(target)})
@@ -51,6 +51,7 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def described(manifest: Manifest) -> tuple[str, ...]:
+    """Return the cells of a bundle's row, after its name; empty ones if it has no reference."""
     recipe, promise = manifest.recipe, manifest.reference
     network = f"{recipe.model.name} for {recipe.data.name}, {manifest.time_steps}"
     carried = "yes" if IMAGES in manifest.files else "no"

@@ -18,7 +18,7 @@ from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 RECIPE = "digits-robust"
 COLUMNS = ("clean", "gaussian", "fgsm", "pgd-strong", WORST)
-NO_FLOORS = "gate.floors={}"  # accuracy differs by some points between CPUs
+NO_FLOORS = "gate.floors={}"  # the recipe's floors do not apply, because accuracy differs by some points between CPUs
 
 
 @click.command("demo")
@@ -63,6 +63,7 @@ def command(out: Path, as_json: bool) -> None:
 
 
 def judge(bundle: Bundle, report_dir: Path) -> Report:
+    """Validate a bundle, and write and return the report."""
     from mpdsgr_deploy.validation import Target, validate
 
     report = validate(Target(bundle), report_dir=report_dir)
@@ -71,9 +72,9 @@ def judge(bundle: Bundle, report_dir: Path) -> Report:
 
 
 def damaged(bundle: Bundle, out: Path) -> tuple[str, Report]:
-    """Return why a damaged copy is refused when opened, and the report about it once its hashes were made to fit.
+    """Return why a damaged copy is refused when it is opened, and the report about it after its hashes were adapted.
 
-    Raises EvaluationError if either is accepted.
+    Raises EvaluationError if the copy is opened in the first case, or passes in the second.
     """
     from mpdsgr_deploy.damage import cover_up, damage
 
@@ -95,7 +96,7 @@ def damaged(bundle: Bundle, out: Path) -> tuple[str, Report]:
 def print_demo(report: Report, damaged_report: Report) -> None:
     """Print the accuracy of the torch network, the exported one and the damaged copy, by condition."""
     rows = {row.name: row for row in report.rows}
-    # Not all: a validation stops once the gate has failed, and `worst` is then over what was attacked by that time
+    # without `worst` if the validation stopped because the gate had failed: it then covers only the attacks before
     damaged_rows = {row.name: row for row in damaged_report.rows if not (damaged_report.stopped and row.name == WORST)}
     accuracies: dict[str, dict[str, Any]] = {
         "torch": {name: row.reference for name, row in rows.items()},

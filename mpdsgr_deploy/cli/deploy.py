@@ -236,7 +236,7 @@ def ray(
 
 
 def _span(replicas: str) -> tuple[int, int]:
-    """Parse N or MIN,MAX as the smallest and the largest number. Raises InputError for any other text."""
+    """Return the smallest and the largest number of N or MIN,MAX. Raises InputError for any other text."""
     least, comma, most = replicas.partition(",")
     if not least.isdecimal() or (comma and not most.isdecimal()):
         raise InputError(f"--replicas {replicas}: write a number, or the smallest and the largest one, for example 1,4")

@@ -29,7 +29,7 @@ EXTRAS = {
     "report": ("matplotlib", "jinja2"),
     "parquet": ("pyarrow",),
 }
-# The parts that have never run on a GPU, how they are tested meanwhile, and the step of benchmarks/gpu.py for each
+# The parts that have never run on a GPU, how they are tested without one, and the step of benchmarks/gpu.py for each
 UNPROVED = (
     ("Triton kernels of the LIF neuron", "in Triton's interpreter, and compiled for sm_90", "kernels"),
     ("onnxruntime-cuda, its plug-in", "choice of provider and error messages, with a fake library", "providers"),
@@ -83,7 +83,7 @@ def command(bundle: str | None, as_json: bool) -> None:
 
 
 def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]:
-    """Turn states by (backend, precision) into rows (backend, precisions, state), one per backend and state."""
+    """Return rows (backend, precisions, state), one per backend and state, from states by (backend, precision)."""
     precisions: dict[tuple[str, str], list[str]] = {}
     for (backend, precision), state in states.items():
         precisions.setdefault((backend, state), []).append(precision)
@@ -92,17 +92,17 @@ def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]
 
 @contextmanager
 def copy_of(directory: Path) -> Iterator[Path]:
-    """Make a temporary copy of a bundle, to which engines can be added."""
+    """Provide a temporary copy of a bundle, to which engines can be added, for a with block."""
     with TemporaryDirectory() as folder:
         yield Path(shutil.copytree(directory, Path(folder) / directory.name))
 
 
 def state(bundle: Bundle, backend: str, precision: str, *, build: bool = False) -> str:
-    """Return 'works' with the speed on the golden batch, or one line on why it fails; build: build an engine first."""
+    """Return 'works' with the speed on the golden batch, or 'no' with the reason. build: build an engine first."""
     try:
         if build and backend in LIBRARIES:
             bundle, _ = prepare(backend, bundle, precision)
-        # raises unless the golden batch is answered correctly
+        # raises if the golden batch is not answered correctly
         with open_predictor(bundle, backend, precision) as predictor:
             inputs, _ = bundle.golden()
             started = time.perf_counter()
@@ -110,5 +110,5 @@ def state(bundle: Bundle, backend: str, precision: str, *, build: bool = False) 
             return f"works, {len(inputs) / (time.perf_counter() - started):.0f} images/s in batches of {len(inputs)}"
     except MpdsgrError as error:
         return f"no: {error}"
-    except Exception as error:  # a half-installed library may raise anything, and the user needs to read it
+    except Exception as error:  # a half-installed library may raise any type, and its message helps the user
         return f"no: {type(error).__name__}: {one_line(error)}"

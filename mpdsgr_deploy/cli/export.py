@@ -139,7 +139,7 @@ def command(
 
 
 def _steps(text: str) -> int | Literal["auto"]:
-    """Parse --steps. Raises InputError for anything but "auto" or a positive number."""
+    """Return the value of --steps. Raises InputError for anything but "auto" or a positive whole number."""
     if text == "auto":
         return "auto"
     if not (text.isdecimal() and int(text)):
@@ -156,9 +156,9 @@ def _of_module(
     surrogate: str,
     precisions: list[str],
     tier: str | None,
-    carry: bool,
+    carry_images: bool,
 ) -> "Bundle":
-    """Export the module of that name, attacked on the images of `data`, to a bundle."""
+    """Export the module that `name` finds, attacked on the images of `data`, to a bundle."""
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
     from mpdsgr_deploy.exporting import export_module, find_module
     from mpdsgr_deploy.recipe import Recipe
@@ -174,5 +174,5 @@ def _of_module(
         precisions=precisions,
         recipe=recipe,
         tier=tier,
-        carry_images=carry,
+        carry_images=carry_images,
     )

@@ -19,7 +19,7 @@ from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.surrogates import trained_surrogate
 
 LAST_EPOCH = "the last epoch's first validation batch"
-IMAGES = 128
+IMAGES = 128  # the default number of test images
 
 
 @click.command("inspect")
@@ -154,14 +154,17 @@ def command(
 
 
 def print_card(bundle: Bundle, report: Path | None) -> None:
-    """Print the bundle's model card."""
+    """Print the bundle's model card, with the results of a report, if one is given."""
     from mpdsgr_deploy.validation.card import card, report_about
 
     click.echo(card(bundle, None if report is None else report_about(bundle, report)), nl=False)
 
 
 def write_attack_graph(bundle: str, out: Path) -> None:
-    """Write the attack graph of BUNDLE[@PRECISION]. Raises InputError where a validation would."""
+    """Write the attack graph of BUNDLE[@PRECISION], through the surrogate of its training, to the file `out`.
+
+    Raises InputError if the network has no attack graph, and if `out` is a file of the bundle.
+    """
     from mpdsgr_deploy.attack_graph import derived
 
     opened, precision = opened_bundle(bundle, None)
@@ -174,7 +177,7 @@ def write_attack_graph(bundle: str, out: Path) -> None:
 def inspect_bundle(
     bundle: Bundle, flips: bool, plots: Path | None, root: str | None, images: int, as_json: bool
 ) -> None:
-    """Print facts of a bundle and, with `flips`, where its precisions drift apart."""
+    """Print facts about a bundle and, with `flips`, how its precisions differ layer by layer; `plots` draws that."""
     facts = bundle_facts(bundle)
     where, variants = flips_of(bundle, root=root, images=images) if flips else ("", [])
     if plots is not None:
@@ -199,7 +202,7 @@ def inspect_checkpoint(
     channels: tuple[int, ...],
     as_json: bool,
 ) -> None:
-    """Print facts of a checkpoint and the statistics of its layers, measured anew if they are also drawn."""
+    """Print facts about a checkpoint and the statistics of its layers, which are measured again if they are plotted."""
     facts, statistics = checkpoint_facts(path)
     where = LAST_EPOCH
     if plots is not None:

@@ -18,7 +18,7 @@ FLIPS = attrgetter("newly_wrong", "newly_right", "p_text")
 
 
 def inspect_pair(a: str, b: str, *, plots: Path | None, root: str | None, images: int, as_json: bool) -> None:
-    """Compare what two paths hold, print it, and draw it into `plots`."""
+    """Compare what two paths hold, print the differences, and plot them to the directory `plots`."""
     sides = read_side(a), read_side(b)
     differences = compare(*sides, root=root, images=images)
     drawn = []
@@ -36,7 +36,7 @@ def inspect_pair(a: str, b: str, *, plots: Path | None, root: str | None, images
 
 
 def as_record(a: Side, b: Side, differences: Differences) -> dict[str, Any]:
-    """Return the comparison as JSON values: each pair is a list of A's and B's value."""
+    """Return the comparison as JSON values, where each pair has the value of A and that of B."""
     layers = [{name: value for name, value in x._asdict().items() if name != "membranes"} for x in differences.layers]
     verdicts = [
         {"condition": v.condition, "n": v.n, "right": v.right, "only_a": v.flips.newly_wrong}

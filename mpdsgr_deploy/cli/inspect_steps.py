@@ -16,7 +16,7 @@ from mpdsgr_deploy.validation.image_checks import chosen_images
 if TYPE_CHECKING:
     from mpdsgr_deploy.exporting.step_table import StepCost
 
-IMAGES = 350  # as many as tier `commit` takes
+IMAGES = 350  # the number of tier `commit`
 LEGEND = """\
 worst: correct under every attack of tier commit. lost: images that are correct
 with all time steps and wrong with fewer; regained: the reverse. ms: milliseconds
@@ -24,7 +24,7 @@ per image with onnxruntime-cpu. MMACs: million multiply-accumulate operations.""
 
 
 def inspect_steps(bundle: Bundle, *, plots: Path | None, root: str | None, images: int | None, as_json: bool) -> None:
-    """Attack and time a bundle's networks at 1 to T time steps, print the results, and draw them into `plots`."""
+    """Attack and time a bundle's networks at 1 to T time steps, print the results, and plot them to `plots`."""
     need("onnxscript", "train")
     from mpdsgr_deploy.exporting.step_table import step_costs
 
@@ -45,9 +45,9 @@ def inspect_steps(bundle: Bundle, *, plots: Path | None, root: str | None, image
 
 
 def accuracies(rows: "Sequence[StepCost]", precision: str) -> dict[str, list[float]]:
-    """Return clean and worst accuracy in % of one precision, for 1 to T steps."""
-    own = [row for row in rows if row.precision == precision]
-    return {name: [100 * row.correct[name] / row.n for row in own] for name in (CLEAN, WORST)}
+    """Return the clean and the worst accuracy of one precision, in %, for 1 to T steps."""
+    chosen = [row for row in rows if row.precision == precision]
+    return {name: [100 * row.correct[name] / row.n for row in chosen] for name in (CLEAN, WORST)}
 
 
 def as_record(row: "StepCost") -> dict[str, Any]:
@@ -56,7 +56,7 @@ def as_record(row: "StepCost") -> dict[str, Any]:
 
 
 def cells(row: "StepCost") -> dict[str, str]:
-    """Return the cells of a row, as text by column."""
+    """Return the texts of a row's cells, by column."""
     percent = {f"{name} %": f"{100 * correct / row.n:.1f}" for name, correct in row.correct.items()}
     flips = {
         f"{name} lost, regained": f"{pair.lost}, {pair.regained}"

@@ -67,22 +67,22 @@ class Measuring:
 
     @property
     def numbers(self) -> list[int]:
-        """Return the seeds; empty if the option was not given. Raises InputError unless they are a list of numbers."""
+        """The seeds, sorted; empty without the option. Raises InputError unless they are a list of whole numbers."""
         try:
             return sorted({int(part) for part in self.seeds.split(",")}) if self.seeds is not None else []
         except ValueError:
             raise InputError(f"--seeds {self.seeds!r}: write whole numbers with commas, for example 0,1,2") from None
 
     def measured(self, stems: Iterable[str]) -> list[str]:
-        """Return those of `stems` for which there are records."""
+        """Return those of `stems` that have records of results."""
         from mpdsgr_deploy.experiments.record_files import RECORDS
 
         return [stem for stem in stems if (self.results / stem / RECORDS).exists()]
 
     def update(self, name: str, table: TableSpec, rows: Sequence[RowSpec]) -> int:
-        """Bring the records of rows up to date, unless only pages are asked for. Prints what failed.
+        """Train and measure rows whose records are missing or out of date, unless only pages are to be written.
 
-        Returns the exit code.
+        Prints errors, and returns the exit code: 0, or the highest of the errors.
         """
         if self.render_only:
             return 0
@@ -95,7 +95,7 @@ class Measuring:
 
 
 def measuring(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command with these options, which are passed to it as `how`."""
+    """Decorate a command with OPTIONS, whose values it gets as the argument `how`."""
 
     @wraps(command)
     def bundled(**values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Shared by the subcommands: the argument that names a bundle, the --json switch, and tables on stdout."""
+"""What subcommands share: options, the argument that names a bundle, JSON output, and tables for people."""
 
 import json
 import math
@@ -50,10 +50,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def opened_bundle(text: str, precision: str | None, trust: Trust | None = None) -> tuple[Bundle, str]:
-    """Open BUNDLE[@PRECISION][@sha256:DIGEST]; return it with the precision that it or --precision names.
+    """Open BUNDLE[@PRECISION][@sha256:DIGEST]; return the bundle, and the precision that it or --precision names.
 
-    trust: who must have signed it. Raises InputError as `open_bundle` does, and where the two name different
-    precisions.
+    precision: the option --precision; trust: who must have signed the bundle. Raises InputError as `open_bundle` does,
+    and if the two name different precisions.
     """
     address = parse_address(text)
     if precision is not None and address.precision not in (None, precision):
@@ -62,7 +62,7 @@ def opened_bundle(text: str, precision: str | None, trust: Trust | None = None) 
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object. JSON has no NaN and no infinity: null stands for them."""
+    """Print a value as JSON, in one line, with null for NaN and infinity, which JSON does not have."""
     click.echo(json.dumps(_strict(value), allow_nan=False))
 
 
@@ -77,8 +77,8 @@ def _strict(value: Any) -> Any:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
     """Print rows as a table for people.
 
-    On a terminal the table has borders and its widest columns fold; if a column would get no room, each row becomes a
-    block. In pipes and logs each row is one plain line.
+    On a terminal the table has borders, and cells of wide columns are folded; if it is too narrow for that, each row
+    becomes a block of lines. In pipes and logs each row is one plain line.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -96,12 +96,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
         least_width = None if number == 0 else min(width, NARROWEST)
         table.add_column(Text(column), overflow="fold", no_wrap=number == 0, min_width=least_width)
     for row in cells:
-        table.add_row(*map(Text, row))  # Text: square brackets are ours, not rich's markup
+        table.add_row(*map(Text, row))  # as Text, because rich takes square brackets in strings for markup
     console.print(table)
 
 
 def print_sentence(text: str) -> None:
-    """Print a line for people, which a terminal breaks between words."""
+    """Print a text for people, in one line or, on a terminal, broken between words."""
     click.echo(click.wrap_text(text, Console().width) if sys.stdout and sys.stdout.isatty() else text)
 
 

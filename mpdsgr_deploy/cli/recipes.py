@@ -50,6 +50,6 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def figures(stated: Published | None) -> list[str]:
-    """Return the published accuracies clean, under Gaussian noise, FGSM, PGD and BIM; empty where none is stated."""
+    """Return the published accuracies in %, clean and under Gaussian noise, FGSM, PGD and BIM; "" if there is none."""
     values = (stated.clean, stated.gaussian, stated.fgsm, stated.pgd, stated.bim) if stated else [None] * 5
     return ["" if value is None else f"{value:.2f}" for value in values]

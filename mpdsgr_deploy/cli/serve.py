@@ -13,7 +13,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 
-LOST = 4  # exit code if the server stopped before it had answered all accepted requests
+LOST = 4  # the exit code of a server that stopped before it had answered all accepted requests
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -103,7 +103,7 @@ def command(
     if find_spec("fcntl") is None:
         raise InputError("mpdsgr serve needs Linux or macOS; on Windows run it in WSL or in a container")
     limit_free_memory()
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC reads it when imported; its log lines do not help a user
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC reads this when it is imported; its log does not help users
     need("httptools", "serve")
     need("orjson", "serve")
     need("tritonclient.grpc", "serve")

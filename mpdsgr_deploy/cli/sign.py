@@ -18,8 +18,8 @@ from mpdsgr_deploy.validation.report import REPORT, Report, load_report
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
-class Named(NamedTuple):
-    """A report, its directory, and the bundle among the arguments that it validates."""
+class NamedReport(NamedTuple):
+    """A report that the arguments name, its directory, and the bundle among the arguments that it is about, if any."""
 
     directory: Path
     report: Report
@@ -58,7 +58,7 @@ def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None,
     need("model_signing.signing", "sign")
     signer = Signer(key, certificate)
     bundles = [open_bundle(path) for path in paths if (path / MANIFEST).is_file()]
-    reports = [_named(path, bundles) for path in paths if not (path / MANIFEST).is_file()]
+    reports = [_named_report(path, bundles) for path in paths if not (path / MANIFEST).is_file()]
     written = [sign_bundle(bundle.path, signer) for bundle in bundles]
     for directory, report, bundle in reports:
         place, content = sign_report(directory, signer)
@@ -72,18 +72,18 @@ def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None,
         click.echo(path)
 
 
-def _named(path: Path, bundles: list[Bundle]) -> Named:
-    """Read a report. Raises InputError if it is not one, or if it validates none of `bundles` though some are given."""
+def _named_report(path: Path, bundles: list[Bundle]) -> NamedReport:
+    """Read a report. Raises InputError if it is not one, and if there are `bundles` but it is about none of them."""
     if not (path / REPORT).is_file():
         raise InputError(f"{path} is neither a bundle (with {MANIFEST}) nor a directory with {REPORT}")
     report = load_report(path)
     for bundle in bundles:
         if bundle.manifest.digest == report.bundle_sha256:
             bundle.variant(report.precision)
-            return Named(path, report, bundle)
+            return NamedReport(path, report, bundle)
     if bundles:
         raise InputError(
             f"{path} is the report of another bundle than {bundles[0].path}; validate that bundle, or sign the two in "
             "separate commands"
         )
-    return Named(path, report, None)
+    return NamedReport(path, report, None)

@@ -57,12 +57,12 @@ def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, 
 
 
 def write_pages(stem: str, study: Study, how: Measuring) -> None:
-    """Render the study's page, unless only --why was measured, and that of --why where there are records of it."""
+    """Write the page of a study, unless only --why was measured, and the page of --why, if there are records of it."""
     need("matplotlib", "report")
     from mpdsgr_deploy.experiments import explain, study_page, variants, why_page
     from mpdsgr_deploy.experiments.record_files import RECORDS
 
-    assert variants.DEPTHS  # imported to register what its recipes name
+    assert variants.DEPTHS  # imported because it registers what the recipes of studies name
     folder = how.results / stem
     recorded, explained = ((folder / name).exists() for name in (RECORDS, explain.RECORDS))
     if recorded or not explained:

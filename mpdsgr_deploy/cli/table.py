@@ -98,7 +98,7 @@ def rank(reports: list[Path]) -> None:
 
 
 def write_pages(stem: str, table: TableSpec, how: Measuring) -> None:
-    """Render the page, and the short form of the table in the READMEs of a checkout that show it."""
+    """Write the page of a table, and its short form to the READMEs of a checkout that show it."""
     from mpdsgr_deploy.experiments.records import load_measured
     from mpdsgr_deploy.experiments.table_page import quote, write_page
 
@@ -124,10 +124,10 @@ def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring
 
 
 def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) -> int:
-    """Run the same command in a child process, which is ended when the time is up. Returns its exit code, or 0."""
+    """Measure the rows in a child process, which is ended when the time is up. Returns its exit code, or 0."""
     from mpdsgr_deploy.experiments.jobs import run_limited
 
     options = {"--runs": how.runs, "--root": how.root, "--out": how.out, "--jobs": how.jobs, "--seeds": how.seeds}
-    passed_on = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
-    child = [sys.executable, "-m", "mpdsgr_deploy", "table", name, *rows, *passed_on]
+    arguments = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
+    child = [sys.executable, "-m", "mpdsgr_deploy", "table", name, *rows, *arguments]
     return run_limited(child, 60 * minutes) or 0

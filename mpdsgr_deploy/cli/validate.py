@@ -134,7 +134,7 @@ def command(
 
 
 def print_report(report: Report) -> None:
-    """Print the verdict, its reasons and the table of conditions."""
+    """Print the table of conditions, the verdict with its reasons, and remarks."""
     rows = [
         (
             row.name,

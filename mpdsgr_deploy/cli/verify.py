@@ -85,7 +85,7 @@ def command(
 
 
 def _trust(key: str | None, certificate: str | None, identity: str | None, issuer: str | None) -> Trust | None:
-    """Return the signer that the options name. Raises InputError for several, or an identity without its issuer."""
+    """Return the signer that the options name, or None. Raises InputError for several or incomplete ones."""
     if sum(option is not None for option in (key, certificate, identity)) > 1 or (identity is None) != (issuer is None):
         raise InputError("give one signer: --key FILE, --certificate FILE, or --identity NAME with --issuer URL")
     if key is not None:
@@ -108,7 +108,7 @@ def _verify_report(directory: Path, trust: Trust | None, as_json: bool) -> None:
 
 
 def golden_faults(bundle: Bundle) -> list[str]:
-    """Return why a precision cannot be opened here, or how it answers the golden batch wrongly."""
+    """Return one line per precision that cannot be opened here or answers the golden batch wrongly."""
     faults = []
     for precision in bundle.manifest.variants:
         try:
