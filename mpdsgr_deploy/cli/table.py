@@ -74,10 +74,11 @@ def command(
     chosen = [table.row(title) for title in rows] or list(table.rows)
     need("lightning_fabric", "train")
     need("matplotlib", "report")
+    code = 0
     if minutes is not None:
         code = run_for(minutes, name, rows, how)
     elif flips:
-        code = count_flips(stem, table, chosen, how, images)
+        count_flips(stem, table, chosen, how, images)
     else:
         code = how.update(stem, table, chosen)
         write_pages(stem, table, how)
@@ -111,8 +112,8 @@ def write_pages(stem: str, table: TableSpec, how: Measuring) -> None:
             write_atomic(readme, quote(stem, measured, readme.read_text(encoding="utf-8")).encode())
 
 
-def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring, images: int) -> int:
-    """Measure and render flipped spikes. Returns the exit code."""
+def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring, images: int) -> None:
+    """Count the spikes that flip in each precision, and write the page about them."""
     from mpdsgr_deploy.experiments import flips_page
     from mpdsgr_deploy.experiments.flip_measurement import measure_flips
     from mpdsgr_deploy.experiments.flip_records import FOLDER
@@ -120,7 +121,6 @@ def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring
     if not how.render_only:
         measure_flips(stem, table, rows, how.places, seeds=how.numbers, images=images)
     click.echo(f"page in {flips_page.write_page(how.results / FOLDER)}")
-    return 0
 
 
 def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) -> int:
