@@ -16,6 +16,7 @@ from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
+from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.parity import MINIMUM_SHARE, compare
 from mpdsgr_deploy.provenance import provenance
@@ -26,10 +27,23 @@ ALIKE = 1e-2  # the change that another order of rounding may cause, as a share 
 WRITERS = ("torch", "onnx", "onnxscript")  # packages whose versions decide which bytes are written
 
 
+def trained_model(bundle: Bundle) -> SpikingNet:
+    """Return the torch network of a bundle, in eval mode, on the CPU.
+
+    Raises InputError for a bundle without weights, and for weights that do not fit the recipe's network.
+    """
+    manifest = bundle.manifest
+    if manifest.origin != "trained":
+        raise InputError(
+            f"{bundle.path} holds no weights from which to export again, because its network is {manifest.origin}"
+        )
+    return load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels))
+
+
 def rebuild_faults(bundle: Bundle) -> list[str]:
     """Return one line per file that differs from a new export of the weights; an empty list if none does in any byte.
 
-    Raises InputError if the weights do not fit the recipe's network.
+    Raises InputError as `trained_model` does.
     """
     faults = []
     with tempfile.TemporaryDirectory() as folder:
@@ -48,10 +62,8 @@ def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, l
 
     Those are the names of layers that only the manifest or only the network has; if there are any, no file is written.
     """
-    manifest = bundle.manifest
-    model = load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels)).eval()
-    graph = to_graph(simplify(model), manifest.input_shape)
-    for precision, variant in manifest.variants.items():
+    graph = to_graph(simplify(trained_model(bundle)), bundle.manifest.input_shape)
+    for precision, variant in bundle.manifest.variants.items():
         rebuilt = folder / f"model.{precision}.onnx"
         layers = sorted(plan(graph, precision).keys() ^ variant.layers.keys())
         if not layers:
@@ -104,11 +116,6 @@ def check_rebuilt(bundle: Bundle) -> list[str]:
     `different_gradients`. Raises InputError for a bundle without weights, and if other versions wrote files that differ
     in their bytes but not in their gradients, so that the question stays open.
     """
-    if bundle.manifest.origin != "trained":
-        raise InputError(
-            f"{bundle.path} holds no weights from which to export again, because its network is "
-            f"{bundle.manifest.origin}"
-        )
     faults = rebuild_faults(bundle)
     if faults and (others := other_writers(bundle)):
         if different := different_gradients(bundle):

@@ -12,15 +12,14 @@ import onnx
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.condition import CLEAN, PGD, WORST
-from mpdsgr_deploy.bundle import WEIGHTS, Bundle
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.diagnostics.operation_counts import macs
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.exporting.rebuild import trained_model
 from mpdsgr_deploy.exporting.step_search import Bools, Flips, StepFile, step_files, unfinished_attacks
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
-from mpdsgr_deploy.trained_networks import load_model
 
 CONDITIONS = (CLEAN, PGD, WORST)
 BATCHES = (1, 32)
@@ -70,13 +69,8 @@ def step_times(bundle: Bundle, images: Images) -> dict[str, list[dict[int, float
 @contextmanager
 def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
     """Export 1 to T steps of every precision to temporary files, and provide these by precision in a with block."""
-    manifest = bundle.manifest
-    if manifest.origin != "trained":
-        raise InputError(
-            f"{bundle.path} holds no weights from which to export again, because its network is {manifest.origin}"
-        )
+    model, manifest = trained_model(bundle), bundle.manifest
     recipe, shape = manifest.recipe, manifest.input_shape
-    model = load_model(bundle.file(WEIGHTS), recipe, shape, len(manifest.labels))
     layers = {name: variant.layers for name, variant in manifest.variants.items()}
     with TemporaryDirectory() as folder:
         numbers = range(1, recipe.encoding.T + 1)
