@@ -249,6 +249,11 @@ def test_golden_rows_agree_and_have_the_widest_margins() -> None:
     assert golden_rows(np.ones(3, bool), [many[:3, :1]]).tolist() == [0, 1, 2]  # a single label
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_network_without_products_has_an_empty_plan(precision: str) -> None:
+    assert plan(ir.from_onnx_text("net (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }"), precision) == {}
+
+
 def test_bad_precisions_are_refused(
     run_dir: Path, run_without_data: Path, bundle: Bundle, precise: Bundle, tmp_path: Path
 ) -> None:

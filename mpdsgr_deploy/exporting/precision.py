@@ -63,7 +63,7 @@ def plan(model: ir.Model, precision: str) -> dict[str, str]:
     in time: it runs once for all steps, as the first does with direct coding.
     """
     nodes = products(model)
-    if precision in FLOATS:
+    if precision in FLOATS or not nodes:
         return dict.fromkeys(nodes, precision)
     known, last, exact = grids(model), list(nodes)[-1], FORMATS[precision].exact
     levels = {name: known[data(node)].levels for name, node in nodes.items() if data(node) in known}
