@@ -186,7 +186,8 @@ def validate(
 
     Return the report, whose `verdict` is "pass", "fail" or "invalid".
 
-    tier: how many images are attacked, and how hard ("commit", "release", "paper"); default: the bundle's.
+    tier: how many images are attacked, and how hard ("commit", "release", "paper"); default: the gate's, or the
+        bundle's.
     gate: a TOML file of rules, whose `require_signature` is obeyed too; default: the bundle's rules.
     limit: number of test images, the same ones in every call.
     root: the directory of the data set, whose images replace those in the bundle.

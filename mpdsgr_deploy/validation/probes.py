@@ -23,7 +23,7 @@ STEPS = (0.125, 0.25, 0.5, 1.0)  # lengths of steps along the gradient and along
 DIRECTIONS = 4  # number of random directions
 SEARCHED = 100  # number of images on which random search is tried
 ENOUGH = 500  # queries per image that random search needs to reveal a weakened gradient
-CERTAIN = 1e-6  # a cross-entropy below it has no gradient in float32, where 1 - p rounds to 0
+CERTAIN = 1e-6  # a smaller cross-entropy has no gradient in float32, where 1 - p rounds to 0
 
 Bools = NDArray[np.bool_]
 

@@ -59,7 +59,7 @@ def sign_flip_tail(differences: NDArray[np.int64]) -> float:
     for size in sizes.tolist():
         shifted = np.concatenate([np.zeros(size), negative])
         negative = (np.concatenate([negative, np.zeros(size)]) + shifted) / 2
-    measured = int(sizes.sum() - differences.sum()) // 2  # the sum of the sizes that have a negative sign in fact
+    measured = int(sizes.sum() - differences.sum()) // 2  # the sum of the sizes whose measured sign is negative
     return min(1.0, float(negative[: measured + 1].sum()))
 
 
