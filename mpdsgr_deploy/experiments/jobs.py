@@ -101,7 +101,7 @@ def measure_all(todo: list[Run], jobs: int) -> Failures:
     failures: Failures = []
     for group in (*inits, senders, todo):
         failed = {str(run) for run, _ in failures}
-        ready = {str(run): run for run in group if not {str(run.init), str(run.sender)} & failed}
+        ready = {str(run): run for run in group if not {str(run), str(run.init), str(run.sender)} & failed}
         for run in todo if group is todo else ():
             missing = sorted({str(run.init), str(run.sender)} & failed)
             if missing:
