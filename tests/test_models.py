@@ -10,6 +10,7 @@ from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.models import MODELS, SpikingNet, build_model
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.models.spiking_net import make_neuron
+from mpdsgr_deploy.models.vgg import vgg11_slim
 from mpdsgr_deploy.models.wrn import ConvexCombination, WideBlock
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.runtime import OnnxRuntime
@@ -29,6 +30,13 @@ def test_vgg11_is_the_published_layout() -> None:
     assert shapes == [*convolutions, (4096, 8192), (4096, 4096)]
     assert [i for i, m in enumerate(model.body) if isinstance(m, torch.nn.AvgPool2d)] == [1, 4, 8]
     assert sum(p.numel() for p in model.parameters()) == 61_374_026
+
+
+def test_vgg11_slim_has_as_many_parameters_as_it_states() -> None:
+    with torch.device("meta"):
+        model = build_model(recipe(model={"name": "vgg11-slim"}), (3, 32, 32), 10)
+    count = sum(p.numel() for p in model.parameters())
+    assert f"{count / 1e6:.1f} M parameters" in str(vgg11_slim.__doc__)
 
 
 def test_vgg16_is_the_published_layout() -> None:
